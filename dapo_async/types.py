@@ -1,0 +1,149 @@
+"""The only currency between rooms: prompts go in, rollouts and groups walk, a train batch is a ticket, step metrics come out.
+
+Arrays are numpy (they cross process borders by value, without copies); nothing here imports torch or ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem as the engine sees it."""
+
+    row: int  # row in its data set
+    text: str  # after the template
+    token_ids: NDArray[np.int32]  # [P]
+    answer: str  # gold answer, for the verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """One credit spent: the right to generate one group of `group_size` rollouts."""
+
+    index: int  # admission index: 0, 1, 2, … along the run; names the group everywhere
+    prompt: Prompt
+    group_size: int
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop token, which is the last of token_ids
+    LENGTH = "length"  # max_response_tokens reached: truncated
+    ABORT = "abort"  # taken off the engine before its end
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one sibling; one entry per response token in each array."""
+
+    token_ids: NDArray[np.int32]  # [T]
+    behaviour_logprobs: NDArray[np.float32]  # [T] log-softmax(logits / temperature) over the full vocabulary
+    weight_versions: NDArray[np.int32]  # [T] version whose logits each token was sampled from
+    prefill_version: int  # oldest version whose KV any token attended to at its start
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A scored completion."""
+
+    completion: Completion
+    text: str  # decoded response, special tokens skipped
+    accuracy: float  # raw verdict in [0, 1]: what dynamic sampling filters on
+    reward: float  # shaped reward: what advantages use
+    extracted: str | None  # the answer that the verifier read; None: no answer found
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.completion.token_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish_reason is FinishReason.LENGTH
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights in this rollout, its prefill's included."""
+        versions = self.completion.weight_versions
+        oldest = int(versions.min()) if len(versions) else self.completion.prefill_version
+        return min(oldest, self.completion.prefill_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G siblings of one prompt: the unit of admission, filtering, credit and advantage."""
+
+    admission_index: int
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    incarnation: str  # the run's incarnation whose weights generated it; others are refused
+    temperature: float  # behaviour logprobs are those of logits / temperature
+
+    @property
+    def oldest_version(self) -> int:
+        return min(rollout.oldest_version for rollout in self.rollouts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens that the learner has to process."""
+        return sum(len(self.prompt.token_ids) + rollout.num_tokens for rollout in self.rollouts)
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        return tuple(rollout.accuracy for rollout in self.rollouts)
+
+
+class RejectReason(StrEnum):
+    """Why a filter rejected a group; the summary counts each."""
+
+    ALL_CORRECT = "all_correct"
+    ALL_WRONG = "all_wrong"
+    ALL_EQUAL = "all_equal"  # equal accuracies that are neither 0 nor 1
+    TOO_FEW_TOKENS = "too_few_tokens"  # no response token to train on
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """The ticket of one learner step: ids, counts and references; never the tokens."""
+
+    learner_version: int  # the learner's weight version when the batch was taken
+    admission_indices: tuple[int, ...]
+    oldest_versions: tuple[int, ...]  # per group
+    num_tokens: tuple[int, ...]  # per group, prompt and response
+    references: tuple[Any, ...]  # per group: what the learner ranks fetch (a Ray object reference; the Group itself in tests)
+    evicted: tuple[int, ...] = ()  # groups evicted by this take: their generation is to be aborted
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Diagnostics of one step as sums and counts: they add across microbatches and ranks and are divided once.
+
+    `sums[name] = (sum, count)`, `maxima[name] = maximum`, `totals[name]` adds up and is reported as it is.
+    """
+
+    sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    maxima: Mapping[str, float] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: StepMetrics) -> StepMetrics:
+        sums, maxima, totals = dict(self.sums), dict(self.maxima), dict(self.totals)
+        for name, (total, count) in other.sums.items():
+            mine = sums.get(name, (0.0, 0.0))
+            sums[name] = (mine[0] + total, mine[1] + count)
+        for name, value in other.maxima.items():
+            maxima[name] = max(maxima.get(name, value), value)
+        for name, value in other.totals.items():
+            totals[name] = totals.get(name, 0.0) + value
+        return StepMetrics(sums, maxima, totals)
+
+    def flat(self) -> dict[str, float]:
+        """One number per name; a mean over nothing is left out."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        return {**means, **self.maxima, **self.totals}
