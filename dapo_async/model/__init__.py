@@ -1,0 +1,13 @@
+"""One decoder for the learner and the torch engine (L1): Hugging Face weights in and out, packed and cached attention, token logprobs.
+
+In: token ids and an attention strategy. Out: hidden states, logprobs, entropies. Called by `learner/` and `rollout/torch_engine.py`.
+Sharing the decoder is what makes the importance ratio 1 up to rounding at staleness 0 (law 3).
+"""
+
+from dapo_async.model.attention import PackedAttention
+from dapo_async.model.config import ModelConfig
+from dapo_async.model.decoder import Decoder
+from dapo_async.model.hf import export_folder, load_decoder, read_weights, save_weights
+from dapo_async.model.logprob import token_logprobs
+
+__all__ = ["Decoder", "ModelConfig", "PackedAttention", "export_folder", "load_decoder", "read_weights", "save_weights", "token_logprobs"]

@@ -1,0 +1,85 @@
+"""Plain Hugging Face folders in and out: names are the identity, a tied head is not written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dapo_async.model.config import ModelConfig
+from dapo_async.model.decoder import Decoder
+
+WEIGHTS_FILE = "model.safetensors"
+# What a folder needs besides its weights to be loaded by transformers and by SGLang.
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder's safetensors files, on CPU, in their own dtype. Raises ValueError when there is none."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, so convert them first")
+    weights = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+    return weights
+
+
+def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    """Builds the decoder of a plain Hugging Face folder with its weights. Raises ValueError for tensors missing or left over."""
+    config = ModelConfig.from_folder(Path(folder))
+    weights = read_weights(Path(folder))
+    if config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    missing, unexpected = decoder.state_dict().keys() - weights.keys(), weights.keys() - decoder.state_dict().keys()
+    if missing or unexpected:
+        raise ValueError(f"weights of {folder} do not fit their config.json: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+    decoder = Decoder(config).to(device=device, dtype=dtype)
+    decoder.load_state_dict(weights)
+    # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
+    rotary = Decoder(config)
+    decoder.rope_cos, decoder.rope_sin = rotary.rope_cos.to(device), rotary.rope_sin.to(device)
+    return decoder
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes `folder/model.safetensors` atomically: whole or not at all, even when the machine stops."""
+    path, partial = Path(folder) / WEIGHTS_FILE, Path(folder) / (WEIGHTS_FILE + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial, metadata={"format": "pt"})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def export_folder(weights: Mapping[str, Tensor], *, base: Path, out: Path) -> Path:
+    """Writes a plain Hugging Face folder: these weights with the base folder's config and tokenizer. The folder appears by one rename."""
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in COMPANION_FILES:
+        if (Path(base) / name).is_file():
+            shutil.copyfile(Path(base) / name, partial / name)
+    config = json.loads((partial / "config.json").read_text())
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_weights(weights, partial)
+    partial.rename(out)
+    return out

@@ -1,0 +1,103 @@
+"""The decoder against its oracle, transformers: logprobs and gradients of tiny random models of each family."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from dapo_async.model import ModelConfig, PackedAttention, export_folder, load_decoder, token_logprobs
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "eos_token_id": 3,
+}
+FAMILIES = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+}
+
+
+def hugging_face(family, folder):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with torch.no_grad():  # every norm and bias away from its neutral value, so that leaving one out shows
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def oracle_logprobs(model, sequences, temperature):
+    logprobs = []
+    for ids in sequences:
+        logits = model(ids[None]).logits[0, :-1].float() / temperature
+        logprobs.append(logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1))
+    return torch.cat(logprobs)
+
+
+def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
+    attention = PackedAttention([len(ids) for ids in sequences])
+    hidden = decoder(torch.cat(sequences), attention.positions, attention)
+    keep = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in sequences])
+    targets = torch.cat([ids[1:] for ids in sequences])
+    return token_logprobs(hidden[keep], decoder.head_weight, targets, torch.full(targets.shape, temperature), chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk_tokens", [1024, 5])
+def test_packed_logprobs_and_gradients_equal_transformers(family, chunk_tokens, tmp_path, seeded):
+    model = hugging_face(family, tmp_path)
+    decoder = load_decoder(tmp_path)
+    sequences = [torch.randint(0, 61, (length,), generator=seeded) for length in (4, 7, 7, 7, 2, 11)]
+    expected = oracle_logprobs(model, sequences, 0.7)
+    logprobs, _ = own_logprobs(decoder, sequences, 0.7, chunk_tokens)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    weights = torch.randn(expected.shape, generator=seeded)
+    (expected * weights).sum().backward()
+    (logprobs * weights).sum().backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_entropy_is_that_of_the_tempered_distribution(tmp_path, seeded):
+    model = hugging_face("qwen3", tmp_path)
+    ids = torch.randint(0, 61, (9,), generator=seeded)
+    _, entropies = own_logprobs(load_decoder(tmp_path), [ids], 0.7)
+    expected = torch.distributions.Categorical(logits=model(ids[None]).logits[0, :-1] / 0.7).entropy()
+    torch.testing.assert_close(entropies, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_folder_loads_in_transformers_with_equal_logits(family, tmp_path, seeded):
+    hugging_face(family, tmp_path / "base")
+    decoder = load_decoder(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(1.1)
+    export_folder(decoder.state_dict(), base=tmp_path / "base", out=tmp_path / "out")
+    ids = torch.randint(0, 61, (9,), generator=seeded)
+    attention = PackedAttention([9])
+    own = decoder.logits(decoder(ids, attention.positions, attention))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids[None]).logits[0]
+    torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
+
+
+def test_unknown_architecture_names_what_is_supported():
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, qwen2, qwen3"):
+        ModelConfig.from_dict({"model_type": "gpt2"})
+
+
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path):
+    hugging_face("llama", tmp_path)
+    config = (tmp_path / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"missing \['model.layers.2.input_layernorm.weight'"):
+        load_decoder(tmp_path)
