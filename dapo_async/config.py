@@ -1,6 +1,6 @@
 """Every knob of the system: one typed tree, one line each. OmegaConf loads, merges and type-checks; the checks across fields stand below.
 
-Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by `cli.py`; rooms are handed plain values, never this tree.
+Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by `cli.py`; algorithms are handed plain values, never this tree.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of this tree run without OmegaConf
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 
 def knob(default: Any, line: str, *, path: bool = False) -> Any:
@@ -166,6 +167,9 @@ def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with dotted overrides (`learner.lr=1e-4`) on top, checked. Raises ValueError with one clear line."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
@@ -192,6 +196,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, every knob written out; `load` reads it back to an equal one."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -269,13 +275,13 @@ def _cross_rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (
         0 < algorithm.clip_low < 1 and algorithm.clip_high > 0,
-        (
-            f"algorithm.clip_low ({algorithm.clip_low}) must lie in (0, 1), algorithm.clip_high ({algorithm.clip_high}) above 0; DAPO uses 0.2 and 0.28"
-        ),
+        (f"algorithm.clip_low ({algorithm.clip_low}) must lie in (0, 1), algorithm.clip_high ({algorithm.clip_high}) above 0; set 0.2 and 0.28"),
     )
 
 
 def _resolve_paths(tree: DictConfig, folder: Path) -> None:
+    from omegaconf import OmegaConf
+
     for name, _, _, is_path in knobs():
         value = OmegaConf.select(tree, name) if is_path else None
         if isinstance(value, str) and value:

@@ -9,5 +9,19 @@ from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.hf import export_folder, load_decoder, read_weights, save_weights
 from dapo_async.model.logprob import token_logprobs
+from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 
-__all__ = ["Decoder", "ModelConfig", "PackedAttention", "export_folder", "load_decoder", "read_weights", "save_weights", "token_logprobs"]
+__all__ = [
+    "Decoder",
+    "ModelConfig",
+    "PackedAttention",
+    "Snapshot",
+    "checksum",
+    "export_folder",
+    "load_decoder",
+    "read_weights",
+    "save_weights",
+    "score_tokens",
+    "take_snapshot",
+    "token_logprobs",
+]

@@ -1,0 +1,161 @@
+"""One learner rank: whole groups in, one optimizer update per minibatch, sums and counts out.
+
+Called by the learner actor once per step; between two steps the publisher takes snapshots of the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, step_metrics
+from dapo_async.config import Algorithm, Learner
+from dapo_async.learner.batching import Microbatch, rows_of, split_microbatches, split_minibatches
+from dapo_async.learner.optimizer import build_adamw, warmed_up
+from dapo_async.model import Decoder, PackedAttention, token_logprobs
+from dapo_async.types import Group, StepMetrics
+
+
+class LearnerRank:
+    """Owns the decoder being trained and its optimizer. `version` counts finished steps: the weights after step n are version n + 1."""
+
+    def __init__(self, decoder: Decoder, *, algorithm: Algorithm, learner: Learner, seed: int, version: int = 0) -> None:
+        self.decoder, self.version = decoder, version
+        self._algorithm, self._learner, self._seed = algorithm, learner, seed
+        self._optimizer = build_adamw(decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2))
+        self._device = decoder.head_weight.device
+
+    def step(self, groups: Sequence[Group]) -> StepMetrics:
+        """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
+
+        A non-finite loss or gradient skips the rest of the step (`skipped` 1 in the totals) and leaves the weights as they were before that minibatch.
+        """
+        algorithm, learner = self._algorithm, self._learner
+        rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering)
+        minibatches = [
+            split_microbatches(part, learner.microbatch_tokens, device=self._device)
+            for part in split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version))
+        ]
+        recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
+        kept = self._keep_masks(minibatches, recomputed)
+        lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = lr
+        metrics = rollout_metrics(groups, learner_version=self.version)
+        skipped = False
+        for minibatch in minibatches:
+            update, skipped = self._update(minibatch, recomputed, kept)
+            metrics = metrics + update
+            if skipped:
+                break
+        self.version += 1
+        return metrics + StepMetrics(maxima={"lr": lr}, totals={"skipped": float(skipped)})
+
+    def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        attention = PackedAttention(batch.lengths, device=self._device)
+        hidden = self.decoder(batch.token_ids, attention.positions, attention)
+        return token_logprobs(hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures)
+
+    @torch.no_grad()
+    def _recompute(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
+        """Proximal logprobs by an extra forward pass, keyed by the microbatch's identity; empty in the modes that have no use for them."""
+        if self._algorithm.proximal != "recompute" and self._algorithm.second_moment is None:
+            return {}
+        return {id(batch): self._forward(batch)[0] for batch in batches}
+
+    def _keep_masks(self, minibatches: Sequence[Sequence[Microbatch]], recomputed: dict[int, Tensor]) -> dict[int, Tensor]:
+        """M2PO's mask over the whole step, before the first minibatch (law 4); empty when it is off."""
+        if self._algorithm.second_moment is None:
+            return {}
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        keep = second_moment_mask(
+            torch.cat([recomputed[id(batch)] for batch in batches]),
+            behaviour_logprobs=torch.cat([batch.behaviour_logprobs for batch in batches]),
+            advantages=torch.cat([batch.advantages for batch in batches]),
+            mask=torch.cat([batch.mask for batch in batches]),
+            threshold=self._algorithm.second_moment,
+        )
+        parts = keep.split([len(batch.targets) for batch in batches])
+        return {id(batch): part for batch, part in zip(batches, parts, strict=True)}
+
+    def _update(self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor]) -> tuple[StepMetrics, bool]:
+        """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
+        num_tokens = max(1.0, float(sum(int(batch.mask.sum()) for batch in minibatch)))
+        metrics = StepMetrics()
+        total_loss = 0.0
+        for batch in minibatch:
+            logprobs, entropies = self._forward(batch)
+            loss, diagnostics = self._loss(batch, logprobs, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens)
+            loss.backward()
+            total_loss += float(loss.detach())
+            metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies, learner_version=self.version)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self._learner.grad_clip))
+        skipped = not (math.isfinite(norm) and math.isfinite(total_loss))
+        if not skipped:
+            self._optimizer.step()
+            metrics = metrics + StepMetrics(sums={"grad_norm": (norm, 1.0)})
+        self._optimizer.zero_grad(set_to_none=True)
+        return metrics, skipped
+
+    def _loss(
+        self, batch: Microbatch, logprobs: Tensor, recomputed: Tensor | None, keep: Tensor | None, num_tokens: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        algorithm = self._algorithm
+        proximal = proximal_from(
+            algorithm.proximal,
+            current_logprobs=logprobs,
+            behaviour_logprobs=batch.behaviour_logprobs,
+            recomputed_logprobs=recomputed,
+            learner_version=self.version,
+            behaviour_versions=batch.behaviour_versions,
+        )
+        return policy_loss(
+            logprobs,
+            proximal_logprobs=proximal,
+            behaviour_logprobs=batch.behaviour_logprobs,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            objective=algorithm.objective,
+            dual_clip=algorithm.dual_clip,
+            correction=algorithm.correction,
+            correction_level=algorithm.correction_level,
+            correction_cap=algorithm.correction_cap,
+            correction_floor=algorithm.correction_floor,
+            num_tokens=num_tokens,
+            sequence_ids=batch.sequence_ids,
+            keep=keep,
+        )
+
+
+@torch.no_grad()
+def token_metrics(batch: Microbatch, logprobs: Tensor, entropies: Tensor, *, learner_version: int) -> StepMetrics:
+    """Entropy (nats), probability of the chosen tokens and staleness (versions) over the tokens in the loss."""
+    mask, count = batch.mask, float(batch.mask.sum())
+    staleness = (learner_version - batch.behaviour_versions)[mask]
+    sums = {
+        "entropy": (float(entropies[mask].sum()), count),
+        "probability": (float(logprobs[mask].exp().sum()), count),
+        "staleness": (float(staleness.sum()), count),
+    }
+    return StepMetrics(sums=sums, maxima={"staleness_max": float(staleness.max())} if count else {})
+
+
+def rollout_metrics(groups: Sequence[Group], *, learner_version: int) -> StepMetrics:
+    """Per-rollout means: reward, accuracy, response length (tokens), shares truncated and generated under more than one weight version."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    count = float(len(rollouts))
+    sums = {
+        "reward": sum(rollout.reward for rollout in rollouts),
+        "accuracy": sum(rollout.accuracy for rollout in rollouts),
+        "response_tokens": sum(rollout.num_tokens for rollout in rollouts),
+        "truncated": sum(rollout.truncated for rollout in rollouts),
+        "mixed_versions": sum(len(set(rollout.completion.weight_versions.tolist())) > 1 for rollout in rollouts),
+    }
+    oldest = max(learner_version - group.oldest_version for group in groups)
+    totals = {"groups": float(len(groups)), "rollouts": count, "tokens": float(sum(rollout.num_tokens for rollout in rollouts))}
+    return StepMetrics({name: (float(total), count) for name, total in sums.items()}, {"group_staleness_max": float(oldest)}, totals)

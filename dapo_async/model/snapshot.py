@@ -1,0 +1,58 @@
+"""What the learner publishes: one version of the weights, frozen, with a probe that an engine must answer alike (law 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dapo_async.model.attention import PackedAttention
+from dapo_async.model.decoder import Decoder
+from dapo_async.model.logprob import token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Weights that no later step changes. `probe_logprobs [P - 1]` are the learner's for the tokens of `probe_ids [P]` after the first."""
+
+    version: int
+    weights: Mapping[str, Tensor]
+    probe_ids: NDArray[np.int32]
+    probe_logprobs: NDArray[np.float32]
+
+
+@torch.no_grad()
+def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by one fresh forward pass."""
+    device = decoder.head_weight.device
+    ids = torch.as_tensor(token_ids, dtype=torch.long, device=device)
+    attention = PackedAttention([len(ids)], device=device)
+    hidden = decoder(ids, attention.positions, attention)
+    ones = torch.ones(len(ids) - 1, device=device)
+    logprobs, _ = token_logprobs(hidden[:-1], decoder.head_weight, ids[1:], ones)
+    return logprobs.cpu().numpy()
+
+
+@torch.no_grad()
+def take_snapshot(decoder: Decoder, *, version: int, probe_tokens: int) -> Snapshot:
+    """Copies the weights and answers a probe prompt of random tokens that nobody can have seen before."""
+    nonce = np.random.default_rng(secrets.randbits(64))
+    probe_ids = nonce.integers(0, decoder.config.vocab_size, min(probe_tokens, decoder.config.max_positions), dtype=np.int32)
+    weights = {name: tensor.detach().clone() for name, tensor in decoder.state_dict().items()}
+    return Snapshot(version, weights, probe_ids, score_tokens(decoder, probe_ids))
+
+
+def checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: equal exactly when every bit of every weight is."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""Publishing without Ray: real gloo groups on threads, real folders, real decoders; the handshake sees what is wrong."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_async.model import Decoder, ModelConfig, checksum, score_tokens, take_snapshot
+from dapo_async.weights import Announcement, Attestation, Manifest, Publisher, WeightGroup
+from dapo_async.weights.collective import open_store
+from dapo_async.weights.disk import read_version, write_version
+from dapo_async.weights.handshake import Outcome, judge
+from dapo_async.weights.publisher import HandshakeError
+
+TINY = ModelConfig.from_dict(
+    {
+        "model_type": "qwen3", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    }
+)  # fmt: skip
+
+
+def decoder(seed):
+    torch.manual_seed(seed)
+    return Decoder(TINY)
+
+
+def announce(model, version):
+    snapshot = take_snapshot(model, version=version, probe_tokens=8)
+    announcement = Announcement(
+        "first", version, Manifest.of(snapshot.weights), checksum(snapshot.weights), snapshot.probe_ids, snapshot.probe_logprobs
+    )
+    return snapshot, announcement
+
+
+class Learner:
+    """Holds the snapshot and sends it; `sends` lets a test send something else than was announced."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder, self.sends = model, folder, None
+
+    def announce(self, version):
+        self.snapshot, announcement = announce(self.model, version)
+        return announcement
+
+    async def broadcast(self, announcement):
+        self.wire = self.sends or {name: tensor.clone() for name, tensor in self.snapshot.weights.items()}
+
+    async def write(self, announcement):
+        write_version(self.snapshot.weights, self.folder, version=announcement.version)
+        return str(self.folder)
+
+
+class Engine:
+    def __init__(self, learner, seed=99):
+        self.name, self.learner, self.model, self.version, self.quarantined = "rollout-0", learner, decoder(seed), -1, []
+
+    def _load(self, announcement, weights):
+        before, sum_before = score_tokens(self.model, announcement.probe_ids), checksum(self.model.state_dict())
+        self.model.load_state_dict(weights)
+        self.version = announcement.version
+        after = score_tokens(self.model, announcement.probe_ids)
+        return Attestation(self.name, "first", self.version, before, after, sum_before, checksum(self.model.state_dict()))
+
+    async def receive(self, announcement):
+        await asyncio.sleep(0)
+        return self._load(announcement, self.learner.wire)
+
+    async def read(self, announcement, folder):
+        return self._load(announcement, read_version(folder, version=announcement.version))
+
+    async def quarantine(self, on):
+        self.quarantined.append(on)
+
+
+def publish(publisher, announcement):
+    served = []
+
+    async def on_served(version):
+        served.append(version)
+
+    asyncio.run(publisher.publish(announcement, on_served=on_served))
+    return served
+
+
+def publisher_of(learner, engine, transport="broadcast"):
+    return Publisher(learner, [engine], transport=transport, tolerance=1e-3, deadline_s=5)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_published_weights_are_served_and_pass_the_handshake(transport, tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Engine(learner)
+    publisher = publisher_of(learner, engine, transport)
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert publisher.outcomes == {"passed": 1}
+    assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
+
+
+def test_publishing_the_same_weights_again_is_inconclusive_never_passed(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    publisher = publisher_of(learner, Engine(learner, seed=0))
+    publish(publisher, learner.announce(1))
+    assert publisher.outcomes == {"inconclusive": 1}
+
+
+def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Engine(learner)
+    learner.sends = dict(engine.model.state_dict())  # the broken line: the engine gets its own old weights
+    publisher = publisher_of(learner, engine)
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert publisher.outcomes == {"mismatch": 1, "passed": 1}
+    assert engine.quarantined == [True, False]
+    assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
+
+
+def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Engine(learner)
+    wrong = {name: tensor + 1 for name, tensor in engine.model.state_dict().items()}
+    engine._load_right = engine._load
+    engine._load = lambda announcement, weights: engine._load_right(announcement, wrong)
+    publisher = publisher_of(learner, engine)
+    announcement = learner.announce(3)
+    with pytest.raises(HandshakeError, match=f"wrong weights twice.*{checksum(wrong)[:12]}.*{announcement.checksum[:12]}"):
+        publish(publisher, announcement)
+    assert engine.quarantined == [True]
+
+
+def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_can():
+    learner = Learner(decoder(0), None)
+    announcement = learner.announce(4)
+    before = announcement.probe_logprobs + np.float32(0.5)
+    good = Attestation("rollout-0", "first", 4, before, announcement.probe_logprobs)
+    assert judge(announcement, good, tolerance=1e-3).outcome is Outcome.PASSED
+    assert judge(announcement, replace(good, probe_before=good.probe_after), tolerance=1e-3).outcome is Outcome.INCONCLUSIVE
+    assert judge(announcement, replace(good, probe_after=before), tolerance=1e-3).outcome is Outcome.MISMATCH
+    assert judge(announcement, replace(good, probe_after=before * np.nan), tolerance=1e-3).outcome is Outcome.MISMATCH
+    stale = judge(announcement, replace(good, version=3), tolerance=1e-3)
+    assert stale.outcome is Outcome.MISMATCH
+    assert "serves version 3 of first, the learner published version 4 of first" in stale.detail
+    assert judge(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome is Outcome.MISMATCH
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 10**9])
+def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
+    weights = dict(decoder(0).state_dict()) | {"half": torch.arange(5, dtype=torch.bfloat16)}
+    manifest = Manifest.of(weights)
+    assert all(len(bucket) == 1 or sum(spec.num_bytes for spec in bucket) <= bucket_bytes for bucket in manifest.buckets(bucket_bytes))
+    store = open_store("127.0.0.1", timeout_s=20)
+    received = {}
+
+    def engine(rank):
+        address = ("127.0.0.1", store.port)
+        group = WeightGroup.join(address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20)
+        received[rank] = group.receive(manifest, bucket_bytes=bucket_bytes)
+
+    threads = [threading.Thread(target=engine, args=(rank,)) for rank in (1, 2)]
+    for thread in threads:
+        thread.start()
+    sender = WeightGroup(store, rank=0, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20)
+    sender.send(weights, manifest, bucket_bytes=bucket_bytes)
+    for thread in threads:
+        thread.join(20)
+    assert {rank: checksum(got) for rank, got in received.items()} == dict.fromkeys((1, 2), checksum(weights))
+
+
+def test_an_engine_that_never_joins_fails_the_broadcast_within_the_deadline():
+    store = open_store("127.0.0.1", timeout_s=2)
+    with pytest.raises(RuntimeError):
+        WeightGroup(store, rank=0, world_size=2, host="127.0.0.1", device="cpu", timeout_s=2)
+
+
+def test_a_late_engine_is_named_by_the_deadline(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Engine(learner)
+
+    async def never(announcement):
+        await asyncio.sleep(60)
+
+    engine.receive = never
+    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=0.2)
+    with pytest.raises(TimeoutError, match=r"publish of version 7: the learner waited 0.2 s for rollout-0"):
+        publish(publisher, learner.announce(7))
+
+
+def test_only_the_newest_versions_stay_on_disk(tmp_path):
+    for version in range(4):
+        write_version({"w": torch.tensor([float(version)])}, tmp_path, version=version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000002", "version_000003"]
+    assert read_version(tmp_path, version=3)["w"].item() == 3.0
