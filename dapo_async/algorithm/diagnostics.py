@@ -1,0 +1,99 @@
+"""What the loss did, as sums: `policy_loss` fills one dict per microbatch, the learner turns each into a StepMetrics and adds them (law 4).
+
+The key says how an entry adds up:
+
+    num_tokens   the unmasked tokens: the count that everything else is divided by
+    X_tokens     how many of them a rule touched         ->  X_fraction
+    X_sum        a sum over them                         ->  X, the mean
+    X_max        a maximum over them                     ->  X_max
+
+Rules: clip_low, clip_high, dual_clip (the objective's clips); weight_truncated, weight_floored (truncate), weight_rejected (mask); dropped (`keep`).
+Values, with ρ = π_prox/π_beh and u = π_θ/π_prox per token: behaviour_kl_k1 = −log ρ, behaviour_kl_k3 = ρ − 1 − log ρ, behaviour_chi2 = ρ² − 1,
+behaviour_ratio = ρ; current_kl_k1 and current_kl_k3 the same of u; behaviour_weight = w after the correction; loss = the token's loss.
+Estimators: k1 and k3 after Schulman, "Approximating KL Divergence" (2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dapo_async.algorithm.corrections import BehaviourWeight
+from dapo_async.algorithm.ratios import bounded
+from dapo_async.types import StepMetrics
+
+
+@torch.no_grad()
+def loss_diagnostics(
+    token_loss: Tensor,
+    *,
+    drift: Tensor,
+    mismatch: Tensor,
+    corrected: BehaviourWeight,
+    correction: str,
+    clips: Mapping[str, Tensor],
+    live: Tensor,
+    kept: Tensor,
+) -> dict[str, Tensor]:
+    """Sums over the unmasked tokens of one microbatch, in two reductions whatever their number.
+
+    drift = log π_θ/π_prox, mismatch = log π_prox/π_beh; `clips` the bool masks of the objective's rules; every tensor [T], finite where masked.
+    """
+    zero = torch.zeros_like(live)
+    truncates, masks = correction == "truncate", correction == "mask"
+    weight, log_rho, log_u = corrected.weight, bounded(mismatch), bounded(drift)
+    rho, u = log_rho.exp(), log_u.exp()
+    summed = {
+        "num_tokens": live,
+        **{f"{rule}_tokens": clips.get(rule, zero) for rule in ("clip_low", "clip_high", "dual_clip")},
+        "weight_truncated_tokens": corrected.above_cap if truncates else zero,
+        "weight_floored_tokens": corrected.below_floor if truncates else zero,
+        "weight_rejected_tokens": corrected.above_cap | corrected.below_floor if masks else zero,
+        "dropped_tokens": ~kept,
+        "loss_sum": token_loss,
+        "behaviour_kl_k1_sum": -log_rho,
+        "behaviour_kl_k3_sum": rho - 1 - log_rho,
+        "behaviour_chi2_sum": rho.square() - 1,
+        "behaviour_ratio_sum": rho,
+        "behaviour_weight_sum": weight,
+        "behaviour_weight_squared_sum": weight.square(),
+        "current_kl_k1_sum": -log_u,
+        "current_kl_k3_sum": u - 1 - log_u,
+    }
+    largest = {"behaviour_weight_max": weight, "behaviour_log_ratio_max": mismatch.abs(), "current_log_ratio_max": drift.abs()}
+    unmasked = live.to(weight.dtype)
+    sums = (torch.stack([row.to(weight.dtype) for row in summed.values()]) * unmasked).sum(1)
+    # Padded by one 0: the maximum over no token is 0.
+    maxima = torch.nn.functional.pad(torch.stack([*largest.values()]) * unmasked, (0, 1)).amax(1)
+    return dict(zip([*summed, *largest], [*sums.unbind(), *maxima.unbind()], strict=True))
+
+
+def step_metrics(diagnostics: Mapping[str, Tensor]) -> StepMetrics:
+    """The diagnostics of one `policy_loss` as sums and counts, in one transfer from the device; call it after the step, not between microbatches."""
+    values = dict(zip(diagnostics, torch.stack([*diagnostics.values()]).tolist(), strict=True))
+    num_tokens = values.pop("num_tokens")
+    sums, maxima = {}, {}
+    for name, value in values.items():
+        if name.endswith("_max"):
+            maxima[name] = value
+        elif name.endswith("_tokens"):
+            sums[name.removesuffix("_tokens") + "_fraction"] = (value, num_tokens)
+        else:
+            sums[name.removesuffix("_sum")] = (value, num_tokens)
+    return StepMetrics(sums=sums, maxima=maxima, totals={"loss_tokens": num_tokens})
+
+
+def summarise(metrics: StepMetrics) -> dict[str, float]:
+    """`metrics.flat()` and the effective sample sizes, which only the complete sums give.
+
+    ESS = 1 / mean((x / mean x)²) = (mean x)² / mean x², in (0, 1]: `behaviour_ess` of the raw token ratio ρ, `behaviour_weight_ess` of the applied
+    weight w. Left out where it would be 0 / 0.
+    """
+    flat = metrics.flat()
+    second_moments = {
+        "behaviour_ess": ("behaviour_ratio", flat.get("behaviour_chi2", -1.0) + 1.0),
+        "behaviour_weight_ess": ("behaviour_weight", flat.get("behaviour_weight_squared", 0.0)),
+    }
+    return flat | {name: flat[mean] ** 2 / square for name, (mean, square) in second_moments.items() if square > 0}
