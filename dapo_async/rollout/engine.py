@@ -1,0 +1,120 @@
+"""What every engine promises: a group request in, one completion per sibling out, weights swapped while it runs (L2).
+
+Called by `rollout/worker.py`, `evaluate.py` and `weights/`; kept by `ThreadedEngine` (torch) and by the HTTP engines. A call is per group,
+never per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dapo_async.types import Completion
+
+WeightUpdate = Literal["recompute", "keep_kv", "drain"]
+"""What a swap does to running sequences: `recompute` their KV under the new weights, `keep_kv` of the old ones, or `drain`: finish them first."""
+WEIGHT_UPDATES: tuple[str, ...] = get_args(WeightUpdate)
+
+
+class Aborted(Exception):
+    """Raised by `generate` of a group that was taken off the engine before its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of a group are drawn.
+
+    Behaviour logprobs are log-softmax(logits / temperature) over the full vocabulary, whatever `top_p` and `top_k` leave out. Temperature 0
+    is greedy; its logprobs are those at temperature 1. Greedy and truncated sampling are for evaluation only (law 3).
+    """
+
+    max_tokens: int  # response tokens, the stop token included
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    seed: int  # of the run: noise is keyed by (seed, request key, sibling, token)
+    top_p: float = 1.0
+    top_k: int | None = None  # None: off
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must be at least 1; ask for one token or more")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature ({self.temperature}) must be finite and not negative; 1.0 samples from the model, 0 is greedy")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p ({self.top_p}) must lie in (0, 1]; 1.0 turns it off")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k ({self.top_k}) must be at least 1; null turns it off")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """One prompt to be answered `num_siblings` times."""
+
+    key: int  # the admission index: names the group and keys its noise
+    prompt_ids: NDArray[np.int32]  # [P]
+    num_siblings: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What a weight swap did; the two probes let the publisher tell the new weights from the old (law 5)."""
+
+    version: int
+    probe_before: NDArray[np.float32]  # [len(probe) - 1] logprobs of the probe prompt under the weights just before the swap
+    probe_after: NDArray[np.float32]  # the same just after
+    pause_s: float  # how long no slot decoded: probes, copy and recomputation
+    recomputed_tokens: int  # KV entries computed again under the new weights
+
+
+@dataclass(frozen=True, slots=True)
+class SlotUse:
+    """Law 6 in slot-seconds since the engine started: `occupied + no_credit + tail + sync = slots × elapsed_s`."""
+
+    slots: int
+    elapsed_s: float
+    occupied: float
+    no_credit: float  # idle while every slot was idle: nothing had been asked for
+    tail: float  # idle beside an occupied slot
+    sync: float  # all slots, while weights were swapped
+
+
+class Engine(Protocol):
+    """A generator of groups with live weights. All calls may overlap; each is made from an event loop."""
+
+    @property
+    def num_slots(self) -> int:
+        """How many sequences decode at once."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that the next token is sampled from."""
+        ...
+
+    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+        """One completion per sibling. Raises Aborted, ValueError for a request that can never fit, or whatever stopped the engine."""
+        ...
+
+    async def abort(self, keys: Iterable[int]) -> None:
+        """Takes groups off the engine; their `generate` raises Aborted. Unknown keys are ignored: they may just have finished."""
+        ...
+
+    async def update_weights(self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]) -> UpdateReport:
+        """Swaps the weights between two decode steps. Raises ValueError when names or shapes do not fit; nothing is changed then."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The live parameters by Hugging Face name, for checksums; not to be written to."""
+        ...
+
+    def slot_use(self) -> SlotUse: ...
+
+    async def close(self) -> None:
+        """Stops the engine; pending calls fail."""
+        ...

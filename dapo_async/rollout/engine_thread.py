@@ -1,0 +1,232 @@
+"""The torch engine behind the `Engine` protocol: one daemon thread decodes, callers await on their event loops (L2).
+
+Commands queue up and are obeyed between two decode steps; with nothing to decode the thread blocks on the queue. All calls made in one turn of
+an event loop (`asyncio.gather`) reach the engine before the same step: so a wave in lockstep gives the same tokens bit for bit (law 7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dapo_async.clock import StateClock
+from dapo_async.rollout.engine import Aborted, GroupRequest, SlotUse, UpdateReport
+from dapo_async.rollout.slot_meter import SlotMeter
+from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.types import Completion
+
+_CLOSE_TIMEOUT_S = 60.0  # one decode step or one swap at most has to end first
+
+
+@dataclass(frozen=True, slots=True)
+class _Generate:
+    request: GroupRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    weights: Mapping[str, Tensor]
+    version: int
+    probe_ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+_Command = _Generate | _Abort | _Update | _Close
+
+
+class _Waiter:
+    """The future of a command; answered from the thread, it resolves on the loop that awaits it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self.future = loop, loop.create_future()
+
+    def answer(self, result: Any) -> None:
+        self._settle(result, None)
+
+    def fail(self, error: BaseException) -> None:
+        self._settle(None, error)
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        def settle() -> None:
+            if self.future.done():  # cancelled meanwhile
+                return
+            if error is None:
+                self.future.set_result(result)
+            else:
+                self.future.set_exception(error)
+
+        if not self._loop.is_closed():  # else nobody waits any more
+            self._loop.call_soon_threadsafe(settle)
+
+
+class ThreadedEngine:
+    """`Engine` on a `TorchEngine`. The clock is in state `generate`, `wait` (nothing to decode) or `sync` (weights are swapped).
+
+    When the thread dies, every pending and every later call raises its original error: nobody waits for ever (law 8).
+    """
+
+    def __init__(self, core: TorchEngine, clock: StateClock) -> None:
+        """The core belongs to the thread from now on."""
+        self._core, self._clock = core, clock
+        self._meter = SlotMeter(clock, slots=core.num_slots)
+        self._inbox: queue.SimpleQueue[list[tuple[_Command, _Waiter]]] = queue.SimpleQueue()
+        self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
+        self._lock = threading.Lock()  # guards what decides whether the inbox is still read
+        self._error: BaseException | None = None
+        self._generating: dict[int, _Waiter] = {}
+        self._updates: deque[tuple[_Update, _Waiter]] = deque()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_slots(self) -> int:
+        return self._core.num_slots
+
+    @property
+    def version(self) -> int:
+        return self._core.version
+
+    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+        """See `Engine`. A cancelled call takes its group off the engine."""
+        call = self._send(_Generate(request))
+        try:
+            completions: tuple[Completion, ...] = await call
+        except asyncio.CancelledError:
+            self._send(_Abort((request.key,)))
+            raise
+        return completions
+
+    async def abort(self, keys: Iterable[int]) -> None:
+        await self._send(_Abort(tuple(keys)))
+
+    async def update_weights(self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]) -> UpdateReport:
+        """See `Engine`. The tensors must not change until this returns."""
+        report: UpdateReport = await self._send(_Update(weights, version, probe_ids))
+        return report
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._core.weights()
+
+    def slot_use(self) -> SlotUse:
+        return self._meter.read()
+
+    async def close(self) -> None:
+        """Stops the thread. Raises TimeoutError when its last step does not end."""
+        if self._thread.is_alive():
+            self._send(_Close())
+            await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
+            if self._thread.is_alive():
+                raise TimeoutError(f"close waited {_CLOSE_TIMEOUT_S:.0f} s for the engine's decode step to end")
+
+    def _send(self, command: _Command) -> asyncio.Future[Any]:
+        """Queues the command with the others of this turn of the loop."""
+        loop = asyncio.get_running_loop()
+        waiter, turn = _Waiter(loop), self._turns.setdefault(loop, [])
+        if not turn:
+            loop.call_soon(self._end_turn, loop)
+        turn.append((command, waiter))
+        return waiter.future
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        turn = self._turns.pop(loop)
+        with self._lock:
+            if self._error is None:
+                self._inbox.put(turn)
+                return
+        for _, waiter in turn:
+            waiter.fail(self._error)
+
+    def _run(self) -> None:
+        try:
+            while self._serve():
+                pass
+        except BaseException as error:  # noqa: BLE001 (not swallowed: every waiter raises it)
+            self._die(error)
+        else:
+            self._die(RuntimeError("the engine is closed"))
+
+    def _serve(self) -> bool:
+        """One turn of the thread: commands, a swap if one is due, a decode step. False when it is to end."""
+        core = self._core
+        idle = not core.has_work and not self._updates
+        if idle:
+            self._clock.enter("wait")
+            self._meter.spent(running=0)
+        try:
+            turn = self._inbox.get(block=idle)
+        except queue.Empty:
+            turn = []
+        if idle:
+            self._meter.spent(running=0)
+        for command, waiter in turn:
+            if isinstance(command, _Close):
+                waiter.answer(None)
+                return False
+            self._obey(command, waiter)
+        if self._updates:
+            core.draining = core.weight_update == "drain"
+            if not (core.draining and core.num_running):
+                self._swap(*self._updates.popleft())
+        if core.has_work:
+            self._clock.enter("generate")
+            for key, completions in core.step():
+                self._generating.pop(key).answer(completions)
+            self._meter.spent(running=core.num_drawn)
+        return True
+
+    def _obey(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
+        match command:
+            case _Generate(request):
+                try:
+                    self._core.submit(request)
+                except ValueError as error:  # the caller's to fix: the engine goes on
+                    waiter.fail(error)
+                else:
+                    self._generating[request.key] = waiter
+            case _Abort(keys):
+                for key in self._core.abort(keys):
+                    self._generating.pop(key).fail(Aborted(f"group {key} was taken off the engine"))
+                waiter.answer(None)
+            case _Update():
+                self._updates.append((command, waiter))
+
+    def _swap(self, update: _Update, waiter: _Waiter) -> None:
+        self._meter.spent(running=0, syncing=True)
+        with self._clock.during("sync", f"version {update.version}"):
+            try:
+                report = self._core.update_weights(update.weights, version=update.version, probe_ids=update.probe_ids)
+            except ValueError as error:  # the caller's to fix: the engine goes on with the weights it has
+                self._core.draining = False
+                waiter.fail(error)
+            else:
+                waiter.answer(report)
+        self._meter.spent(running=0, syncing=True)
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = error
+        self._clock.enter("wait")
+        self._meter.spent(running=0)
+        waiters = [*self._generating.values(), *(waiter for _, waiter in self._updates)]
+        while not self._inbox.empty():
+            waiters += [waiter for _, waiter in self._inbox.get()]
+        for waiter in waiters:
+            waiter.fail(error)

@@ -1,0 +1,102 @@
+"""Static key/value slots and the attention strategies on them that the torch engine hands to the decoder.
+
+One slot holds one sequence; the engine keeps running slots at the front, so that decoding reads one contiguous view `[:n, :, :longest]` and
+idle slots cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dapo_async.model import ModelConfig, PackedAttention
+
+_ROUND_TOKENS = 16  # key lengths are multiples of this: aligned masks for CUDA's kernels, and fewer shapes
+
+
+class KVCache:
+    """Keys and values of all layers and slots, and which of them each slot may attend to."""
+
+    def __init__(self, config: ModelConfig, *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        padded = -(-max_len // _ROUND_TOKENS) * _ROUND_TOKENS
+        shape = (config.num_layers, 2, num_slots, config.num_kv_heads, padded, config.head_dim)
+        # Zeros, not empty memory: masked entries get weight 0, and 0 · NaN would be NaN.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [(self.kv[layer, 0], self.kv[layer, 1]) for layer in range(config.num_layers)]  # each [S, KV, L, D]
+        self.mask = torch.full((num_slots, padded), float("-inf"), dtype=dtype, device=device)  # added to the scores: 0 where visible
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores `key, value [T, KV, D]` of token t in slot `rows[t]` at `positions[t]`."""
+        keys, values = self.layers[layer]
+        keys[rows, :, positions] = key
+        values[rows, :, positions] = value
+
+    def read(self, row: int, *, length: int) -> Tensor:
+        """A copy of the first `length` entries of a slot: `[layers, 2, KV, length, D]`."""
+        return self.kv[:, :, row, :, :length].clone()
+
+    def fill(self, rows: slice, prefix: Tensor) -> None:
+        """Starts the slots `rows` with the same entries, e.g. those of a prompt: `prefix [layers, 2, KV, P, D]`."""
+        length = prefix.shape[3]
+        self.kv[:, :, rows, :, :length] = prefix[:, :, None]
+        self.mask[rows] = float("-inf")
+        self.mask[rows, :length] = 0.0
+
+    def move(self, source: Tensor, target: Tensor, *, length: int) -> None:
+        """Copies the first `length` entries and the masks of slots `source [k]` to the slots `target [k]`; the two are disjoint."""
+        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
+        self.mask[target] = self.mask[source]
+
+
+class PrefillAttention:
+    """Causal attention within packed sequences that also writes their keys and values to slots."""
+
+    def __init__(self, cache: KVCache, *, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Sequence i has `lengths[i]` tokens and goes to slot `rows[i]`; equally long neighbours share a kernel call."""
+        self._cache = cache
+        device = cache.kv.device
+        self._packed = PackedAttention(lengths, device=device)
+        self.positions = self._packed.positions
+        self._rows = torch.repeat_interleave(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._cache.write(layer, self._rows, self.positions, key, value)
+        return self._packed(layer, query, key, value)
+
+
+class DecodeAttention:
+    """One query token for each of the first slots, over all that these slots hold, itself included."""
+
+    def __init__(self, cache: KVCache, *, positions: Tensor, longest: int) -> None:
+        """`positions [n]` of the new tokens of slots 0 … n − 1; the longest slot holds `longest` entries with its new one."""
+        self._cache = cache
+        self.positions = positions
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._length = -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS
+        cache.mask[self._rows, positions] = 0.0
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache, length = self._cache, self._length
+        cache.write(layer, self._rows, self.positions, key, value)
+        num_rows, num_heads, head_dim = query.shape
+        keys, values = (tensor[:num_rows, :, :length] for tensor in cache.layers[layer])
+        # The query heads that share a key head stand in for query positions: no key is repeated.
+        heads = query.view(num_rows, keys.shape[1], -1, head_dim)
+        mixed = scaled_dot_product_attention(heads, keys, values, attn_mask=cache.mask[:num_rows, None, None, :length])
+        return mixed.reshape(num_rows, num_heads, head_dim)
+
+
+class MixedAttention:
+    """Several strategies side by side in one pass through the decoder: the first tokens belong to the first one, and so on."""
+
+    def __init__(self, parts: Sequence[DecodeAttention | PrefillAttention]) -> None:
+        self._parts = parts
+        self._sizes = [len(part.positions) for part in parts]
+        self.positions = torch.cat([part.positions for part in parts])
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tokens = zip(*(tensor.split(self._sizes) for tensor in (query, key, value)), strict=True)
+        return torch.cat([part(layer, *own) for part, own in zip(self._parts, tokens, strict=True)])

@@ -1,0 +1,220 @@
+"""The torch engine against a naive loop of packed forwards: tokens, logprobs, noise, refills, stops, aborts."""
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_async.model import Decoder, ModelConfig, PackedAttention
+from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
+from dapo_async.rollout.sampling import keyed_uniforms
+from dapo_async.types import FinishReason
+
+FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # tied embeddings or not
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def tiny_decoder(family="qwen2", seed=1, **sizes):
+    torch.manual_seed(seed)
+    decoder = Decoder(ModelConfig.from_dict({**SIZES, **sizes, "model_type": family, "tie_word_embeddings": FAMILIES[family]}))
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return decoder
+
+
+def tiny_engine(family="qwen2", *, num_slots=4, max_len=64, **options):
+    return TorchEngine(tiny_decoder(family), num_slots=num_slots, max_len=max_len, **options)
+
+
+def group(key, prompt, *, siblings=1, max_tokens=6, temperature=1.0, stop=(), seed=0, **truncation):
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation)
+    return GroupRequest(key, np.array(prompt, dtype=np.int32), siblings, sampling)
+
+
+def run(engine, *requests):
+    """All requests to their end: completions per key."""
+    for request in requests:
+        engine.submit(request)
+    finished = {}
+    while engine.has_work:
+        finished.update(engine.step())
+    return finished
+
+
+@torch.no_grad()
+def packed_logprobs(decoder, prompt, response, temperature=1.0):
+    """Full-vocabulary logprobs of each response position, `[T, V]`, by one fresh packed forward."""
+    ids = torch.tensor([*prompt, *response])
+    attention = PackedAttention([len(ids)])
+    logits = decoder.logits(decoder(ids, attention.positions, attention)) / temperature
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1]
+
+
+@torch.no_grad()
+def naive_tokens(decoder, request, sibling):
+    """Each token by a fresh forward over everything before it and a plain inversion of the distribution."""
+    sampling, response = request.sampling, []
+    uniforms = keyed_uniforms(sampling.seed, key=request.key, siblings=torch.tensor([sibling]), num_tokens=sampling.max_tokens)[0]
+    for uniform in uniforms.tolist():
+        probabilities = packed_logprobs(decoder, request.prompt_ids, [*response, 0], sampling.temperature)[-1].double().exp()
+        token, below = 0, float(probabilities[0])
+        while below <= uniform:
+            token += 1
+            below += float(probabilities[token])
+        response.append(token)
+        if token in sampling.stop_token_ids:
+            break
+    return response
+
+
+def chosen(logprobs, completion):
+    return logprobs.gather(-1, torch.from_numpy(completion.token_ids).long()[:, None]).squeeze(-1).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family):
+    engine, decoder = tiny_engine(family, num_slots=3), tiny_decoder(family)
+    requests = [group(7, [5, 6, 7], siblings=3, temperature=0.8), group(8, [1], siblings=2, max_tokens=11), group(9, [9] * 20, max_tokens=3)]
+    finished = run(engine, *requests)
+    for request in requests:
+        for sibling, completion in enumerate(finished[request.key]):
+            assert completion.token_ids.tolist() == naive_tokens(decoder, request, sibling)
+            expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids, request.sampling.temperature)
+            np.testing.assert_allclose(completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0)
+            assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot():
+    engine = tiny_engine(num_slots=3)
+    finished = run(engine, group(0, range(10, 20), siblings=8))
+    assert engine.prefilled_tokens == 10
+    decoder = tiny_decoder()
+    for sibling, completion in enumerate(finished[0]):
+        assert completion.token_ids.tolist() == naive_tokens(decoder, group(0, range(10, 20)), sibling)
+
+
+def test_a_finished_slot_is_refilled_at_the_next_decode_step():
+    engine = tiny_engine(num_slots=2)
+    for key, max_tokens in enumerate((2, 5, 4)):
+        engine.submit(group(key, [3, 4], max_tokens=max_tokens))
+    ends, drawn = {}, []
+    for step in range(1, 7):
+        ends.update(dict.fromkeys(dict(engine.step()), step))
+        drawn.append(engine.num_drawn)
+    # key 0 ends with step 2, key 2 takes its slot in step 3 and ends its four tokens with step 6
+    assert ends == {0: 2, 1: 5, 2: 6}
+    assert drawn == [2, 2, 2, 2, 2, 1]
+
+
+def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order():
+    requests = [group(key, [key + 1, 2, 3], siblings=2, max_tokens=4 + key) for key in range(5)]
+    alone = {request.key: run(tiny_engine(num_slots=1), request)[request.key] for request in requests}
+    crowded = run(tiny_engine(num_slots=7), *reversed(requests))
+    for key, completions in alone.items():
+        for one, other in zip(completions, crowded[key], strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_another_seed_key_or_sibling_draws_other_tokens():
+    one = run(tiny_engine(), group(3, [1, 2], siblings=2, max_tokens=12))[3]
+    other_seed = run(tiny_engine(), group(3, [1, 2], max_tokens=12, seed=1))[3]
+    other_key = run(tiny_engine(), group(4, [1, 2], max_tokens=12))[4]
+    texts = {tuple(completion.token_ids.tolist()) for completion in (*one, *other_seed, *other_key)}
+    assert len(texts) == 4
+
+
+def test_the_same_calls_between_the_same_steps_repeat_bit_for_bit_on_a_used_engine():
+    requests = [group(key, range(1, 4 + key), siblings=3, max_tokens=5 + key) for key in range(4)]
+    engine = tiny_engine(num_slots=5)
+    run(engine, *(group(100 + key, [7] * 30, siblings=2, max_tokens=20) for key in range(3)))
+    again, first = run(engine, *requests), run(tiny_engine(num_slots=5), *requests)
+    for key in first:
+        for one, other in zip(first[key], again[key], strict=True):
+            assert one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()
+
+
+def test_a_stop_token_ends_its_response_and_is_kept():
+    free = run(tiny_engine(), group(0, [5, 6], max_tokens=30))[0][0].token_ids.tolist()
+    stop = free[4]
+    completion = run(tiny_engine(), group(0, [5, 6], max_tokens=30, stop=(60, stop)), group(1, [5, 6], max_tokens=3))[0][0]
+    assert completion.token_ids.tolist() == free[: free.index(stop) + 1]
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone():
+    engine = tiny_engine(num_slots=4)
+    requests = [group(0, [1, 2], siblings=3, max_tokens=9), group(1, [3], siblings=3, max_tokens=9), group(2, [4], max_tokens=9)]
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    assert engine.abort([0, 99]) == [0]
+    assert engine.num_running == 1
+    finished = run(engine)
+    assert sorted(finished) == [1, 2]
+    for request in requests[1:]:
+        for sibling, completion in enumerate(finished[request.key]):
+            assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), request, sibling)
+    assert run(engine, requests[0])[0][2].token_ids.tolist() == naive_tokens(tiny_decoder(), requests[0], 2)
+
+
+def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_one():
+    completion = run(tiny_engine(), group(0, [5, 6], temperature=0.0), group(1, [5, 6], temperature=0.5))[0][0]
+    expected = packed_logprobs(tiny_decoder(), [5, 6], completion.token_ids)
+    assert completion.token_ids.tolist() == expected.argmax(-1).tolist()
+    np.testing.assert_allclose(completion.behaviour_logprobs, expected.max(-1).values.numpy(), atol=1e-5, rtol=0)
+
+
+def test_truncated_sampling_draws_from_the_few_but_reports_the_full_distribution():
+    plain = group(1, [5, 6], siblings=4, max_tokens=8)
+    finished = run(tiny_engine(num_slots=8), group(0, [5, 6], siblings=4, max_tokens=8, top_k=2), plain)
+    for completion in finished[0]:
+        expected = packed_logprobs(tiny_decoder(), [5, 6], completion.token_ids)
+        rank = (expected > torch.from_numpy(chosen(expected, completion))[:, None]).sum(-1)
+        assert rank.max() <= 1
+        np.testing.assert_allclose(completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0)
+    for sibling, completion in enumerate(finished[1]):
+        assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), plain, sibling)
+
+
+def test_logits_that_are_not_finite_name_the_group():
+    engine = tiny_engine()
+    engine.weights()["model.embed_tokens.weight"][13] = float("nan")
+    engine.weights()["model.norm.weight"][0] = float("nan")
+    engine.submit(group(42, [13]))
+    with pytest.raises(RuntimeError, match=r"not finite for the groups \[42\]"):
+        engine.step()
+
+
+def test_a_request_that_can_never_fit_is_refused_with_its_remedy():
+    engine = tiny_engine(max_len=16)
+    with pytest.raises(ValueError, match=r"prompt \(10\) \+ max_tokens \(7\) must not exceed the engine's max_len \(16\)"):
+        engine.submit(group(0, range(10), max_tokens=7))
+    with pytest.raises(ValueError, match="outside the model's vocabulary of 61"):
+        engine.submit(group(0, [61]))
+    with pytest.raises(ValueError, match="0 prompt tokens"):
+        engine.submit(group(0, []))
+    engine.submit(group(0, range(10)))
+    with pytest.raises(ValueError, match="already on the engine"):
+        engine.submit(group(0, [1]))
+
+
+def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
+    monkeypatch.setattr("dapo_async.rollout.torch_engine.PASS_TOKENS", 12)
+    engine = tiny_engine()
+    requests = [group(key, [key + 1] * 8) for key in range(3)]
+    finished = run(engine, *requests)
+    for request in requests:
+        assert finished[request.key][0].token_ids.tolist() == naive_tokens(tiny_decoder(), request, 0)

@@ -1,0 +1,135 @@
+"""The engine's thread: awaiting callers, swaps on the way, a crash that everybody hears of, and slot use that adds up."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from test_torch_engine import group, naive_tokens, run, tiny_decoder, tiny_engine
+
+from dapo_async.clock import StateClock
+from dapo_async.rollout import Aborted, ThreadedEngine
+
+PROBE = np.arange(1, 6, dtype=np.int32)
+
+
+def threaded(**options):
+    clock = StateClock("engine")
+    return ThreadedEngine(tiny_engine(**options), clock), clock
+
+
+async def until(condition, timeout_s=10.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_told_apart():
+    async def main():
+        engine, clock = threaded()
+        await until(lambda: clock.state == "wait")
+        requests = [group(key, [key + 1, 2], siblings=3, max_tokens=9) for key in range(4)]
+        answers = await asyncio.gather(*(engine.generate(request) for request in requests))
+        report = await engine.update_weights(tiny_decoder(seed=2).state_dict(), version=1, probe_ids=PROBE)
+        assert (report.version, engine.version) == (1, 1)
+        await engine.generate(requests[0])
+        await until(lambda: clock.state == "wait")
+        await engine.close()
+        return requests, answers, [span.state for span in clock.take_spans()]
+
+    requests, answers, states = asyncio.run(main())
+    expected = run(tiny_engine(), *requests)
+    for request, completions in zip(requests, answers, strict=True):
+        for one, other in zip(completions, expected[request.key], strict=True):
+            assert one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()  # one gather is one wave: bit for bit
+    without_waits = [state for state in states if state not in ("start", "wait")]
+    assert without_waits == ["generate", "sync", "generate"]
+
+
+def test_a_crash_reaches_pending_and_later_calls_with_its_original_error():
+    async def main():
+        engine, _ = threaded(num_slots=1)
+        engine.weights()["model.norm.weight"][0] = float("nan")
+        pending = [engine.generate(group(key, [1, 2])) for key in range(2)]
+        errors = await asyncio.gather(*pending, return_exceptions=True)
+        with pytest.raises(RuntimeError, match=r"not finite for the groups \[0\]"):
+            await engine.generate(group(5, [1]))
+        with pytest.raises(RuntimeError, match="not finite"):
+            await engine.update_weights({}, version=1, probe_ids=PROBE)
+        await engine.close()
+        return errors
+
+    errors = asyncio.run(main())
+    assert [type(error) for error in errors] == [RuntimeError, RuntimeError]
+    assert all("not finite for the groups [0]" in str(error) for error in errors)
+
+
+def test_an_aborted_and_a_cancelled_group_leave_the_engine():
+    async def main():
+        engine, clock = threaded(max_len=120)
+        tasks = [asyncio.create_task(engine.generate(group(key, [1, 2], siblings=2, max_tokens=100))) for key in range(3)]
+        await until(lambda: clock.state == "generate")
+        await engine.abort([0, 77])
+        with pytest.raises(Aborted, match="group 0"):
+            await tasks[0]
+        tasks[1].cancel()
+        completions = await tasks[2]
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[1]
+        await engine.generate(group(1, [1, 2], max_tokens=1))  # the cancelled key is free again
+        await engine.close()
+        return completions
+
+    completions = asyncio.run(main())
+    request = group(2, [1, 2], max_tokens=100)
+    assert completions[1].token_ids.tolist() == naive_tokens(tiny_decoder(), request, 1)
+
+
+def test_a_request_or_an_update_that_does_not_fit_is_the_callers_error_and_the_engine_goes_on():
+    async def main():
+        engine, _ = threaded(max_len=16, weight_update="drain")
+        with pytest.raises(ValueError, match="max_len"):
+            await engine.generate(group(0, range(16)))
+        with pytest.raises(ValueError, match="do not fit the engine's model"):
+            await engine.update_weights({}, version=1, probe_ids=PROBE)
+        assert len(await engine.generate(group(0, [1]))) == 1
+        assert engine.version == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_close_fails_what_is_pending_and_ends_the_thread():
+    async def main():
+        engine, clock = threaded(max_len=120)
+        task = asyncio.create_task(engine.generate(group(0, [1], max_tokens=100)))
+        await until(lambda: clock.state == "generate")
+        await engine.close()
+        await engine.close()
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            await task
+
+    asyncio.run(main())
+    assert not any(thread.name == "engine" for thread in threading.enumerate())
+
+
+def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart():
+    async def main():
+        engine, _ = threaded(num_slots=4, max_len=120)
+        await asyncio.sleep(0.05)
+        before = engine.slot_use()
+        running = asyncio.create_task(engine.generate(group(0, [1], siblings=3, max_tokens=100)))
+        await asyncio.sleep(0)
+        await engine.update_weights(tiny_decoder(seed=2).state_dict(), version=1, probe_ids=PROBE)
+        await running
+        after = engine.slot_use()
+        await engine.close()
+        return before, after
+
+    before, after = asyncio.run(main())
+    assert before.occupied == before.tail == before.sync == 0
+    assert before.no_credit >= 4 * 0.05
+    assert after.occupied == pytest.approx(3 * after.tail)  # three of four slots, always together
+    assert after.sync > 0
+    for use in (before, after):
+        assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(4 * use.elapsed_s, rel=1e-6)
