@@ -1,0 +1,31 @@
+"""The replay room: who may generate, which groups are kept, and when the learner may take them. Pure state machines without a clock.
+
+credits.py     law 1: how many groups may be out, and which deadlines a take must leave room for
+ledger.py      law 2: every admitted group ends exactly once, and the counts add up at every instant
+filters.py     dynamic sampling: keep a group or say why not
+patience.py    nothing but rejects: the task is solved, or the run is stuck
+acceptance.py  what was offered, kept and rejected per step
+buffer.py      `ReplayBuffer` joins them; the replay actor drives it
+explain.py     one line on who waits for whom
+"""
+
+from dapo_async.replay.acceptance import StepAcceptance
+from dapo_async.replay.buffer import ReplayBuffer
+from dapo_async.replay.filters import Filter, dynamic_sampling, has_tokens
+from dapo_async.replay.ledger import Counts, Ending
+from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
+from dapo_async.replay.patience import Verdict
+
+__all__ = [
+    "Counts",
+    "Ending",
+    "Filter",
+    "OfferOutcome",
+    "OfferResult",
+    "Refusal",
+    "ReplayBuffer",
+    "StepAcceptance",
+    "Verdict",
+    "dynamic_sampling",
+    "has_tokens",
+]

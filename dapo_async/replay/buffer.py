@@ -1,0 +1,298 @@
+"""The replay buffer: admissions and scored groups arrive from rollout workers, train batches leave to the learner. The replay actor drives it.
+
+    admit ──▶ generating ──offer──▶ buffered ──take──▶ taken ──trained | skipped──▶ awaiting ──release──▶ credit free
+                  │                    │
+                  ├─ rejected, failed  └─ evicted          these give the credit back at once
+                  └─ evicted
+
+`serve(v)` tells which weights every serving engine has. It comes before the `release` of the batch that made v: a group that is admitted with the
+returned credit must not count as started under older weights (credits.py proves from this that a healthy run evicts nothing and never blocks).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dapo_async.replay.acceptance import AcceptanceLog, StepAcceptance
+from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
+from dapo_async.replay.explain import WaitFacts, explain
+from dapo_async.replay.filters import Filter, first_reason
+from dapo_async.replay.ledger import Counts, Ending, Ledger
+from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
+from dapo_async.replay.patience import Patience, Verdict
+from dapo_async.replay.states import Buffered, Generating
+from dapo_async.types import Group, RejectReason, TrainBatch
+
+
+class ReplayBuffer:
+    """Law 1 and law 2 in one machine; see the module's diagram. Methods assert their caller's order and raise nothing else."""
+
+    def __init__(
+        self,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        num_steps: int,
+        filters: Sequence[Filter],
+        patience: int,
+        incarnation: str,
+        first_step: int = 0,
+    ) -> None:
+        assert groups_per_step > 0, groups_per_step
+        assert max_staleness >= 0, max_staleness
+        assert 0 <= first_step <= num_steps, (first_step, num_steps)
+        self.groups_per_step, self.max_staleness, self.num_steps, self.incarnation = groups_per_step, max_staleness, num_steps, incarnation
+        self.next_step = first_step
+        self.served_version: int | None = None  # oldest version among the serving engines; None before the first publish: nobody may start
+        self.learner_version = 0  # the latest that asked for a batch
+        self.closed = False
+        self.acceptance: StepAcceptance | None = None  # of the step taken last
+        self._filters = tuple(filters)
+        self._credits = Credits((max_staleness + 1) * groups_per_step)
+        self._ledger = Ledger()
+        self._patience = Patience(patience)
+        self._log = AcceptanceLog(count_waves=max_staleness == 0)
+        self.failures: Counter[str] = Counter()  # failed groups by what their worker said
+        self._generating: dict[int, Generating] = {}
+        self._buffered: dict[int, Buffered] = {}
+        self._taken: dict[int, int] = {}  # admission index → learner version of its take
+        self._awaiting: dict[int, int] = {}  # admission index → version that every engine has to serve before the credit returns
+        self._evicted_since_take: list[int] = []
+        self._suspect = False  # a deadline came nearer: the only way to an overload, see credits.py
+
+    # What is known.
+
+    @property
+    def steps_left(self) -> int:
+        return self.num_steps - self.next_step
+
+    @property
+    def num_generating(self) -> int:
+        return len(self._generating)
+
+    @property
+    def num_buffered(self) -> int:
+        return len(self._buffered)
+
+    @property
+    def credits_held(self) -> int:
+        return self._credits.held
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Set for good after `patience` consecutive rejects: solved or stuck. Admission has stopped."""
+        return self._patience.verdict
+
+    @property
+    def counts(self) -> Counts:
+        return self._ledger.counts
+
+    def check(self) -> None:
+        """Asserts conservation and that no credit leaked: constant time, called at every instant one likes."""
+        counts = self.counts
+        counts.check()
+        in_flight = len(self._generating) + len(self._buffered) + len(self._taken)
+        assert counts.in_flight == in_flight, f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
+        held = in_flight + len(self._awaiting)
+        assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
+
+    # From the workers.
+
+    def admissible(self) -> int:
+        """Groups that may start now: free credits, but never more outstanding groups than the remaining steps will take."""
+        if self.closed or self.verdict is not None or self.served_version is None:
+            return 0
+        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered
+        return max(0, min(self._credits.free, wanted))
+
+    def admit(self, worker: str) -> int:
+        """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better."""
+        assert self.admissible() > 0, f"{worker} was admitted without a free credit"
+        assert self.served_version is not None
+        index = self._ledger.admit()
+        self._credits.spend(index)
+        self._generating[index] = Generating(worker, self.served_version + self.max_staleness)
+        self._log.admit()
+        return index
+
+    def offer(self, group: Group, payload: Any) -> OfferResult:
+        """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
+        refusal = self._refusal(group)
+        if refusal is not None:
+            self._log.refuse()
+            return OfferResult(OfferOutcome.REFUSED, refusal)
+        index, oldest_version = group.admission_index, group.oldest_version
+        deadline = oldest_version + self.max_staleness
+        if deadline < self.learner_version:
+            self._evict(index)
+            return OfferResult(OfferOutcome.EVICTED)
+        reason = first_reason(group, self._filters)
+        started = self._generating.pop(index)
+        self._suspect |= deadline < started.deadline
+        if reason is not None:
+            self._end(index, reason)
+            self._log.reject(reason)
+            self._patience.reject(reason)
+            return OfferResult(OfferOutcome.REJECTED, reason)
+        self._buffered[index] = Buffered(started.worker, deadline, oldest_version, group.num_tokens, payload)
+        self._log.accept()
+        self._patience.accept()
+        return OfferResult(OfferOutcome.ACCEPTED)
+
+    def fail(self, index: int, *, why: str) -> bool:
+        """Gives up a generating group; False when it had ended already (a late report)."""
+        if self._generating.pop(index, None) is None:
+            return False
+        self._end(index, Ending.FAILED)
+        self.failures[why] += 1
+        return True
+
+    def lose_worker(self, worker: str) -> tuple[int, ...]:
+        """Fails what `worker` was generating; what it had offered stays. Returns the failed admission indices."""
+        lost = tuple(index for index, started in self._generating.items() if started.worker == worker)
+        for index in lost:
+            self.fail(index, why=f"lost {worker}")
+        return lost
+
+    # From the learner and the publisher.
+
+    def serve(self, version: int) -> None:
+        """Every serving engine attested `version` or newer."""
+        assert self.served_version is None or version >= self.served_version, f"served version went from {self.served_version} to {version}"
+        self.served_version = version
+
+    def evict_doomed(self, learner_version: int) -> dict[int, str]:
+        """Evicts the fewest groups without which all other deadlines can be kept; returns admission index → worker, for aborts.
+
+        Call it before every `take`, which does the same but returns nothing while it waits. Empty in a healthy run: it takes an engine that
+        attests older versions than it had claimed to serve.
+        """
+        assert learner_version >= self.learner_version, f"learner version went from {self.learner_version} to {learner_version}"
+        if learner_version == self.learner_version and not self._suspect:
+            return {}
+        self.learner_version, self._suspect = learner_version, False
+        lost = doomed(self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step)
+        return {index: self._evict(index) for index in lost}
+
+    def take(self, learner_version: int) -> TrainBatch | None:
+        """The finished groups with the earliest deadlines; None: wait, for more groups or for a straggler whose deadline would be lost.
+
+        The batch is ordered by admission index. `TrainBatch.evicted` are all evictions since the take before.
+        """
+        assert not self.closed, "take after close"
+        assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
+        self.evict_doomed(learner_version)
+        picked = self._pick()
+        if len(picked) < self.groups_per_step or self._overload_after(picked, learner_version) is not None:
+            return None
+        indices = tuple(sorted(picked))
+        groups = [self._buffered.pop(index) for index in indices]
+        oldest_versions = tuple(group.oldest_version for group in groups)
+        assert min(oldest_versions) >= learner_version - self.max_staleness, f"staleness law broken at {learner_version}: {oldest_versions}"
+        self._taken.update(dict.fromkeys(indices, learner_version))
+        self.next_step += 1
+        self.acceptance = self._log.close_step()
+        evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
+        return TrainBatch(
+            learner_version=learner_version,
+            admission_indices=indices,
+            oldest_versions=oldest_versions,
+            num_tokens=tuple(group.num_tokens for group in groups),
+            references=tuple(group.payload for group in groups),
+            evicted=evicted,
+        )
+
+    def trained(self, indices: Iterable[int]) -> None:
+        """The step of these groups is done; their credits wait for `release`."""
+        self._finish_step(indices, Ending.TRAINED)
+
+    def skipped(self, indices: Iterable[int]) -> None:
+        """The step of these groups was non-finite. If it made a version all the same, their credits wait until that is served."""
+        self._finish_step(indices, Ending.SKIPPED)
+
+    def release(self, indices: Iterable[int]) -> None:
+        """Every serving engine has the weights that these groups trained: their credits return. After `serve`, also after `close`."""
+        for index in indices:
+            version = self._awaiting.pop(index, None)
+            assert version is not None, f"admission {index} waits for no weights"
+            served = self.served_version is not None and self.served_version >= version
+            assert served, f"admission {index} waits for version {version}, but {self.served_version} is served"
+            self._credits.give_back(index)
+
+    def close(self) -> Counts:
+        """The run ends: all that is in flight ends unused, later offers are refused."""
+        for room in (self._generating, self._buffered, self._taken):
+            for index in tuple(room):
+                del room[index]
+                self._end(index, Ending.UNUSED)
+        self.closed = True
+        return self.counts
+
+    def explain_wait(self, learner_version: int) -> str:
+        """One line for a passed deadline: who waits for whom."""
+        return explain(
+            WaitFacts(
+                learner_version=learner_version,
+                served_version=self.served_version,
+                groups_per_step=self.groups_per_step,
+                finished=self.num_buffered,
+                generating=self._generating,
+                in_training=len(self._taken),
+                unpublished=len(self._awaiting),
+                admissible=self.admissible(),
+                credits_free=self._credits.free,
+                overload=self._overload_after(self._pick(), learner_version),
+                acceptance=self._log.step,
+                evicted=len(self._evicted_since_take),
+                failures=self.failures,
+                verdict=self.verdict,
+                closed=self.closed,
+            )
+        )
+
+    # Inside.
+
+    def _refusal(self, group: Group) -> Refusal | None:
+        if self.closed:
+            return Refusal.CLOSED
+        if group.incarnation != self.incarnation:
+            return Refusal.FOREIGN_INCARNATION
+        if group.admission_index in self._generating:
+            return None
+        return Refusal.ENDED if self._ledger.knows(group.admission_index) else Refusal.UNKNOWN
+
+    def _outstanding(self) -> Iterable[Outstanding]:
+        for index, started in self._generating.items():
+            yield Outstanding(started.deadline, index, generating=True)
+        for index, group in self._buffered.items():
+            yield Outstanding(group.deadline, index, generating=False)
+
+    def _pick(self) -> frozenset[int]:
+        finished = (group for group in self._outstanding() if not group.generating)
+        return frozenset(group.admission for group in heapq.nsmallest(self.groups_per_step, finished))
+
+    def _overload_after(self, picked: frozenset[int], learner_version: int) -> int | None:
+        """The first deadline that would be lost if `picked` were taken at `learner_version`."""
+        rest = (group.deadline for group in self._outstanding() if group.admission not in picked)
+        return first_overload(rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step)
+
+    def _evict(self, index: int) -> str:
+        worker = (self._generating.pop(index, None) or self._buffered.pop(index)).worker
+        self._end(index, Ending.EVICTED)
+        self._evicted_since_take.append(index)
+        return worker
+
+    def _finish_step(self, indices: Iterable[int], ending: Ending) -> None:
+        for index in indices:
+            assert index in self._taken, f"admission {index} is not in a step and can't end as {ending.value}"
+            taken_at = self._taken.pop(index)
+            self._awaiting[index] = taken_at + 1 if ending is Ending.TRAINED else taken_at
+            self._ledger.end(index, ending)
+
+    def _end(self, index: int, ending: Ending | RejectReason) -> None:
+        """An ending that trained nothing: the credit returns at once."""
+        self._ledger.end(index, ending)
+        self._credits.give_back(index)

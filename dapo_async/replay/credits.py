@@ -1,0 +1,88 @@
+"""Law 1, staleness: credits bound how many groups are out; a take must leave every outstanding deadline reachable. Called by the buffer.
+
+With n groups per step and a bound of S versions there are (S + 1)·n credits. A group that starts when every engine serves at least version s
+has no token older than s, so its deadline is s + S: the last learner version that may take it.
+
+**Why a healthy run evicts nothing.** Say the learner stands before the take at version t ≥ s. The batches that make versions s + 1 … t are not
+served yet, so (t − s)·n credits are with them, and at most (S + 1 − (t − s))·n groups are outstanding (generating or finished, not taken). This
+is what the takes at t … s + S can carry. So at the last admission with deadline d, and until the next take, no more than (d − t + 1)·n
+outstanding groups have a deadline of d or earlier; a take at t is allowed only if it leaves at most (d − t)·n of them, which is the same statement
+for t + 1. Hence it holds for every d for ever, and for d = t − 1 it says that no deadline is missed. Groups that end early, and engines that are
+ahead of the version that all serve, only help.
+
+**Why a take never blocks for good.** When nothing generates any more and n groups are finished, the n earliest deadlines leave
+max(0, N(d) − n) ≤ (d − t)·n for every d: the take is allowed. When fewer than n are finished, publishing ends, its credits return, at most n − 1
+of at least n credits are held, and admission goes on. At S = 0 this is the whole story: n groups start at version t and are the batch at t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Credits:
+    """`total` rights to have a group out; each is held by one admission index."""
+
+    def __init__(self, total: int) -> None:
+        assert total > 0, total
+        self.total = total
+        self._holders: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return self.total - len(self._holders)
+
+    @property
+    def held(self) -> int:
+        return len(self._holders)
+
+    def spend(self, index: int) -> None:
+        assert self.free > 0, f"admission {index}: all {self.total} credits are held"
+        assert index not in self._holders, f"admission {index} holds a credit already"
+        self._holders.add(index)
+
+    def give_back(self, index: int) -> None:
+        assert index in self._holders, f"admission {index} holds no credit"
+        self._holders.remove(index)
+
+
+class Outstanding(NamedTuple):
+    """A group that is generating or finished and not yet taken, in the order of takes: earliest deadline, then earliest admission."""
+
+    deadline: int  # last learner version that may take it
+    admission: int  # its index
+    generating: bool
+
+
+def first_overload(deadlines: Iterable[int], *, next_version: int, groups_per_step: int) -> int | None:
+    """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … can't keep; None when all can be kept.
+
+    Unit jobs and one machine of capacity n per version: earliest deadline first keeps all iff for every d at most
+    max(0, d − next_version + 1)·n deadlines are ≤ d (Jackson 1955).
+    """
+    for count, deadline in enumerate(sorted(deadlines), start=1):
+        if count > _capacity(deadline, next_version=next_version, groups_per_step=groups_per_step):
+            return deadline
+    return None
+
+
+def doomed(groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int) -> tuple[int, ...]:
+    """The fewest admissions to give up so that all others can be taken in time; none in a healthy run.
+
+    In order of deadlines, each overload gives up one group (Moore 1968, unit jobs): one that is still generating before a finished one, the
+    latest admitted first, so that the least work is lost.
+    """
+    kept: list[Outstanding] = []
+    lost: list[int] = []
+    for group in sorted(groups):
+        kept.append(group)
+        if len(kept) > _capacity(group.deadline, next_version=next_version, groups_per_step=groups_per_step):
+            victim = max(kept, key=lambda candidate: (candidate.generating, candidate.admission))
+            kept.remove(victim)
+            lost.append(victim.admission)
+    return tuple(sorted(lost))
+
+
+def _capacity(deadline: int, *, next_version: int, groups_per_step: int) -> int:
+    return max(0, deadline - next_version + 1) * groups_per_step

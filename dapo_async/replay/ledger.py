@@ -1,0 +1,86 @@
+"""Law 2, conservation: every admitted group ends exactly once. Admissions and endings arrive from the buffer, counts leave for the summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dapo_async.types import RejectReason
+
+
+class Ending(StrEnum):
+    """How an admitted group ends, besides being rejected for a `RejectReason`."""
+
+    TRAINED = "trained"
+    EVICTED = "evicted"  # its deadline could not be kept: a fault
+    FAILED = "failed"  # its worker or engine failed
+    SKIPPED = "skipped"  # its step was non-finite and changed nothing
+    UNUSED = "unused"  # the run ended first
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The ledger at one instant: `admitted` equals the sum of everything else."""
+
+    admitted: int
+    trained: int = 0
+    evicted: int = 0
+    failed: int = 0
+    skipped: int = 0
+    unused: int = 0
+    in_flight: int = 0  # generating, buffered or in the learner's hands
+    rejected: Mapping[RejectReason, int] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> int:
+        return self.trained + self.evicted + self.failed + self.skipped + self.unused + sum(self.rejected.values())
+
+    def check(self) -> None:
+        assert self.admitted == self.ended + self.in_flight, f"conservation law broken: {self}"
+
+    def flat(self) -> dict[str, int]:
+        """One number per name, as in the summary's `groups`: `trained`, `rejected.all_correct`, …; every reason is present."""
+        named = {ending.value: getattr(self, ending.value) for ending in Ending}
+        reasons = {f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason}
+        return {"admitted": self.admitted, **named, **reasons, "in_flight": self.in_flight}
+
+
+class Ledger:
+    """Numbers admissions 0, 1, 2, … and books one ending for each.
+
+    It remembers only the open ones: an index below `admitted` that is not open has ended.
+    """
+
+    def __init__(self) -> None:
+        self.admitted = 0
+        self._open: set[int] = set()
+        self._ended: Counter[Ending | RejectReason] = Counter()
+
+    def admit(self) -> int:
+        index = self.admitted
+        self.admitted += 1
+        self._open.add(index)
+        return index
+
+    def end(self, index: int, ending: Ending | RejectReason) -> None:
+        assert index in self._open, f"admission {index} is not open and can't end as {ending.value}"
+        self._open.remove(index)
+        self._ended[ending] += 1
+
+    def knows(self, index: int) -> bool:
+        return 0 <= index < self.admitted
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            admitted=self.admitted,
+            trained=self._ended[Ending.TRAINED],
+            evicted=self._ended[Ending.EVICTED],
+            failed=self._ended[Ending.FAILED],
+            skipped=self._ended[Ending.SKIPPED],
+            unused=self._ended[Ending.UNUSED],
+            in_flight=len(self._open),
+            rejected={reason: self._ended[reason] for reason in RejectReason if self._ended[reason]},
+        )

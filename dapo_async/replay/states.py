@@ -1,0 +1,21 @@
+"""The two states in which a group is outstanding: the buffer keeps one of these per admission index until the group is taken or ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Generating:
+    worker: str
+    deadline: int  # version served at admission + max_staleness: the attested one can only be later, unless an engine is at fault
+
+
+@dataclass(frozen=True, slots=True)
+class Buffered:
+    worker: str
+    deadline: int  # oldest_version + max_staleness
+    oldest_version: int  # as its engine attested, per token
+    num_tokens: int  # prompt and response tokens of all siblings
+    payload: Any  # opaque: what the train batch refers to

@@ -1,0 +1,84 @@
+"""Buffers, ledgers and publishers that break one law by one line each: the replay tests show that they are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from replay_world import World
+
+from dapo_async.replay import Ending, ReplayBuffer
+from dapo_async.replay.ledger import Ledger
+from dapo_async.types import RejectReason
+
+
+class DropsARelease(ReplayBuffer):
+    def release(self, indices: Iterable[int]) -> None:
+        pass
+
+
+class LosesTheCreditOfARejectedGroup(ReplayBuffer):
+    def _end(self, index: int, ending: Ending | RejectReason) -> None:
+        self._ledger.end(index, ending)
+
+
+class TakesWithoutLeavingRoomForStragglers(ReplayBuffer):
+    def _overload_after(self, picked: frozenset[int], learner_version: int) -> None:
+        return None
+
+
+class TakesInOrderOfCompletion(ReplayBuffer):
+    def _pick(self) -> frozenset[int]:
+        return frozenset(list(self._buffered)[: self.groups_per_step])
+
+    def _overload_after(self, picked: frozenset[int], learner_version: int) -> None:
+        return None
+
+    def evict_doomed(self, learner_version: int) -> dict[int, str]:
+        return {}
+
+
+class AdmitsPastTheEnd(ReplayBuffer):
+    def admissible(self) -> int:
+        return self._credits.free
+
+
+class EndsTwice(Ledger):
+    def end(self, index: int, ending: Ending | RejectReason) -> None:
+        super().end(index, ending)
+        self._ended[ending] += ending is Ending.TRAINED
+
+
+class ForgetsAnEnding(Ledger):
+    def end(self, index: int, ending: Ending | RejectReason) -> None:
+        self._open.remove(index)
+
+
+class ForgetsToCloseAnAdmission(Ledger):
+    def end(self, index: int, ending: Ending | RejectReason) -> None:
+        self._ended[ending] += 1
+
+
+def with_ledger(kind: type[Ledger]) -> type[ReplayBuffer]:
+    class Sabotaged(ReplayBuffer):
+        def __init__(self, **knobs: Any) -> None:
+            super().__init__(**knobs)
+            self._ledger = kind()
+
+    return Sabotaged
+
+
+class SkipsAPublish(World):
+    """The second version never reaches the engines, but replay hears that it did."""
+
+    def finish_publish(self) -> None:
+        before = dict(self.engine_versions)
+        super().finish_publish()
+        if self.version == 2:
+            self.engine_versions = before
+
+
+class ReleasesBeforeServing(World):
+    def finish_publish(self) -> None:
+        assert self.publishing is not None
+        self.buffer.release(self.publishing.admission_indices)

@@ -1,0 +1,188 @@
+"""A world around the replay buffer for its tests: engines, a learner and a publisher without clocks, and a second, naive set of books.
+
+`World` knows from its own books what the buffer must say: which version every token came from, how every group ended, who holds a credit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dapo_async.replay import OfferOutcome, ReplayBuffer, dynamic_sampling, has_tokens
+from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout, TrainBatch
+
+PROMPT = Prompt(row=0, text="1+1=", token_ids=np.zeros(4, np.int32), answer="2")
+MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
+
+
+def make_group(
+    index: int,
+    *,
+    accuracies: Sequence[float] = MIXED,
+    version: int = 0,
+    num_tokens: int = 3,
+    incarnation: str = "life-1",
+) -> Group:
+    tokens, logprobs, versions = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.float32), np.full(num_tokens, version, np.int32)
+    completion = Completion(tokens, logprobs, versions, prefill_version=version, finish_reason=FinishReason.STOP)
+    rollouts = tuple(Rollout(completion, "2", accuracy, accuracy, "2") for accuracy in accuracies)
+    return Group(index, PROMPT, rollouts, incarnation, temperature=1.0)
+
+
+def make_buffer(kind: type[ReplayBuffer] = ReplayBuffer, **overrides: Any) -> ReplayBuffer:
+    """One group per step and no staleness unless overridden."""
+    knobs = {"groups_per_step": 1, "max_staleness": 0, "num_steps": 4, "patience": 10**9, "incarnation": "life-1"}
+    return kind(filters=(has_tokens, dynamic_sampling), **{**knobs, **overrides})
+
+
+class World:
+    """Every method is one event; `World.check` holds between any two of them."""
+
+    def __init__(self, buffer: ReplayBuffer, *, workers: Sequence[str] = ("worker-0", "worker-1"), healthy: bool = True) -> None:
+        self.buffer = buffer
+        self.healthy = healthy  # nothing may be evicted
+        self.version = 0  # of the learner
+        self.engine_versions = dict.fromkeys(workers, 0)
+        self.generating: dict[int, tuple[str, int]] = {}  # admission index → worker, version at its start
+        self.oldest: dict[int, int] = {}  # of every offered group
+        self.training: TrainBatch | None = None
+        self.publishing: TrainBatch | None = None  # its weights are on their way
+        self.endings: Counter[str] = Counter()
+        self.steps = 0
+        buffer.serve(0)
+
+    @property
+    def done(self) -> bool:
+        return self.steps == self.buffer.num_steps
+
+    def admit(self, worker: str) -> None:
+        index = self.buffer.admit(worker)
+        self.generating[index] = (worker, self.engine_versions[worker])
+
+    def offer(self, index: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0) -> OfferOutcome:
+        """`newer`: versions by which a recomputed prefill made the group fresher than at its start."""
+        worker, started = self.generating.pop(index)
+        self.oldest[index] = min(started + newer, max(started, self.engine_versions[worker]))
+        result = self.buffer.offer(make_group(index, accuracies=accuracies, version=self.oldest[index]), payload=f"payload-{index}")
+        if result.outcome in (OfferOutcome.REJECTED, OfferOutcome.EVICTED):
+            self.endings[result.outcome.value] += 1
+        return result.outcome
+
+    def fail(self, index: int) -> None:
+        del self.generating[index]
+        assert self.buffer.fail(index, why="engine out of memory")
+        self.endings["failed"] += 1
+
+    def lose_worker(self, worker: str) -> None:
+        mine = {index for index, (owner, _) in self.generating.items() if owner == worker}
+        assert set(self.buffer.lose_worker(worker)) == mine
+        for index in mine:
+            del self.generating[index]
+        self.endings["failed"] += len(mine)
+
+    def take(self) -> bool:
+        assert self.training is None
+        assert not self.done
+        for index in self.buffer.evict_doomed(self.version):
+            self.generating.pop(index, None)
+            self.endings["evicted"] += 1
+        batch = self.buffer.take(self.version)
+        if batch is None:
+            return False
+        for index, payload in zip(batch.admission_indices, batch.references, strict=True):
+            assert payload == f"payload-{index}"
+            staleness = self.version - self.oldest[index]
+            assert staleness <= self.buffer.max_staleness, f"trained at staleness {staleness}"
+        assert len(batch.admission_indices) == self.buffer.groups_per_step
+        self.training = batch
+        return True
+
+    def finish_step(self, *, finite: bool = True) -> None:
+        """The next version exists; it goes out as soon as the one before is served."""
+        assert self.training is not None
+        assert self.publishing is None
+        (self.buffer.trained if finite else self.buffer.skipped)(self.training.admission_indices)
+        self.endings["trained" if finite else "skipped"] += len(self.training.admission_indices)
+        self.publishing, self.training = self.training, None
+        self.version += 1
+        self.steps += 1
+
+    def update_engine(self, worker: str) -> None:
+        """One engine has the new weights before the others."""
+        assert self.publishing is not None
+        self.engine_versions[worker] = self.version
+
+    def finish_publish(self) -> None:
+        assert self.publishing is not None
+        for worker in self.engine_versions:
+            self.update_engine(worker)
+        self.buffer.serve(self.version)
+        self.buffer.release(self.publishing.admission_indices)
+        self.publishing = None
+
+    def check(self) -> None:
+        """The buffer's own laws, and its counts against the world's books."""
+        self.buffer.check()
+        counts = self.buffer.counts
+        assert not (self.healthy and counts.evicted), f"evicted {counts.evicted} groups of a healthy run"
+        in_training = len(self.training.admission_indices) if self.training else 0
+        expected = {**dict.fromkeys(("trained", "skipped", "failed", "evicted", "rejected"), 0), **self.endings}
+        actual = {name: getattr(counts, name) for name in expected if name != "rejected"} | {"rejected": sum(counts.rejected.values())}
+        assert actual == expected
+        assert counts.in_flight == len(self.generating) + self.buffer.num_buffered + in_training
+        assert self.buffer.num_generating == len(self.generating)
+        total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
+        unpublished = len(self.publishing.admission_indices) if self.publishing else 0
+        held = counts.in_flight + unpublished
+        assert self.buffer.credits_held == held <= total, f"{self.buffer.credits_held} credits are held by {held} groups"
+        remaining = (self.buffer.num_steps - self.steps) * self.buffer.groups_per_step - in_training
+        outstanding = len(self.generating) + self.buffer.num_buffered
+        assert outstanding <= remaining, f"{outstanding} groups are outstanding for {remaining} places"
+
+    def drain(self) -> None:
+        """From any state the run reaches its end when all groups finish; stops with "deadlock" when nothing can move."""
+        while not self.done:
+            moved = False
+            if self.publishing is not None:
+                self.finish_publish()
+                moved = True
+            if self.training is not None:
+                self.finish_step()
+                moved = True
+            for index in tuple(self.generating):
+                self.offer(index)
+                moved = True
+            if not self.done and self.training is None:
+                moved |= self.take()
+            for _ in range(self.buffer.admissible()):
+                self.admit(next(iter(self.engine_versions)))
+                moved = True
+            self.check()
+            assert moved, f"deadlock: {self.buffer.explain_wait(self.version)}"
+
+
+def wander(world: World, rng: random.Random, *, num_events: int) -> None:
+    """Random events, each drawn from those that can happen now."""
+    workers = tuple(world.engine_versions)
+    for _ in range(num_events):
+        events: list[tuple[float, Any]] = [(0.05, lambda: world.lose_worker(rng.choice(workers)))]
+        if world.buffer.admissible():
+            events.append((3, lambda: world.admit(rng.choice(workers))))
+        if world.generating:
+            index = rng.choice(tuple(world.generating))
+            events.append((2, lambda index=index: world.offer(index, accuracies=rng.choice((MIXED, MIXED, RIGHT, WRONG)), newer=rng.randrange(3))))
+            events.append((0.2, lambda index=index: world.fail(index)))
+        if world.training is None and not world.done:
+            events.append((1, world.take))
+        if world.training is not None and world.publishing is None:
+            events.append((1, lambda: world.finish_step(finite=rng.random() > 0.1)))
+        if world.publishing is not None:
+            events.append((0.5, lambda: world.update_engine(rng.choice(workers))))
+            events.append((1, world.finish_publish))
+        weights, actions = zip(*events, strict=True)
+        rng.choices(actions, weights)[0]()
+        world.check()

@@ -1,0 +1,184 @@
+"""The replay laws under random interleavings: the bound, conservation, no deadlock, no eviction; and whoever breaks one is caught."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from replay_breakers import (
+    AdmitsPastTheEnd,
+    DropsARelease,
+    EndsTwice,
+    ForgetsAnEnding,
+    ForgetsToCloseAnAdmission,
+    LosesTheCreditOfARejectedGroup,
+    ReleasesBeforeServing,
+    SkipsAPublish,
+    TakesInOrderOfCompletion,
+    TakesWithoutLeavingRoomForStragglers,
+    with_ledger,
+)
+from replay_world import MIXED, RIGHT, WRONG, World, make_buffer, make_group, wander
+
+from dapo_async.replay import OfferOutcome, ReplayBuffer
+
+WORKERS = ("worker-0", "worker-1")
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Hypothesis chooses the next event and shrinks what breaks; every machine is drained to the end of its run."""
+
+    @initialize(groups_per_step=st.integers(1, 4), max_staleness=st.integers(0, 3), num_steps=st.integers(1, 8))
+    def start(self, groups_per_step: int, max_staleness: int, num_steps: int) -> None:
+        self.world = World(make_buffer(groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps), workers=WORKERS)
+
+    @precondition(lambda self: self.world.buffer.admissible())
+    @rule(worker=st.sampled_from(WORKERS), burst=st.integers(1, 8))
+    def admit(self, worker: str, burst: int) -> None:
+        for _ in range(min(burst, self.world.buffer.admissible())):
+            self.world.admit(worker)
+
+    @precondition(lambda self: self.world.generating)
+    @rule(pick=st.integers(0), burst=st.integers(1, 4), accuracies=st.sampled_from((MIXED, MIXED, RIGHT, WRONG)), newer=st.integers(0, 3))
+    def offer(self, pick: int, burst: int, accuracies: tuple[float, ...], newer: int) -> None:
+        for _ in range(min(burst, len(self.world.generating))):
+            indices = tuple(self.world.generating)
+            self.world.offer(indices[pick % len(indices)], accuracies=accuracies, newer=newer)
+
+    @rule(index=st.integers(-1, 40))
+    def offer_of_nobody_is_refused(self, index: int) -> None:
+        if index not in self.world.generating:
+            assert self.world.buffer.offer(make_group(index), "junk").outcome is OfferOutcome.REFUSED
+
+    @precondition(lambda self: self.world.generating)
+    @rule(pick=st.integers(0))
+    def fail(self, pick: int) -> None:
+        indices = tuple(self.world.generating)
+        self.world.fail(indices[pick % len(indices)])
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def lose_worker(self, worker: str) -> None:
+        self.world.lose_worker(worker)
+
+    @precondition(lambda self: self.world.training is None and not self.world.done)
+    @rule()
+    def take(self) -> None:
+        self.world.take()
+
+    @precondition(lambda self: self.world.training is not None and self.world.publishing is None)
+    @rule(finite=st.booleans())
+    def finish_step(self, finite: bool) -> None:
+        self.world.finish_step(finite=finite)
+
+    @precondition(lambda self: self.world.publishing is not None)
+    @rule(worker=st.sampled_from(WORKERS))
+    def update_engine(self, worker: str) -> None:
+        self.world.update_engine(worker)
+
+    @precondition(lambda self: self.world.publishing is not None)
+    @rule()
+    def finish_publish(self) -> None:
+        self.world.finish_publish()
+
+    @invariant()
+    def both_laws_hold(self) -> None:
+        if hasattr(self, "world"):  # invariants run before `start` too
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.drain()
+            counts = self.world.buffer.close()
+            counts.check()
+            assert (counts.evicted, counts.unused, counts.in_flight) == (0, 0, 0)
+            assert counts.trained + counts.skipped == self.world.buffer.num_steps * self.world.buffer.groups_per_step
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=1500, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def healthy_run(seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: type[World] = World) -> World:
+    """One random run to its end, with every law checked between any two events."""
+    rng = random.Random(seed)
+    knobs = {"groups_per_step": rng.randint(1, 4), "max_staleness": rng.randint(0, 3), "num_steps": rng.randint(2, 8)}
+    world = world_kind(make_buffer(kind, **knobs), workers=WORKERS)
+    wander(world, rng, num_events=60)
+    world.drain()
+    assert world.buffer.close().unused == 0
+    return world
+
+
+def test_two_thousand_random_runs_keep_both_laws_and_reach_their_end() -> None:
+    endings = {ending for seed in range(2000) for ending in healthy_run(seed).endings}
+    assert endings == {"trained", "skipped", "rejected", "failed"}  # the runs did go through every ending of a healthy run
+
+
+class LyingEngines(World):
+    """Engines that sometimes attest up to three versions less than they had claimed to serve."""
+
+    def __init__(self, buffer: ReplayBuffer, rng: random.Random) -> None:
+        super().__init__(buffer, workers=WORKERS, healthy=False)
+        self.rng = rng
+
+    def admit(self, worker: str) -> None:
+        super().admit(worker)
+        index, (_, version) = self.generating.popitem()
+        self.generating[index] = (worker, max(0, version - self.rng.choice((0, 0, 1, 3))))
+
+
+def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_progress() -> None:
+    evicted = 0
+    for seed in range(500):
+        rng = random.Random(seed)
+        world = LyingEngines(make_buffer(groups_per_step=rng.randint(1, 4), max_staleness=rng.randint(0, 3), num_steps=8), rng)
+        wander(world, rng, num_events=80)
+        world.drain()
+        assert world.buffer.close().unused == 0
+        evicted += world.endings["evicted"]
+    assert evicted > 100
+
+
+# What breaks a law by one line is caught.
+
+
+BREAKERS: dict[str, tuple[Callable[[int], object], str]] = {
+    "a dropped release": (lambda seed: healthy_run(seed, DropsARelease), "credits are held by|deadlock"),
+    "a lost credit": (lambda seed: healthy_run(seed, LosesTheCreditOfARejectedGroup), "credits are held by"),
+    "no room for stragglers": (lambda seed: healthy_run(seed, TakesWithoutLeavingRoomForStragglers), "evicted"),
+    "order of completion": (lambda seed: healthy_run(seed, TakesInOrderOfCompletion), "staleness law broken"),
+    "admission past the end": (lambda seed: healthy_run(seed, AdmitsPastTheEnd), "outstanding for"),
+    "a group counted twice": (lambda seed: healthy_run(seed, with_ledger(EndsTwice)), "conservation law broken"),
+    "a group never counted": (lambda seed: healthy_run(seed, with_ledger(ForgetsAnEnding)), "conservation law broken"),
+    "an admission never closed": (lambda seed: healthy_run(seed, with_ledger(ForgetsToCloseAnAdmission)), "conservation law broken"),
+    "a skipped publish": (lambda seed: healthy_run(seed, world_kind=SkipsAPublish), "evicted"),
+    "a release before its weights": (lambda seed: healthy_run(seed, world_kind=ReleasesBeforeServing), "is served"),
+}
+
+
+def run_until_it_breaks(run: Callable[[int], object]) -> None:
+    for seed in range(300):
+        run(seed)
+
+
+@pytest.mark.parametrize("name", BREAKERS)
+def test_breaking_a_law_by_one_line_is_seen(name: str) -> None:
+    run, message = BREAKERS[name]
+    with pytest.raises(AssertionError, match=message):
+        run_until_it_breaks(run)
+
+
+def test_a_release_that_is_dropped_ends_in_a_deadlock_that_names_the_held_credits() -> None:
+    class BlindToLeaks(DropsARelease):
+        def check(self) -> None:
+            pass
+
+    buffer = make_buffer(BlindToLeaks, groups_per_step=2, max_staleness=1, num_steps=4)
+    world = World(buffer)
+    world.check = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match=r"deadlock: take at version 2 waits: 0 of 2 groups finished.*4 credits held by trained groups"):
+        world.drain()
