@@ -31,7 +31,7 @@ class LearnerRank:
     def step(self, groups: Sequence[Group]) -> StepMetrics:
         """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
 
-        A non-finite loss or gradient skips the rest of the step (`skipped` 1 in the totals) and leaves the weights as they were before that minibatch.
+        A non-finite loss or gradient skips the rest of the step (`skipped` 1 in the totals); its minibatch changes no weight.
         """
         algorithm, learner = self._algorithm, self._learner
         rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering)

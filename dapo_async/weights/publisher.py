@@ -48,6 +48,7 @@ class Publisher:
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
+        self.num_served = 0  # versions that every receiver has served
         self.last_verdicts: tuple[Verdict, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
 
@@ -75,6 +76,7 @@ class Publisher:
                 self.last_pause_s = max(attestation.pause_s for attestation in attestations)
                 pairs = zip(self._receivers, attestations, strict=True)
                 self.last_verdicts = tuple(await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs)))
+                self.num_served += 1
                 await on_served(announcement.version)
         except TimeoutError as error:
             raise TimeoutError(f"publish of version {announcement.version}: the learner waited {self._deadline_s:g} s for {names}") from error

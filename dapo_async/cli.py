@@ -1,0 +1,110 @@
+"""The command line (L5): `dapo-async train CONFIG [key=value …]`, `dapo-async config [CONFIG]`. The outermost frame: errors become one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dapo_async import config as knobs
+
+EXIT_WRONG_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 wrong input, 130/143 interrupted."""
+    # Ray's workers and torch both look at it when they start: several threads per process on few cores cost a multiple in speed.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except ValueError as error:
+        print(f"dapo-async: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dapo-async", description="Asynchronous off-policy actor-learner training of reasoning language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model; writes a run directory")
+    train.add_argument("config", type=Path, help="YAML file, such as configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as learner.lr=1e-4")
+    train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
+    train.set_defaults(run=_train)
+    config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
+    config.add_argument("config", type=Path, nargs="?")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.add_argument("--explain", action="store_true", help="print every knob with its default and its line")
+    config.set_defaults(run=_config)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = knobs.load(options.config, options.overrides)
+    root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.dry_run:
+        return _dry_run(config, root)
+    from dapo_async.runtime.train import train  # Ray and torch take seconds to import: only for those who train
+    from dapo_async.tracking.run_dir import RunDir
+
+    run_dir = RunDir.create(root)
+    (root / "config.yaml").write_text(knobs.to_yaml(config))
+    _say(f"run directory {root}")
+    code = train(config, run_dir=run_dir, say=_say)
+    _print_summary(root)
+    return code
+
+
+def _dry_run(config: knobs.Config, root: Path) -> int:
+    from dapo_async.runtime.cluster import planned_actors
+
+    _say(f"would write {root}")
+    where = "an own Ray on this machine" if config.ray.address == "local" else f"the Ray cluster at {config.ray.address}"
+    actors = list(planned_actors(config))
+    _say(f"would start {len(actors)} actors, one process each, on {where}, and this driver:")
+    for actor in actors:
+        _say(f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}")
+    per_step = config.replay.groups_per_step * config.replay.group_size
+    _say(f"would train {config.train.num_steps} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    if options.explain:
+        for name, default, line, _ in knobs.knobs():
+            _say(f"{name} = {'null' if default is None else default!r}\n    {line}")
+        return 0
+    if options.config is None:
+        raise ValueError("which config? give a YAML file, such as configs/quickstart.yaml, or --explain for every knob")
+    _say(knobs.to_yaml(knobs.load(options.config, options.overrides)).rstrip())
+    return 0
+
+
+def _print_summary(root: Path) -> None:
+    import json
+
+    summary = json.loads((root / "summary.json").read_text())
+    _say(f"\n{summary['status']}: {summary['reason']}")
+    if summary["final_accuracy"] is not None:
+        lengths = f"length {summary['initial_response_tokens']:.1f} -> {summary['final_response_tokens']:.1f}"
+        _say(
+            f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}, {lengths}, in {summary['train_s']:.1f} s of training"
+        )
+    groups = ", ".join(f"{name} {count}" for name, count in summary["groups"].items() if count)
+    _say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
+    idle, staleness = summary["idle"], summary["staleness"]
+    _say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
+    for what, path in (("checkpoint", Path(summary["checkpoint"])), ("summary", root / "summary.json"), ("metrics", root / "metrics.jsonl")):
+        _say(f"{what:<10} {path}")
+    for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts")):
+        if (root / name).exists():
+            _say(f"{what:<10} {root / name}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

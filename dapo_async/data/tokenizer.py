@@ -1,0 +1,27 @@
+"""The tokenizer of a model's own folder; prompts are encoded and responses decoded by the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """What this project uses of a `transformers` tokenizer."""
+
+    def __call__(self, text: list[str]) -> dict[str, list[list[int]]]:
+        """`input_ids` of each text, with the special tokens that the model expects at its start."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Of a plain Hugging Face folder, never from the network. Raises ValueError when the folder has none."""
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"model folder {folder} has no tokenizer.json; copy the tokenizer's files of the base model into it")
+    from transformers import AutoTokenizer  # seconds of import: whoever only counts prompts need not wait for it
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer

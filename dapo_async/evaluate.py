@@ -1,0 +1,55 @@
+"""Held-out accuracy through an engine (L3): prompts in, greedy verdicts out. Called by the worker's actor before and after training."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dapo_async.rollout.engine import Engine, GroupRequest, SamplingParams
+from dapo_async.types import Completion, FinishReason, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Sums over prompts, so that the parts of several engines add up."""
+
+    num_prompts: int
+    num_correct: float
+    num_response_tokens: int
+    num_truncated: int
+    weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(
+            self.num_prompts + other.num_prompts,
+            self.num_correct + other.num_correct,
+            self.num_response_tokens + other.num_response_tokens,
+            self.num_truncated + other.num_truncated,
+            self.weight_versions | other.weight_versions,
+        )
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_correct / self.num_prompts
+
+    @property
+    def mean_response_tokens(self) -> float:
+        return self.num_response_tokens / self.num_prompts
+
+
+async def evaluate(
+    engine: Engine, prompts: Sequence[Prompt], *, judge: Callable[[Prompt, Completion], float], max_tokens: int, stop_token_ids: tuple[int, ...]
+) -> Evaluation:
+    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response."""
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0)
+    # Negative keys can't meet an admission index.
+    requests = [GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(prompts)]
+    completions = [completion for (completion,) in await asyncio.gather(*(engine.generate(request) for request in requests))]
+    return Evaluation(
+        num_prompts=len(prompts),
+        num_correct=sum(judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)),
+        num_response_tokens=sum(len(completion.token_ids) for completion in completions),
+        num_truncated=sum(completion.finish_reason is FinishReason.LENGTH for completion in completions),
+        weight_versions=frozenset(int(version) for completion in completions for version in set(completion.weight_versions.tolist())),
+    )

@@ -1,0 +1,23 @@
+"""What every verifier answers; evaluation and training judge by the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On one response."""
+
+    correct: bool | float  # a float in [0, 1] gives partial credit
+    extracted: str | None  # the answer that was read; None: no answer found
+    reason: str  # one word to count by: "correct", "wrong", "no_answer", …
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct)
+
+
+Verifier = Callable[[str, str], Verdict]
+"""`verify(response, gold) -> Verdict`; raises ValueError for an empty gold answer, which would make an empty response right."""

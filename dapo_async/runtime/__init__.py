@@ -1,0 +1,12 @@
+"""The only room that imports Ray (L4): thin actors, the cluster, the life of a run, THE loop.
+
+cluster         an own Ray or a running one; what a run would start
+replay_actor    owns the prompt cursor, the replay buffer and the payloads
+rollout_actor   one engine and its worker
+learner_actor   one learner rank and the sender's side of a publish
+remote          calls with a deadline that names who waits for whom
+system          all actors of one run, and what watches over them
+loop            THE loop
+tracker         metrics of each step from every side
+train           the life of a run: start, evaluate, loop, end, summary
+"""

@@ -1,0 +1,71 @@
+"""An own Ray on this machine, or a running cluster; and what a run would start there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from dapo_async.config import Config
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedActor:
+    """One actor of a run and what Ray reserves for it."""
+
+    name: str
+    num_cpus: float
+    num_gpus: float
+    detail: str
+
+
+def planned_actors(config: Config) -> Iterator[PlannedActor]:
+    """What a run starts, in starting order; `--dry-run` prints it."""
+    replay, rollout, learner = config.replay, config.rollout, config.learner
+    credits = (replay.max_staleness + 1) * replay.groups_per_step
+    yield PlannedActor("replay", 0, 0, f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}")
+    yield PlannedActor("learner", learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step")
+    for number in range(rollout.num_workers):
+        yield PlannedActor(
+            f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"torch engine, {rollout.num_slots} slots, {rollout.weight_update}"
+        )
+
+
+def connect(config: Config) -> None:
+    """Starts an own Ray or joins the one at `ray.address`. Raises ValueError when it cannot be joined or is too small."""
+    # Nothing is reported to anybody; set before Ray looks at it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    actors = list(planned_actors(config))
+    needed = sum(actor.num_cpus for actor in actors)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.ray.address == "local":
+        cpus = config.ray.num_cpus or max(os.cpu_count() or 1, int(needed + 0.999))
+        gpus = int(sum(actor.num_gpus for actor in actors) + 0.999)
+        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+    else:
+        try:
+            ray.init(address=config.ray.address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"ray.address ({config.ray.address}) can't be joined: {first}; start a cluster there, or set ray.address=local"
+            ) from error
+    resources = ray.cluster_resources()
+    for kind, knob in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        shares = {actor.name: getattr(actor, knob) for actor in actors}
+        wanted, there = sum(shares.values()), resources.get(kind, 0.0)
+        if there < wanted:
+            listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+            raise ValueError(
+                f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; lower rollout.num_workers or {knob}, or add nodes"
+            )
+
+
+def own_host(config: Config) -> str:
+    """The interface that this run's servers bind to: loopback for an own Ray, else the cluster's."""
+    return LOOPBACK if config.ray.address == "local" else str(ray.util.get_node_ip_address())

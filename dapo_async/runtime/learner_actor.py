@@ -1,0 +1,110 @@
+"""One learner rank as a Ray actor: batches in by reference, one step at a time; snapshots out, sent while the next step runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import ray
+import torch
+import torch.distributed as dist
+
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.learner import LearnerRank
+from dapo_async.model import Snapshot, checksum, export_folder, load_decoder, take_snapshot
+from dapo_async.runtime.reports import LearnerReport, ProcessInfo
+from dapo_async.types import Group, StepMetrics, TrainBatch
+from dapo_async.weights import Announcement, Manifest, WeightGroup
+from dapo_async.weights.collective import SENDER, open_store
+from dapo_async.weights.disk import write_version
+
+
+class LearnerActor:
+    """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
+
+    def __init__(self, config: Config, *, incarnation: str, weights: Path) -> None:
+        self._config, self._incarnation, self._weights = config, incarnation, weights
+        torch.set_num_threads(max(1, int(config.learner.num_cpus)))
+        torch.manual_seed(config.seed)
+        self._clock = StateClock("learner")
+        self._device = "cuda" if config.learner.num_gpus > 0 else "cpu"
+        decoder = load_decoder(Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=self._device)
+        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed)
+        self._snapshot: Snapshot | None = None
+        self._store: dist.TCPStore | None = None
+        self._group: WeightGroup | None = None
+        self._stopped = asyncio.Event()
+        self._clock.enter("wait")
+
+    async def ready(self) -> ProcessInfo:
+        parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
+        return ProcessInfo("learner", os.getpid(), ray.util.get_node_ip_address(), f"{parameters / 1e6:.2f} M parameters on {self._device}")
+
+    async def alive(self) -> None:
+        """Returns when the actor is stopped; the driver watches it."""
+        await self._stopped.wait()
+
+    async def step(self, batch: TrainBatch) -> StepMetrics:
+        """Fetches the batch's groups and trains on them."""
+        with self._clock.during("fetch", f"step {batch.learner_version}"):
+            groups: list[Group] = list(await asyncio.gather(*batch.references))
+        assert self._rank.version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {self._rank.version}"
+        with self._clock.during("train", f"step {batch.learner_version}"):
+            return await asyncio.to_thread(self._rank.step, groups)
+
+    async def snapshot(self) -> Announcement:
+        """Freezes the current weights for the next publish, checkpoint and disk write; they replace the snapshot before."""
+        with self._clock.during("snapshot", f"version {self._rank.version}"):
+            snapshot = await asyncio.to_thread(
+                take_snapshot, self._rank.decoder, version=self._rank.version, probe_tokens=self._config.weights.probe_tokens
+            )
+            self._snapshot = snapshot
+            return Announcement(
+                incarnation=self._incarnation,
+                version=snapshot.version,
+                manifest=Manifest.of(snapshot.weights),
+                checksum=await asyncio.to_thread(checksum, snapshot.weights),
+                probe_ids=snapshot.probe_ids,
+                probe_logprobs=snapshot.probe_logprobs,
+            )
+
+    async def open_group(self, host: str) -> tuple[str, int]:
+        """Opens the rendezvous of the weight group on `host`'s interface; the workers join at the returned address."""
+        self._store = open_store(host, timeout_s=self._config.deadlines.publish_s)
+        return host, self._store.port
+
+    async def join(self, host: str) -> None:
+        """Joins the weight group as its sender; returns when every worker has joined."""
+        assert self._store is not None, "join before open_group"
+        size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
+        self._group = await asyncio.to_thread(
+            WeightGroup, self._store, rank=SENDER, world_size=size, host=host, device=self._device, timeout_s=timeout_s
+        )
+
+    async def broadcast(self, announcement: Announcement) -> None:
+        assert self._group is not None, "broadcast before join"
+        weights = self._frozen(announcement.version).weights
+        await asyncio.to_thread(self._group.send, weights, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+
+    async def write(self, announcement: Announcement) -> str:
+        """Writes the snapshot for engines that load from disk; returns the folder of versions."""
+        snapshot = self._frozen(announcement.version)
+        await asyncio.to_thread(write_version, snapshot.weights, self._weights, version=snapshot.version)
+        return str(self._weights)
+
+    async def save(self, out: Path) -> Path:
+        """Exports the newest snapshot as a plain Hugging Face folder, beside whatever the rank is doing."""
+        assert self._snapshot is not None, "save before the first snapshot"
+        if out.exists():
+            return out
+        return await asyncio.to_thread(export_folder, self._snapshot.weights, base=Path(self._config.model.path), out=out)
+
+    async def report(self) -> LearnerReport:
+        return LearnerReport(tuple(self._clock.take_spans()))
+
+    def _frozen(self, version: int) -> Snapshot:
+        assert self._snapshot is not None, f"version {version} asked for before any snapshot"
+        assert self._snapshot.version == version, f"version {version} asked for, the snapshot is of {self._snapshot.version}"
+        return self._snapshot

@@ -1,0 +1,46 @@
+"""What actors tell the driver once per step: plain numbers, and the spans of their state clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dapo_async.clock import Span
+from dapo_async.replay import Counts, StepAcceptance, Verdict
+from dapo_async.rollout import SlotUse
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """Where an actor lives: what the engineer needs to look at it."""
+
+    name: str
+    pid: int
+    node: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    spans: tuple[Span, ...]
+    counts: Counts
+    acceptance: StepAcceptance | None  # of the step taken last
+    verdict: Verdict | None
+    first_admission_s: float | None  # seconds since the epoch
+    buffered: int
+    generating: int
+    credits_held: int
+    served_version: int | None
+    failures: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    spans: tuple[Span, ...]
+    slot_use: SlotUse
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerReport:
+    spans: tuple[Span, ...]

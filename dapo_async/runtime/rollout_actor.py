@@ -1,0 +1,151 @@
+"""One rollout worker as a Ray actor: the torch engine, the worker that keeps it full, and the receiving side of a publish."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.data import load_prompts, load_tokenizer
+from dapo_async.evaluate import Evaluation, evaluate
+from dapo_async.model import checksum, load_decoder
+from dapo_async.reward import get_verifier, score_group
+from dapo_async.rollout import SamplingParams, ThreadedEngine, TorchEngine
+from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.runtime.reports import ProcessInfo, WorkerReport
+from dapo_async.types import Admission, Completion, Group, Prompt
+from dapo_async.weights import Announcement, Attestation, WeightGroup
+from dapo_async.weights.disk import read_version
+
+
+class RayReplay:
+    """The worker's port to the replay actor."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    async def admit(self, worker: str, num_groups: int) -> Sequence[Admission]:
+        admissions: list[Admission] = await self._handle.admit.remote(worker, num_groups)
+        return admissions
+
+    async def offer(self, group: Group) -> None:
+        await self._handle.offer.remote(group)
+
+    async def doomed(self, worker: str) -> Sequence[int]:
+        indices: list[int] = await self._handle.doomed.remote(worker)
+        return indices
+
+
+class RolloutActor:
+    """`rank` in the weight group is the worker's number plus one: the learner is rank 0."""
+
+    def __init__(self, config: Config, *, number: int, incarnation: str, replay: ActorHandle) -> None:
+        self.name, self._number, self._config, self._incarnation = f"rollout-{number}", number, config, incarnation
+        torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
+        self._clock = StateClock(self.name)
+        self._tokenizer = load_tokenizer(Path(config.model.path))
+        self._verify = get_verifier(config.reward.verifier)
+        device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
+        decoder = load_decoder(Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=device)
+        max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, decoder.config.max_positions)
+        self._stop_token_ids = decoder.config.eos_token_ids
+        core = TorchEngine(decoder, num_slots=config.rollout.num_slots, max_len=max_len, weight_update=config.rollout.weight_update)
+        self._engine = ThreadedEngine(core, self._clock)
+        sampling = SamplingParams(
+            max_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            stop_token_ids=self._stop_token_ids,
+            seed=config.seed,
+        )
+        port, group_size = RayReplay(replay), config.replay.group_size
+        self._worker = RolloutWorker(self.name, self._engine, replay=port, score=self._score, sampling=sampling, group_size=group_size)
+        self._device, self._group = device, None
+
+    async def ready(self) -> ProcessInfo:
+        return ProcessInfo(self.name, os.getpid(), ray.util.get_node_ip_address(), f"torch engine, {self._config.rollout.num_slots} slots")
+
+    async def run(self) -> None:
+        """Rolls groups for as long as the run lasts; the driver watches it."""
+        await self._worker.run()
+
+    async def join(self, address: tuple[str, int], host: str) -> None:
+        """Joins the learner's weight group; returns when every member has."""
+        connect = partial(WeightGroup.join, address, rank=self._number + 1, world_size=self._config.rollout.num_workers + 1, host=host)
+        self._group = await asyncio.to_thread(connect, device=self._device, timeout_s=self._config.deadlines.publish_s)
+
+    async def receive(self, announcement: Announcement) -> Attestation:
+        """Weights by broadcast, staged while generation goes on, swapped between two decode steps."""
+        assert self._group is not None, "receive before join"
+        take = partial(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+        return await self._swap(announcement, await asyncio.to_thread(take))
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        """The same from disk."""
+        return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
+
+    async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
+        before = await asyncio.to_thread(checksum, self._engine.weights())
+        report = await self._engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
+        return Attestation(
+            engine=self.name,
+            incarnation=self._incarnation,
+            version=self._engine.version,
+            probe_before=report.probe_before,
+            probe_after=report.probe_after,
+            checksum_before=before,
+            checksum_after=await asyncio.to_thread(checksum, self._engine.weights()),
+            pause_s=report.pause_s,
+            recomputed_tokens=report.recomputed_tokens,
+        )
+
+    async def quarantine(self, on: bool) -> None:
+        self._worker.quarantine(on)
+
+    async def evaluate(self) -> Evaluation:
+        """Greedy on this worker's share of the held-out prompts."""
+        data, config = self._config.data, self._config
+        loaded = load_prompts(
+            Path(data.heldout),
+            tokenizer=self._tokenizer,
+            prompt_key=data.prompt_key,
+            answer_key=data.answer_key,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+        share = loaded.prompts[: config.evaluation.num_prompts][self._number :: config.rollout.num_workers]
+        return await evaluate(
+            self._engine, share, judge=self._judge, max_tokens=config.rollout.max_response_tokens, stop_token_ids=self._stop_token_ids
+        )
+
+    async def report(self) -> WorkerReport:
+        return WorkerReport(tuple(self._clock.take_spans()), self._engine.slot_use(), self._engine.version)
+
+    def _decode(self, completion: Completion) -> str:
+        text: str = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def _judge(self, prompt: Prompt, completion: Completion) -> float:
+        return float(self._verify(self._decode(completion), prompt.answer).correct)
+
+    async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
+        reward = self._config.reward
+        return score_group(
+            admission,
+            completions,
+            texts=[self._decode(completion) for completion in completions],
+            verify=self._verify,
+            max_response_tokens=self._config.rollout.max_response_tokens,
+            overlong_cache_tokens=reward.overlong_cache_tokens,
+            shuffle_seed=self._config.seed if reward.shuffle else None,
+            incarnation=self._incarnation,
+            temperature=self._config.rollout.temperature,
+        )

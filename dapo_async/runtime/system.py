@@ -1,0 +1,173 @@
+"""All actors of one run, as the loop sees them: the replay room, the learner, the workers, and what watches over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from dapo_async.config import Config
+from dapo_async.evaluate import Evaluation
+from dapo_async.replay import Verdict
+from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.learner_actor import LearnerActor
+from dapo_async.runtime.remote import ActorDied, Remote
+from dapo_async.runtime.replay_actor import ReplayActor
+from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.rollout_actor import RolloutActor
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.weights import Announcement, Attestation, Publisher
+
+REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
+TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
+
+
+class Learner:
+    """The learner's side of the loop and of a publish."""
+
+    def __init__(self, remote: Remote, config: Config) -> None:
+        self.remote, self._deadlines = remote, config.deadlines
+
+    async def step(self, batch: TrainBatch) -> StepMetrics:
+        metrics: StepMetrics = await self.remote.call("step", batch, deadline_s=self._deadlines.step_s)
+        return metrics
+
+    async def snapshot(self) -> Announcement:
+        announcement: Announcement = await self.remote.call("snapshot", deadline_s=self._deadlines.publish_s)
+        return announcement
+
+    async def broadcast(self, announcement: Announcement) -> None:
+        await self.remote.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
+
+    async def write(self, announcement: Announcement) -> str:
+        folder: str = await self.remote.call("write", announcement, deadline_s=self._deadlines.publish_s)
+        return folder
+
+    async def save(self, out: Path, *, deadline_s: float | None = None) -> Path:
+        path: Path = await self.remote.call("save", out, deadline_s=deadline_s or self._deadlines.publish_s)
+        return path
+
+
+class Worker:
+    """An engine's side of a publish, and its share of an evaluation."""
+
+    def __init__(self, remote: Remote, config: Config) -> None:
+        self.remote, self.name, self._deadlines = remote, remote.name, config.deadlines
+
+    async def receive(self, announcement: Announcement) -> Attestation:
+        attestation: Attestation = await self.remote.call("receive", announcement, deadline_s=self._deadlines.publish_s)
+        return attestation
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        attestation: Attestation = await self.remote.call("read", announcement, folder, deadline_s=self._deadlines.publish_s)
+        return attestation
+
+    async def quarantine(self, on: bool) -> None:
+        await self.remote.call("quarantine", on, deadline_s=REPORT_S)
+
+    async def evaluate(self) -> Evaluation:
+        evaluation: Evaluation = await self.remote.call("evaluate", deadline_s=self._deadlines.evaluate_s)
+        return evaluation
+
+
+class Replay:
+    """The replay room as the loop sees it."""
+
+    def __init__(self, remote: Remote, config: Config) -> None:
+        self.remote, self._take_s = remote, config.deadlines.take_s
+
+    async def take(self, learner_version: int) -> TrainBatch | Verdict:
+        taken: TrainBatch | Verdict = await self.remote.call("take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S)
+        return taken
+
+    async def trained(self, batch: TrainBatch, *, skipped: bool) -> None:
+        await self.remote.call("trained", batch.admission_indices, skipped=skipped, deadline_s=REPORT_S)
+
+    async def serve(self, version: int, release: Sequence[int] = ()) -> None:
+        await self.remote.call("serve", version, release, deadline_s=REPORT_S)
+
+    async def close(self) -> None:
+        await self.remote.call("close", deadline_s=REPORT_S)
+
+
+class System:
+    """One run's actors. `start` makes them; `kill` ends them."""
+
+    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str) -> None:
+        self._config = config
+        learner, rollout = config.learner, config.rollout
+        # num_cpus=0 and no restarts: the driver decides what a death means.
+        replay = ray.remote(ReplayActor).options(num_cpus=0).remote(config, incarnation=incarnation, rollouts=run_dir.rollouts)
+        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
+        self.replay = Replay(Remote("replay", replay), config)
+        self.learner = Learner(Remote("learner", rank.remote(config, incarnation=incarnation, weights=run_dir.weights)), config)
+        worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus)
+        self.workers = [
+            Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
+            for number in range(rollout.num_workers)
+        ]
+        self.publisher = Publisher(
+            self.learner,
+            self.workers,
+            transport=config.weights.transport,
+            tolerance=config.weights.probe_tolerance,
+            deadline_s=config.deadlines.publish_s,
+        )
+
+    @property
+    def remotes(self) -> list[Remote]:
+        return [self.replay.remote, self.learner.remote, *(worker.remote for worker in self.workers)]
+
+    async def start(self) -> list[ProcessInfo]:
+        """Waits until every actor is up, then opens the weight group among learner and workers."""
+        deadline_s = self._config.deadlines.start_s
+        infos = await asyncio.gather(*(remote.call("ready", deadline_s=deadline_s) for remote in self.remotes))
+        if self._config.weights.transport == "broadcast":
+            host = own_host(self._config)
+            address = await self.learner.remote.call("open_group", host, deadline_s=deadline_s)
+            joins = [self.learner.remote.call("join", host, deadline_s=deadline_s)]
+            joins += [worker.remote.call("join", address, host, deadline_s=deadline_s) for worker in self.workers]
+            await asyncio.gather(*joins)
+        return infos
+
+    async def watched(self, main: Coroutine[Any, Any, Any]) -> Any:
+        """Runs `main` for as long as every actor lives and every background publish goes well; the first failure ends it (law 8)."""
+        task = asyncio.create_task(main, name="main")
+        watches = [asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes]
+        try:
+            while not task.done():
+                publish = [self.publisher.in_flight] if self.publisher.in_flight else []
+                # The publish in flight changes from step to step: look again at least once a second.
+                await asyncio.wait([task, *watches, *publish], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for other in [*watches, *(each for each in publish if each.done() and each.exception())]:
+                    if other.done() and not task.done():
+                        other.result()
+                        raise ActorDied(f"{other.get_name()} ended by itself while the run went on")
+            return task.result()
+        finally:
+            for each in [task, *watches]:
+                each.cancel()
+            # What the others raise now follows from the first failure, which is the one to tell.
+            await asyncio.gather(task, *watches, return_exceptions=True)
+
+    async def _watch(self, remote: Remote) -> None:
+        await remote.call("run" if remote.name.startswith("rollout") else "alive", deadline_s=None)
+
+    async def evaluate(self) -> Evaluation:
+        """Greedy accuracy on the held-out prompts, shared among the workers."""
+        first, *others = await asyncio.gather(*(worker.evaluate() for worker in self.workers))
+        return sum(others, start=first)
+
+    async def reports(self) -> tuple[ReplayReport, LearnerReport, list[WorkerReport]]:
+        """One report of every actor."""
+        calls = [remote.call("report", deadline_s=REPORT_S) for remote in self.remotes]
+        replay, learner, *workers = await asyncio.gather(*calls)
+        return replay, learner, workers
+
+    def kill(self) -> None:
+        for remote in self.remotes:
+            remote.kill()

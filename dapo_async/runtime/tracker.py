@@ -1,0 +1,136 @@
+"""One row of metrics per step, from every side: the learner's sums, the replay room's counts, the engines' slots, everybody's clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dapo_async.algorithm import summarise
+from dapo_async.clock import StateClock
+from dapo_async.rollout import SlotUse
+from dapo_async.runtime.reports import ReplayReport
+from dapo_async.runtime.system import System
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.timeline import Timeline
+from dapo_async.types import StepMetrics, TrainBatch
+
+LEARNER_BUSY = ("train", "fetch", "snapshot")
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the summary needs of the whole training."""
+
+    steps: int = 0
+    tokens: float = 0.0
+    staleness_sum: float = 0.0
+    staleness_tokens: float = 0.0
+    staleness_max: int = 0
+
+
+class Tracker:
+    """Collects reports once per step, writes `metrics.jsonl`, says one line per step and keeps the timeline."""
+
+    def __init__(self, system: System, run_dir: RunDir, clock: StateClock, *, num_steps: int, max_staleness: int, say: Callable[[str], None]) -> None:
+        self.clock, self.timeline, self.totals = clock, Timeline(), Totals()
+        self._system, self._run_dir, self._say = system, run_dir, say
+        self._num_steps, self._max_staleness = num_steps, max_staleness
+        self._slots_at_start: list[SlotUse] = []
+        self._slots_before: list[SlotUse] = []
+        self._step_end_s = clock.now_s()
+        self.replay: ReplayReport | None = None  # the newest report
+
+    async def collect(self) -> list[SlotUse]:
+        """Takes every actor's newest spans; returns the engines' slot use."""
+        replay, learner, workers = await self._system.reports()
+        self.replay = replay
+        self.timeline.add("replay", replay.spans)
+        self.timeline.add("learner", learner.spans)
+        for worker, report in zip(self._system.workers, workers, strict=True):
+            self.timeline.add(worker.name, report.spans)
+        return [report.slot_use for report in workers]
+
+    async def start(self) -> None:
+        """Marks the start of training: what was generated and waited for before it does not count."""
+        self._slots_at_start = self._slots_before = await self.collect()
+        self._step_end_s = self.clock.now_s()
+
+    async def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> None:
+        """Writes and says one step."""
+        slots = await self.collect()
+        assert self.replay is not None
+        now_s = self.clock.now_s()
+        values = summarise(metrics)
+        self._add_up(metrics, values)
+        counts = self.replay.counts.flat()
+        start_s, acceptance = self._step_end_s, self.replay.acceptance
+        idle = rollout_idle(self._slots_before, slots)
+        row: dict[str, Any] = {
+            "step": step,
+            "version": step + 1,
+            "time_s": now_s - (self.replay.first_admission_s or now_s),
+            "step_s": now_s - start_s,
+            "tokens_per_s": values["tokens"] / (now_s - start_s),
+            **values,
+            **({"acceptance": acceptance.rate, "offered": acceptance.offered} if acceptance else {}),
+            **({"refill_waves": acceptance.refill_waves} if acceptance and acceptance.refill_waves is not None else {}),
+            **({f"rejected.{reason.value}": count for reason, count in acceptance.rejected.items()} if acceptance else {}),
+            **{f"groups.{name}": count for name, count in counts.items()},
+            "buffered": self.replay.buffered,
+            "credits_held": self.replay.credits_held,
+            "idle.learner": self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=now_s),
+            **{f"idle.{name}": share for name, share in idle.items()},
+            "publish_pause_s": self._system.publisher.last_pause_s,
+            **{f"handshake.{name}": count for name, count in self._system.publisher.outcomes.items()},
+        }
+        self._run_dir.log_step(row)
+        self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
+        self._slots_before, self._step_end_s = slots, now_s
+
+    def _add_up(self, metrics: StepMetrics, values: dict[str, float]) -> None:
+        totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
+        totals.steps += 1
+        totals.tokens += values["tokens"]
+        totals.staleness_sum += staleness
+        totals.staleness_tokens += count
+        totals.staleness_max = max(totals.staleness_max, int(values.get("group_staleness_max", 0)))
+
+    async def idle_of_training(self) -> dict[str, float]:
+        """Idle shares from the first admission to the last learner step."""
+        slots = await self.collect()
+        assert self.replay is not None
+        start_s = self.replay.first_admission_s or self.clock.now_s()
+        learner = self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=self._step_end_s)
+        return {"learner": learner, **rollout_idle(self._slots_at_start, slots)}
+
+    @property
+    def train_s(self) -> float:
+        """Seconds from the first admitted prompt to the end of the last logged step."""
+        first_s = self.replay.first_admission_s if self.replay else None
+        return max(0.0, self._step_end_s - first_s) if first_s else 0.0
+
+
+def rollout_idle(before: list[SlotUse], after: list[SlotUse]) -> dict[str, float]:
+    """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6)."""
+    spent = {
+        item.name: sum(getattr(new, item.name) - getattr(old, item.name) for old, new in zip(before, after, strict=True))
+        for item in fields(SlotUse)
+        if item.name not in ("slots", "elapsed_s")
+    }
+    total = sum(spent.values())
+    if total <= 0:
+        return {"rollout": 0.0}
+    parts = {f"rollout.{name}": spent[name] / total for name in ("no_credit", "tail", "sync")}
+    return {"rollout": 1.0 - spent["occupied"] / total, **parts}
+
+
+def step_line(row: dict[str, Any], *, num_steps: int, max_staleness: int) -> str:
+    """One line that fits a terminal: where the run is, whether it learns, whether it is healthy."""
+    rejected = " ".join(f"-{row[name]} {name.removeprefix('rejected.')}" for name in sorted(row) if name.startswith("rejected."))
+    entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
+    return (
+        f"step {row['step'] + 1:>3}/{num_steps} {row['time_s']:6.1f} s  accuracy {row['accuracy']:.2f}  length {row['response_tokens']:5.1f}  "
+        f"entropy {entropy:.2f}  staleness {staleness:.2f} (max {row['group_staleness_max']:.0f}/{max_staleness})  "
+        f"{row['tokens_per_s']:6.0f} tok/s  idle learner {row['idle.learner']:4.0%} rollout {row['idle.rollout']:4.0%}  {rejected}"
+    ).rstrip()

@@ -1,0 +1,212 @@
+"""The life of a run: connect, start, publish, evaluate, train, evaluate, and an orderly end whatever happened, with a summary of every exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import ray
+
+from dapo_async.algorithm import check_loss_options
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.evaluate import Evaluation
+from dapo_async.replay import Counts
+from dapo_async.runtime.cluster import connect
+from dapo_async.runtime.loop import train_loop
+from dapo_async.runtime.system import System
+from dapo_async.runtime.tracker import Totals, Tracker
+from dapo_async.tracking.picture import draw_dynamics
+from dapo_async.tracking.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+class Status(StrEnum):
+    DONE = "done"
+    SOLVED = "solved"  # every recent group was all correct: nothing is left to learn
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a run ended; `exit_code` is that of the process."""
+
+    status: Status = Status.DONE
+    reason: str = "all steps trained"
+    exit_code: int = 0
+
+
+@dataclass(slots=True)
+class Run:
+    """One run from connecting to the summary."""
+
+    config: Config
+    run_dir: RunDir
+    say: Callable[[str], None]
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
+    clock: StateClock = field(default_factory=lambda: StateClock("driver"))
+    ending: Ending = field(default_factory=Ending)
+    idle: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "learner": 0.0})
+    seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    caught: Counter[str] = field(default_factory=Counter)  # errors of the end that did not stop it
+    system: System | None = None
+    tracker: Tracker | None = None
+    interrupted_by: signal.Signals | None = None
+
+    async def live(self) -> int:
+        """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
+        began_s = self.clock.now_s()
+        task = asyncio.create_task(self._work())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._interrupt, task, number)
+        try:
+            await task
+        except asyncio.CancelledError:
+            number = self.interrupted_by or signal.SIGINT
+            self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
+        except Exception as error:  # the supervisor: every failure becomes a status, a reason and an orderly end
+            self.caught[type(error).__name__] += 1
+            self.ending = Ending(Status.FAILED, " ".join(str(error).split()) or repr(error), 1)
+            log.debug("the run failed", exc_info=error)
+        self.clock.enter("stop")
+        await self._end()
+        self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
+        return self.ending.exit_code
+
+    def _interrupt(self, task: asyncio.Task[None], number: signal.Signals) -> None:
+        self.interrupted_by = number
+        self.say(f"{number.name}: ending with a checkpoint")
+        task.cancel()
+
+    async def _work(self) -> None:
+        with self._timed("start_s"):
+            await asyncio.to_thread(connect, self.config)
+            self.system = System(self.config, self.run_dir, incarnation=self.incarnation)
+            train = self.config.train
+            staleness = self.config.replay.max_staleness
+            self.tracker = Tracker(self.system, self.run_dir, self.clock, num_steps=train.num_steps, max_staleness=staleness, say=self.say)
+            for info in await self.system.start():
+                self.say(f"{info.name:<10} pid {info.pid} on {info.node}  {info.detail}")
+        await self.system.watched(self._train(self.system, self.tracker))
+
+    async def _train(self, system: System, tracker: Tracker) -> None:
+        # Before the first token every engine proves that it serves the learner's weights.
+        await system.publisher.publish(await system.learner.snapshot(), on_served=_nobody)
+        await self._evaluate("initial")
+        await tracker.start()
+        await system.replay.serve(0)
+        verdict = await train_loop(system, tracker, config=self.config, run_dir=self.run_dir)
+        if verdict is not None:
+            await system.publisher.finish()
+            self.ending = Ending(Status.SOLVED, verdict.reason) if verdict.solved else Ending(Status.FAILED, verdict.reason, 1)
+        await system.replay.close()
+        await self._evaluate("final")
+
+    async def _evaluate(self, name: str) -> None:
+        if self.config.evaluation.num_prompts == 0:
+            return
+        assert self.system is not None
+        with self._timed(f"{name}_evaluation_s"), self.clock.during("evaluate"):
+            evaluation = self.evaluations[name] = await self.system.evaluate()
+        self.say(
+            f"{name} evaluation of version {max(evaluation.weight_versions)}: accuracy {evaluation.accuracy:.3f}, "
+            f"length {evaluation.mean_response_tokens:.1f}, {evaluation.num_prompts} held-out prompts, greedy"
+        )
+
+    async def _end(self) -> None:
+        """Checkpoint, last reports, artifacts, then the end of every actor; what can't be had any more is counted and left out."""
+        deadline_s = self.config.deadlines.stop_s
+        if self.system is not None and self.tracker is not None:
+            # The newest snapshot: at most the step in progress is lost.
+            await self._attempt("checkpoint", self.system.learner.save(self.run_dir.checkpoint(self.tracker.totals.steps), deadline_s=deadline_s))
+            await self._attempt("close", self.system.replay.close())
+            await self._attempt("report", self._last_report())
+            self.tracker.timeline.add("driver", self.clock.take_spans())
+            self.tracker.timeline.write(self.run_dir.root / "timeline.json")
+            self.system.kill()
+        await asyncio.to_thread(ray.shutdown)
+        await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
+
+    async def _last_report(self) -> None:
+        assert self.tracker is not None
+        self.idle = await self.tracker.idle_of_training()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began_s = self.clock.now_s()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.clock.now_s() - began_s
+
+    async def _attempt(self, what: str, awaitable: Awaitable[Any]) -> None:
+        try:
+            await asyncio.wait_for(awaitable, self.config.deadlines.stop_s)
+        except (RuntimeError, TimeoutError, AssertionError) as error:
+            self.caught[what] += 1
+            log.debug("the end went on without %s", what, exc_info=error)
+
+    def _summary(self, wall_s: float) -> dict[str, Any]:
+        """The fixed points of `summary.json`; 0 or null for what the run never came to."""
+        tracker, evaluations = self.tracker, self.evaluations
+        totals = tracker.totals if tracker else Totals()
+        counts = tracker.replay.counts.flat() if tracker and tracker.replay else {}
+        saved = sorted(self.run_dir.checkpoints.glob("step_*[0-9]"))
+        published = self.system.publisher if self.system else None
+        return {
+            "status": self.ending.status.value,
+            "reason": self.ending.reason,
+            **{f"{name}_accuracy": evaluations[name].accuracy if name in evaluations else None for name in ("initial", "final")},
+            **{f"{name}_response_tokens": evaluations[name].mean_response_tokens if name in evaluations else None for name in ("initial", "final")},
+            "wall_s": wall_s,
+            "train_s": tracker.train_s if tracker else 0.0,
+            **self.seconds,
+            "steps": totals.steps,
+            "tokens": int(totals.tokens),
+            "staleness": {
+                "mean": totals.staleness_sum / totals.staleness_tokens if totals.staleness_tokens else 0.0,
+                "max": totals.staleness_max,
+            },
+            "groups": {name: counts.get(name, 0) for name in Counts(0).flat()},
+            "idle": self.idle,
+            "weight_versions": published.num_served if published else 0,
+            "handshake": dict(published.outcomes) if published else {},
+            "checkpoint": str(saved[-1] if saved else self.config.model.path),
+            "seconds_by_state": {actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans} if tracker else {},
+            "caught": dict(self.caught),
+            "seed": self.config.seed,
+            "incarnation": self.incarnation,
+            "run_dir": str(self.run_dir.root),
+        }
+
+
+async def _nobody(version: int) -> None:
+    """The first publish: there is no group whose credit could return."""
+
+
+def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None]) -> int:
+    """Trains `config` into `run_dir`; returns the exit code of section 7. Raises ValueError for what the user has to change first."""
+    algorithm = config.algorithm
+    check_loss_options(
+        algorithm.objective,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        correction=algorithm.correction,
+        correction_level=algorithm.correction_level,
+        correction_cap=algorithm.correction_cap,
+        correction_floor=algorithm.correction_floor,
+    )
+    run = Run(config, run_dir, say)
+    return asyncio.run(run.live())

@@ -1,0 +1,7 @@
+"""The run directory (L3): metrics per step, readable rollouts, the timeline, the summary and the picture of a run. Called by `runtime/`.
+
+run_dir   what is written where, and the summary of every exit
+timeline  the state clocks of all actors: totals, idle shares, a Chrome/Perfetto trace
+picture   the training dynamics as one PNG
+progress  one line per step
+"""
