@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 
 class Tokenizer(Protocol):
@@ -23,5 +23,4 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"model folder {folder} has no tokenizer.json; copy the tokenizer's files of the base model into it")
     from transformers import AutoTokenizer  # seconds of import: whoever only counts prompts need not wait for it
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))

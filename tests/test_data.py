@@ -1,0 +1,159 @@
+"""Data: rows become prompts or are counted, mistakes are one clear line, and the stream's order needs nothing but a seed and a position."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dapo_async.data import PromptStream, load_prompts, load_tokenizer
+from dapo_async.types import Prompt
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "base" / "quickstart"
+
+
+class CharacterTokenizer:
+    """One token per character: its code point."""
+
+    def __call__(self, text):
+        return {"input_ids": [[ord(character) for character in one] for one in text]}
+
+    def decode(self, token_ids, *, skip_special_tokens=False):
+        return "".join(map(chr, token_ids))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(*rows, template="{problem}", prompt_key="prompt", answer_key="answer", max_prompt_tokens=100):
+        path = tmp_path / "problems.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return load_prompts(
+            path,
+            tokenizer=CharacterTokenizer(),
+            prompt_key=prompt_key,
+            answer_key=answer_key,
+            template=template,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+
+    return write_and_load
+
+
+def prompts(count):
+    return [Prompt(row, f"problem {row}", np.array([row], np.int32), "1") for row in range(count)]
+
+
+def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load):
+    (prompt,) = load({"prompt": "a{b}", "answer": "7"}, template="Q: {problem} {x}=").prompts
+    assert (prompt.row, prompt.text, prompt.answer) == (0, "Q: a{b} {x}=", "7")
+    assert prompt.token_ids.tolist() == [81, 58, 32, 97, 123, 98, 125, 32, 123, 120, 125, 61]
+    assert prompt.token_ids.dtype == np.int32
+
+
+def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load):
+    (prompt,) = load({"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold").prompts
+    assert (prompt.text, prompt.answer) == ("6*7", "42")
+
+
+def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_their_row_number(load):
+    rows = [
+        {"prompt": "four", "answer": "1"},
+        {"prompt": "fives", "answer": "1"},
+        {"prompt": "ok", "answer": " "},
+        {"prompt": "ok", "answer": None},
+        {"prompt": "", "answer": "1"},
+        "",
+        {"prompt": "last", "answer": 0},
+    ]
+    loaded = load(*rows, max_prompt_tokens=4)
+    assert [(prompt.row, prompt.text, prompt.answer) for prompt in loaded.prompts] == [(0, "four", "1"), (5, "last", "0")]
+    assert (loaded.num_overlong, loaded.num_empty) == (1, 3)
+    assert loaded.summary == "2 prompts of 4 to 4 tokens from problems.jsonl; 1 over-long and 3 empty ones left out"
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([], "has no usable prompt: 0 rows have no problem or no answer, 0 are longer than data.max_prompt_tokens (100)"),
+        ([{"prompt": "x", "answer": ""}], "has no usable prompt: 1 rows have no problem or no answer, 0 are longer"),
+        ([{"prompt": "x" * 101, "answer": "1"}], "0 rows have no problem or no answer, 1 are longer than data.max_prompt_tokens (100)"),
+        ([{"prompt": "x", "answer": "1"}, {"prompt": "y", "gold": "1"}], "has no column 'answer'; set data.answer_key to one of prompt, gold"),
+        ([{"question": "x", "answer": "1"}], "has no column 'prompt'; set data.prompt_key to one of question, answer"),
+        ([{"prompt": "x", "answer": ["1"]}], "column 'answer' in row 0 of"),
+        ([{"prompt": True, "answer": "1"}], "holds a bool; write text or a number"),
+        ([{"prompt": "x", "answer": "1"}, "{oops"], "line 2 of"),
+        (["[1]"], "holds a list; write one JSON object per line"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line):
+    with pytest.raises(ValueError, match=re.escape(line)) as error:
+        load(*rows)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.jsonl does not exist; give the path"):
+        load_prompts(
+            tmp_path / "nowhere.jsonl",
+            tokenizer=CharacterTokenizer(),
+            prompt_key="prompt",
+            answer_key="answer",
+            template="{problem}",
+            max_prompt_tokens=9,
+        )
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decoded_text(tmp_path):
+    tokenizer = load_tokenizer(QUICKSTART)
+    (tmp_path / "one.jsonl").write_text('{"prompt": "314", "answer": "1"}\n')
+    loaded = load_prompts(
+        tmp_path / "one.jsonl", tokenizer=tokenizer, prompt_key="prompt", answer_key="answer", template="{problem}=", max_prompt_tokens=9
+    )
+    assert loaded.prompts[0].token_ids.tolist() == [3, 1, 4, 10]
+    assert tokenizer.decode([3, 4, 1, 11, 1, 12], skip_special_tokens=True) == "341####1"
+
+
+def test_every_epoch_of_the_stream_is_another_shuffle_of_all_prompts():
+    stream = PromptStream(prompts(7), seed=3)
+    epochs = [[stream.next().row for _ in range(7)] for _ in range(4)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert (stream.position, stream.epoch) == (28, 4)
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 8, 15])
+def test_a_resumed_stream_continues_exactly_where_it_stopped(position):
+    whole = PromptStream(prompts(7), seed=5)
+    rows = [whole.next().row for _ in range(30)]
+    resumed = PromptStream(prompts(7), seed=5, position=position)
+    assert [resumed.next().row for _ in range(30 - position)] == rows[position:]
+
+
+def test_another_seed_gives_another_order():
+    first, second = ([stream.next().row for _ in range(20)] for stream in (PromptStream(prompts(20), seed=seed) for seed in (0, 1)))
+    assert first != second
+
+
+def test_a_stream_without_prompts_or_before_its_start_is_refused():
+    with pytest.raises(ValueError, match="at least one prompt"):
+        PromptStream([], seed=0)
+    with pytest.raises(ValueError, match=r"position \(-1\) must not be negative"):
+        PromptStream(prompts(1), seed=0, position=-1)
+
+
+def test_importing_the_data_room_does_not_import_transformers():
+    code = "import sys, dapo_async.data; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_single_prompt_repeats_for_ever():
+    stream = PromptStream(prompts(1), seed=0)
+    assert [stream.next().row for _ in range(5)] == [0] * 5

@@ -1,0 +1,167 @@
+"""Rewards: verdicts against literal texts, DAPO's punishment at its literal edges, and groups scored rollout by rollout."""
+
+import re
+
+import numpy as np
+import pytest
+
+from dapo_async.reward import get_verifier, score_group, soft_overlong_punishment
+from dapo_async.types import Admission, Completion, FinishReason, Prompt
+
+
+def completion(num_tokens, finish_reason=FinishReason.STOP):
+    return Completion(
+        token_ids=np.zeros(num_tokens, np.int32),
+        behaviour_logprobs=np.zeros(num_tokens, np.float32),
+        weight_versions=np.zeros(num_tokens, np.int32),
+        prefill_version=0,
+        finish_reason=finish_reason,
+    )
+
+
+def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, **options):
+    admission = Admission(index, Prompt(0, "1+3=", np.array([1], np.int32), answer), len(texts))
+    completions = [completion(length) for length in lengths or [5] * len(texts)]
+    return score_group(
+        admission,
+        completions,
+        texts=texts,
+        verify=get_verifier("marker"),
+        max_response_tokens=max_response_tokens,
+        incarnation="run-0",
+        temperature=0.7,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "correct", "extracted", "reason"),
+    [
+        ("####4", "4", True, "4", "correct"),
+        ("She makes 9 * 2 = 18.\n#### 18\n", "18", True, "18", "correct"),
+        ("#### 18", " 18 ", True, "18", "correct"),
+        ("####3 no, wait: ####4", "4", True, "4", "correct"),
+        ("####4 no, wait: ####3", "4", False, "3", "wrong"),
+        ("#### 18 dollars", "18", False, "18 dollars", "wrong"),
+        ("#### 4 4", "44", False, "4 4", "wrong"),
+        ("####14", "4", False, "14", "wrong"),
+        ("#####4", "4", True, "4", "correct"),
+        ("4", "4", False, None, "no_answer"),
+        ("###4", "4", False, None, "no_answer"),
+        ("####", "4", False, None, "no_answer"),
+        ("####4####", "4", False, None, "no_answer"),
+        ("", "4", False, None, "no_answer"),
+        ("<think>####4</think> I give up", "4", False, None, "no_answer"),
+        ("<think>####3</think> ####4", "4", True, "4", "correct"),
+    ],
+)
+def test_marker_reads_what_follows_the_last_marker(response, gold, correct, extracted, reason):
+    verdict = get_verifier("marker")(response, gold)
+    assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "correct", "extracted", "reason"),
+    [
+        (" 4321\n", "4321", True, "4321", "correct"),
+        ("4321.", "4321", False, "4321.", "wrong"),
+        ("A", "a", False, "A", "wrong"),
+        (" ", "4", False, None, "no_answer"),
+    ],
+)
+def test_exact_reads_the_whole_response(response, gold, correct, extracted, reason):
+    verdict = get_verifier("exact")(response, gold)
+    assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
+
+
+@pytest.mark.parametrize("name", ["marker", "exact"])
+@pytest.mark.parametrize("gold", ["", " \n"])
+def test_an_empty_gold_answer_is_refused_instead_of_making_an_empty_response_right(name, gold):
+    with pytest.raises(ValueError, match="gold answer is empty"):
+        get_verifier(name)("####", gold)
+
+
+def test_an_unknown_verifier_names_the_nearest_one():
+    with pytest.raises(ValueError, match=re.escape("reward.verifier 'markr' is unknown; did you mean 'marker'? Known are marker, exact")):
+        get_verifier("markr")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "punishment"),
+    [
+        (0, 0.0),
+        (16_383, 0.0),
+        (16_384, 0.0),
+        (16_385, -1 / 4096),
+        (18_432, -0.5),
+        (20_479, -4095 / 4096),
+        (20_480, -1.0),
+        (20_481, -1.0),
+        (1_000_000, -1.0),
+    ],
+)
+def test_soft_overlong_punishment_at_the_edges_of_the_paper(num_tokens, punishment):
+    assert soft_overlong_punishment(num_tokens, max_tokens=20_480, cache_tokens=4_096) == punishment
+
+
+def test_a_cache_as_long_as_the_response_punishes_from_the_first_token():
+    assert [soft_overlong_punishment(n, max_tokens=4, cache_tokens=4) for n in (0, 1, 2, 4)] == [0.0, -0.25, -0.5, -1.0]
+
+
+@pytest.mark.parametrize("cache_tokens", [0, -1, 11])
+def test_a_cache_outside_the_response_is_refused(cache_tokens):
+    with pytest.raises(ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"):
+        soft_overlong_punishment(5, max_tokens=10, cache_tokens=cache_tokens)
+
+
+def test_a_group_is_scored_rollout_by_rollout():
+    group = score(["####4", "41####4", "####3", "412"], index=17)
+    assert [rollout.accuracy for rollout in group.rollouts] == [1.0, 1.0, 0.0, 0.0]
+    assert [rollout.reward for rollout in group.rollouts] == [1.0, 1.0, -1.0, -1.0]
+    assert [rollout.extracted for rollout in group.rollouts] == ["4", "4", "3", None]
+    assert [rollout.text for rollout in group.rollouts] == ["####4", "41####4", "####3", "412"]
+    assert (group.admission_index, group.prompt.answer, group.incarnation, group.temperature) == (17, "4", "run-0", 0.7)
+
+
+def test_the_punishment_shapes_the_reward_and_leaves_the_accuracy_alone():
+    group = score(["####4", "####4", "####3", "412"], lengths=[15, 18, 18, 20], max_response_tokens=20, overlong_cache_tokens=5)
+    assert [rollout.accuracy for rollout in group.rollouts] == [1.0, 1.0, 0.0, 0.0]
+    assert [rollout.reward for rollout in group.rollouts] == pytest.approx([1.0, 0.4, -1.6, -2.0])
+
+
+def test_a_truncated_response_without_an_answer_is_wrong():
+    admission = Admission(0, Prompt(0, "1+3=", np.array([1], np.int32), "4"), 1)
+    (rollout,) = score_group(
+        admission,
+        [completion(20, FinishReason.LENGTH)],
+        texts=["4" * 20],
+        verify=get_verifier("marker"),
+        max_response_tokens=20,
+        incarnation="run-0",
+        temperature=1.0,
+    ).rollouts
+    assert (rollout.truncated, rollout.accuracy, rollout.reward, rollout.extracted) == (True, 0.0, -1.0, None)
+
+
+def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index():
+    texts = ["####4"] * 5 + ["####3"] * 11
+
+    def accuracies(seed, index):
+        return score(texts, index=index, shuffle_seed=seed).accuracies
+
+    orders = {accuracies(seed, index) for seed in range(3) for index in range(20)}
+    assert all(sorted(order) == [0.0] * 11 + [1.0] * 5 for order in orders)
+    assert len(orders) > 50
+    assert accuracies(1, 7) == accuracies(1, 7)
+
+
+def test_shuffled_scores_say_nothing_about_the_response_that_bears_them():
+    shares = np.mean([score(["####4"] * 4 + ["####3"] * 12, index=index, shuffle_seed=0).accuracies for index in range(2000)], axis=0)
+    assert shares == pytest.approx(np.full(16, 0.25), abs=0.04)  # four standard errors
+
+
+def test_shuffling_moves_the_shaped_reward_with_its_accuracy():
+    options = {"lengths": [20, 5, 5, 5], "overlong_cache_tokens": 5}
+    plain, shuffled = (score(["####4", "####4", "####3", "####3"], index=3, shuffle_seed=seed, **options) for seed in (None, 0))
+    pairs = [sorted((rollout.accuracy, rollout.reward) for rollout in group.rollouts) for group in (plain, shuffled)]
+    assert pairs[0] == pairs[1] == [(0.0, -1.0), (0.0, -1.0), (1.0, 0.0), (1.0, 1.0)]
