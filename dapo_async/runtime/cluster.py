@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -40,9 +41,11 @@ def connect(config: Config) -> None:
     """Starts an own Ray or joins the one at `ray.address`. Raises ValueError when it cannot be joined or is too small."""
     # Nothing is reported to anybody; set before Ray looks at it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray gives its workers niceness 15: any other busy process would starve them. The actors are the work here, not the background.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     actors = list(planned_actors(config))
     needed = sum(actor.num_cpus for actor in actors)
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == "local":
         cpus = config.ray.num_cpus or max(os.cpu_count() or 1, int(needed + 0.999))
         gpus = int(sum(actor.num_gpus for actor in actors) + 0.999)

@@ -68,7 +68,8 @@ class RolloutActor:
         )
         port, group_size = RayReplay(replay), config.replay.group_size
         self._worker = RolloutWorker(self.name, self._engine, replay=port, score=self._score, sampling=sampling, group_size=group_size)
-        self._device, self._group = device, None
+        self._device = device
+        self._group: WeightGroup | None = None
 
     async def ready(self) -> ProcessInfo:
         return ProcessInfo(self.name, os.getpid(), ray.util.get_node_ip_address(), f"torch engine, {self._config.rollout.num_slots} slots")
@@ -79,8 +80,10 @@ class RolloutActor:
 
     async def join(self, address: tuple[str, int], host: str) -> None:
         """Joins the learner's weight group; returns when every member has."""
-        connect = partial(WeightGroup.join, address, rank=self._number + 1, world_size=self._config.rollout.num_workers + 1, host=host)
-        self._group = await asyncio.to_thread(connect, device=self._device, timeout_s=self._config.deadlines.publish_s)
+        size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
+        self._group = await asyncio.to_thread(
+            WeightGroup.join, address, rank=self._number + 1, world_size=size, host=host, device=self._device, timeout_s=timeout_s
+        )
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """Weights by broadcast, staged while generation goes on, swapped between two decode steps."""
