@@ -10,7 +10,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 
 class ActorDied(RuntimeError):
-    """A part of the run is gone; the message names it."""
+    """A part of the run is gone: `actor`; the message names it too."""
+
+    def __init__(self, actor: str, message: str) -> None:
+        super().__init__(f"{actor} {message}")
+        self.actor = actor
 
 
 class ActorFailed(RuntimeError):
@@ -36,7 +40,7 @@ class Remote:
                 raise TimeoutError(str(_original(error))) from error
             raise TimeoutError(f"the driver waited {deadline_s:g} s for {self.name} to finish {method}") from error
         except RayActorError as error:
-            raise ActorDied(f"{self.name} died while the driver waited for {method}: {_first_line(error)}") from error
+            raise ActorDied(self.name, f"died while the driver waited for {method}: {_exit_detail(error)}") from error
         except RayTaskError as error:
             raise ActorFailed(f"{self.name} failed in {method}: {_original(error)!r}") from error
 
@@ -52,7 +56,8 @@ def _original(error: RayTaskError) -> BaseException:
     return cause
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "error_detail" in line or "exit" in line.lower()]
-    return (told or lines or ["no reason given"])[0]
+def _exit_detail(error: RayActorError) -> str:
+    """Ray's account of the death without its general advice: the exit type and detail, on one line."""
+    told = " ".join(str(error).split())
+    detail = told.partition("Worker exit type:")[2] or told
+    return detail.partition("Some common causes")[0].strip() or "no reason given"

@@ -124,6 +124,12 @@ class ReplayActor:
             self._buffer.release(release)
             self._changed.notify_all()
 
+    async def lose_worker(self, worker: str) -> None:
+        """`worker` is gone: what it was generating failed, its credits return."""
+        async with self._changed:
+            self._buffer.lose_worker(worker)
+            self._changed.notify_all()
+
     async def close(self) -> None:
         """The run ends: what is in flight ends unused, offers are refused."""
         async with self._changed:

@@ -22,6 +22,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher
 
+Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
@@ -90,6 +91,9 @@ class Replay:
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)
 
+    async def lose_worker(self, name: str) -> None:
+        await self.remote.call("lose_worker", name, deadline_s=REPORT_S)
+
     async def close(self) -> None:
         await self.remote.call("close", deadline_s=REPORT_S)
 
@@ -146,7 +150,7 @@ class System:
                 for other in [*watches, *(each for each in publish if each.done() and each.exception())]:
                     if other.done() and not task.done():
                         other.result()
-                        raise ActorDied(f"{other.get_name()} ended by itself while the run went on")
+                        raise ActorDied(other.get_name(), "ended by itself while the run went on")
             return task.result()
         finally:
             for each in [task, *watches]:
@@ -162,11 +166,10 @@ class System:
         first, *others = await asyncio.gather(*(worker.evaluate() for worker in self.workers))
         return sum(others, start=first)
 
-    async def reports(self) -> tuple[ReplayReport, LearnerReport, list[WorkerReport]]:
-        """One report of every actor."""
-        calls = [remote.call("report", deadline_s=REPORT_S) for remote in self.remotes]
-        replay, learner, *workers = await asyncio.gather(*calls)
-        return replay, learner, workers
+    async def reports(self, *, deadline_s: float = REPORT_S) -> dict[str, Report | Exception]:
+        """By actor: its report, or why there is none."""
+        answers: list[Any] = await asyncio.gather(*(remote.call("report", deadline_s=deadline_s) for remote in self.remotes), return_exceptions=True)
+        return dict(zip((remote.name for remote in self.remotes), answers, strict=True))
 
     def kill(self) -> None:
         for remote in self.remotes:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dapo_async.algorithm import summarise
 from dapo_async.clock import StateClock
 from dapo_async.rollout import SlotUse
-from dapo_async.runtime.reports import ReplayReport
+from dapo_async.runtime.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
@@ -36,36 +36,43 @@ class Tracker:
         self.clock, self.timeline, self.totals = clock, Timeline(), Totals()
         self._system, self._run_dir, self._say = system, run_dir, say
         self._num_steps, self._max_staleness = num_steps, max_staleness
-        self._slots_at_start: list[SlotUse] = []
-        self._slots_before: list[SlotUse] = []
+        self._slots: dict[str, SlotUse] = {}  # by worker: the newest, at the start of training, at the end of the step before
+        self._slots_at_start: dict[str, SlotUse] = {}
+        self._slots_before: dict[str, SlotUse] = {}
         self._step_end_s = clock.now_s()
         self.replay: ReplayReport | None = None  # the newest report
 
-    async def collect(self) -> list[SlotUse]:
-        """Takes every actor's newest spans; returns the engines' slot use."""
-        replay, learner, workers = await self._system.reports()
-        self.replay = replay
-        self.timeline.add("replay", replay.spans)
-        self.timeline.add("learner", learner.spans)
-        for worker, report in zip(self._system.workers, workers, strict=True):
-            self.timeline.add(worker.name, report.spans)
-        return [report.slot_use for report in workers]
+    async def collect(self) -> None:
+        """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
+        reports = await self._system.reports()
+        for actor, report in reports.items():
+            if isinstance(report, Exception):
+                continue
+            self.timeline.add(actor, report.spans)
+            if isinstance(report, WorkerReport):
+                self._slots[actor] = report.slot_use
+            if isinstance(report, ReplayReport):
+                self.replay = report
+        for report in reports.values():
+            if isinstance(report, Exception):
+                raise report
 
     async def start(self) -> None:
         """Marks the start of training: what was generated and waited for before it does not count."""
-        self._slots_at_start = self._slots_before = await self.collect()
+        await self.collect()
+        self._slots_at_start = self._slots_before = dict(self._slots)
         self._step_end_s = self.clock.now_s()
 
     async def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> None:
         """Writes and says one step."""
-        slots = await self.collect()
+        await self.collect()
         assert self.replay is not None
         now_s = self.clock.now_s()
         values = summarise(metrics)
         self._add_up(metrics, values)
         counts = self.replay.counts.flat()
         start_s, acceptance = self._step_end_s, self.replay.acceptance
-        idle = rollout_idle(self._slots_before, slots)
+        idle = rollout_idle(self._slots_before, self._slots)
         row: dict[str, Any] = {
             "step": step,
             "version": step + 1,
@@ -86,7 +93,7 @@ class Tracker:
         }
         self._run_dir.log_step(row)
         self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
-        self._slots_before, self._step_end_s = slots, now_s
+        self._slots_before, self._step_end_s = dict(self._slots), now_s
 
     def _add_up(self, metrics: StepMetrics, values: dict[str, float]) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
@@ -96,13 +103,12 @@ class Tracker:
         totals.staleness_tokens += count
         totals.staleness_max = max(totals.staleness_max, int(values.get("group_staleness_max", 0)))
 
-    async def idle_of_training(self) -> dict[str, float]:
+    @property
+    def idle(self) -> dict[str, float]:
         """Idle shares from the first admission to the last learner step."""
-        slots = await self.collect()
-        assert self.replay is not None
-        start_s = self.replay.first_admission_s or self.clock.now_s()
+        start_s = (self.replay.first_admission_s if self.replay else None) or self._step_end_s
         learner = self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=self._step_end_s)
-        return {"learner": learner, **rollout_idle(self._slots_at_start, slots)}
+        return {"learner": learner, **rollout_idle(self._slots_at_start, self._slots_before)}
 
     @property
     def train_s(self) -> float:
@@ -111,10 +117,10 @@ class Tracker:
         return max(0.0, self._step_end_s - first_s) if first_s else 0.0
 
 
-def rollout_idle(before: list[SlotUse], after: list[SlotUse]) -> dict[str, float]:
+def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
     """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6)."""
     spent = {
-        item.name: sum(getattr(new, item.name) - getattr(old, item.name) for old, new in zip(before, after, strict=True))
+        item.name: sum(getattr(new, item.name) - getattr(old, item.name) for old, new in ((before[worker], after[worker]) for worker in before))
         for item in fields(SlotUse)
         if item.name not in ("slots", "elapsed_s")
     }

@@ -22,6 +22,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Counts
 from dapo_async.runtime.cluster import connect
 from dapo_async.runtime.loop import train_loop
+from dapo_async.runtime.remote import ActorDied
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
 from dapo_async.tracking.picture import draw_dynamics
@@ -56,10 +57,10 @@ class Run:
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     clock: StateClock = field(default_factory=lambda: StateClock("driver"))
     ending: Ending = field(default_factory=Ending)
-    idle: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "learner": 0.0})
     seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     caught: Counter[str] = field(default_factory=Counter)  # errors of the end that did not stop it
+    lost: str | None = None  # the actor whose death ended the run
     system: System | None = None
     tracker: Tracker | None = None
     interrupted_by: signal.Signals | None = None
@@ -77,6 +78,7 @@ class Run:
             self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
         except Exception as error:  # the supervisor: every failure becomes a status, a reason and an orderly end
             self.caught[type(error).__name__] += 1
+            self.lost = error.actor if isinstance(error, ActorDied) else None
             self.ending = Ending(Status.FAILED, " ".join(str(error).split()) or repr(error), 1)
             log.debug("the run failed", exc_info=error)
         self.clock.enter("stop")
@@ -130,17 +132,15 @@ class Run:
         if self.system is not None and self.tracker is not None:
             # The newest snapshot: at most the step in progress is lost.
             await self._attempt("checkpoint", self.system.learner.save(self.run_dir.checkpoint(self.tracker.totals.steps), deadline_s=deadline_s))
+            if self.lost is not None:
+                await self._attempt("lose_worker", self.system.replay.lose_worker(self.lost))
             await self._attempt("close", self.system.replay.close())
-            await self._attempt("report", self._last_report())
+            await self._attempt("report", self.tracker.collect())
             self.tracker.timeline.add("driver", self.clock.take_spans())
             self.tracker.timeline.write(self.run_dir.root / "timeline.json")
             self.system.kill()
         await asyncio.to_thread(ray.shutdown)
         await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
-
-    async def _last_report(self) -> None:
-        assert self.tracker is not None
-        self.idle = await self.tracker.idle_of_training()
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -179,7 +179,7 @@ class Run:
                 "max": totals.staleness_max,
             },
             "groups": {name: counts.get(name, 0) for name in Counts(0).flat()},
-            "idle": self.idle,
+            "idle": tracker.idle if tracker else {"rollout": 0.0, "learner": 0.0},
             "weight_versions": published.num_served if published else 0,
             "handshake": dict(published.outcomes) if published else {},
             "checkpoint": str(saved[-1] if saved else self.config.model.path),
