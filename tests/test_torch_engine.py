@@ -67,7 +67,7 @@ def packed_logprobs(decoder, prompt, response, temperature=1.0):
 def naive_tokens(decoder, request, sibling):
     """Each token by a fresh forward over everything before it and a plain inversion of the distribution."""
     sampling, response = request.sampling, []
-    uniforms = keyed_uniforms(sampling.seed, key=request.key, siblings=torch.tensor([sibling]), num_tokens=sampling.max_tokens)[0]
+    uniforms = keyed_uniforms(sampling.seed, key=request.key, siblings=range(sibling, sibling + 1), num_tokens=sampling.max_tokens)[0]
     for uniform in uniforms.tolist():
         probabilities = packed_logprobs(decoder, request.prompt_ids, [*response, 0], sampling.temperature)[-1].double().exp()
         token, below = 0, float(probabilities[0])

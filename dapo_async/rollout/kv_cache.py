@@ -45,8 +45,8 @@ class KVCache:
         self.mask[rows] = float("-inf")
         self.mask[rows, :length] = 0.0
 
-    def move(self, source: Tensor, target: Tensor, *, length: int) -> None:
-        """Copies the first `length` entries and the masks of slots `source [k]` to the slots `target [k]`; the two are disjoint."""
+    def move(self, source: int, target: int, *, length: int) -> None:
+        """Copies the first `length` entries and the mask of one slot to another."""
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
         self.mask[target] = self.mask[source]
 

@@ -5,54 +5,60 @@ A token depends on its own logits and its own key alone: not on slot, neighbours
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_BLOCK_TOKENS = 64
+# 52 bits and not 53: u · total then rounds to less than total, so that every search ends on a token.
+_UNIFORM_BITS = 52
+_LARGEST_UNIFORM = 1.0 - 2.0**-_UNIFORM_BITS
 
 
-def _signed(word: int) -> int:
-    """The int64 with the same 64 bits: torch has no unsigned arithmetic, but its multiplication wraps alike."""
-    word &= _WORD
-    return word - (1 << 64) if word >> 63 else word
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
-def _shifted(words: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's own repeats the sign."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)
+def keyed_uniforms(seed: int, *, key: int, siblings: range, num_tokens: int) -> NDArray[np.float64]:
+    """Uniforms in [0, 1) with 52 bits, `[len(siblings), num_tokens]`: row i, column t belong to (seed, key, siblings[i], t).
 
-
-def _mix(words: Tensor) -> Tensor:
-    words = (words ^ _shifted(words, 30)) * _signed(_MULTIPLIERS[0])
-    words = (words ^ _shifted(words, 27)) * _signed(_MULTIPLIERS[1])
-    return words ^ _shifted(words, 31)
-
-
-def keyed_uniforms(seed: int, *, key: int, siblings: Tensor, num_tokens: int) -> Tensor:
-    """Uniforms in [0, 1) with 52 bits, float64 `[len(siblings), num_tokens]`: row i, column t belong to (seed, key, siblings[i], t).
-
-    h ← mix(h + golden · (x + 1)) for x = seed, key, sibling, token in turn, with the finaliser of SplitMix64 (Steele et al. 2014).
+    h ← mix(h + golden · (x + 1)) for x = seed, key, sibling, token in turn, modulo 2⁶⁴, with the finaliser of SplitMix64 (Steele et al. 2014).
     """
-    golden = _signed(_GOLDEN)
-    words = torch.zeros((), dtype=torch.int64, device=siblings.device)
+    words = np.zeros(1, np.uint64)
     for scalar in (seed, key):
-        words = _mix(words + _signed(_GOLDEN * (scalar + 1)))
-    words = _mix(words + (siblings.to(torch.int64) + 1) * golden)
-    tokens = torch.arange(1, num_tokens + 1, device=siblings.device)
-    words = _mix(words[:, None] + tokens * golden)
-    # 52 and not 53 bits: u · total then rounds to less than total, so that the search below always ends on a token.
-    return _shifted(words, 12).to(torch.float64) * 2.0**-52
+        words = _mix(words + np.uint64(_GOLDEN * (scalar + 1) & _WORD))
+    words = _mix(words + np.arange(siblings.start + 1, siblings.stop + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    words = _mix(words[:, None] + np.arange(1, num_tokens + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    return (words >> np.uint64(64 - _UNIFORM_BITS)).astype(np.float64) * 2.0**-_UNIFORM_BITS
 
 
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse of the distribution function: the first token whose cumulated probability exceeds u · total; `[N, V], [N] → [N]`.
 
-    Cumulated in float64. A token of probability zero is never drawn: the sum does not grow there.
+    In two levels, first among blocks of tokens, then within one: cumulating all in float64 takes 10 to 80 times as long. A token of probability
+    zero is never drawn: the sum does not grow there. Rows that are not finite give an arbitrary token.
     """
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True).squeeze(-1)
+    blocks = pad(probabilities, (0, -probabilities.shape[-1] % _BLOCK_TOKENS)).view(len(probabilities), -1, _BLOCK_TOKENS)
+    block, fraction = _invert(blocks.sum(-1), uniforms)
+    within, _ = _invert(blocks[torch.arange(len(blocks), device=blocks.device), block], fraction)
+    return (block * _BLOCK_TOKENS + within).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """`masses [N, M], uniforms [N]` → index `[N]` of the mass that u · total falls into, and how far into it, as a fraction in [0, 1)."""
+    ends = masses.cumsum(-1, dtype=torch.float64)
+    target = uniforms[:, None] * ends[:, -1:]
+    index = torch.searchsorted(ends, target, right=True).clamp_(max=masses.shape[-1] - 1)  # NaN leads past the end
+    end = ends.gather(-1, index)
+    start = torch.where(index > 0, ends.gather(-1, (index - 1).clamp_(min=0)), 0.0)
+    # Rounding may give 1: the largest uniform below it again makes sure that the next search ends on a token.
+    return index.squeeze(-1), ((target - start) / (end - start)).clamp_(max=_LARGEST_UNIFORM).squeeze(-1)
 
 
 def truncate(probabilities: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dapo_async.rollout.engine import GroupRequest
+from dapo_async.rollout.engine import GroupRequest, SamplingParams
 from dapo_async.rollout.sampling import draw_tokens, keyed_uniforms, truncate
 from dapo_async.types import Completion, FinishReason
 
@@ -45,22 +45,23 @@ class SlotTable:
         self.logprobs = table(max_len, dtype=torch.float32)
         self.versions = table(max_len, dtype=torch.int32)
         self.uniforms = table(max_len, dtype=torch.float64)  # the noise, drawn for the whole response when its slot starts
-        self.last_ids = table(dtype=torch.int64)
-        self.lengths = table(dtype=torch.int64)  # tokens so far; the last one has no keys and values yet
-        self.limits = table(dtype=torch.int64)  # length at which the response is truncated
-        self.stop_ids = table(1, dtype=torch.int64)  # [S, stops], filled up with −1
-        self.temperatures = table(dtype=torch.float32)  # 1 where greedy
-        self.greedy = table(dtype=torch.bool)
-        self.top_p = table(dtype=torch.float32)
-        self.top_k = table(dtype=torch.int64)
+        self.temperatures = table(1, dtype=torch.float32)  # 1 where greedy
+        # Columns: last token, length (tokens so far; the last one has no keys and values yet), length at which to truncate, stop tokens or −1.
+        self._numbers = table(4, dtype=torch.int64)
+        self._num_special = 0  # running rows that are greedy or truncated: evaluation only
 
     def __len__(self) -> int:
         return len(self.owners)
 
     @property
-    def _tables(self) -> tuple[Tensor, ...]:
-        tokens = (self.token_ids, self.logprobs, self.versions, self.uniforms)
-        return (*tokens, self.last_ids, self.lengths, self.limits, self.stop_ids, self.temperatures, self.greedy, self.top_p, self.top_k)
+    def last_ids(self) -> Tensor:
+        """`[S]`."""
+        return self._numbers[:, 0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[S]`."""
+        return self._numbers[:, 1]
 
     def start(self, group: RunningGroup, count: int) -> slice:
         """Takes the next `count` rows for the group's next siblings, which have sampled nothing yet."""
@@ -69,47 +70,49 @@ class SlotTable:
         siblings = range(group.num_started, group.num_started + count)
         end = prompt_length + sampling.max_tokens
         self.token_ids[rows, :prompt_length] = group.prompt_ids
-        self.uniforms[rows, prompt_length:end] = keyed_uniforms(
-            sampling.seed, key=group.request.key, siblings=torch.tensor(siblings, device=self.device), num_tokens=sampling.max_tokens
-        )
-        self.lengths[rows], self.limits[rows] = prompt_length, end
-        missing = len(sampling.stop_token_ids) - self.stop_ids.shape[1]
+        uniforms = keyed_uniforms(sampling.seed, key=group.request.key, siblings=siblings, num_tokens=sampling.max_tokens)
+        self.uniforms[rows, prompt_length:end] = torch.from_numpy(uniforms)
+        self.temperatures[rows] = sampling.temperature or 1.0
+        missing = 3 + len(sampling.stop_token_ids) - self._numbers.shape[1]
         if missing > 0:
-            self.stop_ids = torch.nn.functional.pad(self.stop_ids, (0, missing), value=-1)
-        self.stop_ids[rows] = -1
-        self.stop_ids[rows, : len(sampling.stop_token_ids)] = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
-        self.temperatures[rows], self.greedy[rows] = sampling.temperature or 1.0, sampling.temperature == 0
-        self.top_p[rows], self.top_k[rows] = sampling.top_p, sampling.top_k or torch.iinfo(torch.int64).max
+            self._numbers = torch.nn.functional.pad(self._numbers, (0, missing), value=-1)
+        padding = (-1,) * -min(missing, 0)
+        self._numbers[rows] = torch.tensor((-1, prompt_length, end, *sampling.stop_token_ids, *padding)).to(self.device)
         self.owners += [(group, sibling) for sibling in siblings]
+        self._num_special += count * _is_special(sampling)
         group.num_started += count
         return rows
 
     def sample(self, logits: Tensor, *, version: int) -> list[int]:
         """Draws and books one token per running row from `logits [n, V]` (written over); returns the rows that ended, ascending.
 
-        Raises RuntimeError naming the group whose logits are not finite: nothing without logprobs may be trained.
+        Raises RuntimeError naming the groups whose logits are not finite: nothing without logprobs may be trained.
         """
         n = len(self)
-        rows, lengths = torch.arange(n, device=self.device), self.lengths[:n]
-        all_logprobs = logits.div_(self.temperatures[:n, None]).log_softmax(-1)
-        probabilities = all_logprobs.exp()
-        samplings = {id(group): group.request.sampling for group, _ in self.owners}.values()
-        if any(sampling.top_p < 1 or sampling.top_k for sampling in samplings):
-            probabilities = truncate(probabilities, top_p=self.top_p[:n], top_k=self.top_k[:n])
-        tokens = draw_tokens(probabilities, self.uniforms[rows, lengths]).clamp_(max=logits.shape[-1] - 1)  # NaN leads past the end
-        if any(sampling.temperature == 0 for sampling in samplings):
-            tokens = torch.where(self.greedy[:n], all_logprobs.argmax(-1), tokens)
-        logprobs = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        rows, lengths = torch.arange(n, device=self.device), self._numbers[:n, 1]
+        probabilities = logits.div_(self.temperatures[:n]).softmax(-1)
+        allowed = self._truncated(probabilities) if self._num_special else probabilities
+        tokens = draw_tokens(allowed, self.uniforms[rows, lengths])
+        logprobs = probabilities[rows, tokens].log()
         self.token_ids[rows, lengths], self.logprobs[rows, lengths], self.versions[rows, lengths] = tokens, logprobs, version
-        self.last_ids[:n] = tokens
+        self._numbers[:n, 0] = tokens
         lengths += 1
-        ended = (lengths >= self.limits[:n]) | (tokens[:, None] == self.stop_ids[:n]).any(-1)
-        broken = ~logprobs.isfinite()
-        flags = torch.stack((ended, broken)).cpu().numpy()
+        ended = (lengths >= self._numbers[:n, 2]) | (tokens[:, None] == self._numbers[:n, 3:]).any(-1)
+        flags = torch.stack((ended, ~logprobs.isfinite())).cpu().numpy()
         if flags[1].any():
             keys = sorted({self.owners[row][0].request.key for row in np.flatnonzero(flags[1])})
             raise RuntimeError(f"logits of version {version} are not finite for the groups {keys}; look at the last update's gradients")
         return np.flatnonzero(flags[0]).tolist()
+
+    def _truncated(self, probabilities: Tensor) -> Tensor:
+        """Leaves what greedy and truncated rows may draw."""
+        samplings = [group.request.sampling for group, _ in self.owners]
+        whole = probabilities.shape[-1]
+        return truncate(
+            probabilities,
+            top_p=torch.tensor([sampling.top_p for sampling in samplings], device=self.device),
+            top_k=torch.tensor([1 if sampling.temperature == 0 else sampling.top_k or whole for sampling in samplings], device=self.device),
+        )
 
     def finish(self, row: int) -> RunningGroup:
         """Hands the row's completion to its group; the row is still to be removed."""
@@ -126,18 +129,21 @@ class SlotTable:
         )
         return group
 
-    def remove(self, rows: list[int]) -> tuple[Tensor, Tensor, int] | None:
-        """Closes the rows (ascending), the last running ones moving into the holes: `(source, target, longest)`, None when nothing moves."""
-        n = len(self) - len(rows)
-        removed = set(rows)
+    def remove(self, rows: list[int]) -> list[tuple[int, int, int]]:
+        """Closes the rows (ascending); the last running ones move into the holes: `(source, target, length)` of each."""
+        n, removed = len(self) - len(rows), set(rows)
+        self._num_special -= sum(_is_special(self.owners[row][0].request.sampling) for row in rows)
         targets = [row for row in rows if row < n]
         sources = [row for row in range(n, len(self)) if row not in removed]
-        for target, source in zip(targets, sources, strict=True):
+        moves = []
+        for source, target in zip(sources, targets, strict=True):
             self.owners[target] = self.owners[source]
+            for tensor in (self.token_ids, self.logprobs, self.versions, self.uniforms, self.temperatures, self._numbers):
+                tensor[target] = tensor[source]
+            moves.append((source, target, int(self._numbers[target, 1])))
         del self.owners[n:]
-        if not targets:
-            return None
-        from_rows, to_rows = torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device)
-        for tensor in self._tables:
-            tensor[to_rows] = tensor[from_rows]
-        return from_rows, to_rows, int(self.lengths[to_rows].max())
+        return moves
+
+
+def _is_special(sampling: SamplingParams) -> bool:
+    return sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k is not None

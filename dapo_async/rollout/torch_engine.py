@@ -194,10 +194,8 @@ class TorchEngine:
         return torch.cat(outputs)
 
     def _vacate(self, rows: list[int]) -> None:
-        moved = self._table.remove(rows)
-        if moved is not None:
-            source, target, longest = moved
-            self._cache.move(source, target, length=longest)
+        for source, target, length in self._table.remove(rows):
+            self._cache.move(source, target, length=length)
 
     def _recompute(self) -> int:
         """Reads every running sequence again, all but its last token, which the next step reads; returns how many tokens that were."""

@@ -1,0 +1,167 @@
+"""Tokens per second of the torch engine against Hugging Face `generate`, in one process, in alternation.
+
+Both get the same random Qwen2 of 0.85 M parameters, prompts of 32 tokens and 64 new tokens each, all distinct, sampled at temperature 1.
+Hugging Face runs whole batches with its faster cache. The engine runs the same number of slots in its steady state: admission is ragged, a
+finished slot is refilled at the next decode step (its prefill counts), and every token has its behaviour logprob and weight version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from dapo_async.model import load_decoder
+from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
+
+PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 32, 64, 512
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def prompts(batch: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT_TOKENS)).astype(np.int32)
+
+
+def hugging_face(model: Any, batch: int, cache: str | None) -> Callable[[], float]:
+    """A round: one batch to its end; returns tokens per second."""
+    ids = torch.from_numpy(prompts(batch)).long()
+
+    def measure() -> float:
+        start_s = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=0,
+                cache_implementation=cache,
+            )
+        assert out.shape == (batch, PROMPT_TOKENS + NEW_TOKENS)
+        return batch * NEW_TOKENS / (time.perf_counter() - start_s)
+
+    return measure
+
+
+def own_engine(folder: Path, batch: int, group_size: int) -> Callable[[], float]:
+    """A round: as many decode steps as tokens in a response, in the steady state; returns tokens per second."""
+    engine = TorchEngine(load_decoder(folder), num_slots=batch, max_len=PROMPT_TOKENS + NEW_TOKENS)
+    texts = prompts(4096)
+
+    def requests() -> Iterator[GroupRequest]:
+        for key in count():
+            # The first wave ends one slot after the other, so that later slots are spread evenly over their lengths.
+            new_tokens = 1 + key * group_size * NEW_TOKENS // batch if key * group_size < batch else NEW_TOKENS
+            sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
+            yield GroupRequest(key, texts[key % len(texts)], group_size, sampling)
+
+    stream = requests()
+    for _ in range(batch // group_size):
+        engine.submit(next(stream))
+
+    def measure() -> float:
+        tokens, start_s = 0, time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            for _ in engine.step():
+                engine.submit(next(stream))
+            tokens += engine.num_drawn
+        return tokens / (time.perf_counter() - start_s)
+
+    return measure
+
+
+def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
+    """Medians over `rounds` rounds in alternation, after one round of warm-up; the ratio is that of medians."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    contenders = {
+        "hugging_face_dynamic": hugging_face(model, batch, None),
+        "hugging_face_static": hugging_face(model, batch, "static"),
+        "engine": own_engine(folder, batch, 1),
+        "engine_groups_of_8": own_engine(folder, batch, 8),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_index in range(rounds + 1):
+        for name, measure in contenders.items():
+            rate = measure()
+            if round_index:
+                rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    baseline = max(medians["hugging_face_dynamic"], medians["hugging_face_static"])
+    return {
+        "batch": batch,
+        "tokens_per_s": {name: round(value) for name, value in medians.items()},
+        "ratio": round(medians["engine"] / baseline, 3),
+        "ratio_groups_of_8": round(medians["engine_groups_of_8"] / baseline, 3),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
+    parser.add_argument("--quick", action="store_true", help="two rounds instead of nine")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE))
+        model.save_pretrained(folder)
+        results = [compare(Path(folder), batch, 2 if options.quick else 9) for batch in (64, 256)]
+    report = {
+        "benchmark": "engine",
+        "commit": commit(),
+        "hardware": hardware(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "results": results,
+    }
+    print(f"{'batch':>6} {'HF dynamic':>11} {'HF static':>11} {'engine':>9} {'groups of 8':>12} {'ratio':>6} {'of 8':>6}   tokens/s")
+    for result in results:
+        rates = result["tokens_per_s"]
+        print(
+            f"{result['batch']:>6} {rates['hugging_face_dynamic']:>11} {rates['hugging_face_static']:>11} {rates['engine']:>9}"
+            f" {rates['engine_groups_of_8']:>12} {result['ratio']:>6.2f} {result['ratio_groups_of_8']:>6.2f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
