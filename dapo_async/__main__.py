@@ -1,7 +1,5 @@
 """`python -m dapo_async` is `dapo-async`."""
 
-import sys
+from dapo_async.cli import console
 
-from dapo_async.cli import main
-
-sys.exit(main())
+console()

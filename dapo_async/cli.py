@@ -14,6 +14,18 @@ from dapo_async import config as knobs
 EXIT_WRONG_INPUT = 2
 
 
+def console() -> None:
+    """The console script: `main`, then the end of the process with its exit code.
+
+    Without the interpreter's teardown: everything is written by now, and Ray's extension can abort there after a cancelled wait, which would turn
+    exit code 143 into 134.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 wrong input, 130/143 interrupted."""
     # Ray's workers and torch both look at it when they start: several threads per process on few cores cost a multiple in speed.
@@ -92,9 +104,8 @@ def _print_summary(root: Path) -> None:
     _say(f"\n{summary['status']}: {summary['reason']}")
     if summary["final_accuracy"] is not None:
         lengths = f"length {summary['initial_response_tokens']:.1f} -> {summary['final_response_tokens']:.1f}"
-        _say(
-            f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}, {lengths}, in {summary['train_s']:.1f} s of training"
-        )
+        accuracies = f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"
+        _say(f"{accuracies}, {lengths}, in {summary['train_s']:.1f} s of training")
     groups = ", ".join(f"{name} {count}" for name, count in summary["groups"].items() if count)
     _say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
     idle, staleness = summary["idle"], summary["staleness"]
