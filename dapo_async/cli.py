@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         return code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         print(f"dapo-async: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -59,9 +62,12 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     config = knobs.load(options.config, options.overrides)
     root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from dapo_async.runtime.inputs import check_inputs  # torch and transformers take seconds to import: only for those who train
+
+    check_inputs(config)
     if options.dry_run:
         return _dry_run(config, root)
-    from dapo_async.runtime.train import train  # Ray and torch take seconds to import: only for those who train
+    from dapo_async.runtime.train import train
     from dapo_async.tracking.run_dir import RunDir
 
     run_dir = RunDir.create(root)

@@ -13,8 +13,9 @@ import ray
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.data import PromptStream, load_prompts, load_tokenizer
+from dapo_async.data import PromptStream, load_tokenizer
 from dapo_async.replay import OfferOutcome, ReplayBuffer, Verdict, dynamic_sampling, has_tokens
+from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import write_rollouts
 from dapo_async.types import Admission, Group, TrainBatch
@@ -28,15 +29,7 @@ class ReplayActor:
     def __init__(self, config: Config, *, incarnation: str, rollouts: Path) -> None:
         self._config, self._rollouts = config, rollouts
         self._clock = StateClock("replay")
-        data = config.data
-        self._prompts = load_prompts(
-            Path(data.train),
-            tokenizer=load_tokenizer(Path(config.model.path)),
-            prompt_key=data.prompt_key,
-            answer_key=data.answer_key,
-            template=data.template,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
+        self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)))
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
         filters = (has_tokens, dynamic_sampling) if config.replay.dynamic_sampling else (has_tokens,)
         self._buffer = ReplayBuffer(

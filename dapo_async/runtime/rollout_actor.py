@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.data import load_prompts, load_tokenizer
+from dapo_async.data import load_tokenizer
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import checksum, load_decoder
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import SamplingParams, ThreadedEngine, TorchEngine
 from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.types import Admission, Completion, Group, Prompt
 from dapo_async.weights import Announcement, Attestation, WeightGroup
@@ -115,15 +116,8 @@ class RolloutActor:
 
     async def evaluate(self) -> Evaluation:
         """Greedy on this worker's share of the held-out prompts."""
-        data, config = self._config.data, self._config
-        loaded = load_prompts(
-            Path(data.heldout),
-            tokenizer=self._tokenizer,
-            prompt_key=data.prompt_key,
-            answer_key=data.answer_key,
-            template=data.template,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
+        config = self._config
+        loaded = load_set(config, config.data.heldout, self._tokenizer)
         share = loaded.prompts[: config.evaluation.num_prompts][self._number :: config.rollout.num_workers]
         return await evaluate(
             self._engine, share, judge=self._judge, max_tokens=config.rollout.max_response_tokens, stop_token_ids=self._stop_token_ids

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 
-from dapo_async.algorithm import check_loss_options
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
@@ -196,17 +195,6 @@ async def _nobody(version: int) -> None:
 
 
 def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None]) -> int:
-    """Trains `config` into `run_dir`; returns the exit code of section 7. Raises ValueError for what the user has to change first."""
-    algorithm = config.algorithm
-    check_loss_options(
-        algorithm.objective,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        correction=algorithm.correction,
-        correction_level=algorithm.correction_level,
-        correction_cap=algorithm.correction_cap,
-        correction_floor=algorithm.correction_floor,
-    )
+    """Trains `config` into `run_dir`; returns the process's exit code."""
     run = Run(config, run_dir, say)
     return asyncio.run(run.live())
