@@ -264,8 +264,8 @@ def _cross_rules(config: Config) -> Iterator[tuple[bool, str]]:
     yield (
         algorithm.proximal != "current" or learner.num_minibatches == 1,
         (
-            f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after the first update pi_theta is no longer "
-            "the start of the step; set algorithm.proximal=recompute"
+            f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after one update pi_theta "
+            "has left the start of the step; set algorithm.proximal=recompute"
         ),
     )
     cache = config.reward.overlong_cache_tokens

@@ -46,6 +46,6 @@ def check_inputs(config: Config) -> None:
         longest = max(len(prompt.token_ids) for prompt in load_set(config, file, tokenizer).prompts)
         if longest + rollout.max_response_tokens > model.max_positions:
             raise ValueError(
-                f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) together must not pass "
+                f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
                 f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
             )
