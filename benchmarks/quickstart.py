@@ -48,6 +48,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def print_table(runs: list[dict[str, Any]]) -> None:
+    columns = ("seed", "held-out accuracy", "response length", "steps", "training s", "wall s", "idle learner", "idle rollout", "staleness")
+    print(f"| {' | '.join((*columns, 'rejected all correct', 'evicted'))} |")
+    print("|---" * (len(columns) + 2) + "|")
+    for each in runs:
+        cells = (
+            str(each["seed"]),
+            f"{each['initial_accuracy']:.3f} → {each['final_accuracy']:.3f}",
+            f"{each['initial_response_tokens']:.1f} → {each['final_response_tokens']:.1f}",
+            str(each["steps"]),
+            f"{each['train_s']:.1f}",
+            f"{each['wall_s']:.1f}",
+            f"{each['idle']['learner']:.0%}",
+            f"{each['idle']['rollout']:.0%}",
+            f"{each['staleness']['mean']:.2f} (max {each['staleness']['max']})",
+            str(each["groups"]["rejected.all_correct"]),
+            str(each["groups"]["evicted"]),
+        )
+        print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -57,17 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seeds = options.seeds[:1] if options.quick else options.seeds
         runs = [run(seed, Path(folder), QUICK if options.quick else ()) for seed in seeds]
-    print(
-        "| seed | held-out accuracy | response length | steps | training s | wall s | idle learner | idle rollout | staleness | all-correct rejects | evicted |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for each in runs:
-        print(
-            f"| {each['seed']} | {each['initial_accuracy']:.3f} → {each['final_accuracy']:.3f} "
-            f"| {each['initial_response_tokens']:.1f} → {each['final_response_tokens']:.1f} | {each['steps']} | {each['train_s']:.1f} | {each['wall_s']:.1f} "
-            f"| {each['idle']['learner']:.0%} | {each['idle']['rollout']:.0%} | {each['staleness']['mean']:.2f} (max {each['staleness']['max']}) "
-            f"| {each['groups']['rejected.all_correct']} | {each['groups']['evicted']} |"
-        )
+    print_table(runs)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "quick": options.quick, "runs": runs}, indent=1) + "\n")
 
