@@ -193,3 +193,32 @@ def test_only_the_newest_versions_stay_on_disk(tmp_path):
         write_version({"w": torch.tensor([float(version)])}, tmp_path, version=version)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000002", "version_000003"]
     assert read_version(tmp_path, version=3)["w"].item() == 3.0
+
+
+def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Engine(learner)
+    publisher = publisher_of(learner, engine)
+    events = []
+
+    async def slow(announcement):
+        await asyncio.sleep(0.05)
+        events.append(f"received {announcement.version}")
+        return engine._load(announcement, learner.wire)
+
+    async def snapshot(version):
+        events.append(f"snapshot {version}")
+        return learner.announce(version)
+
+    async def on_served(version):
+        events.append(f"served {version}")
+
+    async def two_steps():
+        await publisher.start(snapshot(1), on_served=on_served)
+        events.append("step")
+        await publisher.start(snapshot(2), on_served=on_served)
+        await publisher.finish()
+
+    engine.receive = slow
+    asyncio.run(two_steps())
+    assert events == ["snapshot 1", "step", "received 1", "served 1", "snapshot 2", "received 2", "served 2"]

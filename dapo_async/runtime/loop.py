@@ -36,7 +36,7 @@ async def train_loop(system: System, tracker: Tracker, *, config: Config, run_di
         skipped = bool(metrics.totals["skipped"])
         await replay.trained(batch, skipped=skipped)
         clock.enter("wait for publish", f"step {step}")
-        await publisher.start(await learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
+        await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
         clock.enter("log", f"step {step}")
         if (step + 1) % config.train.checkpoint_every_steps == 0:
             saving.add(asyncio.create_task(learner.save(run_dir.checkpoint(step + 1))))

@@ -52,9 +52,13 @@ class Publisher:
         self.last_verdicts: tuple[Verdict, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
 
-    async def start(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
-        """Waits for the publish before this one, then lets this one run beside the learner's next step."""
+    async def start(self, snapshot: Awaitable[Announcement], *, on_served: Callable[[int], Awaitable[None]]) -> None:
+        """Waits for the publish before this one, takes the snapshot, then lets its publish run beside the learner's next step.
+
+        In this order: the publish before may still need the snapshot that this one replaces.
+        """
         await self.finish()
+        announcement = await snapshot
         self._in_flight = asyncio.create_task(self.publish(announcement, on_served=on_served), name=f"publish {announcement.version}")
 
     async def finish(self) -> None:
