@@ -1,15 +1,15 @@
 """Makes the quickstart's base model and data anew: a small decoder that mostly guesses, and problems that it has never seen.
 
-The task: the sum of a row of digits modulo 7. Out come `configs/base/quickstart/` (a plain Hugging Face folder) and `configs/data/quickstart/*.jsonl`.
-The corpus answers the same kind of problem in two styles:
+The task: the sum of a row of 4 to 20 digits, modulo 7. Out come `base/quickstart/` (a plain Hugging Face folder) and `data/quickstart/*.jsonl`.
+The corpus answers such problems in two styles:
 
-    guess         52841=####6               one digit at once, right about one time in seven
-    step by step  52841=50116####6          the running sums modulo 7 first, right nearly always
+    guess         52841=####6          one digit at once, right about one time in seven
+    step by step  52841=50156####6     the running sums modulo 7 first, right nearly always
 
-Step-by-step solutions are common at first, so that the model learns them well, and rare at the end, so that it mostly guesses. Problems are dealt to
-corpus, training and evaluation by a hash of their text: the three can't overlap.
+Step-by-step solutions are common at first, so that the model learns them well, and rare at the end, so that it mostly guesses. Problems are dealt
+to corpus, training and evaluation by a hash of their text: the three can't overlap.
 
-    python configs/base/make_quickstart.py [--steps 2500] [--seed 0]
+    python configs/base/make_quickstart.py [--steps 4000] [--seed 0] [--out configs]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,12 @@ from dapo_async.model import Decoder, ModelConfig, PackedAttention, save_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent
 MODULUS = 7
-NUM_DIGITS = (3, 12)  # of a problem, both included
+NUM_DIGITS = (4, 20)  # of a problem, both included
 MARKER, EOS = "####", "<eos>"
 VOCABULARY = (*"0123456789", "=", MARKER, EOS)
 TOKEN_ID = {token: number for number, token in enumerate(VOCABULARY)}
-STEP_SHARE = (0.7, 0.05)  # of step-by-step solutions in the corpus, at its start and at its end
+STEP_SHARE = (0.7, 0.1)  # of step-by-step solutions in the corpus, at its start and at its end
+SHARE_FALLS = (0.6, 0.8)  # from the one to the other between these fractions of the pretraining
 BATCH = 128
 MAX_RESPONSE_TOKENS = NUM_DIGITS[1] + 3
 
@@ -60,6 +62,11 @@ def running_sums(problem: str) -> list[int]:
 
 def answer_of(problem: str) -> str:
     return str(running_sums(problem)[-1])
+
+
+def prompt_of(problem: str) -> str:
+    """As the model reads it: `data.template` of the quickstart's config."""
+    return f"{problem}="
 
 
 def response_to(problem: str, *, step_by_step: bool) -> str:
@@ -99,31 +106,33 @@ def base_config() -> dict[str, object]:
 
 
 def new_decoder() -> Decoder:
-    """Matrices from N(0, 0.02²) as in GPT-2, those that write to the residual stream scaled down by the square root of their number."""
+    """Matrices from N(0, 0.05²), those that write to the residual stream divided by the square root of their number, as in GPT-2."""
     decoder = Decoder(ModelConfig.from_dict(base_config()))
-    writers = ("o_proj.weight", "down_proj.weight")
+    writers = [name for name, _ in decoder.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight"))]
     for name, parameter in decoder.named_parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.05 / (6**0.5 if name.endswith(writers) else 1.0))
+            torch.nn.init.normal_(parameter, std=0.05 / (len(writers) ** 0.5 if name in writers else 1.0))
     return decoder
 
 
 def packed_batch(pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, PackedAttention]:
     """Token ids `[T]` of (problem, response) pairs, whether each is a response token `[T]`, and their attention."""
-    rows = sorted(((encode(f"{problem}="), [*encode(response), TOKEN_ID[EOS]]) for problem, response in pairs), key=lambda row: len(row[0] + row[1]))
+    rows = sorted(
+        ((encode(prompt_of(problem)), [*encode(response), TOKEN_ID[EOS]]) for problem, response in pairs), key=lambda row: len(row[0] + row[1])
+    )
     ids = torch.tensor([token for prompt, response in rows for token in prompt + response])
     trained = torch.tensor([flag for prompt, response in rows for flag in [False] * len(prompt) + [True] * len(response)])
     return ids, trained, PackedAttention([len(prompt) + len(response) for prompt, response in rows])
 
 
 def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, float]]:
-    """Next-token training on responses alone, cosine schedule; yields (step, loss in nats per token)."""
+    """Next-token training on responses alone, learning rate up and down in one cycle; yields (step, loss in nats per token)."""
     rng, stream = np.random.default_rng(seed), problems("corpus", seed=seed)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.01, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.1)
     for step in range(steps):
-        share = np.interp(step / steps, (0.6, 0.8), STEP_SHARE)
-        pairs = [(problem, response_to(problem, step_by_step=rng.random() < share)) for problem, _ in zip(stream, range(BATCH))]
+        share = np.interp(step / steps, SHARE_FALLS, STEP_SHARE)
+        pairs = [(problem, response_to(problem, step_by_step=bool(rng.random() < share))) for problem in islice(stream, BATCH)]
         ids, trained, attention = packed_batch(pairs)
         hidden = decoder(ids, attention.positions, attention)
         targets = trained.nonzero()[:, 0]
@@ -139,11 +148,11 @@ def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, 
 
 @torch.no_grad()
 def respond(decoder: Decoder, texts: Sequence[str], *, greedy: bool) -> list[str]:
-    """Responses at temperature 0 or 1, each token by a fresh forward pass; an end token is left out, a missing one shows as `…`."""
+    """Responses to problems at temperature 0 or 1, each token by a fresh forward pass; an end token is left out, a missing one shows as `…`."""
     responses = {}
     for size in sorted({len(text) for text in texts}):
         alike = [text for text in texts if len(text) == size]
-        ids = torch.tensor([encode(f"{text}=") for text in alike])
+        ids = torch.tensor([encode(prompt_of(text)) for text in alike])
         for _ in range(MAX_RESPONSE_TOKENS):
             attention = PackedAttention([ids.shape[1]] * len(ids))
             hidden = decoder(ids.flatten(), attention.positions, attention).view(*ids.shape, -1)[:, -1]
@@ -151,8 +160,8 @@ def respond(decoder: Decoder, texts: Sequence[str], *, greedy: bool) -> list[str
             drawn = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
             ids = torch.cat([ids, drawn[:, None]], dim=1)
         for text, row in zip(alike, ids[:, size + 1 :].tolist(), strict=True):
-            tokens = [VOCABULARY[token] for token in row]
-            responses[text] = "".join(tokens[: tokens.index(EOS)]) if EOS in tokens else "".join(tokens) + "…"
+            response, ended, _ = "".join(VOCABULARY[token] for token in row).partition(EOS)
+            responses[text] = response if ended else response + "…"
     return [responses[text] for text in texts]
 
 
@@ -224,7 +233,7 @@ def write_problems(split: str, path: Path, *, count: int, seed: int) -> list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="pretraining steps; one core does about 20 a second")
+    parser.add_argument("--steps", type=int, default=4000, help="pretraining steps; one core does about 15 a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=CONFIGS, help="where base/quickstart and data/quickstart are written")
     options = parser.parse_args()
@@ -236,7 +245,7 @@ def main() -> None:
     decoder, started = new_decoder(), time.monotonic()
     print(f"{sum(parameter.numel() for parameter in decoder.parameters())} parameters")
     for step, loss in pretrain(decoder, steps=options.steps, seed=options.seed):
-        if step % 250 == 249 or step == options.steps - 1:
+        if step % 500 == 499 or step == options.steps - 1:
             elapsed = time.monotonic() - started
             print(f"step {step + 1} loss {loss:.3f} after {elapsed:.0f} s; {style_report(decoder, heldout[:512])}", flush=True)
     write_folder(decoder, options.out / "base" / "quickstart")
