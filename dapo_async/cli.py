@@ -118,7 +118,7 @@ def _print_summary(root: Path) -> None:
     _say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
     for what, path in (("checkpoint", Path(summary["checkpoint"])), ("summary", root / "summary.json"), ("metrics", root / "metrics.jsonl")):
         _say(f"{what:<10} {path}")
-    for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts")):
+    for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts"), ("traceback", "error.txt")):
         if (root / name).exists():
             _say(f"{what:<10} {root / name}")
 

@@ -273,10 +273,6 @@ def _cross_rules(config: Config) -> Iterator[tuple[bool, str]]:
         cache is None or 0 < cache <= rollout.max_response_tokens,
         (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
     )
-    yield (
-        0 < algorithm.clip_low < 1 and algorithm.clip_high > 0,
-        (f"algorithm.clip_low ({algorithm.clip_low}) must lie in (0, 1), algorithm.clip_high ({algorithm.clip_high}) above 0; set 0.2 and 0.28"),
-    )
 
 
 def _resolve_paths(tree: DictConfig, folder: Path) -> None:

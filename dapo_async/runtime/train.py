@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import signal
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Run:
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
             self.ending = Ending(Status.FAILED, " ".join(str(error).split()) or repr(error), 1)
-            log.debug("the run failed", exc_info=error)
+            self.run_dir.error.write_text("".join(traceback.format_exception(error)))
         self.clock.enter("stop")
         await self._end()
         self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))

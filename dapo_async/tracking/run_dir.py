@@ -41,6 +41,11 @@ class RunDir:
         return self.root / "weights"
 
     @property
+    def error(self) -> Path:
+        """The whole traceback of a failed run, the failed actor's own included."""
+        return self.root / "error.txt"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
