@@ -53,14 +53,16 @@ class RolloutWorker:
         self._stopping = False
 
     async def run(self) -> None:
-        """Rolls groups until `stop`; raises whatever a group, the engine or the replay room raised."""
+        """Rolls groups until `stop`; raises whatever a group, the engine or the replay room raised, in an ExceptionGroup."""
         async with asyncio.TaskGroup() as groups:
             doomed = groups.create_task(self._abort_doomed(), name="doomed")
-            while not self._stopping:
-                await self._open.wait()
+            while self._rolling or not self._stopping:
                 self._room.clear()
-                if self._rolling >= self._capacity:
+                if self._stopping or self._rolling >= self._capacity:
                     await self._room.wait()
+                    continue
+                if not self._open.is_set():
+                    await self._open.wait()
                     continue
                 admissions = await self._replay.admit(self.name, self._capacity - self._rolling)
                 for admission in admissions:
@@ -75,6 +77,7 @@ class RolloutWorker:
     async def _roll(self, admission: Admission) -> None:
         request = GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, self._sampling)
         try:
+            await self._open.wait()  # the admission may have been on its way when the quarantine began
             completions = await self.engine.generate(request)
         except Aborted:
             return  # the replay room evicted this group and has its credit back already
@@ -84,7 +87,7 @@ class RolloutWorker:
         await self._replay.offer(await self._score(admission, completions))
 
     def quarantine(self, on: bool) -> None:
-        """While on, nothing new is admitted here."""
+        """While on, nothing new is admitted or started here."""
         if on:
             self._open.clear()
         else:
