@@ -30,7 +30,7 @@ def draw_dynamics(metrics: Path, out: Path) -> bool:
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for panel, (title, names) in zip(axes.flat, PANELS, strict=True):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
         panel.set_title(title, fontsize=11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class RunDir:
     @classmethod
     def create(cls, root: Path) -> RunDir:
         """Makes the directory. Raises ValueError if it holds anything: a run never writes over another."""
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"run_dir {root} is a file; choose another run_dir")
         if root.exists() and any(root.iterdir()):
             raise ValueError(f"run_dir {root} is not empty; choose another run_dir, or remove it")
         for name in ("rollouts", "checkpoints"):
@@ -53,9 +56,10 @@ class RunDir:
         return self.checkpoints / f"step_{version:06d}"
 
     def log_step(self, values: Mapping[str, Any]) -> None:
-        """One flat JSON object per step, on disk before the next step is logged."""
+        """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
+        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
         with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(known, allow_nan=False) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Atomic: a reader sees the whole summary or none."""
@@ -66,7 +70,7 @@ class RunDir:
 
 def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:
     """Readable samples of one step: a JSON line per rollout, `weight_versions` as [version, first token, end] spans."""
-    with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
         for group in groups:
             for sibling, rollout in enumerate(group.rollouts):
                 row = {

@@ -20,7 +20,7 @@ class Timeline:
         """Appends `actor`'s newest spans; a span that goes on where the last one was cut joins it."""
         row = self.spans[actor]
         for span in spans:
-            if row and (row[-1].state, row[-1].detail) == (span.state, span.detail):
+            if row and (row[-1].state, row[-1].detail, row[-1].end_s) == (span.state, span.detail, span.start_s):
                 row[-1] = Span(span.state, row[-1].start_s, span.end_s, span.detail)
             elif span.end_s > span.start_s:
                 row.append(span)
