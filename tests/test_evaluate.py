@@ -1,0 +1,92 @@
+"""Held-out evaluation: greedy, one response per prompt, and parts of several engines that add up to the whole."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_torch_engine import packed_logprobs, tiny_decoder
+
+from dapo_async.clock import StateClock
+from dapo_async.evaluate import Evaluation, evaluate
+from dapo_async.rollout import ThreadedEngine, TorchEngine
+from dapo_async.types import Completion, FinishReason, Prompt
+
+
+def prompt(row, ids=(1, 2)):
+    return Prompt(row, f"problem {row}", np.array(ids, np.int32), str(row))
+
+
+class FakeEngine:
+    """Answers prompt [row, …] with `row` tokens, truncated from 4 on, sampled by `versions` in turn."""
+
+    def __init__(self, *versions):
+        self.versions, self.requests = versions, []
+
+    async def generate(self, request):
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        length = min(int(request.prompt_ids[0]), 4)
+        versions = np.resize(np.array(self.versions, np.int32), length)
+        finish = FinishReason.LENGTH if request.prompt_ids[0] > 4 else FinishReason.STOP
+        return (Completion(np.zeros(length, np.int32), np.zeros(length, np.float32), versions, 0, finish),)
+
+
+def evaluated(engine, prompts, judge=lambda prompt, completion: float(prompt.row % 2)):
+    return asyncio.run(evaluate(engine, prompts, judge=judge, max_tokens=4, stop_token_ids=(9,)))
+
+
+def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_has():
+    engine = FakeEngine(7)
+    evaluated(engine, [prompt(row, [row, 5]) for row in range(1, 7)])
+    assert [request.key for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
+    assert [request.prompt_ids.tolist() for request in engine.requests] == [[row, 5] for row in range(1, 7)]
+    assert {request.num_siblings for request in engine.requests} == {1}
+    sampling = engine.requests[0].sampling
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 4, (9,))
+
+
+def test_the_sums_are_of_what_the_judge_and_the_engine_say():
+    result = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
+    assert result == Evaluation(num_prompts=6, num_correct=3.0, num_response_tokens=1 + 2 + 3 + 4 + 4 + 4, num_truncated=2, weight_versions={7})
+    assert (result.accuracy, result.mean_response_tokens) == (0.5, 3.0)
+
+
+def test_the_parts_of_several_engines_add_up_to_the_whole():
+    prompts = [prompt(row, [row, 5]) for row in range(1, 8)]
+    whole = evaluated(FakeEngine(7), prompts)
+    parts = [evaluated(FakeEngine(7), prompts[number::3]) for number in range(3)]
+    assert parts[0] + parts[1] + parts[2] == whole
+    # the mean of the parts' accuracies would be another number: they differ in size
+    assert whole.accuracy == pytest.approx(4 / 7)
+    assert sum(part.accuracy for part in parts) / 3 == pytest.approx(5 / 9)
+
+
+def test_an_evaluation_of_more_than_one_model_shows_it():
+    assert evaluated(FakeEngine(7, 8), [prompt(3, [3])]).weight_versions == {7, 8}
+    assert (evaluated(FakeEngine(7), [prompt(3, [3])]) + evaluated(FakeEngine(9), [prompt(3, [3])])).weight_versions == {7, 9}
+
+
+def test_an_engine_that_has_nothing_to_evaluate_adds_nothing():
+    whole = evaluated(FakeEngine(7), [prompt(1, [1])])
+    assert evaluated(FakeEngine(7), []) + whole == whole
+
+
+def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it_says():
+    prompts, seen = [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])], SimpleNamespace(completions={})
+
+    def judge(asked, completion):
+        seen.completions[asked.row] = completion
+        return 1.0
+
+    async def main():
+        engine = ThreadedEngine(TorchEngine(tiny_decoder(), num_slots=2, max_len=16, version=5), StateClock("rollout-0"))
+        result = await evaluate(engine, prompts, judge=judge, max_tokens=6, stop_token_ids=())
+        await engine.close()
+        return result
+
+    result = asyncio.run(main())
+    assert (result.accuracy, result.num_response_tokens, result.num_truncated, result.weight_versions) == (1.0, 18, 3, {5})
+    for asked in prompts:
+        tokens = seen.completions[asked.row].token_ids
+        assert tokens.tolist() == packed_logprobs(tiny_decoder(), asked.token_ids, tokens).argmax(-1).tolist()
