@@ -23,13 +23,13 @@ SIZES = {
 }
 
 
-def tiny_decoder(family="qwen2", seed=1, **sizes):
+def tiny_decoder(family="qwen2", seed=1, std=0.25, **sizes):
     torch.manual_seed(seed)
     decoder = Decoder(ModelConfig.from_dict({**SIZES, **sizes, "model_type": family, "tie_word_embeddings": FAMILIES[family]}))
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.25)
+                parameter.normal_(std=std)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return decoder
@@ -95,6 +95,19 @@ def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family):
             expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids, request.sampling.temperature)
             np.testing.assert_allclose(completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0)
             assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_on_policy_identity_holds_where_generation_and_learning_use_different_kernels():
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 32}
+    engine, decoder = TorchEngine(tiny_decoder(std=0.1, **sizes), num_slots=64, max_len=64), tiny_decoder(std=0.1, **sizes)
+    requests = [group(key, range(key, key + 32), siblings=8, max_tokens=32) for key in range(8)]
+    finished = run(engine, *requests)
+    worst = 0.0
+    for request in requests:
+        for completion in finished[request.key]:
+            expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids)
+            worst = max(worst, float(np.abs(completion.behaviour_logprobs - chosen(expected, completion)).max()))
+    assert worst <= 1e-5
 
 
 def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot():

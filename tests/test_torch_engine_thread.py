@@ -1,6 +1,8 @@
 """The engine's thread: awaiting callers, swaps on the way, a crash that everybody hears of, and slot use that adds up."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -133,3 +135,9 @@ def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart():
     assert after.sync > 0
     for use in (before, after):
         assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(4 * use.elapsed_s, rel=1e-6)
+
+
+def test_the_room_imports_without_ray_and_the_other_heavy_ones():
+    heavy = ("ray", "sglang", "mlflow", "omegaconf", "transformers")
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import dapo_async.rollout"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.linear import Linear, product
+from dapo_async.model.linear import Fused, Linear, product
 
 
 class Attention(Protocol):
@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.fused: Fused | None = None
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -51,21 +52,24 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
-        mixed = attention(self.layer, query, key, self.v_proj(x).view(heads))
+        query, key, value = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        query = rotate(self.q_norm(query.view(heads)), cos, sin)
+        key = rotate(self.k_norm(key.view(heads)), cos, sin)
+        mixed = attention(self.layer, query, key, value.view(heads))
         return self.o_proj(mixed.reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.fused: Fused | None = None
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -112,6 +116,14 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """`[V, D]`: the embedding's own weight where the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def fuse(self) -> None:
+        """Lays the weights that share an input side by side, for inference only: fewer and larger products. Done once, it outlives updates."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.fused = Fused(module.q_proj, module.k_proj, module.v_proj)
+            elif isinstance(module, MLP):
+                module.fused = Fused(module.gate_proj, module.up_proj)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`."""

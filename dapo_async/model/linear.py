@@ -25,3 +25,24 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
+
+
+class Fused:
+    """Several linear layers of one input as a single product, for inference.
+
+    Their parameters become views of one tensor: names, shapes and later in-place updates are as before.
+    """
+
+    def __init__(self, *layers: Linear) -> None:
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers))
+        self.bias = torch.cat(biases) if biases else None
+        for index, layer in enumerate(layers):
+            layer.weight.data = self.weight.split(self.sizes)[index]
+            if self.bias is not None:
+                layer.bias.data = self.bias.split(self.sizes)[index]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return product(x, self.weight, self.bias).split(self.sizes, dim=-1)

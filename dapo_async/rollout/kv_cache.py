@@ -34,37 +34,36 @@ class KVCache:
         keys[rows, :, positions] = key
         values[rows, :, positions] = value
 
-    def read(self, row: int, *, length: int) -> Tensor:
-        """A copy of the first `length` entries of a slot: `[layers, 2, KV, length, D]`."""
-        return self.kv[:, :, row, :, :length].clone()
-
     def fill(self, rows: slice, prefix: Tensor) -> None:
-        """Starts the slots `rows` with the same entries, e.g. those of a prompt: `prefix [layers, 2, KV, P, D]`."""
+        """Starts the slots `rows` with the same entries: `prefix [layers, 2, KV, P, D]`."""
         length = prefix.shape[3]
         self.kv[:, :, rows, :, :length] = prefix[:, :, None]
         self.mask[rows] = float("-inf")
         self.mask[rows, :length] = 0.0
 
-    def move(self, source: int, target: int, *, length: int) -> None:
-        """Copies the first `length` entries and the mask of one slot to another."""
+    def move(self, source: int | Tensor, target: int | Tensor, *, length: int) -> None:
+        """Copies the first `length` entries and the masks of slots to other slots."""
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
         self.mask[target] = self.mask[source]
 
 
 class PrefillAttention:
-    """Causal attention within packed sequences that also writes their keys and values to slots."""
+    """Causal attention within packed sequences that also keeps their keys and values."""
 
-    def __init__(self, cache: KVCache, *, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Sequence i has `lengths[i]` tokens and goes to slot `rows[i]`; equally long neighbours share a kernel call."""
-        self._cache = cache
-        device = cache.kv.device
-        self._packed = PackedAttention(lengths, device=device)
+    def __init__(self, cache: KVCache, *, lengths: Sequence[int]) -> None:
+        """Equally long neighbours share a kernel call."""
+        self._packed = PackedAttention(lengths, device=cache.kv.device)
         self.positions = self._packed.positions
-        self._rows = torch.repeat_interleave(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+        num_layers, _, _, num_heads, _, head_dim = cache.kv.shape
+        self._kv = cache.kv.new_empty(num_layers, 2, sum(lengths), num_heads, head_dim)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self._cache.write(layer, self._rows, self.positions, key, value)
+        self._kv[layer, 0], self._kv[layer, 1] = key, value
         return self._packed(layer, query, key, value)
+
+    def prefixes(self) -> list[Tensor]:
+        """Keys and values of each sequence, `[layers, 2, KV, length, D]`, after the pass."""
+        return [part.transpose(2, 3) for part in self._kv.split(self._packed.lengths, dim=2)]
 
 
 class DecodeAttention:

@@ -15,6 +15,8 @@ from dapo_async.rollout.engine import GroupRequest, SamplingParams
 from dapo_async.rollout.sampling import draw_tokens, keyed_uniforms, truncate
 from dapo_async.types import Completion, FinishReason
 
+Rows = int | Tensor  # one row, or `[k]` of them
+
 
 @dataclass(slots=True, eq=False)
 class RunningGroup:
@@ -98,11 +100,11 @@ class SlotTable:
         self._numbers[:n, 0] = tokens
         lengths += 1
         ended = (lengths >= self._numbers[:n, 2]) | (tokens[:, None] == self._numbers[:n, 3:]).any(-1)
-        flags = torch.stack((ended, ~logprobs.isfinite())).cpu().numpy()
-        if flags[1].any():
-            keys = sorted({self.owners[row][0].request.key for row in np.flatnonzero(flags[1])})
+        flagged: list[int] = (ended | logprobs.isnan()).nonzero().squeeze(-1).tolist()
+        if flagged and logprobs[flagged].isnan().any():
+            keys = sorted({self.owners[row][0].request.key for row in flagged if logprobs[row].isnan()})
             raise RuntimeError(f"logits of version {version} are not finite for the groups {keys}; look at the last update's gradients")
-        return np.flatnonzero(flags[0]).tolist()
+        return flagged
 
     def _truncated(self, probabilities: Tensor) -> Tensor:
         """Leaves what greedy and truncated rows may draw."""
@@ -114,35 +116,45 @@ class SlotTable:
             top_k=torch.tensor([1 if sampling.temperature == 0 else sampling.top_k or whole for sampling in samplings], device=self.device),
         )
 
-    def finish(self, row: int) -> RunningGroup:
-        """Hands the row's completion to its group; the row is still to be removed."""
-        group, sibling = self.owners[row]
-        start, end = len(group.prompt_ids), int(self.lengths[row])
-        token_ids, logprobs, versions = (tensor[row, start:end].cpu().numpy() for tensor in (self.token_ids, self.logprobs, self.versions))
-        stopped = int(token_ids[-1]) in group.request.sampling.stop_token_ids
-        group.completions[sibling] = Completion(
-            token_ids=token_ids.astype(np.int32),
-            behaviour_logprobs=logprobs.copy(),
-            weight_versions=versions.copy(),
-            prefill_version=int(versions[0]),  # the first token is sampled by the weights that read the prompt
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+    def finish(self, rows: list[int]) -> list[RunningGroup]:
+        """Hands each row's completion to its group, and returns these groups; the rows are still to be removed."""
+        tokens, logprobs, versions, lengths = (
+            tensor[rows].cpu().numpy() for tensor in (self.token_ids, self.logprobs, self.versions, self._numbers[:, 1])
         )
-        return group
+        groups: dict[RunningGroup, None] = {}
+        for index, row in enumerate(rows):
+            group, sibling = self.owners[row]
+            response = slice(len(group.prompt_ids), int(lengths[index]))
+            token_ids = tokens[index, response].astype(np.int32)
+            stopped = int(token_ids[-1]) in group.request.sampling.stop_token_ids
+            group.completions[sibling] = Completion(
+                token_ids=token_ids,
+                behaviour_logprobs=logprobs[index, response].copy(),
+                weight_versions=versions[index, response].copy(),
+                prefill_version=int(versions[index, response.start]),  # the first token is sampled by the weights that read the prompt
+                finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            )
+            groups[group] = None
+        return list(groups)
 
-    def remove(self, rows: list[int]) -> list[tuple[int, int, int]]:
-        """Closes the rows (ascending); the last running ones move into the holes: `(source, target, length)` of each."""
+    def remove(self, rows: list[int]) -> tuple[Rows, Rows, int] | None:
+        """Closes the rows (ascending); the last running ones move into the holes: `(source, target, longest)`, None when none has to."""
         n, removed = len(self) - len(rows), set(rows)
         self._num_special -= sum(_is_special(self.owners[row][0].request.sampling) for row in rows)
         targets = [row for row in rows if row < n]
         sources = [row for row in range(n, len(self)) if row not in removed]
-        moves = []
-        for source, target in zip(sources, targets, strict=True):
-            self.owners[target] = self.owners[source]
-            for tensor in (self.token_ids, self.logprobs, self.versions, self.uniforms, self.temperatures, self._numbers):
-                tensor[target] = tensor[source]
-            moves.append((source, target, int(self._numbers[target, 1])))
+        for source_row, target_row in zip(sources, targets, strict=True):
+            self.owners[target_row] = self.owners[source_row]
         del self.owners[n:]
-        return moves
+        if not targets:
+            return None
+        source, target = self._index(sources), self._index(targets)
+        for tensor in (self.token_ids, self.logprobs, self.versions, self.uniforms, self.temperatures, self._numbers):
+            tensor[target] = tensor[source]
+        return source, target, int(self._numbers[target, 1].max())
+
+    def _index(self, rows: list[int]) -> Rows:
+        return rows[0] if len(rows) == 1 else torch.tensor(rows, device=self.device)  # one row alone is copied three times as fast by number
 
 
 def _is_special(sampling: SamplingParams) -> bool:

@@ -48,6 +48,7 @@ class TorchEngine:
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.num_drawn = 0  # tokens of the last step: the slots that it occupied
         self._decoder, self._device = decoder.eval(), weight.device
+        decoder.fuse()
         self._cache = KVCache(decoder.config, num_slots=num_slots, max_len=max_len, dtype=weight.dtype, device=weight.device)
         self._table = SlotTable(num_slots=num_slots, max_len=max_len, device=weight.device)
         self._groups: dict[int, RunningGroup] = {}
@@ -102,9 +103,10 @@ class TorchEngine:
         hidden = self._forward(num_decoding, started)
         self.num_drawn = len(self._table)
         ended = self._table.sample(self._decoder.logits(hidden), version=self.version)
+        if not ended:
+            return []
         finished = []
-        for row in ended:
-            group = self._table.finish(row)
+        for group in self._table.finish(ended):
             if len(group.completions) == group.request.num_siblings:
                 del self._groups[group.request.key]
                 finished.append((group.request.key, tuple(group.completions[sibling] for sibling in range(group.request.num_siblings))))
@@ -164,46 +166,49 @@ class TorchEngine:
 
     def _forward(self, num_decoding: int, started: Sequence[tuple[RunningGroup, slice]]) -> Tensor:
         """Last hidden state of every running row, `[n, D]`: the first `num_decoding` decode, the others are what has just started."""
-        fresh = sorted((pair for pair in started if pair[0].prefix is None), key=lambda pair: len(pair[0].prompt_ids))
-        lengths = [len(group.prompt_ids) for group, _ in fresh]
+        fresh = sorted((group for group, _ in started if group.prefix is None), key=lambda group: len(group.prompt_ids))
         parts: list[DecodeAttention | PrefillAttention] = []
         if num_decoding:
             reached = self._table.lengths[:num_decoding]
             parts.append(DecodeAttention(self._cache, positions=reached - 1, longest=int(reached.max())))
         if fresh:
-            parts.append(PrefillAttention(self._cache, rows=[rows.start for _, rows in fresh], lengths=lengths))
-        hidden: Tensor | None = None
-        if parts:
+            prefill = PrefillAttention(self._cache, lengths=[len(group.prompt_ids) for group in fresh])
+            parts.append(prefill)
+        outputs = []
+        if parts:  # else all that starts shares a prompt that was read before
             attention = parts[0] if len(parts) == 1 else MixedAttention(parts)
-            ids = torch.cat([self._table.last_ids[:num_decoding], *(group.prompt_ids for group, _ in fresh)])
+            ids = torch.cat([self._table.last_ids[:num_decoding], *(group.prompt_ids for group in fresh)])
             hidden = self._decoder(ids, attention.positions, attention)
-        last = num_decoding - 1
-        for (group, rows), length in zip(fresh, lengths, strict=True):
-            last += length
-            assert hidden is not None
-            group.hidden, group.prefix = hidden[last], self._cache.read(rows.start, length=length)
-        self.prefilled_tokens += sum(lengths)
-        outputs = [] if hidden is None else [hidden[:num_decoding]]
+            outputs.append(hidden[:num_decoding])
+        if fresh:
+            ends = np.cumsum([num_decoding, *(len(group.prompt_ids) for group in fresh)])[1:]
+            for group, prefix, end in zip(fresh, prefill.prefixes(), ends, strict=True):
+                group.prefix, group.hidden = prefix, hidden[end - 1]
+            self.prefilled_tokens += int(ends[-1]) - num_decoding
         for group, rows in started:
-            assert group.hidden is not None
             assert group.prefix is not None
+            assert group.hidden is not None
             self._cache.fill(rows, group.prefix)
             outputs.append(group.hidden.expand(rows.stop - rows.start, -1))
-            if not group.num_waiting:
-                group.hidden = group.prefix = None
+            # Clones, so that siblings who wait don't keep the whole pass in memory.
+            group.prefix, group.hidden = (group.prefix.clone(), group.hidden.clone()) if group.num_waiting else (None, None)
         return torch.cat(outputs)
 
     def _vacate(self, rows: list[int]) -> None:
-        for source, target, length in self._table.remove(rows):
-            self._cache.move(source, target, length=length)
+        moved = self._table.remove(rows)
+        if moved:
+            source, target, longest = moved
+            self._cache.move(source, target, length=longest)
 
     def _recompute(self) -> int:
         """Reads every running sequence again, all but its last token, which the next step reads; returns how many tokens that were."""
         lengths = (self._table.lengths[: len(self._table)] - 1).tolist()
         for rows in _passes(lengths):
-            attention = PrefillAttention(self._cache, rows=rows, lengths=[lengths[row] for row in rows])
+            attention = PrefillAttention(self._cache, lengths=[lengths[row] for row in rows])
             ids = torch.cat([self._table.token_ids[row, : lengths[row]] for row in rows])
             self._decoder(ids, attention.positions, attention)
+            for row, prefix in zip(rows, attention.prefixes(), strict=True):
+                self._cache.fill(slice(row, row + 1), prefix)
         return sum(lengths)
 
 
