@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import ray
-
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Counts
-from dapo_async.runtime.cluster import connect
+from dapo_async.runtime.cluster import connect, disconnect
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.remote import ActorDied
 from dapo_async.runtime.system import System
@@ -69,14 +67,13 @@ class Run:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
         began_s = self.clock.now_s()
         task = asyncio.create_task(self._work())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._interrupt, task, number)
+        self._listen(task)
         try:
             await task
         except asyncio.CancelledError:
             number = self.interrupted_by or signal.SIGINT
             self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
-        except Exception as error:  # the supervisor: every failure becomes a status, a reason and an orderly end
+        except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
             self.ending = Ending(Status.FAILED, " ".join(str(error).split()) or repr(error), 1)
@@ -91,9 +88,20 @@ class Run:
         self.say(f"{number.name}: ending with a checkpoint")
         task.cancel()
 
+    def _unpublished(self) -> str:
+        """Whom a publish still waits for when the run fails: a worker that hangs holds up a take by the credits of that publish."""
+        publish = self.system.publisher.in_flight if self.system else None
+        if self.system is None or publish is None or publish.done():
+            return ""
+        return f"; {publish.get_name()} still waited for {', '.join(worker.name for worker in self.system.workers)}"
+
     async def _work(self) -> None:
         with self._timed("start_s"):
             await asyncio.to_thread(connect, self.config)
+            # Once more: Ray's own handler, which prints a stack trace, has come before ours.
+            task = asyncio.current_task()
+            assert task is not None
+            self._listen(task)
             self.system = System(self.config, self.run_dir, incarnation=self.incarnation)
             train = self.config.train
             staleness = self.config.replay.max_staleness
@@ -127,7 +135,7 @@ class Run:
         )
 
     async def _end(self) -> None:
-        """Checkpoint, last reports, artifacts, then the end of every actor; what can't be had any more is counted and left out."""
+        """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
         deadline_s = self.config.deadlines.stop_s
         if self.system is not None and self.tracker is not None:
             # The newest snapshot: at most the step in progress is lost.
@@ -135,12 +143,10 @@ class Run:
             if self.lost is not None:
                 await self._attempt("lose_worker", self.system.replay.lose_worker(self.lost))
             await self._attempt("close", self.system.replay.close())
-            await self._attempt("report", self.tracker.collect())
+            await self._attempt("report", self.tracker.collect(deadline_s=0.8 * deadline_s))
             self.tracker.timeline.add("driver", self.clock.take_spans())
             self.tracker.timeline.write(self.run_dir.root / "timeline.json")
             self.system.kill()
-        await asyncio.to_thread(ray.shutdown)
-        await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
