@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 
 from dapo_async.config import Config
 
+log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 
 
@@ -67,6 +69,19 @@ def connect(config: Config) -> None:
             raise ValueError(
                 f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; lower rollout.num_workers or {knob}, or add nodes"
             )
+
+
+def disconnect() -> None:
+    """Ends an own Ray or leaves a joined one. A Ray that is gone already is left alone: shutting it down would abort this process."""
+    if not ray.is_initialized():
+        return
+    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        log.debug("Ray at %s:%s is gone", host, port)
+    else:
+        ray.shutdown()
 
 
 def own_host(config: Config) -> str:

@@ -166,7 +166,7 @@ class System:
         first, *others = await asyncio.gather(*(worker.evaluate() for worker in self.workers))
         return sum(others, start=first)
 
-    async def reports(self, *, deadline_s: float = REPORT_S) -> dict[str, Report | Exception]:
+    async def reports(self, *, deadline_s: float) -> dict[str, Report | Exception]:
         """By actor: its report, or why there is none."""
         answers: list[Any] = await asyncio.gather(*(remote.call("report", deadline_s=deadline_s) for remote in self.remotes), return_exceptions=True)
         return dict(zip((remote.name for remote in self.remotes), answers, strict=True))

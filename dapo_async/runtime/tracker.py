@@ -10,7 +10,7 @@ from dapo_async.algorithm import summarise
 from dapo_async.clock import StateClock
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.reports import ReplayReport, WorkerReport
-from dapo_async.runtime.system import System
+from dapo_async.runtime.system import REPORT_S, System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import StepMetrics, TrainBatch
@@ -42,9 +42,9 @@ class Tracker:
         self._step_end_s = clock.now_s()
         self.replay: ReplayReport | None = None  # the newest report
 
-    async def collect(self) -> None:
+    async def collect(self, *, deadline_s: float = REPORT_S) -> None:
         """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
-        reports = await self._system.reports()
+        reports = await self._system.reports(deadline_s=deadline_s)
         for actor, report in reports.items():
             if isinstance(report, Exception):
                 continue

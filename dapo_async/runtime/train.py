@@ -76,12 +76,20 @@ class Run:
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
-            self.ending = Ending(Status.FAILED, " ".join(str(error).split()) or repr(error), 1)
+            self.ending = Ending(Status.FAILED, (" ".join(str(error).split()) or repr(error)) + self._unpublished(), 1)
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
         self.clock.enter("stop")
         await self._end()
+        # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
         self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
+        await asyncio.to_thread(disconnect)
+        await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
         return self.ending.exit_code
+
+    def _listen(self, task: asyncio.Task[None]) -> None:
+        """SIGINT and SIGTERM end `task`, and with it the run, in order."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._interrupt, task, number)
 
     def _interrupt(self, task: asyncio.Task[None], number: signal.Signals) -> None:
         self.interrupted_by = number

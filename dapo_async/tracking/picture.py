@@ -35,7 +35,7 @@ def draw_dynamics(metrics: Path, out: Path) -> bool:
                 panel.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
         panel.set_title(title, fontsize=11)
         panel.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and panel.lines:
             panel.legend(fontsize=8)
     figure.supxlabel("learner step")
     figure.savefig(out, dpi=110)
