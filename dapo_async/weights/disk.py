@@ -14,6 +14,7 @@ KEPT_VERSIONS = 2  # the one being served and the one being published
 
 
 def version_folder(folder: Path, version: int) -> Path:
+    """Where `version` lies, written or not."""
     return Path(folder) / f"version_{version:06d}"
 
 
