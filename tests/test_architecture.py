@@ -1,0 +1,220 @@
+"""The house as its plan says: imports go down only, big libraries stay in their rooms, files are short, words are one per thing.
+
+Each check reads source as text, so the same check is shown a small bad source and must complain.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSE = {
+    PurePosixPath(path.relative_to(ROOT / "dapo_async").as_posix()): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "dapo_async").rglob("*.py"))
+}
+LEVELS = (
+    {"config", "types", "clock"},
+    {"algorithm", "reward", "model", "replay"},
+    {"data", "rollout", "learner", "planner"},
+    {"weights", "evaluate", "tracking"},
+    {"runtime"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+OWNERS = {"ray": {"runtime"}, "mlflow": {"tracking"}, "sglang": set(), "omegaconf": {"config"}}
+WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "matplotlib")  # what these rooms must do without
+LIGHT_ROOMS = ("algorithm", "reward", "model", "replay", "learner", "rollout", "rollout.worker", "evaluate", "weights")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+SMALL_BODY = 6  # statements of a method that needs no docstring
+FORBIDDEN = {
+    "behavior": "behaviour",
+    "cliprange": "clip_low, clip_high",
+    "epsilon": "clip_low, clip_high",
+    "old_log": "behaviour_logprobs or proximal_logprobs",
+    "rollout_logprobs": "behaviour_logprobs",
+    "inference_logprobs": "behaviour_logprobs",
+    "new_logprobs": "current_logprobs",
+    "actor_logprobs": "current_logprobs",
+    "rollout_is": "behaviour_weight",
+    "trajector": "rollout",
+    "episode": "rollout",
+    "off-policyness": "staleness",
+    "iteration": "step, minibatch or microbatch",
+}
+
+
+def room_of(path):
+    """`replay/buffer.py` is in room replay; `evaluate.py` is a room of its own; the top `__init__.py` is in none."""
+    return path.parts[0] if len(path.parts) > 1 else path.stem
+
+
+def imported(source):
+    """Every dotted name that is imported anywhere in the source, also within functions; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant; write the whole name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def import_complaints(path, source):
+    """Imports go down only; rooms of one level never meet; a big library stays with its owner; the maths (L1) never sees a config."""
+    room = room_of(path)
+    for name in imported(source):
+        library, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if library in OWNERS and room not in OWNERS[library]:
+            yield f"{path} imports {name}; {library} belongs to {sorted(OWNERS[library]) or 'nobody'}"
+        if library != "dapo_async" or other == room or room == "__init__":
+            continue
+        if other not in LEVEL_OF:
+            yield f"{path} imports {name}, which is in no room"
+        elif LEVEL_OF[other] >= LEVEL_OF[room]:
+            yield f"{path} (level {LEVEL_OF[room]}) imports {name} (level {LEVEL_OF[other]})"
+        elif LEVEL_OF[room] == 1 and other == "config":
+            yield f"{path} imports {name}: algorithms take floats, never a config"
+
+
+def size_complaints(path, source):
+    if (length := len(source.splitlines())) > MAX_FILE_LINES:
+        yield f"{path} has {length} lines"
+    for node in functions(ast.parse(source)):
+        if (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+            yield f"{path}: {node.name} has {length} lines"
+
+
+def functions(tree):
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def docstring_complaints(path, source):
+    """Modules, public functions and classes say what they are. Records (their fields do), torch's modules and small methods need not."""
+    tree = ast.parse(source)
+    if not ast.get_docstring(tree):
+        yield f"{path} does not say its place in the walk"
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node) and not (isinstance(node, ast.ClassDef) and speaks_by_itself(node)):
+            yield f"{path}: {node.name} has no docstring"
+        for method in functions(node) if isinstance(node, ast.ClassDef) else ():
+            statements = sum(isinstance(part, ast.stmt) for part in ast.walk(method)) - 1
+            if not method.name.startswith("_") and not ast.get_docstring(method) and statements > SMALL_BODY:
+                yield f"{path}: {node.name}.{method.name} has {statements} statements and no docstring"
+
+
+def speaks_by_itself(node):
+    """A dataclass or an enumeration, whose fields carry their meaning; a torch module, whose formula is its forward."""
+    marks = " ".join(ast.unparse(mark) for mark in (*node.decorator_list, *node.bases))
+    return re.search(r"\bdataclass\b|Enum\b|NamedTuple\b|nn\.Module\b", marks) is not None
+
+
+def word_complaints(path, source):
+    for number, line in enumerate(source.splitlines(), start=1):
+        yield from (f"{path}:{number} says {word!r}; say {good}" for word, good in FORBIDDEN.items() if word in line.lower())
+
+
+CHECKS = (import_complaints, size_complaints, docstring_complaints, word_complaints)
+
+
+def test_every_room_has_a_level():
+    rooms = {room_of(path) for path in HOUSE} - {"__init__"}
+    assert rooms <= LEVEL_OF.keys()
+    assert {"algorithm", "replay", "learner", "rollout", "runtime", "cli"} <= rooms  # the source was found at all
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_house_gives_no_reason_to_complain(check):
+    assert [complaint for path, source in HOUSE.items() for complaint in check(path, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source", "complaint"),
+    [
+        (
+            import_complaints,
+            "model/decoder.py",
+            "from dapo_async.learner import LearnerRank",
+            "model/decoder.py (level 1) imports dapo_async.learner",
+        ),
+        (import_complaints, "learner/rank.py", "import dapo_async.rollout.engine", "(level 2) imports dapo_async.rollout.engine (level 2)"),
+        (import_complaints, "types.py", "from dapo_async import clock", "types.py (level 0) imports dapo_async.clock (level 0)"),
+        (
+            import_complaints,
+            "replay/buffer.py",
+            "def f():\n    from dapo_async.reward import score_group",
+            "(level 1) imports dapo_async.reward.score",
+        ),
+        (import_complaints, "algorithm/loss.py", "from dapo_async.config import Algorithm", "algorithms take floats, never a config"),
+        (import_complaints, "data/stream.py", "from dapo_async.attic import x", "dapo_async.attic.x, which is in no room"),
+        (import_complaints, "rollout/worker.py", "import ray", "imports ray; ray belongs to ['runtime']"),
+        (import_complaints, "runtime/loop.py", "from mlflow import log_metric", "mlflow belongs to ['tracking']"),
+        (import_complaints, "runtime/system.py", "import sglang.srt", "sglang belongs to nobody"),
+        (size_complaints, "replay/buffer.py", "\n" * 301, "replay/buffer.py has 301 lines"),
+        (size_complaints, "cli.py", "class A:\n  def fit(self):\n" + "    pass\n" * 60, "cli.py: fit has 61 lines"),
+        (docstring_complaints, "data/x.py", "X = 1", "data/x.py does not say its place in the walk"),
+        (docstring_complaints, "data/x.py", "'''Place.'''\nasync def f(): ...", "f has no docstring"),
+        (docstring_complaints, "data/x.py", "'''Place.'''\nclass Room: ...", "Room has no docstring"),
+        (
+            docstring_complaints,
+            "data/x.py",
+            "'''Place.'''\n@dataclass\nclass R:\n  def f(self):\n" + "    f()\n" * 7,
+            "R.f has 7 statements and no docst",
+        ),
+        (word_complaints, "learner/rank.py", "old_log_probs = 0", "learner/rank.py:1 says 'old_log'; say behaviour_logprobs or proximal_logprobs"),
+        (word_complaints, "learner/rank.py", "x = 1\n# Behavior policy", "rank.py:2 says 'behavior'; say behaviour"),
+        (word_complaints, "learner/rank.py", "rollout_is_weights = cliprange_high", "say behaviour_weight"),
+    ],
+)
+def test_each_check_complains_when_its_rule_is_broken(check, path, source, complaint):
+    complaints = list(check(PurePosixPath(path), source))
+    assert any(complaint in said for said in complaints), complaints
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source"),
+    [
+        (import_complaints, "runtime/loop.py", "import ray\nfrom dapo_async.learner import LearnerRank\nfrom dapo_async.runtime import cluster"),
+        (import_complaints, "learner/rank.py", "import raytracer\nfrom dapo_async.config import Learner\nfrom dapo_async.learner import batching"),
+        (
+            docstring_complaints,
+            "data/x.py",
+            "'''Place.'''\n@dataclass(frozen=True)\nclass R:\n  x: int  # metres\ndef _f(): ...\nclass C(StrEnum): ...",
+        ),
+        (word_complaints, "learner/rank.py", "# the behaviour logprobs of an older version, a fold of logs, a sample of groups"),
+    ],
+)
+def test_no_check_complains_about_what_is_right(check, path, source):
+    assert list(check(PurePosixPath(path), source)) == []
+
+
+def run_without(names, script):
+    """Runs `script` in a Python where importing any of `names` fails."""
+    blocker = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {tuple(names)!r}:
+            raise ImportError(name + " is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+"""
+    return subprocess.run([sys.executable, "-c", blocker + script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library():
+    ran = run_without(WITHOUT, "".join(f"import dapo_async.{room}\n" for room in LIGHT_ROOMS) + "from dapo_async.rollout import TorchEngine\n")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_the_runtime_itself_shows_that_the_blocker_blocks():
+    ran = run_without(["ray"], "import dapo_async.runtime.cluster")
+    assert ran.returncode == 1
+    assert "ImportError: ray is not installed here" in ran.stderr

@@ -1,0 +1,180 @@
+"""A tour for newcomers: one group walks through the whole house, room by room, synchronously and on one page.
+
+A real run does the same with Ray actors around the rooms and everything at once. Nothing here depends on how good the model is: a verifier of our
+own decides which responses are right.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dapo_async.algorithm import summarise
+from dapo_async.config import Algorithm, Config, Learner, load
+from dapo_async.data import PromptStream, Tokenizer, load_prompts, load_tokenizer
+from dapo_async.learner import LearnerRank
+from dapo_async.model import checksum, load_decoder, take_snapshot
+from dapo_async.replay import Counts, OfferOutcome, ReplayBuffer, dynamic_sampling, has_tokens
+from dapo_async.reward import Verdict, score_group
+from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
+from dapo_async.types import Admission, RejectReason
+from dapo_async.weights import Announcement, Attestation, Manifest, judge
+from dapo_async.weights.disk import read_version, write_version
+
+RIGHT, WRONG = Verdict(True, "42", "correct"), Verdict(False, "41", "wrong")
+
+
+def test_one_group_walks_through_the_whole_house(house):
+    replay, learner = house.replay, house.learner
+
+    # Before the first publish nobody may generate; then every engine serves version 0 and both credits are free.
+    assert replay.admissible() == 0
+    replay.serve(0)
+    assert (replay.admissible(), replay.credits_held) == (2, 0)
+
+    # data -> replay.admit -> engine -> reward: a first group. All four responses are wrong, so nothing can be learned from comparing them:
+    # dynamic sampling rejects the group and its credit is free again at once.
+    offered = replay.offer(roll(house, [WRONG] * 4), payload=None)
+    assert (offered.outcome, offered.reason) == (OfferOutcome.REJECTED, RejectReason.ALL_WRONG)
+    assert replay.credits_held == 0
+    assert replay.take(learner_version=0) is None  # the learner waits
+
+    # The next prompt gives a mixed group. Every token carries the version that sampled it and the logprob that it had.
+    group = roll(house, [RIGHT, WRONG, RIGHT, WRONG])
+    assert (group.admission_index, group.accuracies, [rollout.reward for rollout in group.rollouts]) == (1, (1, 0, 1, 0), [1, -1, 1, -1])
+    assert all((rollout.completion.weight_versions == 0).all() for rollout in group.rollouts)
+    assert all((rollout.completion.behaviour_logprobs <= 0).all() for rollout in group.rollouts)
+    assert replay.offer(group, payload=group).outcome is OfferOutcome.ACCEPTED
+    assert (house.prompts.position, replay.num_buffered, replay.credits_held) == (2, 1, 1)
+
+    # replay.take -> learner: a ticket for one group. It trains, and the weights become version 1.
+    batch = replay.take(learner_version=0)
+    assert (batch.admission_indices, batch.oldest_versions, batch.references) == ((1,), (0,), (group,))
+    assert_trains(learner, group)
+    replay.trained(batch.admission_indices)
+    assert replay.credits_held == 1  # not yet: no engine has what this group taught
+
+    # learner -> weights -> engine: version 1 is published and proves itself; only now the credit returns, and nothing is left in flight.
+    publish(house)
+    replay.serve(1)
+    replay.release(batch.admission_indices)
+    assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (1, 0, 0)  # one step is left, so one more group is wanted
+
+    # Once more around: the third group is of version 1 from its first token on, and the learner finds its logprobs to be its own.
+    group = roll(house, [WRONG, RIGHT, WRONG, WRONG])
+    assert {int(version) for rollout in group.rollouts for version in rollout.completion.weight_versions} == {1}
+    replay.offer(group, payload=group)
+    assert summarise(learner.step(replay.take(learner_version=1).references))["behaviour_log_ratio_max"] < 1e-5
+
+    # The run ends before that step is booked. Every admitted prompt has ended exactly once (law 2).
+    assert replay.close() == Counts(admitted=3, trained=1, unused=1, rejected={RejectReason.ALL_WRONG: 1})
+    replay.check()
+
+
+def roll(house, verdicts):
+    """From the prompt to the scored group; the credit that it costs was free before."""
+    index = house.replay.admit("rollout-0")
+    admission = Admission(index, house.prompts.next(), group_size=4)
+    return score(house, admission, generate(house, admission), verdicts)
+
+
+def generate(house, admission):
+    """What the rollout worker does with an admission: the engine decodes four siblings of one prompt, a token per slot and step."""
+    sampling = SamplingParams(
+        max_tokens=house.config.rollout.max_response_tokens,
+        temperature=1.0,
+        stop_token_ids=house.learner.decoder.config.eos_token_ids,
+        seed=house.config.seed,
+    )
+    house.engine.submit(GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, sampling))
+    finished = []
+    while house.engine.has_work:
+        finished += house.engine.step()
+    ((key, completions),) = finished
+    assert key == admission.index
+    assert len(completions) == 4
+    return completions
+
+
+def score(house, admission, completions, verdicts):
+    """The reward room: decoded responses become verdicts, verdicts become rewards of +1 and -1."""
+    texts = [house.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True) for completion in completions]
+    remaining = iter(verdicts)
+    return score_group(
+        admission,
+        completions,
+        texts=texts,
+        verify=lambda response, gold: next(remaining),
+        max_response_tokens=house.config.rollout.max_response_tokens,
+        incarnation="first life",
+        temperature=1.0,
+    )
+
+
+def assert_trains(learner, group):
+    """The learner's room: advantages, the loss over all tokens, one update."""
+    metrics = summarise(learner.step([group]))
+    # Rewards 1, -1, 1, -1 have mean 0 and unbiased standard deviation sqrt(4 / 3): advantages of +-0.866.
+    advantages = np.array([1, -1, 1, -1]) * 0.8660254
+    lengths = np.array([rollout.num_tokens for rollout in group.rollouts])
+    # Nobody is stale, so engine and learner agree on every token (law 3), all ratios are 1 and the loss is minus the token mean of the advantages.
+    assert metrics["behaviour_log_ratio_max"] < 1e-5
+    assert metrics["loss"] == pytest.approx(-(advantages * lengths).sum() / lengths.sum(), abs=1e-4)
+    assert (metrics["groups"], metrics["rollouts"], metrics["tokens"], metrics["loss_tokens"]) == (1, 4, lengths.sum(), lengths.sum())
+    assert (metrics["accuracy"], metrics["reward"], metrics["staleness"], metrics["skipped"]) == (0.5, 0, 0, 0)
+    assert learner.version == 1
+
+
+def publish(house):
+    """The weights' way to an engine, here by disk: a frozen snapshot, a file, a swap between two tokens, and the handshake (law 5)."""
+    snapshot = take_snapshot(house.learner.decoder, version=1, probe_tokens=16)
+    manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)
+    announcement = Announcement("first life", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs)
+    assert write_version(snapshot.weights, house.folder, version=1).name == "version_000001"
+
+    before = checksum(house.engine.weights())
+    report = house.engine.update_weights(read_version(house.folder, version=1), version=1, probe_ids=announcement.probe_ids)
+    after = checksum(house.engine.weights())
+    attested = Attestation("rollout-0", "first life", house.engine.version, report.probe_before, report.probe_after, before, after)
+    assert judge(announcement, attested, tolerance=1e-3).outcome == "passed"
+
+    # An engine that says 1 but still has the old weights would not get through.
+    pretender = Attestation("rollout-0", "first life", 1, report.probe_before, report.probe_before, before, before)
+    assert judge(announcement, pretender, tolerance=1e-3).outcome == "mismatch"
+
+
+@dataclass
+class House:
+    """The rooms that keep something from one visit to the next; the others are plain functions."""
+
+    config: Config
+    tokenizer: Tokenizer
+    prompts: PromptStream  # data/
+    replay: ReplayBuffer  # replay/
+    engine: TorchEngine  # rollout/
+    learner: LearnerRank  # learner/
+    folder: Path  # where weights/ meet engines that read from disk
+
+
+@pytest.fixture
+def house(tmp_path):
+    config = load(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+    base, data = Path(config.model.path), config.data
+    tokenizer = load_tokenizer(base)
+    train_set = load_prompts(
+        Path(data.train),
+        tokenizer=tokenizer,
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+    # One group per step, at most one version stale: (1 + 1) x 1 = 2 credits, for a run of two steps.
+    replay = ReplayBuffer(
+        groups_per_step=1, max_staleness=1, num_steps=2, filters=(has_tokens, dynamic_sampling), patience=10, incarnation="first life"
+    )
+    # Engine and learner own a copy of the same decoder each: the same code, the same weights.
+    engine = TorchEngine(load_decoder(base), num_slots=4, max_len=data.max_prompt_tokens + config.rollout.max_response_tokens)
+    learner = LearnerRank(load_decoder(base), algorithm=Algorithm(), learner=Learner(lr=1e-3, warmup_steps=0), seed=config.seed)
+    return House(config, tokenizer, PromptStream(train_set.prompts, seed=config.seed), replay, engine, learner, tmp_path)
