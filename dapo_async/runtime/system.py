@@ -14,7 +14,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
 from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.learner_actor import LearnerActor
-from dapo_async.runtime.remote import ActorDied, Remote
+from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.rollout_actor import RolloutActor
@@ -24,6 +24,7 @@ from dapo_async.weights import Announcement, Attestation, Publisher
 
 Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
+DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
 
@@ -152,6 +153,13 @@ class System:
                         other.result()
                         raise ActorDied(other.get_name(), "ended by itself while the run went on")
             return task.result()
+        except ActorFailed:
+            # A broken connection is felt by its other end before Ray tells of the death behind it.
+            told, _ = await asyncio.wait(watches, timeout=DEATH_NEWS_S)
+            for watch in told:
+                if isinstance(death := watch.exception(), ActorDied):
+                    raise death from None
+            raise
         finally:
             for each in [task, *watches]:
                 each.cancel()
