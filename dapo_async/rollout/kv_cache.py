@@ -41,7 +41,7 @@ class KVCache:
         self.mask[rows] = float("-inf")
         self.mask[rows, :length] = 0.0
 
-    def move(self, source: int | Tensor, target: int | Tensor, *, length: int) -> None:
+    def move(self, source: slice | Tensor, target: slice | Tensor, *, length: int) -> None:
         """Copies the first `length` entries and the masks of slots to other slots."""
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
         self.mask[target] = self.mask[source]
