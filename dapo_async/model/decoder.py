@@ -32,9 +32,12 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x [T, heads, D]` by `cos, sin [T, 1, D]` in the half-split layout of the Llama and Qwen families."""
+    """Rotary embedding of `x [T, heads, D]` in the half-split layout of the Llama and Qwen families.
+
+    `cos, sin [T, 1, D]`, with the sines of the first half negated.
+    """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class SelfAttention(nn.Module):
@@ -52,10 +55,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         heads = (x.shape[0], -1, self.head_dim)
-        query, key, value = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        query = rotate(self.q_norm(query.view(heads)), cos, sin)
-        key = rotate(self.k_norm(key.view(heads)), cos, sin)
-        mixed = attention(self.layer, query, key, value.view(heads))
+        projected = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        query, key, value = (part.view(heads) for part in projected)
+        both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
+        query, key = both.split((query.shape[1], key.shape[1]), dim=1)
+        mixed = attention(self.layer, query, key, value)
         return self.o_proj(mixed.reshape(x.shape[0], -1))
 
 
@@ -99,7 +103,7 @@ class Decoder(nn.Module):
     """A causal language model on packed tokens."""
 
     rope_cos: Tensor  # [max_positions, 1, head_dim], float32
-    rope_sin: Tensor
+    rope_sin: Tensor  # with the first half negated, as `rotate` wants it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,7 +114,8 @@ class Decoder(nn.Module):
         inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
         angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse).repeat(1, 2)
         self.register_buffer("rope_cos", angles.cos()[:, None, :], persistent=False)
-        self.register_buffer("rope_sin", angles.sin()[:, None, :], persistent=False)
+        signs = torch.ones(config.head_dim).index_fill(0, torch.arange(config.head_dim // 2), -1.0)
+        self.register_buffer("rope_sin", (angles.sin() * signs)[:, None, :], persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
