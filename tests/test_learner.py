@@ -200,6 +200,14 @@ def test_a_bad_second_minibatch_keeps_the_update_of_the_first():
         torch.testing.assert_close(rank.decoder.state_dict()[name], parameter.detach(), rtol=0, atol=0.01 * LR)
 
 
+def test_a_bad_first_minibatch_skips_the_others_too():
+    version, before = VERSION + 1, tiny_decoder().state_dict()
+    assert 11 in np.random.default_rng((0, version)).permutation(12)[:6]  # now it is in the first
+    rank = rank_of(num_minibatches=2, version=version)
+    assert rank.step(spoilt(synthetic_groups(), behaviour=np.nan)).totals["skipped"] == 1.0
+    assert all(torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items())
+
+
 def test_the_learning_rate_warms_up_linearly_from_the_first_step_on():
     assert [warmed_up(1.0, step=step, warmup_steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmed_up(1.0, step=0, warmup_steps=0) == 1.0
