@@ -91,6 +91,11 @@ class Group:
         return min(rollout.oldest_version for rollout in self.rollouts)
 
     @property
+    def weight_versions(self) -> frozenset[int]:
+        """All versions that sampled a token of it."""
+        return frozenset(int(version) for rollout in self.rollouts for version in np.unique(rollout.completion.weight_versions))
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and response tokens that the learner has to process."""
         return sum(len(self.prompt.token_ids) + rollout.num_tokens for rollout in self.rollouts)

@@ -101,8 +101,9 @@ class ReplayActor:
     def _hand_over(self, batch: TrainBatch) -> TrainBatch:
         """Writes the step's samples and puts each group where the learner's ranks can fetch it; this actor owns the objects."""
         groups: Sequence[Group] = batch.references
-        stalest = sorted(groups, key=lambda group: (group.oldest_version, group.admission_index))
-        write_rollouts(self._rollouts, step=batch.learner_version, groups=stalest[: self._config.train.sample_groups])
+        # The samples are those that asynchrony touched most: generated under the most weight versions, then under the oldest.
+        telling = sorted(groups, key=lambda group: (-len(group.weight_versions), group.oldest_version, group.admission_index))
+        write_rollouts(self._rollouts, step=batch.learner_version, groups=telling[: self._config.train.sample_groups])
         return replace(batch, references=tuple(ray.put(group) for group in groups))
 
     async def trained(self, indices: Sequence[int], *, skipped: bool) -> None:
