@@ -1,0 +1,210 @@
+"""The quickstart, shortened: what a run's files say must hold, each law beside a broken twin that fails the same check."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+from run_support import (
+    QUICKSTART,
+    Finished,
+    check_asynchrony,
+    check_checkpoint,
+    check_conservation,
+    check_metrics,
+    check_staleness,
+    check_time_law,
+    finished,
+    overlap_share,
+    rows_of,
+)
+
+from dapo_async import config as knobs
+
+pytestmark = pytest.mark.ray
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The quickstart as it is, but for its length and for all groups being written down."""
+    config = knobs.load(QUICKSTART)
+    root = tmp_path_factory.mktemp("quick") / "run"
+    return finished(root, f"train.num_steps={NUM_STEPS}", f"train.sample_groups={config.replay.groups_per_step}")
+
+
+@pytest.fixture(scope="session")
+def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same system at staleness 0: the learner and the engine wait for each other. Small groups, so that many are rejected."""
+    root = tmp_path_factory.mktemp("synchronous") / "run"
+    small = ("replay.groups_per_step=8", "replay.group_size=4", "train.sample_groups=8", "evaluation.num_prompts=0")
+    return finished(root, "replay.max_staleness=0", "train.num_steps=8", *small)
+
+
+def all_rollouts(run: Finished) -> list[dict]:
+    return [rollout for step in range(len(run.metrics)) for rollout in run.rollouts(step)]
+
+
+def test_run_ends_done_with_every_file_in_its_directory(quick: Finished) -> None:
+    assert quick.exit_code == 0, quick.output
+    files = {path.name for path in quick.root.iterdir()}
+    assert files == {"config.yaml", "summary.json", "metrics.jsonl", "timeline.json", "dynamics.png", "rollouts", "checkpoints"}
+    assert {path.name for path in (quick.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
+    assert (quick.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_config_is_the_one_that_ran(quick: Finished) -> None:
+    saved = knobs.load(quick.root / "config.yaml")
+    assert saved.train.num_steps == NUM_STEPS
+    assert saved.run_dir == str(quick.root)
+    assert saved.algorithm == knobs.load(QUICKSTART).algorithm
+
+
+def test_metrics_are_one_flat_object_of_numbers_per_step(quick: Finished) -> None:
+    rows = quick.metrics
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    for row in rows:
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values()), row
+        assert row["version"] == row["step"] + 1
+    assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
+
+
+def test_summary_has_its_fixed_points(quick: Finished) -> None:
+    summary = quick.summary
+    assert (summary["status"], summary["reason"]) == ("done", "all steps trained")
+    assert summary["steps"] == NUM_STEPS
+    assert summary["tokens"] == sum(row["tokens"] for row in quick.metrics)
+    for name in ("initial_accuracy", "final_accuracy"):
+        assert 0.0 <= summary[name] <= 1.0
+    assert 0.0 < summary["train_s"] < summary["wall_s"]
+    assert {"rollout", "learner"} <= set(summary["idle"])
+    assert all(0.0 <= share <= 1.0 for share in summary["idle"].values()), summary["idle"]
+    reasons = {"rejected.all_correct", "rejected.all_wrong", "rejected.all_equal", "rejected.too_few_tokens"}
+    assert set(summary["groups"]) == {"admitted", "trained", "evicted", "failed", "skipped", "unused", "in_flight", *reasons}
+    assert summary["caught"] == {}
+
+
+def test_every_admitted_group_ends_exactly_once(quick: Finished) -> None:
+    groups = quick.summary["groups"]
+    check_conservation(groups)
+    for row in quick.metrics:
+        check_conservation({name.removeprefix("groups."): count for name, count in row.items() if name.startswith("groups.")})
+    config = knobs.load(QUICKSTART)
+    assert groups["trained"] == NUM_STEPS * config.replay.groups_per_step
+    assert groups["evicted"] == groups["failed"] == groups["skipped"] == groups["in_flight"] == 0
+
+
+def test_conservation_check_notices_one_lost_group(quick: Finished) -> None:
+    groups = quick.summary["groups"]
+    with pytest.raises(AssertionError, match="were admitted"):
+        check_conservation({**groups, "trained": groups["trained"] - 1})
+
+
+def test_no_token_is_staler_than_the_bound(quick: Finished) -> None:
+    check_staleness(all_rollouts(quick), max_staleness=2)
+    staleness = quick.summary["staleness"]
+    assert 0 < staleness["max"] <= 2
+    assert 0 < staleness["mean"] <= staleness["max"]
+
+
+def test_staleness_check_notices_a_run_beyond_its_bound(quick: Finished) -> None:
+    with pytest.raises(AssertionError, match="was trained at step"):
+        check_staleness(all_rollouts(quick), max_staleness=quick.summary["staleness"]["max"] - 1)
+
+
+def test_every_version_was_served_and_attested(quick: Finished) -> None:
+    summary = quick.summary
+    assert summary["weight_versions"] == NUM_STEPS + 1
+    assert "mismatch" not in summary["handshake"]
+    assert sum(summary["handshake"].values()) == NUM_STEPS + 1
+    assert summary["handshake"]["passed"] >= NUM_STEPS // 2
+
+
+def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quick: Finished) -> None:
+    trace = json.loads((quick.root / "timeline.json").read_text())
+    assert trace["displayTimeUnit"] == "ms"
+    assert set(rows_of(trace["traceEvents"])) == {"driver", "learner", "replay", "rollout-0"}
+
+
+def test_states_of_every_actor_add_up_to_its_time(quick: Finished) -> None:
+    rows = rows_of(quick.trace)
+    check_time_law(rows, end_s=rows["driver"][-1][2])
+    for actor, row in rows.items():
+        total_s = sum(quick.summary["seconds_by_state"][actor].values())
+        assert total_s == pytest.approx(sum(end - start for _, start, end in row), rel=1e-3)
+
+
+@pytest.mark.parametrize("actor", ["driver", "learner", "replay", "rollout-0"])
+def test_time_law_notices_one_lost_span(quick: Finished, actor: str) -> None:
+    rows = rows_of(quick.trace)
+    longest = max(rows[actor][1:-1], key=lambda span: span[2] - span[1])
+    lossy = {**rows, actor: [span for span in rows[actor] if span != longest]}
+    with pytest.raises(AssertionError, match=f"{actor}: .* s in states"):
+        check_time_law(lossy, end_s=rows["driver"][-1][2])
+
+
+def test_time_law_notices_two_states_at_a_time(quick: Finished) -> None:
+    rows = rows_of(quick.trace)
+    state, start_s, end_s = rows["learner"][3]
+    doubled = {**rows, "learner": [*rows["learner"][:3], (state, start_s - 0.1, end_s), *rows["learner"][4:]]}
+    with pytest.raises(AssertionError, match="at the same time"):
+        check_time_law(doubled, end_s=rows["driver"][-1][2])
+
+
+def test_engine_generates_while_the_learner_trains(quick: Finished) -> None:
+    check_asynchrony(rows_of(quick.trace), all_rollouts(quick))
+
+
+def test_asynchrony_check_fails_on_a_synchronous_run(synchronous: Finished) -> None:
+    rows = rows_of(synchronous.trace)
+    assert overlap_share(rows) == 0.0
+    with pytest.raises(AssertionError, match="of the train spans only"):
+        check_asynchrony(rows, all_rollouts(synchronous))
+    assert all(len(rollout["weight_versions"]) == 1 for rollout in all_rollouts(synchronous))
+
+
+def test_synchronous_run_counts_its_refill_waves(synchronous: Finished, quick: Finished) -> None:
+    assert synchronous.exit_code == 0, synchronous.output
+    rows = synchronous.metrics
+    assert all("refill_waves" in row for row in rows)
+    assert sum(row["refill_waves"] for row in rows) > 0
+    assert any(row.get("rejected.all_wrong", 0) for row in rows)
+    assert not any("refill_waves" in row for row in quick.metrics)
+    check_conservation(synchronous.summary["groups"])
+    assert synchronous.summary["staleness"] == {"mean": 0.0, "max": 0}
+
+
+def test_ratio_is_one_up_to_rounding_at_staleness_0_and_only_there(synchronous: Finished, quick: Finished) -> None:
+    assert max(row["behaviour_log_ratio_max"] for row in synchronous.metrics) <= 1e-5
+    assert max(row["behaviour_log_ratio_max"] for row in quick.metrics) > 1e-3
+
+
+def test_metrics_follow_from_the_rollouts(quick: Finished, synchronous: Finished) -> None:
+    for run in (quick, synchronous):
+        for row in run.metrics:
+            check_metrics(row, run.rollouts(row["step"]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "?"), ("weight_versions", [[0, 0, 9]])])
+def test_recomputed_metrics_notice_one_changed_response(quick: Finished, name: str, value: object) -> None:
+    row = quick.metrics[NUM_STEPS - 1]
+    rollouts = copy.deepcopy(quick.rollouts(row["step"]))
+    changed = next(rollout for rollout in rollouts if rollout["finish_reason"] == "length") if name == "finish_reason" else rollouts[0]
+    changed[name] = value
+    with pytest.raises(AssertionError, match="in the rollouts"):
+        check_metrics(row, rollouts)
+
+
+def test_checkpoint_loads_in_transformers_and_is_not_the_base(quick: Finished) -> None:
+    checkpoint = Path(quick.summary["checkpoint"])
+    assert checkpoint == quick.root / "checkpoints" / f"step_{NUM_STEPS:06d}"
+    check_checkpoint(checkpoint, differs_from=Path(knobs.load(QUICKSTART).model.path))
+
+
+def test_checkpoint_check_notices_an_untrained_model() -> None:
+    base = Path(knobs.load(QUICKSTART).model.path)
+    with pytest.raises(AssertionError, match="logits are those of"):
+        check_checkpoint(base, differs_from=base)
