@@ -43,9 +43,11 @@ def assert_same(one, other):
 
 def assert_equals_the_naive_step(rank, naive, groups):
     expected, done = naive.step(groups), outcome(rank, groups)
-    assert {name: done.metrics[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    # Each update hands the rounding described above on to the next minibatch, which sees other weights.
+    amplified = 1 if naive.learner.num_minibatches == 1 else 20
+    assert {name: done.metrics[name] for name in expected} == pytest.approx(expected, rel=2e-5 * amplified, abs=1e-6 * amplified)
     for name, parameter in naive.decoder.named_parameters():
-        torch.testing.assert_close(done.weights[name], parameter.detach(), rtol=0, atol=0.01 * LR, msg=name)
+        torch.testing.assert_close(done.weights[name], parameter.detach(), rtol=0, atol=0.01 * LR * amplified, msg=name)
     return done
 
 
