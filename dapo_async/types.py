@@ -143,7 +143,7 @@ class StepMetrics:
             mine = sums.get(name, (0.0, 0.0))
             sums[name] = (mine[0] + total, mine[1] + count)
         for name, value in other.maxima.items():
-            maxima[name] = max(maxima.get(name, value), value)
+            maxima[name] = float(np.maximum(maxima.get(name, value), value))  # nan wins, whatever the order
         for name, value in other.totals.items():
             totals[name] = totals.get(name, 0.0) + value
         return StepMetrics(sums, maxima, totals)

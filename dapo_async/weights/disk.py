@@ -24,7 +24,8 @@ def write_version(weights: Mapping[str, Tensor], folder: Path, *, version: int) 
     target.mkdir(parents=True, exist_ok=True)
     save_weights(weights, target)
     for old in sorted(Path(folder).glob("version_*"))[:-KEPT_VERSIONS]:
-        shutil.rmtree(old)
+        if old != target:
+            shutil.rmtree(old)
     return target
 
 
