@@ -167,6 +167,7 @@ def main() -> None:
             f" {rates['engine_single']:>7} {'':>10} {result['ratio_groups_of_8']:>10.2f} {result['ratio_single']:>10.2f}"
         )
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

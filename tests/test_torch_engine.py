@@ -235,7 +235,7 @@ def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
 
 def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens():
     # Random stops empty neighbouring and scattered slots at once: each way of moving the last ones into the holes is taken.
-    stop = tuple(range(0, 12))
+    stop = tuple(range(12))
     requests = [group(key, [3, 4, 5 + key % 7], siblings=1 + key % 5, max_tokens=20, stop=stop) for key in range(40)]
     crowded = run(tiny_engine(num_slots=48), *requests)
     for request in requests:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-_ONEDNN_FLOPS = 4_000_000  # below this oneDNN's setup of about 10 µs costs more than it saves
+_ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup of about 10 µs costs more than it saves
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -25,14 +25,19 @@ class KVCache:
         shape = (config.num_layers, 2, num_slots, config.num_kv_heads, padded, config.head_dim)
         # Zeros, not empty memory: masked entries get weight 0, and 0 · NaN would be NaN.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        # One index for both writes is half the work: all vectors of a layer in a row, and where those of each slot and head start.
+        self._vectors = [self.kv[layer].view(-1, config.head_dim) for layer in range(config.num_layers)]
+        self._starts = torch.arange(0, 2 * num_slots * config.num_kv_heads * padded, padded, device=device).view(2, num_slots, config.num_kv_heads)
         self.layers = [(self.kv[layer, 0], self.kv[layer, 1]) for layer in range(config.num_layers)]  # each [S, KV, L, D]
         self.mask = torch.full((num_slots, padded), float("-inf"), dtype=dtype, device=device)  # added to the scores: 0 where visible
 
-    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores `key, value [T, KV, D]` of token t in slot `rows[t]` at `positions[t]`."""
-        keys, values = self.layers[layer]
-        keys[rows, :, positions] = key
-        values[rows, :, positions] = value
+    def entries(self, positions: Tensor) -> Tensor:
+        """Where the tokens at `positions [n]` of the first n slots go: `[2 · n · KV]` for `write`."""
+        return (self._starts[:, : len(positions)] + positions[:, None]).view(-1)
+
+    def write(self, layer: int, entries: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores one token per slot, `key, value [n, KV, D]`."""
+        self._vectors[layer].index_copy_(0, entries, torch.cat((key, value)).view(-1, key.shape[-1]))
 
     def fill(self, rows: slice, prefix: Tensor) -> None:
         """Starts the slots `rows` with the same entries: `prefix [layers, 2, KV, P, D]`."""
@@ -73,13 +78,13 @@ class DecodeAttention:
         """`positions [n]` of the new tokens of slots 0 … n − 1; the longest slot holds `longest` entries with its new one."""
         self._cache = cache
         self.positions = positions
-        self._rows = torch.arange(len(positions), device=positions.device)
+        self._entries = cache.entries(positions)
         self._length = -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS
-        cache.mask[self._rows, positions] = 0.0
+        cache.mask[torch.arange(len(positions), device=positions.device), positions] = 0.0
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache, length = self._cache, self._length
-        cache.write(layer, self._rows, self.positions, key, value)
+        cache.write(layer, self._entries, key, value)
         num_rows, num_heads, head_dim = query.shape
         keys, values = (tensor[:num_rows, :, :length] for tensor in cache.layers[layer])
         # The query heads that share a key head stand in for query positions: no key is repeated.
