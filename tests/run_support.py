@@ -232,7 +232,9 @@ def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]])
         "group_staleness_max": row["step"] - oldest,
     }
     for name, value in expected.items():
-        assert abs(row[name] - value) <= 1e-9 * max(1.0, abs(value)), f"step {row['step']}: {name} is {row[name]} in the metrics, {value} in the rollouts"
+        assert abs(row[name] - value) <= 1e-9 * max(1.0, abs(value)), (
+            f"step {row['step']}: {name} is {row[name]} in the metrics, {value} in the rollouts"
+        )
 
 
 def check_checkpoint(folder: Path, *, differs_from: Path | None = None) -> None:

@@ -188,7 +188,9 @@ def test_metrics_follow_from_the_rollouts(quick: Finished, synchronous: Finished
             check_metrics(row, run.rollouts(row["step"]))
 
 
-@pytest.mark.parametrize(("name", "value"), [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "?"), ("weight_versions", [[0, 0, 9]])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "?"), ("weight_versions", [[0, 0, 9]])]
+)
 def test_recomputed_metrics_notice_one_changed_response(quick: Finished, name: str, value: object) -> None:
     row = quick.metrics[NUM_STEPS - 1]
     rollouts = copy.deepcopy(quick.rollouts(row["step"]))
