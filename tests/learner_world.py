@@ -54,9 +54,10 @@ def synthetic_groups(*, noise=0.4, versions=(0, 4)):
     return groups
 
 
-def rank_of(*, algorithm=None, kind=LearnerRank, version=VERSION, **learner):
+def rank_of(*, algorithm=None, kind=LearnerRank, version=VERSION, activations=torch.float32, **learner):
     knobs = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.1, "grad_clip": 0.5} | learner
-    return kind(tiny_decoder(), algorithm=Algorithm(**(algorithm or {})), learner=Learner(**knobs), seed=0, version=version)
+    algorithm = Algorithm(**(algorithm or {}))
+    return kind(tiny_decoder(), algorithm=algorithm, learner=Learner(**knobs), seed=0, version=version, activations=activations)
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Learner:
 class Engine:
     def __init__(self, learner, seed=99):
         self.name, self.learner, self.model, self.version, self.quarantined = "rollout-0", learner, decoder(seed), -1, []
+        self.confirmed = []
 
     def _load(self, announcement, weights):
         before, sum_before = score_tokens(self.model, announcement.probe_ids), checksum(self.model.state_dict())
@@ -74,6 +75,9 @@ class Engine:
 
     async def quarantine(self, on):
         self.quarantined.append(on)
+
+    async def confirm(self):
+        self.confirmed.append(self.version)
 
 
 def publish(publisher, announcement):
@@ -115,6 +119,7 @@ def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk
     assert publish(publisher, learner.announce(1)) == [1]
     assert publisher.outcomes == {"mismatch": 1, "passed": 1}
     assert engine.quarantined == [True, False]
+    assert engine.confirmed == [1]
     assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
 
 
@@ -129,6 +134,7 @@ def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(tmp
     with pytest.raises(HandshakeError, match=f"wrong weights twice.*{checksum(wrong)[:12]}.*{announcement.checksum[:12]}"):
         publish(publisher, announcement)
     assert engine.quarantined == [True]
+    assert engine.confirmed == []
 
 
 def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_can():

@@ -22,16 +22,21 @@ from dapo_async.types import Group, StepMetrics
 class LearnerRank:
     """Owns the decoder being trained and its optimizer. `version` counts finished steps: the weights after step n are version n + 1."""
 
-    def __init__(self, decoder: Decoder, *, algorithm: Algorithm, learner: Learner, seed: int, version: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, *, algorithm: Algorithm, learner: Learner, seed: int, version: int = 0, activations: torch.dtype = torch.float32
+    ) -> None:
+        """The decoder's parameters are the master weights and stay in float32; with `activations` bfloat16 the layers compute under autocast."""
+        assert decoder.head_weight.dtype is torch.float32, f"master weights are float32, these are {decoder.head_weight.dtype}"
         self.decoder, self.version = decoder, version
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
         self._optimizer = build_adamw(decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2))
-        self._device = decoder.head_weight.device
+        self._device, self._activations = decoder.head_weight.device, activations
 
     def step(self, groups: Sequence[Group]) -> StepMetrics:
         """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
 
-        A non-finite loss or gradient skips the rest of the step (`skipped` 1 in the totals); its minibatch changes no weight.
+        A non-finite loss or gradient ends the step there (`non_finite` 1 in the totals) and its minibatch changes no weight; when it was the first,
+        the whole step has changed nothing (`skipped` 1).
         """
         algorithm, learner = self._algorithm, self._learner
         rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering)
@@ -45,18 +50,20 @@ class LearnerRank:
         for parameters in self._optimizer.param_groups:
             parameters["lr"] = lr
         metrics = rollout_metrics(groups, learner_version=self.version)
-        skipped = False
+        non_finite, updates = False, 0
         for minibatch in minibatches:
-            update, skipped = self._update(minibatch, recomputed, kept)
+            update, non_finite = self._update(minibatch, recomputed, kept)
             metrics = metrics + update
-            if skipped:
+            if non_finite:
                 break
+            updates += 1
         self.version += 1
-        return metrics + StepMetrics(maxima={"lr": lr}, totals={"skipped": float(skipped)})
+        return metrics + StepMetrics(maxima={"lr": lr}, totals={"non_finite": float(non_finite), "skipped": float(updates == 0)})
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)
-        hidden = self.decoder(batch.token_ids, attention.positions, attention)
+        with torch.autocast(self._device.type, dtype=self._activations, enabled=self._activations is not torch.float32):
+            hidden = self.decoder(batch.token_ids, attention.positions, attention)
         return token_logprobs(hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures)
 
     @torch.no_grad()

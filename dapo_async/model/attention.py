@@ -1,7 +1,7 @@
 """Attention over packed sequences: the strategy that the learner and the engine's prefill hand to the decoder.
 
 On CUDA: flash-attn's varlen kernel where it is installed, else torch's own (`torch.nn.attention.varlen`); neither has been run on a GPU yet.
-On CPU: one SDPA call per run of equally long neighbours, so sort sequences by length: nothing is padded or masked, and short sequences
+On CPU, and in float32: one SDPA call per run of equally long neighbours, so sort sequences by length: nothing is padded or masked, and short sequences
 share a call.
 """
 
@@ -36,7 +36,9 @@ class PackedAttention:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.device.type == "cuda":
+        # Under autocast norms and rotations are in float32, the values already in the activations' dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if self.device.type == "cuda" and value.dtype is not torch.float32:  # the kernels know half precision only
             return self._varlen(query, key, value)
         outputs, start = [], 0
         for length, run in groupby(self.lengths):

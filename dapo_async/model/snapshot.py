@@ -40,12 +40,19 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
 
 
 @torch.no_grad()
-def take_snapshot(decoder: Decoder, *, version: int, probe_tokens: int) -> Snapshot:
-    """Copies the weights and answers a probe prompt of random tokens that nobody can have seen before."""
+def take_snapshot(decoder: Decoder, *, version: int, probe_tokens: int, dtype: torch.dtype = torch.float32) -> Snapshot:
+    """Copies the weights, in the engines' dtype, and answers a probe prompt of random tokens that nobody can have seen before.
+
+    The answer is that of the copies: an engine with the same weights gives it up to the rounding of its kernels, whatever the dtype.
+    """
     nonce = np.random.default_rng(secrets.randbits(64))
     probe_ids = nonce.integers(0, decoder.config.vocab_size, min(probe_tokens, decoder.config.max_positions), dtype=np.int32)
-    weights = {name: tensor.detach().clone() for name, tensor in decoder.state_dict().items()}
-    return Snapshot(version, weights, probe_ids, score_tokens(decoder, probe_ids))
+    weights = {name: tensor.detach().to(dtype, copy=True) for name, tensor in decoder.state_dict().items()}
+    with torch.device("meta"):
+        copies = Decoder(decoder.config)
+    copies.load_state_dict(weights, assign=True)
+    copies.rope_cos, copies.rope_sin = decoder.rope_cos, decoder.rope_sin
+    return Snapshot(version, weights, probe_ids, score_tokens(copies, probe_ids))
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,10 @@ class ReplayPort(Protocol):
 
     async def offer(self, group: Group) -> None: ...
 
+    async def fail(self, indices: Sequence[int], why: str) -> None:
+        """These groups will not be offered: their credits return. Groups that have ended meanwhile are ignored."""
+        ...
+
     async def doomed(self, worker: str) -> Sequence[int]:
         """Waits for groups of this worker that were evicted while it generates them."""
         ...
@@ -46,55 +50,89 @@ class RolloutWorker:
         self.name, self.engine = name, engine
         self._replay, self._score, self._sampling = replay, score, sampling
         self._capacity = -(-engine.num_slots // group_size) + 1
-        self._rolling = 0
+        self._rolling = 0  # groups on the engine or about to be
+        self._wanted: set[int] = set()  # admitted and to be offered: taken out when offered, evicted or of wrong weights
+        self._doomed: set[int] = set()  # evicted since the last request: its admissions may come later than their eviction
         self._room = asyncio.Event()
         self._open = asyncio.Event()  # cleared while the engine is quarantined
         self._open.set()
-        self._stopping = False
+        self._proved = asyncio.Event()  # cleared from a weight swap until its handshake
+        self._proved.set()
 
     async def run(self) -> None:
-        """Rolls groups until `stop`; raises whatever a group, the engine or the replay room raised, in an ExceptionGroup."""
+        """Rolls groups until it is cancelled; raises whatever a group, the engine or the replay room raised, in an ExceptionGroup."""
         async with asyncio.TaskGroup() as groups:
-            doomed = groups.create_task(self._abort_doomed(), name="doomed")
-            while self._rolling or not self._stopping:
-                self._room.clear()
-                if self._stopping or self._rolling >= self._capacity:
+            groups.create_task(self._abort_doomed(), name="doomed")
+            while True:
+                await self._open.wait()
+                if self._rolling >= self._capacity:
+                    self._room.clear()
                     await self._room.wait()
                     continue
-                if not self._open.is_set():
-                    await self._open.wait()
-                    continue
-                admissions = await self._replay.admit(self.name, self._capacity - self._rolling)
-                for admission in admissions:
+                for admission in await self._admit(self._capacity - self._rolling):
                     self._rolling += 1
+                    self._wanted.add(admission.index)
                     groups.create_task(self._roll(admission), name=f"group {admission.index}")
-            doomed.cancel()
+
+    async def _admit(self, num_groups: int) -> list[Admission]:
+        """Asks for groups; what is idle on the engine meanwhile is without credit."""
+        self._doomed.clear()
+        self.engine.starving(True)
+        try:
+            admissions = await self._replay.admit(self.name, num_groups)
+        finally:
+            self.engine.starving(False)
+        return [admission for admission in admissions if admission.index not in self._doomed]
 
     async def _abort_doomed(self) -> None:
         while True:
-            await self.engine.abort(await self._replay.doomed(self.name))
+            doomed = await self._replay.doomed(self.name)
+            self._doomed.update(doomed)
+            self._wanted.difference_update(doomed)
+            await self.engine.abort(doomed)
 
     async def _roll(self, admission: Admission) -> None:
-        request = GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, self._sampling)
+        index = admission.index
+        request = GroupRequest(index, admission.prompt.token_ids, admission.group_size, self._sampling)
         try:
             await self._open.wait()  # the admission may have been on its way when the quarantine began
+            if index not in self._wanted:
+                return
             completions = await self.engine.generate(request)
         except Aborted:
-            return  # the replay room evicted this group and has its credit back already
+            if index in self._wanted:
+                raise  # not taken off by this worker: its credit would never return
+            return
         finally:
             self._rolling -= 1
             self._room.set()
-        await self._replay.offer(await self._score(admission, completions))
+        if index not in self._wanted:
+            return
+        group = await self._score(admission, completions)
+        await self._proved.wait()
+        if index in self._wanted:
+            self._wanted.remove(index)
+            await self._replay.offer(group)
 
-    def quarantine(self, on: bool) -> None:
-        """While on, nothing new is admitted or started here."""
+    def hold(self, on: bool) -> None:
+        """On, from before a weight swap: groups that finish wait. Off, when the handshake has proved the new weights: they are offered."""
         if on:
-            self._open.clear()
+            self._proved.clear()
         else:
-            self._open.set()
+            self._proved.set()
 
-    def stop(self) -> None:
-        """Ends `run` when the groups in flight are done."""
-        self._stopping = True
-        self._open.set()
-        self._room.set()
+    async def quarantine(self, on: bool) -> None:
+        """On: the engine's weights are wrong, so nothing new is admitted or started here, and what was generated is given up.
+
+        Which weights sampled the groups in flight is unknown (laws 1 and 5): they are aborted, never offered, and failed, which returns their
+        credits; all this is done when the call returns. Off: admission goes on.
+        """
+        if not on:
+            self._open.set()
+            return
+        self._open.clear()
+        given_up = sorted(self._wanted)
+        self._wanted.clear()
+        if given_up:
+            await self.engine.abort(given_up)
+            await self._replay.fail(given_up, f"quarantine of {self.name}")

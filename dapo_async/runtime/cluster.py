@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from dapo_async.config import Config
+from dapo_async.runtime.environment import LOCAL
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -41,17 +42,13 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
 
 def connect(config: Config) -> None:
     """Starts an own Ray or joins the one at `ray.address`. Raises ValueError when it cannot be joined or is too small."""
-    # Nothing is reported to anybody; set before Ray looks at it.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray gives its workers niceness 15: any other busy process would starve them. The actors are the work here, not the background.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     actors = list(planned_actors(config))
     needed = sum(actor.num_cpus for actor in actors)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.ray.address == "local":
+    if config.ray.address == LOCAL:
         cpus = config.ray.num_cpus or max(os.cpu_count() or 1, int(needed + 0.999))
         gpus = int(sum(actor.num_gpus for actor in actors) + 0.999)
-        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
     else:
         try:
             ray.init(address=config.ray.address, **quiet)
@@ -85,5 +82,5 @@ def disconnect() -> None:
 
 
 def own_host(config: Config) -> str:
-    """The interface that this run's servers bind to: loopback for an own Ray, else the cluster's."""
-    return LOOPBACK if config.ray.address == "local" else str(ray.util.get_node_ip_address())
+    """The interface that the calling actor binds its servers to: loopback for an own Ray, else its node's address in the cluster."""
+    return LOOPBACK if config.ray.address == LOCAL else str(ray.util.get_node_ip_address())

@@ -14,6 +14,7 @@ from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
 from dapo_async.model import Snapshot, checksum, export_folder, load_decoder, take_snapshot
+from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
@@ -30,12 +31,13 @@ class LearnerActor:
         torch.manual_seed(config.seed)
         self._clock = StateClock("learner")
         self._device = "cuda" if config.learner.num_gpus > 0 else "cpu"
-        decoder = load_decoder(Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=self._device)
-        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed)
+        decoder = load_decoder(Path(config.model.path), device=self._device)
+        self._dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=self._dtype)
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
         self._group: WeightGroup | None = None
-        self._stopped = asyncio.Event()
+        self._saving = asyncio.Lock()  # one export at a time
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
@@ -43,8 +45,8 @@ class LearnerActor:
         return ProcessInfo("learner", os.getpid(), ray.util.get_node_ip_address(), f"{parameters / 1e6:.2f} M parameters on {self._device}")
 
     async def alive(self) -> None:
-        """Returns when the actor is stopped; the driver watches it."""
-        await self._stopped.wait()
+        """Never returns: the driver watches it, for it ends with the actor's life."""
+        await asyncio.Event().wait()
 
     async def step(self, batch: TrainBatch) -> StepMetrics:
         """Fetches the batch's groups and trains on them."""
@@ -58,7 +60,11 @@ class LearnerActor:
         """Freezes the current weights for the next publish, checkpoint and disk write; they replace the snapshot before."""
         with self._clock.during("snapshot", f"version {self._rank.version}"):
             snapshot = await asyncio.to_thread(
-                take_snapshot, self._rank.decoder, version=self._rank.version, probe_tokens=self._config.weights.probe_tokens
+                take_snapshot,
+                self._rank.decoder,
+                version=self._rank.version,
+                probe_tokens=self._config.weights.probe_tokens,
+                dtype=self._dtype,
             )
             self._snapshot = snapshot
             return Announcement(
@@ -70,15 +76,17 @@ class LearnerActor:
                 probe_logprobs=snapshot.probe_logprobs,
             )
 
-    async def open_group(self, host: str) -> tuple[str, int]:
-        """Opens the rendezvous of the weight group on `host`'s interface; the workers join at the returned address."""
+    async def open_group(self) -> tuple[str, int]:
+        """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
+        host = own_host(self._config)
         self._store = open_store(host, timeout_s=self._config.deadlines.publish_s)
         return host, self._store.port
 
-    async def join(self, host: str) -> None:
+    async def join(self) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
         size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
+        host = own_host(self._config)
         self._group = await asyncio.to_thread(
             WeightGroup, self._store, rank=SENDER, world_size=size, host=host, device=self._device, timeout_s=timeout_s
         )
@@ -94,12 +102,15 @@ class LearnerActor:
         await asyncio.to_thread(write_version, snapshot.weights, self._weights, version=snapshot.version)
         return str(self._weights)
 
-    async def save(self, out: Path) -> Path:
-        """Exports the newest snapshot as a plain Hugging Face folder, beside whatever the rank is doing."""
-        assert self._snapshot is not None, "save before the first snapshot"
-        if out.exists():
-            return out
-        return await asyncio.to_thread(export_folder, self._snapshot.weights, base=Path(self._config.model.path), out=out)
+    async def save(self, checkpoints: Path) -> Path:
+        """Exports the newest snapshot as a plain Hugging Face folder named after its version, beside whatever the rank is doing."""
+        snapshot = self._snapshot
+        assert snapshot is not None, "save before the first snapshot"
+        out = checkpoints / f"step_{snapshot.version:06d}"
+        async with self._saving:
+            if not out.exists():
+                await asyncio.to_thread(export_folder, snapshot.weights, base=Path(self._config.model.path), out=out)
+        return out
 
     async def report(self) -> LearnerReport:
         return LearnerReport(tuple(self._clock.take_spans()))

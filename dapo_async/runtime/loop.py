@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +24,6 @@ async def train_loop(system: System, tracker: Tracker, *, config: Config, run_di
     """
     replay, learner, publisher, clock = system.replay, system.learner, system.publisher, tracker.clock
     skipped_in_a_row = 0
-    saving: set[asyncio.Task[object]] = set()
     for step in range(config.train.num_steps):
         clock.enter("wait for batch", f"step {step}")
         batch = await replay.take(step)
@@ -39,16 +37,13 @@ async def train_loop(system: System, tracker: Tracker, *, config: Config, run_di
         await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
         clock.enter("log", f"step {step}")
         if (step + 1) % config.train.checkpoint_every_steps == 0:
-            saving.add(asyncio.create_task(learner.save(run_dir.checkpoint(step + 1))))
-        await tracker.log(step, metrics, batch)
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            system.in_background(learner.save(run_dir.checkpoints), f"checkpoint after step {step}")
+        system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
         if skipped_in_a_row >= config.learner.max_skipped_steps:
             raise TrainingStopped(
                 f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_skipped_steps); lower learner.lr, read rollouts/"
             )
-    clock.enter("wait for publish")
-    await publisher.finish()
-    await asyncio.gather(*saving)
     return None
 
 

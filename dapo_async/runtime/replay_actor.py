@@ -20,7 +20,7 @@ from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import write_rollouts
 from dapo_async.types import Admission, Group, TrainBatch
 
-POLL_S = 2.0  # a worker's wait for credits is answered at least this often, so that it can stop
+POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence tells it that this actor hangs
 
 
 class ReplayActor:
@@ -43,15 +43,14 @@ class ReplayActor:
         self._changed = asyncio.Condition()
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._first_admission_s: float | None = None
-        self._stopped = asyncio.Event()
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
         return ProcessInfo("replay", os.getpid(), ray.util.get_node_ip_address(), self._prompts.summary)
 
     async def alive(self) -> None:
-        """Returns when the actor is stopped; the driver watches it."""
-        await self._stopped.wait()
+        """Never returns: the driver watches it, for it ends with the actor's life."""
+        await asyncio.Event().wait()
 
     async def admit(self, worker: str, num_groups: int) -> list[Admission]:
         """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without."""
@@ -74,10 +73,20 @@ class ReplayActor:
             return outcome
 
     async def doomed(self, worker: str) -> list[int]:
-        """Groups of `worker` that were evicted while it generates them; waits until there is one."""
+        """Groups of `worker` that were evicted while it generates them, as soon as there is one; none after `POLL_S` without."""
         async with self._changed:
-            await self._changed.wait_for(lambda: bool(self._aborts[worker]))
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: bool(self._aborts[worker])), POLL_S)
+            except TimeoutError:
+                return []
             return self._aborts.pop(worker)
+
+    async def fail(self, indices: Sequence[int], why: str) -> None:
+        """Groups that their worker gave up: their credits return."""
+        async with self._changed:
+            for index in indices:
+                self._buffer.fail(index, why=why)
+            self._changed.notify_all()
 
     async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | Verdict:
         """The batch of the learner's next step, or the verdict that ends the run. Raises TimeoutError that says who waits for whom."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -21,29 +22,42 @@ from dapo_async.model import checksum, load_decoder
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import SamplingParams, ThreadedEngine, TorchEngine
 from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.types import Admission, Completion, Group, Prompt
 from dapo_async.weights import Announcement, Attestation, WeightGroup
 from dapo_async.weights.disk import read_version
 
+ANSWER_S = 60.0  # far above any answer of a healthy replay actor
+
 
 class RayReplay:
-    """The worker's port to the replay actor."""
+    """The worker's port to the replay actor, which answers each call at once or after `POLL_S`: a longer silence is a fault."""
 
-    def __init__(self, handle: ActorHandle) -> None:
-        self._handle = handle
+    def __init__(self, name: str, handle: ActorHandle) -> None:
+        self._name, self._handle = name, handle
 
     async def admit(self, worker: str, num_groups: int) -> Sequence[Admission]:
-        admissions: list[Admission] = await self._handle.admit.remote(worker, num_groups)
+        admissions: list[Admission] = await self._call("admit", worker, num_groups)
         return admissions
 
     async def offer(self, group: Group) -> None:
-        await self._handle.offer.remote(group)
+        await self._call("offer", group)
+
+    async def fail(self, indices: Sequence[int], why: str) -> None:
+        await self._call("fail", indices, why)
 
     async def doomed(self, worker: str) -> Sequence[int]:
-        indices: list[int] = await self._handle.doomed.remote(worker)
+        indices: list[int] = await self._call("doomed", worker)
         return indices
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await getattr(self._handle, method).remote(*args)
+        except TimeoutError as error:
+            raise TimeoutError(f"{self._name} waited {ANSWER_S:g} s for replay to answer {method}") from error
 
 
 class RolloutActor:
@@ -67,7 +81,7 @@ class RolloutActor:
             stop_token_ids=self._stop_token_ids,
             seed=config.seed,
         )
-        port, group_size = RayReplay(replay), config.replay.group_size
+        port, group_size = RayReplay(self.name, replay), config.replay.group_size
         self._worker = RolloutWorker(self.name, self._engine, replay=port, score=self._score, sampling=sampling, group_size=group_size)
         self._device = device
         self._group: WeightGroup | None = None
@@ -79,8 +93,9 @@ class RolloutActor:
         """Rolls groups for as long as the run lasts; the driver watches it."""
         await self._worker.run()
 
-    async def join(self, address: tuple[str, int], host: str) -> None:
-        """Joins the learner's weight group; returns when every member has."""
+    async def join(self, address: tuple[str, int]) -> None:
+        """Joins the learner's weight group at `address`; returns when every member has."""
+        host = own_host(self._config)
         size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
         self._group = await asyncio.to_thread(
             WeightGroup.join, address, rank=self._number + 1, world_size=size, host=host, device=self._device, timeout_s=timeout_s
@@ -97,6 +112,7 @@ class RolloutActor:
         return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
 
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
+        self._worker.hold(True)
         before = await asyncio.to_thread(checksum, self._engine.weights())
         report = await self._engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
         return Attestation(
@@ -112,7 +128,12 @@ class RolloutActor:
         )
 
     async def quarantine(self, on: bool) -> None:
-        self._worker.quarantine(on)
+        """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""
+        await self._worker.quarantine(on)
+
+    async def confirm(self) -> None:
+        """The weights are proved: what was generated since the swap may be offered."""
+        self._worker.hold(False)
 
     async def evaluate(self) -> Evaluation:
         """Greedy on this worker's share of the held-out prompts."""

@@ -12,7 +12,6 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
-from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
@@ -49,8 +48,8 @@ class Learner:
         folder: str = await self.remote.call("write", announcement, deadline_s=self._deadlines.publish_s)
         return folder
 
-    async def save(self, out: Path, *, deadline_s: float | None = None) -> Path:
-        path: Path = await self.remote.call("save", out, deadline_s=deadline_s or self._deadlines.publish_s)
+    async def save(self, checkpoints: Path, *, deadline_s: float | None = None) -> Path:
+        path: Path = await self.remote.call("save", checkpoints, deadline_s=deadline_s or self._deadlines.save_s)
         return path
 
 
@@ -70,6 +69,9 @@ class Worker:
 
     async def quarantine(self, on: bool) -> None:
         await self.remote.call("quarantine", on, deadline_s=REPORT_S)
+
+    async def confirm(self) -> None:
+        await self.remote.call("confirm", deadline_s=REPORT_S)
 
     async def evaluate(self) -> Evaluation:
         evaluation: Evaluation = await self.remote.call("evaluate", deadline_s=self._deadlines.evaluate_s)
@@ -115,6 +117,7 @@ class System:
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
             for number in range(rollout.num_workers)
         ]
+        self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for
         self.publisher = Publisher(
             self.learner,
             self.workers,
@@ -132,12 +135,20 @@ class System:
         deadline_s = self._config.deadlines.start_s
         infos = await asyncio.gather(*(remote.call("ready", deadline_s=deadline_s) for remote in self.remotes))
         if self._config.weights.transport == "broadcast":
-            host = own_host(self._config)
-            address = await self.learner.remote.call("open_group", host, deadline_s=deadline_s)
-            joins = [self.learner.remote.call("join", host, deadline_s=deadline_s)]
-            joins += [worker.remote.call("join", address, host, deadline_s=deadline_s) for worker in self.workers]
+            address = await self.learner.remote.call("open_group", deadline_s=deadline_s)
+            joins = [self.learner.remote.call("join", deadline_s=deadline_s)]
+            joins += [worker.remote.call("join", address, deadline_s=deadline_s) for worker in self.workers]
             await asyncio.gather(*joins)
         return infos
+
+    def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+        """Runs `work` beside the steps; its failure ends the run as any other does."""
+        self.background.add(asyncio.create_task(work, name=name))
+
+    async def settle(self) -> None:
+        """Waits for the publish in flight and for everything in the background."""
+        await self.publisher.finish()
+        await asyncio.gather(*self.background)
 
     async def watched(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Runs `main` for as long as every actor lives and every background publish goes well; the first failure ends it (law 8)."""
@@ -145,13 +156,17 @@ class System:
         watches = [asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes]
         try:
             while not task.done():
-                publish = [self.publisher.in_flight] if self.publisher.in_flight else []
-                # The publish in flight changes from step to step: look again at least once a second.
-                await asyncio.wait([task, *watches, *publish], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-                for other in [*watches, *(each for each in publish if each.done() and each.exception())]:
-                    if other.done() and not task.done():
-                        other.result()
-                        raise ActorDied(other.get_name(), "ended by itself while the run went on")
+                # What runs in the background changes from step to step: look again at least once a second.
+                running = {each for each in (*self.background, self.publisher.in_flight) if each is not None}
+                for done in [each for each in running if each.done()]:
+                    done.result()
+                    self.background.discard(done)
+                    running.discard(done)
+                await asyncio.wait({task, *watches, *running}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for watch in watches:
+                    if watch.done() and not task.done():
+                        watch.result()
+                        raise ActorDied(watch.get_name(), "ended by itself while the run went on")
             return task.result()
         except ActorFailed:
             # A broken connection is felt by its other end before Ray tells of the death behind it.
@@ -161,10 +176,11 @@ class System:
                     raise death from None
             raise
         finally:
-            for each in [task, *watches]:
+            others = [task, *watches, *self.background]
+            for each in others:
                 each.cancel()
             # What the others raise now follows from the first failure, which is the one to tell.
-            await asyncio.gather(task, *watches, return_exceptions=True)
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _watch(self, remote: Remote) -> None:
         await remote.call("run" if remote.name.startswith("rollout") else "alive", deadline_s=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -36,6 +37,7 @@ class Tracker:
         self.clock, self.timeline, self.totals = clock, Timeline(), Totals()
         self._system, self._run_dir, self._say = system, run_dir, say
         self._num_steps, self._max_staleness = num_steps, max_staleness
+        self._one_at_a_time = asyncio.Lock()
         self._slots: dict[str, SlotUse] = {}  # by worker: the newest, at the start of training, at the end of the step before
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
@@ -64,14 +66,18 @@ class Tracker:
         self._step_end_s = self.clock.now_s()
 
     async def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> None:
-        """Writes and says one step."""
+        """Writes and says one step, after the one before; runs beside the next step, so the end of this one is the call's own time."""
+        ended_s = self.clock.now_s()
+        async with self._one_at_a_time:
+            await self._log(step, metrics, batch, ended_s)
+
+    async def _log(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
         await self.collect()
         assert self.replay is not None
-        now_s = self.clock.now_s()
         values = summarise(metrics)
         self._add_up(metrics, values)
         counts = self.replay.counts.flat()
-        start_s, acceptance = self._step_end_s, self.replay.acceptance
+        start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance, self._system.publisher
         idle = rollout_idle(self._slots_before, self._slots)
         row: dict[str, Any] = {
             "step": step,
@@ -88,8 +94,10 @@ class Tracker:
             "credits_held": self.replay.credits_held,
             "idle.learner": self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=now_s),
             **{f"idle.{name}": share for name, share in idle.items()},
-            "publish_pause_s": self._system.publisher.last_pause_s,
-            **{f"handshake.{name}": count for name, count in self._system.publisher.outcomes.items()},
+            "evicted": len(batch.evicted),
+            "publish_pause_s": publisher.last_pause_s,
+            "probe_gap": max((verdict.probe_gap for verdict in publisher.last_verdicts), default=0.0),
+            **{f"handshake.{name}": count for name, count in publisher.outcomes.items()},
         }
         self._run_dir.log_step(row)
         self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import signal
 import traceback
@@ -26,7 +25,11 @@ from dapo_async.runtime.tracker import Totals, Tracker
 from dapo_async.tracking.picture import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
 
-log = logging.getLogger(__name__)
+EXIT_WRONG_INPUT = 2
+
+
+class WrongInput(Exception):
+    """What the user has to change is found out only with the cluster at hand: exit code 2."""
 
 
 class Status(StrEnum):
@@ -76,12 +79,16 @@ class Run:
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
-            self.ending = Ending(Status.FAILED, (" ".join(str(error).split()) or repr(error)) + self._unpublished(), 1)
+            self.ending = Ending(
+                Status.FAILED, (" ".join(str(error).split()) or repr(error)) + self._unpublished(), 2 if isinstance(error, WrongInput) else 1
+            )
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
         self.clock.enter("stop")
-        await self._end()
-        # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
-        self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
+        try:
+            await self._end()
+        finally:
+            # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
+            self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
         await asyncio.to_thread(disconnect)
         await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
         return self.ending.exit_code
@@ -105,7 +112,7 @@ class Run:
 
     async def _work(self) -> None:
         with self._timed("start_s"):
-            await asyncio.to_thread(connect, self.config)
+            await self._connect()
             # Once more: Ray's own handler, which prints a stack trace, has come before ours.
             task = asyncio.current_task()
             assert task is not None
@@ -118,6 +125,15 @@ class Run:
                 self.say(f"{info.name:<10} pid {info.pid} on {info.node}  {info.detail}")
         await self.system.watched(self._train(self.system, self.tracker))
 
+    async def _connect(self) -> None:
+        try:
+            async with asyncio.timeout(self.config.deadlines.start_s):
+                await asyncio.to_thread(connect, self.config)
+        except ValueError as error:
+            raise WrongInput(str(error)) from error
+        except TimeoutError as error:
+            raise TimeoutError(f"the driver waited {self.config.deadlines.start_s:g} s for Ray to start") from error
+
     async def _train(self, system: System, tracker: Tracker) -> None:
         # Before the first token every engine proves that it serves the learner's weights.
         await system.publisher.publish(await system.learner.snapshot(), on_served=_nobody)
@@ -125,8 +141,10 @@ class Run:
         await tracker.start()
         await system.replay.serve(0)
         verdict = await train_loop(system, tracker, config=self.config, run_dir=self.run_dir)
+        self.clock.enter("wait for publish")
+        await system.settle()
+        await system.learner.save(self.run_dir.checkpoints)
         if verdict is not None:
-            await system.publisher.finish()
             self.ending = Ending(Status.SOLVED, verdict.reason) if verdict.solved else Ending(Status.FAILED, verdict.reason, 1)
         await system.replay.close()
         await self._evaluate("final")
@@ -137,8 +155,9 @@ class Run:
         assert self.system is not None
         with self._timed(f"{name}_evaluation_s"), self.clock.during("evaluate"):
             evaluation = self.evaluations[name] = await self.system.evaluate()
+        (version,) = evaluation.weight_versions  # one model was measured, or this is no evaluation
         self.say(
-            f"{name} evaluation of version {max(evaluation.weight_versions)}: accuracy {evaluation.accuracy:.3f}, "
+            f"{name} evaluation of version {version}: accuracy {evaluation.accuracy:.3f}, "
             f"length {evaluation.mean_response_tokens:.1f}, {evaluation.num_prompts} held-out prompts, greedy"
         )
 
@@ -146,15 +165,19 @@ class Run:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
         deadline_s = self.config.deadlines.stop_s
         if self.system is not None and self.tracker is not None:
-            # The newest snapshot: at most the step in progress is lost.
-            await self._attempt("checkpoint", self.system.learner.save(self.run_dir.checkpoint(self.tracker.totals.steps), deadline_s=deadline_s))
+            if self.ending.status in (Status.FAILED, Status.INTERRUPTED):
+                # The newest snapshot: at most the step in progress is lost.
+                await self._attempt("a last checkpoint", self.system.learner.save(self.run_dir.checkpoints, deadline_s=deadline_s))
             if self.lost is not None:
-                await self._attempt("lose_worker", self.system.replay.lose_worker(self.lost))
-            await self._attempt("close", self.system.replay.close())
-            await self._attempt("report", self.tracker.collect(deadline_s=0.8 * deadline_s))
-            self.tracker.timeline.add("driver", self.clock.take_spans())
-            self.tracker.timeline.write(self.run_dir.root / "timeline.json")
+                await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
+            await self._attempt("the last counts", self.system.replay.close())
+            await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
+            await self._attempt("the timeline", self._write_timeline(self.tracker))
             self.system.kill()
+
+    async def _write_timeline(self, tracker: Tracker) -> None:
+        tracker.timeline.add("driver", self.clock.take_spans())
+        tracker.timeline.write(self.run_dir.root / "timeline.json")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -167,9 +190,9 @@ class Run:
     async def _attempt(self, what: str, awaitable: Awaitable[Any]) -> None:
         try:
             await asyncio.wait_for(awaitable, self.config.deadlines.stop_s)
-        except (RuntimeError, TimeoutError, AssertionError) as error:
+        except Exception as error:  # noqa: BLE001 (an orderly end goes on without what can't be had any more, and says so)
             self.caught[what] += 1
-            log.debug("the end went on without %s", what, exc_info=error)
+            self.say(f"the run ends without {what}: {' '.join(str(error).split()) or repr(error)}")
 
     def _summary(self, wall_s: float) -> dict[str, Any]:
         """The fixed points of `summary.json`; 0 or null for what the run never came to."""
@@ -199,6 +222,7 @@ class Run:
             "checkpoint": str(saved[-1] if saved else self.config.model.path),
             "seconds_by_state": {actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans} if tracker else {},
             "caught": dict(self.caught),
+            "failures": dict(tracker.replay.failures) if tracker and tracker.replay else {},
             "seed": self.config.seed,
             "incarnation": self.incarnation,
             "run_dir": str(self.run_dir.root),
@@ -210,6 +234,9 @@ async def _nobody(version: int) -> None:
 
 
 def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None]) -> int:
-    """Trains `config` into `run_dir`; returns the process's exit code."""
+    """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change."""
     run = Run(config, run_dir, say)
-    return asyncio.run(run.live())
+    code = asyncio.run(run.live())
+    if code == EXIT_WRONG_INPUT:
+        raise ValueError(run.ending.reason)
+    return code

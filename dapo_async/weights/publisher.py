@@ -31,7 +31,9 @@ class Receiver(Protocol):
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation: ...
 
-    async def quarantine(self, on: bool) -> None: ...  # on: nothing new is generated there
+    async def quarantine(self, on: bool) -> None: ...  # on: nothing is generated there, and what was is given up
+
+    async def confirm(self) -> None: ...  # its weights are proved: what they generated since the update may be offered
 
 
 class HandshakeError(RuntimeError):
@@ -48,6 +50,8 @@ class Publisher:
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
+        self._waiting_for: set[str] = set()  # receivers of the publish in flight that have not proved themselves
+        self._written: asyncio.Task[str] | None = None  # its version on disk
         self.num_served = 0  # versions that every receiver has served
         self.last_verdicts: tuple[Verdict, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
@@ -73,9 +77,10 @@ class Publisher:
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
         """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
-        names = ", ".join(receiver.name for receiver in self._receivers)
+        self._waiting_for = {receiver.name for receiver in self._receivers}
+        self._written = None
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self._deadline_s) as limit:
                 attestations = await self._deliver(announcement)
                 self.last_pause_s = max(attestation.pause_s for attestation in attestations)
                 pairs = zip(self._receivers, attestations, strict=True)
@@ -83,24 +88,39 @@ class Publisher:
                 self.num_served += 1
                 await on_served(announcement.version)
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # somebody else's deadline, which names who waited for whom
+            names = ", ".join(sorted(self._waiting_for)) or "the replay room"
             raise TimeoutError(f"publish of version {announcement.version}: the learner waited {self._deadline_s:g} s for {names}") from error
 
     async def _deliver(self, announcement: Announcement) -> list[Attestation]:
         if self._transport == "disk":
-            folder = await self._source.write(announcement)
+            folder = await self._write(announcement)
             return await asyncio.gather(*(receiver.read(announcement, folder) for receiver in self._receivers))
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in self._receivers))
         _, attestations = await asyncio.gather(self._source.broadcast(announcement), receiving)
         return attestations
 
+    async def _write(self, announcement: Announcement) -> str:
+        """The folder of versions; each version is written once, however many engines ask for it."""
+        if self._written is None:
+            self._written = asyncio.create_task(self._source.write(announcement))
+        return await self._written
+
     async def _settle(self, receiver: Receiver, announcement: Announcement, attested: Attestation) -> Verdict:
         """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more."""
         verdict = judge(announcement, attested, tolerance=self._tolerance)
         self.outcomes[verdict.outcome] += 1
-        if verdict.outcome is not Outcome.MISMATCH:
-            return verdict
+        if verdict.outcome is Outcome.MISMATCH:
+            verdict = await self._reload(receiver, announcement, verdict)
+        await receiver.confirm()
+        self._waiting_for.discard(receiver.name)
+        return verdict
+
+    async def _reload(self, receiver: Receiver, announcement: Announcement, verdict: Verdict) -> Verdict:
+        """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
         await receiver.quarantine(True)
-        again = judge(announcement, await receiver.read(announcement, await self._source.write(announcement)), tolerance=self._tolerance)
+        again = judge(announcement, await receiver.read(announcement, await self._write(announcement)), tolerance=self._tolerance)
         self.outcomes[again.outcome] += 1
         if again.outcome is Outcome.MISMATCH:
             raise HandshakeError(f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}")
