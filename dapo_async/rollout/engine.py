@@ -79,8 +79,8 @@ class SlotUse:
     slots: int
     elapsed_s: float
     occupied: float
-    no_credit: float  # idle while every slot was idle: nothing had been asked for
-    tail: float  # idle beside an occupied slot
+    no_credit: float  # idle while an admission was being waited for, beside occupied slots or not
+    tail: float  # idle with nothing asked for: the last siblings of the groups held here still run, or nobody asks at all
     sync: float  # all slots, while weights were swapped
 
 
@@ -111,6 +111,10 @@ class Engine(Protocol):
 
     def weights(self) -> Mapping[str, Tensor]:
         """The live parameters by Hugging Face name, for checksums; not to be written to."""
+        ...
+
+    def starving(self, on: bool) -> None:
+        """Tells the engine from when to when its caller waits for an admission: what is idle meanwhile is without credit, else tail (law 6)."""
         ...
 
     def slot_use(self) -> SlotUse: ...

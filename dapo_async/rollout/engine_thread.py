@@ -91,6 +91,8 @@ class ThreadedEngine:
         self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
         self._lock = threading.Lock()  # guards what decides whether the inbox is still read
         self._error: BaseException | None = None
+        # A command is in one of these until it is answered, so that `_die` finds every waiter.
+        self._obeying: deque[tuple[_Command, _Waiter]] = deque()  # the rest of the turns that the thread has taken over
         self._generating: dict[int, _Waiter] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -124,6 +126,9 @@ class ThreadedEngine:
 
     def weights(self) -> Mapping[str, Tensor]:
         return self._core.weights()
+
+    def starving(self, on: bool) -> None:
+        self._meter.starving(on)
 
     def slot_use(self) -> SlotUse:
         return self._meter.read()
@@ -170,21 +175,22 @@ class ThreadedEngine:
         if idle:
             self._clock.enter("wait")
             self._meter.spent(running=0)
-        try:
-            turn = self._inbox.get(block=idle)
-        except queue.Empty:
-            turn = []
+        if idle or not self._inbox.empty():  # nobody else takes from it
+            self._obeying.extend(self._inbox.get())
         if idle:
             self._meter.spent(running=0)
-        for command, waiter in turn:
+        while self._obeying:
+            command, waiter = self._obeying[0]
             if isinstance(command, _Close):
                 waiter.answer(None)
                 return False
             self._obey(command, waiter)
+            self._obeying.popleft()
         if self._updates:
             core.draining = core.weight_update == "drain"
             if not (core.draining and core.num_running):
-                self._swap(*self._updates.popleft())
+                self._swap(*self._updates[0])
+                self._updates.popleft()
         if core.has_work:
             self._clock.enter("generate")
             for key, completions in core.step():
@@ -225,7 +231,7 @@ class ThreadedEngine:
             self._error = error
         self._clock.enter("wait")
         self._meter.spent(running=0)
-        waiters = [*self._generating.values(), *(waiter for _, waiter in self._updates)]
+        waiters = [*self._generating.values(), *(waiter for _, waiter in (*self._updates, *self._obeying))]
         while not self._inbox.empty():
             waiters += [waiter for _, waiter in self._inbox.get()]
         for waiter in waiters:
