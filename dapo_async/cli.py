@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dapo_async import config as knobs
 
@@ -30,30 +31,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 the run failed, 2 wrong input, 130/143 interrupted."""
     # Ray's workers and torch both look at it when they start: several threads per process on few cores cost a multiple in speed.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    parser = _parser()
-    options = parser.parse_args(arguments)
     try:
+        options = _options(arguments)
         code: int = options.run(options)
         return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ValueError as error:
-        print(f"dapo-async: {error}", file=sys.stderr)
+        print(f"dapo-async: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, as all others are, and name the help instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help tells more")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand after an option, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            parser.error(f"unknown option {word}")
+    options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dapo-async", description="Asynchronous off-policy actor-learner training of reasoning language models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Parser(prog="dapo-async", description="Asynchronous off-policy actor-learner training of reasoning language models.")
+    commands = parser.add_subparsers(required=True)  # no metavar: the error for a missing command lists the commands
     train = commands.add_parser("train", help="train a model; writes a run directory")
     train.add_argument("config", type=Path, help="YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as learner.lr=1e-4")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, such as learner.lr=1e-4")
     train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
     train.set_defaults(run=_train)
     config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
     config.add_argument("config", type=Path, nargs="?")
-    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     config.add_argument("--explain", action="store_true", help="print every knob with its default and its line")
     config.set_defaults(run=_config)
     return parser
@@ -62,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     config = knobs.load(options.config, options.overrides)
     root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from dapo_async.runtime.inputs import check_inputs  # torch and transformers take seconds to import: only for those who train
+    from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
     check_inputs(config)
     if options.dry_run:

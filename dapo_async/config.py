@@ -1,4 +1,4 @@
-"""Every knob of the system: one typed tree, one line each. OmegaConf loads, merges and type-checks; the checks across fields stand below.
+"""Every knob of the system: one typed tree, one line each. OmegaConf loads, merges and type-checks; `config_checks.py` has the rules.
 
 Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by `cli.py`; algorithms are handed plain values, never this tree.
 """
@@ -6,10 +6,13 @@ Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from dapo_async.config_checks import check
 
 if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of this tree run without OmegaConf
     from omegaconf import DictConfig
@@ -33,7 +36,7 @@ class Data:
     heldout: str = knob("", "JSONL file of held-out problems for evaluation", path=True)
     prompt_key: str = knob("prompt", "column of the problem's text")
     answer_key: str = knob("answer", "column of the gold answer")
-    template: str = knob("{problem}", "prompt template; {problem} stands for the problem's text")
+    template: str = knob("{problem}", "prompt template; {problem} stands for the problem's text; a literal ${ is written \\${")
     max_prompt_tokens: int = knob(2048, "longer prompts are left out and counted")
 
 
@@ -134,7 +137,7 @@ class Deadlines:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     address: str = knob("local", "local: start an own Ray | the address of a running cluster (host:port)")
-    num_cpus: int | None = knob(None, "CPUs of an own Ray; null: as many as the actors reserve")
+    num_cpus: int | None = knob(None, "CPUs of an own Ray; null: those of this machine, or as many as the actors reserve where that is more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,28 +170,17 @@ def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with dotted overrides (`learner.lr=1e-4`) on top, checked. Raises ValueError with one clear line."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4")
     try:
-        file, dotted = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        if not isinstance(file, DictConfig):
-            raise ValueError(f"config file {path} must hold a mapping of knobs, not {type(file).__name__}")
+        file, dotted = _read_file(path), _read_overrides(overrides)
         _resolve_paths(file, path.resolve().parent)
         _resolve_paths(dotted, Path.cwd())
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
     assert isinstance(config, Config)
     check(config)
     return config
@@ -198,81 +190,61 @@ def to_yaml(config: Config) -> str:
     """The resolved config, every knob written out; `load` reads it back to an equal one."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    literal = {name: _literal(value) for name, value in asdict(config).items()}
+    return OmegaConf.to_yaml(OmegaConf.create(literal))
 
 
-def check(config: Config) -> None:
-    """The rules across fields. Raises ValueError with rule, values and remedy."""
-    rules = [*_positive_rules(config), *_cross_rules(config)]
-    for holds, message in rules:
-        if not holds:
-            raise ValueError(message)
+def _literal(value: Any) -> Any:
+    r"""`value` as OmegaConf has to read it to get it back: an interpolation `${` within a text escaped as `\${`, backslashes before it doubled."""
+    if isinstance(value, dict):
+        return {name: _literal(inner) for name, inner in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _positive_rules(config: Config) -> Iterator[tuple[bool, str]]:
-    least = {
-        "rollout.num_workers": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1, "replay.groups_per_step": 1, "replay.max_staleness": 0,
-        "replay.patience": 1, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.lr": 0, "learner.warmup_steps": 0,
-        "learner.max_skipped_steps": 1, "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.sample_groups": 0, "weights.bucket_bytes": 1,
-        "weights.probe_tokens": 2, "evaluation.num_prompts": 0,
-    }  # fmt: skip
-    for name, bound in least.items():
-        group, leaf = name.split(".")
-        value = getattr(getattr(config, group), leaf)
-        yield value >= bound, f"{name} ({value}) must be at least {bound}; set {name}={bound} or more"
-    for item in fields(config.deadlines):
-        value = getattr(config.deadlines, item.name)
-        yield value > 0, f"deadlines.{item.name} ({value}) must be positive; every wait has a deadline"
+def _read_file(path: Path) -> DictConfig:
+    import yaml  # type: ignore[import-untyped]
+    from omegaconf import DictConfig, OmegaConf
+
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from error
+    except OSError as error:  # also what OmegaConf raises for a file that holds a single number
+        raise ValueError(f"config file {path} can't be read: {error}; give a YAML file such as configs/quickstart.yaml") from error
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml")
+    _refuse_value_of_group(tree)
+    return tree
 
 
-def _cross_rules(config: Config) -> Iterator[tuple[bool, str]]:
-    rollout, replay, learner, algorithm = config.rollout, config.replay, config.learner, config.algorithm
-    for name, value in (("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
-        yield Path(value).exists(), f"{name} ({value}) does not exist; give an existing path"
-    yield (
-        "{problem}" in config.data.template,
-        f"data.template ({config.data.template!r}) must contain {{problem}}; put it where the problem's text goes",
-    )
-    yield (
-        replay.group_size >= 2,
-        f"replay.group_size ({replay.group_size}) must be at least 2: an advantage compares siblings; set replay.group_size=8 or more",
-    )
-    per_step = replay.groups_per_step * replay.group_size
-    yield (
-        per_step % learner.num_minibatches == 0,
-        (
-            f"replay.groups_per_step x replay.group_size ({replay.groups_per_step} x {replay.group_size} = {per_step}) must be a multiple of "
-            f"learner.num_minibatches ({learner.num_minibatches}); set learner.num_minibatches to a divisor of {per_step}"
-        ),
-    )
-    yield (
-        rollout.num_slots >= replay.group_size,
-        (
-            f"rollout.num_slots ({rollout.num_slots}) must be at least replay.group_size ({replay.group_size}), so that a group can run together; "
-            f"set rollout.num_slots={replay.group_size} or more"
-        ),
-    )
-    yield (
-        replay.patience >= replay.groups_per_step,
-        (f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"),
-    )
-    yield (
-        rollout.temperature > 0,
-        f"rollout.temperature ({rollout.temperature}) must be positive: greedy rollouts have no behaviour logprobs; set it to 1.0",
-    )
-    yield (
-        algorithm.proximal != "current" or learner.num_minibatches == 1,
-        (
-            f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after one update pi_theta "
-            "has left the start of the step; set algorithm.proximal=recompute"
-        ),
-    )
-    cache = config.reward.overlong_cache_tokens
-    yield (
-        cache is None or 0 < cache <= rollout.max_response_tokens,
-        (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
-    )
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    import yaml
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.create({})
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4")
+        try:
+            tree.merge_with_dotlist([override])
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'") from error
+    _refuse_value_of_group(tree)
+    return tree
+
+
+def _refuse_value_of_group(tree: DictConfig) -> None:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(values, dict)
+    for name, *_ in knobs():
+        group, dot, _ = name.partition(".")
+        if dot and group in values and not isinstance(values[group], dict):
+            raise ValueError(f"{group} ({values[group]!r}) is a group of knobs and has no value of its own; set one of its knobs, such as {name}")
 
 
 def _resolve_paths(tree: DictConfig, folder: Path) -> None:
@@ -281,14 +253,27 @@ def _resolve_paths(tree: DictConfig, folder: Path) -> None:
     for name, _, _, is_path in knobs():
         value = OmegaConf.select(tree, name) if is_path else None
         if isinstance(value, str) and value:
-            OmegaConf.update(tree, name, str((folder / Path(value).expanduser()).resolve()))
+            try:
+                resolved = (folder / Path(value).expanduser()).resolve()
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{name} ({value!r}) is no usable path: {error}; give another path") from error
+            OmegaConf.update(tree, name, _literal(str(resolved)))
 
 
 def _one_line(error: OmegaConfBaseException) -> str:
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError
+
     message = str(error).split("\n")[0]
     key = error.full_key or ""
     names = [name for name, *_ in knobs()]
     if "not in" in message and key:
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.0) or names[:1]
         return f"unknown key {key}; did you mean {near[0]}? (dapo-async config --explain lists every knob)"
-    return f"{key}: {message}" if key else message
+    literal = isinstance(error, GrammarParseError | InterpolationResolutionError)
+    if literal:
+        remedy = r"write \${ for a literal ${"
+    elif "to string" in message:
+        remedy = f"put a text with : or brackets into quotes, such as {key}='\"...\"'"
+    else:
+        remedy = "dapo-async config --explain shows every knob with its default"
+    return f"{key}: {message}; {remedy}" if key else f"{message}; {remedy}"

@@ -1,8 +1,11 @@
 """Bad input is one clear line: rule, values, remedy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dapo_async import config as knobs
 
@@ -43,6 +46,28 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("data.train=/nowhere.jsonl", "data.train (/nowhere.jsonl) does not exist"),
         ("rollout.num_slots=4", "rollout.num_slots (4) must be at least replay.group_size (16)"),
         ("learner.lr", "override 'learner.lr' is not of the form key=value"),
+        ("learner.num_minibatches=0", "learner.num_minibatches (0) must be at least 1"),
+        ("algorithm.second_moment=0", "algorithm.second_moment (0.0) must be positive; set algorithm.second_moment=1.0 or null (off)"),
+        ("learner.grad_clip=-1", "learner.grad_clip (-1.0) must be positive"),
+        ("weights.probe_tolerance=-1e-3", "weights.probe_tolerance (-0.001) must be at least 0"),
+        ("learner.beta1=2", "learner.beta1 (2.0) must lie in [0, 1)"),
+        ("learner.beta2=1", "learner.beta2 (1.0) must lie in [0, 1)"),
+        ("learner.beta2=-0.1", "learner.beta2 (-0.1) must be at least 0"),
+        ("seed=-1", "seed (-1) must be at least 0"),
+        ("seed=9223372036854775808", "seed (9223372036854775808) must be a finite number, below 2^63"),
+        ("rollout.num_cpus=-1", "rollout.num_cpus (-1.0) must be at least 0"),
+        ("rollout.num_gpus=-1", "rollout.num_gpus (-1.0) must be at least 0"),
+        ("learner.num_cpus=-1", "learner.num_cpus (-1.0) must be at least 0"),
+        ("learner.num_gpus=-0.5", "learner.num_gpus (-0.5) must be at least 0"),
+        ("learner.num_gpus=0.00001", "learner.num_gpus (1e-05) must be 0 or at least 0.0001"),
+        ("ray.num_cpus=0", "ray.num_cpus (0) must be at least 1"),
+        ("replay=3", "replay (3) is a group of knobs and has no value of its own; set one of its knobs, such as replay.groups_per_step"),
+        ("=3", "override '=3' is not of the form key=value"),
+        ("replay.=3", "override 'replay.=3' is not of the form key=value"),
+        ("seed={", "the value of override 'seed={' is not valid YAML; put it into quotes"),
+        ("data.template={problem}", "put a text with : or brackets into quotes, such as data.template='\"...\"'"),
+        ("data.template=${price} {problem}", r"data.template: Interpolation key 'price' not found; write \${ for a literal ${"),
+        ("run_dir=~no_such_user/run", "run_dir ('~no_such_user/run') is no usable path"),
         ("deadlines.take_s=0", "deadlines.take_s (0.0) must be positive"),
         ("data.template=solve", "must contain {problem}"),
     ],
@@ -70,3 +95,41 @@ def test_every_knob_has_its_line():
 def test_every_config_in_the_repository_loads():
     for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
         knobs.load(path)
+
+
+@pytest.mark.parametrize("name", [name for name, default, *_ in knobs.knobs() if isinstance(default, float)])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
+def test_no_knob_takes_what_is_not_a_finite_number(file, name, value):
+    with pytest.raises(ValueError, match=rf"{name} \((nan|inf|-inf)\) must be a finite number"):
+        knobs.load(file, [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("content", ["replay: 3", "replay:", "5", "[a]", "1: 2", "seed: [1", "seed: 1\nseed: 2", "a: *b"])
+def test_a_file_that_is_no_tree_of_knobs_is_one_line(tmp_path, content):
+    (tmp_path / "odd.yaml").write_text(content)
+    with pytest.raises(ValueError) as error:
+        knobs.load(tmp_path / "odd.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("run_dir: Schlüssel".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.yaml is not valid YAML"):
+        knobs.load(tmp_path / "latin.yaml")
+
+
+def test_a_literal_dollar_brace_in_a_file_is_escaped_and_reads_back(file, tmp_path):
+    file.write_text(file.read_text().replace("heldout:", r"template: 'for \${x} {problem}', heldout:"))
+    config = knobs.load(file)
+    assert config.data.template == "for ${x} {problem}"
+    (tmp_path / "saved.yaml").write_text(knobs.to_yaml(config))
+    assert knobs.load(tmp_path / "saved.yaml") == config
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("\\${}x: '\"#\n1e-") | st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12))
+def test_every_template_and_path_reads_back_as_it_was(file, tmp_path, text):
+    config = knobs.load(file)
+    config = replace(config, run_dir="/runs/${a}", data=replace(config.data, template=text + "{problem}"))
+    (tmp_path / "saved.yaml").write_text(knobs.to_yaml(config), encoding="utf-8")
+    assert knobs.load(tmp_path / "saved.yaml") == config

@@ -68,17 +68,22 @@ def load_prompts(path: Path, *, tokenizer: Tokenizer, prompt_key: str, answer_ke
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist; give the path of a JSONL file with one problem per line")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {path} is not valid JSON ({error}); write one JSON object per line") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"line {number} of {path} holds a {type(values).__name__}; write one JSON object per line")
-            yield values
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"data file {path} can't be read: {error.strerror}; give a readable JSONL file") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not valid JSON ({error}); write one JSON object per line") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"line {number} of {path} holds a {type(values).__name__}; write one JSON object per line")
+        yield values
 
 
 def _column(values: dict[str, Any], key: str, *, knob: str, path: Path, row: int) -> str:

@@ -7,7 +7,7 @@ Sharing the decoder is what makes the importance ratio 1 up to rounding at stale
 from dapo_async.model.attention import PackedAttention
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.hf import export_folder, load_decoder, read_weights, save_weights
+from dapo_async.model.hf import check_weights, export_folder, load_decoder, read_weights, save_weights
 from dapo_async.model.logprob import token_logprobs
 from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "PackedAttention",
     "Snapshot",
+    "check_weights",
     "checksum",
     "export_folder",
     "load_decoder",

@@ -33,22 +33,31 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Reads `folder/config.json`. Raises ValueError for a missing file or an unsupported architecture."""
+        """Reads `folder/config.json`. Raises ValueError, naming the file, for one that is missing or broken and for an unsupported architecture."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(
                 f"model folder {folder} has no config.json; give a plain Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
             )
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); copy the config.json of the base model") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, not an object; copy the config.json of the base model")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From the content of a `config.json`. Raises ValueError naming what is supported."""
+        """From the content of a `config.json`. Raises ValueError naming what is supported, or the key that is missing or no number."""
         family = values.get("model_type", "")
         if family not in SUPPORTED_FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED_FAMILIES)}")
-        rope = values.get("rope_parameters") or {}
-        scaling = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("rope_type", "default")
+        rope = _section(values, "rope_parameters")
+        scaling = rope.get("rope_type") or _section(values, "rope_scaling").get("rope_type", "default")
         if scaling != "default":
             raise ValueError(f"rope scaling {scaling!r} is not supported yet; use a model with default rotary embeddings")
         for switch in ("use_sliding_window", "mlp_bias"):
@@ -58,22 +67,57 @@ class ModelConfig:
             raise ValueError(f"attention_bias: true is not supported for {family}; use a model without it")
         if values.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported; supported is silu")
+        heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
+        kv_heads = _size(values, "num_key_value_heads", default=heads)
+        head_dim = _size(values, "head_dim", default=hidden_size // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) and head_dim ({head_dim}) even; "
+                "copy the config.json of the base model"
+            )
         eos = values.get("eos_token_id")
-        heads = values["num_attention_heads"]
+        eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token_id, int) for token_id in eos_token_ids):
+            raise ValueError(f"eos_token_id ({eos!r}) must be a token's number or a list of such; copy the config.json of the base model")
         return cls(
             family=family,
-            vocab_size=values["vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["intermediate_size"],
-            num_layers=values["num_hidden_layers"],
+            vocab_size=_size(values, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_size(values, "intermediate_size"),
+            num_layers=_size(values, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-            max_positions=values["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-            rms_norm_eps=values["rms_norm_eps"],
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_positions=_size(values, "max_position_embeddings"),
+            rope_theta=_number({"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10_000.0}, "rope_theta"),
+            rms_norm_eps=_number(values, "rms_norm_eps"),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=tuple(eos_token_ids),
         )
+
+
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = values.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{key} ({section!r}) must be an object; copy the config.json of the base model")
+    return section
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    value = values.get(key)
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{key} ({'missing' if value is None else repr(value)}) must be a positive number; copy the config.json of the base model")
+    return value
+
+
+def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    """A whole number of at least 1; where the key is missing or null, the default."""
+    value = values.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or value < 1:
+        given = "missing" if value is None else repr(value)
+        raise ValueError(f"{key} ({given}) must be a whole number of at least 1; copy the config.json of the base model")
+    return value

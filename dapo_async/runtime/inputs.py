@@ -1,14 +1,20 @@
-"""What a run reads, checked in the driver before anything is written or started: model folder, data files, lengths, options of the loss."""
+"""What a run reads, checked in the driver before anything is written or started.
+
+Model folder, data files, lengths, options of the loss; CPUs and GPUs of this machine. Called by `cli.py` for every `train`, dry runs included.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from dapo_async.algorithm import check_loss_options
 from dapo_async.config import Config
 from dapo_async.data import PromptSet, Tokenizer, load_prompts, load_tokenizer
-from dapo_async.model import ModelConfig
+from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import get_verifier
+from dapo_async.runtime.cluster import planned_actors
 
 
 def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
@@ -38,14 +44,48 @@ def check_inputs(config: Config) -> None:
         correction_floor=algorithm.correction_floor,
     )
     get_verifier(config.reward.verifier)
-    model = ModelConfig.from_folder(Path(config.model.path))
+    if config.ray.address == "local":
+        _check_machine(config)
+    folder = Path(config.model.path)
+    model = ModelConfig.from_folder(folder)
+    check_weights(folder, model)
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
-    tokenizer = load_tokenizer(Path(config.model.path))
+    tokenizer = _load_tokenizer(folder)
     for file in (config.data.train, config.data.heldout):
-        longest = max(len(prompt.token_ids) for prompt in load_set(config, file, tokenizer).prompts)
+        prompts = load_set(config, file, tokenizer).prompts
+        largest = max(int(prompt.token_ids.max(initial=0)) for prompt in prompts)
+        if largest >= model.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {folder} gives token {largest} for a prompt of {file}, the model knows {model.vocab_size} tokens (vocab_size); "
+                "take tokenizer and weights from one model"
+            )
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         if longest + rollout.max_response_tokens > model.max_positions:
             raise ValueError(
                 f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
                 f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
             )
+
+
+def _check_machine(config: Config) -> None:
+    """An own Ray has what it is told to have: only here is it compared with the machine, and with `ray.num_cpus`."""
+    actors = list(planned_actors(config))
+    devices, cpus = torch.cuda.device_count(), config.ray.num_cpus
+    if (wanted := sum(actor.num_gpus for actor in actors)) > devices:
+        shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
+        raise ValueError(
+            f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA devices; "
+            "set learner.num_gpus=0 and rollout.num_gpus=0, or ray.address to a cluster that has them"
+        )
+    if cpus is not None and (wanted := sum(actor.num_cpus for actor in actors)) > cpus:
+        shares = ", ".join(f"{actor.name} {actor.num_cpus:g}" for actor in actors)
+        raise ValueError(f"the run reserves {wanted:g} CPUs ({shares}), ray.num_cpus is {cpus}; raise it, or set ray.num_cpus=null")
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # a broken file raises whatever the tokenizers library likes, a plain Exception among it
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model") from error

@@ -21,13 +21,16 @@ class RunDir:
 
     @classmethod
     def create(cls, root: Path) -> RunDir:
-        """Makes the directory. Raises ValueError if it holds anything: a run never writes over another."""
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"run_dir {root} is a file; choose another run_dir")
-        if root.exists() and any(root.iterdir()):
-            raise ValueError(f"run_dir {root} is not empty; choose another run_dir, or remove it")
-        for name in ("rollouts", "checkpoints"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        """Makes the directory. Raises ValueError if it can't be made or holds anything: a run never writes over another."""
+        try:
+            if root.exists() and not root.is_dir():
+                raise ValueError(f"run_dir {root} is a file; choose another run_dir")
+            if root.exists() and any(root.iterdir()):
+                raise ValueError(f"run_dir {root} is not empty; choose another run_dir, or remove it")
+            for name in ("rollouts", "checkpoints"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # below a file, no permission, a name too long, …
+            raise ValueError(f"run_dir {root} can't be made: {error.strerror}; choose another run_dir") from error
         return cls(root)
 
     @property

@@ -1,0 +1,124 @@
+"""The rules of a config: finite numbers, bounds of single knobs, then what holds between knobs.
+
+Part of the room config, whose door is `config.load`. Arrives: the loaded tree. Leaves: nothing, or a ValueError with rule, values and remedy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # only the type: config.py imports this module
+    from dapo_async.config import Config
+
+Rule = tuple[bool, str]  # whether it holds, and the line for when it does not
+
+NUMBERS_END = 2**63  # what 64 bits hold, in torch and numpy
+SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
+AT_LEAST = {
+    "seed": 0, "data.max_prompt_tokens": 1,
+    "rollout.num_workers": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1, "rollout.num_cpus": 0, "rollout.num_gpus": 0,
+    "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.patience": 1,
+    "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
+    "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
+    "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
+    "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
+}  # fmt: skip
+POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
+SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus")
+
+
+def check(config: Config) -> None:
+    """The first rule that does not hold, as a ValueError with rule, values and remedy; rules may rely on those before them."""
+    for holds, message in chain(_finite_rules(config), _bound_rules(dict(_values(config))), _file_rules(config), _cross_rules(config)):
+        if not holds:
+            raise ValueError(message)
+
+
+def _values(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in fields(tree):
+        value = getattr(tree, item.name)
+        if is_dataclass(value):
+            yield from _values(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value
+
+
+def _finite_rules(config: Config) -> Iterator[Rule]:
+    for name, value in _values(config):
+        if isinstance(value, int | float):
+            yield -NUMBERS_END < value < NUMBERS_END, f"{name} ({value}) must be a finite number, below 2^63 in size; set {name} to such a number"
+
+
+def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
+    for name, bound in AT_LEAST.items():
+        yield values[name] is None or values[name] >= bound, f"{name} ({values[name]}) must be at least {bound}; set {name}={bound} or more"
+    for name in POSITIVE:
+        off = " or null (off)" if name == "algorithm.second_moment" else ""
+        yield values[name] is None or values[name] > 0, f"{name} ({values[name]}) must be positive; set {name}=1.0{off}"
+    for name in ("learner.beta1", "learner.beta2"):
+        yield values[name] < 1, f"{name} ({values[name]}) must lie in [0, 1); set {name}=0.9 or another decay below 1"
+    for name in SHARES:
+        yield (
+            values[name] == 0 or values[name] >= SMALLEST_SHARE,
+            f"{name} ({values[name]}) must be 0 or at least {SMALLEST_SHARE}, Ray's unit; set {name}=0 or a larger share",
+        )
+    for name, value in values.items():
+        if name.startswith("deadlines."):
+            yield value > 0, f"{name} ({value}) must be positive; every wait has a deadline: set {name}=600"
+
+
+def _file_rules(config: Config) -> Iterator[Rule]:
+    for name, value in (("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
+        yield os.path.exists(value), f"{name} ({value}) does not exist; give an existing path"
+
+
+def _cross_rules(config: Config) -> Iterator[Rule]:
+    rollout, replay, learner, algorithm = config.rollout, config.replay, config.learner, config.algorithm
+    yield (
+        "{problem}" in config.data.template,
+        f"data.template ({config.data.template!r}) must contain {{problem}}; put it where the problem's text goes",
+    )
+    yield (
+        replay.group_size >= 2,
+        f"replay.group_size ({replay.group_size}) must be at least 2: an advantage compares siblings; set replay.group_size=8 or more",
+    )
+    per_step = replay.groups_per_step * replay.group_size
+    yield (
+        per_step % learner.num_minibatches == 0,
+        (
+            f"replay.groups_per_step x replay.group_size ({replay.groups_per_step} x {replay.group_size} = {per_step}) must be a multiple of "
+            f"learner.num_minibatches ({learner.num_minibatches}); set learner.num_minibatches to a divisor of {per_step}"
+        ),
+    )
+    yield (
+        rollout.num_slots >= replay.group_size,
+        (
+            f"rollout.num_slots ({rollout.num_slots}) must be at least replay.group_size ({replay.group_size}), so that a group can run together; "
+            f"set rollout.num_slots={replay.group_size} or more"
+        ),
+    )
+    yield (
+        replay.patience >= replay.groups_per_step,
+        (f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"),
+    )
+    yield (
+        rollout.temperature > 0,
+        f"rollout.temperature ({rollout.temperature}) must be positive: greedy rollouts have no behaviour logprobs; set it to 1.0",
+    )
+    yield (
+        algorithm.proximal != "current" or learner.num_minibatches == 1,
+        (
+            f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after one update pi_theta "
+            "has left the start of the step; set algorithm.proximal=recompute"
+        ),
+    )
+    cache = config.reward.overlong_cache_tokens
+    yield (
+        cache is None or 0 < cache <= rollout.max_response_tokens,
+        (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
+    )
