@@ -1,7 +1,7 @@
 """Attention over packed sequences: the strategy that the learner and the engine's prefill hand to the decoder.
 
 On CUDA: flash-attn's varlen kernel where it is installed, else torch's own (`torch.nn.attention.varlen`); neither has been run on a GPU yet.
-On CPU, and in float32: one SDPA call per run of equally long neighbours, so sort sequences by length: nothing is padded or masked, and short sequences
+On CPU, and in float32: one SDPA call per run of equally long neighbours, so sort sequences by length: nothing is padded or masked, short sequences
 share a call.
 """
 
