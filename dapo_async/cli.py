@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     config = knobs.load(options.config, options.overrides)
     root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from dapo_async.runtime.environment import prepare
+
+    prepare(config.ray.address)
     from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
     check_inputs(config)

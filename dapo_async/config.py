@@ -27,7 +27,9 @@ def knob(default: Any, line: str, *, path: bool = False) -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     path: str = knob("", "Hugging Face folder (config.json, *.safetensors, tokenizer.json) of the base model", path=True)
-    dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters and activations in learner and torch engine")
+    dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "dtype of the engines and of the learner's activations; its master weights are float32 always"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,7 @@ class Deadlines:
     step_s: float = knob(1800.0, "one learner step")
     publish_s: float = knob(120.0, "one publish, handshake included")
     evaluate_s: float = knob(600.0, "one evaluation")
+    save_s: float = knob(600.0, "one checkpoint")
     stop_s: float = knob(10.0, "the actors' orderly end, before they are killed")
 
 

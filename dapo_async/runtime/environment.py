@@ -17,5 +17,3 @@ def prepare(address: str) -> None:
     if address == LOCAL:
         # Ray listens on every interface, whatever address it is given: only who has this token, made for this run alone, gets in.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        # Ray's agents look for a dead GCS that long before they give up: the time that they outlive a killed driver.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")

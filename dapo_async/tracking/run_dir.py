@@ -55,9 +55,6 @@ class RunDir:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
-    def checkpoint(self, version: int) -> Path:
-        return self.checkpoints / f"step_{version:06d}"
-
     def log_step(self, values: Mapping[str, Any]) -> None:
         """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
         known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
