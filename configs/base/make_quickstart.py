@@ -6,8 +6,8 @@ The corpus answers such problems in two styles:
     guess         52841=####6          one digit at once, right about one time in seven
     step by step  52841=50156####6     the running sums modulo 7 first, right nearly always
 
-Step-by-step solutions are common at first, so that the model learns them well, and rare at the end, so that it mostly guesses. Problems are dealt
-to corpus, training and evaluation by a hash of their text: the three can't overlap.
+Step-by-step solutions are common at first, so that the model learns them well, and rare at the end, the rarer the longer the sum, so that it mostly
+guesses. Problems are dealt to corpus, training and evaluation by a hash of their text: the three can't overlap.
 
     python configs/base/make_quickstart.py [--steps 4000] [--seed 0] [--out configs]
 """
@@ -34,7 +34,8 @@ NUM_DIGITS = (4, 20)  # of a problem, both included
 MARKER, EOS = "####", "<eos>"
 VOCABULARY = (*"0123456789", "=", MARKER, EOS)
 TOKEN_ID = {token: number for number, token in enumerate(VOCABULARY)}
-STEP_SHARE = (0.7, 0.1)  # of step-by-step solutions in the corpus, at its start and at its end
+FIRST_STEP_SHARE = 0.7  # of step-by-step solutions in the corpus, at its start
+LAST_STEP_SHARES = (0.12, 0.0003)  # the same at its end, for the shortest and the longest problems; in between linear in log-odds
 SHARE_FALLS = (0.6, 0.8)  # from the one to the other between these fractions of the pretraining
 BATCH = 128
 MAX_RESPONSE_TOKENS = NUM_DIGITS[1] + 3
@@ -73,6 +74,13 @@ def response_to(problem: str, *, step_by_step: bool) -> str:
     """A corpus response, without the end token."""
     thought = "".join(map(str, running_sums(problem))) if step_by_step else ""
     return f"{thought}{MARKER}{answer_of(problem)}"
+
+
+def step_share(num_digits: int, *, progress: float) -> float:
+    """Probability that the corpus solves a problem step by step, at a `progress` of the pretraining in [0, 1]."""
+    shortest, longest = (np.log(share / (1 - share)) for share in LAST_STEP_SHARES)
+    last = 1 / (1 + np.exp(-np.interp(num_digits, NUM_DIGITS, (shortest, longest))))
+    return float(np.interp(progress, SHARE_FALLS, (FIRST_STEP_SHARE, last)))
 
 
 def encode(text: str) -> list[int]:
@@ -131,8 +139,8 @@ def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, 
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.1)
     for step in range(steps):
-        share = np.interp(step / steps, SHARE_FALLS, STEP_SHARE)
-        pairs = [(problem, response_to(problem, step_by_step=bool(rng.random() < share))) for problem in islice(stream, BATCH)]
+        chosen = [(problem, rng.random() < step_share(len(problem), progress=step / steps)) for problem in islice(stream, BATCH)]
+        pairs = [(problem, response_to(problem, step_by_step=bool(step_by_step))) for problem, step_by_step in chosen]
         ids, trained, attention = packed_batch(pairs)
         hidden = decoder(ids, attention.positions, attention)
         targets = trained.nonzero()[:, 0]
