@@ -21,6 +21,7 @@ from typing import Any
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 COMMAND = str(Path(sys.executable).with_name("dapo-async"))
 MARKER = "DAPO_ASYNC_TEST_RUN"  # every process of a run inherits it, Ray's own included
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The smallest run that is still the real system: without filters its course does not depend on what the base model can do.
 TINY = (
     "replay.groups_per_step=4", "replay.group_size=8", "replay.dynamic_sampling=false", "rollout.num_slots=64", "learner.warmup_steps=1",
@@ -88,7 +89,7 @@ class Live:
     def driver(self) -> int:
         return self._process.pid
 
-    def wait_for(self, pattern: str, *, timeout_s: float = 90.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, *, timeout_s: float = 180.0) -> re.Match[str]:
         """The first match in what the run has printed."""
         deadline_s = time.monotonic() + timeout_s
         while (match := re.search(pattern, self.output, re.MULTILINE)) is None:
@@ -106,20 +107,25 @@ class Live:
         return Finished(self.root, code, self.output)
 
     def processes(self) -> dict[int, str]:
-        """Command lines of everything that this run started and that still lives, by pid; a zombie has no environment and does not count."""
+        """Command lines of everything that this run started and that still lives, by pid.
+
+        By the marker that all inherit, or by the session: Ray's agents overwrite their environment with their title.
+        """
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if f"{MARKER}={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                marked = f"{MARKER}={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state != "Z" and (marked or int(session) == self.driver):
                     found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
         return found
 
-    def seconds_until_nothing_is_left(self, *, timeout_s: float) -> float:
-        """Fails with the command lines of what is left after `timeout_s`."""
+    def seconds_until_nothing_is_left(self, *, timeout_s: float, ignore: Sequence[str] = ()) -> float:
+        """Fails with the command lines of what is left after `timeout_s`, but for those to `ignore`."""
         began_s = time.monotonic()
-        while left := self.processes():
+        while left := {pid: line for pid, line in self.processes().items() if line not in ignore}:
             assert time.monotonic() - began_s < timeout_s, f"after {timeout_s} s there still is: {left}"
             time.sleep(0.1)
         return time.monotonic() - began_s

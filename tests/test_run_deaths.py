@@ -1,0 +1,187 @@
+"""Law 8 on real processes: whatever dies or hangs, the run ends soon, says who, keeps counts and a checkpoint, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from run_support import MARKER, QUICKSTART, RAY_AGENTS, TINY, Finished, Live, check_checkpoint, check_conservation, running
+
+from dapo_async import config as knobs
+from dapo_async.runtime.remote import ActorDied, ActorFailed
+from dapo_async.runtime.system import System
+
+END_S = 20.0  # from a death to the end of the run
+LONG = ("train.num_steps=5000", "train.checkpoint_every_steps=2")
+
+
+def end_after(live: Live, blow: Callable[[], None], *, within_s: float = END_S) -> Finished:
+    """Strikes when the run trains; returns its end, after which nothing of it may live."""
+    live.wait_for(r"^step +5/")
+    names = " ".join(live.processes().values())
+    for expected in ("raylet", "gcs_server", "ReplayActor", "LearnerActor", "RolloutActor", *RAY_AGENTS):
+        assert expected in names, f"the search for processes does not see {expected}: {names}"
+    began_s = time.monotonic()
+    blow()
+    run = live.finish(timeout_s=within_s)
+    print(f"the run ended {time.monotonic() - began_s:.1f} s after the blow: {run.summary['reason']}")
+    live.seconds_until_nothing_is_left(timeout_s=within_s - (time.monotonic() - began_s))
+    return run
+
+
+def check_end(run: Finished, *, exit_code: int, status: str) -> Path:
+    """What every end has in common; returns the checkpoint."""
+    summary = run.summary
+    assert run.exit_code == exit_code, run.output
+    assert summary["status"] == status
+    assert "Traceback" not in run.output, run.output
+    assert summary["steps"] == len(run.metrics) >= 5
+    check_conservation(summary["groups"])
+    assert summary["groups"]["evicted"] == 0
+    assert (run.root / "timeline.json").exists()
+    checkpoint = Path(summary["checkpoint"])
+    check_checkpoint(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("victim", ["rollout-0", "replay", "learner"])
+def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str) -> None:
+    with running(tmp_path / "run", *TINY, *LONG) as live:
+        run = end_after(live, lambda: os.kill(live.pid(victim), signal.SIGKILL))
+    checkpoint = check_end(run, exit_code=1, status="failed")
+    summary = run.summary
+    assert summary["reason"].startswith(f"{victim} died"), summary["reason"]
+    assert summary["caught"]["ActorDied"] == 1
+    # The learner's death costs what it trained since the last periodic checkpoint; else the newest snapshot is saved.
+    steps = summary["steps"]
+    assert checkpoint.parent == run.root / "checkpoints"
+    assert int(checkpoint.name.removeprefix("step_")) in (range(2, steps + 1) if victim == "learner" else (steps,))
+    if victim != "replay":  # the ledger lives: nothing stays open
+        assert summary["groups"]["in_flight"] == 0
+        assert summary["groups"]["failed"] + summary["groups"]["unused"] > 0
+
+
+@pytest.mark.ray
+def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
+    # To the whole group, as batch queues send it: Ray's own processes end by it too, before the driver could ask them anything.
+    with running(tmp_path / "run", *TINY, *LONG) as live:
+        run = end_after(live, lambda: os.killpg(live.driver, signal.SIGTERM))
+    checkpoint = check_end(run, exit_code=143, status="interrupted")
+    assert run.summary["reason"] == "SIGTERM received"
+    assert checkpoint == run.root / "checkpoints" / f"step_{run.summary['steps']:06d}"
+    assert "*** SIGTERM" not in run.output, run.output
+
+
+@pytest.mark.ray
+def test_sigint_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY, *LONG) as live:
+        run = end_after(live, lambda: os.kill(live.driver, signal.SIGINT))
+    checkpoint = check_end(run, exit_code=130, status="interrupted")
+    assert run.summary["reason"] == "SIGINT received"
+    assert checkpoint == run.root / "checkpoints" / f"step_{run.summary['steps']:06d}"
+    assert run.summary["groups"]["in_flight"] == 0
+    assert (run.root / "dynamics.png").exists()
+
+
+@pytest.mark.ray
+def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY, *LONG) as live:
+        live.wait_for(r"^step +2/")
+        assert len(live.processes()) > 5
+        os.kill(live.driver, signal.SIGKILL)
+        # Ray's two agents want to tell the dead GCS about the dead raylet and give up after a minute; nothing sets that minute.
+        lasted_s = live.seconds_until_nothing_is_left(timeout_s=30.0, ignore=RAY_AGENTS)
+    print(f"everything was gone {lasted_s:.1f} s after the driver")
+
+
+@pytest.mark.ray
+def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path) -> None:
+    # Staleness 0 and few slots: right after a step the learner can only wait for what the worker still has to generate.
+    slow = ("replay.max_staleness=0", "replay.groups_per_step=16", "rollout.num_slots=8", "deadlines.take_s=5", "deadlines.stop_s=5")
+    with running(tmp_path / "run", *TINY, *LONG, *slow) as live:
+        run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)
+    check_end(run, exit_code=1, status="failed")
+    reason = run.summary["reason"]
+    assert reason.startswith("take waited 5 s: take at version "), reason
+    assert "of 16 groups finished" in reason, reason
+    assert "rollout-0" in reason, reason
+    assert run.summary["groups"]["in_flight"] == 0, "the other actors' last counts were lost with the worker's"
+    assert run.summary["caught"] == {"TimeoutError": 1, "report": 1}
+
+
+@pytest.mark.parametrize("by_session", [False, True])
+def test_search_for_processes_notices_one_that_is_left_behind(by_session: bool) -> None:
+    live = object.__new__(Live)
+    environment = {**os.environ, MARKER: "left-behind"}
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment, start_new_session=by_session)
+    live._mark, live._process = "" if by_session else "left-behind", sleeper
+    try:
+        with pytest.raises(AssertionError, match=r"there still is: .*time\.sleep"):
+            live.seconds_until_nothing_is_left(timeout_s=0.5)
+    finally:
+        sleeper.kill()
+        sleeper.wait(10)
+    assert live.seconds_until_nothing_is_left(timeout_s=5.0) < 5.0
+
+
+class Watched:
+    """A port whose watch ends as told, in place of a Remote."""
+
+    def __init__(self, name: str, *, dies_after_s: float | None = None) -> None:
+        self.name, self._dies_after_s = name, dies_after_s
+
+    async def call(self, method: str, *, deadline_s: float | None) -> None:
+        if self._dies_after_s is None:
+            await asyncio.Event().wait()
+        else:
+            await asyncio.sleep(self._dies_after_s)
+            raise ActorDied(self.name, f"died while the driver waited for {method}")
+
+
+def watched_error(*, worker_dies_after_s: float | None) -> Exception:
+    """What ends a run whose learner feels a broken connection at once."""
+    system: Any = object.__new__(System)
+    system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remote=Watched("learner"))
+    system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
+    system.publisher, system.background = SimpleNamespace(in_flight=None), set()
+
+    async def main() -> None:
+        raise ActorFailed("learner failed in broadcast: RuntimeError('Connection closed by peer')")
+
+    with pytest.raises((ActorDied, ActorFailed)) as caught:
+        asyncio.run(system.watched(main()))
+    return caught.value
+
+
+def test_death_is_named_even_if_its_consequence_is_heard_first() -> None:
+    error = watched_error(worker_dies_after_s=0.2)
+    assert isinstance(error, ActorDied)
+    assert error.actor == "rollout-0"
+
+
+def test_failure_without_a_death_is_told_as_it_is() -> None:
+    assert str(watched_error(worker_dies_after_s=None)).startswith("learner failed in broadcast")
+
+
+def test_conservation_check_notices_what_a_death_would_hide() -> None:
+    with pytest.raises(AssertionError, match="24 groups were admitted, 20 ended"):
+        check_conservation({"admitted": 24, "trained": 12, "failed": 0, "unused": 8, "in_flight": 0})
+
+
+def test_checkpoint_check_notices_a_torn_checkpoint(tmp_path: Path) -> None:
+    base = Path(knobs.load(QUICKSTART).model.path)
+    for file in base.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete|metadata"):
+        check_checkpoint(tmp_path)
