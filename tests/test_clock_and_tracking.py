@@ -190,7 +190,7 @@ def test_a_run_never_writes_over_another(tmp_path):
     with pytest.raises(ValueError, match=r"notes\.txt is a file; choose another run_dir"):
         RunDir.create(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
-    assert RunDir.create(tmp_path / "empty").checkpoint(7) == tmp_path / "empty" / "checkpoints" / "step_000007"
+    assert RunDir.create(tmp_path / "empty").checkpoints == tmp_path / "empty" / "checkpoints"
 
 
 def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path):

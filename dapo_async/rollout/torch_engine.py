@@ -47,7 +47,7 @@ class TorchEngine:
         self.draining = False  # nothing new starts: set by whoever waits for the running sequences before a swap
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.num_drawn = 0  # tokens of the last step: the slots that it occupied
-        self._decoder, self._device = decoder.eval(), weight.device
+        self._decoder, self._device = decoder.eval().requires_grad_(False), weight.device
         decoder.fuse()
         self._cache = KVCache(decoder.config, num_slots=num_slots, max_len=max_len, dtype=weight.dtype, device=weight.device)
         self._table = SlotTable(num_slots=num_slots, max_len=max_len, device=weight.device)
