@@ -79,9 +79,8 @@ class Run:
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
-            self.ending = Ending(
-                Status.FAILED, (" ".join(str(error).split()) or repr(error)) + self._unpublished(), 2 if isinstance(error, WrongInput) else 1
-            )
+            reason = (" ".join(str(error).split()) or repr(error)) + (self._unpublished() if isinstance(error, TimeoutError) else "")
+            self.ending = Ending(Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1)
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
         self.clock.enter("stop")
         try:
@@ -104,7 +103,7 @@ class Run:
         task.cancel()
 
     def _unpublished(self) -> str:
-        """Whom a publish still waits for when the run fails: a worker that hangs holds up a take by the credits of that publish."""
+        """Whom a publish still waits for when a deadline passes: a worker that hangs holds up a take by the credits of that publish."""
         publish = self.system.publisher.in_flight if self.system else None
         if self.system is None or publish is None or publish.done():
             return ""
