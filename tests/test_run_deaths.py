@@ -61,6 +61,7 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
     checkpoint = check_end(run, exit_code=1, status="failed")
     summary = run.summary
     assert summary["reason"].startswith(f"{victim} died"), summary["reason"]
+    assert not [name for name in ("rollout-0", "replay", "learner") if name != victim and name in summary["reason"]], summary["reason"]
     assert summary["caught"]["ActorDied"] == 1
     # The learner's death costs what it trained since the last periodic checkpoint; else the newest snapshot is saved.
     steps = summary["steps"]
@@ -116,7 +117,7 @@ def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path
     assert "of 16 groups finished" in reason, reason
     assert "rollout-0" in reason, reason
     assert run.summary["groups"]["in_flight"] == 0, "the other actors' last counts were lost with the worker's"
-    assert run.summary["caught"] == {"TimeoutError": 1, "report": 1}
+    assert run.summary["caught"] == {"TimeoutError": 1, "the last reports": 1}
 
 
 @pytest.mark.parametrize("by_session", [False, True])
