@@ -63,7 +63,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
             f"{each['idle']['learner']:.0%}",
             f"{each['idle']['rollout']:.0%}",
             f"{each['staleness']['mean']:.2f} (max {each['staleness']['max']})",
-            str(each["groups"]["rejected.all_correct"]),
+            str(each["groups"]["rejected"]["all_correct"]),
             str(each["groups"]["evicted"]),
         )
         print(f"| {' | '.join(cells)} |")

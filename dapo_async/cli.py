@@ -133,7 +133,9 @@ def _print_summary(root: Path) -> None:
         lengths = f"length {summary['initial_response_tokens']:.1f} -> {summary['final_response_tokens']:.1f}"
         accuracies = f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"
         _say(f"{accuracies}, {lengths}, in {summary['train_s']:.1f} s of training")
-    groups = ", ".join(f"{name} {count}" for name, count in summary["groups"].items() if count)
+    counts = {name: count for name, count in summary["groups"].items() if name != "rejected"}
+    counts |= {f"rejected {reason}": count for reason, count in summary["groups"]["rejected"].items()}
+    groups = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     _say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
     idle, staleness = summary["idle"], summary["staleness"]
     _say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")

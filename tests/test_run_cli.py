@@ -227,7 +227,7 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
     assert (run.exit_code, summary["status"]) == (0, "solved"), run.output
     assert summary["reason"] == "task solved: 12 groups in a row were all correct"
     assert summary["initial_accuracy"] == summary["final_accuracy"] == 1.0
-    assert summary["groups"]["rejected.all_correct"] == summary["groups"]["admitted"] >= 12
+    assert summary["groups"]["rejected"]["all_correct"] == summary["groups"]["admitted"] >= 12
     check_conservation(summary["groups"])
     assert (summary["steps"], summary["weight_versions"]) == (0, 1)
 
@@ -249,7 +249,7 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     assert summary["reason"].startswith("the filters rejected 30 groups in a row (all_wrong 30); ")
     groups = summary["groups"]
     assert groups["unused"] == 1
-    assert groups["rejected.all_wrong"] == groups["admitted"] - 1 >= 30
+    assert groups["rejected"]["all_wrong"] == groups["admitted"] - 1 >= 30
     check_conservation(groups)
     with pytest.raises(AssertionError, match="were admitted"):
         check_conservation({**groups, "unused": 0})

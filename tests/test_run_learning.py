@@ -51,7 +51,7 @@ def test_quickstart_keeps_the_laws_from_start_to_end(quickstart: Finished) -> No
 def test_quickstart_shows_a_curve_and_solved_problems(quickstart: Finished) -> None:
     summary, rows = quickstart.summary, quickstart.metrics
     assert summary["steps"] >= 30
-    assert summary["groups"]["rejected.all_correct"] > 0
+    assert summary["groups"]["rejected"]["all_correct"] > 0
     third = len(rows) // 3
     first, last = ([row["accuracy"] for row in part] for part in (rows[:third], rows[-third:]))
     assert sum(last) / third > sum(first) / third + 0.3

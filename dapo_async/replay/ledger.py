@@ -41,7 +41,7 @@ class Counts:
         assert self.admitted == self.ended + self.in_flight, f"conservation law broken: {self}"
 
     def flat(self) -> dict[str, int]:
-        """One number per name, as in the summary's `groups`: `trained`, `rejected.all_correct`, …; every reason is present."""
+        """One number per name, as in the metrics: `trained`, `rejected.all_correct`, …; every reason is present."""
         named = {ending.value: getattr(self, ending.value) for ending in Ending}
         reasons = {f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason}
         return {"admitted": self.admitted, **named, **reasons, "in_flight": self.in_flight}

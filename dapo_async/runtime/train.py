@@ -197,7 +197,8 @@ class Run:
         """The fixed points of `summary.json`; 0 or null for what the run never came to."""
         tracker, evaluations = self.tracker, self.evaluations
         totals = tracker.totals if tracker else Totals()
-        counts = tracker.replay.counts.flat() if tracker and tracker.replay else {}
+        counts = (tracker.replay.counts if tracker and tracker.replay else Counts(0)).flat()
+        rejected = {name.removeprefix("rejected."): count for name, count in counts.items() if name.startswith("rejected.")}
         saved = sorted(self.run_dir.checkpoints.glob("step_*[0-9]"))
         published = self.system.publisher if self.system else None
         return {
@@ -214,7 +215,7 @@ class Run:
                 "mean": totals.staleness_sum / totals.staleness_tokens if totals.staleness_tokens else 0.0,
                 "max": totals.staleness_max,
             },
-            "groups": {name: counts.get(name, 0) for name in Counts(0).flat()},
+            "groups": {name: count for name, count in counts.items() if not name.startswith("rejected.")} | {"rejected": rejected},
             "idle": tracker.idle if tracker else {"rollout": 0.0, "learner": 0.0},
             "weight_versions": published.num_served if published else 0,
             "handshake": dict(published.outcomes) if published else {},
