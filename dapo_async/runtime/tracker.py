@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,17 +65,19 @@ class Tracker:
         self._slots_at_start = self._slots_before = dict(self._slots)
         self._step_end_s = self.clock.now_s()
 
-    async def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> None:
-        """Writes and says one step, after the one before; runs beside the next step, so the end of this one is the call's own time."""
-        ended_s = self.clock.now_s()
-        async with self._one_at_a_time:
-            await self._log(step, metrics, batch, ended_s)
+    def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> Coroutine[Any, Any, None]:
+        """Counts one step at once; what it returns writes and says it, beside the next step and after the one before."""
+        self._add_up(metrics)
+        return self._log(step, metrics, batch, self.clock.now_s())
 
     async def _log(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
+        async with self._one_at_a_time:
+            await self._write(step, metrics, batch, now_s)
+
+    async def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
         await self.collect()
         assert self.replay is not None
         values = summarise(metrics)
-        self._add_up(metrics, values)
         counts = self.replay.counts.flat()
         start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance, self._system.publisher
         idle = rollout_idle(self._slots_before, self._slots)
@@ -103,13 +105,13 @@ class Tracker:
         self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
         self._slots_before, self._step_end_s = dict(self._slots), now_s
 
-    def _add_up(self, metrics: StepMetrics, values: dict[str, float]) -> None:
+    def _add_up(self, metrics: StepMetrics) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
         totals.steps += 1
-        totals.tokens += values["tokens"]
+        totals.tokens += metrics.totals["tokens"]
         totals.staleness_sum += staleness
         totals.staleness_tokens += count
-        totals.staleness_max = max(totals.staleness_max, int(values.get("group_staleness_max", 0)))
+        totals.staleness_max = max(totals.staleness_max, int(metrics.maxima["group_staleness_max"]))
 
     @property
     def idle(self) -> dict[str, float]:
