@@ -95,6 +95,23 @@ def test_sigint_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_sigint_while_ray_starts_ends_it_in_order(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY) as live:
+        live.wait_for("^run directory")
+        deadline_s = time.monotonic() + 60.0
+        while not any("raylet/raylet" in line for line in live.processes().values()):
+            assert time.monotonic() < deadline_s, live.output
+            time.sleep(0.02)
+        os.killpg(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=60.0)
+        live.seconds_until_nothing_is_left(timeout_s=10.0)
+    assert run.exit_code == 130, run.output
+    assert (run.summary["status"], run.summary["reason"]) == ("interrupted", "SIGINT received")
+    assert run.summary["groups"]["admitted"] == 0
+    check_checkpoint(Path(run.summary["checkpoint"]))
+
+
+@pytest.mark.ray
 def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
     with running(tmp_path / "run", *TINY, *LONG) as live:
         live.wait_for(r"^step +2/")

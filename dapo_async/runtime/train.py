@@ -8,6 +8,7 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -65,6 +66,10 @@ class Run:
     system: System | None = None
     tracker: Tracker | None = None
     interrupted_by: signal.Signals | None = None
+    # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
+    # waited for without end when Ray's start hangs.
+    ray_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ray"))
+    connecting: asyncio.Future[None] | None = None
 
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
@@ -88,7 +93,7 @@ class Run:
         finally:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
             self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
-        await asyncio.to_thread(disconnect)
+        await self._disconnect()
         await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
         return self.ending.exit_code
 
@@ -127,11 +132,20 @@ class Run:
     async def _connect(self) -> None:
         try:
             async with asyncio.timeout(self.config.deadlines.start_s):
-                await asyncio.to_thread(connect, self.config)
+                self.connecting = asyncio.get_running_loop().run_in_executor(self.ray_thread, connect, self.config)
+                await asyncio.shield(self.connecting)
         except ValueError as error:
             raise WrongInput(str(error)) from error
         except TimeoutError as error:
             raise TimeoutError(f"the driver waited {self.config.deadlines.start_s:g} s for Ray to start") from error
+
+    async def _disconnect(self) -> None:
+        """Ends Ray. A start that was interrupted goes to its end first, for half a Ray can't be shut down; one that hangs is left alone."""
+        if self.connecting is None:
+            return
+        started, _ = await asyncio.wait([self.connecting], timeout=self.config.deadlines.stop_s)
+        if started:
+            await asyncio.get_running_loop().run_in_executor(self.ray_thread, disconnect)
 
     async def _train(self, system: System, tracker: Tracker) -> None:
         # Before the first token every engine proves that it serves the learner's weights.
