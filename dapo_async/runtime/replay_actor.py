@@ -14,12 +14,13 @@ import ray
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_tokenizer
-from dapo_async.replay import OfferOutcome, ReplayBuffer, Verdict, dynamic_sampling, has_tokens
+from dapo_async.replay import OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, has_tokens
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import write_rollouts
 from dapo_async.types import Admission, Group, TrainBatch
 
+KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence tells it that this actor hangs
 
 
@@ -42,6 +43,7 @@ class ReplayActor:
         )
         self._changed = asyncio.Condition()
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
+        self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
         self._clock.enter("wait")
 
@@ -109,6 +111,9 @@ class ReplayActor:
 
     def _hand_over(self, batch: TrainBatch) -> TrainBatch:
         """Writes the step's samples and puts each group where the learner's ranks can fetch it; this actor owns the objects."""
+        assert self._buffer.acceptance is not None
+        self._acceptance[batch.learner_version] = self._buffer.acceptance
+        self._acceptance.pop(batch.learner_version - KEPT_ACCEPTANCES, None)
         groups: Sequence[Group] = batch.references
         # The samples are those that asynchrony touched most: generated under the most weight versions, then under the oldest.
         telling = sorted(groups, key=lambda group: (-len(group.weight_versions), group.oldest_version, group.admission_index))
@@ -147,7 +152,7 @@ class ReplayActor:
         return ReplayReport(
             spans=tuple(self._clock.take_spans()),
             counts=buffer.counts,
-            acceptance=buffer.acceptance,
+            acceptance=dict(self._acceptance),
             verdict=buffer.verdict,
             first_admission_s=self._first_admission_s,
             buffered=buffer.num_buffered,

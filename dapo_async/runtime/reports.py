@@ -24,7 +24,7 @@ class ProcessInfo:
 class ReplayReport:
     spans: tuple[Span, ...]
     counts: Counts
-    acceptance: StepAcceptance | None  # of the step taken last
+    acceptance: Mapping[int, StepAcceptance]  # by learner version of the take: the newest few, since a report may come after the next take
     verdict: Verdict | None
     first_admission_s: float | None  # seconds since the epoch
     buffered: int

@@ -79,7 +79,7 @@ class Tracker:
         assert self.replay is not None
         values = summarise(metrics)
         counts = self.replay.counts.flat()
-        start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance, self._system.publisher
+        start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance.get(batch.learner_version), self._system.publisher
         idle = rollout_idle(self._slots_before, self._slots)
         row: dict[str, Any] = {
             "step": step,
