@@ -122,10 +122,10 @@ class Live:
                 continue
         return found
 
-    def seconds_until_nothing_is_left(self, *, timeout_s: float, ignore: Sequence[str] = ()) -> float:
-        """Fails with the command lines of what is left after `timeout_s`, but for those to `ignore`."""
+    def seconds_until_nothing_is_left(self, *, timeout_s: float) -> float:
+        """Fails with the command lines of what is left after `timeout_s`."""
         began_s = time.monotonic()
-        while left := {pid: line for pid, line in self.processes().items() if line not in ignore}:
+        while left := self.processes():
             assert time.monotonic() - began_s < timeout_s, f"after {timeout_s} s there still is: {left}"
             time.sleep(0.1)
         return time.monotonic() - began_s

@@ -117,8 +117,7 @@ def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
         live.wait_for(r"^step +2/")
         assert len(live.processes()) > 5
         os.kill(live.driver, signal.SIGKILL)
-        # Ray's two agents want to tell the dead GCS about the dead raylet and give up after a minute; nothing sets that minute.
-        lasted_s = live.seconds_until_nothing_is_left(timeout_s=30.0, ignore=RAY_AGENTS)
+        lasted_s = live.seconds_until_nothing_is_left(timeout_s=30.0)
     print(f"everything was gone {lasted_s:.1f} s after the driver")
 
 

@@ -1,6 +1,7 @@
 """The only room that imports Ray (L4): thin actors, the cluster, the life of a run, THE loop.
 
 environment     what Ray reads when it is imported
+reaper          ends an own Ray whose driver was killed
 cluster         an own Ray or a running one; what a run would start
 inputs          what a run reads, checked before anything starts
 replay_actor    owns the prompt cursor, the replay buffer and the payloads

@@ -19,7 +19,9 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Counts
 from dapo_async.runtime.cluster import connect, disconnect
+from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.loop import train_loop
+from dapo_async.runtime.reaper import Reaper
 from dapo_async.runtime.remote import ActorDied
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
@@ -70,6 +72,7 @@ class Run:
     # waited for without end when Ray's start hangs.
     ray_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ray"))
     connecting: asyncio.Future[None] | None = None
+    reaper: Reaper | None = None  # of an own Ray
 
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
@@ -130,10 +133,14 @@ class Run:
         await self.system.watched(self._train(self.system, self.tracker))
 
     async def _connect(self) -> None:
+        if self.config.ray.address == LOCAL:
+            self.reaper = Reaper()
         try:
             async with asyncio.timeout(self.config.deadlines.start_s):
                 self.connecting = asyncio.get_running_loop().run_in_executor(self.ray_thread, connect, self.config)
                 await asyncio.shield(self.connecting)
+            if self.reaper is not None:
+                self.reaper.watch()
         except ValueError as error:
             raise WrongInput(str(error)) from error
         except TimeoutError as error:
@@ -146,6 +153,8 @@ class Run:
         started, _ = await asyncio.wait([self.connecting], timeout=self.config.deadlines.stop_s)
         if started:
             await asyncio.get_running_loop().run_in_executor(self.ray_thread, disconnect)
+        if self.reaper is not None:
+            self.reaper.dismiss()
 
     async def _train(self, system: System, tracker: Tracker) -> None:
         # Before the first token every engine proves that it serves the learner's weights.
