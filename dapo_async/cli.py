@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dapo-async", description="Asynchronous off-policy actor-learner training of reasoning language models.")
     commands = parser.add_subparsers(required=True)  # no metavar: the error for a missing command lists the commands
     train = commands.add_parser("train", help="train a model; writes a run directory")
-    train.add_argument("config", type=Path, help="YAML file, such as configs/quickstart.yaml")
+    train.add_argument("config", nargs="?", help="YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, such as learner.lr=1e-4")
+    train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder instead; its own config is used")
     train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
     train.set_defaults(run=_train)
     config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
@@ -78,28 +79,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = knobs.load(options.config, options.overrides)
-    root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     from dapo_async.runtime.environment import prepare
+    from dapo_async.runtime.resume import START, find_resume_point, resumed_config
 
+    if options.resume:
+        root = options.resume.resolve()
+        # Without a config the first override stands in its place.
+        config = resumed_config(root, [*([options.config] if options.config else []), *options.overrides])
+    elif options.config is None:
+        raise ValueError("which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR")
+    else:
+        config = knobs.load(options.config, options.overrides)
+        name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / name
     prepare(config.ray.address)
     from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
     check_inputs(config)
+    point = find_resume_point(config) if options.resume else START
     if options.dry_run:
-        return _dry_run(config, root)
+        return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.train import train
     from dapo_async.tracking.run_dir import RunDir
 
-    run_dir = RunDir.create(root)
-    (root / "config.yaml").write_text(knobs.to_yaml(config))
+    run_dir = RunDir(root) if options.resume else RunDir.create(root)
+    run_dir.lock()
+    if options.resume:
+        run_dir.reopen(point.version)
+        _say(f"resuming at step {point.version} from {point.checkpoint or 'the base model: there is no checkpoint yet'}")
+    run_dir.write(run_dir.config, knobs.to_yaml(config))
     _say(f"run directory {root}")
-    code = train(config, run_dir=run_dir, say=_say)
+    code = train(config, run_dir=run_dir, say=_say, resume=point)
     _print_summary(root)
     return code
 
 
-def _dry_run(config: knobs.Config, root: Path) -> int:
+def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
     from dapo_async.runtime.cluster import planned_actors
 
     _say(f"would write {root}")
@@ -109,7 +124,7 @@ def _dry_run(config: knobs.Config, root: Path) -> int:
     for actor in actors:
         _say(f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}")
     per_step = config.replay.groups_per_step * config.replay.group_size
-    _say(f"would train {config.train.num_steps} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
+    _say(f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
     return 0
 
 
@@ -141,6 +156,8 @@ def _print_summary(root: Path) -> None:
     _say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
     for what, path in (("checkpoint", Path(summary["checkpoint"])), ("summary", root / "summary.json"), ("metrics", root / "metrics.jsonl")):
         _say(f"{what:<10} {path}")
+    if summary["status"] in ("interrupted", "out_of_time", "failed"):
+        _say(f"go on with  dapo-async train --resume {root}")
     for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts"), ("traceback", "error.txt")):
         if (root / name).exists():
             _say(f"{what:<10} {root / name}")

@@ -25,7 +25,7 @@ AT_LEAST = {
     "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
     "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
     "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
-    "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
+    "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
 }  # fmt: skip
 POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
 SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus")
@@ -105,6 +105,21 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         replay.patience >= replay.groups_per_step,
         (f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"),
+    )
+    yield (
+        not replay.lockstep or (replay.max_staleness == 0 and rollout.num_workers == 1),
+        (
+            f"replay.lockstep needs replay.max_staleness=0 and rollout.num_workers=1 (they are {replay.max_staleness} and {rollout.num_workers}): "
+            "only then is the order of everything given; set both, or replay.lockstep=false"
+        ),
+    )
+    limit = config.train.max_wall_s
+    yield (
+        limit is None or limit > config.deadlines.stop_s,
+        (
+            f"train.max_wall_s ({limit}) must be more than deadlines.stop_s ({config.deadlines.stop_s}), which is kept for an orderly end; "
+            "raise it, or lower deadlines.stop_s"
+        ),
     )
     yield (
         rollout.temperature > 0,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from dapo_async.rollout.engine import Engine, GroupRequest, SamplingParams
 from dapo_async.types import Completion, FinishReason, Prompt
@@ -28,6 +29,13 @@ class Evaluation:
             self.num_truncated + other.num_truncated,
             self.weight_versions | other.weight_versions,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"weight_versions": sorted(self.weight_versions)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        return cls(**{**values, "weight_versions": frozenset(values["weight_versions"])})
 
     @property
     def accuracy(self) -> float:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_async.replay import OfferOutcome, ReplayBuffer, dynamic_sampling, has_tokens
+from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, dynamic_sampling, freeze, has_tokens
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout, TrainBatch
 
 PROMPT = Prompt(row=0, text="1+1=", token_ids=np.zeros(4, np.int32), answer="2")
@@ -124,6 +125,28 @@ class World:
         self.buffer.release(self.publishing.admission_indices)
         self.publishing = None
 
+    def resume(self) -> None:
+        """The run is killed and goes on from a checkpoint of this instant, which went through JSON; all engines start with the newest weights."""
+        state = freeze(self.buffer, self.version)
+        written = json.loads(json.dumps(state.to_json()))
+        lineage = BufferState.from_json(written, {index: group.payload for index, group in state.buffered.items()})
+        before = self.buffer
+        self.buffer = type(before)(
+            groups_per_step=before.groups_per_step,
+            max_staleness=before.max_staleness,
+            num_steps=before.num_steps,
+            filters=(has_tokens, dynamic_sampling),
+            patience=10**9,
+            incarnation=before.incarnation,
+            lineage=lineage,
+        )
+        self.generating.clear()
+        self.training = self.publishing = None
+        self.engine_versions = dict.fromkeys(self.engine_versions, self.version)
+        self.check()
+        assert self.buffer.admissible() == 0  # nobody serves yet
+        self.buffer.serve(self.version)
+
     def check(self) -> None:
         """The buffer's own laws, and its counts against the world's books."""
         self.buffer.check()
@@ -133,14 +156,14 @@ class World:
         expected = {**dict.fromkeys(("trained", "skipped", "failed", "evicted", "rejected"), 0), **self.endings}
         actual = {name: getattr(counts, name) for name in expected if name != "rejected"} | {"rejected": sum(counts.rejected.values())}
         assert actual == expected
-        assert counts.in_flight == len(self.generating) + self.buffer.num_buffered + in_training
+        assert counts.in_flight == len(self.generating) + self.buffer.num_buffered + self.buffer.num_to_reissue + in_training
         assert self.buffer.num_generating == len(self.generating)
         total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
         unpublished = len(self.publishing.admission_indices) if self.publishing else 0
         held = counts.in_flight + unpublished
         assert self.buffer.credits_held == held <= total, f"{self.buffer.credits_held} credits are held by {held} groups"
         remaining = (self.buffer.num_steps - self.steps) * self.buffer.groups_per_step - in_training
-        outstanding = len(self.generating) + self.buffer.num_buffered
+        outstanding = len(self.generating) + self.buffer.num_buffered + self.buffer.num_to_reissue
         assert outstanding <= remaining, f"{outstanding} groups are outstanding for {remaining} places"
 
     def drain(self) -> None:
@@ -165,11 +188,11 @@ class World:
             assert moved, f"deadlock: {self.buffer.explain_wait(self.version)}"
 
 
-def wander(world: World, rng: random.Random, *, num_events: int) -> None:
+def wander(world: World, rng: random.Random, *, num_events: int, resumes: bool = True) -> None:
     """Random events, each drawn from those that can happen now."""
     workers = tuple(world.engine_versions)
     for _ in range(num_events):
-        events: list[tuple[float, Any]] = [(0.05, lambda: world.lose_worker(rng.choice(workers)))]
+        events: list[tuple[float, Any]] = [(0.05, lambda: world.lose_worker(rng.choice(workers))), (0.1 * resumes, world.resume)]
         if world.buffer.admissible():
             events.append((3, lambda: world.admit(rng.choice(workers))))
         if world.generating:

@@ -67,14 +67,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Live:
-    """A run that goes on."""
+    """A run that goes on; its output is appended to that of the lives before it."""
 
     def __init__(self, root: Path, arguments: Sequence[str]) -> None:
         self.root, self._mark = root, uuid.uuid4().hex
         self._output = root.with_name(f"{root.name}.out")
-        with self._output.open("w") as file:
+        self._before = len(self._output.read_text()) if self._output.exists() else 0
+        with self._output.open("a") as file:
             self._process = subprocess.Popen(
-                [COMMAND, "train", *arguments, f"run_dir={root}"],
+                [COMMAND, "train", *arguments],
                 env=environment(**{MARKER: self._mark}),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -83,7 +84,7 @@ class Live:
 
     @property
     def output(self) -> str:
-        return self._output.read_text()
+        return self._output.read_text()[self._before :]
 
     @property
     def driver(self) -> int:
@@ -140,16 +141,16 @@ class Live:
 
 
 @contextmanager
-def running(root: Path, *overrides: str, config: Path = QUICKSTART) -> Iterator[Live]:
-    """Starts `dapo-async train`; on leaving, whatever still lives of it is killed."""
-    live = Live(root, [str(config), *overrides])
+def running(root: Path, *overrides: str, config: Path | None = QUICKSTART) -> Iterator[Live]:
+    """Starts `dapo-async train`, without a config `--resume`; on leaving, whatever still lives of it is killed."""
+    live = Live(root, ["--resume", str(root), *overrides] if config is None else [str(config), *overrides, f"run_dir={root}"])
     try:
         yield live
     finally:
         live.destroy()
 
 
-def finished(root: Path, *overrides: str, config: Path = QUICKSTART, timeout_s: float = 240.0) -> Finished:
+def finished(root: Path, *overrides: str, config: Path | None = QUICKSTART, timeout_s: float = 240.0) -> Finished:
     """A whole run that ends by itself."""
     with running(root, *overrides, config=config) as live:
         return live.finish(timeout_s=timeout_s)

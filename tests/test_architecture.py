@@ -17,8 +17,8 @@ HOUSE = {
     for path in sorted((ROOT / "dapo_async").rglob("*.py"))
 }
 LEVELS = (
-    {"config", "types", "clock"},
-    {"algorithm", "reward", "model", "replay"},
+    {"config", "types", "clock", "checkpoints"},
+    {"algorithm", "reward", "model", "replay", "group_files"},
     {"data", "rollout", "learner", "planner"},
     {"weights", "evaluate", "tracking"},
     {"runtime"},

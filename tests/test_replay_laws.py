@@ -84,6 +84,10 @@ class Interleavings(RuleBasedStateMachine):
     def finish_publish(self) -> None:
         self.world.finish_publish()
 
+    @rule()
+    def resume(self) -> None:
+        self.world.resume()
+
     @invariant()
     def both_laws_hold(self) -> None:
         if hasattr(self, "world"):  # invariants run before `start` too
@@ -107,7 +111,7 @@ def healthy_run(seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: 
     rng = random.Random(seed)
     knobs = {"groups_per_step": rng.randint(1, 4), "max_staleness": rng.randint(0, 3), "num_steps": rng.randint(2, 8)}
     world = world_kind(make_buffer(kind, **knobs), workers=WORKERS)
-    wander(world, rng, num_events=60)
+    wander(world, rng, num_events=60, resumes=(kind, world_kind) == (ReplayBuffer, World))  # a resume would mend some breakers
     world.drain()
     assert world.buffer.close().unused == 0
     return world

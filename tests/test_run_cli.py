@@ -239,7 +239,7 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     problems = prompts_of(config)[:41]
     answer, temperature = Base(config).coin(problems[0])
     rows = [{config.data.prompt_key: problem, config.data.answer_key: "impossible"} for problem in problems[1:]]
-    rows.insert(PromptStream(range(41), seed=0).next(), {config.data.prompt_key: problems[0], config.data.answer_key: answer})
+    rows.insert(PromptStream(range(41), seed=0)[0], {config.data.prompt_key: problems[0], config.data.answer_key: answer})
     data = write_rows(tmp_path / "impossible.jsonl", rows)
     one_token = (f"rollout.temperature={temperature}", "rollout.max_response_tokens=1", "reward.verifier=exact", "reward.overlong_cache_tokens=null")
     small = ("seed=0", "replay.groups_per_step=2", "replay.group_size=16", "replay.patience=30", "rollout.num_slots=32", "evaluation.num_prompts=8")

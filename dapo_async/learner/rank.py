@@ -6,7 +6,7 @@ Called by the learner actor once per step; between two steps the publisher takes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,27 @@ class LearnerRank:
             updates += 1
         self.version += 1
         return metrics + StepMetrics(maxima={"lr": lr}, totals={"non_finite": float(non_finite), "skipped": float(updates == 0)})
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        """Copies on CPU: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` in float32, and the optimizer's `updates` so far."""
+        state, updates = {}, torch.zeros(())
+        for name, parameter in self.decoder.named_parameters():
+            state[f"weights.{name}"] = parameter.detach().to("cpu", copy=True)
+            moments = self._optimizer.state.get(parameter, {})
+            if moments:
+                updates = moments["step"].to("cpu", copy=True)
+                state |= {f"{moment}.{name}": moments[moment].to("cpu", copy=True) for moment in ("exp_avg", "exp_avg_sq")}
+        return {**state, "updates": updates}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on exactly where the rank that gave `state` stood; `version` is the caller's to set."""
+        for name, parameter in self.decoder.named_parameters():
+            parameter.copy_(state[f"weights.{name}"])
+            if state["updates"] > 0:
+                moments = {moment: state[f"{moment}.{name}"].to(self._device, copy=True) for moment in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[parameter] = {"step": state["updates"].clone(), **moments}
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)

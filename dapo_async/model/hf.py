@@ -92,18 +92,13 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     partial.rename(path)
 
 
-def export_folder(weights: Mapping[str, Tensor], *, base: Path, out: Path) -> Path:
-    """Writes a plain Hugging Face folder: these weights with the base folder's config and tokenizer. The folder appears by one rename."""
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def export_folder(weights: Mapping[str, Tensor], *, base: Path, out: Path) -> None:
+    """Makes `out` a plain Hugging Face folder: these weights with the base folder's config and tokenizer."""
+    out.mkdir(parents=True, exist_ok=True)
     for name in COMPANION_FILES:
-        if (Path(base) / name).is_file():
-            shutil.copyfile(Path(base) / name, partial / name)
-    config = json.loads((partial / "config.json").read_text())
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
+    config = json.loads((out / "config.json").read_text())
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_weights(weights, partial)
-    partial.rename(out)
-    return out
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_weights(weights, out)

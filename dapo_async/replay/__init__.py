@@ -6,6 +6,7 @@ filters.py     dynamic sampling: keep a group or say why not
 patience.py    nothing but rejects: the task is solved, or the run is stuck
 acceptance.py  what was offered, kept and rejected per step
 buffer.py      `ReplayBuffer` joins them; the replay actor drives it
+lineage.py     what of all this survives a resume
 explain.py     one line on who waits for whom
 """
 
@@ -13,10 +14,12 @@ from dapo_async.replay.acceptance import StepAcceptance
 from dapo_async.replay.buffer import ReplayBuffer
 from dapo_async.replay.filters import Filter, dynamic_sampling, has_tokens
 from dapo_async.replay.ledger import Counts, Ending
+from dapo_async.replay.lineage import BufferState, freeze
 from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
 from dapo_async.replay.patience import Verdict
 
 __all__ = [
+    "BufferState",
     "Counts",
     "Ending",
     "Filter",
@@ -27,5 +30,6 @@ __all__ = [
     "StepAcceptance",
     "Verdict",
     "dynamic_sampling",
+    "freeze",
     "has_tokens",
 ]

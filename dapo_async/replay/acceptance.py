@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dapo_async.types import RejectReason
 
@@ -55,6 +56,21 @@ class AcceptanceLog:
         """The first admission after a reject opens a wave; those right behind it belong to the same burst."""
         self._waves += self._refill_due
         self._refill_due = False
+
+    def state(self) -> dict[str, Any]:
+        rejected = {reason.value: count for reason, count in self._rejected.items()}
+        return {
+            "accepted": self._accepted,
+            "rejected": rejected,
+            "refused": self._refused,
+            "waves": self._waves,
+            "refill_due": self._refill_due,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._accepted, self._refused, self._waves = state["accepted"], state["refused"], state["waves"]
+        self._rejected = Counter({RejectReason(name): count for name, count in state["rejected"].items()})
+        self._refill_due = state["refill_due"]
 
     @property
     def step(self) -> StepAcceptance:

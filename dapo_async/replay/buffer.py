@@ -5,6 +5,8 @@
                   ├─ rejected, failed  └─ evicted          these give the credit back at once
                   └─ evicted
 
+A resumed run starts from a `BufferState`: its finished groups are buffered again, those that were generating wait for `admit` with their old index.
+
 `serve(v)` tells which weights every serving engine has. It comes before the `release` of the batch that made v: a group that is admitted with the
 returned credit must not count as started under older weights (credits.py proves from this that a healthy run evicts nothing and never blocks).
 """
@@ -12,7 +14,7 @@ returned credit must not count as started under older weights (credits.py proves
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,9 +23,10 @@ from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overlo
 from dapo_async.replay.explain import WaitFacts, explain
 from dapo_async.replay.filters import Filter, first_reason
 from dapo_async.replay.ledger import Counts, Ending, Ledger
-from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
+from dapo_async.replay.lineage import BufferState, thaw
+from dapo_async.replay.offers import OfferOutcome, OfferResult, refuse
 from dapo_async.replay.patience import Patience, Verdict
-from dapo_async.replay.states import Buffered, Generating
+from dapo_async.replay.states import Buffered, Generating, Taken
 from dapo_async.types import Group, RejectReason, TrainBatch
 
 
@@ -39,13 +42,12 @@ class ReplayBuffer:
         filters: Sequence[Filter],
         patience: int,
         incarnation: str,
-        first_step: int = 0,
+        lineage: BufferState | None = None,
     ) -> None:
         assert groups_per_step > 0, groups_per_step
         assert max_staleness >= 0, max_staleness
-        assert 0 <= first_step <= num_steps, (first_step, num_steps)
         self.groups_per_step, self.max_staleness, self.num_steps, self.incarnation = groups_per_step, max_staleness, num_steps, incarnation
-        self.next_step = first_step
+        self.next_step = 0
         self.served_version: int | None = None  # oldest version among the serving engines; None before the first publish: nobody may start
         self.learner_version = 0  # the latest that asked for a batch
         self.closed = False
@@ -58,10 +60,13 @@ class ReplayBuffer:
         self.failures: Counter[str] = Counter()  # failed groups by what their worker said
         self._generating: dict[int, Generating] = {}
         self._buffered: dict[int, Buffered] = {}
-        self._taken: dict[int, int] = {}  # admission index → learner version of its take
+        self._reissue: deque[int] = deque()  # admissions of the incarnation before that nobody generates yet
+        self._taken: dict[int, Taken] = {}
         self._awaiting: dict[int, int] = {}  # admission index → version that every engine has to serve before the credit returns
         self._evicted_since_take: list[int] = []
         self._suspect = False  # a deadline came nearer: the only way to an overload, see credits.py
+        if lineage is not None:
+            thaw(self, lineage)
 
     # What is known.
 
@@ -72,6 +77,10 @@ class ReplayBuffer:
     @property
     def num_generating(self) -> int:
         return len(self._generating)
+
+    @property
+    def num_to_reissue(self) -> int:
+        return len(self._reissue)
 
     @property
     def num_buffered(self) -> int:
@@ -94,7 +103,7 @@ class ReplayBuffer:
         """Asserts conservation and that no credit leaked: constant time, called at every instant one likes."""
         counts = self.counts
         counts.check()
-        in_flight = len(self._generating) + len(self._buffered) + len(self._taken)
+        in_flight = len(self._generating) + len(self._buffered) + len(self._taken) + len(self._reissue)
         assert counts.in_flight == in_flight, f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
         held = in_flight + len(self._awaiting)
         assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
@@ -102,25 +111,30 @@ class ReplayBuffer:
     # From the workers.
 
     def admissible(self) -> int:
-        """Groups that may start now: free credits, but never more outstanding groups than the remaining steps will take."""
+        """Groups that may start now: those to be issued again, and free credits, but never more new groups than the remaining steps will take."""
         if self.closed or self.verdict is not None or self.served_version is None:
             return 0
-        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered
-        return max(0, min(self._credits.free, wanted))
+        reissue = self.num_to_reissue
+        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered - reissue
+        return reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
         """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better."""
         assert self.admissible() > 0, f"{worker} was admitted without a free credit"
         assert self.served_version is not None
-        index = self._ledger.admit()
-        self._credits.spend(index)
+        if self._reissue:
+            index = self._reissue.popleft()
+        else:
+            index = self._ledger.admit()
+            self._credits.spend(index)
         self._generating[index] = Generating(worker, self.served_version + self.max_staleness)
         self._log.admit()
         return index
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
         """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
-        refusal = self._refusal(group)
+        waited_for = group.admission_index in self._generating
+        refusal = refuse(group, self.incarnation, waited_for=waited_for, known=self._ledger.knows(group.admission_index), closed=self.closed)
         if refusal is not None:
             self._log.refuse()
             return OfferResult(OfferOutcome.REFUSED, refusal)
@@ -192,7 +206,7 @@ class ReplayBuffer:
         groups = [self._buffered.pop(index) for index in indices]
         oldest_versions = tuple(group.oldest_version for group in groups)
         assert min(oldest_versions) >= learner_version - self.max_staleness, f"staleness law broken at {learner_version}: {oldest_versions}"
-        self._taken.update(dict.fromkeys(indices, learner_version))
+        self._taken.update({index: Taken(learner_version, group) for index, group in zip(indices, groups, strict=True)})
         self.next_step += 1
         self.acceptance = self._log.close_step()
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
@@ -224,10 +238,10 @@ class ReplayBuffer:
 
     def close(self) -> Counts:
         """The run ends: all that is in flight ends unused, later offers are refused."""
-        for room in (self._generating, self._buffered, self._taken):
-            for index in tuple(room):
-                del room[index]
-                self._end(index, Ending.UNUSED)
+        for index in (*self._generating, *self._buffered, *self._taken, *self._reissue):
+            self._end(index, Ending.UNUSED)
+        for room in (self._generating, self._buffered, self._taken, self._reissue):
+            room.clear()
         self.closed = True
         return self.counts
 
@@ -255,15 +269,6 @@ class ReplayBuffer:
 
     # Inside.
 
-    def _refusal(self, group: Group) -> Refusal | None:
-        if self.closed:
-            return Refusal.CLOSED
-        if group.incarnation != self.incarnation:
-            return Refusal.FOREIGN_INCARNATION
-        if group.admission_index in self._generating:
-            return None
-        return Refusal.ENDED if self._ledger.knows(group.admission_index) else Refusal.UNKNOWN
-
     def _outstanding(self) -> Iterable[Outstanding]:
         for index, started in self._generating.items():
             yield Outstanding(started.deadline, index, generating=True)
@@ -288,8 +293,8 @@ class ReplayBuffer:
     def _finish_step(self, indices: Iterable[int], ending: Ending) -> None:
         for index in indices:
             assert index in self._taken, f"admission {index} is not in a step and can't end as {ending.value}"
-            taken_at = self._taken.pop(index)
-            self._awaiting[index] = taken_at + 1 if ending is Ending.TRAINED else taken_at
+            version = self._taken.pop(index).version
+            self._awaiting[index] = version + 1 if ending is Ending.TRAINED else version
             self._ledger.end(index, ending)
 
     def _end(self, index: int, ending: Ending | RejectReason) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from dapo_async.types import RejectReason
 
@@ -68,6 +69,16 @@ class Ledger:
         assert index in self._open, f"admission {index} is not open and can't end as {ending.value}"
         self._open.remove(index)
         self._ended[ending] += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"admitted": self.admitted, "ended": {ending.value: count for ending, count in self._ended.items()}}
+
+    def restore(self, admitted: int, ended: Mapping[str, int], outstanding: Iterable[int]) -> None:
+        """Goes on from `state`, with the open admissions named."""
+        reasons = {reason.value for reason in RejectReason}
+        self.admitted, self._open = admitted, set(outstanding)
+        self._ended = Counter({RejectReason(name) if name in reasons else Ending(name): count for name, count in ended.items()})
+        self.counts.check()
 
     def knows(self, index: int) -> bool:
         return 0 <= index < self.admitted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dapo_async.types import RejectReason
+from dapo_async.types import Group, RejectReason
 
 
 class Refusal(StrEnum):
@@ -28,3 +28,14 @@ class OfferOutcome(StrEnum):
 class OfferResult:
     outcome: OfferOutcome
     reason: RejectReason | Refusal | None = None  # set when rejected or refused
+
+
+def refuse(group: Group, incarnation: str, *, waited_for: bool, known: bool, closed: bool) -> Refusal | None:
+    """Why nobody waits for `group`; None when somebody does. `known`: its index was admitted once."""
+    if closed:
+        return Refusal.CLOSED
+    if group.incarnation != incarnation:
+        return Refusal.FOREIGN_INCARNATION
+    if waited_for:
+        return None
+    return Refusal.ENDED if known else Refusal.UNKNOWN

@@ -47,5 +47,15 @@ class Patience:
 
     def reject(self, reason: RejectReason) -> None:
         self._streak[reason] += 1
+        self._judge()
+
+    def state(self) -> dict[str, int]:
+        return {reason.value: count for reason, count in self._streak.items()}
+
+    def restore(self, streak: Mapping[str, int]) -> None:
+        self._streak = Counter({RejectReason(name): count for name, count in streak.items()})
+        self._judge()
+
+    def _judge(self) -> None:
         if self.verdict is None and self._streak.total() >= self._limit:
             self.verdict = Verdict(dict(self._streak))

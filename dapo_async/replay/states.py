@@ -1,4 +1,4 @@
-"""The two states in which a group is outstanding: the buffer keeps one of these per admission index until the group is taken or ends."""
+"""The states of an admitted group: the buffer keeps one of these per admission index until the group's credit waits for weights or is free."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ class Buffered:
     oldest_version: int  # as its engine attested, per token
     num_tokens: int  # prompt and response tokens of all siblings
     payload: Any  # opaque: what the train batch refers to
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    version: int  # of the learner at the take
+    group: Buffered  # until the step is done: a checkpoint of a run that ends within it keeps the group

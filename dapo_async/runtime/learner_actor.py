@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from dapo_async.checkpoints import STATE
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
@@ -21,11 +25,14 @@ from dapo_async.weights import Announcement, Manifest, WeightGroup
 from dapo_async.weights.collective import SENDER, open_store
 from dapo_async.weights.disk import write_version
 
+STATE_FILE = "learner.safetensors"
+
 
 class LearnerActor:
     """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
 
-    def __init__(self, config: Config, *, incarnation: str, weights: Path) -> None:
+    def __init__(self, config: Config, *, incarnation: str, weights: Path, resume: Path | None = None) -> None:
+        """`resume`: the `state/` folder of the checkpoint to go on from."""
         self._config, self._incarnation, self._weights = config, incarnation, weights
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
@@ -34,10 +41,15 @@ class LearnerActor:
         decoder = load_decoder(Path(config.model.path), device=self._device)
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=self._dtype)
+        if resume is not None:
+            state = load_file(resume / STATE_FILE)
+            self._rank.load_state(state)
+            self._rank.version = int(state["version"])
+        self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
+        self._copied: dict[str, Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
         self._group: WeightGroup | None = None
-        self._saving = asyncio.Lock()  # one export at a time
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
@@ -53,11 +65,16 @@ class LearnerActor:
         with self._clock.during("fetch", f"step {batch.learner_version}"):
             groups: list[Group] = list(await asyncio.gather(*batch.references))
         assert self._rank.version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {self._rank.version}"
-        with self._clock.during("train", f"step {batch.learner_version}"):
-            return await asyncio.to_thread(self._rank.step, groups)
+        async with self._between_steps:
+            with self._clock.during("train", f"step {batch.learner_version}"):
+                return await asyncio.to_thread(self._rank.step, groups)
 
     async def snapshot(self) -> Announcement:
         """Freezes the current weights for the next publish, checkpoint and disk write; they replace the snapshot before."""
+        async with self._between_steps:
+            return await self._take_snapshot()
+
+    async def _take_snapshot(self) -> Announcement:
         with self._clock.during("snapshot", f"version {self._rank.version}"):
             snapshot = await asyncio.to_thread(
                 take_snapshot,
@@ -102,15 +119,25 @@ class LearnerActor:
         await asyncio.to_thread(write_version, snapshot.weights, self._weights, version=snapshot.version)
         return str(self._weights)
 
-    async def save(self, checkpoints: Path) -> Path:
-        """Exports the newest snapshot as a plain Hugging Face folder named after its version, beside whatever the rank is doing."""
-        snapshot = self._snapshot
-        assert snapshot is not None, "save before the first snapshot"
-        out = checkpoints / f"step_{snapshot.version:06d}"
-        async with self._saving:
-            if not out.exists():
-                await asyncio.to_thread(export_folder, snapshot.weights, base=Path(self._config.model.path), out=out)
-        return out
+    async def freeze(self) -> int:
+        """Copies weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
+        async with self._between_steps:
+            with self._clock.during("checkpoint", f"version {self._rank.version}"):
+                state = await asyncio.to_thread(self._rank.full_state)
+            version = self._rank.version
+            self._copied = {**state, "version": torch.tensor(version)}
+            return version
+
+    async def save(self, folder: Path) -> None:
+        """Writes what `freeze` copied into the checkpoint `folder`, beside whatever the rank is doing."""
+        state, self._copied = self._copied, {}
+        assert state, "save before freeze"
+        await asyncio.to_thread(self._write_checkpoint, state, folder)
+
+    def _write_checkpoint(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        weights = {name.removeprefix("weights."): tensor.to(self._dtype) for name, tensor in state.items() if name.startswith("weights.")}
+        export_folder(weights, base=Path(self._config.model.path), out=folder)
+        save_file(dict(state), folder / STATE / STATE_FILE)
 
     async def report(self) -> LearnerReport:
         return LearnerReport(tuple(self._clock.take_spans()))

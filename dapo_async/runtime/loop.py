@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
 from functools import partial
+from typing import TypeVar
 
 from dapo_async.config import Config
 from dapo_async.replay import Verdict
+from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Tracker
-from dapo_async.tracking.run_dir import RunDir
+from dapo_async.types import StepMetrics, TrainBatch
+
+T = TypeVar("T")
 
 
 class TrainingStopped(RuntimeError):
     """The run can't go on; the message says why and what to look at."""
 
 
-async def train_loop(system: System, tracker: Tracker, *, config: Config, run_dir: RunDir) -> Verdict | None:
+async def train_loop(system: System, tracker: Tracker, checkpointer: Checkpointer, *, config: Config, first_step: int = 0) -> Verdict | None:
     """Trains until the last step (None) or until the filters have had enough (their verdict).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
@@ -24,27 +29,44 @@ async def train_loop(system: System, tracker: Tracker, *, config: Config, run_di
     """
     replay, learner, publisher, clock = system.replay, system.learner, system.publisher, tracker.clock
     skipped_in_a_row = 0
-    for step in range(config.train.num_steps):
+    for step in range(first_step, config.train.num_steps):
         clock.enter("wait for batch", f"step {step}")
         batch = await replay.take(step)
         if isinstance(batch, Verdict):
             return batch
         clock.enter("wait for step", f"step {step}")
-        metrics = await learner.step(batch)
-        skipped = bool(metrics.totals["skipped"])
-        await replay.trained(batch, skipped=skipped)
+        metrics = await unbroken(train(system, tracker, step, batch), deadline_s=config.deadlines.stop_s)
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
-        clock.enter("log", f"step {step}")
         if (step + 1) % config.train.checkpoint_every_steps == 0:
-            system.in_background(learner.save(run_dir.checkpoints), f"checkpoint after step {step}")
-        system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
+            clock.enter("freeze", f"step {step}")
+            await checkpointer.start(step + 1)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
         if skipped_in_a_row >= config.learner.max_skipped_steps:
             raise TrainingStopped(
                 f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_skipped_steps); lower learner.lr, read rollouts/"
             )
     return None
+
+
+async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
+    """One step of the learner, booked: what a checkpoint has either all of or nothing."""
+    metrics = await system.learner.step(batch)
+    await system.replay.trained(batch, skipped=bool(metrics.totals["skipped"]))
+    system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
+    return metrics
+
+
+async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
+    """The result of `work`, which a cancellation lets go on to its end, for `deadline_s` at most: what is trained is booked and saved."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=deadline_s)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 async def release(system: System, indices: Sequence[int], version: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,21 +15,36 @@ import ray
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_tokenizer
-from dapo_async.replay import OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, has_tokens
+from dapo_async.group_files import read_groups, write_groups
+from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, freeze, has_tokens
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
-from dapo_async.tracking.run_dir import write_rollouts
+from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Group, TrainBatch
 
+STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence tells it that this actor hangs
+
+
+def write_state(folder: Path, state: BufferState) -> None:
+    """The replay room's part of a checkpoint: the machine's state as JSON, the finished groups beside it."""
+    write_groups(folder / GROUPS_FILE, [group.payload for group in state.buffered.values()])
+    (folder / STATE_FILE).write_text(json.dumps(state.to_json()) + "\n")
+
+
+def read_state(folder: Path) -> BufferState:
+    """What `write_state` wrote."""
+    groups = {group.admission_index: group for group in read_groups(folder / GROUPS_FILE)}
+    return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), groups)
 
 
 class ReplayActor:
     """Waits are condition waits on the one buffer; every change wakes them."""
 
-    def __init__(self, config: Config, *, incarnation: str, rollouts: Path) -> None:
-        self._config, self._rollouts = config, rollouts
+    def __init__(self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None) -> None:
+        """`resume`: the `state/` folder of the checkpoint to go on from."""
+        self._config, self._run_dir = config, run_dir
         self._clock = StateClock("replay")
         self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)))
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
@@ -40,7 +56,9 @@ class ReplayActor:
             filters=filters,
             patience=config.replay.patience,
             incarnation=incarnation,
+            lineage=read_state(resume) if resume else None,
         )
+        self._frozen: BufferState | None = None
         self._changed = asyncio.Condition()
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
@@ -58,14 +76,19 @@ class ReplayActor:
         """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._buffer.admissible() > 0), POLL_S)
+                await asyncio.wait_for(self._changed.wait_for(self._may_admit), POLL_S)
             except TimeoutError:
                 return []
             with self._clock.during("admit"):
                 if self._first_admission_s is None:
                     self._first_admission_s = self._clock.now_s()
-                count = min(num_groups, self._buffer.admissible())
-                return [Admission(self._buffer.admit(worker), self._stream.next(), self._config.replay.group_size) for _ in range(count)]
+                # In lockstep a wave is admitted whole: how full the engine is at this moment must not matter.
+                count = self._buffer.admissible() if self._config.replay.lockstep else min(num_groups, self._buffer.admissible())
+                indices = [self._buffer.admit(worker) for _ in range(count)]
+                return [Admission(index, self._stream[index], self._config.replay.group_size) for index in indices]
+
+    def _may_admit(self) -> bool:
+        return self._buffer.admissible() > 0 and not (self._config.replay.lockstep and self._buffer.num_generating)
 
     async def offer(self, group: Group) -> OfferOutcome:
         async with self._changed:
@@ -101,7 +124,7 @@ class ReplayActor:
                             self._changed.notify_all()
                         batch = self._buffer.take(learner_version)
                         if batch is not None:
-                            return self._hand_over(batch)
+                            return await self._hand_over(batch)
                     # Groups still on their way may yet fill a batch; only when nothing moves is the verdict the answer.
                     if self._buffer.verdict is not None and self._buffer.num_generating == 0:
                         return self._buffer.verdict
@@ -109,15 +132,18 @@ class ReplayActor:
         except TimeoutError as error:
             raise TimeoutError(f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}") from error
 
-    def _hand_over(self, batch: TrainBatch) -> TrainBatch:
+    async def _hand_over(self, batch: TrainBatch) -> TrainBatch:
         """Writes the step's samples and puts each group where the learner's ranks can fetch it; this actor owns the objects."""
+        step = batch.learner_version
         assert self._buffer.acceptance is not None
-        self._acceptance[batch.learner_version] = self._buffer.acceptance
-        self._acceptance.pop(batch.learner_version - KEPT_ACCEPTANCES, None)
+        self._acceptance[step] = self._buffer.acceptance
+        self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
         groups: Sequence[Group] = batch.references
         # The samples are those that asynchrony touched most: generated under the most weight versions, then under the oldest.
         telling = sorted(groups, key=lambda group: (-len(group.weight_versions), group.oldest_version, group.admission_index))
-        write_rollouts(self._rollouts, step=batch.learner_version, groups=telling[: self._config.train.sample_groups])
+        write_rollouts(self._run_dir.rollouts, step=step, groups=telling[: self._config.train.sample_groups])
+        if self._config.train.record:
+            await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
         return replace(batch, references=tuple(ray.put(group) for group in groups))
 
     async def trained(self, indices: Sequence[int], *, skipped: bool) -> None:
@@ -145,6 +171,17 @@ class ReplayActor:
                 self._buffer.close()
             self._buffer.check()
             self._changed.notify_all()
+
+    async def freeze(self, version: int) -> None:
+        """Holds on to the state of this moment, between two steps of the learner, for `save`."""
+        async with self._changed:
+            self._frozen = freeze(self._buffer, version)
+
+    async def save(self, state: Path) -> None:
+        """Writes what `freeze` held on to into the folder `state`, beside everything else."""
+        frozen, self._frozen = self._frozen, None
+        assert frozen is not None, "save before freeze"
+        await asyncio.to_thread(write_state, state, frozen)
 
     async def report(self) -> ReplayReport:
         buffer = self._buffer

@@ -48,9 +48,12 @@ class Learner:
         folder: str = await self.remote.call("write", announcement, deadline_s=self._deadlines.publish_s)
         return folder
 
-    async def save(self, checkpoints: Path, *, deadline_s: float | None = None) -> Path:
-        path: Path = await self.remote.call("save", checkpoints, deadline_s=deadline_s or self._deadlines.save_s)
-        return path
+    async def freeze(self) -> int:
+        version: int = await self.remote.call("freeze", deadline_s=self._deadlines.save_s)
+        return version
+
+    async def save(self, folder: Path) -> None:
+        await self.remote.call("save", folder, deadline_s=self._deadlines.save_s)
 
 
 class Worker:
@@ -82,7 +85,7 @@ class Replay:
     """The replay room as the loop sees it."""
 
     def __init__(self, remote: Remote, config: Config) -> None:
-        self.remote, self._take_s = remote, config.deadlines.take_s
+        self.remote, self._take_s, self._save_s = remote, config.deadlines.take_s, config.deadlines.save_s
 
     async def take(self, learner_version: int) -> TrainBatch | Verdict:
         taken: TrainBatch | Verdict = await self.remote.call("take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S)
@@ -94,6 +97,12 @@ class Replay:
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)
 
+    async def freeze(self, version: int) -> None:
+        await self.remote.call("freeze", version, deadline_s=REPORT_S)
+
+    async def save(self, state: Path) -> None:
+        await self.remote.call("save", state, deadline_s=self._save_s)
+
     async def lose_worker(self, name: str) -> None:
         await self.remote.call("lose_worker", name, deadline_s=REPORT_S)
 
@@ -104,14 +113,15 @@ class Replay:
 class System:
     """One run's actors. `start` makes them; `kill` ends them."""
 
-    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str) -> None:
+    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str, resume: Path | None = None) -> None:
+        """`resume`: the `state/` folder of the checkpoint to go on from."""
         self._config = config
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
-        replay = ray.remote(ReplayActor).options(num_cpus=0).remote(config, incarnation=incarnation, rollouts=run_dir.rollouts)
+        replay = ray.remote(ReplayActor).options(num_cpus=0).remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
         rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
         self.replay = Replay(Remote("replay", replay), config)
-        self.learner = Learner(Remote("learner", rank.remote(config, incarnation=incarnation, weights=run_dir.weights)), config)
+        self.learner = Learner(Remote("learner", rank.remote(config, incarnation=incarnation, weights=run_dir.weights, resume=resume)), config)
         worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus)
         self.workers = [
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)

@@ -28,21 +28,38 @@ class Totals:
     staleness_sum: float = 0.0
     staleness_tokens: float = 0.0
     staleness_max: int = 0
+    train_s: float = 0.0  # of earlier incarnations of the run
 
 
 class Tracker:
     """Collects reports once per step, writes `metrics.jsonl`, says one line per step and keeps the timeline."""
 
-    def __init__(self, system: System, run_dir: RunDir, clock: StateClock, *, num_steps: int, max_staleness: int, say: Callable[[str], None]) -> None:
-        self.clock, self.timeline, self.totals = clock, Timeline(), Totals()
+    def __init__(
+        self,
+        system: System,
+        run_dir: RunDir,
+        clock: StateClock,
+        *,
+        num_steps: int,
+        max_staleness: int,
+        say: Callable[[str], None],
+        totals: Totals,
+        first_step: int = 0,
+    ) -> None:
+        """`totals`: of earlier incarnations; they are added to from here on."""
+        self.clock, self.timeline, self.totals = clock, Timeline(), totals
         self._system, self._run_dir, self._say = system, run_dir, say
         self._num_steps, self._max_staleness = num_steps, max_staleness
         self._one_at_a_time = asyncio.Lock()
+        self._pending: dict[int, tuple[StepMetrics, TrainBatch, float]] = {}  # steps whose row is not written yet, and when they ended
+        self._next_row, self._row_written = first_step, asyncio.Event()
         self._slots: dict[str, SlotUse] = {}  # by worker: the newest, at the start of training, at the end of the step before
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
         self._step_end_s = clock.now_s()
         self.replay: ReplayReport | None = None  # the newest report
+        self.longest_step_s = 0.0
+        self.checkpoint_pause_s = 0.0  # how long a checkpoint held up the loop since the last row
 
     async def collect(self, *, deadline_s: float = REPORT_S) -> None:
         """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
@@ -68,14 +85,36 @@ class Tracker:
     def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> Coroutine[Any, Any, None]:
         """Counts one step at once; what it returns writes and says it, beside the next step and after the one before."""
         self._add_up(metrics)
-        return self._log(step, metrics, batch, self.clock.now_s())
+        self._pending[step] = (metrics, batch, self.clock.now_s())
+        return self._log()
 
-    async def _log(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
+    async def _log(self) -> None:
         async with self._one_at_a_time:
-            await self._write(step, metrics, batch, now_s)
+            if self._pending:
+                await self.collect()
+                self._write_pending()
 
-    async def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
-        await self.collect()
+    async def flush(self, *, deadline_s: float) -> None:
+        """At an end: every trained step has its row, with the newest reports that can be had until then. Raises what an actor could not answer."""
+        try:
+            if self._pending:
+                await self.collect(deadline_s=deadline_s)
+        finally:
+            self._write_pending()
+
+    async def written(self, version: int) -> None:
+        """Returns when the rows of all steps that led to `version` are on disk."""
+        while self._next_row < version:
+            await self._row_written.wait()
+
+    def _write_pending(self) -> None:
+        for step in sorted(self._pending):
+            self._write(step, *self._pending.pop(step))
+            self._next_row = step + 1
+            self._row_written.set()
+            self._row_written = asyncio.Event()
+
+    def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
         assert self.replay is not None
         values = summarise(metrics)
         counts = self.replay.counts.flat()
@@ -84,7 +123,7 @@ class Tracker:
         row: dict[str, Any] = {
             "step": step,
             "version": step + 1,
-            "time_s": now_s - (self.replay.first_admission_s or now_s),
+            "time_s": self.totals.train_s + now_s - (self.replay.first_admission_s or now_s),
             "step_s": now_s - start_s,
             "tokens_per_s": values["tokens"] / (now_s - start_s),
             **values,
@@ -98,9 +137,12 @@ class Tracker:
             **{f"idle.{name}": share for name, share in idle.items()},
             "evicted": len(batch.evicted),
             "publish_pause_s": publisher.last_pause_s,
+            "checkpoint_pause_s": self.checkpoint_pause_s,
             "probe_gap": max((verdict.probe_gap for verdict in publisher.last_verdicts), default=0.0),
             **{f"handshake.{name}": count for name, count in publisher.outcomes.items()},
         }
+        self.checkpoint_pause_s = 0.0
+        self.longest_step_s = max(self.longest_step_s, row["step_s"])
         self._run_dir.log_step(row)
         self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
         self._slots_before, self._step_end_s = dict(self._slots), now_s
@@ -122,9 +164,9 @@ class Tracker:
 
     @property
     def train_s(self) -> float:
-        """Seconds from the first admitted prompt to the end of the last logged step."""
+        """Seconds from the first admitted prompt to the end of the last logged step, in all incarnations."""
         first_s = self.replay.first_admission_s if self.replay else None
-        return max(0.0, self._step_end_s - first_s) if first_s else 0.0
+        return self.totals.train_s + (max(0.0, self._step_end_s - first_s) if first_s else 0.0)
 
 
 def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:

@@ -5,50 +5,34 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.replay import Counts
+from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.cluster import connect, disconnect
+from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
 from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.reaper import Reaper
 from dapo_async.runtime.remote import ActorDied
+from dapo_async.runtime.resume import START, ResumePoint, fingerprint
+from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
 from dapo_async.tracking.picture import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
-
-EXIT_WRONG_INPUT = 2
-
-
-class WrongInput(Exception):
-    """What the user has to change is found out only with the cluster at hand: exit code 2."""
-
-
-class Status(StrEnum):
-    DONE = "done"
-    SOLVED = "solved"  # every recent group was all correct: nothing is left to learn
-    FAILED = "failed"
-    INTERRUPTED = "interrupted"
-
-
-@dataclass(slots=True)
-class Ending:
-    """How a run ended; `exit_code` is that of the process."""
-
-    status: Status = Status.DONE
-    reason: str = "all steps trained"
-    exit_code: int = 0
 
 
 @dataclass(slots=True)
@@ -58,15 +42,20 @@ class Run:
     config: Config
     run_dir: RunDir
     say: Callable[[str], None]
+    resume: ResumePoint = START
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     clock: StateClock = field(default_factory=lambda: StateClock("driver"))
     ending: Ending = field(default_factory=Ending)
     seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    train_data: str = ""  # fingerprint of the training data
+    began_s: float = 0.0
     caught: Counter[str] = field(default_factory=Counter)  # errors of the end that did not stop it
     lost: str | None = None  # the actor whose death ended the run
     system: System | None = None
     tracker: Tracker | None = None
+    checkpointer: Checkpointer | None = None
+    out_of_time: bool = False
     interrupted_by: signal.Signals | None = None
     # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
     # waited for without end when Ray's start hangs.
@@ -76,26 +65,32 @@ class Run:
 
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
-        began_s = self.clock.now_s()
+        self.began_s = self.clock.now_s()
+        self.train_data = await asyncio.to_thread(fingerprint, Path(self.config.data.train))
         task = asyncio.create_task(self._work())
         self._listen(task)
+        wall = asyncio.create_task(self._watch_wall(task))
         try:
             await task
         except asyncio.CancelledError:
             number = self.interrupted_by or signal.SIGINT
             self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
+            if self.out_of_time:
+                limit = f"train.max_wall_s ({self.config.train.max_wall_s:g}) would have passed within the next step"
+                self.ending = Ending(Status.OUT_OF_TIME, f"{limit}; go on with dapo-async train --resume {self.run_dir.root}")
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
             reason = (" ".join(str(error).split()) or repr(error)) + (self._unpublished() if isinstance(error, TimeoutError) else "")
             self.ending = Ending(Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1)
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
+        wall.cancel()
         self.clock.enter("stop")
         try:
             await self._end()
         finally:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
-            self.run_dir.write_summary(self._summary(self.clock.now_s() - began_s))
+            self.run_dir.write_summary(summarise_run(self, self.clock.now_s() - self.began_s))
         await self._disconnect()
         await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
         return self.ending.exit_code
@@ -109,6 +104,16 @@ class Run:
         self.interrupted_by = number
         self.say(f"{number.name}: ending with a checkpoint")
         task.cancel()
+
+    async def _watch_wall(self, task: asyncio.Task[None]) -> None:
+        """Ends `task` so early that one more step and an orderly end still fit into `train.max_wall_s`."""
+        limit_s, began_s = self.config.train.max_wall_s, psutil.Process().create_time()
+        while limit_s is not None and not self.out_of_time:
+            await asyncio.sleep(0.2)
+            longest_s = self.tracker.longest_step_s if self.tracker else 0.0
+            if time.time() - began_s + longest_s + self.config.deadlines.stop_s >= limit_s:
+                self.out_of_time = True
+                task.cancel()
 
     def _unpublished(self) -> str:
         """Whom a publish still waits for when a deadline passes: a worker that hangs holds up a take by the credits of that publish."""
@@ -124,10 +129,20 @@ class Run:
             task = asyncio.current_task()
             assert task is not None
             self._listen(task)
-            self.system = System(self.config, self.run_dir, incarnation=self.incarnation)
-            train = self.config.train
-            staleness = self.config.replay.max_staleness
-            self.tracker = Tracker(self.system, self.run_dir, self.clock, num_steps=train.num_steps, max_staleness=staleness, say=self.say)
+            self.system = System(self.config, self.run_dir, incarnation=self.incarnation, resume=self.resume.state)
+            self.tracker = Tracker(
+                self.system,
+                self.run_dir,
+                self.clock,
+                num_steps=self.config.train.num_steps,
+                max_staleness=self.config.replay.max_staleness,
+                say=self.say,
+                totals=Totals(**self.resume.driver.get("totals", {})),
+                first_step=self.resume.version,
+            )
+            self.checkpointer = Checkpointer(
+                self.config, system=self.system, tracker=self.tracker, run_dir=self.run_dir, driver_state=self._driver_state
+            )
             for info in await self.system.start():
                 self.say(f"{info.name:<10} pid {info.pid} on {info.node}  {info.detail}")
         await self.system.watched(self._train(self.system, self.tracker))
@@ -158,14 +173,17 @@ class Run:
 
     async def _train(self, system: System, tracker: Tracker) -> None:
         # Before the first token every engine proves that it serves the learner's weights.
+        first_step = self.resume.version
         await system.publisher.publish(await system.learner.snapshot(), on_served=_nobody)
-        await self._evaluate("initial")
+        if "initial" not in self.evaluations:
+            await self._evaluate("initial")
         await tracker.start()
-        await system.replay.serve(0)
-        verdict = await train_loop(system, tracker, config=self.config, run_dir=self.run_dir)
+        await system.replay.serve(first_step)
+        assert self.checkpointer is not None
+        verdict = await train_loop(system, tracker, self.checkpointer, config=self.config, first_step=first_step)
         self.clock.enter("wait for publish")
         await system.settle()
-        await system.learner.save(self.run_dir.checkpoints)
+        await self.checkpointer.save(deadline_s=self.config.deadlines.save_s)
         if verdict is not None:
             self.ending = Ending(Status.SOLVED, verdict.reason) if verdict.solved else Ending(Status.FAILED, verdict.reason, 1)
         await system.replay.close()
@@ -187,9 +205,11 @@ class Run:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
         deadline_s = self.config.deadlines.stop_s
         if self.system is not None and self.tracker is not None:
-            if self.ending.status in (Status.FAILED, Status.INTERRUPTED):
-                # The newest snapshot: at most the step in progress is lost.
-                await self._attempt("a last checkpoint", self.system.learner.save(self.run_dir.checkpoints, deadline_s=deadline_s))
+            if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
+                await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))
+                # Of the newest step: at most what was generated since is lost. Without learner or replay room the newest periodic one has to do.
+                if self.checkpointer is not None and self.lost not in ("learner", "replay"):
+                    await self._attempt("a last checkpoint", self.checkpointer.save(deadline_s=deadline_s))
             if self.lost is not None:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
             await self._attempt("the last counts", self.system.replay.close())
@@ -199,7 +219,20 @@ class Run:
 
     async def _write_timeline(self, tracker: Tracker) -> None:
         tracker.timeline.add("driver", self.clock.take_spans())
-        tracker.timeline.write(self.run_dir.root / "timeline.json")
+        tracker.timeline.write(self.run_dir.timeline)
+
+    def _driver_state(self) -> dict[str, Any]:
+        """What a resumed run has to know of this one besides learner and replay room."""
+        assert self.tracker is not None
+        return {
+            "incarnation": self.incarnation,
+            "wall_s": self.resume.driver.get("wall_s", 0.0) + self.clock.now_s() - self.began_s,
+            "totals": asdict(self.tracker.totals) | {"train_s": self.tracker.train_s},
+            "evaluations": {
+                name: asdict(evaluation) | {"weight_versions": sorted(evaluation.weight_versions)} for name, evaluation in self.evaluations.items()
+            },
+            "train_data": self.train_data,
+        }
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -216,49 +249,15 @@ class Run:
             self.caught[what] += 1
             self.say(f"the run ends without {what}: {' '.join(str(error).split()) or repr(error)}")
 
-    def _summary(self, wall_s: float) -> dict[str, Any]:
-        """The fixed points of `summary.json`; 0 or null for what the run never came to."""
-        tracker, evaluations = self.tracker, self.evaluations
-        totals = tracker.totals if tracker else Totals()
-        counts = (tracker.replay.counts if tracker and tracker.replay else Counts(0)).flat()
-        rejected = {name.removeprefix("rejected."): count for name, count in counts.items() if name.startswith("rejected.")}
-        saved = sorted(self.run_dir.checkpoints.glob("step_*[0-9]"))
-        published = self.system.publisher if self.system else None
-        return {
-            "status": self.ending.status.value,
-            "reason": self.ending.reason,
-            **{f"{name}_accuracy": evaluations[name].accuracy if name in evaluations else None for name in ("initial", "final")},
-            **{f"{name}_response_tokens": evaluations[name].mean_response_tokens if name in evaluations else None for name in ("initial", "final")},
-            "wall_s": wall_s,
-            "train_s": tracker.train_s if tracker else 0.0,
-            **self.seconds,
-            "steps": totals.steps,
-            "tokens": int(totals.tokens),
-            "staleness": {
-                "mean": totals.staleness_sum / totals.staleness_tokens if totals.staleness_tokens else 0.0,
-                "max": totals.staleness_max,
-            },
-            "groups": {name: count for name, count in counts.items() if not name.startswith("rejected.")} | {"rejected": rejected},
-            "idle": tracker.idle if tracker else {"rollout": 0.0, "learner": 0.0},
-            "weight_versions": published.num_served if published else 0,
-            "handshake": dict(published.outcomes) if published else {},
-            "checkpoint": str(saved[-1] if saved else self.config.model.path),
-            "seconds_by_state": {actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans} if tracker else {},
-            "caught": dict(self.caught),
-            "failures": dict(tracker.replay.failures) if tracker and tracker.replay else {},
-            "seed": self.config.seed,
-            "incarnation": self.incarnation,
-            "run_dir": str(self.run_dir.root),
-        }
-
 
 async def _nobody(version: int) -> None:
     """The first publish: there is no group whose credit could return."""
 
 
-def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None]) -> int:
+def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None], resume: ResumePoint = START) -> int:
     """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change."""
-    run = Run(config, run_dir, say)
+    run = Run(config, run_dir, say, resume)
+    run.evaluations |= {name: Evaluation.from_json(values) for name, values in resume.driver.get("evaluations", {}).items()}
     code = asyncio.run(run.live())
     if code == EXIT_WRONG_INPUT:
         raise ValueError(run.ending.reason)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,66 @@ class RunDir:
             if root.exists() and not root.is_dir():
                 raise ValueError(f"run_dir {root} is a file; choose another run_dir")
             if root.exists() and any(root.iterdir()):
-                raise ValueError(f"run_dir {root} is not empty; choose another run_dir, or remove it")
+                raise ValueError(f"run_dir {root} is not empty; go on with train --resume {root}, choose another run_dir, or remove it")
             for name in ("rollouts", "checkpoints"):
                 (root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:  # below a file, no permission, a name too long, …
             raise ValueError(f"run_dir {root} can't be made: {error.strerror}; choose another run_dir") from error
         return cls(root)
+
+    def reopen(self, version: int) -> None:
+        """For a run that goes on at learner `version`: whatever came after that is cut off, so that nothing is told twice."""
+        _keep_rows(self.metrics, lambda row: row["step"] < version)
+        _keep_rows(self.evaluations, lambda row: row["version"] <= version)
+        for folder in (self.rollouts, self.recorded):
+            for path in folder.glob("step_*"):
+                if int(path.stem.removeprefix("step_")) >= version:
+                    path.unlink()
+        shutil.rmtree(self.weights, ignore_errors=True)
+        for path in (self.root / "summary.json", self.error):
+            path.unlink(missing_ok=True)
+        if self.timeline.exists():
+            number = 1 + len([*self.root.glob("timeline.*.json")])
+            self.timeline.rename(self.root / f"timeline.{number}.json")
+
+    def lock(self) -> None:
+        """Held until this process ends. Raises ValueError when another process is at work here."""
+        folder = os.open(self.root, os.O_RDONLY)  # stays open, and children do not inherit it
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(folder)
+            raise ValueError(f"the run in {self.root} is still going on in another process; wait for its end, or end it first") from error
+
+    def best_version(self, versions: Sequence[int]) -> int | None:
+        """Of these versions the one with the best evaluation, the later of equals; None when none was evaluated."""
+        rows = [json.loads(line) for line in self.evaluations.read_text().splitlines()] if self.evaluations.exists() else []
+        known = [(row["accuracy"], row["version"]) for row in rows if row["version"] in versions]
+        return max(known)[1] if known else None
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, every knob written out; `--resume` reads it."""
+        return self.root / "config.yaml"
+
+    @property
+    def timeline(self) -> Path:
+        """Of the newest incarnation; those before it are timeline.1.json, timeline.2.json, …"""
+        return self.root / "timeline.json"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON row per evaluation."""
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def recorded(self) -> Path:
+        """Whole batches, with `train.record`."""
+        return self.root / "recorded"
+
+    def recorded_step(self, step: int) -> Path:
+        self.recorded.mkdir(exist_ok=True)
+        return self.recorded / f"step_{step:06d}.safetensors"
 
     @property
     def rollouts(self) -> Path:
@@ -62,10 +118,23 @@ class RunDir:
             file.write(json.dumps(known, allow_nan=False) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Atomic: a reader sees the whole summary or none."""
-        partial = self.root / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(partial, self.root / "summary.json")
+        self.write(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write(self, path: Path, text: str) -> None:
+        """Atomic: a reader sees the whole file or the one before."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a file of JSON rows atomically; a last line that a kill left unfinished goes too."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and wanted(json.loads(line))]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
 
 
 def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:

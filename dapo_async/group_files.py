@@ -1,0 +1,79 @@
+"""Whole groups in one safetensors file, read back bit for bit (L1): the buffered groups of a checkpoint, the recorded batches of a run.
+
+The tokens lie in one array per field, rollout after rollout; everything else is JSON. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+
+JSON = "json"  # the tensor that holds the rest as UTF-8
+FIELDS = {"token_ids": np.int32, "behaviour_logprobs": np.float32, "weight_versions": np.int32}  # one entry per response token
+
+
+def write_groups(path: Path, groups: Sequence[Group]) -> None:
+    """Writes `groups` in order; the file is whole on disk when this returns."""
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.concatenate([np.zeros(0, dtype), *(getattr(completion, name) for completion in completions)]).astype(dtype)
+        for name, dtype in FIELDS.items()
+    }
+    arrays["prompt_ids"] = np.concatenate([np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]).astype(np.int32)
+    text = json.dumps([_row(group) for group in groups]).encode()
+    save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_groups(path: Path) -> list[Group]:
+    """What `write_groups` wrote."""
+    arrays = load_file(path)
+    rows = json.loads(arrays[JSON].tobytes())
+    prompt_start = start = 0
+    groups = []
+    for row in rows:
+        prompt_end = prompt_start + row["prompt"].pop("num_tokens")
+        prompt = Prompt(token_ids=arrays["prompt_ids"][prompt_start:prompt_end], **row["prompt"])
+        rollouts = []
+        for entry in row["rollouts"]:
+            end = start + entry.pop("num_tokens")
+            tokens = {name: arrays[name][start:end] for name in FIELDS}
+            reason = FinishReason(entry.pop("finish_reason"))
+            completion = Completion(**tokens, prefill_version=entry.pop("prefill_version"), finish_reason=reason)
+            rollouts.append(Rollout(completion=completion, **entry))
+            start = end
+        groups.append(Group(row["admission_index"], prompt, tuple(rollouts), row["incarnation"], row["temperature"]))
+        prompt_start = prompt_end
+    return groups
+
+
+def _row(group: Group) -> dict[str, Any]:
+    prompt = group.prompt
+    return {
+        "admission_index": group.admission_index,
+        "incarnation": group.incarnation,
+        "temperature": group.temperature,
+        "prompt": {"row": prompt.row, "text": prompt.text, "answer": prompt.answer, "num_tokens": len(prompt.token_ids)},
+        "rollouts": [
+            {
+                "text": rollout.text,
+                "accuracy": rollout.accuracy,
+                "reward": rollout.reward,
+                "extracted": rollout.extracted,
+                "num_tokens": rollout.num_tokens,
+                "prefill_version": rollout.completion.prefill_version,
+                "finish_reason": rollout.completion.finish_reason.value,
+            }
+            for rollout in group.rollouts
+        ],
+    }

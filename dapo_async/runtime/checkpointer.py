@@ -1,0 +1,91 @@
+"""Checkpoints of the whole run (law 7), written beside its steps: learner, replay room and driver are copied at one instant between two steps.
+
+freeze   on the step path: copies in memory, timed (`checkpoint_pause_s`)
+write    beside the steps: the Hugging Face export and all state, one rename when the rows of its steps are on disk, then the old ones go
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dapo_async.checkpoints import STATE, CheckpointFolder
+from dapo_async.config import Config
+from dapo_async.runtime.system import System
+from dapo_async.runtime.tracker import Tracker
+from dapo_async.tracking.run_dir import RunDir
+
+DRIVER_FILE = "driver.json"
+
+
+class Checkpointer:
+    """One write at a time: a checkpoint that falls due while the one before is still being written is left out and counted."""
+
+    def __init__(self, config: Config, *, system: System, tracker: Tracker, run_dir: RunDir, driver_state: Callable[[], dict[str, Any]]) -> None:
+        self.folder = CheckpointFolder(run_dir.checkpoints)
+        self.saved = self.skipped = 0
+        self.pause_s = self.write_s = 0.0  # sums over all checkpoints: on the step path, and beside the steps
+        self._config, self._system, self._tracker, self._run_dir, self._driver_state = config, system, tracker, run_dir, driver_state
+        self._writing: asyncio.Task[None] | None = None
+
+    async def start(self, version: int) -> None:
+        """Called between two steps: returns when everything is copied; the rest runs in the background. A failed write ends the run."""
+        if self._writing is not None and not self._writing.done():
+            self.skipped += 1
+            return
+        driver = await self._freeze(version)
+        self._writing = asyncio.create_task(self._write(version, driver), name=f"checkpoint of version {version}")
+        # Whoever ends the run cancels what is in the background, but never a checkpoint half-way.
+        self._system.in_background(_until_done(self._writing), self._writing.get_name())
+
+    async def save(self, *, deadline_s: float) -> None:
+        """At an end of the run: the newest state, unless it is saved already. A step that runs is waited for. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                if self._writing is not None:
+                    await asyncio.wait([self._writing])
+                version = await self._system.learner.freeze()
+                if version not in self.folder.versions():
+                    await self._write(version, await self._freeze(version))
+        except TimeoutError as error:
+            raise TimeoutError(f"the driver waited {deadline_s:g} s for learner and replay to be saved") from error
+
+    def summary(self) -> dict[str, float]:
+        """Counts of this incarnation, and seconds per checkpoint on the step path and beside it."""
+        count = max(1, self.saved)
+        return {"saved": self.saved, "skipped": self.skipped, "pause_s": self.pause_s / count, "write_s": self.write_s / count}
+
+    async def _freeze(self, version: int) -> dict[str, Any]:
+        began_s = self._tracker.clock.now_s()
+        frozen, _ = await asyncio.gather(self._system.learner.freeze(), self._system.replay.freeze(version))
+        assert frozen == version, f"the learner is at version {frozen}, the checkpoint is of {version}"
+        self._tracker.checkpoint_pause_s += self._tracker.clock.now_s() - began_s
+        self.pause_s += self._tracker.clock.now_s() - began_s
+        return {"version": version, **self._driver_state()}
+
+    async def _write(self, version: int, driver: dict[str, Any]) -> None:
+        began_s = self._tracker.clock.now_s()
+        partial = await asyncio.to_thread(self.folder.begin, version)
+        await asyncio.gather(self._system.learner.save(partial), self._system.replay.save(partial / STATE))
+        (partial / STATE / DRIVER_FILE).write_text(json.dumps(driver, indent=2) + "\n")
+        # A checkpoint never has a step whose row of metrics is not on disk.
+        await self._tracker.written(version)
+        await asyncio.to_thread(self.folder.commit, version)
+        self.saved += 1
+        self.write_s += self._tracker.clock.now_s() - began_s
+        best = self._run_dir.best_version(self.folder.versions())
+        spare = [best] if best is not None else []
+        await asyncio.to_thread(self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare)
+
+
+async def _until_done(task: asyncio.Task[None]) -> None:
+    await asyncio.shield(task)
+
+
+def read_driver_state(checkpoint: Path) -> dict[str, Any]:
+    """What the driver had to remember, as it gave it."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE / DRIVER_FILE).read_text())
+    return state

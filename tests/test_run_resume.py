@@ -1,0 +1,155 @@
+"""Law 7 on real processes: a run that was killed goes on from its newest checkpoint; in lockstep it can't be told from one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_support import QUICKSTART, TINY, Finished, check_conservation, command, finished, read_rows, running, write_rows
+from safetensors.torch import load_file
+
+from dapo_async import config as knobs
+from dapo_async.group_files import read_groups
+
+LOCKSTEP = (
+    *TINY, "replay.dynamic_sampling=true", "replay.lockstep=true", "replay.max_staleness=0", "rollout.num_slots=32", "train.num_steps=40",
+    "train.checkpoint_every_steps=3", "train.record=true", "learner.num_minibatches=2",
+)  # fmt: skip
+# What depends on the clock, or on the moment at which an actor was asked for its counts.
+BY_THE_CLOCK = ("time_s", "step_s", "tokens_per_s", "idle.", "publish_pause_s", "checkpoint_pause_s", "handshake.", "probe_gap", "groups.", "buffered", "credits")
+
+
+def same_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if not name.startswith(BY_THE_CLOCK)} for row in rows]
+
+
+def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> None:
+    """Weights, optimizer, replay room, metrics and every token, bit for bit."""
+    ours, theirs = (each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other))
+    first, second = load_file(ours / "learner.safetensors"), load_file(theirs / "learner.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert (ours / "replay.json").read_text() == (theirs / "replay.json").read_text()
+    assert same_steps(run.metrics) == same_steps(other.metrics)
+    for step in range(num_steps):
+        assert run.rollouts(step) == other.rollouts(step)
+        for group, twin in zip(*(read_groups(each.root / "recorded" / f"step_{step:06d}.safetensors") for each in (run, other)), strict=True):
+            for rollout, copy in zip(group.rollouts, twin.rollouts, strict=True):
+                assert (rollout.completion.behaviour_logprobs == copy.completion.behaviour_logprobs).all()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was_not(tmp_path: Path) -> None:
+    whole = finished(tmp_path / "whole", *LOCKSTEP)
+    assert whole.exit_code == 0, whole.output
+    assert sum(row.get("refill_waves", 0) for row in whole.metrics) > 0, "no group was rejected: the waves were not put to the test"
+    rng = random.Random(time.time_ns())
+    config: Path | None = QUICKSTART
+    killed_at = []
+    for life in range(3):
+        # The first kill may come before the first checkpoint; the others leave the lives behind them a few steps each.
+        with running(tmp_path / "killed", *(LOCKSTEP if config else ()), config=config) as live:
+            live.wait_for(rf"^step +{rng.randint(1, 9) + 10 * life}/")
+            time.sleep(rng.random() * 0.2)
+            os.kill(live.driver, signal.SIGKILL)
+            live.seconds_until_nothing_is_left(timeout_s=30.0)
+        killed_at.append(len(read_rows(tmp_path / "killed" / "metrics.jsonl")))
+        config = None
+    resumed = finished(tmp_path / "killed", config=None)
+    print(f"killed after steps {killed_at}")
+    assert resumed.exit_code == 0, resumed.output
+    assert resumed.summary["groups"] == whole.summary["groups"]
+    check_conservation(resumed.summary["groups"])
+    assert_same_course(resumed, whole, num_steps=40)
+
+
+@pytest.mark.ray
+def test_asynchronous_run_goes_on_after_sigterm_without_a_burst_and_without_losing_a_group(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY, "train.num_steps=200") as live:
+        live.wait_for(r"^step +9/")
+        began_s = time.monotonic()
+        os.kill(live.driver, signal.SIGTERM)
+        while not list((tmp_path / "run" / "checkpoints").glob("step_??????")):
+            assert time.monotonic() - began_s < 30.0, live.output
+            time.sleep(0.01)
+        print(f"the checkpoint was complete {time.monotonic() - began_s:.2f} s after SIGTERM, ", end="")
+        before = live.finish(timeout_s=30.0)
+        print(f"the process ended after {time.monotonic() - began_s:.2f} s")
+    assert before.exit_code == 143, before.output
+    trained, summary = len(before.metrics), before.summary
+    checkpoint = Path(summary["checkpoint"])
+    assert checkpoint.name == f"step_{trained:06d}"
+    assert f"train --resume {tmp_path / 'run'}" in before.output
+    # What was under way when the run ended is part of the checkpoint: it counts as unused in that summary only.
+    run = finished(tmp_path / "run", f"train.num_steps={trained + 8}", config=None)
+    assert run.exit_code == 0, run.output
+    assert f"resuming at step {trained} from {checkpoint}" in run.output
+    assert [row["step"] for row in run.metrics] == list(range(trained + 8))
+    assert max(row["group_staleness_max"] for row in run.metrics) <= 2
+    groups = run.summary["groups"]
+    check_conservation(groups)
+    assert (groups["evicted"], groups["failed"], groups["trained"]) == (0, 0, 4 * (trained + 8))
+    assert groups["admitted"] <= summary["groups"]["admitted"] + 8 * 4
+    assert run.summary["initial_accuracy"] == summary["initial_accuracy"]
+    assert run.summary["tokens"] == sum(row["tokens"] for row in run.metrics)
+    assert run.summary["train_s"] > summary["train_s"]
+    assert run.summary["resumed_from"] == str(checkpoint)
+    ended = command("train", "--resume", str(run.root))
+    assert ended.returncode == 2
+    assert f"all {trained + 8} steps (train.num_steps) are trained" in ended.stderr
+
+
+@pytest.mark.ray
+def test_run_ends_in_time_for_a_batch_queue_and_refuses_a_second_process(tmp_path: Path) -> None:
+    limits = ("train.num_steps=5000", "deadlines.stop_s=5", "train.max_wall_s=30")
+    with running(tmp_path / "run", *TINY, *limits) as live:
+        began_s = time.monotonic()
+        live.wait_for(r"^step +2/")
+        second = command("train", "--resume", str(tmp_path / "run"))
+        assert second.returncode == 2
+        assert "is still going on in another process" in second.stderr
+        run = live.finish(timeout_s=60.0)
+        assert time.monotonic() - began_s < 30.0, run.output
+    summary = run.summary
+    assert (run.exit_code, summary["status"]) == (0, "out_of_time"), run.output
+    assert f"train --resume {tmp_path / 'run'}" in summary["reason"]
+    assert Path(summary["checkpoint"]).name == f"step_{summary['steps']:06d}"
+    assert summary["steps"] == len(run.metrics) > 2
+
+
+def test_what_can_not_be_resumed_says_so_in_one_line(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    refused = command("train", "--resume", str(root))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "this is no run directory" in refused.stderr
+    (root / "config.yaml").write_text(knobs.to_yaml(knobs.load(QUICKSTART)))
+    refused = command("train", "--resume", str(root), "learner.lr=0.1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "learner.lr can't change from 0.0003 to 0.1 when a run is resumed" in refused.stderr
+    allowed = command("train", "--resume", str(root), "train.num_steps=50", "--dry-run")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "would train 50 steps" in allowed.stdout
+
+
+def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
+    from dapo_async.runtime.resume import find_resume_point, fingerprint, resumed_config
+
+    root, data = tmp_path / "run", write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1", "answer": "2"}])
+    state = root / "checkpoints" / "step_000002" / "state"
+    state.mkdir(parents=True)
+    config = knobs.load(QUICKSTART, [f"data.train={data}"])
+    (root / "config.yaml").write_text(knobs.to_yaml(config))
+    (state / "driver.json").write_text(f'{{"train_data": "{fingerprint(data)}"}}')
+    assert find_resume_point(resumed_config(root, [])).version == 2
+    write_rows(data, [{"prompt": "1+2", "answer": "3"}])
+    with pytest.raises(ValueError, match="is not the file that this run began with"):
+        find_resume_point(resumed_config(root, []))
