@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder instead; its own config is used")
     train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
     train.set_defaults(run=_train)
+    replay = commands.add_parser("replay", help="the learner alone on a run's recorded batches: the same losses?")
+    replay.add_argument("run_dir", type=Path, help="a run directory with recorded/ (train.record=true)")
+    replay.set_defaults(run=_replay, overrides=[])
     config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
     config.add_argument("config", type=Path, nargs="?")
     config.add_argument("overrides", nargs="*", default=[], metavar="key=value")
@@ -126,6 +129,34 @@ def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
     per_step = config.replay.groups_per_step * config.replay.group_size
     _say(f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
     return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    """Exit code 0 when every recorded step gives the run's numbers again, 1 when one does not."""
+    from dapo_async.tracking.run_dir import RunDir
+
+    run_dir = RunDir(options.run_dir.resolve())
+    if not run_dir.config.is_file():
+        raise ValueError(f"{run_dir.root} has no config.yaml, so it is no run directory; give the folder that a run has printed")
+    if options.overrides:
+        raise ValueError(f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away")
+    from dapo_async.checkpoints import STATE, CheckpointFolder
+    from dapo_async.rerun import recorded_steps, rerun
+
+    first = recorded_steps(run_dir.recorded)[0]
+    state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner.safetensors" if first else None
+    if state is not None and not state.is_file():
+        raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
+    different = 0
+    comparisons = rerun(knobs.load(run_dir.config), run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
+    for compared in comparisons:
+        name, (before, now) = next(iter(compared.differing.items()), ("", (None, None)))
+        verdict = f"DIFFERS by up to {compared.largest:.1e}: {name} was {before}, is {now}" if name else "equal"
+        norm = compared.values.get("grad_norm", float("nan"))
+        _say(f"step {compared.step + 1:>4}  loss {compared.values['loss']:+.6f}  grad norm {norm:.6f}  {verdict}")
+        different += bool(name)
+    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, bit for bit")
+    return int(bool(different))
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ LEVELS = (
     {"config", "types", "clock", "checkpoints"},
     {"algorithm", "reward", "model", "replay", "group_files"},
     {"data", "rollout", "learner", "planner"},
-    {"weights", "evaluate", "tracking"},
+    {"weights", "evaluate", "tracking", "rerun"},
     {"runtime"},
     {"cli"},
     {"__main__"},

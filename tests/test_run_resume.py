@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -22,7 +23,19 @@ LOCKSTEP = (
     "train.checkpoint_every_steps=3", "train.record=true", "learner.num_minibatches=2",
 )  # fmt: skip
 # What depends on the clock, or on the moment at which an actor was asked for its counts.
-BY_THE_CLOCK = ("time_s", "step_s", "tokens_per_s", "idle.", "publish_pause_s", "checkpoint_pause_s", "handshake.", "probe_gap", "groups.", "buffered", "credits")
+BY_THE_CLOCK = (
+    "time_s",
+    "step_s",
+    "tokens_per_s",
+    "idle.",
+    "publish_pause_s",
+    "checkpoint_pause_s",
+    "handshake.",
+    "probe_gap",
+    "groups.",
+    "buffered",
+    "credits",
+)
 
 
 def same_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,6 +82,15 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     assert resumed.summary["groups"] == whole.summary["groups"]
     check_conservation(resumed.summary["groups"])
     assert_same_course(resumed, whole, num_steps=40)
+    # The learner alone repeats every number of the run that had several lives; one changed digit is seen.
+    again = command("replay", str(resumed.root))
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "all 40 steps are equal, bit for bit"), again.stdout + again.stderr
+    rows = resumed.metrics
+    rows[7]["loss"] = math.nextafter(rows[7]["loss"], 1.0)
+    write_rows(resumed.root / "metrics.jsonl", rows)
+    changed = command("replay", str(resumed.root))
+    assert (changed.returncode, changed.stdout.splitlines()[-1]) == (1, "1 of 40 steps differ")
+    assert [line[:9] for line in changed.stdout.splitlines() if "DIFFERS" in line] == ["step    8"]
 
 
 @pytest.mark.ray
@@ -132,6 +154,9 @@ def test_what_can_not_be_resumed_says_so_in_one_line(tmp_path: Path) -> None:
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "this is no run directory" in refused.stderr
     (root / "config.yaml").write_text(knobs.to_yaml(knobs.load(QUICKSTART)))
+    refused = command("replay", str(root))
+    assert refused.returncode == 2
+    assert "no recorded batch; train with train.record=true" in refused.stderr
     refused = command("train", "--resume", str(root), "learner.lr=0.1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "learner.lr can't change from 0.0003 to 0.1 when a run is resumed" in refused.stderr

@@ -117,6 +117,10 @@ class RunDir:
         with self.metrics.open("a") as file:
             file.write(json.dumps(known, allow_nan=False) + "\n")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of every step so far."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self.write(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
 

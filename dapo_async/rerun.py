@@ -1,0 +1,66 @@
+"""The learner alone, once more on the recorded batches of a run (L3): does it come to the same numbers? Called by `dapo-async replay`.
+
+Recorded groups (`train.record`) and the rows of `metrics.jsonl` come in; one comparison per step leaves. One rank on the same machine with as many
+threads repeats a run's numbers bit for bit; several ranks add up in another order than the one here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dapo_async.algorithm import summarise
+from dapo_async.config import Config
+from dapo_async.group_files import read_groups
+from dapo_async.learner import LearnerRank
+from dapo_async.model import load_decoder
+
+
+@dataclass(frozen=True, slots=True)
+class StepComparison:
+    """What the learner's own metrics of one step are now, and where they differ from the row of the run."""
+
+    step: int
+    values: Mapping[str, float]
+    differing: Mapping[str, tuple[float | None, float | None]]  # name → (in the run, now); None: not finite, or not there
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference; 0 when all are equal."""
+        pairs = [(old, new) for old, new in self.differing.values() if old is not None and new is not None]
+        gaps = [abs(old - new) / max(abs(old), abs(new), 1e-12) for old, new in pairs]
+        return math.inf if len(pairs) < len(self.differing) else max(gaps, default=0.0)
+
+
+def recorded_steps(folder: Path) -> list[int]:
+    """Steps with a recorded batch, ascending. Raises ValueError when there is none, or one is missing in between."""
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.safetensors"))
+    if not steps:
+        raise ValueError(f"{folder} has no recorded batch; train with train.record=true")
+    if steps != [*range(steps[0], steps[-1] + 1)]:
+        raise ValueError(f"{folder} lacks recorded batches between step {steps[0]} and {steps[-1]}; a replay needs every step")
+    return steps
+
+
+def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any]], state: Path | None = None) -> Iterator[StepComparison]:
+    """Trains on each recorded batch in turn, from the base model or from a checkpoint's `learner.safetensors`; `rows` by step."""
+    torch.set_num_threads(max(1, int(config.learner.num_cpus)))
+    decoder = load_decoder(Path(config.model.path))
+    activations: torch.dtype = getattr(torch, config.model.dtype)
+    rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=activations)
+    steps = recorded_steps(recorded)
+    if state is not None:
+        rank.load_state(load_file(state))
+    rank.version = steps[0]
+    for step in steps:
+        values = summarise(rank.step(read_groups(recorded / f"step_{step:06d}.safetensors")))
+        now = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = rows.get(step, {})
+        differing = {name: (row.get(name), value) for name, value in now.items() if name not in row or row[name] != value}
+        yield StepComparison(step, values, differing)

@@ -1,0 +1,174 @@
+"""Law 7 on files: a checkpoint appears whole or not at all, killed after whatever file operation; what is kept, and groups bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_world import rank_of, synthetic_groups, tiny_decoder
+from replay_world import make_buffer, make_group
+from safetensors.torch import load_file, save_file
+
+from dapo_async.checkpoints import STATE, CheckpointFolder
+from dapo_async.group_files import read_groups, write_groups
+from dapo_async.replay import BufferState, freeze
+from dapo_async.tracking.run_dir import RunDir
+
+FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.unlink", "shutil.rmtree", "os.truncate", "os.replace"}
+
+
+def write_checkpoint(folder: CheckpointFolder, version: int, *, keep: int = 1) -> None:
+    """What a run writes, with other contents for each version."""
+    partial = folder.begin(version)
+    (partial / "config.json").write_text(json.dumps({"version": version}))
+    save_file({"weights": torch.full((64,), float(version))}, partial / "model.safetensors")
+    write_groups(partial / STATE / "groups.safetensors", [make_group(version)])
+    (partial / STATE / "driver.json").write_text(json.dumps({"version": version}))
+    folder.commit(version)
+    folder.prune(keep=keep)
+
+
+def check_usable(folder: CheckpointFolder) -> int:
+    """The newest checkpoint, whole: its version."""
+    assert folder.newest is not None, "no checkpoint is left"
+    version = folder.versions()[-1]
+    assert json.loads((folder.newest / "config.json").read_text()) == {"version": version}
+    assert (load_file(folder.newest / "model.safetensors")["weights"] == version).all()
+    assert [group.admission_index for group in read_groups(folder.newest / STATE / "groups.safetensors")] == [version]
+    assert json.loads((folder.newest / STATE / "driver.json").read_text()) == {"version": version}
+    return version
+
+
+def killed_at(operation: int, root: Path, work: Callable[[], None]) -> bool:
+    """Runs `work` in a child that dies just before its file operation number `operation` below `root`; False when it came to its end."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in FILE_EVENTS and str(arguments[0]).startswith(str(root)):
+                seen += 1
+                if seen == operation:
+                    os._exit(9)
+
+        sys.addaudithook(watch)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def kill_at_every_operation(root: Path, work: Callable[[], None], prepare: Callable[[], None]) -> list[int]:
+    """The newest version after each kill, and after the whole work."""
+    found = []
+    for operation in range(1, 1000):
+        prepare()
+        killed = killed_at(operation, root, work)
+        found.append(check_usable(CheckpointFolder(root)))
+        if not killed:
+            return found
+    raise AssertionError("the work never came to its end")
+
+
+def test_checkpoint_killed_at_every_file_operation_leaves_the_one_before_or_the_new_one_whole(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.root.mkdir()
+
+    def prepare() -> None:
+        for version in folder.versions():
+            if version > 10:
+                folder.prune(keep=1, spare=[10])
+                folder.path(version).rename(folder.path(version).with_name("step_000011.removed"))
+        if folder.versions() != [10]:
+            write_checkpoint(folder, 10)
+
+    # What one kill leaves behind, the next life has to cope with: nothing is cleared in between.
+    found = kill_at_every_operation(folder.root, lambda: write_checkpoint(folder, 11), prepare)
+    assert set(found) == {10, 11}
+    assert found == sorted(found)  # old until the rename, new from there on
+    assert len(found) > 15, f"only {len(found)} file operations were seen"
+    assert folder.versions() == [11]
+    write_checkpoint(folder, 12)
+    assert sorted(path.name for path in folder.root.iterdir()) == ["step_000012"]
+
+
+def test_the_search_for_torn_checkpoints_notices_one_that_is_written_in_place(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    write_checkpoint(folder, 10)
+
+    def in_place() -> None:
+        (folder.path(11) / STATE).mkdir(parents=True)
+        (folder.path(11) / "config.json").write_text(json.dumps({"version": 11}))
+
+    with pytest.raises(FileNotFoundError):
+        kill_at_every_operation(tmp_path, in_place, prepare=lambda: None)
+
+
+def test_the_newest_are_kept_and_the_best_by_evaluation(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path / "run")
+    folder = CheckpointFolder(run_dir.checkpoints)
+    assert run_dir.best_version([]) is None
+    for version, accuracy in ((2, 0.5), (4, 0.9), (6, 0.9), (8, 0.7), (10, 0.6)):
+        with run_dir.evaluations.open("a") as file:
+            file.write(json.dumps({"version": version, "accuracy": accuracy}) + "\n")
+        write_checkpoint(folder, version, keep=100)
+        best = run_dir.best_version(folder.versions())
+        folder.prune(keep=2, spare=[best])
+    assert folder.versions() == [6, 8, 10]  # 6 is as good as 4 and later
+    assert run_dir.best_version([8, 10]) == 8
+
+
+def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
+    groups = [replace(group, prompt=replace(group.prompt, text="Zahl \u2028 ∑", answer='"')) for group in synthetic_groups()]
+    empty = make_group(99, num_tokens=0)
+    write_groups(tmp_path / "groups.safetensors", [*groups, empty])
+    back = read_groups(tmp_path / "groups.safetensors")
+    for group, copy in zip([*groups, empty], back, strict=True):
+        assert repr(replace(copy, prompt=None, rollouts=())) == repr(replace(group, prompt=None, rollouts=()))
+        assert (copy.prompt.token_ids == group.prompt.token_ids).all()
+        assert (copy.prompt.row, copy.prompt.text, copy.prompt.answer) == (group.prompt.row, group.prompt.text, group.prompt.answer)
+        for rollout, twin in zip(group.rollouts, copy.rollouts, strict=True):
+            assert repr(replace(twin, completion=None)) == repr(replace(rollout, completion=None))
+            for name in ("token_ids", "behaviour_logprobs", "weight_versions"):
+                ours, theirs = getattr(rollout.completion, name), getattr(twin.completion, name)
+                assert ours.dtype == theirs.dtype
+                assert np.array_equal(ours, theirs), name
+    write_groups(tmp_path / "none.safetensors", [])
+    assert read_groups(tmp_path / "none.safetensors") == []
+
+
+def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    groups, rank = synthetic_groups(), rank_of(num_minibatches=2)
+    rank.step(groups)
+    save_file(rank.full_state(), tmp_path / "learner.safetensors")
+    other = rank_of(num_minibatches=2, version=rank.version)
+    other.load_state(load_file(tmp_path / "learner.safetensors"))
+    assert rank.step(groups) == other.step(groups)
+    for name, tensor in rank.full_state().items():
+        assert torch.equal(tensor, other.full_state()[name]), name
+    fresh = rank_of(num_minibatches=2, version=rank.version - 1)  # without the optimizer's memory the step is another one
+    with torch.no_grad():
+        for (name, parameter), _ in zip(fresh.decoder.named_parameters(), tiny_decoder().parameters(), strict=True):
+            parameter.copy_(load_file(tmp_path / "learner.safetensors")[f"weights.{name}"])
+    fresh.step(groups)
+    assert any(not torch.equal(tensor, fresh.full_state()[name]) for name, tensor in rank.full_state().items())
+
+
+def test_state_that_lost_a_group_is_refused() -> None:
+    buffer = make_buffer(groups_per_step=2)
+    buffer.serve(0)
+    buffer.admit("worker-0")
+    buffer.admit("worker-0")
+    state = freeze(buffer, 0)
+    assert state.reissue == (0, 1)
+    with pytest.raises(AssertionError, match="conservation law broken"):
+        make_buffer(groups_per_step=2, lineage=replace(state, reissue=(0,)))
+    assert BufferState.from_json(json.loads(json.dumps(state.to_json())), {}) == state
