@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import ray
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -18,7 +16,7 @@ from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
 from dapo_async.model import Snapshot, checksum, export_folder, load_decoder, take_snapshot
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
@@ -54,7 +52,7 @@ class LearnerActor:
 
     async def ready(self) -> ProcessInfo:
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
-        return ProcessInfo("learner", os.getpid(), ray.util.get_node_ip_address(), f"{parameters / 1e6:.2f} M parameters on {self._device}")
+        return process_info("learner", f"{parameters / 1e6:.2f} M parameters on {self._device}")
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""
