@@ -95,14 +95,19 @@ def _check_resources(shares: Mapping[str, float], nodes: Sequence[float], *, kin
         )
 
 
-def home(*, num_cpus: float, num_gpus: float) -> NodeAffinitySchedulingStrategy:
-    """The node of learner and replay room, between which a batch then goes through shared memory: the driver's, or the first that fits the learner.
-
-    No more than a wish: where that node is busy, Ray takes another.
-    """
+def home(*, num_cpus: float, num_gpus: float) -> str:
+    """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits the learner."""
     nodes = _nodes()
     fitting = [node for node in nodes if node["Resources"].get("CPU", 0.0) >= num_cpus and node["Resources"].get("GPU", 0.0) >= num_gpus]
-    return NodeAffinitySchedulingStrategy((fitting or nodes)[0]["NodeID"], soft=True, _spill_on_unavailable=True)
+    return str((fitting or nodes)[0]["NodeID"])
+
+
+def near(node_id: str, *, reserves: bool) -> NodeAffinitySchedulingStrategy:
+    """On that node. What reserves something goes to another one while this is busy: waiting for it could take for ever.
+
+    For what reserves nothing there is always room, and Ray takes a mere wish of it (soft) for none.
+    """
+    return NodeAffinitySchedulingStrategy(node_id, soft=reserves, _spill_on_unavailable=reserves)
 
 
 def disconnect() -> None:

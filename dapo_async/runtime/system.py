@@ -12,7 +12,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
-from dapo_async.runtime.cluster import SPREAD, home
+from dapo_async.runtime.cluster import SPREAD, home, near
 from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
@@ -119,10 +119,11 @@ class System:
         self._config = config
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
-        place = home(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
-        room = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=place)
+        node = home(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
+        room = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
         replay = room.remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
-        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=place)
+        near_replay = near(node, reserves=True)
+        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay)
         self.replay = Replay(Remote("replay", replay), config)
         self.learner = Learner(Remote("learner", rank.remote(config, incarnation=incarnation, weights=run_dir.weights, resume=resume)), config)
         worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD)

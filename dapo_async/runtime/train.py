@@ -103,7 +103,9 @@ class Run:
 
     def _end_at_once(self, number: signal.Signals) -> NoReturn:
         """Ends the process. What remains of an own Ray is the reaper's; a cluster ends its actors with the driver that they belong to."""
-        self.ending = Ending(Status.INTERRUPTED, f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost", 128 + number)
+        self.ending = Ending(
+            Status.INTERRUPTED, f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost", 128 + number
+        )
         try:
             if self.reaper is not None:
                 self.reaper.watch()
