@@ -63,10 +63,10 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
     assert summary["reason"].startswith(f"{victim} died"), summary["reason"]
     assert not [name for name in ("rollout-0", "replay", "learner") if name != victim and name in summary["reason"]], summary["reason"]
     assert summary["caught"]["ActorDied"] == 1
-    # The learner's death costs what it trained since the last periodic checkpoint; else the newest snapshot is saved.
+    # The death of the learner or of the replay room costs what was trained since the last periodic checkpoint; else the newest step is saved.
     steps = summary["steps"]
     assert checkpoint.parent == run.root / "checkpoints"
-    assert int(checkpoint.name.removeprefix("step_")) in (range(2, steps + 1) if victim == "learner" else (steps,))
+    assert int(checkpoint.name.removeprefix("step_")) in ((steps,) if victim == "rollout-0" else range(2, steps + 1))
     if victim != "replay":  # the ledger lives: nothing stays open
         assert summary["groups"]["in_flight"] == 0
         assert summary["groups"]["failed"] + summary["groups"]["unused"] > 0

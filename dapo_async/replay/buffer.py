@@ -5,8 +5,7 @@
                   ├─ rejected, failed  └─ evicted          these give the credit back at once
                   └─ evicted
 
-A resumed run starts from a `BufferState`: its finished groups are buffered again, those that were generating wait for `admit` with their old index.
-
+A resumed run starts from a `BufferState` (lineage.py): finished groups are buffered again, generating ones wait for `admit` with their index.
 `serve(v)` tells which weights every serving engine has. It comes before the `release` of the batch that made v: a group that is admitted with the
 returned credit must not count as started under older weights (credits.py proves from this that a healthy run evicts nothing and never blocks).
 """
@@ -114,9 +113,8 @@ class ReplayBuffer:
         """Groups that may start now: those to be issued again, and free credits, but never more new groups than the remaining steps will take."""
         if self.closed or self.verdict is not None or self.served_version is None:
             return 0
-        reissue = self.num_to_reissue
-        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered - reissue
-        return reissue + max(0, min(self._credits.free, wanted))
+        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered - self.num_to_reissue
+        return self.num_to_reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
         """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better."""
@@ -133,12 +131,11 @@ class ReplayBuffer:
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
         """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
-        waited_for = group.admission_index in self._generating
-        refusal = refuse(group, self.incarnation, waited_for=waited_for, known=self._ledger.knows(group.admission_index), closed=self.closed)
+        index, oldest_version = group.admission_index, group.oldest_version
+        refusal = refuse(group, self.incarnation, waited_for=index in self._generating, known=self._ledger.knows(index), closed=self.closed)
         if refusal is not None:
             self._log.refuse()
             return OfferResult(OfferOutcome.REFUSED, refusal)
-        index, oldest_version = group.admission_index, group.oldest_version
         deadline = oldest_version + self.max_staleness
         if deadline < self.learner_version:
             self._evict(index)

@@ -2,6 +2,8 @@
 
 environment     what Ray reads when it is imported
 reaper          ends an own Ray whose driver was killed
+checkpointer    learner, replay room and driver at one instant, saved beside the steps
+resume          where a run goes on
 cluster         an own Ray or a running one; what a run would start
 inputs          what a run reads, checked before anything starts
 replay_actor    owns the prompt cursor, the replay buffer and the payloads
@@ -11,5 +13,6 @@ remote          calls with a deadline that names who waits for whom
 system          all actors of one run, and what watches over them
 loop            THE loop
 tracker         metrics of each step from every side
+ending, summary how a run ended, and what it came to
 train           the life of a run: start, evaluate, loop, end, summary
 """

@@ -38,7 +38,7 @@ class RunDir:
     def reopen(self, version: int) -> None:
         """For a run that goes on at learner `version`: whatever came after that is cut off, so that nothing is told twice."""
         _keep_rows(self.metrics, lambda row: row["step"] < version)
-        _keep_rows(self.evaluations, lambda row: row["version"] <= version)
+        _keep_rows(self.evaluations, lambda row: row["version"] <= version > 0)
         for folder in (self.rollouts, self.recorded):
             for path in folder.glob("step_*"):
                 if int(path.stem.removeprefix("step_")) >= version:
