@@ -13,6 +13,7 @@ import ray
 
 from dapo_async.config import Config
 from dapo_async.runtime.environment import LOCAL
+from dapo_async.runtime.learner_port import rank_names
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -33,7 +34,10 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
     replay, rollout, learner = config.replay, config.rollout, config.learner
     credits = (replay.max_staleness + 1) * replay.groups_per_step
     yield PlannedActor("replay", 0, 0, f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}")
-    yield PlannedActor("learner", learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step")
+    dp, tp = learner.data_parallel, learner.tensor_parallel
+    share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
+    for name in rank_names(config):
+        yield PlannedActor(name, learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step{share}")
     for number in range(rollout.num_workers):
         yield PlannedActor(
             f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"torch engine, {rollout.num_slots} slots, {rollout.weight_update}"
