@@ -92,8 +92,10 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves for the learner")
-    num_gpus: float = knob(0.0, "GPUs that Ray reserves for the learner; 0: it runs on CPU")
+    data_parallel: int = knob(1, "ranks that train on different groups of a batch")
+    tensor_parallel: int = knob(1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all")
+    num_cpus: float = knob(1.0, "CPUs that Ray reserves per learner rank")
+    num_gpus: float = knob(0.0, "GPUs that Ray reserves per learner rank; 0: it runs on CPU")
     lr: float = knob(1e-6, "AdamW learning rate after warm-up")
     warmup_steps: int = knob(10, "steps of linear warm-up")
     weight_decay: float = knob(0.1, "AdamW weight decay on matrices")

@@ -22,6 +22,7 @@ AT_LEAST = {
     "seed": 0, "data.max_prompt_tokens": 1,
     "rollout.num_workers": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1, "rollout.num_cpus": 0, "rollout.num_gpus": 0,
     "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.patience": 1,
+    "learner.data_parallel": 1, "learner.tensor_parallel": 1,
     "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
     "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
     "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
@@ -33,7 +34,9 @@ SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.n
 
 def check(config: Config) -> None:
     """The first rule that does not hold, as a ValueError with rule, values and remedy; rules may rely on those before them."""
-    for holds, message in chain(_finite_rules(config), _bound_rules(dict(_values(config))), _file_rules(config), _cross_rules(config)):
+    for holds, message in chain(
+        _finite_rules(config), _bound_rules(dict(_values(config))), _file_rules(config), _cross_rules(config), _learner_rules(config)
+    ):
         if not holds:
             raise ValueError(message)
 
@@ -78,7 +81,7 @@ def _file_rules(config: Config) -> Iterator[Rule]:
 
 
 def _cross_rules(config: Config) -> Iterator[Rule]:
-    rollout, replay, learner, algorithm = config.rollout, config.replay, config.learner, config.algorithm
+    rollout, replay = config.rollout, config.replay
     yield (
         "{problem}" in config.data.template,
         f"data.template ({config.data.template!r}) must contain {{problem}}; put it where the problem's text goes",
@@ -86,14 +89,6 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         replay.group_size >= 2,
         f"replay.group_size ({replay.group_size}) must be at least 2: an advantage compares siblings; set replay.group_size=8 or more",
-    )
-    per_step = replay.groups_per_step * replay.group_size
-    yield (
-        per_step % learner.num_minibatches == 0,
-        (
-            f"replay.groups_per_step x replay.group_size ({replay.groups_per_step} x {replay.group_size} = {per_step}) must be a multiple of "
-            f"learner.num_minibatches ({learner.num_minibatches}); set learner.num_minibatches to a divisor of {per_step}"
-        ),
     )
     yield (
         rollout.num_slots >= replay.group_size,
@@ -125,15 +120,34 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         rollout.temperature > 0,
         f"rollout.temperature ({rollout.temperature}) must be positive: greedy rollouts have no behaviour logprobs; set it to 1.0",
     )
+    cache = config.reward.overlong_cache_tokens
+    yield (
+        cache is None or 0 < cache <= rollout.max_response_tokens,
+        (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
+    )
+
+
+def _learner_rules(config: Config) -> Iterator[Rule]:
+    replay, learner, algorithm = config.replay, config.learner, config.algorithm
+    per_step = replay.groups_per_step * replay.group_size
+    yield (
+        per_step % learner.num_minibatches == 0,
+        (
+            f"replay.groups_per_step x replay.group_size ({replay.groups_per_step} x {replay.group_size} = {per_step}) must be a multiple of "
+            f"learner.num_minibatches ({learner.num_minibatches}); set learner.num_minibatches to a divisor of {per_step}"
+        ),
+    )
+    yield (
+        replay.groups_per_step >= learner.data_parallel,
+        (
+            f"learner.data_parallel ({learner.data_parallel}) must be at most replay.groups_per_step ({replay.groups_per_step}): each rank trains "
+            "whole groups; lower it, or raise replay.groups_per_step"
+        ),
+    )
     yield (
         algorithm.proximal != "current" or learner.num_minibatches == 1,
         (
             f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after one update pi_theta "
             "has left the start of the step; set algorithm.proximal=recompute"
         ),
-    )
-    cache = config.reward.overlong_cache_tokens
-    yield (
-        cache is None or 0 < cache <= rollout.max_response_tokens,
-        (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
     )

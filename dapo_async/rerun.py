@@ -1,7 +1,7 @@
 """The learner alone, once more on the recorded batches of a run (L3): does it come to the same numbers? Called by `dapo-async replay`.
 
 Recorded groups (`train.record`) and the rows of `metrics.jsonl` come in; one comparison per step leaves. One rank on the same machine with as many
-threads repeats a run's numbers bit for bit; several ranks add up in another order than the one here.
+threads repeats a run's numbers bit for bit; several ranks add up in another order than the one here, so theirs are compared within `SEVERAL_RANKS`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dapo_async.group_files import read_groups
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 
+SEVERAL_RANKS = 1e-2  # relative: rounding, amplified by every step in between
+
 
 @dataclass(frozen=True, slots=True)
 class StepComparison:
@@ -36,6 +38,12 @@ class StepComparison:
         pairs = [(old, new) for old, new in self.differing.values() if old is not None and new is not None]
         gaps = [abs(old - new) / max(abs(old), abs(new), 1e-12) for old, new in pairs]
         return math.inf if len(pairs) < len(self.differing) else max(gaps, default=0.0)
+
+
+def _equal(before: float | None, now: float | None, tolerance: float) -> bool:
+    if before is None or now is None:
+        return before is now
+    return before == now or abs(before - now) <= tolerance * max(abs(before), abs(now), 1e-3)
 
 
 def recorded_steps(folder: Path) -> list[int]:
@@ -55,6 +63,7 @@ def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any
     activations: torch.dtype = getattr(torch, config.model.dtype)
     rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=activations)
     steps = recorded_steps(recorded)
+    tolerance = 0.0 if config.learner.data_parallel * config.learner.tensor_parallel == 1 else SEVERAL_RANKS
     if state is not None:
         rank.load_state(load_file(state))
     rank.version = steps[0]
@@ -62,5 +71,5 @@ def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any
         values = summarise(rank.step(read_groups(recorded / f"step_{step:06d}.safetensors")))
         now = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = rows.get(step, {})
-        differing = {name: (row.get(name), value) for name, value in now.items() if name not in row or row[name] != value}
+        differing = {name: (row.get(name), value) for name, value in now.items() if name not in row or not _equal(row[name], value, tolerance)}
         yield StepComparison(step, values, differing)

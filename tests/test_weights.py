@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_async.model import Decoder, ModelConfig, checksum, score_tokens, take_snapshot
+from dapo_async.model import Decoder, ModelConfig, checksum, open_store, score_tokens, take_snapshot
 from dapo_async.weights import Announcement, Attestation, Manifest, Publisher, WeightGroup
-from dapo_async.weights.collective import open_store
 from dapo_async.weights.disk import read_version, write_version
 from dapo_async.weights.handshake import Outcome, judge
 from dapo_async.weights.publisher import HandshakeError

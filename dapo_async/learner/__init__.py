@@ -3,6 +3,8 @@
 batching   groups -> advantages -> rows -> minibatches of equal row counts -> packed microbatches
 optimizer  AdamW, warm-up, gradient clipping
 rank       one rank's step: proximal logprobs, the loss of each microbatch, one update per minibatch
+gradients  summed over data-parallel ranks, clipped over all shards
+state      what a checkpoint keeps: whole tensors, for any number of ranks
 """
 
 from dapo_async.learner.rank import LearnerRank

@@ -18,7 +18,7 @@ from dapo_async.types import Completion, Group
 class Row:
     """One rollout with its advantage, ready to be packed."""
 
-    sequence_id: int  # unique within the step
+    sequence_id: int  # unique within the step, over all ranks: its place among all rollouts of the batch
     prompt_ids: NDArray[np.int32]
     completion: Completion
     advantage: float
@@ -46,31 +46,53 @@ class Microbatch:
     sequence_ids: Tensor  # [N]
 
 
-def rows_of(groups: Sequence[Group], *, normalize_std: bool, overlong_filtering: bool) -> list[Row]:
-    """One row per rollout, in the groups' order, with group-relative advantages of the shaped rewards."""
+def share_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Which groups of a batch each data-parallel rank trains: positions in the batch, ascending, with about as many tokens for each.
+
+    The largest group first, to the rank with the fewest tokens so far; its number decides between equals. So each has at least one.
+    """
+    assert len(num_tokens) >= num_ranks, (num_tokens, num_ranks)
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    filled = [0] * num_ranks
+    for position in sorted(range(len(num_tokens)), key=lambda position: (-num_tokens[position], position)):
+        rank = min(range(num_ranks), key=lambda rank: (filled[rank], rank))
+        shares[rank].append(position)
+        filled[rank] += num_tokens[position]
+    return [sorted(share) for share in shares]
+
+
+def rows_of(groups: Sequence[Group], *, normalize_std: bool, overlong_filtering: bool, positions: Sequence[int] | None = None) -> list[Row]:
+    """One row per rollout, in the groups' order, with group-relative advantages of the shaped rewards.
+
+    `positions` of the groups in the whole batch, where these are one rank's share; all groups have the same number of rollouts then.
+    """
     rollouts = [(number, group, rollout) for number, group in enumerate(groups) for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for _, _, rollout in rollouts], dtype=torch.float64)
     group_ids = torch.tensor([number for number, _, _ in rollouts])
     advantages = group_advantages(rewards, group_ids, normalize_std=normalize_std).tolist()
     return [
         Row(
-            sequence_id=sequence_id,
+            sequence_id=sequence_id if positions is None else positions[number] * len(group.rollouts) + sequence_id % len(group.rollouts),
             prompt_ids=group.prompt.token_ids,
             completion=rollout.completion,
             advantage=advantage,
             temperature=group.temperature,
             in_loss=not (overlong_filtering and rollout.truncated),
         )
-        for sequence_id, ((_, group, rollout), advantage) in enumerate(zip(rollouts, advantages, strict=True))
+        for sequence_id, ((number, group, rollout), advantage) in enumerate(zip(rollouts, advantages, strict=True))
     ]
 
 
-def split_minibatches(rows: Sequence[Row], num_minibatches: int, *, seed: tuple[int, int]) -> list[list[Row]]:
-    """Deals the rows, shuffled by `seed` = (run seed, step), into minibatches of equal counts; one minibatch keeps the order."""
+def split_minibatches(rows: Sequence[Row], num_minibatches: int, *, seed: tuple[int, int], num_rows: int | None = None) -> list[list[Row]]:
+    """Deals all `num_rows` rows of the batch, shuffled by `seed` = (run seed, step), into minibatches of equal counts, and keeps these of them.
+
+    One minibatch keeps the order. A rank's share of a minibatch may be empty.
+    """
     if num_minibatches == 1:
         return [list(rows)]
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return [[rows[index] for index in part] for part in np.array_split(order, num_minibatches)]
+    mine = {row.sequence_id: row for row in rows}
+    order = np.random.default_rng(seed).permutation(len(rows) if num_rows is None else num_rows)
+    return [[mine[index] for index in part if index in mine] for part in np.array_split(order, num_minibatches)]
 
 
 def split_microbatches(rows: Sequence[Row], max_tokens: int, *, device: torch.device | str = "cpu") -> list[Microbatch]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, step_metrics
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner.batching import Microbatch, rows_of, split_microbatches, split_minibatches
+from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.optimizer import build_adamw, warmed_up
-from dapo_async.model import Decoder, PackedAttention, token_logprobs
+from dapo_async.learner.state import full_state, load_state
+from dapo_async.model import Decoder, Mesh, PackedAttention, token_logprobs
 from dapo_async.types import Group, StepMetrics
 
 
@@ -23,26 +25,41 @@ class LearnerRank:
     """Owns the decoder being trained and its optimizer. `version` counts finished steps: the weights after step n are version n + 1."""
 
     def __init__(
-        self, decoder: Decoder, *, algorithm: Algorithm, learner: Learner, seed: int, version: int = 0, activations: torch.dtype = torch.float32
+        self,
+        decoder: Decoder,
+        *,
+        algorithm: Algorithm,
+        learner: Learner,
+        seed: int,
+        version: int = 0,
+        activations: torch.dtype = torch.float32,
+        mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
     ) -> None:
-        """The decoder's parameters are the master weights and stay in float32; with `activations` bfloat16 the layers compute under autocast."""
+        """The decoder's parameters are the master weights and stay in float32; with `activations` bfloat16 the layers compute under autocast.
+
+        With a `mesh` the decoder is this rank's shard, and every method is called on all ranks alike.
+        """
         assert decoder.head_weight.dtype is torch.float32, f"master weights are float32, these are {decoder.head_weight.dtype}"
         self.decoder, self.version = decoder, version
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
         self._optimizer = build_adamw(decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2))
-        self._device, self._activations = decoder.head_weight.device, activations
+        self._device, self._activations, self._mesh = decoder.head_weight.device, activations, mesh
 
-    def step(self, groups: Sequence[Group]) -> StepMetrics:
+    def step(self, groups: Sequence[Group], *, positions: Sequence[int] | None = None, num_groups: int | None = None) -> StepMetrics:
         """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
+
+        With several data-parallel ranks `groups` is this one's share: `positions` in the batch of `num_groups`. The metrics are then those of the
+        share; those of the data-parallel ranks add up to the batch's.
 
         A non-finite loss or gradient ends the step there (`non_finite` 1 in the totals) and its minibatch changes no weight; when it was the first,
         the whole step has changed nothing (`skipped` 1).
         """
         algorithm, learner = self._algorithm, self._learner
-        rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering)
+        rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering, positions=positions)
+        num_rows = None if num_groups is None else num_groups * len(groups[0].rollouts)
         minibatches = [
             split_microbatches(part, learner.microbatch_tokens, device=self._device)
-            for part in split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version))
+            for part in split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows)
         ]
         recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
         kept = self._keep_masks(minibatches, recomputed)
@@ -58,34 +75,25 @@ class LearnerRank:
                 break
             updates += 1
         self.version += 1
-        return metrics + StepMetrics(maxima={"lr": lr}, totals={"non_finite": float(non_finite), "skipped": float(updates == 0)})
+        flags = {"non_finite": float(non_finite), "skipped": float(updates == 0)}  # the same on all ranks, counted once
+        return metrics + StepMetrics(maxima={"lr": lr}, totals=flags if self._mesh.dp.rank == 0 else {})
 
-    @torch.no_grad()
-    def full_state(self) -> dict[str, Tensor]:
-        """Copies on CPU: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` in float32, and the optimizer's `updates` so far."""
-        state, updates = {}, torch.zeros(())
-        for name, parameter in self.decoder.named_parameters():
-            state[f"weights.{name}"] = parameter.detach().to("cpu", copy=True)
-            moments = self._optimizer.state.get(parameter, {})
-            if moments:
-                updates = moments["step"].to("cpu", copy=True)
-                state |= {f"{moment}.{name}": moments[moment].to("cpu", copy=True) for moment in ("exp_avg", "exp_avg_sq")}
-        return {**state, "updates": updates}
+    def full_state(self) -> dict[str, Tensor] | None:
+        """Weights and optimizer, whole, as copies on the first rank; None on the others. Every rank has to call it (state.py)."""
+        return full_state(self.decoder, self._optimizer, self._mesh)
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on exactly where the rank that gave `state` stood; `version` is the caller's to set."""
-        for name, parameter in self.decoder.named_parameters():
-            parameter.copy_(state[f"weights.{name}"])
-            if state["updates"] > 0:
-                moments = {moment: state[f"{moment}.{name}"].to(self._device, copy=True) for moment in ("exp_avg", "exp_avg_sq")}
-                self._optimizer.state[parameter] = {"step": state["updates"].clone(), **moments}
+        load_state(self.decoder, self._optimizer, self._mesh, state)
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)
         with torch.autocast(self._device.type, dtype=self._activations, enabled=self._activations is not torch.float32):
             hidden = self.decoder(batch.token_ids, attention.positions, attention)
-        return token_logprobs(hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures)
+        vocab_start = self.decoder.model.embed_tokens.share.start
+        return token_logprobs(
+            hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures, tp=self._mesh.tp, vocab_start=vocab_start
+        )
 
     @torch.no_grad()
     def _recompute(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
@@ -98,20 +106,27 @@ class LearnerRank:
         """M2PO's mask over the whole step, before the first minibatch (law 4); empty when it is off."""
         if self._algorithm.second_moment is None:
             return {}
-        batches = [batch for minibatch in minibatches for batch in minibatch]
+        batches, dp = [batch for minibatch in minibatches for batch in minibatch], self._mesh.dp
+
+        def whole(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(dp.gather(torch.cat([torch.zeros(0, device=self._device), *(part.float() for part in parts)])))
+
         keep = second_moment_mask(
-            torch.cat([recomputed[id(batch)] for batch in batches]),
-            behaviour_logprobs=torch.cat([batch.behaviour_logprobs for batch in batches]),
-            advantages=torch.cat([batch.advantages for batch in batches]),
-            mask=torch.cat([batch.mask for batch in batches]),
+            whole([recomputed[id(batch)] for batch in batches]),
+            behaviour_logprobs=whole([batch.behaviour_logprobs for batch in batches]),
+            advantages=whole([batch.advantages for batch in batches]),
+            mask=whole([batch.mask for batch in batches]) > 0,
             threshold=self._algorithm.second_moment,
         )
-        parts = keep.split([len(batch.targets) for batch in batches])
+        counts = [len(batch.targets) for batch in batches]
+        before = sum(len(part) for part in dp.gather(torch.zeros(sum(counts), device=self._device))[: dp.rank])
+        parts = keep[before : before + sum(counts)].split(counts) if counts else ()
         return {id(batch): part for batch, part in zip(batches, parts, strict=True)}
 
     def _update(self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor]) -> tuple[StepMetrics, bool]:
         """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
-        num_tokens = max(1.0, float(sum(int(batch.mask.sum()) for batch in minibatch)))
+        (num_tokens,) = sum_numbers([float(sum(int(batch.mask.sum()) for batch in minibatch))], self._mesh, self._device)
+        num_tokens = max(1.0, num_tokens)
         metrics = StepMetrics()
         total_loss = 0.0
         for batch in minibatch:
@@ -120,7 +135,9 @@ class LearnerRank:
             loss.backward()
             total_loss += float(loss.detach())
             metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies, learner_version=self.version)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self._learner.grad_clip))
+        sum_gradients(self.decoder.parameters(), self._mesh.dp)
+        norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh.tp)
+        (total_loss,) = sum_numbers([total_loss], self._mesh, self._device)
         skipped = not (math.isfinite(norm) and math.isfinite(total_loss))
         if not skipped:
             self._optimizer.step()

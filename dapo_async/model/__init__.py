@@ -9,20 +9,30 @@ from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.hf import check_weights, export_folder, load_decoder, read_weights, save_weights
 from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
+from dapo_async.model.parallel import ALONE, Axis, Mesh, build_mesh, join_store, open_store, process_group, split_dim
+from dapo_async.model.snapshot import Snapshot, checksum, gather_weights, score_tokens, take_snapshot
 
 __all__ = [
+    "ALONE",
+    "Axis",
     "Decoder",
+    "Mesh",
     "ModelConfig",
     "PackedAttention",
     "Snapshot",
+    "build_mesh",
     "check_weights",
     "checksum",
     "export_folder",
+    "gather_weights",
+    "join_store",
     "load_decoder",
+    "open_store",
+    "process_group",
     "read_weights",
     "save_weights",
     "score_tokens",
+    "split_dim",
     "take_snapshot",
     "token_logprobs",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,15 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
+
+    def check_split(self, tensor_parallel: int) -> None:
+        """Raises ValueError where the layers do not split over so many ranks; the vocabulary always does."""
+        sizes = {"num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "intermediate_size": self.intermediate_size}
+        if any(size % tensor_parallel for size in sizes.values()):
+            common = math.gcd(*sizes.values())
+            works = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"learner.tensor_parallel ({tensor_parallel}) must divide the model's {listed}; set it to one of {works}")
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

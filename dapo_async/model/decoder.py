@@ -13,6 +13,7 @@ from torch.nn.functional import rms_norm, silu
 
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.linear import Fused, Linear, product
+from dapo_async.model.parallel import ALONE, Axis, copy_to, reduce_from
 
 
 class Attention(Protocol):
@@ -22,13 +23,15 @@ class Attention(Protocol):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    """`split`: its input is a shard of heads, so that its gradient is a sum over the tensor-parallel axis."""
+
+    def __init__(self, size: int, eps: float, *, split: Axis = ALONE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.split = eps, split
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, copy_to(self.weight, self.split), self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,46 +44,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
         self.fused: Fused | None = None
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        query_size, kv_size = config.num_heads // tp.size * config.head_dim, config.num_kv_heads // tp.size * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, split=tp) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, split=tp) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        x = copy_to(x, self.tp)
         heads = (x.shape[0], -1, self.head_dim)
         projected = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (part.view(heads) for part in projected)
         both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
         query, key = both.split((query.shape[1], key.shape[1]), dim=1)
         mixed = attention(self.layer, query, key, value)
-        return self.o_proj(mixed.reshape(x.shape[0], -1))
+        return reduce_from(self.o_proj(mixed.reshape(x.shape[0], -1)), self.tp)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.fused: Fused | None = None
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.tp, size = tp, config.intermediate_size // tp.size
+        self.gate_proj = Linear(config.hidden_size, size, bias=False)
+        self.up_proj = Linear(config.hidden_size, size, bias=False)
+        self.down_proj = Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = copy_to(x, self.tp)
         gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(silu(gate) * up)
+        return reduce_from(self.down_proj(silu(gate) * up), self.tp)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = SelfAttention(config, layer, tp)
+        self.mlp = MLP(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -89,37 +95,58 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    """torch's, of this rank's share of the vocabulary; tokens of other ranks' shares add nothing here."""
+
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
+        self.tp, self.share = tp, tp.share(config.vocab_size)
+        super().__init__(self.share.stop - self.share.start, config.hidden_size)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return super().forward(token_ids)
+        mine = (token_ids >= self.share.start) & (token_ids < self.share.stop)
+        local = super().forward((token_ids - self.share.start).masked_fill(~mine, 0))
+        return reduce_from(local * mine[:, None], self.tp)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[max_positions, 1, head_dim]` in float32, the sines of the first half negated."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse).repeat(1, 2)
+    signs = torch.ones(config.head_dim).index_fill(0, torch.arange(config.head_dim // 2), -1.0)
+    return angles.cos()[:, None, :], (angles.sin() * signs)[:, None, :]
+
+
 class Backbone(nn.Module):
     """Everything below the head; named `model` in the state dict, as Hugging Face does."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.embed_tokens = Embedding(config, tp)
+        self.layers = nn.ModuleList(Block(config, layer, tp) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed tokens."""
+    """A causal language model on packed tokens; with a `tp` axis, this rank's shard of one. Every rank sees the whole hidden states."""
 
     rope_cos: Tensor  # [max_positions, 1, head_dim], float32
     rope_sin: Tensor  # with the first half negated, as `rotate` wants it
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis = ALONE) -> None:
         super().__init__()
-        self.config = config
-        self.model = Backbone(config)
+        self.config, self.tp = config, tp
+        self.model = Backbone(config, tp)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-        angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse).repeat(1, 2)
-        self.register_buffer("rope_cos", angles.cos()[:, None, :], persistent=False)
-        signs = torch.ones(config.head_dim).index_fill(0, torch.arange(config.head_dim // 2), -1.0)
-        self.register_buffer("rope_sin", (angles.sin() * signs)[:, None, :], persistent=False)
+            self.lm_head = Linear(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
-        """`[V, D]`: the embedding's own weight where the two are tied."""
+        """`[V, D]`, or this rank's rows of it: the embedding's own weight where the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def fuse(self) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.decoder import Decoder
+from dapo_async.model.decoder import Decoder, rotary_tables
+from dapo_async.model.parallel import ALONE, Axis, split_dim
 
 WEIGHTS_FILE = "model.safetensors"
 # What a folder needs besides its weights to be loaded by transformers and by SGLang.
@@ -68,19 +70,34 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """Builds the decoder of a plain Hugging Face folder with its weights. Raises ValueError for tensors missing, left over or of another shape."""
-    config = ModelConfig.from_folder(Path(folder))
-    check_weights(Path(folder), config)
-    weights = read_weights(Path(folder))
-    if config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
-    decoder = Decoder(config).to(device=device, dtype=dtype)
-    decoder.load_state_dict(weights)
+def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tp: Axis = ALONE) -> Decoder:
+    """Builds the decoder of a plain Hugging Face folder with its weights, or this rank's shard of it: only that is read.
+
+    Raises ValueError for tensors missing, left over or of another shape, and for a size that `tp` does not divide.
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_folder(folder)
+    config.check_split(tp.size)
+    check_weights(folder, config)
+    with torch.device("meta"):
+        decoder = Decoder(config, tp)
+    decoder.to_empty(device=device).to(dtype)
+    parameters = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for path in _weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                for name in parameters.keys() & set(file.keys()):
+                    parameters[name].copy_(_shard(file.get_slice(name), name, tp))
     # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
-    rotary = Decoder(config)
-    decoder.rope_cos, decoder.rope_sin = rotary.rope_cos.to(device), rotary.rope_sin.to(device)
+    decoder.rope_cos, decoder.rope_sin = (table.to(device) for table in rotary_tables(config))
     return decoder
+
+
+def _shard(tensor: Any, name: str, tp: Axis) -> Tensor:
+    """This rank's part of a lazily read tensor."""
+    dim, shape = split_dim(name), tensor.get_shape()
+    part: Tensor = tensor[tp.share(shape[0])] if dim == 0 else tensor[:, tp.share(shape[1])] if dim == 1 else tensor[:]
+    return part
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:

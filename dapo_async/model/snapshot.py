@@ -15,6 +15,7 @@ from torch import Tensor
 from dapo_async.model.attention import PackedAttention
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.logprob import token_logprobs
+from dapo_async.model.parallel import split_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,26 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
 
 
 @torch.no_grad()
+def gather_weights(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Copies of all weights in `dtype`, whole: every rank of the decoder's tensor-parallel axis has to call it, only the first keeps them."""
+    weights = {}
+    for name, parameter in decoder.named_parameters():
+        dim, local = split_dim(name), parameter.detach().to(dtype, copy=True)
+        whole = local if dim is None else torch.cat(decoder.tp.gather(local, dim), dim)
+        if decoder.tp.rank == 0:
+            weights[name] = whole.contiguous()
+    return weights
+
+
+@torch.no_grad()
 def take_snapshot(decoder: Decoder, *, version: int, probe_tokens: int, dtype: torch.dtype = torch.float32) -> Snapshot:
-    """Copies the weights, in the engines' dtype, and answers a probe prompt of random tokens that nobody can have seen before.
+    """Copies the weights, whole and in the engines' dtype (`gather_weights`), and answers a probe prompt of random tokens, seen by nobody before.
 
     The answer is that of the copies: an engine with the same weights gives it up to the rounding of its kernels, whatever the dtype.
     """
+    weights = gather_weights(decoder, dtype)
     nonce = np.random.default_rng(secrets.randbits(64))
     probe_ids = nonce.integers(0, decoder.config.vocab_size, min(probe_tokens, decoder.config.max_positions), dtype=np.int32)
-    weights = {name: tensor.detach().to(dtype, copy=True) for name, tensor in decoder.state_dict().items()}
     with torch.device("meta"):
         copies = Decoder(decoder.config)
     copies.load_state_dict(weights, assign=True)

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.environment import LOCAL
+from dapo_async.runtime.learner_port import rank_names
 from dapo_async.runtime.reports import ProcessInfo
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
     replay, rollout, learner = config.replay, config.rollout, config.learner
     credits = (replay.max_staleness + 1) * replay.groups_per_step
     yield PlannedActor("replay", 0, 0, f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}")
-    yield PlannedActor("learner", learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step")
+    dp, tp = learner.data_parallel, learner.tensor_parallel
+    share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
+    for name in rank_names(config):
+        yield PlannedActor(name, learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step{share}")
     for number in range(rollout.num_workers):
         yield PlannedActor(
             f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"torch engine, {rollout.num_slots} slots, {rollout.weight_update}"
@@ -96,7 +100,7 @@ def _check_resources(shares: Mapping[str, float], nodes: Sequence[float], *, kin
 
 
 def home(*, num_cpus: float, num_gpus: float) -> str:
-    """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits the learner."""
+    """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits its ranks."""
     nodes = _nodes()
     fitting = [node for node in nodes if node["Resources"].get("CPU", 0.0) >= num_cpus and node["Resources"].get("GPU", 0.0) >= num_gpus]
     return str((fitting or nodes)[0]["NodeID"])

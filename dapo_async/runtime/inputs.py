@@ -49,6 +49,7 @@ def check_inputs(config: Config) -> None:
     folder = Path(config.model.path)
     model = ModelConfig.from_folder(folder)
     check_weights(folder, model)
+    model.check_split(config.learner.tensor_parallel)
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
     tokenizer = _load_tokenizer(folder)

@@ -1,9 +1,9 @@
-"""One learner rank as a Ray actor: batches in by reference, one step at a time; snapshots out, sent while the next step runs."""
+"""One learner rank as a Ray actor: batches in by reference, one step at a time; the first rank's snapshots out, sent while the next step runs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,23 @@ from dapo_async.checkpoints import STATE
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
-from dapo_async.model import Snapshot, checksum, export_folder, load_decoder, take_snapshot
+from dapo_async.model import (
+    Mesh,
+    Snapshot,
+    build_mesh,
+    checksum,
+    export_folder,
+    gather_weights,
+    join_store,
+    load_decoder,
+    open_store,
+    take_snapshot,
+)
 from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
-from dapo_async.weights.collective import SENDER, open_store
+from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
 
 STATE_FILE = "learner.safetensors"
@@ -29,47 +40,79 @@ STATE_FILE = "learner.safetensors"
 class LearnerActor:
     """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
 
-    def __init__(self, config: Config, *, incarnation: str, weights: Path, resume: Path | None = None) -> None:
-        """`resume`: the `state/` folder of the checkpoint to go on from."""
-        self._config, self._incarnation, self._weights = config, incarnation, weights
+    def __init__(self, config: Config, *, number: int, name: str, incarnation: str, weights: Path, resume: Path | None = None) -> None:
+        """`number` in the mesh: the first rank, 0, publishes and writes. `resume`: the `state/` folder of the checkpoint to go on from."""
+        self._config, self._number, self.name, self._incarnation, self._weights, self._resume = config, number, name, incarnation, weights, resume
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
-        self._clock = StateClock("learner")
+        self._clock = StateClock(name)
         self._device = "cuda" if config.learner.num_gpus > 0 else "cpu"
-        decoder = load_decoder(Path(config.model.path), device=self._device)
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=self._dtype)
-        if resume is not None:
-            state = load_file(resume / STATE_FILE)
-            self._rank.load_state(state)
-            self._rank.version = int(state["version"])
         self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
         self._copied: dict[str, Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
+        self._mesh_store: dist.Store | None = None
         self._group: WeightGroup | None = None
-        self._clock.enter("wait")
 
-    async def ready(self) -> ProcessInfo:
+    async def open_mesh(self) -> tuple[str, int]:
+        """As the first of several ranks: opens their rendezvous on this node's interface."""
+        host = own_host(self._config)
+        store = open_store(host, timeout_s=self._config.deadlines.start_s)
+        self._mesh_store = store
+        return host, store.port
+
+    async def ready(self, mesh_address: tuple[str, int] | None) -> ProcessInfo:
+        """Meets the other ranks, where there are any, and loads this rank's shard."""
+        await asyncio.to_thread(self._load, mesh_address)
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
-        return process_info("learner", f"{parameters / 1e6:.2f} M parameters on {self._device}")
+        self._clock.enter("wait")
+        return process_info(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
+
+    def _load(self, mesh_address: tuple[str, int] | None) -> None:
+        config, mesh = self._config, Mesh()
+        if mesh_address is not None:
+            store = self._mesh_store or join_store(mesh_address, timeout_s=config.deadlines.start_s)
+            self._mesh_store = store
+            mesh = build_mesh(
+                store,
+                rank=self._number,
+                dp=config.learner.data_parallel,
+                tp=config.learner.tensor_parallel,
+                host=own_host(config),
+                device=torch.device(self._device),
+                timeout_s=config.deadlines.step_s,
+            )
+        decoder = load_decoder(Path(config.model.path), device=self._device, tp=mesh.tp)
+        self._mesh = mesh
+        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=self._dtype, mesh=mesh)
+        if self._resume is not None:
+            state = load_file(self._resume / STATE_FILE)
+            self._rank.load_state(state)
+            self._rank.version = int(state["version"])
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""
         await asyncio.Event().wait()
 
-    async def step(self, batch: TrainBatch) -> StepMetrics:
-        """Fetches the batch's groups and trains on them."""
+    async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
+        """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""
         with self._clock.during("fetch", f"step {batch.learner_version}"):
             groups: list[Group] = list(await asyncio.gather(*batch.references))
         assert self._rank.version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {self._rank.version}"
         async with self._between_steps:
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(self._rank.step, groups)
+                return await asyncio.to_thread(self._rank.step, groups, positions=positions, num_groups=len(batch.admission_indices))
 
-    async def snapshot(self) -> Announcement:
-        """Freezes the current weights for the next publish, checkpoint and disk write; they replace the snapshot before."""
+    async def snapshot(self) -> Announcement | None:
+        """Freezes the current weights for the next publish and disk write; they replace the snapshot before. None but on the first rank."""
+        if self._mesh.dp.rank > 0:
+            return None
         async with self._between_steps:
+            if not self._mesh.is_first:
+                with self._clock.during("snapshot", f"version {self._rank.version}"):
+                    await asyncio.to_thread(gather_weights, self._rank.decoder, self._dtype)
+                return None
             return await self._take_snapshot()
 
     async def _take_snapshot(self) -> Announcement:
@@ -123,7 +166,7 @@ class LearnerActor:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
                 state = await asyncio.to_thread(self._rank.full_state)
             version = self._rank.version
-            self._copied = {**state, "version": torch.tensor(version)}
+            self._copied = {**state, "version": torch.tensor(version)} if state is not None else {}
             return version
 
     async def save(self, folder: Path) -> None:

@@ -14,47 +14,19 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
 from dapo_async.runtime.cluster import SPREAD, home, near
 from dapo_async.runtime.learner_actor import LearnerActor
+from dapo_async.runtime.learner_port import Learner, rank_names
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.rollout_actor import RolloutActor
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher
 
 Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
-
-
-class Learner:
-    """The learner's side of the loop and of a publish."""
-
-    def __init__(self, remote: Remote, config: Config) -> None:
-        self.remote, self._deadlines = remote, config.deadlines
-
-    async def step(self, batch: TrainBatch) -> StepMetrics:
-        metrics: StepMetrics = await self.remote.call("step", batch, deadline_s=self._deadlines.step_s)
-        return metrics
-
-    async def snapshot(self) -> Announcement:
-        announcement: Announcement = await self.remote.call("snapshot", deadline_s=self._deadlines.publish_s)
-        return announcement
-
-    async def broadcast(self, announcement: Announcement) -> None:
-        await self.remote.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
-
-    async def write(self, announcement: Announcement) -> str:
-        folder: str = await self.remote.call("write", announcement, deadline_s=self._deadlines.publish_s)
-        return folder
-
-    async def freeze(self) -> int:
-        version: int = await self.remote.call("freeze", deadline_s=self._deadlines.save_s)
-        return version
-
-    async def save(self, folder: Path) -> None:
-        await self.remote.call("save", folder, deadline_s=self._deadlines.save_s)
 
 
 class Worker:
@@ -119,13 +91,18 @@ class System:
         self._config = config
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
-        node = home(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
+        names = rank_names(config)
+        node = home(num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * learner.num_gpus)
         room = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
         replay = room.remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
         near_replay = near(node, reserves=True)
         rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay)
         self.replay = Replay(Remote("replay", replay), config)
-        self.learner = Learner(Remote("learner", rank.remote(config, incarnation=incarnation, weights=run_dir.weights, resume=resume)), config)
+        ranks = [
+            Remote(name, rank.remote(config, number=number, name=name, incarnation=incarnation, weights=run_dir.weights, resume=resume))
+            for number, name in enumerate(names)
+        ]
+        self.learner = Learner(ranks, config)
         worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD)
         self.workers = [
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
@@ -142,18 +119,19 @@ class System:
 
     @property
     def remotes(self) -> list[Remote]:
-        return [self.replay.remote, self.learner.remote, *(worker.remote for worker in self.workers)]
+        return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers)]
 
     async def start(self) -> list[ProcessInfo]:
         """Waits until every actor is up, then opens the weight group among learner and workers."""
         deadline_s = self._config.deadlines.start_s
-        infos = await asyncio.gather(*(remote.call("ready", deadline_s=deadline_s) for remote in self.remotes))
+        others = [self.replay.remote, *(worker.remote for worker in self.workers)]
+        ranks, *infos = await asyncio.gather(self.learner.ready(), *(remote.call("ready", deadline_s=deadline_s) for remote in others))
         if self._config.weights.transport == "broadcast":
-            address = await self.learner.remote.call("open_group", deadline_s=deadline_s)
-            joins = [self.learner.remote.call("join", deadline_s=deadline_s)]
+            address = await self.learner.first.call("open_group", deadline_s=deadline_s)
+            joins = [self.learner.first.call("join", deadline_s=deadline_s)]
             joins += [worker.remote.call("join", address, deadline_s=deadline_s) for worker in self.workers]
             await asyncio.gather(*joins)
-        return infos
+        return [infos[0], *ranks, *infos[1:]]
 
     def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> None:
         """Runs `work` beside the steps; its failure ends the run as any other does."""

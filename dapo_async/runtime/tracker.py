@@ -16,7 +16,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import StepMetrics, TrainBatch
 
-LEARNER_BUSY = ("train", "fetch", "snapshot")
+LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint")
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class Tracker:
             **{f"groups.{name}": count for name, count in counts.items()},
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,
-            "idle.learner": self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=now_s),
+            "idle.learner": self._learner_idle(start_s, now_s),
             **{f"idle.{name}": share for name, share in idle.items()},
             "evicted": len(batch.evicted),
             "publish_pause_s": publisher.last_pause_s,
@@ -159,8 +159,12 @@ class Tracker:
     def idle(self) -> dict[str, float]:
         """Idle shares from the first admission to the last learner step."""
         start_s = (self.replay.first_admission_s if self.replay else None) or self._step_end_s
-        learner = self.timeline.idle_share("learner", LEARNER_BUSY, start_s=start_s, end_s=self._step_end_s)
-        return {"learner": learner, **rollout_idle(self._slots_at_start, self._slots_before)}
+        return {"learner": self._learner_idle(start_s, self._step_end_s), **rollout_idle(self._slots_at_start, self._slots_before)}
+
+    def _learner_idle(self, start_s: float, end_s: float) -> float:
+        """The mean over all ranks."""
+        ranks = [remote.name for remote in self._system.learner.remotes]
+        return sum(self.timeline.idle_share(rank, LEARNER_BUSY, start_s=start_s, end_s=end_s) for rank in ranks) / len(ranks)
 
     @property
     def train_s(self) -> float:

@@ -221,7 +221,7 @@ class Run:
             if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
                 await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))
                 # Of the newest step: at most what was generated since is lost. Without learner or replay room the newest periodic one has to do.
-                if self.checkpointer is not None and self.lost not in ("learner", "replay"):
+                if self.checkpointer is not None and self.lost != "replay" and not (self.lost or "").startswith("learner"):
                     await self._attempt("a last checkpoint", self.checkpointer.save(deadline_s=deadline_s))
             if self.lost is not None:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))

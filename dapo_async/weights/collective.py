@@ -6,29 +6,16 @@ Every rank runs the same buckets from the same manifest; a rank that dies makes 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dapo_async.model import join_store, process_group
 from dapo_async.weights.announcement import Manifest
 
 SENDER = 0
-
-
-def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
-    """The rendezvous of a group, listening on the interface of `host` only, on a free port (`store.port`)."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen()
-    port = listener.getsockname()[1]
-    # The store takes over the socket: binding by ourselves is the only way not to listen on every interface.
-    timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
 
 
 class WeightGroup:
@@ -36,24 +23,12 @@ class WeightGroup:
 
     def __init__(self, store: dist.Store, *, rank: int, world_size: int, host: str, device: torch.device | str, timeout_s: float) -> None:
         self.device = torch.device(device)
-        timeout = timedelta(seconds=timeout_s)
-        self._group: Any
-        if self.device.type == "cuda":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, nccl)
-        else:
-            # The options carry the interface: left alone, gloo would listen wherever the host's name resolves to.
-            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            gloo._timeout = timeout
-            self._group = dist.ProcessGroupGloo(store, rank, world_size, gloo)
+        self._group = process_group(store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s)
 
     @classmethod
     def join(cls, address: tuple[str, int], *, rank: int, world_size: int, host: str, device: torch.device | str, timeout_s: float) -> WeightGroup:
         """As an engine: connects to the learner's store at `address` from the interface of `host`."""
-        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-        return cls(store, rank=rank, world_size=world_size, host=host, device=device, timeout_s=timeout_s)
+        return cls(join_store(address, timeout_s=timeout_s), rank=rank, world_size=world_size, host=host, device=device, timeout_s=timeout_s)
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], manifest: Manifest, *, bucket_bytes: int) -> None:

@@ -1,0 +1,78 @@
+"""The learner as the loop sees it: one object, one Ray actor per rank behind it, numbered dp index · tp + tp index."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dapo_async.config import Config
+from dapo_async.learner.batching import share_groups
+from dapo_async.runtime.remote import Remote
+from dapo_async.runtime.reports import ProcessInfo
+from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.weights import Announcement
+
+
+class Learner:
+    """What belongs to the model is done by all ranks together; publishing and writing by the first alone."""
+
+    def __init__(self, remotes: Sequence[Remote], config: Config) -> None:
+        self.remotes, self._deadlines = list(remotes), config.deadlines
+        self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
+
+    @property
+    def first(self) -> Remote:
+        return self.remotes[0]
+
+    async def ready(self) -> list[ProcessInfo]:
+        """Brings the ranks together and waits until each has its shard of the model."""
+        deadline_s = self._deadlines.start_s
+        address = await self.first.call("open_mesh", deadline_s=deadline_s) if len(self.remotes) > 1 else None
+        return await self._all("ready", address, deadline_s=deadline_s)
+
+    async def step(self, batch: TrainBatch) -> StepMetrics:
+        """One step of all ranks; each data-parallel rank fetches only its share of the groups."""
+        shares = share_groups(batch.num_tokens, self._dp)
+        parts = [replace(batch, references=tuple(batch.references[position] for position in share)) for share in shares]
+        calls = [
+            remote.call("step", parts[rank // self._tp], shares[rank // self._tp], deadline_s=self._deadlines.step_s)
+            for rank, remote in enumerate(self.remotes)
+        ]
+        metrics: list[StepMetrics] = await asyncio.gather(*calls)
+        # The ranks of one tensor-parallel axis saw the same groups: the first of each speaks for them.
+        first, *others = metrics[:: self._tp]
+        return sum(others, start=first)
+
+    async def snapshot(self) -> Announcement:
+        announcement, *_ = await self._all("snapshot", deadline_s=self._deadlines.publish_s)
+        assert isinstance(announcement, Announcement)
+        return announcement
+
+    async def broadcast(self, announcement: Announcement) -> None:
+        await self.first.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
+
+    async def write(self, announcement: Announcement) -> str:
+        folder: str = await self.first.call("write", announcement, deadline_s=self._deadlines.publish_s)
+        return folder
+
+    async def freeze(self) -> int:
+        """Copies the whole state between two steps; returns its version."""
+        versions = await self._all("freeze", deadline_s=self._deadlines.save_s)
+        assert len(set(versions)) == 1, f"the ranks are at versions {versions}"
+        version: int = versions[0]
+        return version
+
+    async def save(self, folder: Path) -> None:
+        await self.first.call("save", folder, deadline_s=self._deadlines.save_s)
+
+    async def _all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+        return await asyncio.gather(*(remote.call(method, *args, deadline_s=deadline_s) for remote in self.remotes))
+
+
+def rank_names(config: Config) -> list[str]:
+    """`learner`, or `learner-0`, `learner-1`, … where there are several ranks."""
+    count = config.learner.data_parallel * config.learner.tensor_parallel
+    return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]

@@ -1,0 +1,60 @@
+"""Several processes on gloo for one test: each runs the same module-level function with its mesh; what they return comes back in order of ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from dapo_async.model import build_mesh, join_store, open_store
+
+HOST, TIMEOUT_S = "127.0.0.1", 60.0
+
+
+def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, address: tuple[str, int], answer: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        store = join_store(address, timeout_s=TIMEOUT_S)
+        mesh = build_mesh(store, rank=rank, dp=dp, tp=tp, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
+        # Plain pickle: multiprocessing's own would hand tensors over by files that end with this process.
+        answer.send_bytes(pickle.dumps((True, work(mesh, *arguments))))
+    except BaseException:  # noqa: BLE001 (told to the test, which raises it)
+        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        os._exit(1)
+
+
+def on_ranks(work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1, dying: Collection[int] = ()) -> list[Any]:
+    """`work(mesh, *arguments)` on dp × tp processes; None for the ranks that are `dying`.
+
+    Raises AssertionError with the first rank's traceback, or when one takes too long.
+    """
+    context = multiprocessing.get_context("fork")  # nothing here has threads yet that a fork could lose
+    store = open_store(HOST, timeout_s=TIMEOUT_S)
+    pipes, processes = [], []
+    for rank in range(dp * tp):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(work, arguments, rank, dp, tp, (HOST, store.port), theirs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        results = []
+        for rank, pipe in enumerate(pipes):
+            if rank in dying:
+                results.append(None)
+                continue
+            assert pipe.poll(2 * TIMEOUT_S), f"rank {rank} gave no answer within {2 * TIMEOUT_S} s"
+            good, value = pickle.loads(pipe.recv_bytes())
+            assert good, f"rank {rank}: {value}"
+            results.append(value)
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
