@@ -38,7 +38,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int, tp: Axis) -> tuple[Tensor, Tensor]:
         parts = [_statistics(logits, targets[rows]) for rows, logits in _chunks(hidden, weight, temperature, chunk_tokens)]
-        tops, sums, weighted, chosen = torch.stack(tp.gather(torch.cat(parts, dim=1)), dim=1)  # each [ranks, N]
+        tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(1)  # each [ranks, N]
         top = tops.amax(0)
         share = (tops - top).exp()
         total = (share * sums).sum(0)

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32
@@ -53,18 +52,21 @@ class Axis:
             self.group.allreduce([tensor], options).wait()
         return tensor
 
-    def gather(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
-        """Every rank's tensor, in the order of ranks; they may differ in length along `dim`."""
+    def stack(self, tensor: Tensor) -> Tensor:
+        """`[size, …]`: every rank's tensor, all of one shape."""
+        if self.size == 1:
+            return tensor[None]
+        parts = tensor.new_empty((self.size, *tensor.shape))
+        self.group.allgather([[*parts.unbind()]], [tensor.contiguous()]).wait()
+        return parts
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in the order of ranks; they may differ in length."""
         if self.size == 1:
             return [tensor]
-        lengths = torch.zeros(self.size, dtype=torch.long, device=tensor.device)
-        lengths[self.rank] = tensor.shape[dim]
-        counts = self.sum(lengths).tolist()
-        moved = tensor.movedim(dim, 0)
-        padded = pad(moved, (0, 0) * (moved.ndim - 1) + (0, max(counts) - len(moved))).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self.group.allgather([parts], [padded]).wait()
-        return [part[:count].movedim(0, dim) for part, count in zip(parts, counts, strict=True)]
+        lengths = self.stack(torch.tensor(len(tensor), device=tensor.device)).tolist()
+        padded = torch.cat((tensor, tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:]))))
+        return [part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)]
 
     def collect(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """On the first rank every rank's `tensor [lengths[rank]]`, in the order of ranks; on the others, who only send, nothing."""
@@ -149,7 +151,7 @@ def gather_shards(shards: Mapping[str, Tensor], tp: Axis, *, device: torch.devic
     if tp.size == 1:
         return {name: tensor.to(device) for name, tensor in shards.items()}
     counts = torch.tensor([shards[name].numel() for name in split], device=shards[split[0]].device)
-    sizes = [dict(zip(split, each.tolist(), strict=True)) for each in tp.gather(counts)]  # of each rank: the last ones may have less
+    sizes = [dict(zip(split, each.tolist(), strict=True)) for each in tp.stack(counts)]  # of each rank: the last ones may have less
     whole = {}
     for bucket in buckets(split, sizes[0].__getitem__):
         flat = torch.cat([shards[name].reshape(-1) for name in bucket])
