@@ -39,7 +39,7 @@ FORMS = (
     # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.
     {"learner": {"microbatch_tokens": 1}, "algorithm": {"overlong_filtering": True}},
 )
-REL = 2e-5  # of losses and gradient norms in the first step; later steps hand on rounding, amplified by AdamW
+REL = 2e-5  # of losses, gradient norms and all other metrics in float32, over three steps; relative, or absolute where they are below 1
 
 
 def decoder_of(config: ModelConfig, mesh: Mesh) -> Decoder:
@@ -155,11 +155,11 @@ def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
 def test_three_steps_of_several_ranks_equal_those_of_one(dp: int, tp: int, form: dict[str, Any]) -> None:
     alone, ranks = three_steps(Mesh(), form), on_ranks(three_steps, form, dp=dp, tp=tp)
     check_ranks_agree(ranks, tp=tp)
-    amplified = 30 if form["learner"].get("num_minibatches", 1) == 12 else 1  # updates within the first step
+    amplified = 10 if form["learner"].get("num_minibatches", 1) == 12 else 1  # AdamW hands the rounding of each of the 36 updates on
     for step in range(3):
         per_dp = [rank.steps[step] for rank in ranks[::tp]]
         ours, theirs = summarise(alone.steps[step]), summarise(sum(per_dp[1:], start=per_dp[0]))
-        tolerance = REL * amplified * 30**step
+        tolerance = REL * amplified
         assert ours.keys() == theirs.keys()
         # Fractions count single tokens: one that lies at a clip's edge may fall on its other side.
         named = {name for name in ours if not name.endswith("_fraction")} if step or amplified > 1 else ours.keys()
@@ -169,7 +169,16 @@ def test_three_steps_of_several_ranks_equal_those_of_one(dp: int, tp: int, form:
     assert ranks[0].state.keys() == alone.state.keys()
     for name, tensor in alone.state.items():
         if name.startswith("weights."):
-            torch.testing.assert_close(ranks[0].state[name], tensor, rtol=0, atol=0.05 * amplified * LR, msg=name)
+            torch.testing.assert_close(ranks[0].state[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name)
+
+
+def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
+    ranks = on_ranks(three_steps, FORMS[0], tp=2)
+    check_ranks_agree(ranks, tp=2)
+    norm = ranks[1].weights["model.norm.weight"]
+    norm[3] = torch.nextafter(norm[3], torch.tensor(2.0))
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight on rank 1"):
+        check_ranks_agree(ranks, tp=2)
 
 
 def count_passes(mesh: Mesh) -> list[int]:
