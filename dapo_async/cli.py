@@ -153,21 +153,23 @@ def _replay(options: argparse.Namespace) -> int:
     if options.overrides:
         raise ValueError(f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away")
     from dapo_async.checkpoints import STATE, CheckpointFolder
-    from dapo_async.rerun import recorded_steps, rerun
+    from dapo_async.rerun import recorded_steps, rerun, tolerance_for
 
+    config = knobs.load(run_dir.config)
     first = recorded_steps(run_dir.recorded)[0]
     state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner.safetensors" if first else None
     if state is not None and not state.is_file():
         raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
     different = 0
-    comparisons = rerun(knobs.load(run_dir.config), run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
+    comparisons = rerun(config, run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
     for compared in comparisons:
         name, (before, now) = next(iter(compared.differing.items()), ("", (None, None)))
         verdict = f"DIFFERS by up to {compared.largest:.1e}: {name} was {before}, is {now}" if name else "equal"
         norm = compared.values.get("grad_norm", float("nan"))
         _say(f"step {compared.step + 1:>4}  loss {compared.values['loss']:+.6f}  grad norm {norm:.6f}  {verdict}")
         different += bool(name)
-    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, bit for bit")
+    how = f"to {tolerance:g} of each number" if (tolerance := tolerance_for(config)) else "bit for bit"
+    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, {how}")
     return int(bool(different))
 
 

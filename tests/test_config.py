@@ -42,6 +42,8 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("algorithm.objective=ppo", "algorithm.objective: Invalid value 'ppo', expected one of"),
         ("replay.group_size=1", "replay.group_size (1) must be at least 2"),
         ("learner.num_minibatches=3", "(16 x 16 = 256) must be a multiple of learner.num_minibatches (3)"),
+        ("learner.data_parallel=17", "learner.data_parallel (17) must be at most replay.groups_per_step (16): each rank trains whole groups"),
+        ("learner.tensor_parallel=0", "learner.tensor_parallel (0) must be at least 1"),
         ("rollout.temperature=0", "rollout.temperature (0.0) must be positive"),
         ("data.train=/nowhere.jsonl", "data.train (/nowhere.jsonl) does not exist"),
         ("rollout.num_slots=4", "rollout.num_slots (4) must be at least replay.group_size (16)"),

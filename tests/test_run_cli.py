@@ -131,6 +131,14 @@ def test_module_is_the_console_script() -> None:
     assert ended.stdout == command("config", "--explain").stdout
 
 
+def test_dry_run_tells_every_learner_rank_and_a_size_that_does_not_split_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "learner.data_parallel=2", "learner.tensor_parallel=2", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert [f"learner-{rank}  " in printed for rank in range(5)] == [True] * 4 + [False]
+    assert "groups of 16 per step, dp 2 x tp 2" in printed
+    assert "learner.tensor_parallel (4) must divide the model's " in refused(capsys, *TRAIN, "learner.tensor_parallel=4", "--dry-run")
+
+
 def test_dry_run_tells_every_actor_and_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*TRAIN, "rollout.num_workers=3", f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     printed = capsys.readouterr().out

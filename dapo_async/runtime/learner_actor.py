@@ -95,6 +95,9 @@ class LearnerActor:
         """Never returns: the driver watches it, for it ends with the actor's life."""
         await asyncio.Event().wait()
 
+    async def ping(self) -> None:
+        """Answers at once: the process lives and its event loop runs."""
+
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
         """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""
         with self._clock.during("fetch", f"step {batch.learner_version}"):
