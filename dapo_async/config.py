@@ -119,7 +119,23 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    num_prompts: int = knob(512, "held-out prompts of the initial and final evaluation")
+    num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: nothing is evaluated")
+    every_steps: int = knob(0, "evaluate each so many steps, beside training; 0: only before and after it")
+    engine: Literal["snapshot", "dedicated", "lease"] = knob(
+        "snapshot",
+        "where: an own process on idle CPU time | one with reserved num_cpus and num_gpus | a rollout worker's engine, taken for that long",
+    )
+    num_cpus: float = knob(1.0, "CPUs that Ray reserves for a dedicated evaluator")
+    num_gpus: float = knob(0.0, "GPUs that Ray reserves for a dedicated evaluator; 0: its engine runs on CPU")
+
+    @property
+    def during_training(self) -> bool:
+        return self.every_steps > 0 and self.num_prompts > 0
+
+    @property
+    def has_evaluator(self) -> bool:
+        """Whether the run has an evaluator of its own."""
+        return self.during_training and self.engine != "lease"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,16 +26,18 @@ AT_LEAST = {
     "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
     "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
     "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
+    "evaluation.every_steps": 0, "evaluation.num_cpus": 0, "evaluation.num_gpus": 0,
     "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
 }  # fmt: skip
 POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
-SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus")
+SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus", "evaluation.num_cpus", "evaluation.num_gpus")
 
 
 def check(config: Config) -> None:
     """The first rule that does not hold, as a ValueError with rule, values and remedy; rules may rely on those before them."""
+    bounds = _bound_rules(dict(_values(config)))
     for holds, message in chain(
-        _finite_rules(config), _bound_rules(dict(_values(config))), _file_rules(config), _cross_rules(config), _learner_rules(config)
+        _finite_rules(config), bounds, _file_rules(config), _cross_rules(config), _learner_rules(config), _evaluation_rules(config)
     ):
         if not holds:
             raise ValueError(message)
@@ -149,5 +151,24 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         (
             f"algorithm.proximal=current needs learner.num_minibatches=1 (it is {learner.num_minibatches}): after one update pi_theta "
             "has left the start of the step; set algorithm.proximal=recompute"
+        ),
+    )
+
+
+def _evaluation_rules(config: Config) -> Iterator[Rule]:
+    every, saved = config.evaluation.every_steps, config.train.checkpoint_every_steps
+    yield (
+        every % saved == 0,
+        (
+            f"evaluation.every_steps ({every}) must be a multiple of train.checkpoint_every_steps ({saved}), so that the best of what is evaluated "
+            f"can be kept; set evaluation.every_steps={-(-every // saved) * saved} or train.checkpoint_every_steps={every}"
+        ),
+    )
+    workers = config.rollout.num_workers
+    yield (
+        every == 0 or config.evaluation.engine != "lease" or workers >= 2,
+        (
+            f"evaluation.engine=lease needs rollout.num_workers >= 2 (it is {workers}): the others generate while one evaluates; "
+            "set rollout.num_workers=2 or evaluation.engine=snapshot"
         ),
     )

@@ -9,6 +9,9 @@ cluster         an own Ray or a running one; what a run would start
 inputs          what a run reads, checked before anything starts
 replay_actor    owns the prompt cursor, the replay buffer and the payloads
 rollout_actor   one engine and its worker
+evaluator_actor an engine of its own for evaluations beside training
+engine_host     what worker and evaluator share
+evaluations     when, where and of which version; lease: on a worker's engine
 learner_actor   one learner rank and the sender's side of a publish
 remote          calls with a deadline that names who waits for whom
 system          all actors of one run, and what watches over them

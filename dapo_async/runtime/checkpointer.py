@@ -24,11 +24,22 @@ DRIVER_FILE = "driver.json"
 class Checkpointer:
     """One write at a time: a checkpoint that falls due while the one before is still being written is left out and counted."""
 
-    def __init__(self, config: Config, *, system: System, tracker: Tracker, run_dir: RunDir, driver_state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        system: System,
+        tracker: Tracker,
+        run_dir: RunDir,
+        driver_state: Callable[[], dict[str, Any]],
+        in_evaluation: Callable[[], int | None],
+    ) -> None:
+        """`in_evaluation`: the version that is being measured and may turn out the best."""
         self.folder = CheckpointFolder(run_dir.checkpoints)
         self.saved = self.skipped = 0
         self.pause_s = self.write_s = 0.0  # sums over all checkpoints: on the step path, and beside the steps
         self._config, self._system, self._tracker, self._run_dir, self._driver_state = config, system, tracker, run_dir, driver_state
+        self._in_evaluation = in_evaluation
         self._writing: asyncio.Task[None] | None = None
 
     async def start(self, version: int) -> None:
@@ -76,8 +87,8 @@ class Checkpointer:
         await asyncio.to_thread(self.folder.commit, version)
         self.saved += 1
         self.write_s += self._tracker.clock.now_s() - began_s
-        best = self._run_dir.best_version(self.folder.versions())
-        spare = [best] if best is not None else []
+        wanted = (self._run_dir.best_version(self.folder.versions()), self._in_evaluation())
+        spare = [each for each in wanted if each is not None]
         await asyncio.to_thread(self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare)
 
 

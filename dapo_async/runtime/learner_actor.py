@@ -157,11 +157,11 @@ class LearnerActor:
         weights = self._frozen(announcement.version).weights
         await asyncio.to_thread(self._group.send, weights, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
 
-    async def write(self, announcement: Announcement) -> str:
-        """Writes the snapshot for engines that load from disk; returns the folder of versions."""
-        snapshot = self._frozen(announcement.version)
-        await asyncio.to_thread(write_version, snapshot.weights, self._weights, version=snapshot.version)
-        return str(self._weights)
+    async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
+        """Writes the snapshot for engines that load from disk, into the run's folder of versions if not told otherwise; returns the folder."""
+        snapshot, folder = self._frozen(announcement.version), folder or self._weights
+        await asyncio.to_thread(write_version, snapshot.weights, folder, version=snapshot.version)
+        return str(folder)
 
     async def freeze(self) -> int:
         """Copies weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""

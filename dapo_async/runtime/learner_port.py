@@ -53,9 +53,10 @@ class Learner:
     async def broadcast(self, announcement: Announcement) -> None:
         await self.first.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
 
-    async def write(self, announcement: Announcement) -> str:
-        folder: str = await self.first.call("write", announcement, deadline_s=self._deadlines.publish_s)
-        return folder
+    async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
+        """Into the run's folder of versions, or into `folder`; returns which."""
+        written: str = await self.first.call("write", announcement, folder, deadline_s=self._deadlines.publish_s)
+        return written
 
     async def freeze(self) -> int:
         """Copies the whole state between two steps; returns its version."""

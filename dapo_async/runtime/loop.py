@@ -1,4 +1,4 @@
-"""THE loop. Everything asynchronous happens around it: workers generate, the publisher sends, checkpoints are written."""
+"""THE loop. Everything asynchronous happens around it: workers generate, the publisher sends, versions are saved and evaluated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeVar
 from dapo_async.config import Config
 from dapo_async.replay import Verdict
 from dapo_async.runtime.checkpointer import Checkpointer
+from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Tracker
 from dapo_async.types import StepMetrics, TrainBatch
@@ -21,7 +22,9 @@ class TrainingStopped(RuntimeError):
     """The run can't go on; the message says why and what to look at."""
 
 
-async def train_loop(system: System, tracker: Tracker, checkpointer: Checkpointer, *, config: Config, first_step: int = 0) -> Verdict | None:
+async def train_loop(
+    system: System, tracker: Tracker, checkpointer: Checkpointer, evaluations: Evaluations, *, config: Config, first_step: int = 0
+) -> Verdict | None:
     """Trains until the last step (None) or until the filters have had enough (their verdict).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
@@ -38,6 +41,7 @@ async def train_loop(system: System, tracker: Tracker, checkpointer: Checkpointe
         metrics = await unbroken(train(system, tracker, step, batch), deadline_s=config.deadlines.stop_s)
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
+        evaluations.start_if_due(step)
         if (step + 1) % config.train.checkpoint_every_steps == 0:
             clock.enter("freeze", f"step {step}")
             await checkpointer.start(step + 1)

@@ -60,6 +60,7 @@ class ReplayActor:
         )
         self._frozen: BufferState | None = None
         self._changed = asyncio.Condition()
+        self._leased: set[str] = set()  # workers that are admitted nothing
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
@@ -73,11 +74,13 @@ class ReplayActor:
         await asyncio.Event().wait()
 
     async def admit(self, worker: str, num_groups: int) -> list[Admission]:
-        """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without."""
+        """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without, or once it is leased."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(self._may_admit), POLL_S)
+                await asyncio.wait_for(self._changed.wait_for(lambda: worker in self._leased or self._may_admit()), POLL_S)
             except TimeoutError:
+                return []
+            if worker in self._leased:
                 return []
             with self._clock.during("admit"):
                 if self._first_admission_s is None:
@@ -86,6 +89,12 @@ class ReplayActor:
                 count = self._buffer.admissible() if self._config.replay.lockstep else min(num_groups, self._buffer.admissible())
                 indices = [self._buffer.admit(worker) for _ in range(count)]
                 return [Admission(index, self._stream[index], self._config.replay.group_size) for index in indices]
+
+    async def lease(self, worker: str, on: bool) -> None:
+        """On: `worker` is admitted nothing from this moment on, whatever it has asked for, since its engine will not follow what is served."""
+        async with self._changed:
+            (self._leased.add if on else self._leased.discard)(worker)
+            self._changed.notify_all()
 
     def _may_admit(self) -> bool:
         return self._buffer.admissible() > 0 and not (self._config.replay.lockstep and self._buffer.num_generating)

@@ -45,3 +45,8 @@ class WorkerReport:
 @dataclass(frozen=True, slots=True)
 class LearnerReport:
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatorReport:
+    spans: tuple[Span, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,14 @@ from torch import Tensor
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.data import load_tokenizer
-from dapo_async.evaluate import Evaluation, evaluate
-from dapo_async.model import checksum, load_decoder
-from dapo_async.reward import get_verifier, score_group
-from dapo_async.rollout import SamplingParams, ThreadedEngine, TorchEngine
+from dapo_async.evaluate import Evaluation
+from dapo_async.reward import score_group
+from dapo_async.rollout import SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.cluster import own_host, process_info
-from dapo_async.runtime.inputs import load_set
+from dapo_async.runtime.engine_host import EngineHost
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
-from dapo_async.types import Admission, Completion, Group, Prompt
+from dapo_async.types import Admission, Completion, Group
 from dapo_async.weights import Announcement, Attestation, WeightGroup
 from dapo_async.weights.disk import read_version
 
@@ -65,24 +62,19 @@ class RolloutActor:
         self.name, self._number, self._config, self._incarnation = f"rollout-{number}", number, config, incarnation
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
-        self._tokenizer = load_tokenizer(Path(config.model.path))
-        self._verify = get_verifier(config.reward.verifier)
-        device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
-        decoder = load_decoder(Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=device)
-        max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, decoder.config.max_positions)
-        self._stop_token_ids = decoder.config.eos_token_ids
-        core = TorchEngine(decoder, num_slots=config.rollout.num_slots, max_len=max_len, weight_update=config.rollout.weight_update)
-        self._engine = ThreadedEngine(core, self._clock)
+        self._device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
+        self._host = EngineHost(config, name=self.name, incarnation=incarnation, device=self._device, clock=self._clock)
+        self._engine = self._host.engine
         sampling = SamplingParams(
             max_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self._host.stop_token_ids,
             seed=config.seed,
         )
         port, group_size = RayReplay(self.name, replay), config.replay.group_size
         self._worker = RolloutWorker(self.name, self._engine, replay=port, score=self._score, sampling=sampling, group_size=group_size)
-        self._device = device
         self._group: WeightGroup | None = None
+        self._staged: dict[str, Tensor] = {}  # the newest weights that came while this engine was leased
 
     async def ready(self) -> ProcessInfo:
         return process_info(self.name, f"torch engine, {self._config.rollout.num_slots} slots")
@@ -101,29 +93,29 @@ class RolloutActor:
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """Weights by broadcast, staged while generation goes on, swapped between two decode steps."""
-        assert self._group is not None, "receive before join"
-        take = partial(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
-        return await self._swap(announcement, await asyncio.to_thread(take))
+        return await self._swap(announcement, await self._broadcast(announcement))
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         """The same from disk."""
         return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
 
+    async def stage(self, announcement: Announcement) -> None:
+        """While leased: weights by broadcast, kept beside those being served, which do not change."""
+        self._staged = await self._broadcast(announcement)
+
+    async def swap_staged(self, announcement: Announcement) -> Attestation:
+        """What was staged last, the weights of `announcement`, is served."""
+        assert self._staged, "swap_staged before stage"
+        staged, self._staged = self._staged, {}
+        return await self._swap(announcement, staged)
+
+    async def _broadcast(self, announcement: Announcement) -> dict[str, Tensor]:
+        assert self._group is not None, "receive before join"
+        return await asyncio.to_thread(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
         self._worker.hold(True)
-        before = await asyncio.to_thread(checksum, self._engine.weights())
-        report = await self._engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
-        return Attestation(
-            engine=self.name,
-            incarnation=self._incarnation,
-            version=self._engine.version,
-            probe_before=report.probe_before,
-            probe_after=report.probe_after,
-            checksum_before=before,
-            checksum_after=await asyncio.to_thread(checksum, self._engine.weights()),
-            pause_s=report.pause_s,
-            recomputed_tokens=report.recomputed_tokens,
-        )
+        return await self._host.swap(announcement, weights)
 
     async def quarantine(self, on: bool) -> None:
         """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""
@@ -133,32 +125,28 @@ class RolloutActor:
         """The weights are proved: what was generated since the swap may be offered."""
         self._worker.hold(False)
 
-    async def evaluate(self) -> Evaluation:
-        """Greedy on this worker's share of the held-out prompts."""
-        config = self._config
-        loaded = load_set(config, config.data.heldout, self._tokenizer)
-        share = loaded.prompts[: config.evaluation.num_prompts][self._number :: config.rollout.num_workers]
-        return await evaluate(
-            self._engine, share, judge=self._judge, max_tokens=config.rollout.max_response_tokens, stop_token_ids=self._stop_token_ids
-        )
+    async def lease(self, on: bool) -> None:
+        """On: no group is asked for from now on. Off: admission goes on."""
+        self._worker.lease(on)
+
+    async def drained(self) -> None:
+        """Returns when nothing of what was admitted is left here."""
+        await self._worker.drained()
+
+    async def evaluate(self, part: int, num_parts: int) -> Evaluation:
+        """Greedy on one part of the held-out prompts."""
+        return await self._host.evaluate(part=part, num_parts=num_parts)
 
     async def report(self) -> WorkerReport:
         return WorkerReport(tuple(self._clock.take_spans()), self._engine.slot_use(), self._engine.version)
-
-    def _decode(self, completion: Completion) -> str:
-        text: str = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-        return text
-
-    def _judge(self, prompt: Prompt, completion: Completion) -> float:
-        return float(self._verify(self._decode(completion), prompt.answer).correct)
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
         reward = self._config.reward
         return score_group(
             admission,
             completions,
-            texts=[self._decode(completion) for completion in completions],
-            verify=self._verify,
+            texts=[self._host.decode(completion) for completion in completions],
+            verify=self._host.verify,
             max_response_tokens=self._config.rollout.max_response_tokens,
             overlong_cache_tokens=reward.overlong_cache_tokens,
             shuffle_seed=self._config.seed if reward.shuffle else None,

@@ -40,6 +40,7 @@ def summarise_run(run: Run, wall_s: float) -> dict[str, Any]:
         "handshake": dict(published.outcomes) if published else {},
         "checkpoint": str(saved.newest or run.config.model.path),
         "best_checkpoint": str(saved.path(best)) if (best := run.run_dir.best_version(saved.versions())) is not None else None,
+        "evaluations_skipped": run.held_out.num_skipped if run.held_out else 0,
         "checkpoints": run.checkpointer.summary() if run.checkpointer else {},
         "resumed_from": str(run.resume.checkpoint) if run.resume.checkpoint else None,
         "seconds_by_state": {actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans} if tracker else {},

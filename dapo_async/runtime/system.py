@@ -13,17 +13,18 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
 from dapo_async.runtime.cluster import SPREAD, home, near
+from dapo_async.runtime.evaluator_port import start_evaluator
 from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.learner_port import Learner, rank_names
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
-from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.reports import EvaluatorReport, LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.rollout_actor import RolloutActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher
 
-Report = ReplayReport | LearnerReport | WorkerReport
+Report = ReplayReport | LearnerReport | WorkerReport | EvaluatorReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
@@ -49,8 +50,21 @@ class Worker:
     async def confirm(self) -> None:
         await self.remote.call("confirm", deadline_s=REPORT_S)
 
-    async def evaluate(self) -> Evaluation:
-        evaluation: Evaluation = await self.remote.call("evaluate", deadline_s=self._deadlines.evaluate_s)
+    async def stage(self, announcement: Announcement) -> None:
+        await self.remote.call("stage", announcement, deadline_s=self._deadlines.publish_s)
+
+    async def swap_staged(self, announcement: Announcement) -> Attestation:
+        attestation: Attestation = await self.remote.call("swap_staged", announcement, deadline_s=self._deadlines.publish_s)
+        return attestation
+
+    async def lease(self, on: bool) -> None:
+        await self.remote.call("lease", on, deadline_s=REPORT_S)
+
+    async def drained(self) -> None:
+        await self.remote.call("drained", deadline_s=self._deadlines.evaluate_s)
+
+    async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation:
+        evaluation: Evaluation = await self.remote.call("evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s)
         return evaluation
 
 
@@ -69,6 +83,9 @@ class Replay:
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)
+
+    async def lease(self, worker: str, on: bool) -> None:
+        await self.remote.call("lease", worker, on, deadline_s=REPORT_S)
 
     async def freeze(self, version: int) -> None:
         await self.remote.call("freeze", version, deadline_s=REPORT_S)
@@ -108,6 +125,7 @@ class System:
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
             for number in range(rollout.num_workers)
         ]
+        self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if config.evaluation.has_evaluator else None
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for
         self.publisher = Publisher(
             self.learner,
@@ -119,12 +137,13 @@ class System:
 
     @property
     def remotes(self) -> list[Remote]:
-        return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers)]
+        evaluators = [self.evaluator.remote] if self.evaluator else []
+        return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers), *evaluators]
 
     async def start(self) -> list[ProcessInfo]:
         """Waits until every actor is up, then opens the weight group among learner and workers."""
         deadline_s = self._config.deadlines.start_s
-        others = [self.replay.remote, *(worker.remote for worker in self.workers)]
+        others = [remote for remote in self.remotes if remote not in self.learner.remotes]
         ranks, *infos = await asyncio.gather(self.learner.ready(), *(remote.call("ready", deadline_s=deadline_s) for remote in others))
         if self._config.weights.transport == "broadcast":
             address = await self.learner.first.call("open_group", deadline_s=deadline_s)
@@ -133,9 +152,11 @@ class System:
             await asyncio.gather(*joins)
         return [infos[0], *ranks, *infos[1:]]
 
-    def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+    def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Runs `work` beside the steps; its failure ends the run as any other does."""
-        self.background.add(asyncio.create_task(work, name=name))
+        task = asyncio.create_task(work, name=name)
+        self.background.add(task)
+        return task
 
     async def settle(self) -> None:
         """Waits for the publish in flight and for everything in the background."""
@@ -179,7 +200,8 @@ class System:
 
     async def evaluate(self) -> Evaluation:
         """Greedy accuracy on the held-out prompts, shared among the workers."""
-        first, *others = await asyncio.gather(*(worker.evaluate() for worker in self.workers))
+        parts = (worker.evaluate(part, len(self.workers)) for part, worker in enumerate(self.workers))
+        first, *others = await asyncio.gather(*parts)
         return sum(others, start=first)
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | Exception]:

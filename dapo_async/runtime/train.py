@@ -25,6 +25,7 @@ from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.cluster import connect, disconnect
 from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
 from dapo_async.runtime.environment import LOCAL
+from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.interrupts import Interrupts
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.reaper import Reaper
@@ -57,6 +58,7 @@ class Run:
     system: System | None = None
     tracker: Tracker | None = None
     checkpointer: Checkpointer | None = None
+    held_out: Evaluations | None = None
     out_of_time: bool = False
     interrupts: Interrupts = field(init=False)
     # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
@@ -152,8 +154,14 @@ class Run:
                 totals=Totals(**self.resume.driver.get("totals", {})),
                 first_step=self.resume.version,
             )
+            self.held_out = held_out = Evaluations(self.config, system=self.system, run_dir=self.run_dir, say=self.say)
             self.checkpointer = Checkpointer(
-                self.config, system=self.system, tracker=self.tracker, run_dir=self.run_dir, driver_state=self._driver_state
+                self.config,
+                system=self.system,
+                tracker=self.tracker,
+                run_dir=self.run_dir,
+                driver_state=self._driver_state,
+                in_evaluation=lambda: held_out.in_flight,
             )
             for info in await self.system.start():
                 node = info.node if self.config.ray.address == LOCAL else f"{info.node} (node {info.node_id})"
@@ -193,7 +201,8 @@ class Run:
         await tracker.start()
         await system.replay.serve(first_step)
         assert self.checkpointer is not None
-        verdict = await train_loop(system, tracker, self.checkpointer, config=self.config, first_step=first_step)
+        assert self.held_out is not None
+        verdict = await train_loop(system, tracker, self.checkpointer, self.held_out, config=self.config, first_step=first_step)
         self.clock.enter("wait for publish")
         await system.settle()
         await self.checkpointer.save(deadline_s=self.config.deadlines.save_s)
@@ -205,14 +214,9 @@ class Run:
     async def _evaluate(self, name: str) -> None:
         if self.config.evaluation.num_prompts == 0:
             return
-        assert self.system is not None
+        assert self.held_out is not None
         with self._timed(f"{name}_evaluation_s"), self.clock.during("evaluate"):
-            evaluation = self.evaluations[name] = await self.system.evaluate()
-        (version,) = evaluation.weight_versions  # one model was measured, or this is no evaluation
-        self.say(
-            f"{name} evaluation of version {version}: accuracy {evaluation.accuracy:.3f}, "
-            f"length {evaluation.mean_response_tokens:.1f}, {evaluation.num_prompts} held-out prompts, greedy"
-        )
+            self.evaluations[name] = await self.held_out.measure_all(name)
 
     async def _end(self) -> None:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
@@ -232,6 +236,8 @@ class Run:
 
     async def _write_timeline(self, tracker: Tracker) -> None:
         tracker.timeline.add("driver", self.clock.take_spans())
+        if self.held_out is not None and (spans := self.held_out.take_spans()):
+            tracker.timeline.add("evaluator", spans)
         tracker.timeline.write(self.run_dir.timeline)
 
     def _driver_state(self) -> dict[str, Any]:

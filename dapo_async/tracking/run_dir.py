@@ -43,7 +43,8 @@ class RunDir:
             for path in folder.glob("step_*"):
                 if int(path.stem.removeprefix("step_")) >= version:
                     path.unlink()
-        shutil.rmtree(self.weights, ignore_errors=True)
+        for folder in (self.weights, self.evaluated):
+            shutil.rmtree(folder, ignore_errors=True)
         for path in (self.root / "summary.json", self.error):
             path.unlink(missing_ok=True)
         if self.timeline.exists():
@@ -103,6 +104,11 @@ class RunDir:
         return self.root / "weights"
 
     @property
+    def evaluated(self) -> Path:
+        """The version that is being evaluated, until its engine has read it: apart from `weights`, where older versions are removed."""
+        return self.root / "evaluated"
+
+    @property
     def error(self) -> Path:
         """The whole traceback of a failed run, the failed actor's own included."""
         return self.root / "error.txt"
@@ -113,9 +119,11 @@ class RunDir:
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
-        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(known, allow_nan=False) + "\n")
+        _append_row(self.metrics, values)
+
+    def log_evaluation(self, values: Mapping[str, Any]) -> None:
+        """One JSON object per evaluation."""
+        _append_row(self.evaluations, values)
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of every step so far."""
@@ -129,6 +137,12 @@ class RunDir:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text)
         os.replace(partial, path)
+
+
+def _append_row(path: Path, values: Mapping[str, Any]) -> None:
+    known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+    with path.open("a") as file:
+        file.write(json.dumps(known, allow_nan=False) + "\n")
 
 
 def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

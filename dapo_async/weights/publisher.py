@@ -1,5 +1,9 @@
 """The order of a publish: announce, send, receive, attest, judge, release. One in flight, overlapping the learner's next step.
 
+A receiver whose engine is lent out (`lend`) is passed over from the next publish on: by broadcast it still takes part and stages what it gets, by
+disk it reads nothing; nobody waits for it to serve. `take_back` brings it to the newest published version and has it prove that. Publishes
+and takings back never overlap, and the learner keeps the snapshot of the newest publish until both are done: each waits for its turn.
+
 Called by the loop; the learner and the engines are ports (their Ray actors in a run, plain objects in tests).
 """
 
@@ -7,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
 from dapo_async.weights.announcement import Announcement, Attestation
@@ -31,6 +36,10 @@ class Receiver(Protocol):
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation: ...
 
+    async def stage(self, announcement: Announcement) -> None: ...  # by broadcast, beside the weights that it goes on to serve
+
+    async def swap_staged(self, announcement: Announcement) -> Attestation: ...  # serves what it staged last
+
     async def quarantine(self, on: bool) -> None: ...  # on: nothing is generated there, and what was is given up
 
     async def confirm(self) -> None: ...  # its weights are proved: what they generated since the update may be offered
@@ -49,6 +58,9 @@ class Publisher:
         self._source, self._receivers, self._transport = source, receivers, transport
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a taking back
+        self._lent: dict[str, Announcement | None] = {}  # by receiver: the newest version that it was passed over with
+        self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
         self._waiting_for: set[str] = set()  # receivers of the publish in flight that have not proved themselves
         self._written: asyncio.Task[str] | None = None  # its version on disk
@@ -62,8 +74,13 @@ class Publisher:
         In this order: the publish before may still need the snapshot that this one replaces.
         """
         await self.finish()
-        announcement = await snapshot
-        self._in_flight = asyncio.create_task(self.publish(announcement, on_served=on_served), name=f"publish {announcement.version}")
+        await self._turn.acquire()
+        try:
+            self.newest = announcement = await snapshot
+        except BaseException:
+            self._turn.release()
+            raise
+        self._in_flight = asyncio.create_task(self._publish_in_turn(announcement, on_served), name=f"publish {announcement.version}")
 
     async def finish(self) -> None:
         """Waits for the publish in flight; raises what it raised."""
@@ -71,35 +88,76 @@ class Publisher:
             task, self._in_flight = self._in_flight, None
             await task
 
+    async def lend(self, receiver: Receiver) -> None:
+        """Passes `receiver` over from the next publish on. Returns when the publish in flight, which still reaches it, is done."""
+        assert len(self._lent) < len(self._receivers) - 1, "the last engine that serves can't be lent out"
+        self._lent[receiver.name] = None
+        if self._in_flight is not None:
+            await asyncio.wait([self._in_flight])
+
+    async def take_back(self, receiver: Receiver) -> None:
+        """Brings a lent `receiver` to the newest published version; it takes part in every later publish. Raises as `publish` does."""
+        async with self._turn:
+            missed = self._lent[receiver.name]
+            if missed is not None:
+                self._waiting_for = {receiver.name}
+                async with self._deadline(f"taking back of {receiver.name} with version {missed.version}"):
+                    attested = await self._swap_staged(receiver, missed)
+                    await self._settle(receiver, missed, attested)
+            del self._lent[receiver.name]
+
     @property
     def in_flight(self) -> asyncio.Task[None] | None:
         return self._in_flight
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
         """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
+        lent = [receiver for receiver in self._receivers if receiver.name in self._lent]
+        serving = [receiver for receiver in self._receivers if receiver.name not in self._lent]
         self._waiting_for = {receiver.name for receiver in self._receivers}
         self._written = None
+        async with self._deadline(f"publish of version {announcement.version}"):
+            attestations = await self._deliver(announcement, serving, lent)
+            for receiver in lent:
+                self._lent[receiver.name] = announcement
+                self._waiting_for.discard(receiver.name)
+            self.last_pause_s = max(attestation.pause_s for attestation in attestations)
+            pairs = zip(serving, attestations, strict=True)
+            self.last_verdicts = tuple(await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs)))
+            self.num_served += 1
+            await on_served(announcement.version)
+
+    async def _publish_in_turn(self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]) -> None:
+        try:
+            await self.publish(announcement, on_served=on_served)
+        finally:
+            self._turn.release()
+
+    @asynccontextmanager
+    async def _deadline(self, what: str) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
-                attestations = await self._deliver(announcement)
-                self.last_pause_s = max(attestation.pause_s for attestation in attestations)
-                pairs = zip(self._receivers, attestations, strict=True)
-                self.last_verdicts = tuple(await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs)))
-                self.num_served += 1
-                await on_served(announcement.version)
+                yield
         except TimeoutError as error:
             if not limit.expired():
                 raise  # somebody else's deadline, which names who waited for whom
             names = ", ".join(sorted(self._waiting_for)) or "the replay room"
-            raise TimeoutError(f"publish of version {announcement.version}: the learner waited {self._deadline_s:g} s for {names}") from error
+            raise TimeoutError(f"{what}: the learner waited {self._deadline_s:g} s for {names}") from error
 
-    async def _deliver(self, announcement: Announcement) -> list[Attestation]:
+    async def _deliver(self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]) -> list[Attestation]:
+        """Returns the attestations of those that are `serving`."""
         if self._transport == "disk":
             folder = await self._write(announcement)
-            return await asyncio.gather(*(receiver.read(announcement, folder) for receiver in self._receivers))
-        receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in self._receivers))
-        _, attestations = await asyncio.gather(self._source.broadcast(announcement), receiving)
+            return await asyncio.gather(*(receiver.read(announcement, folder) for receiver in serving))
+        receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in serving))
+        staging = asyncio.gather(*(receiver.stage(announcement) for receiver in lent))
+        _, attestations, _ = await asyncio.gather(self._source.broadcast(announcement), receiving, staging)
         return attestations
+
+    async def _swap_staged(self, receiver: Receiver, announcement: Announcement) -> Attestation:
+        if self._transport == "disk":
+            return await receiver.read(announcement, await self._write(announcement))
+        return await receiver.swap_staged(announcement)
 
     async def _write(self, announcement: Announcement) -> str:
         """The folder of versions; each version is written once, however many engines ask for it."""

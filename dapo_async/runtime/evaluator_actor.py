@@ -1,0 +1,60 @@
+"""The evaluator as a Ray actor: an engine of its own that reads one published version from disk and answers the held-out prompts with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import torch
+
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.cluster import process_info
+from dapo_async.runtime.engine_host import EngineHost
+from dapo_async.runtime.reports import EvaluatorReport, ProcessInfo
+from dapo_async.weights import Announcement, Attestation
+from dapo_async.weights.disk import read_version
+
+NAME = "evaluator"
+LOWEST_PRIORITY = 19
+
+
+class EvaluatorActor:
+    """A `snapshot` evaluator takes the CPU time that is left over; a `dedicated` one has reserved what it needs."""
+
+    def __init__(self, config: Config, *, incarnation: str) -> None:
+        self._config = config
+        evaluation = config.evaluation
+        dedicated = evaluation.engine == "dedicated"
+        if not dedicated:
+            # Linux counts niceness per thread: this comes before the threads that do the work.
+            os.nice(LOWEST_PRIORITY)
+        torch.set_num_threads(max(1, int(evaluation.num_cpus)) if dedicated else 1)
+        device = "cuda" if dedicated and evaluation.num_gpus > 0 else "cpu"
+        self._clock = StateClock(NAME)
+        # The engine's own states are told by nobody: seen from here they are parts of loading and of evaluating.
+        self._host = EngineHost(config, name=NAME, incarnation=incarnation, device=device, clock=StateClock(f"{NAME} engine"))
+        self._clock.enter("wait")
+
+    async def ready(self) -> ProcessInfo:
+        return process_info(NAME, f"torch engine, {self._config.evaluation.engine}")
+
+    async def alive(self) -> None:
+        """Never returns: the driver watches it, for it ends with the actor's life."""
+        await asyncio.Event().wait()
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        """Loads the announced version from `folder` and says what is served now."""
+        with self._clock.during("load", f"version {announcement.version}"):
+            weights = await asyncio.to_thread(read_version, Path(folder), version=announcement.version)
+            return await self._host.swap(announcement, weights)
+
+    async def evaluate(self) -> Evaluation:
+        """Greedy on all held-out prompts, with the version that was loaded last."""
+        with self._clock.during("evaluate", f"version {self._host.engine.version}"):
+            return await self._host.evaluate(part=0, num_parts=1)
+
+    async def report(self) -> EvaluatorReport:
+        return EvaluatorReport(tuple(self._clock.take_spans()))

@@ -1,0 +1,36 @@
+"""The evaluator as the driver sees it."""
+
+from __future__ import annotations
+
+import ray
+
+from dapo_async.config import Config
+from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.cluster import near
+from dapo_async.runtime.evaluator_actor import NAME, EvaluatorActor
+from dapo_async.runtime.remote import Remote
+from dapo_async.weights import Announcement, Attestation
+
+
+class Evaluator:
+    """One version in from disk, its evaluation out."""
+
+    def __init__(self, remote: Remote, config: Config) -> None:
+        self.remote, self.name, self._deadline_s = remote, remote.name, config.deadlines.evaluate_s
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        attestation: Attestation = await self.remote.call("read", announcement, folder, deadline_s=self._deadline_s)
+        return attestation
+
+    async def evaluate(self) -> Evaluation:
+        evaluation: Evaluation = await self.remote.call("evaluate", deadline_s=self._deadline_s)
+        return evaluation
+
+
+def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator:
+    """Starts the actor: with what it reserves when it is dedicated, else with nothing, on idle CPU time. On the learner's `node`: it reads its disk."""
+    evaluation = config.evaluation
+    dedicated = evaluation.engine == "dedicated"
+    shares = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus} if dedicated else {"num_cpus": 0, "num_gpus": 0}
+    actor = ray.remote(EvaluatorActor).options(**shares, scheduling_strategy=near(node, reserves=dedicated)).remote(config, incarnation=incarnation)
+    return Evaluator(Remote(NAME, actor), config)
