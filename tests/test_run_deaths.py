@@ -192,6 +192,8 @@ def watched_error(*, worker_dies_after_s: float | None) -> Exception:
     system: Any = object.__new__(System)
     system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remotes=[Watched("learner")])
     system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
+    system.evaluator = None
+    system.evaluator = None
     system.publisher, system.background = SimpleNamespace(in_flight=None), set()
 
     async def main() -> None:

@@ -28,7 +28,7 @@ class Evaluator:
 
 
 def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator:
-    """Starts the actor: with what it reserves when it is dedicated, else with nothing, on idle CPU time. On the learner's `node`: it reads its disk."""
+    """Starts the actor: with what it reserves when dedicated, else with nothing, on idle CPU time. On the learner's `node`: it reads its disk."""
     evaluation = config.evaluation
     dedicated = evaluation.engine == "dedicated"
     shares = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus} if dedicated else {"num_cpus": 0, "num_gpus": 0}
