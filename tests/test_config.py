@@ -21,9 +21,9 @@ def file(tmp_path):
 
 def test_paths_in_a_file_resolve_against_its_folder_and_overrides_against_the_current_one(file, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
-    config = knobs.load(file, ["run_dir=somewhere"])
+    config = knobs.load(file, ["data.heldout=etc/passwd"])
     assert config.model.path == str(tmp_path / "model")
-    assert config.run_dir == "/somewhere"
+    assert config.data.heldout == "/etc/passwd"
     assert config.learner.lr == 1e-4
 
 
@@ -69,7 +69,7 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("seed={", "the value of override 'seed={' is not valid YAML; put it into quotes"),
         ("data.template={problem}", "put a text with : or brackets into quotes, such as data.template='\"...\"'"),
         ("data.template=${price} {problem}", r"data.template: Interpolation key 'price' not found; write \${ for a literal ${"),
-        ("run_dir=~no_such_user/run", "run_dir ('~no_such_user/run') is no usable path"),
+        ("model.path=~no_such_user/base", "model.path ('~no_such_user/base') is no usable path"),
         ("deadlines.take_s=0", "deadlines.take_s (0.0) must be positive"),
         ("data.template=solve", "must contain {problem}"),
     ],

@@ -24,7 +24,7 @@ def folder(tmp_path):
 def refusal(*overrides):
     """The one line of the input check."""
     with pytest.raises(ValueError) as error:
-        check_inputs(knobs.load(QUICKSTART, overrides))
+        check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *overrides]))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -111,7 +111,7 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     line = refusal("learner.num_gpus=1", "rollout.num_gpus=0.5")
     assert line.startswith("the run reserves 1.5 GPUs (replay 0, learner 1, rollout-0 0.5), this machine has 1 CUDA devices; set ")
-    check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=0.5", "rollout.num_gpus=0.5"]))
+    check_inputs(knobs.load(QUICKSTART, ["ray.address=local", "learner.num_gpus=0.5", "rollout.num_gpus=0.5"]))
     check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=4", "ray.address=10.0.0.1:6379"]))
 
 

@@ -104,9 +104,9 @@ def test_overrides_may_stand_before_and_after_an_option(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "the following arguments are required: {train,config}; dapo-async --help tells more"),
+        ((), "the following arguments are required: {train,replay,config}; dapo-async --help tells more"),
         (("trian",), "invalid choice: 'trian' (choose from "),
-        (("train",), "the following arguments are required: config; dapo-async train --help tells more"),
+        (("train",), "which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR"),
         ((*TRAIN, "--dry-rnu", "seed=1"), "unknown option --dry-rnu; dapo-async --help tells more"),
         ((*TRAIN, "--dry-run", "seed"), "override 'seed' is not of the form key=value"),
         ((*TRAIN, "run_dir=/proc/x"), "run_dir /proc/x can't be made: "),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
@@ -22,7 +20,7 @@ from dapo_async.model import checksum, load_decoder
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import SamplingParams, ThreadedEngine, TorchEngine
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.types import Admission, Completion, Group, Prompt
@@ -87,7 +85,7 @@ class RolloutActor:
         self._group: WeightGroup | None = None
 
     async def ready(self) -> ProcessInfo:
-        return ProcessInfo(self.name, os.getpid(), ray.util.get_node_ip_address(), f"torch engine, {self._config.rollout.num_slots} slots")
+        return process_info(self.name, f"torch engine, {self._config.rollout.num_slots} slots")
 
     async def run(self) -> None:
         """Rolls groups for as long as the run lasts; the driver watches it."""
