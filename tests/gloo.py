@@ -16,15 +16,19 @@ from dapo_async.model import build_mesh, join_store, open_store
 HOST, TIMEOUT_S = "127.0.0.1", 60.0
 
 
-def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, address: tuple[str, int], answer: Any) -> None:
+def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, pipe: Any) -> None:
     try:
         torch.set_num_threads(1)
-        store = join_store(address, timeout_s=TIMEOUT_S)
+        if rank == 0:
+            store = open_store(HOST, timeout_s=TIMEOUT_S)
+            pipe.send_bytes(pickle.dumps(store.port))
+        else:
+            store = join_store((HOST, pickle.loads(pipe.recv_bytes())), timeout_s=TIMEOUT_S)
         mesh = build_mesh(store, rank=rank, dp=dp, tp=tp, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
         # Plain pickle: multiprocessing's own would hand tensors over by files that end with this process.
-        answer.send_bytes(pickle.dumps((True, work(mesh, *arguments))))
+        pipe.send_bytes(pickle.dumps((True, work(mesh, *arguments))))
     except BaseException:  # noqa: BLE001 (told to the test, which raises it)
-        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         os._exit(1)
 
 
@@ -33,17 +37,22 @@ def on_ranks(work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1
 
     Raises AssertionError with the first rank's traceback, or when one takes too long.
     """
-    context = multiprocessing.get_context("fork")  # nothing here has threads yet that a fork could lose
-    store = open_store(HOST, timeout_s=TIMEOUT_S)
+    # Forked, so that what a test has patched is patched there too. The first rank opens the rendezvous, not this process: a store has a thread, and a
+    # lock that a thread holds while another rank is forked stays locked in that rank for ever.
+    context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(dp * tp):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(work, arguments, rank, dp, tp, (HOST, store.port), theirs))
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_rank, args=(work, arguments, rank, dp, tp, theirs))
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
+        assert pipes[0].poll(TIMEOUT_S), f"rank 0 opened no rendezvous within {TIMEOUT_S} s"
+        port = pipes[0].recv_bytes()
+        for pipe in pipes[1:]:
+            pipe.send_bytes(port)
         results = []
         for rank, pipe in enumerate(pipes):
             if rank in dying:
