@@ -44,7 +44,7 @@ class RunDir:
                 if int(path.stem.removeprefix("step_")) >= version:
                     path.unlink()
         shutil.rmtree(self.weights, ignore_errors=True)
-        for path in (self.root / "summary.json", self.error):
+        for path in (self.summary, self.error):
             path.unlink(missing_ok=True)
         if self.timeline.exists():
             number = 1 + len([*self.root.glob("timeline.*.json")])
@@ -111,6 +111,19 @@ class RunDir:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def picture(self) -> Path:
+        return self.root / "dynamics.png"
+
+    @property
+    def mlflow(self) -> Path:
+        """Which MLflow run this is: {uri, experiment, run_id}; a resumed run goes on with it."""
+        return self.root / "mlflow.json"
+
     def log_step(self, values: Mapping[str, Any]) -> None:
         """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
         known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
@@ -122,7 +135,7 @@ class RunDir:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def write(self, path: Path, text: str) -> None:
         """Atomic: a reader sees the whole file or the one before."""
