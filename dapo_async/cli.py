@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -115,6 +115,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.train import train
+    from dapo_async.tracking.progress import open_progress
     from dapo_async.tracking.run_dir import RunDir
 
     run_dir = RunDir(root) if options.resume else RunDir.create(root)
@@ -124,8 +125,9 @@ def _train(options: argparse.Namespace) -> int:
         _say(f"resuming at step {point.version} from {point.checkpoint or 'the base model: there is no checkpoint yet'}")
     run_dir.write(run_dir.config, knobs.to_yaml(saved))
     _say(f"run directory {root}")
-    code = train(config, run_dir=run_dir, say=_say, resume=point)
-    _print_summary(root)
+    with open_progress(num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness) as progress:
+        code = train(config, run_dir=run_dir, progress=progress, resume=point)
+    _print_summary(root, progress.say)
     return code
 
 
@@ -184,28 +186,32 @@ def _config(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_summary(root: Path) -> None:
+def _print_summary(root: Path, say: Callable[[str], None]) -> None:
     import json
 
     summary = json.loads((root / "summary.json").read_text())
-    _say(f"\n{summary['status']}: {summary['reason']}")
+    say(f"\n{summary['status']}: {summary['reason']}")
     if summary["final_accuracy"] is not None:
         lengths = f"length {summary['initial_response_tokens']:.1f} -> {summary['final_response_tokens']:.1f}"
         accuracies = f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"
-        _say(f"{accuracies}, {lengths}, in {summary['train_s']:.1f} s of training")
+        say(f"{accuracies}, {lengths}, in {summary['train_s']:.1f} s of training")
     counts = {name: count for name, count in summary["groups"].items() if name != "rejected"}
     counts |= {f"rejected {reason}": count for reason, count in summary["groups"]["rejected"].items()}
     groups = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-    _say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
+    say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
     idle, staleness = summary["idle"], summary["staleness"]
-    _say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
+    say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
     for what, path in (("checkpoint", Path(summary["checkpoint"])), ("summary", root / "summary.json"), ("metrics", root / "metrics.jsonl")):
-        _say(f"{what:<10} {path}")
+        say(f"{what:<10} {path}")
     if summary["status"] in ("interrupted", "out_of_time", "failed"):
-        _say(f"go on with  dapo-async train --resume {root}")
+        say(f"go on with  dapo-async train --resume {root}")
     for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts"), ("traceback", "error.txt")):
         if (root / name).exists():
-            _say(f"{what:<10} {root / name}")
+            say(f"{what:<10} {root / name}")
+    if (root / "mlflow.json").exists():
+        mlflow = json.loads((root / "mlflow.json").read_text())
+        how = f"mlflow ui --backend-store-uri {mlflow['uri']}" if mlflow["uri"].startswith("sqlite:") else mlflow["uri"]
+        say(f"{'MLflow':<10} {how}  (run {mlflow['run_id']})")
 
 
 def _say(line: str) -> None:

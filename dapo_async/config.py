@@ -5,18 +5,16 @@ Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by 
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_async.config_checks import check
+from dapo_async.config_text import literal, one_line, redacted
 
 if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of this tree run without OmegaConf
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
 
 
 def knob(default: Any, line: str, *, path: bool = False) -> Any:
@@ -149,6 +147,12 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tracking:
+    mlflow: str | None = knob("local", "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off")
+    experiment: str = knob("dapo-async", "MLflow experiment that the run belongs to")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
     start_s: float = knob(120.0, "actors up, models loaded")
     take_s: float = knob(600.0, "the learner's wait for a batch")
@@ -157,6 +161,7 @@ class Deadlines:
     evaluate_s: float = knob(600.0, "one evaluation")
     save_s: float = knob(600.0, "one checkpoint")
     stop_s: float = knob(10.0, "the actors' orderly end, before they are killed")
+    tracking_s: float = knob(10.0, "the end's wait for what MLflow has not taken yet; a store that is away is not waited for")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +184,7 @@ class Config:
     weights: Weights = field(default_factory=Weights)
     evaluation: Evaluation = field(default_factory=Evaluation)
     train: Train = field(default_factory=Train)
+    tracking: Tracking = field(default_factory=Tracking)
     deadlines: Deadlines = field(default_factory=Deadlines)
     ray: Cluster = field(default_factory=Cluster)
 
@@ -205,25 +211,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _resolve_paths(dotted, Path.cwd())
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error, [name for name, *_ in knobs()])) from error
     assert isinstance(config, Config)
     check(config)
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every knob written out; `load` reads it back to an equal one."""
+    """The resolved config, every knob written out; `load` reads it back to an equal one, but for the password of a tracking URI."""
     from omegaconf import OmegaConf
 
-    literal = {name: _literal(value) for name, value in asdict(config).items()}
-    return OmegaConf.to_yaml(OmegaConf.create(literal))
-
-
-def _literal(value: Any) -> Any:
-    r"""`value` as OmegaConf has to read it to get it back: an interpolation `${` within a text escaped as `\${`, backslashes before it doubled."""
-    if isinstance(value, dict):
-        return {name: _literal(inner) for name, inner in value.items()}
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    tracking = replace(config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))
 
 
 def _read_file(path: Path) -> DictConfig:
@@ -282,23 +281,4 @@ def _resolve_paths(tree: DictConfig, folder: Path) -> None:
                 resolved = (folder / Path(value).expanduser()).resolve()
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} ({value!r}) is no usable path: {error}; give another path") from error
-            OmegaConf.update(tree, name, _literal(str(resolved)))
-
-
-def _one_line(error: OmegaConfBaseException) -> str:
-    from omegaconf.errors import GrammarParseError, InterpolationResolutionError
-
-    message = str(error).split("\n")[0]
-    key = error.full_key or ""
-    names = [name for name, *_ in knobs()]
-    if "not in" in message and key:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.0) or names[:1]
-        return f"unknown key {key}; did you mean {near[0]}? (dapo-async config --explain lists every knob)"
-    literal = isinstance(error, GrammarParseError | InterpolationResolutionError)
-    if literal:
-        remedy = r"write \${ for a literal ${"
-    elif "to string" in message:
-        remedy = f"put a text with : or brackets into quotes, such as {key}='\"...\"'"
-    else:
-        remedy = "dapo-async config --explain shows every knob with its default"
-    return f"{key}: {message}; {remedy}" if key else f"{message}; {remedy}"
+            OmegaConf.update(tree, name, literal(str(resolved)))

@@ -118,6 +118,15 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
             "raise it, or lower deadlines.stop_s"
         ),
     )
+    uri = config.tracking.mlflow
+    yield (
+        uri in (None, "local") or "://" in str(uri) or str(uri).startswith("databricks"),
+        f"tracking.mlflow ({uri!r}) must be local, a tracking URI such as http://HOST:5000 or sqlite:///FILE, or null; set it to one of them",
+    )
+    yield (
+        bool(config.tracking.experiment.strip()),
+        "tracking.experiment is empty; give the MLflow experiment a name, such as tracking.experiment=dapo-async",
+    )
     yield (
         rollout.temperature > 0,
         f"rollout.temperature ({rollout.temperature}) must be positive: greedy rollouts have no behaviour logprobs; set it to 1.0",

@@ -223,15 +223,19 @@ def test_the_summary_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch)
 
 
 def test_the_picture_is_drawn_from_the_metrics_and_only_when_there_are_any(tmp_path):
-    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "dynamics.png"
-    assert not draw_dynamics(metrics, out)
-    metrics.write_text("")
-    assert not draw_dynamics(metrics, out)
-    assert not out.exists()
-    names = [name for _, curves in PANELS for name in curves]
+    run_dir = RunDir(tmp_path)
+    assert not draw_dynamics(run_dir)
+    run_dir.metrics.write_text("")
+    assert not draw_dynamics(run_dir)
+    assert not run_dir.picture.exists()
+    names = [name for _, curves, _ in PANELS for name in curves]
     rows = [{"step": step, **dict.fromkeys(names, step * 0.1)} for step in range(3)]
     rows[1] |= {"entropy": None}  # of a skipped step
     del rows[2]["rejected.all_wrong"]  # a step without such rejects
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert draw_dynamics(metrics, out)
-    assert out.read_bytes().startswith(b"\x89PNG")
+    run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw_dynamics(run_dir)
+    without = run_dir.picture.read_bytes()
+    assert without.startswith(b"\x89PNG")
+    run_dir.evaluations.write_text('{"version": 0, "accuracy": 0.5, "mean_response_tokens": 3.0}\n{"version": 3, "accuracy": 0.75}\n')
+    assert draw_dynamics(run_dir)
+    assert run_dir.picture.read_bytes() != without

@@ -20,6 +20,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.evaluator_port import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.system import System
+from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.weights import Announcement, judge
 from dapo_async.weights.handshake import Outcome
@@ -29,10 +30,10 @@ from dapo_async.weights.publisher import HandshakeError
 class Evaluations:
     """`rows` are those of this incarnation of the run; `num_skipped` fell due while the one before was still running."""
 
-    def __init__(self, config: Config, *, system: System, run_dir: RunDir, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, *, system: System, run_dir: RunDir, audience: Audience) -> None:
         self.rows: list[dict[str, Any]] = []
         self.num_skipped = 0
-        self._config, self._system, self._run_dir, self._say = config, system, run_dir, say
+        self._config, self._system, self._run_dir, self._audience = config, system, run_dir, audience
         self._clock = StateClock("evaluator", state="wait")  # the driver's view: what the evaluation in flight waits for
         self._whom, self._version = "", 0
         self._running: asyncio.Task[None] | None = None
@@ -59,7 +60,7 @@ class Evaluations:
             return
         if self._running is not None and not self._running.done():
             self.num_skipped += 1
-            self._say(f"evaluation of version {trained} skipped: the one before is still running")
+            self._audience.say(f"evaluation of version {trained} skipped: the one before is still running")
             return
         announcement = self._system.publisher.newest
         assert announcement is not None, f"version {trained} is not published"
@@ -131,7 +132,8 @@ class Evaluations:
         }
         self.rows.append(row)
         self._run_dir.log_evaluation(row)
-        self._say(
+        self._audience.evaluation(row)
+        self._audience.say(
             f"{name} of version {version}: accuracy {evaluation.accuracy:.3f}, length {evaluation.mean_response_tokens:.1f}, "
             f"{evaluation.num_prompts} held-out prompts, greedy" + ("" if engine == "all" else f", {engine}, {wall_s:.1f} s")
         )

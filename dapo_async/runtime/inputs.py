@@ -33,6 +33,11 @@ def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
 def check_inputs(config: Config) -> None:
     """Raises ValueError with rule, values and remedy for whatever the user has to change first."""
     algorithm, rollout = config.algorithm, config.rollout
+    if "://***@" in (config.tracking.mlflow or ""):
+        raise ValueError(
+            f"tracking.mlflow ({config.tracking.mlflow}) lacks its password, which is never written down; give tracking.mlflow=URI again, or leave "
+            "it out of the URI and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     check_loss_options(
         algorithm.objective,
         clip_low=algorithm.clip_low,

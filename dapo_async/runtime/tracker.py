@@ -32,7 +32,7 @@ class Totals:
 
 
 class Tracker:
-    """Collects reports once per step, writes `metrics.jsonl`, says one line per step and keeps the timeline."""
+    """Collects reports once per step, writes `metrics.jsonl`, shows each row and keeps the timeline."""
 
     def __init__(
         self,
@@ -40,16 +40,13 @@ class Tracker:
         run_dir: RunDir,
         clock: StateClock,
         *,
-        num_steps: int,
-        max_staleness: int,
-        say: Callable[[str], None],
+        show: Callable[[dict[str, Any]], None],
         totals: Totals,
         first_step: int = 0,
     ) -> None:
-        """`totals`: of earlier incarnations; they are added to from here on."""
+        """`show` gets each row that was written; `totals`: of earlier incarnations, added to from here on."""
         self.clock, self.timeline, self.totals = clock, Timeline(), totals
-        self._system, self._run_dir, self._say = system, run_dir, say
-        self._num_steps, self._max_staleness = num_steps, max_staleness
+        self._system, self._run_dir, self._show = system, run_dir, show
         self._one_at_a_time = asyncio.Lock()
         self._pending: dict[int, tuple[StepMetrics, TrainBatch, float]] = {}  # steps whose row is not written yet, and when they ended
         self._next_row, self._row_written = first_step, asyncio.Event()
@@ -83,7 +80,7 @@ class Tracker:
         self._step_end_s = self.clock.now_s()
 
     def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> Coroutine[Any, Any, None]:
-        """Counts one step at once; what it returns writes and says it, beside the next step and after the one before."""
+        """Counts one step at once; what it returns writes and shows it, beside the next step and after the one before."""
         self._add_up(metrics)
         self._pending[step] = (metrics, batch, self.clock.now_s())
         return self._log()
@@ -144,7 +141,7 @@ class Tracker:
         self.checkpoint_pause_s = 0.0
         self.longest_step_s = max(self.longest_step_s, row["step_s"])
         self._run_dir.log_step(row)
-        self._say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
+        self._show(row)
         self._slots_before, self._step_end_s = dict(self._slots), now_s
 
     def _add_up(self, metrics: StepMetrics) -> None:
@@ -185,14 +182,3 @@ def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) ->
         return {"rollout": 0.0}
     parts = {f"rollout.{name}": spent[name] / total for name in ("no_credit", "tail", "sync")}
     return {"rollout": 1.0 - spent["occupied"] / total, **parts}
-
-
-def step_line(row: dict[str, Any], *, num_steps: int, max_staleness: int) -> str:
-    """One line that fits a terminal: where the run is, whether it learns, whether it is healthy."""
-    rejected = " ".join(f"-{row[name]} {name.removeprefix('rejected.')}" for name in sorted(row) if name.startswith("rejected."))
-    entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
-    return (
-        f"step {row['step'] + 1:>3}/{num_steps} {row['time_s']:6.1f} s  accuracy {row['accuracy']:.2f}  length {row['response_tokens']:5.1f}  "
-        f"entropy {entropy:.2f}  staleness {staleness:.2f} (max {row['group_staleness_max']:.0f}/{max_staleness})  "
-        f"{row['tokens_per_s']:6.0f} tok/s  idle learner {row['idle.learner']:4.0%} rollout {row['idle.rollout']:4.0%}  {rejected}"
-    ).rstrip()

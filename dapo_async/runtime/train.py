@@ -34,7 +34,9 @@ from dapo_async.runtime.resume import START, ResumePoint, fingerprint
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
+from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.picture import draw_dynamics
+from dapo_async.tracking.progress import Progress
 from dapo_async.tracking.run_dir import RunDir
 
 
@@ -44,7 +46,7 @@ class Run:
 
     config: Config
     run_dir: RunDir
-    say: Callable[[str], None]
+    audience: Audience
     resume: ResumePoint = START
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     clock: StateClock = field(default_factory=lambda: StateClock("driver"))
@@ -70,9 +72,14 @@ class Run:
     def __post_init__(self) -> None:
         self.interrupts = Interrupts(self.say, self._end_at_once)
 
+    @property
+    def say(self) -> Callable[[str], None]:
+        return self.audience.say
+
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
         self.began_s = self.clock.now_s()
+        self.audience.start()
         self.train_data = await asyncio.to_thread(fingerprint, Path(self.config.data.train))
         task = asyncio.create_task(self._work())
         self.interrupts.listen(task)
@@ -100,7 +107,9 @@ class Run:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
             self._write_summary()
         await self._disconnect()
-        await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
+        await asyncio.to_thread(draw_dynamics, self.run_dir)
+        await asyncio.to_thread(self.audience.finish, self.ending.status.value, self.ending.reason)
+        self._write_summary()  # once more, with what tracking has come to
         return self.ending.exit_code
 
     def _end_at_once(self, number: signal.Signals) -> NoReturn:
@@ -148,13 +157,11 @@ class Run:
                 self.system,
                 self.run_dir,
                 self.clock,
-                num_steps=self.config.train.num_steps,
-                max_staleness=self.config.replay.max_staleness,
-                say=self.say,
+                show=self.audience.step,
                 totals=Totals(**self.resume.driver.get("totals", {})),
                 first_step=self.resume.version,
             )
-            self.held_out = held_out = Evaluations(self.config, system=self.system, run_dir=self.run_dir, say=self.say)
+            self.held_out = held_out = Evaluations(self.config, system=self.system, run_dir=self.run_dir, audience=self.audience)
             self.checkpointer = Checkpointer(
                 self.config,
                 system=self.system,
@@ -273,9 +280,9 @@ async def _nobody(version: int) -> None:
     """The first publish: there is no group whose credit could return."""
 
 
-def train(config: Config, *, run_dir: RunDir, say: Callable[[str], None], resume: ResumePoint = START) -> int:
+def train(config: Config, *, run_dir: RunDir, progress: Progress, resume: ResumePoint = START) -> int:
     """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change."""
-    run = Run(config, run_dir, say, resume)
+    run = Run(config, run_dir, Audience(config, run_dir, progress), resume)
     run.evaluations |= {name: Evaluation.from_json(values) for name, values in resume.driver.get("evaluations", {}).items()}
     code = asyncio.run(run.live())
     if code == EXIT_WRONG_INPUT:

@@ -45,7 +45,7 @@ class RunDir:
                     path.unlink()
         for folder in (self.weights, self.evaluated):
             shutil.rmtree(folder, ignore_errors=True)
-        for path in (self.root / "summary.json", self.error):
+        for path in (self.summary, self.error):
             path.unlink(missing_ok=True)
         if self.timeline.exists():
             number = 1 + len([*self.root.glob("timeline.*.json")])
@@ -117,6 +117,19 @@ class RunDir:
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def picture(self) -> Path:
+        return self.root / "dynamics.png"
+
+    @property
+    def mlflow(self) -> Path:
+        """Which MLflow run this is: {uri, experiment, run_id}; a resumed run goes on with it."""
+        return self.root / "mlflow.json"
+
     def log_step(self, values: Mapping[str, Any]) -> None:
         """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
         _append_row(self.metrics, values)
@@ -130,7 +143,7 @@ class RunDir:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def write(self, path: Path, text: str) -> None:
         """Atomic: a reader sees the whole file or the one before."""

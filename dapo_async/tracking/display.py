@@ -1,0 +1,113 @@
+"""The live display of a run (library rich): the newest step, its groups, who was idle, how long it takes. Made by `progress.open_progress`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import IO, Any, cast
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dapo_async.tracking.progress import Outlet, Progress
+
+REFRESHES_PER_S = 2
+STEPS_FOR_PACE = 10  # the remaining time is told from the median of so many newest steps
+
+
+class LiveProgress(Progress):
+    """Lines go above the display; the last state stays on the terminal."""
+
+    def __init__(self, out: Outlet, *, num_steps: int, max_staleness: int, console: Console | None = None) -> None:
+        super().__init__(out, num_steps=num_steps, max_staleness=max_staleness)
+        self._console = console or Console(file=cast(IO[str], out), force_terminal=True)
+        self._began_s = self._row_s = time.monotonic()
+        self._row: Mapping[str, Any] = {}
+        self._evaluation: Mapping[str, Any] = {}
+        self._paces_s: deque[float] = deque(maxlen=STEPS_FOR_PACE)
+        self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=REFRESHES_PER_S)
+        self._live.start()
+        # rich hides the cursor until it stops; a run that is killed must not leave a terminal without one.
+        self._console.show_cursor(True)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._row, self._row_s = row, time.monotonic()
+        self._paces_s.append(row["step_s"])
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        self._evaluation = row
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> RenderableType:
+        """The display now."""
+        table = Table.grid(padding=(0, 3, 0, 0))
+        table.add_column(style="bold")
+        for name, parts in self._lines():
+            table.add_row(name, *parts)
+        done = self._row.get("version", 0)
+        bar = ProgressBar(total=self._num_steps, completed=done)
+        return Panel(Group(bar, table), title=Text(f"step {done}/{self._num_steps}"), subtitle=Text(self._times()), padding=(0, 1))
+
+    def _lines(self) -> list[tuple[str, list[str]]]:
+        row = self._row
+        staleness = f"{number(row, 'staleness', '.2f')} (max {number(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
+        rewards = f"reward {number(row, 'reward', '.3f')}"
+        learning = ["accuracy " + number(row, "accuracy", ".3f"), rewards, f"entropy {number(row, 'entropy', '.3f')}"]
+        lines = [
+            ("learning", learning),
+            (
+                "responses",
+                [f"length {number(row, 'response_tokens', '.1f')}", f"staleness {staleness}", f"{number(row, 'tokens_per_s', ',.0f')} tok/s"],
+            ),
+            ("idle", [f"learner {number(row, 'idle.learner', '.0%')}", f"rollout {number(row, 'idle.rollout', '.0%')}"]),
+            ("groups", groups(row)),
+        ]
+        if self._evaluation:
+            accuracy, length = number(self._evaluation, "accuracy", ".3f"), number(self._evaluation, "mean_response_tokens", ".1f")
+            lines.append((f"held-out v{self._evaluation['version']}", [f"accuracy {accuracy}", f"length {length}"]))
+        return lines
+
+    def _times(self) -> str:
+        now_s = time.monotonic()
+        elapsed = f"{clock(now_s - self._began_s)} elapsed"
+        if not self._paces_s:
+            return elapsed
+        left_s = (self._num_steps - self._row["version"]) * statistics.median(self._paces_s) - (now_s - self._row_s)
+        return f"{elapsed}, about {clock(max(0.0, left_s))} of training left"
+
+
+def number(row: Mapping[str, Any], name: str, form: str) -> str:
+    """`row[name]` in this form; a dash where a step has no such number."""
+    value = row.get(name)
+    return "–" if value is None else format(value, form)
+
+
+def groups(row: Mapping[str, Any]) -> list[str]:
+    """What became of the groups: accepted of those offered for this step, rejected by reason in this step and since the run began."""
+    if not row:
+        return ["–"]
+    offered = row.get("offered", 0)
+    parts = [f"accepted {row.get('acceptance', 1.0) * offered:.0f} of {offered}"]
+    for name in sorted(row):
+        if name.startswith("groups.rejected.") and row[name]:
+            reason = name.removeprefix("groups.rejected.")
+            parts.append(f"rejected {row.get(f'rejected.{reason}', 0)} {reason} ({row[name]} in all)")
+    return parts
+
+
+def clock(seconds: float) -> str:
+    """`3725.2` as `1:02:05`."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
