@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from dapo_async import config as knobs
 
 EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 def console() -> None:
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(arguments)
         code: int = options.run(options)
         return code
+    except KeyboardInterrupt:  # before the run begins or after it has ended; what comes between is the run's own affair
+        print("dapo-async: SIGINT received", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -82,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dapo_async.runtime.environment import prepare
+    from dapo_async.runtime.address import choose
+    from dapo_async.runtime.environment import prepare, run_root
     from dapo_async.runtime.resume import START, find_resume_point, resumed_config
 
     if options.resume:
@@ -94,12 +100,18 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config = knobs.load(options.config, options.overrides)
         name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        root = Path(config.run_dir) if config.run_dir else Path.cwd() / "runs" / name
-    prepare(config.ray.address)
+        root = run_root(config.run_dir, name=name)
+        config = replace(config, run_dir=str(root))
+    saved, choice = config, choose(config.ray.address)
+    # The run knows where it is; a resumed one decides anew.
+    config = replace(config, ray=replace(config.ray, address=choice.address))
+    prepare(choice.address)
     from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
     check_inputs(config)
     point = find_resume_point(config) if options.resume else START
+    if choice.note:
+        _say(choice.note)
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.train import train
@@ -110,7 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume:
         run_dir.reopen(point.version)
         _say(f"resuming at step {point.version} from {point.checkpoint or 'the base model: there is no checkpoint yet'}")
-    run_dir.write(run_dir.config, knobs.to_yaml(config))
+    run_dir.write(run_dir.config, knobs.to_yaml(saved))
     _say(f"run directory {root}")
     code = train(config, run_dir=run_dir, say=_say, resume=point)
     _print_summary(root)
@@ -141,21 +153,23 @@ def _replay(options: argparse.Namespace) -> int:
     if options.overrides:
         raise ValueError(f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away")
     from dapo_async.checkpoints import STATE, CheckpointFolder
-    from dapo_async.rerun import recorded_steps, rerun
+    from dapo_async.rerun import recorded_steps, rerun, tolerance_for
 
+    config = knobs.load(run_dir.config)
     first = recorded_steps(run_dir.recorded)[0]
     state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner.safetensors" if first else None
     if state is not None and not state.is_file():
         raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
     different = 0
-    comparisons = rerun(knobs.load(run_dir.config), run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
+    comparisons = rerun(config, run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
     for compared in comparisons:
         name, (before, now) = next(iter(compared.differing.items()), ("", (None, None)))
         verdict = f"DIFFERS by up to {compared.largest:.1e}: {name} was {before}, is {now}" if name else "equal"
         norm = compared.values.get("grad_norm", float("nan"))
         _say(f"step {compared.step + 1:>4}  loss {compared.values['loss']:+.6f}  grad norm {norm:.6f}  {verdict}")
         different += bool(name)
-    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, bit for bit")
+    how = f"to {tolerance:g} of each number" if (tolerance := tolerance_for(config)) else "bit for bit"
+    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, {how}")
     return int(bool(different))
 
 

@@ -156,14 +156,14 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    address: str = knob("local", "local: start an own Ray | the address of a running cluster (host:port)")
+    address: str = knob("auto", "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one")
     num_cpus: int | None = knob(None, "CPUs of an own Ray; null: those of this machine, or as many as the actors reserve where that is more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     seed: int = knob(0, "seeds data order, sampling noise and the handshake")
-    run_dir: str = knob("", "where the run writes; empty: runs/NAME-TIME in the current folder", path=True)
+    run_dir: str = knob("", "where the run writes; empty: runs/NAME-TIME; relative: in the folder DAPO_ASYNC_RUNS or else in the current one")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)

@@ -46,6 +46,11 @@ def _equal(before: float | None, now: float | None, tolerance: float) -> bool:
     return before == now or abs(before - now) <= tolerance * max(abs(before), abs(now), 1e-3)
 
 
+def tolerance_for(config: Config) -> float:
+    """The relative difference that still counts as equal: none for a run of one rank."""
+    return 0.0 if config.learner.data_parallel * config.learner.tensor_parallel == 1 else SEVERAL_RANKS
+
+
 def recorded_steps(folder: Path) -> list[int]:
     """Steps with a recorded batch, ascending. Raises ValueError when there is none, or one is missing in between."""
     steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.safetensors"))
@@ -63,7 +68,7 @@ def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any
     activations: torch.dtype = getattr(torch, config.model.dtype)
     rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=activations)
     steps = recorded_steps(recorded)
-    tolerance = 0.0 if config.learner.data_parallel * config.learner.tensor_parallel == 1 else SEVERAL_RANKS
+    tolerance = tolerance_for(config)
     if state is not None:
         rank.load_state(load_file(state))
     rank.version = steps[0]

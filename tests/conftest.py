@@ -1,8 +1,9 @@
-"""One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower."""
+"""One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower. No test joins a Ray that it did not start."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_ADDRESS"] = "local"
 
 import pytest
 import torch

@@ -66,6 +66,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def processes_of(mark: str, *, session: int) -> dict[int, str]:
+    """Command lines of what lives with this MARKER or in this session, by pid: Ray's agents overwrite their environment with their title."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = f"{MARKER}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if state != "Z" and (marked or int(its_session) == session):
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
 class Live:
     """A run that goes on; its output is appended to that of the lives before it."""
 
@@ -108,20 +122,8 @@ class Live:
         return Finished(self.root, code, self.output)
 
     def processes(self) -> dict[int, str]:
-        """Command lines of everything that this run started and that still lives, by pid.
-
-        By the marker that all inherit, or by the session: Ray's agents overwrite their environment with their title.
-        """
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = f"{MARKER}={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-                if state != "Z" and (marked or int(session) == self.driver):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-        return found
+        """Command lines of everything that this run started and that still lives, by pid."""
+        return processes_of(self._mark, session=self.driver)
 
     def seconds_until_nothing_is_left(self, *, timeout_s: float) -> float:
         """Fails with the command lines of what is left after `timeout_s`."""

@@ -21,9 +21,9 @@ def file(tmp_path):
 
 def test_paths_in_a_file_resolve_against_its_folder_and_overrides_against_the_current_one(file, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
-    config = knobs.load(file, ["run_dir=somewhere"])
+    config = knobs.load(file, ["data.heldout=etc/passwd"])
     assert config.model.path == str(tmp_path / "model")
-    assert config.run_dir == "/somewhere"
+    assert config.data.heldout == "/etc/passwd"
     assert config.learner.lr == 1e-4
 
 
@@ -42,6 +42,8 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("algorithm.objective=ppo", "algorithm.objective: Invalid value 'ppo', expected one of"),
         ("replay.group_size=1", "replay.group_size (1) must be at least 2"),
         ("learner.num_minibatches=3", "(16 x 16 = 256) must be a multiple of learner.num_minibatches (3)"),
+        ("learner.data_parallel=17", "learner.data_parallel (17) must be at most replay.groups_per_step (16): each rank trains whole groups"),
+        ("learner.tensor_parallel=0", "learner.tensor_parallel (0) must be at least 1"),
         ("rollout.temperature=0", "rollout.temperature (0.0) must be positive"),
         ("data.train=/nowhere.jsonl", "data.train (/nowhere.jsonl) does not exist"),
         ("rollout.num_slots=4", "rollout.num_slots (4) must be at least replay.group_size (16)"),
@@ -67,7 +69,7 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("seed={", "the value of override 'seed={' is not valid YAML; put it into quotes"),
         ("data.template={problem}", "put a text with : or brackets into quotes, such as data.template='\"...\"'"),
         ("data.template=${price} {problem}", r"data.template: Interpolation key 'price' not found; write \${ for a literal ${"),
-        ("run_dir=~no_such_user/run", "run_dir ('~no_such_user/run') is no usable path"),
+        ("model.path=~no_such_user/base", "model.path ('~no_such_user/base') is no usable path"),
         ("deadlines.take_s=0", "deadlines.take_s (0.0) must be positive"),
         ("data.template=solve", "must contain {problem}"),
     ],

@@ -24,7 +24,7 @@ def folder(tmp_path):
 def refusal(*overrides):
     """The one line of the input check."""
     with pytest.raises(ValueError) as error:
-        check_inputs(knobs.load(QUICKSTART, overrides))
+        check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *overrides]))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -84,6 +84,12 @@ def test_missing_misshapen_and_broken_weights_are_named(folder):
     assert "has no *.safetensors file; pickled weights are never loaded" in refusal(f"model.path={folder}")
 
 
+def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work():
+    line = refusal("learner.tensor_parallel=3")
+    assert line.startswith("learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size ")
+    assert line.endswith("; set it to one of 1, 2")
+
+
 def test_a_broken_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{")
     assert refusal(f"model.path={folder}").startswith(f"the tokenizer of {folder} can't be loaded: ")
@@ -105,7 +111,7 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     line = refusal("learner.num_gpus=1", "rollout.num_gpus=0.5")
     assert line.startswith("the run reserves 1.5 GPUs (replay 0, learner 1, rollout-0 0.5), this machine has 1 CUDA devices; set ")
-    check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=0.5", "rollout.num_gpus=0.5"]))
+    check_inputs(knobs.load(QUICKSTART, ["ray.address=local", "learner.num_gpus=0.5", "rollout.num_gpus=0.5"]))
     check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=4", "ray.address=10.0.0.1:6379"]))
 
 

@@ -104,9 +104,9 @@ def test_overrides_may_stand_before_and_after_an_option(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "the following arguments are required: {train,config}; dapo-async --help tells more"),
+        ((), "the following arguments are required: {train,replay,config}; dapo-async --help tells more"),
         (("trian",), "invalid choice: 'trian' (choose from "),
-        (("train",), "the following arguments are required: config; dapo-async train --help tells more"),
+        (("train",), "which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR"),
         ((*TRAIN, "--dry-rnu", "seed=1"), "unknown option --dry-rnu; dapo-async --help tells more"),
         ((*TRAIN, "--dry-run", "seed"), "override 'seed' is not of the form key=value"),
         ((*TRAIN, "run_dir=/proc/x"), "run_dir /proc/x can't be made: "),
@@ -129,6 +129,14 @@ def test_module_is_the_console_script() -> None:
     ended = subprocess.run(explained, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0
     assert ended.stdout == command("config", "--explain").stdout
+
+
+def test_dry_run_tells_every_learner_rank_and_a_size_that_does_not_split_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "learner.data_parallel=2", "learner.tensor_parallel=2", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert [f"learner-{rank}  " in printed for rank in range(5)] == [True] * 4 + [False]
+    assert "groups of 16 per step, dp 2 x tp 2" in printed
+    assert "learner.tensor_parallel (4) must divide the model's " in refused(capsys, *TRAIN, "learner.tensor_parallel=4", "--dry-run")
 
 
 def test_dry_run_tells_every_actor_and_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from run_support import MARKER, QUICKSTART, RAY_AGENTS, TINY, Finished, Live, check_checkpoint, check_conservation, running
 
 from dapo_async import config as knobs
+from dapo_async.runtime.interrupts import SAME_S, Interrupts
 from dapo_async.runtime.remote import ActorDied, ActorFailed
 from dapo_async.runtime.system import System
 
@@ -95,6 +97,26 @@ def test_sigint_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    # A learner that hangs: the orderly end would wait stop_s for its checkpoint.
+    with running(tmp_path / "run", *TINY, *LONG, "deadlines.stop_s=60") as live:
+        live.wait_for(r"^step +5/")
+        os.kill(live.pid("learner"), signal.SIGSTOP)
+        os.kill(live.driver, signal.SIGINT)
+        live.wait_for("^SIGINT: ending with a checkpoint")
+        assert json.loads((live.root / "summary.json").read_text())["reason"] == "SIGINT received"
+        time.sleep(2 * SAME_S)
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=5.0)
+        live.seconds_until_nothing_is_left(timeout_s=30.0)
+    assert run.exit_code == 130, run.output
+    assert "Traceback" not in run.output, run.output
+    assert run.summary["status"] == "interrupted"
+    assert run.summary["reason"] == "SIGINT received while the run was ending: what its newest checkpoint lacks is lost"
+    check_checkpoint(Path(run.summary["checkpoint"]))
+
+
+@pytest.mark.ray
 def test_sigint_while_ray_starts_ends_it_in_order(tmp_path: Path) -> None:
     with running(tmp_path / "run", *TINY) as live:
         live.wait_for("^run directory")
@@ -168,9 +190,9 @@ class Watched:
 def watched_error(*, worker_dies_after_s: float | None) -> Exception:
     """What ends a run whose learner feels a broken connection at once."""
     system: Any = object.__new__(System)
-    system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remote=Watched("learner"))
+    system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remotes=[Watched("learner")])
     system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
-    system.publisher, system.background = SimpleNamespace(in_flight=None), set()
+    system.publisher, system.background, system.evaluator = SimpleNamespace(in_flight=None), set(), None
 
     async def main() -> None:
         raise ActorFailed("learner failed in broadcast: RuntimeError('Connection closed by peer')")
@@ -188,6 +210,32 @@ def test_death_is_named_even_if_its_consequence_is_heard_first() -> None:
 
 def test_failure_without_a_death_is_told_as_it_is() -> None:
     assert str(watched_error(worker_dies_after_s=None)).startswith("learner failed in broadcast")
+
+
+def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals]]:
+    """What is said and which signals end the process at once when SIGINT comes after each pause."""
+    said: list[str] = []
+    at_once: list[signal.Signals] = []
+
+    async def main() -> None:
+        interrupts = Interrupts(said.append, at_once.append)
+        task = asyncio.create_task(asyncio.Event().wait())
+        interrupts.listen(task)
+        for pause_s in pauses_s:
+            await asyncio.sleep(pause_s)
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait([task], timeout=5.0)
+        await asyncio.sleep(0.01)
+        assert task.cancelled()
+
+    asyncio.run(main())
+    return said, at_once
+
+
+def test_second_signal_ends_at_once_but_not_the_echo_of_the_first() -> None:
+    said, at_once = received(0.0, 0.05)
+    assert (len(said), at_once) == (1, [])
+    assert received(0.0, 2 * SAME_S)[1] == [signal.SIGINT]
 
 
 def test_conservation_check_notices_what_a_death_would_hide() -> None:

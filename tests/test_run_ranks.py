@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_support import TINY, check_conservation, check_time_law, finished, rows_of, running
+from run_support import TINY, Finished, check_conservation, check_time_law, command, finished, rows_of, running
 
+from dapo_async import config as knobs
+from dapo_async.rerun import rerun
+
+REL = 1e-3  # over the run's six steps, in float32
 RANKS = ("learner.num_cpus=0.5", "train.checkpoint_every_steps=2")
 
 
+def check_same_as_one_rank(run: Finished, *, rel: float) -> None:
+    """Law 4 on a run's own batches: one rank alone comes to the loss and gradient norm that the ranks had, step by step."""
+    rows = {row["step"]: row for row in run.metrics}
+    for compared in rerun(knobs.load(run.root / "config.yaml"), run.root / "recorded", rows=rows):
+        for name in ("loss", "grad_norm"):
+            was, alone = rows[compared.step][name], compared.values[name]
+            assert was == pytest.approx(alone, rel=rel, abs=rel), f"{name} of step {compared.step}: {was} on several ranks, {alone} on one"
+
+
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    mesh = ("learner.data_parallel=2", "learner.tensor_parallel=2")
+    return finished(tmp_path_factory.mktemp("ranks") / "run", *TINY, *RANKS, *mesh, "learner.num_minibatches=2", "train.record=true")
+
+
 @pytest.mark.ray
-def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", *TINY, *RANKS, "learner.data_parallel=2", "learner.tensor_parallel=2", "learner.num_minibatches=2")
+def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(two_by_two: Finished) -> None:
+    run = two_by_two
     assert run.exit_code == 0, run.output
     for rank in range(4):
         assert f"learner-{rank} " in run.output
@@ -28,6 +49,35 @@ def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(tmp_pa
     rows = rows_of(run.trace)
     assert {f"learner-{rank}" for rank in range(4)} <= rows.keys()
     check_time_law(rows, end_s=max(row[-1][2] for row in rows.values()))
+
+
+@pytest.mark.ray
+def test_two_by_two_ranks_have_the_losses_and_gradient_norms_of_one(two_by_two: Finished) -> None:
+    check_same_as_one_rank(two_by_two, rel=REL)
+    said = command("replay", str(two_by_two.root))
+    assert (said.returncode, "all 6 steps are equal, to 0.01 of each number" in said.stdout) == (0, True), said.stdout + said.stderr
+
+
+@pytest.mark.ray
+def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(two_by_two: Finished, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(two_by_two.root, tmp_path / "run"))
+    shutil.copyfile(root / "recorded" / "step_000001.safetensors", root / "recorded" / "step_000000.safetensors")
+    with pytest.raises(AssertionError, match=r"of step 0: .* on several ranks, .* on one"):
+        check_same_as_one_rank(replace(two_by_two, root=root), rel=REL)
+
+
+@pytest.mark.ray
+def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
+    with running(
+        tmp_path / "run", *TINY, *RANKS, "learner.data_parallel=2", "train.num_steps=5000", "deadlines.step_s=5", "deadlines.stop_s=5"
+    ) as live:
+        live.wait_for(r"^step +3/")
+        os.kill(live.pid("learner-1"), signal.SIGSTOP)
+        run = live.finish(timeout_s=60.0)
+        live.seconds_until_nothing_is_left(timeout_s=20.0)
+    assert run.exit_code == 1, run.output
+    assert run.summary["reason"].startswith("learner-1 gave no sign of life for 2 s; before, "), run.summary["reason"]
+    check_conservation(run.summary["groups"])
 
 
 @pytest.mark.ray

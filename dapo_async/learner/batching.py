@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -110,6 +110,11 @@ def split_microbatches(rows: Sequence[Row], max_tokens: int, *, device: torch.de
         parts[-1].append(row)
         filled += row.num_tokens
     return [pack(part, device=device) for part in parts if part]
+
+
+def filler(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Microbatch:
+    """The cheapest pass of a rank that has no more microbatches while others do: its shortest row, out of the loss."""
+    return pack([replace(min(rows, key=lambda row: row.num_tokens), in_loss=False)], device=device)
 
 
 def pack(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Microbatch:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dapo_async.model import Axis, Mesh, split_dim
-
-BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 per collective
+from dapo_async.model import Axis, Mesh, buckets, split_dim
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], dp: Axis) -> None:
     """Sums over `dp`, bucket by bucket; a rank without rows in this minibatch gives zeros. The loss is over the global token count already."""
     if dp.size == 1:
         return
-    for bucket in _buckets(list(parameters)):
+    for bucket in buckets(parameters, nn.Parameter.numel):
         flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).reshape(-1) for each in bucket])
         dp.sum(flat)
         for parameter, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
@@ -48,14 +46,3 @@ def sum_numbers(values: Sequence[float], mesh: Mesh, device: torch.device) -> li
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(gradients).square()
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        if bucket and sum(each.numel() for each in bucket) + parameter.numel() > BUCKET_ELEMENTS:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, step_metrics
 from dapo_async.config import Algorithm, Learner
-from dapo_async.learner.batching import Microbatch, rows_of, split_microbatches, split_minibatches
+from dapo_async.learner.batching import Microbatch, Row, filler, rows_of, split_microbatches, split_minibatches
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.optimizer import build_adamw, warmed_up
 from dapo_async.learner.state import full_state, load_state
@@ -61,6 +61,7 @@ class LearnerRank:
             split_microbatches(part, learner.microbatch_tokens, device=self._device)
             for part in split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows)
         ]
+        self._fill_up(minibatches, rows)
         recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
         kept = self._keep_masks(minibatches, recomputed)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
@@ -85,6 +86,12 @@ class LearnerRank:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on exactly where the rank that gave `state` stood; `version` is the caller's to set."""
         load_state(self.decoder, self._optimizer, self._mesh, state)
+
+    def _fill_up(self, minibatches: Sequence[list[Microbatch]], rows: Sequence[Row]) -> None:
+        """Gives each minibatch as many microbatches as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks."""
+        most = self._mesh.dp.max(torch.tensor([len(minibatch) for minibatch in minibatches], device=self._device)).tolist()
+        for minibatch, count in zip(minibatches, most, strict=True):
+            minibatch += [filler(rows, device=self._device) for _ in range(count - len(minibatch))]
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)

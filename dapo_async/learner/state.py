@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dapo_async.model import Decoder, Mesh, split_dim
+from dapo_async.model import Decoder, Mesh, gather_shards, split_dim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,17 +20,16 @@ def full_state(decoder: Decoder, optimizer: torch.optim.Optimizer, mesh: Mesh) -
     """
     if mesh.dp.rank > 0:
         return None
-    state, updates = {}, torch.zeros(())
+    shards: dict[str, Tensor] = {}
+    updates = torch.zeros(())
     for name, parameter in decoder.named_parameters():
         moments = optimizer.state.get(parameter, {})
-        tensors = {"weights": parameter.detach(), **{moment: moments[moment] for moment in MOMENTS if moments}}
         updates = moments["step"].to("cpu", copy=True) if moments else updates
-        dim = split_dim(name)
-        for kind, local in tensors.items():
-            whole = local if dim is None else torch.cat(mesh.tp.gather(local, dim), dim)
-            if mesh.is_first:
-                state[f"{kind}.{name}"] = whole.to("cpu", copy=True).contiguous()
-    return {**state, "updates": updates} if mesh.is_first else None
+        shards |= {f"weights.{name}": parameter.detach(), **{f"{moment}.{name}": moments[moment] for moment in MOMENTS if moments}}
+    state = gather_shards(shards, mesh.tp, device="cpu")
+    # What was on the CPU already, and whole, is still the rank's own.
+    copies = {name: tensor.clone() if tensor.data_ptr() == shards[name].data_ptr() else tensor for name, tensor in state.items()}
+    return {**copies, "updates": updates} if mesh.is_first else None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.hf import check_weights, export_folder, load_decoder, read_weights, save_weights
 from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.parallel import ALONE, Axis, Mesh, build_mesh, join_store, open_store, process_group, split_dim
+from dapo_async.model.parallel import ALONE, Axis, Mesh, buckets, build_mesh, gather_shards, join_store, open_store, process_group, split_dim
 from dapo_async.model.snapshot import Snapshot, checksum, gather_weights, score_tokens, take_snapshot
 
 __all__ = [
@@ -20,10 +20,12 @@ __all__ = [
     "ModelConfig",
     "PackedAttention",
     "Snapshot",
+    "buckets",
     "build_mesh",
     "check_weights",
     "checksum",
     "export_folder",
+    "gather_shards",
     "gather_weights",
     "join_store",
     "load_decoder",

@@ -2,53 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from dapo_async.model.parallel import ALONE, Axis, copy_to, reduce_from
+from dapo_async.model.parallel import ALONE, Axis, copy_to
 
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, *, chunk_tokens: int = 1024, tp: Axis = ALONE, vocab_start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution (detached).
+    """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution; gradients flow through both.
 
-    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. With more than
-    one chunk the logits of a chunk are computed again in the backward pass, so that at most `chunk_tokens × V` of them exist at once.
-    With a `tp` axis `weight` has this rank's rows, from `vocab_start` on; the results are the same on every rank of it.
+    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. At most
+    `chunk_tokens × V` logits exist at once: the backward pass computes them again, chunk by chunk.
+    With a `tp` axis `weight` has this rank's rows, from `vocab_start` on, and the results are the same on every rank of it, for one exchange of four
+    numbers per token in the forward pass and one sum of the hidden states' gradient in the backward pass, however many chunks there are.
     """
-    hidden = copy_to(hidden, tp)
-
-    def chunk(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        part, rows, wanted, divisor = tensors
-        logits = (part.float() @ rows.float().t()) / divisor[:, None]
-        return _dense(logits, wanted) if tp.size == 1 else _split(logits, wanted - vocab_start, tp)
-
-    if len(hidden) <= chunk_tokens:
-        return chunk(hidden, weight, targets, temperature)
-    chunks = zip(*(tensor.split(chunk_tokens) for tensor in (hidden, targets, temperature)), strict=True)
-    parts = [checkpoint(chunk, h, weight, t, temp, use_reentrant=False) for h, t, temp in chunks]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    logprobs, entropies = _TokenLogprobs.apply(copy_to(hidden, tp), weight, targets - vocab_start, temperature, chunk_tokens, tp)
+    return logprobs, entropies
 
 
-def _dense(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_z = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
-    shifted = logits.detach() - log_z.detach()[:, None]
-    return logprobs, -(shifted.exp() * shifted).sum(-1)
+class _TokenLogprobs(torch.autograd.Function):
+    """With logits l, their maximum m, S = Σ exp(l − m) and log Z = m + log S over the whole vocabulary, p = exp(l − log Z):
 
+        logprob = l_target − log Z          ∂/∂l_v = [v = target] − p_v
+        entropy = log S − Σ p·(l − m)       ∂/∂l_v = −p_v (log p_v + entropy)
 
-def _split(logits: Tensor, targets: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
-    """The same from this rank's columns `[n, V / tp]`; `targets` count from its first column. Two collectives: the maxima, then three sums.
-
-    log Z = m + log Σ exp(l − m);  entropy = log Z − Σ exp(l − m)·l / Σ exp(l − m).
+    Of each shard m, S, Σ exp(l − m)·(l − m) and l_target (0 where another shard has it) are enough to know all of it.
     """
-    top = tp.max(logits.detach().amax(-1))
-    powers = (logits - top[:, None]).exp()
-    mine = (targets >= 0) & (targets < logits.shape[-1])
-    chosen = logits.gather(-1, targets.masked_fill(~mine, 0)[:, None]).squeeze(-1) * mine
-    total, chosen, weighted = reduce_from(torch.stack((powers.sum(-1), chosen, (powers * logits).detach().sum(-1))), tp).unbind()
-    log_z = top + total.log()
-    return chosen - log_z, (log_z - weighted / total).detach()
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int, tp: Axis) -> tuple[Tensor, Tensor]:
+        parts = [_statistics(logits, targets[rows]) for rows, logits in _chunks(hidden, weight, temperature, chunk_tokens)]
+        tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(1)  # each [ranks, N]
+        top = tops.amax(0)
+        share = (tops - top).exp()
+        total = (share * sums).sum(0)
+        log_z = top + total.log()
+        entropies = total.log() - (share * (weighted + sums * (tops - top))).sum(0) / total
+        ctx.save_for_backward(hidden, weight, targets, temperature, log_z, entropies)
+        ctx.chunk_tokens = chunk_tokens
+        ctx.set_materialize_grads(False)
+        return chosen.sum(0) - log_z, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, temperature, log_z, entropies = ctx.saved_tensors
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for rows, logits in _chunks(hidden, weight, temperature, ctx.chunk_tokens):
+            log_p = logits - log_z[rows, None]
+            p = log_p.exp()
+            gradient = torch.zeros_like(p)
+            if of_logprobs is not None:
+                gradient -= of_logprobs[rows, None] * p
+                mine, index = _mine(targets[rows], logits)
+                gradient.scatter_add_(1, index, of_logprobs[rows, None].masked_fill(~mine, 0.0))
+            if of_entropies is not None:
+                gradient -= of_entropies[rows, None] * p * (log_p + entropies[rows, None])
+            gradient /= temperature[rows, None]
+            of_hidden[rows] = gradient @ weight.float()
+            of_weight.addmm_(gradient.t(), hidden[rows].float())
+        return of_hidden, of_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which tokens, and their logits / temperature `[n, V]` in float32; without any token one empty chunk."""
+    for start in range(0, max(1, len(hidden)), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        yield rows, (hidden[rows].float() @ weight.float().t()) / temperature[rows, None]
+
+
+def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[4, n]` of this rank's columns: m, Σ exp(l − m), Σ exp(l − m)·(l − m), and the target's logit or 0."""
+    top = logits.amax(-1)
+    mine, index = _mine(targets, logits)
+    chosen = logits.gather(1, index).masked_fill(~mine, 0.0).squeeze(1)
+    shifted = logits - top[:, None]
+    powers = shifted.exp()
+    return torch.stack((top, powers.sum(-1), (powers * shifted).sum(-1), chosen))
+
+
+def _mine(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[n, 1]` each: whether this rank has the target's column, and which one (0 where it has not)."""
+    mine = ((targets >= 0) & (targets < logits.shape[-1]))[:, None]
+    return mine, targets[:, None].masked_fill(~mine, 0)

@@ -10,15 +10,17 @@ gloo on CPU; NCCL on GPU (written, not yet run on one).
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
+T = TypeVar("T")
+BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32
 # Dimension along which a parameter is split, by the last module in its name; all others are whole on every rank.
 SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "embed_tokens": 0, "lm_head": 0, "o_proj": 1, "down_proj": 1}
 
@@ -50,18 +52,31 @@ class Axis:
             self.group.allreduce([tensor], options).wait()
         return tensor
 
-    def gather(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
-        """Every rank's tensor, in the order of ranks; they may differ in length along `dim`."""
+    def stack(self, tensor: Tensor) -> Tensor:
+        """`[size, …]`: every rank's tensor, all of one shape."""
+        if self.size == 1:
+            return tensor[None]
+        parts = tensor.new_empty((self.size, *tensor.shape))
+        self.group.allgather([[*parts.unbind()]], [tensor.contiguous()]).wait()
+        return parts
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in the order of ranks; they may differ in length."""
         if self.size == 1:
             return [tensor]
-        lengths = torch.zeros(self.size, dtype=torch.long, device=tensor.device)
-        lengths[self.rank] = tensor.shape[dim]
-        counts = self.sum(lengths).tolist()
-        moved = tensor.movedim(dim, 0)
-        padded = pad(moved, (0, 0) * (moved.ndim - 1) + (0, max(counts) - len(moved))).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self.group.allgather([parts], [padded]).wait()
-        return [part[:count].movedim(0, dim) for part, count in zip(parts, counts, strict=True)]
+        lengths = self.stack(torch.tensor(len(tensor), device=tensor.device)).tolist()
+        padded = torch.cat((tensor, tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:]))))
+        return [part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)]
+
+    def collect(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """On the first rank every rank's `tensor [lengths[rank]]`, in the order of ranks; on the others, who only send, nothing."""
+        if self.rank > 0:
+            self.group.send([tensor], 0, 0).wait()
+            return []
+        parts = [tensor.new_empty(length) for length in lengths[1:]]
+        for rank, part in enumerate(parts, start=1):
+            self.group.recv([part], rank, 0).wait()
+        return [tensor, *parts]
 
     def share(self, length: int) -> slice:
         """This rank's part of `length` neighbours; the first ranks have one more where it does not divide."""
@@ -125,6 +140,42 @@ def build_mesh(store: dist.Store, *, rank: int, dp: int, tp: int, host: str, dev
         return Axis(rank, size, process_group(dist.PrefixStore(name, store), rank=rank, size=size, host=host, device=device, timeout_s=timeout_s))
 
     return Mesh(dp=axis(f"dp of tp {tp_rank}", dp_rank, dp), tp=axis(f"tp of dp {dp_rank}", tp_rank, tp))
+
+
+def gather_shards(shards: Mapping[str, Tensor], tp: Axis, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """The whole tensors of every rank's `shards` (of one dtype), in their order, on the first rank of `tp`; the others call it too and get none.
+
+    Small ones travel together. On `device`, where they go one by one; None: where the shards are. What did not have to move is no copy.
+    """
+    split = [name for name in shards if split_dim(name) is not None]
+    if tp.size == 1:
+        return {name: tensor.to(device) for name, tensor in shards.items()}
+    counts = torch.tensor([shards[name].numel() for name in split], device=shards[split[0]].device)
+    sizes = [dict(zip(split, each.tolist(), strict=True)) for each in tp.stack(counts)]  # of each rank: the last ones may have less
+    whole = {}
+    for bucket in buckets(split, sizes[0].__getitem__):
+        flat = torch.cat([shards[name].reshape(-1) for name in bucket])
+        parts = tp.collect(flat, [sum(each[name] for name in bucket) for each in sizes])
+        cut = [part.split([each[name] for name in bucket]) for part, each in zip(parts, sizes, strict=False)]
+        for index, name in enumerate(bucket if tp.rank == 0 else ()):
+            dim, shape = split_dim(name), shards[name].shape
+            assert dim is not None
+            whole[name] = torch.cat([pieces[index].view(*shape[:dim], -1, *shape[dim + 1 :]) for pieces in cut], dim).to(device)
+    return {name: whole[name] if name in whole else tensor.to(device) for name, tensor in shards.items()} if tp.rank == 0 else {}
+
+
+def buckets(items: Iterable[T], num_elements: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of neighbours with at most `BUCKET_ELEMENTS` elements together, for one collective each; a larger item is alone."""
+    bucket: list[T] = []
+    filled = 0
+    for item in items:
+        if bucket and filled + num_elements(item) > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled += num_elements(item)
+    if bucket:
+        yield bucket
 
 
 class _CopyTo(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dapo_async.model.attention import PackedAttention
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.parallel import split_dim
+from dapo_async.model.parallel import gather_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,8 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
 @torch.no_grad()
 def gather_weights(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Copies of all weights in `dtype`, whole: every rank of the decoder's tensor-parallel axis has to call it, only the first keeps them."""
-    weights = {}
-    for name, parameter in decoder.named_parameters():
-        dim, local = split_dim(name), parameter.detach().to(dtype, copy=True)
-        whole = local if dim is None else torch.cat(decoder.tp.gather(local, dim), dim)
-        if decoder.tp.rank == 0:
-            weights[name] = whole.contiguous()
-    return weights
+    copies = {name: parameter.detach().to(dtype, copy=True) for name, parameter in decoder.named_parameters()}
+    return gather_shards(copies, decoder.tp)
 
 
 @torch.no_grad()

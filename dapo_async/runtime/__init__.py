@@ -1,6 +1,7 @@
 """The only room that imports Ray (L4): thin actors, the cluster, the life of a run, THE loop.
 
-environment     what Ray reads when it is imported
+address         which Ray: an own one or a running cluster
+environment     what Ray reads when it is imported; where a run writes
 reaper          ends an own Ray whose driver was killed
 checkpointer    learner, replay room and driver at one instant, saved beside the steps
 resume          where a run goes on
@@ -15,6 +16,7 @@ learner_actor   one learner rank and the sender's side of a publish
 remote          calls with a deadline that names who waits for whom
 system          all actors of one run, and what watches over them
 loop            THE loop
+interrupts      SIGINT and SIGTERM, once and twice
 tracker         metrics of each step from every side
 ending, summary how a run ended, and what it came to
 train           the life of a run: start, evaluate, loop, end, summary

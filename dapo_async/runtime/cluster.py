@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.learner_port import rank_names
+from dapo_async.runtime.reports import ProcessInfo
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
+SPREAD = "SPREAD"  # Ray's name for: rollout workers in turn on all nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +59,69 @@ def has_evaluator(config: Config) -> bool:
     return config.evaluation.during_training and config.evaluation.engine != "lease"
 
 
-def connect(config: Config) -> None:
-    """Starts an own Ray or joins the one at `ray.address`. Raises ValueError when it cannot be joined or is too small."""
+def connect(config: Config) -> str:
+    """Starts an own Ray or joins the one at `ray.address`, which is LOCAL or HOST:PORT by now (`address.choose`); returns the line that says which.
+
+    Raises ValueError when it can't be joined or is too small.
+    """
     actors = list(planned_actors(config))
-    needed = sum(actor.num_cpus for actor in actors)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == LOCAL:
-        cpus = config.ray.num_cpus or max(os.cpu_count() or 1, int(needed + 0.999))
-        gpus = int(sum(actor.num_gpus for actor in actors) + 0.999)
-        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        cpus = config.ray.num_cpus or max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
+        gpus = ceil(sum(actor.num_gpus for actor in actors))
+        # Its address is said: else Ray would look for a cluster beside it, and refuse num_cpus for that.
+        ray.init(address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
     else:
         try:
             ray.init(address=config.ray.address, **quiet)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, RayError) as error:
             first = str(error).strip().split("\n")[0]
             raise ValueError(
                 f"ray.address ({config.ray.address}) can't be joined: {first}; start a cluster there, or set ray.address=local"
             ) from error
-    resources = ray.cluster_resources()
+    nodes = [node["Resources"] for node in _nodes()]
     for kind, knob in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        shares = {actor.name: getattr(actor, knob) for actor in actors}
-        wanted, there = sum(shares.values()), resources.get(kind, 0.0)
-        if there < wanted:
-            listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-            raise ValueError(
-                f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; lower rollout.num_workers or {knob}, or add nodes"
-            )
+        _check_resources({actor.name: getattr(actor, knob) for actor in actors}, [node.get(kind, 0.0) for node in nodes], kind=kind, knob=knob)
+    if config.ray.address == LOCAL:
+        return "started an own Ray"
+    free, there = ray.available_resources(), ray.cluster_resources()
+    resources = ", ".join(f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)" for kind in ("CPU", "GPU"))
+    return f"joined the Ray cluster at {config.ray.address}: {len(nodes)} node{'s'[: len(nodes) > 1]}, {resources}"
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes that live, the driver's first."""
+    own = ray.get_runtime_context().get_node_id()
+    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: bool(node["NodeID"] != own))
+
+
+def _check_resources(shares: Mapping[str, float], nodes: Sequence[float], *, kind: str, knob: str) -> None:
+    """All `shares` fit the sum of `nodes`, and each of them fits one node: else Ray would wait for a larger one without end."""
+    wanted, there, largest = sum(shares.values()), sum(nodes), max(nodes)
+    listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    if there < wanted:
+        raise ValueError(
+            f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; lower rollout.num_workers or {knob}, or add nodes"
+        )
+    if largest < max(shares.values()):
+        raise ValueError(
+            f"one actor needs all its {kind}s on one node ({listed}), the largest node has {largest:g}; lower {knob}, or add a larger node"
+        )
+
+
+def home(*, num_cpus: float, num_gpus: float) -> str:
+    """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits its ranks."""
+    nodes = _nodes()
+    fitting = [node for node in nodes if node["Resources"].get("CPU", 0.0) >= num_cpus and node["Resources"].get("GPU", 0.0) >= num_gpus]
+    return str((fitting or nodes)[0]["NodeID"])
+
+
+def near(node_id: str, *, reserves: bool) -> NodeAffinitySchedulingStrategy:
+    """On that node. What reserves something goes to another one while this is busy: waiting for it could take for ever.
+
+    For what reserves nothing there is always room, and Ray takes a mere wish of it (soft) for none.
+    """
+    return NodeAffinitySchedulingStrategy(node_id, soft=reserves, _spill_on_unavailable=reserves)
 
 
 def disconnect() -> None:
@@ -98,3 +140,8 @@ def disconnect() -> None:
 def own_host(config: Config) -> str:
     """The interface that the calling actor binds its servers to: loopback for an own Ray, else its node's address in the cluster."""
     return LOOPBACK if config.ray.address == LOCAL else str(ray.util.get_node_ip_address())
+
+
+def process_info(name: str, detail: str) -> ProcessInfo:
+    """Of the calling actor."""
+    return ProcessInfo(name, os.getpid(), ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), detail)

@@ -1,11 +1,14 @@
-"""What Ray reads from the environment when it is imported, so it is set before: the one module of this room that may not import Ray."""
+"""What the environment of this process says and has to say before Ray is imported: the one module of this room that may not import Ray."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 LOCAL = "local"  # ray.address of an own Ray
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a job
+RUNS = "DAPO_ASYNC_RUNS"
 
 
 def prepare(address: str) -> None:
@@ -17,3 +20,31 @@ def prepare(address: str) -> None:
     if address == LOCAL:
         # Ray listens on every interface, whatever address it is given: only who has this token, made for this run alone, gets in.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # Of the cluster whose job this may be: an own Ray knows neither its address nor its copy of the working directory.
+        for name in ("RAY_ADDRESS", JOB):
+            os.environ.pop(name, None)
+
+
+def run_root(run_dir: str, *, name: str) -> Path:
+    """Where a run writes: `run_dir`, or `name` when that is empty. A relative one lies in the folder DAPO_ASYNC_RUNS, else in the current one.
+
+    Raises ValueError where the current one is Ray's copy of a job's working directory, which goes with the job.
+    """
+    try:
+        given = Path(run_dir).expanduser()
+        return (given if given.is_absolute() else _runs(run_dir) / (given if run_dir else name)).resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"run_dir ({run_dir!r}) is no usable path: {error}; give another path") from error
+
+
+def _runs(run_dir: str) -> Path:
+    if runs := os.environ.get(RUNS):
+        if not os.path.isabs(runs):
+            raise ValueError(f"{RUNS} ({runs}) must be an absolute path; set it to the folder of all runs")
+        return Path(runs)
+    if JOB in os.environ:
+        raise ValueError(
+            f"run_dir ({run_dir or 'empty'}) must be an absolute path in a Ray job, for Ray deletes its copy of the working directory; set run_dir, "
+            f"or {RUNS} to the folder of all runs"
+        )
+    return Path.cwd() if run_dir else Path.cwd() / "runs"

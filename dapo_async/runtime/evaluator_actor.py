@@ -6,12 +6,12 @@ import asyncio
 import os
 from pathlib import Path
 
-import ray
 import torch
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.engine_host import EngineHost
 from dapo_async.runtime.reports import EvaluatorReport, ProcessInfo
 from dapo_async.weights import Announcement, Attestation
@@ -39,7 +39,7 @@ class EvaluatorActor:
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
-        return ProcessInfo(NAME, os.getpid(), ray.util.get_node_ip_address(), f"torch engine, {self._config.evaluation.engine}")
+        return process_info(NAME, f"torch engine, {self._config.evaluation.engine}")
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ray
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -29,7 +27,7 @@ from dapo_async.model import (
     open_store,
     take_snapshot,
 )
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
@@ -69,7 +67,7 @@ class LearnerActor:
         await asyncio.to_thread(self._load, mesh_address)
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
         self._clock.enter("wait")
-        return ProcessInfo(self.name, os.getpid(), ray.util.get_node_ip_address(), f"{parameters / 1e6:.2f} M parameters on {self._device}")
+        return process_info(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
 
     def _load(self, mesh_address: tuple[str, int] | None) -> None:
         config, mesh = self._config, Mesh()
@@ -96,6 +94,9 @@ class LearnerActor:
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""
         await asyncio.Event().wait()
+
+    async def ping(self) -> None:
+        """Answers at once: the process lives and its event loop runs."""
 
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
         """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""

@@ -10,10 +10,12 @@ from typing import Any
 
 from dapo_async.config import Config
 from dapo_async.learner.batching import share_groups
-from dapo_async.runtime.remote import Remote
+from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.reports import ProcessInfo
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement
+
+PING_S = 2.0  # an actor answers while its rank computes: one that does not answer for so long hangs
 
 
 class Learner:
@@ -31,17 +33,14 @@ class Learner:
         """Brings the ranks together and waits until each has its shard of the model."""
         deadline_s = self._deadlines.start_s
         address = await self.first.call("open_mesh", deadline_s=deadline_s) if len(self.remotes) > 1 else None
-        return await self._all("ready", address, deadline_s=deadline_s)
+        return await self._all("ready", [(address,)] * len(self.remotes), deadline_s=deadline_s)
 
     async def step(self, batch: TrainBatch) -> StepMetrics:
         """One step of all ranks; each data-parallel rank fetches only its share of the groups."""
         shares = share_groups(batch.num_tokens, self._dp)
         parts = [replace(batch, references=tuple(batch.references[position] for position in share)) for share in shares]
-        calls = [
-            remote.call("step", parts[rank // self._tp], shares[rank // self._tp], deadline_s=self._deadlines.step_s)
-            for rank, remote in enumerate(self.remotes)
-        ]
-        metrics: list[StepMetrics] = await asyncio.gather(*calls)
+        arguments = [(parts[rank // self._tp], shares[rank // self._tp]) for rank in range(len(self.remotes))]
+        metrics: list[StepMetrics] = await self._all("step", arguments, deadline_s=self._deadlines.step_s)
         # The ranks of one tensor-parallel axis saw the same groups: the first of each speaks for them.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
@@ -69,8 +68,26 @@ class Learner:
     async def save(self, folder: Path) -> None:
         await self.first.call("save", folder, deadline_s=self._deadlines.save_s)
 
-    async def _all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        return await asyncio.gather(*(remote.call(method, *args, deadline_s=deadline_s) for remote in self.remotes))
+    async def _all(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, deadline_s: float) -> list[Any]:
+        """`method` on every rank at once, each with its `arguments`: the ranks wait for each other, so none may be asked after another."""
+        each = arguments or [()] * len(self.remotes)
+        calls = (remote.call(method, *own, deadline_s=deadline_s) for remote, own in zip(self.remotes, each, strict=True))
+        try:
+            return await asyncio.gather(*calls)
+        except (TimeoutError, ActorFailed) as error:
+            if len(self.remotes) > 1:
+                await self._name_the_cause(error)
+            raise
+
+    async def _name_the_cause(self, error: Exception) -> None:
+        """Raises ActorDied or TimeoutError for the rank that died or hangs: through it all others fail or are late, and any may be heard first."""
+        pings = (remote.call("ping", deadline_s=PING_S) for remote in self.remotes)
+        answers = dict(zip(self.remotes, await asyncio.gather(*pings, return_exceptions=True), strict=True))
+        for answer in answers.values():
+            if isinstance(answer, ActorDied):
+                raise answer from error
+        if silent := [remote.name for remote, answer in answers.items() if isinstance(answer, TimeoutError)]:
+            raise TimeoutError(f"{' and '.join(silent)} gave no sign of life for {PING_S:g} s; before, {error}") from error
 
 
 def rank_names(config: Config) -> list[str]:

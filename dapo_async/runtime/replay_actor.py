@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_tokenizer
 from dapo_async.group_files import read_groups, write_groups
 from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, freeze, has_tokens
+from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
@@ -67,7 +67,7 @@ class ReplayActor:
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
-        return ProcessInfo("replay", os.getpid(), ray.util.get_node_ip_address(), self._prompts.summary)
+        return process_info("replay", self._prompts.summary)
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""

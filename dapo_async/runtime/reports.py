@@ -16,7 +16,8 @@ class ProcessInfo:
 
     name: str
     pid: int
-    node: str
+    node: str  # IP address
+    node_id: str  # Ray's
     detail: str = ""
 
 

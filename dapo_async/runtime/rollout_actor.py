@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
@@ -19,7 +17,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.engine_host import EngineHost
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.types import Admission, Completion, Group
@@ -79,7 +77,7 @@ class RolloutActor:
         self._staged: dict[str, Tensor] = {}  # the newest weights that came while this engine was leased
 
     async def ready(self) -> ProcessInfo:
-        return ProcessInfo(self.name, os.getpid(), ray.util.get_node_ip_address(), f"torch engine, {self._config.rollout.num_slots} slots")
+        return process_info(self.name, f"torch engine, {self._config.rollout.num_slots} slots")
 
     async def run(self) -> None:
         """Rolls groups for as long as the run lasts; the driver watches it."""

@@ -12,7 +12,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
-from dapo_async.runtime.cluster import has_evaluator
+from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.evaluator_port import start_evaluator
 from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.learner_port import Learner, rank_names
@@ -108,20 +108,24 @@ class System:
         self._config = config
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
-        replay = ray.remote(ReplayActor).options(num_cpus=0).remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
-        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus)
+        names = rank_names(config)
+        node = home(num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * learner.num_gpus)
+        room = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
+        replay = room.remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
+        near_replay = near(node, reserves=True)
+        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay)
         self.replay = Replay(Remote("replay", replay), config)
         ranks = [
             Remote(name, rank.remote(config, number=number, name=name, incarnation=incarnation, weights=run_dir.weights, resume=resume))
-            for number, name in enumerate(rank_names(config))
+            for number, name in enumerate(names)
         ]
         self.learner = Learner(ranks, config)
-        worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus)
+        worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD)
         self.workers = [
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
             for number in range(rollout.num_workers)
         ]
-        self.evaluator = start_evaluator(config, incarnation=incarnation) if has_evaluator(config) else None
+        self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if has_evaluator(config) else None
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for
         self.publisher = Publisher(
             self.learner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import signal
 import time
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -25,6 +26,7 @@ from dapo_async.runtime.cluster import connect, disconnect
 from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
 from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.runtime.interrupts import Interrupts
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.reaper import Reaper
 from dapo_async.runtime.remote import ActorDied
@@ -58,28 +60,32 @@ class Run:
     checkpointer: Checkpointer | None = None
     held_out: Evaluations | None = None
     out_of_time: bool = False
-    interrupted_by: signal.Signals | None = None
+    interrupts: Interrupts = field(init=False)
     # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
     # waited for without end when Ray's start hangs.
     ray_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ray"))
-    connecting: asyncio.Future[None] | None = None
+    connecting: asyncio.Future[str] | None = None
     reaper: Reaper | None = None  # of an own Ray
+
+    def __post_init__(self) -> None:
+        self.interrupts = Interrupts(self.say, self._end_at_once)
 
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
         self.began_s = self.clock.now_s()
         self.train_data = await asyncio.to_thread(fingerprint, Path(self.config.data.train))
         task = asyncio.create_task(self._work())
-        self._listen(task)
+        self.interrupts.listen(task)
         wall = asyncio.create_task(self._watch_wall(task))
         try:
             await task
         except asyncio.CancelledError:
-            number = self.interrupted_by or signal.SIGINT
+            number = self.interrupts.first or signal.SIGINT
             self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
             if self.out_of_time:
                 limit = f"train.max_wall_s ({self.config.train.max_wall_s:g}) would have passed within the next step"
                 self.ending = Ending(Status.OUT_OF_TIME, f"{limit}; go on with dapo-async train --resume {self.run_dir.root}")
+            self._write_summary()  # for whoever interrupts may kill before the end: `ray job stop` leaves three seconds
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
             self.lost = error.actor if isinstance(error, ActorDied) else None
@@ -92,20 +98,26 @@ class Run:
             await self._end()
         finally:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
-            self.run_dir.write_summary(summarise_run(self, self.clock.now_s() - self.began_s))
+            self._write_summary()
         await self._disconnect()
         await asyncio.to_thread(draw_dynamics, self.run_dir.metrics, self.run_dir.root / "dynamics.png")
         return self.ending.exit_code
 
-    def _listen(self, task: asyncio.Task[None]) -> None:
-        """SIGINT and SIGTERM end `task`, and with it the run, in order."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._interrupt, task, number)
+    def _end_at_once(self, number: signal.Signals) -> NoReturn:
+        """Ends the process. What remains of an own Ray is the reaper's; a cluster ends its actors with the driver that they belong to."""
+        self.ending = Ending(
+            Status.INTERRUPTED, f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost", 128 + number
+        )
+        try:
+            if self.reaper is not None:
+                self.reaper.watch()
+            self._write_summary()
+            self.say(f"{number.name} again: ended at once; go on with  dapo-async train --resume {self.run_dir.root}")
+        finally:
+            os._exit(self.ending.exit_code)
 
-    def _interrupt(self, task: asyncio.Task[None], number: signal.Signals) -> None:
-        self.interrupted_by = number
-        self.say(f"{number.name}: ending with a checkpoint")
-        task.cancel()
+    def _write_summary(self) -> None:
+        self.run_dir.write_summary(summarise_run(self, self.clock.now_s() - self.began_s))
 
     async def _watch_wall(self, task: asyncio.Task[None]) -> None:
         """Ends `task` so early that one more step and an orderly end still fit into `train.max_wall_s`."""
@@ -130,7 +142,7 @@ class Run:
             # Once more: Ray's own handler, which prints a stack trace, has come before ours.
             task = asyncio.current_task()
             assert task is not None
-            self._listen(task)
+            self.interrupts.listen(task)
             self.system = System(self.config, self.run_dir, incarnation=self.incarnation, resume=self.resume.state)
             self.tracker = Tracker(
                 self.system,
@@ -147,7 +159,8 @@ class Run:
             )
             self.held_out = Evaluations(self.config, system=self.system, run_dir=self.run_dir, say=self.say)
             for info in await self.system.start():
-                self.say(f"{info.name:<10} pid {info.pid} on {info.node}  {info.detail}")
+                node = info.node if self.config.ray.address == LOCAL else f"{info.node} (node {info.node_id})"
+                self.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
         await self.system.watched(self._train(self.system, self.tracker))
 
     async def _connect(self) -> None:
@@ -156,7 +169,7 @@ class Run:
         try:
             async with asyncio.timeout(self.config.deadlines.start_s):
                 self.connecting = asyncio.get_running_loop().run_in_executor(self.ray_thread, connect, self.config)
-                await asyncio.shield(self.connecting)
+                self.say(await asyncio.shield(self.connecting))
             if self.reaper is not None:
                 self.reaper.watch()
         except ValueError as error:

@@ -1,0 +1,250 @@
+"""The same command on a running cluster: two Ray nodes on this machine, as a Ray job and as a driver that joins; its end, orderly or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from run_support import MARKER, TINY, check_checkpoint, check_conservation, finished, processes_of, read_rows, running
+
+from dapo_async.runtime.environment import RUNS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RAY = str(Path(sys.executable).with_name("ray"))
+NODES = ("127.0.0.2", "127.0.0.3")  # each node has an interface of its own, as on two machines
+TRAIN = ("dapo-async", "train", "configs/quickstart.yaml", *TINY, "rollout.num_workers=2")
+
+
+def free_port(host: str) -> str:
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return str(free.getsockname()[1])
+
+
+def wait_until(done: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := done()):
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.05)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Two nodes of two CPUs each, started by `ray start`; `environment` is what every command needs."""
+
+    folder: Path
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def start_node(self, *arguments: str, ip: str) -> subprocess.Popen[bytes]:
+        node = ("--node-ip-address", ip, "--num-cpus", "2", "--memory", str(2 * 10**9), "--object-store-memory", str(10**8), "--disable-usage-stats")
+        with (self.folder / f"{ip}.log").open("w") as log:
+            return subprocess.Popen(
+                [RAY, "start", "--block", *node, *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def job(self, command: str, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+        """`ray job COMMAND` in the repository."""
+        line = [RAY, "job", command, "--address", self.dashboard, *arguments]
+        return subprocess.run(
+            line, env=self.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+        )
+
+    def submit(self, name: str, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Runs `command` as the job `name` in Ray's copy of the repository."""
+        return self.job("submit", "--submission-id", name, "--working-dir", ".", *options, "--", *command)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs, as the cluster's nodes know it."""
+        return Path(self.environment[RUNS])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="dapo-", dir="/tmp"))  # short: a Unix socket's path has at most 107 characters
+    mark, (head, other) = uuid.uuid4().hex, NODES
+    port, dashboard = free_port(head), free_port("127.0.0.1")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", MARKER: mark, "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0", RUNS: str(folder / "runs"),
+    }  # fmt: skip
+    started = Cluster(folder, f"{head}:{port}", f"http://127.0.0.1:{dashboard}", environment)
+    ports = ("--port", port, "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--ray-client-server-port", free_port(head))
+    nodes = [started.start_node("--head", *ports, "--temp-dir", str(folder / "ray"), ip=head)]
+    try:
+        wait_until(lambda: "Ray runtime started" in (folder / f"{head}.log").read_text(), timeout_s=60.0, what="the head node")
+        nodes.append(started.start_node("--address", started.address, ip=other))
+        wait_until(lambda: "Ray runtime started" in (folder / f"{other}.log").read_text(), timeout_s=60.0, what="the second node")
+        # The dashboard takes jobs a moment after the nodes are up.
+        wait_until(lambda: started.job("list").returncode == 0, timeout_s=60.0, what="the job server")
+        yield started
+    finally:
+        for node in reversed(nodes):
+            node.terminate()  # it ends its own processes, in order
+        for node in nodes:
+            node.wait(30.0)
+            for pid in processes_of(mark, session=node.pid):
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(pid).kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def joined(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Commands of the test are given what a user of the cluster exports."""
+    for name in ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.delenv("RAY_ADDRESS")
+    return cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    pid: int
+    ip: str
+    node_id: str
+
+
+def actors_of(output: str) -> dict[str, Actor]:
+    """What a run on a cluster prints of its actors."""
+    lines = re.findall(r"^(replay|learner|rollout-\d+) +pid (\d+) on (\S+) \(node ([0-9a-f]{56})\)", output, re.MULTILINE)
+    return {name: Actor(int(pid), ip, node_id) for name, pid, ip, node_id in lines}
+
+
+def assert_gone(actors: dict[str, Actor], *, within_s: float) -> None:
+    wait_until(lambda: not any(psutil.pid_exists(actor.pid) for actor in actors.values()), timeout_s=within_s, what=f"the end of {actors}")
+
+
+def listens_on(actor: Actor) -> set[str]:
+    """The interfaces on which the actor's own servers listen; Ray's listens on all of them."""
+    listening = [each for each in psutil.Process(actor.pid).net_connections("tcp4") if each.status == psutil.CONN_LISTEN]
+    return {each.laddr.ip for each in listening} - {"0.0.0.0"}
+
+
+def check_placement(actors: dict[str, Actor]) -> None:
+    """Rollout workers in turn on all nodes; learner and replay room on one."""
+    assert set(actors) == {"replay", "learner", "rollout-0", "rollout-1"}
+    assert actors["rollout-0"].node_id != actors["rollout-1"].node_id
+    assert {actors[name].ip for name in ("rollout-0", "rollout-1")} == set(NODES)
+    assert actors["learner"].node_id == actors["replay"].node_id
+
+
+@pytest.mark.ray
+def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(cluster: Cluster) -> None:
+    ended = cluster.submit("trains", *TRAIN)
+    output = ended.stdout
+    assert ended.returncode == 0, output
+    assert f"joined the Ray cluster at {cluster.address}: 2 nodes, 4 CPUs (" in output
+    check_placement(actors_of(output))
+    match = re.search(r"^run directory (\S+)$", output, re.MULTILINE)
+    assert match is not None, output
+    root = Path(match[1])
+    assert root.parent == cluster.runs
+    summary = json.loads((root / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["groups"]["trained"]) == ("done", 6, 24)
+    check_conservation(summary["groups"])
+    assert Path(summary["checkpoint"]) == root / "checkpoints" / "step_000006"
+    check_checkpoint(Path(summary["checkpoint"]))
+    # What travels with every job: the sources, and nothing that .gitignore names.
+    (copy,) = (cluster.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*[0-9a-f]")
+    assert (copy / "dapo_async" / "cli.py").is_file()
+    assert not [path.name for path in copy.iterdir() if path.name in ("runs", "build", ".git") or path.name.startswith((".venv", ".mypy", ".pytest"))]
+    assert sum(path.stat().st_size for path in copy.rglob("*")) < 20 * 2**20
+
+
+@pytest.mark.ray
+def test_job_without_a_place_for_its_files_is_refused_in_one_line(cluster: Cluster) -> None:
+    without = ("--runtime-env-json", json.dumps({"env_vars": {RUNS: ""}}))
+    ended = cluster.submit("nowhere", *TRAIN, "run_dir=here", options=without)
+    assert ended.returncode == 1, ended.stdout
+    assert "failed with exit code 2" in ended.stdout
+    assert "\ndapo-async: run_dir (here) must be an absolute path in a Ray job, " in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
+@pytest.mark.ray
+def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Cluster) -> None:
+    submitted = cluster.submit("stops", *TRAIN, "train.num_steps=5000", "run_dir=stopped", options=["--no-wait"])
+    assert submitted.returncode == 0, submitted.stdout
+    root = cluster.runs / "stopped"
+    metrics = root / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, timeout_s=90.0, what="the third step")
+    actors = actors_of(cluster.job("logs", "stops").stdout)
+    check_placement(actors)
+    # The weight group: the learner's rendezvous and everybody's end of it, each on its own node's interface.
+    for name in ("learner", "rollout-0", "rollout-1"):
+        assert listens_on(actors[name]) == {actors[name].ip}, name
+    (driver,) = [each for each in psutil.process_iter(["cmdline"]) if "run_dir=stopped" in each.info["cmdline"] and "sh" not in each.name()]
+    stop = subprocess.Popen([RAY, "job", "stop", "--address", cluster.dashboard, "stops"], env=cluster.environment, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (root / "summary.json").exists(), timeout_s=30.0, what="the first summary")
+    began_s = time.monotonic()
+    wait_until(lambda: not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE, timeout_s=30.0, what="the driver's end")
+    print(f"the driver of a stopped job ended {time.monotonic() - began_s:.1f} s after SIGTERM")
+    assert stop.wait(30.0) == 0
+    assert_gone(actors, within_s=30.0)
+    summary = json.loads((root / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("interrupted", "SIGTERM received")
+    assert summary["steps"] == len(read_rows(metrics)) >= 3
+    check_conservation(summary["groups"])
+    assert Path(summary["checkpoint"]) == root / "checkpoints" / f"step_{summary['steps']:06d}"
+    check_checkpoint(Path(summary["checkpoint"]))
+
+
+@pytest.mark.ray
+def test_killed_driver_takes_its_actors_along(joined: Cluster, tmp_path: Path) -> None:
+    # By the address file alone, as whoever works on the head node.
+    with running(tmp_path / "run", *TINY, "train.num_steps=5000") as live:
+        live.wait_for(rf"^joined the Ray cluster at {re.escape(joined.address)}: ")
+        live.wait_for(r"^step +3/")
+        actors = actors_of(live.output)
+        assert set(actors) == {"replay", "learner", "rollout-0"}
+        assert all(psutil.pid_exists(actor.pid) for actor in actors.values())
+        os.kill(live.driver, signal.SIGKILL)
+        assert_gone(actors, within_s=30.0)
+
+
+@pytest.mark.ray
+def test_own_ray_starts_beside_a_running_cluster(joined: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", joined.address)
+    run = finished(tmp_path / "run", *TINY, "train.num_steps=1", "evaluation.num_prompts=0", "ray.address=local", "ray.num_cpus=3")
+    assert (run.exit_code, run.summary["status"]) == (0, "done"), run.output
+    assert "\nstarted an own Ray\n" in run.output
+    assert actors_of(run.output) == {}  # these lines name no node of the cluster
+
+
+def placed(*node_ids: Sequence[str]) -> dict[str, Actor]:
+    names = ("replay", "learner", "rollout-0", "rollout-1")
+    ips = dict(zip(sorted(set(node_ids)), NODES, strict=False))
+    return {name: Actor(1, ips[node_id], str(node_id)) for name, node_id in zip(names, node_ids, strict=True)}
+
+
+def test_placement_check_notices_workers_on_one_node_and_a_lonely_replay_room() -> None:
+    check_placement(placed("a", "a", "a", "b"))
+    for wrong in (("a", "a", "b", "b"), ("b", "a", "a", "b")):
+        with pytest.raises(AssertionError):
+            check_placement(placed(*wrong))
+
+
+def test_wait_for_the_end_of_actors_notices_one_that_lives() -> None:
+    with pytest.raises(AssertionError, match=r"the end of .*learner"):
+        assert_gone({"learner": Actor(os.getpid(), NODES[0], "a")}, within_s=0.2)
