@@ -130,11 +130,6 @@ class Evaluation:
     def during_training(self) -> bool:
         return self.every_steps > 0 and self.num_prompts > 0
 
-    @property
-    def has_evaluator(self) -> bool:
-        """Whether the run has an evaluator of its own."""
-        return self.during_training and self.engine != "lease"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:

@@ -25,7 +25,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The smallest run that is still the real system: without filters its course does not depend on what the base model can do.
 TINY = (
     "replay.groups_per_step=4", "replay.group_size=8", "replay.dynamic_sampling=false", "rollout.num_slots=64", "learner.warmup_steps=1",
-    "evaluation.num_prompts=64", "train.num_steps=6",
+    "evaluation.num_prompts=64", "evaluation.every_steps=0", "train.num_steps=6",
 )  # fmt: skip
 
 

@@ -192,9 +192,7 @@ def watched_error(*, worker_dies_after_s: float | None) -> Exception:
     system: Any = object.__new__(System)
     system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remotes=[Watched("learner")])
     system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
-    system.evaluator = None
-    system.evaluator = None
-    system.publisher, system.background = SimpleNamespace(in_flight=None), set()
+    system.publisher, system.background, system.evaluator = SimpleNamespace(in_flight=None), set(), None
 
     async def main() -> None:
         raise ActorFailed("learner failed in broadcast: RuntimeError('Connection closed by peer')")

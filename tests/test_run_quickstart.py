@@ -51,7 +51,7 @@ def all_rollouts(run: Finished) -> list[dict]:
 def test_run_ends_done_with_every_file_in_its_directory(quick: Finished) -> None:
     assert quick.exit_code == 0, quick.output
     files = {path.name for path in quick.root.iterdir()}
-    assert files == {"config.yaml", "summary.json", "metrics.jsonl", "timeline.json", "dynamics.png", "rollouts", "checkpoints"}
+    assert files == {"config.yaml", "summary.json", "metrics.jsonl", "timeline.json", "dynamics.png", "rollouts", "checkpoints", "evaluations.jsonl"}
     assert {path.name for path in (quick.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
     assert (quick.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
@@ -126,7 +126,7 @@ def test_every_version_was_served_and_attested(quick: Finished) -> None:
 def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quick: Finished) -> None:
     trace = json.loads((quick.root / "timeline.json").read_text())
     assert trace["displayTimeUnit"] == "ms"
-    assert set(rows_of(trace["traceEvents"])) == {"driver", "learner", "replay", "rollout-0"}
+    assert set(rows_of(trace["traceEvents"])) == {"driver", "learner", "replay", "rollout-0", "evaluator"}
 
 
 def test_states_of_every_actor_add_up_to_its_time(quick: Finished) -> None:

@@ -48,10 +48,15 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
             f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"torch engine, {rollout.num_slots} slots, {rollout.weight_update}"
         )
     evaluation = config.evaluation
-    if evaluation.has_evaluator:
+    if has_evaluator(config):
         dedicated = evaluation.engine == "dedicated"
         detail = f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts each {evaluation.every_steps} steps"
         yield PlannedActor("evaluator", evaluation.num_cpus if dedicated else 0, evaluation.num_gpus if dedicated else 0, detail)
+
+
+def has_evaluator(config: Config) -> bool:
+    """Whether the run has an evaluator of its own."""
+    return config.evaluation.during_training and config.evaluation.engine != "lease"
 
 
 def connect(config: Config) -> str:

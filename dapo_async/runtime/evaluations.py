@@ -72,6 +72,10 @@ class Evaluations:
         """Of a leased engine: its evaluations as the driver sees them. An evaluator of its own tells its own."""
         return [] if self._system.evaluator or not self._config.evaluation.during_training else self._clock.take_spans()
 
+    def clear(self) -> None:
+        """Removes the version that was read; after the actors' end also what was still being written for an evaluation that was given up."""
+        shutil.rmtree(self._run_dir.evaluated, ignore_errors=True)
+
     async def _run(self, announcement: Announcement) -> None:
         deadline_s, began_s = self._config.deadlines.evaluate_s, self._clock.now_s()
         evaluate_from_s = began_s
@@ -108,7 +112,7 @@ class Evaluations:
             enter("load", evaluator.name)
             attestation = await evaluator.read(announcement, str(folder))
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(self.clear)
         verdict = judge(announcement, attestation, tolerance=self._config.weights.probe_tolerance)
         if verdict.outcome is Outcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {verdict.detail}")

@@ -6,7 +6,7 @@ import ray
 
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.cluster import near
+from dapo_async.runtime.cluster import SPREAD, near
 from dapo_async.runtime.evaluator_actor import NAME, EvaluatorActor
 from dapo_async.runtime.remote import Remote
 from dapo_async.weights import Announcement, Attestation
@@ -28,9 +28,10 @@ class Evaluator:
 
 
 def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator:
-    """Starts the actor: with what it reserves when dedicated, else with nothing, on idle CPU time. On the learner's `node`: it reads its disk."""
-    evaluation = config.evaluation
-    dedicated = evaluation.engine == "dedicated"
-    shares = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus} if dedicated else {"num_cpus": 0, "num_gpus": 0}
-    actor = ray.remote(EvaluatorActor).options(**shares, scheduling_strategy=near(node, reserves=dedicated)).remote(config, incarnation=incarnation)
-    return Evaluator(Remote(NAME, actor), config)
+    """Starts the actor: with what it reserves when it is dedicated, else with nothing, on the learner's `node`, whose files are nearest."""
+    evaluation, evaluator = config.evaluation, ray.remote(EvaluatorActor)
+    if evaluation.engine == "dedicated":
+        evaluator = evaluator.options(num_cpus=evaluation.num_cpus, num_gpus=evaluation.num_gpus, scheduling_strategy=SPREAD)
+    else:
+        evaluator = evaluator.options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
+    return Evaluator(Remote(NAME, evaluator.remote(config, incarnation=incarnation)), config)

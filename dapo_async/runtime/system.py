@@ -12,7 +12,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
-from dapo_async.runtime.cluster import SPREAD, home, near
+from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.evaluator_port import start_evaluator
 from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.learner_port import Learner, rank_names
@@ -125,7 +125,7 @@ class System:
             Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
             for number in range(rollout.num_workers)
         ]
-        self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if config.evaluation.has_evaluator else None
+        self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if has_evaluator(config) else None
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for
         self.publisher = Publisher(
             self.learner,

@@ -240,6 +240,8 @@ class Run:
             await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
             await self._attempt("the timeline", self._write_timeline(self.tracker))
             self.system.kill()
+            if self.held_out is not None:
+                self.held_out.clear()
 
     async def _write_timeline(self, tracker: Tracker) -> None:
         tracker.timeline.add("driver", self.clock.take_spans())

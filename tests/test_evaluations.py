@@ -1,0 +1,231 @@
+"""When a run evaluates beside its steps, what it writes down, and what it says when that goes wrong."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lease_world import announce
+from run_support import QUICKSTART, read_rows
+
+from dapo_async import config as knobs
+from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.cluster import planned_actors
+from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.weights import Attestation
+from dapo_async.weights.publisher import HandshakeError
+
+
+class Learner:
+    """Writes nothing but a folder, as a sign."""
+
+    first = SimpleNamespace(name="learner")
+
+    async def write(self, announcement, folder):
+        (folder / f"version_{announcement.version:06d}").mkdir(parents=True)
+        return str(folder)
+
+
+class Evaluator:
+    """Measures the version that it has read, as soon as `gate` is set."""
+
+    name = "evaluator"
+
+    def __init__(self):
+        self.gate, self.version, self.versions, self.attests_wrongly = asyncio.Event(), None, [], False
+        self.gate.set()
+
+    async def read(self, announcement, folder):
+        assert (Path(folder) / f"version_{announcement.version:06d}").is_dir()
+        self.version = announcement.version
+        self.versions.append(self.version)
+        after = announcement.probe_logprobs + np.float32(self.attests_wrongly)
+        return Attestation(self.name, "first", self.version, announcement.probe_logprobs + 2, after)
+
+    async def evaluate(self):
+        await self.gate.wait()
+        return measured(self.version)
+
+
+def measured(*versions):
+    return Evaluation(num_prompts=4, num_correct=3.0, num_response_tokens=20, num_truncated=1, weight_versions=frozenset(versions))
+
+
+class System:
+    def __init__(self):
+        self.evaluator, self.learner, self.background = Evaluator(), Learner(), []
+        self.publisher = SimpleNamespace(newest=None)
+
+    def in_background(self, work, name):
+        self.background.append(asyncio.create_task(work, name=name))
+        return self.background[-1]
+
+    async def evaluate(self):
+        return measured(0)
+
+
+def play(scene, root, *overrides):
+    """Runs `scene(evaluations, system)`; returns what was said and the evaluations."""
+    said = []
+
+    async def main():
+        config = knobs.load(QUICKSTART, ["evaluation.every_steps=2", "train.checkpoint_every_steps=2", "train.num_steps=8", *overrides])
+        system = System()
+        evaluations = Evaluations(config, system=system, run_dir=RunDir(root), audience=SimpleNamespace(say=said.append, evaluation=lambda row: None))
+        async with asyncio.timeout(20):
+            await scene(evaluations, system)
+            await asyncio.gather(*system.background)
+        return evaluations
+
+    return said, asyncio.run(main())
+
+
+async def steps(evaluations, system, count, *, wait=True):
+    for step in range(count):
+        system.publisher.newest = announce(step + 1)
+        evaluations.start_if_due(step)
+        if wait:
+            await asyncio.gather(*system.background)
+
+
+def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path):
+    async def scene(evaluations, system):
+        await steps(evaluations, system, 8)
+        assert system.evaluator.versions == [2, 4, 6]  # the final evaluation measures 8
+
+    said, evaluations = play(scene, tmp_path)
+    rows = read_rows(tmp_path / "evaluations.jsonl")
+    assert rows == json.loads(json.dumps(evaluations.rows))
+    assert [row["version"] for row in rows] == [2, 4, 6]
+    row = rows[0]
+    assert 0.0 <= row.pop("waited_s") <= row.pop("wall_s")
+    assert row == {
+        "version": 2, "step": 2, "accuracy": 0.75, "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25, "weight_versions": [2],
+        "engine": "snapshot",
+    }  # fmt: skip
+    assert said[0].startswith("evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, snapshot, ")
+    assert len(said) == 3
+    assert not (tmp_path / "evaluated").exists()
+
+
+@pytest.mark.parametrize("off", ["evaluation.every_steps=0", "evaluation.num_prompts=0"])
+def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path, off):
+    async def scene(evaluations, system):
+        await steps(evaluations, system, 8)
+
+    assert play(scene, tmp_path, off)[1].rows == []
+    config = knobs.load(QUICKSTART, [off])
+    assert "evaluator" not in [actor.name for actor in planned_actors(config)]
+
+
+def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(tmp_path):
+    async def scene(evaluations, system):
+        system.evaluator.gate.clear()
+        await steps(evaluations, system, 5, wait=False)
+        assert len(system.background) == 1
+        assert evaluations.num_skipped == 1
+        system.evaluator.gate.set()
+        await system.background[0]
+        system.publisher.newest = announce(6)
+        evaluations.start_if_due(5)
+
+    said, evaluations = play(scene, tmp_path)
+    assert [row["version"] for row in evaluations.rows] == [2, 6]
+    assert said[0] == "evaluation of version 4 skipped: the one before is still running"
+
+
+def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path):
+    async def scene(evaluations, system):
+        assert (await evaluations.measure_all("initial")).accuracy == 0.75
+
+    said, evaluations = play(scene, tmp_path)
+    assert said == ["initial evaluation of version 0: accuracy 0.750, length 5.0, 4 held-out prompts, greedy"]
+    assert (evaluations.rows[0]["engine"], evaluations.rows[0]["weight_versions"], evaluations.rows[0]["waited_s"]) == ("all", [0], 0.0)
+
+
+def test_an_evaluation_of_two_versions_is_none(tmp_path):
+    async def scene(evaluations, system):
+        async def mixed():
+            return measured(2, 3)
+
+        system.evaluator.evaluate = mixed
+        await steps(evaluations, system, 2)
+
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        play(scene, tmp_path)
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+def test_a_passed_deadline_says_who_waited_for_whom(tmp_path):
+    async def scene(evaluations, system):
+        system.evaluator.gate.clear()
+        await steps(evaluations, system, 2)
+
+    with pytest.raises(TimeoutError, match=r"evaluation of version 2: the driver waited 0.2 s for evaluator to evaluate"):
+        play(scene, tmp_path, "deadlines.evaluate_s=0.2")
+
+
+def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(tmp_path):
+    async def scene(evaluations, system):
+        system.evaluator.attests_wrongly = True
+        await steps(evaluations, system, 2)
+
+    with pytest.raises(HandshakeError, match="wrong weights for an evaluation: evaluator answers the probe of version 2"):
+        play(scene, tmp_path)
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path):
+    async def scene(evaluations, system):
+        reading = asyncio.Event()
+
+        async def hang(announcement, folder):
+            reading.set()
+            await asyncio.Event().wait()
+
+        system.evaluator.read = hang
+        await steps(evaluations, system, 2, wait=False)
+        await reading.wait()
+        assert (tmp_path / "evaluated").is_dir()
+        (task,) = system.background
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        system.background.clear()
+
+    play(scene, tmp_path)
+    assert not (tmp_path / "evaluated").exists()
+
+
+def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_its_checkpoint(tmp_path):
+    run_dir = RunDir(tmp_path)
+    (run_dir.evaluated / "version_000004").mkdir(parents=True)
+    for version in (0, 2, 4):
+        run_dir.log_evaluation({"version": version, "accuracy": 0.5})
+    run_dir.reopen(2)
+    assert not run_dir.evaluated.exists()
+    assert [row["version"] for row in read_rows(run_dir.evaluations)] == [0, 2]
+
+
+@pytest.mark.parametrize(("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 0.25)), ("lease", None)])
+def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share):
+    more = ["evaluation.num_cpus=0.5", "evaluation.num_gpus=0.25", "rollout.num_workers=2"]
+    config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
+    found = [(actor.num_cpus, actor.num_gpus) for actor in planned_actors(config) if actor.name == "evaluator"]
+    assert found == ([share] if share else [])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluation.every_steps=7", r"evaluation.every_steps \(7\) must be a multiple of train.checkpoint_every_steps \(10\).*=10 or .*=7"),
+        ("evaluation.engine=lease", r"evaluation.engine=lease needs rollout.num_workers >= 2 \(it is 1\).*set rollout.num_workers=2 or"),
+        ("evaluation.every_steps=-1", r"evaluation.every_steps \(-1\) must be at least 0"),
+        ("evaluation.num_cpus=0.00001", r"evaluation.num_cpus \(1e-05\) must be 0 or at least"),
+    ],
+)
+def test_wrong_knobs_are_one_clear_line(override, line):
+    with pytest.raises(ValueError, match=line):
+        knobs.load(QUICKSTART, [override])

@@ -1,0 +1,153 @@
+"""Evaluations beside training on real processes: what the files of a run say of them, each check beside a broken twin that fails it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from run_support import TINY, Finished, Row, check_conservation, check_staleness, check_time_law, finished, read_rows, rows_of, running
+
+pytestmark = pytest.mark.ray
+NUM_STEPS, EVERY = 12, 3
+# Groups large enough for steps that last longer than an evaluation takes to begin.
+SMALL = (
+    "replay.groups_per_step=16", "replay.group_size=8", "replay.dynamic_sampling=false", "train.sample_groups=16", f"train.num_steps={NUM_STEPS}",
+    f"train.checkpoint_every_steps={EVERY}", f"evaluation.every_steps={EVERY}", "evaluation.num_prompts=512",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finished(tmp_path_factory.mktemp("snapshot") / "run", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def lease(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finished(tmp_path_factory.mktemp("lease") / "run", *SMALL, "evaluation.engine=lease", "rollout.num_workers=2")
+
+
+@pytest.fixture(params=["snapshot", "lease"])
+def run(request: pytest.FixtureRequest) -> Finished:
+    value: Finished = request.getfixturevalue(request.param)
+    assert value.exit_code == 0, value.output
+    return value
+
+
+def evaluations(run: Finished) -> list[dict[str, Any]]:
+    return read_rows(run.root / "evaluations.jsonl")
+
+
+def check_evaluations(rows: Sequence[Mapping[str, Any]], *, engine: str, skipped: int) -> None:
+    """Each row is of one version; every due one is there unless it was skipped; before and after training all engines measured."""
+    for row in rows:
+        assert row["weight_versions"] == [row["version"]], f"an evaluation of version {row['version']} is of {row['weight_versions']}"
+        assert row["step"] == row["version"]
+        assert 0.0 <= row["waited_s"] <= row["wall_s"]
+        assert 0.0 <= row["accuracy"] <= 1.0
+        assert row["num_prompts"] == 512
+    during = [row["version"] for row in rows if row["engine"] == engine]
+    due = list(range(EVERY, NUM_STEPS, EVERY))
+    assert [(row["version"], row["engine"]) for row in (rows[0], rows[-1])] == [(0, "all"), (NUM_STEPS, "all")]
+    assert len(rows) == len(during) + 2
+    assert len(during) + skipped == len(due)
+    assert set(during) <= set(due), f"versions {during} were evaluated, {due} were due"
+
+
+def overlap_s(row: Row, state: str, windows: Sequence[tuple[float, float]]) -> float:
+    """Seconds that an actor spent in `state` within the windows."""
+    return sum(max(0.0, min(end, until) - max(start, since)) for name, start, end in row if name == state for since, until in windows)
+
+
+def check_nobody_waits(rows: Mapping[str, Row]) -> None:
+    """While something is evaluated the learner trains and rollout-0 generates."""
+    windows = [(start, end) for state, start, end in rows["evaluator"] if state in ("load", "evaluate", "drain", "take back")]
+    assert windows, "nothing was evaluated"
+    for actor, state in (("learner", "train"), ("rollout-0", "generate")):
+        assert overlap_s(rows[actor], state, windows) > 0.0, f"{actor} was never in {state} during {len(windows)} spans of evaluation"
+
+
+def test_each_evaluation_is_of_one_version_and_none_is_missing(run: Finished, request: pytest.FixtureRequest) -> None:
+    check_evaluations(evaluations(run), engine=request.node.callspec.params["run"], skipped=run.summary["evaluations_skipped"])
+    files = {path.name for path in run.root.iterdir()}
+    assert "evaluated" not in files
+    assert run.summary["best_checkpoint"] is not None
+
+
+def test_evaluation_check_notices_a_mixture_of_versions_and_a_missing_one(snapshot: Finished) -> None:
+    first, second, *rest = evaluations(snapshot)
+    skipped = snapshot.summary["evaluations_skipped"]
+    with pytest.raises(AssertionError, match="an evaluation of version 3 is of"):
+        check_evaluations([first, {**second, "weight_versions": [2, 3]}, *rest], engine="snapshot", skipped=skipped)
+    with pytest.raises(AssertionError):
+        check_evaluations([first, *rest], engine="snapshot", skipped=skipped)
+
+
+def test_training_and_generation_go_on_during_evaluations(run: Finished) -> None:
+    rows = rows_of(run.trace)
+    check_nobody_waits(rows)
+    check_time_law(rows, end_s=rows["driver"][-1][2])
+    assert {"wait", "evaluate"} <= {state for state, _, _ in rows["evaluator"]}
+
+
+def test_check_notices_a_learner_that_waits_for_the_evaluation(snapshot: Finished) -> None:
+    rows = rows_of(snapshot.trace)
+    windows = [(start, end) for state, start, end in rows["evaluator"] if state != "wait"]
+    waits = [span for span in rows["learner"] if not overlap_s([span], span[0], windows)]
+    with pytest.raises(AssertionError, match="learner was never in train"):
+        check_nobody_waits({**rows, "learner": waits})
+
+
+def test_evaluations_lose_no_credit_and_keep_the_staleness_bound(run: Finished) -> None:
+    groups = run.summary["groups"]
+    check_conservation(groups)
+    assert groups["trained"] == NUM_STEPS * 16
+    assert groups["evicted"] == groups["failed"] == groups["in_flight"] == 0
+    rollouts = [rollout for step in range(NUM_STEPS) for rollout in run.rollouts(step)]
+    assert len(rollouts) == NUM_STEPS * 16 * 8
+    check_staleness(rollouts, max_staleness=2)
+    assert run.metrics[-1]["credits_held"] <= 3 * 16
+
+
+def test_a_leased_engine_proves_what_it_serves_when_it_comes_back(lease: Finished) -> None:
+    handshakes = sum(lease.summary["handshake"].values())
+    assert "mismatch" not in lease.summary["handshake"]
+    # Two engines and NUM_STEPS + 1 versions; a lease lets its engine miss all but the newest version that was published meanwhile.
+    assert NUM_STEPS + 1 < handshakes <= 2 * (NUM_STEPS + 1)
+    assert lease.summary["weight_versions"] == NUM_STEPS + 1
+
+
+def test_death_of_the_evaluator_ends_the_run_in_its_name(tmp_path: Path) -> None:
+    often = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "evaluation.every_steps=2")
+    with running(tmp_path / "run", *TINY, *often) as live:
+        live.wait_for(r"^evaluation of version \d+: ")
+        evaluator = live.pid("evaluator")
+        engine = [thread.id for thread in psutil.Process(evaluator).threads() if os.getpriority(os.PRIO_PROCESS, thread.id) == 19]
+        assert engine, "no thread of the evaluator is of the lowest priority"
+        os.kill(evaluator, signal.SIGKILL)
+        run = live.finish(timeout_s=60.0)
+        live.seconds_until_nothing_is_left(timeout_s=30.0)
+    assert run.exit_code == 1, run.output
+    assert run.summary["status"] == "failed"
+    assert run.summary["reason"].startswith("evaluator died"), run.summary["reason"]
+    check_conservation(run.summary["groups"])
+    assert run.summary["groups"]["in_flight"] == 0
+    assert not (run.root / "evaluated").exists()
+
+
+def test_a_resumed_run_goes_on_evaluating_and_tells_nothing_twice(tmp_path: Path) -> None:
+    often = (*TINY, "train.num_steps=8", "train.checkpoint_every_steps=2", "evaluation.every_steps=2")
+    with running(tmp_path / "run", *often) as live:
+        live.wait_for(r"^step +5/")
+        os.kill(live.driver, signal.SIGINT)
+        interrupted = live.finish(timeout_s=60.0)
+    assert interrupted.exit_code == 130, interrupted.output
+    run = finished(tmp_path / "run", config=None)
+    assert run.exit_code == 0, run.output
+    versions = [row["version"] for row in evaluations(run)]
+    assert versions == sorted(set(versions))
+    assert {0, 8} <= set(versions) <= {0, 2, 4, 6, 8}
