@@ -116,7 +116,9 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypa
 
 
 def test_more_cpus_than_an_own_ray_is_given_are_refused():
-    assert refusal("ray.num_cpus=1").startswith("the run reserves 2 CPUs (replay 0, learner 1, rollout-0 1, evaluator 0), ray.num_cpus is 1; raise it")
+    assert refusal("ray.num_cpus=1").startswith(
+        "the run reserves 2 CPUs (replay 0, learner 1, rollout-0 1, evaluator 0), ray.num_cpus is 1; raise it"
+    )
 
 
 def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path):

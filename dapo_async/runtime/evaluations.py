@@ -14,14 +14,16 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from dapo_async.clock import Span, StateClock
+from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.evaluator_actor import NAME
 from dapo_async.runtime.evaluator_port import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.system import System
 from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.timeline import Timeline
 from dapo_async.weights import Announcement, judge
 from dapo_async.weights.handshake import Outcome
 from dapo_async.weights.publisher import HandshakeError
@@ -34,7 +36,7 @@ class Evaluations:
         self.rows: list[dict[str, Any]] = []
         self.num_skipped = 0
         self._config, self._system, self._run_dir, self._audience = config, system, run_dir, audience
-        self._clock = StateClock("evaluator", state="wait")  # the driver's view: what the evaluation in flight waits for
+        self._clock = StateClock(NAME, state="wait")  # the driver's view: what the evaluation in flight waits for
         self._whom, self._version = "", 0
         self._running: asyncio.Task[None] | None = None
 
@@ -68,9 +70,12 @@ class Evaluations:
         self._version = trained
         self._running = self._system.in_background(self._run(announcement), f"evaluation of version {trained}")
 
-    def take_spans(self) -> list[Span]:
-        """Of a leased engine: its evaluations as the driver sees them. An evaluator of its own tells its own."""
-        return [] if self._system.evaluator or not self._config.evaluation.during_training else self._clock.take_spans()
+    async def collect(self, timeline: Timeline, *, deadline_s: float) -> None:
+        """Adds the evaluator's row, once, at the end: as the evaluator tells it, or as the driver saw a leased engine."""
+        if self._system.evaluator is not None:
+            timeline.add(NAME, await self._system.evaluator.take_spans(deadline_s=deadline_s))
+        elif self._config.evaluation.during_training:
+            timeline.add(NAME, self._clock.take_spans())
 
     def clear(self) -> None:
         """Removes the version that was read; after the actors' end also what was still being written for an evaluation that was given up."""

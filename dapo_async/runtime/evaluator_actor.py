@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dapo_async.clock import StateClock
+from dapo_async.clock import Span, StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.engine_host import EngineHost
-from dapo_async.runtime.reports import EvaluatorReport, ProcessInfo
+from dapo_async.runtime.reports import ProcessInfo
 from dapo_async.weights import Announcement, Attestation
 from dapo_async.weights.disk import read_version
 
@@ -56,5 +56,5 @@ class EvaluatorActor:
         with self._clock.during("evaluate", f"version {self._host.engine.version}"):
             return await self._host.evaluate(part=0, num_parts=1)
 
-    async def report(self) -> EvaluatorReport:
-        return EvaluatorReport(tuple(self._clock.take_spans()))
+    async def take_spans(self) -> list[Span]:
+        return self._clock.take_spans()

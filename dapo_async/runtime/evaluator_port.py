@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ray
 
+from dapo_async.clock import Span
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster import SPREAD, near
@@ -25,6 +26,10 @@ class Evaluator:
     async def evaluate(self) -> Evaluation:
         evaluation: Evaluation = await self.remote.call("evaluate", deadline_s=self._deadline_s)
         return evaluation
+
+    async def take_spans(self, *, deadline_s: float) -> list[Span]:
+        spans: list[Span] = await self.remote.call("take_spans", deadline_s=deadline_s)
+        return spans
 
 
 def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator:

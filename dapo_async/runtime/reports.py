@@ -45,8 +45,3 @@ class WorkerReport:
 @dataclass(frozen=True, slots=True)
 class LearnerReport:
     spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluatorReport:
-    spans: tuple[Span, ...]

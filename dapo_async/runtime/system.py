@@ -18,13 +18,13 @@ from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.learner_port import Learner, rank_names
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.replay_actor import ReplayActor
-from dapo_async.runtime.reports import EvaluatorReport, LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.rollout_actor import RolloutActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher
 
-Report = ReplayReport | LearnerReport | WorkerReport | EvaluatorReport
+Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
@@ -205,9 +205,10 @@ class System:
         return sum(others, start=first)
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | Exception]:
-        """By actor: its report, or why there is none."""
-        answers: list[Any] = await asyncio.gather(*(remote.call("report", deadline_s=deadline_s) for remote in self.remotes), return_exceptions=True)
-        return dict(zip((remote.name for remote in self.remotes), answers, strict=True))
+        """By actor: its report, or why there is none. The evaluator is not asked: on idle CPU time it may take long to answer."""
+        asked = [remote for remote in self.remotes if self.evaluator is None or remote is not self.evaluator.remote]
+        answers: list[Any] = await asyncio.gather(*(remote.call("report", deadline_s=deadline_s) for remote in asked), return_exceptions=True)
+        return dict(zip((remote.name for remote in asked), answers, strict=True))
 
     def kill(self) -> None:
         for remote in self.remotes:

@@ -238,6 +238,8 @@ class Run:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
             await self._attempt("the last counts", self.system.replay.close())
             await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
+            if self.held_out is not None and self.lost != "evaluator":
+                await self._attempt("the evaluator's spans", self.held_out.collect(self.tracker.timeline, deadline_s=0.8 * deadline_s))
             await self._attempt("the timeline", self._write_timeline(self.tracker))
             self.system.kill()
             if self.held_out is not None:
@@ -245,8 +247,6 @@ class Run:
 
     async def _write_timeline(self, tracker: Tracker) -> None:
         tracker.timeline.add("driver", self.clock.take_spans())
-        if self.held_out is not None and (spans := self.held_out.take_spans()):
-            tracker.timeline.add("evaluator", spans)
         tracker.timeline.write(self.run_dir.timeline)
 
     def _driver_state(self) -> dict[str, Any]:
