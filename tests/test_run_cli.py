@@ -144,7 +144,7 @@ def test_dry_run_tells_every_actor_and_starts_nothing(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     actors = [words[0] for words in lines if words[1:2] and words[1].isdigit() and words[2] == "CPU"]
-    assert actors == ["replay", "learner", "rollout-0", "rollout-1", "rollout-2"]
+    assert actors == ["replay", "learner", "rollout-0", "rollout-1", "rollout-2", "evaluator"]
     assert f"would write {tmp_path / 'run'}" in printed
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
