@@ -82,7 +82,7 @@ def _check_machine(config: Config) -> None:
         shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
         raise ValueError(
             f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA devices; "
-            "set learner.num_gpus=0 and rollout.num_gpus=0, or ray.address to a cluster that has them"
+            "set learner.num_gpus=0, rollout.num_gpus=0 and evaluation.num_gpus=0, or ray.address to a cluster that has them"
         )
     if cpus is not None and (wanted := sum(actor.num_cpus for actor in actors)) > cpus:
         shares = ", ".join(f"{actor.name} {actor.num_cpus:g}" for actor in actors)
