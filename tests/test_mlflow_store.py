@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_world import ask, config_with, free_port, mlflow_server, run_dir_with, silent_port, step_row
+from tracking_world import ask, check_history, config_with, free_port, mlflow_server, run_dir_with, silent_port, step_row
 
 from dapo_async import config as knobs
 from dapo_async.config import Config, Learner, redacted
@@ -38,16 +38,6 @@ def track(config: Config, run_dir: RunDir, rows: Sequence[dict[str, Any]], *, st
     return store
 
 
-def check_history(client: MlflowClient, run_id: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Every number of every row is a metric of the same name at the same step, and nothing else is."""
-    expected = {
-        (name, row["step"], float(value)) for row in rows for name, value in row.items() if name not in ("step", "version") and value is not None
-    }
-    names = client.get_run(run_id).data.metrics
-    logged = {(name, point.step, point.value) for name in names for point in client.get_metric_history(run_id, name)}
-    assert logged == expected, f"only in MLflow: {logged - expected}; only in the rows: {expected - logged}"
-
-
 def artifacts(client: MlflowClient, run_id: str) -> set[str]:
     top = {item.path for item in client.list_artifacts(run_id)}
     return top - {"rollouts"} | {item.path for item in client.list_artifacts(run_id, "rollouts")}
@@ -59,6 +49,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowStore, RunDir
     run_dir = run_dir_with(tmp_path_factory.mktemp("runs") / "first", num_steps=40)
     rows = run_dir.rows()
     rows[3]["entropy"] = None
+    run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return track(config_with("local", num_steps=40), run_dir, rows), run_dir
 
 
@@ -70,9 +61,7 @@ def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(
     store, run_dir = local
     assert store.run_id is not None
     assert (store.caught, store.said) == ({}, [])  # type: ignore[attr-defined]
-    rows = run_dir.rows()
-    rows[3]["entropy"] = None
-    check_history(client_of(run_dir), store.run_id, rows)
+    check_history(client_of(run_dir), store.run_id, run_dir.rows())
 
 
 def test_history_check_notices_one_wrong_number(local: tuple[MlflowStore, RunDir]) -> None:

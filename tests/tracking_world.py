@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+
 from dapo_async.config import Config, Tracking, Train
 from dapo_async.tracking.run_dir import RunDir
+
+ROOM = Path(__file__).resolve().parent.parent / "dapo_async"
 
 
 def config_with(mlflow: str | None, *, num_steps: int = 4, experiment: str = "sums") -> Config:
@@ -92,3 +97,39 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str,
     request = urllib.request.Request(f"{url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return dict(json.load(answer))
+
+
+def documented(file: str) -> dict[str, tuple[str, str]]:
+    """The rows of the table on `file` in the room's README: by name, module and function that compute it. `<x>` in a name stands for any one part."""
+    section = (ROOM / "tracking" / "README.md").read_text().split(f"## {file}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| [^|]*(?:\\\|[^|]*)* \|[^|]*\| `([^`]+)` `([^`]+)` \|$", section, re.MULTILINE)
+    assert len(rows) == section.count("\n| `"), "a row of the table has another form than the others"
+    return {name: (module, function) for name, module, function in rows}
+
+
+def check_documented(written: set[str], names: Iterable[str]) -> None:
+    """Whatever is written has its row in the table, and no row is of something that never is."""
+    patterns = {name: re.compile(re.sub(r"<\w+>", "[^.]+", re.escape(name).replace(r"\<", "<").replace(r"\>", ">"))) for name in names}
+    missing = {name for name in written if not any(pattern.fullmatch(name) for pattern in patterns.values())}
+    idle = {name for name, pattern in patterns.items() if not any(pattern.fullmatch(each) for each in written)}
+    assert not missing, f"written, but not documented: {sorted(missing)}"
+    assert not idle, f"documented, but never written: {sorted(idle)}"
+
+
+def summary_names(summary: Mapping[str, Any]) -> set[str]:
+    """The keys of a summary; of its parts `a.b`, but for the maps whose keys are actors, outcomes or errors."""
+    names = set()
+    for name, value in summary.items():
+        whole = name in ("seconds_by_state", "handshake", "caught", "failures") or not isinstance(value, Mapping)
+        names |= {name} if whole else {f"{name}.{part}" for part in summary_names(value)}
+    return names
+
+
+def check_history(client: MlflowClient, run_id: str, rows: Sequence[dict[str, Any]], *, besides: str = "evaluation.") -> None:
+    """Every number of every row is a metric of the same name at the same step, and nothing else is but what begins with `besides`."""
+    expected = {
+        (name, row["step"], float(value)) for row in rows for name, value in row.items() if name not in ("step", "version") and value is not None
+    }
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith(besides)]
+    logged = {(name, point.step, point.value) for name in names for point in client.get_metric_history(run_id, name)}
+    assert logged == expected, f"only in MLflow: {logged - expected}; only in the rows: {expected - logged}"
