@@ -25,7 +25,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The smallest run that is still the real system: without filters its course does not depend on what the base model can do.
 TINY = (
     "replay.groups_per_step=4", "replay.group_size=8", "replay.dynamic_sampling=false", "rollout.num_slots=64", "learner.warmup_steps=1",
-    "evaluation.num_prompts=64", "evaluation.every_steps=0", "train.num_steps=6",
+    "evaluation.num_prompts=64", "evaluation.every_steps=0", "train.num_steps=6", "tracking.mlflow=null",
 )  # fmt: skip
 
 
@@ -235,9 +235,11 @@ def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]])
         "accuracy": sum(rollout["accuracy"] for rollout in rollouts) / len(rollouts),
         "reward": sum(rollout["reward"] for rollout in rollouts) / len(rollouts),
         "response_tokens": num_tokens / len(rollouts),
+        "groups": len({rollout["admission"] for rollout in rollouts}),
         "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts) / len(rollouts),
         "mixed_versions": sum(len(rollout["weight_versions"]) > 1 for rollout in rollouts) / len(rollouts),
         "staleness": sum((row["step"] - version) * (end - start) for version, start, end in spans) / num_tokens,
+        "staleness_max": row["step"] - min(version for version, _, _ in spans),
         "group_staleness_max": row["step"] - oldest,
     }
     for name, value in expected.items():

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from run_support import (
     QUICKSTART,
     Finished,
@@ -21,6 +22,7 @@ from run_support import (
     overlap_share,
     rows_of,
 )
+from tracking_world import check_documented, check_history, documented, summary_names
 
 from dapo_async import config as knobs
 
@@ -51,7 +53,8 @@ def all_rollouts(run: Finished) -> list[dict]:
 def test_run_ends_done_with_every_file_in_its_directory(quick: Finished) -> None:
     assert quick.exit_code == 0, quick.output
     files = {path.name for path in quick.root.iterdir()}
-    assert files == {"config.yaml", "summary.json", "metrics.jsonl", "timeline.json", "dynamics.png", "rollouts", "checkpoints", "evaluations.jsonl"}
+    written = {"config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "timeline.json", "dynamics.png", "mlflow.json"}
+    assert files == {*written, "rollouts", "checkpoints"}
     assert {path.name for path in (quick.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
     assert (quick.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
@@ -188,8 +191,30 @@ def test_metrics_follow_from_the_rollouts(quick: Finished, synchronous: Finished
             check_metrics(row, run.rollouts(row["step"]))
 
 
+def test_every_number_is_documented_and_every_documented_one_is_written(quick: Finished, synchronous: Finished) -> None:
+    rows = {name for run in (quick, synchronous) for row in run.metrics for name in row}
+    check_documented(rows, documented("metrics.jsonl"))
+    check_documented(summary_names(quick.summary), documented("summary.json"))
+
+
+def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quick: Finished) -> None:
+    client, run_id = MlflowClient(f"sqlite:///{quick.root.parent}/mlflow.db"), quick.summary["mlflow_run_id"]
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["status"], run.info.run_name) == ("FINISHED", "done", "run")
+    assert run.data.params["train.num_steps"] == str(NUM_STEPS)
+    check_history(client, run_id, quick.metrics)
+    accuracies = {point.step: point.value for point in client.get_metric_history(run_id, "evaluation.accuracy")}
+    assert accuracies == {0: quick.summary["initial_accuracy"], NUM_STEPS: quick.summary["final_accuracy"]}
+    copies = quick.root.parent / "mlartifacts" / run_id / "artifacts"
+    for name in ("config.yaml", "dynamics.png"):
+        assert (copies / name).read_bytes() == (quick.root / name).read_bytes()
+    assert json.loads((copies / "summary.json").read_text())["final_accuracy"] == quick.summary["final_accuracy"]
+    assert 3 <= len(list((copies / "rollouts").iterdir())) <= 16
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "length"), ("weight_versions", [[0, 0, 9]])]
+    ("name", "value"),
+    [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "length"), ("weight_versions", [[0, 0, 9]]), ("admission", -1)],
 )
 def test_recomputed_metrics_notice_one_changed_response(quick: Finished, name: str, value: object) -> None:
     row = quick.metrics[NUM_STEPS - 1]

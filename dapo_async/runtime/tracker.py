@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -105,18 +106,21 @@ class Tracker:
             await self._row_written.wait()
 
     def _write_pending(self) -> None:
+        if not self._pending:
+            return
+        # Steps that one report tells of share its slot use: none of them was measured alone.
+        idle, self._slots_before = rollout_idle(self._slots_before, self._slots), dict(self._slots)
         for step in sorted(self._pending):
-            self._write(step, *self._pending.pop(step))
+            self._write(step, *self._pending.pop(step), rollout_idle=idle)
             self._next_row = step + 1
             self._row_written.set()
             self._row_written = asyncio.Event()
 
-    def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float) -> None:
+    def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float, *, rollout_idle: Mapping[str, float]) -> None:
         assert self.replay is not None
         values = summarise(metrics)
         counts = self.replay.counts.flat()
         start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance.get(batch.learner_version), self._system.publisher
-        idle = rollout_idle(self._slots_before, self._slots)
         row: dict[str, Any] = {
             "step": step,
             "version": step + 1,
@@ -131,7 +135,8 @@ class Tracker:
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,
             "idle.learner": self._learner_idle(start_s, now_s),
-            **{f"idle.{name}": share for name, share in idle.items()},
+            "idle.rollout": math.nan,
+            **{f"idle.{name}": share for name, share in rollout_idle.items()},
             "evicted": len(batch.evicted),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
@@ -142,7 +147,7 @@ class Tracker:
         self.longest_step_s = max(self.longest_step_s, row["step_s"])
         self._run_dir.log_step(row)
         self._show(row)
-        self._slots_before, self._step_end_s = dict(self._slots), now_s
+        self._step_end_s = now_s
 
     def _add_up(self, metrics: StepMetrics) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
@@ -156,7 +161,8 @@ class Tracker:
     def idle(self) -> dict[str, float]:
         """Idle shares from the first admission to the last learner step."""
         start_s = (self.replay.first_admission_s if self.replay else None) or self._step_end_s
-        return {"learner": self._learner_idle(start_s, self._step_end_s), **rollout_idle(self._slots_at_start, self._slots_before)}
+        rollout = {"rollout": 0.0} | rollout_idle(self._slots_at_start, self._slots_before)
+        return {"learner": self._learner_idle(start_s, self._step_end_s), **rollout}
 
     def _learner_idle(self, start_s: float, end_s: float) -> float:
         """The mean over all ranks."""
@@ -171,7 +177,7 @@ class Tracker:
 
 
 def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
-    """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6)."""
+    """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6); nothing where no time has passed."""
     spent = {
         item.name: sum(getattr(new, item.name) - getattr(old, item.name) for old, new in ((before[worker], after[worker]) for worker in before))
         for item in fields(SlotUse)
@@ -179,6 +185,6 @@ def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) ->
     }
     total = sum(spent.values())
     if total <= 0:
-        return {"rollout": 0.0}
+        return {}
     parts = {f"rollout.{name}": spent[name] / total for name in ("no_credit", "tail", "sync")}
     return {"rollout": 1.0 - spent["occupied"] / total, **parts}

@@ -79,7 +79,6 @@ class Run:
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
         self.began_s = self.clock.now_s()
-        self.audience.start()
         self.train_data = await asyncio.to_thread(fingerprint, Path(self.config.data.train))
         task = asyncio.create_task(self._work())
         self.interrupts.listen(task)
@@ -173,6 +172,7 @@ class Run:
             for info in await self.system.start():
                 node = info.node if self.config.ray.address == LOCAL else f"{info.node} (node {info.node_id})"
                 self.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
+            self.audience.start()
         await self.system.watched(self._train(self.system, self.tracker))
 
     async def _connect(self) -> None:

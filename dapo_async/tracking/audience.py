@@ -17,13 +17,14 @@ class Audience:
 
     def __init__(self, config: Config, run_dir: RunDir, progress: Progress) -> None:
         self._progress, self._deadline_s = progress, config.deadlines.tracking_s
-        self._mlflow = MlflowStore(config, run_dir, say=progress.say) if config.tracking.mlflow is not None else None
-        self._resumed_run_id = known_run_id(config, run_dir)
+        self._mlflow: MlflowStore | None = None
+        if config.tracking.mlflow is not None:
+            self._mlflow = MlflowStore(config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir))
         self.say = progress.say
 
     def start(self) -> None:
         if self._mlflow is not None:
-            self._mlflow.start(run_id=self._resumed_run_id)
+            self._mlflow.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""

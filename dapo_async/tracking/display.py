@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from dapo_async.tracking.progress import Outlet, Progress
 
@@ -51,32 +50,31 @@ class LiveProgress(Progress):
 
     def render(self) -> RenderableType:
         """The display now."""
-        table = Table.grid(padding=(0, 3, 0, 0))
-        table.add_column(style="bold")
-        for name, parts in self._lines():
-            table.add_row(name, *parts)
-        done = self._row.get("version", 0)
-        bar = ProgressBar(total=self._num_steps, completed=done)
-        return Panel(Group(bar, table), title=Text(f"step {done}/{self._num_steps}"), subtitle=Text(self._times()), padding=(0, 1))
+        done, table = self._row.get("version", 0), Table.grid(padding=(0, 3, 0, 0), expand=True)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(ratio=1)
+        table.add_row("", ProgressBar(total=self._num_steps, completed=done))
+        for name, *parts in self._lines():
+            table.add_row(name, "   ".join(parts))
+        return Panel(table, title=f"step {done}/{self._num_steps}", subtitle=self._times(), padding=(0, 1))
 
-    def _lines(self) -> list[tuple[str, list[str]]]:
-        row = self._row
-        staleness = f"{number(row, 'staleness', '.2f')} (max {number(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
-        rewards = f"reward {number(row, 'reward', '.3f')}"
-        learning = ["accuracy " + number(row, "accuracy", ".3f"), rewards, f"entropy {number(row, 'entropy', '.3f')}"]
-        lines = [
-            ("learning", learning),
-            (
-                "responses",
-                [f"length {number(row, 'response_tokens', '.1f')}", f"staleness {staleness}", f"{number(row, 'tokens_per_s', ',.0f')} tok/s"],
-            ),
-            ("idle", [f"learner {number(row, 'idle.learner', '.0%')}", f"rollout {number(row, 'idle.rollout', '.0%')}"]),
-            ("groups", groups(row)),
-        ]
-        if self._evaluation:
-            accuracy, length = number(self._evaluation, "accuracy", ".3f"), number(self._evaluation, "mean_response_tokens", ".1f")
-            lines.append((f"held-out v{self._evaluation['version']}", [f"accuracy {accuracy}", f"length {length}"]))
-        return lines
+    def _lines(self) -> Iterator[tuple[str, ...]]:
+        """A name and what there is to say of it."""
+        row, evaluation = self._row, self._evaluation
+        yield (
+            "learning",
+            f"accuracy {number(row, 'accuracy', '.3f')}",
+            f"reward {number(row, 'reward', '.3f')}",
+            f"entropy {number(row, 'entropy', '.3f')}",
+        )
+        bound = f"(max {number(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
+        yield "responses", f"length {number(row, 'response_tokens', '.1f')}", f"staleness {number(row, 'staleness', '.2f')} {bound}"
+        yield "groups", *groups(row)
+        speed = f"{number(row, 'tokens_per_s', ',.0f')} tok/s"
+        yield "speed", speed, f"idle learner {number(row, 'idle.learner', '.0%')}", f"rollout {number(row, 'idle.rollout', '.0%')}"
+        if evaluation:
+            accuracy, length = number(evaluation, "accuracy", ".3f"), number(evaluation, "mean_response_tokens", ".1f")
+            yield f"held-out v{evaluation['version']}", f"accuracy {accuracy}", f"length {length}"
 
     def _times(self) -> str:
         now_s = time.monotonic()

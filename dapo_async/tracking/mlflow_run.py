@@ -18,7 +18,8 @@ MAX_PARAMETERS, MAX_PARAMETER_CHARACTERS, MAX_TAG_CHARACTERS = 100, 6000, 5000  
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",  # its creation of a database is no news
+    "MLFLOW_LOGGING_LEVEL": "ERROR",  # its creation of a database is no news, nor is where a finished run can be seen
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
@@ -68,7 +69,7 @@ def finite_numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]
 class MlflowRun:
     """An open MLflow run. Every method may raise whatever MLflow raises."""
 
-    def __init__(self, description: Description, *, run_id: str | None) -> None:
+    def __init__(self, description: Description, run_id: str | None) -> None:
         """Goes on with `run_id` where the store knows it, else makes a new run, and the experiment and the database where they are missing."""
         from mlflow import MlflowClient
 

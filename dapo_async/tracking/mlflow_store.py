@@ -32,24 +32,33 @@ Call = Callable[[MlflowRun], None]
 class MlflowStore:
     """The MLflow side of one run. `start`, then rows, then `finish`; none of them raises or waits for MLflow, but `finish` up to its deadline."""
 
-    def __init__(self, config: Config, run_dir: RunDir, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        *,
+        say: Callable[[str], None],
+        run_id: str | None = None,
+        open_run: Callable[[Description, str | None], MlflowRun] = MlflowRun,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        """`run_id`: the MLflow run to go on with, if the store still has it."""
         assert config.tracking.mlflow is not None, "tracking.mlflow is off"
         prepare_environment()
         self.run_id: str | None = None  # known when the store has answered
         self.caught: Counter[str] = Counter()
-        self._run_dir, self._say = run_dir, say
+        self._run_dir, self._say, self._open_run, self._retry_s = run_dir, say, open_run, retry_s
         self._description = describe(config, run_dir)
         self._every = max(1, config.train.num_steps // NUM_ROLLOUT_FILES)
-        self._known_run_id: str | None = None
+        self._known_run_id = run_id
         self._run: MlflowRun | None = None
         self._queue: SimpleQueue[Call | None] = SimpleQueue()  # None: the end
         self._ending, self._told = Event(), False
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
 
-    def start(self, *, run_id: str | None = None) -> None:
-        """Opens the MLflow run in the background; `run_id`: the one to go on with, if the store still has it."""
-        self._known_run_id = run_id
-        self._put(partial(_add_files, paths=[self._run_dir.config]))
+    def start(self) -> None:
+        """Opens the MLflow run in the background: seconds of a core for MLflow's import, so that it had better not be where others start as well."""
+        self._queue.put(partial(_add_files, paths=[self._run_dir.config]))
         self._thread.start()
 
     def log_step(self, row: Mapping[str, Any]) -> None:
@@ -66,6 +75,8 @@ class MlflowStore:
 
     def finish(self, status: str, reason: str, *, deadline_s: float) -> None:
         """Sends the artifacts and closes the MLflow run. Returns at the latest after `deadline_s`; what is not sent by then is given up."""
+        if self._thread.ident is None:  # the run ended before its actors were up
+            self.start()
         run_dir = self._run_dir
         newest = sorted(run_dir.rollouts.glob("step_*.jsonl"))[-NEWEST_ROLLOUT_FILES:]
         self._queue.put(partial(_add_files, paths=newest, folder="rollouts"))
@@ -89,7 +100,7 @@ class MlflowStore:
         while (call := self._queue.get()) is not None:
             while not self._attempt(call):
                 # A store that was never there is not worth a last attempt at the end of the run; one that went away may be back.
-                if self._ending.wait(RETRY_S):
+                if self._ending.wait(self._retry_s):
                     if last_attempt or self._run is None:
                         return
                     last_attempt = True
@@ -104,7 +115,7 @@ class MlflowStore:
         return True
 
     def _open(self) -> MlflowRun:
-        self._run = run = MlflowRun(self._description, run_id=self._known_run_id)
+        self._run = run = self._open_run(self._description, self._known_run_id)
         uri, experiment = redacted(self._description.uri), self._description.experiment
         self._run_dir.write(self._run_dir.mlflow, json.dumps({"uri": uri, "experiment": experiment, "run_id": run.run_id}, indent=2) + "\n")
         self.run_id = run.run_id

@@ -1,0 +1,146 @@
+"""What a person sees: plain lines anywhere, a display on a terminal, and a run that goes on whatever happens to either."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tracking_world import step_row
+
+from dapo_async.tracking.display import LiveProgress, clock, groups, number
+from dapo_async.tracking.progress import Outlet, Progress, open_progress, step_line
+
+MIDDLE = {"version": 10, "accuracy": 0.875, "mean_response_tokens": 14.5}
+
+
+def live(**more: Any) -> tuple[LiveProgress, Console, io.StringIO]:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=110, **more)
+    return LiveProgress(Outlet(file), num_steps=30, max_staleness=2, console=console), console, file
+
+
+def frame(progress: LiveProgress) -> str:
+    """What the display shows now, as text."""
+    console = Console(file=io.StringIO(), record=True, width=110)
+    console.print(progress.render())
+    return console.export_text()
+
+
+def check_frame(text: str) -> None:
+    """Everything that a person wants to know of a step, each with its value."""
+    for fact in (
+        "step 12/30", "accuracy 2.750", "reward 0.500", "entropy 0.500", "length 7.0", "staleness 1.00 (max 2/2)", "1,000 tok/s", "learner 25%",
+        "rollout 50%", "accepted 4 of 8", "rejected 4 all_wrong (48 in all)", "held-out v10", "accuracy 0.875", "length 14.5", "elapsed",
+        "about 0:00:27 of training left",
+    ):  # fmt: skip
+        assert fact in text, f"the display lacks {fact!r}:\n{text}"
+    assert "all_equal" not in text, "what never happened is no news"
+
+
+def test_display_shows_the_newest_step_its_groups_the_last_evaluation_and_the_time_left() -> None:
+    progress, _, _ = live()
+    for step in range(12):
+        progress.step(step_row(step))
+    progress.evaluation(MIDDLE)
+    check_frame(frame(progress))
+    progress.close()
+
+
+def test_display_check_notices_what_is_missing() -> None:
+    progress, _, _ = live()
+    progress.step(step_row(11))
+    with pytest.raises(AssertionError, match="the display lacks 'held-out v10'"):
+        check_frame(frame(progress))
+    progress.close()
+
+
+def test_display_has_a_dash_for_what_a_step_has_not_and_nothing_before_the_first() -> None:
+    progress, _, _ = live()
+    assert "step 0/30" in frame(progress)
+    assert "accuracy –" in frame(progress)
+    progress.step(step_row(0, entropy=None))
+    assert "entropy –" in frame(progress)
+    progress.close()
+    assert number({"lr": 0.5}, "lr", ".2f") == "0.50"
+    assert groups({}) == ["–"]
+    assert (clock(59.6), clock(3725.2)) == ("0:01:00", "1:02:05")
+
+
+def test_lines_stand_above_the_display_as_they_are_and_the_last_frame_stays() -> None:
+    progress, _, file = live()
+    progress.say("[bold]not markup[/bold] " + "x" * 200)
+    progress.step(step_row(4))
+    progress.close()
+    progress.say("the end")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert "[bold]not markup[/bold] " + "x" * 200 + "\n" in text
+    assert text.rindex("step 5/30") < text.rindex("the end")
+    # A killed run must not leave a terminal without its cursor.
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
+
+
+def test_plain_progress_is_one_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_progress(num_steps=30, max_staleness=2) as progress:
+        assert type(progress) is Progress
+        progress.say("run directory runs/a")
+        progress.step(step_row(0, **{"rejected.all_correct": 3}))
+        progress.evaluation(MIDDLE)
+    assert capsys.readouterr().out.splitlines() == [
+        "run directory runs/a",
+        "step   1/30    1.5 s  accuracy 0.00  length   7.0  entropy 0.50  staleness 1.00 (max 2/2)    1000 tok/s  idle learner  25% rollout  50%  "
+        "-3 all_correct -4 all_wrong",
+    ]
+    assert progress.caught == {}
+
+
+def test_step_line_survives_a_skipped_step() -> None:
+    row = step_row(0)
+    del row["entropy"], row["staleness"]
+    assert "entropy nan  staleness nan" in step_line(row, num_steps=30, max_staleness=2)
+
+
+def test_a_reader_that_is_gone_takes_the_lines_with_it_and_nothing_else() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as file:
+        progress = Progress(Outlet(file), num_steps=30, max_staleness=2)
+        for step in range(3):
+            progress.step(step_row(step))
+        assert progress.caught == {"display": 1}
+
+
+def test_a_display_on_a_terminal_that_was_closed_goes_on_for_nobody() -> None:
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as file:
+        out = Outlet(file)
+        console = Console(file=out, force_terminal=True, width=80)  # type: ignore[arg-type]
+        progress = LiveProgress(out, num_steps=30, max_staleness=2, console=console)
+        progress.step(step_row(0))
+        os.close(master)
+        progress.say("who hears this?")
+        progress.step(step_row(1))
+        progress.close()
+        assert progress.caught == {"display": 1}
+
+
+def test_a_stream_of_few_letters_gets_question_marks() -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    Progress(Outlet(file), num_steps=1, max_staleness=0).say("accuracy – 1")
+    assert raw.getvalue() == b"accuracy ? 1\n"
+
+
+def test_the_command_line_starts_without_what_only_runs_need() -> None:
+    names = "mlflow rich ray torch"
+    script = (
+        f"import sys\nfrom dapo_async.cli import main\ncode = main(sys.argv[1:])\nassert not {{*'{names}'.split()}} & {{*sys.modules}}, 'heavy'\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, "config", "--explain"], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "tracking.mlflow = 'local'" in ran.stdout

@@ -1,0 +1,153 @@
+"""Real runs before a real terminal, before one that is closed, and in MLflow over two lives."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from run_support import COMMAND, MARKER, QUICKSTART, TINY, Finished, environment, finished, processes_of
+from tracking_world import check_history, silent_port
+
+pytestmark = pytest.mark.ray
+# A terminal of its own, as a shell in a window has it: closing it sends SIGHUP.
+LOGIN = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+class Terminal:
+    """A run in a terminal window; `shown` is all that the window was sent."""
+
+    def __init__(self, root: Path, *overrides: str) -> None:
+        self.root, self._mark, self._shown = root, uuid.uuid4().hex, b""
+        self._window, inside = os.openpty()
+        termios.tcsetwinsize(inside, (40, 120))
+        arguments = [sys.executable, "-c", LOGIN, COMMAND, "train", str(QUICKSTART), *TINY, *overrides, f"run_dir={root}"]
+        self._process = subprocess.Popen(
+            arguments, stdin=inside, stdout=inside, stderr=inside, env=environment(**{MARKER: self._mark, "TERM": "xterm"})
+        )
+        os.close(inside)
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        os.set_blocking(self._window, False)
+        while not self._closing.is_set():
+            try:
+                part = os.read(self._window, 65536)
+            except BlockingIOError:
+                time.sleep(0.01)
+                continue
+            except OSError:  # nobody holds the other side any more
+                return
+            self._shown += part
+
+    @property
+    def shown(self) -> str:
+        return self._shown.decode(errors="replace")
+
+    def wait_for(self, pattern: str, *, timeout_s: float = 180.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not re.search(pattern, CONTROLS.sub("", self.shown)):
+            assert self._process.poll() is None, f"the run ended before it showed {pattern!r}:\n{self.shown}"
+            assert time.monotonic() < deadline_s, f"no {pattern!r} in {timeout_s} s:\n{self.shown}"
+            time.sleep(0.01)
+
+    def close_window(self) -> None:
+        self._closing.set()
+        self._reader.join()
+        os.close(self._window)
+
+    def finish(self, *, timeout_s: float = 240.0) -> Finished:
+        code = self._process.wait(timeout_s)
+        if not self._closing.is_set():
+            time.sleep(0.2)
+            self.close_window()
+        return Finished(self.root, code, CONTROLS.sub("", self.shown))
+
+    def destroy(self) -> None:
+        for pid in processes_of(self._mark, session=self._process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._process.wait(10)
+
+
+@contextmanager
+def terminal(root: Path, *overrides: str) -> Iterator[Terminal]:
+    window = Terminal(root, *overrides)
+    try:
+        yield window
+    finally:
+        window.destroy()
+
+
+def test_a_person_before_a_terminal_sees_the_display_and_lines_above_it(tmp_path: Path) -> None:
+    with terminal(tmp_path / "run") as window:
+        run = window.finish()
+        raw = window.shown
+    assert run.exit_code == 0, run.output
+    assert "\x1b[1A" in raw, "nothing ever moved"
+    for fact in ("step 6/6", "learner ", "initial evaluation of version 0", "held-out v6", "of training left", "done: all steps trained"):
+        assert fact in run.output, run.output
+    assert not re.search(r"^step +\d+/6 +\d", run.output, re.MULTILINE), "the lines of a log do not belong on a terminal"
+    assert run.output.rindex("step 6/6") < run.output.rindex("done: all steps trained")
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l"), "the cursor stayed hidden"
+    assert run.summary["caught"] == {}
+
+
+def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(tmp_path: Path) -> None:
+    with terminal(tmp_path / "run", "train.num_steps=60") as window:
+        window.wait_for(r"step [1-9]\d*/60")
+        window.close_window()
+        run = window.finish()
+    assert run.exit_code == 0
+    assert (run.summary["status"], run.summary["steps"]) == ("done", 60)
+    assert run.summary["caught"] == {"display": 1}
+
+
+def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shell = f"{COMMAND} train {QUICKSTART} {' '.join(TINY)} run_dir={root} | head -n 4; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert (ran.returncode, ran.stdout.count("\n"), ran.stderr) == (0, 4, "")
+    summary = Finished(root, ran.returncode, ran.stdout).summary
+    assert (summary["status"], summary["steps"], summary["caught"]) == ("done", 6, {"display": 1})
+
+
+def test_resumed_run_goes_on_in_its_mlflow_run(tmp_path: Path) -> None:
+    first = finished(tmp_path / "run", *TINY, "tracking.mlflow=local")
+    run_id = first.summary["mlflow_run_id"]
+    again = finished(tmp_path / "run", "train.num_steps=9", config=None)
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert again.summary["mlflow_run_id"] == run_id
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    check_history(client, run_id, again.metrics)
+    assert client.get_run(run_id).data.tags["resumed.train.num_steps"] == "9"
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in again.output
+
+
+def test_run_whose_tracking_server_never_answers_says_so_once_and_ends_well(tmp_path: Path) -> None:
+    with silent_port() as port:
+        run = finished(tmp_path / "run", *TINY, f"tracking.mlflow=http://me:secret@127.0.0.1:{port}")
+    assert run.exit_code == 0, run.output
+    assert run.output.count("MLflow") == 1
+    assert "MLflow at http://***@127.0.0.1:" in run.output
+    assert len(run.metrics) == 6
+    assert run.summary["mlflow_run_id"] is None
+    assert sum(count for name, count in run.summary["caught"].items() if name.startswith("mlflow: ")) == sum(run.summary["caught"].values()) > 0
+    told = [path for path in run.root.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+    assert not told, f"the password is in {told}"

@@ -1,0 +1,117 @@
+"""Rows of metrics from reports: what each step is given when the reports come late, together or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dapo_async.clock import Span, StateClock
+from dapo_async.replay import Counts
+from dapo_async.rollout import SlotUse
+from dapo_async.runtime.reports import LearnerReport, ReplayReport, WorkerReport
+from dapo_async.runtime.tracker import Totals, Tracker
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.types import StepMetrics, TrainBatch
+
+METRICS = StepMetrics(
+    sums={"staleness": (30.0, 20.0), "accuracy": (2.0, 4.0), "response_tokens": (20.0, 4.0)},
+    maxima={"group_staleness_max": 2.0},
+    totals={"tokens": 20.0},
+)
+
+
+class Clock(StateClock):
+    """The test sets its time."""
+
+    time_s = 100.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+
+class System:
+    """Ten slots, half of which were occupied until second 110 and all of which are from then on; the learner trained from second 105 on."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._told_s = clock, 100.0
+        self.learner = SimpleNamespace(remotes=[SimpleNamespace(name="learner")])
+        self.publisher = SimpleNamespace(last_pause_s=0.0, last_verdicts=(), outcomes=Counter(passed=1))
+        self.silent = False
+
+    async def reports(self, *, deadline_s: float) -> dict[str, Any]:
+        if self.silent:
+            return {"rollout-0": TimeoutError(f"no report within {deadline_s:g} s")}
+        now_s, since_s = self._clock.now_s(), self._told_s
+        self._told_s = now_s
+        busy_s = 0.5 * (min(now_s, 110.0) - 100.0) + max(0.0, now_s - 110.0)
+        idle_s = now_s - 100.0 - busy_s
+        use = SlotUse(slots=10, elapsed_s=now_s - 100.0, occupied=10 * busy_s, no_credit=0.0, tail=10 * idle_s, sync=0.0)
+        cut_s = max(since_s, min(105.0, now_s))
+        return {
+            "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
+            "rollout-0": WorkerReport((), use, 0),
+            "replay": ReplayReport((), Counts(0), {}, None, 100.0, 0, 0, 0, 0, {}),
+        }
+
+
+def tracked(tmp_path: Path) -> tuple[Tracker, System, Clock, list[dict[str, Any]]]:
+    clock, rows = Clock("driver"), []
+    system = System(clock)
+    return Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals()), system, clock, rows  # type: ignore[arg-type]
+
+
+def batch(version: int) -> TrainBatch:
+    return TrainBatch(version, (0,), (version,), (20,), (None,))
+
+
+def check_window(rows: list[dict[str, Any]], idle: float) -> None:
+    """The shares of the steps, weighted by their seconds, are that of the whole time (law 6)."""
+    elapsed_s = sum(row["step_s"] for row in rows)
+    share = sum(row["idle.rollout"] * row["step_s"] for row in rows) / elapsed_s
+    assert abs(share - idle) < 1e-9, f"the steps say that {share:.3f} was idle, it was {idle:.3f}"
+
+
+def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> None:
+    async def run() -> None:
+        await tracker.start()
+        for step, time_s in ((0, 104.0), (1, 110.0)):
+            clock.time_s = time_s
+            late.append(tracker.log(step, METRICS, batch(step)))
+        for log in late:
+            await log
+        clock.time_s = 120.0
+        await tracker.log(2, METRICS, batch(2))
+
+    late: list[Any] = []
+    tracker, _, clock, rows = tracked(tmp_path)
+    asyncio.run(run())
+    assert [row["idle.rollout"] for row in rows] == [0.5, 0.5, 0.0]
+    assert [row["idle.rollout.tail"] for row in rows] == [0.5, 0.5, 0.0]
+    assert [row["step_s"] for row in rows] == [4.0, 6.0, 10.0]
+    assert [row["time_s"] for row in rows] == [4.0, 10.0, 20.0]
+    assert [row["tokens_per_s"] for row in rows] == [5.0, 20.0 / 6.0, 2.0]
+    assert [row["idle.learner"] for row in rows] == [1.0, pytest.approx(1.0 / 6.0), 0.0]
+    check_window(rows, tracker.idle["rollout"])
+    assert tracker.idle == {"learner": 0.25, "rollout": 0.25, "rollout.no_credit": 0.0, "rollout.tail": 0.25, "rollout.sync": 0.0}
+    with pytest.raises(AssertionError, match="was idle, it was"):
+        check_window([rows[0], {**rows[1], "idle.rollout": 0.0}, rows[2]], tracker.idle["rollout"])
+
+
+def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none(tmp_path: Path) -> None:
+    async def run() -> None:
+        await tracker.start()
+        clock.time_s, system.silent = 104.0, True
+        tracker.log(0, METRICS, batch(0)).close()
+        with pytest.raises(TimeoutError):
+            await tracker.flush(deadline_s=1.0)
+
+    tracker, system, clock, _ = tracked(tmp_path)
+    asyncio.run(run())
+    (row,) = RunDir(tmp_path).rows()
+    assert row["idle.rollout"] is None
+    assert tracker.idle["rollout"] == 0.0
