@@ -55,6 +55,10 @@ class Finished:
         return read_rows(self.root / "metrics.jsonl")
 
     @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_rows(self.root / "evaluations.jsonl")
+
+    @property
     def trace(self) -> list[dict[str, Any]]:
         return json.loads((self.root / "timeline.json").read_text())["traceEvents"]
 

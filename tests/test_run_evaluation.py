@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from run_support import TINY, Finished, Row, check_conservation, check_staleness, check_time_law, finished, read_rows, rows_of, running
+from run_support import TINY, Finished, Row, check_conservation, check_staleness, check_time_law, finished, rows_of, running
 
 pytestmark = pytest.mark.ray
 NUM_STEPS, EVERY = 12, 3
@@ -36,10 +36,6 @@ def run(request: pytest.FixtureRequest) -> Finished:
     value: Finished = request.getfixturevalue(request.param)
     assert value.exit_code == 0, value.output
     return value
-
-
-def evaluations(run: Finished) -> list[dict[str, Any]]:
-    return read_rows(run.root / "evaluations.jsonl")
 
 
 def check_evaluations(rows: Sequence[Mapping[str, Any]], *, engine: str, skipped: int) -> None:
@@ -72,14 +68,14 @@ def check_nobody_waits(rows: Mapping[str, Row]) -> None:
 
 
 def test_each_evaluation_is_of_one_version_and_none_is_missing(run: Finished, request: pytest.FixtureRequest) -> None:
-    check_evaluations(evaluations(run), engine=request.node.callspec.params["run"], skipped=run.summary["evaluations_skipped"])
+    check_evaluations(run.evaluations, engine=request.node.callspec.params["run"], skipped=run.summary["evaluations_skipped"])
     files = {path.name for path in run.root.iterdir()}
     assert "evaluated" not in files
     assert run.summary["best_checkpoint"] is not None
 
 
 def test_evaluation_check_notices_a_mixture_of_versions_and_a_missing_one(snapshot: Finished) -> None:
-    first, second, *rest = evaluations(snapshot)
+    first, second, *rest = snapshot.evaluations
     skipped = snapshot.summary["evaluations_skipped"]
     with pytest.raises(AssertionError, match="an evaluation of version 3 is of"):
         check_evaluations([first, {**second, "weight_versions": [2, 3]}, *rest], engine="snapshot", skipped=skipped)
@@ -148,6 +144,6 @@ def test_a_resumed_run_goes_on_evaluating_and_tells_nothing_twice(tmp_path: Path
     assert interrupted.exit_code == 130, interrupted.output
     run = finished(tmp_path / "run", config=None)
     assert run.exit_code == 0, run.output
-    versions = [row["version"] for row in evaluations(run)]
+    versions = [row["version"] for row in run.evaluations]
     assert versions == sorted(set(versions))
     assert {0, 8} <= set(versions) <= {0, 2, 4, 6, 8}

@@ -204,7 +204,9 @@ def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quick: Finish
     assert run.data.params["train.num_steps"] == str(NUM_STEPS)
     check_history(client, run_id, quick.metrics)
     accuracies = {point.step: point.value for point in client.get_metric_history(run_id, "evaluation.accuracy")}
-    assert accuracies == {0: quick.summary["initial_accuracy"], NUM_STEPS: quick.summary["final_accuracy"]}
+    assert accuracies == {evaluation["version"]: evaluation["accuracy"] for evaluation in quick.evaluations}
+    assert accuracies[0] == quick.summary["initial_accuracy"]
+    assert accuracies[NUM_STEPS] == quick.summary["final_accuracy"]
     copies = quick.root.parent / "mlartifacts" / run_id / "artifacts"
     for name in ("config.yaml", "dynamics.png"):
         assert (copies / name).read_bytes() == (quick.root / name).read_bytes()

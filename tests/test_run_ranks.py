@@ -69,7 +69,12 @@ def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(two_by_t
 @pytest.mark.ray
 def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
     with running(
-        tmp_path / "run", *TINY, *RANKS, "learner.data_parallel=2", "train.num_steps=5000", "deadlines.step_s=5", "deadlines.stop_s=5"
+        tmp_path / "run",
+        *TINY,
+        *RANKS,
+        "learner.data_parallel=2",
+        "train.num_steps=5000",
+        *(f"deadlines.{wait}=5" for wait in ("step_s", "publish_s", "save_s", "stop_s")),
     ) as live:
         live.wait_for(r"^step +3/")
         os.kill(live.pid("learner-1"), signal.SIGSTOP)
