@@ -67,15 +67,28 @@ class Algorithm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
+    engine: Literal["torch", "sglang"] = knob("torch", "what generates: the learner's own decoder | an SGLang server per worker")
     num_workers: int = knob(1, "RolloutWorker actors, one engine each")
     num_cpus: float = knob(1.0, "CPUs that Ray reserves per worker")
     num_gpus: float = knob(0.0, "GPUs that Ray reserves per worker; 0: the engine runs on CPU")
+    tensor_parallel: int = knob(1, "GPUs that share one SGLang engine's copy of the model")
+    servers: str = knob("", "URLs of running SGLang servers, one per worker, with commas between them; empty: each worker starts its own")
+    server_flags: str = knob("", "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the ones set here")
     num_slots: int = knob(64, "sequences that one engine generates at a time")
     max_response_tokens: int = knob(256, "a response is truncated there")
     temperature: float = knob(1.0, "sampling temperature; training requires > 0 and the full distribution (no top-p, no top-k)")
     weight_update: Literal["recompute", "keep_kv", "drain"] = knob(
         "recompute", "running sequences at a weight update: KV computed anew | KV of the old weights kept | finished first"
     )
+
+    @property
+    def server_urls(self) -> tuple[str, ...]:
+        return tuple(url.strip().rstrip("/") for url in self.servers.split(",") if url.strip())
+
+    @property
+    def num_ranks(self) -> int:
+        """Members of the weight group beside the learner, over all workers."""
+        return self.num_workers * self.tensor_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +166,7 @@ class Deadlines:
     take_s: float = knob(600.0, "the learner's wait for a batch")
     step_s: float = knob(1800.0, "one learner step")
     publish_s: float = knob(120.0, "one publish, handshake included")
+    silence_s: float = knob(120.0, "an SGLang server's silence, while it generates or is asked something")
     evaluate_s: float = knob(600.0, "one evaluation")
     save_s: float = knob(600.0, "one checkpoint")
     stop_s: float = knob(10.0, "the actors' orderly end, before they are killed")

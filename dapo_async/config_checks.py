@@ -20,7 +20,8 @@ NUMBERS_END = 2**63  # what 64 bits hold, in torch and numpy
 SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
 AT_LEAST = {
     "seed": 0, "data.max_prompt_tokens": 1,
-    "rollout.num_workers": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1, "rollout.num_cpus": 0, "rollout.num_gpus": 0,
+    "rollout.num_workers": 1, "rollout.tensor_parallel": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1,
+    "rollout.num_cpus": 0, "rollout.num_gpus": 0,
     "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.patience": 1,
     "learner.data_parallel": 1, "learner.tensor_parallel": 1,
     "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
@@ -37,7 +38,13 @@ def check(config: Config) -> None:
     """The first rule that does not hold, as a ValueError with rule, values and remedy; rules may rely on those before them."""
     bounds = _bound_rules(dict(_values(config)))
     for holds, message in chain(
-        _finite_rules(config), bounds, _file_rules(config), _cross_rules(config), _learner_rules(config), _evaluation_rules(config)
+        _finite_rules(config),
+        bounds,
+        _file_rules(config),
+        _cross_rules(config),
+        _engine_rules(config),
+        _learner_rules(config),
+        _evaluation_rules(config),
     ):
         if not holds:
             raise ValueError(message)
@@ -135,6 +142,49 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         cache is None or 0 < cache <= rollout.max_response_tokens,
         (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
+    )
+
+
+def _engine_rules(config: Config) -> Iterator[Rule]:
+    rollout, tp = config.rollout, config.rollout.tensor_parallel
+    if rollout.engine == "torch":
+        for name, off in (("tensor_parallel", 1), ("servers", ""), ("server_flags", "")):
+            value = getattr(rollout, name)
+            yield value == off, f"rollout.{name} ({value}) is for SGLang engines; set rollout.engine=sglang, or leave it out"
+        return
+    yield (
+        rollout.num_gpus in (0, tp),
+        (
+            f"rollout.num_gpus ({rollout.num_gpus:g}) must be rollout.tensor_parallel ({tp}), or 0 for a server on CPU; "
+            f"set rollout.num_gpus={tp} or rollout.tensor_parallel={max(1, int(rollout.num_gpus))}"
+        ),
+    )
+    yield (
+        tp == 1 or rollout.num_gpus > 0,
+        f"rollout.tensor_parallel ({tp}) needs GPUs; set rollout.num_gpus={tp} or rollout.tensor_parallel=1",
+    )
+    urls = rollout.server_urls
+    yield (
+        not urls or len(set(urls)) == rollout.num_workers,
+        (
+            f"rollout.servers names {len(set(urls))} servers for rollout.num_workers={rollout.num_workers}: each worker needs one of its own; "
+            f"set rollout.num_workers={len(set(urls))}"
+        ),
+    )
+    yield (
+        all(url.startswith(("http://", "https://")) for url in urls),
+        f"rollout.servers ({rollout.servers}) must be URLs such as http://HOST:30000 with commas between them; correct it",
+    )
+    yield (
+        not config.replay.lockstep,
+        "replay.lockstep needs rollout.engine=torch: an SGLang server draws its noise by itself; set it, or replay.lockstep=false",
+    )
+    yield (
+        config.evaluation.engine != "lease" or config.evaluation.every_steps == 0 or config.weights.transport == "disk",
+        (
+            "evaluation.engine=lease needs weights.transport=disk with SGLang engines: a server can't keep broadcast weights beside those that it "
+            "serves; set it, or evaluation.engine=snapshot"
+        ),
     )
 
 

@@ -1,18 +1,17 @@
-"""What every engine promises: a group request in, one completion per sibling out, weights swapped while it runs (L2).
+"""What every engine promises: a group request in, one completion per sibling out (L2). A call is per group, never per token.
 
-Called by `rollout/worker.py`, `evaluate.py` and `weights/`; kept by `ThreadedEngine` (torch) and by the HTTP engines. A call is per group,
-never per token.
+Called by `rollout/worker.py` and `evaluate.py`; kept by `ThreadedEngine` (torch) and by `SGLangEngine`. How new weights come to an engine is its
+own affair, and that of its host in `runtime/`: the torch engine is handed tensors, SGLang's server fetches them itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dapo_async.types import Completion
 
@@ -103,14 +102,6 @@ class Engine(Protocol):
 
     async def abort(self, keys: Iterable[int]) -> None:
         """Takes groups off the engine; their `generate` raises Aborted. Unknown keys are ignored: they may just have finished."""
-        ...
-
-    async def update_weights(self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]) -> UpdateReport:
-        """Swaps the weights between two decode steps. Raises ValueError when names or shapes do not fit; nothing is changed then."""
-        ...
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """The live parameters by Hugging Face name, for checksums; not to be written to."""
         ...
 
     def starving(self, on: bool) -> None:

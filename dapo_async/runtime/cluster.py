@@ -45,7 +45,7 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
         yield PlannedActor(name, learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step{share}")
     for number in range(rollout.num_workers):
         yield PlannedActor(
-            f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"torch engine, {rollout.num_slots} slots, {rollout.weight_update}"
+            f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}"
         )
     evaluation = config.evaluation
     if has_evaluator(config):

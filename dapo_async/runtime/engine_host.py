@@ -1,11 +1,12 @@
-"""An engine with what it needs in a Ray actor: the decoder from disk, weights in with an attestation, held-out prompts answered and judged.
+"""An engine with what it needs in a Ray actor: started from disk, weights in with an attestation, held-out prompts answered and judged.
 
-Shared by the rollout workers and by the evaluator.
+`TorchHost` here, `SGLangHost` beside it; shared by the rollout workers and by the evaluator.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,42 +17,52 @@ from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import load_tokenizer
 from dapo_async.evaluate import Evaluation, evaluate
-from dapo_async.model import checksum, load_decoder
+from dapo_async.model import ModelConfig, checksum, load_decoder
 from dapo_async.reward import get_verifier
-from dapo_async.rollout import ThreadedEngine, TorchEngine
+from dapo_async.rollout import Engine, ThreadedEngine, TorchEngine
+from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.inputs import load_set
 from dapo_async.types import Completion, Prompt
-from dapo_async.weights import Announcement, Attestation
+from dapo_async.weights import Announcement, Attestation, WeightGroup
+from dapo_async.weights.disk import read_version
 
 
-class EngineHost:
-    """`clock` follows the engine's thread: generate, wait, sync."""
+class EngineHost(ABC):
+    """`start`, then everything else. `clock` follows the engine: generate, wait, sync."""
 
-    def __init__(self, config: Config, *, name: str, incarnation: str, device: str, clock: StateClock) -> None:
-        self._config, self._name, self._incarnation = config, name, incarnation
+    engine: Engine
+
+    def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
+        self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
         self._tokenizer = load_tokenizer(Path(config.model.path))
         self.verify = get_verifier(config.reward.verifier)
-        decoder = load_decoder(Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=device)
-        max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, decoder.config.max_positions)
-        self.stop_token_ids = decoder.config.eos_token_ids
-        core = TorchEngine(decoder, num_slots=config.rollout.num_slots, max_len=max_len, weight_update=config.rollout.weight_update)
-        self.engine = ThreadedEngine(core, clock)
+        model = ModelConfig.from_folder(Path(config.model.path))
+        self.max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions)
+        self.stop_token_ids = model.eos_token_ids
 
-    async def swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
-        """The engine serves `weights` from its next decode step on, and says what it served before and serves now (law 5)."""
-        before = await asyncio.to_thread(checksum, self.engine.weights())
-        report = await self.engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
-        return Attestation(
-            engine=self._name,
-            incarnation=self._incarnation,
-            version=self.engine.version,
-            probe_before=report.probe_before,
-            probe_after=report.probe_after,
-            checksum_before=before,
-            checksum_after=await asyncio.to_thread(checksum, self.engine.weights()),
-            pause_s=report.pause_s,
-            recomputed_tokens=report.recomputed_tokens,
-        )
+    @abstractmethod
+    async def start(self) -> str:
+        """Returns when the engine is up, with a line about it."""
+
+    @abstractmethod
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
+        """Joins the learner's weight group at `address`; returns when every member has."""
+
+    @abstractmethod
+    async def receive(self, announcement: Announcement) -> Attestation:
+        """Weights by broadcast; returns when the engine serves them."""
+
+    @abstractmethod
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        """The same from disk."""
+
+    @abstractmethod
+    async def stage(self, announcement: Announcement) -> None:
+        """Weights by broadcast, kept beside those being served, which do not change."""
+
+    @abstractmethod
+    async def swap_staged(self, announcement: Announcement) -> Attestation:
+        """What was staged last, the weights of `announcement`, is served."""
 
     async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
         """Greedy on every `num_parts`-th held-out prompt, from the `part`-th on."""
@@ -68,3 +79,69 @@ class EngineHost:
 
     def _judge(self, prompt: Prompt, completion: Completion) -> float:
         return float(self.verify(self.decode(completion), prompt.answer).correct)
+
+
+class TorchHost(EngineHost):
+    """The torch engine on the learner's own decoder. Broadcast weights arrive while generation goes on, and are swapped between two decode steps."""
+
+    engine: ThreadedEngine
+
+    def __init__(self, config: Config, *, name: str, incarnation: str, device: str, clock: StateClock) -> None:
+        super().__init__(config, name=name, incarnation=incarnation, clock=clock)
+        self._device = device
+        self._group: WeightGroup | None = None
+        self._staged: dict[str, Tensor] = {}  # the newest weights that came while this engine was leased
+
+    async def start(self) -> str:
+        rollout = self._config.rollout
+        decoder = await asyncio.to_thread(
+            load_decoder, Path(self._config.model.path), dtype=getattr(torch, self._config.model.dtype), device=self._device
+        )
+        core = TorchEngine(decoder, num_slots=rollout.num_slots, max_len=self.max_len, weight_update=rollout.weight_update)
+        self.engine = ThreadedEngine(core, self._clock)
+        return f"torch engine, {rollout.num_slots} slots"
+
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
+        self._group = await asyncio.to_thread(
+            WeightGroup.join,
+            address,
+            rank=first_rank,
+            world_size=world_size,
+            host=own_host(self._config),
+            device=self._device,
+            timeout_s=self._config.deadlines.publish_s,
+        )
+
+    async def receive(self, announcement: Announcement) -> Attestation:
+        return await self._swap(announcement, await self._broadcast(announcement))
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
+
+    async def stage(self, announcement: Announcement) -> None:
+        self._staged = await self._broadcast(announcement)
+
+    async def swap_staged(self, announcement: Announcement) -> Attestation:
+        assert self._staged, "swap_staged before stage"
+        staged, self._staged = self._staged, {}
+        return await self._swap(announcement, staged)
+
+    async def _broadcast(self, announcement: Announcement) -> dict[str, Tensor]:
+        assert self._group is not None, "receive before join"
+        return await asyncio.to_thread(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+
+    async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
+        """The engine serves `weights` from its next decode step on, and says what it served before and serves now (law 5)."""
+        before = await asyncio.to_thread(checksum, self.engine.weights())
+        report = await self.engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
+        return Attestation(
+            engine=self._name,
+            incarnation=self._incarnation,
+            version=self.engine.version,
+            probe_before=report.probe_before,
+            probe_after=report.probe_after,
+            checksum_before=before,
+            checksum_after=await asyncio.to_thread(checksum, self.engine.weights()),
+            pause_s=report.pause_s,
+            recomputed_tokens=report.recomputed_tokens,
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from pathlib import Path
 
 import torch
 
@@ -12,10 +11,9 @@ from dapo_async.clock import Span, StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster import process_info
-from dapo_async.runtime.engine_host import EngineHost
+from dapo_async.runtime.engine_host import TorchHost
 from dapo_async.runtime.reports import ProcessInfo
 from dapo_async.weights import Announcement, Attestation
-from dapo_async.weights.disk import read_version
 
 NAME = "evaluator"
 LOWEST_PRIORITY = 19
@@ -35,11 +33,12 @@ class EvaluatorActor:
         device = "cuda" if dedicated and evaluation.num_gpus > 0 else "cpu"
         self._clock = StateClock(NAME)
         # The engine's own states are told by nobody: seen from here they are parts of loading and of evaluating.
-        self._host = EngineHost(config, name=NAME, incarnation=incarnation, device=device, clock=StateClock(f"{NAME} engine"))
-        self._clock.enter("wait")
+        self._host = TorchHost(config, name=NAME, incarnation=incarnation, device=device, clock=StateClock(f"{NAME} engine"))
 
     async def ready(self) -> ProcessInfo:
-        return process_info(NAME, f"torch engine, {self._config.evaluation.engine}")
+        detail = await self._host.start()
+        self._clock.enter("wait")
+        return process_info(NAME, f"{detail}, {self._config.evaluation.engine}")
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""
@@ -48,8 +47,7 @@ class EvaluatorActor:
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         """Loads the announced version from `folder` and says what is served now."""
         with self._clock.during("load", f"version {announcement.version}"):
-            weights = await asyncio.to_thread(read_version, Path(folder), version=announcement.version)
-            return await self._host.swap(announcement, weights)
+            return await self._host.read(announcement, folder)
 
     async def evaluate(self) -> Evaluation:
         """Greedy on all held-out prompts, with the version that was loaded last."""

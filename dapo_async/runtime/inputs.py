@@ -5,6 +5,7 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -49,6 +50,11 @@ def check_inputs(config: Config) -> None:
         correction_floor=algorithm.correction_floor,
     )
     get_verifier(config.reward.verifier)
+    if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
+        raise ValueError(
+            "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
+            "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
+        )
     if config.ray.address == "local":
         _check_machine(config)
     folder = Path(config.model.path)

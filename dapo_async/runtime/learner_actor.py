@@ -146,7 +146,7 @@ class LearnerActor:
     async def join(self) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
-        size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
+        size, timeout_s = 1 + self._config.rollout.num_ranks, self._config.deadlines.publish_s
         host = own_host(self._config)
         self._group = await asyncio.to_thread(
             WeightGroup, self._store, rank=SENDER, world_size=size, host=host, device=self._device, timeout_s=timeout_s

@@ -1,15 +1,14 @@
-"""One rollout worker as a Ray actor: the torch engine, the worker that keeps it full, and the receiving side of a publish."""
+"""One rollout worker as a Ray actor: an engine, the worker that keeps it full, and the receiving side of a publish."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray.actor import ActorHandle
-from torch import Tensor
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
@@ -17,12 +16,12 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.cluster import own_host, process_info
-from dapo_async.runtime.engine_host import EngineHost
+from dapo_async.runtime.cluster import process_info
+from dapo_async.runtime.engine_host import EngineHost, TorchHost
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
+from dapo_async.runtime.sglang_host import SGLangHost
 from dapo_async.types import Admission, Completion, Group
-from dapo_async.weights import Announcement, Attestation, WeightGroup
-from dapo_async.weights.disk import read_version
+from dapo_async.weights import Announcement, Attestation
 
 ANSWER_S = 60.0  # far above any answer of a healthy replay actor
 
@@ -56,28 +55,44 @@ class RayReplay:
 
 
 class RolloutActor:
-    """`rank` in the weight group is the worker's number plus one: the learner is rank 0."""
+    """`ready` first. In the weight group the learner is rank 0, and each worker has as many ranks as its engine."""
 
-    def __init__(self, config: Config, *, number: int, incarnation: str, replay: ActorHandle) -> None:
+    def __init__(self, config: Config, *, number: int, incarnation: str, replay: ActorHandle, logs: Path, outer_key: str = "") -> None:
+        """`logs`: folder for what SGLang's servers print. `outer_key`: the API key of servers that run already."""
         self.name, self._number, self._config, self._incarnation = f"rollout-{number}", number, config, incarnation
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
-        self._device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
-        self._host = EngineHost(config, name=self.name, incarnation=incarnation, device=self._device, clock=self._clock)
-        self._engine = self._host.engine
+        self._replay = RayReplay(self.name, replay)
+        device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
+        self._host: EngineHost
+        if config.rollout.engine == "sglang":
+            self._host = SGLangHost(
+                config,
+                name=self.name,
+                number=number,
+                incarnation=incarnation,
+                device=device,
+                clock=self._clock,
+                logs=logs,
+                outer_key=outer_key,
+            )
+        else:
+            self._host = TorchHost(config, name=self.name, incarnation=incarnation, device=device, clock=self._clock)
+
+    async def ready(self) -> ProcessInfo:
+        """Brings the engine up."""
+        detail = await self._host.start()
+        config = self._config
         sampling = SamplingParams(
             max_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
             stop_token_ids=self._host.stop_token_ids,
             seed=config.seed,
         )
-        port, group_size = RayReplay(self.name, replay), config.replay.group_size
-        self._worker = RolloutWorker(self.name, self._engine, replay=port, score=self._score, sampling=sampling, group_size=group_size)
-        self._group: WeightGroup | None = None
-        self._staged: dict[str, Tensor] = {}  # the newest weights that came while this engine was leased
-
-    async def ready(self) -> ProcessInfo:
-        return process_info(self.name, f"torch engine, {self._config.rollout.num_slots} slots")
+        self._worker = RolloutWorker(
+            self.name, self._host.engine, replay=self._replay, score=self._score, sampling=sampling, group_size=config.replay.group_size
+        )
+        return process_info(self.name, detail)
 
     async def run(self) -> None:
         """Rolls groups for as long as the run lasts; the driver watches it."""
@@ -85,37 +100,27 @@ class RolloutActor:
 
     async def join(self, address: tuple[str, int]) -> None:
         """Joins the learner's weight group at `address`; returns when every member has."""
-        host = own_host(self._config)
-        size, timeout_s = self._config.rollout.num_workers + 1, self._config.deadlines.publish_s
-        self._group = await asyncio.to_thread(
-            WeightGroup.join, address, rank=self._number + 1, world_size=size, host=host, device=self._device, timeout_s=timeout_s
-        )
+        rollout = self._config.rollout
+        await self._host.join(address, first_rank=1 + self._number * rollout.tensor_parallel, world_size=1 + rollout.num_ranks)
 
     async def receive(self, announcement: Announcement) -> Attestation:
-        """Weights by broadcast, staged while generation goes on, swapped between two decode steps."""
-        return await self._swap(announcement, await self._broadcast(announcement))
+        """Weights by broadcast. What finishes from now on is held back until they are proved."""
+        self._worker.hold(True)
+        return await self._host.receive(announcement)
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         """The same from disk."""
-        return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
+        self._worker.hold(True)
+        return await self._host.read(announcement, folder)
 
     async def stage(self, announcement: Announcement) -> None:
         """While leased: weights by broadcast, kept beside those being served, which do not change."""
-        self._staged = await self._broadcast(announcement)
+        await self._host.stage(announcement)
 
     async def swap_staged(self, announcement: Announcement) -> Attestation:
         """What was staged last, the weights of `announcement`, is served."""
-        assert self._staged, "swap_staged before stage"
-        staged, self._staged = self._staged, {}
-        return await self._swap(announcement, staged)
-
-    async def _broadcast(self, announcement: Announcement) -> dict[str, Tensor]:
-        assert self._group is not None, "receive before join"
-        return await asyncio.to_thread(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
-
-    async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
         self._worker.hold(True)
-        return await self._host.swap(announcement, weights)
+        return await self._host.swap_staged(announcement)
 
     async def quarantine(self, on: bool) -> None:
         """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""
@@ -138,7 +143,7 @@ class RolloutActor:
         return await self._host.evaluate(part=part, num_parts=num_parts)
 
     async def report(self) -> WorkerReport:
-        return WorkerReport(tuple(self._clock.take_spans()), self._engine.slot_use(), self._engine.version)
+        return WorkerReport(tuple(self._clock.take_spans()), self._host.engine.slot_use(), self._host.engine.version)
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
         reward = self._config.reward

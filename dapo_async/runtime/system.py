@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dapo_async.weights import Announcement, Attestation, Publisher
 Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
+SERVER_KEY = "SGLANG_API_KEY"  # of servers that run already: never in a config, which is written down
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
 
@@ -121,9 +123,9 @@ class System:
         ]
         self.learner = Learner(ranks, config)
         worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD)
+        place = {"incarnation": incarnation, "replay": replay, "logs": run_dir.engines, "outer_key": os.environ.get(SERVER_KEY, "")}
         self.workers = [
-            Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, incarnation=incarnation, replay=replay)), config)
-            for number in range(rollout.num_workers)
+            Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, **place)), config) for number in range(rollout.num_workers)
         ]
         self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if has_evaluator(config) else None
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for

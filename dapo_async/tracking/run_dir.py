@@ -72,6 +72,11 @@ class RunDir:
         return self.root / "config.yaml"
 
     @property
+    def engines(self) -> Path:
+        """What each SGLang server printed: NAME.log."""
+        return self.root / "engines"
+
+    @property
     def timeline(self) -> Path:
         """Of the newest incarnation; those before it are timeline.1.json, timeline.2.json, …"""
         return self.root / "timeline.json"

@@ -1,0 +1,84 @@
+"""Holds an engine's server on a leash: it ends with whoever started it, however that ended, and with everything that it started itself.
+
+A small process of its own between the rollout actor and the server. It runs as a file, so that it imports nothing of this package:
+
+    one line of JSON on standard input {command, environment, secret, log} ─▶ the server, in a session of its own
+    the end of standard input (close, or the death of whoever held it)    ─▶ SIGTERM, then SIGKILL to the whole session
+    the end of the server, whatever ended it                             ─▶ the rest of its session is killed; its exit code on standard output
+
+It is nobody's child: Ray's workers kill theirs when they exit, and nothing would hold the server then. The server's output goes to `log`, line by
+line, without `secret`: servers print their arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+GRACE_S = 3.0  # between SIGTERM and SIGKILL
+
+
+def hold() -> int:
+    """Starts what standard input orders; returns its exit code when everything of it is gone."""
+    order = json.loads(sys.stdin.readline())
+    secret: str = order["secret"]
+    with tempfile.TemporaryDirectory(prefix="dapo-async-") as folder:
+        command = list(order["command"])
+        if secret:
+            # In a file that only this user can read: a command line is everybody's to see.
+            config = os.path.join(folder, "secret.yaml")
+            with open(os.open(config, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                json.dump({"api-key": secret}, file)
+            command += ["--config", config]
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **order["environment"]},
+            start_new_session=True,
+        )
+        log = threading.Thread(target=copy, args=(server, order["log"], secret.encode()))
+        log.start()
+        threading.Thread(target=end, args=(server,), daemon=True).start()
+        code = server.wait()
+        kill(server)
+        log.join(GRACE_S)
+    return code
+
+
+def copy(server: subprocess.Popen[bytes], path: str, secret: bytes) -> None:
+    """The server's output into the file `path`."""
+    assert server.stdout is not None
+    with open(path, "ab", buffering=0) as log:
+        for line in server.stdout:
+            log.write(line.replace(secret, b"***") if secret else line)
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    """Waits for the end of standard input, then ends the server."""
+    sys.stdin.read()
+    server.terminate()
+    try:
+        server.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        kill(server)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    """Everything in the server's session: it leads a process group of the same number."""
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+if __name__ == "__main__":
+    if os.fork() == 0:
+        print(hold(), flush=True)
+        os._exit(0)  # at once, though the thread that reads standard input still waits

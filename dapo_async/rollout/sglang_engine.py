@@ -1,0 +1,235 @@
+"""The SGLang engine: the protocol of `engine.py` over HTTP (L2). Group requests in, completions out; weights swapped by the server itself.
+
+Each sibling is one streamed request, and never more than `num_slots` are at the server: what waits, waits here, where it is seen. Siblings share
+their prompt's KV in the server's prefix cache, whose entries are named by the weights that made them, so that none is used under others.
+
+    update:  probe ─▶ stand still (by `weight_update`) ─▶ `load` ─▶ go on ─▶ probe
+
+- `recompute`: running responses go back to the server's queue, the cache is emptied, their KV is computed anew under the new weights.
+- `keep_kv`: running responses stop where they are and go on with the KV they have: cheap, and their logprobs are those of no single version.
+- `drain`: nothing new is sent until what runs has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_async.clock import StateClock
+from dapo_async.rollout.engine import Aborted, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.sglang_client import EngineFault, SGLangClient
+from dapo_async.rollout.slot_meter import SlotMeter
+from dapo_async.types import Completion, FinishReason
+
+
+@dataclass(slots=True)
+class _Response:
+    """What has come of one sibling."""
+
+    request_id: str
+    prompt_tokens: int
+    sent_version: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Running:
+    """One group at the engine."""
+
+    siblings: list[asyncio.Task[Completion]]
+    responses: dict[int, _Response] = field(default_factory=dict)  # by sibling: those at the server
+    aborted: bool = False
+
+
+class SGLangEngine:
+    """One SGLang server as an engine. All calls are made from the one event loop that it was made in."""
+
+    def __init__(self, client: SGLangClient, clock: StateClock, *, num_slots: int, weight_update: WeightUpdate, incarnation: str) -> None:
+        """`clock` follows it: generate, wait, sync. Versions are named `incarnation:number` at the server."""
+        self.num_slots, self.version = num_slots, 0
+        self._client, self._clock, self._mode, self._incarnation = client, clock, weight_update, incarnation
+        self._meter = SlotMeter(clock, slots=num_slots)
+        self._slots = asyncio.Semaphore(num_slots)
+        self._running: dict[int, _Running] = {}
+        self._num_running = 0
+        self._syncing = False
+        self._may_send = asyncio.Event()  # cleared while running responses drain
+        self._may_send.set()
+        self._ended = asyncio.Event()  # set whenever a response ends
+        self._nonce = secrets.token_hex(4)  # names of requests that no other client of this server uses
+        clock.enter("wait")
+
+    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+        """See `Engine`. A cancelled call takes its group off the engine. Raises EngineFault when the server can't be used."""
+        assert request.key not in self._running, f"group {request.key} is on the engine already"
+        group = _Running([])
+        self._running[request.key] = group
+        try:
+            async with asyncio.TaskGroup() as siblings:
+                group.siblings = [siblings.create_task(self._respond(group, request, sibling)) for sibling in range(request.num_siblings)]
+        except* (EngineFault, ValueError) as errors:
+            if not group.aborted:
+                raise errors.exceptions[0] from None
+        finally:
+            del self._running[request.key]
+        if group.aborted:
+            raise Aborted(f"group {request.key} was taken off the engine")
+        completions = tuple(sibling.result() for sibling in group.siblings)
+        if any(completion.finish_reason is FinishReason.ABORT for completion in completions):
+            raise EngineFault(f"{self._client.url} gave up a response of group {request.key} by itself")
+        return completions
+
+    async def abort(self, keys: Iterable[int]) -> None:
+        """See `Engine`."""
+        groups = [self._running[key] for key in keys if key in self._running]
+        for group in groups:
+            group.aborted = True
+            # Those at the server end by its word, so that their slots are free there before they are here.
+            for sibling, task in enumerate(group.siblings):
+                if sibling not in group.responses:
+                    task.cancel()
+        await self._client.abort([response.request_id for group in groups for response in group.responses.values()])
+
+    async def update(self, load: Callable[[str, bool], Awaitable[None]], *, version: int, probe_ids: NDArray[np.int32]) -> tuple[str, UpdateReport]:
+        """Has the server `load(name of the version, whether its cache must be emptied)` while nothing is generated.
+
+        Returns the incarnation that the server attests, and the report. After a failed load the server stays paused: its weights are not to be used.
+        """
+        before = await self._client.prompt_logprobs(probe_ids)
+        start_s = time.monotonic()
+        async with self._standstill():
+            recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
+            await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
+        pause_s = time.monotonic() - start_s
+        incarnation, self.version = _read_version(await self._client.weight_version())
+        after = await self._client.prompt_logprobs(probe_ids)
+        return incarnation, UpdateReport(self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed)
+
+    def starving(self, on: bool) -> None:
+        self._meter.starving(on)
+
+    def slot_use(self) -> SlotUse:
+        return self._meter.read()
+
+    async def close(self) -> None:
+        """Closes the connections; pending calls fail."""
+        await self._client.close()
+
+    async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
+        async with self._slots:
+            while not self._may_send.is_set():  # it may have been cleared again before this task had its turn
+                await self._may_send.wait()
+            # The last dot keeps one name from being the beginning of another: the server aborts by beginnings.
+            name = f"{self._nonce}.{request.key}.{sibling}."
+            response = _Response(name, len(request.prompt_ids), self.version)
+            group.responses[sibling] = response
+            self._count(+1)
+            try:
+                return await self._stream(request, response)
+            finally:
+                del group.responses[sibling]
+                self._count(-1)
+                self._ended.set()
+
+    async def _stream(self, request: GroupRequest, response: _Response) -> Completion:
+        body = {
+            "input_ids": request.prompt_ids.tolist(),
+            "sampling_params": sampling_body(request.sampling),
+            "rid": response.request_id,
+            "extra_key": f"{self._incarnation}:{response.sent_version}",
+        }
+        async for chunk in self._client.stream(body):
+            response.token_ids += chunk.token_ids
+            response.logprobs += chunk.logprobs
+            if chunk.finish is not None:
+                return self._completion(response, chunk.finish, chunk.versions)
+        raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
+
+    def _completion(self, response: _Response, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> Completion:
+        reason, count = FinishReason(finish["type"]), len(response.token_ids)
+        versions = np.empty(count, dtype=np.int32)
+        covered = 0
+        for span in spans:
+            incarnation, version = _read_version(span["version"])
+            if incarnation != self._incarnation or span["start"] != covered:
+                raise EngineFault(f"{self._client.url} attests {spans} for {count} tokens; this run is {self._incarnation}")
+            versions[span["start"] : span["end"]] = version
+            covered = span["end"]
+        if covered != count and reason is not FinishReason.ABORT:
+            raise EngineFault(f"{self._client.url} attests versions for {covered} of {count} tokens")
+        first = int(versions[0]) if count else response.sent_version
+        return Completion(
+            token_ids=np.asarray(response.token_ids, dtype=np.int32),
+            behaviour_logprobs=np.asarray(response.logprobs, dtype=np.float32),
+            weight_versions=versions,
+            prefill_version=min(first, response.sent_version) if self._mode == "keep_kv" else first,
+            finish_reason=reason,
+        )
+
+    @asynccontextmanager
+    async def _standstill(self) -> AsyncIterator[None]:
+        """Nothing is generated inside. Left by an exception, nothing is generated afterwards either."""
+        if self._mode == "drain":
+            self._may_send.clear()
+            while self._num_running:
+                self._ended.clear()
+                await self._ended.wait()
+        else:
+            await self._client.pause("retract" if self._mode == "recompute" else "in_place")
+        self._sync(True)
+        try:
+            yield
+        finally:
+            self._sync(False)
+        if self._mode == "drain":
+            self._may_send.set()
+        else:
+            await self._client.resume()
+
+    def _known_tokens(self) -> Iterable[int]:
+        """Tokens of each response at the server, as far as it has told."""
+        for group in self._running.values():
+            for response in group.responses.values():
+                yield response.prompt_tokens + len(response.token_ids)
+
+    def _count(self, change: int) -> None:
+        self._book()
+        self._num_running += change
+        self._book()
+
+    def _sync(self, on: bool) -> None:
+        self._book()
+        self._syncing = on
+        self._book()
+
+    def _book(self) -> None:
+        """Books the time until now, and says what is being done from now on."""
+        self._meter.spent(running=self._num_running, syncing=self._syncing)
+        self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")
+
+
+def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
+    """As SGLang names it. Its own stop tokens, those of the model's config, hold beside these; the seed is the server's."""
+    return {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "skip_special_tokens": False,
+    }
+
+
+def _read_version(name: str) -> tuple[str, int]:
+    """`incarnation:number` as a pair; of the weights that a server was started with, no incarnation and -1."""
+    incarnation, colon, number = name.rpartition(":")
+    return (incarnation, int(number)) if colon and number.isdecimal() else ("", -1)

@@ -1,0 +1,103 @@
+"""An SGLang engine in a Ray actor: its server, which fetches each version of the weights by itself, while nothing is generated."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.rollout.sglang_client import SGLangClient
+from dapo_async.rollout.sglang_engine import SGLangEngine
+from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.engine_host import EngineHost
+from dapo_async.weights import Announcement, Attestation
+from dapo_async.weights.collective import NAME
+from dapo_async.weights.disk import version_folder
+
+
+class SGLangHost(EngineHost):
+    """Starts a server of its own, or takes part of the one at `rollout.servers` that has this worker's number."""
+
+    engine: SGLangEngine
+
+    def __init__(
+        self, config: Config, *, name: str, number: int, incarnation: str, device: str, clock: StateClock, logs: Path, outer_key: str
+    ) -> None:
+        """`outer_key`: the API key of servers that run already."""
+        super().__init__(config, name=name, incarnation=incarnation, clock=clock)
+        self._device, self._number, self._logs, self._outer_key = device, number, logs, outer_key
+        self._server: SGLangServer | None = None
+
+    async def start(self) -> str:
+        rollout, urls = self._config.rollout, self._config.rollout.server_urls
+        url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
+        self._client = SGLangClient(url, api_key=key, silence_s=self._config.deadlines.silence_s)
+        self.engine = SGLangEngine(
+            self._client, self._clock, num_slots=rollout.num_slots, weight_update=rollout.weight_update, incarnation=self._incarnation
+        )
+        return f"SGLang at {url}, {rollout.num_slots} slots"
+
+    async def _start_server(self) -> tuple[str, str]:
+        config = self._config
+        options = ServerOptions(
+            model=Path(config.model.path),
+            dtype=config.model.dtype,
+            device="cuda" if self._device == "cuda" else "cpu",
+            tensor_parallel=config.rollout.tensor_parallel,
+            num_slots=config.rollout.num_slots,
+            max_len=self.max_len,
+            host=own_host(config),
+            seed=config.seed + self._number,  # engines with one seed would draw the same noise
+            log=self._logs / f"{self._name}.log",
+            extra=tuple(shlex.split(config.rollout.server_flags)),
+        )
+        self._server = SGLangServer(options)
+        await self._server.start(timeout_s=config.deadlines.start_s)
+        return self._server.url, self._server.api_key
+
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
+        backend = "nccl" if self._device == "cuda" else "gloo"
+        await self._client.join_group(address, name=NAME, first_rank=first_rank, world_size=world_size, backend=backend)
+
+    async def receive(self, announcement: Announcement) -> Attestation:
+        """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
+
+        async def load(weight_version: str, flush: bool) -> None:
+            """All buckets of the broadcast; the last one names the version."""
+            buckets = list(announcement.manifest.buckets(self._config.weights.bucket_bytes))
+            await self._client.begin_update()
+            for bucket in buckets:
+                last = bucket is buckets[-1]
+                lines = [(spec.name, spec.dtype, spec.shape) for spec in bucket]
+                await self._client.receive_bucket(lines, group=NAME, weight_version=weight_version if last else None, flush=flush and last)
+            await self._client.end_update()
+
+        return await self._update(announcement, load)
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+        async def load(weight_version: str, flush: bool) -> None:
+            path = version_folder(Path(folder), announcement.version)
+            await self._client.update_from_disk(str(path), weight_version=weight_version, flush=flush)
+
+        return await self._update(announcement, load)
+
+    async def stage(self, announcement: Announcement) -> None:
+        raise AssertionError("a config check refuses leased SGLang engines by broadcast: a server can't keep weights beside those that it serves")
+
+    async def swap_staged(self, announcement: Announcement) -> Attestation:
+        raise AssertionError("swap_staged without stage")
+
+    async def _update(self, announcement: Announcement, load: Callable[[str, bool], Awaitable[None]]) -> Attestation:
+        incarnation, report = await self.engine.update(load, version=announcement.version, probe_ids=announcement.probe_ids)
+        return Attestation(
+            engine=self._name,
+            incarnation=incarnation,
+            version=report.version,
+            probe_before=report.probe_before,
+            probe_after=report.probe_after,
+            pause_s=report.pause_s,
+            recomputed_tokens=report.recomputed_tokens,
+        )
