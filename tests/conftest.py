@@ -1,5 +1,6 @@
 """One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower. No test joins a Ray that it did not start."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -7,6 +8,9 @@ os.environ["RAY_ADDRESS"] = "local"
 
 import pytest
 import torch
+from run_support import QUICKSTART, Finished, finished
+
+from dapo_async import config as knobs
 
 torch.set_num_threads(1)
 
@@ -15,3 +19,19 @@ torch.set_num_threads(1)
 def seeded() -> torch.Generator:
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The main job as it is, but for all of its groups being written down: one run for all tests that look at it."""
+    root = tmp_path_factory.mktemp("quickstart") / "run"
+    return finished(root, f"train.sample_groups={knobs.load(QUICKSTART).replay.groups_per_step}", timeout_s=500.0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests against the real SGLang need it installed; the gate installs it."""
+    if importlib.util.find_spec("sglang") is None:
+        missing = pytest.mark.skip(reason="SGLang is not installed: bash cluster/sglang_cpu/install.sh")
+        for item in items:
+            if item.get_closest_marker("sglang"):
+                item.add_marker(missing)

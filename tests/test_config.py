@@ -99,6 +99,44 @@ def test_every_config_in_the_repository_loads():
         knobs.load(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["rollout.server_flags=--tp-size 2"], "rollout.server_flags (--tp-size 2) is for SGLang engines"),
+        (["rollout.tensor_parallel=2"], "rollout.tensor_parallel (2) is for SGLang engines"),
+        (["rollout.servers=http://a:1"], "rollout.servers (http://a:1) is for SGLang engines"),
+        (["rollout.engine=sglang", "rollout.tensor_parallel=2"], "rollout.tensor_parallel (2) needs GPUs; set rollout.num_gpus=2"),
+        (["rollout.engine=sglang", "rollout.num_gpus=0.5"], "rollout.num_gpus (0.5) must be rollout.tensor_parallel (1), or 0 for a server on CPU"),
+        (["rollout.engine=sglang", "rollout.servers='http://a:1, http://b:1/'"], "names 2 servers for rollout.num_workers=1"),
+        (["rollout.engine=sglang", "rollout.servers=a:1"], "rollout.servers (a:1) must be URLs"),
+        (["rollout.engine=sglang", "replay.lockstep=true", "replay.max_staleness=0"], "replay.lockstep needs rollout.engine=torch"),
+        (
+            ["rollout.engine=sglang", "rollout.num_workers=2", "evaluation.engine=lease", "evaluation.every_steps=20"],
+            "evaluation.engine=lease needs weights.transport=disk with SGLang engines",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_engine_is_one_clear_line(file, overrides, line):
+    with pytest.raises(ValueError) as error:
+        knobs.load(file, overrides)
+    assert line in str(error.value)
+
+
+def test_layout_of_engines_is_derived_from_the_knobs(file):
+    rollout = knobs.load(
+        file,
+        [
+            "rollout.engine=sglang",
+            "rollout.num_workers=2",
+            "rollout.num_gpus=4",
+            "rollout.tensor_parallel=4",
+            "rollout.servers='http://a:1/,http://b:2'",
+        ],
+    ).rollout
+    assert rollout.server_urls == ("http://a:1", "http://b:2")
+    assert rollout.num_ranks == 8
+
+
 @pytest.mark.parametrize("name", [name for name, default, *_ in knobs.knobs() if isinstance(default, float)])
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
 def test_no_knob_takes_what_is_not_a_finite_number(file, name, value):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from dapo_async.data import PromptStream, load_prompts, load_tokenizer
 from dapo_async.types import Prompt
@@ -119,6 +120,13 @@ def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decode
     )
     assert loaded.prompts[0].token_ids.tolist() == [3, 1, 4, 10]
     assert tokenizer.decode([3, 4, 1, 11, 1, 12], skip_special_tokens=True) == "341####1"
+
+
+def test_generic_tokenizer_is_the_one_that_transformers_would_choose():
+    chosen, own = AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True), load_tokenizer(QUICKSTART)
+    assert type(own) is type(chosen)
+    assert own.get_vocab() == chosen.get_vocab()
+    assert own(["31#4="]) == chosen(["31#4="])
 
 
 def test_every_epoch_of_the_stream_is_another_shuffle_of_all_prompts():

@@ -19,12 +19,6 @@ def check_learning(summary: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """As it is."""
-    return finished(tmp_path_factory.mktemp("quickstart") / "run", "seed=0", timeout_s=500.0)
-
-
-@pytest.fixture(scope="session")
 def without_learning_rate(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return finished(tmp_path_factory.mktemp("still") / "run", "seed=0", "learner.lr=0", "learner.weight_decay=0", "train.num_steps=8")
 

@@ -27,15 +27,7 @@ from tracking_world import check_documented, check_history, documented, summary_
 from dapo_async import config as knobs
 
 pytestmark = pytest.mark.ray
-NUM_STEPS = 24
-
-
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The quickstart as it is, but for its length and for all groups being written down."""
-    config = knobs.load(QUICKSTART)
-    root = tmp_path_factory.mktemp("quick") / "run"
-    return finished(root, f"train.num_steps={NUM_STEPS}", f"train.sample_groups={config.replay.groups_per_step}")
+NUM_STEPS = 30
 
 
 @pytest.fixture(scope="session")
@@ -50,24 +42,24 @@ def all_rollouts(run: Finished) -> list[dict]:
     return [rollout for step in range(len(run.metrics)) for rollout in run.rollouts(step)]
 
 
-def test_run_ends_done_with_every_file_in_its_directory(quick: Finished) -> None:
-    assert quick.exit_code == 0, quick.output
-    files = {path.name for path in quick.root.iterdir()}
+def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) -> None:
+    assert quickstart.exit_code == 0, quickstart.output
+    files = {path.name for path in quickstart.root.iterdir()}
     written = {"config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "timeline.json", "dynamics.png", "mlflow.json"}
     assert files == {*written, "rollouts", "checkpoints"}
-    assert {path.name for path in (quick.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
-    assert (quick.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
+    assert (quickstart.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_saved_config_is_the_one_that_ran(quick: Finished) -> None:
-    saved = knobs.load(quick.root / "config.yaml")
+def test_saved_config_is_the_one_that_ran(quickstart: Finished) -> None:
+    saved = knobs.load(quickstart.root / "config.yaml")
     assert saved.train.num_steps == NUM_STEPS
-    assert saved.run_dir == str(quick.root)
+    assert saved.run_dir == str(quickstart.root)
     assert saved.algorithm == knobs.load(QUICKSTART).algorithm
 
 
-def test_metrics_are_one_flat_object_of_numbers_per_step(quick: Finished) -> None:
-    rows = quick.metrics
+def test_metrics_are_one_flat_object_of_numbers_per_step(quickstart: Finished) -> None:
+    rows = quickstart.metrics
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
     for row in rows:
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values()), row
@@ -75,11 +67,11 @@ def test_metrics_are_one_flat_object_of_numbers_per_step(quick: Finished) -> Non
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
 
-def test_summary_has_its_fixed_points(quick: Finished) -> None:
-    summary = quick.summary
+def test_summary_has_its_fixed_points(quickstart: Finished) -> None:
+    summary = quickstart.summary
     assert (summary["status"], summary["reason"]) == ("done", "all steps trained")
     assert summary["steps"] == NUM_STEPS
-    assert summary["tokens"] == sum(row["tokens"] for row in quick.metrics)
+    assert summary["tokens"] == sum(row["tokens"] for row in quickstart.metrics)
     for name in ("initial_accuracy", "final_accuracy"):
         assert 0.0 <= summary[name] <= 1.0
     assert 0.0 < summary["train_s"] < summary["wall_s"]
@@ -90,75 +82,75 @@ def test_summary_has_its_fixed_points(quick: Finished) -> None:
     assert summary["caught"] == {}
 
 
-def test_every_admitted_group_ends_exactly_once(quick: Finished) -> None:
-    groups = quick.summary["groups"]
+def test_every_admitted_group_ends_exactly_once(quickstart: Finished) -> None:
+    groups = quickstart.summary["groups"]
     check_conservation(groups)
-    for row in quick.metrics:
+    for row in quickstart.metrics:
         check_conservation({name.removeprefix("groups."): count for name, count in row.items() if name.startswith("groups.")})
     config = knobs.load(QUICKSTART)
     assert groups["trained"] == NUM_STEPS * config.replay.groups_per_step
     assert groups["evicted"] == groups["failed"] == groups["skipped"] == groups["in_flight"] == 0
 
 
-def test_conservation_check_notices_one_lost_group(quick: Finished) -> None:
-    groups = quick.summary["groups"]
+def test_conservation_check_notices_one_lost_group(quickstart: Finished) -> None:
+    groups = quickstart.summary["groups"]
     with pytest.raises(AssertionError, match="were admitted"):
         check_conservation({**groups, "trained": groups["trained"] - 1})
 
 
-def test_no_token_is_staler_than_the_bound(quick: Finished) -> None:
-    check_staleness(all_rollouts(quick), max_staleness=2)
-    staleness = quick.summary["staleness"]
+def test_no_token_is_staler_than_the_bound(quickstart: Finished) -> None:
+    check_staleness(all_rollouts(quickstart), max_staleness=2)
+    staleness = quickstart.summary["staleness"]
     assert 0 < staleness["max"] <= 2
     assert 0 < staleness["mean"] <= staleness["max"]
 
 
-def test_staleness_check_notices_a_run_beyond_its_bound(quick: Finished) -> None:
+def test_staleness_check_notices_a_run_beyond_its_bound(quickstart: Finished) -> None:
     with pytest.raises(AssertionError, match="was trained at step"):
-        check_staleness(all_rollouts(quick), max_staleness=quick.summary["staleness"]["max"] - 1)
+        check_staleness(all_rollouts(quickstart), max_staleness=quickstart.summary["staleness"]["max"] - 1)
 
 
-def test_every_version_was_served_and_attested(quick: Finished) -> None:
-    summary = quick.summary
+def test_every_version_was_served_and_attested(quickstart: Finished) -> None:
+    summary = quickstart.summary
     assert summary["weight_versions"] == NUM_STEPS + 1
     assert "mismatch" not in summary["handshake"]
     assert sum(summary["handshake"].values()) == NUM_STEPS + 1
     assert summary["handshake"]["passed"] >= NUM_STEPS // 2
 
 
-def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quick: Finished) -> None:
-    trace = json.loads((quick.root / "timeline.json").read_text())
+def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quickstart: Finished) -> None:
+    trace = json.loads((quickstart.root / "timeline.json").read_text())
     assert trace["displayTimeUnit"] == "ms"
     assert set(rows_of(trace["traceEvents"])) == {"driver", "learner", "replay", "rollout-0", "evaluator"}
 
 
-def test_states_of_every_actor_add_up_to_its_time(quick: Finished) -> None:
-    rows = rows_of(quick.trace)
+def test_states_of_every_actor_add_up_to_its_time(quickstart: Finished) -> None:
+    rows = rows_of(quickstart.trace)
     check_time_law(rows, end_s=rows["driver"][-1][2])
     for actor, row in rows.items():
-        total_s = sum(quick.summary["seconds_by_state"][actor].values())
+        total_s = sum(quickstart.summary["seconds_by_state"][actor].values())
         assert total_s == pytest.approx(sum(end - start for _, start, end in row), rel=1e-3)
 
 
 @pytest.mark.parametrize("actor", ["driver", "learner", "replay", "rollout-0"])
-def test_time_law_notices_one_lost_span(quick: Finished, actor: str) -> None:
-    rows = rows_of(quick.trace)
+def test_time_law_notices_one_lost_span(quickstart: Finished, actor: str) -> None:
+    rows = rows_of(quickstart.trace)
     longest = max(rows[actor][1:-1], key=lambda span: span[2] - span[1])
     lossy = {**rows, actor: [span for span in rows[actor] if span != longest]}
     with pytest.raises(AssertionError, match=f"{actor}: .* s in states"):
         check_time_law(lossy, end_s=rows["driver"][-1][2])
 
 
-def test_time_law_notices_two_states_at_a_time(quick: Finished) -> None:
-    rows = rows_of(quick.trace)
+def test_time_law_notices_two_states_at_a_time(quickstart: Finished) -> None:
+    rows = rows_of(quickstart.trace)
     state, start_s, end_s = rows["learner"][3]
     doubled = {**rows, "learner": [*rows["learner"][:3], (state, start_s - 0.1, end_s), *rows["learner"][4:]]}
     with pytest.raises(AssertionError, match="at the same time"):
         check_time_law(doubled, end_s=rows["driver"][-1][2])
 
 
-def test_engine_generates_while_the_learner_trains(quick: Finished) -> None:
-    check_asynchrony(rows_of(quick.trace), all_rollouts(quick))
+def test_engine_generates_while_the_learner_trains(quickstart: Finished) -> None:
+    check_asynchrony(rows_of(quickstart.trace), all_rollouts(quickstart))
 
 
 def test_asynchrony_check_fails_on_a_synchronous_run(synchronous: Finished) -> None:
@@ -169,48 +161,48 @@ def test_asynchrony_check_fails_on_a_synchronous_run(synchronous: Finished) -> N
     assert all(len(rollout["weight_versions"]) == 1 for rollout in all_rollouts(synchronous))
 
 
-def test_synchronous_run_counts_its_refill_waves(synchronous: Finished, quick: Finished) -> None:
+def test_synchronous_run_counts_its_refill_waves(synchronous: Finished, quickstart: Finished) -> None:
     assert synchronous.exit_code == 0, synchronous.output
     rows = synchronous.metrics
     assert all("refill_waves" in row for row in rows)
     assert sum(row["refill_waves"] for row in rows) > 0
     assert any(row.get("rejected.all_wrong", 0) for row in rows)
-    assert not any("refill_waves" in row for row in quick.metrics)
+    assert not any("refill_waves" in row for row in quickstart.metrics)
     check_conservation(synchronous.summary["groups"])
     assert synchronous.summary["staleness"] == {"mean": 0.0, "max": 0}
 
 
-def test_ratio_is_one_up_to_rounding_at_staleness_0_and_only_there(synchronous: Finished, quick: Finished) -> None:
+def test_ratio_is_one_up_to_rounding_at_staleness_0_and_only_there(synchronous: Finished, quickstart: Finished) -> None:
     assert max(row["behaviour_log_ratio_max"] for row in synchronous.metrics) <= 1e-5
-    assert max(row["behaviour_log_ratio_max"] for row in quick.metrics) > 1e-3
+    assert max(row["behaviour_log_ratio_max"] for row in quickstart.metrics) > 1e-3
 
 
-def test_metrics_follow_from_the_rollouts(quick: Finished, synchronous: Finished) -> None:
-    for run in (quick, synchronous):
+def test_metrics_follow_from_the_rollouts(quickstart: Finished, synchronous: Finished) -> None:
+    for run in (quickstart, synchronous):
         for row in run.metrics:
             check_metrics(row, run.rollouts(row["step"]))
 
 
-def test_every_number_is_documented_and_every_documented_one_is_written(quick: Finished, synchronous: Finished) -> None:
-    rows = {name for run in (quick, synchronous) for row in run.metrics for name in row}
+def test_every_number_is_documented_and_every_documented_one_is_written(quickstart: Finished, synchronous: Finished) -> None:
+    rows = {name for run in (quickstart, synchronous) for row in run.metrics for name in row}
     check_documented(rows, documented("metrics.jsonl"))
-    check_documented(summary_names(quick.summary), documented("summary.json"))
+    check_documented(summary_names(quickstart.summary), documented("summary.json"))
 
 
-def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quick: Finished) -> None:
-    client, run_id = MlflowClient(f"sqlite:///{quick.root.parent}/mlflow.db"), quick.summary["mlflow_run_id"]
+def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quickstart: Finished) -> None:
+    client, run_id = MlflowClient(f"sqlite:///{quickstart.root.parent}/mlflow.db"), quickstart.summary["mlflow_run_id"]
     run = client.get_run(run_id)
     assert (run.info.status, run.data.tags["status"], run.info.run_name) == ("FINISHED", "done", "run")
     assert run.data.params["train.num_steps"] == str(NUM_STEPS)
-    check_history(client, run_id, quick.metrics)
+    check_history(client, run_id, quickstart.metrics)
     accuracies = {point.step: point.value for point in client.get_metric_history(run_id, "evaluation.accuracy")}
-    assert accuracies == {evaluation["version"]: evaluation["accuracy"] for evaluation in quick.evaluations}
-    assert accuracies[0] == quick.summary["initial_accuracy"]
-    assert accuracies[NUM_STEPS] == quick.summary["final_accuracy"]
-    copies = quick.root.parent / "mlartifacts" / run_id / "artifacts"
+    assert accuracies == {evaluation["version"]: evaluation["accuracy"] for evaluation in quickstart.evaluations}
+    assert accuracies[0] == quickstart.summary["initial_accuracy"]
+    assert accuracies[NUM_STEPS] == quickstart.summary["final_accuracy"]
+    copies = quickstart.root.parent / "mlartifacts" / run_id / "artifacts"
     for name in ("config.yaml", "dynamics.png"):
-        assert (copies / name).read_bytes() == (quick.root / name).read_bytes()
-    assert json.loads((copies / "summary.json").read_text())["final_accuracy"] == quick.summary["final_accuracy"]
+        assert (copies / name).read_bytes() == (quickstart.root / name).read_bytes()
+    assert json.loads((copies / "summary.json").read_text())["final_accuracy"] == quickstart.summary["final_accuracy"]
     assert 3 <= len(list((copies / "rollouts").iterdir())) <= 16
 
 
@@ -218,17 +210,17 @@ def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quick: Finish
     ("name", "value"),
     [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "length"), ("weight_versions", [[0, 0, 9]]), ("admission", -1)],
 )
-def test_recomputed_metrics_notice_one_changed_response(quick: Finished, name: str, value: object) -> None:
-    row = quick.metrics[NUM_STEPS - 1]
-    rollouts = copy.deepcopy(quick.rollouts(row["step"]))
+def test_recomputed_metrics_notice_one_changed_response(quickstart: Finished, name: str, value: object) -> None:
+    row = quickstart.metrics[NUM_STEPS - 1]
+    rollouts = copy.deepcopy(quickstart.rollouts(row["step"]))
     next(rollout for rollout in rollouts if rollout[name] != value)[name] = value
     with pytest.raises(AssertionError, match="in the rollouts"):
         check_metrics(row, rollouts)
 
 
-def test_checkpoint_loads_in_transformers_and_is_not_the_base(quick: Finished) -> None:
-    checkpoint = Path(quick.summary["checkpoint"])
-    assert checkpoint == quick.root / "checkpoints" / f"step_{NUM_STEPS:06d}"
+def test_checkpoint_loads_in_transformers_and_is_not_the_base(quickstart: Finished) -> None:
+    checkpoint = Path(quickstart.summary["checkpoint"])
+    assert checkpoint == quickstart.root / "checkpoints" / f"step_{NUM_STEPS:06d}"
     check_checkpoint(checkpoint, differs_from=Path(knobs.load(QUICKSTART).model.path))
 
 

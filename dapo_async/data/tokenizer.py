@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
+
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are all in tokenizer.json
 
 
 class Tokenizer(Protocol):
@@ -21,6 +24,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Of a plain Hugging Face folder, never from the network. Raises ValueError when the folder has none."""
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"model folder {folder} has no tokenizer.json; copy the tokenizer's files of the base model into it")
+    if _class_name(Path(folder)) in GENERIC:
+        # What AutoTokenizer would choose as well; asking it costs each process two seconds of imports more.
+        from transformers import PreTrainedTokenizerFast
+
+        return cast(Tokenizer, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
     from transformers import AutoTokenizer  # seconds of import: whoever only counts prompts need not wait for it
 
     return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def _class_name(folder: Path) -> str | None:
+    config = folder / "tokenizer_config.json"
+    try:
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (OSError, ValueError):
+        return None  # AutoTokenizer says what is wrong with it
+    return values.get("tokenizer_class") if isinstance(values, dict) else None

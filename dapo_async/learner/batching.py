@@ -41,6 +41,7 @@ class Microbatch:
     temperatures: Tensor  # [N]
     behaviour_logprobs: Tensor  # [N]
     behaviour_versions: Tensor  # [N]
+    prefill_versions: Tensor  # [N] of the rollout that the token belongs to
     advantages: Tensor  # [N]
     mask: Tensor  # [N] bool: counts in the loss
     sequence_ids: Tensor  # [N]
@@ -142,6 +143,7 @@ def pack(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Microbat
         temperatures=per_token([row.temperature for row in rows], torch.float32),
         behaviour_logprobs=joined([completion.behaviour_logprobs for completion in completions], torch.float32),
         behaviour_versions=joined([completion.weight_versions for completion in completions], torch.long),
+        prefill_versions=per_token([completion.prefill_version for completion in completions], torch.long),
         advantages=per_token([row.advantage for row in rows], torch.float32),
         mask=per_token([row.in_loss for row in rows], torch.bool),
         sequence_ids=per_token([row.sequence_id for row in rows], torch.long),

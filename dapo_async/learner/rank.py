@@ -15,6 +15,7 @@ from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask,
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner.batching import Microbatch, Row, filler, rows_of, split_microbatches, split_minibatches
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
+from dapo_async.learner.mismatch import mismatch_metrics
 from dapo_async.learner.optimizer import build_adamw, warmed_up
 from dapo_async.learner.state import full_state, load_state
 from dapo_async.model import Decoder, Mesh, PackedAttention, token_logprobs
@@ -70,7 +71,7 @@ class LearnerRank:
         metrics = rollout_metrics(groups, learner_version=self.version)
         non_finite, updates = False, 0
         for minibatch in minibatches:
-            update, non_finite = self._update(minibatch, recomputed, kept)
+            update, non_finite = self._update(minibatch, recomputed, kept, first=updates == 0)
             metrics = metrics + update
             if non_finite:
                 break
@@ -130,7 +131,9 @@ class LearnerRank:
         parts = keep[before : before + sum(counts)].split(counts) if counts else ()
         return {id(batch): part for batch, part in zip(batches, parts, strict=True)}
 
-    def _update(self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor]) -> tuple[StepMetrics, bool]:
+    def _update(
+        self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, first: bool
+    ) -> tuple[StepMetrics, bool]:
         """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
         (num_tokens,) = sum_numbers([float(sum(int(batch.mask.sum()) for batch in minibatch))], self._mesh, self._device)
         num_tokens = max(1.0, num_tokens)
@@ -142,6 +145,7 @@ class LearnerRank:
             loss.backward()
             total_loss += float(loss.detach())
             metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies, learner_version=self.version)
+            metrics = metrics + self._mismatch(batch, recomputed.get(id(batch), logprobs.detach() if first else None))
         sum_gradients(self.decoder.parameters(), self._mesh.dp)
         norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh.tp)
         (total_loss,) = sum_numbers([total_loss], self._mesh, self._device)
@@ -151,6 +155,15 @@ class LearnerRank:
             metrics = metrics + StepMetrics(sums={"grad_norm": (norm, 1.0)})
         self._optimizer.zero_grad(set_to_none=True)
         return metrics, skipped
+
+    def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> StepMetrics:
+        """Of the weights at the start of the step, which only their own forward pass tells of: None after the first update of a step without one."""
+        if proximal_logprobs is None:
+            return StepMetrics()
+        algorithm = self._algorithm
+        return mismatch_metrics(
+            batch, proximal_logprobs, learner_version=self.version, cap=algorithm.correction_cap, floor=algorithm.correction_floor
+        )
 
     def _loss(
         self, batch: Microbatch, logprobs: Tensor, recomputed: Tensor | None, keep: Tensor | None, num_tokens: float

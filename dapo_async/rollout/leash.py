@@ -3,7 +3,7 @@
 A small process of its own between the rollout actor and the server. It runs as a file, so that it imports nothing of this package:
 
     one line of JSON on standard input {command, environment, secret, log} ─▶ the server, in a session of its own
-    the end of standard input (close, or the death of whoever held it)    ─▶ SIGTERM, then SIGKILL to the whole session
+    the end of standard input (close, or the death of whoever held it)    ─▶ SIGKILL to the whole session: it has nothing to save
     the end of the server, whatever ended it                             ─▶ the rest of its session is killed; its exit code on standard output
 
 It is nobody's child: Ray's workers kill theirs when they exit, and nothing would hold the server then. The server's output goes to `log`, line by
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 
-GRACE_S = 3.0  # between SIGTERM and SIGKILL
+LOG_S = 2.0  # for what it printed last
 
 
 def hold() -> int:
@@ -48,7 +48,7 @@ def hold() -> int:
         threading.Thread(target=end, args=(server,), daemon=True).start()
         code = server.wait()
         kill(server)
-        log.join(GRACE_S)
+        log.join(LOG_S)
     return code
 
 
@@ -63,11 +63,7 @@ def copy(server: subprocess.Popen[bytes], path: str, secret: bytes) -> None:
 def end(server: subprocess.Popen[bytes]) -> None:
     """Waits for the end of standard input, then ends the server."""
     sys.stdin.read()
-    server.terminate()
-    try:
-        server.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        kill(server)
+    kill(server)
 
 
 def kill(server: subprocess.Popen[bytes]) -> None:

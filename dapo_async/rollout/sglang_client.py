@@ -79,7 +79,10 @@ class SGLangClient:
 
     def _chunk(self, event: Mapping[str, Any]) -> Chunk:
         if "error" in event:
-            raise EngineFault(f"{self.url} failed while it generated: {_one_line(json.dumps(event['error']))}")
+            told = _one_line(str(event["error"]["message"]))
+            if event["error"]["code"] == 400:
+                raise ValueError(f"{self.url} refuses the request: {told}")
+            raise EngineFault(f"{self.url} failed while it generated: {told}")
         meta, token_ids = event["meta_info"], list(event["output_ids"])
         entries = meta.get("output_token_logprobs") or []
         logprobs = [entry[0] for entry in entries]

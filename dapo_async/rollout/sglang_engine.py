@@ -1,7 +1,7 @@
 """The SGLang engine: the protocol of `engine.py` over HTTP (L2). Group requests in, completions out; weights swapped by the server itself.
 
 Each sibling is one streamed request, and never more than `num_slots` are at the server: what waits, waits here, where it is seen. Siblings share
-their prompt's KV in the server's prefix cache, whose entries are named by the weights that made them, so that none is used under others.
+their prompt's KV in the server's prefix cache, whose entries are named by the update before them, so that none is used under other weights.
 
     update:  probe ─▶ stand still (by `weight_update`) ─▶ `load` ─▶ go on ─▶ probe
 
@@ -61,6 +61,7 @@ class SGLangEngine:
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0
+        self._num_updates = 0  # names the prefix cache's entries: a version may be served twice, after wrong weights of that name
         self._syncing = False
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
@@ -108,6 +109,7 @@ class SGLangEngine:
         start_s = time.monotonic()
         async with self._standstill():
             recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
+            self._num_updates += 1
             await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
         pause_s = time.monotonic() - start_s
         incarnation, self.version = _read_version(await self._client.weight_version())
@@ -145,7 +147,7 @@ class SGLangEngine:
             "input_ids": request.prompt_ids.tolist(),
             "sampling_params": sampling_body(request.sampling),
             "rid": response.request_id,
-            "extra_key": f"{self._incarnation}:{response.sent_version}",
+            "extra_key": f"{self._nonce}.{self._num_updates}",
         }
         async for chunk in self._client.stream(body):
             response.token_ids += chunk.token_ids

@@ -26,7 +26,7 @@ from dapo_async.rollout.sglang_client import EngineFault, SGLangClient
 STREAM_TOKENS = 8  # tokens per streamed chunk: what a lost server can lose of each response, against the cost of a chunk
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 POLL_S = 0.25
-CLOSE_S = 2 * leash.GRACE_S + 2.0
+CLOSE_S = 10.0
 LOG_TAIL_LINES = 3
 SPARE_SLOTS = 1  # beside the engine's slots: the handshake's probe never waits for a response to end
 
@@ -81,7 +81,7 @@ class SGLangServer:
     """One server process on a leash. `start`, then `url` and `api_key` are its own; `close` ends it."""
 
     def __init__(self, options: ServerOptions) -> None:
-        self._options = options
+        self.options = options
         self._leash: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
         self.api_key = secrets.token_hex(32)
@@ -92,9 +92,9 @@ class SGLangServer:
         deadline_s = time.monotonic() + timeout_s
         for attempt in range(PORT_ATTEMPTS):
             self._exit_code = None
-            port = free_port(self._options.host)
+            port = free_port(self.options.host)
             self._launch(port)
-            self.url = f"http://{self._options.host}:{port}"
+            self.url = f"http://{self.options.host}:{port}"
             try:
                 return await self._wait_until_healthy(deadline_s, timeout_s)
             except EngineFault:
@@ -103,7 +103,7 @@ class SGLangServer:
         raise AssertionError("unreachable")
 
     def _launch(self, port: int) -> None:
-        options = self._options
+        options = self.options
         options.log.parent.mkdir(parents=True, exist_ok=True)
         order = {"command": options.command(port), "environment": options.environment(), "secret": self.api_key, "log": str(options.log)}
         # A session of its own: what ends the actor's process group must not end the leash before the server.
@@ -118,14 +118,14 @@ class SGLangServer:
         try:
             while time.monotonic() < deadline_s:
                 if (code := self.exit_code) is not None:
-                    raise EngineFault(f"the SGLang server ended with code {code} while it started; {self._options.log} ends with: {self._log_tail()}")
+                    raise EngineFault(f"the SGLang server ended with code {code} while it started; {self.options.log} ends with: {self._log_tail()}")
                 if await client.healthy():
                     return
                 await asyncio.sleep(POLL_S)
         finally:
             await client.close()
         await self.close()
-        raise TimeoutError(f"waited {timeout_s:g} s for the SGLang server to answer; {self._options.log} ends with: {self._log_tail()}")
+        raise TimeoutError(f"waited {timeout_s:g} s for the SGLang server to answer; {self.options.log} ends with: {self._log_tail()}")
 
     @property
     def exit_code(self) -> int | None:
@@ -149,7 +149,7 @@ class SGLangServer:
             raise TimeoutError(f"waited {CLOSE_S:g} s for the SGLang server at {self.url} to end")
 
     def _log_tail(self, *, lines: int = LOG_TAIL_LINES) -> str:
-        told = self._options.log.read_text(errors="replace").strip().splitlines() if self._options.log.exists() else []
+        told = self.options.log.read_text(errors="replace").strip().splitlines() if self.options.log.exists() else []
         return " | ".join(told[-lines:])
 
 

@@ -1,0 +1,141 @@
+"""Real SGLang servers for the tests marked `sglang`: one per model family for the whole session, brought back to its base weights, not restarted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from dapo_async.clock import StateClock
+from dapo_async.model import open_store, read_weights
+from dapo_async.rollout import GroupRequest, SamplingParams
+from dapo_async.rollout.sglang_client import SGLangClient
+from dapo_async.rollout.sglang_engine import SGLangEngine
+from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.weights import Manifest, WeightGroup
+from dapo_async.weights.collective import NAME
+
+VOCABULARY = 97
+NUM_SLOTS = 16
+MAX_LEN = 512
+INCARNATION = "test"
+BUCKET_BYTES = 200_000  # several buckets
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": MAX_LEN, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+PROBE = np.arange(5, 17, dtype=np.int32)
+
+
+def make_model(family: str, folder: Path, *, seed: int) -> PreTrainedModel:
+    """A random model of the family as a Hugging Face folder, whose answers are neither flat nor certain."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.lm_head.weight.mul_(4.0)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def forward_logprobs(model: PreTrainedModel, prompt: NDArray[np.int32], response: NDArray[np.int32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """log-softmax(logits / temperature) of each response token, by one forward pass of Hugging Face's model."""
+    ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)
+    logprobs = (model(ids[None]).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+    return logprobs.gather(-1, ids[len(prompt) :, None]).squeeze(-1).numpy()
+
+
+def request(
+    key: int, prompt: Sequence[int], *, siblings: int = 1, max_tokens: int = 40, temperature: float = 1.0, **sampling: object
+) -> GroupRequest:
+    """It runs to `max_tokens` unless `stop_token_ids` are given: these models have no stop token of their own."""
+    sampled = SamplingParams(max_tokens=max_tokens, temperature=temperature, **{"stop_token_ids": (), "seed": 0, **sampling})
+    return GroupRequest(key, np.asarray(prompt, dtype=np.int32), siblings, sampled)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A server and the two models whose weights the tests give it: version 0, which it was started with, and another."""
+
+    server: SGLangServer
+    folder: Path
+    base: PreTrainedModel
+    other: PreTrainedModel
+    other_folder: Path
+
+    @asynccontextmanager
+    async def engine(self, weight_update: str = "recompute") -> AsyncIterator[SGLangEngine]:
+        """An engine on the server, serving the base weights as version 0."""
+        client = SGLangClient(self.server.url, api_key=self.server.api_key, silence_s=30.0)
+        engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update=weight_update, incarnation=INCARNATION)
+        try:
+            await client.resume()  # whatever the test before left
+            await engine.update(from_disk(client, self.folder), version=0, probe_ids=PROBE)
+            yield engine
+        finally:
+            await engine.close()
+
+
+def from_disk(client: SGLangClient, folder: Path):
+    async def load(weight_version: str, flush: bool) -> None:
+        await client.update_from_disk(str(folder), weight_version=weight_version, flush=flush)
+
+    return load
+
+
+@asynccontextmanager
+async def broadcasting(client: SGLangClient, folder: Path):
+    """Joins the server to a weight group with this process as the learner; yields the load by broadcast of the weights in `folder`."""
+    store = open_store("127.0.0.1", timeout_s=30.0)
+    joining = asyncio.create_task(client.join_group(("127.0.0.1", store.port), name=NAME, first_rank=1, world_size=2, backend="gloo"))
+    group = await asyncio.to_thread(WeightGroup, store, rank=0, world_size=2, host="127.0.0.1", device="cpu", timeout_s=30.0)
+    await joining
+    weights: dict[str, Tensor] = read_weights(folder)
+    manifest = Manifest.of(weights)
+    buckets = list(manifest.buckets(BUCKET_BYTES))
+    assert len(buckets) > 1
+
+    async def load(weight_version: str, flush: bool) -> None:
+        sending = asyncio.create_task(asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES))
+        await client.begin_update()
+        for bucket in buckets:
+            last = bucket is buckets[-1]
+            lines = [(spec.name, spec.dtype, spec.shape) for spec in bucket]
+            await client.receive_bucket(lines, group=NAME, weight_version=weight_version if last else None, flush=flush and last)
+        await client.end_update()
+        await sending
+
+    try:
+        yield load
+    finally:
+        await client.leave_group(NAME)
+
+
+def start_world(family: str, root: Path) -> World:
+    folder, other_folder = root / "base", root / "other"
+    base, other = make_model(family, folder, seed=1), make_model(family, other_folder, seed=2)
+    options = ServerOptions(
+        model=folder,
+        dtype="float32",
+        device="cpu",
+        tensor_parallel=1,
+        num_slots=NUM_SLOTS,
+        max_len=MAX_LEN,
+        host="127.0.0.1",
+        seed=0,
+        log=root / "server.log",
+    )
+    server = SGLangServer(options)
+    asyncio.run(server.start(timeout_s=240.0))
+    return World(server, folder, base, other, other_folder)

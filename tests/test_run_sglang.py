@@ -1,0 +1,117 @@
+"""Whole runs on real SGLang servers: two engines and one learner, weights while they generate, and the end of a server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from run_support import TINY, Finished, check_checkpoint, check_conservation, command, finished, running
+
+from dapo_async import config as knobs
+
+pytestmark = pytest.mark.sglang
+
+CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
+SERVERS = ("rollout.engine=sglang", "rollout.num_slots=32", "rollout.num_cpus=0.5", "learner.num_cpus=0.5")
+
+
+def server_of(root: Path, name: str) -> psutil.Process:
+    """The main process of an engine's server: the child of the leash, which alone writes that log."""
+    log = str(root / "engines" / f"{name}.log")
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == log for file in process.open_files()):
+                return process.children()[0]
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no process writes {log}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Two servers, weights by broadcast, everything written down."""
+    root = tmp_path_factory.mktemp("two") / "run"
+    steps = ("train.num_steps=10", "train.checkpoint_every_steps=5", "train.sample_groups=4")
+    run = finished(root, *TINY, *SERVERS, "rollout.num_workers=2", *steps, timeout_s=240.0)
+    assert run.exit_code == 0, run.output
+    return run
+
+
+def test_two_engines_feed_one_learner_and_serve_each_version(two: Finished) -> None:
+    summary = two.summary
+    assert summary["status"] == "done"
+    check_conservation(summary["groups"])
+    assert (summary["groups"]["evicted"], summary["groups"]["failed"], summary["failures"]) == (0, 0, {})
+    assert summary["staleness"]["max"] <= 2
+    # Versions 0 to 10 on both engines; only what they served from the start can't be told from what was published.
+    assert summary["handshake"] == {"inconclusive": 2, "passed": 20}
+    for name in ("rollout-0", "rollout-1"):
+        assert summary["seconds_by_state"][name]["generate"] > 0
+        assert summary["seconds_by_state"][name]["sync"] > 0
+    check_checkpoint(Path(summary["checkpoint"]))
+
+
+def test_learner_and_engines_agree_where_the_weights_are_the_same(two: Finished) -> None:
+    fresh = [row["mismatch_max"] for row in two.metrics if "mismatch_max" in row]
+    assert fresh
+    assert 0 < max(fresh) <= 1e-4
+    assert all(row["mismatch_outside_fraction"] == 0 for row in two.metrics if "mismatch_max" in row)
+
+
+def test_servers_key_is_nowhere_in_the_run_directory(two: Finished) -> None:
+    for name in ("rollout-0", "rollout-1"):
+        log = (two.root / "engines" / f"{name}.log").read_text()
+        assert "'api_key': '***'" in log
+    assert not [path for path in two.root.rglob("*.yaml") if "api-key" in path.read_text()]
+
+
+def test_death_of_a_server_ends_the_run_in_its_name_and_leaves_nothing(tmp_path: Path) -> None:
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "weights.transport=disk")
+    with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
+        live.wait_for(r"^step +4/")
+        server = server_of(tmp_path / "run", "rollout-0")
+        session = [server, *server.children(recursive=True)]
+        os.kill(server.pid, signal.SIGKILL)
+        run = live.finish(timeout_s=40.0)
+        live.seconds_until_nothing_is_left(timeout_s=10.0)
+    assert run.exit_code == 1, run.output
+    assert run.summary["reason"].startswith("rollout-0 failed in "), run.summary["reason"]
+    assert "EngineFault" in run.summary["reason"]
+    check_conservation(run.summary["groups"])
+    check_checkpoint(Path(run.summary["checkpoint"]))
+    _, alive = psutil.wait_procs(session, timeout=5.0)
+    assert not alive
+
+
+def test_killed_driver_takes_its_servers_along(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY, *SERVERS, "train.num_steps=5000") as live:
+        live.wait_for(r"^step +2/")
+        server = server_of(tmp_path / "run", "rollout-0")
+        session = [server, *server.children(recursive=True)]
+        os.kill(live.driver, signal.SIGKILL)
+        _, alive = psutil.wait_procs(session, timeout=20.0)
+        assert not alive
+        live.seconds_until_nothing_is_left(timeout_s=20.0)
+
+
+def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.server_flags=--no-such-flag", timeout_s=120.0)
+    assert run.exit_code == 1
+    assert "the SGLang server ended with code 2 while it started" in run.summary["reason"]
+    assert "--no-such-flag" in run.summary["reason"]
+
+
+def test_config_of_the_quickstart_differs_from_the_torch_ones_by_the_engine_and_the_length_only() -> None:
+    sglang, torch = knobs.load(CONFIG), knobs.load(CONFIG.with_name("quickstart.yaml"))
+    names = [name for name, *_ in knobs.knobs()]
+
+    def value(config: object, name: str) -> object:
+        for part in name.split("."):
+            config = getattr(config, part)
+        return config
+
+    assert [name for name in names if value(sglang, name) != value(torch, name)] == ["rollout.engine", "train.num_steps"]
+    assert command("train", str(CONFIG), "--dry-run").returncode == 0
