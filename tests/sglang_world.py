@@ -108,12 +108,8 @@ async def broadcasting(client: SGLangClient, folder: Path):
 
     async def load(weight_version: str, flush: bool) -> None:
         sending = asyncio.create_task(asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES))
-        await client.begin_update()
-        for bucket in buckets:
-            last = bucket is buckets[-1]
-            lines = [(spec.name, spec.dtype, spec.shape) for spec in bucket]
-            await client.receive_bucket(lines, group=NAME, weight_version=weight_version if last else None, flush=flush and last)
-        await client.end_update()
+        lines = [[spec.line for spec in bucket] for bucket in buckets]
+        await client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
         await sending
 
     try:

@@ -155,6 +155,16 @@ def test_aborted_group_leaves_and_the_others_go_on(world):
 
 
 @on_one_family
+def test_group_may_come_again_at_once(world):
+    async def generate():
+        async with world.engine() as engine:
+            return [await engine.generate(request(1, PROMPT, siblings=NUM_SLOTS, max_tokens=8)) for _ in range(20)]
+
+    for completions in asyncio.run(generate()):
+        assert [len(completion.token_ids) for completion in completions] == [8] * NUM_SLOTS
+
+
+@on_one_family
 def test_request_that_never_fits_is_the_callers_fault(world):
     async def generate():
         async with world.engine() as engine:

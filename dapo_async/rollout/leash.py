@@ -12,6 +12,7 @@ line, without `secret`: servers print their arguments.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -76,5 +77,7 @@ def kill(server: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     if os.fork() == 0:
-        print(hold(), flush=True)
+        code = hold()
+        with contextlib.suppress(BrokenPipeError):  # whoever held it may be gone
+            print(code, flush=True)
         os._exit(0)  # at once, though the thread that reads standard input still waits

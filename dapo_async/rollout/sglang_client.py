@@ -127,24 +127,22 @@ class SGLangClient:
     async def leave_group(self, name: str) -> None:
         await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
-    async def begin_update(self) -> None:
+    async def receive(self, buckets: Sequence[Sequence[TensorLine]], *, group: str, weight_version: str, flush: bool) -> None:
+        """Takes part in the broadcast of these buckets, each as bytes; with the last one `weight_version` is what is served."""
         self._check(await self._ask("POST", "/begin_weight_update", {}), "begin_weight_update")
-
-    async def receive_bucket(self, bucket: Sequence[TensorLine], *, group: str, weight_version: str | None, flush: bool) -> None:
-        """Takes part in the broadcast of one bucket, as bytes. `weight_version` with the last one: from then on it is what is served."""
-        names, dtypes, shapes = zip(*bucket, strict=True)
-        body = {
-            "names": names,
-            "dtypes": dtypes,
-            "shapes": shapes,
-            "group_name": group,
-            "load_format": "flattened_bucket",
-            "flush_cache": flush,
-            "weight_version": weight_version,
-        }
-        self._check(await self._ask("POST", "/update_weights_from_distributed", body), "update_weights_from_distributed")
-
-    async def end_update(self) -> None:
+        for bucket in buckets:
+            last = bucket is buckets[-1]
+            names, dtypes, shapes = zip(*bucket, strict=True)
+            body = {
+                "names": names,
+                "dtypes": dtypes,
+                "shapes": shapes,
+                "group_name": group,
+                "load_format": "flattened_bucket",
+                "flush_cache": flush and last,
+                "weight_version": weight_version if last else None,
+            }
+            self._check(await self._ask("POST", "/update_weights_from_distributed", body), "update_weights_from_distributed")
         self._check(await self._ask("POST", "/end_weight_update", {}), "end_weight_update")
 
     def _check(self, answer: Mapping[str, Any], what: str) -> None:

@@ -13,6 +13,7 @@ their prompt's KV in the server's prefix cache, whose entries are named by the u
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ class SGLangEngine:
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
         self._ended = asyncio.Event()  # set whenever a response ends
-        self._nonce = secrets.token_hex(4)  # names of requests that no other client of this server uses
+        self._nonce, self._serial = secrets.token_hex(4), itertools.count()  # names of requests that no other client of this server uses
         clock.enter("wait")
 
     async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
@@ -106,8 +107,7 @@ class SGLangEngine:
         Returns the incarnation that the server attests, and the report. After a failed load the server stays paused: its weights are not to be used.
         """
         before = await self._client.prompt_logprobs(probe_ids)
-        start_s = time.monotonic()
-        async with self._standstill():
+        async with self._standstill() as start_s:
             recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
             self._num_updates += 1
             await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
@@ -130,8 +130,9 @@ class SGLangEngine:
         async with self._slots:
             while not self._may_send.is_set():  # it may have been cleared again before this task had its turn
                 await self._may_send.wait()
-            # The last dot keeps one name from being the beginning of another: the server aborts by beginnings.
-            name = f"{self._nonce}.{request.key}.{sibling}."
+            # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
+            # aborts by beginnings.
+            name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
             response = _Response(name, len(request.prompt_ids), self.version)
             group.responses[sibling] = response
             self._count(+1)
@@ -149,12 +150,16 @@ class SGLangEngine:
             "rid": response.request_id,
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
+        completion = None
+        # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
         async for chunk in self._client.stream(body):
             response.token_ids += chunk.token_ids
             response.logprobs += chunk.logprobs
             if chunk.finish is not None:
-                return self._completion(response, chunk.finish, chunk.versions)
-        raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
+                completion = self._completion(response, chunk.finish, chunk.versions)
+        if completion is None:
+            raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
+        return completion
 
     def _completion(self, response: _Response, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> Completion:
         reason, count = FinishReason(finish["type"]), len(response.token_ids)
@@ -178,18 +183,20 @@ class SGLangEngine:
         )
 
     @asynccontextmanager
-    async def _standstill(self) -> AsyncIterator[None]:
-        """Nothing is generated inside. Left by an exception, nothing is generated afterwards either."""
+    async def _standstill(self) -> AsyncIterator[float]:
+        """Nothing is generated inside; yields since when. Left by an exception, nothing is generated afterwards either."""
+        start_s = time.monotonic()
         if self._mode == "drain":
             self._may_send.clear()
             while self._num_running:
                 self._ended.clear()
                 await self._ended.wait()
+            start_s = time.monotonic()
         else:
             await self._client.pause("retract" if self._mode == "recompute" else "in_place")
         self._sync(True)
         try:
-            yield
+            yield start_s
         finally:
             self._sync(False)
         if self._mode == "drain":

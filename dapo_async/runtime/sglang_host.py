@@ -65,15 +65,11 @@ class SGLangHost(EngineHost):
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
 
+        buckets = announcement.manifest.buckets(self._config.weights.bucket_bytes)
+        lines = [[spec.line for spec in bucket] for bucket in buckets]
+
         async def load(weight_version: str, flush: bool) -> None:
-            """All buckets of the broadcast; the last one names the version."""
-            buckets = list(announcement.manifest.buckets(self._config.weights.bucket_bytes))
-            await self._client.begin_update()
-            for bucket in buckets:
-                last = bucket is buckets[-1]
-                lines = [(spec.name, spec.dtype, spec.shape) for spec in bucket]
-                await self._client.receive_bucket(lines, group=NAME, weight_version=weight_version if last else None, flush=flush and last)
-            await self._client.end_update()
+            await self._client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
 
         return await self._update(announcement, load)
 

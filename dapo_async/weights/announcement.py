@@ -24,6 +24,11 @@ class TensorSpec:
         return dtype
 
     @property
+    def line(self) -> tuple[str, str, tuple[int, ...]]:
+        """As an engine is told over HTTP."""
+        return self.name, self.dtype, self.shape
+
+    @property
     def num_elements(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
