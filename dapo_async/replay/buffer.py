@@ -19,7 +19,7 @@ from typing import Any
 
 from dapo_async.replay.acceptance import AcceptanceLog, StepAcceptance
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
-from dapo_async.replay.explain import WaitFacts, explain
+from dapo_async.replay.explain import explain, facts_of
 from dapo_async.replay.filters import Filter, first_reason
 from dapo_async.replay.ledger import Counts, Ending, Ledger
 from dapo_async.replay.lineage import BufferState, thaw
@@ -59,7 +59,7 @@ class ReplayBuffer:
         self.failures: Counter[str] = Counter()  # failed groups by what their worker said
         self._generating: dict[int, Generating] = {}
         self._buffered: dict[int, Buffered] = {}
-        self._reissue: deque[int] = deque()  # admissions of the incarnation before that nobody generates yet
+        self._reissue: deque[int] = deque()  # admissions that nobody generates any more: of a lost engine, or of the incarnation before
         self._taken: dict[int, Taken] = {}
         self._awaiting: dict[int, int] = {}  # admission index → version that every engine has to serve before the credit returns
         self._evicted_since_take: list[int] = []
@@ -161,6 +161,13 @@ class ReplayBuffer:
         self.failures[why] += 1
         return True
 
+    def hand_back(self, index: int) -> bool:
+        """A generating group whose engine was lost keeps its index and its credit, and is admitted once more; False when it had ended already."""
+        if self._generating.pop(index, None) is None:
+            return False
+        self._reissue.append(index)
+        return True
+
     def lose_worker(self, worker: str) -> tuple[int, ...]:
         """Fails what `worker` was generating; what it had offered stays. Returns the failed admission indices."""
         lost = tuple(index for index, started in self._generating.items() if started.worker == worker)
@@ -244,25 +251,7 @@ class ReplayBuffer:
 
     def explain_wait(self, learner_version: int) -> str:
         """One line for a passed deadline: who waits for whom."""
-        return explain(
-            WaitFacts(
-                learner_version=learner_version,
-                served_version=self.served_version,
-                groups_per_step=self.groups_per_step,
-                finished=self.num_buffered,
-                generating=self._generating,
-                in_training=len(self._taken),
-                unpublished=len(self._awaiting),
-                admissible=self.admissible(),
-                credits_free=self._credits.free,
-                overload=self._overload_after(self._pick(), learner_version),
-                acceptance=self._log.step,
-                evicted=len(self._evicted_since_take),
-                failures=self.failures,
-                verdict=self.verdict,
-                closed=self.closed,
-            )
-        )
+        return explain(facts_of(self, learner_version, overload=self._overload_after(self._pick(), learner_version)))
 
     # Inside.
 

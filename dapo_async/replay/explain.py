@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dapo_async.replay.acceptance import StepAcceptance
 from dapo_async.replay.patience import Verdict
 from dapo_async.replay.states import Generating
+
+if TYPE_CHECKING:
+    from dapo_async.replay.buffer import ReplayBuffer
 
 _NAMED = 3  # stragglers named one by one; the rest is a number
 
@@ -31,6 +35,27 @@ class WaitFacts:
     failures: Mapping[str, int]  # of the whole run, by what the worker said
     verdict: Verdict | None
     closed: bool
+
+
+def facts_of(buffer: ReplayBuffer, learner_version: int, *, overload: int | None) -> WaitFacts:
+    """`overload`: the first deadline that would be lost by taking what is finished."""
+    return WaitFacts(
+        learner_version=learner_version,
+        served_version=buffer.served_version,
+        groups_per_step=buffer.groups_per_step,
+        finished=buffer.num_buffered,
+        generating=buffer._generating,
+        in_training=len(buffer._taken),
+        unpublished=len(buffer._awaiting),
+        admissible=buffer.admissible(),
+        credits_free=buffer._credits.free,
+        overload=overload,
+        acceptance=buffer._log.step,
+        evicted=len(buffer._evicted_since_take),
+        failures=buffer.failures,
+        verdict=buffer.verdict,
+        closed=buffer.closed,
+    )
 
 
 def explain(facts: WaitFacts) -> str:

@@ -3,8 +3,8 @@
 `engine.py` is what every engine promises; `ThreadedEngine(TorchEngine(...), clock)` is the one on the learner's own decoder, on CPU and CUDA.
 """
 
-from dapo_async.rollout.engine import Aborted, Engine, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
 from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.torch_engine import TorchEngine
 
-__all__ = ["Aborted", "Engine", "GroupRequest", "SamplingParams", "SlotUse", "ThreadedEngine", "TorchEngine", "UpdateReport", "WeightUpdate"]
+__all__ = ["Aborted", "Engine", "EngineFault", "GroupRequest", "SamplingParams", "SlotUse", "ThreadedEngine", "TorchEngine", "UpdateReport", "WeightUpdate"]

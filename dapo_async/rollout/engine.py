@@ -24,6 +24,10 @@ class Aborted(Exception):
     """Raised by `generate` of a group that was taken off the engine before its end."""
 
 
+class EngineFault(RuntimeError):
+    """An engine that cannot be used as it is: its server is gone, silent or wrong. A group that raises it may be generated elsewhere."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of a group are drawn.

@@ -16,14 +16,13 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.rollout.engine import EngineFault
+
 HEALTH_S = 5.0
+POLL_S = 0.25
 EVENT = b"\n\n"  # between two server-sent events
 DONE = b"[DONE]"
 TensorLine = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
-
-
-class EngineFault(RuntimeError):
-    """An engine that cannot be used as it is: its server is gone, silent or wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,15 @@ class SGLangClient:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def wait_until_healthy(self, *, timeout_s: float) -> None:
+        """Raises EngineFault when it does not answer in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.healthy():
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            raise EngineFault(f"{self.url} has not answered for {timeout_s:g} s; start the server there") from error
 
     async def weight_version(self) -> str:
         """The name of the weights that it serves now."""

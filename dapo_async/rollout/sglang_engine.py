@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_async.clock import StateClock
-from dapo_async.rollout.engine import Aborted, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
-from dapo_async.rollout.sglang_client import EngineFault, SGLangClient
+from dapo_async.rollout.engine import Aborted, EngineFault, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
 
@@ -115,6 +115,15 @@ class SGLangEngine:
         incarnation, self.version = _read_version(await self._client.weight_version())
         after = await self._client.prompt_logprobs(probe_ids)
         return incarnation, UpdateReport(self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed)
+
+    async def reconnect(self, client: SGLangClient) -> None:
+        """Goes on with another server, which serves none of the run's weights yet. The one before is gone: what ran there has failed, or fails now."""
+        await self._client.close()
+        while self._running:
+            await asyncio.gather(*(sibling for group in self._running.values() for sibling in group.siblings), return_exceptions=True)
+            await asyncio.sleep(0)
+        self._client, self.version = client, -1
+        self._may_send.set()
 
     def starving(self, on: bool) -> None:
         self._meter.starving(on)

@@ -21,11 +21,11 @@ from typing import Literal
 import psutil
 
 from dapo_async.rollout import leash
-from dapo_async.rollout.sglang_client import EngineFault, SGLangClient
+from dapo_async.rollout.engine import EngineFault
+from dapo_async.rollout.sglang_client import POLL_S, SGLangClient
 
 STREAM_TOKENS = 8  # tokens per streamed chunk: what a lost server can lose of each response, against the cost of a chunk
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
-POLL_S = 0.25
 CLOSE_S = 10.0
 LOG_TAIL_LINES = 3
 SPARE_SLOTS = 1  # beside the engine's slots: the handshake's probe never waits for a response to end

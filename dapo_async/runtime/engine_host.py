@@ -44,6 +44,10 @@ class EngineHost(ABC):
     async def start(self) -> str:
         """Returns when the engine is up, with a line about it."""
 
+    async def restart(self) -> None:
+        """Brings a lost engine up again, without any of the run's weights."""
+        raise AssertionError("only engines of servers are lost: others live and die with their actor")
+
     @abstractmethod
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
         """Joins the learner's weight group at `address`; returns when every member has."""

@@ -140,16 +140,16 @@ class LearnerActor:
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
         host = own_host(self._config)
+        self._group = None  # the one before, whose members have changed
         self._store = open_store(host, timeout_s=self._config.deadlines.publish_s)
         return host, self._store.port
 
-    async def join(self) -> None:
+    async def join(self, world_size: int) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
-        size, timeout_s = 1 + self._config.rollout.num_ranks, self._config.deadlines.publish_s
-        host = own_host(self._config)
+        host, timeout_s = own_host(self._config), self._config.deadlines.publish_s
         self._group = await asyncio.to_thread(
-            WeightGroup, self._store, rank=SENDER, world_size=size, host=host, device=self._device, timeout_s=timeout_s
+            WeightGroup, self._store, rank=SENDER, world_size=world_size, host=host, device=self._device, timeout_s=timeout_s
         )
 
     async def broadcast(self, announcement: Announcement) -> None:

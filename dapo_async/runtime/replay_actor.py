@@ -122,6 +122,12 @@ class ReplayActor:
                 self._buffer.fail(index, why=why)
             self._changed.notify_all()
 
+    async def hand_back(self, index: int) -> None:
+        """A group whose engine was lost: whoever asks next generates it."""
+        async with self._changed:
+            self._buffer.hand_back(index)
+            self._changed.notify_all()
+
     async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | Verdict:
         """The batch of the learner's next step, or the verdict that ends the run. Raises TimeoutError that says who waits for whom."""
         try:

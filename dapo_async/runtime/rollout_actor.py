@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
-from dapo_async.rollout import SamplingParams
+from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.engine_host import EngineHost, TorchHost
@@ -42,6 +42,9 @@ class RayReplay:
     async def fail(self, indices: Sequence[int], why: str) -> None:
         await self._call("fail", indices, why)
 
+    async def hand_back(self, index: int) -> None:
+        await self._call("hand_back", index)
+
     async def doomed(self, worker: str) -> Sequence[int]:
         indices: list[int] = await self._call("doomed", worker)
         return indices
@@ -55,7 +58,7 @@ class RayReplay:
 
 
 class RolloutActor:
-    """`ready` first. In the weight group the learner is rank 0, and each worker has as many ranks as its engine."""
+    """`ready` first. An engine that is lost (an SGLang server) is told by `lost`; then `restart`, weights, `revive`."""
 
     def __init__(self, config: Config, *, number: int, incarnation: str, replay: ActorHandle, logs: Path, outer_key: str = "") -> None:
         """`logs`: folder for what SGLang's servers print. `outer_key`: the API key of servers that run already."""
@@ -98,29 +101,46 @@ class RolloutActor:
         """Rolls groups for as long as the run lasts; the driver watches it."""
         await self._worker.run()
 
-    async def join(self, address: tuple[str, int]) -> None:
+    async def lost(self) -> str:
+        """Waits until the engine is lost; returns why."""
+        return await self._worker.lost()
+
+    async def restart(self) -> None:
+        """Starts a lost engine anew; it serves nothing before `read` and `revive`."""
+        self._worker.starts_anew()
+        await self._host.restart()
+
+    async def revive(self) -> None:
+        """The engine serves proved weights again: admission goes on."""
+        self._worker.revive()
+
+    async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> None:
         """Joins the learner's weight group at `address`; returns when every member has."""
-        rollout = self._config.rollout
-        await self._host.join(address, first_rank=1 + self._number * rollout.tensor_parallel, world_size=1 + rollout.num_ranks)
+        await self._host.join(address, first_rank=first_rank, world_size=world_size)
 
-    async def receive(self, announcement: Announcement) -> Attestation:
-        """Weights by broadcast. What finishes from now on is held back until they are proved."""
-        self._worker.hold(True)
-        return await self._host.receive(announcement)
+    async def receive(self, announcement: Announcement) -> Attestation | None:
+        """Weights by broadcast. What finishes from now on is held back until they are proved. None when the engine was lost over it."""
+        return await self._update(self._host.receive(announcement))
 
-    async def read(self, announcement: Announcement, folder: str) -> Attestation:
+    async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
         """The same from disk."""
+        return await self._update(self._host.read(announcement, folder))
+
+    async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         self._worker.hold(True)
-        return await self._host.read(announcement, folder)
+        try:
+            return await update
+        except EngineFault as fault:
+            self._worker.lose(str(fault))
+            return None
 
     async def stage(self, announcement: Announcement) -> None:
         """While leased: weights by broadcast, kept beside those being served, which do not change."""
         await self._host.stage(announcement)
 
-    async def swap_staged(self, announcement: Announcement) -> Attestation:
+    async def swap_staged(self, announcement: Announcement) -> Attestation | None:
         """What was staged last, the weights of `announcement`, is served."""
-        self._worker.hold(True)
-        return await self._host.swap_staged(announcement)
+        return await self._update(self._host.swap_staged(announcement))
 
     async def quarantine(self, on: bool) -> None:
         """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""

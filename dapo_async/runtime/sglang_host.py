@@ -30,15 +30,31 @@ class SGLangHost(EngineHost):
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device, self._number, self._logs, self._outer_key = device, number, logs, outer_key
         self._server: SGLangServer | None = None
+        self._joined = False  # the weight group
 
     async def start(self) -> str:
-        rollout, urls = self._config.rollout, self._config.rollout.server_urls
-        url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
-        self._client = SGLangClient(url, api_key=key, silence_s=self._config.deadlines.silence_s)
+        rollout = self._config.rollout
+        self._client = await self._connect()
         self.engine = SGLangEngine(
             self._client, self._clock, num_slots=rollout.num_slots, weight_update=rollout.weight_update, incarnation=self._incarnation
         )
-        return f"SGLang at {url}, {rollout.num_slots} slots"
+        return f"SGLang at {self._client.url}, {rollout.num_slots} slots"
+
+    async def restart(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+        self._joined = False
+        self._client = await self._connect()
+        await self.engine.reconnect(self._client)
+
+    async def _connect(self) -> SGLangClient:
+        """To a server that answers: one of its own, or the one that runs already."""
+        urls, deadlines = self._config.rollout.server_urls, self._config.deadlines
+        url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
+        client = SGLangClient(url, api_key=key, silence_s=deadlines.silence_s)
+        if urls:
+            await client.wait_until_healthy(timeout_s=deadlines.start_s)
+        return client
 
     async def _start_server(self) -> tuple[str, str]:
         config = self._config
@@ -60,6 +76,9 @@ class SGLangHost(EngineHost):
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
         backend = "nccl" if self._device == "cuda" else "gloo"
+        if self._joined:
+            await self._client.leave_group(NAME)
+        self._joined = True
         await self._client.join_group(address, name=NAME, first_rank=first_rank, world_size=world_size, backend=backend)
 
     async def receive(self, announcement: Announcement) -> Attestation:

@@ -4,6 +4,9 @@ A receiver whose engine is lent out (`lend`) is passed over from the next publis
 disk it reads nothing; nobody waits for it to serve. `take_back` brings it to the newest published version and has it prove that. Publishes
 and takings back never overlap, and the learner keeps the snapshot of the newest publish until both are done: each waits for its turn.
 
+A receiver whose engine is lost (`lose`, or an answer of None instead of an attestation) is passed over too, takes no part in a broadcast and is not
+waited for; `restore` has it read the newest version from disk and prove it. The group of a broadcast is formed anew whenever its members change.
+
 Called by the loop; the learner and the engines are ports (their Ray actors in a run, plain objects in tests).
 """
 
@@ -32,13 +35,13 @@ class Receiver(Protocol):
 
     name: str
 
-    async def receive(self, announcement: Announcement) -> Attestation: ...
+    async def receive(self, announcement: Announcement) -> Attestation | None: ...  # None: its engine was lost over it
 
-    async def read(self, announcement: Announcement, folder: str) -> Attestation: ...
+    async def read(self, announcement: Announcement, folder: str) -> Attestation | None: ...
 
     async def stage(self, announcement: Announcement) -> None: ...  # by broadcast, beside the weights that it goes on to serve
 
-    async def swap_staged(self, announcement: Announcement) -> Attestation: ...  # serves what it staged last
+    async def swap_staged(self, announcement: Announcement) -> Attestation | None: ...  # serves what it staged last
 
     async def quarantine(self, on: bool) -> None: ...  # on: nothing is generated there, and what was is given up
 
@@ -53,13 +56,23 @@ class Publisher:
     """Publishes announcements to every receiver and tells `on_served` when all of them serve a version."""
 
     def __init__(
-        self, source: Source, receivers: Sequence[Receiver], *, transport: Literal["broadcast", "disk"], tolerance: float, deadline_s: float
+        self,
+        source: Source,
+        receivers: Sequence[Receiver],
+        *,
+        transport: Literal["broadcast", "disk"],
+        tolerance: float,
+        deadline_s: float,
+        regroup: Callable[[Sequence[str]], Awaitable[None]] | None = None,
     ) -> None:
+        """`regroup` forms the group of a broadcast, of the source and the receivers named; None where there is nothing to form."""
         self._source, self._receivers, self._transport = source, receivers, transport
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a taking back
         self._lent: dict[str, Announcement | None] = {}  # by receiver: the newest version that it was passed over with
+        self._regroup, self._members = regroup, ()  # receivers in the group of a broadcast, by name
+        self._lost: set[str] = set()
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
         self._waiting_for: set[str] = set()  # receivers of the publish in flight that have not proved themselves
@@ -103,8 +116,28 @@ class Publisher:
                 self._waiting_for = {receiver.name}
                 async with self._deadline(f"taking back of {receiver.name} with version {missed.version}"):
                     attested = await self._swap_staged(receiver, missed)
-                    await self._settle(receiver, missed, attested)
+                    if attested is None:
+                        self.lose(receiver)
+                    else:
+                        await self._settle(receiver, missed, attested)
             del self._lent[receiver.name]
+
+    def lose(self, receiver: Receiver) -> None:
+        """Passes `receiver` over, and waits for it no longer, until `restore`."""
+        self._lost.add(receiver.name)
+        self._waiting_for.discard(receiver.name)
+
+    async def restore(self, receiver: Receiver) -> bool:
+        """Brings a lost `receiver`, whose engine runs again, to the newest published version; False when it was lost over it. Raises as `publish` does."""
+        async with self._turn:
+            if self.newest is not None:
+                self._waiting_for = {receiver.name}
+                async with self._deadline(f"return of {receiver.name} with version {self.newest.version}"):
+                    attested = await receiver.read(self.newest, await self._write(self.newest))
+                    if attested is None or await self._settle(receiver, self.newest, attested) is None:
+                        return False
+            self._lost.discard(receiver.name)
+            return True
 
     @property
     def in_flight(self) -> asyncio.Task[None] | None:
@@ -112,18 +145,23 @@ class Publisher:
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
         """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
-        lent = [receiver for receiver in self._receivers if receiver.name in self._lent]
-        serving = [receiver for receiver in self._receivers if receiver.name not in self._lent]
-        self._waiting_for = {receiver.name for receiver in self._receivers}
+        present = [receiver for receiver in self._receivers if receiver.name not in self._lost]
+        lent = [receiver for receiver in present if receiver.name in self._lent]
+        serving = [receiver for receiver in present if receiver.name not in self._lent]
+        self._waiting_for = {receiver.name for receiver in present}
         self._written = None
         async with self._deadline(f"publish of version {announcement.version}"):
             attestations = await self._deliver(announcement, serving, lent)
             for receiver in lent:
                 self._lent[receiver.name] = announcement
                 self._waiting_for.discard(receiver.name)
-            self.last_pause_s = max(attestation.pause_s for attestation in attestations)
-            pairs = zip(serving, attestations, strict=True)
-            self.last_verdicts = tuple(await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs)))
+            pairs = [(receiver, attested) for receiver, attested in zip(serving, attestations, strict=True) if attested is not None]
+            for receiver, attested in zip(serving, attestations, strict=True):
+                if attested is None:
+                    self.lose(receiver)
+            self.last_pause_s = max((attested.pause_s for _, attested in pairs), default=0.0)
+            verdicts = await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs))
+            self.last_verdicts = tuple(verdict for verdict in verdicts if verdict is not None)
             self.num_served += 1
             await on_served(announcement.version)
 
@@ -144,17 +182,23 @@ class Publisher:
             names = ", ".join(sorted(self._waiting_for)) or "the replay room"
             raise TimeoutError(f"{what}: the learner waited {self._deadline_s:g} s for {names}") from error
 
-    async def _deliver(self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]) -> list[Attestation]:
+    async def _deliver(self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]) -> list[Attestation | None]:
         """Returns the attestations of those that are `serving`."""
         if self._transport == "disk":
             folder = await self._write(announcement)
             return await asyncio.gather(*(receiver.read(announcement, folder) for receiver in serving))
+        members = tuple(sorted(receiver.name for receiver in (*serving, *lent)))
+        if not members:
+            return []
+        if members != self._members and self._regroup is not None:
+            await self._regroup(members)
+            self._members = members
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in serving))
         staging = asyncio.gather(*(receiver.stage(announcement) for receiver in lent))
         _, attestations, _ = await asyncio.gather(self._source.broadcast(announcement), receiving, staging)
         return attestations
 
-    async def _swap_staged(self, receiver: Receiver, announcement: Announcement) -> Attestation:
+    async def _swap_staged(self, receiver: Receiver, announcement: Announcement) -> Attestation | None:
         if self._transport == "disk":
             return await receiver.read(announcement, await self._write(announcement))
         return await receiver.swap_staged(announcement)
@@ -165,20 +209,28 @@ class Publisher:
             self._written = asyncio.create_task(self._source.write(announcement))
         return await self._written
 
-    async def _settle(self, receiver: Receiver, announcement: Announcement, attested: Attestation) -> Verdict:
-        """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more."""
+    async def _settle(self, receiver: Receiver, announcement: Announcement, attested: Attestation) -> Verdict | None:
+        """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
         verdict = judge(announcement, attested, tolerance=self._tolerance)
         self.outcomes[verdict.outcome] += 1
         if verdict.outcome is Outcome.MISMATCH:
-            verdict = await self._reload(receiver, announcement, verdict)
+            again = await self._reload(receiver, announcement, verdict)
+            if again is None:
+                self.lose(receiver)
+                return None
+            verdict = again
         await receiver.confirm()
         self._waiting_for.discard(receiver.name)
         return verdict
 
-    async def _reload(self, receiver: Receiver, announcement: Announcement, verdict: Verdict) -> Verdict:
+    async def _reload(self, receiver: Receiver, announcement: Announcement, verdict: Verdict) -> Verdict | None:
         """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
         await receiver.quarantine(True)
-        again = judge(announcement, await receiver.read(announcement, await self._write(announcement)), tolerance=self._tolerance)
+        attested = await receiver.read(announcement, await self._write(announcement))
+        if attested is None:
+            await receiver.quarantine(False)  # it is closed for being lost by now
+            return None
+        again = judge(announcement, attested, tolerance=self._tolerance)
         self.outcomes[again.outcome] += 1
         if again.outcome is Outcome.MISMATCH:
             raise HandshakeError(f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}")
