@@ -185,7 +185,7 @@ def count_passes(mesh: Mesh) -> list[int]:
     """Microbatches of each minibatch, as the rank runs them."""
     rank, counts = rank_on(mesh, num_minibatches=12), []
     update = rank._update
-    rank._update = lambda minibatch, *rest: (counts.append(len(minibatch)), update(minibatch, *rest))[1]  # type: ignore[method-assign]
+    rank._update = lambda minibatch, *rest, **more: (counts.append(len(minibatch)), update(minibatch, *rest, **more))[1]  # type: ignore[method-assign]
     step_on(rank, mesh, uneven_groups())
     return counts
 
