@@ -73,6 +73,7 @@ class Rollout:
     num_gpus: float = knob(0.0, "GPUs that Ray reserves per worker; 0: the engine runs on CPU")
     tensor_parallel: int = knob(1, "GPUs that share one SGLang engine's copy of the model")
     servers: str = knob("", "URLs of running SGLang servers, one per worker, with commas between them; empty: each worker starts its own")
+    max_restarts: int = knob(3, "so many times a lost SGLang engine is started anew, per worker; the next loss ends the run")
     server_flags: str = knob("", "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the ones set here")
     num_slots: int = knob(64, "sequences that one engine generates at a time")
     max_response_tokens: int = knob(256, "a response is truncated there")
@@ -84,11 +85,6 @@ class Rollout:
     @property
     def server_urls(self) -> tuple[str, ...]:
         return tuple(url.strip().rstrip("/") for url in self.servers.split(",") if url.strip())
-
-    @property
-    def num_ranks(self) -> int:
-        """Members of the weight group beside the learner, over all workers."""
-        return self.num_workers * self.tensor_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
 AT_LEAST = {
     "seed": 0, "data.max_prompt_tokens": 1,
     "rollout.num_workers": 1, "rollout.tensor_parallel": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1,
+    "rollout.max_restarts": 0,
     "rollout.num_cpus": 0, "rollout.num_gpus": 0,
     "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.patience": 1,
     "learner.data_parallel": 1, "learner.tensor_parallel": 1,

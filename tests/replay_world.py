@@ -78,6 +78,10 @@ class World:
         assert self.buffer.fail(index, why="engine out of memory")
         self.endings["failed"] += 1
 
+    def hand_back(self, index: int) -> None:
+        del self.generating[index]
+        assert self.buffer.hand_back(index)
+
     def lose_worker(self, worker: str) -> None:
         mine = {index for index, (owner, _) in self.generating.items() if owner == worker}
         assert set(self.buffer.lose_worker(worker)) == mine

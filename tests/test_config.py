@@ -134,7 +134,6 @@ def test_layout_of_engines_is_derived_from_the_knobs(file):
         ],
     ).rollout
     assert rollout.server_urls == ("http://a:1", "http://b:2")
-    assert rollout.num_ranks == 8
 
 
 @pytest.mark.parametrize("name", [name for name, default, *_ in knobs.knobs() if isinstance(default, float)])

@@ -81,6 +81,23 @@ def test_offers_that_nobody_waits_for_are_refused_and_change_nothing() -> None:
     assert buffer.counts == Counts(admitted=2, failed=1, unused=1)
 
 
+def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_any_other() -> None:
+    buffer = serving(groups_per_step=2, max_staleness=0)
+    first, second = buffer.admit("worker-0"), buffer.admit("worker-1")
+    held = buffer.credits_held
+    assert buffer.hand_back(first)
+    buffer.check()
+    assert buffer.credits_held == held
+    assert (buffer.num_generating, buffer.num_to_reissue, buffer.admissible()) == (1, 1, 1)
+    assert buffer.offer(make_group(first), None).outcome is OfferOutcome.REFUSED  # nobody waits for what the lost engine may still say
+    assert buffer.admit("worker-1") == first
+    assert buffer.admissible() == 0
+    for index in (first, second):
+        assert buffer.offer(make_group(index), None).outcome is OfferOutcome.ACCEPTED
+    assert not buffer.hand_back(first)
+    assert buffer.take(0).admission_indices == (first, second)
+
+
 def test_a_lost_worker_fails_what_it_generates_and_keeps_what_it_offered() -> None:
     buffer = serving(groups_per_step=4)
     admit_and_offer(buffer)

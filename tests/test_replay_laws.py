@@ -60,6 +60,13 @@ class Interleavings(RuleBasedStateMachine):
         indices = tuple(self.world.generating)
         self.world.fail(indices[pick % len(indices)])
 
+    @precondition(lambda self: self.world.generating)
+    @rule(pick=st.integers(0), burst=st.integers(1, 8))
+    def hand_back(self, pick: int, burst: int) -> None:
+        for _ in range(min(burst, len(self.world.generating))):
+            indices = tuple(self.world.generating)
+            self.world.hand_back(indices[pick % len(indices)])
+
     @rule(worker=st.sampled_from(WORKERS))
     def lose_worker(self, worker: str) -> None:
         self.world.lose_worker(worker)

@@ -227,3 +227,74 @@ def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
     engine.receive = slow
     asyncio.run(two_steps())
     assert events == ["snapshot 1", "step", "received 1", "served 1", "snapshot 2", "received 2", "served 2"]
+
+
+class Fragile(Engine):
+    """An engine whose server may be gone: it answers None then."""
+
+    def __init__(self, learner, name):
+        super().__init__(learner)
+        self.name, self.gone = name, False
+
+    async def receive(self, announcement):
+        return None if self.gone else await super().receive(announcement)
+
+    async def read(self, announcement, folder):
+        return None if self.gone else await super().read(announcement, folder)
+
+    def _load(self, announcement, weights):
+        attestation = super()._load(announcement, weights)
+        return replace(attestation, engine=self.name)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(transport, tmp_path):
+    learner, groups = Learner(decoder(0), tmp_path), []
+    first, second = Fragile(learner, "rollout-0"), Fragile(learner, "rollout-1")
+
+    async def regroup(names):
+        groups.append(tuple(names))
+
+    publisher = Publisher(learner, [first, second], transport=transport, tolerance=1e-3, deadline_s=5, regroup=regroup)
+
+    async def play():
+        served = []
+
+        async def on_served(version):
+            served.append(version)
+
+        async def publish(version):
+            announcement = learner.announce(version)
+
+            async def snapshot():
+                return announcement
+
+            await publisher.start(snapshot(), on_served=on_served)
+            await publisher.finish()
+
+        await publish(1)
+        second.gone = True
+        await publish(2)  # lost over it
+        await publish(3)  # not even asked
+        assert (first.version, second.version, served) == (3, 1, [1, 2, 3])
+        assert not await publisher.restore(second)  # lost again over its first weights
+        second.gone = False
+        assert await publisher.restore(second)
+        assert second.version == 3
+        await publish(4)
+        assert (first.version, second.version, served) == (4, 4, [1, 2, 3, 4])
+
+    asyncio.run(play())
+    both = ("rollout-0", "rollout-1")
+    assert groups == ([both, ("rollout-0",), both] if transport == "broadcast" else [])
+    assert publisher.outcomes["mismatch"] == 0
+
+
+def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_starts_with_it(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engine = Fragile(learner, "rollout-0")
+    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5)
+    engine.gone = True
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert publish(publisher, learner.announce(2)) == [2]
+    assert publisher.last_pause_s == 0.0

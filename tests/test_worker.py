@@ -5,6 +5,8 @@ import asyncio
 import pytest
 from worker_world import SAMPLING, hold_scoring, play, settled
 
+from dapo_async.rollout import EngineFault
+
 
 @pytest.mark.parametrize(("num_slots", "groups"), [(6, 3), (7, 4), (3, 2), (1, 2)])
 def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, groups):
@@ -292,5 +294,50 @@ def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease():
         await worker.quarantine(False)
         await settled()
         assert engine.keys == [3, 4, 5]
+
+    play(scene)
+
+
+def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_it_is_back():
+    async def scene(worker, engine, replay):
+        telling = asyncio.create_task(worker.lost())
+        asked = len(replay.asked)
+        engine.fail(1, EngineFault("connection refused"))
+        await settled()
+        assert await telling == "connection refused"
+        for key in (0, 2):
+            engine.fail(key, EngineFault("broken off"))
+        await settled()
+        assert replay.handed_back == [1, 0, 2]
+        assert (replay.failed, replay.offered, len(replay.asked)) == ([], [], asked)
+        worker.started_anew()
+        worker.revive()
+        await settled()
+        assert engine.keys == [3, 4, 5]
+        assert not worker._lost.is_set()
+
+    play(scene)
+
+
+def test_engine_that_is_lost_again_before_it_is_back_stays_shut():
+    async def scene(worker, engine, replay):
+        engine.fail(0, EngineFault("killed"))
+        await settled()
+        worker.started_anew()
+        worker.lose("killed again, over its first weights")
+        worker.revive()
+        await settled()
+        assert await worker.lost() == "killed again, over its first weights"
+        assert engine.keys == [1, 2]
+
+    play(scene)
+
+
+def test_evicted_group_of_a_lost_engine_is_not_handed_back():
+    async def scene(worker, engine, replay):
+        engine.fail(0, EngineFault("killed"))
+        worker._wanted.discard(0)
+        await settled()
+        assert replay.handed_back == []
 
     play(scene)

@@ -53,6 +53,7 @@ class FakeReplay:
 
     def __init__(self, credits):
         self.credits, self.asked, self.offered, self.failed, self.next_index = credits, [], [], [], 0
+        self.handed_back = []
         self._changed, self._doomed = asyncio.Condition(), []
 
     async def admit(self, worker, num_groups):
@@ -70,6 +71,9 @@ class FakeReplay:
     async def fail(self, indices, why):
         self.failed.append((list(indices), why))
         await self.give(len(indices))
+
+    async def hand_back(self, index):
+        self.handed_back.append(index)
 
     async def give(self, credits):
         async with self._changed:

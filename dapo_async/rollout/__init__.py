@@ -7,4 +7,15 @@ from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest
 from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.torch_engine import TorchEngine
 
-__all__ = ["Aborted", "Engine", "EngineFault", "GroupRequest", "SamplingParams", "SlotUse", "ThreadedEngine", "TorchEngine", "UpdateReport", "WeightUpdate"]
+__all__ = [
+    "Aborted",
+    "Engine",
+    "EngineFault",
+    "GroupRequest",
+    "SamplingParams",
+    "SlotUse",
+    "ThreadedEngine",
+    "TorchEngine",
+    "UpdateReport",
+    "WeightUpdate",
+]

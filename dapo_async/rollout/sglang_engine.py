@@ -117,7 +117,7 @@ class SGLangEngine:
         return incarnation, UpdateReport(self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed)
 
     async def reconnect(self, client: SGLangClient) -> None:
-        """Goes on with another server, which serves none of the run's weights yet. The one before is gone: what ran there has failed, or fails now."""
+        """Goes on with another server, which serves none of the run's weights yet. What ran on the one before fails, if it has not failed already."""
         await self._client.close()
         while self._running:
             await asyncio.gather(*(sibling for group in self._running.values() for sibling in group.siblings), return_exceptions=True)

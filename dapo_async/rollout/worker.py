@@ -128,13 +128,12 @@ class RolloutWorker:
             if index not in self._wanted:
                 return
             if not self._alive.is_set():
-                raise EngineFault(self._why_lost)
+                await self._hand_back(index)
+                return
             completions = await self.engine.generate(request)
         except EngineFault as fault:
             self.lose(str(fault))
-            if index in self._wanted:
-                self._wanted.remove(index)
-                await self._replay.hand_back(index)
+            await self._hand_back(index)
             return
         except Aborted:
             if index in self._wanted:
@@ -150,6 +149,11 @@ class RolloutWorker:
         if index in self._wanted:
             self._wanted.remove(index)
             await self._replay.offer(group)
+
+    async def _hand_back(self, index: int) -> None:
+        if index in self._wanted:
+            self._wanted.remove(index)
+            await self._replay.hand_back(index)
 
     def hold(self, on: bool) -> None:
         """On, from before a weight swap: groups that finish wait. Off, when the handshake has proved the new weights: they are offered."""
@@ -170,8 +174,8 @@ class RolloutWorker:
         await self._lost.wait()
         return self._why_lost
 
-    def starts_anew(self) -> None:
-        """The engine is being started anew: `lost` tells of the next loss, which may come before `revive`."""
+    def started_anew(self) -> None:
+        """The engine runs again, without weights so far: `lost` tells of the next loss, which may come before `revive`."""
         self._lost.clear()
 
     def revive(self) -> None:

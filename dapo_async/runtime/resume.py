@@ -17,7 +17,7 @@ from dapo_async.tracking.run_dir import RunDir
 SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
     "rollout.num_workers", "rollout.num_cpus", "rollout.num_gpus", "rollout.num_slots",
-    "rollout.engine", "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
+    "rollout.engine", "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
     "learner.num_cpus", "learner.num_gpus", "learner.tensor_parallel", "learner.data_parallel", "learner.microbatch_tokens",
     "learner.max_skipped_steps",
 )  # fmt: skip

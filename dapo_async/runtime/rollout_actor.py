@@ -107,8 +107,8 @@ class RolloutActor:
 
     async def restart(self) -> None:
         """Starts a lost engine anew; it serves nothing before `read` and `revive`."""
-        self._worker.starts_anew()
         await self._host.restart()
+        self._worker.started_anew()
 
     async def revive(self) -> None:
         """The engine serves proved weights again: admission goes on."""

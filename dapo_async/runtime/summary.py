@@ -45,6 +45,7 @@ def summarise_run(run: Run, wall_s: float) -> dict[str, Any]:
         "resumed_from": str(run.resume.checkpoint) if run.resume.checkpoint else None,
         "seconds_by_state": {actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans} if tracker else {},
         "mlflow_run_id": run.audience.mlflow_run_id,
+        "engine_restarts": sum(run.system.restarts.values()) if run.system else 0,
         "caught": dict(run.caught + run.audience.caught),
         "failures": dict(tracker.replay.failures) if tracker and tracker.replay else {},
         "seed": run.config.seed,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,22 @@ Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 SERVER_KEY = "SGLANG_API_KEY"  # of servers that run already: never in a config, which is written down
+RESTART_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
 
 class Worker:
-    """An engine's side of a publish, and its share of an evaluation."""
+    """An engine's side of a publish, its share of an evaluation, its loss and return."""
 
     def __init__(self, remote: Remote, config: Config) -> None:
         self.remote, self.name, self._deadlines = remote, remote.name, config.deadlines
 
-    async def receive(self, announcement: Announcement) -> Attestation:
-        attestation: Attestation = await self.remote.call("receive", announcement, deadline_s=self._deadlines.publish_s)
+    async def receive(self, announcement: Announcement) -> Attestation | None:
+        attestation: Attestation | None = await self.remote.call("receive", announcement, deadline_s=self._deadlines.publish_s)
         return attestation
 
-    async def read(self, announcement: Announcement, folder: str) -> Attestation:
-        attestation: Attestation = await self.remote.call("read", announcement, folder, deadline_s=self._deadlines.publish_s)
+    async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
+        attestation: Attestation | None = await self.remote.call("read", announcement, folder, deadline_s=self._deadlines.publish_s)
         return attestation
 
     async def quarantine(self, on: bool) -> None:
@@ -55,8 +57,8 @@ class Worker:
     async def stage(self, announcement: Announcement) -> None:
         await self.remote.call("stage", announcement, deadline_s=self._deadlines.publish_s)
 
-    async def swap_staged(self, announcement: Announcement) -> Attestation:
-        attestation: Attestation = await self.remote.call("swap_staged", announcement, deadline_s=self._deadlines.publish_s)
+    async def swap_staged(self, announcement: Announcement) -> Attestation | None:
+        attestation: Attestation | None = await self.remote.call("swap_staged", announcement, deadline_s=self._deadlines.publish_s)
         return attestation
 
     async def lease(self, on: bool) -> None:
@@ -64,6 +66,16 @@ class Worker:
 
     async def drained(self) -> None:
         await self.remote.call("drained", deadline_s=self._deadlines.evaluate_s)
+
+    async def lost(self) -> str:
+        why: str = await self.remote.call("lost", deadline_s=None)
+        return why
+
+    async def restart(self) -> None:
+        await self.remote.call("restart", deadline_s=self._deadlines.start_s + RESTART_MARGIN_S)
+
+    async def revive(self) -> None:
+        await self.remote.call("revive", deadline_s=REPORT_S)
 
     async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation:
         evaluation: Evaluation = await self.remote.call("evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s)
@@ -105,9 +117,10 @@ class Replay:
 class System:
     """One run's actors. `start` makes them; `kill` ends them."""
 
-    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str, resume: Path | None = None) -> None:
-        """`resume`: the `state/` folder of the checkpoint to go on from."""
-        self._config = config
+    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str, say: Callable[[str], None], resume: Path | None = None) -> None:
+        """`resume`: the `state/` folder of the checkpoint to go on from. `say`: what the person at the terminal has to know."""
+        self._config, self._say = config, say
+        self.restarts: Counter[str] = Counter()  # of lost engines, by worker
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
         names = rank_names(config)
@@ -135,6 +148,7 @@ class System:
             transport=config.weights.transport,
             tolerance=config.weights.probe_tolerance,
             deadline_s=config.deadlines.publish_s,
+            regroup=self._regroup,
         )
 
     @property
@@ -143,16 +157,21 @@ class System:
         return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers), *evaluators]
 
     async def start(self) -> list[ProcessInfo]:
-        """Waits until every actor is up, then opens the weight group among learner and workers."""
+        """Waits until every actor is up."""
         deadline_s = self._config.deadlines.start_s
         others = [remote for remote in self.remotes if remote not in self.learner.remotes]
         ranks, *infos = await asyncio.gather(self.learner.ready(), *(remote.call("ready", deadline_s=deadline_s) for remote in others))
-        if self._config.weights.transport == "broadcast":
-            address = await self.learner.first.call("open_group", deadline_s=deadline_s)
-            joins = [self.learner.first.call("join", deadline_s=deadline_s)]
-            joins += [worker.remote.call("join", address, deadline_s=deadline_s) for worker in self.workers]
-            await asyncio.gather(*joins)
         return [infos[0], *ranks, *infos[1:]]
+
+    async def _regroup(self, names: Sequence[str]) -> None:
+        """Forms the weight group of the learner, its rank 0, and the workers named, each of which brings the ranks of its engine."""
+        deadline_s, tp = self._config.deadlines.publish_s, self._config.rollout.tensor_parallel
+        members = [worker for worker in self.workers if worker.name in names]
+        size = 1 + len(members) * tp
+        address = await self.learner.first.call("open_group", deadline_s=deadline_s)
+        joins = [self.learner.first.call("join", size, deadline_s=deadline_s)]
+        joins += [worker.remote.call("join", address, 1 + place * tp, size, deadline_s=deadline_s) for place, worker in enumerate(members)]
+        await asyncio.gather(*joins)
 
     def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Runs `work` beside the steps; its failure ends the run as any other does."""
@@ -169,6 +188,7 @@ class System:
         """Runs `main` for as long as every actor lives and every background publish goes well; the first failure ends it (law 8)."""
         task = asyncio.create_task(main, name="main")
         watches = [asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes]
+        watches += [asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers]
         try:
             while not task.done():
                 # What runs in the background changes from step to step: look again at least once a second.
@@ -199,6 +219,23 @@ class System:
 
     async def _watch(self, remote: Remote) -> None:
         await remote.call("run" if remote.name.startswith("rollout") else "alive", deadline_s=None)
+
+    async def _mend(self, worker: Worker) -> None:
+        """Never returns: a lost engine is started anew, reads the newest weights, proves them, and only then gets credits again (laws 1, 5)."""
+        while True:
+            why = await worker.lost()
+            self.restarts[worker.name] += 1
+            count, most = self.restarts[worker.name], self._config.rollout.max_restarts
+            if count > most:
+                raise ActorFailed(f"{worker.name} lost its engine {count} times, rollout.max_restarts is {most}; the last time: {why}")
+            self._say(f"{worker.name} lost its engine: {why}; it is started anew ({count} of {most})")
+            await self.replay.lease(worker.name, True)
+            self.publisher.lose(worker)
+            await worker.restart()
+            if await self.publisher.restore(worker):
+                await self.replay.lease(worker.name, False)
+                await worker.revive()
+                self._say(f"{worker.name} generates again")
 
     async def evaluate(self) -> Evaluation:
         """Greedy accuracy on the held-out prompts, shared among the workers."""

@@ -151,7 +151,7 @@ class Run:
             task = asyncio.current_task()
             assert task is not None
             self.interrupts.listen(task)
-            self.system = System(self.config, self.run_dir, incarnation=self.incarnation, resume=self.resume.state)
+            self.system = System(self.config, self.run_dir, incarnation=self.incarnation, say=self.say, resume=self.resume.state)
             self.tracker = Tracker(
                 self.system,
                 self.run_dir,

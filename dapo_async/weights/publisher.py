@@ -71,7 +71,8 @@ class Publisher:
         self._in_flight: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a taking back
         self._lent: dict[str, Announcement | None] = {}  # by receiver: the newest version that it was passed over with
-        self._regroup, self._members = regroup, ()  # receivers in the group of a broadcast, by name
+        self._regroup = regroup
+        self._members: tuple[str, ...] = ()  # receivers in the group of a broadcast
         self._lost: set[str] = set()
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
@@ -128,7 +129,7 @@ class Publisher:
         self._waiting_for.discard(receiver.name)
 
     async def restore(self, receiver: Receiver) -> bool:
-        """Brings a lost `receiver`, whose engine runs again, to the newest published version; False when it was lost over it. Raises as `publish` does."""
+        """Brings a lost `receiver`, whose engine runs again, to the newest published version; False when it was lost over that. Raises like it."""
         async with self._turn:
             if self.newest is not None:
                 self._waiting_for = {receiver.name}
