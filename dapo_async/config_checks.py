@@ -153,18 +153,28 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
             value = getattr(rollout, name)
             yield value == off, f"rollout.{name} ({value}) is for SGLang engines; set rollout.engine=sglang, or leave it out"
         return
+    urls, words = rollout.server_urls, rollout.server_flags.split()
+    own = [word for word in words if word.partition("=")[0] in ("--api-key", "--config", "--host", "--port")]
+    yield not own, f"rollout.server_flags has {own[0] if own else ''}, which each worker sets for its own server; leave it out"
+    silence_s, publish_s = config.deadlines.silence_s, config.deadlines.publish_s
     yield (
-        rollout.num_gpus in (0, tp),
+        silence_s >= publish_s,
+        (
+            f"deadlines.silence_s ({silence_s:g}) must be at least deadlines.publish_s ({publish_s:g}): while weights come, a healthy server is "
+            f"silent; set deadlines.silence_s={publish_s:g} or more"
+        ),
+    )
+    yield (
+        bool(urls) or rollout.num_gpus in (0, tp),
         (
             f"rollout.num_gpus ({rollout.num_gpus:g}) must be rollout.tensor_parallel ({tp}), or 0 for a server on CPU; "
             f"set rollout.num_gpus={tp} or rollout.tensor_parallel={max(1, int(rollout.num_gpus))}"
         ),
     )
     yield (
-        tp == 1 or rollout.num_gpus > 0,
+        bool(urls) or tp == 1 or rollout.num_gpus > 0,
         f"rollout.tensor_parallel ({tp}) needs GPUs; set rollout.num_gpus={tp} or rollout.tensor_parallel=1",
     )
-    urls = rollout.server_urls
     yield (
         not urls or len(set(urls)) == rollout.num_workers,
         (

@@ -30,7 +30,8 @@ TINY = (
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    # Without the last one SGLang's processes would overwrite their environment, by which they are found.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1", **more}
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -84,3 +84,11 @@ def test_secret_is_in_a_private_file_for_the_server_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "lo"), ("192.0.2.254", None)])
 def test_interface_is_found_by_its_address(host, name):
     assert interface_of(host) == name
+
+
+def test_server_ends_with_its_leash(tmp_path):
+    held = hold(tmp_path, f"echo $$ > {tmp_path}/pids; sleep 100")
+    server = int(wait_for(tmp_path, "pids"))
+    psutil.Process(psutil.Process(server).ppid()).kill()
+    assert held.stdout.read() == b""
+    assert_gone([server])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -17,6 +18,10 @@ pytestmark = pytest.mark.sglang
 
 CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
 SERVERS = ("rollout.engine=sglang", "rollout.num_slots=32", "rollout.num_cpus=0.5", "learner.num_cpus=0.5")
+
+
+KEYS: list[str] = []  # of the first servers of the run `two`, while it lived
+LISTENING: set[str] = set()  # addresses that they listened on
 
 
 def server_of(root: Path, name: str) -> psutil.Process:
@@ -51,6 +56,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.sample_groups=4")
     with running(root, *TINY, *SERVERS, "rollout.num_workers=2", *steps) as live:
         live.wait_for(r"^step +8/")
+        for name in ("rollout-0", "rollout-1"):
+            server = server_of(root, name)
+            words = server.cmdline()
+            KEYS.append(json.loads(Path(words[words.index("--config") + 1]).read_text())["api-key"])
+            for process in [server, *server.children(recursive=True)]:
+                LISTENING.update(each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
         session = replaced(live, "rollout-1", lambda server: server.kill())
         os.kill(live.driver, signal.SIGTERM)
         run = live.finish(timeout_s=60.0)
@@ -87,13 +98,18 @@ def test_learner_and_engines_agree_where_the_weights_are_the_same(two: Finished)
 
 def test_servers_key_is_nowhere_in_the_run_directory(two: Finished) -> None:
     for name in ("rollout-0", "rollout-1"):
-        log = (two.root / "engines" / f"{name}.log").read_text()
-        assert "'api_key': '***'" in log
-    assert not [path for path in two.root.rglob("*.yaml") if "api-key" in path.read_text()]
+        assert "'api_key': '***'" in (two.root / "engines" / f"{name}.log").read_text()
+    assert len(set(KEYS)) == 2
+    written = [two.output.encode(), *(path.read_bytes() for path in two.root.rglob("*") if path.is_file())]
+    assert not any(key.encode() in content for key in KEYS for content in written)
+
+
+def test_servers_of_an_own_ray_listen_on_loopback_only(two: Finished) -> None:
+    assert {"127.0.0.1"} == LISTENING
 
 
 def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: Path) -> None:
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "weights.transport=disk", "deadlines.silence_s=6")
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "weights.transport=disk", "deadlines.silence_s=6", "deadlines.publish_s=6")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
 

@@ -3,8 +3,9 @@
 A small process of its own between the rollout actor and the server. It runs as a file, so that it imports nothing of this package:
 
     one line of JSON on standard input {command, environment, secret, log} ─▶ the server, in a session of its own
-    the end of standard input (close, or the death of whoever held it)    ─▶ SIGKILL to the whole session: it has nothing to save
-    the end of the server, whatever ended it                             ─▶ the rest of its session is killed; its exit code on standard output
+    the end of standard input (close, or the death of whoever held it)    ─▶ SIGKILL to its whole process group: it has nothing to save
+    the end of the server, whatever ended it                             ─▶ the rest of its group is killed; its exit code on standard output
+    the end of the leash itself                                          ─▶ the server is killed by the kernel
 
 It is nobody's child: Ray's workers kill theirs when they exit, and nothing would hold the server then. The server's output goes to `log`, line by
 line, without `secret`: servers print their arguments.
@@ -13,6 +14,7 @@ line, without `secret`: servers print their arguments.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import threading
 
+PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent ends
 LOG_S = 2.0  # for what it printed last
 
 
@@ -41,8 +44,10 @@ def hold() -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **order["environment"]},
+            # What it leaves in its temporary files goes with it; its ranks meet over a file, where they would open a port to everybody.
+            env={**os.environ, "TMPDIR": folder, "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store", **order["environment"]},
             start_new_session=True,
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
         log = threading.Thread(target=copy, args=(server, order["log"], secret.encode()))
         log.start()
@@ -68,7 +73,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 
 def kill(server: subprocess.Popen[bytes]) -> None:
-    """Everything in the server's session: it leads a process group of the same number."""
+    """Everything in the server's process group, which it leads."""
     try:
         os.killpg(server.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -6,6 +6,7 @@ Whatever makes a server unusable (refused, silent, an error, an answer that can'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -80,10 +81,12 @@ class SGLangClient:
                     raise EngineFault(f"{self.url} answers generate with {answer.status}: {_one_line(await answer.text())}")
                 async for event in _events(answer.content):
                     yield self._chunk(event)
+        except TimeoutError as error:  # before ClientError: aiohttp's are both
+            raise EngineFault(f"{self.url} sent nothing for {self._silence_s:g} s while it generated (deadlines.silence_s)") from error
         except aiohttp.ClientError as error:
             raise EngineFault(f"{self.url} broke off generate: {error!r}") from error
-        except TimeoutError as error:
-            raise EngineFault(f"{self.url} sent nothing for {self._silence_s:g} s while it generated") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise EngineFault(f"{self.url} sent something else than a piece of a response: {error!r}") from error
 
     def _chunk(self, event: Mapping[str, Any]) -> Chunk:
         if "error" in event:
@@ -132,6 +135,13 @@ class SGLangClient:
         body = {"master_address": host, "master_port": port, "rank_offset": first_rank, "world_size": world_size, "group_name": name}
         self._check(await self._ask("POST", "/init_weights_update_group", {**body, "backend": backend}), "init_weights_update_group")
 
+    async def clear(self, group: str) -> None:
+        """Undoes what a run that ended in the midst of something may have left: a pause, an update that was begun, its group."""
+        await self.resume()
+        for path, body in (("/end_weight_update", {}), ("/destroy_weights_update_group", {"group_name": group})):
+            with contextlib.suppress(EngineFault):  # nothing to undo
+                await self._ask("POST", path, body)
+
     async def leave_group(self, name: str) -> None:
         await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
@@ -164,14 +174,14 @@ class SGLangClient:
                 if answer.status != 200:
                     raise EngineFault(f"{self.url} answers {path} with {answer.status}: {_one_line(told)}")
                 return {} if text else dict(json.loads(told))
-        except aiohttp.ClientError as error:
+        except TimeoutError as error:  # before ClientError: aiohttp's are both
+            raise EngineFault(f"{self.url} did not answer {path} within {self._silence_s:g} s (deadlines.silence_s)") from error
+        except (aiohttp.ClientError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} can't be asked {path}: {error!r}") from error
-        except TimeoutError as error:
-            raise EngineFault(f"{self.url} did not answer {path} within {self._silence_s:g} s") from error
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each event. Raises EngineFault when the stream ends before its end was said."""
+    """The JSON of each event. Raises ClientPayloadError when the stream ends before its end was said."""
     waiting = b""
     async for part in content.iter_any():
         *events, waiting = (waiting + part).split(EVENT)
@@ -180,7 +190,7 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]
             if data == DONE:
                 return
             yield json.loads(data)
-    raise EngineFault("the stream of a response ended before the response did")
+    raise aiohttp.ClientPayloadError("the stream of a response ended before the response did")
 
 
 def _one_line(text: str, *, most: int = 300) -> str:

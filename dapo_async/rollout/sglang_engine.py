@@ -62,6 +62,7 @@ class SGLangEngine:
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0
+        self._newest_version = 0  # of the weights whose load has begun: what is sent from then on meets them, or KV of those before
         self._num_updates = 0  # names the prefix cache's entries: a version may be served twice, after wrong weights of that name
         self._syncing = False
         self._may_send = asyncio.Event()  # cleared while running responses drain
@@ -95,11 +96,10 @@ class SGLangEngine:
         groups = [self._running[key] for key in keys if key in self._running]
         for group in groups:
             group.aborted = True
-            # Those at the server end by its word, so that their slots are free there before they are here.
-            for sibling, task in enumerate(group.siblings):
-                if sibling not in group.responses:
-                    task.cancel()
         await self._client.abort([response.request_id for group in groups for response in group.responses.values()])
+        for group in groups:
+            for task in group.siblings:
+                task.cancel()  # one that the abort came too early for ends with its connection
 
     async def update(self, load: Callable[[str, bool], Awaitable[None]], *, version: int, probe_ids: NDArray[np.int32]) -> tuple[str, UpdateReport]:
         """Has the server `load(name of the version, whether its cache must be emptied)` while nothing is generated.
@@ -110,6 +110,7 @@ class SGLangEngine:
         async with self._standstill() as start_s:
             recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
             self._num_updates += 1
+            self._newest_version = version
             await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
         pause_s = time.monotonic() - start_s
         incarnation, self.version = _read_version(await self._client.weight_version())
@@ -142,7 +143,7 @@ class SGLangEngine:
             # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
             # aborts by beginnings.
             name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
-            response = _Response(name, len(request.prompt_ids), self.version)
+            response = _Response(name, len(request.prompt_ids), self._newest_version)
             group.responses[sibling] = response
             self._count(+1)
             try:
@@ -168,10 +169,17 @@ class SGLangEngine:
                 completion = self._completion(response, chunk.finish, chunk.versions)
         if completion is None:
             raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
+        if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < request.sampling.max_tokens:
+            raise ValueError(
+                f"{self._client.url} cut a response at {len(completion.token_ids)} of {request.sampling.max_tokens} tokens: the memory for its keys "
+                "and values, or the model's context, is too small; lower rollout.max_response_tokens or give the server more"
+            )
         return completion
 
     def _completion(self, response: _Response, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> Completion:
         reason, count = FinishReason(finish["type"]), len(response.token_ids)
+        if reason is FinishReason.ABORT and finish.get("message") and finish.get("status_code"):
+            raise EngineFault(f"{self._client.url} gave up response {response.request_id}: {finish['message']}")
         versions = np.empty(count, dtype=np.int32)
         covered = 0
         for span in spans:

@@ -44,6 +44,7 @@ class ServerOptions:
     host: str  # the interface that it listens on
     seed: int
     log: Path
+    overlap: bool = True  # on CUDA: the next decode step is launched before the last one's tokens are booked
     extra: tuple[str, ...] = ()  # further flags, which win over these
 
     def command(self, port: int) -> list[str]:
@@ -62,7 +63,9 @@ class ServerOptions:
         switches = ["--skip-server-warmup", "--skip-tokenizer-init", "--incremental-streaming-output"]
         if self.device == "cpu":
             flags |= {"device": "cpu", "max-total-tokens": (self.num_slots + SPARE_SLOTS) * (self.max_len + 1)}
-            switches += ["--disable-overlap-schedule", "--sleep-on-idle"]  # an idle server would keep one core busy
+            switches.append("--sleep-on-idle")  # an idle server would keep one core busy
+        if self.device == "cpu" or not self.overlap:
+            switches.append("--disable-overlap-schedule")
         options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [sys.executable, "-m", "sglang.launch_server", *options, *switches, *self.extra]
 

@@ -23,6 +23,7 @@ from dapo_async.runtime.sglang_host import SGLangHost
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.weights import Announcement, Attestation
 
+UPDATE_SHARE = 0.8  # of deadlines.publish_s, for one engine's part
 ANSWER_S = 60.0  # far above any answer of a healthy replay actor
 
 
@@ -127,12 +128,19 @@ class RolloutActor:
         return await self._update(self._host.read(announcement, folder))
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
+        """A server that is too late is lost before the whole publish is."""
         self._worker.hold(True)
+        limit_s = UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restarts else None
         try:
-            return await update
+            async with asyncio.timeout(limit_s) as limit:
+                return await update
         except EngineFault as fault:
             self._worker.lose(str(fault))
-            return None
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self._worker.lose(f"{self.name}'s server did not serve new weights within {limit_s:g} s")
+        return None
 
     async def stage(self, announcement: Announcement) -> None:
         """While leased: weights by broadcast, kept beside those being served, which do not change."""

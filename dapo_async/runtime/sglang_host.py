@@ -22,6 +22,7 @@ class SGLangHost(EngineHost):
     """Starts a server of its own, or takes part of the one at `rollout.servers` that has this worker's number."""
 
     engine: SGLangEngine
+    restarts = True
 
     def __init__(
         self, config: Config, *, name: str, number: int, incarnation: str, device: str, clock: StateClock, logs: Path, outer_key: str
@@ -54,6 +55,7 @@ class SGLangHost(EngineHost):
         client = SGLangClient(url, api_key=key, silence_s=deadlines.silence_s)
         if urls:
             await client.wait_until_healthy(timeout_s=deadlines.start_s)
+            await client.clear(NAME)
         return client
 
     async def _start_server(self) -> tuple[str, str]:
@@ -68,6 +70,8 @@ class SGLangHost(EngineHost):
             host=own_host(config),
             seed=config.seed + self._number,  # engines with one seed would draw the same noise
             log=self._logs / f"{self._name}.log",
+            # A pause in place would book the token of the step under way, which the old weights sampled, under the new version.
+            overlap=config.rollout.weight_update != "keep_kv",
             extra=tuple(shlex.split(config.rollout.server_flags)),
         )
         self._server = SGLangServer(options)
@@ -75,7 +79,7 @@ class SGLangHost(EngineHost):
         return self._server.url, self._server.api_key
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
-        backend = "nccl" if self._device == "cuda" else "gloo"
+        backend = "nccl" if self._config.learner.num_gpus > 0 else "gloo"  # the learner's: it opened the group
         if self._joined:
             await self._client.leave_group(NAME)
         self._joined = True

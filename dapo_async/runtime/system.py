@@ -30,7 +30,7 @@ Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 SERVER_KEY = "SGLANG_API_KEY"  # of servers that run already: never in a config, which is written down
-RESTART_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
+START_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
 
@@ -72,7 +72,7 @@ class Worker:
         return why
 
     async def restart(self) -> None:
-        await self.remote.call("restart", deadline_s=self._deadlines.start_s + RESTART_MARGIN_S)
+        await self.remote.call("restart", deadline_s=self._deadlines.start_s + START_MARGIN_S)
 
     async def revive(self) -> None:
         await self.remote.call("revive", deadline_s=REPORT_S)
@@ -158,7 +158,7 @@ class System:
 
     async def start(self) -> list[ProcessInfo]:
         """Waits until every actor is up."""
-        deadline_s = self._config.deadlines.start_s
+        deadline_s = self._config.deadlines.start_s + START_MARGIN_S
         others = [remote for remote in self.remotes if remote not in self.learner.remotes]
         ranks, *infos = await asyncio.gather(self.learner.ready(), *(remote.call("ready", deadline_s=deadline_s) for remote in others))
         return [infos[0], *ranks, *infos[1:]]
