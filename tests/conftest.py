@@ -1,7 +1,9 @@
 """One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower. No test joins a Ray that it did not start."""
 
+import asyncio
 import importlib.util
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_ADDRESS"] = "local"
@@ -9,6 +11,7 @@ os.environ["RAY_ADDRESS"] = "local"
 import pytest
 import torch
 from run_support import QUICKSTART, Finished, finished
+from sglang_world import World, start_world
 
 from dapo_async import config as knobs
 
@@ -26,6 +29,14 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The main job as it is, but for all of its groups being written down: one run for all tests that look at it."""
     root = tmp_path_factory.mktemp("quickstart") / "run"
     return finished(root, f"train.sample_groups={knobs.load(QUICKSTART).replay.groups_per_step}", timeout_s=500.0)
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A real SGLang server of the family that the test is parametrised with: one for the whole session."""
+    started = start_world(request.param, tmp_path_factory.mktemp(request.param))
+    yield started
+    asyncio.run(started.server.close())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,12 +13,10 @@ from sglang_world import (
     NUM_SLOTS,
     PROBE,
     VOCABULARY,
-    World,
     broadcasting,
     forward_logprobs,
     from_disk,
     request,
-    start_world,
 )
 
 from dapo_async.model import load_decoder, score_tokens
@@ -32,14 +29,6 @@ on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)  # th
 TOLERANCE = 1e-4  # nats, float32: kernels round differently
 PROMPT = (7, 11, 13, 17, 19, 23)
 LONG = 300  # tokens: long enough for an update in their midst
-
-
-@pytest.fixture(scope="session")
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The server of the family that the test is parametrised with."""
-    started = start_world(request.param, tmp_path_factory.mktemp(request.param))
-    yield started
-    asyncio.run(started.server.close())
 
 
 async def some_tokens(engine, *, least=20):

@@ -1,0 +1,156 @@
+"""What is wrong with a server's answers is a fault that says so, in front of the real server; nothing of such a response is returned."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+from sglang_proxy import BREAK_OFF, GARBAGE, STALL, proxy
+from sglang_world import NUM_SLOTS, PROBE, World, from_disk, request
+
+from dapo_async.clock import StateClock
+from dapo_async.rollout import EngineFault
+from dapo_async.rollout.sglang_client import SGLangClient
+from dapo_async.rollout.sglang_engine import SGLangEngine
+from dapo_async.rollout.sglang_server import free_port
+
+pytestmark = pytest.mark.sglang
+on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)
+PROMPT = (7, 11, 13, 17, 19, 23)
+
+
+def later(change):
+    """Changes the second event of each response and those after it; the first one passes."""
+    seen = set()
+
+    def tamper(path, told):
+        if path != "/generate" or "output_ids" not in told:
+            return told
+        name = told["meta_info"]["id"]
+        if name not in seen:
+            seen.add(name)
+            return told
+        return change(copy.deepcopy(told))
+
+    return tamper
+
+
+def without_a_number(told):
+    told["meta_info"]["output_token_logprobs"][-1][0] = None
+    return told
+
+
+def without_logprobs(told):
+    del told["meta_info"]["output_token_logprobs"]
+    return told
+
+
+def of_another_run(told):
+    for span in told["meta_info"].get("weight_versions", ()):
+        span["version"] = "another:0"
+    return told
+
+
+def of_no_version_at_the_end(told):
+    for span in told["meta_info"].get("weight_versions", ()):
+        span["end"] -= 1
+    return told
+
+
+FAULTS = {
+    "nan": (later(without_a_number), "without a finite logprob for each"),
+    "no logprobs": (later(without_logprobs), "without a finite logprob for each"),
+    "foreign version": (later(of_another_run), "attests .*another:0.*; this run is test"),
+    "version missing": (later(of_no_version_at_the_end), "attests versions for 39 of 40 tokens"),
+    "broken off": (later(lambda told: BREAK_OFF), "broke off generate"),
+    "silent": (later(lambda told: STALL), r"sent nothing for 1 s while it generated \(deadlines.silence_s\)"),
+    "garbage": (later(lambda told: GARBAGE), "sent something else than a piece of a response"),
+}
+
+
+@on_one_family
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(world: World, fault: str) -> None:
+    tamper, line = FAULTS[fault]
+
+    async def generate():
+        async with world.engine() as prepared, proxy(world.server.url, tamper) as url:
+            client = SGLangClient(url, api_key=world.server.api_key, silence_s=1.0)
+            engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            with pytest.raises(EngineFault, match=line) as told:
+                await engine.generate(request(1, PROMPT, siblings=4))
+            assert url in str(told.value)
+            right = SGLangClient(world.server.url, api_key=world.server.api_key)
+            await engine.reconnect(right)
+            assert (engine.version, prepared.version) == (-1, 0)
+            await engine.update(from_disk(right, world.folder), version=3, probe_ids=PROBE)
+            completions = await engine.generate(request(1, PROMPT, siblings=4))
+            await engine.close()
+            return completions, engine.slot_use()
+
+    completions, use = asyncio.run(generate())
+    assert {version for completion in completions for version in completion.weight_versions.tolist()} == {3}
+    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(NUM_SLOTS * use.elapsed_s)
+
+
+@on_one_family
+def test_server_that_is_not_there_or_fails_is_a_fault_of_every_call(world: World) -> None:
+    async def ask(url: str) -> list[str]:
+        client = SGLangClient(url, api_key=world.server.api_key, silence_s=5.0)
+        engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+        lines = []
+        for call in (
+            engine.generate(request(1, PROMPT, siblings=2)),
+            engine.update(from_disk(client, world.folder), version=1, probe_ids=PROBE),
+            client.weight_version(),
+        ):
+            with pytest.raises(EngineFault) as told:
+                await call
+            lines.append(str(told.value))
+        assert not await client.healthy()
+        await engine.close()
+        return lines
+
+    async def both():
+        gone = await ask(f"http://127.0.0.1:{free_port('127.0.0.1')}")
+        async with proxy(world.server.url, lambda path, told: 500) as url:
+            return gone, await ask(url)
+
+    gone, failing = asyncio.run(both())
+    assert "broke off generate" in gone[0]
+    assert all("can't be asked" in line for line in gone[1:])
+    assert "answers /generate with 500" in failing[1]
+    assert "answers /model_info with 500" in failing[2]
+
+
+@on_one_family
+def test_version_that_the_server_names_is_told_as_it_is(world: World) -> None:
+    """The publisher judges it: see tests/test_weights.py for what a wrong one leads to."""
+
+    def tamper(path, told):
+        return {**told, "weight_version": "test:4"} if path == "/model_info" else told
+
+    async def update():
+        async with proxy(world.server.url, tamper) as url:
+            client = SGLangClient(url, api_key=world.server.api_key)
+            engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            incarnation, report = await engine.update(from_disk(client, world.folder), version=5, probe_ids=PROBE)
+            await engine.close()
+            return incarnation, report.version
+
+    assert asyncio.run(update()) == ("test", 4)
+
+
+@on_one_family
+def test_server_that_a_run_left_in_the_midst_of_an_update_can_be_used_again(world: World) -> None:
+    async def leave_and_come_back():
+        async with world.engine() as engine:
+            client = engine._client
+            await client.pause("retract")
+            await client._ask("POST", "/begin_weight_update", {})
+            await client.clear("a group that it was never in")
+            await engine.update(from_disk(client, world.folder), version=1, probe_ids=PROBE)
+            return await engine.generate(request(1, PROMPT))
+
+    assert len(asyncio.run(leave_and_come_back())) == 1
