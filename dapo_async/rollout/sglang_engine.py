@@ -79,7 +79,7 @@ class SGLangEngine:
         try:
             async with asyncio.TaskGroup() as siblings:
                 group.siblings = [siblings.create_task(self._respond(group, request, sibling)) for sibling in range(request.num_siblings)]
-        except* (EngineFault, ValueError) as errors:
+        except ExceptionGroup as errors:
             if not group.aborted:
                 raise errors.exceptions[0] from None
         finally:
