@@ -36,12 +36,12 @@ def server_of(root: Path, name: str) -> psutil.Process:
     raise AssertionError(f"no process writes {log}")
 
 
-def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None]) -> list[psutil.Process]:
+def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, of: int = 3) -> list[psutil.Process]:
     """Strikes an engine's server and waits until the run has replaced it and has trained on; returns what there was of the server."""
     server = server_of(live.root, name)
     session = [server, *server.children(recursive=True)]
     blow(server)
-    live.wait_for(rf"^{name} lost its engine: .*; it is started anew \(1 of 3\)$", timeout_s=60.0)
+    live.wait_for(rf"^{name} lost its engine: .*; it is started anew \(1 of {of}\)$", timeout_s=60.0)
     live.wait_for(rf"^{name} generates again$", timeout_s=120.0)
     steps = len(read_rows(live.root / "metrics.jsonl"))
     live.wait_for(rf"^step +{steps + 4}/", timeout_s=60.0)
@@ -125,17 +125,18 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         live.seconds_until_nothing_is_left(timeout_s=30.0)
 
 
-def test_loss_beyond_the_allowed_restarts_ends_the_run_in_its_name_and_leaves_nothing(tmp_path: Path) -> None:
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=0")
+def test_only_engine_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(tmp_path: Path) -> None:
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
+        replaced(live, "rollout-0", lambda server: server.kill(), of=1)
         server = server_of(tmp_path / "run", "rollout-0")
         session = [server, *server.children(recursive=True)]
         os.kill(server.pid, signal.SIGKILL)
         run = live.finish(timeout_s=40.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     assert run.exit_code == 1, run.output
-    assert run.summary["reason"].startswith("rollout-0 lost its engine 1 times, rollout.max_restarts is 0; the last time: http://"), run.summary[
+    assert run.summary["reason"].startswith("rollout-0 lost its engine 2 times, rollout.max_restarts is 1; the last time: http://"), run.summary[
         "reason"
     ]
     check_conservation(run.summary["groups"])

@@ -290,6 +290,22 @@ def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(trans
     assert publisher.outcomes["mismatch"] == 0
 
 
+def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_group_anew(tmp_path):
+    learner, groups = Learner(decoder(0), tmp_path), []
+    engine = Fragile(learner, "rollout-0")
+
+    async def regroup(names):
+        groups.append(tuple(names))
+
+    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup)
+    publish(publisher, learner.announce(1))
+    publish(publisher, learner.announce(2))
+    publisher.lose(engine)
+    assert asyncio.run(publisher.restore(engine))
+    publish(publisher, learner.announce(3))
+    assert groups == [("rollout-0",), ("rollout-0",)]
+
+
 def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_starts_with_it(tmp_path):
     learner = Learner(decoder(0), tmp_path)
     engine = Fragile(learner, "rollout-0")
@@ -298,3 +314,28 @@ def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_sta
     assert publish(publisher, learner.announce(1)) == [1]
     assert publish(publisher, learner.announce(2)) == [2]
     assert publisher.last_pause_s == 0.0
+
+
+def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_only_then(tmp_path):
+    learner, groups = Learner(decoder(0), tmp_path), []
+    engine = Fragile(learner, "rollout-0")
+
+    async def broken(announcement):
+        await Learner.broadcast(learner, announcement)
+        return "connection closed by peer"
+
+    async def regroup(names):
+        groups.append(tuple(names))
+
+    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup)
+    learner.broadcast, engine.gone = broken, True
+    assert publish(publisher, learner.announce(1)) == [1]
+    del learner.broadcast
+    engine.gone = False
+    publisher.newest = learner.announce(1)
+    assert asyncio.run(publisher.restore(engine))
+    assert publish(publisher, learner.announce(2)) == [2]
+    assert groups == [("rollout-0",), ("rollout-0",)]
+    learner.broadcast = broken
+    with pytest.raises(RuntimeError, match="version 3 broke off, though every engine took part: connection closed by peer"):
+        publish(publisher, learner.announce(3))

@@ -31,7 +31,7 @@ class EngineHost(ABC):
     """`start`, then everything else. `clock` follows the engine: generate, wait, sync."""
 
     engine: Engine
-    restarts = False  # whether a lost engine can be brought up again
+    restartable = False  # whether a lost engine can be brought up again
 
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock

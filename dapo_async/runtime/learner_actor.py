@@ -147,10 +147,15 @@ class LearnerActor:
     async def join(self, world_size: int) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
-        host, timeout_s = own_host(self._config), self._config.deadlines.publish_s
+        # A member that hangs is noticed while the publish can still do without it.
+        host, timeout_s = own_host(self._config), self._config.deadlines.publish_s / 2
         self._group = await asyncio.to_thread(
             WeightGroup, self._store, rank=SENDER, world_size=world_size, host=host, device=self._device, timeout_s=timeout_s
         )
+
+    async def leave_group(self) -> None:
+        """Its connections end, and with them the waiting of whoever was in it."""
+        self._group = None
 
     async def broadcast(self, announcement: Announcement) -> None:
         assert self._group is not None, "broadcast before join"

@@ -23,6 +23,7 @@ class Learner:
 
     def __init__(self, remotes: Sequence[Remote], config: Config) -> None:
         self.remotes, self._deadlines = list(remotes), config.deadlines
+        self._tolerant = config.rollout.engine == "sglang"
         self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
 
     @property
@@ -50,8 +51,16 @@ class Learner:
         assert isinstance(announcement, Announcement)
         return announcement
 
-    async def broadcast(self, announcement: Announcement) -> None:
-        await self.first.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
+    async def broadcast(self, announcement: Announcement) -> str | None:
+        """Where engines are servers, which may be lost: why it broke off. What the others took of it is worthless, so they are let go."""
+        try:
+            await self.first.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
+        except ActorFailed as error:
+            if not self._tolerant:
+                raise
+            await self.first.call("leave_group", deadline_s=self._deadlines.publish_s)
+            return str(error)
+        return None
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Into the run's folder of versions, or into `folder`; returns which."""

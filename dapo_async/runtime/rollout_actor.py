@@ -130,7 +130,7 @@ class RolloutActor:
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         """A server that is too late is lost before the whole publish is."""
         self._worker.hold(True)
-        limit_s = UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restarts else None
+        limit_s = UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restartable else None
         try:
             async with asyncio.timeout(limit_s) as limit:
                 return await update

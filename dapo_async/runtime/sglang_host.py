@@ -22,7 +22,7 @@ class SGLangHost(EngineHost):
     """Starts a server of its own, or takes part of the one at `rollout.servers` that has this worker's number."""
 
     engine: SGLangEngine
-    restarts = True
+    restartable = True
 
     def __init__(
         self, config: Config, *, name: str, number: int, incarnation: str, device: str, clock: StateClock, logs: Path, outer_key: str

@@ -25,7 +25,7 @@ from dapo_async.weights.handshake import Outcome, Verdict, judge
 class Source(Protocol):
     """The learner's side. Both send the snapshot that the announcement belongs to, whatever the learner trains meanwhile."""
 
-    async def broadcast(self, announcement: Announcement) -> None: ...
+    async def broadcast(self, announcement: Announcement) -> str | None: ...  # why it broke off, where receivers can be lost
 
     async def write(self, announcement: Announcement) -> str: ...  # returns the folder of versions
 
@@ -124,8 +124,9 @@ class Publisher:
             del self._lent[receiver.name]
 
     def lose(self, receiver: Receiver) -> None:
-        """Passes `receiver` over, and waits for it no longer, until `restore`."""
+        """Passes `receiver` over, and waits for it no longer, until `restore`. The engine that comes back is a new member of the group."""
         self._lost.add(receiver.name)
+        self._members = ()
         self._waiting_for.discard(receiver.name)
 
     async def restore(self, receiver: Receiver) -> bool:
@@ -192,11 +193,15 @@ class Publisher:
         if not members:
             return []
         if members != self._members and self._regroup is not None:
+            self._members = members  # first: whoever is lost meanwhile makes it worthless
             await self._regroup(members)
-            self._members = members
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in serving))
         staging = asyncio.gather(*(receiver.stage(announcement) for receiver in lent))
-        _, attestations, _ = await asyncio.gather(self._source.broadcast(announcement), receiving, staging)
+        broken, attestations, _ = await asyncio.gather(self._source.broadcast(announcement), receiving, staging)
+        if broken is not None:
+            self._members = ()
+            if None not in attestations:
+                raise RuntimeError(f"the broadcast of version {announcement.version} broke off, though every engine took part: {broken}")
         return attestations
 
     async def _swap_staged(self, receiver: Receiver, announcement: Announcement) -> Attestation | None:
