@@ -190,6 +190,7 @@ class Watched:
 def watched_error(*, worker_dies_after_s: float | None) -> Exception:
     """What ends a run whose learner feels a broken connection at once."""
     system: Any = object.__new__(System)
+    system._config = knobs.load(QUICKSTART)
     system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remotes=[Watched("learner")])
     system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
     system.publisher, system.background, system.evaluator = SimpleNamespace(in_flight=None), set(), None

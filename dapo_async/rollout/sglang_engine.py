@@ -69,11 +69,12 @@ class SGLangEngine:
         try:
             async with asyncio.TaskGroup() as siblings:
                 group.siblings = [siblings.create_task(self._respond(group, request, sibling)) for sibling in range(request.num_siblings)]
-        except* ValueError as errors:
-            raise errors.exceptions[0] from None
-        except* EngineFault as errors:
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]
+            if isinstance(first, EngineFault) and not group.aborted:
+                raise EngineFault(str(first), self._heads(group, request)) from None
             if not group.aborted:
-                raise EngineFault(str(errors.exceptions[0]), self._heads(group, request)) from None
+                raise first from None
         finally:
             del self._running[request.key]
         if group.aborted:

@@ -188,7 +188,8 @@ class System:
         """Runs `main` for as long as every actor lives and every background publish goes well; the first failure ends it (law 8)."""
         task = asyncio.create_task(main, name="main")
         watches = [asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes]
-        watches += [asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers]
+        if self._config.rollout.engine == "sglang":
+            watches += [asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers]
         try:
             while not task.done():
                 # What runs in the background changes from step to step: look again at least once a second.
