@@ -31,6 +31,7 @@ class Admission:
     index: int  # admission index: 0, 1, 2, … along the run; names the group everywhere
     prompt: Prompt
     group_size: int
+    heads: tuple[Completion | None, ...] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
 
 
 class FinishReason(StrEnum):
@@ -48,6 +49,11 @@ class Completion:
     weight_versions: NDArray[np.int32]  # [T] version whose logits each token was sampled from
     prefill_version: int  # oldest version whose KV any token attended to at its start
     finish_reason: FinishReason
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights in it, its prefill's included."""
+        return min(int(self.weight_versions.min()), self.prefill_version) if len(self.weight_versions) else self.prefill_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +77,7 @@ class Rollout:
     @property
     def oldest_version(self) -> int:
         """The oldest weights in this rollout, its prefill's included."""
-        versions = self.completion.weight_versions
-        oldest = int(versions.min()) if len(versions) else self.completion.prefill_version
-        return min(oldest, self.completion.prefill_version)
+        return self.completion.oldest_version
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class World:
         self.oldest: dict[int, int] = {}  # of every offered group
         self.training: TrainBatch | None = None
         self.publishing: TrainBatch | None = None  # its weights are on their way
+        self.heads: dict[int, int] = {}  # groups of lost engines: the version of what is there of them
         self.endings: Counter[str] = Counter()
         self.steps = 0
         buffer.serve(0)
@@ -62,7 +63,11 @@ class World:
 
     def admit(self, worker: str) -> None:
         index = self.buffer.admit(worker)
-        self.generating[index] = (worker, self.engine_versions[worker])
+        started = self.engine_versions[worker]
+        if index in self.heads and self.buffer.goes_on(index):
+            started = min(started, self.heads[index])
+        self.heads.pop(index, None)
+        self.generating[index] = (worker, started)
 
     def offer(self, index: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0) -> OfferOutcome:
         """`newer`: versions by which a recomputed prefill made the group fresher than at its start."""
@@ -78,9 +83,10 @@ class World:
         assert self.buffer.fail(index, why="engine out of memory")
         self.endings["failed"] += 1
 
-    def hand_back(self, index: int) -> None:
-        del self.generating[index]
-        assert self.buffer.hand_back(index)
+    def hand_back(self, index: int, *, with_heads: bool) -> None:
+        _, started = self.generating.pop(index)
+        assert self.buffer.hand_back(index, oldest_version=started if with_heads else None)
+        self.heads[index] = started
 
     def lose_worker(self, worker: str) -> None:
         mine = {index for index, (owner, _) in self.generating.items() if owner == worker}

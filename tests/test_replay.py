@@ -98,6 +98,35 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
     assert buffer.take(0).admission_indices == (first, second)
 
 
+def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
+    buffer = serving(groups_per_step=1, max_staleness=2)
+    index = buffer.admit("worker-0")
+    assert not buffer.goes_on(index)
+    buffer.hand_back(index, oldest_version=0)
+    buffer.serve(1)
+    assert buffer.admit("worker-1") == index
+    assert buffer.goes_on(index)
+    assert buffer._generating[index].deadline == 2  # not 3: its oldest tokens are of version 0
+    assert buffer.offer(make_group(index, version=0), None).outcome is OfferOutcome.ACCEPTED
+    buffer.check()
+
+
+def test_group_begins_anew_when_what_is_there_of_it_is_too_old_to_be_trained() -> None:
+    buffer = serving(groups_per_step=1, max_staleness=1)
+    late, other = buffer.admit("worker-0"), buffer.admit("worker-1")
+    buffer.offer(make_group(other), None)
+    buffer.hand_back(late, oldest_version=0)
+    assert buffer.take(0).admission_indices == (other,)
+    buffer.trained([other])
+    buffer.serve(1)
+    buffer.release([other])
+    assert buffer.take(1) is None
+    assert buffer.admit("worker-1") == late
+    assert not buffer.goes_on(late)
+    assert buffer._generating[late].deadline == 2
+    buffer.check()
+
+
 def test_a_lost_worker_fails_what_it_generates_and_keeps_what_it_offered() -> None:
     buffer = serving(groups_per_step=4)
     admit_and_offer(buffer)

@@ -61,11 +61,11 @@ class Interleavings(RuleBasedStateMachine):
         self.world.fail(indices[pick % len(indices)])
 
     @precondition(lambda self: self.world.generating)
-    @rule(pick=st.integers(0), burst=st.integers(1, 8))
-    def hand_back(self, pick: int, burst: int) -> None:
+    @rule(pick=st.integers(0), burst=st.integers(1, 8), with_heads=st.booleans())
+    def hand_back(self, pick: int, burst: int, with_heads: bool) -> None:
         for _ in range(min(burst, len(self.world.generating))):
             indices = tuple(self.world.generating)
-            self.world.hand_back(indices[pick % len(indices)])
+            self.world.hand_back(indices[pick % len(indices)], with_heads=with_heads)
 
     @rule(worker=st.sampled_from(WORKERS))
     def lose_worker(self, worker: str) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from sglang_proxy import BREAK_OFF, GARBAGE, STALL, proxy
-from sglang_world import NUM_SLOTS, PROBE, World, from_disk, request
+from sglang_world import NUM_SLOTS, PROBE, World, forward_logprobs, from_disk, request
 
 from dapo_async.clock import StateClock
 from dapo_async.rollout import EngineFault
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import free_port
+from dapo_async.types import FinishReason
 
 pytestmark = pytest.mark.sglang
 on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)
 PROMPT = (7, 11, 13, 17, 19, 23)
+LONG = 200
 
 
 def later(change):
@@ -92,6 +97,52 @@ def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(wo
     completions, use = asyncio.run(generate())
     assert {version for completion in completions for version in completion.weight_versions.tolist()} == {3}
     assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(NUM_SLOTS * use.elapsed_s)
+
+
+@on_one_family
+def test_response_goes_on_elsewhere_from_where_the_lost_server_had_told_of_it(world: World) -> None:
+    counts = Counter()
+
+    def tamper(path, told):
+        if path != "/generate" or "output_ids" not in told:
+            return told
+        number = int(told["meta_info"]["id"].split(".")[3])
+        counts[number] += 1
+        return BREAK_OFF if number == 3 and counts[number] == 4 else told
+
+    async def generate():
+        async with world.engine() as engine, proxy(world.server.url, tamper) as url:
+            client = SGLangClient(url, api_key=world.server.api_key)
+            lossy = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            with pytest.raises(EngineFault) as fault:
+                await lossy.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
+            await lossy.close()
+            whole = request(1, PROMPT, siblings=4, max_tokens=LONG)
+            return fault.value.heads, await engine.generate(replace(whole, heads=fault.value.heads))
+
+    heads, completions = asyncio.run(generate())
+    assert [head.finish_reason for head in heads if head is not None] == [FinishReason.ABORT] * 4
+    assert len(heads[3].token_ids) == 1 + 2 * 8
+    for head, completion in zip(heads, completions, strict=True):
+        length = len(head.token_ids)
+        assert 0 < length < LONG
+        assert completion.token_ids[:length].tolist() == head.token_ids.tolist()
+        assert completion.behaviour_logprobs[:length].tolist() == head.behaviour_logprobs.tolist()
+        assert (len(completion.token_ids), completion.finish_reason) == (LONG, FinishReason.LENGTH)
+        assert completion.weight_versions.tolist() == [0] * LONG
+        np.testing.assert_allclose(completion.behaviour_logprobs, forward_logprobs(world.base, PROMPT, completion.token_ids), atol=1e-4, rtol=0)
+
+
+@on_one_family
+def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
+    async def generate():
+        async with world.engine() as engine:
+            first, second = await engine.generate(request(1, PROMPT, siblings=2))
+            return first, await engine.generate(replace(request(2, PROMPT, siblings=2), heads=(first, None))), second
+
+    first, (kept, anew), second = asyncio.run(generate())
+    assert kept is first
+    assert anew.token_ids.tolist() != second.token_ids.tolist()
 
 
 @on_one_family

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from worker_world import SAMPLING, hold_scoring, play, settled
+from worker_world import COMPLETION, SAMPLING, hold_scoring, play, settled
 
 from dapo_async.rollout import EngineFault
 
@@ -306,9 +306,9 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
         await settled()
         assert await telling == "connection refused"
         for key in (0, 2):
-            engine.fail(key, EngineFault("broken off"))
+            engine.fail(key, EngineFault("broken off", (COMPLETION, None, None)))
         await settled()
-        assert replay.handed_back == [1, 0, 2]
+        assert replay.handed_back == [(1, ()), (0, (COMPLETION, None, None)), (2, (COMPLETION, None, None))]
         assert (replay.failed, replay.offered, len(replay.asked)) == ([], [], asked)
         worker.started_anew()
         worker.revive()

@@ -72,8 +72,8 @@ class FakeReplay:
         self.failed.append((list(indices), why))
         await self.give(len(indices))
 
-    async def hand_back(self, index):
-        self.handed_back.append(index)
+    async def hand_back(self, index, heads):
+        self.handed_back.append((index, heads))
 
     async def give(self, credits):
         async with self._changed:

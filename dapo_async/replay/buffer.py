@@ -13,7 +13,7 @@ returned credit must not count as started under older weights (credits.py proves
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +59,8 @@ class ReplayBuffer:
         self.failures: Counter[str] = Counter()  # failed groups by what their worker said
         self._generating: dict[int, Generating] = {}
         self._buffered: dict[int, Buffered] = {}
-        self._reissue: deque[int] = deque()  # admissions that nobody generates any more: of a lost engine, or of the incarnation before
+        # Admissions that nobody generates any more, of a lost engine or of the incarnation before; and the deadline of what is there of them, or -1.
+        self._reissue: dict[int, int] = {}
         self._taken: dict[int, Taken] = {}
         self._awaiting: dict[int, int] = {}  # admission index → version that every engine has to serve before the credit returns
         self._evicted_since_take: list[int] = []
@@ -100,9 +101,8 @@ class ReplayBuffer:
 
     def check(self) -> None:
         """Asserts conservation and that no credit leaked: constant time, called at every instant one likes."""
-        counts = self.counts
-        counts.check()
-        in_flight = len(self._generating) + len(self._buffered) + len(self._taken) + len(self._reissue)
+        (counts := self.counts).check()
+        in_flight = sum(len(room) for room in (self._generating, self._buffered, self._taken, self._reissue))
         assert counts.in_flight == in_flight, f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
         held = in_flight + len(self._awaiting)
         assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
@@ -117,15 +117,22 @@ class ReplayBuffer:
         return self.num_to_reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
-        """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better."""
+        """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better.
+
+        One that is issued again goes on with what is there of it (`goes_on`), under its deadline, if that can still be kept.
+        """
         assert self.admissible() > 0, f"{worker} was admitted without a free credit"
         assert self.served_version is not None
+        deadline, kept = self.served_version + self.max_staleness, -1
         if self._reissue:
-            index = self._reissue.popleft()
+            index = next(iter(self._reissue))
+            kept = self._reissue.pop(index)
         else:
             index = self._ledger.admit()
             self._credits.spend(index)
-        self._generating[index] = Generating(worker, self.served_version + self.max_staleness)
+        goes_on = kept > self.learner_version
+        self._suspect |= goes_on and kept < deadline
+        self._generating[index] = Generating(worker, min(deadline, kept) if goes_on else deadline, goes_on)
         self._log.admit()
         return index
 
@@ -161,12 +168,16 @@ class ReplayBuffer:
         self.failures[why] += 1
         return True
 
-    def hand_back(self, index: int) -> bool:
-        """A generating group whose engine was lost keeps its index and its credit, and is admitted once more; False when it had ended already."""
+    def hand_back(self, index: int, *, oldest_version: int | None = None) -> bool:
+        """A generating group of a lost engine keeps its credit, waits for `admit`; False when it had ended. `oldest_version` of what is there."""
         if self._generating.pop(index, None) is None:
             return False
-        self._reissue.append(index)
+        self._reissue[index] = -1 if oldest_version is None else oldest_version + self.max_staleness
         return True
+
+    def goes_on(self, index: int) -> bool:
+        """Whether the group, just admitted once more, goes on with what is there of it, or begins anew."""
+        return self._generating[index].goes_on
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
         """Fails what `worker` was generating; what it had offered stays. Returns the failed admission indices."""
@@ -242,9 +253,9 @@ class ReplayBuffer:
 
     def close(self) -> Counts:
         """The run ends: all that is in flight ends unused, later offers are refused."""
-        for index in (*self._generating, *self._buffered, *self._taken, *self._reissue):
-            self._end(index, Ending.UNUSED)
         for room in (self._generating, self._buffered, self._taken, self._reissue):
+            for index in room:
+                self._end(index, Ending.UNUSED)
             room.clear()
         self.closed = True
         return self.counts

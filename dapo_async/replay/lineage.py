@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ def thaw(buffer: ReplayBuffer, state: BufferState) -> None:
     """Puts a new buffer into `state`. The credits of groups that were trained are free: no engine serves before it has their weights."""
     assert state.next_step <= buffer.num_steps, (state.next_step, buffer.num_steps)
     buffer.next_step, buffer.learner_version = state.next_step, state.version
-    buffer._buffered, buffer._reissue = dict(state.buffered), deque(state.reissue)
+    buffer._buffered, buffer._reissue = dict(state.buffered), dict.fromkeys(state.reissue, -1)
     outstanding = [*state.buffered, *state.reissue]
     buffer._ledger.restore(state.admitted, state.ended, outstanding)
     buffer._patience.restore(state.streak)

@@ -10,6 +10,7 @@ from typing import Any
 class Generating:
     worker: str
     deadline: int  # version served at admission + max_staleness: the attested one can only be later, unless an engine is at fault
+    goes_on: bool = False  # with what a lost engine had told of it, which the deadline counts in
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,14 @@ class Aborted(Exception):
 
 
 class EngineFault(RuntimeError):
-    """An engine that cannot be used as it is: its server is gone, silent or wrong. A group that raises it may be generated elsewhere."""
+    """An engine that cannot be used as it is: its server is gone, silent or wrong. A group that raises it may be generated elsewhere.
+
+    `heads` per sibling: what was told of it before, whole or with the reason ABORT; None: nothing. Empty: nothing of any.
+    """
+
+    def __init__(self, message: str, heads: tuple[Completion | None, ...] = ()) -> None:
+        super().__init__(message)
+        self.heads = heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,7 @@ class GroupRequest:
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
+    heads: tuple[Completion | None, ...] = ()  # see Admission: where a response is to be gone on with
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,30 +16,19 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapo_async.clock import StateClock
-from dapo_async.rollout.engine import Aborted, EngineFault, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.engine import Aborted, EngineFault, GroupRequest, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.responses import Response, joined, read_version, sampling_body
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
-
-
-@dataclass(slots=True)
-class _Response:
-    """What has come of one sibling."""
-
-    request_id: str
-    prompt_tokens: int
-    sent_version: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -47,7 +36,8 @@ class _Running:
     """One group at the engine."""
 
     siblings: list[asyncio.Task[Completion]]
-    responses: dict[int, _Response] = field(default_factory=dict)  # by sibling: those at the server
+    responses: dict[int, Response] = field(default_factory=dict)  # by sibling: those at the server
+    heads: dict[int, Completion] = field(default_factory=dict)  # by sibling: what there is of those that did not end there
     aborted: bool = False
 
 
@@ -80,16 +70,16 @@ class SGLangEngine:
             async with asyncio.TaskGroup() as siblings:
                 group.siblings = [siblings.create_task(self._respond(group, request, sibling)) for sibling in range(request.num_siblings)]
         except ExceptionGroup as errors:
+            first = errors.exceptions[0]
+            if isinstance(first, EngineFault) and not group.aborted:
+                raise EngineFault(str(first), self._heads(group, request)) from None
             if not group.aborted:
-                raise errors.exceptions[0] from None
+                raise first from None
         finally:
             del self._running[request.key]
         if group.aborted:
             raise Aborted(f"group {request.key} was taken off the engine")
-        completions = tuple(sibling.result() for sibling in group.siblings)
-        if any(completion.finish_reason is FinishReason.ABORT for completion in completions):
-            raise EngineFault(f"{self._client.url} gave up a response of group {request.key} by itself")
-        return completions
+        return tuple(sibling.result() for sibling in group.siblings)
 
     async def abort(self, keys: Iterable[int]) -> None:
         """See `Engine`."""
@@ -113,7 +103,7 @@ class SGLangEngine:
             self._newest_version = version
             await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
         pause_s = time.monotonic() - start_s
-        incarnation, self.version = _read_version(await self._client.weight_version())
+        incarnation, self.version = read_version(await self._client.weight_version())
         after = await self._client.prompt_logprobs(probe_ids)
         return incarnation, UpdateReport(self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed)
 
@@ -136,68 +126,61 @@ class SGLangEngine:
         """Closes the connections; pending calls fail."""
         await self._client.close()
 
+    def _heads(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
+        """What there is of each sibling, those that had ended included."""
+        ended = {place: task.result() for place, task in enumerate(group.siblings) if not (task.cancelled() or task.exception())}
+        before = dict(enumerate(request.heads))
+        return tuple(ended.get(place) or group.heads.get(place) or before.get(place) for place in range(request.num_siblings))
+
     async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
+        head = request.heads[sibling] if request.heads else None
+        if head is not None and head.finish_reason is not FinishReason.ABORT:
+            return head
         async with self._slots:
             while not self._may_send.is_set():  # it may have been cleared again before this task had its turn
                 await self._may_send.wait()
             # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
             # aborts by beginnings.
             name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
-            response = _Response(name, len(request.prompt_ids), self._newest_version)
+            response = Response(name, len(request.prompt_ids), self._newest_version)
             group.responses[sibling] = response
             self._count(+1)
             try:
-                return await self._stream(request, response)
+                return await self._stream(request, response, head)
             finally:
                 del group.responses[sibling]
+                if response.token_ids:
+                    group.heads[sibling] = joined(head, response.head())
                 self._count(-1)
                 self._ended.set()
 
-    async def _stream(self, request: GroupRequest, response: _Response) -> Completion:
+    async def _stream(self, request: GroupRequest, response: Response, head: Completion | None) -> Completion:
+        """One response, from the end of its `head` on."""
+        so_far = head.token_ids.tolist() if head is not None else []
+        sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far))
         body = {
-            "input_ids": request.prompt_ids.tolist(),
-            "sampling_params": sampling_body(request.sampling),
+            "input_ids": request.prompt_ids.tolist() + so_far,
+            "sampling_params": sampling_body(sampling),
             "rid": response.request_id,
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
         completion = None
         # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
         async for chunk in self._client.stream(body):
-            response.token_ids += chunk.token_ids
-            response.logprobs += chunk.logprobs
+            response.add(chunk, newest_version=self._newest_version)
             if chunk.finish is not None:
-                completion = self._completion(response, chunk.finish, chunk.versions)
+                try:
+                    completion = response.end(chunk.finish, chunk.versions, incarnation=self._incarnation, keeps_kv=self._mode == "keep_kv")
+                except EngineFault as fault:
+                    raise EngineFault(f"{self._client.url} {fault}") from None
         if completion is None:
             raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
-        if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < request.sampling.max_tokens:
+        if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < sampling.max_tokens:
             raise ValueError(
-                f"{self._client.url} cut a response at {len(completion.token_ids)} of {request.sampling.max_tokens} tokens: the memory for its keys "
+                f"{self._client.url} cut a response at {len(completion.token_ids)} of {sampling.max_tokens} tokens: the memory for its keys "
                 "and values, or the model's context, is too small; lower rollout.max_response_tokens or give the server more"
             )
-        return completion
-
-    def _completion(self, response: _Response, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> Completion:
-        reason, count = FinishReason(finish["type"]), len(response.token_ids)
-        if reason is FinishReason.ABORT and finish.get("message") and finish.get("status_code"):
-            raise EngineFault(f"{self._client.url} gave up response {response.request_id}: {finish['message']}")
-        versions = np.empty(count, dtype=np.int32)
-        covered = 0
-        for span in spans:
-            incarnation, version = _read_version(span["version"])
-            if incarnation != self._incarnation or span["start"] != covered:
-                raise EngineFault(f"{self._client.url} attests {spans} for {count} tokens; this run is {self._incarnation}")
-            versions[span["start"] : span["end"]] = version
-            covered = span["end"]
-        if covered != count and reason is not FinishReason.ABORT:
-            raise EngineFault(f"{self._client.url} attests versions for {covered} of {count} tokens")
-        first = int(versions[0]) if count else response.sent_version
-        return Completion(
-            token_ids=np.asarray(response.token_ids, dtype=np.int32),
-            behaviour_logprobs=np.asarray(response.logprobs, dtype=np.float32),
-            weight_versions=versions,
-            prefill_version=min(first, response.sent_version) if self._mode == "keep_kv" else first,
-            finish_reason=reason,
-        )
+        return joined(head, completion)
 
     @asynccontextmanager
     async def _standstill(self) -> AsyncIterator[float]:
@@ -241,21 +224,3 @@ class SGLangEngine:
         """Books the time until now, and says what is being done from now on."""
         self._meter.spent(running=self._num_running, syncing=self._syncing)
         self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")
-
-
-def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
-    """As SGLang names it. Its own stop tokens, those of the model's config, hold beside these; the seed is the server's."""
-    return {
-        "max_new_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1 if sampling.top_k is None else sampling.top_k,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "skip_special_tokens": False,
-    }
-
-
-def _read_version(name: str) -> tuple[str, int]:
-    """`incarnation:number` as a pair; of the weights that a server was started with, no incarnation and -1."""
-    incarnation, colon, number = name.rpartition(":")
-    return (incarnation, int(number)) if colon and number.isdecimal() else ("", -1)

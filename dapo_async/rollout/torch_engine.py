@@ -66,6 +66,7 @@ class TorchEngine:
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group. Raises ValueError, changing nothing, for one that can never be served."""
+        assert not request.heads, "heads come from lost engines, and this one is lost with its actor"
         length, vocab_size = len(request.prompt_ids), self._decoder.config.vocab_size
         if length < 1 or request.num_siblings < 1:
             raise ValueError(f"group {request.key} has {length} prompt tokens and {request.num_siblings} siblings; it needs at least one of each")

@@ -20,7 +20,7 @@ from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
-from dapo_async.types import Admission, Group, TrainBatch
+from dapo_async.types import Admission, Completion, Group, TrainBatch
 
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
@@ -60,6 +60,7 @@ class ReplayActor:
         )
         self._frozen: BufferState | None = None
         self._changed = asyncio.Condition()
+        self._heads: dict[int, tuple[Completion | None, ...]] = {}  # of groups that were handed back, until they are admitted again
         self._leased: set[str] = set()  # workers that are admitted nothing
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
@@ -88,7 +89,11 @@ class ReplayActor:
                 # In lockstep a wave is admitted whole: how full the engine is at this moment must not matter.
                 count = self._buffer.admissible() if self._config.replay.lockstep else min(num_groups, self._buffer.admissible())
                 indices = [self._buffer.admit(worker) for _ in range(count)]
-                return [Admission(index, self._stream[index], self._config.replay.group_size) for index in indices]
+                return [self._admission(index) for index in indices]
+
+    def _admission(self, index: int) -> Admission:
+        heads = self._heads.pop(index, ())
+        return Admission(index, self._stream[index], self._config.replay.group_size, heads if self._buffer.goes_on(index) else ())
 
     async def lease(self, worker: str, on: bool) -> None:
         """On: `worker` is admitted nothing from this moment on, whatever it has asked for, since its engine will not follow what is served."""
@@ -122,10 +127,12 @@ class ReplayActor:
                 self._buffer.fail(index, why=why)
             self._changed.notify_all()
 
-    async def hand_back(self, index: int) -> None:
-        """A group whose engine was lost: whoever asks next generates it."""
+    async def hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
+        """A group whose engine was lost: whoever asks next generates it, from where `heads` end."""
         async with self._changed:
-            self._buffer.hand_back(index)
+            oldest_version = min((head.oldest_version for head in heads if head is not None), default=None)
+            if self._buffer.hand_back(index, oldest_version=oldest_version) and oldest_version is not None:
+                self._heads[index] = heads
             self._changed.notify_all()
 
     async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | Verdict:

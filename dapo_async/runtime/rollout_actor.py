@@ -43,8 +43,8 @@ class RayReplay:
     async def fail(self, indices: Sequence[int], why: str) -> None:
         await self._call("fail", indices, why)
 
-    async def hand_back(self, index: int) -> None:
-        await self._call("hand_back", index)
+    async def hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
+        await self._call("hand_back", index, heads)
 
     async def doomed(self, worker: str) -> Sequence[int]:
         indices: list[int] = await self._call("doomed", worker)

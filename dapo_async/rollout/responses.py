@@ -1,0 +1,89 @@
+"""One response of an SGLang server as it comes: chunks in, a whole completion or the head of one out (L2). Used by `sglang_engine.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dapo_async.rollout.engine import EngineFault, SamplingParams
+from dapo_async.rollout.sglang_client import Chunk
+from dapo_async.types import Completion, FinishReason
+
+
+@dataclass(slots=True)
+class Response:
+    """What has come of one sibling. `request_id` names it at the server."""
+
+    request_id: str
+    prompt_tokens: int
+    sent_version: int  # the newest version when it was sent
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # as far as they are known before the end: none is newer than the true one
+    _next_version: int = -1
+
+    def add(self, chunk: Chunk, *, newest_version: int) -> None:
+        """Its tokens may have been under way when `newest_version` came: they count as of the version before, those of the next chunk as of it."""
+        self.versions += [self.sent_version if self._next_version < 0 else self._next_version] * len(chunk.token_ids)
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self._next_version = newest_version
+
+    def head(self) -> Completion:
+        """What there is of it before its end."""
+        return self._completion(np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT)
+
+    def end(self, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]], *, incarnation: str, keeps_kv: bool) -> Completion:
+        """The whole of it, with the versions that the server attests. Raises EngineFault where it attests none or another run's."""
+        reason, count = FinishReason(finish["type"]), len(self.token_ids)
+        if reason is FinishReason.ABORT:
+            raise EngineFault(f"gave up a response: {finish.get('message') or 'no reason given'}")
+        versions, covered = np.empty(count, dtype=np.int32), 0
+        for span in spans:
+            owner, version = read_version(span["version"])
+            if owner != incarnation or span["start"] != covered:
+                raise EngineFault(f"attests {spans} for {count} tokens; this run is {incarnation}")
+            versions[span["start"] : span["end"]] = version
+            covered = span["end"]
+        if covered != count:
+            raise EngineFault(f"attests versions for {covered} of {count} tokens")
+        first = int(versions[0]) if count else self.sent_version
+        return self._completion(versions, min(first, self.sent_version) if keeps_kv else first, reason)
+
+    def _completion(self, versions: np.ndarray, prefill_version: int, reason: FinishReason) -> Completion:
+        logprobs = np.asarray(self.logprobs, dtype=np.float32)
+        return Completion(np.asarray(self.token_ids, dtype=np.int32), logprobs, versions, prefill_version, reason)
+
+
+def joined(head: Completion | None, tail: Completion) -> Completion:
+    """One response whose end another engine generated, on KV of its own."""
+    if head is None:
+        return tail
+    return Completion(
+        token_ids=np.concatenate([head.token_ids, tail.token_ids]),
+        behaviour_logprobs=np.concatenate([head.behaviour_logprobs, tail.behaviour_logprobs]),
+        weight_versions=np.concatenate([head.weight_versions, tail.weight_versions]),
+        prefill_version=min(head.prefill_version, tail.prefill_version),
+        finish_reason=tail.finish_reason,
+    )
+
+
+def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
+    """As SGLang names it. Its own stop tokens, those of the model's config, hold beside these; the seed is the server's."""
+    return {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "skip_special_tokens": False,
+    }
+
+
+def read_version(name: str) -> tuple[str, int]:
+    """`incarnation:number` as a pair; of the weights that a server was started with, no incarnation and -1."""
+    incarnation, colon, number = name.rpartition(":")
+    return (incarnation, int(number)) if colon and number.isdecimal() else ("", -1)
