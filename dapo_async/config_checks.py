@@ -172,10 +172,6 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
         ),
     )
     yield (
-        bool(urls) or tp == 1 or rollout.num_gpus > 0,
-        f"rollout.tensor_parallel ({tp}) needs GPUs; set rollout.num_gpus={tp} or rollout.tensor_parallel=1",
-    )
-    yield (
         not urls or len(set(urls)) == rollout.num_workers,
         (
             f"rollout.servers names {len(set(urls))} servers for rollout.num_workers={rollout.num_workers}: each worker needs one of its own; "

@@ -49,11 +49,16 @@ class Evaluation:
 async def evaluate(
     engine: Engine, prompts: Sequence[Prompt], *, judge: Callable[[Prompt, Completion], float], max_tokens: int, stop_token_ids: tuple[int, ...]
 ) -> Evaluation:
-    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response."""
+    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response. Raises what the first failing one raised; none goes on then."""
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0)
     # Negative keys can't meet an admission index.
     requests = [GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(prompts)]
-    completions = [completion for (completion,) in await asyncio.gather(*(engine.generate(request) for request in requests))]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(engine.generate(request)) for request in requests]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    completions = [completion for (completion,) in (task.result() for task in tasks)]
     return Evaluation(
         num_prompts=len(prompts),
         num_correct=sum(judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)),

@@ -13,6 +13,7 @@ from worker_world import PATIENCE_S, SAMPLING, FakeEngine, settled
 from dapo_async import config as knobs
 from dapo_async.evaluate import evaluate
 from dapo_async.reward import Verdict, score_group
+from dapo_async.rollout import EngineFault
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.replay_actor import ReplayActor
@@ -53,6 +54,7 @@ class Host:
         self.name, self.world, self.engine = name, world, VersionedEngine(num_slots=2)
         self.worker = RolloutWorker(name, self.engine, replay=RoomPort(world, self), score=self._score, sampling=SAMPLING, group_size=2)
         self.proved, self.attests_wrongly, self.staged = True, 0, None
+        self.lost_over_swap = False
         self.gate = asyncio.Event()  # of a swap
         self.gate.set()
 
@@ -74,6 +76,10 @@ class Host:
         self.proved = False
         self.world.events.append(("swap", self.name, announcement.version))
         await self.gate.wait()
+        if self.lost_over_swap:
+            self.lost_over_swap = False
+            self.worker.lose("killed")
+            return None
         self.engine.version = announcement.version
         attests, self.attests_wrongly = announcement.version - (self.attests_wrongly > 0), max(0, self.attests_wrongly - 1)
         return Attestation(self.name, "first", attests, announcement.probe_logprobs + 1, announcement.probe_logprobs)
@@ -95,7 +101,11 @@ class Host:
 
     async def evaluate(self):
         self.world.events.append(("evaluate", self.name))
-        return await evaluate(self.engine, HELD_OUT, judge=lambda *_: 1.0, max_tokens=2, stop_token_ids=())
+        try:
+            return await evaluate(self.engine, HELD_OUT, judge=lambda *_: 1.0, max_tokens=2, stop_token_ids=())
+        except EngineFault as fault:
+            self.worker.lose(str(fault))
+            return None
 
     async def _score(self, admission, completions):
         texts = [""] * len(completions)
@@ -121,6 +131,9 @@ class RoomPort:
 
     async def fail(self, indices, why):
         await self._world.room.fail(indices, why)
+
+    async def hand_back(self, index, heads):
+        await self._world.room.hand_back(index, heads)
 
     async def doomed(self, worker):
         return await self._world.room.doomed(worker)
@@ -160,6 +173,16 @@ class World:
         buffer.trained(batch.admission_indices)
         self.version += 1
         await self.publisher.start(self.snapshot(), on_served=lambda version: self.room.serve(version, batch.admission_indices))
+
+    async def mend(self, host):
+        """What a run does about a lost engine."""
+        await host.worker.lost()
+        await self.room.lease(host.name, True)
+        self.publisher.lose(host)
+        host.worker.started_anew()
+        assert await self.publisher.restore(host)
+        await self.room.lease(host.name, False)
+        host.worker.revive()
 
     def lease(self):
         """Starts an evaluation on the second worker's engine."""

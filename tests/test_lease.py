@@ -6,6 +6,7 @@ import pytest
 from lease_world import HELD_OUT, check_lease, play
 from worker_world import settled
 
+from dapo_async.rollout import EngineFault
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.replay_actor import ReplayActor
 from dapo_async.tracking.run_dir import RunDir
@@ -99,6 +100,11 @@ async def nothing(*_):
     """In place of a step that is left out."""
 
 
+async def yes(*_):
+    """In place of one that claims to have been done."""
+    return True
+
+
 @TRANSPORTS
 def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, transport):
     async def scene(world):
@@ -117,7 +123,7 @@ def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, 
 
 @TRANSPORTS
 def test_lease_check_notices_an_engine_that_comes_back_as_it_went(run_dir, monkeypatch, transport):
-    monkeypatch.setattr(Publisher, "take_back", nothing)
+    monkeypatch.setattr(Publisher, "take_back", yes)
     world = play(evaluation_scene, run_dir, transport=transport)
     with pytest.raises(AssertionError, match="rollout-1, whose engine is 2 versions behind what is served"):
         check_lease(world.events)
@@ -125,8 +131,9 @@ def test_lease_check_notices_an_engine_that_comes_back_as_it_went(run_dir, monke
 
 @TRANSPORTS
 def test_an_engine_that_is_not_lent_measures_more_than_one_version(run_dir, monkeypatch, transport):
-    for step in ("lend", "take_back"):
-        monkeypatch.setattr(Publisher, step, nothing)
+    monkeypatch.setattr(Publisher, "lend", nothing)
+    monkeypatch.setattr(Publisher, "is_lent", lambda *_: True)
+    monkeypatch.setattr(Publisher, "take_back", yes)
     assert play(evaluation_scene, run_dir, transport=transport).evaluation.weight_versions == {1, 3}
 
 
@@ -306,3 +313,41 @@ def test_the_last_engine_that_serves_cannot_be_lent(run_dir):
             await world.publisher.lend(world.hosts[1])
 
     play(scene, run_dir)
+
+
+@pytest.mark.parametrize("when", ["drain", "evaluate", "take back"])
+def test_engine_that_is_lost_during_a_lease_comes_back_as_any_other(run_dir, when):
+    async def scene(world):
+        second, engine = world.hosts[1], world.hosts[1].engine
+        lease = await lease_during_a_publish(world)
+        mending = asyncio.create_task(world.mend(second))
+        if when == "drain":
+            engine.fail(2, EngineFault("killed"))
+            await settled()
+        else:
+            engine.finish(2)
+            await settled()
+            await world.step()  # version 2 passes by
+            await settled()
+            second.lost_over_swap = when == "take back"
+            if when == "evaluate":
+                engine.fail(-1, EngineFault("killed"))
+            for key in [key for key in engine.keys if key < 0]:
+                engine.finish(key)
+        world.evaluation = await lease
+        await mending
+        await settled()
+        for _ in range(3):
+            finish_all(world)
+            await settled()
+            await world.step()
+            await settled()
+
+    world = play(scene, run_dir, transport="disk")
+    check_lease(world.events)
+    assert (world.evaluation is not None) == (when == "take back")
+    assert not world.publisher.is_lent(world.hosts[1])
+    returned = world.events.index(("returned", "rollout-1"))
+    assert [event for event in world.events[returned:] if event[:2] == ("admitted", "rollout-1")], "it was never admitted to again"
+    assert world.hosts[1].engine.version == world.version
+    assert world.room._buffer.counts.flat()["failed"] == 0

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from dapo_async.rollout import EngineFault
-from dapo_async.rollout.responses import Response, joined, read_version
+from dapo_async.rollout.responses import Response, WrongVersion, joined, read_version
 from dapo_async.rollout.sglang_client import Chunk
 from dapo_async.types import Completion, FinishReason
 
 
-def chunk(*token_ids: int) -> Chunk:
-    return Chunk(list(token_ids), [-0.5] * len(token_ids), None, ())
+def chunk(*token_ids: int, weight_version: str = "run:4") -> Chunk:
+    return Chunk(list(token_ids), [-0.5] * len(token_ids), None, (), weight_version)
 
 
 def test_tokens_that_may_have_been_under_way_at_an_update_count_as_older() -> None:
     response = Response("r", prompt_tokens=3, sent_version=4)
-    response.add(chunk(1), newest_version=4)
-    response.add(chunk(2, 3), newest_version=5)  # came after the update to 5, may have been sampled before it
-    response.add(chunk(4), newest_version=5)
+    response.add(chunk(1), newest_version=4, incarnation="run")
+    response.add(chunk(2, 3), newest_version=5, incarnation="run")  # came after the update to 5, may have been sampled before it
+    response.add(chunk(4), newest_version=5, incarnation="run")
     head = response.head()
     assert head.weight_versions.tolist() == [4, 4, 4, 5]
     assert (head.token_ids.tolist(), head.prefill_version, head.finish_reason) == ([1, 2, 3, 4], 4, FinishReason.ABORT)
@@ -32,7 +32,7 @@ SPANS = ({"version": "run:4", "start": 0, "end": 2}, {"version": "run:6", "start
 @pytest.mark.parametrize(("keeps_kv", "prefill"), [(False, 4), (True, 3)])
 def test_end_has_the_versions_that_the_server_attests(keeps_kv: bool, prefill: int) -> None:
     response = Response("r", prompt_tokens=3, sent_version=3)
-    response.add(chunk(1, 2, 3), newest_version=6)
+    response.add(chunk(1, 2, 3), newest_version=6, incarnation="run")
     whole = response.end({"type": "stop"}, SPANS, incarnation="run", keeps_kv=keeps_kv)
     assert whole.weight_versions.tolist() == [4, 4, 6]
     assert (whole.prefill_version, whole.finish_reason) == (prefill, FinishReason.STOP)
@@ -49,9 +49,17 @@ def test_end_has_the_versions_that_the_server_attests(keeps_kv: bool, prefill: i
 )
 def test_end_that_is_not_attested_by_this_run_is_a_fault(finish, spans, incarnation, line) -> None:
     response = Response("r", prompt_tokens=3, sent_version=3)
-    response.add(chunk(1, 2, 3), newest_version=6)
+    response.add(chunk(1, 2, 3), newest_version=6, incarnation="run")
     with pytest.raises(EngineFault, match=line):
         response.end(finish, spans, incarnation=incarnation, keeps_kv=False)
+
+
+def test_tokens_under_weights_of_nobody_s_giving_are_not_taken() -> None:
+    response = Response("r", prompt_tokens=3, sent_version=3)
+    response.add(chunk(1), newest_version=4, incarnation="run")
+    with pytest.raises(WrongVersion, match="serves another:4 in the midst of a response; this run is run"):
+        response.add(chunk(2, weight_version="another:4"), newest_version=4, incarnation="run")
+    assert response.head().token_ids.tolist() == [1]
 
 
 def test_head_and_tail_are_one_response() -> None:

@@ -57,6 +57,11 @@ def of_another_run(told):
     return told
 
 
+def under_foreign_weights(told):
+    told["meta_info"]["weight_version"] = "another:0"
+    return told
+
+
 def of_no_version_at_the_end(told):
     for span in told["meta_info"].get("weight_versions", ()):
         span["end"] -= 1
@@ -67,6 +72,7 @@ FAULTS = {
     "nan": (later(without_a_number), "without a finite logprob for each"),
     "no logprobs": (later(without_logprobs), "without a finite logprob for each"),
     "foreign version": (later(of_another_run), "attests .*another:0.*; this run is test"),
+    "foreign weights": (later(under_foreign_weights), "serves another:0 in the midst of a response; this run is test"),
     "version missing": (later(of_no_version_at_the_end), "attests versions for 39 of 40 tokens"),
     "broken off": (later(lambda told: BREAK_OFF), "broke off generate"),
     "silent": (later(lambda told: STALL), r"sent nothing for 1 s while it generated \(deadlines.silence_s\)"),
@@ -86,6 +92,7 @@ def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(wo
             with pytest.raises(EngineFault, match=line) as told:
                 await engine.generate(request(1, PROMPT, siblings=4))
             assert url in str(told.value)
+            assert bool(told.value.heads) == ("version" not in fault and "weights" not in fault)  # of wrong weights nothing is handed on
             right = SGLangClient(world.server.url, api_key=world.server.api_key)
             await engine.reconnect(right)
             assert (engine.version, prepared.version) == (-1, 0)

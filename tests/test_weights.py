@@ -151,6 +151,26 @@ def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_c
     assert judge(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome is Outcome.MISMATCH
 
 
+def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_version(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    engines = [Engine(learner, seed) for seed in (1, 2, 3)]
+    sums = {"rollout-0": ["aa" * 8], "rollout-1": ["bb" * 8, "aa" * 8], "rollout-2": ["aa" * 8]}  # the second's are right after its reload only
+    for number, engine in enumerate(engines):
+        engine.name = f"rollout-{number}"
+        engine._load = lambda announcement, weights, engine=engine, load=engine._load: replace(
+            load(announcement, weights), own_checksum=sums[engine.name].pop(0)
+        )
+    publisher = Publisher(learner, engines, transport="broadcast", tolerance=1e-3, deadline_s=5)
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert publisher.outcomes == {"mismatch": 1, "passed": 2, "inconclusive": 1}  # the reload brought what was there
+    assert [engine.quarantined for engine in engines] == [[], [True, False], []]
+
+    sums |= {"rollout-0": ["cc" * 8], "rollout-1": ["dd" * 8] * 2, "rollout-2": ["cc" * 8]}
+    line = "rollout-1 serves weights dddddddddddd, rollout-0 cccccccccccc, both as version 2"
+    with pytest.raises(HandshakeError, match=f"wrong weights twice: first {line}; after a reload from disk {line}"):
+        publish(publisher, learner.announce(2))
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 10**9])
 def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
     weights = dict(decoder(0).state_dict()) | {"half": torch.arange(5, dtype=torch.bfloat16)}

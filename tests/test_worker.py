@@ -319,6 +319,16 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
     play(scene)
 
 
+def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_handed_on():
+    async def scene(worker, engine, replay):
+        worker.hold(True)
+        engine.fail(0, EngineFault("killed", (COMPLETION, None, None)))
+        await settled()
+        assert replay.handed_back == [(0, ())]
+
+    play(scene)
+
+
 def test_engine_that_is_lost_again_before_it_is_back_stays_shut():
     async def scene(worker, engine, replay):
         engine.fail(0, EngineFault("killed"))

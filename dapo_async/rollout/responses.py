@@ -13,6 +13,10 @@ from dapo_async.rollout.sglang_client import Chunk
 from dapo_async.types import Completion, FinishReason
 
 
+class WrongVersion(EngineFault):
+    """The server's weights are not those that it was given: nothing that it told is of any use."""
+
+
 @dataclass(slots=True)
 class Response:
     """What has come of one sibling. `request_id` names it at the server."""
@@ -25,8 +29,13 @@ class Response:
     versions: list[int] = field(default_factory=list)  # as far as they are known before the end: none is newer than the true one
     _next_version: int = -1
 
-    def add(self, chunk: Chunk, *, newest_version: int) -> None:
-        """Its tokens may have been under way when `newest_version` came: they count as of the version before, those of the next chunk as of it."""
+    def add(self, chunk: Chunk, *, newest_version: int, incarnation: str) -> None:
+        """Its tokens may have been under way when `newest_version` came: they count as of the version before, those of the next chunk as of it.
+
+        Raises WrongVersion where the server says that it serves weights of another run.
+        """
+        if read_version(chunk.weight_version)[0] != incarnation:
+            raise WrongVersion(f"serves {chunk.weight_version} in the midst of a response; this run is {incarnation}")
         self.versions += [self.sent_version if self._next_version < 0 else self._next_version] * len(chunk.token_ids)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
@@ -37,7 +46,7 @@ class Response:
         return self._completion(np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT)
 
     def end(self, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]], *, incarnation: str, keeps_kv: bool) -> Completion:
-        """The whole of it, with the versions that the server attests. Raises EngineFault where it attests none or another run's."""
+        """The whole of it, with the versions that the server attests. Raises WrongVersion where it attests none or another run's."""
         reason, count = FinishReason(finish["type"]), len(self.token_ids)
         if reason is FinishReason.ABORT:
             raise EngineFault(f"gave up a response: {finish.get('message') or 'no reason given'}")
@@ -45,11 +54,11 @@ class Response:
         for span in spans:
             owner, version = read_version(span["version"])
             if owner != incarnation or span["start"] != covered:
-                raise EngineFault(f"attests {spans} for {count} tokens; this run is {incarnation}")
+                raise WrongVersion(f"attests {spans} for {count} tokens; this run is {incarnation}")
             versions[span["start"] : span["end"]] = version
             covered = span["end"]
         if covered != count:
-            raise EngineFault(f"attests versions for {covered} of {count} tokens")
+            raise WrongVersion(f"attests versions for {covered} of {count} tokens")
         first = int(versions[0]) if count else self.sent_version
         return self._completion(versions, min(first, self.sent_version) if keeps_kv else first, reason)
 

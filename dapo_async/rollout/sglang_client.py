@@ -34,6 +34,7 @@ class Chunk:
     logprobs: list[float]
     finish: Mapping[str, Any] | None
     versions: Sequence[Mapping[str, Any]]
+    weight_version: str  # what the server says that it serves
 
 
 class SGLangClient:
@@ -71,6 +72,12 @@ class SGLangClient:
         info = await self._ask("GET", "/model_info")
         return str(info["weight_version"])
 
+    async def checksum(self) -> str:
+        """Of the weights as they lie on the server's GPUs: equal between servers of one layout. SGLang 0.5.21 has none on a CPU."""
+        answer = await self._ask("POST", "/weights_checker", {"action": "checksum"})
+        self._check(answer, "weights_checker")
+        return str(answer["per_engine_checksum"])
+
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[Chunk]:
         """One response, in chunks. Raises ValueError for a request that the server refuses as wrong, EngineFault for everything else."""
         try:
@@ -99,7 +106,7 @@ class SGLangClient:
         logprobs = [entry[0] for entry in entries]
         if [entry[1] for entry in entries] != token_ids or not all(isinstance(each, float) and math.isfinite(each) for each in logprobs):
             raise EngineFault(f"{self.url} gave {len(token_ids)} tokens without a finite logprob for each")
-        return Chunk(token_ids, logprobs, meta["finish_reason"], meta.get("weight_versions") or ())
+        return Chunk(token_ids, logprobs, meta["finish_reason"], meta.get("weight_versions") or (), str(meta["weight_version"]))
 
     async def prompt_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by a fresh forward pass: nothing cached is used."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dapo_async.clock import StateClock
 from dapo_async.rollout.engine import Aborted, EngineFault, GroupRequest, SlotUse, UpdateReport, WeightUpdate
-from dapo_async.rollout.responses import Response, joined, read_version, sampling_body
+from dapo_async.rollout.responses import Response, WrongVersion, joined, read_version, sampling_body
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
@@ -55,6 +55,7 @@ class SGLangEngine:
         self._newest_version = 0  # of the weights whose load has begun: what is sent from then on meets them, or KV of those before
         self._num_updates = 0  # names the prefix cache's entries: a version may be served twice, after wrong weights of that name
         self._syncing = False
+        self._trusted = True  # until the server names weights that it was not given
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
         self._ended = asyncio.Event()  # set whenever a response ends
@@ -113,7 +114,7 @@ class SGLangEngine:
         while self._running:
             await asyncio.gather(*(sibling for group in self._running.values() for sibling in group.siblings), return_exceptions=True)
             await asyncio.sleep(0)
-        self._client, self.version = client, -1
+        self._client, self.version, self._trusted = client, -1, True
         self._may_send.set()
 
     def starving(self, on: bool) -> None:
@@ -127,7 +128,9 @@ class SGLangEngine:
         await self._client.close()
 
     def _heads(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
-        """What there is of each sibling, those that had ended included."""
+        """What there is of each sibling, those that had ended included; of a server with wrong weights only what came from elsewhere."""
+        if not self._trusted:
+            return request.heads
         ended = {place: task.result() for place, task in enumerate(group.siblings) if not (task.cancelled() or task.exception())}
         before = dict(enumerate(request.heads))
         return tuple(ended.get(place) or group.heads.get(place) or before.get(place) for place in range(request.num_siblings))
@@ -167,12 +170,13 @@ class SGLangEngine:
         completion = None
         # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
         async for chunk in self._client.stream(body):
-            response.add(chunk, newest_version=self._newest_version)
-            if chunk.finish is not None:
-                try:
+            try:
+                response.add(chunk, newest_version=self._newest_version, incarnation=self._incarnation)
+                if chunk.finish is not None:
                     completion = response.end(chunk.finish, chunk.versions, incarnation=self._incarnation, keeps_kv=self._mode == "keep_kv")
-                except EngineFault as fault:
-                    raise EngineFault(f"{self._client.url} {fault}") from None
+            except EngineFault as fault:
+                self._trusted = self._trusted and not isinstance(fault, WrongVersion)
+                raise EngineFault(f"{self._client.url} {fault}") from None
         if completion is None:
             raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
         if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < sampling.max_tokens:

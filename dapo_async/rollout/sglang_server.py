@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import select
 import signal
@@ -72,7 +73,12 @@ class ServerOptions:
     def environment(self) -> dict[str, str]:
         interface = interface_of(self.host)
         network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-        return network | ({"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} if self.device == "cpu" else {})
+        if self.device != "cpu":
+            return network
+        cores = sorted(os.sched_getaffinity(0))
+        binding = "|".join(str(cores[rank % len(cores)]) for rank in range(self.tensor_parallel))
+        bound = {"SGLANG_CPU_OMP_THREADS_BIND": binding} if self.tensor_parallel > 1 else {}  # else it wants a NUMA node for each rank
+        return network | bound | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def interface_of(host: str) -> str | None:

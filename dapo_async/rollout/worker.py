@@ -133,7 +133,8 @@ class RolloutWorker:
             completions = await self.engine.generate(request)
         except EngineFault as fault:
             self.lose(str(fault))
-            await self._hand_back(index, fault.heads)
+            # Between a swap and its handshake nobody knows what the newest tokens were sampled from.
+            await self._hand_back(index, fault.heads if self._proved.is_set() else admission.heads)
             return
         except Aborted:
             if index in self._wanted:
@@ -182,6 +183,15 @@ class RolloutWorker:
         """The engine is back, with weights that are proved: admission goes on."""
         if not self._lost.is_set():
             self._alive.set()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine is lost, or back without proved weights."""
+        return not self._alive.is_set()
+
+    async def back(self) -> None:
+        """Waits until the engine is not lost."""
+        await self._alive.wait()
 
     def lease(self, on: bool) -> None:
         """On: the engine is lent out, so no group is asked for; what is in hand goes on to its end. Off: admission goes on."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dapo_async.clock import StateClock
@@ -20,7 +20,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.evaluator_actor import NAME
 from dapo_async.runtime.evaluator_port import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
-from dapo_async.runtime.system import System
+from dapo_async.runtime.system import System, Worker
 from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
@@ -30,7 +30,7 @@ from dapo_async.weights.publisher import HandshakeError
 
 
 class Evaluations:
-    """`rows` are those of this incarnation of the run; `num_skipped` fell due while the one before was still running."""
+    """`rows` are those of this incarnation of the run; `num_skipped` fell due while the one before was still running, or lost their engine."""
 
     def __init__(self, config: Config, *, system: System, run_dir: RunDir, audience: Audience) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -61,14 +61,21 @@ class Evaluations:
         if not config.during_training or trained % config.every_steps or trained == self._config.train.num_steps:
             return
         if self._running is not None and not self._running.done():
-            self.num_skipped += 1
-            self._audience.say(f"evaluation of version {trained} skipped: the one before is still running")
+            self._skip(trained, "the one before is still running")
+            return
+        present = [worker for worker in self._system.workers if worker in self._system.publisher.present]
+        if config.engine == "lease" and len(present) < 2:
+            self._skip(trained, "there is no engine to lease beside the one that generates")
             return
         announcement = self._system.publisher.newest
         assert announcement is not None, f"version {trained} is not published"
         assert announcement.version == trained, f"version {announcement.version} is published, {trained} is due"
         self._version = trained
-        self._running = self._system.in_background(self._run(announcement), f"evaluation of version {trained}")
+        self._running = self._system.in_background(self._run(announcement, present[-1:]), f"evaluation of version {trained}")
+
+    def _skip(self, version: int, why: str) -> None:
+        self.num_skipped += 1
+        self._audience.say(f"evaluation of version {version} skipped: {why}")
 
     async def collect(self, timeline: Timeline, *, deadline_s: float) -> None:
         """Adds the evaluator's row, once, at the end: as the evaluator tells it, or as the driver saw a leased engine."""
@@ -81,7 +88,7 @@ class Evaluations:
         """Removes the version that was read; after the actors' end also what was still being written for an evaluation that was given up."""
         shutil.rmtree(self._run_dir.evaluated, ignore_errors=True)
 
-    async def _run(self, announcement: Announcement) -> None:
+    async def _run(self, announcement: Announcement, lessees: Sequence[Worker]) -> None:
         deadline_s, began_s = self._config.deadlines.evaluate_s, self._clock.now_s()
         evaluate_from_s = began_s
 
@@ -94,10 +101,11 @@ class Evaluations:
 
         try:
             async with asyncio.timeout(deadline_s) as limit:
+                evaluation: Evaluation | None
                 if self._system.evaluator is not None:
                     evaluation = await self._evaluate_snapshot(self._system.evaluator, announcement, enter)
                 else:
-                    worker, publisher = self._system.workers[-1], self._system.publisher
+                    (worker,), publisher = lessees, self._system.publisher
                     evaluation = await evaluate_on_lease(worker, replay=self._system.replay, publisher=publisher, enter=enter)
         except TimeoutError as error:
             if not limit.expired():
@@ -106,7 +114,10 @@ class Evaluations:
                 f"evaluation of version {announcement.version}: the driver waited {deadline_s:g} s for {self._whom} to {self._clock.state}"
             ) from error
         self._clock.enter("wait")
-        self._book(evaluation, "evaluation", engine=self._config.evaluation.engine, began_s=began_s, waited_s=evaluate_from_s - began_s)
+        if evaluation is None:
+            self._skip(announcement.version, f"{self._whom} lost its engine over it")
+        else:
+            self._book(evaluation, "evaluation", engine=self._config.evaluation.engine, began_s=began_s, waited_s=evaluate_from_s - began_s)
 
     async def _evaluate_snapshot(self, evaluator: Evaluator, announcement: Announcement, enter: Callable[[str, str], None]) -> Evaluation:
         """The learner writes the snapshot that it publishes, the evaluator reads it and proves what it serves (law 5)."""

@@ -11,6 +11,9 @@ In this order, for the version v whose publish has just begun:
 5. In turn with the publishes the engine gets the newest published version and proves it (law 5; wrong weights are quarantined and reloaded as ever).
    From here on it takes part in every publish again.
 6. Only then the replay room grants the worker credits again, and it asks for them.
+
+An engine that is lost (an SGLang server) in any of these steps is the publisher's no longer: what is left of the lease is given up, and whoever
+starts the engine anew brings it to the newest version and has the room grant it credits.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class LeasedWorker(Receiver, Protocol):
 
     async def drained(self) -> None: ...  # nothing is in hand any more
 
-    async def evaluate(self) -> Evaluation: ...  # on all held-out prompts
+    async def evaluate(self) -> Evaluation | None: ...  # on all held-out prompts; None: its engine was lost over it
 
 
 class Room(Protocol):
@@ -38,17 +41,24 @@ class Room(Protocol):
     async def lease(self, worker: str, on: bool) -> None: ...
 
 
-async def evaluate_on_lease(worker: LeasedWorker, *, replay: Room, publisher: Publisher, enter: Callable[[str, str], None]) -> Evaluation:
-    """See the module's order of events. `enter(state, whom)` is told what is being waited for. A failure ends the run: nothing is undone here."""
+async def evaluate_on_lease(worker: LeasedWorker, *, replay: Room, publisher: Publisher, enter: Callable[[str, str], None]) -> Evaluation | None:
+    """See the module's order of events. `enter(state, whom)` is told what is being waited for. A failure ends the run: nothing is undone here.
+
+    None when the engine was lost before all was answered.
+    """
     enter("drain", worker.name)
     await worker.lease(True)
     await replay.lease(worker.name, True)
     await publisher.lend(worker)
     await worker.drained()
-    enter("evaluate", worker.name)
-    evaluation = await worker.evaluate()
+    evaluation = None
+    if publisher.is_lent(worker):
+        enter("evaluate", worker.name)
+        evaluation = await worker.evaluate()
+        if evaluation is None:
+            publisher.lose(worker)
     enter("take back", worker.name)
-    await publisher.take_back(worker)
-    await replay.lease(worker.name, False)
+    if await publisher.take_back(worker):
+        await replay.lease(worker.name, False)
     await worker.lease(False)
     return evaluation

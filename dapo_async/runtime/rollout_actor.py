@@ -115,6 +115,10 @@ class RolloutActor:
         """The engine serves proved weights again: admission goes on."""
         self._worker.revive()
 
+    async def back(self) -> None:
+        """Waits until the engine is not lost."""
+        await self._worker.back()
+
     async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> None:
         """Joins the learner's weight group at `address`; returns when every member has."""
         await self._host.join(address, first_rank=first_rank, world_size=world_size)
@@ -166,9 +170,15 @@ class RolloutActor:
         """Returns when nothing of what was admitted is left here."""
         await self._worker.drained()
 
-    async def evaluate(self, part: int, num_parts: int) -> Evaluation:
-        """Greedy on one part of the held-out prompts."""
-        return await self._host.evaluate(part=part, num_parts=num_parts)
+    async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
+        """Greedy on one part of the held-out prompts. None when the engine is lost, or was lost over it."""
+        if self._worker.is_lost:
+            return None
+        try:
+            return await self._host.evaluate(part=part, num_parts=num_parts)
+        except EngineFault as fault:
+            self._worker.lose(str(fault))
+            return None
 
     async def report(self) -> WorkerReport:
         return WorkerReport(tuple(self._clock.take_spans()), self._host.engine.slot_use(), self._host.engine.version)

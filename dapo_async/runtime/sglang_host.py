@@ -111,12 +111,14 @@ class SGLangHost(EngineHost):
 
     async def _update(self, announcement: Announcement, load: Callable[[str, bool], Awaitable[None]]) -> Attestation:
         incarnation, report = await self.engine.update(load, version=announcement.version, probe_ids=announcement.probe_ids)
+        checksum = await self._client.checksum() if self._device == "cuda" else None  # SGLang computes none on a CPU
         return Attestation(
             engine=self._name,
             incarnation=incarnation,
             version=report.version,
             probe_before=report.probe_before,
             probe_after=report.probe_after,
+            own_checksum=checksum,
             pause_s=report.pause_s,
             recomputed_tokens=report.recomputed_tokens,
         )

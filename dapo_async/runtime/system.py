@@ -77,8 +77,12 @@ class Worker:
     async def revive(self) -> None:
         await self.remote.call("revive", deadline_s=REPORT_S)
 
-    async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation:
-        evaluation: Evaluation = await self.remote.call("evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s)
+    async def back(self) -> None:
+        deadlines = self._deadlines
+        await self.remote.call("back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.publish_s)
+
+    async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation | None:
+        evaluation: Evaluation | None = await self.remote.call("evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s)
         return evaluation
 
 
@@ -239,9 +243,14 @@ class System:
                 self._say(f"{worker.name} generates again")
 
     async def evaluate(self) -> Evaluation:
-        """Greedy accuracy on the held-out prompts, shared among the workers."""
-        parts = (worker.evaluate(part, len(self.workers)) for part, worker in enumerate(self.workers))
-        first, *others = await asyncio.gather(*parts)
+        """Greedy accuracy on the held-out prompts, shared among the workers. One that loses its engine does its part when it is back."""
+
+        async def evaluate(worker: Worker, part: int) -> Evaluation:
+            while (evaluation := await worker.evaluate(part, len(self.workers))) is None:
+                await worker.back()
+            return evaluation
+
+        first, *others = await asyncio.gather(*(evaluate(worker, part) for part, worker in enumerate(self.workers)))
         return sum(others, start=first)
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | Exception]:

@@ -83,5 +83,6 @@ class Attestation:
     probe_after: NDArray[np.float32]  # [P - 1] under the weights now served
     checksum_before: str | None = None  # None: this engine's layout cannot be compared with the learner's
     checksum_after: str | None = None
+    own_checksum: str | None = None  # of the weights as this engine lays them out: to be compared between engines of one layout only
     pause_s: float = 0.0  # how long generation stood still
     recomputed_tokens: int = 0

@@ -24,8 +24,8 @@ class Verdict:
     probe_gap: float  # largest |logprob difference| between engine and learner
 
 
-def judge(announced: Announcement, attested: Attestation, *, tolerance: float) -> Verdict:
-    """Compares what was announced with what the engine attests.
+def judge(announced: Announcement, attested: Attestation, *, tolerance: float, peer: Attestation | None = None) -> Verdict:
+    """Compares what was announced with what the engine attests, and that with `peer`: an engine of the same layout that has proved this version.
 
     Version and checksum (where the layouts are equal) must be equal, the probe's logprobs within `tolerance` (nats). The answer counts as `passed`
     only if the engine's answer before the update was another one: by checksum, or by more than the tolerance on the probe.
@@ -45,6 +45,9 @@ def judge(announced: Announcement, attested: Attestation, *, tolerance: float) -
     if attested.checksum_after is not None and attested.checksum_after != announced.checksum:
         detail = f"{attested.engine} serves weights {attested.checksum_after[:12]}, the learner published {announced.checksum[:12]}"
         return verdict(Outcome.MISMATCH, f"{detail} as version {announced.version}")
+    if peer is not None and attested.own_checksum != peer.own_checksum:
+        sums = f"{attested.engine} serves weights {(attested.own_checksum or 'unknown')[:12]}, {peer.engine} {(peer.own_checksum or 'unknown')[:12]}"
+        return verdict(Outcome.MISMATCH, f"{sums}, both as version {announced.version}")
     if not gap <= tolerance:  # nan is a mismatch too
         worst = int(np.nanargmax(np.abs(attested.probe_after - announced.probe_logprobs))) if np.isfinite(gap) else 0
         values = f"{attested.probe_after[worst]:.6f} against the learner's {announced.probe_logprobs[worst]:.6f}"

@@ -78,6 +78,7 @@ class Publisher:
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
         self._waiting_for: set[str] = set()  # receivers of the publish in flight that have not proved themselves
         self._written: asyncio.Task[str] | None = None  # its version on disk
+        self._proved: Attestation | None = None  # the first of the newest version that was right
         self.num_served = 0  # versions that every receiver has served
         self.last_verdicts: tuple[Verdict, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
@@ -103,16 +104,26 @@ class Publisher:
             await task
 
     async def lend(self, receiver: Receiver) -> None:
-        """Passes `receiver` over from the next publish on. Returns when the publish in flight, which still reaches it, is done."""
+        """Passes `receiver` over from the next publish on. Returns when the publish in flight, which still reaches it, is done.
+
+        A lost one is not lent, and one that is lost later is no longer: `is_lent` tells.
+        """
         assert len(self._lent) < len(self._receivers) - 1, "the last engine that serves can't be lent out"
-        self._lent[receiver.name] = None
+        if receiver.name not in self._lost:
+            self._lent[receiver.name] = None
         if self._in_flight is not None:
             await asyncio.wait([self._in_flight])
 
-    async def take_back(self, receiver: Receiver) -> None:
-        """Brings a lent `receiver` to the newest published version; it takes part in every later publish. Raises as `publish` does."""
+    def is_lent(self, receiver: Receiver) -> bool:
+        return receiver.name in self._lent
+
+    async def take_back(self, receiver: Receiver) -> bool:
+        """Brings a lent `receiver` to the newest published version; it takes part in every later publish. Raises as `publish` does.
+
+        False when it is not lent any more, or was lost over that.
+        """
         async with self._turn:
-            missed = self._lent[receiver.name]
+            missed = self._lent.get(receiver.name)
             if missed is not None:
                 self._waiting_for = {receiver.name}
                 async with self._deadline(f"taking back of {receiver.name} with version {missed.version}"):
@@ -121,11 +132,20 @@ class Publisher:
                         self.lose(receiver)
                     else:
                         await self._settle(receiver, missed, attested)
+            if not self.is_lent(receiver):
+                return False
             del self._lent[receiver.name]
+            return True
+
+    @property
+    def present(self) -> tuple[Receiver, ...]:
+        """Those whose engine is not lost."""
+        return tuple(receiver for receiver in self._receivers if receiver.name not in self._lost)
 
     def lose(self, receiver: Receiver) -> None:
         """Passes `receiver` over, and waits for it no longer, until `restore`. The engine that comes back is a new member of the group."""
         self._lost.add(receiver.name)
+        self._lent.pop(receiver.name, None)
         self._members = ()
         self._waiting_for.discard(receiver.name)
 
@@ -147,7 +167,7 @@ class Publisher:
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
         """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
-        present = [receiver for receiver in self._receivers if receiver.name not in self._lost]
+        present = self.present
         lent = [receiver for receiver in present if receiver.name in self._lent]
         serving = [receiver for receiver in present if receiver.name not in self._lent]
         self._waiting_for = {receiver.name for receiver in present}
@@ -155,7 +175,8 @@ class Publisher:
         async with self._deadline(f"publish of version {announcement.version}"):
             attestations = await self._deliver(announcement, serving, lent)
             for receiver in lent:
-                self._lent[receiver.name] = announcement
+                if self.is_lent(receiver):
+                    self._lent[receiver.name] = announcement
                 self._waiting_for.discard(receiver.name)
             pairs = [(receiver, attested) for receiver, attested in zip(serving, attestations, strict=True) if attested is not None]
             for receiver, attested in zip(serving, attestations, strict=True):
@@ -217,8 +238,7 @@ class Publisher:
 
     async def _settle(self, receiver: Receiver, announcement: Announcement, attested: Attestation) -> Verdict | None:
         """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
-        verdict = judge(announcement, attested, tolerance=self._tolerance)
-        self.outcomes[verdict.outcome] += 1
+        verdict = self._judge(announcement, attested)
         if verdict.outcome is Outcome.MISMATCH:
             again = await self._reload(receiver, announcement, verdict)
             if again is None:
@@ -229,6 +249,15 @@ class Publisher:
         self._waiting_for.discard(receiver.name)
         return verdict
 
+    def _judge(self, announcement: Announcement, attested: Attestation) -> Verdict:
+        """The first engine that proves a version is the one that the others are held against."""
+        peer = self._proved if self._proved is not None and self._proved.version == announcement.version else None
+        verdict = judge(announcement, attested, tolerance=self._tolerance, peer=peer)
+        self.outcomes[verdict.outcome] += 1
+        if peer is None and verdict.outcome is not Outcome.MISMATCH:
+            self._proved = attested
+        return verdict
+
     async def _reload(self, receiver: Receiver, announcement: Announcement, verdict: Verdict) -> Verdict | None:
         """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
         await receiver.quarantine(True)
@@ -236,8 +265,7 @@ class Publisher:
         if attested is None:
             await receiver.quarantine(False)  # it is closed for being lost by now
             return None
-        again = judge(announcement, attested, tolerance=self._tolerance)
-        self.outcomes[again.outcome] += 1
+        again = self._judge(announcement, attested)
         if again.outcome is Outcome.MISMATCH:
             raise HandshakeError(f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}")
         await receiver.quarantine(False)
