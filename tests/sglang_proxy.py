@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -28,21 +28,25 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
                     told = tamper(request.path, json.loads(await answer.read() or b"null"))
                     return web.Response(status=told) if isinstance(told, int) else web.json_response(told, status=answer.status)
                 response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-                await response.prepare(request)
-                async for line in answer.content:
-                    data = line.removeprefix(b"data: ").strip()
-                    if not data or data == b"[DONE]":
-                        await response.write(line)
-                        continue
-                    told = tamper(request.path, json.loads(data))
-                    if told is BREAK_OFF:
-                        assert request.transport is not None
-                        request.transport.close()
-                        return response
-                    if told is STALL:
-                        await asyncio.sleep(30.0)
-                    await response.write(b"data: {]\n" if told is GARBAGE else b"data: " + json.dumps(told).encode() + b"\n")
+                with suppress(ConnectionResetError):  # whoever asked may be gone by now
+                    await _stream(request, response, answer.content)
                 return response
+
+        async def _stream(request: web.Request, response: web.StreamResponse, lines: aiohttp.StreamReader) -> None:
+            await response.prepare(request)
+            async for line in lines:
+                data = line.removeprefix(b"data: ").strip()
+                if not data or data == b"[DONE]":
+                    await response.write(line)
+                    continue
+                told = tamper(request.path, json.loads(data))
+                if told is BREAK_OFF:
+                    assert request.transport is not None
+                    request.transport.close()
+                    return
+                if told is STALL:
+                    await asyncio.sleep(30.0)
+                await response.write(b"data: {]\n" if told is GARBAGE else b"data: " + json.dumps(told).encode() + b"\n")
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handle)

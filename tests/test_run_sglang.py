@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from run_support import TINY, Finished, Live, check_checkpoint, check_conservation, check_staleness, command, finished, read_rows, running
+from sglang_proxy import BREAK_OFF, proxy
 
 from dapo_async import config as knobs
+from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
 
 pytestmark = pytest.mark.sglang
 
@@ -125,11 +130,17 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         live.seconds_until_nothing_is_left(timeout_s=30.0)
 
 
-def test_only_engine_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(tmp_path: Path) -> None:
+def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(tmp_path: Path) -> None:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
-        replaced(live, "rollout-0", lambda server: server.kill(), of=1)
+
+        def starve(server: psutil.Process) -> None:
+            """Its processes get no more memory; the next allocation of some size fails."""
+            for process in [server, *server.children(recursive=True)]:
+                process.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
+
+        replaced(live, "rollout-0", starve, of=1)
         server = server_of(tmp_path / "run", "rollout-0")
         session = [server, *server.children(recursive=True)]
         os.kill(server.pid, signal.SIGKILL)
@@ -142,6 +153,51 @@ def test_only_engine_comes_back_into_the_broadcast_and_one_loss_too_many_ends_th
     check_conservation(run.summary["groups"])
     check_checkpoint(Path(run.summary["checkpoint"]))
     assert not psutil.wait_procs(session, timeout=5.0)[1]
+
+
+def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is the test's own, behind a proxy that breaks off one response of the first evaluation and one of a training step."""
+    options = ServerOptions(
+        model=Path(knobs.load(CONFIG).model.path), dtype="float32", device="cpu", tensor_parallel=1, num_slots=32, max_len=64, host="127.0.0.1",
+        seed=0, log=tmp_path / "server.log",
+    )  # fmt: skip
+    server, told = SGLangServer(options), Counter[str]()
+
+    def tamper(path: str, answer: Any) -> Any:
+        name = answer["meta_info"]["id"].split(".") if path == "/generate" else []
+        if len(name) < 3:  # a probe's
+            return answer
+        kind = "of a group" if int(name[2]) >= 0 else "of an evaluation"
+        told[kind] += 1
+        return BREAK_OFF if (kind, told[kind]) in (("of an evaluation", 5), ("of a group", 100)) else answer
+
+    async def train() -> Finished:
+        await server.start(timeout_s=120.0)
+        async with proxy(server.url, tamper) as url:
+            monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
+            flags = (*TINY, *SERVERS, f"rollout.servers={url}", "train.num_steps=12")
+            return await asyncio.to_thread(finished, tmp_path / "run", *flags)
+
+    try:
+        run = asyncio.run(train())
+    finally:
+        asyncio.run(server.close())
+    assert run.exit_code == 0, run.output
+    assert run.summary["engine_restarts"] == 2, run.output
+    assert run.summary["groups"]["failed"] == 0
+    assert [row["num_prompts"] for row in run.evaluations] == [64, 64]
+    check_conservation(run.summary["groups"])
+    assert server.api_key not in run.output
+
+
+def test_server_of_several_ranks_takes_part_with_each_of_them(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.tensor_parallel=2")
+    assert run.exit_code == 0, run.output
+    assert run.summary["handshake"]["passed"] == run.summary["steps"] == 6
+    assert "mismatch" not in run.summary["handshake"]
+    fresh = [row["mismatch_max"] for row in run.metrics if "mismatch_max" in row]
+    assert fresh
+    assert 0 < max(fresh) <= 1e-4
 
 
 def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from sglang_world import (
     request,
 )
 
+from dapo_async.config import Algorithm, Learner
+from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
 from dapo_async.rollout import Aborted
-from dapo_async.types import FinishReason
+from dapo_async.types import FinishReason, Group, Prompt, Rollout
 
 pytestmark = pytest.mark.sglang
 on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)  # the same server as that of the test of all families
@@ -122,6 +124,48 @@ def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transpo
             assert gap.max() <= TOLERANCE
         else:
             assert gap.max() > 0.1  # on the KV of weights that have nothing in common with these
+
+
+@on_one_family
+def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
+    """Gap of old KV and mismatch of fresh tokens, by the learner's step on what the server generated, against Hugging Face in float64."""
+
+    async def generate():
+        async with world.engine("keep_kv") as engine:
+            running = asyncio.create_task(engine.generate(request(1, PROMPT, siblings=4, max_tokens=LONG)))
+            await some_tokens(engine)
+            await engine.update(from_disk(engine._client, world.other_folder), version=5, probe_ids=PROBE)
+            return [await running, await engine.generate(request(2, PROMPT, siblings=4))]
+
+    answers = asyncio.run(generate())
+    prompt = Prompt(0, "", np.array(PROMPT, np.int32), "")
+    groups = [
+        Group(
+            number,
+            prompt,
+            tuple(Rollout(completion, "", 0.0, float(sibling % 2), None) for sibling, completion in enumerate(answer)),
+            "test",
+            1.0,
+        )
+        for number, answer in enumerate(answers)
+    ]
+    rank = LearnerRank(load_decoder(world.other_folder), algorithm=Algorithm(), learner=Learner(), seed=0, version=5)
+    metrics = rank.step(groups).flat()
+
+    gaps = {"mismatch": [], "kv_gap": []}
+    for completion in (completion for answer in answers for completion in answer):
+        gap = forward_logprobs(world.other, PROMPT, completion.token_ids).astype(np.float64) - completion.behaviour_logprobs
+        gaps["mismatch" if completion.prefill_version == 5 else "kv_gap"] += gap[completion.weight_versions == 5].tolist()
+    fresh, stale = np.array(gaps["mismatch"]), np.array(gaps["kv_gap"])
+    assert len(fresh) == 4 * 40
+    assert len(stale) > 100
+    assert metrics["kv_gap"] == pytest.approx(np.abs(stale).mean(), abs=TOLERANCE)
+    assert metrics["kv_gap_max"] == pytest.approx(np.abs(stale).max(), abs=TOLERANCE)
+    assert metrics["kv_gap"] > 0.01
+    # Two float32 kernels against a third: what is left is rounding, which has to be small, and there.
+    assert 0 < metrics["mismatch"] <= metrics["mismatch_max"] <= TOLERANCE
+    assert np.abs(fresh).max() <= TOLERANCE
+    assert 0 < metrics["mismatch_k3"] < TOLERANCE**2
 
 
 @on_one_family

@@ -321,7 +321,9 @@ def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_grou
     publish(publisher, learner.announce(1))
     publish(publisher, learner.announce(2))
     publisher.lose(engine)
+    engine.version = -1
     assert asyncio.run(publisher.restore(engine))
+    assert engine.version == 2
     publish(publisher, learner.announce(3))
     assert groups == [("rollout-0",), ("rollout-0",)]
 

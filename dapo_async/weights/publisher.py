@@ -167,6 +167,7 @@ class Publisher:
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
         """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
+        self.newest = announcement
         present = self.present
         lent = [receiver for receiver in present if receiver.name in self._lent]
         serving = [receiver for receiver in present if receiver.name not in self._lent]
