@@ -7,51 +7,23 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from run_support import TINY, Finished, Live, check_checkpoint, check_conservation, check_staleness, command, finished, read_rows, running
+from run_support import TINY, Finished, check_checkpoint, check_conservation, check_staleness, command, finished, running
 from sglang_proxy import BREAK_OFF, proxy
+from sglang_run_support import CONFIG, SERVERS, hang, kill, replaced, server_of, starve
 
 from dapo_async import config as knobs
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
 
 pytestmark = pytest.mark.sglang
 
-CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
-SERVERS = ("rollout.engine=sglang", "rollout.num_slots=32", "rollout.num_cpus=0.5", "learner.num_cpus=0.5")
-
 
 KEYS: list[str] = []  # of the first servers of the run `two`, while it lived
 LISTENING: set[str] = set()  # addresses that they listened on
-
-
-def server_of(root: Path, name: str) -> psutil.Process:
-    """The main process of an engine's server: the child of the leash, which alone writes that log."""
-    log = str(root / "engines" / f"{name}.log")
-    for process in psutil.process_iter():
-        try:
-            if any(file.path == log for file in process.open_files()):
-                return process.children()[0]
-        except psutil.Error:
-            continue
-    raise AssertionError(f"no process writes {log}")
-
-
-def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, of: int = 3) -> list[psutil.Process]:
-    """Strikes an engine's server and waits until the run has replaced it and has trained on; returns what there was of the server."""
-    server = server_of(live.root, name)
-    session = [server, *server.children(recursive=True)]
-    blow(server)
-    live.wait_for(rf"^{name} lost its engine: .*; it is started anew \(1 of {of}\)$", timeout_s=60.0)
-    live.wait_for(rf"^{name} generates again$", timeout_s=120.0)
-    steps = len(read_rows(live.root / "metrics.jsonl"))
-    live.wait_for(rf"^step +{steps + 4}/", timeout_s=60.0)
-    assert server_of(live.root, name).pid != server.pid
-    return session
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +39,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             KEYS.append(json.loads(Path(words[words.index("--config") + 1]).read_text())["api-key"])
             for process in [server, *server.children(recursive=True)]:
                 LISTENING.update(each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
-        session = replaced(live, "rollout-1", lambda server: server.kill())
+        session = replaced(live, "rollout-1", kill)
         os.kill(live.driver, signal.SIGTERM)
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
@@ -117,11 +89,6 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "weights.transport=disk", "deadlines.silence_s=6", "deadlines.publish_s=6")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
-
-        def hang(server: psutil.Process) -> None:
-            for process in [server, *server.children(recursive=True)]:
-                process.suspend()
-
         session = replaced(live, "rollout-0", hang)
         os.kill(server_of(live.root, "rollout-0").pid, signal.SIGKILL)  # once more: rollout.max_restarts is not reached
         live.wait_for(r"started anew \(2 of 3\)$", timeout_s=60.0)
@@ -134,12 +101,6 @@ def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_to
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
-
-        def starve(server: psutil.Process) -> None:
-            """Its processes get no more memory; the next allocation of some size fails."""
-            for process in [server, *server.children(recursive=True)]:
-                process.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
-
         replaced(live, "rollout-0", starve, of=1)
         server = server_of(tmp_path / "run", "rollout-0")
         session = [server, *server.children(recursive=True)]

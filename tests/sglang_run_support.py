@@ -1,0 +1,55 @@
+"""Runs on real SGLang servers: where a server's processes are, and what a test does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from run_support import Live, read_rows
+
+from dapo_async import config as knobs
+
+CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
+SERVERS = ("rollout.engine=sglang", "rollout.num_slots=32", "rollout.num_cpus=0.5", "learner.num_cpus=0.5")
+
+
+def kill(server: psutil.Process) -> None:
+    server.kill()
+
+
+def hang(server: psutil.Process) -> None:
+    for process in [server, *server.children(recursive=True)]:
+        process.suspend()
+
+
+def starve(server: psutil.Process) -> None:
+    """Its processes get no more memory; the next allocation of some size fails."""
+    for process in [server, *server.children(recursive=True)]:
+        process.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
+
+
+def server_of(root: Path, name: str) -> psutil.Process:
+    """The main process of an engine's server: the child of the leash, which alone writes that log."""
+    log = str(root / "engines" / f"{name}.log")
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == log for file in process.open_files()):
+                return process.children()[0]
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no process writes {log}")
+
+
+def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, count: int = 1, of: int = 3) -> list[psutil.Process]:
+    """Strikes an engine's server and waits until the run has replaced it and has trained on; returns what there was of the server."""
+    server = server_of(live.root, name)
+    session = [server, *server.children(recursive=True)]
+    blow(server)
+    lost = rf"^{name} lost its engine: .*; it is started anew \({count} of {of}\)$"
+    live.wait_for(lost, timeout_s=60.0)
+    live.wait_for(rf"{lost}[\s\S]*?^{name} generates again$", timeout_s=120.0)
+    steps = len(read_rows(live.root / "metrics.jsonl"))
+    live.wait_for(rf"^step +{steps + 4}/", timeout_s=60.0)
+    assert server_of(live.root, name).pid != server.pid
+    return session
