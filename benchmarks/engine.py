@@ -43,8 +43,8 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def prompts(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT_TOKENS)).astype(np.int32)
+def prompts(batch: int, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, PROMPT_TOKENS)).astype(np.int32)
 
 
 def hugging_face(model: Any, batch: int, cache: str | None) -> Callable[[], float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -42,12 +43,14 @@ LARGE = {**SHAPE, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_lay
 UNDER_WAY, UPDATE_AFTER_S = 16, 0.3
 PROBE = np.arange(16, dtype=np.int32)
 BUCKET_BYTES = 64 * 2**20
+SEEDS = itertools.count()
 Load = Callable[[str, bool], Awaitable[None]]
 
 
 def requests(count: int, new_tokens: int) -> list[GroupRequest]:
+    """Prompts that no request had before: the server's prefix cache knows none of them."""
     sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
-    return [GroupRequest(key, prompt, 1, sampling) for key, prompt in enumerate(prompts(count))]
+    return [GroupRequest(key, prompt, 1, sampling) for key, prompt in enumerate(prompts(count, seed=next(SEEDS)))]
 
 
 async def seconds(engine: Engine, batch: list[GroupRequest]) -> float:
@@ -61,9 +64,9 @@ async def rates(server: SGLangServer, folder: Path, *, batches: tuple[int, ...],
     rows = []
     for batch in batches:
         core = TorchEngine(load_decoder(folder), num_slots=batch, max_len=PROMPT_TOKENS + NEW_TOKENS)
-        own, work = ThreadedEngine(core, StateClock("torch")), requests(batch, NEW_TOKENS)
+        own, works = ThreadedEngine(core, StateClock("torch")), [requests(batch, NEW_TOKENS) for _ in range(rounds + 1)]
         async with sglang(server, "recompute") as (engine, _):
-            taken = [(await seconds(engine, work), await seconds(own, work)) for _ in range(rounds + 1)][1:]
+            taken = [(await seconds(engine, work), await seconds(own, work)) for work in works][1:]
         await own.close()
         tokens = batch * NEW_TOKENS
         rows.append(
@@ -176,8 +179,8 @@ def measure(shape: dict[str, Any], root: Path, *, quick: bool, with_rates: bool)
         part: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         if with_rates:
             part["rates"] = asyncio.run(rates(server, folder, batches=(1, 16) if quick else (1, 16, 64), rounds=rounds))
-        large = not with_rates  # a token takes it long: fewer rounds of shorter responses
-        part["updates"] = asyncio.run(updates(server, folder, rounds=min(rounds, 2) if large else rounds, response_tokens=48 if large else 192))
+        large = not with_rates  # a token takes it long: shorter responses
+        part["updates"] = asyncio.run(updates(server, folder, rounds=rounds, response_tokens=48 if large else 192))
         return part
     finally:
         asyncio.run(server.close())

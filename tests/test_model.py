@@ -1,5 +1,8 @@
 """The decoder against its oracle, transformers: logprobs and gradients of tiny random models of each family."""
 
+import json
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -88,6 +91,65 @@ def test_exported_folder_loads_in_transformers_with_equal_logits(family, tmp_pat
     own = decoder.logits(decoder(ids, attention.positions, attention))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids[None]).logits[0]
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
+
+
+SCALINGS = {
+    "linear": ("llama", {"rope_type": "linear", "factor": 2.0}),
+    "llama3": (
+        "llama",
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    "yarn with its numbers": (
+        "qwen3",
+        {
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 20,
+            "beta_fast": 8,
+            "beta_slow": 2,
+            "attention_factor": 1.3,
+            "truncate": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context(name, tmp_path, seeded):
+    family, parameters = SCALINGS[name]
+    config = type(FAMILIES[family])(**SIZES, rope_parameters={"rope_theta": 500.0, **parameters})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 61, (60,), generator=seeded)
+    decoder = load_decoder(tmp_path)
+    torch.testing.assert_close(own_logprobs(decoder, [ids], 1.0)[0], oracle_logprobs(model, [ids], 1.0), atol=1e-5, rtol=0)
+    ((inverse, magnitude), (cos, _)) = (
+        (model.model.rotary_emb.inv_freq, model.model.rotary_emb.attention_scaling),
+        decoder.config.rope.tables(8, 2),
+    )
+    torch.testing.assert_close(decoder.config.rope.frequencies(8), inverse, atol=0, rtol=1e-6)
+    assert float(cos[0, 0, 0]) == pytest.approx(magnitude)
+    values = json.loads((tmp_path / "config.json").read_text())
+    old = {**values, "rope_theta": 500.0, "rope_scaling": parameters}  # as transformers 4 wrote it
+    del old["rope_parameters"]
+    assert ModelConfig.from_dict(old).rope == decoder.config.rope
+
+
+@pytest.mark.parametrize(
+    ("rope", "line"),
+    [
+        ({"rope_type": "longrope"}, "rope scaling 'longrope' is not supported; supported are default, linear, llama3, yarn"),
+        ({"rope_type": "yarn"}, "factor (missing) must be a positive number"),
+        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}, "low_freq_factor (4) must be below high_freq_factor (1)"),
+        ({"rope_type": "yarn", "factor": 4, "mscale": 1.0}, "yarn with mscale is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is not supported"),
+    ],
+)
+def test_rotary_embeddings_that_are_not_supported_are_told_in_one_line(rope, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        ModelConfig.from_dict({**FAMILIES["llama"].to_dict(), "rope_parameters": rope})
 
 
 def test_unknown_architecture_names_what_is_supported():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapo_async.model.rotary import Rope
+
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -25,7 +27,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     tie_embeddings: bool
     qkv_bias: bool
@@ -66,10 +68,6 @@ class ModelConfig:
         family = values.get("model_type", "")
         if family not in SUPPORTED_FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED_FAMILIES)}")
-        rope = _section(values, "rope_parameters")
-        scaling = rope.get("rope_type") or _section(values, "rope_scaling").get("rope_type", "default")
-        if scaling != "default":
-            raise ValueError(f"rope scaling {scaling!r} is not supported yet; use a model with default rotary embeddings")
         for switch in ("use_sliding_window", "mlp_bias"):
             if values.get(switch):
                 raise ValueError(f"{switch}: true is not supported; use a model without it")
@@ -99,20 +97,13 @@ class ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_positions=_size(values, "max_position_embeddings"),
-            rope_theta=_number({"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10_000.0}, "rope_theta"),
+            rope=Rope.from_dict(values),
             rms_norm_eps=_number(values, "rms_norm_eps"),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             eos_token_ids=tuple(eos_token_ids),
         )
-
-
-def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = values.get(key) or {}
-    if not isinstance(section, Mapping):
-        raise ValueError(f"{key} ({section!r}) must be an object; copy the config.json of the base model")
-    return section
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:

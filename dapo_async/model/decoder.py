@@ -110,14 +110,6 @@ class Embedding(nn.Embedding):
         return reduce_from(local * mine[:, None], self.tp)
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[max_positions, 1, head_dim]` in float32, the sines of the first half negated."""
-    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse).repeat(1, 2)
-    signs = torch.ones(config.head_dim).index_fill(0, torch.arange(config.head_dim // 2), -1.0)
-    return angles.cos()[:, None, :], (angles.sin() * signs)[:, None, :]
-
-
 class Backbone(nn.Module):
     """Everything below the head; named `model` in the state dict, as Hugging Face does."""
 
@@ -140,7 +132,7 @@ class Decoder(nn.Module):
         self.model = Backbone(config, tp)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
-        cos, sin = rotary_tables(config)
+        cos, sin = config.rope.tables(config.head_dim, config.max_positions)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 

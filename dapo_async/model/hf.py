@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.decoder import Decoder, rotary_tables
+from dapo_async.model.decoder import Decoder
 from dapo_async.model.parallel import ALONE, Axis, split_dim
 
 WEIGHTS_FILE = "model.safetensors"
@@ -89,7 +89,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, device: to
                 for name in parameters.keys() & set(file.keys()):
                     parameters[name].copy_(_shard(file.get_slice(name), name, tp))
     # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
-    decoder.rope_cos, decoder.rope_sin = (table.to(device) for table in rotary_tables(config))
+    decoder.rope_cos, decoder.rope_sin = (table.to(device) for table in config.rope.tables(config.head_dim, config.max_positions))
     return decoder
 
 

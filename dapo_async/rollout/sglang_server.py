@@ -71,6 +71,7 @@ class ServerOptions:
         return [sys.executable, "-m", "sglang.launch_server", *options, *switches, *self.extra]
 
     def environment(self) -> dict[str, str]:
+        """What it needs beside its flags: the network interface, and on a CPU the cores of its ranks."""
         interface = interface_of(self.host)
         network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
         if self.device != "cpu":
