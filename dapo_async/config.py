@@ -61,6 +61,7 @@ class Algorithm:
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
     second_moment: float | None = knob(None, "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; null: off")
+    entropy_bonus: float = knob(0.0, "the loss falls by so much per nat of mean entropy; 0: off, as DAPO has it")
     normalize_std: bool = knob(True, "divide advantages by the group's standard deviation; false: Dr.GRPO")
     overlong_filtering: bool = knob(False, "mask truncated rollouts out of the loss")
 

@@ -116,7 +116,8 @@ class Naive:
             live = [index for index in part if self.in_loss(rollouts[index][1])]
             count = sum(rollouts[index][1].num_tokens for index in live)
             parts = [self.rollout_loss(*rollouts[index], advantages[index], proximal[index], keep[index]) for index in live]
-            (sum(parts) / count).backward()
+            bonus = self.algorithm.entropy_bonus * sum(self.logprobs(*rollouts[index])[1].sum() for index in live)
+            ((sum(parts) - bonus) / count).backward()
             gradients = [parameter.grad for parameter in self.decoder.parameters()]
             norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))
             for gradient in gradients:

@@ -47,6 +47,19 @@ def on_policy(behaviour_ratios: Tensor, **others: Any) -> dict[str, Any]:
     return {"current_logprobs": zeros, "proximal_logprobs": zeros, "behaviour_logprobs": -behaviour_ratios, "advantages": ones, "mask": ones} | others
 
 
+def test_entropy_bonus_rewards_the_mean_entropy_of_the_tokens_in_the_loss() -> None:
+    given = on_policy(logs(1, 1, 1)) | {"advantages": torch.zeros(3, dtype=torch.float64), "mask": torch.tensor([1, 0, 1])}
+    entropies = torch.tensor([1.0, math.nan, 0.5], dtype=torch.float64, requires_grad=True)
+    loss, _ = policy_loss(**given, **CLIP, entropies=entropies, entropy_bonus=0.1)
+    (gradient,) = torch.autograd.grad(loss, entropies)
+    assert loss.item() == pytest.approx(-0.1 * 1.5 / 2)
+    assert gradient.tolist() == pytest.approx([-0.05, 0.0, -0.05])
+    with pytest.raises(ValueError, match="entropy_bonus needs entropies"):
+        policy_loss(**given, **CLIP, entropy_bonus=0.1)
+    with pytest.raises(ValueError, match=r"entropy_bonus \(-1\) must not be negative"):
+        policy_loss(**given, **CLIP, entropies=entropies, entropy_bonus=-1)
+
+
 def test_the_clip_holds_gains_and_the_dual_clip_holds_losses() -> None:
     # u: 1.5 and 0.5 with A = 2 → min(3, 2.56), min(1, 1.6); u: 0.5 and 8 with A = −1 → −0.8 and −8, or −3 under the dual clip.
     given = on_policy(logs(1, 1, 1, 1)) | {

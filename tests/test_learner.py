@@ -22,6 +22,7 @@ FORMS = [
     {"proximal": "interpolate"},
     {"proximal": "behaviour"},
     {"normalize_std": False, "correction_cap": 1.1},
+    {"entropy_bonus": 0.3, "overlong_filtering": True},
 ]
 STALE_FORMS = [  # with several minibatches the clips act
     {},
@@ -72,8 +73,8 @@ class AveragesMicrobatchMeans(LearnerRank):
 
     num_microbatches = 0
 
-    def _loss(self, batch, logprobs, recomputed, keep, num_tokens):
-        return super()._loss(batch, logprobs, recomputed, keep, float(batch.mask.sum()) * self.num_microbatches)
+    def _loss(self, batch, logprobs, entropies, recomputed, keep, num_tokens):
+        return super()._loss(batch, logprobs, entropies, recomputed, keep, float(batch.mask.sum()) * self.num_microbatches)
 
 
 def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is():

@@ -7,6 +7,7 @@ With u = π_θ/π_prox and the detached behaviour weight w = correction(π_prox/
     cispo  −w · sg(clip(u, 1 − clip_low, 1 + clip_high)) · A · log π_θ                   2506.13585; two-sided, as verl does
 
 summed over tokens and divided by the token count of the whole minibatch. Dual clip: for A < 0 the loss before w is at most −dual_clip·A.
+Entropy bonus: minus entropy_bonus times the mean entropy of π_θ over the same tokens, with its gradient (1602.01783).
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ def policy_loss(
     num_tokens: float | Tensor | None = None,
     sequence_ids: Tensor | None = None,
     keep: Tensor | None = None,
+    entropies: Tensor | None = None,
+    entropy_bonus: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar loss, to be minimised, and detached sums of what it did (named in diagnostics.py); formulas and sources: the top of this file.
 
-    All tensors packed [T]; the gradient flows into `current_logprobs` only. `mask` 0: the token gives nothing to loss, gradient or diagnostics,
-    even where its logprobs are nan; a mask of zeros gives a loss of 0 with a working backward (a filler microbatch).
+    All tensors packed [T]; the gradient flows into `current_logprobs`, and with an `entropy_bonus` into `entropies`. `mask` 0: the token gives
+    nothing to loss, gradient or diagnostics, even where its logprobs are nan; a mask of zeros gives a loss of 0 with a working backward (a filler
+    microbatch).
     `correction` truncate | mask | none at `correction_level` token | sequence | sequence_mean (None: token, or sequence for gspo): corrections.py.
     `num_tokens`: unmasked tokens of the whole minibatch over all ranks; None: those of this call. Tokens that a correction or `keep` [T] bool
     (second_moment_mask) drops stay in the denominator. `sequence_ids` [T]: any integers; sequence forms need it, and each sequence whole in one call.
@@ -58,9 +62,10 @@ def policy_loss(
         correction_level=correction_level,
         correction_cap=correction_cap,
         correction_floor=correction_floor,
+        entropy_bonus=entropy_bonus,
     )
     per_token = {"proximal_logprobs": proximal_logprobs, "behaviour_logprobs": behaviour_logprobs, "advantages": advantages}
-    _check_shapes(current_logprobs, **per_token, mask=mask, sequence_ids=sequence_ids, keep=keep)
+    _check_shapes(current_logprobs, **per_token, mask=mask, sequence_ids=sequence_ids, keep=keep, entropies=entropies)
     live = mask.bool()
     kept = live if keep is None else keep.bool()  # masked tokens already have A = 0
     current, proximal, behaviour, advantage = _fill(current_logprobs, *per_token.values(), live=live)
@@ -75,7 +80,15 @@ def policy_loss(
     diagnostics = loss_diagnostics(
         token_loss, drift=drift, mismatch=mismatch, corrected=corrected, correction=correction, clips=gain.clips, live=live, kept=kept
     )
-    return token_loss.sum() / _denominator(num_tokens, live=live), diagnostics
+    return (token_loss.sum() - _bonus(entropies, entropy_bonus, live=live)) / _denominator(num_tokens, live=live), diagnostics
+
+
+def _bonus(entropies: Tensor | None, entropy_bonus: float, *, live: Tensor) -> Tensor | float:
+    if not entropy_bonus:
+        return 0.0
+    if entropies is None:
+        raise ValueError("entropy_bonus needs entropies; give the entropy of pi_theta at every token, [T]")
+    return entropy_bonus * _fill(entropies, live=live)[0].sum()
 
 
 def _fill(current: Tensor, *fixed: Tensor, live: Tensor) -> tuple[Tensor, ...]:

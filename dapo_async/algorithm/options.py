@@ -23,6 +23,7 @@ def check_loss_options(
     correction_level: str | None = None,
     correction_cap: float | None = 2.0,
     correction_floor: float | None = None,
+    entropy_bonus: float = 0.0,
 ) -> str:
     """Refuses what `policy_loss` does not support, with rule, values and remedy in a ValueError; returns the level that it will use."""
     check_name("objective", objective, OBJECTIVES)
@@ -42,6 +43,8 @@ def check_loss_options(
         raise ValueError(f"dual_clip ({dual_clip}) must be greater than 1, the ratio of an unchanged policy; set 3 or 10, or leave it unset")
     if dual_clip is not None and objective == "cispo":
         raise ValueError(f"dual_clip ({dual_clip}) has no meaning for objective cispo, whose ratio is bounded on both sides; leave it unset")
+    if not 0 <= entropy_bonus < float("inf"):
+        raise ValueError(f"entropy_bonus ({entropy_bonus}) must not be negative: it rewards entropy; set 0.001, or 0 for none")
     _check_band(cap=correction_cap, floor=correction_floor)
     return level
 

@@ -141,10 +141,10 @@ class LearnerRank:
         total_loss = 0.0
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
-            loss, diagnostics = self._loss(batch, logprobs, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens)
+            loss, diagnostics = self._loss(batch, logprobs, entropies, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens)
             loss.backward()
             total_loss += float(loss.detach())
-            metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies, learner_version=self.version)
+            metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies.detach(), learner_version=self.version)
             metrics = metrics + self._mismatch(batch, recomputed.get(id(batch), logprobs.detach() if first else None))
         sum_gradients(self.decoder.parameters(), self._mesh.dp)
         norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh.tp)
@@ -166,7 +166,7 @@ class LearnerRank:
         )
 
     def _loss(
-        self, batch: Microbatch, logprobs: Tensor, recomputed: Tensor | None, keep: Tensor | None, num_tokens: float
+        self, batch: Microbatch, logprobs: Tensor, entropies: Tensor, recomputed: Tensor | None, keep: Tensor | None, num_tokens: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         algorithm = self._algorithm
         proximal = proximal_from(
@@ -194,6 +194,8 @@ class LearnerRank:
             num_tokens=num_tokens,
             sequence_ids=batch.sequence_ids,
             keep=keep,
+            entropies=entropies,
+            entropy_bonus=algorithm.entropy_bonus,
         )
 
 

@@ -48,6 +48,7 @@ def check_inputs(config: Config) -> None:
         correction_level=algorithm.correction_level,
         correction_cap=algorithm.correction_cap,
         correction_floor=algorithm.correction_floor,
+        entropy_bonus=algorithm.entropy_bonus,
     )
     get_verifier(config.reward.verifier)
     if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:

@@ -48,7 +48,7 @@ async def train_loop(
         skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
         if skipped_in_a_row >= config.learner.max_skipped_steps:
             raise TrainingStopped(
-                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_skipped_steps); lower learner.lr, read rollouts/"
+                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_skipped_steps); lower learner.lr, read non_finite/"
             )
     return None
 
@@ -56,7 +56,7 @@ async def train_loop(
 async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
     """One step of the learner, booked: what a checkpoint has either all of or nothing."""
     metrics = await system.learner.step(batch)
-    await system.replay.trained(batch, skipped=bool(metrics.totals["skipped"]))
+    await system.replay.trained(batch, skipped=bool(metrics.totals["skipped"]), non_finite=bool(metrics.totals["non_finite"]))
     system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
     return metrics
 

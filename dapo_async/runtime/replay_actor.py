@@ -59,6 +59,7 @@ class ReplayActor:
             lineage=read_state(resume) if resume else None,
         )
         self._frozen: BufferState | None = None
+        self._in_training: tuple[int, Sequence[Group]] = (-1, ())  # the step that the newest batch is for
         self._changed = asyncio.Condition()
         self._heads: dict[int, tuple[Completion | None, ...]] = {}  # of groups that were handed back, until they are admitted again
         self._leased: set[str] = set()  # workers that are admitted nothing
@@ -166,9 +167,14 @@ class ReplayActor:
         write_rollouts(self._run_dir.rollouts, step=step, groups=telling[: self._config.train.sample_groups])
         if self._config.train.record:
             await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
+        self._in_training = (step, groups)
         return replace(batch, references=tuple(ray.put(group) for group in groups))
 
-    async def trained(self, indices: Sequence[int], *, skipped: bool) -> None:
+    async def trained(self, indices: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
+        """Books the batch that was taken last; one whose loss or gradient was not finite is kept on disk, to be looked at."""
+        step, groups = self._in_training
+        if non_finite:
+            await asyncio.to_thread(write_groups, self._run_dir.non_finite_step(step), groups)
         async with self._changed:
             (self._buffer.skipped if skipped else self._buffer.trained)(indices)
             self._changed.notify_all()

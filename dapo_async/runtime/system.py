@@ -96,8 +96,8 @@ class Replay:
         taken: TrainBatch | Verdict = await self.remote.call("take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S)
         return taken
 
-    async def trained(self, batch: TrainBatch, *, skipped: bool) -> None:
-        await self.remote.call("trained", batch.admission_indices, skipped=skipped, deadline_s=REPORT_S)
+    async def trained(self, batch: TrainBatch, *, skipped: bool, non_finite: bool) -> None:
+        await self.remote.call("trained", batch.admission_indices, skipped=skipped, non_finite=non_finite, deadline_s=REPORT_S)
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)

@@ -95,6 +95,12 @@ class RunDir:
         self.recorded.mkdir(exist_ok=True)
         return self.recorded / f"step_{step:06d}.safetensors"
 
+    def non_finite_step(self, step: int) -> Path:
+        """The whole batch of a step whose loss or gradient was not finite, in the format of `recorded`."""
+        folder = self.root / "non_finite"
+        folder.mkdir(exist_ok=True)
+        return folder / f"step_{step:06d}.safetensors"
+
     @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
