@@ -112,6 +112,9 @@ class Learner:
     grad_clip: float = knob(1.0, "global gradient norm is clipped to this")
     num_minibatches: int = knob(1, "optimizer updates per step")
     microbatch_tokens: int = knob(16_384, "most tokens per forward and backward pass; a longer sequence gets a pass of its own")
+    recompute_layers: int = knob(
+        0, "activation checkpointing: so many layers keep their input only, and the backward pass computes the rest of them again"
+    )
     max_skipped_steps: int = knob(3, "so many non-finite steps in a row end the run")
 
 

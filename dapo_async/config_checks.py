@@ -27,6 +27,7 @@ AT_LEAST = {
     "learner.data_parallel": 1, "learner.tensor_parallel": 1,
     "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
     "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
+    "learner.recompute_layers": 0,
     "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
     "evaluation.every_steps": 0, "evaluation.num_cpus": 0, "evaluation.num_gpus": 0,
     "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,

@@ -213,6 +213,30 @@ def test_a_bad_first_minibatch_skips_the_others_too():
     assert all(torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items())
 
 
+def saved_bytes(rank, groups):
+    """Bytes that the graph of one step's forward passes holds for its backward passes, weights aside."""
+    weights, held = {parameter.data_ptr() for parameter in rank.decoder.parameters()}, 0
+
+    def pack(tensor):
+        nonlocal held
+        held += 0 if tensor.data_ptr() in weights else tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        done = outcome(rank, groups)
+    return held, done
+
+
+def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit():
+    held, done = saved_bytes(rank_of(), synthetic_groups())
+    for layers in (1, 9):  # one of two, and all
+        less, same = saved_bytes(rank_of(recompute_layers=layers), synthetic_groups())
+        assert same.metrics == done.metrics
+        assert all(torch.equal(weight, done.weights[name]) for name, weight in same.weights.items())
+        assert less < held
+        held = less
+
+
 def test_the_learning_rate_warms_up_linearly_from_the_first_step_on():
     assert [warmed_up(1.0, step=step, warmup_steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmed_up(1.0, step=0, warmup_steps=0) == 1.0

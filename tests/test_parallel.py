@@ -31,9 +31,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
 CONFIG = replace(TINY, num_kv_heads=2)
 FORMS = (
     {"learner": {}},
-    {"learner": {"num_minibatches": 3, "microbatch_tokens": 20}},
+    {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute_layers": 1}},
     {"learner": {"num_minibatches": 2}, "algorithm": {"second_moment": 0.04, "overlong_filtering": True}},
-    {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo"}},
+    {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo", "entropy_bonus": 0.1}},
     # One rollout per minibatch: with dp = 2 one rank has nothing but fillers in it. Where the rollout is truncated nobody has a token in the loss.
     {"learner": {"num_minibatches": 12}, "algorithm": {"overlong_filtering": True}},
     # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.

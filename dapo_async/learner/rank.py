@@ -42,6 +42,7 @@ class LearnerRank:
         """
         assert decoder.head_weight.dtype is torch.float32, f"master weights are float32, these are {decoder.head_weight.dtype}"
         self.decoder, self.version = decoder, version
+        decoder.recompute_layers = learner.recompute_layers
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
         self._optimizer = build_adamw(decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2))
         self._device, self._activations, self._mesh = decoder.head_weight.device, activations, mesh

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
+from torch.utils.checkpoint import checkpoint
 
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.linear import Fused, Linear, product
@@ -129,6 +130,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, tp: Axis = ALONE) -> None:
         super().__init__()
         self.config, self.tp = config, tp
+        self.recompute_layers = 0  # so many layers keep their input only while gradients are asked for (activation checkpointing)
         self.model = Backbone(config, tp)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
@@ -153,8 +155,12 @@ class Decoder(nn.Module):
         """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`."""
         x = self.model.embed_tokens(token_ids)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        for block in self.model.layers:
-            x = block(x, cos, sin, attention)
+        recomputed = self.recompute_layers if torch.is_grad_enabled() else 0
+        for number, block in enumerate(self.model.layers):
+            if number < recomputed:
+                x = checkpoint(block, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, attention)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
