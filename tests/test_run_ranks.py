@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 import signal
@@ -30,7 +32,9 @@ def check_same_as_one_rank(run: Finished, *, rel: float) -> None:
 @pytest.fixture(scope="module")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     mesh = ("learner.data_parallel=2", "learner.tensor_parallel=2")
-    return finished(tmp_path_factory.mktemp("ranks") / "run", *TINY, *RANKS, *mesh, "learner.num_minibatches=2", "train.record=true")
+    return finished(
+        tmp_path_factory.mktemp("ranks") / "run", *TINY, *RANKS, *mesh, "learner.num_minibatches=2", "train.record=true", "learner.profile=true"
+    )
 
 
 @pytest.mark.ray
@@ -49,6 +53,15 @@ def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(two_by
     rows = rows_of(run.trace)
     assert {f"learner-{rank}" for rank in range(4)} <= rows.keys()
     check_time_law(rows, end_s=max(row[-1][2] for row in rows.values()))
+
+
+@pytest.mark.ray
+def test_profile_of_each_rank_has_its_steps_three_to_five(two_by_two: Finished) -> None:
+    folder = two_by_two.root / "profile"
+    assert {path.name for path in folder.iterdir()} == {f"learner-{rank}_step_{step:06d}.json.gz" for rank in range(4) for step in (3, 4, 5)}
+    with gzip.open(folder / "learner-3_step_000004.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"proximal pass", "minibatch", "aten::mm", "Optimizer.step#AdamW.step"} <= names
 
 
 @pytest.mark.ray

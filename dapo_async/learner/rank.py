@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, step_metrics
 from dapo_async.config import Algorithm, Learner
@@ -104,6 +105,7 @@ class LearnerRank:
             hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures, tp=self._mesh.tp, vocab_start=vocab_start
         )
 
+    @record_function("proximal pass")
     @torch.no_grad()
     def _recompute(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
         """Proximal logprobs by an extra forward pass, keyed by the microbatch's identity; empty in the modes that have no use for them."""
@@ -132,6 +134,7 @@ class LearnerRank:
         parts = keep[before : before + sum(counts)].split(counts) if counts else ()
         return {id(batch): part for batch, part in zip(batches, parts, strict=True)}
 
+    @record_function("minibatch")
     def _update(
         self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, first: bool
     ) -> tuple[StepMetrics, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from dapo_async.checkpoints import STATE
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.learner import LearnerRank
+from dapo_async.learner import LearnerRank, profiled
 from dapo_async.model import (
     Mesh,
     Snapshot,
@@ -29,20 +30,22 @@ from dapo_async.model import (
 )
 from dapo_async.runtime.cluster import own_host, process_info
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
+from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
 from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
 
+PROFILED_STEPS = (3, 4, 5)  # past the first ones, which allocate and warm up
 STATE_FILE = "learner.safetensors"
 
 
 class LearnerActor:
     """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
 
-    def __init__(self, config: Config, *, number: int, name: str, incarnation: str, weights: Path, resume: Path | None = None) -> None:
+    def __init__(self, config: Config, *, number: int, name: str, incarnation: str, run_dir: RunDir, resume: Path | None = None) -> None:
         """`number` in the mesh: the first rank, 0, publishes and writes. `resume`: the `state/` folder of the checkpoint to go on from."""
-        self._config, self._number, self.name, self._incarnation, self._weights, self._resume = config, number, name, incarnation, weights, resume
+        self._config, self._number, self.name, self._incarnation, self._run_dir, self._resume = config, number, name, incarnation, run_dir, resume
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
@@ -105,7 +108,13 @@ class LearnerActor:
         assert self._rank.version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {self._rank.version}"
         async with self._between_steps:
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(self._rank.step, groups, positions=positions, num_groups=len(batch.admission_indices))
+                return await asyncio.to_thread(self._step, groups, positions, len(batch.admission_indices))
+
+    def _step(self, groups: Sequence[Group], positions: Sequence[int], num_groups: int) -> StepMetrics:
+        version = self._rank.version
+        wanted = self._config.learner.profile and version in PROFILED_STEPS
+        with profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz") if wanted else nullcontext():
+            return self._rank.step(groups, positions=positions, num_groups=num_groups)
 
     async def snapshot(self) -> Announcement | None:
         """Freezes the current weights for the next publish and disk write; they replace the snapshot before. None but on the first rank."""
@@ -164,7 +173,7 @@ class LearnerActor:
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Writes the snapshot for engines that load from disk, into the run's folder of versions if not told otherwise; returns the folder."""
-        snapshot, folder = self._frozen(announcement.version), folder or self._weights
+        snapshot, folder = self._frozen(announcement.version), folder or self._run_dir.weights
         await asyncio.to_thread(write_version, snapshot.weights, folder, version=snapshot.version)
         return str(folder)
 

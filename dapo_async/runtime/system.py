@@ -135,7 +135,7 @@ class System:
         rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay)
         self.replay = Replay(Remote("replay", replay), config)
         ranks = [
-            Remote(name, rank.remote(config, number=number, name=name, incarnation=incarnation, weights=run_dir.weights, resume=resume))
+            Remote(name, rank.remote(config, number=number, name=name, incarnation=incarnation, run_dir=run_dir, resume=resume))
             for number, name in enumerate(names)
         ]
         self.learner = Learner(ranks, config)

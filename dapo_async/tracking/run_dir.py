@@ -110,6 +110,11 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def profile(self) -> Path:
+        """Traces of the learner's ranks, with `learner.profile`."""
+        return self.root / "profile"
+
+    @property
     def weights(self) -> Path:
         """Versions for engines that load from disk."""
         return self.root / "weights"
