@@ -12,6 +12,7 @@ from run_support import QUICKSTART, read_rows
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
+from dapo_async.runtime import evaluations as evaluations_module
 from dapo_async.runtime.cluster import planned_actors
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.tracking.run_dir import RunDir
@@ -135,6 +136,27 @@ def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
     said, evaluations = play(scene, tmp_path)
     assert [row["version"] for row in evaluations.rows] == [2, 6]
     assert said[0] == "evaluation of version 4 skipped: the one before is still running"
+
+
+def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_counted(tmp_path, monkeypatch):
+    async def lost(worker, **ports):
+        ports["enter"]("drain", worker.name)
+
+    async def scene(evaluations, system):
+        monkeypatch.setattr(evaluations_module, "evaluate_on_lease", lost)
+        system.evaluator, system.workers = None, [SimpleNamespace(name="rollout-0"), SimpleNamespace(name="rollout-1")]
+        system.replay, system.publisher.present = None, (system.workers[1],)
+        await steps(evaluations, system, 2)
+        system.publisher.present = tuple(system.workers)
+        system.publisher.newest = announce(4)
+        evaluations.start_if_due(3)
+
+    said, evaluations = play(scene, tmp_path, "evaluation.engine=lease", "rollout.num_workers=2", "weights.transport=disk")
+    assert (evaluations.rows, evaluations.num_skipped) == ([], 2)
+    assert said == [
+        "evaluation of version 2 skipped: there is no engine to lease beside the one that generates",
+        "evaluation of version 4 skipped: rollout-1 lost its engine over it",
+    ]
 
 
 def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path):

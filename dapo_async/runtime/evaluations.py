@@ -63,15 +63,17 @@ class Evaluations:
         if self._running is not None and not self._running.done():
             self._skip(trained, "the one before is still running")
             return
-        present = [worker for worker in self._system.workers if worker in self._system.publisher.present]
-        if config.engine == "lease" and len(present) < 2:
-            self._skip(trained, "there is no engine to lease beside the one that generates")
-            return
+        lessees: list[Worker] = []
+        if config.engine == "lease":
+            lessees = [worker for worker in self._system.workers if worker in self._system.publisher.present]
+            if len(lessees) < 2:
+                self._skip(trained, "there is no engine to lease beside the one that generates")
+                return
         announcement = self._system.publisher.newest
         assert announcement is not None, f"version {trained} is not published"
         assert announcement.version == trained, f"version {announcement.version} is published, {trained} is due"
         self._version = trained
-        self._running = self._system.in_background(self._run(announcement, present[-1:]), f"evaluation of version {trained}")
+        self._running = self._system.in_background(self._run(announcement, lessees[-1:]), f"evaluation of version {trained}")
 
     def _skip(self, version: int, why: str) -> None:
         self.num_skipped += 1
