@@ -11,17 +11,20 @@ from torch.autograd.function import once_differentiable
 
 from dapo_async.model.parallel import ALONE, Axis, copy_to
 
+CHUNK_NUMBERS = 2**24  # 64 MiB of float32
+
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, *, chunk_tokens: int = 1024, tp: Axis = ALONE, vocab_start: int = 0
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, *, chunk_tokens: int | None = None, tp: Axis = ALONE, vocab_start: int = 0
 ) -> tuple[Tensor, Tensor]:
     """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution; gradients flow through both.
 
-    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. At most
-    `chunk_tokens × V` logits exist at once: the backward pass computes them again, chunk by chunk.
+    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. Logits exist for
+    `chunk_tokens` at once (None: as many as make 2^24 numbers), in two buffers: the backward pass computes them again, chunk by chunk.
     With a `tp` axis `weight` has this rank's rows, from `vocab_start` on, and the results are the same on every rank of it, for one exchange of four
     numbers per token in the forward pass and one sum of the hidden states' gradient in the backward pass, however many chunks there are.
     """
+    chunk_tokens = chunk_tokens or max(1, CHUNK_NUMBERS // len(weight))
     logprobs, entropies = _TokenLogprobs.apply(copy_to(hidden, tp), weight, targets - vocab_start, temperature, chunk_tokens, tp)
     return logprobs, entropies
 
@@ -55,16 +58,18 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, temperature, log_z, entropies = ctx.saved_tensors
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for rows, logits in _chunks(hidden, weight, temperature, ctx.chunk_tokens):
-            log_p = logits - log_z[rows, None]
+            log_p = logits.sub_(log_z[rows, None])
             p = log_p.exp()
-            gradient = torch.zeros_like(p)
+            gradient = log_p  # its buffer
+            if of_entropies is None:
+                gradient.zero_()
+            else:
+                gradient.add_(entropies[rows, None]).mul_(p).mul_(-of_entropies[rows, None])
             if of_logprobs is not None:
-                gradient -= of_logprobs[rows, None] * p
+                gradient.sub_(p.mul_(of_logprobs[rows, None]))
                 mine, index = _mine(targets[rows], logits)
                 gradient.scatter_add_(1, index, of_logprobs[rows, None].masked_fill(~mine, 0.0))
-            if of_entropies is not None:
-                gradient -= of_entropies[rows, None] * p * (log_p + entropies[rows, None])
-            gradient /= temperature[rows, None]
+            gradient.div_(temperature[rows, None])
             of_hidden[rows] = gradient @ weight.float()
             of_weight.addmm_(gradient.t(), hidden[rows].float())
         return of_hidden, of_weight.to(weight.dtype), None, None, None, None
@@ -74,17 +79,17 @@ def _chunks(hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: i
     """Which tokens, and their logits / temperature `[n, V]` in float32; without any token one empty chunk."""
     for start in range(0, max(1, len(hidden)), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        yield rows, (hidden[rows].float() @ weight.float().t()) / temperature[rows, None]
+        yield rows, (hidden[rows].float() @ weight.float().t()).div_(temperature[rows, None])
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[4, n]` of this rank's columns: m, Σ exp(l − m), Σ exp(l − m)·(l − m), and the target's logit or 0."""
+    """`[4, n]` of this rank's columns: m, Σ exp(l − m), Σ exp(l − m)·(l − m), and the target's logit or 0. Overwrites the logits."""
     top = logits.amax(-1)
     mine, index = _mine(targets, logits)
     chosen = logits.gather(1, index).masked_fill(~mine, 0.0).squeeze(1)
-    shifted = logits - top[:, None]
+    shifted = logits.sub_(top[:, None])
     powers = shifted.exp()
-    return torch.stack((top, powers.sum(-1), (powers * shifted).sum(-1), chosen))
+    return torch.stack((top, powers.sum(-1), shifted.mul_(powers).sum(-1), chosen))
 
 
 def _mine(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

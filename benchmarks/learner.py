@@ -1,0 +1,173 @@
+"""The learner's step against Hugging Face's model, and the head's logprobs and entropies against whole logits, on this machine.
+
+- Steps: the same rollouts of different lengths, the same AdamW, clipping and microbatches, in alternation, one thread. Hugging Face pads each
+  microbatch of rollouts of similar length; the learner packs them, and also measures entropies and all its diagnostics. `recompute` has a second
+  forward pass for the proximal logprobs, `current` none. A ratio is the median of the ratios within each round.
+- Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a process of its own; `extra_mb` is by how much its peak memory grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine import SHAPE, VOCABULARY, commit, hardware
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from dapo_async.config import Algorithm, Learner
+from dapo_async.learner import LearnerRank
+from dapo_async.learner.batching import rows_of, split_microbatches
+from dapo_async.learner.optimizer import build_adamw
+from dapo_async.model import load_decoder, token_logprobs
+from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+
+SHAPES = {
+    "0.9 M": (SHAPE, 8),
+    "5 M": ({**SHAPE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 4),
+    "50 M": ({**SHAPE, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 10, "num_attention_heads": 10}, 1),
+}  # and groups of rollouts per step
+GROUP_SIZE, PROMPT_TOKENS, SHORTEST, LONGEST = 8, 32, 16, 160
+KNOBS = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
+HEAD = {"vocabulary": 151_936, "tokens": 4096, "size": 256}
+QUICK_HEAD = {"vocabulary": 20_000, "tokens": 512, "size": 64}
+
+
+def rollouts(num_groups: int) -> list[Group]:
+    random = np.random.default_rng(0)
+    groups = []
+    for index in range(num_groups):
+        prompt = Prompt(index, "", random.integers(0, VOCABULARY, PROMPT_TOKENS, dtype=np.int32), "")
+        members = []
+        for sibling in range(GROUP_SIZE):
+            length = int(random.integers(SHORTEST, LONGEST))
+            ids = random.integers(0, VOCABULARY, length, dtype=np.int32)
+            completion = Completion(ids, np.full(length, -6.0, np.float32), np.zeros(length, np.int32), 0, FinishReason.STOP)
+            members.append(Rollout(completion, "", float(sibling % 2), float(sibling % 2), None))
+        groups.append(Group(index, prompt, tuple(members), "first", 1.0))
+    return groups
+
+
+def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], None]:
+    rank = LearnerRank(load_decoder(folder), algorithm=Algorithm(proximal=proximal), learner=KNOBS, seed=0)
+
+    def step() -> None:
+        assert rank.step(groups).totals["skipped"] == 0
+
+    return step
+
+
+def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
+    """Padded on the right; policy gradient with a clip, over all response tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = build_adamw(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2))
+    batches = split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens)
+    num_tokens = sum(len(batch.targets) for batch in batches)
+
+    def logprobs_of(batch: Any) -> Tensor:
+        count, longest = len(batch.lengths), max(batch.lengths)
+        ids, live = torch.zeros(count, longest, dtype=torch.long), torch.zeros(count, longest, dtype=torch.long)
+        for row, part in enumerate(batch.token_ids.split(batch.lengths)):
+            ids[row, : len(part)], live[row, : len(part)] = part, 1
+        logits = model(input_ids=ids, attention_mask=live).logits[:, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return torch.cat([logprobs[row, PROMPT_TOKENS - 1 : length - 1] for row, length in enumerate(batch.lengths)])
+
+    def step() -> None:
+        for batch in batches:
+            logprobs = logprobs_of(batch)
+            ratio = (logprobs - logprobs.detach()).exp()
+            gain = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
+            (-gain.sum() / num_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), KNOBS.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def steps(name: str, *, rounds: int) -> dict[str, Any]:
+    shape, num_groups = SHAPES[name]
+    groups = rollouts(num_groups)
+    num_tokens = sum(group.num_tokens for group in groups)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**shape))
+        model.save_pretrained(folder)
+        works = {
+            "hugging_face": hugging_face_step(Path(folder), groups),
+            "current": own_step(Path(folder), groups, "current"),
+            "recompute": own_step(Path(folder), groups, "recompute"),
+        }
+    taken = [{each: seconds(work) for each, work in works.items()} for _ in range(rounds + 1)][1:]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": num_tokens,
+        "tokens_per_s": {each: round(num_tokens / statistics.median(row[each] for row in taken)) for each in works},
+        "current_over_hugging_face": round(statistics.median(row["hugging_face"] / row["current"] for row in taken), 3),
+        "recompute_over_current": round(statistics.median(row["current"] / row["recompute"] for row in taken), 3),
+    }
+
+
+def head(form: str, sizes: dict[str, int]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden = torch.randn(sizes["tokens"], sizes["size"], requires_grad=True)
+    weight = (torch.randn(sizes["vocabulary"], sizes["size"]) * 0.02).requires_grad_()
+    targets, temperature = torch.randint(0, sizes["vocabulary"], (sizes["tokens"],)), torch.ones(sizes["tokens"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start_s = time.perf_counter()
+    if form == "chunked":
+        logprobs, entropies = token_logprobs(hidden, weight, targets, temperature)
+    else:
+        table = ((hidden @ weight.t()) / temperature[:, None]).log_softmax(-1)
+        logprobs, entropies = table.gather(-1, targets[:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
+    (logprobs.sum() + 0.1 * entropies.sum()).backward()
+    took_s = time.perf_counter() - start_s
+    assert weight.grad is not None
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    return {"seconds": round(took_s, 2), "extra_mb": round(extra * 1024 / 1e6), "of_it_gradients_mb": round(4e-6 * (weight.numel() + hidden.numel()))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
+    parser.add_argument("--quick", action="store_true", help="the small model alone, once, and a small head")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = list(SHAPES)[:1] if options.quick else list(SHAPES)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
+        heads = {form: alone.submit(head, form, QUICK_HEAD if options.quick else HEAD).result() for form in ("chunked", "naive")}
+    report = {
+        "benchmark": "learner",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "steps": {name: steps(name, rounds=1 if options.quick else 7) for name in names},
+        "head": heads,
+    }
+    print(json.dumps({"steps": report["steps"], "head": heads}, indent=2))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
