@@ -49,7 +49,7 @@ class Reward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    objective: Literal["dapo", "gspo", "cispo"] = knob("dapo", "policy objective")
+    objective: str = knob("dapo", "policy objective: dapo | gspo | cispo, or another of algorithm/objectives.py")
     clip_low: float = knob(0.2, "lower clip range: ratios below 1 - clip_low are clipped")
     clip_high: float = knob(0.28, "upper clip range (Clip-Higher): ratios above 1 + clip_high are clipped")
     dual_clip: float | None = knob(None, "for A < 0 the loss per token is capped at -dual_clip * A; null: off")

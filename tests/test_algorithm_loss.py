@@ -251,7 +251,7 @@ def test_a_proximal_mode_without_its_input_is_refused() -> None:
         ({"objective": "grpo"}, r"objective \('grpo'\) is unknown; set one of dapo, gspo, cispo"),
         ({"correction": "clip"}, r"correction \('clip'\) is unknown; set one of truncate, mask, none"),
         ({"correction_level": "group"}, r"correction_level \('group'\) is unknown; set one of token, sequence, sequence_mean"),
-        ({"objective": "gspo", "correction_level": "token"}, "gspo takes sequence levels only"),
+        ({"objective": "gspo", "correction_level": "token"}, "gspo does not take correction_level token; set it to sequence or sequence_mean"),
         ({"clip_low": 0.0}, r"clip_low \(0\.0\)"),
         ({"clip_low": 1.2}, r"clip_low \(1\.2\)"),
         ({"clip_high": -0.28}, r"clip_high \(-0\.28\)"),

@@ -39,7 +39,7 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("learner.lerning_rate=1", "unknown key learner.lerning_rate; did you mean learner."),
         ("replay.max_stalenes=1", "unknown key replay.max_stalenes; did you mean replay.max_staleness?"),
         ("learner.lr=fast", "learner.lr: Value 'fast' of type 'str' could not be converted to Float"),
-        ("algorithm.objective=ppo", "algorithm.objective: Invalid value 'ppo', expected one of"),
+        ("algorithm.proximal=ppo", "algorithm.proximal: Invalid value 'ppo', expected one of"),
         ("replay.group_size=1", "replay.group_size (1) must be at least 2"),
         ("learner.num_minibatches=3", "(16 x 16 = 256) must be a multiple of learner.num_minibatches (3)"),
         ("learner.data_parallel=17", "learner.data_parallel (17) must be at most replay.groups_per_step (16): each rank trains whole groups"),

@@ -40,6 +40,11 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
+def test_unknown_objective_and_what_an_objective_does_not_take_are_refused():
+    assert refusal("algorithm.objective=ppo") == "objective ('ppo') is unknown; set one of dapo, gspo, cispo"
+    assert "dual_clip (3.0) has no meaning for objective cispo" in refusal("algorithm.objective=cispo", "algorithm.dual_clip=3")
+
+
 def test_the_untouched_copy_is_accepted(folder):
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from learner_world import LENGTHS, LR, VERSION, Naive, dense_logprobs, outcome, rank_of, synthetic_groups, tiny_decoder
 
+from dapo_async.algorithm import OBJECTIVES
+from dapo_async.algorithm.objectives import Objective, Surrogate
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import rows_of, split_microbatches
 from dapo_async.learner.optimizer import warmed_up
@@ -66,6 +68,18 @@ def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(
     done = assert_equals_the_naive_step(rank_of(algorithm=form, microbatch_tokens=40), Naive(algorithm=form), synthetic_groups())
     masked = 9 + 11 if "overlong_filtering" in form else 0  # the two truncated rollouts
     assert done.metrics["loss_tokens"] == NUM_TOKENS - masked
+
+
+def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch):
+    def reinforce(terms):
+        return Surrogate(terms.advantage * terms.current, {})
+
+    monkeypatch.setitem(OBJECTIVES, "reinforce", Objective(reinforce, dual_clip=False))
+    groups = synthetic_groups()
+    own = outcome(rank_of(algorithm={"objective": "reinforce"}), groups)
+    unclipped = outcome(rank_of(algorithm={"objective": "cispo", "clip_low": 1.0, "clip_high": 1e9}), groups)  # whose ratio is 1 before the update
+    for ours, theirs in zip(own.first_moments, unclipped.first_moments, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 class AveragesMicrobatchMeans(LearnerRank):

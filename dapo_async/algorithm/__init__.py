@@ -16,7 +16,8 @@ from dapo_async.algorithm.advantages import group_advantages
 from dapo_async.algorithm.corrections import second_moment_mask
 from dapo_async.algorithm.diagnostics import step_metrics, summarise
 from dapo_async.algorithm.loss import policy_loss
-from dapo_async.algorithm.options import CORRECTION_LEVELS, CORRECTIONS, OBJECTIVES, check_loss_options
+from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES
+from dapo_async.algorithm.options import CORRECTIONS, check_loss_options
 from dapo_async.algorithm.proximal import PROXIMAL_MODES, proximal_from
 
 __all__ = [

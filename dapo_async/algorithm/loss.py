@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dapo_async.algorithm.corrections import behaviour_weight
 from dapo_async.algorithm.diagnostics import loss_diagnostics
-from dapo_async.algorithm.objectives import surrogate
+from dapo_async.algorithm.objectives import OBJECTIVES, Terms
 from dapo_async.algorithm.options import check_loss_options
 from dapo_async.algorithm.ratios import Sequences
 
@@ -69,13 +69,12 @@ def policy_loss(
     live = mask.bool()
     kept = live if keep is None else keep.bool()  # masked tokens already have A = 0
     current, proximal, behaviour, advantage = _fill(current_logprobs, *per_token.values(), live=live)
-    uses_sequences = objective == "gspo" or (correction != "none" and level != "token")
+    uses_sequences = OBJECTIVES[objective].of_sequences or (correction != "none" and level != "token")
     sequences = _sequences(sequence_ids, live=live, objective=objective, level=level) if uses_sequences else None
     drift, mismatch = current - proximal, proximal - behaviour
     corrected = behaviour_weight(mismatch, correction=correction, level=level, cap=correction_cap, floor=correction_floor, sequences=sequences)
-    gain = surrogate(
-        objective, current=current, drift=drift, advantage=advantage, sequences=sequences, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
+    terms = Terms(current, drift, advantage, sequences, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    gain = OBJECTIVES[objective].surrogate(terms)
     token_loss = -(corrected.weight * kept) * gain.value
     diagnostics = loss_diagnostics(
         token_loss, drift=drift, mismatch=mismatch, corrected=corrected, correction=correction, clips=gain.clips, live=live, kept=kept

@@ -1,13 +1,29 @@
-"""The surrogate of each objective, per token: what `policy_loss` weighs, negates and sums."""
+"""The objectives: what `policy_loss` weighs, negates and sums, per token. A new one is a function of `Terms` and an entry in `OBJECTIVES`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dapo_async.algorithm.ratios import Sequences, bounded
+
+CORRECTION_LEVELS = ("token", "sequence", "sequence_mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an objective is a function of; tensors [T], both logarithms with gradient."""
+
+    current: Tensor  # log π_θ
+    drift: Tensor  # log π_θ/π_prox
+    advantage: Tensor
+    sequences: Sequences | None  # which tokens belong together, where the objective asks for it
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,48 +34,48 @@ class Surrogate:
     clips: dict[str, Tensor]
 
 
-def surrogate(
-    objective: str,
-    *,
-    current: Tensor,
-    drift: Tensor,
-    advantage: Tensor,
-    sequences: Sequences | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> Surrogate:
-    """The objective's surrogate from current = log π_θ and drift = log π_θ/π_prox, both with gradient; `sequences` for gspo."""
-    if objective == "cispo":
-        return cispo_surrogate(current, drift=drift, advantage=advantage, clip_low=clip_low, clip_high=clip_high)
-    if objective == "gspo":
-        assert sequences is not None, "gspo needs sequences; policy_loss checks this"
-        ratio = sequence_ratio(current, drift=drift, sequences=sequences)
-    else:
-        ratio = bounded(drift).exp()
-    return clipped_surrogate(ratio, advantage=advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """`surrogate` is the formula; the rest says with which options of the loss it makes sense."""
+
+    surrogate: Callable[[Terms], Surrogate]
+    correction_levels: tuple[str, ...] = CORRECTION_LEVELS  # of the behaviour ratio; the first is the default
+    of_sequences: bool = False  # needs to see each sequence whole
+    dual_clip: bool = True
 
 
-def clipped_surrogate(ratio: Tensor, *, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None) -> Surrogate:
-    """min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A), and for A < 0 at least dual_clip·A."""
-    value = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    clips = {
-        "clip_low": (advantage < 0) & (ratio < 1 - clip_low),
-        "clip_high": (advantage > 0) & (ratio > 1 + clip_high),
-    }
-    if dual_clip is not None:
-        value = torch.where(advantage < 0, torch.maximum(value, dual_clip * advantage), value)
-        clips["dual_clip"] = (advantage < 0) & (ratio > dual_clip)
+def dapo(terms: Terms) -> Surrogate:
+    """min(u·A, clip(u, 1 − clip_low, 1 + clip_high)·A) of the token's ratio u = π_θ/π_prox."""
+    return _clipped(bounded(terms.drift).exp(), terms)
+
+
+def gspo(terms: Terms) -> Surrogate:
+    """The same of the token form sg(s)·π_θ/sg(π_θ) with s = exp(mean of log u over the sequence): each token has s, and a gradient of its own."""
+    assert terms.sequences is not None, "gspo needs sequences; policy_loss checks this"
+    mean = terms.sequences.mean(terms.drift.detach())
+    return _clipped(bounded(terms.current - terms.current.detach() + mean).exp(), terms)
+
+
+def cispo(terms: Terms) -> Surrogate:
+    """sg(clip(u))·A·log π_θ: the clip bounds a token's weight but never silences it, so it counts whatever the sign of A."""
+    ratio = bounded(terms.drift.detach()).exp()
+    low, high = 1 - terms.clip_low, 1 + terms.clip_high
+    return Surrogate(ratio.clamp(low, high) * terms.advantage * terms.current, {"clip_low": ratio < low, "clip_high": ratio > high})
+
+
+def _clipped(ratio: Tensor, terms: Terms) -> Surrogate:
+    """min(r·A, clip(r)·A), and for A < 0 at least dual_clip·A."""
+    advantage, low, high = terms.advantage, 1 - terms.clip_low, 1 + terms.clip_high
+    value = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clips = {"clip_low": (advantage < 0) & (ratio < low), "clip_high": (advantage > 0) & (ratio > high)}
+    if terms.dual_clip is not None:
+        value = torch.where(advantage < 0, torch.maximum(value, terms.dual_clip * advantage), value)
+        clips["dual_clip"] = (advantage < 0) & (ratio > terms.dual_clip)
     return Surrogate(value, clips)
 
 
-def sequence_ratio(current: Tensor, *, drift: Tensor, sequences: Sequences) -> Tensor:
-    """GSPO's token form sg(s)·π_θ/sg(π_θ) with s = exp(mean of `drift` over the sequence): each token has the value s and a gradient of its own."""
-    return bounded(current - current.detach() + sequences.mean(drift.detach())).exp()
-
-
-def cispo_surrogate(current: Tensor, *, drift: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Surrogate:
-    """sg(clip(u))·A·log π_θ, `drift` = log u: the clip bounds a token's weight but never silences it, so it counts whatever the sign of A."""
-    ratio = bounded(drift.detach()).exp()
-    value = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage * current
-    return Surrogate(value, {"clip_low": ratio < 1 - clip_low, "clip_high": ratio > 1 + clip_high})
+OBJECTIVES = {
+    "dapo": Objective(dapo),
+    "gspo": Objective(gspo, correction_levels=("sequence", "sequence_mean"), of_sequences=True),
+    "cispo": Objective(cispo, dual_clip=False),
+}

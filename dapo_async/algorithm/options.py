@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-OBJECTIVES = ("dapo", "gspo", "cispo")
+from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES
+
 CORRECTIONS = ("truncate", "mask", "none")
-CORRECTION_LEVELS = ("token", "sequence", "sequence_mean")
 
 
 def check_name(rule: str, name: str, known: tuple[str, ...]) -> None:
@@ -26,14 +26,14 @@ def check_loss_options(
     entropy_bonus: float = 0.0,
 ) -> str:
     """Refuses what `policy_loss` does not support, with rule, values and remedy in a ValueError; returns the level that it will use."""
-    check_name("objective", objective, OBJECTIVES)
+    check_name("objective", objective, tuple(OBJECTIVES))
     check_name("correction", correction, CORRECTIONS)
-    level = correction_level or ("sequence" if objective == "gspo" else "token")
+    known = OBJECTIVES[objective]
+    level = correction_level or known.correction_levels[0]
     check_name("correction_level", level, CORRECTION_LEVELS)
-    if objective == "gspo" and level == "token":
-        raise ValueError(
-            "objective gspo takes sequence levels only, but correction_level is token; set it to sequence or sequence_mean, or leave it unset"
-        )
+    if level not in known.correction_levels:
+        allowed = " or ".join(known.correction_levels)
+        raise ValueError(f"objective {objective} does not take correction_level {level}; set it to {allowed}, or leave it unset")
     # Negated comparisons, so that nan is refused as well.
     if not 0 < clip_low <= 1:
         raise ValueError(f"clip_low ({clip_low}) must be in (0, 1]: the ratio is kept above 1 - clip_low; set 0.2, or 1 for no lower clip")
@@ -41,8 +41,8 @@ def check_loss_options(
         raise ValueError(f"clip_high ({clip_high}) must be positive: the ratio is kept below 1 + clip_high; set 0.28")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip ({dual_clip}) must be greater than 1, the ratio of an unchanged policy; set 3 or 10, or leave it unset")
-    if dual_clip is not None and objective == "cispo":
-        raise ValueError(f"dual_clip ({dual_clip}) has no meaning for objective cispo, whose ratio is bounded on both sides; leave it unset")
+    if dual_clip is not None and not known.dual_clip:
+        raise ValueError(f"dual_clip ({dual_clip}) has no meaning for objective {objective}, whose ratio is bounded on both sides; leave it unset")
     if not 0 <= entropy_bonus < float("inf"):
         raise ValueError(f"entropy_bonus ({entropy_bonus}) must not be negative: it rewards entropy; set 0.001, or 0 for none")
     _check_band(cap=correction_cap, floor=correction_floor)
