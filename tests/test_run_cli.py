@@ -65,7 +65,7 @@ def test_missing_config_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
         (["model.path={folder}"], "{folder}"),
         (
             ["algorithm.objective=gspo", "algorithm.correction_level=token"],
-            "objective gspo takes sequence levels only, but correction_level is token; ",
+            "objective gspo does not take correction_level token; ",
         ),
         (["deadlines.take_s=0"], "deadlines.take_s (0.0) must be positive; "),
     ],
