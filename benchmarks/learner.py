@@ -1,8 +1,8 @@
 """The learner's step against Hugging Face's model, and the head's logprobs and entropies against whole logits, on this machine.
 
-- Steps: the same rollouts of different lengths, the same AdamW, clipping and microbatches, in alternation, one thread. Hugging Face pads each
-  microbatch of rollouts of similar length; the learner packs them, and also measures entropies and all its diagnostics. `recompute` has a second
-  forward pass for the proximal logprobs, `current` none. A ratio is the median of the ratios within each round.
+- Steps: the same rollouts, of different lengths and all of one length, the same AdamW, clipping and microbatches, in alternation, one thread.
+  Hugging Face pads each microbatch of rollouts of similar length; the learner packs them, and also measures entropies and all its diagnostics.
+  `recompute` has a second forward pass for the proximal logprobs, `current` none. A ratio is the median of the ratios within each round.
 - Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a process of its own; `extra_mb` is by how much its peak memory grew.
 """
 
@@ -39,19 +39,21 @@ SHAPES = {
     "50 M": ({**SHAPE, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 10, "num_attention_heads": 10}, 1),
 }  # and groups of rollouts per step
 GROUP_SIZE, PROMPT_TOKENS, SHORTEST, LONGEST = 8, 32, 16, 160
+LENGTHS = ("even", "different")
 KNOBS = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
 HEAD = {"vocabulary": 151_936, "tokens": 4096, "size": 256}
 QUICK_HEAD = {"vocabulary": 20_000, "tokens": 512, "size": 64}
 
 
-def rollouts(num_groups: int) -> list[Group]:
+def rollouts(num_groups: int, *, even: bool) -> list[Group]:
+    """`even`: all of one length, about the mean of the others, so that nobody pads."""
     random = np.random.default_rng(0)
     groups = []
     for index in range(num_groups):
         prompt = Prompt(index, "", random.integers(0, VOCABULARY, PROMPT_TOKENS, dtype=np.int32), "")
         members = []
         for sibling in range(GROUP_SIZE):
-            length = int(random.integers(SHORTEST, LONGEST))
+            length = (SHORTEST + LONGEST) // 2 if even else int(random.integers(SHORTEST, LONGEST))
             ids = random.integers(0, VOCABULARY, length, dtype=np.int32)
             completion = Completion(ids, np.full(length, -6.0, np.float32), np.zeros(length, np.int32), 0, FinishReason.STOP)
             members.append(Rollout(completion, "", float(sibling % 2), float(sibling % 2), None))
@@ -103,9 +105,9 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start_s
 
 
-def steps(name: str, *, rounds: int) -> dict[str, Any]:
+def steps(name: str, *, rounds: int, even: bool) -> dict[str, Any]:
     shape, num_groups = SHAPES[name]
-    groups = rollouts(num_groups)
+    groups = rollouts(num_groups, even=even)
     num_tokens = sum(group.num_tokens for group in groups)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -160,7 +162,9 @@ def main() -> None:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "steps": {name: steps(name, rounds=1 if options.quick else 7) for name in names},
+        "steps": {
+            f"{name}, {lengths}": steps(name, rounds=1 if options.quick else 7, even=lengths == "even") for name in names for lengths in LENGTHS
+        },
         "head": heads,
     }
     print(json.dumps({"steps": report["steps"], "head": heads}, indent=2))
