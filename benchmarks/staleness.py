@@ -14,8 +14,9 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,10 @@ def main() -> None:
     else:
         jobs = [(form, staleness, seed, num_steps(staleness)) for staleness in sorted(STALENESS, reverse=True) for form in FORMS for seed in SEEDS]
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        runs = [future.result() for future in [pool.submit(measure, *job) for job in jobs]]
+        runs = []
+        for future in as_completed([pool.submit(measure, *job) for job in jobs]):
+            runs.append(future.result())
+            print(f"{len(runs)} of {len(jobs)}: {runs[-1]['form']}, S = {runs[-1]['S']}, {runs[-1]['seconds']} s", file=sys.stderr)
     runs.sort(key=lambda run: (list(FORMS).index(run["form"]), run["S"], run["seed"]))
     rows = table(runs)
     print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
