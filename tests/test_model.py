@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from dapo_async.model import ModelConfig, PackedAttention, export_folder, load_decoder, token_logprobs
+from dapo_async.model import ModelConfig, PackedAttention, export_folder, families, load_decoder, token_logprobs
+from dapo_async.model.families import Family
+from dapo_async.model.layers import Block
 
 SIZES = {
     "vocab_size": 61,
@@ -150,6 +152,31 @@ def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context
 def test_rotary_embeddings_that_are_not_supported_are_told_in_one_line(rope, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         ModelConfig.from_dict({**FAMILIES["llama"].to_dict(), "rope_parameters": rope})
+
+
+class Halved(Block):
+    """Granite's: what a layer adds counts half."""
+
+    def forward(self, x, cos, sin, attention):
+        x = x + 0.5 * self.self_attn(self.input_layernorm(x), cos, sin, attention)
+        return x + 0.5 * self.mlp(self.post_attention_layernorm(x))
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        (MistralConfig(**SIZES, sliding_window=None), Family(refused=("sliding_window",))),
+        (GraniteConfig(**SIZES, residual_multiplier=0.5, attention_multiplier=8**-0.5), Family(block=Halved)),
+    ],
+    ids=["as Llama", "a layer of its own"],
+)
+def test_family_is_an_entry_and_where_its_layer_is_another_a_class(config, family, monkeypatch, tmp_path, seeded):
+    monkeypatch.setitem(families.FAMILIES, config.model_type, family)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 61, (20,), generator=seeded)
+    torch.testing.assert_close(own_logprobs(load_decoder(tmp_path), [ids], 1.0)[0], oracle_logprobs(model, [ids], 1.0), atol=1e-5, rtol=0)
 
 
 def test_unknown_architecture_names_what_is_supported():

@@ -1,4 +1,4 @@
-"""The shape of a decoder, read from a Hugging Face `config.json`: Qwen2/Qwen2.5, Qwen3 and Llama families."""
+"""The shape of a decoder, read from the Hugging Face `config.json` of one of the supported families (families.py)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapo_async.model.families import FAMILIES
 from dapo_async.model.rotary import Rope
-
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and switches of one decoder; the families differ in `qkv_bias` and `qk_norm` only."""
+    """Sizes and switches of one decoder."""
 
     family: str
     vocab_size: int
@@ -66,13 +65,12 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """From the content of a `config.json`. Raises ValueError naming what is supported, or the key that is missing or no number."""
         family = values.get("model_type", "")
-        if family not in SUPPORTED_FAMILIES:
-            raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED_FAMILIES)}")
-        for switch in ("use_sliding_window", "mlp_bias"):
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        known = FAMILIES[family]
+        for switch in known.refused:
             if values.get(switch):
-                raise ValueError(f"{switch}: true is not supported; use a model without it")
-        if values.get("attention_bias") and family != "qwen2":
-            raise ValueError(f"attention_bias: true is not supported for {family}; use a model without it")
+                raise ValueError(f"{switch}: {values[switch]!r} is not supported for {family}; use a model without it")
         if values.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported; supported is silu")
         heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
@@ -100,8 +98,8 @@ class ModelConfig:
             rope=Rope.from_dict(values),
             rms_norm_eps=_number(values, "rms_norm_eps"),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qkv_bias=known.qkv_bias,
+            qk_norm=known.qk_norm,
             eos_token_ids=tuple(eos_token_ids),
         )
 
