@@ -36,10 +36,10 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
             await response.prepare(request)
             async for line in lines:
                 data = line.removeprefix(b"data: ").strip()
-                if not data or data == b"[DONE]":
+                told = tamper(request.path, "[DONE]" if data == b"[DONE]" else json.loads(data)) if data else None
+                if not data or told == "[DONE]":
                     await response.write(line)
                     continue
-                told = tamper(request.path, json.loads(data))
                 if told is BREAK_OFF:
                     assert request.transport is not None
                     request.transport.close()

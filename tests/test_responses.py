@@ -33,7 +33,9 @@ SPANS = ({"version": "run:4", "start": 0, "end": 2}, {"version": "run:6", "start
 def test_end_has_the_versions_that_the_server_attests(keeps_kv: bool, prefill: int) -> None:
     response = Response("r", prompt_tokens=3, sent_version=3)
     response.add(chunk(1, 2, 3), newest_version=6, incarnation="run")
-    whole = response.end({"type": "stop"}, SPANS, incarnation="run", keeps_kv=keeps_kv)
+    response.end({"type": "stop"}, SPANS, incarnation="run", keeps_kv=keeps_kv)
+    whole = response.whole
+    assert whole is not None
     assert whole.weight_versions.tolist() == [4, 4, 6]
     assert (whole.prefill_version, whole.finish_reason) == (prefill, FinishReason.STOP)
 
@@ -52,6 +54,7 @@ def test_end_that_is_not_attested_by_this_run_is_a_fault(finish, spans, incarnat
     response.add(chunk(1, 2, 3), newest_version=6, incarnation="run")
     with pytest.raises(EngineFault, match=line):
         response.end(finish, spans, incarnation=incarnation, keeps_kv=False)
+    assert response.whole is None
 
 
 def test_tokens_under_weights_of_nobody_s_giving_are_not_taken() -> None:

@@ -13,7 +13,7 @@ from sglang_proxy import BREAK_OFF, GARBAGE, STALL, proxy
 from sglang_world import NUM_SLOTS, PROBE, World, forward_logprobs, from_disk, request
 
 from dapo_async.clock import StateClock
-from dapo_async.rollout import EngineFault
+from dapo_async.rollout import Aborted, EngineFault
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import free_port
@@ -150,6 +150,66 @@ def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
     first, (kept, anew), second = asyncio.run(generate())
     assert kept is first
     assert anew.token_ids.tolist() != second.token_ids.tolist()
+
+
+@on_one_family
+def test_response_that_had_ended_when_its_server_was_lost_is_whole(world: World) -> None:
+    async def generate():
+        async with world.engine() as engine, proxy(world.server.url, lambda path, told: BREAK_OFF if told == "[DONE]" else told) as url:
+            client = SGLangClient(url, api_key=world.server.api_key)
+            lossy = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            with pytest.raises(EngineFault) as fault:
+                await lossy.generate(request(1, PROMPT, max_tokens=5))
+            await lossy.close()
+            return fault.value.heads, await engine.generate(replace(request(1, PROMPT, max_tokens=5), heads=fault.value.heads))
+
+    (head,), (completion,) = asyncio.run(generate())
+    assert head.finish_reason is FinishReason.LENGTH
+    assert completion is head
+
+
+@on_one_family
+def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(world: World) -> None:
+    """In `drain` nothing is sent meanwhile: what waits has no connection that could break."""
+
+    async def generate():
+        async with world.engine("drain") as engine:
+
+            async def fail(weight_version, flush):
+                raise EngineFault("killed")
+
+            running = asyncio.create_task(engine.generate(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG)))
+            await asyncio.sleep(0.1)
+            with pytest.raises(EngineFault, match="killed"):
+                await engine.update(fail, version=1, probe_ids=PROBE)
+            right = SGLangClient(world.server.url, api_key=world.server.api_key)
+            async with asyncio.timeout(10):
+                await engine.reconnect(right)
+            with pytest.raises(EngineFault, match="was lost before a response could be sent there") as fault:
+                await running
+            await engine.update(from_disk(right, world.folder), version=2, probe_ids=PROBE)
+            again = replace(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG), heads=fault.value.heads)
+            return fault.value.heads, await engine.generate(again)
+
+    heads, completions = asyncio.run(generate())
+    assert [head is None for head in heads] == [False] * NUM_SLOTS + [True] * 4
+    assert all(len(completion.token_ids) == LONG for completion in completions)
+
+
+@on_one_family
+def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_than_a_fault(world: World) -> None:
+    async def ask():
+        async with world.engine() as engine:
+            running = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
+            await asyncio.sleep(0.1)
+            await engine._client.close()
+            await engine.abort([1])
+            with pytest.raises((EngineFault, Aborted)):
+                await running
+            with pytest.raises(EngineFault, match="is not connected any more"):
+                await engine._client.weight_version()
+
+    asyncio.run(ask())
 
 
 @on_one_family

@@ -338,6 +338,34 @@ def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_sta
     assert publisher.last_pause_s == 0.0
 
 
+def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_back(tmp_path):
+    learner = Learner(decoder(0), tmp_path)
+    first, second, gate = Fragile(learner, "rollout-0"), Fragile(learner, "rollout-1"), asyncio.Event()
+    receive = second.receive
+
+    async def slow(announcement):
+        await gate.wait()
+        return await receive(announcement)
+
+    async def nobody(version):
+        pass
+
+    async def play():
+        first.receive, second.receive = (lambda announcement: asyncio.sleep(0, None)), slow  # lost over it | late
+        publisher = Publisher(learner, [first, second], transport="broadcast", tolerance=1e-3, deadline_s=5)
+        publishing = asyncio.create_task(publisher.publish(learner.announce(1), on_served=nobody))
+        await asyncio.sleep(0.01)
+        publisher.lose(first)
+        restoring = asyncio.create_task(publisher.restore(first))
+        await asyncio.sleep(0.01)
+        gate.set()
+        await publishing
+        assert await restoring
+        return publisher.present
+
+    assert asyncio.run(play()) == (first, second)
+
+
 def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_only_then(tmp_path):
     learner, groups = Learner(decoder(0), tmp_path), []
     engine = Fragile(learner, "rollout-0")

@@ -329,6 +329,25 @@ def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_han
     play(scene)
 
 
+def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered():
+    async def scene(worker, engine, replay):
+        worker.hold(True)
+        engine.finish(0)
+        await settled()
+        assert (replay.offered, replay.handed_back) == ([], [])
+        worker.lose("killed before its handshake")
+        await settled()
+        assert (replay.offered, replay.handed_back) == ([], [(0, ())])
+        worker.started_anew()
+        worker.hold(True)
+        worker.hold(False)  # another server has proved its weights
+        worker.revive()
+        await settled()
+        assert replay.offered == []
+
+    play(scene)
+
+
 def test_engine_that_is_lost_again_before_it_is_back_stays_shut():
     async def scene(worker, engine, replay):
         engine.fail(0, EngineFault("killed"))

@@ -130,7 +130,7 @@ class ReplayBuffer:
         else:
             index = self._ledger.admit()
             self._credits.spend(index)
-        goes_on = kept > self.learner_version
+        goes_on = kept > self.learner_version and self._overload_after(frozenset(), self.learner_version, [kept]) is None
         self._suspect |= goes_on and kept < deadline
         self._generating[index] = Generating(worker, min(deadline, kept) if goes_on else deadline, goes_on)
         self._log.admit()
@@ -276,9 +276,9 @@ class ReplayBuffer:
         finished = (group for group in self._outstanding() if not group.generating)
         return frozenset(group.admission for group in heapq.nsmallest(self.groups_per_step, finished))
 
-    def _overload_after(self, picked: frozenset[int], learner_version: int) -> int | None:
-        """The first deadline that would be lost if `picked` were taken at `learner_version`."""
-        rest = (group.deadline for group in self._outstanding() if group.admission not in picked)
+    def _overload_after(self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()) -> int | None:
+        """The first deadline that would be lost if `picked` were taken at `learner_version`, with `added` deadlines beside those of the room."""
+        rest = (*(group.deadline for group in self._outstanding() if group.admission not in picked), *added)
         return first_overload(rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step)
 
     def _evict(self, index: int) -> str:

@@ -27,10 +27,11 @@ class Response:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # as far as they are known before the end: none is newer than the true one
+    whole: Completion | None = None  # from its end on
     _next_version: int = -1
 
     def add(self, chunk: Chunk, *, newest_version: int, incarnation: str) -> None:
-        """Its tokens may have been under way when `newest_version` came: they count as of the version before, those of the next chunk as of it.
+        """Its tokens may have been under way when `newest_version` was in force: they count as of the one before, those of the next chunk as of it.
 
         Raises WrongVersion where the server says that it serves weights of another run.
         """
@@ -45,8 +46,8 @@ class Response:
         """What there is of it before its end."""
         return self._completion(np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT)
 
-    def end(self, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]], *, incarnation: str, keeps_kv: bool) -> Completion:
-        """The whole of it, with the versions that the server attests. Raises WrongVersion where it attests none or another run's."""
+    def end(self, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]], *, incarnation: str, keeps_kv: bool) -> None:
+        """Makes `whole` of it, with the versions that the server attests. Raises WrongVersion where it attests none or another run's."""
         reason, count = FinishReason(finish["type"]), len(self.token_ids)
         if reason is FinishReason.ABORT:
             raise EngineFault(f"gave up a response: {finish.get('message') or 'no reason given'}")
@@ -60,7 +61,7 @@ class Response:
         if covered != count:
             raise WrongVersion(f"attests versions for {covered} of {count} tokens")
         first = int(versions[0]) if count else self.sent_version
-        return self._completion(versions, min(first, self.sent_version) if keeps_kv else first, reason)
+        self.whole = self._completion(versions, min(first, self.sent_version) if keeps_kv else first, reason)
 
     def _completion(self, versions: np.ndarray, prefill_version: int, reason: FinishReason) -> Completion:
         logprobs = np.asarray(self.logprobs, dtype=np.float32)

@@ -80,6 +80,7 @@ class SGLangClient:
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[Chunk]:
         """One response, in chunks. Raises ValueError for a request that the server refuses as wrong, EngineFault for everything else."""
+        self._check_open()
         try:
             async with self._session.post(f"{self.url}/generate", json={**body, "stream": True, "return_logprob": True}) as answer:
                 if answer.status == 400:
@@ -170,11 +171,16 @@ class SGLangClient:
             self._check(await self._ask("POST", "/update_weights_from_distributed", body), "update_weights_from_distributed")
         self._check(await self._ask("POST", "/end_weight_update", {}), "end_weight_update")
 
+    def _check_open(self) -> None:
+        if self._session.closed:
+            raise EngineFault(f"{self.url} is not connected any more")
+
     def _check(self, answer: Mapping[str, Any], what: str) -> None:
         if not answer.get("success"):
             raise EngineFault(f"{self.url} failed in {what}: {_one_line(str(answer.get('message')))}")
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, text: bool = False) -> dict[str, Any]:
+        self._check_open()
         try:
             async with self._session.request(method, f"{self.url}{path}", json=body) as answer:
                 told = await answer.text()

@@ -13,6 +13,7 @@ their prompt's KV in the server's prefix cache, whose entries are named by the u
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import time
@@ -55,6 +56,7 @@ class SGLangEngine:
         self._newest_version = 0  # of the weights whose load has begun: what is sent from then on meets them, or KV of those before
         self._num_updates = 0  # names the prefix cache's entries: a version may be served twice, after wrong weights of that name
         self._syncing = False
+        self._gone = False  # while another server takes its place
         self._trusted = True  # until the server names weights that it was not given
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
@@ -87,7 +89,8 @@ class SGLangEngine:
         groups = [self._running[key] for key in keys if key in self._running]
         for group in groups:
             group.aborted = True
-        await self._client.abort([response.request_id for group in groups for response in group.responses.values()])
+        with contextlib.suppress(EngineFault):  # a lost server: each stream tells of it by itself
+            await self._client.abort([response.request_id for group in groups for response in group.responses.values()])
         for group in groups:
             for task in group.siblings:
                 task.cancel()  # one that the abort came too early for ends with its connection
@@ -110,12 +113,13 @@ class SGLangEngine:
 
     async def reconnect(self, client: SGLangClient) -> None:
         """Goes on with another server, which serves none of the run's weights yet. What ran on the one before fails, if it has not failed already."""
+        self._gone = True
+        self._may_send.set()  # whatever waits to be sent fails as well
         await self._client.close()
         while self._running:
             await asyncio.gather(*(sibling for group in self._running.values() for sibling in group.siblings), return_exceptions=True)
             await asyncio.sleep(0)
-        self._client, self.version, self._trusted = client, -1, True
-        self._may_send.set()
+        self._client, self.version, self._trusted, self._gone = client, -1, True, False
 
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
@@ -142,6 +146,8 @@ class SGLangEngine:
         async with self._slots:
             while not self._may_send.is_set():  # it may have been cleared again before this task had its turn
                 await self._may_send.wait()
+            if self._gone:
+                raise EngineFault(f"{self._client.url} was lost before a response could be sent there")
             # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
             # aborts by beginnings.
             name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
@@ -153,7 +159,7 @@ class SGLangEngine:
             finally:
                 del group.responses[sibling]
                 if response.token_ids:
-                    group.heads[sibling] = joined(head, response.head())
+                    group.heads[sibling] = joined(head, response.whole or response.head())
                 self._count(-1)
                 self._ended.set()
 
@@ -167,16 +173,16 @@ class SGLangEngine:
             "rid": response.request_id,
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
-        completion = None
         # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
         async for chunk in self._client.stream(body):
             try:
-                response.add(chunk, newest_version=self._newest_version, incarnation=self._incarnation)
+                response.add(chunk, newest_version=max(self.version, response.sent_version), incarnation=self._incarnation)
                 if chunk.finish is not None:
-                    completion = response.end(chunk.finish, chunk.versions, incarnation=self._incarnation, keeps_kv=self._mode == "keep_kv")
+                    response.end(chunk.finish, chunk.versions, incarnation=self._incarnation, keeps_kv=self._mode == "keep_kv")
             except EngineFault as fault:
                 self._trusted = self._trusted and not isinstance(fault, WrongVersion)
                 raise EngineFault(f"{self._client.url} {fault}") from None
+        completion = response.whole
         if completion is None:
             raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
         if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < sampling.max_tokens:

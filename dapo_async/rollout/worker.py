@@ -68,8 +68,10 @@ class RolloutWorker:
         self._alive.set()
         self._lost = asyncio.Event()
         self._why_lost = ""
-        self._proved = asyncio.Event()  # cleared from a weight swap until its handshake
-        self._proved.set()
+        self._unproved = False  # from a weight swap until its handshake, or that of the server that takes the place of a lost one
+        self._losses = 0
+        self._settled = asyncio.Event()  # cleared from a weight swap until its handshake, or the loss of the engine
+        self._settled.set()
 
     async def run(self) -> None:
         """Rolls groups until it is cancelled; raises whatever a group, the engine or the replay room raised, in an ExceptionGroup."""
@@ -130,11 +132,13 @@ class RolloutWorker:
             if not self._alive.is_set():
                 await self._hand_back(index, admission.heads)
                 return
+            losses = self._losses
             completions = await self.engine.generate(request)
+            unproved = self._unproved
         except EngineFault as fault:
             self.lose(str(fault))
             # Between a swap and its handshake nobody knows what the newest tokens were sampled from.
-            await self._hand_back(index, fault.heads if self._proved.is_set() else admission.heads)
+            await self._hand_back(index, admission.heads if self._unproved else fault.heads)
             return
         except Aborted:
             if index in self._wanted:
@@ -146,8 +150,10 @@ class RolloutWorker:
         if index not in self._wanted:
             return
         group = await self._score(admission, completions)
-        await self._proved.wait()
-        if index in self._wanted:
+        await self._settled.wait()
+        if unproved and losses != self._losses:  # lost before its weights were proved, which now never will be
+            await self._hand_back(index, admission.heads)
+        elif index in self._wanted:
             self._wanted.remove(index)
             await self._replay.offer(group)
 
@@ -158,16 +164,19 @@ class RolloutWorker:
 
     def hold(self, on: bool) -> None:
         """On, from before a weight swap: groups that finish wait. Off, when the handshake has proved the new weights: they are offered."""
+        self._unproved = on
         if on:
-            self._proved.clear()
+            self._settled.clear()
         else:
-            self._proved.set()
+            self._settled.set()
 
     def lose(self, why: str) -> None:
         """The engine can't be used: nothing is admitted here until `revive`, and groups that fail for it are handed back."""
         if not self._lost.is_set():
             self._alive.clear()
             self._why_lost = why
+            self._losses += 1
+            self._settled.set()
             self._lost.set()
 
     async def lost(self) -> str:

@@ -166,7 +166,11 @@ class Publisher:
         return self._in_flight
 
     async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
-        """One whole publish. Raises HandshakeError, or TimeoutError naming who waited for whom."""
+        """One whole publish, in its turn. Raises HandshakeError, or TimeoutError naming who waited for whom."""
+        async with self._turn:
+            await self._publish(announcement, on_served)
+
+    async def _publish(self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]) -> None:
         self.newest = announcement
         present = self.present
         lent = [receiver for receiver in present if receiver.name in self._lent]
@@ -191,7 +195,7 @@ class Publisher:
 
     async def _publish_in_turn(self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]) -> None:
         try:
-            await self.publish(announcement, on_served=on_served)
+            await self._publish(announcement, on_served)
         finally:
             self._turn.release()
 
