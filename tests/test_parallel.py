@@ -103,10 +103,10 @@ def test_decoder_split_over_two_ranks_has_the_logprobs_entropies_and_gradients_o
 
 
 def test_gradient_without_the_sum_behind_a_split_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dapo_async.model import decoder
+    from dapo_async.model import layers
 
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
-    monkeypatch.setattr(decoder, "copy_to", lambda x, axis: x)  # f forgotten: the ranks' gradients are parts only
+    monkeypatch.setattr(layers, "copy_to", lambda x, axis: x)  # f forgotten: the ranks' gradients are parts only
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
     assert (theirs["model.norm.weight"] - gradients["model.norm.weight"]).abs().max() < 1e-5  # above the last split layer all is well
     name = "model.layers.0.input_layernorm.weight"
