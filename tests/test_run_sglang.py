@@ -125,8 +125,8 @@ def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_wait
     server, told = SGLangServer(options), Counter[str]()
 
     def tamper(path: str, answer: Any) -> Any:
-        name = answer["meta_info"]["id"].split(".") if path == "/generate" else []
-        if len(name) < 3:  # a probe's
+        name = answer["meta_info"]["id"].split(".") if path == "/generate" and answer != "[DONE]" else []
+        if len(name) < 3:  # a probe's, or the end of a stream
             return answer
         kind = "of a group" if int(name[2]) >= 0 else "of an evaluation"
         told[kind] += 1
