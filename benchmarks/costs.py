@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from quickstart import CONFIG, QUICK, environment
-from safetensors.torch import save_file
 
 from dapo_async.config import Algorithm, Learner
-from dapo_async.learner import LearnerRank
-from dapo_async.model import Decoder, ModelConfig, checksum, take_snapshot
+from dapo_async.learner import LearnerRank, save_state
+from dapo_async.model import Decoder, Mesh, ModelConfig, checksum, take_snapshot
 
 EVERY_STEPS = 2
 SHAPES = {"5 M": (256, 6, 4096), "50 M": (640, 9, 8192)}  # hidden size, layers, vocabulary
@@ -67,7 +66,7 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     rank = LearnerRank(Decoder(config), algorithm=Algorithm(), learner=Learner(), seed=0)
     for parameter in rank.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
-    rank._optimizer.step()  # so that there are moments to save
+    rank._optimizer.step(lr=1e-6)  # so that there are moments to save
     times: dict[str, float] = {"parameters": sum(parameter.numel() for parameter in rank.decoder.parameters())}
 
     def timed(name: str, work: Any) -> Any:
@@ -78,8 +77,8 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
 
     timed("warm_up_s", lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()])
     timed("copy_of_weights_s", lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()])
-    state = timed("checkpoint_pause_s", rank.full_state)
-    timed("checkpoint_write_s", lambda: save_file(state, folder / "learner.safetensors"))
+    state = timed("checkpoint_pause_s", rank.freeze)
+    timed("checkpoint_write_s", lambda: save_state(state, folder / "learner", Mesh()))
     snapshot = timed("publish_snapshot_s", lambda: take_snapshot(rank.decoder, version=1, probe_tokens=16))
     timed("publish_checksum_s", lambda: checksum(snapshot.weights))
     del times["warm_up_s"]

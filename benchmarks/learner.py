@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import rows_of, split_microbatches
-from dapo_async.learner.optimizer import build_adamw
+from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import load_decoder, token_logprobs
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -73,7 +73,7 @@ def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], N
 def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     """Padded on the right; policy gradient with a clip, over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = build_adamw(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2))
+    optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2))
     batches = split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens)
     num_tokens = sum(len(batch.targets) for batch in batches)
 
@@ -93,8 +93,8 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
             gain = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
             (-gain.sum() / num_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), KNOBS.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(lr=KNOBS.lr)
+        optimizer.zero_grad()
 
     return step
 

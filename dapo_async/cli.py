@@ -159,7 +159,7 @@ def _replay(options: argparse.Namespace) -> int:
 
     config = knobs.load(run_dir.config)
     first = recorded_steps(run_dir.recorded)[0]
-    state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner.safetensors" if first else None
+    state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner" if first else None
     if state is not None and not state.is_file():
         raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
     different = 0

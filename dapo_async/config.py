@@ -115,6 +115,7 @@ class Learner:
     recompute_layers: int = knob(
         0, "activation checkpointing: so many layers keep their input only, and the backward pass computes the rest of them again"
     )
+    offload_optimizer: bool = knob(False, "AdamW's moments stay in the host's memory and visit the GPU bucket by bucket; on a CPU nothing changes")
     profile: bool = knob(False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/")
     max_skipped_steps: int = knob(3, "so many non-finite steps in a row end the run")
 

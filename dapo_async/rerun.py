@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Config
@@ -62,15 +61,14 @@ def recorded_steps(folder: Path) -> list[int]:
 
 
 def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any]], state: Path | None = None) -> Iterator[StepComparison]:
-    """Trains on each recorded batch in turn, from the base model or from a checkpoint's `learner.safetensors`; `rows` by step."""
+    """Trains on each recorded batch in turn, from the base model or from a checkpoint's folder of the learner's state; `rows` by step."""
     torch.set_num_threads(max(1, int(config.learner.num_cpus)))
-    decoder = load_decoder(Path(config.model.path))
-    activations: torch.dtype = getattr(torch, config.model.dtype)
-    rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=activations)
+    decoder = load_decoder(Path(config.model.path), activations=getattr(torch, config.model.dtype))
+    rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed)
     steps = recorded_steps(recorded)
     tolerance = tolerance_for(config)
     if state is not None:
-        rank.load_state(load_file(state))
+        rank.load(state)
     rank.version = steps[0]
     for step in steps:
         values = summarise(rank.step(read_groups(recorded / f"step_{step:06d}.safetensors")))

@@ -12,12 +12,11 @@ from dapo_async.learner import LearnerRank
 from dapo_async.model import Decoder, ModelConfig
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
-TINY = ModelConfig.from_dict(
-    {
-        "model_type": "qwen2", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    }
-)  # fmt: skip
+TINY_JSON = {
+    "model_type": "qwen2", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = ModelConfig.from_dict(TINY_JSON)
 VERSION = 3  # of the learner before the step
 LR = 0.01
 LENGTHS = ((1, 9, 4), (12, 2, 5), (7, 7, 3), (6, 11, 8))  # response tokens per group and rollout
@@ -56,8 +55,9 @@ def synthetic_groups(*, noise=0.4, versions=(0, 4)):
 
 def rank_of(*, algorithm=None, kind=LearnerRank, version=VERSION, activations=torch.float32, **learner):
     knobs = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.1, "grad_clip": 0.5} | learner
-    algorithm = Algorithm(**(algorithm or {}))
-    return kind(tiny_decoder(), algorithm=algorithm, learner=Learner(**knobs), seed=0, version=version, activations=activations)
+    decoder = tiny_decoder()
+    decoder.activations = activations
+    return kind(decoder, algorithm=Algorithm(**(algorithm or {})), learner=Learner(**knobs), seed=0, version=version)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Outcome:
 def outcome(rank, groups):
     metrics = summarise(rank.step(groups))
     weights = {name: parameter.detach().clone() for name, parameter in rank.decoder.named_parameters()}
-    return Outcome(metrics, weights, [rank._optimizer.state[parameter]["exp_avg"] for parameter in rank.decoder.parameters()])
+    return Outcome(metrics, weights, [tensor for moment, _, tensor in rank._optimizer.moments() if moment == "exp_avg"])
 
 
 def dense_attention(layer, query, key, value):

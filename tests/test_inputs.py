@@ -92,7 +92,7 @@ def test_missing_misshapen_and_broken_weights_are_named(folder):
 def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work():
     line = refusal("learner.tensor_parallel=3")
     assert line.startswith("learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size ")
-    assert line.endswith("; set it to one of 1, 2")
+    assert line.endswith("; set it to one of 1, 2, 4")
 
 
 def test_a_broken_tokenizer_is_named(folder):

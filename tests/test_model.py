@@ -80,14 +80,26 @@ def test_entropy_is_that_of_the_tempered_distribution(tmp_path, seeded):
     torch.testing.assert_close(entropies, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("file_bytes", [2**30, 3000])  # one file, and many with an index
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exported_folder_loads_in_transformers_with_equal_logits(family, tmp_path, seeded):
+def test_exported_folder_loads_in_transformers_with_equal_logits(family, file_bytes, tmp_path, seeded):
     hugging_face(family, tmp_path / "base")
     decoder = load_decoder(tmp_path / "base")
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(1.1)
-    export_folder(decoder.state_dict(), base=tmp_path / "base", out=tmp_path / "out")
+    weights = decoder.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    asked = []
+
+    def read(names):
+        asked.append(list(names))
+        return {name: weights[name] for name in names}
+
+    export_folder(shapes, read, dtype=torch.float32, base=tmp_path / "base", out=tmp_path / "out", file_bytes=file_bytes)
+    assert [name for names in asked for name in names] == list(weights)
+    assert all(len(names) == 1 or sum(weights[name].nbytes for name in names) <= file_bytes for names in asked)
+    assert (tmp_path / "out" / "model.safetensors").exists() == (len(asked) == 1) == (file_bytes > 1e6)
     ids = torch.randint(0, 61, (9,), generator=seeded)
     attention = PackedAttention([9])
     own = decoder.logits(decoder(ids, attention.positions, attention))

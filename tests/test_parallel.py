@@ -2,67 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gloo import TIMEOUT_S, on_ranks
-from learner_world import LR, TINY, VERSION, rank_of, synthetic_groups, tiny_decoder
+from learner_world import LR, TINY, TINY_JSON, VERSION, rank_of, synthetic_groups, tiny_decoder
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Algorithm, Learner
-from dapo_async.learner import LearnerRank
+from dapo_async.learner import LearnerRank, read_state, save_state
 from dapo_async.learner.batching import share_groups
-from dapo_async.model import Axis, Decoder, Mesh, ModelConfig, PackedAttention, split_dim, token_logprobs
+from dapo_async.learner.gradients import sum_gradients
+from dapo_async.model import (
+    Axis,
+    Decoder,
+    Mesh,
+    ModelConfig,
+    PackedAttention,
+    build_decoder,
+    fill,
+    gather_weights,
+    hf,
+    load_decoder,
+    part_of,
+    save_weights,
+    score_tokens,
+    shard_of,
+    token_logprobs,
+)
+from dapo_async.model.buckets import buckets
 from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo
 MESHES = ((1, 2), (2, 1), (2, 2))  # dp, tp
-# Odd sizes: 23 tokens of vocabulary on two ranks are 12 and 11; every family's extras: biases, norms of queries and keys, an untied head.
+# Odd sizes: 23 tokens of vocabulary on two ranks are 12 and 11; every family's extras: biases, norms of queries and keys, an untied head; one head of
+# keys and values for both ranks.
 EXTRAS: dict[str, dict[str, Any]] = {
     "tied with biases": {},
     "norms of heads": {"family": "qwen3", "qkv_bias": False, "qk_norm": True},
     "untied": {"tie_embeddings": False},
+    "fewer heads of keys than ranks": {"num_kv_heads": 1},
 }
 CONFIG = replace(TINY, num_kv_heads=2)
 FORMS = (
     {"learner": {}},
     {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute_layers": 1}},
-    {"learner": {"num_minibatches": 2}, "algorithm": {"second_moment": 0.04, "overlong_filtering": True}},
-    {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo", "entropy_bonus": 0.1}},
+    {"learner": {"num_minibatches": 2, "offload_optimizer": True}, "algorithm": {"second_moment": 0.04, "overlong_filtering": True}},
+    {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo", "entropy_bonus": 0.1}, "model": {"num_kv_heads": 1}},
     # One rollout per minibatch: with dp = 2 one rank has nothing but fillers in it. Where the rollout is truncated nobody has a token in the loss.
     {"learner": {"num_minibatches": 12}, "algorithm": {"overlong_filtering": True}},
     # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.
-    {"learner": {"microbatch_tokens": 1}, "algorithm": {"overlong_filtering": True}},
+    {"learner": {"microbatch_tokens": 1}, "algorithm": {"overlong_filtering": True}, "model": {"tie_embeddings": False}},
 )
 REL = 2e-5  # of losses, gradient norms and all other metrics in float32, over three steps; relative, or absolute where they are below 1
 
 
-def decoder_of(config: ModelConfig, mesh: Mesh) -> Decoder:
-    """The shard of a random dense decoder that is the same on every rank."""
+def dense_decoder(config: ModelConfig) -> Decoder:
+    """Random, and the same on every rank."""
     torch.manual_seed(3)
     dense = Decoder(config)
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
-    decoder = Decoder(config, mesh.tp)
-    weights = dict(dense.named_parameters())
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(shard(weights[name], name, mesh))
+    return dense
+
+
+def decoder_of(config: ModelConfig, mesh: Mesh, *, activations: torch.dtype | None = None) -> Decoder:
+    """This rank's part of the dense decoder."""
+    weights = dict(dense_decoder(config).named_parameters())
+    decoder = build_decoder(config, mesh=mesh, activations=activations)
+    fill(decoder, lambda name, part: weights[name][part])
     return decoder
-
-
-def shard(tensor: torch.Tensor, name: str, mesh: Mesh) -> torch.Tensor:
-    dim = split_dim(name)
-    if dim is None:
-        return tensor
-    part = mesh.tp.share(tensor.shape[dim])
-    return tensor.narrow(dim, part.start, part.stop - part.start)
 
 
 def uneven_groups() -> list[Group]:
@@ -73,50 +93,81 @@ def uneven_groups() -> list[Group]:
 
 
 def forward_and_backward(mesh: Mesh, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Logprobs, entropies, and the whole gradients; 17 tokens, which two ranks share 9 and 8."""
     decoder = decoder_of(config, mesh)
     random = np.random.default_rng(0)
     lengths = (3, 5, 9)
     ids = torch.from_numpy(random.integers(0, config.vocab_size, sum(lengths)))
     attention = PackedAttention(lengths)
-    hidden = decoder(ids, attention.positions, attention)
     temperatures = torch.linspace(0.7, 1.3, len(ids) - 1)
-    start = decoder.model.embed_tokens.share.start
-    logprobs, entropies = token_logprobs(hidden[:-1], decoder.head_weight, ids[1:], temperatures, chunk_tokens=7, tp=mesh.tp, vocab_start=start)
-    (logprobs * torch.linspace(-1, 1, len(logprobs)) + entropies * torch.linspace(0.5, -1, len(logprobs))).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+    predictors = torch.arange(len(ids) - 1)
+    logprobs, entropies = decoder.score(ids, attention.positions, attention, predictors=predictors, targets=ids[1:], temperatures=temperatures)
+    objective = (logprobs * torch.linspace(-1, 1, len(logprobs)) + entropies * torch.linspace(0.5, -1, len(logprobs))).sum()
+    (objective / mesh.dp.size).backward()  # ranks of one dp axis had the same tokens
+    sum_gradients(decoder, mesh)
+    gradients = {name: whole(parameter.grad) for name, parameter in decoder.named_parameters() if parameter.grad is not None}
     return logprobs.detach(), entropies.detach(), gradients
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_decoder_split_over_two_ranks_has_the_logprobs_entropies_and_gradients_of_the_whole(extra: str) -> None:
-    config = replace(TINY, num_kv_heads=2, **EXTRAS[extra])
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
+def test_decoder_split_over_ranks_has_the_logprobs_entropies_and_gradients_of_the_whole(dp: int, tp: int, extra: str) -> None:
+    config = replace(CONFIG, **EXTRAS[extra])
     logprobs, entropies, gradients = forward_and_backward(Mesh(), config)
-    for rank, (their_logprobs, their_entropies, theirs) in enumerate(on_ranks(forward_and_backward, config, tp=2)):
+    for rank, (their_logprobs, their_entropies, theirs) in enumerate(on_ranks(forward_and_backward, config, dp=dp, tp=tp)):
         torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
         torch.testing.assert_close(their_entropies, entropies, rtol=0, atol=1e-5)
         assert theirs.keys() == gradients.keys()
         for name, gradient in gradients.items():
-            dim = split_dim(name)
-            expected = gradient if dim is None else gradient.tensor_split(2, dim)[rank]
-            gap = float((theirs[name] - expected).abs().max() / gradient.abs().max())
+            gap = float((theirs[name] - gradient).abs().max() / gradient.abs().max())
             assert gap <= 1e-5, f"{name} on rank {rank}: {gap:.1e} of the largest gradient"
 
 
-def test_gradient_without_the_sum_behind_a_split_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dapo_async.model import layers
+def test_four_ranks_share_two_heads_of_keys_and_values() -> None:
+    config = replace(TINY, num_heads=4, num_kv_heads=2)
+    logprobs, _, gradients = forward_and_backward(Mesh(), config)
+    for their_logprobs, _, theirs in on_ranks(forward_and_backward, config, tp=4):
+        torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dapo_async.model import parallel
 
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
-    monkeypatch.setattr(layers, "copy_to", lambda x, axis: x)  # f forgotten: the ranks' gradients are parts only
+    # The reverse of gathering forgets the other ranks' shares.
+    own = lambda ctx, gradient: (parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None)  # noqa: E731
+    monkeypatch.setattr(parallel._GatherTokens, "backward", staticmethod(own))
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
-    assert (theirs["model.norm.weight"] - gradients["model.norm.weight"]).abs().max() < 1e-5  # above the last split layer all is well
     name = "model.layers.0.input_layernorm.weight"
     assert (theirs[name] - gradients[name]).abs().max() > 1e-3
 
 
-def rank_on(mesh: Mesh, *, algorithm: dict[str, Any] | None = None, activations: torch.dtype = torch.float32, **learner: Any) -> LearnerRank:
+def test_gradient_of_own_tokens_only_in_a_whole_parameter_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, gradients = forward_and_backward(Mesh(), CONFIG)
+    monkeypatch.setitem(globals(), "sum_gradients", lambda decoder, mesh: None)
+    (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
+    assert (theirs["model.norm.weight"] - gradients["model.norm.weight"]).abs().max() > 1e-3
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (theirs[name] - gradients[name]).abs().max() < 1e-5 * gradients[name].abs().max()
+
+
+def rank_on(
+    mesh: Mesh,
+    *,
+    algorithm: dict[str, Any] | None = None,
+    activations: torch.dtype | None = None,
+    model: dict[str, Any] | None = None,
+    **learner: Any,
+) -> LearnerRank:
     knobs = Learner(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
-    decoder = decoder_of(CONFIG, mesh)
-    return LearnerRank(decoder, algorithm=Algorithm(**(algorithm or {})), learner=knobs, seed=0, version=VERSION, activations=activations, mesh=mesh)
+    decoder = decoder_of(replace(CONFIG, **(model or {})), mesh, activations=activations)
+    return LearnerRank(decoder, algorithm=Algorithm(**(algorithm or {})), learner=knobs, seed=0, version=VERSION, mesh=mesh)
 
 
 def step_on(rank: LearnerRank, mesh: Mesh, groups: list[Group]) -> StepMetrics:
@@ -130,23 +181,21 @@ class Trained:
     """What a rank has after three steps."""
 
     steps: list[StepMetrics]
-    weights: dict[str, torch.Tensor]  # its shards
-    state: dict[str, torch.Tensor] | None
+    weights: dict[str, torch.Tensor]  # whole
 
 
 def three_steps(mesh: Mesh, form: dict[str, Any]) -> Trained:
-    rank = rank_on(mesh, algorithm=form.get("algorithm"), **form["learner"])
+    rank = rank_on(mesh, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"])
     steps = [step_on(rank, mesh, uneven_groups()) for _ in range(3)]
-    return Trained(steps, {name: parameter.detach() for name, parameter in rank.decoder.named_parameters()}, rank.full_state())
+    return Trained(steps, {name: whole(parameter.detach()) for name, parameter in rank.decoder.named_parameters()})
 
 
 def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
-    """Bit for bit: the gradient norm on all ranks, all shards along dp, whole parameters along tp; and the flags of a step are counted once."""
+    """Bit for bit: the gradient norm and what all have put together; and the flags of a step are counted once."""
     for number, rank in enumerate(ranks):
         assert [each.sums.get("grad_norm", (0, 0))[0] for each in rank.steps] == [each.sums.get("grad_norm", (0, 0))[0] for each in ranks[0].steps]
         for name, tensor in rank.weights.items():
-            same = ranks[number % tp] if split_dim(name) is not None else ranks[0]
-            assert torch.equal(tensor, same.weights[name]), f"{name} on rank {number}"
+            assert torch.equal(tensor, ranks[0].weights[name]), f"{name} on rank {number}"
         assert all(("skipped" in each.totals) == (number < tp) for each in rank.steps)
 
 
@@ -162,14 +211,11 @@ def test_three_steps_of_several_ranks_equal_those_of_one(dp: int, tp: int, form:
         tolerance = REL * amplified
         assert ours.keys() == theirs.keys()
         # Fractions count single tokens: one that lies at a clip's edge may fall on its other side.
-        named = {name for name in ours if not name.endswith("_fraction")} if step or amplified > 1 else ours.keys()
+        named = {name for name in ours if name != "imbalance" and not (name.endswith("_fraction") and (step or amplified > 1))}
         assert {name: theirs[name] for name in named} == pytest.approx({name: ours[name] for name in named}, rel=tolerance, abs=tolerance)
-    assert [rank.state is None for rank in ranks] == [False] + [True] * (dp * tp - 1)
-    assert alone.state is not None
-    assert ranks[0].state.keys() == alone.state.keys()
-    for name, tensor in alone.state.items():
-        if name.startswith("weights."):
-            torch.testing.assert_close(ranks[0].state[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name)
+        assert theirs["imbalance"] >= ours["imbalance"] == 1.0
+    for name, tensor in alone.weights.items():
+        torch.testing.assert_close(ranks[0].weights[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name)
 
 
 def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
@@ -182,10 +228,9 @@ def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
 
 
 def count_passes(mesh: Mesh) -> list[int]:
-    """Microbatches of each minibatch, as the rank runs them."""
-    rank, counts = rank_on(mesh, num_minibatches=12), []
-    update = rank._update
-    rank._update = lambda minibatch, *rest, **more: (counts.append(len(minibatch)), update(minibatch, *rest, **more))[1]  # type: ignore[method-assign]
+    """Microbatches of each minibatch, as the rank would run them."""
+    rank, counts = rank_on(mesh, num_minibatches=12, algorithm={"proximal": "behaviour"}), []
+    rank._update = lambda minibatch, *_, **__: (counts.append(len(minibatch)), (StepMetrics(), False))[1]  # type: ignore[method-assign]
     step_on(rank, mesh, uneven_groups())
     return counts
 
@@ -207,9 +252,9 @@ def one_bad_rank(mesh: Mesh) -> tuple[StepMetrics, bool]:
     completion = groups[3].rollouts[2].completion
     bad = replace(groups[3].rollouts[2], completion=replace(completion, behaviour_logprobs=np.full_like(completion.behaviour_logprobs, np.nan)))
     rank = rank_on(mesh)
-    before = {name: parameter.detach().clone() for name, parameter in rank.decoder.named_parameters()}
+    before = {name: shard_of(parameter).clone() for name, parameter in rank.decoder.named_parameters()}
     metrics = step_on(rank, mesh, [*groups[:3], replace(groups[3], rollouts=(*groups[3].rollouts[:2], bad))])
-    return metrics, all(torch.equal(parameter, before[name]) for name, parameter in rank.decoder.named_parameters())
+    return metrics, all(torch.equal(shard_of(parameter), before[name]) for name, parameter in rank.decoder.named_parameters())
 
 
 def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted_once() -> None:
@@ -223,8 +268,8 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted_once(
 def test_rank_that_only_looks_at_its_own_numbers_would_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from dapo_async.learner import rank
 
-    # Neither the gradient nor the loss is shared: law 4 and the skip are broken together.
-    monkeypatch.setattr(rank, "sum_gradients", lambda parameters, dp: None)
+    # Neither the norm nor the loss is shared: the skip is each rank's own.
+    monkeypatch.setattr(rank, "clip_gradients", lambda decoder, max_norm, mesh: 1.0)
     monkeypatch.setattr(rank, "sum_numbers", lambda values, mesh, device: list(values))
     assert sorted(untouched for _, untouched in on_ranks(one_bad_rank, dp=2)) == [False, True]
 
@@ -251,45 +296,115 @@ def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(monkeypatch: pyt
 State = dict[str, torch.Tensor]
 
 
-def go_on(mesh: Mesh, state: State | None) -> tuple[State | None, StepMetrics, State | None]:
-    """A step, or a loaded state in its place; the state then, the metrics of the step after, the state at the end."""
+def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, StepMetrics]:
+    """A step, or a loaded state in its place; saves into `folder`/before; the metrics of the step after; saves into `folder`/after."""
     rank = rank_on(mesh, num_minibatches=2)
-    if state is None:
+    if load is None:
         step_on(rank, mesh, uneven_groups())
     else:
-        rank.load_state(state)
-        rank.version = VERSION + 1
-    return rank.full_state(), step_on(rank, mesh, uneven_groups()), rank.full_state()
+        score_tokens(rank.decoder, np.arange(5, dtype=np.int32))  # what was gathered for it is no longer true afterwards
+        rank.load(load)
+    save_state(rank.freeze(), folder / "before", mesh)
+    metrics = step_on(rank, mesh, uneven_groups())
+    save_state(rank.freeze(), folder / "after", mesh)
+    return metrics, metrics
 
 
-def equal(one: State | None, other: State | None) -> bool:
-    assert one is not None
-    assert other is not None
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def equal(one: Path, other: Path) -> bool:
+    ours, theirs = read_state(one), read_state(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
-def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(dp: int, tp: int) -> None:
-    gave, loaded = on_ranks(go_on, None, dp=dp, tp=tp), on_ranks(go_on, on_ranks(go_on, None, dp=dp, tp=tp)[0][0], dp=dp, tp=tp)
-    assert [metrics for _, metrics, _ in loaded] == [metrics for _, metrics, _ in gave]
-    (before, _, after), *_ = gave
-    assert equal(loaded[0][0], before)
-    assert equal(loaded[0][2], after)
-    assert after is not None
-    assert after["updates"] == 4
-    forgetful = on_ranks(go_on, {**before, "exp_avg.model.norm.weight": torch.zeros(16)}, dp=dp, tp=tp)  # one moment lost is seen
-    assert not equal(forgetful[0][2], after)
+def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(dp: int, tp: int, tmp_path: Path) -> None:
+    gave = on_ranks(go_on, tmp_path / "gave", None, dp=dp, tp=tp)
+    loaded = on_ranks(go_on, tmp_path / "loaded", tmp_path / "gave" / "before", dp=dp, tp=tp)
+    assert loaded == gave
+    assert len([*(tmp_path / "gave" / "before").glob("*.safetensors")]) == dp * tp  # each rank wrote its own part
+    assert equal(tmp_path / "loaded" / "before", tmp_path / "gave" / "before")
+    assert equal(tmp_path / "loaded" / "after", tmp_path / "gave" / "after")
+    assert json.loads((tmp_path / "loaded" / "after" / "learner.json").read_text()) == {"version": VERSION + 2, "updates": 4}
+    for file in (tmp_path / "gave" / "before").glob("*.safetensors"):  # one moment lost is seen
+        with safe_open(file, framework="pt") as parts:
+            tensors, notes = {name: parts.get_tensor(name) for name in parts.keys()}, parts.metadata()  # noqa: SIM118 (not a mapping)
+        tensors = {name: tensor * (name != "exp_avg.model.norm.weight") for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata=notes)
+    on_ranks(go_on, tmp_path / "forgetful", tmp_path / "gave" / "before", dp=dp, tp=tp)
+    assert not equal(tmp_path / "forgetful" / "after", tmp_path / "gave" / "after")
 
 
-def test_state_loads_at_any_other_size_whole_and_without_a_change() -> None:
-    (state, *_), _ = on_ranks(go_on, None, tp=2)
-    same, metrics, _ = go_on(Mesh(), state)
-    assert equal(same, state)
-    (again, theirs, _), _ = on_ranks(go_on, same, dp=2)
-    assert equal(again, state)
-    (once_more, _, _), *_ = on_ranks(go_on, same, dp=2, tp=2)
-    assert equal(once_more, state)
+def test_state_loads_at_any_other_size_whole_and_without_a_change(tmp_path: Path) -> None:
+    on_ranks(go_on, tmp_path / "1x2", None, tp=2)
+    given = tmp_path / "1x2" / "before"
+    metrics, _ = go_on(Mesh(), tmp_path / "alone", given)
+    (theirs, _), *_ = on_ranks(go_on, tmp_path / "2x1", tmp_path / "alone" / "before", dp=2)
+    on_ranks(go_on, tmp_path / "2x2", tmp_path / "2x1" / "before", dp=2, tp=2)
+    on_ranks(go_on, tmp_path / "1x2 again", tmp_path / "2x2" / "before", tp=2)
+    for size in ("alone", "2x1", "2x2", "1x2 again"):
+        assert equal(tmp_path / size / "before", given), size
     assert theirs.sums["grad_norm"][0] == pytest.approx(metrics.sums["grad_norm"][0], rel=1e-3)
+
+
+def gathered(mesh: Mesh) -> State:
+    return gather_weights(rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder, mesh, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dp", "tp"), MESHES)
+def test_first_rank_gathers_the_whole_weights_and_the_others_none(dp: int, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "__kwdefaults__", {"limit": 500})  # many collectives, some tensors alone
+    first, *others = on_ranks(gathered, dp=dp, tp=tp)
+    alone = gathered(Mesh())
+    assert list(first) == list(alone)
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in first.items())
+    assert others == [{}] * (dp * tp - 1)
+
+
+class Counting:
+    """safe_open's file, counting the bytes that are read of it."""
+
+    read = 0
+
+    def __init__(self, path: Path, framework: str) -> None:
+        self._file = safe_open(path, framework).__enter__()
+
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def get_slice(self, name: str) -> Any:
+        file = self._file.get_slice(name)
+
+        class Slice:
+            get_shape = staticmethod(file.get_shape)
+
+            def __getitem__(self, part: tuple[slice, ...]) -> torch.Tensor:
+                tensor: torch.Tensor = file[part]
+                Counting.read += tensor.nbytes
+                return tensor
+
+        return Slice()
+
+
+def load_counted(mesh: Mesh, folder: Path) -> int:
+    """Bytes of weights that a rank reads to load its part of a folder, which is the right one."""
+    decoder = load_decoder(folder, mesh=mesh)
+    dense = dict(dense_decoder(decoder.config).named_parameters())
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(shard_of(parameter), dense[name][part_of(parameter)]), name
+    return Counting.read
+
+
+def test_ranks_read_their_parts_of_a_folder_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_JSON, "num_key_value_heads": 2, "tie_word_embeddings": False}))
+    weights = dict(dense_decoder(ModelConfig.from_folder(tmp_path)).named_parameters())
+    save_weights(weights, tmp_path)
+    monkeypatch.setattr(hf, "safe_open", Counting)
+    whole_on_tp = sum(tensor.nbytes for name, tensor in weights.items() if "norm" in name)
+    assert sum(on_ranks(load_counted, tmp_path, dp=2, tp=2)) == sum(tensor.nbytes for tensor in weights.values()) + whole_on_tp
 
 
 def exchanges(mesh: Mesh, chunk_tokens: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -315,10 +430,12 @@ def exchanges(mesh: Mesh, chunk_tokens: int) -> tuple[int, torch.Tensor, torch.T
 def test_head_of_four_uneven_shards_talks_as_often_whatever_the_number_of_chunks() -> None:
     _, logprobs, entropies, gradient = exchanges(Mesh(), 100)
     for chunk_tokens in (2, 100):
-        for calls, *theirs in on_ranks(exchanges, chunk_tokens, tp=4):
-            assert calls == 2  # the numbers of each token, the gradient
-            for ours, other in zip((logprobs, entropies, gradient), theirs, strict=True):
-                torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)
+        ranks = on_ranks(exchanges, chunk_tokens, tp=4)
+        for calls, their_logprobs, their_entropies, _ in ranks:
+            assert calls == 1  # the numbers of each token
+            torch.testing.assert_close(their_logprobs, logprobs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(their_entropies, entropies, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sum(shares for *_, shares in ranks), gradient, rtol=1e-5, atol=1e-5)
 
 
 def vanish(mesh: Mesh) -> float:
@@ -347,9 +464,11 @@ def test_groups_are_shared_by_tokens_and_everybody_gets_one() -> None:
 
 def test_sizes_that_do_not_split_name_those_that_do() -> None:
     config = replace(TINY, num_heads=8, num_kv_heads=4, intermediate_size=24)
-    config.check_split(4)
-    with pytest.raises(ValueError, match=r"learner.tensor_parallel \(3\) must divide .*num_key_value_heads 4.*set it to one of 1, 2, 4"):
+    config.check_split(8)  # two ranks to a head of keys and values
+    with pytest.raises(ValueError, match=r"learner.tensor_parallel \(3\) must divide .*num_key_value_heads 4.*set it to one of 1, 2, 4, 8"):
         config.check_split(3)
+    with pytest.raises(ValueError, match=r"set it to one of 1, 2$"):
+        replace(config, vocab_size=9, num_kv_heads=8).check_split(8)  # the last ranks would have no token
 
 
 def test_rank_of_the_learners_own_tests_is_a_mesh_of_one() -> None:

@@ -136,7 +136,7 @@ def test_dry_run_tells_every_learner_rank_and_a_size_that_does_not_split_ends_wi
     printed = capsys.readouterr().out
     assert [f"learner-{rank}  " in printed for rank in range(5)] == [True] * 4 + [False]
     assert "groups of 16 per step, dp 2 x tp 2" in printed
-    assert "learner.tensor_parallel (4) must divide the model's " in refused(capsys, *TRAIN, "learner.tensor_parallel=4", "--dry-run")
+    assert "learner.tensor_parallel (3) must divide the model's " in refused(capsys, *TRAIN, "learner.tensor_parallel=3", "--dry-run")
 
 
 def test_dry_run_tells_every_actor_and_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from run_support import QUICKSTART, TINY, Finished, check_conservation, command, finished, read_rows, running, write_rows
-from safetensors.torch import load_file
 
 from dapo_async import config as knobs
 from dapo_async.group_files import read_groups
+from dapo_async.learner import read_state
 
 LOCKSTEP = (
     *TINY, "replay.dynamic_sampling=true", "replay.lockstep=true", "replay.max_staleness=0", "rollout.num_slots=32", "train.num_steps=40",
@@ -45,7 +45,8 @@ def same_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> None:
     """Weights, optimizer, replay room, metrics and every token, bit for bit."""
     ours, theirs = (each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other))
-    first, second = load_file(ours / "learner.safetensors"), load_file(theirs / "learner.safetensors")
+    first, second = read_state(ours / "learner"), read_state(theirs / "learner")
+    assert (ours / "learner" / "learner.json").read_text() == (theirs / "learner" / "learner.json").read_text()
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

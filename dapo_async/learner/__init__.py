@@ -1,15 +1,16 @@
 """The learner (L2): whole groups come in, updated weights and the sums and counts of one step leave. Driven by the learner actor in `runtime/`.
 
 batching   groups -> advantages -> rows -> minibatches of equal row counts -> packed microbatches
-optimizer  AdamW, warm-up, gradient clipping
+optimizer  AdamW on this rank's parts of the parameters, warm-up
 rank       one rank's step: proximal logprobs, the loss of each microbatch, one update per minibatch
-gradients  summed over data-parallel ranks, clipped over all shards
+gradients  summed over the ranks, clipped over all parts
 mismatch   how far the engine's logprobs are from the learner's where both mean the same weights
-state      what a checkpoint keeps: whole tensors, for any number of ranks
+state      what a checkpoint keeps: each rank its parts, for any number of ranks to go on from
 profiling  a profiler's trace of a step
 """
 
 from dapo_async.learner.profiling import profiled
 from dapo_async.learner.rank import LearnerRank
+from dapo_async.learner.state import FrozenState, read_state, read_weights, save_state
 
-__all__ = ["LearnerRank", "profiled"]
+__all__ = ["FrozenState", "LearnerRank", "profiled", "read_state", "read_weights", "save_state"]

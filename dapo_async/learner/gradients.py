@@ -1,38 +1,38 @@
-"""What the ranks do to a minibatch's gradient before the update: add it up over the data-parallel axis, and clip its norm over all shards."""
+"""What the ranks do to a minibatch's gradient before the update. FSDP2 has summed it over the data-parallel axis by then."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dapo_async.model import Axis, Mesh, buckets, split_dim
+from dapo_async.model import Decoder, Mesh, buckets, is_split, shard_of
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], dp: Axis) -> None:
-    """Sums over `dp`, bucket by bucket; a rank without rows in this minibatch gives zeros. The loss is over the global token count already."""
-    if dp.size == 1:
+def sum_gradients(decoder: Decoder, mesh: Mesh) -> None:
+    """Adds up over the tensor-parallel axis what is whole on each of its ranks: each has the gradient of its own tokens, or heads, only."""
+    if mesh.tp.size == 1:
         return
-    for bucket in buckets(parameters, nn.Parameter.numel):
-        flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).reshape(-1) for each in bucket])
-        dp.sum(flat)
-        for parameter, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+    whole = [shard_of(parameter.grad) for parameter in decoder.parameters() if parameter.grad is not None and not is_split(parameter)]
+    for bucket in buckets(whole, Tensor.numel):
+        flat = mesh.tp.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
-def clip_gradients(model: nn.Module, max_norm: float, tp: Axis) -> float:
-    """Scales the gradient down to the global norm `max_norm`, as torch's own does; returns the norm before. Shards count once each."""
-    if tp.size == 1:
-        return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> float:
+    """Scales the gradient down to the global norm `max_norm`, as torch's own does; returns the norm before. Every part counts once."""
     split: list[Tensor] = []
     whole: list[Tensor] = []
-    for name, parameter in model.named_parameters():
+    for parameter in decoder.parameters():
         if parameter.grad is not None:
-            (whole if split_dim(name) is None else split).append(parameter.grad)
-    squares = tp.sum(_square_norm(split)) + _square_norm(whole)
+            (split if is_split(parameter) else whole).append(shard_of(parameter.grad))
+    squares = mesh.dp.sum(mesh.tp.sum(_square_norm(split)) + _square_norm(whole))
     norm = squares.sqrt()
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in (*split, *whole):
+        gradient.mul_(scale)
     return float(norm)
 
 
@@ -45,4 +45,4 @@ def sum_numbers(values: Sequence[float], mesh: Mesh, device: torch.device) -> li
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:
-    return nn.utils.get_total_norm(gradients).square()
+    return torch.nn.utils.get_total_norm(gradients).square()

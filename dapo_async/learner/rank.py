@@ -6,7 +6,8 @@ Called by the learner actor once per step; between two steps the publisher takes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from dapo_async.config import Algorithm, Learner
 from dapo_async.learner.batching import Microbatch, Row, filler, rows_of, split_microbatches, split_minibatches
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.mismatch import mismatch_metrics
-from dapo_async.learner.optimizer import build_adamw, warmed_up
-from dapo_async.learner.state import full_state, load_state
-from dapo_async.model import Decoder, Mesh, PackedAttention, token_logprobs
+from dapo_async.learner.optimizer import ShardedAdamW, warmed_up
+from dapo_async.learner.state import FrozenState, freeze, load_state
+from dapo_async.model import Decoder, Mesh, PackedAttention
 from dapo_async.types import Group, StepMetrics
 
 
@@ -34,19 +35,21 @@ class LearnerRank:
         learner: Learner,
         seed: int,
         version: int = 0,
-        activations: torch.dtype = torch.float32,
         mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
     ) -> None:
-        """The decoder's parameters are the master weights and stay in float32; with `activations` bfloat16 the layers compute under autocast.
+        """The decoder's parameters are the master weights and stay in float32, whatever it computes in.
 
-        With a `mesh` the decoder is this rank's shard, and every method is called on all ranks alike.
+        With a `mesh` the decoder is this rank's part of one, and every method is called on all ranks alike.
         """
-        assert decoder.head_weight.dtype is torch.float32, f"master weights are float32, these are {decoder.head_weight.dtype}"
+        precisions = {parameter.dtype for parameter in decoder.parameters()}
+        assert precisions == {torch.float32}, f"master weights are float32, these are {precisions}"
         self.decoder, self.version = decoder, version
-        decoder.recompute_layers = learner.recompute_layers
+        decoder.recompute(learner.recompute_layers)
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
-        self._optimizer = build_adamw(decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2))
-        self._device, self._activations, self._mesh = decoder.head_weight.device, activations, mesh
+        self._optimizer = ShardedAdamW(
+            decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2), offload=learner.offload_optimizer
+        )
+        self._device, self._mesh = decoder.rope_cos.device, mesh
 
     def step(self, groups: Sequence[Group], *, positions: Sequence[int] | None = None, num_groups: int | None = None) -> StepMetrics:
         """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
@@ -68,12 +71,10 @@ class LearnerRank:
         recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
         kept = self._keep_masks(minibatches, recomputed)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        for parameters in self._optimizer.param_groups:
-            parameters["lr"] = lr
-        metrics = rollout_metrics(groups, learner_version=self.version)
+        metrics = rollout_metrics(groups, learner_version=self.version) + self._imbalance(minibatches)
         non_finite, updates = False, 0
         for minibatch in minibatches:
-            update, non_finite = self._update(minibatch, recomputed, kept, first=updates == 0)
+            update, non_finite = self._update(minibatch, recomputed, kept, lr=lr, first=updates == 0)
             metrics = metrics + update
             if non_finite:
                 break
@@ -82,13 +83,13 @@ class LearnerRank:
         flags = {"non_finite": float(non_finite), "skipped": float(updates == 0)}  # the same on all ranks, counted once
         return metrics + StepMetrics(maxima={"lr": lr}, totals=flags if self._mesh.dp.rank == 0 else {})
 
-    def full_state(self) -> dict[str, Tensor] | None:
-        """Weights and optimizer, whole, as copies on the first rank; None on the others. Every rank has to call it (state.py)."""
-        return full_state(self.decoder, self._optimizer, self._mesh)
+    def freeze(self) -> FrozenState:
+        """Copies of this rank's weights and moments in the host's memory, for `save_state`."""
+        return freeze(self.decoder, self._optimizer, self._mesh, version=self.version)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on exactly where the rank that gave `state` stood; `version` is the caller's to set."""
-        load_state(self.decoder, self._optimizer, self._mesh, state)
+    def load(self, folder: Path) -> None:
+        """Goes on exactly where the ranks stood whose states `save_state` wrote into `folder`, however many they were."""
+        self.version = load_state(self.decoder, self._optimizer, self._mesh, folder)
 
     def _fill_up(self, minibatches: Sequence[list[Microbatch]], rows: Sequence[Row]) -> None:
         """Gives each minibatch as many microbatches as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks."""
@@ -96,14 +97,17 @@ class LearnerRank:
         for minibatch, count in zip(minibatches, most, strict=True):
             minibatch += [filler(rows, device=self._device) for _ in range(count - len(minibatch))]
 
+    def _imbalance(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepMetrics:
+        """Tokens that the ranks would have had time for over those that they have: each pass takes as long as the fullest one of it."""
+        tokens = torch.tensor([len(batch.token_ids) for minibatch in minibatches for batch in minibatch], dtype=torch.float64, device=self._device)
+        total, fullest = self._mesh.dp.sum(tokens.sum()), self._mesh.dp.max(tokens.clone()).sum() * self._mesh.dp.size
+        return StepMetrics(maxima={"imbalance": float(fullest / total)})
+
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)
-        with torch.autocast(self._device.type, dtype=self._activations, enabled=self._activations is not torch.float32):
-            hidden = self.decoder(batch.token_ids, attention.positions, attention)
-        vocab_start = self.decoder.model.embed_tokens.share.start
-        return token_logprobs(
-            hidden[batch.predictors], self.decoder.head_weight, batch.targets, batch.temperatures, tp=self._mesh.tp, vocab_start=vocab_start
-        )
+        of_responses = {"predictors": batch.predictors, "targets": batch.targets, "temperatures": batch.temperatures}
+        logprobs, entropies = self.decoder.score(batch.token_ids, attention.positions, attention, **of_responses)
+        return logprobs, entropies
 
     @record_function("proximal pass")
     @torch.no_grad()
@@ -136,7 +140,7 @@ class LearnerRank:
 
     @record_function("minibatch")
     def _update(
-        self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, first: bool
+        self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, lr: float, first: bool
     ) -> tuple[StepMetrics, bool]:
         """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
         (num_tokens,) = sum_numbers([float(sum(int(batch.mask.sum()) for batch in minibatch))], self._mesh, self._device)
@@ -150,14 +154,14 @@ class LearnerRank:
             total_loss += float(loss.detach())
             metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies.detach(), learner_version=self.version)
             metrics = metrics + self._mismatch(batch, recomputed.get(id(batch), logprobs.detach() if first else None))
-        sum_gradients(self.decoder.parameters(), self._mesh.dp)
-        norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh.tp)
+        sum_gradients(self.decoder, self._mesh)
+        norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
         (total_loss,) = sum_numbers([total_loss], self._mesh, self._device)
         skipped = not (math.isfinite(norm) and math.isfinite(total_loss))
         if not skipped:
-            self._optimizer.step()
+            self._optimizer.step(lr=lr)
             metrics = metrics + StepMetrics(sums={"grad_norm": (norm, 1.0)})
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return metrics, skipped
 
     def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> StepMetrics:

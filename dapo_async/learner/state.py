@@ -1,51 +1,99 @@
-"""What a checkpoint keeps of a rank: whole tensors under Hugging Face names, which load at any tensor- and data-parallel size (law 7)."""
+"""What a checkpoint keeps of the learner: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` in float32, under Hugging Face names (law 7).
+
+Every rank writes its own parts beside its steps, as safetensors by `torch.distributed.checkpoint`, and any other number of ranks reads them: each the
+parts that it needs. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from dapo_async.model import Decoder, Mesh, gather_shards, split_dim
+from dapo_async.learner.optimizer import ShardedAdamW
+from dapo_async.model import Decoder, Mesh, like, shard_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTS_FILE = "learner.json"
+WEIGHTS = "weights."
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenState:
+    """One rank's parts of the state in the host's memory, as of one instant; no later step changes them."""
+
+    version: int
+    updates: int  # that the optimizer had done
+    tensors: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def full_state(decoder: Decoder, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor] | None:
-    """Copies on CPU: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` in float32, and the optimizer's `updates` so far.
+def freeze(decoder: Decoder, optimizer: ShardedAdamW, mesh: Mesh, *, version: int) -> FrozenState:
+    """Copies this rank's parts; needs no other rank."""
+    parameters = dict(decoder.named_parameters())
 
-    Every rank of the mesh calls it; the first one gets the state, the others None.
+    def copied(name: str, part: Tensor) -> Tensor:
+        return like(parameters[name], part.to("cpu", copy=True), mesh)
+
+    tensors = {WEIGHTS + name: copied(name, shard_of(parameter)) for name, parameter in parameters.items()}
+    tensors |= {f"{moment}.{name}": copied(name, part) for moment, name, part in optimizer.moments()}
+    return FrozenState(version, optimizer.updates, tensors)
+
+
+def save_state(state: FrozenState, folder: Path, mesh: Mesh) -> None:
+    """Writes this rank's parts into `folder`; all ranks of the mesh call it, and when it returns those of all are there.
+
+    It talks in a group of its own, so that a step may run meanwhile.
     """
-    if mesh.dp.rank > 0:
-        return None
-    shards: dict[str, Tensor] = {}
-    updates = torch.zeros(())
-    for name, parameter in decoder.named_parameters():
-        moments = optimizer.state.get(parameter, {})
-        updates = moments["step"].to("cpu", copy=True) if moments else updates
-        shards |= {f"weights.{name}": parameter.detach(), **{f"{moment}.{name}": moments[moment] for moment in MOMENTS if moments}}
-    state = gather_shards(shards, mesh.tp, device="cpu")
-    # What was on the CPU already, and whole, is still the rank's own.
-    copies = {name: tensor.clone() if tensor.data_ptr() == shards[name].data_ptr() else tensor for name, tensor in state.items()}
-    return {**copies, "updates": updates} if mesh.is_first else None
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = mesh.every.size == 1
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save({**state.tensors}, storage_writer=writer, process_group=None if alone else mesh.saving.group, no_dist=alone)
+    if mesh.is_first:
+        (folder / COUNTS_FILE).write_text(json.dumps({"version": state.version, "updates": state.updates}) + "\n")
 
 
 @torch.no_grad()
-def load_state(decoder: Decoder, optimizer: torch.optim.Optimizer, mesh: Mesh, state: Mapping[str, Tensor]) -> None:
-    """Takes this rank's shard of a whole state: it goes on exactly where the rank that gave it stood."""
-    for name, parameter in decoder.named_parameters():
-        shards = {kind: _shard(state[f"{kind}.{name}"], name, mesh) for kind in ("weights", *MOMENTS) if f"{kind}.{name}" in state}
-        parameter.copy_(shards["weights"])
-        if state["updates"] > 0:
-            moments = {moment: shards[moment].to(parameter.device, copy=True) for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": state["updates"].clone(), **moments}
+def load_state(decoder: Decoder, optimizer: ShardedAdamW, mesh: Mesh, folder: Path) -> int:
+    """Takes this rank's parts, whichever number of ranks wrote them: it goes on exactly where they stood. Returns the version."""
+    counts = json.loads((folder / COUNTS_FILE).read_text())
+    parameters = dict(decoder.named_parameters())
+    if counts["updates"]:
+        optimizer.make_moments(counts["updates"])
+    parts = {WEIGHTS + name: (name, shard_of(parameter)) for name, parameter in parameters.items()}
+    parts |= {f"{moment}.{name}": (name, part) for moment, name, part in optimizer.moments()}
+    read = {key: like(parameters[name], torch.empty_like(part, device="cpu"), mesh) for key, (name, part) in parts.items()}
+    _load(read, folder)
+    for key, (_, part) in parts.items():
+        part.copy_(shard_of(read[key]))
+    return int(counts["version"])
 
 
-def _shard(tensor: Tensor, name: str, mesh: Mesh) -> Tensor:
-    dim = split_dim(name)
-    if dim is None:
-        return tensor
-    part = mesh.tp.share(tensor.shape[dim])
-    return tensor.narrow(dim, part.start, part.stop - part.start).contiguous()
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """All of it, whole, out of the parts that `save_state` wrote; on CPU."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    whole = {name: torch.empty(entry.size) for name, entry in metadata.items()}  # type: ignore[union-attr]
+    _load(whole, folder)
+    return whole
+
+
+def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights of these names, whole, out of the parts that `save_state` wrote; on CPU."""
+    whole = {WEIGHTS + name: torch.empty(shape) for name, shape in shapes.items()}
+    _load(whole, folder)
+    return {name.removeprefix(WEIGHTS): tensor for name, tensor in whole.items()}
+
+
+def _load(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Into the tensors' storage; every rank reads for itself."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+# Otherwise each read, and each save of a rank alone, would say on the terminal that it is alone.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")

@@ -5,12 +5,15 @@ Sharing the decoder is what makes the importance ratio 1 up to rounding at stale
 """
 
 from dapo_async.model.attention import PackedAttention
+from dapo_async.model.buckets import buckets
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.hf import check_weights, export_folder, load_decoder, read_weights, save_weights
+from dapo_async.model.gather import gather_weights
+from dapo_async.model.hf import build_decoder, check_weights, export_folder, fill, load_decoder, read_weights, save_weights
 from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.parallel import ALONE, Axis, Mesh, buckets, build_mesh, gather_shards, join_store, open_store, process_group, split_dim
-from dapo_async.model.snapshot import Snapshot, checksum, gather_weights, score_tokens, take_snapshot
+from dapo_async.model.mesh import ALONE, Axis, Mesh, build_mesh, join_store, open_store, process_group
+from dapo_async.model.parallel import is_split, like, part_of, shard_of
+from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 
 __all__ = [
     "ALONE",
@@ -21,20 +24,24 @@ __all__ = [
     "PackedAttention",
     "Snapshot",
     "buckets",
+    "build_decoder",
     "build_mesh",
     "check_weights",
     "checksum",
     "export_folder",
-    "gather_shards",
+    "fill",
     "gather_weights",
+    "is_split",
     "join_store",
+    "like",
     "load_decoder",
     "open_store",
+    "part_of",
     "process_group",
     "read_weights",
     "save_weights",
     "score_tokens",
-    "split_dim",
+    "shard_of",
     "take_snapshot",
     "token_logprobs",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,25 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def check_split(self, tensor_parallel: int) -> None:
-        """Raises ValueError where the layers do not split over so many ranks; the vocabulary always does."""
-        sizes = {"num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "intermediate_size": self.intermediate_size}
-        if any(size % tensor_parallel for size in sizes.values()):
-            common = math.gcd(*sizes.values())
-            works = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"learner.tensor_parallel ({tensor_parallel}) must divide the model's {listed}; set it to one of {works}")
+        """Raises ValueError where the layers do not split over so many ranks; the vocabulary does as long as each has a share.
+
+        Heads of keys and values are split, or, where there are fewer of them than ranks, whole on each.
+        """
+        listed = ", ".join(f"{name} {size}" for name, size in self._split_sizes().items())
+        if not self._splits(tensor_parallel):
+            works = ", ".join(str(size) for size in range(1, self.num_heads + 1) if self._splits(size))
+            raise ValueError(
+                f"learner.tensor_parallel ({tensor_parallel}) must divide the model's {listed} "
+                f"(num_key_value_heads may divide it instead); set it to one of {works}"
+            )
+
+    def _split_sizes(self) -> dict[str, int]:
+        return {"num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "intermediate_size": self.intermediate_size}
+
+    def _splits(self, ranks: int) -> bool:
+        kv_heads = self.num_kv_heads % ranks == 0 or ranks % self.num_kv_heads == 0
+        vocabulary = (ranks - 1) * -(-self.vocab_size // ranks) < self.vocab_size  # every rank has a share
+        return self.num_heads % ranks == self.intermediate_size % ranks == 0 and kv_heads and vocabulary
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

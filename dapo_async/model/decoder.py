@@ -5,30 +5,36 @@ It works on packed tokens `[T]` and knows nothing of sequences: an attention str
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.families import FAMILIES
 from dapo_async.model.layers import MLP, Attention, RMSNorm, SelfAttention
-from dapo_async.model.linear import Fused, Linear, product
-from dapo_async.model.parallel import ALONE, Axis, reduce_from
+from dapo_async.model.linear import Fused, Linear, float_matmul, product
+from dapo_async.model.logprob import token_logprobs
+from dapo_async.model.mesh import ALONE, Axis
+from dapo_async.model.parallel import gather_tokens, local, scatter_tokens
 
 
 class Embedding(nn.Embedding):
-    """torch's, of this rank's share of the vocabulary; tokens of other ranks' shares add nothing here."""
+    """torch's, of this rank's share of the vocabulary; tokens of other ranks' shares add nothing here. Gives this rank's tokens."""
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         self.tp, self.share = tp, tp.share(config.vocab_size)
-        super().__init__(self.share.stop - self.share.start, config.hidden_size)
+        super().__init__(config.vocab_size, config.hidden_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        weight = local(self.weight)
         if self.tp.size == 1:
-            return super().forward(token_ids)
+            return embedding(token_ids, weight)
         mine = (token_ids >= self.share.start) & (token_ids < self.share.stop)
-        local = super().forward((token_ids - self.share.start).masked_fill(~mine, 0))
-        return reduce_from(local * mine[:, None], self.tp)
+        of_share = embedding((token_ids - self.share.start).masked_fill(~mine, 0), weight)
+        return scatter_tokens(of_share * mine[:, None], self.tp)
 
 
 class Backbone(nn.Module):
@@ -43,7 +49,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed tokens; with a `tp` axis, this rank's shard of one. Every rank sees the whole hidden states."""
+    """A causal language model on packed tokens; with a `tp` axis, this rank's part of one, once `shard_decoder` has split its parameters."""
 
     rope_cos: Tensor  # [max_positions, 1, head_dim], float32
     rope_sin: Tensor  # with the first half negated, as `rotate` wants it
@@ -51,10 +57,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, tp: Axis = ALONE) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.recompute_layers = 0  # so many layers keep their input only while gradients are asked for (activation checkpointing)
+        self.activations: torch.dtype | None = None  # None: in the weights' own precision
         self.model = Backbone(config, tp)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, self.model.embed_tokens.num_embeddings, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         cos, sin = config.rope.tables(config.head_dim, config.max_positions)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -62,7 +68,7 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """`[V, D]`, or this rank's rows of it: the embedding's own weight where the two are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return local(self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight)
 
     def fuse(self) -> None:
         """Lays the weights that share an input side by side, for inference only: fewer and larger products. Done once, it outlives updates."""
@@ -72,18 +78,33 @@ class Decoder(nn.Module):
             elif isinstance(module, MLP):
                 module.fused = Fused(module.gate_proj, module.up_proj)
 
+    def recompute(self, num_layers: int) -> None:
+        """So many layers keep their input only while gradients are asked for, and compute the rest again (activation checkpointing). Called once."""
+        for block in [*self.model.layers][:num_layers]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`."""
+        """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`; the same on every rank of the `tp` axis."""
         x = self.model.embed_tokens(token_ids)
+        x = x if self.activations is None else x.to(self.activations)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        recomputed = self.recompute_layers if torch.is_grad_enabled() else 0
-        for number, block in enumerate(self.model.layers):
-            if number < recomputed:
-                x = checkpoint(block, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin, attention)
-        return self.model.norm(x)
+        for block in self.model.layers:
+            x = block(x, cos, sin, attention)
+        return gather_tokens(self.model.norm(x), self.tp, len(token_ids))
+
+    def score(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, *, predictors: Tensor, targets: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log-softmax(logits / temperature) of `targets [N]`, each predicted by the token at `predictors [N]`, and the entropies, float32 `[N]`.
+
+        With a `tp` axis every rank of it gets the same; called by all ranks of the mesh alike.
+        """
+        hidden = Decoder.forward(self, token_ids, positions, attention)[predictors]
+        weight = self.head_weight.to(hidden.dtype)
+        start = self.model.embed_tokens.share.start
+        return token_logprobs(hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` in float32 whatever the weights' dtype (ScaleRL: a float32 head is worth 0.52 → 0.61 in pass rate)."""
-        return product(hidden.float(), self.head_weight.float())
+        weight = self.head_weight
+        return float_matmul(hidden, weight.t()) if weight.is_cuda else product(hidden.float(), weight.float())

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dapo_async.model.buckets import buckets
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.parallel import ALONE, Axis, split_dim
+from dapo_async.model.mesh import Mesh
+from dapo_async.model.parallel import part_of, shard_decoder, shard_of
 
 WEIGHTS_FILE = "model.safetensors"
+FILE_BYTES = 4 * 2**30  # of one file of an exported model
 # What a folder needs besides its weights to be loaded by transformers and by SGLang.
 COMPANION_FILES = (
     "config.json",
@@ -70,52 +74,97 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tp: Axis = ALONE) -> Decoder:
-    """Builds the decoder of a plain Hugging Face folder with its weights, or this rank's shard of it: only that is read.
+def build_decoder(
+    config: ModelConfig,
+    *,
+    mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+    dtype: torch.dtype = torch.float32,
+    activations: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A decoder without values (see `fill`), or this rank's part of one; it computes in `activations` (None: in `dtype`, that of its weights).
 
-    Raises ValueError for tensors missing, left over or of another shape, and for a size that `tp` does not divide.
+    Raises ValueError for a size that the mesh's tensor-parallel axis does not divide.
     """
-    folder = Path(folder)
-    config = ModelConfig.from_folder(folder)
-    config.check_split(tp.size)
-    check_weights(folder, config)
+    config.check_split(mesh.tp.size)
     with torch.device("meta"):
-        decoder = Decoder(config, tp)
-    decoder.to_empty(device=device).to(dtype)
-    parameters = dict(decoder.named_parameters())
-    with torch.no_grad():
-        for path in _weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for name in parameters.keys() & set(file.keys()):
-                    parameters[name].copy_(_shard(file.get_slice(name), name, tp))
+        decoder = Decoder(config, mesh.tp).to(dtype)
+    decoder.activations = activations
+    if mesh.devices is not None:
+        shard_decoder(decoder, mesh, dtype=activations or dtype)
+    decoder.to_empty(device=device)
     # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
     decoder.rope_cos, decoder.rope_sin = (table.to(device) for table in config.rope.tables(config.head_dim, config.max_positions))
     return decoder
 
 
-def _shard(tensor: Any, name: str, tp: Axis) -> Tensor:
-    """This rank's part of a lazily read tensor."""
-    dim, shape = split_dim(name), tensor.get_shape()
-    part: Tensor = tensor[tp.share(shape[0])] if dim == 0 else tensor[:, tp.share(shape[1])] if dim == 1 else tensor[:]
-    return part
+@torch.no_grad()
+def fill(decoder: Decoder, read: Callable[[str, tuple[slice, ...]], Tensor]) -> None:
+    """Gives every parameter its values: `read(name, part)` is asked for this rank's part of each only."""
+    for name, parameter in decoder.named_parameters():
+        shard_of(parameter).copy_(read(name, part_of(parameter)))
 
 
-def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes `folder/model.safetensors` atomically: whole or not at all, even when the machine stops."""
-    path, partial = Path(folder) / WEIGHTS_FILE, Path(folder) / (WEIGHTS_FILE + ".partial")
+def load_decoder(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activations: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+) -> Decoder:
+    """Builds the decoder of a plain Hugging Face folder with its weights, or this rank's part of it: only that is read.
+
+    Raises ValueError for tensors missing, left over or of another shape, and for a size that the mesh does not divide.
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_folder(folder)
+    config.check_split(mesh.tp.size)
+    check_weights(folder, config)
+    decoder = build_decoder(config, mesh=mesh, dtype=dtype, activations=activations, device=device)
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
+        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        fill(decoder, lambda name, part: holders[name].get_slice(name)[part])
+    return decoder
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path, *, name: str = WEIGHTS_FILE) -> None:
+    """Writes `folder/name` atomically: whole or not at all, even when the machine stops."""
+    path, partial = Path(folder) / name, Path(folder) / (name + ".partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial, metadata={"format": "pt"})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path)
 
 
-def export_folder(weights: Mapping[str, Tensor], *, base: Path, out: Path) -> None:
-    """Makes `out` a plain Hugging Face folder: these weights with the base folder's config and tokenizer."""
+def export_folder(
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    base: Path,
+    out: Path,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Makes `out` a plain Hugging Face folder with the base folder's config and tokenizer: the weights of `shapes` in `dtype`.
+
+    `read(names)` gives them whole, in any precision, for one file after the other: no more than `file_bytes` of them (or one weight) are in memory.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANION_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     config = json.loads((out / "config.json").read_text())
-    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_weights(weights, out)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    files = [*buckets(sizes, sizes.__getitem__, limit=file_bytes)]
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_weights({name: tensor.to(dtype) for name, tensor in read(names).items()}, out, name=file)
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (out / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=2) + "\n")

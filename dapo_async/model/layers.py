@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from dapo_async.model.linear import Fused, Linear
-from dapo_async.model.parallel import ALONE, Axis, copy_to, reduce_from
+from dapo_async.model.mesh import Axis
+from dapo_async.model.parallel import gather_tokens, local, scatter_tokens
 
 if TYPE_CHECKING:
     from dapo_async.model.config import ModelConfig
@@ -22,15 +23,15 @@ class Attention(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """`split`: its input is a shard of heads, so that its gradient is a sum over the tensor-parallel axis."""
+    """Over the last dimension, in the precision of its input (the sum of squares in float32)."""
 
-    def __init__(self, size: int, eps: float, *, split: Axis = ALONE) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.split = eps, split
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, copy_to(self.weight, self.split), self.eps)
+        return rms_norm(x, self.weight.shape, local(self.weight).to(x.dtype), self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,45 +44,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    """Of this rank's heads: queries are split over the ranks, keys and values too where there are enough of them."""
+
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
         self.fused: Fused | None = None
-        query_size, kv_size = config.num_heads // tp.size * config.head_dim, config.num_kv_heads // tp.size * config.head_dim
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, split=tp) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, split=tp) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        if config.num_kv_heads < tp.size:
+            first = tp.rank * config.num_kv_heads // tp.size * config.head_dim  # of the one head that this rank's queries need
+            self.k_proj.rows = self.v_proj.rows = slice(first, first + config.head_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        x = copy_to(x, self.tp)
+        x = gather_tokens(x, self.tp, len(cos))
         heads = (x.shape[0], -1, self.head_dim)
         projected = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (part.view(heads) for part in projected)
         both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
         query, key = both.split((query.shape[1], key.shape[1]), dim=1)
         mixed = attention(self.layer, query, key, value)
-        return reduce_from(self.o_proj(mixed.reshape(x.shape[0], -1)), self.tp)
+        return scatter_tokens(self.o_proj(mixed.reshape(x.shape[0], -1)), self.tp)
 
 
 class MLP(nn.Module):
+    """SwiGLU, its inner dimension split over the ranks."""
+
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.fused: Fused | None = None
-        self.tp, size = tp, config.intermediate_size // tp.size
-        self.gate_proj = Linear(config.hidden_size, size, bias=False)
-        self.up_proj = Linear(config.hidden_size, size, bias=False)
-        self.down_proj = Linear(size, config.hidden_size, bias=False)
+        self.tp = tp
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to(x, self.tp)
+        x = gather_tokens(x, self.tp)
         gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return reduce_from(self.down_proj(silu(gate) * up), self.tp)
+        return scatter_tokens(self.down_proj(silu(gate) * up), self.tp)
 
 
 class Block(nn.Module):
+    """One layer: this rank's tokens `x [⌈T / tp⌉, D]` in and out; `cos, sin [T, 1, D]` of all tokens."""
+
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, layer, tp)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from dapo_async.model.parallel import local
+
 _ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup of about 10 µs costs more than it saves
 
 
@@ -20,11 +22,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias)
 
 
+def float_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a [N, K] @ b [K, M]` in float32. On CUDA a bfloat16 `b` is multiplied as it is, and `a` rounded to it: products are added up in float32."""
+    if b.is_cuda and b.dtype is torch.bfloat16:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 class Linear(nn.Linear):
-    """torch's linear layer on `product`."""
+    """torch's linear layer on `product`, or this rank's part of one; it computes in the precision of its input.
+
+    `rows`: of the local weight's outputs only these.
+    """
+
+    rows: slice | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
+        if self.rows is not None:
+            weight, bias = weight[self.rows], None if bias is None else bias[self.rows]
+        return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Fused:

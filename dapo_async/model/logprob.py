@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dapo_async.model.parallel import ALONE, Axis, copy_to
+from dapo_async.model.linear import float_matmul
+from dapo_async.model.mesh import ALONE, Axis
 
 CHUNK_NUMBERS = 2**24  # 64 MiB of float32
 
@@ -22,10 +23,11 @@ def token_logprobs(
     `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. Logits exist for
     `chunk_tokens` at once (None: as many as make 2^24 numbers), in two buffers: the backward pass computes them again, chunk by chunk.
     With a `tp` axis `weight` has this rank's rows, from `vocab_start` on, and the results are the same on every rank of it, for one exchange of four
-    numbers per token in the forward pass and one sum of the hidden states' gradient in the backward pass, however many chunks there are.
+    numbers per token in the forward pass and none in the backward pass, however many chunks there are. The gradient of `hidden` is this rank's
+    share of it then: whoever gathered the hidden states adds the shares up (`gather_tokens`).
     """
     chunk_tokens = chunk_tokens or max(1, CHUNK_NUMBERS // len(weight))
-    logprobs, entropies = _TokenLogprobs.apply(copy_to(hidden, tp), weight, targets - vocab_start, temperature, chunk_tokens, tp)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp)
     return logprobs, entropies
 
 
@@ -40,7 +42,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int, tp: Axis) -> tuple[Tensor, Tensor]:
-        parts = [_statistics(logits, targets[rows]) for rows, logits in _chunks(hidden, weight, temperature, chunk_tokens)]
+        parts = [_statistics(logits, targets[rows]) for rows, logits in _chunks(hidden, _factor(weight), temperature, chunk_tokens)]
         tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(1)  # each [ranks, N]
         top = tops.amax(0)
         share = (tops - top).exp()
@@ -57,7 +59,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, temperature, log_z, entropies = ctx.saved_tensors
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for rows, logits in _chunks(hidden, weight, temperature, ctx.chunk_tokens):
+        factor = _factor(weight)
+        for rows, logits in _chunks(hidden, factor, temperature, ctx.chunk_tokens):
             log_p = logits.sub_(log_z[rows, None])
             p = log_p.exp()
             gradient = log_p  # its buffer
@@ -70,16 +73,24 @@ class _TokenLogprobs(torch.autograd.Function):
                 mine, index = _mine(targets[rows], logits)
                 gradient.scatter_add_(1, index, of_logprobs[rows, None].masked_fill(~mine, 0.0))
             gradient.div_(temperature[rows, None])
-            of_hidden[rows] = gradient @ weight.float()
-            of_weight.addmm_(gradient.t(), hidden[rows].float())
+            of_hidden[rows] = float_matmul(gradient, factor).to(hidden.dtype)
+            if hidden.is_cuda and hidden.dtype is not torch.float32:
+                of_weight.add_(float_matmul(gradient.t(), hidden[rows]))
+            else:
+                of_weight.addmm_(gradient.t(), hidden[rows].float())
         return of_hidden, of_weight.to(weight.dtype), None, None, None, None
+
+
+def _factor(weight: Tensor) -> Tensor:
+    """As `float_matmul` wants it, converted once for all chunks."""
+    return weight if weight.is_cuda else weight.float()
 
 
 def _chunks(hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """Which tokens, and their logits / temperature `[n, V]` in float32; without any token one empty chunk."""
     for start in range(0, max(1, len(hidden)), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        yield rows, (hidden[rows].float() @ weight.float().t()).div_(temperature[rows, None])
+        yield rows, float_matmul(hidden[rows], weight.t()).div_(temperature[rows, None])
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:

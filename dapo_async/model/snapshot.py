@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dapo_async.model.attention import PackedAttention
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.parallel import gather_shards
+from dapo_async.model.gather import gather_weights
+from dapo_async.model.mesh import Mesh
+from dapo_async.model.parallel import release
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,37 +31,36 @@ class Snapshot:
 
 @torch.no_grad()
 def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by one fresh forward pass."""
-    device = decoder.head_weight.device
+    """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by one fresh forward pass; on all ranks of its mesh alike."""
+    device = decoder.rope_cos.device
     ids = torch.as_tensor(token_ids, dtype=torch.long, device=device)
     attention = PackedAttention([len(ids)], device=device)
-    hidden = decoder(ids, attention.positions, attention)
+    predictors = torch.arange(len(ids) - 1, device=device)
     ones = torch.ones(len(ids) - 1, device=device)
-    logprobs, _ = token_logprobs(hidden[:-1], decoder.head_weight, ids[1:], ones)
+    logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=predictors, targets=ids[1:], temperatures=ones)
+    release(decoder)
     return logprobs.cpu().numpy()
 
 
 @torch.no_grad()
-def gather_weights(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Copies of all weights in `dtype`, whole: every rank of the decoder's tensor-parallel axis has to call it, only the first keeps them."""
-    copies = {name: parameter.detach().to(dtype, copy=True) for name, parameter in decoder.named_parameters()}
-    return gather_shards(copies, decoder.tp)
-
-
-@torch.no_grad()
-def take_snapshot(decoder: Decoder, *, version: int, probe_tokens: int, dtype: torch.dtype = torch.float32) -> Snapshot:
+def take_snapshot(
+    decoder: Decoder,
+    *,
+    version: int,
+    probe_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+) -> Snapshot:
     """Copies the weights, whole and in the engines' dtype (`gather_weights`), and answers a probe prompt of random tokens, seen by nobody before.
 
-    The answer is that of the copies: an engine with the same weights gives it up to the rounding of its kernels, whatever the dtype.
+    The answer is that of the learner's own policy, which computes with its weights rounded to that dtype: an engine with the same weights gives it
+    up to the rounding of its kernels. Every rank of the mesh calls it; only the first one's has weights.
     """
-    weights = gather_weights(decoder, dtype)
-    nonce = np.random.default_rng(secrets.randbits(64))
-    probe_ids = nonce.integers(0, decoder.config.vocab_size, min(probe_tokens, decoder.config.max_positions), dtype=np.int32)
-    with torch.device("meta"):
-        copies = Decoder(decoder.config)
-    copies.load_state_dict(weights, assign=True)
-    copies.rope_cos, copies.rope_sin = decoder.rope_cos, decoder.rope_sin
-    return Snapshot(version, weights, probe_ids, score_tokens(copies, probe_ids))
+    length = min(probe_tokens, decoder.config.max_positions)
+    nonce = np.random.default_rng(secrets.randbits(64)).integers(0, decoder.config.vocab_size, length)
+    ids = torch.as_tensor(nonce, device=decoder.rope_cos.device) * int(mesh.is_first)
+    probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)  # the first rank's
+    return Snapshot(version, gather_weights(decoder, mesh, dtype), probe_ids, score_tokens(decoder, probe_ids))
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:

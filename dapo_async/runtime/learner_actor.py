@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dapo_async.checkpoints import STATE
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.learner import LearnerRank, profiled
+from dapo_async.learner import FrozenState, LearnerRank, profiled, read_weights, save_state
 from dapo_async.model import (
     Mesh,
     Snapshot,
     build_mesh,
     checksum,
     export_folder,
-    gather_weights,
     join_store,
     load_decoder,
     open_store,
@@ -37,7 +34,7 @@ from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
 
 PROFILED_STEPS = (3, 4, 5)  # past the first ones, which allocate and warm up
-STATE_FILE = "learner.safetensors"
+STATE_FOLDER = "learner"  # in the checkpoint's state/
 
 
 class LearnerActor:
@@ -52,7 +49,7 @@ class LearnerActor:
         self._device = "cuda" if config.learner.num_gpus > 0 else "cpu"
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
-        self._copied: dict[str, Tensor] = {}
+        self._frozen_state: FrozenState | None = None
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
         self._mesh_store: dist.Store | None = None
@@ -86,13 +83,11 @@ class LearnerActor:
                 device=torch.device(self._device),
                 timeout_s=config.deadlines.step_s,
             )
-        decoder = load_decoder(Path(config.model.path), device=self._device, tp=mesh.tp)
+        decoder = load_decoder(Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh)
         self._mesh = mesh
-        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, activations=self._dtype, mesh=mesh)
+        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh)
         if self._resume is not None:
-            state = load_file(self._resume / STATE_FILE)
-            self._rank.load_state(state)
-            self._rank.version = int(state["version"])
+            self._rank.load(self._resume / STATE_FOLDER)
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""
@@ -118,33 +113,27 @@ class LearnerActor:
 
     async def snapshot(self) -> Announcement | None:
         """Freezes the current weights for the next publish and disk write; they replace the snapshot before. None but on the first rank."""
-        if self._mesh.dp.rank > 0:
-            return None
         async with self._between_steps:
-            if not self._mesh.is_first:
-                with self._clock.during("snapshot", f"version {self._rank.version}"):
-                    await asyncio.to_thread(gather_weights, self._rank.decoder, self._dtype)
-                return None
-            return await self._take_snapshot()
-
-    async def _take_snapshot(self) -> Announcement:
-        with self._clock.during("snapshot", f"version {self._rank.version}"):
-            snapshot = await asyncio.to_thread(
-                take_snapshot,
-                self._rank.decoder,
-                version=self._rank.version,
-                probe_tokens=self._config.weights.probe_tokens,
-                dtype=self._dtype,
-            )
-            self._snapshot = snapshot
-            return Announcement(
-                incarnation=self._incarnation,
-                version=snapshot.version,
-                manifest=Manifest.of(snapshot.weights),
-                checksum=await asyncio.to_thread(checksum, snapshot.weights),
-                probe_ids=snapshot.probe_ids,
-                probe_logprobs=snapshot.probe_logprobs,
-            )
+            with self._clock.during("snapshot", f"version {self._rank.version}"):
+                snapshot = await asyncio.to_thread(
+                    take_snapshot,
+                    self._rank.decoder,
+                    version=self._rank.version,
+                    probe_tokens=self._config.weights.probe_tokens,
+                    dtype=self._dtype,
+                    mesh=self._mesh,
+                )
+                if not self._mesh.is_first:
+                    return None
+                self._snapshot = snapshot
+                return Announcement(
+                    incarnation=self._incarnation,
+                    version=snapshot.version,
+                    manifest=Manifest.of(snapshot.weights),
+                    checksum=await asyncio.to_thread(checksum, snapshot.weights),
+                    probe_ids=snapshot.probe_ids,
+                    probe_logprobs=snapshot.probe_logprobs,
+                )
 
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
@@ -178,24 +167,30 @@ class LearnerActor:
         return str(folder)
 
     async def freeze(self) -> int:
-        """Copies weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
+        """Copies this rank's weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
         async with self._between_steps:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
-                state = await asyncio.to_thread(self._rank.full_state)
-            version = self._rank.version
-            self._copied = {**state, "version": torch.tensor(version)} if state is not None else {}
-            return version
+                self._frozen_state = await asyncio.to_thread(self._rank.freeze)
+            return self._rank.version
 
     async def save(self, folder: Path) -> None:
-        """Writes what `freeze` copied into the checkpoint `folder`, beside whatever the rank is doing."""
-        state, self._copied = self._copied, {}
-        assert state, "save before freeze"
+        """Writes what `freeze` copied into the checkpoint `folder`, beside whatever the rank is doing; every rank its part, the first the export."""
+        state, self._frozen_state = self._frozen_state, None
+        assert state is not None, "save before freeze"
         await asyncio.to_thread(self._write_checkpoint, state, folder)
 
-    def _write_checkpoint(self, state: Mapping[str, Tensor], folder: Path) -> None:
-        weights = {name.removeprefix("weights."): tensor.to(self._dtype) for name, tensor in state.items() if name.startswith("weights.")}
-        export_folder(weights, base=Path(self._config.model.path), out=folder)
-        save_file(dict(state), folder / STATE / STATE_FILE)
+    def _write_checkpoint(self, state: FrozenState, folder: Path) -> None:
+        parts = folder / STATE / STATE_FOLDER
+        save_state(state, parts, self._mesh)
+        if self._mesh.is_first:
+            shapes = {name: tuple(parameter.shape) for name, parameter in self._rank.decoder.named_parameters()}
+            export_folder(
+                shapes,
+                lambda names: read_weights(parts, {name: shapes[name] for name in names}),
+                dtype=self._dtype,
+                base=Path(self._config.model.path),
+                out=folder,
+            )
 
     async def report(self) -> LearnerReport:
         return LearnerReport(tuple(self._clock.take_spans()))

@@ -75,7 +75,8 @@ class Learner:
         return version
 
     async def save(self, folder: Path) -> None:
-        await self.first.call("save", folder, deadline_s=self._deadlines.save_s)
+        """Every rank writes its parts of what was frozen."""
+        await self._all("save", [(folder,)] * len(self.remotes), deadline_s=self._deadlines.save_s)
 
     async def _all(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, deadline_s: float) -> list[Any]:
         """`method` on every rank at once, each with its `arguments`: the ranks wait for each other, so none may be asked after another."""

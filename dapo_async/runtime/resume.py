@@ -19,7 +19,7 @@ SAFE = (
     "rollout.num_workers", "rollout.num_cpus", "rollout.num_gpus", "rollout.num_slots",
     "rollout.engine", "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
     "learner.num_cpus", "learner.num_gpus", "learner.tensor_parallel", "learner.data_parallel", "learner.microbatch_tokens",
-    "learner.max_skipped_steps", "learner.recompute_layers", "learner.profile",
+    "learner.max_skipped_steps", "learner.recompute_layers", "learner.offload_optimizer", "learner.profile",
 )  # fmt: skip
 
 
