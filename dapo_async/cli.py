@@ -140,9 +140,32 @@ def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
     _say(f"would start {len(actors)} actors, one process each, on {where}, and this driver:")
     for actor in actors:
         _say(f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}")
+    _say(_memory_line(config))
     per_step = config.replay.groups_per_step * config.replay.group_size
     _say(f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
     return 0
+
+
+def _memory_line(config: knobs.Config) -> str:
+    """What each learner rank will hold, in the worst case: the longest microbatch, all of it response."""
+    import torch
+
+    from dapo_async.learner import predict_memory
+    from dapo_async.model import ModelConfig
+
+    learner = config.learner
+    memory = predict_memory(
+        ModelConfig.from_folder(Path(config.model.path)),
+        num_tokens=max(learner.microbatch_tokens, config.data.max_prompt_tokens + config.rollout.max_response_tokens),
+        dp=learner.data_parallel,
+        tp=learner.tensor_parallel,
+        activations=getattr(torch, config.model.dtype),
+        recompute_layers=learner.recompute_layers,
+        offload_optimizer=learner.offload_optimizer and learner.num_gpus > 0,
+        cuda=learner.num_gpus > 0,
+    )
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.parts().items())
+    return f"each learner rank would hold up to {memory.on_device / 2**20:,.0f} MiB, and {memory.host / 2**20:,.0f} in its host's memory: {parts}"
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -160,7 +183,7 @@ def _replay(options: argparse.Namespace) -> int:
     config = knobs.load(run_dir.config)
     first = recorded_steps(run_dir.recorded)[0]
     state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner" if first else None
-    if state is not None and not state.is_file():
+    if state is not None and not state.is_dir():
         raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
     different = 0
     comparisons = rerun(config, run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)

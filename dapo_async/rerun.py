@@ -20,6 +20,7 @@ from dapo_async.group_files import read_groups
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 
+OF_THE_LAYOUT = ("imbalance",)  # says how a batch fell on the ranks
 SEVERAL_RANKS = 1e-2  # relative: rounding, amplified by every step in between
 
 
@@ -72,7 +73,7 @@ def rerun(config: Config, recorded: Path, *, rows: Mapping[int, Mapping[str, Any
     rank.version = steps[0]
     for step in steps:
         values = summarise(rank.step(read_groups(recorded / f"step_{step:06d}.safetensors")))
-        now = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        now = {name: value if math.isfinite(value) else None for name, value in values.items() if name not in OF_THE_LAYOUT}
         row = rows.get(step, {})
         differing = {name: (row.get(name), value) for name, value in now.items() if name not in row or not _equal(row[name], value, tolerance)}
         yield StepComparison(step, values, differing)

@@ -1,0 +1,114 @@
+"""The prediction of a learner rank's memory, held against the storage that it really has on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gloo import on_ranks
+
+from dapo_async.config import Algorithm, Learner
+from dapo_async.learner import LearnerRank, predict_memory
+from dapo_async.model import Mesh, ModelConfig, PackedAttention, build_decoder, shard_of
+
+SIZES = {
+    "model_type": "qwen2", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"model_type": "qwen3"},
+    "llama, untied, without shared heads": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 8},
+    "one head of keys": {"num_key_value_heads": 1},
+}
+LENGTHS = (60, 100, 150, 200)
+WITHIN = 0.05
+
+
+def kept_bytes(mesh: Mesh, values: dict[str, Any], activations: torch.dtype, recompute: int) -> int:
+    """Storage that the forward pass of one microbatch keeps for the backward pass, apart from the weights themselves."""
+    decoder = build_decoder(ModelConfig.from_dict(values), mesh=mesh, activations=activations)
+    decoder.recompute(recompute)
+    num_tokens, attention = sum(LENGTHS), PackedAttention(LENGTHS)
+    ids = torch.arange(num_tokens) % 500
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        some = torch.ones(num_tokens - 1)
+        logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=torch.arange(num_tokens - 1), targets=ids[1:], temperatures=some)
+    weights = {shard_of(parameter).untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    known = weights | {table.untyped_storage().data_ptr() for table in (decoder.rope_cos, decoder.rope_sin)}
+    known |= {parameter.untyped_storage().data_ptr() for parameter in gathered_parameters(decoder)}
+    assert logprobs.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+
+
+def gathered_parameters(decoder: torch.nn.Module) -> list[torch.Tensor]:
+    """What FSDP has gathered for the pass: weights, not activations."""
+    states = [module._get_fsdp_state() for module in decoder.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group]
+    return [shard_of(each._unsharded_param) for group in groups for each in group.fsdp_params if hasattr(each, "_unsharded_param")]
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_predicted_activations_are_what_a_forward_pass_keeps(form: str, activations: torch.dtype, recompute: int) -> None:
+    values = {**SIZES, **FORMS[form]}
+    memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), activations=activations, recompute_layers=recompute)
+    # The copies of weights in the precision of the layers that are computed again go with them.
+    copies = memory.gathered * (3 - recompute) / 3 if recompute else memory.gathered
+    assert memory.activations + copies == pytest.approx(kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("form", FORMS)
+def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str) -> None:
+    values = {**SIZES, **FORMS[form]}
+    memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), tp=2)
+    for kept in on_ranks(kept_bytes, values, torch.float32, 0, tp=2):
+        assert memory.activations == pytest.approx(kept, rel=WITHIN)
+
+
+def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
+    """Weights, gradients and moments of a rank after an update."""
+    decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
+    rank = LearnerRank(decoder, algorithm=Algorithm(), learner=Learner(offload_optimizer=offload), seed=0, mesh=mesh)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(shard_of(parameter.grad).nbytes for parameter in decoder.parameters() if parameter.grad is not None)
+    rank._optimizer.step(lr=0.1)
+    return sum(shard_of(each).nbytes for each in decoder.parameters()), gradients, sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(dp: int, tp: int, offload: bool) -> None:
+    memory = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp, offload_optimizer=offload)
+    moments = memory.host - memory_of_snapshot(dp * tp) if offload else memory.moments
+    ranks = [state_bytes(Mesh(), offload)] if dp * tp == 1 else on_ranks(state_bytes, offload, dp=dp, tp=tp)
+    for held in ranks:
+        assert held == pytest.approx((memory.weights, memory.gradients, moments), rel=WITHIN)
+
+
+def memory_of_snapshot(num_ranks: int) -> int:
+    """Several ranks have the snapshot in the host's memory."""
+    alone = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10)
+    return 0 if num_ranks == 1 else alone.snapshot
+
+
+def test_parts_that_scale_with_the_mesh_do_and_the_others_do_not() -> None:
+    model = replace(ModelConfig.from_dict(SIZES), num_kv_heads=8)
+    one, four = predict_memory(model, num_tokens=512), predict_memory(model, num_tokens=512, dp=2, tp=2)
+    assert one.weights / 4 < four.weights < one.weights / 3.9  # norms are whole on each rank of the tensor-parallel axis
+    assert four.snapshot == 0
+    assert four.host == one.snapshot
+    assert one.activations / 2 < four.activations < one.activations
+    assert four.on_device < one.on_device
