@@ -2,7 +2,7 @@
 
     step_000020.partial/  being written      step_000020/          complete: named after the learner's version
                                              ├ config.json, model.safetensors, tokenizer.json, …  a plain Hugging Face folder
-    step_000010.removed/  being deleted      └ state/              what a resume needs besides: learner, replay, driver
+    step_000010.removed/  being deleted      └ state/              what a resume needs besides: learner (a file per rank), replay, driver
 
 Only complete folders are ever read; the other two are left-overs that the next save clears away.
 """
