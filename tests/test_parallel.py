@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank, read_state, save_state
-from dapo_async.learner.batching import share_groups
+from dapo_async.learner.batching import rows_of, share_groups, split_microbatches
 from dapo_async.learner.gradients import sum_gradients
 from dapo_async.model import (
     Axis,
@@ -239,8 +239,22 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
     assert on_ranks(count_passes, dp=2) == [[1] * 12] * 2
 
 
+def tokens_of_passes(mesh: Mesh) -> list[int]:
+    """Of two ranks, of which the second has one group and the first two."""
+    rank, groups = rank_on(mesh, microbatch_tokens=40), uneven_groups()
+    rows = rows_of([groups[1:3], groups[:1]][mesh.dp.rank], normalize_std=True, overlong_filtering=False)
+    return [len(batch.token_ids) for batches in rank._pack([rows], rows) for batch in batches]
+
+
+def test_rank_with_fewer_tokens_splits_them_finer_instead_of_waiting_with_fillers() -> None:
+    first, second = on_ranks(tokens_of_passes, dp=2)
+    assert len(first) == len(second) == 2
+    assert (sum(first), sum(second)) == (57, 23)
+    assert min(second) > 5  # a filler would have 3
+
+
 def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LearnerRank, "_fill_up", lambda self, minibatches, rows: None)
+    monkeypatch.setattr(LearnerRank, "_pack", lambda self, minibatches, rows: [split_microbatches(part, 20) for part in minibatches])
     first, second = on_ranks(count_passes, dp=2)
     assert [one + other for one, other in zip(first, second, strict=True)] == [1] * 12  # each rollout is on one rank alone
     assert first != second

@@ -96,21 +96,24 @@ def split_minibatches(rows: Sequence[Row], num_minibatches: int, *, seed: tuple[
     return [[mine[index] for index in part if index in mine] for part in np.array_split(order, num_minibatches)]
 
 
-def split_microbatches(rows: Sequence[Row], max_tokens: int, *, device: torch.device | str = "cpu") -> list[Microbatch]:
-    """Packs rows, sorted by length, into the fewest balanced microbatches of about at most `max_tokens`; a longer row gets its own."""
+def split_microbatches(rows: Sequence[Row], max_tokens: int, *, parts: int = 1, device: torch.device | str = "cpu") -> list[Microbatch]:
+    """Packs rows, sorted by length, into the fewest balanced microbatches of about at most `max_tokens`; a longer row gets its own.
+
+    Where that would be fewer than `parts`, into about that many.
+    """
     ordered = sorted(rows, key=lambda row: row.num_tokens)
     total = sum(row.num_tokens for row in ordered)
-    target = total / max(1, -(-total // max_tokens))
-    parts: list[list[Row]] = [[]]
+    target = total / max(parts, -(-total // max_tokens))
+    packs: list[list[Row]] = [[]]
     filled = 0
     for row in ordered:
         # Cut where the balanced share is reached, and always before the limit would be passed.
-        if parts[-1] and (filled + row.num_tokens > max_tokens or filled >= target):
-            parts.append([])
+        if packs[-1] and (filled + row.num_tokens > max_tokens or filled >= target):
+            packs.append([])
             filled = 0
-        parts[-1].append(row)
+        packs[-1].append(row)
         filled += row.num_tokens
-    return [pack(part, device=device) for part in parts if part]
+    return [pack(part, device=device) for part in packs if part]
 
 
 def filler(rows: Sequence[Row], *, device: torch.device | str = "cpu") -> Microbatch:

@@ -63,11 +63,7 @@ class LearnerRank:
         algorithm, learner = self._algorithm, self._learner
         rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering, positions=positions)
         num_rows = None if num_groups is None else num_groups * len(groups[0].rollouts)
-        minibatches = [
-            split_microbatches(part, learner.microbatch_tokens, device=self._device)
-            for part in split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows)
-        ]
-        self._fill_up(minibatches, rows)
+        minibatches = self._pack(split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows), rows)
         recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
         kept = self._keep_masks(minibatches, recomputed)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
@@ -91,11 +87,20 @@ class LearnerRank:
         """Goes on exactly where the ranks stood whose states `save_state` wrote into `folder`, however many they were."""
         self.version = load_state(self.decoder, self._optimizer, self._mesh, folder)
 
-    def _fill_up(self, minibatches: Sequence[list[Microbatch]], rows: Sequence[Row]) -> None:
-        """Gives each minibatch as many microbatches as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks."""
-        most = self._mesh.dp.max(torch.tensor([len(minibatch) for minibatch in minibatches], device=self._device)).tolist()
-        for minibatch, count in zip(minibatches, most, strict=True):
-            minibatch += [filler(rows, device=self._device) for _ in range(count - len(minibatch))]
+    def _pack(self, minibatches: Sequence[Sequence[Row]], rows: Sequence[Row]) -> list[list[Microbatch]]:
+        """Microbatches of each minibatch: as many as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks.
+
+        Whoever has fewer splits finer, for all wait for the fullest one of each pass; where there are not rows enough, fillers follow.
+        """
+        limit, device = self._learner.microbatch_tokens, self._device
+        packed = [split_microbatches(minibatch, limit, device=device) for minibatch in minibatches]
+        most = self._mesh.dp.max(torch.tensor([len(batches) for batches in packed], device=device)).tolist()
+        for number, count in enumerate(most):
+            if len(packed[number]) < count:
+                finer = split_microbatches(minibatches[number], limit, parts=count, device=device)
+                packed[number] = finer if len(finer) <= count else packed[number]
+            packed[number] += [filler(rows, device=device) for _ in range(count - len(packed[number]))]
+        return packed
 
     def _imbalance(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepMetrics:
         """Tokens that the ranks would have had time for over those that they have: each pass takes as long as the fullest one of it."""
