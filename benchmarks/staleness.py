@@ -64,7 +64,7 @@ class Study:
         base = Path(config.model.path)
         tokenizer = load_tokenizer(base)
         self.config, self.staleness, self.seed, self.steps, self.tokenizer = config, staleness, seed, steps, tokenizer
-        self.prompts = load_set(config, config.data.train, tokenizer).prompts
+        self.prompts = load_set(config, config.data.train, tokenizer, training=True).prompts
         self.held_out = load_set(config, config.data.heldout, tokenizer).prompts[:HELD_OUT]
         self.order = np.random.default_rng(seed).permutation(len(self.prompts))
         self.verify = get_verifier(config.reward.verifier)

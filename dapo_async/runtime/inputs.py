@@ -6,33 +6,68 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dapo_async.algorithm import check_loss_options
-from dapo_async.config import Config
-from dapo_async.data import PromptSet, Tokenizer, load_prompts, load_tokenizer
+from dapo_async.config import Config, Source, parse_source, parse_sources
+from dapo_async.data import PromptSet, Screening, Tokenizer, load_fingerprints, load_prompts, load_tokenizer, preset_of
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import get_verifier
 from dapo_async.runtime.cluster import planned_actors
 
 
-def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
-    """The prompts of `data.train` or `data.heldout` with the knobs of `data`."""
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run will read. None: it is on the hub, and a dry run leaves it there, as a note says."""
+
+    train: PromptSet | None
+    heldout: PromptSet | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the training prompts: a resumed run has to find the same ones."""
+        return self.train.fingerprint if self.train else None
+
+
+def load_set(config: Config, source: str, tokenizer: Tokenizer, *, training: bool = False, hub: bool = True) -> PromptSet:
+    """The prompts of `data.train`, `data.heldout` or another source with the knobs of `data`; those for `training` are screened.
+
+    Without `hub` the check for evaluation problems leaves out the sets that are there.
+    """
     data = config.data
+    preset, _ = preset_of(parse_source(data.train))
     return load_prompts(
-        Path(file),
+        parse_source(source),
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
-        template=data.template,
+        template=data.template or (preset.template if preset else "{problem}"),  # evaluation asks as training does
+        system=data.system,
         max_prompt_tokens=data.max_prompt_tokens,
+        screening=_screening(config, hub=hub) if training else Screening(),
     )
 
 
-def check_inputs(config: Config) -> None:
-    """Raises ValueError with rule, values and remedy for whatever the user has to change first."""
+def _screening(config: Config, *, hub: bool) -> Screening:
+    data = config.data
+    against: dict[str, frozenset[str]] = {}
+    if data.contamination != "off":
+        for source in [parse_source(data.heldout), *parse_sources(data.check_against)]:
+            if hub or not _on_hub(source):
+                against[source.where if source.name in against else source.name] = load_fingerprints(source, prompt_key=data.prompt_key)
+    return Screening(data.language, data.deduplicate, data.contamination, against)
+
+
+def _on_hub(source: Source) -> bool:
+    return preset_of(source)[1].hub is not None
+
+
+def check_inputs(config: Config, *, hub: bool = True) -> Inputs:
+    """Raises ValueError with rule, values and remedy for whatever the user has to change first. Without `hub` (a dry run) nothing is downloaded."""
     algorithm, rollout = config.algorithm, config.rollout
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
@@ -58,6 +93,10 @@ def check_inputs(config: Config) -> None:
         )
     if config.ray.address == "local":
         _check_machine(config)
+    sources = [parse_source(text) for text in (config.data.train, config.data.heldout)] + parse_sources(config.data.check_against)
+    notes = [f"would load the data set {preset_of(source)[1].where} from the Hugging Face hub" for source in sources if _on_hub(source) and not hub]
+    if (source := parse_source(config.model.path)).hub is not None:
+        return Inputs(None, None, (f"would download the model {source.where} (safetensors, config and tokenizer), and check it then", *notes))
     folder = Path(config.model.path)
     model = ModelConfig.from_folder(folder)
     check_weights(folder, model)
@@ -65,20 +104,28 @@ def check_inputs(config: Config) -> None:
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
     tokenizer = _load_tokenizer(folder)
-    for file in (config.data.train, config.data.heldout):
-        prompts = load_set(config, file, tokenizer).prompts
-        largest = max(int(prompt.token_ids.max(initial=0)) for prompt in prompts)
-        if largest >= model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {folder} gives token {largest} for a prompt of {file}, the model knows {model.vocab_size} tokens (vocab_size); "
-                "take tokenizer and weights from one model"
-            )
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        if longest + rollout.max_response_tokens > model.max_positions:
-            raise ValueError(
-                f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
-                f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
-            )
+    train, heldout = (
+        _checked_set(config, model, tokenizer, text, training=training, hub=hub) if hub or not _on_hub(parse_source(text)) else None
+        for text, training in ((config.data.train, True), (config.data.heldout, False))
+    )
+    return Inputs(train, heldout, tuple(notes))
+
+
+def _checked_set(config: Config, model: ModelConfig, tokenizer: Tokenizer, text: str, *, training: bool, hub: bool) -> PromptSet:
+    loaded = load_set(config, text, tokenizer, training=training, hub=hub)
+    largest = max(int(prompt.token_ids.max(initial=0)) for prompt in loaded.prompts)
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {config.model.path} gives token {largest} for a prompt of {text}, the model knows {model.vocab_size} tokens "
+            "(vocab_size); take tokenizer and weights from one model"
+        )
+    longest, response = max(len(prompt.token_ids) for prompt in loaded.prompts), config.rollout.max_response_tokens
+    if longest + response > model.max_positions:
+        raise ValueError(
+            f"the longest prompt of {text} ({longest} tokens) and rollout.max_response_tokens ({response}) must not pass the model's "
+            f"{model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
+        )
+    return loaded
 
 
 def _check_machine(config: Config) -> None:

@@ -46,7 +46,7 @@ class ReplayActor:
         """`resume`: the `state/` folder of the checkpoint to go on from."""
         self._config, self._run_dir = config, run_dir
         self._clock = StateClock("replay")
-        self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)))
+        self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)), training=True)
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
         filters = (has_tokens, dynamic_sampling) if config.replay.dynamic_sampling else (has_tokens,)
         self._buffer = ReplayBuffer(
