@@ -65,14 +65,17 @@ def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem
 
     Signs count: `a + b` and `a - b` are two problems.
     """
+    keys: dict[str, str] = {}  # most repeats are equal to the last character: so the set's hundred copies are normalised once
     alike: dict[str, Problem] = {}
     rows: dict[str, list[int]] = {}
     differ: set[str] = set()
     for problem in problems:
-        key = " ".join(unicodedata.normalize("NFC", problem.text).split())
+        key = keys.get(problem.text)
+        if key is None:
+            key = keys[problem.text] = " ".join(unicodedata.normalize("NFC", problem.text).split())
         first = alike.setdefault(key, problem)
         rows.setdefault(key, []).append(problem.row)
-        if " ".join(problem.answer.split()) != " ".join(first.answer.split()):
+        if problem.answer != first.answer and problem.answer.split() != first.answer.split():
             differ.add(key)
     for key, numbers in rows.items():
         for row in numbers if key in differ else numbers[1:]:

@@ -21,14 +21,14 @@ SPLIT = re.compile(r"(train|test|validation|valid|dev|val)(?=[-_.])")
 
 
 def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Row by row. Of a table only those of `columns` (dotted paths) that it has, or all if it has fewer than two of them.
+    """Row by row. Of a table only those of `columns` (with dots within nested ones) that it has, or all if it has fewer than two of them.
 
     Raises ValueError with one clear line for what can't be read.
     """
     if source.path is None:
-        return _table_rows(_from_hub(source), columns)
+        return _saved_rows(_from_hub(source), columns)
     if source.path.is_file():
-        return _table_rows(_parquet([source.path]), columns) if source.path.suffix == ".parquet" else _json_rows(source.path)
+        return _parquet_rows(source.path, columns) if source.path.suffix == ".parquet" else _json_rows(source.path)
     if not source.path.is_dir():
         raise ValueError(f"data file {source.path} does not exist; give the path of a JSONL or Parquet file, or of a folder")
     return _folder_rows(source.path, columns)
@@ -39,7 +39,7 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir()) or ["SPLIT"]
         raise ValueError(f"data folder {folder} holds the splits {', '.join(splits)}; give one of them, such as {folder / splits[0]}")
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return _table_rows(_saved(folder), columns)
+        return _saved_rows(_saved(folder), columns)
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl") and path.is_file())
     kinds, splits = {path.suffix for path in files}, sorted({match[1] for path in files if (match := SPLIT.match(path.name))})
     if not files:
@@ -47,9 +47,7 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any
     if len(kinds) > 1 or len(splits) > 1:
         mixed = f"the splits {', '.join(splits)}" if len(splits) > 1 else "Parquet and JSONL files"
         raise ValueError(f"data folder {folder} holds {mixed}, which would be mixed up; give one file, or a folder with one of them")
-    if kinds == {".parquet"}:
-        return _table_rows(_parquet(files), columns)
-    return (row for file in files for row in _json_rows(file))
+    return (row for file in files for row in (_parquet_rows(file, columns) if kinds == {".parquet"} else _json_rows(file)))
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -71,29 +69,56 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield values
 
 
-def _table_rows(table: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Of a pyarrow table, in batches: a set of a million rows need not be in memory as Python objects all at once."""
-    known = [name for name in table.column_names if name in {column.partition(".")[0] for column in columns} | set(columns)]
-    if len(known) >= 2:
-        table = table.select(known)
-    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        yield from batch.to_pylist()
-
-
-def _parquet(files: Sequence[Path]) -> Any:
+def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
-    tables = []
-    for file in files:
-        try:
-            tables.append(parquet.read_table(file, partitioning=None))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"data file {file} is no readable Parquet file ({_first_line(error)}); give another one") from error
     try:
-        return pyarrow.concat_tables(tables)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"the Parquet files of {files[0].parent} differ in their columns ({_first_line(error)}); give one of them") from error
+        with parquet.ParquetFile(file) as table:
+            known = _known(table.schema_arrow.names, columns)
+            for batch in table.iter_batches(BATCH_ROWS, columns=known):
+                yield from _batch_rows(pyarrow.Table.from_batches([batch]), columns if known else ())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"data file {file} is no readable Parquet file ({_first_line(error)}); give another one") from error
+
+
+def _saved_rows(dataset: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    known = _known(dataset.column_names, columns)
+    for batch in dataset.select_columns(known or dataset.column_names).with_format("arrow").iter(BATCH_ROWS):
+        yield from _batch_rows(batch, columns if known else ())
+
+
+def _known(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
+    """The columns of a table that are asked for; None (all) if fewer than two are there, so that an error can name what there is instead."""
+    known = [name for name in names if name in columns or name in {column.partition(".")[0] for column in columns}]
+    return known if len(known) >= 2 else None
+
+
+def _batch_rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Of a pyarrow table. A nested column stands under its dotted name, which is many times faster than to make all of its objects."""
+    leaves = {column: leaf for column in columns if (leaf := _leaf(batch, column)) is not None}
+    whole = [name for name in batch.column_names if not any(column.partition(".")[0] == name for column in leaves)]
+    values = {name: leaf.to_pylist() for name, leaf in leaves.items()} | {name: batch[name].to_pylist() for name in whole}
+    return (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
+
+
+def _leaf(batch: Any, column: str) -> Any:
+    """The values at a dotted name; None where some row has no such place, or the names do not fit."""
+    import pyarrow
+    from pyarrow import compute
+
+    if column in batch.column_names:
+        return batch[column]
+    name, *parts = column.split(".")
+    if name not in batch.column_names:
+        return None
+    leaf = batch[name]
+    try:
+        for part in parts:
+            leaf = compute.list_element(leaf, int(part)) if part.isdecimal() else compute.struct_field(leaf, part)
+    except (pyarrow.ArrowException, KeyError, NotImplementedError):
+        return None
+    return leaf
 
 
 def _saved(folder: Path) -> Any:
@@ -101,7 +126,7 @@ def _saved(folder: Path) -> Any:
     from datasets import load_from_disk
 
     try:
-        return load_from_disk(str(folder)).with_format("arrow")[:]
+        return load_from_disk(str(folder))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(f"data folder {folder} is no readable folder of datasets.save_to_disk ({_first_line(error)}); save it again") from error
 
@@ -115,13 +140,12 @@ def _from_hub(source: Source) -> Any:
     try:
         if not constants.HF_HUB_OFFLINE:
             HfApi().dataset_info(str(source.hub), revision=source.revision, timeout=HUB_S)  # `datasets` alone tries for half a minute, aloud
-        loaded = load_dataset(source.hub, source.subset, split=source.split or "train", revision=source.revision)
+        return load_dataset(source.hub, source.subset, split=source.split or "train", revision=source.revision)
     except (DatasetsError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{source.where} can't be had from the Hugging Face hub: {_first_line(error)}; check name and network, set HF_HUB_OFFLINE=1 to use what "
             "was downloaded before, or give a local file"
         ) from error
-    return loaded.with_format("arrow")[:]
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,16 +30,17 @@ class Template:
         name = name.removeprefix(CHAT)
         self._text = TEMPLATES.get(name, name)
         assert PLACEHOLDER in self._text, name  # the config's rule
+        self._before, _, self._after = self._text.partition(PLACEHOLDER)
 
     def around(self, problem: str) -> str:
         return self._text.replace(PLACEHOLDER, problem)
 
     def without(self, text: str) -> str:
         """The problem in a text that this template stands around; any other text as it is."""
-        before, _, after = self._text.partition(PLACEHOLDER)
-        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
-            return text[len(before) : len(text) - len(after)]
-        return text
+        around = len(self._before) + len(self._after)
+        if len(text) < around or not text.startswith(self._before) or not text.endswith(self._after):
+            return text
+        return text[len(self._before) : len(text) - len(self._after)]
 
     def tokenised(self, problems: list[str], tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
         """The prompts as text and as token ids. A chat template brings its own special tokens. Raises ValueError where the tokenizer has none."""
