@@ -111,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
     prepare(choice.address)
     from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
-    inputs = check_inputs(config, hub=not options.dry_run)
+    inputs = check_inputs(config, dry_run=options.dry_run)
     point = find_resume_point(config, train_data=inputs.fingerprint) if options.resume else START
     for note in filter(None, (choice.note, *inputs.notes)):
         _say(note)

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from dapo_async import config as knobs
 from dapo_async.config import Source, parse_source
 from dapo_async.config_checks import TEMPLATES as NAMES
-from dapo_async.data import PRESETS, TEMPLATES, Screening, load_fingerprints, load_prompts, load_tokenizer, preset_of
+from dapo_async.data import PRESETS, TEMPLATES, Screening, load_fingerprints, load_prompts, load_set, load_tokenizer, preset_of
 from dapo_async.data.presets import answer_of
 from dapo_async.data.screening import fingerprint
-from dapo_async.runtime.inputs import check_inputs, load_set
+from dapo_async.runtime.inputs import check_inputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

@@ -24,7 +24,7 @@ from dapo_async.types import Prompt
 class PromptSet:
     """The usable rows of one data set, in its order."""
 
-    name: str
+    source: Source
     prompts: tuple[Prompt, ...]
     left_out: LeftOut
     contaminated: Mapping[str, int]  # how many of the problems are in each evaluation set too, left out or not
@@ -34,7 +34,7 @@ class PromptSet:
     def summary(self) -> str:
         """One line for the log."""
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
-        line = f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens from {self.name}; left out: {self.left_out}"
+        line = f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens from {self.source.name}; left out: {self.left_out}"
         if not self.contaminated:
             return line
         sets = ", ".join(f"{name} {count}" for name, count in self.contaminated.items())
@@ -89,7 +89,7 @@ def load_prompts(
             f"{source.where} has no usable prompt; left out: {left_out}; over-long are those of more than data.max_prompt_tokens "
             f"({max_prompt_tokens}): give other data or change the knobs of data"
         )
-    return PromptSet(source.name, tuple(kept), left_out, counts, contaminated_kept=len(found) if screening.contamination == "warn" else 0)
+    return PromptSet(source, tuple(kept), left_out, counts, contaminated_kept=len(found) if screening.contamination == "warn" else 0)
 
 
 def load_fingerprints(source: Source, *, prompt_key: str | None = None) -> frozenset[str]:
