@@ -102,16 +102,23 @@ def _train(options: argparse.Namespace) -> int:
         name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         root = run_root(config.run_dir, name=name)
         config = replace(config, run_dir=str(root))
-    saved, choice = config, choose(config.ray.address)
+    from dapo_async.runtime.hub import with_model_here
+
+    config, saved = with_model_here(config, download=not options.dry_run)
+    choice = choose(config.ray.address)
     # The run knows where it is; a resumed one decides anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
     prepare(choice.address)
     from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
 
-    check_inputs(config)
-    point = find_resume_point(config) if options.resume else START
-    if choice.note:
-        _say(choice.note)
+    inputs = check_inputs(config, dry_run=options.dry_run)
+    point = find_resume_point(config, train_data=inputs.fingerprint) if options.resume else START
+    for note in filter(None, (choice.note, *inputs.notes)):
+        _say(note)
+    if inputs.train and options.dry_run:  # else the replay actor tells
+        _say(f"training   {inputs.train.summary}")
+    if inputs.heldout and (options.dry_run or inputs.heldout.left_out.counts):
+        _say(f"held-out   {inputs.heldout.summary}")
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.train import train
@@ -126,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
     run_dir.write(run_dir.config, knobs.to_yaml(saved))
     _say(f"run directory {root}")
     with open_progress(num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness) as progress:
-        code = train(config, run_dir=run_dir, progress=progress, resume=point)
+        code = train(config, run_dir=run_dir, progress=progress, resume=point, train_data=inputs.fingerprint or "")
     _print_summary(root, progress.say)
     return code
 

@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dapo_async.config_checks import check
+from dapo_async.config_files import read_file, read_overrides, resolve_paths
+from dapo_async.config_sources import Source as Source
+from dapo_async.config_sources import parse_source as parse_source
+from dapo_async.config_sources import parse_sources as parse_sources
 from dapo_async.config_text import literal, one_line, redacted
 
-if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of this tree run without OmegaConf
-    from omegaconf import DictConfig
 
-
-def knob(default: Any, line: str, *, path: bool = False) -> Any:
-    """A field with its line; a `path` given in a file resolves against the file's folder, one given as an override against the current folder."""
+def knob(default: Any, line: str, *, path: str = "") -> Any:
+    """A field with its line; a `path` (model, data or data list) resolves against the file's folder, in an override against the current folder."""
     return field(default=default, metadata={"line": line, "path": path})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    path: str = knob("", "Hugging Face folder (config.json, *.safetensors, tokenizer.json) of the base model", path=True)
+    path: str = knob(
+        "", "base model: Hugging Face folder (config.json, *.safetensors, tokenizer.json), or OWNER/NAME[@REVISION] on the hub", path="model"
+    )
     dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "dtype of the engines and of the learner's activations; its master weights are float32 always"
     )
@@ -32,11 +35,24 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    train: str = knob("", "JSONL file of training problems", path=True)
-    heldout: str = knob("", "JSONL file of held-out problems for evaluation", path=True)
-    prompt_key: str = knob("prompt", "column of the problem's text")
-    answer_key: str = knob("answer", "column of the gold answer")
-    template: str = knob("{problem}", "prompt template; {problem} stands for the problem's text; a literal ${ is written \\${")
+    train: str = knob(
+        "", "training problems: [PRESET=]PATH (JSONL, Parquet or folder) | hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET", path="data"
+    )
+    heldout: str = knob("", "held-out problems for evaluation, in the grammar of data.train", path="data")
+    prompt_key: str | None = knob(None, "column of the problem's text, dots within nested ones (prompt.0.content); null: the preset's, or prompt")
+    answer_key: str | None = knob(None, "column of the gold answer, likewise (reward_model.ground_truth); null: the preset's, or answer")
+    template: str | None = knob(
+        None, "prompt template: dapo | boxed | chat | chat+dapo | chat+boxed | text with {problem}; null: the training preset's"
+    )
+    system: str | None = knob(None, "system text of a chat template; null: none of ours")
+    language: Literal["en", "zh"] | None = knob(None, "keep the training problems of this language only (zh: with Chinese characters); null: all")
+    deduplicate: bool | None = knob(None, "train on equal problems once, and on none whose answers differ; null: as the preset has it, or false")
+    contamination: Literal["drop", "warn", "off"] = knob(
+        "warn", "training problems that are evaluation problems too are left out | counted | not looked for"
+    )
+    check_against: str = knob(
+        "", "evaluation sets of that check beside data.heldout, in the grammar of data.train, with commas between", path="data list"
+    )
     max_prompt_tokens: int = knob(2048, "longer prompts are left out and counted")
 
 
@@ -61,6 +77,7 @@ class Algorithm:
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
     second_moment: float | None = knob(None, "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; null: off")
+    loss_mean: Literal["token", "sequence"] = knob("token", "mean over all tokens (DAPO) | over each response's tokens, then over responses (GRPO)")
     entropy_bonus: float = knob(0.0, "the loss falls by so much per nat of mean entropy; 0: off, as DAPO has it")
     normalize_std: bool = knob(True, "divide advantages by the group's standard deviation; false: Dr.GRPO")
     overlong_filtering: bool = knob(False, "mask truncated rollouts out of the loss")
@@ -200,8 +217,8 @@ class Config:
     ray: Cluster = field(default_factory=Cluster)
 
 
-def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, bool]]:
-    """Every knob as `(dotted name, default, line, is a path)`, in file order."""
+def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """Every knob as `(dotted name, default, line, kind of path)`, in file order."""
     for item in fields(tree):
         group = item.default_factory
         if group is not MISSING and is_dataclass(group):
@@ -217,12 +234,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     path = Path(path)
     try:
-        file, dotted = _read_file(path), _read_overrides(overrides)
-        _resolve_paths(file, path.resolve().parent)
-        _resolve_paths(dotted, Path.cwd())
+        names, paths = [name for name, *_ in knobs()], {name: kind for name, _, _, kind in knobs() if kind}
+        file, dotted = read_file(path, names), read_overrides(overrides, names)
+        resolve_paths(file, path.resolve().parent, paths)
+        resolve_paths(dotted, Path.cwd(), paths)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
     except OmegaConfBaseException as error:
-        raise ValueError(one_line(error, [name for name, *_ in knobs()])) from error
+        raise ValueError(one_line(error, names)) from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -234,62 +252,3 @@ def to_yaml(config: Config) -> str:
 
     tracking = replace(config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow))
     return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))
-
-
-def _read_file(path: Path) -> DictConfig:
-    import yaml  # type: ignore[import-untyped]
-    from omegaconf import DictConfig, OmegaConf
-
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
-    try:
-        tree = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from error
-    except OSError as error:  # also what OmegaConf raises for a file that holds a single number
-        raise ValueError(f"config file {path} can't be read: {error}; give a YAML file such as configs/quickstart.yaml") from error
-    if not isinstance(tree, DictConfig):
-        raise ValueError(f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml")
-    _refuse_value_of_group(tree)
-    return tree
-
-
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
-    import yaml
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.create({})
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ValueError(f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4")
-        try:
-            tree.merge_with_dotlist([override])
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'") from error
-    _refuse_value_of_group(tree)
-    return tree
-
-
-def _refuse_value_of_group(tree: DictConfig) -> None:
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(values, dict)
-    for name, *_ in knobs():
-        group, dot, _ = name.partition(".")
-        if dot and group in values and not isinstance(values[group], dict):
-            raise ValueError(f"{group} ({values[group]!r}) is a group of knobs and has no value of its own; set one of its knobs, such as {name}")
-
-
-def _resolve_paths(tree: DictConfig, folder: Path) -> None:
-    from omegaconf import OmegaConf
-
-    for name, _, _, is_path in knobs():
-        value = OmegaConf.select(tree, name) if is_path else None
-        if isinstance(value, str) and value:
-            try:
-                resolved = (folder / Path(value).expanduser()).resolve()
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{name} ({value!r}) is no usable path: {error}; give another path") from error
-            OmegaConf.update(tree, name, literal(str(resolved)))

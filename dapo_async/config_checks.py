@@ -11,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from dapo_async.config_sources import Source, parse_source, parse_sources
+
 if TYPE_CHECKING:  # only the type: config.py imports this module
     from dapo_async.config import Config
 
@@ -32,6 +34,7 @@ AT_LEAST = {
     "evaluation.every_steps": 0, "evaluation.num_cpus": 0, "evaluation.num_gpus": 0,
     "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
 }  # fmt: skip
+TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
 POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
 SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus", "evaluation.num_cpus", "evaluation.num_gpus")
 
@@ -86,17 +89,32 @@ def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _file_rules(config: Config) -> Iterator[Rule]:
-    for name, value in (("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+    data = config.data
+    for name, value in (("model.path", config.model.path), ("data.train", data.train), ("data.heldout", data.heldout)):
         yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
-        yield os.path.exists(value), f"{name} ({value}) does not exist; give an existing path"
+        yield _is_there(parse_source(value)), f"{name} ({value}) does not exist; give an existing path"
+    for source in parse_sources(data.check_against):
+        yield _is_there(source), f"data.check_against ({source.where}) does not exist; give existing paths with commas between them"
+    yield (
+        data.template is None or data.template in TEMPLATES or "{problem}" in data.template,
+        (
+            f"data.template ({data.template!r}) must contain {{problem}}, where the problem's text goes, or be one of {', '.join(TEMPLATES)}; "
+            "set it to one of them"
+        ),
+    )
+    yield (
+        data.system is None or (data.template or "").startswith("chat"),
+        f"data.system needs a chat template (data.template is {data.template!r}); set data.template=chat, or leave data.system out",
+    )
+
+
+def _is_there(source: Source) -> bool:
+    """What is on the hub is asked for later."""
+    return source.path is None or os.path.exists(source.path)
 
 
 def _cross_rules(config: Config) -> Iterator[Rule]:
     rollout, replay = config.rollout, config.replay
-    yield (
-        "{problem}" in config.data.template,
-        f"data.template ({config.data.template!r}) must contain {{problem}}; put it where the problem's text goes",
-    )
     yield (
         replay.group_size >= 2,
         f"replay.group_size ({replay.group_size}) must be at least 2: an advantage compares siblings; set replay.group_size=8 or more",

@@ -115,8 +115,12 @@ class Naive:
         for part in np.split(order, num_minibatches)[:kept_minibatches]:
             live = [index for index in part if self.in_loss(rollouts[index][1])]
             count = sum(rollouts[index][1].num_tokens for index in live)
-            parts = [self.rollout_loss(*rollouts[index], advantages[index], proximal[index], keep[index]) for index in live]
-            bonus = self.algorithm.entropy_bonus * sum(self.logprobs(*rollouts[index])[1].sum() for index in live)
+            # Summed over tokens and divided by their count; or the mean over rollouts of each one's own mean, which only has to be scaled alike.
+            shares = dict.fromkeys(live, 1.0)
+            if self.algorithm.loss_mean == "sequence":
+                shares = {index: count / len(live) / rollouts[index][1].num_tokens for index in live}
+            parts = [shares[index] * self.rollout_loss(*rollouts[index], advantages[index], proximal[index], keep[index]) for index in live]
+            bonus = self.algorithm.entropy_bonus * sum(shares[index] * self.logprobs(*rollouts[index])[1].sum() for index in live)
             ((sum(parts) - bonus) / count).backward()
             gradients = [parameter.grad for parameter in self.decoder.parameters()]
             norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))

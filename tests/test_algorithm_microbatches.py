@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dapo_async.algorithm import policy_loss, second_moment_mask, step_metrics, summarise
+from dapo_async.algorithm import policy_loss, second_moment_mask, sequence_mean_weights, step_metrics, summarise
 from dapo_async.types import StepMetrics
 
 CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
@@ -47,7 +47,7 @@ def of_sequences(whole: dict[str, Any], sequences: Sequence[int]) -> Tensor:
 
 def padded(part: dict[str, Any], num_padding: int) -> dict[str, Any]:
     """Masked nan after the last token."""
-    fill: dict[str, Any] = {"mask": False, "sequence_ids": -1, "keep": True}
+    fill: dict[str, Any] = {"mask": False, "sequence_ids": -1, "keep": True, "token_weights": torch.nan}
     return {name: torch.cat([value, value.new_full((num_padding,), fill.get(name, torch.nan))]) for name, value in part.items()}
 
 
@@ -81,6 +81,38 @@ def test_loss_gradient_and_diagnostics_are_the_same_for_any_cut_into_microbatche
         positions = [of_sequences(whole, cut) if cut else torch.zeros(0, dtype=torch.int64) for cut in cuts]
         assert_same(accumulated(whole, positions, num_tokens=num_tokens, **options), at_once)
         assert_same(accumulated(whole, positions, num_tokens=torch.tensor(float(num_tokens)), **options), at_once)
+
+
+def test_a_mean_over_responses_is_had_by_weights_of_tokens_and_does_not_depend_on_the_cut() -> None:
+    whole, num_tokens = minibatch(), float(minibatch()["mask"].sum())
+    current = whole["current_logprobs"].clone().requires_grad_()
+    means = []  # of each response over its own unmasked tokens, one call per response
+    for sequence in range(len(LENGTHS)):
+        part = {name: value[of_sequences(whole, [sequence])] for name, value in (whole | {"current_logprobs": current}).items()}
+        if part["mask"].any():
+            means.append(policy_loss(**part, **CLIP)[0])
+    naive = torch.stack(means).mean()
+    naive.backward()
+    assert current.grad is not None
+    for cuts in ([[0, 1, 2, 3, 4, 5]], [[5], [4, 1], [0, 3, 2]]):
+        parts = [{name: value[of_sequences(whole, cut)] for name, value in whole.items()} for cut in cuts]
+        counts = {"num_tokens": num_tokens, "num_sequences": float(len(means))}
+        weights = [sequence_mean_weights(part["mask"], sequence_ids=part["sequence_ids"], **counts) for part in parts]
+        whole_weights = torch.cat(weights)[torch.cat([of_sequences(whole, cut) for cut in cuts]).argsort()].double()
+        loss, gradient, metrics = accumulated(
+            whole | {"token_weights": whole_weights}, [of_sequences(whole, cut) for cut in cuts], num_tokens=num_tokens
+        )
+        torch.testing.assert_close(loss, naive.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, current.grad, rtol=1e-6, atol=1e-12)
+        assert summarise(metrics)["loss"] == pytest.approx(float(naive.detach()), rel=1e-6)
+
+
+def test_weights_of_a_mean_over_responses() -> None:
+    ids, mask = torch.tensor([7, 7, 7, 3, 9, 9]), torch.tensor([1, 1, 0, 1, 0, 0])
+    weights = sequence_mean_weights(mask, sequence_ids=ids, num_tokens=3.0, num_sequences=2.0)  # the response 9 counts nowhere
+    assert weights.tolist() == [0.75, 0.75, 0.0, 1.5, 0.0, 0.0]
+    nothing = sequence_mean_weights(mask[:0], sequence_ids=ids[:0], num_tokens=1.0, num_sequences=1.0)
+    assert nothing.tolist() == []
 
 
 def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> None:

@@ -26,9 +26,17 @@ LEVELS = (
     {"__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-ROOM_MATES = {"config_checks": "config", "config_text": "config"}  # a file at the top that belongs to another one's room, whose door is the other one
-OWNERS = {"ray": {"runtime"}, "mlflow": {"tracking"}, "sglang": set(), "omegaconf": {"config"}}
-WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "matplotlib")  # what these rooms must do without
+ROOM_MATES = {
+    "config_checks": "config",
+    "config_files": "config",
+    "config_sources": "config",
+    "config_text": "config",
+}  # a file at the top that belongs to another one's room, whose door is the other one
+OWNERS = {
+    "ray": {"runtime"}, "mlflow": {"tracking"}, "sglang": set(), "omegaconf": {"config"}, "datasets": {"data"}, "pyarrow": {"data"},
+    "huggingface_hub": {"data", "runtime"},
+}  # fmt: skip
+WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "pyarrow", "matplotlib")  # what these rooms must do without
 LIGHT_ROOMS = ("algorithm", "reward", "model", "replay", "learner", "rollout", "rollout.worker", "evaluate", "weights")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 SMALL_BODY = 6  # statements of a method that needs no docstring

@@ -95,7 +95,7 @@ def test_every_knob_has_its_line():
 
 
 def test_every_config_in_the_repository_loads():
-    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml"):
         knobs.load(path)
 
 

@@ -19,7 +19,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "base" / "quickstart"
 class CharacterTokenizer:
     """One token per character: its code point."""
 
-    def __call__(self, text):
+    def __call__(self, text, *, add_special_tokens=True):
         return {"input_ids": [[ord(character) for character in one] for one in text]}
 
     def decode(self, token_ids, *, skip_special_tokens=False):
@@ -71,16 +71,23 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
     ]
     loaded = load(*rows, max_prompt_tokens=4)
     assert [(prompt.row, prompt.text, prompt.answer) for prompt in loaded.prompts] == [(0, "four", "1"), (5, "last", "0")]
-    assert (loaded.num_overlong, loaded.num_empty) == (1, 3)
-    assert loaded.summary == "2 prompts of 4 to 4 tokens from problems.jsonl; 1 over-long and 3 empty ones left out"
+    assert loaded.left_out.counts == {"empty": 3, "over-long": 1}
+    assert loaded.summary == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 2, 3, 4), 1 over-long (row 1)"
 
 
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([], "has no usable prompt: 0 rows have no problem or no answer, 0 are longer than data.max_prompt_tokens (100)"),
-        ([{"prompt": "x", "answer": ""}], "has no usable prompt: 1 rows have no problem or no answer, 0 are longer"),
-        ([{"prompt": "x" * 101, "answer": "1"}], "0 rows have no problem or no answer, 1 are longer than data.max_prompt_tokens (100)"),
+        ([], "has no usable prompt; left out: none; "),
+        ([{"prompt": "x", "answer": ""}], "has no usable prompt; left out: 1 empty (row 0); "),
+        (
+            [{"prompt": "x" * 101, "answer": "1"}] * 5,
+            "left out: 5 over-long (rows 0, 1, 2, …); over-long are those of more than data.max_prompt_tokens (100)",
+        ),
+        (
+            [{"prompt": "x", "answer": "1"}, {"gold": "1"}, {"gold": "1"}],
+            ", the first of 2 such rows, has no column 'prompt'; set data.prompt_key to",
+        ),
         ([{"prompt": "x", "answer": "1"}, {"prompt": "y", "gold": "1"}], "has no column 'answer'; set data.answer_key to one of prompt, gold"),
         ([{"question": "x", "answer": "1"}], "has no column 'prompt'; set data.prompt_key to one of question, answer"),
         ([{"prompt": "x", "answer": ["1"]}], "column 'answer' in row 0 of"),

@@ -25,6 +25,8 @@ FORMS = [
     {"proximal": "behaviour"},
     {"normalize_std": False, "correction_cap": 1.1},
     {"entropy_bonus": 0.3, "overlong_filtering": True},
+    {"loss_mean": "sequence"},
+    {"loss_mean": "sequence", "entropy_bonus": 0.3, "overlong_filtering": True},
 ]
 STALE_FORMS = [  # with several minibatches the clips act
     {},
@@ -32,6 +34,7 @@ STALE_FORMS = [  # with several minibatches the clips act
     {"proximal": "interpolate"},
     {"objective": "gspo", "clip_low": 0.01, "clip_high": 0.01},
     {"objective": "cispo", "clip_low": 0.02, "clip_high": 0.02},
+    {"loss_mean": "sequence", "overlong_filtering": True},
 ]
 
 
@@ -87,8 +90,8 @@ class AveragesMicrobatchMeans(LearnerRank):
 
     num_microbatches = 0
 
-    def _loss(self, batch, logprobs, entropies, recomputed, keep, num_tokens):
-        return super()._loss(batch, logprobs, entropies, recomputed, keep, float(batch.mask.sum()) * self.num_microbatches)
+    def _loss(self, batch, logprobs, entropies, recomputed, keep, num_tokens, num_sequences):
+        return super()._loss(batch, logprobs, entropies, recomputed, keep, float(batch.mask.sum()) * self.num_microbatches, num_sequences)
 
 
 def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is():

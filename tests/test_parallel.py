@@ -59,6 +59,7 @@ FORMS = (
     {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute_layers": 1}},
     {"learner": {"num_minibatches": 2, "offload_optimizer": True}, "algorithm": {"second_moment": 0.04, "overlong_filtering": True}},
     {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo", "entropy_bonus": 0.1}, "model": {"num_kv_heads": 1}},
+    {"learner": {"num_minibatches": 2}, "algorithm": {"loss_mean": "sequence", "overlong_filtering": True}},
     # One rollout per minibatch: with dp = 2 one rank has nothing but fillers in it. Where the rollout is truncated nobody has a token in the loss.
     {"learner": {"num_minibatches": 12}, "algorithm": {"overlong_filtering": True}},
     # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.

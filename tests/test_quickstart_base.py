@@ -105,7 +105,7 @@ def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder
     loaded = load_prompts(
         DATA / "train.jsonl", tokenizer=load_tokenizer(FOLDER), prompt_key="prompt", answer_key="answer", template="{problem}=", max_prompt_tokens=24
     )
-    assert (loaded.num_overlong, loaded.num_empty) == (0, 0)
+    assert str(loaded.left_out) == "none"
     assert max(len(prompt.token_ids) for prompt in loaded.prompts) == make.NUM_DIGITS[1] + 1
     assert make.NUM_DIGITS[1] + 3 <= 24  # running sums, marker, answer, end token: as response tokens
     assert decoder.config.max_positions >= 48

@@ -53,7 +53,7 @@ def test_missing_config_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
     ("overrides", "expected"),
     [
         (["data.train={folder}/nowhere.jsonl"], "data.train ({folder}/nowhere.jsonl) does not exist; "),
-        (["data.heldout={folder}/empty.jsonl"], "{folder}/empty.jsonl has no usable prompt: "),
+        (["data.heldout={folder}/empty.jsonl"], "{folder}/empty.jsonl has no usable prompt; "),
         (["data.prompt_key=problem"], "has no column 'problem'; set data.prompt_key to one of "),
         (["data.answer_key=gold"], "has no column 'gold'; set data.answer_key to one of "),
         (["replay.group_size=1"], "replay.group_size (1) must be at least 2: "),
@@ -178,7 +178,7 @@ def test_explain_names_every_knob_of_a_printed_config(capsys: pytest.CaptureFixt
 
 
 def prompts_of(config: knobs.Config) -> list[str]:
-    return [row[config.data.prompt_key] for row in read_rows(Path(config.data.heldout))]
+    return [row["prompt"] for row in read_rows(Path(config.data.heldout))]
 
 
 class Base:
@@ -225,7 +225,7 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
     base = Base(config)
     greedy = {problem: base.greedy(problem, num_tokens=4) for problem in prompts_of(config)[:60]}
     clearest = sorted((problem for problem in greedy if greedy[problem][0].strip()), key=lambda problem: -greedy[problem][1])[:12]
-    rows = [{config.data.prompt_key: problem, config.data.answer_key: greedy[problem][0]} for problem in clearest]
+    rows = [{"prompt": problem, "answer": greedy[problem][0]} for problem in clearest]
     data = write_rows(tmp_path / "own_answers.jsonl", rows)
     temperature = min(greedy[problem][1] for problem in clearest) / 30  # the second choice is e^30 times less likely
     clear = (f"rollout.temperature={temperature}", "rollout.max_response_tokens=4", "reward.verifier=exact", "reward.overlong_cache_tokens=null")
@@ -246,8 +246,8 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     config = knobs.load(QUICKSTART)
     problems = prompts_of(config)[:41]
     answer, temperature = Base(config).coin(problems[0])
-    rows = [{config.data.prompt_key: problem, config.data.answer_key: "impossible"} for problem in problems[1:]]
-    rows.insert(PromptStream(range(41), seed=0)[0], {config.data.prompt_key: problems[0], config.data.answer_key: answer})
+    rows = [{"prompt": problem, "answer": "impossible"} for problem in problems[1:]]
+    rows.insert(PromptStream(range(41), seed=0)[0], {"prompt": problems[0], "answer": answer})
     data = write_rows(tmp_path / "impossible.jsonl", rows)
     one_token = (f"rollout.temperature={temperature}", "rollout.max_response_tokens=1", "reward.verifier=exact", "reward.overlong_cache_tokens=null")
     small = ("seed=0", "replay.groups_per_step=2", "replay.group_size=16", "replay.patience=30", "rollout.num_slots=32", "evaluation.num_prompts=8")

@@ -16,13 +16,12 @@ import numpy as np
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Config
-from dapo_async.data import load_tokenizer
+from dapo_async.data import load_set, load_tokenizer
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 from dapo_async.replay import ReplayBuffer, dynamic_sampling, has_tokens
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
-from dapo_async.runtime.inputs import load_set
 from dapo_async.types import Admission, Completion, Group, Prompt
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -48,7 +47,7 @@ class InProcess:
         base = Path(config.model.path)
         tokenizer = load_tokenizer(base)
         self.config, self.staleness, self.seed, self.steps, self.tokenizer = config, staleness, seed, steps, tokenizer
-        self.prompts = load_set(config, config.data.train, tokenizer).prompts
+        self.prompts = load_set(config, config.data.train, tokenizer, training=True).prompts
         self.held_out = load_set(config, config.data.heldout, tokenizer).prompts[:HELD_OUT]
         self.order = np.random.default_rng(seed).permutation(len(self.prompts))
         self.verify = get_verifier(config.reward.verifier)

@@ -2,12 +2,13 @@
 
 The learner calls this room and nothing else does. In the order of a step:
 
-    group_advantages    rewards of a group  ->  one advantage per rollout
-    proximal_from       how π_prox is had: a forward pass, the current policy, A-3PO's interpolation, or the behaviour policy
-    second_moment_mask  M2PO: which tokens to keep, once per step, before the first minibatch
-    policy_loss         per microbatch: the corrected, clipped loss and what it did, as sums
-    step_metrics        those sums as the currency that adds across microbatches and ranks
-    summarise           divided once, at the end
+    group_advantages       rewards of a group  ->  one advantage per rollout
+    proximal_from          how π_prox is had: a forward pass, the current policy, A-3PO's interpolation, or the behaviour policy
+    second_moment_mask     M2PO: which tokens to keep, once per step, before the first minibatch
+    sequence_mean_weights  GRPO's mean over responses instead of tokens, as one weight per token
+    policy_loss            per microbatch: the corrected, clipped loss and what it did, as sums
+    step_metrics           those sums as the currency that adds across microbatches and ranks
+    summarise              divided once, at the end
 
 Nothing here knows configs, processes or devices; every function takes packed `[T]` tensors and floats.
 """
@@ -15,7 +16,7 @@ Nothing here knows configs, processes or devices; every function takes packed `[
 from dapo_async.algorithm.advantages import group_advantages
 from dapo_async.algorithm.corrections import second_moment_mask
 from dapo_async.algorithm.diagnostics import step_metrics, summarise
-from dapo_async.algorithm.loss import policy_loss
+from dapo_async.algorithm.loss import policy_loss, sequence_mean_weights
 from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES
 from dapo_async.algorithm.options import CORRECTIONS, check_loss_options
 from dapo_async.algorithm.proximal import PROXIMAL_MODES, proximal_from
@@ -30,6 +31,7 @@ __all__ = [
     "policy_loss",
     "proximal_from",
     "second_moment_mask",
+    "sequence_mean_weights",
     "step_metrics",
     "summarise",
 ]

@@ -6,7 +6,8 @@ With u = π_θ/π_prox and the detached behaviour weight w = correction(π_prox/
     gspo   the same with s = exp(mean over the sequence of log u) in place of u          2507.18071; token form sg(s)·π_θ/sg(π_θ)
     cispo  −w · sg(clip(u, 1 − clip_low, 1 + clip_high)) · A · log π_θ                   2506.13585; two-sided, as verl does
 
-summed over tokens and divided by the token count of the whole minibatch. Dual clip: for A < 0 the loss before w is at most −dual_clip·A.
+summed over tokens and divided by the token count of the whole minibatch; GRPO's mean over responses is had by weights of tokens.
+Dual clip: for A < 0 the loss before w is at most −dual_clip·A.
 Entropy bonus: minus entropy_bonus times the mean entropy of π_θ over the same tokens, with its gradient (1602.01783).
 """
 
@@ -42,6 +43,7 @@ def policy_loss(
     keep: Tensor | None = None,
     entropies: Tensor | None = None,
     entropy_bonus: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar loss, to be minimised, and detached sums of what it did (named in diagnostics.py); formulas and sources: the top of this file.
 
@@ -51,7 +53,7 @@ def policy_loss(
     `correction` truncate | mask | none at `correction_level` token | sequence | sequence_mean (None: token, or sequence for gspo): corrections.py.
     `num_tokens`: unmasked tokens of the whole minibatch over all ranks; None: those of this call. Tokens that a correction or `keep` [T] bool
     (second_moment_mask) drops stay in the denominator. `sequence_ids` [T]: any integers; sequence forms need it, and each sequence whole in one call.
-    Raises ValueError on options or shapes that do not fit.
+    `token_weights` [T] multiply each token's loss and entropy (`sequence_mean_weights`). Raises ValueError on options or shapes that do not fit.
     """
     level = check_loss_options(
         objective,
@@ -65,7 +67,7 @@ def policy_loss(
         entropy_bonus=entropy_bonus,
     )
     per_token = {"proximal_logprobs": proximal_logprobs, "behaviour_logprobs": behaviour_logprobs, "advantages": advantages}
-    _check_shapes(current_logprobs, **per_token, mask=mask, sequence_ids=sequence_ids, keep=keep, entropies=entropies)
+    _check_shapes(current_logprobs, **per_token, mask=mask, sequence_ids=sequence_ids, keep=keep, entropies=entropies, token_weights=token_weights)
     live = mask.bool()
     kept = live if keep is None else keep.bool()  # masked tokens already have A = 0
     current, proximal, behaviour, advantage = _fill(current_logprobs, *per_token.values(), live=live)
@@ -75,19 +77,33 @@ def policy_loss(
     corrected = behaviour_weight(mismatch, correction=correction, level=level, cap=correction_cap, floor=correction_floor, sequences=sequences)
     terms = Terms(current, drift, advantage, sequences, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     gain = OBJECTIVES[objective].surrogate(terms)
-    token_loss = -(corrected.weight * kept) * gain.value
+    share = torch.ones_like(current.detach()) if token_weights is None else _fill(current, token_weights, live=live)[1]
+    token_loss = -(corrected.weight * kept * share) * gain.value
     diagnostics = loss_diagnostics(
         token_loss, drift=drift, mismatch=mismatch, corrected=corrected, correction=correction, clips=gain.clips, live=live, kept=kept
     )
-    return (token_loss.sum() - _bonus(entropies, entropy_bonus, live=live)) / _denominator(num_tokens, live=live), diagnostics
+    return (token_loss.sum() - _bonus(entropies, entropy_bonus, share=share, live=live)) / _denominator(num_tokens, live=live), diagnostics
 
 
-def _bonus(entropies: Tensor | None, entropy_bonus: float, *, live: Tensor) -> Tensor | float:
+def sequence_mean_weights(mask: Tensor, *, sequence_ids: Tensor, num_tokens: float, num_sequences: float) -> Tensor:
+    """GRPO's mean as weights of tokens: with them the mean over tokens is the mean over responses of each response's mean over its own tokens.
+
+    w_t = (num_tokens / num_sequences) / |o_i|, so that (1 / num_tokens) Σ w_t l_t = (1 / num_sequences) Σ_i (1 / |o_i|) Σ_{t in i} l_t
+    (2402.03300, where every group has G responses). `mask`, `sequence_ids` [T]: every sequence whole; |o_i| its unmasked tokens. The counts are those
+    of the whole minibatch over all ranks: unmasked tokens, and sequences that have one (law 4). Masked tokens get 0.
+    """
+    live = mask.bool()
+    _, places = torch.unique(sequence_ids, return_inverse=True)
+    lengths = torch.zeros(len(mask), device=mask.device).index_add_(0, places, live.float())
+    return torch.where(live, num_tokens / max(num_sequences, 1.0) / lengths[places].clamp(min=1.0), 0.0)
+
+
+def _bonus(entropies: Tensor | None, entropy_bonus: float, *, share: Tensor, live: Tensor) -> Tensor | float:
     if not entropy_bonus:
         return 0.0
     if entropies is None:
         raise ValueError("entropy_bonus needs entropies; give the entropy of pi_theta at every token, [T]")
-    return entropy_bonus * _fill(entropies, live=live)[0].sum()
+    return entropy_bonus * (share * _fill(entropies, live=live)[0]).sum()
 
 
 def _fill(current: Tensor, *fixed: Tensor, live: Tensor) -> tuple[Tensor, ...]:

@@ -13,8 +13,12 @@ GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are a
 class Tokenizer(Protocol):
     """What this project uses of a `transformers` tokenizer."""
 
-    def __call__(self, text: list[str]) -> dict[str, list[list[int]]]:
-        """`input_ids` of each text, with the special tokens that the model expects at its start."""
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        """`input_ids` of each text, with the special tokens that the model expects at its start unless told otherwise."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        """The turns as one text, in the words of the model's own template; only where there is a `chat_template`."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...

@@ -46,6 +46,11 @@ class Microbatch:
     mask: Tensor  # [N] bool: counts in the loss
     sequence_ids: Tensor  # [N]
 
+    @property
+    def num_sequences(self) -> int:
+        """With a token in the loss."""
+        return len(self.sequence_ids[self.mask].unique())
+
 
 def share_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Which groups of a batch each data-parallel rank trains: positions in the batch, ascending, with about as many tokens for each.

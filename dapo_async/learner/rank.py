@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, step_metrics
+from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, sequence_mean_weights, step_metrics
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner.batching import Microbatch, Row, filler, rows_of, split_microbatches, split_minibatches
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
@@ -148,13 +148,13 @@ class LearnerRank:
         self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, lr: float, first: bool
     ) -> tuple[StepMetrics, bool]:
         """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
-        (num_tokens,) = sum_numbers([float(sum(int(batch.mask.sum()) for batch in minibatch))], self._mesh, self._device)
-        num_tokens = max(1.0, num_tokens)
+        counts = [float(sum(int(batch.mask.sum()) for batch in minibatch)), float(sum(batch.num_sequences for batch in minibatch))]
+        num_tokens, num_sequences = (max(1.0, count) for count in sum_numbers(counts, self._mesh, self._device))
         metrics = StepMetrics()
         total_loss = 0.0
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
-            loss, diagnostics = self._loss(batch, logprobs, entropies, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens)
+            loss, diagnostics = self._loss(batch, logprobs, entropies, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens, num_sequences)
             loss.backward()
             total_loss += float(loss.detach())
             metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies.detach(), learner_version=self.version)
@@ -179,7 +179,14 @@ class LearnerRank:
         )
 
     def _loss(
-        self, batch: Microbatch, logprobs: Tensor, entropies: Tensor, recomputed: Tensor | None, keep: Tensor | None, num_tokens: float
+        self,
+        batch: Microbatch,
+        logprobs: Tensor,
+        entropies: Tensor,
+        recomputed: Tensor | None,
+        keep: Tensor | None,
+        num_tokens: float,
+        num_sequences: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         algorithm = self._algorithm
         proximal = proximal_from(
@@ -190,6 +197,9 @@ class LearnerRank:
             learner_version=self.version,
             behaviour_versions=batch.behaviour_versions,
         )
+        weights = None
+        if algorithm.loss_mean == "sequence":
+            weights = sequence_mean_weights(batch.mask, sequence_ids=batch.sequence_ids, num_tokens=num_tokens, num_sequences=num_sequences)
         return policy_loss(
             logprobs,
             proximal_logprobs=proximal,
@@ -209,6 +219,7 @@ class LearnerRank:
             keep=keep,
             entropies=entropies,
             entropy_bonus=algorithm.entropy_bonus,
+            token_weights=weights,
         )
 
 

@@ -6,33 +6,39 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dapo_async.algorithm import check_loss_options
-from dapo_async.config import Config
-from dapo_async.data import PromptSet, Tokenizer, load_prompts, load_tokenizer
+from dapo_async.config import Config, parse_source, parse_sources
+from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of, usable_tokenizer
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import get_verifier
 from dapo_async.runtime.cluster import planned_actors
 
 
-def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
-    """The prompts of `data.train` or `data.heldout` with the knobs of `data`."""
-    data = config.data
-    return load_prompts(
-        Path(file),
-        tokenizer=tokenizer,
-        prompt_key=data.prompt_key,
-        answer_key=data.answer_key,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run will read. None: it is on the hub, and a dry run leaves it there, as a note says."""
+
+    train: PromptSet | None
+    heldout: PromptSet | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the training prompts: a resumed run has to find the same ones."""
+        return self.train.fingerprint if self.train else None
 
 
-def check_inputs(config: Config) -> None:
-    """Raises ValueError with rule, values and remedy for whatever the user has to change first."""
+def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
+    """Raises ValueError with rule, values and remedy for whatever the user has to change first.
+
+    A `dry_run` downloads nothing, and what this machine lacks is a note: a cluster's run can be looked at on a laptop.
+    """
     algorithm, rollout = config.algorithm, config.rollout
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
@@ -51,54 +57,50 @@ def check_inputs(config: Config) -> None:
         entropy_bonus=algorithm.entropy_bonus,
     )
     get_verifier(config.reward.verifier)
-    if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
-        raise ValueError(
-            "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
-            "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
-        )
-    if config.ray.address == "local":
-        _check_machine(config)
+    notes = []
+    for lack in _lacks(config):
+        if not dry_run:
+            raise ValueError(lack)
+        notes.append(f"could not start on this machine: {lack}")
+    sources = [parse_source(text) for text in (config.data.train, config.data.heldout)] + parse_sources(config.data.check_against)
+    away = [source for source in sources if is_on_hub(source) and dry_run]
+    notes += [f"would load the data set {preset_of(source)[1].where} from the Hugging Face hub" for source in away]
+    if (source := parse_source(config.model.path)).hub is not None:
+        return Inputs(None, None, (*notes, f"would download the model {source.where} (safetensors, config and tokenizer), and check it then"))
     folder = Path(config.model.path)
     model = ModelConfig.from_folder(folder)
     check_weights(folder, model)
     model.check_split(config.learner.tensor_parallel)
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
-    tokenizer = _load_tokenizer(folder)
-    for file in (config.data.train, config.data.heldout):
-        prompts = load_set(config, file, tokenizer).prompts
-        largest = max(int(prompt.token_ids.max(initial=0)) for prompt in prompts)
-        if largest >= model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {folder} gives token {largest} for a prompt of {file}, the model knows {model.vocab_size} tokens (vocab_size); "
-                "take tokenizer and weights from one model"
-            )
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        if longest + rollout.max_response_tokens > model.max_positions:
-            raise ValueError(
-                f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
-                f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
-            )
+    tokenizer, found = usable_tokenizer(folder), []
+    for text, training in ((config.data.train, True), (config.data.heldout, False)):
+        loaded = None if parse_source(text) in away else load_set(config, text, tokenizer, training=training, hub=not dry_run)
+        if loaded:
+            check_fit(loaded, model, folder=folder, max_response_tokens=rollout.max_response_tokens)
+        found.append(loaded)
+    train, heldout = found
+    return Inputs(train, heldout, tuple(notes))
 
 
-def _check_machine(config: Config) -> None:
-    """An own Ray has what it is told to have: only here is it compared with the machine, and with `ray.num_cpus`."""
+def _lacks(config: Config) -> Iterator[str]:
+    """What would keep the run from starting here, each with its remedy. An own Ray has what it is told to have: only here is that compared."""
+    rollout = config.rollout
+    if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
+        yield (
+            "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
+            "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
+        )
+    if config.ray.address != "local":
+        return
     actors = list(planned_actors(config))
     devices, cpus = torch.cuda.device_count(), config.ray.num_cpus
     if (wanted := sum(actor.num_gpus for actor in actors)) > devices:
         shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
-        raise ValueError(
+        yield (
             f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA devices; "
             "set learner.num_gpus=0, rollout.num_gpus=0 and evaluation.num_gpus=0, or ray.address to a cluster that has them"
         )
     if cpus is not None and (wanted := sum(actor.num_cpus for actor in actors)) > cpus:
         shares = ", ".join(f"{actor.name} {actor.num_cpus:g}" for actor in actors)
-        raise ValueError(f"the run reserves {wanted:g} CPUs ({shares}), ray.num_cpus is {cpus}; raise it, or set ray.num_cpus=null")
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    try:
-        return load_tokenizer(folder)
-    except Exception as error:  # a broken file raises whatever the tokenizers library likes, a plain Exception among it
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model") from error
+        yield f"the run reserves {wanted:g} CPUs ({shares}), ray.num_cpus is {cpus}; raise it, or set ray.num_cpus=null"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +55,11 @@ def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
     return replace(after, run_dir=str(root))
 
 
-def find_resume_point(config: Config) -> ResumePoint:
-    """The newest complete checkpoint of the run directory. Raises ValueError when nothing is left to train or the data are others now."""
+def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
+    """The newest complete checkpoint of the run directory. Raises ValueError when nothing is left to train or the data are others now.
+
+    `train_data`: fingerprint of the training prompts (`Inputs.fingerprint`); None: not loaded, so not compared.
+    """
     from dapo_async.runtime.checkpointer import read_driver_state
 
     run_dir = RunDir(Path(config.run_dir))
@@ -70,18 +72,12 @@ def find_resume_point(config: Config) -> ResumePoint:
             f"--resume {run_dir.root}: all {config.train.num_steps} steps (train.num_steps) are trained; to go on, add train.num_steps="
             f"{2 * config.train.num_steps} or another larger number"
         )
-    if point.driver["train_data"] != fingerprint(Path(config.data.train)):
+    if train_data is not None and point.driver["train_data"] != train_data:
         raise ValueError(
-            f"data.train ({config.data.train}) is not the file that this run began with: its prompts would be mixed up; restore the file, or start "
-            f"a new run with model.path={point.checkpoint}"
+            f"data.train ({config.data.train}) does not give the prompts that this run began with, which would be mixed up; restore the data and "
+            f"what they are checked against, or start a new run with model.path={point.checkpoint}"
         )
     return point
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _value(config: Config, name: str) -> Any:

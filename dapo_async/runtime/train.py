@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -30,7 +29,7 @@ from dapo_async.runtime.interrupts import Interrupts
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.reaper import Reaper
 from dapo_async.runtime.remote import ActorDied
-from dapo_async.runtime.resume import START, ResumePoint, fingerprint
+from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
@@ -53,7 +52,7 @@ class Run:
     ending: Ending = field(default_factory=Ending)
     seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    train_data: str = ""  # fingerprint of the training data
+    train_data: str = ""  # fingerprint of the training prompts
     began_s: float = 0.0
     caught: Counter[str] = field(default_factory=Counter)  # errors of the end that did not stop it
     lost: str | None = None  # the actor whose death ended the run
@@ -79,7 +78,6 @@ class Run:
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
         self.began_s = self.clock.now_s()
-        self.train_data = await asyncio.to_thread(fingerprint, Path(self.config.data.train))
         task = asyncio.create_task(self._work())
         self.interrupts.listen(task)
         wall = asyncio.create_task(self._watch_wall(task))
@@ -282,9 +280,12 @@ async def _nobody(version: int) -> None:
     """The first publish: there is no group whose credit could return."""
 
 
-def train(config: Config, *, run_dir: RunDir, progress: Progress, resume: ResumePoint = START) -> int:
-    """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change."""
-    run = Run(config, run_dir, Audience(config, run_dir, progress), resume)
+def train(config: Config, *, run_dir: RunDir, progress: Progress, resume: ResumePoint = START, train_data: str) -> int:
+    """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change.
+
+    `train_data`: fingerprint of the training prompts, kept for a resume.
+    """
+    run = Run(config, run_dir, Audience(config, run_dir, progress), resume, train_data=train_data)
     run.evaluations |= {name: Evaluation.from_json(values) for name, values in resume.driver.get("evaluations", {}).items()}
     code = asyncio.run(run.live())
     if code == EXIT_WRONG_INPUT:

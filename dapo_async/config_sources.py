@@ -1,0 +1,80 @@
+"""Where models and data come from: the grammar of model.path, data.train, data.heldout and data.check_against. Part of the room config.
+
+    data     [PRESET=]PATH  |  [PRESET=]hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]  |  hub:PRESET
+    model    PATH  |  [hub:]OWNER/NAME[@REVISION]
+
+A preset (data/presets.py) knows the columns of a published data set; `hub:PRESET` is that set where it was published. A model that is written as
+OWNER/NAME and is no folder is one of the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+HUB = "hub:"
+PRESET = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
+MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+HUB_NAME = re.compile(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::(.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One data set or model: on disk (`path`), or on the hub (`hub`)."""
+
+    preset: str | None = None
+    path: Path | None = None
+    hub: str | None = None  # OWNER/NAME, or the name of a preset
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As logs and counts call it."""
+        if self.preset is not None:
+            return self.preset
+        if self.path is None:
+            return str(self.hub)
+        # Many data files are called data.jsonl or test.parquet: their folder tells which.
+        return self.path.name if self.path.stem not in ("data", "train", "test") else f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def where(self) -> str:
+        """The whole of it, for errors."""
+        if self.path is not None:
+            return str(self.path)
+        parts = (("/", self.subset), ("@", self.revision), (":", self.split))
+        return HUB + str(self.hub) + "".join(mark + part for mark, part in parts if part)
+
+
+def parse_source(text: str) -> Source:
+    """Raises ValueError for a hub name that is none."""
+    match = PRESET.fullmatch(text)
+    preset, rest = (match[1], match[2]) if match else (None, text)
+    if not rest.startswith(HUB):
+        return Source(preset=preset, path=Path(rest))
+    parts = HUB_NAME.fullmatch(rest)
+    if parts is None:
+        raise ValueError(f"{rest} is no name of the hub; write hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], such as hub:openai/gsm8k/main:train")
+    return Source(preset, None, *parts.groups())
+
+
+def parse_sources(text: str) -> list[Source]:
+    """Of a list with commas between them."""
+    return [parse_source(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def resolved(text: str, folder: Path, *, kind: str) -> str:
+    """`text` with its paths made absolute from `folder`; `kind` model, data or data list. Raises OSError, RuntimeError or ValueError."""
+    if kind == "data list":
+        return ", ".join(resolved(part.strip(), folder, kind="data") for part in text.split(",") if part.strip())
+    match = PRESET.fullmatch(text) if kind == "data" else None
+    preset, rest = (f"{match[1]}=", match[2]) if match else ("", text)
+    if rest.startswith(HUB):
+        return text
+    path = (folder / Path(rest).expanduser()).resolve()
+    if kind == "model" and MODEL.fullmatch(rest) and not path.exists():
+        return HUB + rest
+    return preset + str(path)

@@ -1,0 +1,80 @@
+"""Published data sets: where they are, which columns they have, how their problems are posed. A new one is an entry in `PRESETS`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from dapo_async.config import Source, parse_source
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Columns are named as in `data.prompt_key`; of several the first that a row has, for copies of a set differ in their names."""
+
+    hub: str  # where it was published, in the grammar of data.train
+    problem: tuple[str, ...] = ("problem",)
+    answer: tuple[str, ...] = ("answer",)
+    answer_form: Mapping[str, str] = field(default_factory=dict)  # of columns that hold more than the answer: see `answer_of`
+    template: str = "boxed"
+    wrapped: str | None = None  # the template that stands around each problem already
+    deduplicate: bool = False
+
+
+DAPO_PROBLEM, DAPO_ANSWER = ("problem", "prompt.0.content"), ("answer", "reward_model.ground_truth")
+PRESETS = MappingProxyType(
+    {
+        # 1,791,700 rows: each of 17,917 prompts a hundred times.
+        "dapo_math_17k": Preset(
+            "hub:BytedTsinghua-SIA/DAPO-Math-17k:train", DAPO_PROBLEM, DAPO_ANSWER, template="dapo", wrapped="dapo", deduplicate=True
+        ),
+        "gsm8k": Preset("hub:openai/gsm8k/main:train", ("question",), answer_form={"answer": "hashes"}),
+        "math": Preset("hub:DigitalLearningGmbH/MATH-lighteval:train", answer=("answer", "solution"), answer_form={"solution": "boxed"}),
+        "math500": Preset("hub:HuggingFaceH4/MATH-500:test"),
+        # DAPO's own copy has each problem 32 times.
+        "aime24": Preset("hub:HuggingFaceH4/aime_2024:train", DAPO_PROBLEM, DAPO_ANSWER, template="dapo", wrapped="dapo", deduplicate=True),
+        "aime25": Preset("hub:math-ai/aime25:test", template="dapo"),
+        "amc23": Preset("hub:math-ai/amc23:test", ("problem", "question"), template="dapo"),
+    }
+)
+
+
+def preset_of(source: Source) -> tuple[Preset | None, Source]:
+    """The preset of a source, and the source itself with `hub:PRESET` replaced by where that set is. Raises ValueError for an unknown preset."""
+    name = source.preset
+    if name is None and source.hub is not None and "/" not in source.hub:
+        name = source.hub
+    if name is None:
+        return None, source
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name!r} is no preset of data; did you mean {near!r}? Known are {', '.join(PRESETS)} (a path may begin with ./)")
+    preset = PRESETS[name]
+    if source.hub is None or "/" in source.hub:
+        return preset, source
+    home = parse_source(preset.hub)
+    return preset, Source(name, None, home.hub, source.subset or home.subset, source.revision, source.split or home.split)
+
+
+def answer_of(text: str, form: str | None) -> str:
+    r"""The gold answer in a column. `hashes`: after the last ####, without commas (GSM8K); `boxed`: in the last \boxed{} (MATH), else empty."""
+    if form == "hashes" and "####" in text:
+        return text.rpartition("####")[2].replace(",", "").strip()
+    if form == "boxed":
+        return _last_boxed(text)
+    return text
+
+
+def _last_boxed(text: str) -> str:
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    if not starts:
+        return ""
+    depth = 1
+    for end in range(starts[-1], len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if not depth:
+            return text[starts[-1] : end].strip()
+    return ""

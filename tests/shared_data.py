@@ -1,0 +1,17 @@
+"""Real data sets beside the checkout, read where they lie; a test of theirs is skipped where they are absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
+DATA = SHARED / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets, {DATA} (or in the folder DAPO_ASYNC_SHARED), are absent")
+EVALUATION_SETS = {
+    "aime24": DATA / "aime24" / "data.jsonl",
+    "aime25": DATA / "aime25" / "data.jsonl",
+    "amc23": DATA / "amc23" / "data.jsonl",
+    "math500": DATA / "math500" / "data.jsonl",
+    "gsm8k": DATA / "gsm8k" / "test.jsonl",
+}

@@ -1,0 +1,110 @@
+"""Recipes: each passes --dry-run and has the published values; the rungs of the ladder are complete and differ by one knob each."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dapo_async import config as knobs
+from dapo_async.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")
+LADDER = ("1_grpo", "2_overlong_filtering", "3_clip_higher", "4_soft_overlong", "5_token_level_loss", "6_dynamic_sampling")
+FILES = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
+
+
+def flat(tree, prefix=""):
+    """The knobs that a file sets, by their dotted names."""
+    return {
+        name: value
+        for key, values in tree.items()
+        for name, value in (flat(values, f"{prefix}{key}.") if isinstance(values, dict) else {prefix + key: values}).items()
+    }
+
+
+def values_of(file):
+    return flat(yaml.safe_load((CONFIGS / file).read_text()))
+
+
+def differences(one, other):
+    assert one.keys() == other.keys()
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+
+
+def rungs():
+    return [values_of(f"ladder/{name}.yaml") for name in LADDER]
+
+
+def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing():
+    steps = [differences(below, above) for below, above in zip(rungs(), rungs()[1:], strict=False)]
+    assert steps == [
+        {"algorithm.overlong_filtering": (False, True)},
+        {"algorithm.clip_high": (0.2, 0.28)},
+        {"reward.overlong_cache_tokens": (None, 4096)},
+        {"algorithm.loss_mean": ("sequence", "token")},
+        {"replay.dynamic_sampling": (False, True)},
+    ]
+
+
+def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_for_the_filtering_of_the_table():
+    lowest, highest = rungs()[0], rungs()[-1]
+    assert (lowest["algorithm.clip_low"], lowest["algorithm.clip_high"]) == (0.2, 0.2)
+    assert differences(highest, values_of("dapo_qwen2.5_32b.yaml")) == {"algorithm.overlong_filtering": (True, False)}
+
+
+def test_a_second_difference_between_rungs_would_be_seen():
+    one, two = rungs()[:2]
+    assert len(differences(one, two | {"learner.lr": 2e-6})) == 2
+    with pytest.raises(AssertionError):
+        differences(one, {name: value for name, value in two.items() if name != "learner.lr"})
+
+
+def test_the_recipe_of_the_paper_has_its_values():
+    values = values_of("dapo_qwen2.5_32b.yaml")
+    paper = {
+        "algorithm.clip_low": 0.2, "algorithm.clip_high": 0.28, "algorithm.loss_mean": "token", "reward.overlong_cache_tokens": 4096,
+        "rollout.max_response_tokens": 20480, "data.max_prompt_tokens": 2048, "rollout.temperature": 1.0, "replay.groups_per_step": 512,
+        "replay.group_size": 16, "replay.dynamic_sampling": True, "learner.lr": 1e-6, "learner.warmup_steps": 20, "learner.weight_decay": 0.1,
+        "learner.grad_clip": 1.0, "learner.num_minibatches": 16, "data.template": "dapo", "data.train": "hub:dapo_math_17k",
+    }  # fmt: skip
+    assert {name: values[name] for name in paper} == paper
+    config = knobs.load(CONFIGS / "dapo_qwen2.5_32b.yaml")
+    assert config.replay.groups_per_step * config.replay.group_size // config.learner.num_minibatches == 512  # responses per update
+    assert (config.algorithm.objective, config.algorithm.entropy_bonus, config.algorithm.normalize_std) == ("dapo", 0.0, True)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(file, capsys):
+    assert main(["train", str(CONFIGS / file), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    config = knobs.load(CONFIGS / file)
+    assert f"would download the model {config.model.path} (safetensors, config and tokenizer)" in printed
+    assert "would load the data set hub:BytedTsinghua-SIA/DAPO-Math-17k:train from the Hugging Face hub\n" in printed
+    assert f"would train {config.train.num_steps} steps of " in printed
+    assert printed.count(" 1 GPU ") >= config.learner.data_parallel * config.learner.tensor_parallel
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_not_run(file):
+    text = (CONFIGS / file).read_text()
+    head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    config = knobs.load(CONFIGS / file)
+    rollout, learner = config.rollout, config.learner
+    ranks = learner.data_parallel * learner.tensor_parallel
+    num_gpus = int(rollout.num_workers * rollout.num_gpus + ranks * learner.num_gpus)
+    assert re.search(rf"\b{num_gpus} GPUs", head)
+    assert f"{rollout.num_workers} engines x {rollout.num_gpus:g} GPU" in head
+    assert f"{learner.data_parallel} x {learner.tensor_parallel} ranks" in head
+    assert f"num_slots {rollout.num_slots}" in head
+    assert "Not run. Derived:" in head
+    assert "verl" in head or "AReaL" in head
+    # The longest sequence fits one pass, and rollouts of two steps at most are in flight at a time.
+    assert learner.microbatch_tokens >= config.data.max_prompt_tokens + rollout.max_response_tokens
+    assert config.data.contamination == "drop"
+
+
+def test_the_7b_recipe_fits_the_positions_of_its_model():
+    config = knobs.load(CONFIGS / "dapo_qwen2.5_7b_math.yaml")
+    assert config.data.max_prompt_tokens + config.rollout.max_response_tokens == 4096
