@@ -29,13 +29,12 @@ from matplotlib import pyplot
 from dapo_async import config as knobs
 from dapo_async.algorithm import summarise
 from dapo_async.config import Config
-from dapo_async.data import load_tokenizer
+from dapo_async.data import load_set, load_tokenizer
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 from dapo_async.replay import ReplayBuffer, has_tokens
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
-from dapo_async.runtime.inputs import load_set
 from dapo_async.types import Admission, Completion, Prompt
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"

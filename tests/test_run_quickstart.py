@@ -46,7 +46,7 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
     assert quickstart.exit_code == 0, quickstart.output
     files = {path.name for path in quickstart.root.iterdir()}
     written = {"config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "timeline.json", "dynamics.png", "mlflow.json"}
-    assert files == {*written, "rollouts", "checkpoints"}
+    assert files == {*written, "rollouts", "checkpoints", "evaluations"}
     assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
     assert (quickstart.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.data import load_tokenizer
+from dapo_async.data import load_set, load_tokenizer
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import ModelConfig, checksum, load_decoder
 from dapo_async.reward import get_verifier
 from dapo_async.rollout import Engine, ThreadedEngine, TorchEngine
 from dapo_async.runtime.cluster import own_host
-from dapo_async.runtime.inputs import load_set
 from dapo_async.types import Completion, Prompt
 from dapo_async.weights import Announcement, Attestation, WeightGroup
 from dapo_async.weights.disk import read_version

@@ -5,30 +5,17 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
 
 from dapo_async.algorithm import check_loss_options
 from dapo_async.config import Config
-from dapo_async.data import PromptSet, Tokenizer, load_prompts, load_tokenizer
+from dapo_async.data import check_fit, load_set, usable_tokenizer
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import get_verifier
+from dapo_async.rollout.sglang_server import require_sglang
 from dapo_async.runtime.cluster import planned_actors
-
-
-def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
-    """The prompts of `data.train` or `data.heldout` with the knobs of `data`."""
-    data = config.data
-    return load_prompts(
-        Path(file),
-        tokenizer=tokenizer,
-        prompt_key=data.prompt_key,
-        answer_key=data.answer_key,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
 
 
 def check_inputs(config: Config) -> None:
@@ -51,11 +38,8 @@ def check_inputs(config: Config) -> None:
         entropy_bonus=algorithm.entropy_bonus,
     )
     get_verifier(config.reward.verifier)
-    if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
-        raise ValueError(
-            "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
-            "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
-        )
+    if rollout.engine == "sglang" and not rollout.server_urls:
+        require_sglang()
     if config.ray.address == "local":
         _check_machine(config)
     folder = Path(config.model.path)
@@ -64,21 +48,9 @@ def check_inputs(config: Config) -> None:
     model.check_split(config.learner.tensor_parallel)
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = usable_tokenizer(folder)
     for file in (config.data.train, config.data.heldout):
-        prompts = load_set(config, file, tokenizer).prompts
-        largest = max(int(prompt.token_ids.max(initial=0)) for prompt in prompts)
-        if largest >= model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {folder} gives token {largest} for a prompt of {file}, the model knows {model.vocab_size} tokens (vocab_size); "
-                "take tokenizer and weights from one model"
-            )
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        if longest + rollout.max_response_tokens > model.max_positions:
-            raise ValueError(
-                f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
-                f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
-            )
+        check_fit(load_set(config, file, tokenizer), model, folder=folder, max_response_tokens=rollout.max_response_tokens)
 
 
 def _check_machine(config: Config) -> None:
@@ -94,11 +66,3 @@ def _check_machine(config: Config) -> None:
     if cpus is not None and (wanted := sum(actor.num_cpus for actor in actors)) > cpus:
         shares = ", ".join(f"{actor.name} {actor.num_cpus:g}" for actor in actors)
         raise ValueError(f"the run reserves {wanted:g} CPUs ({shares}), ray.num_cpus is {cpus}; raise it, or set ray.num_cpus=null")
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    try:
-        return load_tokenizer(folder)
-    except Exception as error:  # a broken file raises whatever the tokenizers library likes, a plain Exception among it
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model") from error

@@ -13,11 +13,10 @@ import ray
 
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
-from dapo_async.data import PromptStream, load_tokenizer
+from dapo_async.data import PromptStream, load_set, load_tokenizer
 from dapo_async.group_files import read_groups, write_groups
 from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, freeze, has_tokens
 from dapo_async.runtime.cluster import process_info
-from dapo_async.runtime.inputs import load_set
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Completion, Group, TrainBatch
