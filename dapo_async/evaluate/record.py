@@ -50,9 +50,13 @@ class Record:
             raise ValueError(f"--json {out} can't be written: {error.strerror}; give another file") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._read_partial()
+        except BlockingIOError as error:
+            os.close(self._file)
             raise ValueError(f"another process is writing {self.partial}; wait for its end, or give another --json") from error
-        self._read_partial()
+        except ValueError:
+            os.close(self._file)
+            raise
 
     @property
     def finished(self) -> bool:
@@ -68,7 +72,7 @@ class Record:
         """Writes the result, atomically, in place of what was kept until then."""
         if self.out is not None:
             whole = self.out.with_name(self.out.name + ".partial")
-            whole.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            whole.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")
             os.replace(whole, self.out)
             self.partial.unlink()
 
