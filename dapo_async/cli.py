@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="OUT", help="the result; finished problems are kept beside it until then, and the same command goes on"
     )
     evaluation.set_defaults(run=_eval)
+    report = commands.add_parser("report", help="training dynamics of one or several runs as one HTML page")
+    report.add_argument("paths", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, overlaid in each chart; also results of eval --json")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="report.html")
+    report.add_argument("--steps", metavar="0,10,20", help="whose rollouts are shown (the first, middle and last ones)")
+    report.set_defaults(run=_report, overrides=[])
     replay = commands.add_parser("replay", help="the learner alone on a run's recorded batches: the same losses?")
     replay.add_argument("run_dir", type=Path, help="a run directory with recorded/ (train.record=true)")
     replay.set_defaults(run=_replay, overrides=[])
@@ -203,6 +208,21 @@ def _eval(options: argparse.Namespace) -> int:
         out=options.json and options.json.resolve(),
     )
     return run(options.config, options.overrides, asked, say=_say)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dapo_async.tracking.report import write_report
+
+    if options.overrides:
+        raise ValueError(f"report takes no overrides ({' '.join(options.overrides)}); leave them away")
+    try:
+        steps = None if options.steps is None else [int(step) for step in options.steps.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--steps ({options.steps}) must be numbers with commas between them, such as 0,10,20; write them so") from error
+    for line in write_report(options.paths, out=options.out, steps=steps):
+        _say(line)
+    _say(f"report     {options.out.resolve()}")
+    return 0
 
 
 def _config(options: argparse.Namespace) -> int:
