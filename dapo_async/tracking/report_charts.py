@@ -93,7 +93,7 @@ def draw_panel(panel: Panel, runs: Sequence[RunRecord]) -> Figure | None:
                 "linestyle": "-" if alone else LINE_STYLES[place % len(LINE_STYLES)],
             }
             steps, values = series(run.rows, column)
-            marker = "." if len(steps) <= FEW else None
+            marker = "." if len(steps) <= FEW or has_lonely(values) else None
             axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=4, **style)
         if held_out:
             assert panel.evaluated is not None
@@ -167,6 +167,12 @@ def series(rows: Sequence[Mapping[str, float]], column: str) -> tuple[list[float
     return steps, values
 
 
+def has_lonely(values: Sequence[float]) -> bool:
+    """Whether a value stands between gaps: no line leads to it, so that only a mark can be seen."""
+    known = [False, *(not math.isnan(value) for value in values), False]
+    return any(here and not before and not after for before, here, after in zip(known, known[1:], known[2:], strict=False))
+
+
 def _spelt_out(panel: Panel, runs: Sequence[RunRecord]) -> Panel:
     """With the reasons that occurred."""
     if panel.columns != (REJECTED,):
@@ -200,6 +206,7 @@ def _legend(axes: Axes, runs: Sequence[str], columns: Sequence[str], *, held_out
 
 
 def to_png(figure: Figure) -> bytes:
+    """The file's bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI)
     return out.getvalue()

@@ -57,10 +57,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def image(png: bytes, alt: str) -> str:
+    """The picture within the page."""
     return f'<img alt="{text(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def chart(png: bytes, title: str, line: str) -> str:
+    """A picture between its title and what it says."""
     return f"<figure><h3>{text(title)}</h3>{image(png, title)}<figcaption>{text(line)}</figcaption></figure>"
 
 
@@ -70,6 +72,7 @@ def details(summary: str, body: str) -> str:
 
 
 def note(line: str) -> str:
+    """One line about what is missing or broken."""
     return f'<p class="note">{text(line)}</p>'
 
 

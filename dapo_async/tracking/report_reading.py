@@ -57,6 +57,7 @@ class EvalRecord:
 
 
 def rollout_file(root: Path, step: int) -> Path:
+    """Where a run writes readable samples of a step."""
     return RunDir(root).rollouts / f"step_{step:06d}.jsonl"
 
 
