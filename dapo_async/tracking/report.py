@@ -29,6 +29,10 @@ def write_report(paths: Sequence[Path], *, out: Path, steps: Sequence[int] | Non
     """
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {out} must end with .html, so that no other file is ever written over; give such a name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} can't be written: {error.strerror}; give another file") from error
     folders, files = [path for path in paths if path.is_dir()], [path for path in paths if not path.is_dir()]
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     evaluations = [read_evaluation(file) for file in files]
@@ -41,7 +45,6 @@ def write_report(paths: Sequence[Path], *, out: Path, steps: Sequence[int] | Non
     notes = [f"{run.name}: {line}" for run in runs for line in run.notes]
     title = "Training dynamics: " + ", ".join(run.name for run in runs) if runs else "Evaluations"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
         partial.write_bytes(page(title, [*map(note, notes), *sections]))
         os.replace(partial, out)
