@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dapo_async.config import Config
 from dapo_async.data.prompts import PromptSet, load_prompts
 from dapo_async.data.tokenizer import Tokenizer, load_tokenizer
-from dapo_async.model import ModelConfig
+
+if TYPE_CHECKING:  # the model room imports torch, which whoever only reads data need not wait for
+    from dapo_async.model import ModelConfig
 
 
 def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
