@@ -288,6 +288,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert refused(capsys, "--k", "0") == "--k (0) must be at least 1; leave it out or give a larger number"
+    assert refused(capsys, "--seed=-1").startswith("--seed (-1) must be at least 0; ")
     assert refused(capsys, "--top-p", "0").startswith("top_p (0.0) must lie in (0, 1]; ")
     assert refused(capsys, "--temperature=-1").startswith("temperature (-1.0) must be finite and not negative; ")
     assert refused(capsys, "--checkpoint", str(tmp_path)).startswith(f"model folder {tmp_path} has no config.json; ")

@@ -94,9 +94,9 @@ def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[
 
 def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
     """Reads and checks everything that needs no engine. Raises ValueError with rule, values and remedy."""
-    for name, value in (("--k", options.k), ("--max-problems", options.max_problems)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} ({value}) must be at least 1; leave it out or give a larger number")
+    for name, value, least in (("--k", options.k, 1), ("--max-problems", options.max_problems, 1), ("--seed", options.seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}; leave it out or give a larger number")
     given = []
     if options.data is not None:  # the training set is not read: its place is taken, so that it need not be on this machine
         given = [f"{knob}={json.dumps(str(options.data))}" for knob in ("data.heldout", "data.train")]
