@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("config", help="YAML file: engine, template, columns, verifier, lengths")
     evaluation.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     evaluation.add_argument("--checkpoint", type=Path, metavar="DIR", help="plain Hugging Face folder, such as a run's checkpoint (model.path)")
-    evaluation.add_argument("--data", type=Path, metavar="FILE", help="problems to solve (data.heldout)")
+    evaluation.add_argument("--data", metavar="FILE", help="problems to solve (data.heldout)")
     evaluation.add_argument("--k", type=int, default=32, help="responses per problem (32)")
     evaluation.add_argument("--temperature", type=float, default=1.0, help="1.0 as DAPO evaluates; 0 is greedy")
     evaluation.add_argument("--top-p", type=float, default=0.7, help="0.7 as DAPO evaluates; 1 samples from the model itself")

@@ -292,18 +292,23 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert refused(capsys, "--top-p", "0").startswith("top_p (0.0) must lie in (0, 1]; ")
     assert refused(capsys, "--temperature=-1").startswith("temperature (-1.0) must be finite and not negative; ")
     assert refused(capsys, "--checkpoint", str(tmp_path)).startswith(f"model folder {tmp_path} has no config.json; ")
-    assert refused(capsys, "--data", str(tmp_path / "none.jsonl")).startswith(f"data.train ({tmp_path}/none.jsonl) does not exist; ")
+    assert refused(capsys, "--data", str(tmp_path / "none.jsonl")).startswith(f"data.heldout ({tmp_path}/none.jsonl) does not exist; ")
     assert refused(capsys, "rollout.num_gpus=1").startswith("rollout.num_gpus (1) asks for a GPU, ")
     assert "the model's" in refused(capsys, "rollout.max_response_tokens=100000")
 
 
-def test_data_of_the_command_line_needs_no_training_set_and_a_checkpoint_brings_its_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / 'odd "name".jsonl').write_text('{"prompt": "12", "answer": 3}\n{"prompt": "", "answer": 3}\n')
+def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer(tmp_path: Path) -> None:
+    odd = tmp_path / 'odd "name".jsonl'
+    odd.write_text('{"prompt": "12", "answer": 3}\n{"prompt": "", "answer": 3}\n')
     base = Path(knobs.load(QUICKSTART).model.path)
-    asked = Options(checkpoint=base, data=tmp_path / 'odd "name".jsonl', k=2, temperature=1.0, top_p=1.0, seed=None, max_problems=None, out=None)
-    (tmp_path / "config.yaml").write_text("data: {train: nowhere, heldout: nowhere, template: '{problem}='}\nrollout: {max_response_tokens: 8}\n")
+    asked = Options(checkpoint=base, data=str(odd), k=2, temperature=1.0, top_p=1.0, seed=None, max_problems=None, out=None)
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: nowhere}}\ndata: {{train: {QUICKSTART}, heldout: nowhere, template: '{{problem}}='}}\nrollout: {{max_response_tokens: 8}}\n"
+    )
     job = prepare(str(tmp_path / "config.yaml"), [], asked)
     assert [each.text for each in job.prompts] == ["12="]
-    assert job.problems.num_empty == 1
     assert job.checkpoint == base.resolve()
     assert job.config.model.path == str(base.resolve())
+    other = prepare(str(tmp_path / "config.yaml"), ["data.template='{problem}'"], asked)
+    assert other.settings["problems_sha256"] != job.settings["problems_sha256"]
+    assert {name for name in job.settings if job.settings[name] != other.settings[name]} == {"problems_sha256"}

@@ -247,7 +247,7 @@ def evaluation_file(path: Path, accuracies: Sequence[float], *, data: str = "d")
     estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
     totals = {"avg@2": estimate, "pass@1": estimate, "pass@2": estimate, "mean_response_tokens": 7.0, "truncated": 0.125}
     problems = [{"row": row, "accuracy": accuracy} for row, accuracy in enumerate(accuracies)]
-    settings = {"k": 2, "checkpoint": "/c", "data": f"/{data}.jsonl", "data_sha256": data, "engine": "torch"}
+    settings = {"k": 2, "checkpoint": "/c", "data": f"/{data}.jsonl", "problems_sha256": data, "engine": "torch"}
     path.write_text(json.dumps({"settings": settings, "totals": totals, "problems": problems}))
     return path
 

@@ -6,6 +6,7 @@ check everything ─▶ what an earlier try has done ─▶ engines ─▶ the o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ class Options:
     """What is asked for besides the config; None: what the config says."""
 
     checkpoint: Path | None
-    data: Path | None
+    data: str | None  # as data.heldout
     k: int
     temperature: float
     top_p: float
@@ -66,7 +67,8 @@ class Job:
 def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[[str], None]) -> int:
     """Evaluates; the exit code: 0, 1 when an engine failed, 130 or 143 when interrupted. Raises ValueError for what the user has to change."""
     job = prepare(file, overrides, options)
-    say(f"{job.checkpoint}: {len(job.prompts)} problems of {job.problems.path} x {job.num_siblings} responses, {job.config.rollout.engine} engine")
+    config = job.config
+    say(f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems of {config.data.heldout} x {job.num_siblings} responses")
     with Record(options.out, job.settings) as record:
         if record.done:
             say(f"{len(record.done)} problems are done already, in {options.out if record.finished else record.partial}")
@@ -98,8 +100,8 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         if value is not None and value < least:
             raise ValueError(f"{name} ({value}) must be at least {least}; leave it out or give a larger number")
     given = []
-    if options.data is not None:  # the training set is not read: its place is taken, so that it need not be on this machine
-        given = [f"{knob}={json.dumps(str(options.data))}" for knob in ("data.heldout", "data.train")]
+    if options.data is not None:
+        given.append(f"data.heldout={json.dumps(options.data)}")
     if options.checkpoint is not None and any((options.checkpoint / name).is_file() for name in TOKENIZER_FILES):
         given.append(f"model.path={json.dumps(str(options.checkpoint))}")  # else the tokenizer is that of the base model
     config = knobs.load(file, [*overrides, *given])
@@ -125,9 +127,8 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
     settings = {
         "checkpoint": str(checkpoint),
         "weights_sha256": digest([*weights, *(source / name for name in TOKENIZER_FILES if (source / name).is_file())]),
-        "data": str(problems.path),
-        "data_sha256": digest([problems.path]),
-        **{name: getattr(config.data, name) for name in ("template", "prompt_key", "answer_key", "max_prompt_tokens")},
+        "data": config.data.heldout,
+        "problems_sha256": _digest_of(prompts),
         "verifier": config.reward.verifier,
         "engine": config.rollout.engine,
         "dtype": config.model.dtype,
@@ -139,6 +140,14 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "seed": seed,
     }
     return Job(config, checkpoint, tokenizer, get_verifier(config.reward.verifier), problems, prompts, options.k, sampling, settings)
+
+
+def _digest_of(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of all that an evaluation sees of its problems, in order: rows, texts after the template, gold answers."""
+    whole = hashlib.sha256()
+    for prompt in prompts:
+        whole.update(json.dumps([prompt.row, prompt.text, prompt.answer]).encode())
+    return whole.hexdigest()
 
 
 def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> dict[str, Any]:

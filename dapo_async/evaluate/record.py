@@ -109,8 +109,8 @@ class Record:
         names = [name for name in {**self.settings, **before} if name not in NOT_COMPARED]
         for name in names:
             if (was := before.get(name)) != (now := self.settings.get(name)):
-                what = {"weights_sha256": "the checkpoint", "data_sha256": "the data file"}.get(name)
-                change = f"{what} is another one" if what else f"{name} was {was!r}, is {now!r}"
+                what = {"weights_sha256": "the checkpoint is another one", "problems_sha256": "the problems are others"}.get(name)
+                change = what or f"{name} was {was!r}, is {now!r}"
                 raise ValueError(f"{path} holds an evaluation with other settings: {change}; repeat those, or give another --json")
 
     def __enter__(self) -> Self:

@@ -176,7 +176,7 @@ def _evaluations(evaluations: Sequence[EvalRecord]) -> Iterator[str]:
 
 
 def _data(evaluation: EvalRecord) -> str:
-    return str(evaluation.settings.get("data_sha256"))
+    return str(evaluation.settings.get("problems_sha256"))
 
 
 def _interval(estimate: Any) -> str:
