@@ -26,7 +26,11 @@ LEVELS = (
     {"__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-ROOM_MATES = {"config_checks": "config", "config_text": "config"}  # a file at the top that belongs to another one's room, whose door is the other one
+ROOM_MATES = {
+    "config_checks": "config",
+    "config_text": "config",
+    "cli_measure": "cli",
+}  # a file at the top that belongs to another one's room, whose door is the other one
 OWNERS = {"ray": {"runtime"}, "mlflow": {"tracking"}, "sglang": set(), "omegaconf": {"config"}}
 WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "matplotlib")  # what these rooms must do without
 LIGHT_ROOMS = ("algorithm", "reward", "model", "replay", "learner", "rollout", "rollout.worker", "evaluate", "weights")

@@ -43,7 +43,7 @@ def test_aime_2024_is_thirty_problems_of_thirty_two_responses(tmp_path: Path, ca
     result = json.loads((tmp_path / "aime.json").read_text())
     settings, totals, problems = result["settings"], result["totals"], result["problems"]
     assert (settings["k"], settings["temperature"], settings["top_p"]) == (32, 1.0, 0.7)
-    assert (totals["problems"], totals["responses"], totals["left_out"]) == (30, 960, {"overlong": 0, "empty": 0})
+    assert (totals["problems"], totals["responses"], any(totals["left_out"].values())) == (30, 960, False)
     assert {len(problem["lengths"]) for problem in problems} == {32}
     rows = [json.loads(line) for line in AIME.read_text().splitlines()]
     assert [problem["gold"] for problem in problems] == [str(row["answer"]) for row in rows]
