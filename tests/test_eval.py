@@ -24,7 +24,7 @@ from test_torch_engine import tiny_decoder
 from dapo_async import config as knobs
 from dapo_async.cli import main
 from dapo_async.clock import StateClock
-from dapo_async.evaluate.command import Options, prepare
+from dapo_async.evaluate.command import Options, prepare, summarise
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all, judged
 from dapo_async.reward import Verdict
@@ -42,7 +42,7 @@ def completion(length: int, finish: FinishReason = FinishReason.STOP) -> Complet
 
 def problem(row: int, *, correct: int = 1) -> Problem:
     answers = ["7" if number < correct else "8" for number in range(2)]
-    return Problem(row, "7", correct, correct / 2, 1.0, [float(answer == "7") for answer in answers], [*answers], [3, 4], [False, True])
+    return Problem(row, "7", 2, correct, correct / 2, 1.0, [float(answer == "7") for answer in answers], [*answers], [3, 4], [False, True])
 
 
 class FakeEngine:
@@ -63,7 +63,7 @@ class FakeEngine:
         return tuple(completion(3) for _ in range(request.num_siblings))
 
 
-def answered(engines: Sequence[Any], prompts: Sequence[Prompt], verify: Any, *, siblings: int = 2, decode: Any = str) -> dict[int, Problem]:
+def answered(engines: Sequence[Any], prompts: Sequence[Prompt], judge: Any, *, siblings: int = 2) -> dict[int, Problem]:
     done: dict[int, Problem] = {}
 
     async def run() -> None:
@@ -72,8 +72,7 @@ def answered(engines: Sequence[Any], prompts: Sequence[Prompt], verify: Any, *, 
             prompts,
             num_siblings=siblings,
             sampling=SAMPLING,
-            decode=decode,
-            verify=verify,
+            judge=judge,
             finished=lambda each: done.update({each.row: each}),
         )
 
@@ -87,6 +86,7 @@ def test_verdicts_of_the_siblings_come_to_literal_numbers() -> None:
     assert judged(prompt(4), completions, verdicts) == Problem(
         row=4,
         gold="4",
+        num_judged=4,
         num_correct=1,
         accuracy=0.5,
         majority_accuracy=0.5,
@@ -97,9 +97,22 @@ def test_verdicts_of_the_siblings_come_to_literal_numbers() -> None:
     )
 
 
+def test_response_whose_verdict_failed_is_neither_right_nor_wrong() -> None:
+    failed, right, wrong = Verdict(False, "9", "failed"), Verdict(True, "7", "correct"), Verdict(False, "9", "wrong")
+    some = judged(prompt(4), [completion(1)] * 4, [failed, right, failed, wrong])
+    assert (some.num_judged, some.num_correct, some.accuracy, some.accuracies) == (2, 1, 0.5, [None, 1.0, None, 0.0])
+    assert some.majority_accuracy == 1.0  # 7 and 9 once each: the first wins
+    none = judged(prompt(5), [completion(1)] * 4, [failed] * 4)
+    totals = summarise([some, none], num_siblings=4, seed=0)
+    assert (totals["problems"], totals["responses"], totals["unjudged"]) == (2, 8, 6)
+    assert [totals[name]["mean"] for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")] == [0.5, 0.5, 1.0, 1.0, 1.0]
+    with pytest.raises(RuntimeError, match="the verifier failed over every response"):
+        summarise([none], num_siblings=4, seed=0)
+
+
 def test_every_prompt_is_asked_once_under_a_key_of_its_row_and_an_engine_is_never_flooded() -> None:
     engines = [FakeEngine(), FakeEngine()]
-    done = answered(engines, [prompt(row) for row in range(3, 23)], lambda text, gold: Verdict(gold == "4", gold, ""))
+    done = answered(engines, [prompt(row) for row in range(3, 23)], lambda asked, each: Verdict(asked.answer == "4", asked.answer, ""))
     assert sorted(done) == list(range(3, 23))
     assert [row for row, each in done.items() if each.num_correct] == [4]
     requests = [request for engine in engines for request in engine.requests]
@@ -112,11 +125,11 @@ def test_slow_verdicts_hold_up_neither_the_event_loop_nor_the_engine() -> None:
     threads, engine = set(), FakeEngine()
     asked_s: list[float] = []
 
-    def slow(text: str, gold: str) -> Verdict:
+    def slow(asked: Prompt, each: Completion) -> Verdict:
         threads.add(threading.current_thread())
         asked_s.append(time.monotonic())
         time.sleep(0.05)
-        return Verdict(True, gold, "correct")
+        return Verdict(True, asked.answer, "correct")
 
     began_s = time.monotonic()
     answered([engine], [prompt(row) for row in range(8)], slow, siblings=1)
@@ -135,7 +148,7 @@ def test_first_failure_ends_everything_and_is_raised_as_it_was(where: str) -> No
                 raise RuntimeError("logits are not finite")
             return await super().generate(request)
 
-    def refuse(text: str, gold: str) -> Verdict:
+    def refuse(asked: Prompt, each: Completion) -> Verdict:
         raise ValueError("the gold answer is empty")
 
     began_s = time.monotonic()
@@ -154,8 +167,7 @@ def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> Non
                 [prompt(row, [row + 10, 5]) for row in rows],
                 num_siblings=4,
                 sampling=SAMPLING,
-                decode=lambda each: str(each.token_ids.tolist()),
-                verify=lambda text, gold: Verdict(True, text, ""),
+                judge=lambda asked, each: Verdict(True, str(each.token_ids.tolist()), ""),
                 finished=lambda each: done.update({each.row: each}),
             )
             await engine.close()

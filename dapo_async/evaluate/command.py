@@ -21,15 +21,15 @@ import numpy as np
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.data import PromptSet, Tokenizer, check_fit, load_set, usable_tokenizer
+from dapo_async.data import PromptSet, check_fit, load_set, usable_tokenizer
 from dapo_async.evaluate.engines import check_engines, open_engines
 from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all
 from dapo_async.model import ModelConfig, check_weights
-from dapo_async.reward import Verifier, get_verifier
+from dapo_async.reward import Verdict, get_verifier
 from dapo_async.rollout.engine import SamplingParams
-from dapo_async.types import Prompt
+from dapo_async.types import Completion, Prompt
 
 SAY_EVERY_S = 2.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -55,8 +55,7 @@ class Job:
 
     config: Config
     checkpoint: Path
-    tokenizer: Tokenizer
-    verify: Verifier
+    judge: Callable[[Prompt, Completion], Verdict]
     problems: PromptSet
     prompts: Sequence[Prompt]
     num_siblings: int
@@ -77,6 +76,8 @@ def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[
         try:
             if todo:
                 asyncio.run(_answer(job, todo, record, log=_log(options.out), say=say, stop=stop))
+            problems = [record.done[prompt.row] for prompt in job.prompts]
+            totals = summarise(problems, num_siblings=job.num_siblings, seed=job.sampling.seed)
         except asyncio.CancelledError:
             assert stop.first is not None
             say(f"{stop.first.name}: {_kept(record)}")
@@ -84,8 +85,6 @@ def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[
         except (TimeoutError, RuntimeError) as error:  # EngineFault is one
             say(f"failed: {' '.join(str(error).split())}; {_kept(record)}")
             return 1
-        problems = [record.done[prompt.row] for prompt in job.prompts]
-        totals = summarise(problems, num_siblings=job.num_siblings, seed=job.sampling.seed)
         totals["left_out"] = {"overlong": job.problems.num_overlong, "empty": job.problems.num_empty}
         if not record.finished:
             record.finish({"settings": job.settings, "totals": totals, "problems": [problem.to_json() for problem in problems]})
@@ -139,7 +138,12 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "top_p": sampling.top_p,
         "seed": seed,
     }
-    return Job(config, checkpoint, tokenizer, get_verifier(config.reward.verifier), problems, prompts, options.k, sampling, settings)
+    verify = get_verifier(config.reward.verifier)
+
+    def judge(prompt: Prompt, completion: Completion) -> Verdict:
+        return verify(tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer)
+
+    return Job(config, checkpoint, judge, problems, prompts, options.k, sampling, settings)
 
 
 def _digest_of(prompts: Sequence[Prompt]) -> str:
@@ -151,22 +155,30 @@ def _digest_of(prompts: Sequence[Prompt]) -> str:
 
 
 def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> dict[str, Any]:
-    """avg@k, pass@1 … pass@k and maj@k with their intervals, and what the responses are like."""
+    """avg@k, pass@1 … pass@k and maj@k with their intervals, and what the responses are like.
+
+    Responses without a verdict count nowhere; a problem with only n < k judged ones gives its pass@n for pass@k, one with none is left out.
+    Raises RuntimeError when there is no verdict at all.
+    """
+    known = [problem for problem in problems if problem.num_judged]
+    if not known:
+        raise RuntimeError("the verifier failed over every response, so that nothing is known of the model")
     k = num_siblings
     names = [f"avg@{k}", *(f"pass@{number}" for number in range(1, k + 1)), f"maj@{k}"]
     columns = [
         [
             problem.accuracy,
-            *(pass_at(number, num_correct=problem.num_correct, num_responses=k) for number in range(1, k + 1)),
+            *(pass_at(min(n, problem.num_judged), num_correct=problem.num_correct, num_responses=problem.num_judged) for n in range(1, k + 1)),
             problem.majority_accuracy,
         ]
-        for problem in problems
+        for problem in known
     ]
     estimates: list[Estimate] = bootstrap(np.array(columns), seed=seed)
     num_responses = k * len(problems)
     return {
         "problems": len(problems),
         "responses": num_responses,
+        "unjudged": num_responses - sum(problem.num_judged for problem in problems),
         **{name: asdict(estimate) for name, estimate in zip(names, estimates, strict=True)},
         "mean_response_tokens": sum(sum(problem.lengths) for problem in problems) / num_responses,
         "truncated": sum(sum(problem.truncated) for problem in problems) / num_responses,
@@ -206,8 +218,7 @@ async def _answer(job: Job, todo: Sequence[Prompt], record: Record, *, log: Path
             todo,
             num_siblings=job.num_siblings,
             sampling=job.sampling,
-            decode=lambda completion: job.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
-            verify=job.verify,
+            judge=job.judge,
             finished=progress.finished,
         )
 
@@ -251,6 +262,8 @@ def _table(totals: dict[str, Any], *, num_siblings: int, out: Path | None) -> li
     lines = [f"{name:<9} {totals[name]['mean']:.3f}  [{totals[name]['low']:.3f}, {totals[name]['high']:.3f}]" for name in names]
     shares = f"{totals['truncated']:.1%} truncated, {totals['answered']:.1%} with an answer"
     lines.append(f"{'length':<9} {totals['mean_response_tokens']:.1f} tokens, {shares}")
+    if totals["unjudged"]:
+        lines.append(f"unjudged  {totals['unjudged']} of {totals['responses']} responses, over which the verifier failed: they count nowhere")
     left_out = {name: count for name, count in totals["left_out"].items() if count}
     lines += [f"left out  {count} {name} problems" for name, count in left_out.items()]
     lines.append(f"in brackets: 95 % of the means of a bootstrap over {totals['problems']} problems")

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dapo_async.evaluate.estimates import majority
-from dapo_async.reward import Verdict, Verifier
+from dapo_async.reward import Verdict
 from dapo_async.rollout.engine import Engine, GroupRequest, SamplingParams
 from dapo_async.types import Completion, FinishReason, Prompt
+
+FAILED = "failed"  # the reason of a verdict that is none: the verifier died over the response, of which nothing is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +22,11 @@ class Problem:
 
     row: int  # of the data file
     gold: str
+    num_judged: int  # of the k: a failed verdict is neither right nor wrong
     num_correct: int  # responses with the full verdict
-    accuracy: float  # mean verdict: with partial credit more than num_correct / k
+    accuracy: float  # mean verdict of those judged: with partial credit more than num_correct / num_judged; 0 without any
     majority_accuracy: float  # verdict of the most frequent answer; 0 when nobody has one
-    accuracies: list[float]
+    accuracies: list[float | None]  # None: the verdict failed
     extracted: list[str | None]  # the answers that the verifier read; None: no answer found
     lengths: list[int]  # response tokens
     truncated: list[bool]  # cut at max_response_tokens
@@ -34,14 +37,17 @@ class Problem:
 
 def judged(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> Problem:
     """What the siblings' verdicts come to."""
-    accuracies, extracted = [verdict.accuracy for verdict in verdicts], [verdict.extracted for verdict in verdicts]
-    winner = majority(extracted)
+    accuracies = [None if verdict.reason == FAILED else verdict.accuracy for verdict in verdicts]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    extracted = [verdict.extracted for verdict in verdicts]
+    winner = majority([None if verdict.reason == FAILED else verdict.extracted for verdict in verdicts])
     return Problem(
         row=prompt.row,
         gold=prompt.answer,
-        num_correct=accuracies.count(1.0),
-        accuracy=sum(accuracies) / len(accuracies),
-        majority_accuracy=0.0 if winner is None else accuracies[winner],
+        num_judged=len(known),
+        num_correct=known.count(1.0),
+        accuracy=sum(known) / max(1, len(known)),
+        majority_accuracy=0.0 if winner is None else verdicts[winner].accuracy,
         accuracies=accuracies,
         extracted=extracted,
         lengths=[len(completion.token_ids) for completion in completions],
@@ -55,8 +61,7 @@ async def answer_all(
     *,
     num_siblings: int,
     sampling: SamplingParams,
-    decode: Callable[[Completion], str],
-    verify: Verifier,
+    judge: Callable[[Prompt, Completion], Verdict],
     finished: Callable[[Problem], None],
 ) -> None:
     """Tells `finished` each problem when it ends, in whatever order. Raises what the first failing engine or verdict raised; nothing goes on then.
@@ -69,16 +74,16 @@ async def answer_all(
     bench = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
     def verdicts(prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
-        return [verify(decode(completion), prompt.answer) for completion in completions]
+        return [judge(prompt, completion) for completion in completions]
 
-    async def judge(prompt: Prompt, completions: Sequence[Completion]) -> None:
+    async def judge_all(prompt: Prompt, completions: Sequence[Completion]) -> None:
         finished(judged(prompt, completions, await loop.run_in_executor(bench, verdicts, prompt, completions)))
 
     async def serve(engine: Engine, group: asyncio.TaskGroup) -> None:
         for prompt in waiting:  # shared by all who serve
             # Negative keys: other noise than that of training with the same seed.
             completions = await engine.generate(GroupRequest(-1 - prompt.row, prompt.token_ids, num_siblings, sampling))
-            group.create_task(judge(prompt, completions))
+            group.create_task(judge_all(prompt, completions))
 
     try:
         async with asyncio.TaskGroup() as group:
