@@ -20,8 +20,8 @@ The rooms, lowest first; imports go down only:
         clock       each actor's time, state by state      learner   packed batches, AdamW, the step
         checkpoints whole folders or none
     L1  algorithm   advantages, loss, corrections      L3  weights   versioned publishing, the handshake
-        reward      verifiers, overlong, scoring           evaluate  held-out accuracy through an engine
-        model       decoder, Hugging Face in and out       tracking  run directory, timeline, picture
+        reward      verifiers, overlong, scoring           evaluate  accuracy through an engine; avg@k, pass@k
+        model       decoder, Hugging Face in and out       tracking  run directory, timeline, report
         replay      credits, filters, buffer               rerun     the learner alone on recorded batches
         group_files whole groups in one file           L4  runtime   Ray: actors, THE loop, the life of a run
                                                        L5  cli       train, replay, config

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from dapo_async import cli_measure
 from dapo_async import config as knobs
 
 EXIT_WRONG_INPUT = 2
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder instead; its own config is used")
     train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
     train.set_defaults(run=_train)
+    cli_measure.add_commands(commands)
     replay = commands.add_parser("replay", help="the learner alone on a run's recorded batches: the same losses?")
     replay.add_argument("run_dir", type=Path, help="a run directory with recorded/ (train.record=true)")
     replay.set_defaults(run=_replay, overrides=[])

@@ -1,6 +1,7 @@
 """Held-out evaluation: greedy, one response per prompt, and parts of several engines that add up to the whole."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +49,10 @@ def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_ha
 
 def test_the_sums_are_of_what_the_judge_and_the_engine_say():
     result = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
-    assert result == Evaluation(num_prompts=6, num_correct=3.0, num_response_tokens=1 + 2 + 3 + 4 + 4 + 4, num_truncated=2, weight_versions={7})
+    accuracies = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0, 6: 0.0}
+    assert result == Evaluation(
+        num_prompts=6, num_correct=3.0, num_response_tokens=1 + 2 + 3 + 4 + 4 + 4, num_truncated=2, weight_versions={7}, accuracies=accuracies
+    )
     assert (result.accuracy, result.mean_response_tokens) == (0.5, 3.0)
 
 
@@ -65,6 +69,11 @@ def test_the_parts_of_several_engines_add_up_to_the_whole():
 def test_an_evaluation_of_more_than_one_model_shows_it():
     assert evaluated(FakeEngine(7, 8), [prompt(3, [3])]).weight_versions == {7, 8}
     assert (evaluated(FakeEngine(7), [prompt(3, [3])]) + evaluated(FakeEngine(9), [prompt(3, [3])])).weight_versions == {7, 9}
+
+
+def test_an_evaluation_survives_a_walk_through_a_json_file():
+    whole = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
+    assert Evaluation.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
 
 def test_an_engine_that_has_nothing_to_evaluate_adds_nothing():

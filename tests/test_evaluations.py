@@ -225,10 +225,12 @@ def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_i
     run_dir = RunDir(tmp_path)
     (run_dir.evaluated / "version_000004").mkdir(parents=True)
     for version in (0, 2, 4):
-        run_dir.log_evaluation({"version": version, "accuracy": 0.5})
+        run_dir.log_evaluation({"version": version, "accuracy": 0.5}, accuracies={7: 1.0, 3: 0.0})
     run_dir.reopen(2)
     assert not run_dir.evaluated.exists()
     assert [row["version"] for row in read_rows(run_dir.evaluations)] == [0, 2]
+    assert sorted(path.name for path in run_dir.problems.iterdir()) == ["version_000000.json", "version_000002.json"]
+    assert json.loads((run_dir.problems / "version_000002.json").read_text()) == {"version": 2, "rows": [3, 7], "accuracies": [0.0, 1.0]}
 
 
 @pytest.mark.parametrize(("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 0.25)), ("lease", None)])

@@ -46,9 +46,17 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
     assert quickstart.exit_code == 0, quickstart.output
     files = {path.name for path in quickstart.root.iterdir()}
     written = {"config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "timeline.json", "dynamics.png", "mlflow.json"}
-    assert files == {*written, "rollouts", "checkpoints"}
+    assert files == {*written, "rollouts", "checkpoints", "evaluations"}
     assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
     assert (quickstart.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_evaluation_says_which_problems_it_solved(quickstart: Finished) -> None:
+    told = [json.loads(path.read_text()) for path in sorted((quickstart.root / "evaluations").iterdir())]
+    assert [each["version"] for each in told] == [row["version"] for row in quickstart.evaluations]
+    for each, row in zip(told, quickstart.evaluations, strict=True):
+        assert len(each["rows"]) == len(set(each["rows"])) == row["num_prompts"]
+        assert sum(each["accuracies"]) / len(each["accuracies"]) == row["accuracy"]
 
 
 def test_saved_config_is_the_one_that_ran(quickstart: Finished) -> None:

@@ -1,6 +1,6 @@
 """What every engine promises: a group request in, one completion per sibling out (L2). A call is per group, never per token.
 
-Called by `rollout/worker.py` and `evaluate.py`; kept by `ThreadedEngine` (torch) and by `SGLangEngine`. How new weights come to an engine is its
+Called by `rollout/worker.py` and `evaluate/`; kept by `ThreadedEngine` (torch) and by `SGLangEngine`. How new weights come to an engine is its
 own affair, and that of its host in `runtime/`: the torch engine is handed tensors, SGLang's server fetches them itself.
 """
 

@@ -23,6 +23,7 @@ HEALTH_S = 5.0
 POLL_S = 0.25
 EVENT = b"\n\n"  # between two server-sent events
 DONE = b"[DONE]"
+SERVER_KEY = "SGLANG_API_KEY"  # of servers that run already, in the environment: never in a config, which is written down
 TensorLine = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 

@@ -6,6 +6,7 @@ In: the model folder and sizes. Out: a URL and a key. Called by the rollout acto
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import secrets
@@ -85,6 +86,16 @@ class ServerOptions:
 def interface_of(host: str) -> str | None:
     """The name of the network interface that has the address `host`: torch's process groups are told by name where to listen."""
     return next((name for name, addresses in psutil.net_if_addrs().items() for each in addresses if each.address == host), None)
+
+
+def sglang_lack() -> str | None:
+    """Why no server can be started here, with the remedy; None where one can."""
+    if importlib.util.find_spec("sglang") is not None:
+        return None
+    return (
+        "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
+        "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
+    )
 
 
 class SGLangServer:

@@ -5,6 +5,8 @@ Called by the life of a run and by THE loop. Leaves: a row of `evaluations.jsonl
     version, weight_versions [version], step (learner steps trained by then, the same number)    what was measured
     accuracy, mean_response_tokens, truncated (share), num_prompts                               what came out, greedily
     engine (all | snapshot | dedicated | lease), wall_s, waited_s (of it, until the first prompt) where, and what it took
+
+and a file of `evaluations/`: which problems it solved.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ class Evaluations:
             "waited_s": waited_s,
         }
         self.rows.append(row)
-        self._run_dir.log_evaluation(row)
+        self._run_dir.log_evaluation(row, accuracies=evaluation.accuracies)
         self._audience.evaluation(row)
         self._audience.say(
             f"{name} of version {version}: accuracy {evaluation.accuracy:.3f}, length {evaluation.mean_response_tokens:.1f}, "

@@ -5,7 +5,6 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dapo_async.config import Config, parse_source, parse_sources
 from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of, usable_tokenizer
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import get_verifier
+from dapo_async.rollout.sglang_server import sglang_lack
 from dapo_async.runtime.cluster import planned_actors
 
 
@@ -86,11 +86,8 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
 def _lacks(config: Config) -> Iterator[str]:
     """What would keep the run from starting here, each with its remedy. An own Ray has what it is told to have: only here is that compared."""
     rollout = config.rollout
-    if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
-        yield (
-            "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
-            "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
-        )
+    if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
+        yield lack
     if config.ray.address != "local":
         return
     actors = list(planned_actors(config))

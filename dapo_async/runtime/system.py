@@ -14,6 +14,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
+from dapo_async.rollout.sglang_client import SERVER_KEY
 from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.evaluator_port import start_evaluator
 from dapo_async.runtime.learner_actor import LearnerActor
@@ -29,7 +30,6 @@ from dapo_async.weights import Announcement, Attestation, Publisher
 Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
-SERVER_KEY = "SGLANG_API_KEY"  # of servers that run already: never in a config, which is written down
 START_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 

@@ -254,9 +254,7 @@ class Run:
             "incarnation": self.incarnation,
             "wall_s": self.resume.driver.get("wall_s", 0.0) + self.clock.now_s() - self.began_s,
             "totals": asdict(self.tracker.totals) | {"train_s": self.tracker.train_s},
-            "evaluations": {
-                name: asdict(evaluation) | {"weight_versions": sorted(evaluation.weight_versions)} for name, evaluation in self.evaluations.items()
-            },
+            "evaluations": {name: evaluation.to_json() for name, evaluation in self.evaluations.items()},
             "train_data": self.train_data,
         }
 

@@ -43,6 +43,9 @@ class RunDir:
             for path in folder.glob("step_*"):
                 if int(path.stem.removeprefix("step_")) >= version:
                     path.unlink()
+        for path in self.problems.glob("version_*.json"):
+            if not int(path.stem.removeprefix("version_")) <= version > 0:
+                path.unlink()
         for folder in (self.weights, self.evaluated):
             shutil.rmtree(folder, ignore_errors=True)
         for path in (self.summary, self.error):
@@ -85,6 +88,11 @@ class RunDir:
     def evaluations(self) -> Path:
         """One JSON row per evaluation."""
         return self.root / "evaluations.jsonl"
+
+    @property
+    def problems(self) -> Path:
+        """One file per evaluation: {version, rows [N] of the data set, accuracies [N]}; what the report's pass rates per problem are drawn from."""
+        return self.root / "evaluations"
 
     @property
     def recorded(self) -> Path:
@@ -150,9 +158,13 @@ class RunDir:
         """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
         _append_row(self.metrics, values)
 
-    def log_evaluation(self, values: Mapping[str, Any]) -> None:
-        """One JSON object per evaluation."""
+    def log_evaluation(self, values: Mapping[str, Any], *, accuracies: Mapping[int, float]) -> None:
+        """One JSON object per evaluation, and a file of the `accuracies` by problem; one of the same version is replaced."""
         _append_row(self.evaluations, values)
+        self.problems.mkdir(exist_ok=True)
+        rows = sorted(accuracies)
+        solved = {"version": values["version"], "rows": rows, "accuracies": [accuracies[row] for row in rows]}
+        self.write(self.problems / f"version_{values['version']:06d}.json", json.dumps(solved) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of every step so far."""

@@ -1,10 +1,10 @@
-"""Held-out accuracy through an engine (L3): prompts in, greedy verdicts out. Called by the worker's actor before and after training."""
+"""Held-out accuracy of a run (L3): prompts in, one greedy response each, verdicts out. Called by the engines' hosts before, in and after training."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dapo_async.rollout.engine import Engine, GroupRequest, SamplingParams
@@ -20,6 +20,7 @@ class Evaluation:
     num_response_tokens: int
     num_truncated: int
     weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
+    accuracies: Mapping[int, float] = field(default_factory=dict)  # by the prompt's row in its data set; parts have different rows
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -28,6 +29,7 @@ class Evaluation:
             self.num_response_tokens + other.num_response_tokens,
             self.num_truncated + other.num_truncated,
             self.weight_versions | other.weight_versions,
+            {**self.accuracies, **other.accuracies},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -35,7 +37,9 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
-        return cls(**{**values, "weight_versions": frozenset(values["weight_versions"])})
+        """Of `to_json`, with or without a walk through a JSON file, where the rows become text."""
+        accuracies = {int(row): accuracy for row, accuracy in values["accuracies"].items()}
+        return cls(**{**values, "weight_versions": frozenset(values["weight_versions"]), "accuracies": accuracies})
 
     @property
     def accuracy(self) -> float:
@@ -59,10 +63,12 @@ async def evaluate(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     completions = [completion for (completion,) in (task.result() for task in tasks)]
+    accuracies = {prompt.row: judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)}
     return Evaluation(
         num_prompts=len(prompts),
-        num_correct=sum(judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)),
+        num_correct=sum(accuracies.values()),
         num_response_tokens=sum(len(completion.token_ids) for completion in completions),
         num_truncated=sum(completion.finish_reason is FinishReason.LENGTH for completion in completions),
         weight_versions=frozenset(int(version) for completion in completions for version in set(completion.weight_versions.tolist())),
+        accuracies=accuracies,
     )

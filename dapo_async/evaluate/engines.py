@@ -1,0 +1,117 @@
+"""Engines for an evaluation alone (L3): a checkpoint in, something that answers out. The engines of a run, without its actors.
+
+torch    one engine in this process
+sglang   a server of its own, or all those of `rollout.servers`, which load the checkpoint from their own disk and keep it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dapo_async.clock import StateClock
+from dapo_async.config import Config
+from dapo_async.model import load_decoder
+from dapo_async.rollout import Engine, ThreadedEngine, TorchEngine
+from dapo_async.rollout.engine import EngineFault
+from dapo_async.rollout.sglang_client import SERVER_KEY, SGLangClient
+from dapo_async.rollout.sglang_engine import SGLangEngine
+from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, sglang_lack
+
+LOOPBACK = "127.0.0.1"
+PROBE = np.arange(2, dtype=np.int32)  # any two tokens: what a swap of the weights changes is not looked at here
+
+
+def check_engines(config: Config) -> None:
+    """Raises ValueError for what this machine does not have."""
+    rollout = config.rollout
+    if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
+        raise ValueError(lack)
+    if rollout.num_gpus > 0 and not torch.cuda.is_available():
+        raise ValueError(f"rollout.num_gpus ({rollout.num_gpus:g}) asks for a GPU, and this machine has no CUDA device; set rollout.num_gpus=0")
+
+
+@asynccontextmanager
+async def open_engines(config: Config, *, checkpoint: Path, max_len: int, seed: int, log: Path) -> AsyncIterator[Sequence[Engine]]:
+    """Engines that serve `checkpoint`, sequences of at most `max_len` tokens. Raises EngineFault or TimeoutError when one does not come up.
+
+    `log`: what an SGLang server of its own prints.
+    """
+    async with AsyncExitStack() as stack:
+        if config.rollout.engine == "torch":
+            engine = await asyncio.to_thread(_torch_engine, config, checkpoint, max_len)
+            stack.push_async_callback(engine.close)
+            yield [engine]
+        elif config.rollout.server_urls:
+            yield [await stack.enter_async_context(_outer_server(config, url, checkpoint)) for url in config.rollout.server_urls]
+        else:
+            yield [await stack.enter_async_context(_own_server(config, checkpoint, max_len, seed, log))]
+
+
+def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEngine:
+    rollout = config.rollout
+    torch.set_num_threads(max(1, int(rollout.num_cpus)))
+    device = "cuda" if rollout.num_gpus > 0 else "cpu"
+    decoder = load_decoder(checkpoint, dtype=getattr(torch, config.model.dtype), device=device)
+    return ThreadedEngine(TorchEngine(decoder, num_slots=rollout.num_slots, max_len=max_len), StateClock("evaluation"))
+
+
+@asynccontextmanager
+async def _own_server(config: Config, checkpoint: Path, max_len: int, seed: int, log: Path) -> AsyncIterator[SGLangEngine]:
+    """It serves what it was started with, which it calls a version of no run."""
+    rollout = config.rollout
+    options = ServerOptions(
+        model=checkpoint,
+        dtype=config.model.dtype,
+        device="cuda" if rollout.num_gpus > 0 else "cpu",
+        tensor_parallel=rollout.tensor_parallel,
+        num_slots=rollout.num_slots,
+        max_len=max_len,
+        host=LOOPBACK,
+        seed=seed,
+        log=log,
+        extra=tuple(shlex.split(rollout.server_flags)),
+    )
+    server = SGLangServer(options)
+    try:
+        await server.start(timeout_s=config.deadlines.start_s)
+        client = SGLangClient(server.url, api_key=server.api_key, silence_s=config.deadlines.silence_s)
+        async with _engine(config, client, incarnation="") as engine:
+            yield engine
+    finally:
+        await server.close()
+
+
+@asynccontextmanager
+async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIterator[SGLangEngine]:
+    """The server reads the checkpoint from the path that it has here, and attests its name."""
+    incarnation = f"evaluation-{secrets.token_hex(4)}"
+    client = SGLangClient(url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.silence_s)
+
+    async def load(weight_version: str, flush: bool) -> None:
+        await client.update_from_disk(str(checkpoint), weight_version=weight_version, flush=flush)
+
+    async with _engine(config, client, incarnation=incarnation) as engine:
+        await client.wait_until_healthy(timeout_s=config.deadlines.start_s)
+        await client.resume()  # a run that ended in the midst of something may have left it paused
+        attested, report = await engine.update(load, version=0, probe_ids=PROBE)
+        if (attested, report.version) != (incarnation, 0):
+            raise EngineFault(f"{url} was told to load {checkpoint} as {incarnation}:0, and serves {attested}:{report.version}")
+        yield engine
+
+
+@asynccontextmanager
+async def _engine(config: Config, client: SGLangClient, *, incarnation: str) -> AsyncIterator[SGLangEngine]:
+    engine = SGLangEngine(client, StateClock("evaluation"), num_slots=config.rollout.num_slots, weight_update="drain", incarnation=incarnation)
+    try:
+        yield engine
+    finally:
+        await engine.close()

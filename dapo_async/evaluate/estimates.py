@@ -1,0 +1,61 @@
+"""What k responses per problem say of a model: avg@k, pass@k, maj@k, each with an interval over the problems. Pure functions of `command.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+COVERAGE = 0.95
+_CHUNK = 500  # resamples at a time: bounds the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over the problems, and the interval in which 95 % of the bootstrap's means lie."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def pass_at(k: int, *, num_correct: int, num_responses: int) -> float:
+    """Probability that at least one of k responses drawn without replacement from n, c of them correct, is correct: 1 − C(n − c, k) / C(n, k).
+
+    The unbiased estimate of pass@k (Chen et al. 2021, 2107.03374, equation 1), in exact integers. Raises ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    """
+    if not (1 <= k <= num_responses and 0 <= num_correct <= num_responses):
+        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, with n {num_responses} responses and c {num_correct} correct ones")
+    whole = comb(num_responses, k)
+    return (whole - comb(num_responses - num_correct, k)) / whole
+
+
+def majority(answers: Sequence[str | None]) -> int | None:
+    """Index of the first response with the answer that most responses have; of equals the one that came first. None: nobody has one.
+
+    No answer (None) never wins, however many have none (maj@k, self-consistency; Wang et al. 2022, 2203.11171).
+    """
+    counts: dict[str, int] = {}
+    for answer in answers:
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+    return answers.index(max(counts, key=counts.__getitem__)) if counts else None
+
+
+def bootstrap(values: NDArray[np.float64], *, seed: int) -> list[Estimate]:
+    """Percentile bootstrap over the problems, `[P, M] → M` estimates: the means of 10,000 resamples of P problems with replacement.
+
+    All M columns are resampled alike. The interval is that of the problems as a draw from a population of such problems (Efron 1979).
+    """
+    num_problems = len(values)
+    assert num_problems, "an interval over no problem"
+    generator = np.random.default_rng(seed)
+    means = np.concatenate(
+        [generator.multinomial(num_problems, np.full(num_problems, 1.0 / num_problems), size=_CHUNK) @ values for _ in range(RESAMPLES // _CHUNK)]
+    )
+    edges = np.quantile(means / num_problems, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
+    return [Estimate(*map(float, column)) for column in zip(values.mean(axis=0), *edges, strict=True)]
