@@ -149,7 +149,8 @@ def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
     _say(f"would start {len(actors)} actors, one process each, on {where}, and this driver:")
     for actor in actors:
         _say(f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}")
-    _say(_memory_line(config))
+    if knobs.parse_source(config.model.path).hub is None:  # a model that is not here yet has no sizes
+        _say(_memory_line(config))
     per_step = config.replay.groups_per_step * config.replay.group_size
     _say(f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
     return 0
