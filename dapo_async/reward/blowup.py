@@ -18,12 +18,13 @@ _BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{\s*)?([0-9]+)(?:\s*\}\s*\{)?")
 _BIG_OPERATOR = re.compile(r"\\(?:sum|prod|int|oint|iint|lim)(?![a-z])")
 _NUMBER = re.compile(r"[0-9]+")
 _POWER_OF_ANYTHING = re.compile(r"(?:\^|\*\*)\s*(?:\{\s*|\(\s*)?([0-9]+)")
+_GROWING = re.compile(r"[^\s$]{0,100}(?:\^|!|\\binom|\\sum|\\prod)[^$\n]{0,100}")
 ROUNDS = 20
 
 
 def is_too_large(text: str) -> bool:
     """Whether a normalised answer is longer, deeper, or has larger powers, factorials, binomials, sums than an answer has."""
-    if len(text) > MOST_CHARACTERS or _depth(text) > MOST_DEPTH or any(len(digits) > MOST_DIGITS for digits in _NUMBER.findall(text)):
+    if len(text) > MOST_CHARACTERS or depth(text) > MOST_DEPTH or any(len(digits) > MOST_DIGITS for digits in _NUMBER.findall(text)):
         return True
     if _BIG_OPERATOR.search(text) and any(len(digits) > 4 for digits in _NUMBER.findall(text)):
         return True
@@ -47,6 +48,11 @@ def is_too_large(text: str) -> bool:
     return any(len(match[1]) > 4 for match in _POWER_OF_ANYTHING.finditer(text)) or bool(re.search(r"\^\s*\{?\s*[0-9]+\s*(?:\^|!)", text))
 
 
+def has_too_large(text: str) -> bool:
+    """The same for the formulas within a text: anything around a power, factorial, binomial, sum or product."""
+    return depth(text) > MOST_DEPTH or any(is_too_large(part) for part in _GROWING.findall(text))
+
+
 def _power(match: re.Match[str]) -> str:
     """The value of a power of two plain numbers; raises OverflowError for too many digits."""
     base, exponent = match[1], match[2] or match[3] or match[4]
@@ -59,9 +65,10 @@ def _power(match: re.Match[str]) -> str:
     return str(int(base) ** int(exponent)) if size < 300 else "9" * size
 
 
-def _depth(text: str) -> int:
-    deepest = depth = 0
+def depth(text: str) -> int:
+    """How many brackets are open at the deepest place."""
+    deepest = level = 0
     for bracket in re.findall(r"[{}()\[\]]", text):
-        depth += 1 if bracket in "{([" else -1
-        deepest = max(deepest, depth)
+        level += 1 if bracket in "{([" else -1
+        deepest = max(deepest, level)
     return deepest

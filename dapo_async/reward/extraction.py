@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 
 THINK, END_OF_THINKING = "<think>", "</think>"
-_ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]+is)?[ \t]*[*_`]*[ \t]*[:：][ \t*_`]*(.*)")
-_BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]*\{")
+_ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
+_BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
 _SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
 _BETWEEN_BOXES = re.compile(
     rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
@@ -20,7 +20,7 @@ _SENTENCE = re.compile(r"(?is)(?![^$]*\b(?:or|not)\b)[a-z][a-z ,'-]*(?:\$[^$0-9=
 _AFTERWORD = re.compile(r"(?s)(?:<\|.*|\.\s*I hope (?:it|this) is correct.*)")
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 10_000, 100, 20  # characters, characters, boxes
+LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("__", "__"))
 
 
@@ -50,6 +50,12 @@ def marked_answer(text: str) -> str | None:
     return _content(said) or None
 
 
+def is_cut(text: str) -> bool:
+    """Whether the last box was never closed: a truncated response."""
+    starts = [match.end() for match in _BOXED.finditer(text)]
+    return bool(starts) and _closing(text, starts[-1]) is None
+
+
 def bare(text: str) -> str:
     r"""`text` without what only surrounds it: white space, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a full stop."""
     before = None
@@ -71,7 +77,10 @@ def bare(text: str) -> str:
 
 def _content(said: str) -> str:
     """The answer in what a marker's line says: a sentence around it is left away, and formulas without their delimiters."""
-    text = bare(_AFTERWORD.sub("", said))
+    said = _AFTERWORD.sub("", said)
+    if len(said) > LONGEST_BOX:
+        return said
+    text = bare(said)
     if sentence := _SAID.fullmatch(text) or _SENTENCE.fullmatch(text):
         text = bare(sentence[1])
     formulas, rest = _INLINE.findall(text), _INLINE.sub("", text)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from dapo_async.reward.blowup import is_too_large
-from dapo_async.reward.extraction import bare, conclusion, marked_answer
+from dapo_async.reward.blowup import has_too_large, is_too_large
+from dapo_async.reward.extraction import bare, conclusion, is_cut, marked_answer
 from dapo_async.reward.plain import is_suspicious, normalised, plain_equal
 from dapo_async.reward.pool import shared_pool
 from dapo_async.reward.verdict import FAILED, Verdict
@@ -22,7 +22,8 @@ from dapo_async.reward.verdict import FAILED, Verdict
 Extraction = Literal["marker", "any", "none"]
 TIMEOUT_S = 5.0
 TAIL_CHARACTERS = 3000  # in which the last expression of a text without a marker is looked for
-LONGEST_ANSWER = 10_000  # characters; nothing longer is compared
+LAST_CHARACTERS = 100  # in which nothing may pass for something else
+LONGEST_ANSWER = 2000  # characters; nothing longer is compared
 
 
 def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker") -> Verdict:
@@ -69,14 +70,18 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
 def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
     """By the last mathematical expression; a text that is nothing but an answer is compared as one."""
     text = text.strip()
-    if not text:
+    if not text or is_cut(text):
         return Verdict(correct=False, extracted=None, reason="no_answer")
+    if _is_formula(text) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
+        return _compared(text, gold, timeout_s)
     if text == gold.strip():
         return _verdict(True, text)
     if len(text) <= TAIL_CHARACTERS and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold)))):
         return _verdict(True, text)
     tail = text[-TAIL_CHARACTERS:]
-    if any(is_too_large(part) for part in re.findall(r"[^\s$]*(?:\^|!|\\binom|\\sum|\\prod)[^$\n]*", tail) if len(part) < 200):
+    if is_suspicious(tail[-LAST_CHARACTERS:]):
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    if has_too_large(tail):
         return Verdict(correct=False, extracted=None, reason="too_large")
     return _asked({"answer": tail, "gold": gold, "anywhere": True}, timeout_s, extracted=None)
 
@@ -86,9 +91,14 @@ def _gold_answer(gold: str) -> str:
     return (marked_answer(gold) if r"\boxed" in gold or "nswer:" in gold else None) or gold
 
 
+def _is_formula(text: str) -> bool:
+    """Whether a text is nothing but one formula: neither words nor delimiters, and no comma that may stand for a decimal point."""
+    return len(text) <= LONGEST_ANSWER and not re.search(r"[$,]|\\[(\[]|\\boxed|[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", text))
+
+
 def _is_prose(answer: str) -> bool:
     """Whether the answer is told in a sentence: four words in a row."""
-    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer)) is not None
+    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER])) is not None
 
 
 def _asked(question: dict[str, str | bool], timeout_s: float, *, extracted: str | None) -> Verdict:

@@ -13,16 +13,18 @@ from fractions import Fraction
 MOST_DIGITS, MOST_EXPONENT = 2000, 300
 ROUNDED_DECIMALS = 4  # so many, rightly rounded, stand for a fraction whose decimals never end
 
-_REPLACED = (
+_REPLACED = (  # in turn; a backslash right before is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
-    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|\\?\$|\\[()\[\]]"), ""),
-    (re.compile(r"\\[,;: ]|~|\\quad|\\qquad|\u00a0|\u202f"), " "),
+    (re.compile(r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"), ""),
+    (re.compile(r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\u00a0|\u202f"), " "),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|mathbf|operatorname)\s*\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\\{\s*\\\}|\\varnothing(?![a-z])"), r"\\emptyset"),
     (re.compile(r"\\(?:geq?|geqslant)(?![a-z])"), r"\\ge "),
     (re.compile(r"\\(?:leq?|leqslant)(?![a-z])"), r"\\le "),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([0-9])\s*([0-9])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\s+"), " "),
 )
 _UNICODE = str.maketrans(
@@ -32,6 +34,7 @@ _UNICODE = str.maketrans(
 _TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|textit|mathbf|textnormal|operatorname)\s*\{([^{}]*)\}")
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 _DECIMAL = re.compile(rf"([+-]?)\s*({_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{{1,3}}))?")
+_SCIENTIFIC = re.compile(r"([0-9.]+)[eE]([+-]?[0-9]{1,3})")
 _FRACTION = re.compile(rf"([+-]?)\s*(?:({_INTEGER})\s*/\s*({_INTEGER})|\\frac\s*\{{\s*([+-]?)\s*({_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}})")
 _MIXED = re.compile(r"([+-]?)\s*([0-9]+)(?: ([0-9]+)/([0-9]+)| ?\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?i:percent|percentage|pct)\b\.?)")
@@ -47,7 +50,7 @@ _NO_UNITS = frozenset(
 )
 _APART = re.compile(r"(?:[0-9.]|\\frac\{[^{}]*\}\{[^{}]*\})\s+[+-]?(?:[0-9]|\.[0-9])")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.-]*[A-Za-z]")
-_CHOICE = re.compile(r"(?:\\[a-z]+\s*\{\s*)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.):]?)\s*\}?(?:$|(?<=[)}.:])\s*(?:.*))")
+_CHOICE = re.compile(r"\(\s*([A-Za-z])\s*\)(?:\s.*)?|([A-Z])(?:[.):]\s.*|[.):])?|([a-z])")
 _FUNCTIONS = frozenset("sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det mod pi".split())  # noqa: SIM905
 
 
@@ -65,7 +68,8 @@ def normalised(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    text = text.strip()
+    return _SCIENTIFIC.sub(r"\1\\cdot10^{\2}", text) if number(text) is not None else text
 
 
 def is_suspicious(text: str) -> bool:
@@ -117,8 +121,8 @@ def words(text: str) -> str | None:
 
 def choice(text: str) -> str | None:
     """The letter of a chosen option: `C`, `(C)`, `\\text{(C)}`, `C.`, `(C) 34`; None when it is something else."""
-    match = _CHOICE.fullmatch(text)
-    return (match[1] or match[2]).upper() if match else None
+    match = _CHOICE.fullmatch(_TEXT.sub(r" \1 ", text).strip())
+    return (match[1] or match[2] or match[3]).upper() if match else None
 
 
 def plain_equal(answer: str, gold: str) -> bool | None:
@@ -139,6 +143,11 @@ def plain_equal(answer: str, gold: str) -> bool | None:
     if gold_choice is not None and (answer_choice := choice(answer)) is not None:
         return answer_choice == gold_choice
     return None
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether every brace of LaTeX is closed: what is cut off is no answer."""
+    return text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
 
 
 def _is_unit(rest: str) -> bool:
