@@ -20,6 +20,7 @@ class Evaluation:
     num_response_tokens: int
     num_truncated: int
     weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
+    num_unjudged: int = 0  # of num_prompts: the verifier died over them, so they are neither right nor wrong
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -28,6 +29,7 @@ class Evaluation:
             self.num_response_tokens + other.num_response_tokens,
             self.num_truncated + other.num_truncated,
             self.weight_versions | other.weight_versions,
+            self.num_unjudged + other.num_unjudged,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        return self.num_correct / self.num_prompts
+        """Of the prompts that were judged; 0 when none was."""
+        return self.num_correct / max(1, self.num_prompts - self.num_unjudged)
 
     @property
     def mean_response_tokens(self) -> float:
@@ -47,9 +50,17 @@ class Evaluation:
 
 
 async def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], *, judge: Callable[[Prompt, Completion], float], max_tokens: int, stop_token_ids: tuple[int, ...]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    judge: Callable[[Prompt, Completion], float | None],
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...],
 ) -> Evaluation:
-    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response. Raises what the first failing one raised; none goes on then."""
+    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response, None for a failed verdict; it is called in a thread.
+
+    Raises what the first failing one raised; none goes on then.
+    """
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0)
     # Negative keys can't meet an admission index.
     requests = [GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(prompts)]
@@ -59,9 +70,12 @@ async def evaluate(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     completions = [completion for (completion,) in (task.result() for task in tasks)]
+    verdicts = await asyncio.to_thread(lambda: [judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)])
+    judged = [verdict for verdict in verdicts if verdict is not None]
     return Evaluation(
         num_prompts=len(prompts),
-        num_correct=sum(judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)),
+        num_correct=sum(judged),
+        num_unjudged=len(verdicts) - len(judged),
         num_response_tokens=sum(len(completion.token_ids) for completion in completions),
         num_truncated=sum(completion.finish_reason is FinishReason.LENGTH for completion in completions),
         weight_versions=frozenset(int(version) for completion in completions for version in set(completion.weight_versions.tolist())),

@@ -33,15 +33,18 @@ class PromptSet:
         return f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens from {self.path.name}; {left_out}"
 
 
-def load_prompts(path: Path, *, tokenizer: Tokenizer, prompt_key: str, answer_key: str, template: str, max_prompt_tokens: int) -> PromptSet:
+def load_prompts(
+    path: Path, *, tokenizer: Tokenizer, prompt_key: str, answer_key: str, template: str, max_prompt_tokens: int, source_key: str = "data_source"
+) -> PromptSet:
     """Reads one problem per line; numbers are taken as text. `template` stands around each, `{problem}` replaced (other braces are left alone).
+    The column `source_key` is one that rows may lack.
 
     Raises ValueError for a missing file, a line that is no JSON object, a missing column, a column that holds neither text nor number, and when
     no row is left.
     """
     path = Path(path)
     assert PLACEHOLDER in template, template  # the config's rule
-    texts, answers, rows, num_empty = [], [], [], 0
+    texts, answers, sources, rows, num_empty = [], [], [], [], 0
     for row, values in enumerate(_read_rows(path)):
         problem = _column(values, prompt_key, knob="data.prompt_key", path=path, row=row)
         answer = _column(values, answer_key, knob="data.answer_key", path=path, row=row)
@@ -50,11 +53,12 @@ def load_prompts(path: Path, *, tokenizer: Tokenizer, prompt_key: str, answer_ke
             continue
         texts.append(template.replace(PLACEHOLDER, problem))
         answers.append(answer)
+        sources.append(_column(values, source_key, knob="data.source_key", path=path, row=row) if source_key in values else "")
         rows.append(row)
     encoded = tokenizer(texts)["input_ids"] if texts else []
     prompts = [
-        Prompt(row=row, text=text, token_ids=np.array(ids, dtype=np.int32), answer=answer)
-        for row, text, ids, answer in zip(rows, texts, encoded, answers, strict=True)
+        Prompt(row=row, text=text, token_ids=np.array(ids, dtype=np.int32), answer=answer, source=source)
+        for row, text, ids, answer, source in zip(rows, texts, encoded, answers, sources, strict=True)
     ]
     kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
     if not kept:

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dapo_async
-
 NUM_PROCESSES = 2
 RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its own anyway
 START_S = 120.0  # importing the engine takes seconds, on a busy machine many
@@ -41,10 +39,10 @@ class VerifierProcess:
     def start(self) -> None:
         """Returns at once; the process reports by itself when it is ready."""
         self.stop()
-        root = str(Path(dapo_async.__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dapo_async.reward.verifier_process"],
+            [sys.executable, "-P", "-m", "dapo_async.reward.verifier_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

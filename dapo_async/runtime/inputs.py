@@ -14,7 +14,8 @@ from dapo_async.algorithm import check_loss_options
 from dapo_async.config import Config
 from dapo_async.data import PromptSet, Tokenizer, load_prompts, load_tokenizer
 from dapo_async.model import ModelConfig, check_weights
-from dapo_async.reward import get_verifier
+from dapo_async.replay import custom_filter
+from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.runtime.cluster import planned_actors
 
 
@@ -26,6 +27,7 @@ def load_set(config: Config, file: str, tokenizer: Tokenizer) -> PromptSet:
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
+        source_key=data.source_key,
         template=data.template,
         max_prompt_tokens=data.max_prompt_tokens,
     )
@@ -50,7 +52,9 @@ def check_inputs(config: Config) -> None:
         correction_floor=algorithm.correction_floor,
         entropy_bonus=algorithm.entropy_bonus,
     )
-    get_verifier(config.reward.verifier)
+    choose_verifiers(config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s)
+    if config.replay.filter is not None:
+        custom_filter(config.replay.filter)
     if rollout.engine == "sglang" and not rollout.server_urls and importlib.util.find_spec("sglang") is None:
         raise ValueError(
             "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
@@ -65,8 +69,10 @@ def check_inputs(config: Config) -> None:
     if not model.eos_token_ids:
         raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
     tokenizer = _load_tokenizer(folder)
+    sources: set[str] = set()
     for file in (config.data.train, config.data.heldout):
         prompts = load_set(config, file, tokenizer).prompts
+        sources.update(prompt.source for prompt in prompts)
         largest = max(int(prompt.token_ids.max(initial=0)) for prompt in prompts)
         if largest >= model.vocab_size:
             raise ValueError(
@@ -79,6 +85,12 @@ def check_inputs(config: Config) -> None:
                 f"the longest prompt of {file} ({longest} tokens) and rollout.max_response_tokens ({rollout.max_response_tokens}) must not pass "
                 f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
             )
+
+    if unknown := [source for source in named_sources(config.reward.by_source) if source not in sources]:
+        raise ValueError(
+            f"reward.by_source names {unknown[0]}, which no row has in its column {config.data.source_key} (data.source_key); the rows have "
+            f"{', '.join(sorted(filter(None, sources))) or 'no such column'}: correct the name"
+        )
 
 
 def _check_machine(config: Config) -> None:
