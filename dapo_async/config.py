@@ -43,11 +43,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    verifier: str = knob(
-        "marker",
-        "how a response is judged: marker = text after the last ####; exact = the whole response; math = an Answer: line or \\boxed{}; "
-        "or an own module:function",
-    )
+    verifier: str = knob("marker", "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function")
     by_source: str = knob("", "verifiers of the rows of some sources, such as gsm8k=math,reverse=exact; all other rows: verifier")
     timeout_s: float = knob(5.0, "deadline of one symbolic comparison of the verifier math; passed, the response is wrong")
     overlong_cache_tokens: int | None = knob(None, "DAPO's soft overlong punishment over the last so many of max_response_tokens; null: off")

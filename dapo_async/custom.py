@@ -9,6 +9,7 @@ from typing import Any
 
 
 def is_custom(name: str) -> bool:
+    """Whether `name` has the form `module:function`."""
     return ":" in name
 
 

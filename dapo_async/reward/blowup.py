@@ -18,7 +18,7 @@ _BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{\s*)?([0-9]+)(?:\s*\}\s*\{)?")
 _BIG_OPERATOR = re.compile(r"\\(?:sum|prod|int|oint|iint|lim)(?![a-z])")
 _NUMBER = re.compile(r"[0-9]+")
 _POWER_OF_ANYTHING = re.compile(r"(?:\^|\*\*)\s*(?:\{\s*|\(\s*)?([0-9]+)")
-_GROWING = re.compile(r"[^\s$]{0,100}(?:\^|!|\\binom|\\sum|\\prod)[^$\n]{0,100}")
+_GROWING = re.compile(r"[^\s$]{0,100}(?:\^|\*\*|!|\\binom|\\sum|\\prod)[^$\n]{0,100}")
 ROUNDS = 20
 
 

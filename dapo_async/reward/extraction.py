@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+WHITE = " \t\r\n"  # the white space that may stand around an answer
 THINK, END_OF_THINKING = "<think>", "</think>"
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
@@ -44,9 +45,9 @@ def marked_answer(text: str) -> str | None:
         return _content(box[1]) or None
     if line is None:
         return None
-    said = line[1].strip()
+    said = line[1].strip(WHITE)
     if not said.strip("*_` "):
-        said = text[line.end() :].strip().partition("\n")[0]
+        said = text[line.end() :].strip(WHITE).partition("\n")[0]
     return _content(said) or None
 
 
@@ -60,7 +61,7 @@ def bare(text: str) -> str:
     r"""`text` without what only surrounds it: white space, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a full stop."""
     before = None
     while before != text:
-        before, text = text, text.strip().strip('*`"')
+        before, text = text, text.strip(WHITE).strip('*`"')
         if text.startswith('\\"') and text.endswith("\\"):
             text = text[2:-1]
         if text.endswith(".") and not text.endswith(".."):

@@ -14,8 +14,8 @@ import re
 from typing import Literal, get_args
 
 from dapo_async.reward.blowup import has_too_large, is_too_large
-from dapo_async.reward.extraction import bare, conclusion, is_cut, marked_answer
-from dapo_async.reward.plain import is_suspicious, normalised, plain_equal
+from dapo_async.reward.extraction import WHITE, bare, conclusion, is_cut, marked_answer
+from dapo_async.reward.plain import is_suspicious, normalised, plain_equal, spelt_out
 from dapo_async.reward.pool import shared_pool
 from dapo_async.reward.verdict import FAILED, Verdict
 
@@ -51,8 +51,8 @@ def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extracti
 
 
 def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
-    extracted = answer.strip()
-    if extracted == gold.strip():
+    extracted = answer.strip(WHITE)
+    if extracted == gold.strip(WHITE):
         return _verdict(True, extracted)
     if len(extracted) > LONGEST_ANSWER:
         return Verdict(correct=False, extracted=extracted[:LONGEST_ANSWER], reason="too_large")
@@ -64,7 +64,7 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
         return _verdict(equal, extracted)
     if is_too_large(written):
         return Verdict(correct=False, extracted=extracted, reason="too_large")
-    return _asked({"answer": written, "gold": expected, "anywhere": False}, timeout_s, extracted=extracted)
+    return _asked({"answer": spelt_out(written), "gold": spelt_out(expected), "anywhere": False}, timeout_s, extracted=extracted)
 
 
 def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:

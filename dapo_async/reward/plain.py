@@ -48,6 +48,7 @@ _NO_UNITS = frozenset(
     "hundred thousand million billion trillion dozen half halves third thirds quarter quarters fourths tenth tenths hundredths point pi sqrt ln log "
     "sin cos tan base factorial choose either wrong incorrect otherwise except less more than".split()
 )
+_SEPARATOR = re.compile(r"[,;|]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
 _APART = re.compile(r"(?:[0-9.]|\\frac\{[^{}]*\}\{[^{}]*\})\s+[+-]?(?:[0-9]|\.[0-9])")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.-]*[A-Za-z]")
 _CHOICE = re.compile(r"\(\s*([A-Za-z])\s*\)(?:\s.*)?|([A-Z])(?:[.):]\s.*|[.):])?|([a-z])")
@@ -68,7 +69,11 @@ def normalised(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
-    text = text.strip()
+    return text.strip()
+
+
+def spelt_out(text: str) -> str:
+    """A number such as `3e8` as a product, which the symbolic engine reads; anything else as it is."""
     return _SCIENTIFIC.sub(r"\1\\cdot10^{\2}", text) if number(text) is not None else text
 
 
@@ -129,11 +134,15 @@ def plain_equal(answer: str, gold: str) -> bool | None:
     """Whether two normalised answers are equal, as far as that is plain; None: ask the symbolic engine."""
     if answer == gold or ("".join(answer.split()) == "".join(gold.split()) and not _APART.search(answer + "|" + gold)):
         return True
-    if not re.search(r"[0-9A-Za-z]", answer) or is_suspicious(answer) or (_APART.search(answer) and number(answer) is None):
+    if not re.search(r"[0-9A-Za-z]", answer) or is_suspicious(answer) or not _is_balanced(answer):
+        return False
+    if _APART.search(answer) and number(answer) is None:
         return False
     gold_number, answer_number = number(gold), number(answer)
     if gold_number is not None and answer_number is not None:
         return equal_numbers(answer_number, gold_number)
+    if gold_number is not None and any(not equal_numbers(part, gold_number) for part in _listed(answer)):
+        return False
     gold_words, answer_words = words(gold), words(answer)
     if gold_words is not None:
         return answer_words == gold_words if answer_words is not None or number(answer) is not None else None
@@ -143,6 +152,12 @@ def plain_equal(answer: str, gold: str) -> bool | None:
     if gold_choice is not None and (answer_choice := choice(answer)) is not None:
         return answer_choice == gold_choice
     return None
+
+
+def _listed(answer: str) -> list[Number]:
+    """The plain numbers of an answer that has several parts."""
+    parts = _SEPARATOR.split(answer)
+    return [value for part in parts if (value := number(part.strip())) is not None] if len(parts) > 1 else []
 
 
 def _is_balanced(text: str) -> bool:

@@ -20,6 +20,7 @@ RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its
 START_S = 120.0  # importing the engine takes seconds, on a busy machine many
 GRACE_S = 2.0  # beyond the deadline, for a process that has to kill its child
 WAIT_S = 600.0  # for a process to be free
+COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.verifier_process")
 CHUNK = 65_536
 FAILED: dict[str, Any] = {"reason": "failed"}
 
@@ -42,7 +43,7 @@ class VerifierProcess:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dapo_async.reward.verifier_process"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

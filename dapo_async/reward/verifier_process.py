@@ -20,7 +20,13 @@ from typing import Any
 MEMORY_BYTES = 2 * 2**30
 LATE_S = 0.5  # the child's own timer goes off so much after the deadline, should this process be gone
 CHUNK = 65_536
-WARM_UP = ((r"\frac{x+1}{2}", r"\frac{1}{2}x+0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(1,2]", "(1,2)"), ("x=3", "3"))
+WARM_UP = (  # equal and different, one of each kind: the engine imports its parts when they are first needed
+    (r"\frac{x+1}{2}", r"\frac{1}{2}x+0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(1,2]", "(1,2)"), ("x=3", "3"), (r"\tan^2(y)+1", r"\sec^2(y)"),
+    (r"(-\infty,3)\cup[5,6)", r"[5,6)\cup(-\infty,3)"), (r"\{1,2\}", r"\{3,1\}"),
+    (r"\begin{pmatrix}1&2\\3&x\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("1<x<2", "(1,2)"), (r"2x+4y=3", r"y=-\frac{1}{2}x+1"), (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"), (r"\binom{5}{2}", "5!"), ("3+4i", "e^{i}"),
+    (r"1\pm\sqrt{5}", r"1-\sqrt5, 1+\sqrt5"), (r"10^{\frac{1}{3}}", r"\pi"), (r"x^2-y^2", r"(x-y)(x+y)"), (r"\frac{x^2-1}{x-1}", "x+2"),
+)  # fmt: skip
 
 
 class Requests:
@@ -31,6 +37,7 @@ class Requests:
         self._buffer = b""
 
     def next(self) -> dict[str, Any] | None:
+        """The next request; None when no more can come."""
         while b"\n" not in self._buffer and not self.ended:
             self.read()
         if self.ended:
@@ -71,7 +78,8 @@ def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
+        for inherited in (reading, sys.stdin.fileno(), sys.stdout.fileno()):
+            os.close(inherited)  # the end of this process must be seen although a child lives on
         _judge_and_exit(request, writing)
     os.close(writing)
     try:
