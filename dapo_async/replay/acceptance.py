@@ -45,11 +45,11 @@ class AcceptanceLog:
         self._refill_due = False
 
     def accept(self, group: Group) -> None:
-        self._verdicts.update(rollout.reason for rollout in group.rollouts)
+        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
         self._accepted += 1
 
     def reject(self, reason: RejectReason, group: Group) -> None:
-        self._verdicts.update(rollout.reason for rollout in group.rollouts)
+        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
         self._rejected[reason] += 1
         self._refill_due = True
 
