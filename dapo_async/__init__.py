@@ -19,6 +19,7 @@ The rooms, lowest first; imports go down only:
         types       the currency between rooms             rollout   engine protocol, torch engine, worker
         clock       each actor's time, state by state      learner   packed batches, AdamW, the step
         checkpoints whole folders or none
+        custom      own functions, by name
     L1  algorithm   advantages, loss, corrections      L3  weights   versioned publishing, the handshake
         reward      verifiers, overlong, scoring           evaluate  accuracy through an engine; avg@k, pass@k
         model       decoder, Hugging Face in and out       tracking  run directory, timeline, report

@@ -1,4 +1,4 @@
-"""The command line (L5): `dapo-async train CONFIG [key=value …]`, `dapo-async config [CONFIG]`. The outermost frame: errors become one line."""
+"""The command line (L5): `dapo-async train CONFIG [key=value …]`, `grade`, `config [CONFIG]`. The outermost frame: errors become one line."""
 
 from __future__ import annotations
 
@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="the learner alone on a run's recorded batches: the same losses?")
     replay.add_argument("run_dir", type=Path, help="a run directory with recorded/ (train.record=true)")
     replay.set_defaults(run=_replay, overrides=[])
+    grade = commands.add_parser("grade", help="judge predictions by their gold answers, row by row")
+    grade.add_argument("--input", type=Path, required=True, metavar="IN.jsonl", help="rows with prediction, gold and maybe extraction")
+    grade.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl", help="the same rows with correct, extracted and reason")
+    grade.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="deadline of one symbolic comparison (5)")
+    grade.set_defaults(run=_grade, overrides=[])
     config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
     config.add_argument("config", type=Path, nargs="?")
     config.add_argument("overrides", nargs="*", default=[], metavar="key=value")
@@ -206,6 +211,23 @@ def _replay(options: argparse.Namespace) -> int:
     how = f"to {tolerance:g} of each number" if (tolerance := tolerance_for(config)) else "bit for bit"
     _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, {how}")
     return int(bool(different))
+
+
+def _grade(options: argparse.Namespace) -> int:
+    """Exit code 0 when every row has a verdict, 1 when one failed: its verifier died."""
+    from dapo_async.grade import grade
+    from dapo_async.reward.verdict import FAILED
+
+    if options.overrides:
+        raise ValueError(f"grade takes no overrides ({' '.join(options.overrides)}); leave them away")
+    if not options.timeout_s > 0:
+        raise ValueError(f"--timeout-s ({options.timeout_s:g}) must be positive: every verdict has a deadline; leave it out for 5")
+    if options.output.resolve() == options.input.resolve():
+        raise ValueError(f"--output ({options.output}) must be another file than --input, which is read while it is written; give another path")
+    counts = grade(options.input, options.output, timeout_s=options.timeout_s)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    _say(f"{counts.total()} rows: {reasons or 'none'}; accuracy {counts['correct'] / max(1, counts.total()):.4f}")
+    return int(counts[FAILED] > 0)
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ AT_LEAST = {
     "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
 }  # fmt: skip
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
-POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
+POSITIVE = ("algorithm.second_moment", "learner.grad_clip", "reward.timeout_s")
 SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus", "evaluation.num_cpus", "evaluation.num_gpus")
 
 

@@ -63,13 +63,14 @@ def _row(group: Group) -> dict[str, Any]:
         "admission_index": group.admission_index,
         "incarnation": group.incarnation,
         "temperature": group.temperature,
-        "prompt": {"row": prompt.row, "text": prompt.text, "answer": prompt.answer, "num_tokens": len(prompt.token_ids)},
+        "prompt": {"row": prompt.row, "text": prompt.text, "answer": prompt.answer, "source": prompt.source, "num_tokens": len(prompt.token_ids)},
         "rollouts": [
             {
                 "text": rollout.text,
                 "accuracy": rollout.accuracy,
                 "reward": rollout.reward,
                 "extracted": rollout.extracted,
+                "reason": rollout.reason,
                 "num_tokens": rollout.num_tokens,
                 "prefill_version": rollout.completion.prefill_version,
                 "finish_reason": rollout.completion.finish_reason.value,

@@ -22,6 +22,7 @@ class Prompt:
     text: str  # after the template
     token_ids: NDArray[np.int32]  # [P]
     answer: str  # gold answer, for the verifier
+    source: str = ""  # the row's data_source, by which a verifier may be chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Rollout:
     accuracy: float  # raw verdict in [0, 1]: what dynamic sampling filters on
     reward: float  # shaped reward: what advantages use
     extracted: str | None  # the answer that the verifier read; None: no answer found
+    reason: str = ""  # of its verdict: one word to count by
 
     @property
     def num_tokens(self) -> int:
@@ -115,6 +117,7 @@ class RejectReason(StrEnum):
     ALL_CORRECT = "all_correct"
     ALL_WRONG = "all_wrong"
     ALL_EQUAL = "all_equal"  # equal accuracies that are neither 0 nor 1
+    FILTERED = "filtered"  # by the user's own filter (replay.filter)
     TOO_FEW_TOKENS = "too_few_tokens"  # no response token to train on
 
 

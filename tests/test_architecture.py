@@ -17,10 +17,10 @@ HOUSE = {
     for path in sorted((ROOT / "dapo_async").rglob("*.py"))
 }
 LEVELS = (
-    {"config", "types", "clock", "checkpoints"},
+    {"config", "types", "clock", "checkpoints", "custom"},
     {"algorithm", "reward", "model", "replay", "group_files"},
     {"data", "rollout", "learner", "planner"},
-    {"weights", "evaluate", "tracking", "rerun"},
+    {"weights", "evaluate", "grade", "tracking", "rerun"},
     {"runtime"},
     {"cli"},
     {"__main__"},

@@ -54,6 +54,11 @@ def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load):
     assert prompt.token_ids.dtype == np.int32
 
 
+def test_the_source_of_a_row_is_read_where_it_has_one(load):
+    sources = [prompt.source for prompt in load({"prompt": "x", "answer": "1", "data_source": "gsm8k"}, {"prompt": "y", "answer": "2"}).prompts]
+    assert sources == ["gsm8k", ""]
+
+
 def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load):
     (prompt,) = load({"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold").prompts
     assert (prompt.text, prompt.answer) == ("6*7", "42")

@@ -99,3 +99,13 @@ def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it
     for asked in prompts:
         tokens = seen.completions[asked.row].token_ids
         assert tokens.tolist() == packed_logprobs(tiny_decoder(), asked.token_ids, tokens).argmax(-1).tolist()
+
+
+def test_a_failed_verdict_is_neither_right_nor_wrong():
+    result = evaluated(
+        FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 5)], judge=lambda asked, _: None if asked.row == 2 else float(asked.row == 1)
+    )
+    assert (result.num_prompts, result.num_correct, result.num_unjudged) == (4, 1.0, 1)
+    assert result.accuracy == pytest.approx(1 / 3)
+    assert (result + result).num_unjudged == 2
+    assert Evaluation.from_json(result.to_json()) == result

@@ -111,5 +111,6 @@ def test_counts_flatten_to_the_summary_names() -> None:
         "rejected.all_wrong": 3,
         "rejected.all_equal": 0,
         "rejected.too_few_tokens": 0,
+        "rejected.filtered": 0,
         "in_flight": 0,
     }

@@ -86,7 +86,7 @@ def test_summary_has_its_fixed_points(quickstart: Finished) -> None:
     assert {"rollout", "learner"} <= set(summary["idle"])
     assert all(0.0 <= share <= 1.0 for share in summary["idle"].values()), summary["idle"]
     assert set(summary["groups"]) == {"admitted", "trained", "evicted", "failed", "skipped", "unused", "in_flight", "rejected"}
-    assert set(summary["groups"]["rejected"]) == {"all_correct", "all_wrong", "all_equal", "too_few_tokens"}
+    assert set(summary["groups"]["rejected"]) == {"all_correct", "all_wrong", "all_equal", "too_few_tokens", "filtered"}
     assert summary["caught"] == {}
 
 

@@ -45,7 +45,7 @@ class PromptSet:
         """SHA-256 of all that a run sees of it, in order."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(f"{prompt.row}\0{prompt.text}\0{prompt.answer}\0".encode())
+            digest.update(f"{prompt.row}\0{prompt.text}\0{prompt.answer}\0{prompt.source}\0".encode())
         return digest.hexdigest()
 
 
@@ -55,18 +55,20 @@ def load_prompts(
     tokenizer: Tokenizer,
     prompt_key: str | None = None,
     answer_key: str | None = None,
+    source_key: str = "data_source",
     template: str | None = None,
     system: str | None = None,
     max_prompt_tokens: int,
     screening: Screening = Screening(),  # noqa: B008 (frozen)
 ) -> PromptSet:
     """Reads one problem per row; numbers are taken as text. What is None is the preset's, or else: columns `prompt` and `answer`, no template.
+    The column `source_key` is one that rows may lack.
 
     Raises ValueError for what can't be read, rows without the columns, a column that holds neither text nor number, and when no row is left.
     """
     preset, source = preset_of(Source(path=source) if isinstance(source, Path) else source)
     left_out = LeftOut()
-    problems = _problems(source, preset, prompt_key, answer_key, left_out)
+    problems = _problems(source, preset, prompt_key, answer_key, left_out, source_key=source_key)
     if screening.language is not None:
         problems = of_language(problems, screening.language, left_out)
     deduplicate = screening.deduplicate if screening.deduplicate is not None else preset is not None and preset.deduplicate
@@ -83,7 +85,7 @@ def load_prompts(
         if len(ids) > max_prompt_tokens:
             left_out.add("over-long", problem.row)
         else:
-            kept.append(Prompt(row=problem.row, text=text, token_ids=np.array(ids, dtype=np.int32), answer=problem.answer))
+            kept.append(Prompt(row=problem.row, text=text, token_ids=np.array(ids, dtype=np.int32), answer=problem.answer, source=problem.source))
     if not kept:
         raise ValueError(
             f"{source.where} has no usable prompt; left out: {left_out}; over-long are those of more than data.max_prompt_tokens "
@@ -99,7 +101,14 @@ def load_fingerprints(source: Source, *, prompt_key: str | None = None) -> froze
 
 
 def _problems(
-    source: Source, preset: Preset | None, prompt_key: str | None, answer_key: str | None, left_out: LeftOut, *, with_answers: bool = True
+    source: Source,
+    preset: Preset | None,
+    prompt_key: str | None,
+    answer_key: str | None,
+    left_out: LeftOut,
+    *,
+    source_key: str | None = None,
+    with_answers: bool = True,
 ) -> Iterator[Problem]:
     """Every row with a problem and an answer. At the end: ValueError if some had no such column."""
     keys = {
@@ -108,9 +117,10 @@ def _problems(
     }
     if not with_answers:
         del keys["data.answer_key"]
+    columns = [*(key for known in keys.values() for key in known), *([source_key] if source_key else [])]
     wrapped = Template(preset.wrapped) if preset and preset.wrapped else None
     missing: list[tuple[int, str, tuple[str, ...]]] = []
-    for row, values in enumerate(read_rows(source, columns=[key for known in keys.values() for key in known])):
+    for row, values in enumerate(read_rows(source, columns=columns)):
         found = {knob: next((key for key in known if _has(values, key)), None) for knob, known in keys.items()}
         if lacking := next((knob for knob, key in found.items() if key is None), None):
             missing.append((row, lacking, tuple(map(str, values))))
@@ -120,7 +130,8 @@ def _problems(
         answer = answer_of(texts.get("data.answer_key", ""), preset.answer_form.get(str(found.get("data.answer_key"))) if preset else None)
         problem = wrapped.without(problem) if wrapped else problem
         if problem.strip() and (answer.strip() or not with_answers):
-            yield Problem(row, problem, answer)
+            origin = _text(values, source_key, knob="data.source_key", source=source, row=row) if source_key and _has(values, source_key) else ""
+            yield Problem(row, problem, answer, origin)
         else:
             left_out.add("empty", row)
     if missing:

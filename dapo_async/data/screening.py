@@ -19,6 +19,7 @@ class Problem:
     row: int  # in the data set, from 0
     text: str  # without any template
     answer: str
+    source: str = ""  # as the row names it
 
 
 @dataclass(slots=True)

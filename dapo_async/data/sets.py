@@ -27,6 +27,7 @@ def load_set(config: Config, source: str, tokenizer: Tokenizer, *, training: boo
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
+        source_key=data.source_key,
         template=data.template or (preset.template if preset else "{problem}"),  # evaluation asks as training does
         system=data.system,
         max_prompt_tokens=data.max_prompt_tokens,

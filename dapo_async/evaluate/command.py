@@ -27,7 +27,7 @@ from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all
 from dapo_async.model import ModelConfig, check_weights
-from dapo_async.reward import Verdict, get_verifier
+from dapo_async.reward import Verdict, choose_verifiers
 from dapo_async.rollout.engine import SamplingParams
 from dapo_async.types import Completion, Prompt
 
@@ -129,6 +129,8 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "data": config.data.heldout,
         "problems_sha256": _digest_of(prompts),
         "verifier": config.reward.verifier,
+        "by_source": config.reward.by_source,
+        "verifier_timeout_s": config.reward.timeout_s,
         "engine": config.rollout.engine,
         "dtype": config.model.dtype,
         "max_response_tokens": sampling.max_tokens,
@@ -138,10 +140,10 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "top_p": sampling.top_p,
         "seed": seed,
     }
-    verify = get_verifier(config.reward.verifier)
+    verifiers = choose_verifiers(config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s)
 
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
-        return verify(tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer)
+        return verifiers.of(prompt.source)(tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer)
 
     return Job(config, checkpoint, judge, problems, prompts, options.k, sampling, settings)
 

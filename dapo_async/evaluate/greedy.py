@@ -20,7 +20,8 @@ class Evaluation:
     num_response_tokens: int
     num_truncated: int
     weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
-    accuracies: Mapping[int, float] = field(default_factory=dict)  # by the prompt's row in its data set; parts have different rows
+    accuracies: Mapping[int, float] = field(default_factory=dict)  # by the row of a prompt that was judged; parts have different rows
+    num_unjudged: int = 0  # of num_prompts: the verifier died over them, so they are neither right nor wrong
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -30,6 +31,7 @@ class Evaluation:
             self.num_truncated + other.num_truncated,
             self.weight_versions | other.weight_versions,
             {**self.accuracies, **other.accuracies},
+            self.num_unjudged + other.num_unjudged,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -43,7 +45,8 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        return self.num_correct / self.num_prompts
+        """Of the prompts that were judged; 0 when none was."""
+        return self.num_correct / max(1, self.num_prompts - self.num_unjudged)
 
     @property
     def mean_response_tokens(self) -> float:
@@ -51,9 +54,17 @@ class Evaluation:
 
 
 async def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], *, judge: Callable[[Prompt, Completion], float], max_tokens: int, stop_token_ids: tuple[int, ...]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    judge: Callable[[Prompt, Completion], float | None],
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...],
 ) -> Evaluation:
-    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response. Raises what the first failing one raised; none goes on then."""
+    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response, None for a failed verdict; it is called in a thread.
+
+    Raises what the first failing one raised; none goes on then.
+    """
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0)
     # Negative keys can't meet an admission index.
     requests = [GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(prompts)]
@@ -63,10 +74,12 @@ async def evaluate(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     completions = [completion for (completion,) in (task.result() for task in tasks)]
-    accuracies = {prompt.row: judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)}
+    verdicts = await asyncio.to_thread(lambda: [judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)])
+    accuracies = {prompt.row: verdict for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None}
     return Evaluation(
         num_prompts=len(prompts),
         num_correct=sum(accuracies.values()),
+        num_unjudged=len(verdicts) - len(accuracies),
         num_response_tokens=sum(len(completion.token_ids) for completion in completions),
         num_truncated=sum(completion.finish_reason is FinishReason.LENGTH for completion in completions),
         weight_versions=frozenset(int(version) for completion in completions for version in set(completion.weight_versions.tolist())),

@@ -13,8 +13,6 @@ from dapo_async.reward import Verdict
 from dapo_async.rollout.engine import Engine, GroupRequest, SamplingParams
 from dapo_async.types import Completion, FinishReason, Prompt
 
-FAILED = "failed"  # the reason of a verdict that is none: the verifier died over the response, of which nothing is known
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -37,10 +35,10 @@ class Problem:
 
 def judged(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> Problem:
     """What the siblings' verdicts come to."""
-    accuracies = [None if verdict.reason == FAILED else verdict.accuracy for verdict in verdicts]
+    accuracies = [None if verdict.failed else verdict.accuracy for verdict in verdicts]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     extracted = [verdict.extracted for verdict in verdicts]
-    winner = majority([None if verdict.reason == FAILED else verdict.extracted for verdict in verdicts])
+    winner = majority([None if verdict.failed else verdict.extracted for verdict in verdicts])
     return Problem(
         row=prompt.row,
         gold=prompt.answer,

@@ -2,7 +2,7 @@
 
 credits.py     law 1: how many groups may be out, and which deadlines a take must leave room for
 ledger.py      law 2: every admitted group ends exactly once, and the counts add up at every instant
-filters.py     dynamic sampling: keep a group or say why not
+filters.py     dynamic sampling and the user's own filter: keep a group or say why not
 patience.py    nothing but rejects: the task is solved, or the run is stuck
 acceptance.py  what was offered, kept and rejected per step
 buffer.py      `ReplayBuffer` joins them; the replay actor drives it
@@ -12,7 +12,7 @@ explain.py     one line on who waits for whom
 
 from dapo_async.replay.acceptance import StepAcceptance
 from dapo_async.replay.buffer import ReplayBuffer
-from dapo_async.replay.filters import Filter, dynamic_sampling, has_tokens
+from dapo_async.replay.filters import Filter, custom_filter, dynamic_sampling, has_tokens
 from dapo_async.replay.ledger import Counts, Ending
 from dapo_async.replay.lineage import BufferState, freeze
 from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
@@ -29,6 +29,7 @@ __all__ = [
     "ReplayBuffer",
     "StepAcceptance",
     "Verdict",
+    "custom_filter",
     "dynamic_sampling",
     "freeze",
     "has_tokens",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dapo_async.types import RejectReason
+from dapo_async.types import Group, RejectReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class StepAcceptance:
 
     accepted: int = 0
     rejected: Mapping[RejectReason, int] = field(default_factory=dict)
+    verdicts: Mapping[str, int] = field(default_factory=dict)  # rollouts of the accepted and the rejected groups by their verdict's reason
     refused: int = 0  # offers that no open admission was waiting for; not part of `offered`
     refill_waves: int | None = None  # bursts of admissions that replaced rejected groups of the same step; None above staleness 0
 
@@ -40,12 +41,15 @@ class AcceptanceLog:
     def _reset(self) -> None:
         self._accepted = self._refused = self._waves = 0
         self._rejected: Counter[RejectReason] = Counter()
+        self._verdicts: Counter[str] = Counter()
         self._refill_due = False
 
-    def accept(self) -> None:
+    def accept(self, group: Group) -> None:
+        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
         self._accepted += 1
 
-    def reject(self, reason: RejectReason) -> None:
+    def reject(self, reason: RejectReason, group: Group) -> None:
+        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
         self._rejected[reason] += 1
         self._refill_due = True
 
@@ -62,6 +66,7 @@ class AcceptanceLog:
         return {
             "accepted": self._accepted,
             "rejected": rejected,
+            "verdicts": dict(self._verdicts),
             "refused": self._refused,
             "waves": self._waves,
             "refill_due": self._refill_due,
@@ -70,7 +75,7 @@ class AcceptanceLog:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._accepted, self._refused, self._waves = state["accepted"], state["refused"], state["waves"]
         self._rejected = Counter({RejectReason(name): count for name, count in state["rejected"].items()})
-        self._refill_due = state["refill_due"]
+        self._refill_due, self._verdicts = state["refill_due"], Counter(state["verdicts"])
 
     @property
     def step(self) -> StepAcceptance:
@@ -78,6 +83,7 @@ class AcceptanceLog:
         return StepAcceptance(
             accepted=self._accepted,
             rejected=dict(self._rejected),
+            verdicts=dict(self._verdicts),
             refused=self._refused,
             refill_waves=self._waves if self._count_waves else None,
         )

@@ -152,11 +152,11 @@ class ReplayBuffer:
         self._suspect |= deadline < started.deadline
         if reason is not None:
             self._end(index, reason)
-            self._log.reject(reason)
+            self._log.reject(reason, group)
             self._patience.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
         self._buffered[index] = Buffered(started.worker, deadline, oldest_version, group.num_tokens, payload)
-        self._log.accept()
+        self._log.accept(group)
         self._patience.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dapo_async.custom import load_function
 from dapo_async.types import Group, RejectReason
 
 Filter = Callable[[Group], RejectReason | None]
@@ -28,6 +29,18 @@ def dynamic_sampling(group: Group) -> RejectReason | None:
 def has_tokens(group: Group) -> RejectReason | None:
     """Rejects a group without a single response token: it would add nothing to the loss but its place in the batch."""
     return None if any(rollout.num_tokens for rollout in group.rollouts) else RejectReason.TOO_FEW_TOKENS
+
+
+def custom_filter(name: str) -> Filter:
+    """The user's `module:function` of `(group: Group) -> bool`, true to keep. Raises ValueError when it is none."""
+    keeps = load_function(name, knob="replay.filter", parameters=("group",))
+
+    def filtered(group: Group) -> RejectReason | None:
+        kept = keeps(group)
+        assert isinstance(kept, bool), f"{name} returned {type(kept).__name__}, must return bool: true keeps the group"
+        return None if kept else RejectReason.FILTERED
+
+    return filtered
 
 
 def first_reason(group: Group, filters: Sequence[Filter]) -> RejectReason | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dapo_async.reward.overlong import soft_overlong_punishment
-from dapo_async.reward.verdict import Verifier
+from dapo_async.reward.verdict import Verifier, VerifierFailed
 from dapo_async.types import Admission, Completion, Group, Rollout
 
 
@@ -27,10 +27,13 @@ def score_group(
 
     ±1 for right and wrong is DAPO's (2503.14476, equation 7). A truncated response is judged like any other: without an answer it is wrong.
     `shuffle_seed` makes the control experiment: (accuracy, reward) pairs are permuted within the group, keyed by (shuffle_seed, admission index),
-    so that every statistic of the group stays while a response no longer earns its own reward. Raises ValueError for an empty gold answer.
+    so that every statistic of the group stays while a response no longer earns its own reward. Raises ValueError for an empty gold answer, and
+    VerifierFailed when a verdict failed: the group can't be trained, for its failed rollout is not known to be wrong.
     """
     assert len(completions) == admission.group_size, f"group {admission.index}: {len(completions)} completions for {admission.group_size} siblings"
     verdicts = [verify(text, admission.prompt.answer) for text in texts]
+    if any(verdict.failed for verdict in verdicts):
+        raise VerifierFailed("verifier failed")
     scores = []
     for completion, verdict in zip(completions, verdicts, strict=True):
         reward = 2.0 * verdict.accuracy - 1.0
@@ -41,7 +44,7 @@ def score_group(
         order = np.random.default_rng((shuffle_seed, admission.index)).permutation(len(scores))
         scores = [scores[number] for number in order]
     rollouts = [
-        Rollout(completion=completion, text=text, accuracy=accuracy, reward=reward, extracted=verdict.extracted)
+        Rollout(completion=completion, text=text, accuracy=accuracy, reward=reward, extracted=verdict.extracted, reason=verdict.reason)
         for completion, text, verdict, (accuracy, reward) in zip(completions, texts, verdicts, scores, strict=True)
     ]
     return Group(admission_index=admission.index, prompt=admission.prompt, rollouts=tuple(rollouts), incarnation=incarnation, temperature=temperature)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+FAILED = "failed"  # the reason of a verdict that is none: the verifier died over it
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -17,6 +19,15 @@ class Verdict:
     @property
     def accuracy(self) -> float:
         return float(self.correct)
+
+    @property
+    def failed(self) -> bool:
+        """Nothing is known about the response: it must not count as wrong."""
+        return self.reason == FAILED
+
+
+class VerifierFailed(Exception):
+    """A group has a verdict that failed, so it can't be trained: it ends as failed, which is counted by this text."""
 
 
 Verifier = Callable[[str, str], Verdict]

@@ -1,11 +1,16 @@
-"""Verifiers by name: a response and its gold answer come in, a verdict leaves. `score.py` and held-out evaluation call them."""
+"""Verifiers by name, and by the source of a row: a response and its gold answer come in, a verdict leaves. `score.py` and evaluation call them."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
+from dapo_async.custom import is_custom, load_function
+from dapo_async.reward import math
 from dapo_async.reward.verdict import Verdict, Verifier
 
 MARKER = "####"  # GSM8K's convention: the final answer stands after it
@@ -32,15 +37,68 @@ def verify_exact(response: str, gold: str) -> Verdict:
     return _compared(answer, gold) if answer else Verdict(correct=False, extracted=None, reason="no_answer")
 
 
-VERIFIERS: Mapping[str, Verifier] = MappingProxyType({"marker": verify_marker, "exact": verify_exact})
+VERIFIERS: Mapping[str, Verifier] = MappingProxyType({"marker": verify_marker, "exact": verify_exact, "math": math.verify})
 
 
-def get_verifier(name: str) -> Verifier:
-    """Raises ValueError naming the nearest known one."""
+@dataclass(frozen=True, slots=True)
+class VerifierChoice:
+    """Which verifier judges the rows of which source."""
+
+    default: Verifier
+    by_source: Mapping[str, Verifier]
+
+    def of(self, source: str) -> Verifier:
+        """The verifier of a row with this `data_source`; the default one for sources that are not named, and for rows without."""
+        return self.by_source.get(source, self.default)
+
+
+def get_verifier(name: str, *, timeout_s: float = math.TIMEOUT_S, knob: str = "reward.verifier") -> Verifier:
+    """A known verifier, or the user's `module:function` of `(response, gold)`. `timeout_s` is the deadline of `math`.
+
+    Raises ValueError naming the nearest known one, or what is wrong with the function.
+    """
+    if is_custom(name):
+        return _checked(load_function(name, knob=knob, parameters=("response", "gold")), name)
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"reward.verifier {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}")
+        raise ValueError(f"{knob} {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function")
+    if name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError(f"{knob}=math needs math-verify, which is not installed; pip install math-verify, or take another verifier")
+        return functools.partial(math.verify, timeout_s=timeout_s)
     return VERIFIERS[name]
+
+
+def choose_verifiers(verifier: str, by_source: str, *, timeout_s: float = math.TIMEOUT_S) -> VerifierChoice:
+    """`reward.verifier` and `reward.by_source`, which is `source=verifier` with commas between. Raises ValueError for what is not of that form."""
+    chosen: dict[str, Verifier] = {}
+    for entry in filter(None, (part.strip() for part in by_source.split(","))):
+        source, equals, name = (part.strip() for part in entry.partition("="))
+        if not equals or not source or not name or source in chosen:
+            raise ValueError(
+                f"reward.by_source ({by_source!r}) must be source=verifier with commas between, each source once; correct {entry!r}, for example "
+                "gsm8k=math,reverse=exact"
+            )
+        chosen[source] = get_verifier(name, timeout_s=timeout_s, knob="reward.by_source")
+    return VerifierChoice(get_verifier(verifier, timeout_s=timeout_s), MappingProxyType(chosen))
+
+
+def named_sources(by_source: str) -> tuple[str, ...]:
+    """The sources that `reward.by_source` names."""
+    return tuple(entry.partition("=")[0].strip() for entry in by_source.split(",") if entry.strip())
+
+
+def _checked(function: Verifier, name: str) -> Verifier:
+    """The user's function, whose every answer must be a `Verdict` with an accuracy in [0, 1]; an AssertionError says so otherwise."""
+
+    @functools.wraps(function)
+    def verify(response: str, gold: str) -> Verdict:
+        verdict = function(response, gold)
+        assert isinstance(verdict, Verdict), f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
+        assert 0.0 <= verdict.accuracy <= 1.0, f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
+        return verdict
+
+    return verify
 
 
 def _compared(answer: str, gold: str) -> Verdict:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from dapo_async.reward import VerifierFailed
 from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams
 from dapo_async.types import Admission, Completion, Group
 
@@ -149,13 +150,22 @@ class RolloutWorker:
             self._room.set()
         if index not in self._wanted:
             return
-        group = await self._score(admission, completions)
+        try:
+            group = await self._score(admission, completions)
+        except VerifierFailed as failure:
+            await self._give_up(index, str(failure))
+            return
         await self._settled.wait()
         if unproved and losses != self._losses:  # lost before its weights were proved, which now never will be
             await self._hand_back(index, admission.heads)
         elif index in self._wanted:
             self._wanted.remove(index)
             await self._replay.offer(group)
+
+    async def _give_up(self, index: int, why: str) -> None:
+        if index in self._wanted:
+            self._wanted.remove(index)
+            await self._replay.fail([index], why)
 
     async def _hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
         if index in self._wanted:

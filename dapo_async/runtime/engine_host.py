@@ -18,7 +18,7 @@ from dapo_async.config import Config
 from dapo_async.data import load_set, load_tokenizer
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import ModelConfig, checksum, load_decoder
-from dapo_async.reward import get_verifier
+from dapo_async.reward import choose_verifiers
 from dapo_async.rollout import Engine, ThreadedEngine, TorchEngine
 from dapo_async.runtime.cluster import own_host
 from dapo_async.types import Completion, Prompt
@@ -35,7 +35,8 @@ class EngineHost(ABC):
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
         self._tokenizer = load_tokenizer(Path(config.model.path))
-        self.verify = get_verifier(config.reward.verifier)
+        reward = config.reward
+        self.verifiers = choose_verifiers(reward.verifier, reward.by_source, timeout_s=reward.timeout_s)
         model = ModelConfig.from_folder(Path(config.model.path))
         self.max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions)
         self.stop_token_ids = model.eos_token_ids
@@ -81,8 +82,9 @@ class EngineHost(ABC):
         text: str = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         return text
 
-    def _judge(self, prompt: Prompt, completion: Completion) -> float:
-        return float(self.verify(self.decode(completion), prompt.answer).correct)
+    def _judge(self, prompt: Prompt, completion: Completion) -> float | None:
+        verdict = self.verifiers.of(prompt.source)(self.decode(completion), prompt.answer)
+        return None if verdict.failed else verdict.accuracy
 
 
 class TorchHost(EngineHost):

@@ -5,7 +5,7 @@ Model folder, data files, lengths, options of the loss; CPUs and GPUs of this ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from dapo_async.algorithm import check_loss_options
 from dapo_async.config import Config, parse_source, parse_sources
 from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of, usable_tokenizer
 from dapo_async.model import ModelConfig, check_weights
-from dapo_async.reward import get_verifier
+from dapo_async.replay import custom_filter
+from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang_server import sglang_lack
 from dapo_async.runtime.cluster import planned_actors
 
@@ -56,7 +57,9 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         correction_floor=algorithm.correction_floor,
         entropy_bonus=algorithm.entropy_bonus,
     )
-    get_verifier(config.reward.verifier)
+    choose_verifiers(config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s)
+    if config.replay.filter is not None:
+        custom_filter(config.replay.filter)
     notes = []
     for lack in _lacks(config):
         if not dry_run:
@@ -80,7 +83,19 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
             check_fit(loaded, model, folder=folder, max_response_tokens=rollout.max_response_tokens)
         found.append(loaded)
     train, heldout = found
+    _check_sources(config, [prompts for prompts in found if prompts], complete=None not in found)
     return Inputs(train, heldout, tuple(notes))
+
+
+def _check_sources(config: Config, sets: Sequence[PromptSet], *, complete: bool) -> None:
+    """Raises ValueError for a name in `reward.by_source` that no row has; not if some rows are still on the hub."""
+    sources = {prompt.source for prompts in sets for prompt in prompts.prompts}
+    unknown = [source for source in named_sources(config.reward.by_source) if source not in sources]
+    if unknown and complete:
+        raise ValueError(
+            f"reward.by_source names {unknown[0]}, which no row has in its column {config.data.source_key} (data.source_key); the rows have "
+            f"{', '.join(sorted(filter(None, sources))) or 'no such column'}: correct the name"
+        )
 
 
 def _lacks(config: Config) -> Iterator[str]:

@@ -15,7 +15,18 @@ from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_set, load_tokenizer
 from dapo_async.group_files import read_groups, write_groups
-from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, StepAcceptance, Verdict, dynamic_sampling, freeze, has_tokens
+from dapo_async.replay import (
+    BufferState,
+    Filter,
+    OfferOutcome,
+    ReplayBuffer,
+    StepAcceptance,
+    Verdict,
+    custom_filter,
+    dynamic_sampling,
+    freeze,
+    has_tokens,
+)
 from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
@@ -47,7 +58,9 @@ class ReplayActor:
         self._clock = StateClock("replay")
         self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)), training=True)
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
-        filters = (has_tokens, dynamic_sampling) if config.replay.dynamic_sampling else (has_tokens,)
+        filters: list[Filter] = [has_tokens, *([dynamic_sampling] if config.replay.dynamic_sampling else [])]
+        if config.replay.filter is not None:
+            filters.append(custom_filter(config.replay.filter))
         self._buffer = ReplayBuffer(
             groups_per_step=config.replay.groups_per_step,
             max_staleness=config.replay.max_staleness,

@@ -185,11 +185,12 @@ class RolloutActor:
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
         reward = self._config.reward
-        return score_group(
+        return await asyncio.to_thread(  # a verdict may take seconds
+            score_group,
             admission,
             completions,
             texts=[self._host.decode(completion) for completion in completions],
-            verify=self._host.verify,
+            verify=self._host.verifiers.of(admission.prompt.source),
             max_response_tokens=self._config.rollout.max_response_tokens,
             overlong_cache_tokens=reward.overlong_cache_tokens,
             shuffle_seed=self._config.seed if reward.shuffle else None,

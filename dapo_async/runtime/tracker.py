@@ -131,6 +131,7 @@ class Tracker:
             **({"acceptance": acceptance.rate, "offered": acceptance.offered} if acceptance else {}),
             **({"refill_waves": acceptance.refill_waves} if acceptance and acceptance.refill_waves is not None else {}),
             **({f"rejected.{reason.value}": count for reason, count in acceptance.rejected.items()} if acceptance else {}),
+            **({f"verdicts.{reason}": count for reason, count in acceptance.verdicts.items()} if acceptance else {}),
             **{f"groups.{name}": count for name, count in counts.items()},
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,

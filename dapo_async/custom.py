@@ -1,0 +1,41 @@
+"""Functions of the user's own, named `module:function` in the config: a name comes in, a checked function leaves. Called at start."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def is_custom(name: str) -> bool:
+    """Whether `name` has the form `module:function`."""
+    return ":" in name
+
+
+def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callable[..., Any]:
+    """The function `module:function`. Raises ValueError, in one line that names `knob`, unless it can be imported, is one, and takes `parameters`.
+
+    The module must be importable wherever the run has processes: installed, or in a folder of PYTHONPATH.
+    """
+    path, _, function_name = name.partition(":")
+    wanted = f"{knob} ({name!r}) must be module:function, a function({', '.join(parameters)})"
+    if not path or not function_name:
+        raise ValueError(f"{wanted}; write for example my_package.rewards:{function_name or 'judge'}")
+    try:
+        function: Any = importlib.import_module(path)
+        for part in function_name.split("."):
+            function = getattr(function, part)
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{wanted}: {why}; install the module or put its folder on PYTHONPATH") from error
+    if not callable(function) or inspect.isclass(function):
+        raise ValueError(f"{wanted}, but it is a {'class' if inspect.isclass(function) else type(function).__name__}; name a function")
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{wanted}, but it is asynchronous; write it as a plain function, which is called in a thread")
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError as error:
+        raise ValueError(f"{wanted}, but its parameters are {inspect.signature(function)} ({error}); change them") from error
+    checked: Callable[..., Any] = function
+    return checked

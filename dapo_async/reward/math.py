@@ -1,0 +1,115 @@
+r"""The verifier of mathematical answers: a response and its gold answer come in, a verdict leaves. The rollout worker and `dapo-async grade` call it.
+
+    extraction   the answer: an Answer: line or \boxed{…}, after </think>
+    plain        exact texts, integers, decimals, fractions, units, words, choices: decided here, tens of thousands per second
+    blowup       what no symbolic engine should see is wrong at once
+    pool         everything else: symbolic equality (`symbolic.py`) in killable processes (`verifier_process.py`) with a hard deadline
+
+A verdict depends on nothing but its arguments, as long as the deadline does not decide.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+from dapo_async.reward.blowup import has_too_large, is_too_large
+from dapo_async.reward.extraction import WHITE, bare, conclusion, is_cut, marked_answer
+from dapo_async.reward.plain import is_suspicious, normalised, plain_equal, spelt_out
+from dapo_async.reward.pool import shared_pool
+from dapo_async.reward.verdict import FAILED, Verdict
+
+Extraction = Literal["marker", "any", "none"]
+TIMEOUT_S = 5.0
+TAIL_CHARACTERS = 3000  # in which the last expression of a text without a marker is looked for
+LAST_CHARACTERS = 100  # in which nothing may pass for something else
+LONGEST_ANSWER = 2000  # characters; nothing longer is compared
+
+
+def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker") -> Verdict:
+    r"""Whether `prediction` answers what `gold` says, within `timeout_s` seconds of symbolic work.
+
+    `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`, else there is no answer; `any` falls back to the last
+    mathematical expression; `none` takes all of it as the answer. Reasons: correct, wrong, no_answer; wrong for the model's fault as well:
+    timeout (equality could not be shown in time), too_large (never tried), unreadable (the engine could not read it); failed: the verifier died,
+    which says nothing about the answer (`Verdict.failed`). Raises ValueError for an empty gold answer, an unknown extraction or a timeout that is
+    not positive, and RuntimeError when no verifier process starts.
+    """
+    if not gold.strip():
+        raise ValueError("the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer")
+    if extraction not in get_args(Extraction):
+        raise ValueError(f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it to one of them, or leave it out")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s ({timeout_s}) must be positive: a verdict has a hard deadline; leave it out for {TIMEOUT_S:g}")
+    text = conclusion(prediction)
+    answer = text if text is None or extraction == "none" else marked_answer(text)
+    if extraction == "any" and text is not None and (answer is None or _is_prose(answer)):
+        return _anywhere(answer or text, gold, timeout_s)
+    if answer is None or not answer.strip():
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    return _compared(answer, gold, timeout_s)
+
+
+def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
+    extracted = answer.strip(WHITE)
+    if extracted == gold.strip(WHITE):
+        return _verdict(True, extracted)
+    if len(extracted) > LONGEST_ANSWER:
+        return Verdict(correct=False, extracted=extracted[:LONGEST_ANSWER], reason="too_large")
+    if is_suspicious(extracted):
+        return _verdict(False, extracted)
+    written, expected = normalised(bare(extracted)), normalised(bare(_gold_answer(gold)))
+    equal = plain_equal(written, expected)
+    if equal is not None:
+        return _verdict(equal, extracted)
+    if is_too_large(written):
+        return Verdict(correct=False, extracted=extracted, reason="too_large")
+    return _asked({"answer": spelt_out(written), "gold": spelt_out(expected), "anywhere": False}, timeout_s, extracted=extracted)
+
+
+def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
+    """By the last mathematical expression; a text that is nothing but an answer is compared as one."""
+    text = text.strip()
+    if not text or is_cut(text):
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    if _is_formula(text) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
+        return _compared(text, gold, timeout_s)
+    if text == gold.strip():
+        return _verdict(True, text)
+    if len(text) <= TAIL_CHARACTERS and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold)))):
+        return _verdict(True, text)
+    tail = text[-TAIL_CHARACTERS:]
+    if is_suspicious(tail[-LAST_CHARACTERS:]):
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    if has_too_large(tail):
+        return Verdict(correct=False, extracted=None, reason="too_large")
+    return _asked({"answer": tail, "gold": gold, "anywhere": True}, timeout_s, extracted=None)
+
+
+def _gold_answer(gold: str) -> str:
+    """The marked answer of a gold text, if it is one that marks it: worked solutions do."""
+    return (marked_answer(gold) if r"\boxed" in gold or "nswer:" in gold else None) or gold
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a text is nothing but one formula: neither words nor delimiters, and no comma that may stand for a decimal point."""
+    return len(text) <= LONGEST_ANSWER and not re.search(r"[$,]|\\[(\[]|\\boxed|[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", text))
+
+
+def _is_prose(answer: str) -> bool:
+    """Whether the answer is told in a sentence: four words in a row."""
+    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER])) is not None
+
+
+def _asked(question: dict[str, str | bool], timeout_s: float, *, extracted: str | None) -> Verdict:
+    reply = shared_pool().ask(question, timeout_s)
+    extracted = reply.get("extracted", extracted)
+    if reason := reply.get("reason"):
+        return Verdict(correct=False, extracted=extracted, reason=FAILED if reason == "failed" else str(reason))
+    if extracted is None:
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    return _verdict(bool(reply["equal"]), extracted)
+
+
+def _verdict(correct: bool, extracted: str) -> Verdict:
+    return Verdict(correct=correct, extracted=extracted, reason="correct" if correct else "wrong")

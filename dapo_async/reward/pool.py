@@ -1,0 +1,161 @@
+"""The pool of verifier processes: questions come in from any thread, replies leave within their deadline. Called by `math.py`."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+NUM_PROCESSES = 2
+RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its own anyway
+START_S = 120.0  # importing the engine takes seconds, on a busy machine many
+GRACE_S = 2.0  # beyond the deadline, for a process that has to kill its child
+WAIT_S = 600.0  # for a process to be free
+COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.verifier_process")
+CHUNK = 65_536
+FAILED: dict[str, Any] = {"reason": "failed"}
+
+
+class VerifierProcess:
+    """One process of `verifier_process.py`, started anew when it has died, was killed or has given its share of verdicts."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._num_verdicts = 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Returns at once; the process reports by itself when it is ready."""
+        self.stop()
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
+        self._process = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # The order of sets must not depend on the process: one question, one verdict.
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            bufsize=0,
+        )
+        self._ready, self._num_verdicts = False, 0
+
+    def wait_ready(self) -> None:
+        """Raises RuntimeError when the process does not start."""
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+        if self._ready:
+            return
+        said = self._read(time.monotonic() + START_S)
+        if not said or "ready" not in said:
+            self.stop()
+            why = said["error"] if said else f"it died, or said nothing within {START_S:g} s"
+            raise RuntimeError(f"the verifier process did not start: {why}")
+        self._ready = True
+
+    def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The reply; `failed` when the process died over it. A process that was dead before is replaced first."""
+        if self._num_verdicts >= RECYCLE_AFTER:
+            self.start()
+        self.wait_ready()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._num_verdicts += 1
+        deadline = time.monotonic() + timeout_s + GRACE_S
+        try:
+            self._process.stdin.write(json.dumps({**question, "timeout_s": timeout_s}).encode() + b"\n")
+            reply = self._read(deadline)
+        except BrokenPipeError:
+            reply = None
+        if reply is None:
+            self.start()
+            return FAILED
+        return reply
+
+    def stop(self) -> None:
+        """Kills the process and its child."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            assert process.poll() is not None  # it ended by itself
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _read(self, deadline: float) -> dict[str, Any] | None:
+        """The next line; None when the process ended or the deadline passed."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        pipe, said = self._process.stdout.fileno(), b""
+        while not said.endswith(b"\n"):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
+                return None
+            chunk = os.read(pipe, CHUNK)
+            if not chunk:
+                return None
+            said += chunk
+        reply: dict[str, Any] = json.loads(said)
+        return reply
+
+
+class Pool:
+    """A few verifier processes that any thread may ask; they start with the first question, or with `start`."""
+
+    def __init__(self, num_processes: int = NUM_PROCESSES) -> None:
+        self.processes = tuple(VerifierProcess() for _ in range(num_processes))
+        self._idle: queue.LifoQueue[VerifierProcess] = queue.LifoQueue()
+        for process in self.processes:
+            self._idle.put(process)
+
+    def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The reply within `timeout_s` of a process being free and ready. Raises RuntimeError when none starts."""
+        try:
+            process = self._idle.get(timeout=WAIT_S)
+        except queue.Empty:
+            raise TimeoutError(f"a verdict waited {WAIT_S:g} s for one of {len(self.processes)} verifier processes") from None
+        try:
+            return process.ask(question, timeout_s)
+        finally:
+            self._idle.put(process)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.stop()
+
+
+_lock = threading.Lock()
+_pool: tuple[int, Pool] | None = None
+
+
+def shared_pool() -> Pool:
+    """This process's pool; a forked copy of this process has one of its own."""
+    global _pool
+    with _lock:
+        if _pool is None or _pool[0] != os.getpid():
+            _pool = os.getpid(), Pool()
+            atexit.register(_stop, os.getpid())
+        return _pool[1]
+
+
+def _stop(owner: int) -> None:
+    if owner == os.getpid() and _pool is not None:
+        _pool[1].stop()

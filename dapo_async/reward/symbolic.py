@@ -1,0 +1,142 @@
+r"""Equality by computer algebra: two answers come in, whether they are the same leaves. Runs in verifier processes only (`verifier_process.py`).
+
+The algebra is math-verify's (on SymPy). What it accepts too easily is looked at once more: chains of equations whose sides differ (`41 = 42`),
+several numbers side by side, floats that only round alike, numerals of different bases, words of the same letters. It is called without its own
+timeout, which would need SIGALRM: the process has a hard deadline instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Basic, Float, preorder_traversal
+
+from dapo_async.reward.plain import ROUNDED_DECIMALS, equal_numbers, is_suspicious, normalised, number, words
+
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+
+FORMULA = (LatexExtractionConfig(boxed_match_priority=0),)
+ANYWHERE = (LatexExtractionConfig(), ExprExtractionConfig())
+RELATIVE = 1e-6  # floats that differ by more are different, however small they are
+_EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
+_SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
+# What is said to have a value: anything without a number of its own, those of subscripts and arguments aside.
+_NAME = re.compile(r"(?:[^0-9_(]|_\{[^{}]*\}|_\s*\w|\([^()]*\))+")
+_FRACTION = re.compile(r"-?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)")
+_DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-9])")
+_BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*\s*_\s*\{?\s*(?:\\text\{)?([0-9]+)")
+_NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
+_LISTED = re.compile(rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$")
+
+
+def equal_formulas(answer: str, gold: str) -> bool:
+    """Whether two normalised answers are equal, each read as one formula from end to end."""
+    answer = _with_fractions(answer, gold)
+    parsed, expected = _formula(answer), _formula(gold)
+    return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(answer, gold, parsed, expected, literal=False)
+
+
+def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
+    """Whether the last mathematical expression of `text` equals `gold`, and that expression; None when there is none.
+
+    The gold answer may be a text with an answer in it as well.
+    """
+    text, gold = _readable(_with_fractions(text, gold)), _readable(gold)
+    parsed, expected = parse(text, ANYWHERE, parsing_timeout=None), _gold(gold)
+    if not parsed:
+        return False, None
+    extracted = str(parsed[-1])
+    if is_suspicious(extracted) or _is_part(extracted, text) or not verify(expected, parsed, timeout_seconds=None):
+        return False, extracted
+    wanted = str(expected[-1]) if expected else gold
+    return _holds(normalised(extracted), normalised(wanted), parsed, expected, literal=True), extracted
+
+
+def _gold(gold: str) -> list[Any]:
+    """A bare formula is read as a whole; a text is searched for its last expression."""
+    bare_formula = re.search(r"[\\A-Za-z(\[{^]", gold) and not re.search(r"\$|\\[(\[]|\\boxed|[A-Za-z]+ [A-Za-z]+ ", gold)
+    return (_formula(normalised(gold)) if bare_formula else None) or parse(gold, ANYWHERE, parsing_timeout=None)
+
+
+def _is_part(extracted: str, text: str) -> bool:
+    """Whether a number was read out of something larger at the end of a text: several numbers side by side, a chain of equations, a formula."""
+    listed = _LISTED.search(text[-1000:].strip())
+    if listed is not None and number(listed[1]) is None:
+        return len({each.replace(",", "") for each in re.findall(_NUMBER, listed[1])}) > 1
+    if "$" in text or number(extracted) is None:
+        return False
+    before, _, after = text.rpartition(extracted)
+    return re.match(r"\s*(?:\\(?:sqrt|frac|pi|cdot|times|binom|pm|ln|log|sin|cos|tan)|\^|!|/)", after) is not None or before.endswith("not ")
+
+
+def _with_fractions(answer: str, gold: str) -> str:
+    """`answer` with the fractions of `gold` in the place of the decimals that rightly round them (`plain.equal_numbers`)."""
+    fractions = [value for match in _FRACTION.finditer(gold) if (value := number(match[0])) is not None]
+
+    def exact(match: re.Match[str]) -> str:
+        decimal = number(match[0])
+        same = [each.value for each in fractions if decimal is not None and decimal.value != each.value and equal_numbers(decimal, each)]
+        return rf"\frac{{{same[0].numerator}}}{{{same[0].denominator}}}" if same else match[0]
+
+    return _DECIMAL.sub(exact, answer) if fractions else answer
+
+
+def _readable(text: str) -> str:
+    """Roman letters for constants cut math-verify's reading short."""
+    return re.sub(r"\\(?:mathrm|text)\{\s*([ei])\s*\}", r"\1", text)
+
+
+def _formula(text: str) -> list[Any]:
+    if re.search(r"(?i)answer|\$", text):  # words that make math-verify look for a part of the text
+        return []
+    return parse(f"${' '.join(text.split())}$", FORMULA, parsing_timeout=None)
+
+
+def _holds(answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool) -> bool:
+    """A second look at what math-verify has accepted. `literal`: only a chain of plain numbers can contradict itself,
+    one with sums in it is read as work shown."""
+    if not _EQUALS.search(gold) and _contradicts_itself(answer, literal=literal):
+        return False
+    bases = [[match[1] for match in _BASE.finditer(text)] for text in (answer, gold)]
+    if bases[0] and bases[0] != bases[1]:
+        return False
+    if (gold_words := words(gold)) is not None and (answer_words := words(answer)) is not None:
+        return gold_words.replace(" ", "") == answer_words.replace(" ", "")
+    values = [next((each for each in side if isinstance(each, Basic)), None) for side in (parsed, expected)]
+    return not any(isinstance(part, Float) for value in values if value is not None for part in preorder_traversal(value)) or _close(*values)
+
+
+def _contradicts_itself(text: str, *, literal: bool) -> bool:
+    """Whether a chain of equations is no answer: its sides, but for names, are not all equal to the last one."""
+    if literal:
+        sides = _EQUALS.split(text)
+        numbers = [value for side in sides if (value := number(side.strip())) is not None]
+        if len(numbers) + sum(re.fullmatch(r"\s*\\?[A-Za-z]\w*\s*", side) is not None for side in sides) < len(sides):
+            return False
+        return any(not equal_numbers(value, numbers[0]) for value in numbers[1:])
+    return any(_is_broken_chain(part) for part in _SEPARATOR.split(text))
+
+
+def _is_broken_chain(part: str) -> bool:
+    first, *others = _EQUALS.split(part)
+    if not others:
+        return False
+    last = _formula(others[-1])
+    sides = [side for side in (first, *others[:-1]) if not _NAME.fullmatch(side.strip())]
+    return any(not verify(last, _formula(side), timeout_seconds=None) for side in sides)
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Whether two numbers agree to `RELATIVE` of the larger one; whatever is no number is left to math-verify."""
+    if one is None or other is None:
+        return True
+    try:
+        first, second = (complex(side.evalf(20)) for side in (one, other))
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return True
+    largest = max(abs(first), abs(second))
+    return abs(first - second) <= RELATIVE * largest or any(abs(100 * a - b) <= RELATIVE * largest for a, b in ((first, second), (second, first)))

@@ -1,0 +1,156 @@
+r"""Verifier processes: nothing hangs beyond its deadline, a death is replaced and its verdict is failed, nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dapo_async.reward import Verdict
+from dapo_async.reward import math as verifier
+from dapo_async.reward import pool as pools
+from dapo_async.reward.blowup import is_too_large
+from dapo_async.reward.math import verify
+from dapo_async.reward.pool import Pool
+
+HANGS = [
+    r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}", r"\sum_{k=1}^{10^9}\frac{1}{k^3}", r"\prod_{k=1}^{100000}k", "9!!!!",
+    "((9!)!)!", "(x+1)^{100000}", "9**9**9**9", r"\left(9^{9}\right)^{9^{9}}", r"10^{10^{10}}",
+]  # fmt: skip
+SLOW = [r"(x+y+z+w)^{300}", r"\prod_{k=1}^{9999}(1+\frac{x}{k})", r"\cos^{500}(x)\sin^{500}(x)"]  # get past the filter
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two processes of this file's own."""
+    pool = Pool(2)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(autouse=True)
+def own_pool(pool, monkeypatch):
+    monkeypatch.setattr(verifier, "shared_pool", lambda: pool)
+
+
+def child_of(process):
+    """The child that judges, as soon as there is one."""
+    until_s = time.monotonic() + 10
+    while not (children := psutil.Process(process.pid).children()):
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+    return children[0]
+
+
+@pytest.mark.parametrize("extraction", ["marker", "any", "none"])
+@pytest.mark.parametrize("text", HANGS)
+def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction):
+    began_s = time.monotonic()
+    verdict = verify(
+        {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction], "42", extraction=extraction, timeout_s=60
+    )
+    assert (verdict.correct, verdict.reason) == (False, "too_large")
+    assert time.monotonic() - began_s < 1
+
+
+@pytest.mark.parametrize(
+    "text", [r"2^{2008}", "2^{2^{10}}", "100!", r"\binom{20}{10}", r"\sum_{k=1}^{100} k", "x^{100}", "1" * 300, r"7\cdot10^{30}"]
+)
+def test_what_an_answer_may_be_is_not_too_large(text):
+    assert not is_too_large(text)
+
+
+@pytest.mark.parametrize("text", SLOW)
+def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(pool, text):
+    for process in pool.processes:
+        process.wait_ready()
+    began_s = time.monotonic()
+    verdict = verify(rf"\boxed{{{text}}}", r"\sqrt{2}", timeout_s=0.5)
+    assert verdict == Verdict(correct=False, extracted=text, reason="timeout")
+    assert time.monotonic() - began_s < 2.5
+    assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").correct
+    assert not any(psutil.Process(process.pid).children() for process in pool.processes if process.pid)
+
+
+@pytest.mark.parametrize("whom", ["process", "child"])
+def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom):
+    alone = Pool(1)
+    (process,) = alone.processes
+    question = {"answer": SLOW[0], "gold": "42", "anywhere": False}
+    alone.ask({**question, "answer": "x+1"}, 5)
+    with ThreadPoolExecutor(1) as thread:
+        reply = thread.submit(alone.ask, question, 60)
+        child, before = child_of(process), process.pid
+        os.kill(child.pid if whom == "child" else before, signal.SIGKILL)
+        assert reply.result(30) == {"reason": "failed"}
+    assert alone.ask({"answer": r"\sqrt{8}", "gold": r"2\sqrt{2}", "anywhere": False}, 30) == {"equal": True}
+    assert (process.pid == before) == (whom == "child")
+    child.wait(10)
+    alone.stop()
+
+
+def test_a_process_that_died_between_two_verdicts_fails_none(pool):
+    for process in pool.processes:
+        if process.pid:
+            os.kill(process.pid, signal.SIGKILL)
+            psutil.wait_procs([psutil.Process(process.pid)], timeout=5)
+    assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reason == "correct"
+
+
+def test_a_failed_reply_makes_a_failed_verdict(monkeypatch):
+    class Dead:
+        def ask(self, question, timeout_s):
+            return {"reason": "failed"}
+
+    monkeypatch.setattr(verifier, "shared_pool", Dead)
+    verdict = verify("Answer: x+1", "x")
+    assert (verdict.failed, verdict.reason) == (True, "failed")
+    assert not verify("Answer: 3", "4").failed
+
+
+def test_any_number_of_threads_get_their_own_answers(pool):
+    questions = [(rf"\boxed{{x+{number}}}", f"{number % 3}+x") for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        verdicts = list(threads.map(lambda question: verify(*question, timeout_s=30), questions))
+    assert [verdict.correct for verdict in verdicts] == [number < 3 for number in range(24)]
+
+
+def test_a_process_is_recycled_after_its_share(monkeypatch):
+    monkeypatch.setattr(pools, "RECYCLE_AFTER", 2)
+    alone, pids = Pool(1), []
+    for _ in range(3):
+        assert alone.ask({"answer": "x+1", "gold": "1+x", "anywhere": False}, 30) == {"equal": True}
+        pids.append(alone.processes[0].pid)
+    alone.stop()
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_no_process_outlives_a_parent_that_is_killed():
+    script = (
+        "from dapo_async.reward.pool import Pool; import threading, time; pool = Pool(1)\n"
+        "pool.ask({'answer': 'x+1', 'gold': 'x', 'anywhere': False}, 30)\n"
+        f"threading.Thread(target=pool.ask, args=({{'answer': {SLOW[0]!r}, 'gold': '42', 'anywhere': False}}, 60), daemon=True).start()\n"
+        "print(pool.processes[0].pid, flush=True); time.sleep(60)"
+    )
+    path = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as parent:
+        assert parent.stdout is not None
+        process = psutil.Process(int(parent.stdout.readline()))
+        child = child_of(process)
+        parent.kill()
+        gone, alive = psutil.wait_procs([process, child], timeout=5)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_an_engine_that_does_not_start_is_said_clearly(monkeypatch):
+    monkeypatch.setattr(pools, "COMMAND", (sys.executable, "-c", 'print(\'{"error": "no engine here"}\')'))
+    with pytest.raises(RuntimeError, match="the verifier process did not start: no engine here"):
+        Pool(1).ask({"answer": "x", "gold": "y", "anywhere": False}, 5)
+    monkeypatch.setattr(pools, "COMMAND", (sys.executable, "-c", ""))
+    with pytest.raises(RuntimeError, match="the verifier process did not start: it died"):
+        Pool(1).ask({"answer": "x", "gold": "y", "anywhere": False}, 5)
