@@ -104,7 +104,7 @@ def test_overrides_may_stand_before_and_after_an_option(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "the following arguments are required: {train,eval,report,replay,config}; dapo-async --help tells more"),
+        ((), "the following arguments are required: {train,eval,report,replay,grade,config}; dapo-async --help tells more"),
         (("trian",), "invalid choice: 'trian' (choose from "),
         (("train",), "which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR"),
         ((*TRAIN, "--dry-rnu", "seed=1"), "unknown option --dry-rnu; dapo-async --help tells more"),
