@@ -1,7 +1,7 @@
 """What screening finds in published problem sets, and how long loading takes: DAPO-Math-17k against AIME 2024 and 2025, AMC, MATH-500 and GSM8K.
 
-The sets are read where `DAPO_ASYNC_SHARED` (or ../shared beside the checkout) has them; no model is needed. `--quick`, and a machine without the sets,
-take generated problems instead, every tenth of which is an evaluation problem set differently.
+The sets are read where `DAPO_ASYNC_SHARED` (or ../shared beside the checkout) has them; no model is needed. `--quick`, and a machine without the
+sets, take generated problems instead, every tenth of which is an evaluation problem set differently.
 """
 
 from __future__ import annotations
