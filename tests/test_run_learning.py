@@ -25,7 +25,7 @@ def without_learning_rate(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture(scope="session")
 def with_shuffled_verdicts(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finished(tmp_path_factory.mktemp("shuffled") / "run", "seed=0", "reward.shuffle=true", timeout_s=400.0)
+    return finished(tmp_path_factory.mktemp("shuffled") / "run", "seed=0", "reward.shuffle=true", "train.num_steps=20", timeout_s=400.0)
 
 
 def test_quickstart_learns(quickstart: Finished) -> None:
