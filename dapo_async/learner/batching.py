@@ -112,8 +112,9 @@ def split_microbatches(rows: Sequence[Row], max_tokens: int, *, parts: int = 1, 
     packs: list[list[Row]] = [[]]
     filled = 0
     for row in ordered:
-        # Cut where the balanced share is reached, and always before the limit would be passed.
-        if packs[-1] and (filled + row.num_tokens > max_tokens or filled >= target):
+        # Cut where the balanced share is reached, or nearer to it before this row than after it; always before the limit would be passed.
+        nearer = len(packs) < parts and filled + row.num_tokens - target > target - filled
+        if packs[-1] and (filled + row.num_tokens > max_tokens or filled >= target or nearer):
             packs.append([])
             filled = 0
         packs[-1].append(row)
