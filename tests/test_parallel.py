@@ -250,8 +250,7 @@ def tokens_of_passes(mesh: Mesh) -> list[int]:
 def test_rank_with_fewer_tokens_splits_them_finer_instead_of_waiting_with_fillers() -> None:
     first, second = on_ranks(tokens_of_passes, dp=2)
     assert len(first) == len(second) == 2
-    assert (sum(first), sum(second)) == (57, 23)
-    assert min(second) > 5  # a filler would have 3
+    assert (sum(first), second) == (57, [9, 11])
 
 
 def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
