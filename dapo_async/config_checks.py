@@ -225,6 +225,13 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         ),
     )
     yield (
+        learner.num_gpus in (0, 1) or learner.data_parallel * learner.tensor_parallel == 1,
+        (
+            f"learner.num_gpus ({learner.num_gpus:g}) must be 1, or 0 for ranks on CPU, where there are several ranks: each has a device of its "
+            "own; set learner.num_gpus=1"
+        ),
+    )
+    yield (
         replay.groups_per_step >= learner.data_parallel,
         (
             f"learner.data_parallel ({learner.data_parallel}) must be at most replay.groups_per_step ({replay.groups_per_step}): each rank trains "

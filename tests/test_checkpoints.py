@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,16 +156,26 @@ def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     other.load(tmp_path / "learner")
     assert other.version == rank.version
     assert rank.step(groups) == other.step(groups)
-    whole = rank.freeze().tensors
+    whole = {name: part.tensor for name, part in rank.freeze().parts.items()}
     assert len(whole) == 3 * len(rank.decoder.state_dict())
     for name, tensor in whole.items():
-        assert torch.equal(tensor, other.freeze().tensors[name]), name
+        assert torch.equal(tensor, other.freeze().parts[name].tensor), name
     fresh = rank_of(num_minibatches=2, version=rank.version - 1)  # without the optimizer's memory the step is another one
     with torch.no_grad():
         for (name, parameter), _ in zip(fresh.decoder.named_parameters(), tiny_decoder().parameters(), strict=True):
             parameter.copy_(read_state(tmp_path / "learner")[f"weights.{name}"])
     fresh.step(groups)
-    assert any(not torch.equal(tensor, fresh.freeze().tensors[name]) for name, tensor in whole.items())
+    assert any(not torch.equal(tensor, fresh.freeze().parts[name].tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_state_of_which_a_file_is_not_whole_is_refused_by_name(harm: str, tmp_path: Path) -> None:
+    rank = rank_of()
+    save_state(rank.freeze(), tmp_path, Mesh())
+    (file,) = tmp_path.glob("*.safetensors")
+    file.unlink() if harm == "missing" else file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} .*copy the checkpoint whole, or take another one"):
+        rank.load(tmp_path)
 
 
 def test_state_that_lost_a_group_is_refused() -> None:

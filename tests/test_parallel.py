@@ -337,7 +337,8 @@ def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(dp: int
     assert len([*(tmp_path / "gave" / "before").glob("*.safetensors")]) == dp * tp  # each rank wrote its own part
     assert equal(tmp_path / "loaded" / "before", tmp_path / "gave" / "before")
     assert equal(tmp_path / "loaded" / "after", tmp_path / "gave" / "after")
-    assert json.loads((tmp_path / "loaded" / "after" / "learner.json").read_text()) == {"version": VERSION + 2, "updates": 4}
+    counts = json.loads((tmp_path / "loaded" / "after" / "learner.json").read_text())
+    assert (counts["version"], counts["updates"], len(counts["files"])) == (VERSION + 2, 4, dp * tp)
     for file in (tmp_path / "gave" / "before").glob("*.safetensors"):  # one moment lost is seen
         with safe_open(file, framework="pt") as parts:
             tensors, notes = {name: parts.get_tensor(name) for name in parts.keys()}, parts.metadata()  # noqa: SIM118 (not a mapping)
@@ -371,6 +372,30 @@ def test_first_rank_gathers_the_whole_weights_and_the_others_none(dp: int, tp: i
     assert list(first) == list(alone)
     assert all(torch.equal(tensor, alone[name]) for name, tensor in first.items())
     assert others == [{}] * (dp * tp - 1)
+
+
+def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, int], State]:
+    """How many rows each tensor has here; the whole weights, gathered; `folder` then has the state of it."""
+    config = replace(CONFIG, vocab_size=vocab_size)
+    decoder, dense = decoder_of(config, mesh), dict(dense_decoder(config).named_parameters())
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(shard_of(parameter), dense[name][part_of(parameter)]), name
+    rank = LearnerRank(decoder, algorithm=Algorithm(), learner=Learner(lr=LR, warmup_steps=0), seed=0, mesh=mesh)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    rank._optimizer.step(lr=LR)
+    save_state(rank.freeze(), folder, mesh)
+    return {name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()}, gather_weights(decoder, mesh)
+
+
+@pytest.mark.parametrize(("vocab_size", "dp", "tp"), [(13, 3, 2), (23, 4, 1)])
+def test_parts_that_do_not_come_out_even_are_loaded_gathered_and_saved_as_they_lie(vocab_size: int, dp: int, tp: int, tmp_path: Path) -> None:
+    _, alone = uneven_parts(Mesh(), tmp_path / "alone", vocab_size)
+    ranks = on_ranks(uneven_parts, tmp_path / "ranks", vocab_size, dp=dp, tp=tp)
+    rows = [held["model.embed_tokens.weight"] for held, _ in ranks]
+    assert rows == {13: [3, 2, 3, 2, 1, 2], 23: [6, 6, 6, 5]}[vocab_size]  # 13 = 7 + 6 on tp, each of them cut in three
+    assert equal(tmp_path / "ranks", tmp_path / "alone")
+    assert all(torch.equal(tensor, ranks[0][1][name]) for name, tensor in alone.items())
 
 
 class Counting:

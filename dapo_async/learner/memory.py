@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dapo_async.model import Decoder, ModelConfig
-from dapo_async.model.logprob import CHUNK_NUMBERS
+from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
 
 FLOAT32 = 4
@@ -17,17 +17,18 @@ FLOAT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank, where it has the most; `host` in its machine's memory, the rest on its device (for a rank on CPU the same)."""
+    """Bytes of the first rank, which has the most; `host` in its machine's memory, the rest on its device (for a rank on CPU the same)."""
 
     weights: int  # float32 master weights, this rank's parts
     gradients: int  # float32, of the same parts
     moments: int  # AdamW's two, of the same parts
-    gathered: int  # weights as the layers compute with them, where that is a copy: of all layers, or of those that FSDP has gathered at a time
+    gathered: int  # weights as the layers compute with them, where that is a copy: of all layers, or what FSDP has gathered at a time
     activations: int  # what the forward pass of the largest microbatch keeps for its backward pass
     recomputed: int  # the one layer whose activations are computed again at a time
-    head: int  # logits of one chunk, twice; the head's gradient
-    snapshot: int  # the weights being published
-    host: int  # moments and snapshot where they are not on the device
+    head: int  # logits of one chunk, twice; the head's gradient, and what it is added up and handed on in
+    tables: int  # rotary cosines and sines
+    snapshot: int  # the weights being published, and those before while they are taken
+    host: int  # in the host's memory: a checkpoint as it is copied and written; moments and snapshots where they are not on the device
 
     @property
     def on_device(self) -> int:
@@ -61,8 +62,11 @@ def predict_memory(
     layer = layer_bytes(model, num_tokens=num_tokens, tp=tp, width=width, cuda=cuda)
     kept = -(-num_tokens // tp) * model.hidden_size * width
     head_rows = -(-model.vocab_size // tp)
-    chunk = min(max(1, CHUNK_NUMBERS // head_rows), num_targets) * head_rows
-    snapshot, moments = whole * width, 2 * mine * FLOAT32
+    chunk = min(max(1, (CUDA_CHUNK_NUMBERS if cuda else CHUNK_NUMBERS) // head_rows), num_targets) * head_rows
+    # In float32; in half precision once more for the sum of a chunk, and as it is handed on.
+    head_gradient = head_rows * model.hidden_size * (FLOAT32 if width == FLOAT32 else 2 * FLOAT32 + width)
+    snapshots, moments = 2 * whole * width, 2 * mine * FLOAT32
+    checkpoint = 2 * (mine * FLOAT32 + moments)  # the copy, and the bytes of the file as they are put together
     return Memory(
         weights=mine * FLOAT32,
         gradients=mine * FLOAT32,
@@ -72,9 +76,10 @@ def predict_memory(
         + recomputed * kept
         + end_bytes(model, num_tokens=num_tokens, num_targets=num_targets, tp=tp, width=width, cuda=cuda),
         recomputed=layer if recomputed else 0,
-        head=2 * chunk * FLOAT32 + head_rows * model.hidden_size * FLOAT32,
-        snapshot=snapshot if alone else 0,
-        host=(moments if offload_optimizer else 0) + (0 if alone else snapshot),
+        head=2 * chunk * FLOAT32 + head_gradient,
+        tables=2 * model.max_positions * model.head_dim * FLOAT32,
+        snapshot=snapshots if alone else 0,
+        host=checkpoint + (moments if offload_optimizer else 0) + (0 if alone else snapshots),
     )
 
 
@@ -114,7 +119,8 @@ def _gathered(on_tp: Mapping[str, tuple[int, ...]], *, dp: int, width: int, alon
         return 0 if width == FLOAT32 else sum(math.prod(shape) for name, shape in on_tp.items() if name != looked_up) * width
     outside = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." not in name)
     layer = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers.0." in name)
-    return (outside + 2 * layer) * width + layer * width + (layer * FLOAT32 if dp > 1 else 0)  # and one layer's gradient, on its way
+    weights, gradients = outside * FLOAT32 + 2 * layer * width, outside * FLOAT32 + layer * width
+    return weights + gradients + ((outside + layer) * FLOAT32 if dp > 1 else 0)  # gradients once more as they are added up
 
 
 def _part(shape: tuple[int, ...], dim: int | None, ranks: int) -> tuple[int, ...]:

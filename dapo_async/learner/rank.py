@@ -81,11 +81,11 @@ class LearnerRank:
 
     def freeze(self) -> FrozenState:
         """Copies of this rank's weights and moments in the host's memory, for `save_state`."""
-        return freeze(self.decoder, self._optimizer, self._mesh, version=self.version)
+        return freeze(self.decoder, self._optimizer, version=self.version)
 
     def load(self, folder: Path) -> None:
         """Goes on exactly where the ranks stood whose states `save_state` wrote into `folder`, however many they were."""
-        self.version = load_state(self.decoder, self._optimizer, self._mesh, folder)
+        self.version = load_state(self.decoder, self._optimizer, folder)
 
     def _pack(self, minibatches: Sequence[Sequence[Row]], rows: Sequence[Row]) -> list[list[Microbatch]]:
         """Microbatches of each minibatch: as many as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks.

@@ -8,8 +8,10 @@ share a call.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +38,6 @@ class PackedAttention:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Under autocast norms and rotations are in float32, the values already in the activations' dtype.
-        query, key = query.to(value.dtype), key.to(value.dtype)
         if self.device.type == "cuda" and value.dtype is not torch.float32:  # the kernels know half precision only
             return self._varlen(query, key, value)
         outputs, start = [], 0
@@ -60,7 +60,14 @@ class PackedAttention:
             return out
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: has no CPU backend
 
-        gqa = key.shape[1] != query.shape[1]
-        packed = varlen_attn(query, key, value, self._offsets, self._offsets, self._max_length, self._max_length, window_size=(-1, 0), enable_gqa=gqa)
+        # Its arguments changed from one torch to the next.
+        known = inspect.signature(varlen_attn).parameters
+        causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1 and "enable_gqa" in known:
+            causal["enable_gqa"] = True
+        elif repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        packed = varlen_attn(query, key, value, self._offsets, self._offsets, self._max_length, self._max_length, **causal)
         assert isinstance(packed, Tensor)
         return packed

@@ -30,6 +30,10 @@ COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
 )
 
@@ -102,7 +106,9 @@ def build_decoder(
 def fill(decoder: Decoder, read: Callable[[str, tuple[slice, ...]], Tensor]) -> None:
     """Gives every parameter its values: `read(name, part)` is asked for this rank's part of each only."""
     for name, parameter in decoder.named_parameters():
-        shard_of(parameter).copy_(read(name, part_of(parameter)))
+        mine, given = shard_of(parameter), read(name, part_of(parameter))
+        assert mine.shape == given.shape, f"{name}: this rank has {tuple(mine.shape)}, was given {tuple(given.shape)}"
+        mine.copy_(given)
 
 
 def load_decoder(
@@ -149,13 +155,14 @@ def export_folder(
 ) -> None:
     """Makes `out` a plain Hugging Face folder with the base folder's config and tokenizer: the weights of `shapes` in `dtype`.
 
-    `read(names)` gives them whole, in any precision, for one file after the other: no more than `file_bytes` of them (or one weight) are in memory.
+    `read(names)` gives them whole, in any precision, for one file after the other: at most `file_bytes` in `dtype` at once, or one weight.
     """
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANION_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     config = json.loads((out / "config.json").read_text())
+    config.pop("torch_dtype", None)  # as transformers 4 called it
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}

@@ -13,6 +13,7 @@ from dapo_async.model.linear import float_matmul
 from dapo_async.model.mesh import ALONE, Axis
 
 CHUNK_NUMBERS = 2**24  # 64 MiB of float32
+CUDA_CHUNK_NUMBERS = 2**28  # 1 GiB: for each chunk the whole weight is read again
 
 
 def token_logprobs(
@@ -21,12 +22,12 @@ def token_logprobs(
     """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution; gradients flow through both.
 
     `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. Logits exist for
-    `chunk_tokens` at once (None: as many as make 2^24 numbers), in two buffers: the backward pass computes them again, chunk by chunk.
+    `chunk_tokens` at once (None: as many as make 2^24 numbers, on CUDA 2^28), in two buffers: the backward pass computes them again, chunk by chunk.
     With a `tp` axis `weight` has this rank's rows, from `vocab_start` on, and the results are the same on every rank of it, for one exchange of four
     numbers per token in the forward pass and none in the backward pass, however many chunks there are. The gradient of `hidden` is this rank's
     share of it then: whoever gathered the hidden states adds the shares up (`gather_tokens`).
     """
-    chunk_tokens = chunk_tokens or max(1, CHUNK_NUMBERS // len(weight))
+    chunk_tokens = chunk_tokens or max(1, (CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS) // len(weight))
     logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp)
     return logprobs, entropies
 

@@ -19,6 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
+def chunk(whole: slice, *, rank: int, size: int) -> slice:
+    """The part of `rank` among `size` ranks, as torch.chunk cuts: equal ones, the last ones shorter or empty where it does not divide."""
+    part = -(-(whole.stop - whole.start) // size)
+    return slice(min(whole.stop, whole.start + rank * part), min(whole.stop, whole.start + (rank + 1) * part))
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """This rank's place among `size` ranks, and the process group in which they talk (None when it is alone)."""
@@ -70,9 +76,8 @@ class Axis:
         return [tensor, *parts]
 
     def share(self, length: int) -> slice:
-        """This rank's part of `length` neighbours: equal ones, the last ranks' shorter or empty where it does not divide (as torch splits)."""
-        part = -(-length // self.size)
-        return slice(min(length, self.rank * part), min(length, (self.rank + 1) * part))
+        """This rank's part of `length` neighbours: equal ones, the last ranks' shorter or empty where it does not divide."""
+        return chunk(slice(0, length), rank=self.rank, size=self.size)
 
 
 ALONE = Axis()
@@ -83,7 +88,7 @@ class Mesh:
     """The ranks of one learner: those of one `dp` axis train on different groups, those of one `tp` axis share one copy of the model.
 
     `every`: all of them, in the order dp index · tp size + tp index. `devices`: the same as a DeviceMesh ("dp", "tp"); None for a rank alone.
-    `saving`: an axis of all ranks on CPU with a group of its own, and `saved`, its DeviceMesh: for what runs beside the steps.
+    `saving`: all of them on CPU, with a group of its own for what runs beside the steps.
     """
 
     dp: Axis = ALONE
@@ -91,7 +96,6 @@ class Mesh:
     every: Axis = ALONE
     saving: Axis = ALONE
     devices: DeviceMesh | None = None
-    saved: DeviceMesh | None = None
 
     @property
     def is_first(self) -> bool:
@@ -128,36 +132,36 @@ def process_group(store: dist.Store, *, rank: int, size: int, host: str, device:
     return dist.ProcessGroupGloo(store, rank, size, gloo)
 
 
-def build_mesh(store: dist.Store, *, rank: int, dp: int, tp: int, host: str, device: torch.device, timeout_s: float) -> Mesh:
+def build_mesh(
+    store: dist.Store, *, rank: int, dp: int, tp: int, host: str, device: torch.device, timeout_s: float, save_timeout_s: float | None = None
+) -> Mesh:
     """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index; makes torch's default group. Blocks until all have come.
 
-    A rank that dies makes the others fail; one that hangs does so within `timeout_s`.
+    A rank that hangs makes the others fail within `timeout_s`, or `save_timeout_s` (None: the same) where parts are written beside the steps. One
+    that dies does so at once on gloo.
     """
     timeout = timedelta(seconds=timeout_s)
-    os.environ["GLOO_SOCKET_IFNAME"] = interface_of(host)  # left alone, gloo would listen wherever the host's name resolves to
+    # Left alone, they would listen wherever the host's name resolves to.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(host)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=dp * tp, timeout=timeout)
     grid = torch.arange(dp * tp).view(dp, tp)
     dp_rank, tp_rank = divmod(rank, tp)
 
-    def groups(backend: str) -> tuple[Any, Any]:
-        """This rank's of each axis; every rank makes all of them, in one order."""
-        columns = [dist.new_group(column.tolist(), backend=backend, timeout=timeout) for column in grid.t()]
-        rows = [dist.new_group(row.tolist(), backend=backend, timeout=timeout) for row in grid]
-        return columns[tp_rank], rows[dp_rank]
-
-    dp_group, tp_group = groups("nccl" if device.type == "cuda" else "gloo")
-    saving = dist.new_group(grid.flatten().tolist(), backend="gloo", timeout=timeout)
-    names = ("dp", "tp")
+    # Every rank makes all groups, in one order.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    columns = [dist.new_group(column.tolist(), backend=backend, timeout=timeout) for column in grid.t()]
+    rows = [dist.new_group(row.tolist(), backend=backend, timeout=timeout) for row in grid]
+    dp_group, tp_group = columns[tp_rank], rows[dp_rank]
+    saving = dist.new_group(grid.flatten().tolist(), backend="gloo", timeout=timedelta(seconds=save_timeout_s or timeout_s))
     return Mesh(
         dp=Axis(dp_rank, dp, dp_group),
         tp=Axis(tp_rank, tp, tp_group),
         every=Axis(rank, dp * tp, dist.group.WORLD),
         saving=Axis(rank, dp * tp, saving),
-        devices=DeviceMesh.from_group([dp_group, tp_group], device.type, mesh=grid, mesh_dim_names=names),
-        saved=DeviceMesh.from_group([*groups("gloo")], "cpu", mesh=grid, mesh_dim_names=names),
+        devices=DeviceMesh.from_group([dp_group, tp_group], device.type, mesh=grid, mesh_dim_names=("dp", "tp")),
     )
 
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dapo_async.model.collectives import all_gather_single, reduce_scatter_single
-from dapo_async.model.mesh import Axis, Mesh
+from dapo_async.model.mesh import Axis, Mesh, chunk
 
 if TYPE_CHECKING:
     from dapo_async.model.decoder import Decoder
@@ -48,7 +47,7 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
-    """Makes the parameters of a decoder on the meta device DTensors on `mesh`, gathered in `dtype` for each pass, gradients summed in float32.
+    """Makes the parameters of a decoder on the meta device DTensors on `mesh`, layers gathered in `dtype` for a pass, gradients summed in float32.
 
     Give them storage by `to_empty` and values by `fill` afterwards.
     """
@@ -60,8 +59,10 @@ def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
         placement = Replicate() if dim is None else Shard(dim)
         sharded = nn.Parameter(_dtensor(part.contiguous(), tp, (placement,), whole=parameter))
         setattr(decoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], sharded)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*decoder.model.layers, decoder):
+        # Embeddings and head are gathered in float32, for a token's gradients add up over thousands of places; they are used rounded to `dtype`.
+        gathered = torch.float32 if part is decoder else dtype
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(part, mesh=mesh.devices["dp"], mp_policy=policy)
         # The loss is over the global token count: gradients are added up, not averaged.
         part.set_gradient_divide_factor(1.0)
@@ -82,24 +83,25 @@ def shard_of(parameter: Tensor) -> Tensor:
 
 
 def part_of(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole parameter this rank has: one slice per dimension."""
+    """Which part of the whole parameter this rank has at rest: one slice per dimension.
+
+    Of its part on `tp` FSDP gives each rank of `dp` a run of rows. DTensor's own arithmetic cuts in another order and agrees with that only where
+    everything divides.
+    """
+    parts = [slice(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        return tuple(parts)
+    assert parameter.device_mesh.ndim == 2, f"gathered for a pass, the parameter {tuple(parameter.shape)} does not rest: release the decoder first"
+    (dp_rank, tp_rank), (dp, tp) = parameter.device_mesh.get_coordinate() or (0, 0), parameter.device_mesh.shape
+    if isinstance(placement := parameter.placements[-1], Shard):
+        parts[placement.dim] = chunk(parts[placement.dim], rank=tp_rank, size=tp)
+    parts[0] = chunk(parts[0], rank=dp_rank, size=dp)
+    return tuple(parts)
 
 
 def is_split(parameter: Tensor) -> bool:
     """Whether each rank of the `tp` axis has another part of it."""
     return isinstance(parameter, DTensor) and isinstance(parameter.placements[-1], Shard)
-
-
-def like(parameter: Tensor, part: Tensor, mesh: Mesh) -> Tensor:
-    """`part` on the CPU as this rank's part of a tensor that is split as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return part
-    assert mesh.saved is not None
-    return _dtensor(part, mesh.saved, parameter.placements, whole=parameter)
 
 
 def _dtensor(part: Tensor, devices: DeviceMesh, placements: Sequence[Placement], *, whole: Tensor) -> DTensor:

@@ -58,7 +58,7 @@ class Checkpointer:
             async with asyncio.timeout(deadline_s):
                 if self._writing is not None:
                     await asyncio.wait([self._writing])
-                version = await self._system.learner.freeze()
+                version = await self._system.learner.version()
                 if version not in self.folder.versions():
                     await self._write(version, await self._freeze(version))
         except TimeoutError as error:

@@ -46,7 +46,7 @@ class LearnerActor:
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
-        self._device = "cuda" if config.learner.num_gpus > 0 else "cpu"
+        self._device = "cuda:0" if config.learner.num_gpus > 0 else "cpu"  # Ray shows an actor its own GPU alone
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
         self._frozen_state: FrozenState | None = None
@@ -82,6 +82,7 @@ class LearnerActor:
                 host=own_host(config),
                 device=torch.device(self._device),
                 timeout_s=config.deadlines.step_s,
+                save_timeout_s=config.deadlines.save_s,
             )
         decoder = load_decoder(Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh)
         self._mesh = mesh
@@ -98,10 +99,12 @@ class LearnerActor:
 
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
         """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""
-        with self._clock.during("fetch", f"step {batch.learner_version}"):
-            groups: list[Group] = list(await asyncio.gather(*batch.references))
-        assert self._rank.version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {self._rank.version}"
+        # From the first on: whoever asks for a copy now gets it after the step, on every rank alike, though one may still be fetching.
         async with self._between_steps:
+            with self._clock.during("fetch", f"step {batch.learner_version}"):
+                groups: list[Group] = list(await asyncio.gather(*batch.references))
+            version = self._rank.version
+            assert version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {version}"
             with self._clock.during("train", f"step {batch.learner_version}"):
                 return await asyncio.to_thread(self._step, groups, positions, len(batch.admission_indices))
 
@@ -123,17 +126,17 @@ class LearnerActor:
                     dtype=self._dtype,
                     mesh=self._mesh,
                 )
-                if not self._mesh.is_first:
-                    return None
-                self._snapshot = snapshot
-                return Announcement(
-                    incarnation=self._incarnation,
-                    version=snapshot.version,
-                    manifest=Manifest.of(snapshot.weights),
-                    checksum=await asyncio.to_thread(checksum, snapshot.weights),
-                    probe_ids=snapshot.probe_ids,
-                    probe_logprobs=snapshot.probe_logprobs,
-                )
+        if not self._mesh.is_first:
+            return None
+        self._snapshot = snapshot
+        return Announcement(
+            incarnation=self._incarnation,
+            version=snapshot.version,
+            manifest=Manifest.of(snapshot.weights),
+            checksum=await asyncio.to_thread(checksum, snapshot.weights),
+            probe_ids=snapshot.probe_ids,
+            probe_logprobs=snapshot.probe_logprobs,
+        )
 
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
@@ -166,10 +169,16 @@ class LearnerActor:
         await asyncio.to_thread(write_version, snapshot.weights, folder, version=snapshot.version)
         return str(folder)
 
+    async def version(self) -> int:
+        """That of the weights between two steps: the step that runs is waited for."""
+        async with self._between_steps:
+            return self._rank.version
+
     async def freeze(self) -> int:
         """Copies this rank's weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
         async with self._between_steps:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
+                self._frozen_state = None  # never two copies
                 self._frozen_state = await asyncio.to_thread(self._rank.freeze)
             return self._rank.version
 

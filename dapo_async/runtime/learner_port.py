@@ -67,12 +67,18 @@ class Learner:
         written: str = await self.first.call("write", announcement, folder, deadline_s=self._deadlines.publish_s)
         return written
 
+    async def version(self) -> int:
+        """That of the weights; a step that runs is waited for."""
+        return self._same(await self._all("version", deadline_s=self._deadlines.save_s))
+
     async def freeze(self) -> int:
         """Copies the whole state between two steps; returns its version."""
-        versions = await self._all("freeze", deadline_s=self._deadlines.save_s)
+        return self._same(await self._all("freeze", deadline_s=self._deadlines.save_s))
+
+    @staticmethod
+    def _same(versions: Sequence[int]) -> int:
         assert len(set(versions)) == 1, f"the ranks are at versions {versions}"
-        version: int = versions[0]
-        return version
+        return versions[0]
 
     async def save(self, folder: Path) -> None:
         """Every rank writes its parts of what was frozen."""
