@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 from dapo_async.reward.math import TIMEOUT_S, Extraction, verify
 from dapo_async.reward.pool import NUM_PROCESSES
@@ -19,11 +20,13 @@ def grade(source: Path, target: Path, *, timeout_s: float = TIMEOUT_S) -> Counte
     """Writes each row of `source` to `target` with `correct`, `extracted` and `reason` added; returns how many rows had which reason.
 
     A row has `prediction` and `gold`, and `extraction` where it is not `marker`; its other fields pass through, in their order. Raises ValueError,
-    naming the line, for what is no such row; nothing is written then but what came before it.
+    naming the line, for what is no such row, and for files that can't be used or are one; `target` is then as it was before.
     """
     counts: Counter[str] = Counter()
     try:
-        with target.open("w", encoding="utf-8") as out, ThreadPoolExecutor(NUM_PROCESSES) as threads:
+        if any(path.exists() and source.exists() and path.samefile(source) for path in (target, _partial(target))):
+            raise ValueError(f"--output ({target}) must be another file than --input, also with .partial behind its name; give another path")
+        with _whole(target) as out, ThreadPoolExecutor(NUM_PROCESSES) as threads:
             for chunk in _chunks(source):
                 for row in threads.map(lambda numbered: _graded(source, *numbered, timeout_s=timeout_s), chunk):
                     counts[row["reason"]] += 1
@@ -31,6 +34,28 @@ def grade(source: Path, target: Path, *, timeout_s: float = TIMEOUT_S) -> Counte
     except OSError as error:
         raise ValueError(f"{error.filename or target} can't be used: {error.strerror}; give a readable --input and a writable --output") from error
     return counts
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[TextIO]:
+    """A file that becomes `target` when all is written, and nothing before. What is there and no file, such as a pipe, is written as it comes."""
+    if target.exists() and not target.is_file():
+        with target.open("w", encoding="utf-8") as out:
+            yield out
+        return
+    partial = _partial(target)
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            yield out
+        partial.replace(target.resolve())
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    """Beside the file itself where `target` is a link to it, which stays one."""
+    real = target.resolve()
+    return real.with_name(f"{real.name}.partial")
 
 
 def _chunks(source: Path) -> Iterator[list[tuple[int, bytes]]]:

@@ -99,12 +99,27 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         ([{"prompt": True, "answer": "1"}], "holds a bool; write text or a number"),
         ([{"prompt": "x", "answer": "1"}, "{oops"], "line 2 of"),
         (["[1]"], "holds a list; write one JSON object per line"),
+        (['{"prompt": ' + "[" * 100_000], "problems.jsonl is not valid JSON (maximum recursion depth exceeded"),
+        ([{"prompt": "x", "answer": "1"}, '{"prompt": "x", "answer": ' + "9" * 5000 + "}"], "line 2 of"),
+        (['{"prompt": "x", "answer": ' + "9" * 5000 + "}"], "problems.jsonl is not valid JSON (Exceeds the limit"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line):
     with pytest.raises(ValueError, match=re.escape(line)) as error:
         load(*rows)
     assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(load):
+    assert [prompt.text for prompt in load("\ufeff" + '{"prompt": "x", "answer": "1"}', {"prompt": "y", "answer": "2"}).prompts] == ["x", "y"]
+
+
+def test_a_number_that_is_none_is_empty(load):
+    loaded = load(
+        '{"prompt": "x", "answer": NaN}', '{"prompt": "y", "answer": 1e999}', '{"prompt": NaN, "answer": 1}', {"prompt": "z", "answer": "nan"}
+    )
+    assert [(prompt.row, prompt.answer) for prompt in loaded.prompts] == [(3, "nan")]
+    assert loaded.left_out.counts == {"empty": 3}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -72,6 +72,28 @@ def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_ans
     assert "3860 repeated (rows 40, 80, 120, …), 100 with conflicting answers (rows 34, 74, 114, …)" in loaded.summary
 
 
+@pytest.mark.parametrize(
+    ("answers", "kept"),
+    [
+        (("2", "2.0", "2."), ["2"]),
+        (("1/2", r"\frac{1}{2}", r"$\dfrac12$", "0.5"), ["1/2"]),
+        (("34", "34."), ["34"]),
+        ((r"x  + 1", "x + 1"), ["x  + 1"]),
+        (("2", "2.0", "3"), []),
+        (("12", "1 2"), []),
+        (("1/3", "0.3333"), []),  # as a gold answer it would refuse 1/3
+        (("28", "28%", "0.28"), []),  # each is equal to the second alone
+        (("x + 1", "1 + x"), []),  # only the symbolic engine could tell
+    ],
+)
+def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path, answers, kept):
+    loaded = load(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer} for answer in (*answers, answers[0])] + [{"prompt": "y", "answer": "0"}],
+                  deduplicate=True)  # fmt: skip
+    assert [answer for _, text, answer in pairs(loaded) if text == "x"] == kept
+    reason = "repeated" if kept else "with conflicting answers"
+    assert loaded.left_out.counts == {reason: len(answers) + (not kept)}
+
+
 def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_path):
     rows = [published_row("Find $x+1$.", "1"), published_row("Find $y$.", "1")]
     against = {"one": frozenset({fingerprint("find x 1")}), "two": frozenset({fingerprint("Find x+1"), ""})}
@@ -131,6 +153,26 @@ def test_nested_columns_are_named_with_dots(tmp_path):
 def test_an_answer_that_the_form_does_not_find_is_empty():
     assert [answer_of(text, "boxed") for text in ("none", r"\boxed{1", r"\boxed {a{b}}}")] == ["", "", "a{b}"]
     assert answer_of("1 #### 2 #### 3,000", "hashes") == "3000"
+    assert [answer_of(text, "hashes") for text in ("She has 7.", "2 + 5 = 7", "1,234", "-7.5", "")] == ["", "", "1234", "-7.5", ""]
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"So $x = \boxed 5$, as was asked.", "5"),
+        (r"\boxed{1}, no: $\boxed 12.$", "12"),
+        (r"\[ x = \boxed \frac{1}{2}. \] So it is.", r"\frac{1}{2}"),
+        (r"\begin{align*} x &= \boxed 5.\end{align*}", "5"),
+        (r"It costs $\boxed \$5$.", r"\$5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{4} or \fbox {\frac{1}{2}} it is", r"\frac{1}{2}"),
+        (r"{\boxed 5} is cut wrongly", ""),
+        (r"$\boxed$ 5", ""),
+        (r"\boxedsymbol 5", ""),
+    ],
+)
+def test_boxes_without_braces_and_framed_boxes_are_boxes(solution, answer):
+    assert answer_of(solution, "boxed") == answer
 
 
 def test_hub_and_a_preset_name_it_where_it_was_published():
@@ -227,6 +269,14 @@ def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells()
     without_amc = {name: known for name, known in against.items() if name != "amc23"}
     fewer = load_prompts(source, screening=Screening(deduplicate=False, contamination="drop", against=without_amc), **options)
     assert fewer.left_out.counts == {"contaminated": 8}
+
+
+@needs_data
+def test_of_dapo_math_screening_leaves_what_the_recipes_say():
+    against = {name: load_fingerprints(Source(preset=name, path=path)) for name, path in EVALUATION_SETS.items()}
+    source = Source(preset="dapo_math_17k", path=DATA / "dapo_math_17k" / "data.jsonl")
+    found = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6, screening=Screening(contamination="drop", against=against))
+    assert (len(found.prompts), found.left_out.counts) == (17168, {"repeated": 101, "with conflicting answers": 2, "contaminated": 19})
 
 
 @needs_data

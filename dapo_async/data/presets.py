@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from dapo_async.config import Source, parse_source
+from dapo_async.reward.plain import normalised, number
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
+END_OF_FORMULA = re.compile(r"(?<!\\)\$|\\[\])]|\\\\|\\end\b|\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +64,26 @@ def preset_of(source: Source) -> tuple[Preset | None, Source]:
 
 
 def answer_of(text: str, form: str | None) -> str:
-    r"""The gold answer in a column. `hashes`: after the last ####, without commas (GSM8K); `boxed`: in the last \boxed{} (MATH), else empty."""
-    if form == "hashes" and "####" in text:
-        return text.rpartition("####")[2].replace(",", "").strip()
+    r"""The gold answer in a column; empty where the form does not find one.
+
+    `hashes`: after the last ####, without commas (GSM8K); a text without #### is one if it is a number. `boxed`: in the last \boxed{…} or \fbox{…}
+    (MATH); after one without braces, such as \boxed 5, what follows in its formula.
+    """
+    if form == "hashes":
+        _, hashes, last = text.rpartition("####")
+        return last.replace(",", "").strip() if hashes or number(normalised(last)) else ""
     if form == "boxed":
         return _last_boxed(text)
     return text
 
 
 def _last_boxed(text: str) -> str:
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    starts = [match.end() for match in BOX.finditer(text)]
     if not starts:
         return ""
+    if text[starts[-1] - 1] != "{":
+        formula = END_OF_FORMULA.split(text[starts[-1] :], maxsplit=1)[0].strip(" .,")
+        return formula if formula.count("{") == formula.count("}") else ""
     depth = 1
     for end in range(starts[-1], len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _has(values: Any, key: str) -> bool:
 
 def _text(values: Any, key: str, *, knob: str, source: Source, row: int) -> str:
     value = _lookup(values, key)
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):  # NaN: how tables say that there is nothing
         return ""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dapo_async.reward.plain import normalised, plain_equal
+
 NUM_NAMED = 3  # rows that are named of each reason
 NO_WORD = re.compile(r"[\W_]+")
 CHINESE = re.compile(r"[\u3400-\u9fff]")
@@ -64,24 +66,36 @@ def of_language(problems: Iterable[Problem], language: str, left_out: LeftOut) -
 def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem]:
     """The first of equal problems, and none where their answers differ. Equal: but for whitespace and Unicode's composition of characters.
 
-    Signs count: `a + b` and `a - b` are two problems.
+    Signs count: `a + b` and `a - b` are two problems. Answers that are plainly equal to the verifier, such as `1/2` and `0.5`, do not differ; those
+    that only its symbolic engine could tell do.
     """
     keys: dict[str, str] = {}  # most repeats are equal to the last character: so the set's hundred copies are normalised once
     alike: dict[str, Problem] = {}
     rows: dict[str, list[int]] = {}
+    answers: defaultdict[str, list[str]] = defaultdict(list)  # every spelling once
     differ: set[str] = set()
     for problem in problems:
         key = keys.get(problem.text)
         if key is None:
             key = keys[problem.text] = " ".join(unicodedata.normalize("NFC", problem.text).split())
-        first = alike.setdefault(key, problem)
+        alike.setdefault(key, problem)
         rows.setdefault(key, []).append(problem.row)
-        if problem.answer != first.answer and problem.answer.split() != first.answer.split():
-            differ.add(key)
+        if key not in differ and problem.answer not in answers[key]:
+            if not all(_are_one(problem.answer, answer) for answer in answers[key]):
+                differ.add(key)
+            answers[key].append(problem.answer)
     for key, numbers in rows.items():
         for row in numbers if key in differ else numbers[1:]:
             left_out.add("with conflicting answers" if key in differ else "repeated", row)
     return [problem for key, problem in alike.items() if key not in differ]
+
+
+def _are_one(one: str, other: str) -> bool:
+    """Whether each of two answers is right where the other is the gold answer."""
+    if one.split() == other.split():
+        return True
+    one, other = normalised(one), normalised(other)
+    return plain_equal(one, other) is True and plain_equal(other, one) is True
 
 
 def fingerprint(text: str) -> str:

@@ -59,10 +59,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line.decode("utf-8"))
+            values = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"line {number} of {path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also for a number of too many digits, and for lists in lists in lists
             raise ValueError(f"line {number} of {path} is not valid JSON ({error}); write one JSON object per line") from error
         if not isinstance(values, dict):
             raise ValueError(f"line {number} of {path} holds a {type(values).__name__}; write one JSON object per line")
