@@ -55,11 +55,15 @@ class Part:
 
 
 class SavePlanner(DefaultSavePlanner):
+    """torch's, finding the tensor in a `Part`."""
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self.state_dict[index.fqn].tensor
 
 
 class LoadPlanner(DefaultLoadPlanner):
+    """torch's, finding the tensor in a `Part`."""
+
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Takes the targets as they are: torch's own would drop whatever is no tensor."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
