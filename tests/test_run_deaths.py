@@ -104,6 +104,8 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
         os.kill(live.pid("learner"), signal.SIGSTOP)
         os.kill(live.driver, signal.SIGINT)
         live.wait_for("^SIGINT: ending with a checkpoint")
+        while not (live.root / "summary.json").exists():  # it comes right after the line
+            time.sleep(0.02)
         assert json.loads((live.root / "summary.json").read_text())["reason"] == "SIGINT received"
         time.sleep(2 * SAME_S)
         os.kill(live.driver, signal.SIGINT)
