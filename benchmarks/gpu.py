@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.learner.optimizer import ShardedAdamW
-from dapo_async.model import Decoder, ModelConfig, build_decoder
+from dapo_async.model import Decoder, Mesh, ModelConfig, build_decoder, build_mesh, open_store, shard_of
 from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -37,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5 B": {**QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
 }
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bfloat16, by the maker's data sheets
+HOST, TIMEOUT_S, ALONE = "127.0.0.1", 600.0, Mesh()
 LENGTH, NUM_ROLLOUTS, PROMPT_TOKENS = 2048, 4, 64
 KNOBS = {"lr": 1e-6, "warmup_steps": 0}
 
@@ -45,12 +46,17 @@ def model_config(shape: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape})
 
 
-def random_decoder(shape: dict[str, Any], device: str, *, dtype: torch.dtype, activations: torch.dtype) -> Decoder:
-    decoder = build_decoder(model_config(shape), device=device, dtype=dtype, activations=activations)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+def random_decoder(shape: dict[str, Any], device: str, *, dtype: torch.dtype, activations: torch.dtype, mesh: Mesh = ALONE) -> Decoder:
+    decoder = build_decoder(model_config(shape), mesh=mesh, device=device, dtype=dtype, activations=activations)
+    for parameter in map(shard_of, decoder.parameters()):
+        parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     return decoder
+
+
+def mesh_of_one(device: str) -> Mesh:
+    """FSDP, DTensors and the collectives of a rank among others, as far as one device can show them."""
+    store = open_store(HOST, timeout_s=TIMEOUT_S)
+    return build_mesh(store, rank=0, dp=1, tp=1, host=HOST, device=torch.device(device), timeout_s=TIMEOUT_S)
 
 
 def one_group(length: int, vocabulary: int) -> list[Group]:
@@ -109,12 +115,12 @@ def hugging_face_step(shape: dict[str, Any], device: str, activations: torch.dty
     return step
 
 
-def own_step(shape: dict[str, Any], device: str, *, length: int, rounds: int) -> tuple[float, dict[str, Any]]:
+def own_step(shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh = ALONE) -> tuple[float, dict[str, Any]]:
     """Seconds, and what is known of the memory."""
     activations = torch.bfloat16 if device == "cuda" else torch.float32
     tokens, groups = NUM_ROLLOUTS * length, one_group(length, shape["vocab_size"])
-    decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations)
-    rank = LearnerRank(decoder, algorithm=Algorithm(proximal="current"), learner=Learner(**KNOBS, microbatch_tokens=tokens), seed=0)
+    decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations, mesh=mesh)
+    rank = LearnerRank(decoder, algorithm=Algorithm(proximal="current"), learner=Learner(**KNOBS, microbatch_tokens=tokens), seed=0, mesh=mesh)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -130,8 +136,10 @@ def own_step(shape: dict[str, Any], device: str, *, length: int, rounds: int) ->
     return took_s, report
 
 
-def learner(shape: dict[str, Any], device: str, *, length: int, rounds: int) -> dict[str, Any]:
+def learner(shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh) -> dict[str, Any]:
     took_s, report = own_step(shape, device, length=length, rounds=rounds)
+    among_others_s, _ = own_step(shape, device, length=length, rounds=rounds, mesh=mesh)
+    report["mesh_of_one_over_alone"] = round(took_s / among_others_s, 2)
     activations, tokens = torch.bfloat16 if device == "cuda" else torch.float32, NUM_ROLLOUTS * length
     if device == "cuda":
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
@@ -167,7 +175,8 @@ def main() -> None:
     length, rounds, batches, new_tokens = (96, 1, (4,), 8) if options.quick else (LENGTH, 5, (64, 256), 256)
     report: dict[str, Any] = {"benchmark": "gpu", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "quick": options.quick}
     report["hardware"] = torch.cuda.get_device_name() if device == "cuda" else hardware()
-    report["learner"] = {name: learner(shape, device, length=length, rounds=rounds) for name, shape in shapes.items()}
+    mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
+    report["learner"] = {name: learner(shape, device, length=length, rounds=rounds, mesh=mesh) for name, shape in shapes.items()}
     report["decode_tokens_per_s"] = {
         name: {str(batch): decoding(shape, device, batch=batch, new_tokens=new_tokens) for batch in batches} for name, shape in shapes.items()
     }
