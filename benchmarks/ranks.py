@@ -22,7 +22,7 @@ from learner import SHAPES, rollouts
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import share_groups
-from dapo_async.model import Mesh, ModelConfig, build_decoder, build_mesh, fill, join_store, open_store, shard_of
+from dapo_async.model import Mesh, ModelConfig, build_decoder, build_mesh, join_store, open_store, shard_of
 
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp
@@ -38,7 +38,8 @@ def rank_process(pipe: Connection, shape: dict[str, Any], num_groups: int, dp: i
             pipe.send(store.port)
         mesh = build_mesh(store, rank=number, dp=dp, tp=tp, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
     decoder = build_decoder(ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape}), mesh=mesh)
-    fill(decoder, lambda name, part: torch.randn([each.stop - each.start for each in part]) * 0.02 if "norm" not in name else torch.ones(()))
+    for parameter in map(shard_of, decoder.parameters()):
+        parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     knobs = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
     rank = LearnerRank(decoder, algorithm=Algorithm(proximal="current"), learner=knobs, seed=0, mesh=mesh)
     groups = rollouts(num_groups, even=False)
