@@ -1,9 +1,8 @@
 """DAPO's ladder in small: the six configurations of configs/ladder on the quickstart's task, on policy, with the same seeds.
 
-Each rung takes from its config the knobs that the ladder is about; model, data and sizes are small (support/in_process.py), updates per step sixteen as
-published. Responses may have 20
-tokens where a solution that adds up step by step takes 11 to 25: some are truncated. Soft punishment begins 4 tokens before the limit, a fifth of it
-as published.
+Each rung takes from its config the knobs that the ladder is about; model, data and sizes are small (support/in_process.py), sixteen updates per step
+as published. Responses may have 20 tokens where a solution that adds up step by step takes 11 to 25: some are truncated. Soft punishment begins 4
+tokens before the limit, a fifth of it as published.
 """
 
 from __future__ import annotations
