@@ -298,6 +298,30 @@ def test_bfloat16_activations_cross_the_ranks() -> None:
     assert summarise(first)["loss"] == pytest.approx(alone["loss"], rel=0.05, abs=0.01)
 
 
+def often_seen_row(mesh: Mesh, activations: torch.dtype) -> torch.Tensor:
+    """The embedding's gradient at a token that stands at 1,500 places, each with a weight of its own in the objective."""
+    decoder = decoder_of(replace(CONFIG, tie_embeddings=False), mesh, activations=activations)
+    lengths = (30,) * 50
+    ids, attention = torch.full((1500,), 5), PackedAttention(lengths)
+    targets = torch.arange(1500) % 23
+    logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=torch.arange(1500), targets=targets, temperatures=torch.ones(1500))
+    ((logprobs * torch.linspace(0.5, 1.5, 1500)).sum() / mesh.dp.size).backward()
+    gradient = decoder.model.embed_tokens.weight.grad
+    assert gradient is not None
+    return whole(gradient)[5].float()
+
+
+def test_gradients_of_an_often_seen_token_add_up_in_float32_on_ranks_as_they_do_alone() -> None:
+    exact = often_seen_row(Mesh(), torch.float32)
+
+    def error(gradient: torch.Tensor) -> float:
+        return float((gradient - exact).norm() / exact.norm())
+
+    alone, (ranks, _) = error(often_seen_row(Mesh(), torch.bfloat16)), on_ranks(often_seen_row, torch.bfloat16, dp=2)
+    assert alone < 0.06  # the layers' own rounding
+    assert error(ranks) < 1.5 * alone
+
+
 def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from dapo_async.learner import rank
 
