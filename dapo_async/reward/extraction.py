@@ -56,10 +56,12 @@ def marked_answer(text: str) -> str | None:
     several claims in one line are no answer; an empty one is continued by the next line that is not, and displayed mathematics to its end. A last box
     that is cut off is no answer. Without either marker a last line `A: …`, GSM8K's, is one.
     """
-    text, line = _NAKED_BOX.sub(r"\\boxed{\1}", text), None
+    has_box, line = "box" in text, None  # most responses have none: spares three searches
+    if has_box:
+        text = _NAKED_BOX.sub(r"\\boxed{\1}", text)
     for line in _ANSWER_LINE.finditer(text):  # noqa: B007 (the last one is wanted)
         pass
-    box, cut = _last_boxes(text), _last_cut(text)
+    box, cut = (_last_boxes(text), _last_cut(text)) if has_box else (None, None)
     if cut is not None and (line is None or cut > line.start()):
         return None
     if box is not None and (line is None or box[0] > line.start()):
