@@ -80,7 +80,10 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def of_the_vectors() -> dict[str, Any]:
     """Agreement on the portable and the other rows of math-verify's tests, and on GSM8K's recorded responses."""
-    rows = read("math_verify.jsonl")
+    rows, responses = read("math_verify.jsonl"), read("gsm8k_model_outputs.jsonl")
+
+    def marked(row: dict[str, Any]) -> bool:
+        return bool(verify(row["prediction"], row["gold"]).correct)
 
     def anywhere(row: dict[str, Any]) -> bool:
         return bool(verify(row["prediction"], row["gold"], extraction="any").correct)
@@ -91,7 +94,9 @@ def of_the_vectors() -> dict[str, Any]:
     return {
         "math_verify, portable": agreement([row for row in rows if row["portable"]], anywhere),
         "math_verify, not portable": agreement([row for row in rows if not row["portable"]], anywhere),
-        "gsm8k": agreement(read("gsm8k_model_outputs.jsonl"), answer),
+        "gsm8k, marker": agreement(responses, marked),
+        "gsm8k, any": agreement(responses, anywhere),
+        "gsm8k, none, after A:": agreement(responses, answer),
     }
 
 

@@ -216,12 +216,13 @@ def _replay(options: argparse.Namespace) -> int:
 def _grade(options: argparse.Namespace) -> int:
     """Exit code 0 when every row has a verdict, 1 when one failed: its verifier died."""
     from dapo_async.grade import grade
+    from dapo_async.reward.math import MOST_TIMEOUT_S
     from dapo_async.reward.verdict import FAILED
 
     if options.overrides:
         raise ValueError(f"grade takes no overrides ({' '.join(options.overrides)}); leave them away")
-    if not options.timeout_s > 0:
-        raise ValueError(f"--timeout-s ({options.timeout_s:g}) must be positive: every verdict has a deadline; leave it out for 5")
+    if not 0 < options.timeout_s <= MOST_TIMEOUT_S:
+        raise ValueError(f"--timeout-s ({options.timeout_s:g}) must be positive and at most {MOST_TIMEOUT_S:g}, a day: leave it out for 5")
     counts = grade(options.input, options.output, timeout_s=options.timeout_s)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     _say(f"{counts.total()} rows: {reasons or 'none'}; accuracy {counts['correct'] / max(1, counts.total()):.4f}")

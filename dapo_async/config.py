@@ -61,7 +61,7 @@ class Data:
 class Reward:
     verifier: str = knob("marker", "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function")
     by_source: str = knob("", "verifiers of the rows of some sources, such as gsm8k=math,reverse=exact; all other rows: verifier")
-    timeout_s: float = knob(5.0, "deadline of one symbolic comparison of the verifier math; passed, the response is wrong")
+    timeout_s: float = knob(5.0, "processor time of one symbolic comparison of the verifier math; passed, the response is wrong")
     overlong_cache_tokens: int | None = knob(None, "DAPO's soft overlong punishment over the last so many of max_response_tokens; null: off")
     shuffle: bool = knob(False, "control experiment: permute the verdicts within each group; nothing may be learned")
 

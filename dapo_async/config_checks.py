@@ -36,6 +36,7 @@ AT_LEAST = {
 }  # fmt: skip
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
 POSITIVE = ("algorithm.second_moment", "learner.grad_clip", "reward.timeout_s")
+DAY_S = 86_400  # a longer deadline is none
 SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus", "evaluation.num_cpus", "evaluation.num_gpus")
 
 
@@ -76,6 +77,10 @@ def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
     for name in POSITIVE:
         off = " or null (off)" if name == "algorithm.second_moment" else ""
         yield values[name] is None or values[name] > 0, f"{name} ({values[name]}) must be positive; set {name}=1.0{off}"
+    yield (
+        values["reward.timeout_s"] <= DAY_S,
+        f"reward.timeout_s ({values['reward.timeout_s']}) must be at most {DAY_S}, a day; set reward.timeout_s=5",
+    )
     for name in ("learner.beta1", "learner.beta2"):
         yield values[name] < 1, f"{name} ({values[name]}) must lie in [0, 1); set {name}=0.9 or another decay below 1"
     for name in SHARES:

@@ -34,7 +34,24 @@ INJECTIONS = (
 def responses(count: int = 1000, *, seed: int = 0) -> Iterator[tuple[str, str]]:
     """`count` pairs of response and gold, kind after kind."""
     draw = random.Random(seed)
-    kinds = (nested, long, controls, foreign_digits, injected, several, listed, contradictory, noisy, cut)
+    kinds = (
+        nested,
+        long,
+        controls,
+        foreign_digits,
+        injected,
+        several,
+        listed,
+        contradictory,
+        noisy,
+        cut,
+        glued,
+        options,
+        told,
+        scaled,
+        rooted,
+        coefficient,
+    )
     for index in range(count):
         gold = GOLDS[index // len(kinds) % len(GOLDS)]
         kind = kinds[index % len(kinds)]
@@ -98,6 +115,40 @@ def noisy(draw: random.Random, gold: str) -> str:
     return "".join(
         chr(draw.choice((draw.randrange(32, 127), draw.randrange(0x2200, 0x22FF), draw.randrange(0x20000)))) for _ in range(draw.randrange(1, 80))
     )
+
+
+def glued(draw: random.Random, gold: str) -> str:
+    """Digits with nothing but markup between them."""
+    markup = draw.choice(("$$", "$", r"\)\(", r"\!", r"\text{}", r"\text{ }", r"\displaystyle", r"\limits", r"\$", "'", r"\quad ", "{}", r"\left"))
+    return markup.join(gold) if gold.isdigit() else f"3{markup}4"
+
+
+def options(draw: random.Random, gold: str) -> str:
+    """Several options in their order, and one that is taken back."""
+    return draw.choice(("(A) or (B) or (C)", "(A) (B) (C) (D)", "(C) is incorrect", "C: or D", "C. D", "A, B, C", "(C) and (D)", "not (C)", "C or D"))
+
+
+def told(draw: random.Random, gold: str) -> str:
+    """A sentence around the gold answer that claims another one."""
+    return draw.choice(
+        ("minus ${}$", "twice ${}$", "half of ${}$", "the square of ${}$", "anything but ${}$", "${}$ is wrong", "it isn't ${}$", "it cannot be ${}$",
+         "The number is one less than ${}$", "a number below ${}$", "not ${}$", "it is never {}", "less than {}")
+    ).format(gold)  # fmt: skip
+
+
+def scaled(draw: random.Random, gold: str) -> str:
+    words = ("million", "thousand", "billion dollars", "squared", "or less", "or more", "tenths", "minus one", "dozen", "thirty five", "is wrong")
+    return draw.choice((r"{} \text{{ {}}}", "{} {}", "${}$ {}")).format(gold, draw.choice(words))
+
+
+def rooted(draw: random.Random, gold: str) -> str:
+    """Expressions that are said to be the gold answer, and a root that another one is."""
+    return draw.choice((r"-x={}", r"\sqrt{{x}}={}", r"\log x={}", "|x|={}", r"\frac{{x}}{{y}}={}", "2x={}", "√1156+√{}", "2√289{}")).format(gold)
+
+
+def coefficient(draw: random.Random, gold: str) -> str:
+    """The gold answer with a variable."""
+    return gold + draw.choice(("t", "h", "x", "ab", "xy", "q", "z^2"))
 
 
 def cut(draw: random.Random, gold: str) -> str:

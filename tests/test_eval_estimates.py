@@ -60,6 +60,8 @@ def test_pass_at_k_of_more_than_there_are_responses_is_refused() -> None:
         ([None, None], None),
         ([None, "1", "2", "2", "1", "2"], 2),
         (["", "", "1"], 0),
+        (["7", "8.0", "8", "7", "8"], 2),  # spellings vote together, the most frequent one is judged
+        (["x+1", "1/2", "0.5", "x = 0.50", "x+1"], 1),
     ],
 )
 def test_majority_is_the_first_response_with_the_most_frequent_answer(answers: list[str | None], winner: int | None) -> None:

@@ -73,6 +73,7 @@ def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_
         (["--input", "in.jsonl", "--output", "no/such/out.jsonl"], "can't be used"),
         (["--input", "in.jsonl", "--output", "in.jsonl"], "must be another file"),
         (["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "0"], "--timeout-s (0) must be positive"),
+        (["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "inf"], "--timeout-s (inf) must be positive and at most 86400, a day"),
         (["--input", "in.jsonl", "--output", "out.jsonl", "seed=1"], "grade takes no overrides"),
         (["--input", "in.jsonl"], "--output"),
     ],

@@ -49,6 +49,7 @@ def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, *
         ("4", "4", False, None, "no_answer"),
         ("###4", "4", False, None, "no_answer"),
         ("####", "4", False, None, "no_answer"),
+        ("<think> so #### 4", "4", False, None, "no_answer"),
         ("####4####", "4", False, None, "no_answer"),
         ("", "4", False, None, "no_answer"),
         ("<think>####4</think> I give up", "4", False, None, "no_answer"),

@@ -42,6 +42,8 @@ def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_othe
 def test_all_recorded_responses_to_gsm8k_are_judged_as_recorded():
     rows = read("gsm8k_model_outputs.jsonl")
     assert len(rows) == 300
+    assert disagreements(rows, lambda row: verify(row["prediction"], row["gold"])) == {}
+    assert disagreements(rows, lambda row: verify(row["prediction"], row["gold"], extraction="any")) == {}
     assert disagreements(rows, lambda row: verify(row["prediction"].rpartition("A:")[2], row["gold"], extraction="none")) == {}
 
 

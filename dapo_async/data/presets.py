@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from dapo_async.config import Source, parse_source
-from dapo_async.reward.plain import normalised, number
+from dapo_async.reward.plain import number
+from dapo_async.reward.spelling import normalised
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
 END_OF_FORMULA = re.compile(r"(?<!\\)\$|\\[\])]|\\\\|\\end\b|\n")

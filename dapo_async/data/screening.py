@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dapo_async.reward.plain import normalised, plain_equal
+from dapo_async.reward.plain import plain_equal
+from dapo_async.reward.spelling import normalised
 
 NUM_NAMED = 3  # rows that are named of each reason
 NO_WORD = re.compile(r"[\W_]+")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dapo_async.reward import vote_key
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
@@ -37,13 +40,17 @@ def pass_at(k: int, *, num_correct: int, num_responses: int) -> float:
 def majority(answers: Sequence[str | None]) -> int | None:
     """Index of the first response with the answer that most responses have; of equals the one that came first. None: nobody has one.
 
-    No answer (None) never wins, however many have none (maj@k, self-consistency; Wang et al. 2022, 2203.11171).
+    Spellings of one answer, such as 0.5 and 1/2, vote together (`reward.vote_key`); the most frequent of them is the one that is judged. No answer
+    (None) never wins, however many have none (maj@k, self-consistency; Wang et al. 2022, 2203.11171).
     """
-    counts: dict[str, int] = {}
+    votes: dict[str, Counter[str]] = {}
     for answer in answers:
         if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    return answers.index(max(counts, key=counts.__getitem__)) if counts else None
+            votes.setdefault(vote_key(answer), Counter())[answer] += 1
+    if not votes:
+        return None
+    spellings = max(votes.values(), key=Counter.total)
+    return answers.index(max(spellings, key=spellings.__getitem__))
 
 
 def bootstrap(values: NDArray[np.float64], *, seed: int) -> list[Estimate]:

@@ -2,11 +2,12 @@
 
 verdict    what every verifier answers
 verifiers  how a response is judged, by name and by source
-math       the verifier of mathematical answers, with extraction, plain, blowup, symbolic, pool and verifier_process behind it
+math       the verifier of mathematical answers, behind it: extraction, spelling, plain, units, blowup, symbolic, claims, pool, verifier_process
 overlong   DAPO's soft punishment of long responses
 score      verdicts and punishments of a whole group as rewards
 """
 
+from dapo_async.reward.math import vote_key
 from dapo_async.reward.overlong import soft_overlong_punishment
 from dapo_async.reward.score import score_group
 from dapo_async.reward.verdict import Verdict, Verifier, VerifierFailed
@@ -24,4 +25,5 @@ __all__ = [
     "named_sources",
     "score_group",
     "soft_overlong_punishment",
+    "vote_key",
 ]

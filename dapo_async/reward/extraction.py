@@ -1,7 +1,7 @@
 r"""Where an answer stands in a response: model text comes in, the answer's text or None leaves. Called by `math.py`; every search is linear.
 
 conclusion     what follows the last </think>; nothing while the thinking is not closed
-marked_answer  the last \boxed{…} or Answer: line of it, whichever comes later
+marked_answer  the last \boxed{…} or Answer: line of it, whichever comes later; else a last line that is `A: …`
 """
 
 from __future__ import annotations
@@ -12,13 +12,31 @@ WHITE = " \t\r\n"  # the white space that may stand around an answer
 THINK, END_OF_THINKING = "<think>", "</think>"
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
+_NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{1,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*$")
 _SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
 _BETWEEN_BOXES = re.compile(
     rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
 )
 _SAID = re.compile(r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?")
-_SENTENCE = re.compile(r"(?is)(?![^$]*\b(?:or|not)\b)[a-z][a-z ,'-]*(?:\$[^$0-9=]*\$[a-z ,'-]*)*\bis\s+((?:(?!\b(?:is|or|not)\b).)+)")
-_AFTERWORD = re.compile(r"(?s)(?:<\|.*|\.\s*I hope (?:it|this) is correct.*)")
+_SENTENCE = re.compile(
+    r"(?is)(?![^$]*\b(?:or|not)\b)([a-z][a-z ,'’-]*(?:\$[^$0-9=]*\$[a-z ,'’-]*)*)\b(?:is|are|equals)\s+((?:(?!\b(?:is|are|equals|or|not)\b).)+)"
+)
+_TOLD = re.compile(r"\\text\s*\{([^{}]*\b(?:is|are|equals)\b[ :]*)\}\s*(.+)", re.DOTALL)
+# Words before the one formula of a sentence that say nothing but that it is the answer.
+_FRAME = re.compile(
+    r"(?is)[a-z ,'’-]*\b(?:is|are|was|were|equals|has|have|get|gets)\b[ :*]*(?:(?:exactly|precisely|only|just|simply|equal to|a total of)\s+)*|\s*"
+)
+_LEAD = re.compile(r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*(?:[a-z]\s*=)?\s*")
+_TURNED = re.compile(
+    r"(?i)\b(?:not|never|no|nor|cannot|hardly|wrong|incorrect|false|untrue|other|but|except|minus|twice|double|thrice|triple|unless)\b"
+    r"|n['’]t\b|\b(?:half|third|quarter|square|squares|root|cube|opposite|negative|negation|reciprocal|inverse|multiple|logarithm)\s+(?:of|it)\b"
+    r"|\b(?:less|more|greater|smaller|fewer|larger)\s+than\b|\b(?:below|above|under|beyond)\b"
+)
+_AFTER = re.compile(r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?(?:\s*\^\s*\{?[23]\}?)?\s*")
+_A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*(\S.*)")
+_OPENING = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
+_AFTERWORD = re.compile(r"(?s)(?:</s>.*|<\|.*|\.\s*I hope (?:it|this) is correct.*)")
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
@@ -35,26 +53,54 @@ def marked_answer(text: str) -> str | None:
     r"""The content of the marker that comes last: an `Answer:` line, or a whole `\boxed{…}`; None without one, or with nothing in it.
 
     Boxes with nothing but commas, `and` or `or` between them are one answer of several parts. A line is read from its first `Answer:` on, so that
-    several claims in one line are no answer; an empty one is continued by the next line that is not.
+    several claims in one line are no answer; an empty one is continued by the next line that is not, and displayed mathematics to its end. A last box
+    that is cut off is no answer. Without either marker a last line `A: …`, GSM8K's, is one.
     """
-    line = None
+    has_box, line = "box" in text, None  # most responses have none: spares three searches
+    if has_box:
+        text = _NAKED_BOX.sub(r"\\boxed{\1}", text)
     for line in _ANSWER_LINE.finditer(text):  # noqa: B007 (the last one is wanted)
         pass
-    box = _last_boxes(text)
+    box, cut = (_last_boxes(text), _last_cut(text)) if has_box else (None, None)
+    if cut is not None and (line is None or cut > line.start()):
+        return None
     if box is not None and (line is None or box[0] > line.start()):
         return _content(box[1]) or None
     if line is None:
-        return None
-    said = line[1].strip(WHITE)
+        last = _A_LINE.fullmatch(text.rstrip(WHITE).rpartition("\n")[2].strip(WHITE))
+        return (_content(last[1]) or None) if last else None
+    said, end = line[1].strip(WHITE), line.end()
     if not said.strip("*_` "):
-        said = text[line.end() :].strip(WHITE).partition("\n")[0]
-    return _content(said) or None
+        rest = text[end:].lstrip(WHITE)
+        said = rest.partition("\n")[0].strip(WHITE)
+        end = len(text) - len(rest) + len(rest.partition("\n")[0])
+    return _content(_displayed(said, text[end : end + LONGEST_BOX])) or None
+
+
+def _displayed(said: str, rest: str) -> str:
+    """`said`, continued by the lines of `rest` while it only opens displayed mathematics; what is never closed is empty."""
+    closing = _OPENING.get(said[:2])
+    if closing is None or closing in said[2:]:
+        return said
+    inside, closed, _ = f"{said[2:]} {rest}".partition(closing)
+    return " ".join(inside.split()) if closed else ""
 
 
 def is_cut(text: str) -> bool:
     """Whether the last box was never closed: a truncated response."""
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    return bool(starts) and _closing(text, starts[-1]) is None
+    return _last_cut(text) is not None
+
+
+def _last_cut(text: str) -> int | None:
+    """Where the last box begins if it was never closed."""
+    last = None
+    for last in _BOXED.finditer(text):  # noqa: B007 (the last one is wanted)
+        pass
+    if last is not None and _closing(text, last.end()) is None:
+        return last.start()
+    tail = text[-20:]
+    bare_box = _BARE_BOX.search(tail)
+    return len(text) - len(tail) + bare_box.start() if bare_box else None
 
 
 def bare(text: str) -> str:
@@ -82,18 +128,20 @@ def _content(said: str) -> str:
     if len(said) > LONGEST_BOX:
         return said
     text = bare(said)
-    if sentence := _SAID.fullmatch(text) or _SENTENCE.fullmatch(text):
-        text = bare(sentence[1])
-    formulas, rest = _INLINE.findall(text), _INLINE.sub("", text)
-    if len(formulas) == 1 and not re.search(r"(?i)[0-9\\]|\b(?:or|not|and)\b", rest):
-        return bare(f"{formulas[0]}{_unit_after(text)}")
-    return text
-
-
-def _unit_after(text: str) -> str:
-    """The words behind the one formula of `text`, such as the percent of `$28$ percent`."""
-    words = text.rpartition("$")[2].strip(" .*")
-    return f" {words}" if re.fullmatch(r"%|[A-Za-z]+", words) else ""
+    if told := _TOLD.fullmatch(text):
+        text = f"{told[1]} {told[2]}"
+    if said_so := _SAID.fullmatch(text):
+        text = bare(said_so[1])
+    elif (sentence := _SENTENCE.fullmatch(text)) and not _TURNED.search(sentence[1]):
+        text = bare(sentence[2])
+    formulas = list(_INLINE.finditer(text))
+    if len(formulas) != 1:
+        return text
+    (formula,) = formulas
+    before, after = text[: formula.start()], text[formula.end() :].rstrip(" .*")
+    if _TURNED.search(before) or not (_FRAME.fullmatch(before) or _LEAD.fullmatch(before)) or not _AFTER.fullmatch(after):
+        return text
+    return bare(formula[1]) + (f" {after.strip()}" if after.strip() else "")
 
 
 def _last_boxes(text: str) -> tuple[int, str] | None:

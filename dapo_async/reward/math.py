@@ -1,11 +1,12 @@
 r"""The verifier of mathematical answers: a response and its gold answer come in, a verdict leaves. The rollout worker and `dapo-async grade` call it.
 
     extraction   the answer: an Answer: line or \boxed{…}, after </think>
+    spelling     one spelling, without the marks of typesetting
     plain        exact texts, integers, decimals, fractions, units, words, choices: decided here, tens of thousands per second
     blowup       what no symbolic engine should see is wrong at once
     pool         everything else: symbolic equality (`symbolic.py`) in killable processes (`verifier_process.py`) with a hard deadline
 
-A verdict depends on nothing but its arguments, as long as the deadline does not decide.
+A verdict depends on nothing but its arguments, as long as the deadline does not decide; that counts processor time, not the clock.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ from typing import Literal, get_args
 
 from dapo_async.reward.blowup import has_too_large, is_too_large
 from dapo_async.reward.extraction import WHITE, bare, conclusion, is_cut, marked_answer
-from dapo_async.reward.plain import is_suspicious, normalised, plain_equal, spelt_out
+from dapo_async.reward.plain import choice, number, plain_equal, spelt_out, words
 from dapo_async.reward.pool import shared_pool
+from dapo_async.reward.spelling import ends_glued, is_glued, is_suspicious, normalised
 from dapo_async.reward.verdict import FAILED, Verdict
 
 Extraction = Literal["marker", "any", "none"]
-TIMEOUT_S = 5.0
+TIMEOUT_S, MOST_TIMEOUT_S = 5.0, 86_400.0
 TAIL_CHARACTERS = 3000  # in which the last expression of a text without a marker is looked for
 LAST_CHARACTERS = 100  # in which nothing may pass for something else
 LONGEST_ANSWER = 2000  # characters; nothing longer is compared
 
 
 def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker") -> Verdict:
-    r"""Whether `prediction` answers what `gold` says, within `timeout_s` seconds of symbolic work.
+    r"""Whether `prediction` answers what `gold` says, within `timeout_s` seconds of a processor's symbolic work.
 
     `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`, else there is no answer; `any` falls back to the last
     mathematical expression; `none` takes all of it as the answer. Reasons: correct, wrong, no_answer; wrong for the model's fault as well:
     timeout (equality could not be shown in time), too_large (never tried), unreadable (the engine could not read it); failed: the verifier died,
     which says nothing about the answer (`Verdict.failed`). Raises ValueError for an empty gold answer, an unknown extraction or a timeout that is
-    not positive, and RuntimeError when no verifier process starts.
+    not positive or more than a day, and RuntimeError when no verifier process starts.
     """
     if not gold.strip():
         raise ValueError("the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer")
     if extraction not in get_args(Extraction):
         raise ValueError(f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it to one of them, or leave it out")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s ({timeout_s}) must be positive: a verdict has a hard deadline; leave it out for {TIMEOUT_S:g}")
+    if not 0 < timeout_s <= MOST_TIMEOUT_S:
+        raise ValueError(f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g}, a day; leave it out for {TIMEOUT_S:g}")
     text = conclusion(prediction)
     answer = text if text is None or extraction == "none" else marked_answer(text)
     if extraction == "any" and text is not None and (answer is None or _is_prose(answer)):
@@ -50,13 +52,25 @@ def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extracti
     return _compared(answer, gold, timeout_s)
 
 
+def vote_key(answer: str) -> str:
+    """One text for all spellings of a plain answer: the exact value of a number, else the text in one spelling; both without a leading `name =`."""
+    text = normalised(bare(answer[:LONGEST_ANSWER]))
+    name, equals, rest = text.partition("=")
+    if equals and re.fullmatch(r"\s*[A-Za-z](?:_\{?\w+\}?)?\s*", name):
+        text = rest.strip()
+    value = number(text)
+    if value is not None:
+        return f"{value.value}{'%' if value.percent else ''}"
+    return choice(text) or words(text) or "".join(text.split())
+
+
 def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
     extracted = answer.strip(WHITE)
     if extracted == gold.strip(WHITE):
         return _verdict(True, extracted)
     if len(extracted) > LONGEST_ANSWER:
         return Verdict(correct=False, extracted=extracted[:LONGEST_ANSWER], reason="too_large")
-    if is_suspicious(extracted):
+    if is_suspicious(extracted) or is_glued(extracted):
         return _verdict(False, extracted)
     written, expected = normalised(bare(extracted)), normalised(bare(_gold_answer(gold)))
     equal = plain_equal(written, expected)
@@ -64,7 +78,7 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
         return _verdict(equal, extracted)
     if is_too_large(written):
         return Verdict(correct=False, extracted=extracted, reason="too_large")
-    return _asked({"answer": spelt_out(written), "gold": spelt_out(expected), "anywhere": False}, timeout_s, extracted=extracted)
+    return _asked({"answer": spelt_out(written, expected), "gold": spelt_out(expected, expected), "anywhere": False}, timeout_s, extracted=extracted)
 
 
 def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
@@ -72,14 +86,17 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
     text = text.strip()
     if not text or is_cut(text):
         return Verdict(correct=False, extracted=None, reason="no_answer")
-    if _is_formula(text) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
-        return _compared(text, gold, timeout_s)
+    last = text
+    for end_of_work in ("\n", "####", ">>"):  # before a last line, or a result, that is the answer by itself
+        last = last.rpartition(end_of_work)[2].strip()
+    if _is_formula(last) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
+        return _compared(last, gold, timeout_s)
     if text == gold.strip():
         return _verdict(True, text)
-    if len(text) <= TAIL_CHARACTERS and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold)))):
+    if len(text) <= TAIL_CHARACTERS and not is_glued(text) and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold)))):
         return _verdict(True, text)
     tail = text[-TAIL_CHARACTERS:]
-    if is_suspicious(tail[-LAST_CHARACTERS:]):
+    if is_suspicious(tail[-LAST_CHARACTERS:]) or ends_glued(tail[-LAST_CHARACTERS:]):
         return Verdict(correct=False, extracted=None, reason="no_answer")
     if has_too_large(tail):
         return Verdict(correct=False, extracted=None, reason="too_large")
@@ -93,7 +110,9 @@ def _gold_answer(gold: str) -> str:
 
 def _is_formula(text: str) -> bool:
     """Whether a text is nothing but one formula: neither words nor delimiters, and no comma that may stand for a decimal point."""
-    return len(text) <= LONGEST_ANSWER and not re.search(r"[$,]|\\[(\[]|\\boxed|[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", text))
+    if len(text) > LONGEST_ANSWER or re.search("[0-9A-Za-z]", text) is None:
+        return False
+    return not re.search(r"[$,:#]|\\[(\[]|\\boxed|[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", text))
 
 
 def _is_prose(answer: str) -> bool:

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dapo_async.reward.verifier_process import wall_s
+
 NUM_PROCESSES = 2
 RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its own anyway
 START_S = 120.0  # importing the engine takes seconds, on a busy machine many
-GRACE_S = 2.0  # beyond the deadline, for a process that has to kill its child
+GRACE_S = 2.0  # beyond the outer deadline, for a process that has to kill its child
 WAIT_S = 600.0  # for a process to be free
 COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.verifier_process")
 CHUNK = 65_536
@@ -75,7 +77,7 @@ class VerifierProcess:
         assert self._process is not None
         assert self._process.stdin is not None
         self._num_verdicts += 1
-        deadline = time.monotonic() + timeout_s + GRACE_S
+        deadline = time.monotonic() + wall_s(timeout_s) + GRACE_S
         try:
             self._process.stdin.write(json.dumps({**question, "timeout_s": timeout_s}).encode() + b"\n")
             reply = self._read(deadline)
@@ -127,7 +129,7 @@ class Pool:
             self._idle.put(process)
 
     def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply within `timeout_s` of a process being free and ready. Raises RuntimeError when none starts."""
+        """The reply within `timeout_s` of processor time (`verifier_process.wall_s` at most). Raises RuntimeError when none starts."""
         try:
             process = self._idle.get(timeout=WAIT_S)
         except queue.Empty:

@@ -9,26 +9,43 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, Float, preorder_traversal
 
-from dapo_async.reward.plain import ROUNDED_DECIMALS, equal_numbers, is_suspicious, normalised, number, words
+from dapo_async.reward.claims import claims
+from dapo_async.reward.plain import ROUNDED_DECIMALS, equal_numbers, has_variables, number, words
+from dapo_async.reward.spelling import is_suspicious, normalised
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
-FORMULA = (LatexExtractionConfig(boxed_match_priority=0),)
-ANYWHERE = (LatexExtractionConfig(), ExprExtractionConfig())
+# Units are taken away before (`units.py`): the engine takes the t of 2t for one.
+_NORMALISATION = replace(LatexExtractionConfig().normalization_config, units=False)
+FORMULA = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
+ANYWHERE = (LatexExtractionConfig(normalization_config=_NORMALISATION), ExprExtractionConfig())
 RELATIVE = 1e-6  # floats that differ by more are different, however small they are
 _EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
 _SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
-# What is said to have a value: anything without a number of its own, those of subscripts and arguments aside.
-_NAME = re.compile(r"(?:[^0-9_(]|_\{[^{}]*\}|_\s*\w|\([^()]*\))+")
+# What is said to have a value: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n; no expression that has another value.
+_GREEK = (
+    r"\\(?:alpha|beta|gamma|delta|[a-z]*psilon|zeta|eta|theta|iota|kappa|lambda|mu|nu"
+    r"|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|ell|[A-Z][a-z]+)"
+)
+_FUNCTION = r"(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|minus|negative|not)\b)"
+_IDENTIFIER = (
+    rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]+(?: {_FUNCTION}[A-Za-z]+){{0,3}}|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*\{{[A-Za-z ]+\}})"
+    r"(?:_\s*(?:\{[^{}]*\}|\w))?'{0,2}(?:\^\{?-1\}?)?(?:\s*\([^()]*\))?)"
+)
+_ONE_NAME = rf"(?:m?\s*\\angle\s*[A-Z]{{1,3}}|\|\s*[A-Z]{{2}}\s*\||{_IDENTIFIER})"
+_NAME = re.compile(rf"{_ONE_NAME}(?:\s*[+-]\s*{_ONE_NAME})*")
 _FRACTION = re.compile(r"-?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)")
 _DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-9])")
 _BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*\s*_\s*\{?\s*(?:\\text\{)?([0-9]+)")
+_SCIENTIFIC = re.compile(r"(?<![\w.])[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][+-]?[0-9]{1,2}(?![\w.])")
 _NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
 _LISTED = re.compile(rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$")
 
@@ -50,7 +67,7 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
     if not parsed:
         return False, None
     extracted = str(parsed[-1])
-    if is_suspicious(extracted) or _is_part(extracted, text) or not verify(expected, parsed, timeout_seconds=None):
+    if is_suspicious(extracted) or _is_part(extracted, text) or not claims(text, extracted) or not verify(expected, parsed, timeout_seconds=None):
         return False, extracted
     wanted = str(expected[-1]) if expected else gold
     return _holds(normalised(extracted), normalised(wanted), parsed, expected, literal=True), extracted
@@ -86,7 +103,8 @@ def _with_fractions(answer: str, gold: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """Roman letters for constants cut math-verify's reading short."""
+    """Roman letters for constants, and exponents such as 1e6, cut math-verify's reading short."""
+    text = _SCIENTIFIC.sub(lambda match: format(Decimal(match[0]), "f"), text)
     return re.sub(r"\\(?:mathrm|text)\{\s*([ei])\s*\}", r"\1", text)
 
 
@@ -99,7 +117,7 @@ def _formula(text: str) -> list[Any]:
 def _holds(answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool) -> bool:
     """A second look at what math-verify has accepted. `literal`: only a chain of plain numbers can contradict itself,
     one with sums in it is read as work shown."""
-    if not _EQUALS.search(gold) and _contradicts_itself(answer, literal=literal):
+    if not _EQUALS.search(gold) and _contradicts_itself(answer, literal=literal, variables=has_variables(gold)):
         return False
     bases = [[match[1] for match in _BASE.finditer(text)] for text in (answer, gold)]
     if bases[0] and bases[0] != bases[1]:
@@ -110,13 +128,14 @@ def _holds(answer: str, gold: str, parsed: list[Any], expected: list[Any], *, li
     return not any(isinstance(part, Float) for value in values if value is not None for part in preorder_traversal(value)) or _close(*values)
 
 
-def _contradicts_itself(text: str, *, literal: bool) -> bool:
+def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
     """Whether a chain of equations is no answer: its sides, but for names, are not all equal to the last one."""
     if literal:
         sides = _EQUALS.split(text)
         numbers = [value for side in sides if (value := number(side.strip())) is not None]
-        if len(numbers) + sum(re.fullmatch(r"\s*\\?[A-Za-z]\w*\s*", side) is not None for side in sides) < len(sides):
-            return False
+        others = [side for side in sides if number(side.strip()) is None and not _is_name(side)]
+        if others:  # work shown, unless it has a variable that the gold answer has not
+            return len(sides) > 1 and not variables and any(has_variables(side) for side in others)
         return any(not equal_numbers(value, numbers[0]) for value in numbers[1:])
     return any(_is_broken_chain(part) for part in _SEPARATOR.split(text))
 
@@ -126,8 +145,12 @@ def _is_broken_chain(part: str) -> bool:
     if not others:
         return False
     last = _formula(others[-1])
-    sides = [side for side in (first, *others[:-1]) if not _NAME.fullmatch(side.strip())]
+    sides = [side for side in (first, *others[:-1]) if not _is_name(side)]
     return any(not verify(last, _formula(side), timeout_seconds=None) for side in sides)
+
+
+def _is_name(side: str) -> bool:
+    return _NAME.fullmatch(side.strip(" ()[]{}\\") if side.count("(") != side.count(")") else side.strip()) is not None
 
 
 def _close(one: Any, other: Any) -> bool:

@@ -1,8 +1,9 @@
 """A verifier process: requests come in as JSON lines, one reply each leaves. `pool.py` starts it as `python -m` and replaces it when it dies.
 
 It imports the symbolic engine once and forks a child for every request: one verdict leaves nothing behind for the next, a child that hangs or dies
-takes nothing with it, and a new one is there in milliseconds. The child has a hard deadline: its own timer, whose signal ends it even within one long
-operation of C code, and this process, which kills it. It has a memory limit. When stdin ends, or the parent is gone, everything here ends.
+takes nothing with it, and a new one is there in milliseconds. The child has so many seconds of processor time, so that no verdict depends on how
+busy the machine is: its timer's signal ends it even within one long operation of C code. This process kills a child that has not had its time for
+long; then nothing is known. The child has a memory limit. When stdin ends, or the parent is gone, everything here ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 from typing import Any
 
 MEMORY_BYTES = 2 * 2**30
-LATE_S = 0.5  # the child's own timer goes off so much after the deadline, should this process be gone
+LATE_S = 0.5  # the child's own wall clock goes off so much after the outer deadline, should this process be gone
+WALL_FACTOR, WALL_EXTRA_S = 4.0, 5.0  # a busy machine may need so much longer for the same work
 CHUNK = 65_536
 WARM_UP = (  # equal and different, one of each kind: the engine imports its parts when they are first needed
     (r"\frac{x+1}{2}", r"\frac{1}{2}x+0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(1,2]", "(1,2)"), ("x=3", "3"), (r"\tan^2(y)+1", r"\sec^2(y)"),
@@ -27,6 +29,11 @@ WARM_UP = (  # equal and different, one of each kind: the engine imports its par
     ("1<x<2", "(1,2)"), (r"2x+4y=3", r"y=-\frac{1}{2}x+1"), (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"), (r"\binom{5}{2}", "5!"), ("3+4i", "e^{i}"),
     (r"1\pm\sqrt{5}", r"1-\sqrt5, 1+\sqrt5"), (r"10^{\frac{1}{3}}", r"\pi"), (r"x^2-y^2", r"(x-y)(x+y)"), (r"\frac{x^2-1}{x-1}", "x+2"),
 )  # fmt: skip
+
+
+def wall_s(timeout_s: float) -> float:
+    """How long the process waits for a verdict that may take `timeout_s` of processor time."""
+    return WALL_FACTOR * timeout_s + WALL_EXTRA_S
 
 
 class Requests:
@@ -73,8 +80,8 @@ def main() -> None:
 
 
 def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
-    """What a child says within the deadline: its reply, or `timeout`, or `failed` when it died."""
-    deadline = time.monotonic() + request["timeout_s"]
+    """What a child says: its reply, `timeout` when its processor time ran out, `failed` when it died or had not got it by the outer deadline."""
+    deadline = time.monotonic() + wall_s(request["timeout_s"])
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -82,9 +89,9 @@ def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
             os.close(inherited)  # the end of this process must be seen although a child lives on
         _judge_and_exit(request, writing)
     os.close(writing)
+    said, status = b"", None
     try:
-        said = b""
-        while (left_s := deadline - time.monotonic()) > 0:
+        while status is None and (left_s := deadline - time.monotonic()) > 0:
             ready, _, _ = select.select([reading, sys.stdin.fileno()], [], [], left_s)
             if sys.stdin.fileno() in ready:
                 requests.read()
@@ -92,23 +99,28 @@ def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
                     return {}
             if reading in ready:
                 chunk = os.read(reading, CHUNK)
-                if not chunk:
-                    break
                 said += chunk
-        else:
-            return {"reason": "timeout"}
-        reply: dict[str, Any] = json.loads(said) if said else {"reason": "failed"}
-        return reply
+                if not chunk:
+                    _, status = os.waitpid(child, 0)  # only its end closes the pipe
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # not reaped yet: the number is still its own
-        os.waitpid(child, 0)
+        if status is None:
+            os.kill(child, signal.SIGKILL)  # not reaped yet: the number is still its own
+            os.waitpid(child, 0)
+    if status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        return {"reason": "timeout"}
+    reply: dict[str, Any] = json.loads(said) if status == 0 and said else {"reason": "failed"}
+    return reply
 
 
 def _judge_and_exit(request: dict[str, Any], writing: int) -> None:
     """The child: one verdict, written to the pipe; never returns."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + LATE_S)
+    for timer, number, limit_s in (
+        (signal.ITIMER_PROF, signal.SIGPROF, request["timeout_s"]),
+        (signal.ITIMER_REAL, signal.SIGALRM, wall_s(request["timeout_s"]) + LATE_S),
+    ):
+        signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(timer, limit_s)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

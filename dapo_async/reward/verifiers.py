@@ -11,20 +11,19 @@ from types import MappingProxyType
 
 from dapo_async.custom import is_custom, load_function
 from dapo_async.reward import math
+from dapo_async.reward.extraction import conclusion
 from dapo_async.reward.verdict import Verdict, Verifier
 
 MARKER = "####"  # GSM8K's convention: the final answer stands after it
-END_OF_THINKING = "</think>"
 
 
 def verify_marker(response: str, gold: str) -> Verdict:
-    """Exact match, but for surrounding whitespace, of what follows the last `####`; a marker within the thinking does not count.
+    """Exact match, but for surrounding whitespace, of what follows the last `####`; one within the thinking, closed or not, does not count.
 
     Raises ValueError for an empty gold answer.
     """
     gold = _stripped(gold)
-    conclusion = response.rpartition(END_OF_THINKING)[2]
-    _, marker, answer = conclusion.rpartition(MARKER)
+    _, marker, answer = (conclusion(response) or "").rpartition(MARKER)
     answer = answer.strip()
     if not marker or not answer:
         return Verdict(correct=False, extracted=None, reason="no_answer")

@@ -1,0 +1,39 @@
+r"""Whether a text claims the expression that it ends with: the text and the expression come in, what stands around it is read. By by `symbolic.py`.
+
+`It is not 34`, `at most 34`, `34 million` end with 34 and claim something else.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dapo_async.reward.units import CHANGING
+
+MOST_CHARACTERS = 100
+_CLAUSE = re.compile(r"[.;!?\n,:]|\b(?:so|but|thus|hence|therefore)\b")
+_NEGATED = re.compile(r"(?i)\b(?:not|never|cannot|neither|nor|wrong|incorrect|hardly)\b|n['’]t\b")
+_TURNED = re.compile(
+    r"(?i)(?:\b(?:minus|negative|twice|double|triple|half|half of|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
+    r"|at most|at least|up to|nearly|almost|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
+    r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through))"
+    r"\s+(?:the\s+)?$"
+)
+_AFTER = re.compile(r"[\s$})*\\]*(?:\\?(?:text|mathrm)\s*\{\s*)?([A-Za-z][A-Za-z']*)")
+_TAKEN_BACK = re.compile(r"(?i)[\s$})*\\]*(?:(?:is|was|are)\s+(?:not|wrong|incorrect|false|never)|or\s+(?:so|less|more|fewer|above|below))\b")
+_HARMLESS = frozenset("is was are but more less fewer times percent percentage pct pair pairs couple couples score scores point".split())  # noqa: SIM905
+
+
+def claims(text: str, expression: str) -> bool:
+    """Whether nothing around the last `expression` of `text` takes it back, turns it into another value or goes on with it."""
+    # The engine hands numbers back without their separators.
+    spread = r"[\s,]?".join(map(re.escape, expression[:MOST_CHARACTERS]))
+    places = [match.span() for match in re.finditer(spread, text)]
+    if not places:
+        return True
+    place, end = places[-1]
+    clause = _CLAUSE.split(re.sub(r"[\s$({*\\]+$", " ", text[max(0, place - 200) : place]))[-1]
+    after = text[end:]
+    following = _AFTER.match(after)
+    if _NEGATED.search(re.split("[0-9]", clause)[-1]) or _TURNED.search(clause) or _TAKEN_BACK.match(after):
+        return False
+    return following is None or following[1].lower() not in CHANGING - _HARMLESS
