@@ -194,7 +194,7 @@ def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Clu
     # The weight group: the learner's rendezvous and everybody's end of it, each on its own node's interface.
     for name in ("learner", "rollout-0", "rollout-1"):
         assert listens_on(actors[name]) == {actors[name].ip}, name
-    (driver,) = [each for each in psutil.process_iter(["cmdline"]) if "run_dir=stopped" in each.info["cmdline"] and "sh" not in each.name()]
+    (driver,) = [each for each in psutil.process_iter(["cmdline"]) if "run_dir=stopped" in (each.info["cmdline"] or ()) and "sh" not in each.name()]
     stop = subprocess.Popen([RAY, "job", "stop", "--address", cluster.dashboard, "stops"], env=cluster.environment, stdout=subprocess.DEVNULL)
     wait_until(lambda: (root / "summary.json").exists(), timeout_s=30.0, what="the first summary")
     began_s = time.monotonic()
