@@ -7,22 +7,15 @@ begins 4 tokens before the limit, a fifth of it as published.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
-import statistics
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit, hardware
 from matplotlib import pyplot
 from support.in_process import CONFIG, InProcess
+from support.study import Study, accuracy, mean
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
@@ -32,8 +25,7 @@ SEEDS, STEPS = (0, 1, 2), 60
 GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 2e-4, 4
 LIMIT_TOKENS, CACHE_TOKENS = 20, 4
 CURVE = ("entropy", "response_tokens", "truncated", "accuracy", "with_gradient", "generated", "clip_high_fraction", "clip_low_fraction", "grad_norm")
-LAST = 4  # evaluations that the table's accuracy is the mean of
-TAIL = 15  # steps that its other columns are means over; entropy also at the middle of the run
+TAIL = 15  # steps that the table's other columns are means over; entropy also at the middle of the run
 
 
 def small(path: Path) -> Config:
@@ -63,30 +55,19 @@ def measure(rung: str, seed: int, steps: int) -> dict[str, Any]:
     return {"rung": rung, "seed": seed, "steps": steps, "seconds": round(time.perf_counter() - start_s, 1), **curves.of(CURVE)}
 
 
-def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per rung: means over the seeds, and the lowest and highest accuracy."""
-    rows = []
-    for rung in dict.fromkeys(run["rung"] for run in runs):
-        mine = [run for run in runs if run["rung"] == rung]
-        finals = [statistics.mean(accuracy for _, accuracy in run["held_out"][-LAST:]) for run in mine]
-
-        def mean(name: str, part: slice, mine: list[dict[str, Any]] = mine) -> float:
-            return statistics.mean(value for run in mine for value in run[name][part])
-
-        middle = slice(mine[0]["steps"] // 3, 2 * mine[0]["steps"] // 3)
-        rows.append(
-            {
-                "rung": rung[2:].replace("_", " "),
-                "accuracy": f"{statistics.mean(finals):.3f} ({min(finals):.3f} to {max(finals):.3f})",
-                "entropy, middle third": f"{mean('entropy', middle):.3f}",
-                "entropy, end": f"{mean('entropy', slice(-TAIL, None)):.4f}",
-                "length": f"{mean('response_tokens', slice(-TAIL, None)):.1f}",
-                "truncated": f"{mean('truncated', slice(-TAIL, None)):.1%}",
-                "trained groups with a gradient": f"{mean('with_gradient', slice(0, None)):.2f}",
-                "generated per trained group": f"{mean('generated', slice(0, None)) / GROUPS:.2f}",
-            }
-        )
-    return rows
+def row(mine: list[dict[str, Any]]) -> dict[str, str]:
+    """Of one rung: means over the seeds, and the lowest and highest accuracy."""
+    end, middle = slice(-TAIL, None), slice(mine[0]["steps"] // 3, 2 * mine[0]["steps"] // 3)
+    return {
+        "rung": mine[0]["rung"][2:].replace("_", " "),
+        "accuracy": accuracy(mine),
+        "entropy, middle third": f"{mean(mine, 'entropy', middle):.3f}",
+        "entropy, end": f"{mean(mine, 'entropy', end):.4f}",
+        "length": f"{mean(mine, 'response_tokens', end):.1f}",
+        "truncated": f"{mean(mine, 'truncated', end):.1%}",
+        "trained groups with a gradient": f"{mean(mine, 'with_gradient'):.2f}",
+        "generated per trained group": f"{mean(mine, 'generated') / GROUPS:.2f}",
+    }
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -106,29 +87,19 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write every curve there, and a picture beside it")
-    parser.add_argument("--quick", action="store_true", help="two steps of each rung, one seed")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    jobs = [(path.stem, seed, 2 if options.quick else STEPS) for seed in (SEEDS[:1] if options.quick else SEEDS) for path in LADDER]
-    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        runs = []
-        for future in as_completed([pool.submit(measure, *job) for job in jobs]):
-            runs.append(future.result())
-            print(f"{len(runs)} of {len(jobs)}: {runs[-1]['rung']}, seed {runs[-1]['seed']}, {runs[-1]['seconds']} s", file=sys.stderr)
-    runs.sort(key=lambda run: (run["rung"], run["seed"]))
-    rows = table(runs)
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(row.values())} |")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"benchmark": "ladder", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "table": rows, "runs": runs}
-        options.json.write_text(json.dumps(report) + "\n")
-        draw(runs, options.json.with_suffix(".png"))
+def jobs(quick: bool) -> list[tuple[str, int, int]]:
+    return [(path.stem, seed, 2 if quick else STEPS) for seed in (SEEDS[:1] if quick else SEEDS) for path in LADDER]
 
 
 if __name__ == "__main__":
-    main()
+    Study(
+        name="ladder",
+        doc=__doc__ or "",
+        quick="two steps of each rung, one seed",
+        keys=("rung",),
+        jobs=jobs,
+        measure=measure,
+        order=lambda run: (run["rung"], run["seed"]),
+        row=row,
+        draw=draw,
+    ).main()

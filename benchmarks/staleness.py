@@ -8,22 +8,16 @@ The system without its runtime (support/in_process.py): after the first S steps 
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import statistics
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit, hardware
 from matplotlib import pyplot
 from support.in_process import CONFIG, InProcess
+from support.study import Study, accuracy, mean
 
 from dapo_async import config as knobs
 
@@ -35,7 +29,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 STALENESS, SEEDS = (0, 2, 8, 16), (0, 1, 2)
 GROUPS, GROUP_SIZE, LR = 16, 16, 3e-4
-LAST = 4  # evaluations that the table's final accuracy is the mean of
 CURVE = ("entropy", "kl", "behaviour_ess", "response_tokens", "grad_norm", "staleness", "group_staleness_max")
 
 
@@ -62,30 +55,19 @@ def measure(form: str, staleness: int, seed: int, steps: int) -> dict[str, Any]:
     return {**head, **curves.of(CURVE)}
 
 
-def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per form and staleness: mean over the seeds, and the lowest and highest."""
-    rows = []
-    for form, staleness in dict.fromkeys((run["form"], run["S"]) for run in runs):
-        mine = [run for run in runs if (run["form"], run["S"]) == (form, staleness)]
-        finals = [statistics.mean(accuracy for _, accuracy in run["held_out"][-LAST:]) for run in mine]
-        tail = max(1, mine[0]["steps"] // 4)
-
-        def last(name: str, mine: list[dict[str, Any]] = mine, tail: int = tail) -> float:
-            return statistics.mean(value for run in mine for value in run[name][-tail:])
-
-        rows.append(
-            {
-                "form": form,
-                "S": staleness,
-                "steps": mine[0]["steps"],
-                "accuracy": f"{statistics.mean(finals):.3f} ({min(finals):.3f} to {max(finals):.3f})",
-                "best": f"{statistics.mean(max(accuracy for _, accuracy in run['held_out']) for run in mine):.3f}",
-                "KL, last quarter": f"{last('kl'):.2g}",
-                "effective samples": f"{last('behaviour_ess'):.2f}",
-                "entropy": f"{last('entropy'):.3f}",
-            }
-        )
-    return rows
+def row(mine: list[dict[str, Any]]) -> dict[str, str]:
+    """Of one form and staleness: means over the seeds, and the lowest and highest accuracy."""
+    last = slice(-max(1, mine[0]["steps"] // 4), None)
+    return {
+        "form": mine[0]["form"],
+        "S": str(mine[0]["S"]),
+        "steps": str(mine[0]["steps"]),
+        "accuracy": accuracy(mine),
+        "best": f"{statistics.mean(max(value for _, value in run['held_out']) for run in mine):.3f}",
+        "KL, last quarter": f"{mean(mine, 'kl', last):.2g}",
+        "effective samples": f"{mean(mine, 'behaviour_ess', last):.2f}",
+        "entropy": f"{mean(mine, 'entropy', last):.3f}",
+    }
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -109,39 +91,21 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write every curve there, and a picture beside it")
-    parser.add_argument("--quick", action="store_true", help="five steps at S = 2, one seed")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    if options.quick:
-        jobs = [(form, 2, 0, 5) for form in FORMS]
-    else:
-        jobs = [(form, staleness, seed, num_steps(staleness)) for staleness in sorted(STALENESS, reverse=True) for form in FORMS for seed in SEEDS]
-    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        runs = []
-        for future in as_completed([pool.submit(measure, *job) for job in jobs]):
-            runs.append(future.result())
-            print(f"{len(runs)} of {len(jobs)}: {runs[-1]['form']}, S = {runs[-1]['S']}, {runs[-1]['seconds']} s", file=sys.stderr)
-    runs.sort(key=lambda run: (list(FORMS).index(run["form"]), run["S"], run["seed"]))
-    rows = table(runs)
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "benchmark": "staleness",
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
-            "table": rows,
-            "runs": runs,
-        }
-        options.json.write_text(json.dumps(report) + "\n")
-        draw(runs, options.json.with_suffix(".png"))
+def jobs(quick: bool) -> list[tuple[str, int, int, int]]:
+    if quick:
+        return [(form, 2, 0, 5) for form in FORMS]
+    return [(form, staleness, seed, num_steps(staleness)) for staleness in sorted(STALENESS, reverse=True) for form in FORMS for seed in SEEDS]
 
 
 if __name__ == "__main__":
-    main()
+    Study(
+        name="staleness",
+        doc=__doc__ or "",
+        quick="five steps at S = 2, one seed",
+        keys=("form", "S"),
+        jobs=jobs,
+        measure=measure,
+        order=lambda run: (list(FORMS).index(run["form"]), run["S"], run["seed"]),
+        row=row,
+        draw=draw,
+    ).main()

@@ -51,8 +51,8 @@ class ShardedAdamW:
 
     @property
     def updates(self) -> int:
-        """So many steps were done."""
-        return max((int(state["step"]) for optimizer in self._optimizers for state in optimizer.state.values()), default=0)
+        """So many steps were done: the same for every parameter."""
+        return next((int(state["step"]) for optimizer in self._optimizers for state in optimizer.state.values()), 0)
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """Name of the moment, name of the parameter, and the moment's storage on this rank; none before the first update."""

@@ -1,0 +1,71 @@
+"""What the studies share: runs in processes of their own, a table over seeds, every curve as JSON, a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import commit, hardware
+
+LAST = 4  # evaluations that a table's accuracy is the mean of
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """`measure` is called with each of `jobs(quick)`; runs that agree in `keys` but not in their seed are one row of the table."""
+
+    name: str
+    doc: str
+    quick: str  # what --quick does
+    keys: tuple[str, ...]
+    jobs: Callable[[bool], list[tuple[Any, ...]]]
+    measure: Callable[..., Run]
+    order: Callable[[Run], Any]
+    row: Callable[[list[Run]], dict[str, str]]
+    draw: Callable[[list[Run], Path], None]
+
+    def main(self) -> None:
+        parser = argparse.ArgumentParser(description=self.doc.splitlines()[0])
+        parser.add_argument("--json", type=Path, metavar="OUT", help="also write every curve there, and a picture beside it")
+        parser.add_argument("--quick", action="store_true", help=self.quick)
+        parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+        options = parser.parse_args()
+        jobs, runs = self.jobs(options.quick), []
+        with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(self.measure, *job) for job in jobs]):
+                runs.append(future.result())
+                told = ", ".join(f"{key} {runs[-1][key]}" for key in (*self.keys, "seed"))
+                print(f"{len(runs)} of {len(jobs)}: {told}, {runs[-1]['seconds']} s", file=sys.stderr)
+        runs.sort(key=self.order)
+        alike = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
+        rows = [self.row([run for run in runs if tuple(run[key] for key in self.keys) == same]) for same in alike]
+        print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+        for row in rows:
+            print(f"| {' | '.join(row.values())} |")
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            about = {"benchmark": self.name, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
+            options.json.write_text(json.dumps({**about, "table": rows, "runs": runs}) + "\n")
+            self.draw(runs, options.json.with_suffix(".png"))
+
+
+def accuracy(runs: Sequence[Run]) -> str:
+    """Held out, of the last evaluations: mean over the seeds, and the lowest and highest."""
+    finals = [statistics.mean(value for _, value in run["held_out"][-LAST:]) for run in runs]
+    return f"{statistics.mean(finals):.3f} ({min(finals):.3f} to {max(finals):.3f})"
+
+
+def mean(runs: Sequence[Run], name: str, part: slice = slice(None)) -> float:
+    """Of a curve's steps in `part`, over all seeds."""
+    return statistics.mean(value for run in runs for value in run[name][part])

@@ -1,0 +1,57 @@
+"""The learner's actor beside its step: whoever copies gets one version on every rank."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from run_support import QUICKSTART
+
+from dapo_async import config as knobs
+from dapo_async.runtime.learner_actor import LearnerActor
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.types import StepMetrics, TrainBatch
+
+
+class Rank:
+    """A step that only counts."""
+
+    version = 5
+
+    def step(self, *_: Any, **__: Any) -> StepMetrics:
+        self.version += 1
+        return StepMetrics()
+
+    def freeze(self) -> int:
+        return self.version
+
+
+def actor(number: int, folder: Path) -> LearnerActor:
+    made = LearnerActor(knobs.load(QUICKSTART), number=number, name=f"learner-{number}", incarnation="first", run_dir=RunDir(folder))
+    made._rank = Rank()  # type: ignore[assignment]
+    return made
+
+
+async def frozen_in_a_step(folder: Path) -> list[int]:
+    """Versions that two ranks freeze, asked while the groups of one have come and those of the other have not."""
+    ranks, arrived = [actor(number, folder) for number in range(2)], [asyncio.Event(), asyncio.Event()]
+
+    async def groups(number: int) -> None:
+        await arrived[number].wait()
+
+    def batch(number: int) -> TrainBatch:
+        return TrainBatch(learner_version=5, admission_indices=(0,), oldest_versions=(5,), num_tokens=(1,), references=(groups(number),))
+
+    steps = [asyncio.create_task(rank.step(batch(number), [0])) for number, rank in enumerate(ranks)]
+    arrived[0].set()
+    await asyncio.sleep(0.05)
+    frozen = [asyncio.create_task(rank.freeze()) for rank in ranks]
+    await asyncio.sleep(0.05)
+    arrived[1].set()
+    await asyncio.gather(*steps)
+    return await asyncio.gather(*frozen)
+
+
+def test_copies_asked_for_in_the_midst_of_a_step_are_of_one_version_though_one_rank_still_waits_for_its_groups(tmp_path: Path) -> None:
+    assert asyncio.run(frozen_in_a_step(tmp_path)) == [6, 6]
