@@ -25,7 +25,8 @@ from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import Decoder, Mesh, ModelConfig, build_decoder, build_mesh, open_store, shard_of
-from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
+from dapo_async.rollout import GroupRequest, SamplingParams
+from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 QWEN = {

@@ -1,7 +1,7 @@
 """DAPO's ladder in small: the six configurations of configs/ladder on the quickstart's task, on policy, with the same seeds.
 
-Each rung takes from its config the knobs that the ladder is about; model, data and sizes are small (support/in_process.py), four updates per step
-(published: sixteen). Responses may have 20 tokens where a solution that adds up step by step takes 11 to 25: some are truncated. Soft punishment
+Each rung takes from its config the knobs that the ladder is about; model, data and sizes are small (support/in_process.py), sixteen updates per
+step as published. Responses may have 20 tokens where a solution that adds up step by step takes 11 to 25: some are truncated. Soft punishment
 begins 4 tokens before the limit, a fifth of it as published.
 """
 
@@ -22,7 +22,7 @@ from dapo_async.config import Config
 
 LADDER = sorted((CONFIG.parent / "ladder").glob("*.yaml"))
 SEEDS, STEPS = (0, 1, 2), 60
-GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 2e-4, 4
+GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 2e-4, 16
 LIMIT_TOKENS, CACHE_TOKENS = 20, 4
 CURVE = ("entropy", "response_tokens", "truncated", "accuracy", "with_gradient", "generated", "clip_high_fraction", "clip_low_fraction", "grad_norm")
 TAIL = 15  # steps that the table's other columns are means over; entropy also at the middle of the run

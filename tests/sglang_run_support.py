@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from run_support import Live, read_rows
+from run_support import Finished, Live, read_rows
 
 from dapo_async import config as knobs
 
@@ -53,3 +55,13 @@ def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, c
     live.wait_for(rf"^step +{steps + 4}/", timeout_s=60.0)
     assert server_of(live.root, name).pid != server.pid
     return session
+
+
+def check_restarts(run: Finished, **struck: int) -> None:
+    """Each engine was lost as often as it was struck, or else over a broadcast that another one's loss broke off."""
+    losses = re.findall(r"^(rollout-\d) lost its engine: (.*); it is started anew", run.output, re.MULTILINE)
+    others = [(name, why) for name, why in losses if re.search(r"weight_update|weights_update|update_weights", why)]
+    assert run.summary["engine_restarts"] == len(losses), run.output
+    lost, broken = Counter(name for name, _ in losses), Counter(name for name, _ in others)
+    for name in lost | Counter(struck):
+        assert struck.get(name, 0) <= lost[name] <= struck.get(name, 0) + broken[name], run.output

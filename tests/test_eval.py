@@ -28,7 +28,9 @@ from dapo_async.evaluate.command import Options, prepare, summarise
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all, judged
 from dapo_async.reward import Verdict
-from dapo_async.rollout import GroupRequest, SamplingParams, ThreadedEngine, TorchEngine
+from dapo_async.rollout import GroupRequest, SamplingParams
+from dapo_async.rollout.engine_thread import ThreadedEngine
+from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Prompt
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=1.0, stop_token_ids=(9,), seed=5, top_p=0.8)

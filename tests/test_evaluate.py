@@ -10,7 +10,8 @@ from test_torch_engine import packed_logprobs, tiny_decoder
 
 from dapo_async.clock import StateClock
 from dapo_async.evaluate import Evaluation, evaluate
-from dapo_async.rollout import ThreadedEngine, TorchEngine
+from dapo_async.rollout.engine_thread import ThreadedEngine
+from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Prompt
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dapo_async.model import Decoder, ModelConfig, PackedAttention
-from dapo_async.rollout import GroupRequest, SamplingParams, TorchEngine
+from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.sampling import keyed_uniforms
+from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import FinishReason
 
 FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # tied embeddings or not

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_torch_engine import FAMILIES, chosen, group, packed_logprobs, run, tiny_decoder, tiny_engine
 
-from dapo_async.rollout import TorchEngine
+from dapo_async.rollout.torch_engine import TorchEngine
 
 PROBE = np.arange(1, 9, dtype=np.int32)
 REQUESTS = (group(0, [5, 6, 7], siblings=3, max_tokens=10), group(1, [8], max_tokens=4), group(2, range(20), siblings=4, max_tokens=8))

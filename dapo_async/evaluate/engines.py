@@ -20,11 +20,13 @@ import torch
 from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.model import load_decoder
-from dapo_async.rollout import Engine, ThreadedEngine, TorchEngine
+from dapo_async.rollout import Engine
 from dapo_async.rollout.engine import EngineFault
+from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.sglang_client import SERVER_KEY, SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, sglang_lack
+from dapo_async.rollout.torch_engine import TorchEngine
 
 LOOPBACK = "127.0.0.1"
 PROBE = np.arange(2, dtype=np.int32)  # any two tokens: what a swap of the weights changes is not looked at here

@@ -1,11 +1,10 @@
 """Generation (L2): group requests and weights in, completions with behaviour logprobs and versions per token out.
 
-`engine.py` is what every engine promises; `ThreadedEngine(TorchEngine(...), clock)` is the one on the learner's own decoder, on CPU and CUDA.
+`engine.py` is what every engine promises, without torch, so that whoever only speaks of engines starts in a second. The one on the learner's own
+decoder, on CPU and CUDA, is `engine_thread.ThreadedEngine(torch_engine.TorchEngine(...), clock)`.
 """
 
 from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
-from dapo_async.rollout.engine_thread import ThreadedEngine
-from dapo_async.rollout.torch_engine import TorchEngine
 
 __all__ = [
     "Aborted",
@@ -14,8 +13,6 @@ __all__ = [
     "GroupRequest",
     "SamplingParams",
     "SlotUse",
-    "ThreadedEngine",
-    "TorchEngine",
     "UpdateReport",
     "WeightUpdate",
 ]

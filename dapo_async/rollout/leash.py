@@ -47,7 +47,7 @@ def hold() -> int:
             # What it leaves in its temporary files goes with it; its ranks meet over a file, where they would open a port to everybody.
             env={**os.environ, "TMPDIR": folder, "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store", **order["environment"]},
             start_new_session=True,
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=before_the_server,
         )
         log = threading.Thread(target=copy, args=(server, order["log"], secret.encode()))
         log.start()
@@ -56,6 +56,12 @@ def hold() -> int:
         kill(server)
         log.join(LOG_S)
     return code
+
+
+def before_the_server() -> None:
+    """In the server's process: it ends with the leash, and heeds SIGTERM, from which Ray's processes are shielded."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def copy(server: subprocess.Popen[bytes], path: str, secret: bytes) -> None:

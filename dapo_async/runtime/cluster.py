@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -17,7 +19,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dapo_async.config import Config
 from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.learner_port import rank_names
-from dapo_async.runtime.reports import ProcessInfo
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -70,7 +71,8 @@ def connect(config: Config) -> str:
         cpus = config.ray.num_cpus or max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Its address is said: else Ray would look for a cluster beside it, and refuse num_cpus for that.
-        ray.init(address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        with shielded():
+            ray.init(address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
     else:
         try:
             ray.init(address=config.ray.address, **quiet)
@@ -87,6 +89,17 @@ def connect(config: Config) -> str:
     free, there = ray.available_resources(), ray.cluster_resources()
     resources = ", ".join(f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)" for kind in ("CPU", "GPU"))
     return f"joined the Ray cluster at {config.ray.address}: {len(nodes)} node{'s'[: len(nodes) > 1]}, {resources}"
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """What this thread starts meanwhile gets no SIGTERM: batch queues send it to every process, and a raylet that gets it kills the actors before the
+    driver could save what they have. Ray itself shields its processes from SIGINT so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -140,8 +153,3 @@ def disconnect() -> None:
 def own_host(config: Config) -> str:
     """The interface that the calling actor binds its servers to: loopback for an own Ray, else its node's address in the cluster."""
     return LOOPBACK if config.ray.address == LOCAL else str(ray.util.get_node_ip_address())
-
-
-def process_info(name: str, detail: str) -> ProcessInfo:
-    """Of the calling actor."""
-    return ProcessInfo(name, os.getpid(), ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), detail)

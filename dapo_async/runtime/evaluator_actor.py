@@ -10,7 +10,6 @@ import torch
 from dapo_async.clock import Span, StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.engine_host import TorchHost
 from dapo_async.runtime.reports import ProcessInfo
 from dapo_async.weights import Announcement, Attestation
@@ -38,7 +37,7 @@ class EvaluatorActor:
     async def ready(self) -> ProcessInfo:
         detail = await self._host.start()
         self._clock.enter("wait")
-        return process_info(NAME, f"{detail}, {self._config.evaluation.engine}")
+        return ProcessInfo.own(NAME, f"{detail}, {self._config.evaluation.engine}")
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""

@@ -25,7 +25,7 @@ from dapo_async.model import (
     open_store,
     take_snapshot,
 )
-from dapo_async.runtime.cluster import own_host, process_info
+from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
@@ -67,7 +67,7 @@ class LearnerActor:
         await asyncio.to_thread(self._load, mesh_address)
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
         self._clock.enter("wait")
-        return process_info(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
+        return ProcessInfo.own(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
 
     def _load(self, mesh_address: tuple[str, int] | None) -> None:
         config, mesh = self._config, Mesh()

@@ -27,7 +27,6 @@ from dapo_async.replay import (
     freeze,
     has_tokens,
 )
-from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Completion, Group, TrainBatch
@@ -81,7 +80,7 @@ class ReplayActor:
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
-        return process_info("replay", self._prompts.summary)
+        return ProcessInfo.own("replay", self._prompts.summary)
 
     async def alive(self) -> None:
         """Never returns: the driver watches it, for it ends with the actor's life."""

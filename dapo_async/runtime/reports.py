@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
+
+import ray
 
 from dapo_async.clock import Span
 from dapo_async.replay import Counts, StepAcceptance, Verdict
@@ -19,6 +23,11 @@ class ProcessInfo:
     node: str  # IP address
     node_id: str  # Ray's
     detail: str = ""
+
+    @classmethod
+    def own(cls, name: str, detail: str) -> Self:
+        """Of the calling actor."""
+        return cls(name, os.getpid(), ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), detail)
 
 
 @dataclass(frozen=True, slots=True)

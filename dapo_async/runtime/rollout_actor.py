@@ -16,7 +16,6 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.cluster import process_info
 from dapo_async.runtime.engine_host import EngineHost, TorchHost
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.sglang_host import SGLangHost
@@ -96,7 +95,7 @@ class RolloutActor:
         self._worker = RolloutWorker(
             self.name, self._host.engine, replay=self._replay, score=self._score, sampling=sampling, group_size=config.replay.group_size
         )
-        return process_info(self.name, detail)
+        return ProcessInfo.own(self.name, detail)
 
     async def run(self) -> None:
         """Rolls groups for as long as the run lasts; the driver watches it."""

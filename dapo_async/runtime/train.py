@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -103,8 +103,7 @@ class Run:
         finally:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
             self._write_summary()
-        await self._disconnect()
-        await asyncio.to_thread(draw_dynamics, self.run_dir)
+        await asyncio.gather(self._disconnect(), asyncio.to_thread(draw_dynamics, self.run_dir))
         await asyncio.to_thread(self.audience.finish, self.ending.status.value, self.ending.reason)
         self._write_summary()  # once more, with what tracking has come to
         return self.ending.exit_code
@@ -193,7 +192,8 @@ class Run:
             return
         started, _ = await asyncio.wait([self.connecting], timeout=self.config.deadlines.stop_s)
         if started:
-            await asyncio.get_running_loop().run_in_executor(self.ray_thread, disconnect)
+            with self.reaper.hasten() if self.reaper is not None else nullcontext():
+                await asyncio.get_running_loop().run_in_executor(self.ray_thread, disconnect)
         if self.reaper is not None:
             self.reaper.dismiss()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from run_support import TINY, check_checkpoint, check_conservation, check_staleness, finished, running
-from sglang_run_support import CONFIG, SERVERS, hang, kill, replaced, starve
+from sglang_run_support import CONFIG, SERVERS, check_restarts, hang, kill, replaced, starve
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 FAULTS = (kill, hang, starve)
@@ -54,7 +54,8 @@ def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: 
         os.kill(live.driver, signal.SIGTERM)
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
-    assert (run.exit_code, run.summary["engine_restarts"]) == (143, 2), run.output
+    assert run.exit_code == 143, run.output
+    check_restarts(run, **{"rollout-0": 1, "rollout-1": 1})
     check_conservation(run.summary["groups"])
     assert run.summary["groups"]["failed"] == 0
 
