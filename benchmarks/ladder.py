@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from support.in_process import CONFIG, InProcess
-from support.study import Study, accuracy, mean
+from support.study import Study, accuracy, mean, spread
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
 
 LADDER = sorted((CONFIG.parent / "ladder").glob("*.yaml"))
 SEEDS, STEPS = (0, 1, 2), 60
-GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 2e-4, 16
+GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 1e-4, 16
 LIMIT_TOKENS, CACHE_TOKENS = 20, 4
 CURVE = ("entropy", "response_tokens", "truncated", "accuracy", "with_gradient", "generated", "clip_high_fraction", "clip_low_fraction", "grad_norm")
-TAIL = 15  # steps that the table's other columns are means over; entropy also at the middle of the run
+TAIL = 15  # steps that the table's columns are means over, but for entropy: the run's second half
 
 
 def small(path: Path) -> Config:
@@ -56,13 +56,12 @@ def measure(rung: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def row(mine: list[dict[str, Any]]) -> dict[str, str]:
-    """Of one rung: means over the seeds, and the lowest and highest accuracy."""
-    end, middle = slice(-TAIL, None), slice(mine[0]["steps"] // 3, 2 * mine[0]["steps"] // 3)
+    """Of one rung: means over the seeds, and the lowest and highest accuracy and entropy."""
+    end = slice(-TAIL, None)
     return {
         "rung": mine[0]["rung"][2:].replace("_", " "),
         "accuracy": accuracy(mine),
-        "entropy, middle third": f"{mean(mine, 'entropy', middle):.3f}",
-        "entropy, end": f"{mean(mine, 'entropy', end):.4f}",
+        "entropy, second half": spread(mine, "entropy", slice(mine[0]["steps"] // 2, None)),
         "length": f"{mean(mine, 'response_tokens', end):.1f}",
         "truncated": f"{mean(mine, 'truncated', end):.1%}",
         "trained groups with a gradient": f"{mean(mine, 'with_gradient'):.2f}",

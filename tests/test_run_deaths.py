@@ -86,17 +86,6 @@ def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_sigint_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *TINY, *LONG) as live:
-        run = end_after(live, lambda: os.kill(live.driver, signal.SIGINT))
-    checkpoint = check_end(run, exit_code=130, status="interrupted")
-    assert run.summary["reason"] == "SIGINT received"
-    assert checkpoint == run.root / "checkpoints" / f"step_{run.summary['steps']:06d}"
-    assert run.summary["groups"]["in_flight"] == 0
-    assert (run.root / "dynamics.png").exists()
-
-
-@pytest.mark.ray
 def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
     # A learner that hangs: the orderly end would wait stop_s for its checkpoint.
     with running(tmp_path / "run", *TINY, *LONG, "deadlines.stop_s=60") as live:

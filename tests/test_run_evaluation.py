@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from run_support import TINY, Finished, Row, check_conservation, check_staleness, check_time_law, finished, rows_of, running
+from run_support import Finished, Row, check_conservation, check_staleness, check_time_law, finished, rows_of
 
 pytestmark = pytest.mark.ray
 NUM_STEPS, EVERY = 12, 3
@@ -115,35 +111,3 @@ def test_a_leased_engine_proves_what_it_serves_when_it_comes_back(lease: Finishe
     # Two engines and NUM_STEPS + 1 versions; a lease lets its engine miss all but the newest version that was published meanwhile.
     assert NUM_STEPS + 1 < handshakes <= 2 * (NUM_STEPS + 1)
     assert lease.summary["weight_versions"] == NUM_STEPS + 1
-
-
-def test_death_of_the_evaluator_ends_the_run_in_its_name(tmp_path: Path) -> None:
-    often = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "evaluation.every_steps=2")
-    with running(tmp_path / "run", *TINY, *often) as live:
-        live.wait_for(r"^evaluation of version \d+: ")
-        evaluator = live.pid("evaluator")
-        engine = [thread.id for thread in psutil.Process(evaluator).threads() if os.getpriority(os.PRIO_PROCESS, thread.id) == 19]
-        assert engine, "no thread of the evaluator is of the lowest priority"
-        os.kill(evaluator, signal.SIGKILL)
-        run = live.finish(timeout_s=60.0)
-        live.seconds_until_nothing_is_left(timeout_s=30.0)
-    assert run.exit_code == 1, run.output
-    assert run.summary["status"] == "failed"
-    assert run.summary["reason"].startswith("evaluator died"), run.summary["reason"]
-    check_conservation(run.summary["groups"])
-    assert run.summary["groups"]["in_flight"] == 0
-    assert not (run.root / "evaluated").exists()
-
-
-def test_a_resumed_run_goes_on_evaluating_and_tells_nothing_twice(tmp_path: Path) -> None:
-    often = (*TINY, "train.num_steps=8", "train.checkpoint_every_steps=2", "evaluation.every_steps=2")
-    with running(tmp_path / "run", *often) as live:
-        live.wait_for(r"^step +5/")
-        os.kill(live.driver, signal.SIGINT)
-        interrupted = live.finish(timeout_s=60.0)
-    assert interrupted.exit_code == 130, interrupted.output
-    run = finished(tmp_path / "run", config=None)
-    assert run.exit_code == 0, run.output
-    versions = [row["version"] for row in run.evaluations]
-    assert versions == sorted(set(versions))
-    assert {0, 8} <= set(versions) <= {0, 2, 4, 6, 8}

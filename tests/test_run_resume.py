@@ -7,12 +7,15 @@ import os
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_support import QUICKSTART, TINY, Finished, check_conservation, command, finished, read_rows, running, write_rows
+from mlflow import MlflowClient
+from run_support import QUICKSTART, TINY, Finished, check_checkpoint, check_conservation, command, finished, read_rows, running, write_rows
+from tracking_world import check_history
 
 from dapo_async import config as knobs
 from dapo_async.group_files import read_groups
@@ -22,6 +25,7 @@ LOCKSTEP = (
     *TINY, "replay.dynamic_sampling=true", "replay.lockstep=true", "replay.max_staleness=0", "rollout.num_slots=32", "train.num_steps=28",
     "train.checkpoint_every_steps=3", "train.record=true", "learner.num_minibatches=2",
 )  # fmt: skip
+MORE = 8  # steps of the second life
 # What depends on the clock, or on the moment at which an actor was asked for its counts.
 BY_THE_CLOCK = (
     "time_s",
@@ -94,40 +98,82 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     assert [line[:9] for line in changed.stdout.splitlines() if "DIFFERS" in line] == ["step    8"]
 
 
-@pytest.mark.ray
-def test_asynchronous_run_goes_on_after_sigterm_without_a_burst_and_without_losing_a_group(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *TINY, "train.num_steps=200") as live:
+@dataclass(frozen=True)
+class Lives:
+    """A run that was interrupted, and what it came to after it was resumed for `MORE` steps."""
+
+    interrupted: Finished
+    summary: dict[str, Any]  # of the interrupted one: the resumed one writes its own
+    trained: int
+    resumed: Finished
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    root = tmp_path_factory.mktemp("lives") / "run"
+    often = ("train.checkpoint_every_steps=5", "evaluation.every_steps=5", "tracking.mlflow=local")
+    with running(root, *TINY, "train.num_steps=200", *often) as live:
         live.wait_for(r"^step +9/")
         began_s = time.monotonic()
-        os.kill(live.driver, signal.SIGTERM)
-        while not list((tmp_path / "run" / "checkpoints").glob("step_??????")):
-            assert time.monotonic() - began_s < 30.0, live.output
-            time.sleep(0.01)
-        print(f"the checkpoint was complete {time.monotonic() - began_s:.2f} s after SIGTERM, ", end="")
-        before = live.finish(timeout_s=30.0)
-        print(f"the process ended after {time.monotonic() - began_s:.2f} s")
-    assert before.exit_code == 143, before.output
-    trained, summary = len(before.metrics), before.summary
-    checkpoint = Path(summary["checkpoint"])
-    assert checkpoint.name == f"step_{trained:06d}"
-    assert f"train --resume {tmp_path / 'run'}" in before.output
+        os.kill(live.driver, signal.SIGINT)
+        interrupted = live.finish(timeout_s=30.0)
+        print(f"the process ended {time.monotonic() - began_s:.2f} s after SIGINT")
+        live.seconds_until_nothing_is_left(timeout_s=20.0)
+    summary, trained = interrupted.summary, len(interrupted.metrics)
+    assert (root / "dynamics.png").exists()
+    return Lives(interrupted, summary, trained, finished(root, f"train.num_steps={trained + MORE}", config=None))
+
+
+@pytest.mark.ray
+def test_sigint_ends_with_130_and_a_checkpoint(lives: Lives) -> None:
+    run, summary = lives.interrupted, lives.summary
+    assert run.exit_code == 130, run.output
+    assert "Traceback" not in run.output, run.output
+    assert (summary["status"], summary["reason"]) == ("interrupted", "SIGINT received")
+    assert summary["steps"] == lives.trained >= 9
+    assert Path(summary["checkpoint"]) == run.root / "checkpoints" / f"step_{lives.trained:06d}"
+    check_checkpoint(Path(summary["checkpoint"]))
+    check_conservation(summary["groups"])
+    assert summary["groups"]["in_flight"] == 0
+    assert f"train --resume {run.root}" in run.output
+
+
+@pytest.mark.ray
+def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(lives: Lives) -> None:
     # What was under way when the run ended is part of the checkpoint: it counts as unused in that summary only.
-    run = finished(tmp_path / "run", f"train.num_steps={trained + 8}", config=None)
+    run, summary, steps = lives.resumed, lives.summary, lives.trained + MORE
     assert run.exit_code == 0, run.output
-    assert f"resuming at step {trained} from {checkpoint}" in run.output
-    assert [row["step"] for row in run.metrics] == list(range(trained + 8))
+    assert f"resuming at step {lives.trained} from {summary['checkpoint']}" in run.output
+    assert [row["step"] for row in run.metrics] == list(range(steps))
     assert max(row["group_staleness_max"] for row in run.metrics) <= 2
     groups = run.summary["groups"]
     check_conservation(groups)
-    assert (groups["evicted"], groups["failed"], groups["trained"]) == (0, 0, 4 * (trained + 8))
-    assert groups["admitted"] <= summary["groups"]["admitted"] + 8 * 4
+    assert (groups["evicted"], groups["failed"], groups["trained"]) == (0, 0, 4 * steps)
+    assert groups["admitted"] <= summary["groups"]["admitted"] + 4 * MORE
     assert run.summary["initial_accuracy"] == summary["initial_accuracy"]
     assert run.summary["tokens"] == sum(row["tokens"] for row in run.metrics)
     assert run.summary["train_s"] > summary["train_s"]
-    assert run.summary["resumed_from"] == str(checkpoint)
+    assert run.summary["resumed_from"] == summary["checkpoint"]
     ended = command("train", "--resume", str(run.root))
     assert ended.returncode == 2
-    assert f"all {trained + 8} steps (train.num_steps) are trained" in ended.stderr
+    assert f"all {steps} steps (train.num_steps) are trained" in ended.stderr
+
+
+@pytest.mark.ray
+def test_a_resumed_run_goes_on_evaluating_and_tells_nothing_twice(lives: Lives) -> None:
+    steps, versions = lives.trained + MORE, [row["version"] for row in lives.resumed.evaluations]
+    assert versions == sorted(set(versions))
+    assert {0, steps} <= set(versions) <= {*range(0, steps, 5), steps}
+
+
+@pytest.mark.ray
+def test_resumed_run_goes_on_in_its_mlflow_run(lives: Lives) -> None:
+    run, steps = lives.resumed, lives.trained + MORE
+    assert run.summary["mlflow_run_id"] == lives.summary["mlflow_run_id"]
+    client = MlflowClient(f"sqlite:///{run.root.parent}/mlflow.db")
+    check_history(client, run.summary["mlflow_run_id"], run.metrics)
+    assert client.get_run(run.summary["mlflow_run_id"]).data.tags["resumed.train.num_steps"] == str(steps)
+    assert f"mlflow ui --backend-store-uri sqlite:///{run.root.parent}/mlflow.db" in run.output
 
 
 @pytest.mark.ray

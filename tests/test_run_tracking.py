@@ -1,4 +1,4 @@
-"""Real runs before a real terminal, before one that is closed, and in MLflow over two lives."""
+"""Real runs before a real terminal, before one that is closed, and beside a tracking server that never answers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from run_support import COMMAND, MARKER, QUICKSTART, TINY, Finished, environment, finished, processes_of
-from tracking_world import check_history, silent_port
+from tracking_world import silent_port
 
 pytestmark = pytest.mark.ray
 # A terminal of its own, as a shell in a window has it: closing it sends SIGHUP.
@@ -117,27 +116,6 @@ def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(tmp
     assert run.exit_code == 0
     assert (run.summary["status"], run.summary["steps"]) == ("done", 60)
     assert run.summary["caught"] == {"display": 1}
-
-
-def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    shell = f"{COMMAND} train {QUICKSTART} {' '.join(TINY)} run_dir={root} | head -n 4; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=240, check=False)
-    assert (ran.returncode, ran.stdout.count("\n"), ran.stderr) == (0, 4, "")
-    summary = Finished(root, ran.returncode, ran.stdout).summary
-    assert (summary["status"], summary["steps"], summary["caught"]) == ("done", 6, {"display": 1})
-
-
-def test_resumed_run_goes_on_in_its_mlflow_run(tmp_path: Path) -> None:
-    first = finished(tmp_path / "run", *TINY, "tracking.mlflow=local")
-    run_id = first.summary["mlflow_run_id"]
-    again = finished(tmp_path / "run", "train.num_steps=9", config=None)
-    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
-    assert again.summary["mlflow_run_id"] == run_id
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    check_history(client, run_id, again.metrics)
-    assert client.get_run(run_id).data.tags["resumed.train.num_steps"] == "9"
-    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in again.output
 
 
 def test_run_whose_tracking_server_never_answers_says_so_once_and_ends_well(tmp_path: Path) -> None:

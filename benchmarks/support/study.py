@@ -62,8 +62,16 @@ class Study:
 
 def accuracy(runs: Sequence[Run]) -> str:
     """Held out, of the last evaluations: mean over the seeds, and the lowest and highest."""
-    finals = [statistics.mean(value for _, value in run["held_out"][-LAST:]) for run in runs]
-    return f"{statistics.mean(finals):.3f} ({min(finals):.3f} to {max(finals):.3f})"
+    return _spread([statistics.mean(value for _, value in run["held_out"][-LAST:]) for run in runs])
+
+
+def spread(runs: Sequence[Run], name: str, part: slice = slice(None)) -> str:
+    """Of a curve's steps in `part`: mean over the seeds, and the lowest and highest."""
+    return _spread([statistics.mean(run[name][part]) for run in runs])
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def mean(runs: Sequence[Run], name: str, part: slice = slice(None)) -> float:

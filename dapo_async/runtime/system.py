@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from dapo_async.weights import Announcement, Attestation, Publisher
 Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
+PATIENCE_S = 20.0  # after which a start that lasts is spoken of, again and again
 START_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
@@ -123,7 +125,7 @@ class System:
 
     def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str, say: Callable[[str], None], resume: Path | None = None) -> None:
         """`resume`: the `state/` folder of the checkpoint to go on from. `say`: what the person at the terminal has to know."""
-        self._config, self._say = config, say
+        self._config, self._say, self.started = config, say, False
         self.restarts: Counter[str] = Counter()  # of lost engines, by worker
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
@@ -161,10 +163,20 @@ class System:
         return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers), *evaluators]
 
     async def start(self) -> list[ProcessInfo]:
-        """Waits until every actor is up."""
-        deadline_s = self._config.deadlines.start_s + START_MARGIN_S
+        """Waits until every actor is up, and says whom it waits for when that takes long."""
+        start_s, began_s = self._config.deadlines.start_s, time.monotonic()
         others = [remote for remote in self.remotes if remote not in self.learner.remotes]
-        ranks, *infos = await asyncio.gather(self.learner.ready(), *(remote.call("ready", deadline_s=deadline_s) for remote in others))
+        up: dict[str, asyncio.Task[Any]] = {"learner": asyncio.create_task(self.learner.ready())}
+        up |= {remote.name: asyncio.create_task(remote.call("ready", deadline_s=start_s + START_MARGIN_S)) for remote in others}
+        everybody = asyncio.gather(*up.values())
+        try:
+            while not (await asyncio.wait([everybody], timeout=PATIENCE_S))[0]:
+                slow = ", ".join(name for name, task in up.items() if not task.done())
+                self._say(f"still waiting for {slow} to start, {time.monotonic() - began_s:.0f} s of {start_s:g} (deadlines.start_s)")
+            ranks, *infos = await everybody
+        finally:
+            everybody.cancel()
+        self.started = True
         return [infos[0], *ranks, *infos[1:]]
 
     async def _regroup(self, names: Sequence[str]) -> None:

@@ -235,7 +235,8 @@ class Run:
             if self.lost is not None:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
             await self._attempt("the last counts", self.system.replay.close())
-            await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
+            if self.system.started:
+                await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
             if self.held_out is not None and self.lost != "evaluator":
                 await self._attempt("the evaluator's spans", self.held_out.collect(self.tracker.timeline, deadline_s=0.8 * deadline_s))
             await self._attempt("the timeline", self._write_timeline(self.tracker))
