@@ -44,6 +44,7 @@ def plain(monkeypatch):
         (r"\boxed{1} and \boxed{2}", "1, 2"),
         (r"\boxed{-2} \quad \text{or} \quad \boxed{1}", "-2, 1"),
         (r"\boxed{1} nonono no no \boxed{2}", "2"),
+        (r"\boxed{\boxed{4}}", "4"),
         ("<think>Answer: 33</think>Answer: 34", "34"),
         (r"<think>\boxed{33}</think> I say \boxed{34}", "34"),
         ("Answer: 1 Answer: 34", "1 Answer: 34"),

@@ -147,16 +147,16 @@ def _content(said: str) -> str:
 def _last_boxes(text: str) -> tuple[int, str] | None:
     """`(start, contents joined by commas)` of the last box and those right before it; None when there is none, or when the last is not closed."""
     starts = [(match.start(), match.end()) for match in _BOXED.finditer(text)]
-    contents: list[str] = []
-    first = len(text)
+    found: list[tuple[int, str]] = []
     for start, inside in reversed(starts[-MOST_BOXES:]):
         end = _closing(text, inside)
-        if end is None or (contents and not _are_joined(text[end + 1 : first])):
+        if end is None:
             break
-        if text[inside:end] not in contents:
-            contents.insert(0, text[inside:end])
-        first = start
-    return (first, ", ".join(contents)) if contents else None
+        after = [box for box in found if box[0] > end]  # those within this one are part of it
+        if after and not _are_joined(text[end + 1 : after[0][0]]):
+            break
+        found = [(start, text[inside:end]), *after]
+    return (found[0][0], ", ".join(dict.fromkeys(content for _, content in found))) if found else None
 
 
 def _are_joined(between: str) -> bool:
