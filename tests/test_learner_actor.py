@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def actor(number: int, folder: Path) -> LearnerActor:
     return made
 
 
+def batch_of(groups: Any) -> TrainBatch:
+    return TrainBatch(learner_version=5, admission_indices=(0,), oldest_versions=(5,), num_tokens=(1,), references=(groups,))
+
+
 async def frozen_in_a_step(folder: Path) -> list[int]:
     """Versions that two ranks freeze, asked while the groups of one have come and those of the other have not."""
     ranks, arrived = [actor(number, folder) for number in range(2)], [asyncio.Event(), asyncio.Event()]
@@ -40,10 +45,7 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
     async def groups(number: int) -> None:
         await arrived[number].wait()
 
-    def batch(number: int) -> TrainBatch:
-        return TrainBatch(learner_version=5, admission_indices=(0,), oldest_versions=(5,), num_tokens=(1,), references=(groups(number),))
-
-    steps = [asyncio.create_task(rank.step(batch(number), [0])) for number, rank in enumerate(ranks)]
+    steps = [asyncio.create_task(rank.step(batch_of(groups(number)), [0])) for number, rank in enumerate(ranks)]
     arrived[0].set()
     await asyncio.sleep(0.05)
     frozen = [asyncio.create_task(rank.freeze()) for rank in ranks]
@@ -55,3 +57,31 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
 
 def test_copies_asked_for_in_the_midst_of_a_step_are_of_one_version_though_one_rank_still_waits_for_its_groups(tmp_path: Path) -> None:
     assert asyncio.run(frozen_in_a_step(tmp_path)) == [6, 6]
+
+
+def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
+    rank, begun, over = actor(0, tmp_path), threading.Event(), threading.Event()
+
+    def hang(*_: Any, **__: Any) -> StepMetrics:
+        begun.set()
+        over.wait(20.0)
+        return StepMetrics()
+
+    async def places() -> list[str | None]:
+        async def groups() -> None: ...
+
+        rank._rank.step = hang  # type: ignore[method-assign]
+        before, step = await rank.ping(), asyncio.create_task(rank.step(batch_of(groups()), [0]))
+        await asyncio.to_thread(begun.wait, 20.0)
+        during = await rank.ping()
+        over.set()
+        await step
+        return [before, during, await rank.ping()]
+
+    before, during, after = asyncio.run(places())
+    assert (before, after) == (None, None)
+    assert during is not None
+    place, _, innermost = during.partition(" > ")
+    assert place.startswith("runtime/learner_actor.py:")
+    assert place.endswith(" _step")
+    assert innermost == "wait"

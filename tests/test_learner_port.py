@@ -76,6 +76,16 @@ def test_rank_that_died_is_named_though_another_is_heard_first() -> None:
     assert error is death
 
 
+def test_ranks_that_are_still_in_their_step_say_where() -> None:
+    waits, hangs = "model/parallel.py:127 _all_gather", "model/layers.py:90 forward > linear"
+    late = learner_of(Rank("learner-0", step=asyncio.Event, ping=waits), Rank("learner-1", step=asyncio.Event, ping=hangs), tp=2)
+    told = f"still in their step: learner-0 in {waits}, learner-1 in {hangs}"
+    assert str(spoken(late)) == f"the driver waited 0.1 s for learner-0 to finish step; {told}"
+    failed = learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event, ping=hangs), tp=2)
+    error = spoken(failed)
+    assert (type(error), str(error)) == (ActorFailed, f"learner-0 {BROKEN}; still in their step: learner-1 in {hangs}")
+
+
 def test_without_a_rank_that_died_or_hangs_the_first_error_is_told_as_it_is() -> None:
     error = spoken(learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event), tp=2))
     assert str(error) == f"learner-0 {BROKEN}"

@@ -12,7 +12,7 @@ rollout_actor   one engine and its worker
 evaluator_actor an engine of its own for evaluations beside training
 engine_host     what worker and evaluator share
 evaluations     when, where and of which version; lease: on a worker's engine
-learner_actor   one learner rank and the sender's side of a publish
+learner_actor   one learner rank and the sender's side of a publish; whereabouts: where its step is
 remote          calls with a deadline that names who waits for whom
 system          all actors of one run, and what watches over them
 loop            THE loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from dapo_async.model import (
 )
 from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
+from dapo_async.runtime.whereabouts import whereabouts
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.weights import Announcement, Manifest, WeightGroup
@@ -48,6 +50,7 @@ class LearnerActor:
         self._clock = StateClock(name)
         self._device = "cuda:0" if config.learner.num_gpus > 0 else "cpu"  # Ray shows an actor its own GPU alone
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._stepping: int | None = None  # the thread of the step that runs
         self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
         self._frozen_state: FrozenState | None = None
         self._snapshot: Snapshot | None = None
@@ -94,8 +97,9 @@ class LearnerActor:
         """Never returns: the driver watches it, for it ends with the actor's life."""
         await asyncio.Event().wait()
 
-    async def ping(self) -> None:
-        """Answers at once: the process lives and its event loop runs."""
+    async def ping(self) -> str | None:
+        """Answers at once: the process lives and its event loop runs. Returns where the thread of the step is, or None between steps."""
+        return whereabouts(self._stepping) if self._stepping is not None else None
 
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
         """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""
@@ -109,10 +113,13 @@ class LearnerActor:
                 return await asyncio.to_thread(self._step, groups, positions, len(batch.admission_indices))
 
     def _step(self, groups: Sequence[Group], positions: Sequence[int], num_groups: int) -> StepMetrics:
-        version = self._rank.version
+        version, self._stepping = self._rank.version, threading.get_ident()
         wanted = self._config.learner.profile and version in PROFILED_STEPS
-        with profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz") if wanted else nullcontext():
-            return self._rank.step(groups, positions=positions, num_groups=num_groups)
+        try:
+            with profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz") if wanted else nullcontext():
+                return self._rank.step(groups, positions=positions, num_groups=num_groups)
+        finally:
+            self._stepping = None
 
     async def snapshot(self) -> Announcement | None:
         """Freezes the current weights for the next publish and disk write; they replace the snapshot before. None but on the first rank."""

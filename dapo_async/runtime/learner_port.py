@@ -91,12 +91,14 @@ class Learner:
         try:
             return await asyncio.gather(*calls)
         except (TimeoutError, ActorFailed) as error:
-            if len(self.remotes) > 1:
-                await self._name_the_cause(error)
+            await self._name_the_cause(error)
             raise
 
-    async def _name_the_cause(self, error: Exception) -> None:
-        """Raises ActorDied or TimeoutError for the rank that died or hangs: through it all others fail or are late, and any may be heard first."""
+    async def _name_the_cause(self, error: TimeoutError | ActorFailed) -> None:
+        """Raises for the rank that died or hangs: through it all others fail or are late, and any may be heard first.
+
+        What of them is still in its step says where: whoever hangs is not where the others wait for it, or is the only one that has not failed.
+        """
         pings = (remote.call("ping", deadline_s=PING_S) for remote in self.remotes)
         answers = dict(zip(self.remotes, await asyncio.gather(*pings, return_exceptions=True), strict=True))
         for answer in answers.values():
@@ -104,6 +106,8 @@ class Learner:
                 raise answer from error
         if silent := [remote.name for remote, answer in answers.items() if isinstance(answer, TimeoutError)]:
             raise TimeoutError(f"{' and '.join(silent)} gave no sign of life for {PING_S:g} s; before, {error}") from error
+        if stepping := [f"{remote.name} in {answer}" for remote, answer in answers.items() if isinstance(answer, str)]:
+            raise type(error)(f"{error}; still in their step: {', '.join(stepping)}") from error
 
 
 def rank_names(config: Config) -> list[str]:
