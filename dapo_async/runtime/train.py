@@ -225,13 +225,15 @@ class Run:
 
     async def _end(self) -> None:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
-        deadline_s = self.config.deadlines.stop_s
+        deadline_s, save_s = self.config.deadlines.stop_s, self.config.deadlines.stop_s
+        if self.ending.status is Status.INTERRUPTED:
+            save_s = max(save_s, self.config.deadlines.save_s)  # nothing hangs, and whoever has no time for it interrupts once more
         if self.system is not None and self.tracker is not None:
             if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
                 await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))
                 # Of the newest step: at most what was generated since is lost. Without learner or replay room the newest periodic one has to do.
                 if self.checkpointer is not None and self.lost != "replay" and not (self.lost or "").startswith("learner"):
-                    await self._attempt("a last checkpoint", self.checkpointer.save(deadline_s=deadline_s))
+                    await self._attempt("a last checkpoint", self.checkpointer.save(deadline_s=save_s), within_s=save_s)
             if self.lost is not None:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
             await self._attempt("the last counts", self.system.replay.close())
@@ -267,9 +269,9 @@ class Run:
         finally:
             self.seconds[name] = self.clock.now_s() - began_s
 
-    async def _attempt(self, what: str, awaitable: Awaitable[Any]) -> None:
+    async def _attempt(self, what: str, awaitable: Awaitable[Any], *, within_s: float | None = None) -> None:
         try:
-            await asyncio.wait_for(awaitable, self.config.deadlines.stop_s)
+            await asyncio.wait_for(awaitable, within_s or self.config.deadlines.stop_s)
         except Exception as error:  # noqa: BLE001 (an orderly end goes on without what can't be had any more, and says so)
             self.caught[what] += 1
             self.say(f"the run ends without {what}: {' '.join(str(error).split()) or repr(error)}")
