@@ -192,7 +192,7 @@ class Deadlines:
     silence_s: float = knob(120.0, "an SGLang server's silence, while it generates or is asked something")
     evaluate_s: float = knob(600.0, "one evaluation")
     save_s: float = knob(600.0, "one checkpoint")
-    stop_s: float = knob(10.0, "the actors' orderly end, before they are killed; the last checkpoint of an interrupted run has save_s")
+    stop_s: float = knob(10.0, "the actors' orderly end, before they are killed; the last checkpoint has save_s, unless something hangs")
     tracking_s: float = knob(10.0, "the end's wait for what MLflow has not taken yet; a store that is away is not waited for")
 
 

@@ -32,7 +32,9 @@ def test_nor_where_the_whole_response_is_taken_for_the_answer():
 def test_nor_where_the_last_expression_is_looked_for():
     pairs = [pair for pair in responses(600, seed=2) if "Answer:" in pair[0] or len(pair[0]) < 60]
     # Unmarked, the last of several expressions is taken at its word; contradictions and lists are for the other two.
-    taken = [pair for pair, verdict in zip(pairs, judged(pairs, "any"), strict=True) if verdict.correct or verdict.failed]
+    verdicts = judged(pairs, "any")
+    assert not any(verdict.failed for verdict in verdicts)
+    taken = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct]
     assert [pair for pair in taken if "=" not in pair[0] and "\n" not in pair[0]] == []
 
 

@@ -19,6 +19,7 @@ from run_support import MARKER, QUICKSTART, RAY_AGENTS, TINY, Finished, Live, ch
 
 from dapo_async import config as knobs
 from dapo_async.runtime.interrupts import SAME_S, Interrupts
+from dapo_async.runtime.loop import unbroken
 from dapo_async.runtime.remote import ActorDied, ActorFailed
 from dapo_async.runtime.system import System
 
@@ -76,7 +77,7 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
 
 @pytest.mark.ray
 def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
-    # To the whole group, as batch queues send it: Ray's own processes end by it too, before the driver could ask them anything.
+    # To the whole group, as batch queues send it: Ray's own processes get it too, and must not end by it before the driver has saved.
     with running(tmp_path / "run", *TINY, *LONG) as live:
         run = end_after(live, lambda: os.killpg(live.driver, signal.SIGTERM))
     checkpoint = check_end(run, exit_code=143, status="interrupted")
@@ -204,13 +205,14 @@ def test_failure_without_a_death_is_told_as_it_is() -> None:
     assert str(watched_error(worker_dies_after_s=None)).startswith("learner failed in broadcast")
 
 
-def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals]]:
-    """What is said and which signals end the process at once when SIGINT comes after each pause."""
+def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals], list[signal.Signals]]:
+    """What is said, which signals are noted and which end the process at once when SIGINT comes after each pause."""
     said: list[str] = []
+    noted: list[signal.Signals] = []
     at_once: list[signal.Signals] = []
 
     async def main() -> None:
-        interrupts = Interrupts(said.append, at_once.append)
+        interrupts = Interrupts(said.append, noted.append, at_once.append)
         task = asyncio.create_task(asyncio.Event().wait())
         interrupts.listen(task)
         for pause_s in pauses_s:
@@ -221,13 +223,31 @@ def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals]]:
         assert task.cancelled()
 
     asyncio.run(main())
-    return said, at_once
+    return said, noted, at_once
 
 
 def test_second_signal_ends_at_once_but_not_the_echo_of_the_first() -> None:
-    said, at_once = received(0.0, 0.05)
-    assert (len(said), at_once) == (1, [])
-    assert received(0.0, 2 * SAME_S)[1] == [signal.SIGINT]
+    said, noted, at_once = received(0.0, 0.05)
+    assert (len(said), noted, at_once) == (1, [signal.SIGINT], [])
+    assert received(0.0, 2 * SAME_S)[2] == [signal.SIGINT]
+
+
+def test_step_that_is_interrupted_is_booked_when_it_ends() -> None:
+    booked = []
+
+    async def step() -> None:
+        await asyncio.sleep(0.3)
+        booked.append("step")
+
+    async def main() -> None:
+        task = asyncio.create_task(unbroken(step(), deadline_s=5.0))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert booked == ["step"]
 
 
 def test_conservation_check_notices_what_a_death_would_hide() -> None:

@@ -77,7 +77,7 @@ class InProcess:
             metrics = summarise(self.rank.step(batch.references)) | {
                 "oldest": float(step - min(batch.oldest_versions)),
                 "newest": float(step - max(batch.oldest_versions)),
-                "with_gradient": statistics.mean(float(spread(group)) for group in batch.references),
+                "with_gradient": statistics.mean(float(has_gradient(group)) for group in batch.references),
                 "generated": float(self.generated - before),
             }
             self.replay.trained(batch.admission_indices)
@@ -136,6 +136,6 @@ class InProcess:
         return text
 
 
-def spread(group: Group) -> bool:
-    """Whether its accuracies differ: whether it has a gradient."""
-    return len({rollout.accuracy for rollout in group.rollouts}) > 1
+def has_gradient(group: Group) -> bool:
+    """Whether its rewards (punishment included) differ: else all of its advantages are 0."""
+    return len({rollout.reward for rollout in group.rollouts}) > 1

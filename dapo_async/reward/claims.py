@@ -15,11 +15,15 @@ _NEGATED = re.compile(r"(?i)\b(?:not|never|cannot|neither|nor|wrong|incorrect|ha
 _TURNED = re.compile(
     r"(?i)(?:\b(?:minus|negative|twice|double|triple|half|half of|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
     r"|at most|at least|up to|nearly|almost|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
-    r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through))"
+    r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through|times))"
     r"\s+(?:the\s+)?$"
 )
 _AFTER = re.compile(r"[\s$})*\\]*(?:\\?(?:text|mathrm)\s*\{\s*)?([A-Za-z][A-Za-z']*)")
-_TAKEN_BACK = re.compile(r"(?i)[\s$})*\\]*(?:(?:is|was|are)\s+(?:not|wrong|incorrect|false|never)|or\s+(?:so|less|more|fewer|above|below))\b")
+_TAKEN_BACK = re.compile(
+    r"(?i)[\s$})*\\]*(?:\\?text\s*\{\s*|\(\s*)?(?:(?:(?:is|was|are)\s+)?(?:not|wrong|incorrect|false|never)|or\s+(?:so|less|more|fewer|above|below))\b"
+)
+# Right after a number: another factor, an ordinal, a ratio. Letters that are units in everyday use pass.
+_GOES_ON = re.compile(r"(?:[abdefijknopqruvwxyz]\b|(?:st|nd|rd|th)\b|\s*:\s*[0-9])")
 _HARMLESS = frozenset("is was are but more less fewer times percent percentage pct pair pairs couple couples score scores point".split())  # noqa: SIM905
 
 
@@ -35,5 +39,7 @@ def claims(text: str, expression: str) -> bool:
     after = text[end:]
     following = _AFTER.match(after)
     if _NEGATED.search(re.split("[0-9]", clause)[-1]) or _TURNED.search(clause) or _TAKEN_BACK.match(after):
+        return False
+    if expression[-1:].isdigit() and _GOES_ON.match(after):
         return False
     return following is None or following[1].lower() not in CHANGING - _HARMLESS

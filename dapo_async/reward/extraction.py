@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import re
 
+from dapo_async.reward.units import CHANGING
+
 WHITE = " \t\r\n"  # the white space that may stand around an answer
 THINK, END_OF_THINKING = "<think>", "</think>"
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
-_NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{1,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
+_NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*$")
+_LABEL = re.compile(r"(?i)\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?:\s*\}?\s*")
+_SIGN = re.compile(r"(?:\$|(?:[=(\[{]|\\[(\[])\s*)[-−]\s*$")
+_POWER = re.compile(r"\s*\^\s*\{?\s*-?[0-9]+\s*\}?")
 _SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
 _BETWEEN_BOXES = re.compile(
     rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
@@ -37,6 +42,8 @@ _AFTER = re.compile(r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]
 _A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*(\S.*)")
 _OPENING = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 _AFTERWORD = re.compile(r"(?s)(?:</s>.*|<\|.*|\.\s*I hope (?:it|this) is correct.*)")
+_FLOURISH = re.compile(r"(?:\s*(?:\$?\\(?:blacksquare|square|qed)\$?|[∎■□✅✓✔]))+\s*$")
+_REMARK = re.compile(r"(?<=[0-9$}*])\s+\(([A-Za-z][A-Za-z ,'-]{2,80})\)\s*\.?\s*$")
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
@@ -59,13 +66,14 @@ def marked_answer(text: str) -> str | None:
     has_box, line = "box" in text, None  # most responses have none: spares three searches
     if has_box:
         text = _NAKED_BOX.sub(r"\\boxed{\1}", text)
-    for line in _ANSWER_LINE.finditer(text):  # noqa: B007 (the last one is wanted)
-        pass
     box, cut = (_last_boxes(text), _last_cut(text)) if has_box else (None, None)
+    for found in _ANSWER_LINE.finditer(text):
+        if box is None or not box[0] <= found.start() < box[1]:  # the words of a box are its own
+            line = found
     if cut is not None and (line is None or cut > line.start()):
         return None
     if box is not None and (line is None or box[0] > line.start()):
-        return _content(box[1]) or None
+        return _content(_LABEL.sub("", box[2])) or None
     if line is None:
         last = _A_LINE.fullmatch(text.rstrip(WHITE).rpartition("\n")[2].strip(WHITE))
         return (_content(last[1]) or None) if last else None
@@ -104,13 +112,13 @@ def _last_cut(text: str) -> int | None:
 
 
 def bare(text: str) -> str:
-    r"""`text` without what only surrounds it: white space, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a full stop."""
+    r"""`text` without what only surrounds it: white space, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a full stop or comma."""
     before = None
     while before != text:
         before, text = text, text.strip(WHITE).strip('*`"')
         if text.startswith('\\"') and text.endswith("\\"):
             text = text[2:-1]
-        if text.endswith(".") and not text.endswith(".."):
+        if text.endswith((".", ",")) and not text.endswith(".."):
             text = text[:-1]
         for left, right in _DELIMITERS:
             inner = text[len(left) : len(text) - len(right)]
@@ -124,7 +132,10 @@ def bare(text: str) -> str:
 
 def _content(said: str) -> str:
     """The answer in what a marker's line says: a sentence around it is left away, and formulas without their delimiters."""
-    said = _AFTERWORD.sub("", said)
+    said = _FLOURISH.sub("", _AFTERWORD.sub("", said))
+    remark = _REMARK.search(said) if len(said) <= LONGEST_BOX else None
+    if remark and not {"mod", *CHANGING}.intersection(remark[1].lower().split()) and not _TURNED.search(remark[1]):
+        said = said[: remark.start()]
     if len(said) > LONGEST_BOX:
         return said
     text = bare(said)
@@ -144,10 +155,13 @@ def _content(said: str) -> str:
     return bare(formula[1]) + (f" {after.strip()}" if after.strip() else "")
 
 
-def _last_boxes(text: str) -> tuple[int, str] | None:
-    """`(start, contents joined by commas)` of the last box and those right before it; None when there is none, or when the last is not closed."""
+def _last_boxes(text: str) -> tuple[int, int, str] | None:
+    """`(start, end, contents joined by commas)` of the last box and those right before it; None when there is none, or when the last is not closed.
+
+    A sign right before a box, or a power right after it, within one formula are part of its content.
+    """
     starts = [(match.start(), match.end()) for match in _BOXED.finditer(text)]
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, int, str]] = []
     for start, inside in reversed(starts[-MOST_BOXES:]):
         end = _closing(text, inside)
         if end is None:
@@ -155,8 +169,11 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         after = [box for box in found if box[0] > end]  # those within this one are part of it
         if after and not _are_joined(text[end + 1 : after[0][0]]):
             break
-        found = [(start, text[inside:end]), *after]
-    return (found[0][0], ", ".join(dict.fromkeys(content for _, content in found))) if found else None
+        content, power = text[inside:end], _POWER.match(text, end + 1)
+        if _SIGN.search(text[max(0, start - 20) : start]):
+            content = f"-({content})"
+        found = [(start, end, f"({content}){power[0]}" if power else content), *after]
+    return (found[0][0], found[-1][1], ", ".join(dict.fromkeys(content for *_, content in found))) if found else None
 
 
 def _are_joined(between: str) -> bool:

@@ -25,6 +25,16 @@ Extraction = Literal["marker", "any", "none"]
 TIMEOUT_S, MOST_TIMEOUT_S = 5.0, 86_400.0
 TAIL_CHARACTERS = 3000  # in which the last expression of a text without a marker is looked for
 LAST_CHARACTERS = 100  # in which nothing may pass for something else
+# What math-verify reads past, and what a gold answer has to have for it: a ratio, something left out, a congruence, an index.
+_MORE_THAN_A_VALUE = tuple(
+    (re.compile(pattern), re.compile(allowed))
+    for pattern, allowed in (
+        (r"[0-9]\s*:\s*[0-9]", r":|/|\\frac"),
+        (r"\\[lc]?dots", r"\\[lc]?dots"),
+        (r"\\equiv", r"\\equiv|\bmod|\\[bp]?mod"),
+        (r"[0-9]_\s*\{?\s*[A-Za-z]", "_"),
+    )
+)
 LONGEST_ANSWER = 2000  # characters; nothing longer is compared
 
 
@@ -76,6 +86,8 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
     equal = plain_equal(written, expected)
     if equal is not None:
         return _verdict(equal, extracted)
+    if any(pattern.search(written) and not allowed.search(expected) for pattern, allowed in _MORE_THAN_A_VALUE):
+        return _verdict(False, extracted)
     if is_too_large(written):
         return Verdict(correct=False, extracted=extracted, reason="too_large")
     return _asked({"answer": spelt_out(written, expected), "gold": spelt_out(expected, expected), "anywhere": False}, timeout_s, extracted=extracted)

@@ -12,13 +12,19 @@ _COMMANDS = r"\\(?:text|mathrm|textrm|mbox|textbf|textit|mathbf|textnormal|opera
 TEXT = re.compile(_COMMANDS + r"\s*\{([^{}]*)\}")
 _REPLACED = (  # in turn; a backslash right before is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
-    (re.compile(r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"), ""),
+    (
+        re.compile(
+            r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|(?<!\\)\\[bB]igg?[lr]?(?![A-Za-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"
+        ),
+        "",
+    ),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\u00a0|\u202f"), " "),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|mathbf|operatorname)\s*\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"\\(?:boldsymbol|bm)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:boldsymbol|bm|underline)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\s*|\\(?:color|textcolor)\s*\{[^{}]*\}"), ""),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
     (re.compile(r"(?<=[0-9])\s*\*?\s*pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\\\{\s*\\\}|\\varnothing(?![a-z])"), r"\\emptyset"),

@@ -1,8 +1,9 @@
 r"""Equality by computer algebra: two answers come in, whether they are the same leaves. Runs in verifier processes only (`verifier_process.py`).
 
 The algebra is math-verify's (on SymPy). What it accepts too easily is looked at once more: chains of equations whose sides differ (`41 = 42`),
-several numbers side by side, floats that only round alike, numerals of different bases, words of the same letters. It is called without its own
-timeout, which would need SIGALRM: the process has a hard deadline instead.
+several numbers side by side, floats that only round alike, numerals of different bases, words of the same letters. A number right before a bracket
+is told to multiply it: math-verify takes `3(4)` for a mixed number and adds. Its own timeout would need SIGALRM and is off: the process has a hard
+deadline instead.
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ _DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-
 _BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*\s*_\s*\{?\s*(?:\\text\{)?([0-9]+)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][+-]?[0-9]{1,2}(?![\w.])")
 _NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
+# A number, or a bracket that closes, right before one that opens: factors. Not f_2(8), \log_{2}(8), \frac3{4}.
+_OPENS = r"(?:\\(?:left|[bB]igg?l?))?\("
+_FACTORS = re.compile(
+    rf"(?<![\w.\\_}}^])(?<!_\{{)([0-9]+(?:\.[0-9]+)?)(?={_OPENS}|\{{[0-9]|(?:\[|\\lbrack|\\\{{)\s*-?[0-9.]+\s*(?:\]|\\rbrack|\\\}})|\s+\(\s*-?[0-9])"
+    rf"|(?<=\))(?={_OPENS})|(?:(?<![\w\\_^}}\])])\{{[0-9]+\}}|(?<=\}})\{{[0-9]+\}})(?={_OPENS})"
+)
+_MIXED = re.compile(r"(?<![\w.\\_}^])([0-9]+)\s*(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))")
+_WORK = re.compile(r"(?:[-+*/×÷%^]|\\(?:times|cdot|div)|\bof)\s*$")
 _LISTED = re.compile(rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$")
 
 
@@ -81,8 +90,9 @@ def _gold(gold: str) -> list[Any]:
 
 def _is_part(extracted: str, text: str) -> bool:
     """Whether a number was read out of something larger at the end of a text: several numbers side by side, a chain of equations, a formula."""
-    listed = _LISTED.search(text[-1000:].strip())
-    if listed is not None and number(listed[1]) is None:
+    tail = text[-1000:].strip()
+    listed = _LISTED.search(tail)
+    if listed is not None and number(listed[1]) is None and not ("=" in listed[1] and _WORK.search(tail[: listed.start()])):
         return len({each.replace(",", "") for each in re.findall(_NUMBER, listed[1])}) > 1
     if "$" in text or number(extracted) is None:
         return False
@@ -104,14 +114,24 @@ def _with_fractions(answer: str, gold: str) -> str:
 
 def _readable(text: str) -> str:
     """Roman letters for constants, and exponents such as 1e6, cut math-verify's reading short."""
-    text = _SCIENTIFIC.sub(lambda match: format(Decimal(match[0]), "f"), text)
+    text = _with_factors(_SCIENTIFIC.sub(lambda match: format(Decimal(match[0]), "f"), text))
     return re.sub(r"\\(?:mathrm|text)\{\s*([ei])\s*\}", r"\1", text)
+
+
+def _with_factors(text: str) -> str:
+    r"""`text` with a \cdot where a number multiplies a bracket, or a fraction that is none of a mixed number (which is less than 1)."""
+
+    def improper(match: re.Match[str]) -> str:
+        top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
+        return match[0] if top < bottom else rf"{match[1]}\cdot {match[2]}"
+
+    return _FACTORS.sub(lambda match: rf"{match[0]}\cdot ", _MIXED.sub(improper, text))
 
 
 def _formula(text: str) -> list[Any]:
     if re.search(r"(?i)answer|\$", text):  # words that make math-verify look for a part of the text
         return []
-    return parse(f"${' '.join(text.split())}$", FORMULA, parsing_timeout=None)
+    return parse(f"${_with_factors(' '.join(text.split()))}$", FORMULA, parsing_timeout=None)
 
 
 def _holds(answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool) -> bool:

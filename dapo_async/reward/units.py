@@ -34,6 +34,8 @@ CHANGING = frozenset(  # what a number is not the same with
     "fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths "
     "millionth millionths point factorial choose base bn mln mn mio mil tn gross score scores pair pairs couple couples tens twice "
     "double triple fold less more fewer below above under least most than or/and zero one two three four five six seven eight nine "
+    "quadrillion quintillion sextillion lakh crore myriad grand kilo mega giga permille basis inverse reciprocal maybe perhaps unless "
+    "ignoring opposite "
     "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
     "eighty ninety can't cannot doesn't don't anything".split()
 )

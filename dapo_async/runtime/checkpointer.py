@@ -38,6 +38,7 @@ class Checkpointer:
         self.folder = CheckpointFolder(run_dir.checkpoints)
         self.saved = self.skipped = 0
         self.pause_s = self.write_s = 0.0  # sums over all checkpoints: on the step path, and beside the steps
+        self.longest_write_s = 0.0
         self._config, self._system, self._tracker, self._run_dir, self._driver_state = config, system, tracker, run_dir, driver_state
         self._in_evaluation = in_evaluation
         self._writing: asyncio.Task[None] | None = None
@@ -86,7 +87,8 @@ class Checkpointer:
         await self._tracker.written(version)
         await asyncio.to_thread(self.folder.commit, version)
         self.saved += 1
-        self.write_s += self._tracker.clock.now_s() - began_s
+        took_s = self._tracker.clock.now_s() - began_s
+        self.write_s, self.longest_write_s = self.write_s + took_s, max(self.longest_write_s, took_s)
         wanted = (self._run_dir.best_version(self.folder.versions()), self._in_evaluation())
         spare = [each for each in wanted if each is not None]
         await asyncio.to_thread(self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare)

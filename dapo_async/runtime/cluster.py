@@ -95,11 +95,11 @@ def connect(config: Config) -> str:
 def shielded() -> Iterator[None]:
     """What this thread starts meanwhile gets no SIGTERM: batch queues send it to every process, and a raylet that gets it kills the actors before the
     driver could save what they have. Ray itself shields its processes from SIGINT so."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _nodes() -> list[dict[str, Any]]:

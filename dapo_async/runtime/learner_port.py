@@ -97,7 +97,7 @@ class Learner:
     async def _name_the_cause(self, error: TimeoutError | ActorFailed) -> None:
         """Raises for the rank that died or hangs: through it all others fail or are late, and any may be heard first.
 
-        What of them is still in its step says where: whoever hangs is not where the others wait for it, or is the only one that has not failed.
+        Those that are still in their step say where, for the reader to see which of them is not where the others wait for it.
         """
         pings = (remote.call("ping", deadline_s=PING_S) for remote in self.remotes)
         answers = dict(zip(self.remotes, await asyncio.gather(*pings, return_exceptions=True), strict=True))

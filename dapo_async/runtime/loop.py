@@ -38,7 +38,7 @@ async def train_loop(
         if isinstance(batch, Verdict):
             return batch
         clock.enter("wait for step", f"step {step}")
-        metrics = await unbroken(train(system, tracker, step, batch), deadline_s=config.deadlines.stop_s)
+        metrics = await unbroken(train(system, tracker, step, batch), deadline_s=config.deadlines.step_s)
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
         evaluations.start_if_due(step)

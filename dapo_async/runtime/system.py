@@ -172,10 +172,12 @@ class System:
         try:
             while not (await asyncio.wait([everybody], timeout=PATIENCE_S))[0]:
                 slow = ", ".join(name for name, task in up.items() if not task.done())
-                self._say(f"still waiting for {slow} to start, {time.monotonic() - began_s:.0f} s of {start_s:g} (deadlines.start_s)")
+                self._say(f"still waiting for {slow} to start, {time.monotonic() - began_s:.0f} s by now (deadlines.start_s is {start_s:g})")
             ranks, *infos = await everybody
         finally:
-            everybody.cancel()
+            for task in up.values():
+                task.cancel()
+            await asyncio.gather(*up.values(), return_exceptions=True)
         self.started = True
         return [infos[0], *ranks, *infos[1:]]
 

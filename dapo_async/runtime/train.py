@@ -61,6 +61,7 @@ class Run:
     checkpointer: Checkpointer | None = None
     held_out: Evaluations | None = None
     out_of_time: bool = False
+    hangs: bool = False  # what ended the run is a passed deadline
     interrupts: Interrupts = field(init=False)
     # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
     # waited for without end when Ray's start hangs.
@@ -69,7 +70,7 @@ class Run:
     reaper: Reaper | None = None  # of an own Ray
 
     def __post_init__(self) -> None:
-        self.interrupts = Interrupts(self.say, self._end_at_once)
+        self.interrupts = Interrupts(self.say, self._note, self._end_at_once)
 
     @property
     def say(self) -> Callable[[str], None]:
@@ -84,15 +85,14 @@ class Run:
         try:
             await task
         except asyncio.CancelledError:
-            number = self.interrupts.first or signal.SIGINT
-            self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
             if self.out_of_time:
                 limit = f"train.max_wall_s ({self.config.train.max_wall_s:g}) would have passed within the next step"
                 self.ending = Ending(Status.OUT_OF_TIME, f"{limit}; go on with dapo-async train --resume {self.run_dir.root}")
-            self._write_summary()  # for whoever interrupts may kill before the end: `ray job stop` leaves three seconds
+            elif self.interrupts.first is None:  # before the signals were listened for
+                self._note(signal.SIGINT)
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
-            self.lost = error.actor if isinstance(error, ActorDied) else None
+            self.lost, self.hangs = error.actor if isinstance(error, ActorDied) else None, isinstance(error, TimeoutError)
             reason = (" ".join(str(error).split()) or repr(error)) + (self._unpublished() if isinstance(error, TimeoutError) else "")
             self.ending = Ending(Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1)
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
@@ -107,6 +107,11 @@ class Run:
         await asyncio.to_thread(self.audience.finish, self.ending.status.value, self.ending.reason)
         self._write_summary()  # once more, with what tracking has come to
         return self.ending.exit_code
+
+    def _note(self, number: signal.Signals) -> None:
+        """At once, before the step that runs is waited for: whoever interrupts may kill before the end, `ray job stop` leaves three seconds."""
+        self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
+        self._write_summary()
 
     def _end_at_once(self, number: signal.Signals) -> NoReturn:
         """Ends the process. What remains of an own Ray is the reaper's; a cluster ends its actors with the driver that they belong to."""
@@ -125,11 +130,12 @@ class Run:
         self.run_dir.write_summary(summarise_run(self, self.clock.now_s() - self.began_s))
 
     async def _watch_wall(self, task: asyncio.Task[None]) -> None:
-        """Ends `task` so early that one more step and an orderly end still fit into `train.max_wall_s`."""
+        """Ends `task` so early that one more step, a checkpoint and an orderly end still fit into `train.max_wall_s`."""
         limit_s, began_s = self.config.train.max_wall_s, psutil.Process().create_time()
         while limit_s is not None and not self.out_of_time:
             await asyncio.sleep(0.2)
             longest_s = self.tracker.longest_step_s if self.tracker else 0.0
+            longest_s += self.checkpointer.longest_write_s if self.checkpointer else 0.0
             if time.time() - began_s + longest_s + self.config.deadlines.stop_s >= limit_s:
                 self.out_of_time = True
                 task.cancel()
@@ -225,9 +231,9 @@ class Run:
 
     async def _end(self) -> None:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
-        deadline_s, save_s = self.config.deadlines.stop_s, self.config.deadlines.stop_s
-        if self.ending.status is Status.INTERRUPTED:
-            save_s = max(save_s, self.config.deadlines.save_s)  # nothing hangs, and whoever has no time for it interrupts once more
+        deadline_s = self.config.deadlines.stop_s
+        # Where nothing is known to hang: whoever has no time for a checkpoint interrupts once more.
+        save_s = deadline_s if self.hangs else max(deadline_s, self.config.deadlines.save_s)
         if self.system is not None and self.tracker is not None:
             if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
                 await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))
