@@ -13,11 +13,10 @@ TEXT = re.compile(_COMMANDS + r"\s*\{([^{}]*)\}")
 _REPLACED = (  # in turn; a backslash right before is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
     (
-        re.compile(
-            r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|(?<!\\)\\[bB]igg?[lr]?(?![A-Za-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"
-        ),
+        re.compile(r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"),
         "",
     ),
+    (re.compile(r"(?<!\\)\\[bB]igg?[lr]?(?![A-Za-z])"), ""),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\u00a0|\u202f"), " "),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|mathbf|operatorname)\s*\{\s*([ei])\s*\}"), r"\1"),
