@@ -155,6 +155,7 @@ def main() -> None:
     report = {
         "benchmark": "engine",
         "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "prompt_tokens": PROMPT_TOKENS,

@@ -112,6 +112,7 @@ def main() -> None:
     report = {
         "benchmark": "grader",
         "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "quick": options.quick,
         "processes": NUM_PROCESSES,
