@@ -105,6 +105,7 @@ class SGLangServer:
         self.options = options
         self._leash: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
+        self._log_begins = 0  # bytes; lives before this one wrote into the same log
         self.api_key = secrets.token_hex(32)
         self.url = ""
 
@@ -119,13 +120,14 @@ class SGLangServer:
             try:
                 return await self._wait_until_healthy(deadline_s, timeout_s)
             except EngineFault:
-                if "address already in use" not in self._log_tail(lines=50) or attempt == PORT_ATTEMPTS - 1:
+                if not any("address already in use" in line for line in self._said()) or attempt == PORT_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
     def _launch(self, port: int) -> None:
         options = self.options
         options.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_begins = options.log.stat().st_size if options.log.exists() else 0
         order = {"command": options.command(port), "environment": options.environment(), "secret": self.api_key, "log": str(options.log)}
         # A session of its own: what ends the actor's process group must not end the leash before the server.
         self._leash = subprocess.Popen([sys.executable, "-I", leash.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -169,9 +171,14 @@ class SGLangServer:
         if await asyncio.to_thread(self._read_exit_code, wait_s=CLOSE_S) is None:
             raise TimeoutError(f"waited {CLOSE_S:g} s for the SGLang server at {self.url} to end")
 
-    def _log_tail(self, *, lines: int = LOG_TAIL_LINES) -> str:
-        told = self.options.log.read_text(errors="replace").strip().splitlines() if self.options.log.exists() else []
-        return " | ".join(told[-lines:])
+    def _log_tail(self) -> str:
+        return " | ".join(self._said()[-LOG_TAIL_LINES:])
+
+    def _said(self) -> list[str]:
+        """Lines of the log since the server was launched: an end may be told long before its last line."""
+        if not self.options.log.exists():
+            return []
+        return self.options.log.read_bytes()[self._log_begins :].decode(errors="replace").strip().splitlines()
 
 
 def free_port(host: str) -> int:

@@ -1,0 +1,68 @@
+"""The start of a server, with a stand-in that fails as SGLang does when somebody else has taken its port: long before the end of its log."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from dapo_async.rollout import EngineFault, sglang_server
+from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, free_port
+
+STAND_IN = """
+import http.server, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+http.server.HTTPServer.allow_reuse_address = False
+try:
+    server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy)
+except OSError as error:
+    print(f"[Errno 98] error while attempting to bind on address: {error}".lower())
+    print("a line of a traceback\\n" * 100)
+    sys.exit(3)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
+    monkeypatch.setattr(ServerOptions, "command", lambda self, port: [sys.executable, "-c", STAND_IN, str(port)])
+    return SGLangServer(
+        ServerOptions(
+            model=tmp_path, dtype="float32", device="cpu", tensor_parallel=1, num_slots=1, max_len=8, host="127.0.0.1", seed=0, log=tmp_path / "log"
+        )
+    )
+
+
+def started(server: SGLangServer, ports: list[int]) -> str:
+    """The address at which it answers when it is given these ports in turn."""
+
+    async def start() -> str:
+        try:
+            await server.start(timeout_s=30.0)
+            return server.url
+        finally:
+            await server.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sglang_server, "free_port", lambda host: ports.pop(0))
+        return asyncio.run(start())
+
+
+def test_server_whose_port_was_taken_is_started_on_another_one(server: SGLangServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken, free = other.getsockname()[1], free_port("127.0.0.1")
+        assert started(server, [taken, free]) == f"http://127.0.0.1:{free}"
+
+
+def test_lives_before_do_not_excuse_another_end(server: SGLangServer) -> None:
+    server.options.log.write_text("address already in use\n")
+    with pytest.raises(EngineFault, match="ended with code 1 while it started"):
+        started(server, [-1, -1, -1])
