@@ -151,10 +151,10 @@ def head(form: str, sizes: dict[str, int]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
-    parser.add_argument("--quick", action="store_true", help="the small model alone, once, and a small head")
+    parser.add_argument("--quick", action="store_true", help="the small model alone on one kind of rollouts, once, and a small head")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = list(SHAPES)[:1] if options.quick else list(SHAPES)
+    names, kinds = (list(SHAPES)[:1], LENGTHS[:1]) if options.quick else (list(SHAPES), LENGTHS)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
         heads = {form: alone.submit(head, form, QUICK_HEAD if options.quick else HEAD).result() for form in ("chunked", "naive")}
     report = {
@@ -162,9 +162,7 @@ def main() -> None:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "steps": {
-            f"{name}, {lengths}": steps(name, rounds=1 if options.quick else 7, even=lengths == "even") for name in names for lengths in LENGTHS
-        },
+        "steps": {f"{name}, {lengths}": steps(name, rounds=1 if options.quick else 7, even=lengths == "even") for name in names for lengths in kinds},
         "head": heads,
     }
     print(json.dumps({"steps": report["steps"], "head": heads}, indent=2))
