@@ -17,7 +17,7 @@ from dapo_async.cli import main
 from dapo_async.tracking.report import write_report
 from dapo_async.tracking.report_charts import PANELS, Panel, draw_panel, draw_pass_rates, has_lonely, heat_lines, series, to_png
 from dapo_async.tracking.report_page import MOST_CHARACTERS, text
-from dapo_async.tracking.report_reading import PassRates, number, read_run
+from dapo_async.tracking.report_reading import PassRates, number, read_evaluation, read_run
 from dapo_async.tracking.run_dir import RunDir
 
 NAN = math.nan
@@ -288,3 +288,11 @@ def test_command_says_what_is_missing_and_where_the_page_is(capsys: pytest.Captu
     assert main(["report", str(root), "--out", str(out), "--steps", "1,7"]) == 0
     assert capsys.readouterr().out == f"run: no rollouts of step 7 were written\nreport     {out}\n"
     assert "answer 1.0" in Page(out).said
+
+
+def test_problem_over_which_the_verifier_failed_always_has_no_pass_rate(tmp_path: Path) -> None:
+    problems = [{"row": row, "accuracy": rate, "num_judged": judged} for row, (rate, judged) in enumerate(((0.5, 2), (0.0, 0), (0.0, 4)))]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"settings": {}, "totals": {}, "problems": problems}))
+    accuracies = read_evaluation(path).accuracies
+    assert (accuracies[0], math.isnan(accuracies[1]), accuracies[2]) == (0.5, True, 0.0)

@@ -88,13 +88,12 @@ def read_evaluation(path: Path) -> EvalRecord:
     """The `--json` of an evaluation. Raises ValueError for anything else."""
     try:
         result = json.loads(path.read_bytes())
-        # A problem over all of whose responses the verifier failed has no rate.
-        judged = {int(problem["row"]): problem.get("num_judged") != 0 for problem in result["problems"]}
-        accuracies = {int(problem["row"]): number(problem["accuracy"]) for problem in result["problems"] if judged[int(problem["row"])]}
+        # A problem over all of whose responses the verifier failed has no rate: nan.
+        rates = {int(each["row"]): number(each["accuracy"] if each.get("num_judged") != 0 else None) for each in result["problems"]}
         settings, totals = dict(result["settings"]), dict(result["totals"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is neither a run directory nor the result of dapo-async eval ({error!r}); give one of them") from error
-    return EvalRecord(path.stem, settings, totals, accuracies)
+    return EvalRecord(path.stem, settings, totals, rates)
 
 
 def rates_of(evaluations: Sequence[EvalRecord]) -> PassRates:
