@@ -67,7 +67,9 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     for parameter in rank.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=1e-6)  # so that there are moments to save
-    times: dict[str, float] = {"parameters": sum(parameter.numel() for parameter in rank.decoder.parameters())}
+    times: dict[str, float] = {
+        "parameters": sum(parameter.numel() for parameter in rank.decoder.parameters())
+    }
 
     def timed(name: str, work: Any) -> Any:
         began_s = time.perf_counter()
@@ -75,11 +77,18 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
         times[name] = time.perf_counter() - began_s
         return result
 
-    timed("warm_up_s", lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()])
-    timed("copy_of_weights_s", lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()])
+    timed(
+        "warm_up_s", lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()]
+    )
+    timed(
+        "copy_of_weights_s",
+        lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()],
+    )
     state = timed("checkpoint_pause_s", rank.freeze)
     timed("checkpoint_write_s", lambda: save_state(state, folder / "learner", Mesh()))
-    snapshot = timed("publish_snapshot_s", lambda: take_snapshot(rank.decoder, version=1, probe_tokens=16))
+    snapshot = timed(
+        "publish_snapshot_s", lambda: take_snapshot(rank.decoder, version=1, probe_tokens=16)
+    )
     timed("publish_checksum_s", lambda: checksum(snapshot.weights))
     del times["warm_up_s"]
     return times
@@ -88,23 +97,52 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tiny run: shows that the benchmark works, measures nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny run: shows that the benchmark works, measures nothing",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = of_a_run(Path(folder), QUICK if options.quick else ())
-        models = {} if options.quick else {name: of_a_model(shape, Path(folder)) for name, shape in SHAPES.items()}
+        models = (
+            {}
+            if options.quick
+            else {name: of_a_model(shape, Path(folder)) for name, shape in SHAPES.items()}
+        )
     print("| what | ms | of a step |\n|---|---|---|")
-    for name in ("step_s", "checkpoint_pause_s", "checkpoint_write_s", "publish_snapshot_s", "publish_engine_pause_s"):
-        print(f"| {name.removesuffix('_s')} | {1000 * run[name]:.1f} | {run[name] / run['step_s']:.1%} |")
+    for name in (
+        "step_s",
+        "checkpoint_pause_s",
+        "checkpoint_write_s",
+        "publish_snapshot_s",
+        "publish_engine_pause_s",
+    ):
+        print(
+            f"| {name.removesuffix('_s')} | {1000 * run[name]:.1f} | {run[name] / run['step_s']:.1%} |"
+        )
     for name, times in models.items():
         copy = times["copy_of_weights_s"]
         cells = ", ".join(
-            f"{what.removesuffix('_s')} {1000 * value:.0f} ms ({value / copy:.1f} x)" for what, value in times.items() if what != "parameters"
+            f"{what.removesuffix('_s')} {1000 * value:.0f} ms ({value / copy:.1f} x)"
+            for what, value in times.items()
+            if what != "parameters"
         )
         print(f"{name} parameters, in copies of the weights: {cells}")
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "quick": options.quick, "run": run, "models": models}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {
+                    "environment": environment(),
+                    "quick": options.quick,
+                    "run": run,
+                    "models": models,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -28,18 +28,33 @@ EVALUATION = {"aime24": "aime24/data.jsonl", "aime25": "aime25/data.jsonl", "amc
 
 def generated(folder: Path) -> tuple[Source, dict[str, Source]]:
     """200 problems, 20 of them evaluation problems with other spaces and signs around."""
-    training = [{"prompt": f"What is {number} plus {number + 1}?", "answer": str(2 * number + 1)} for number in range(200)]
-    held_out = [{"prompt": f"**What  is ${number}$ plus ${number + 1}$?**", "answer": "0"} for number in range(0, 200, 10)]
+    training = [
+        {"prompt": f"What is {number} plus {number + 1}?", "answer": str(2 * number + 1)}
+        for number in range(200)
+    ]
+    held_out = [
+        {"prompt": f"**What  is ${number}$ plus ${number + 1}$?**", "answer": "0"}
+        for number in range(0, 200, 10)
+    ]
     for name, rows in (("training", training), ("heldout", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(path=folder / "training.jsonl"), {"generated": Source(path=folder / "heldout.jsonl")}
+    return Source(path=folder / "training.jsonl"), {
+        "generated": Source(path=folder / "heldout.jsonl")
+    }
 
 
 def measure(training: Source, evaluation: dict[str, Source]) -> dict[str, Any]:
-    tokenizer = load_tokenizer(ROOT / "configs" / "base" / "random")  # bytes: its speed says nothing, so nothing is said of it
+    tokenizer = load_tokenizer(
+        ROOT / "configs" / "base" / "random"
+    )  # bytes: its speed says nothing, so nothing is said of it
     began_s = time.perf_counter()
     against = {name: load_fingerprints(source) for name, source in evaluation.items()}
-    found = load_prompts(training, tokenizer=tokenizer, max_prompt_tokens=10**6, screening=Screening(contamination="drop", against=against))
+    found = load_prompts(
+        training,
+        tokenizer=tokenizer,
+        max_prompt_tokens=10**6,
+        screening=Screening(contamination="drop", against=against),
+    )
     return {
         "problems": len(found.prompts) + sum(found.left_out.counts.values()),
         "prompts": len(found.prompts),
@@ -59,9 +74,18 @@ def main() -> None:
             what, (training, evaluation) = "generated", generated(Path(folder))
         else:
             what, training = TRAINING[0], Source(preset=TRAINING[0], path=SHARED / TRAINING[1])
-            evaluation = {name: Source(preset=name, path=SHARED / file) for name, file in EVALUATION.items()}
+            evaluation = {
+                name: Source(preset=name, path=SHARED / file) for name, file in EVALUATION.items()
+            }
         result = measure(training, evaluation)
-    report = {"benchmark": "data", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "set": what, **result}
+    report = {
+        "benchmark": "data",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "set": what,
+        **result,
+    }
     print(json.dumps({"set": what, **result}, indent=2))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

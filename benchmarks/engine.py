@@ -45,7 +45,9 @@ SHAPE: dict[str, Any] = {
 
 
 def prompts(batch: int, *, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, PROMPT_TOKENS)).astype(np.int32)
+    return (
+        np.random.default_rng(seed).integers(0, VOCABULARY, (batch, PROMPT_TOKENS)).astype(np.int32)
+    )
 
 
 def hugging_face(model: Any, batch: int, cache: str | None) -> Callable[[], float]:
@@ -80,8 +82,14 @@ def own_engine(folder: Path, batch: int, group_size: int) -> Callable[[], float]
     def requests() -> Iterator[GroupRequest]:
         for key in count():
             # The first wave ends one slot after the other, so that later slots are spread evenly over their lengths.
-            new_tokens = 1 + key * group_size * NEW_TOKENS // batch if key * group_size < batch else NEW_TOKENS
-            sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
+            new_tokens = (
+                1 + key * group_size * NEW_TOKENS // batch
+                if key * group_size < batch
+                else NEW_TOKENS
+            )
+            sampling = SamplingParams(
+                max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0
+            )
             yield GroupRequest(key, texts[key % len(texts)], group_size, sampling)
 
     stream = requests()
@@ -118,7 +126,12 @@ def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
     baseline = max(("hugging_face_dynamic", "hugging_face_static"), key=medians.__getitem__)
 
     def ratio(name: str) -> float:
-        return round(statistics.median(own / theirs for own, theirs in zip(rates[name], rates[baseline], strict=True)), 3)
+        return round(
+            statistics.median(
+                own / theirs for own, theirs in zip(rates[name], rates[baseline], strict=True)
+            ),
+            3,
+        )
 
     return {
         "batch": batch,
@@ -131,19 +144,39 @@ def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
-    parser.add_argument("--quick", action="store_true", help="the smaller batch, one round instead of nine")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smaller batch, one round instead of nine"
+    )
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
@@ -162,7 +195,9 @@ def main() -> None:
         "new_tokens": NEW_TOKENS,
         "results": results,
     }
-    print(f"{'batch':>6} {'HF dynamic':>11} {'HF static':>10} {'groups of 8':>12} {'single':>7} tokens/s   groups/HF  single/HF")
+    print(
+        f"{'batch':>6} {'HF dynamic':>11} {'HF static':>10} {'groups of 8':>12} {'single':>7} tokens/s   groups/HF  single/HF"
+    )
     for result in results:
         rates = result["tokens_per_s"]
         print(

@@ -20,12 +20,26 @@ from quickstart import CONFIG, QUICK, environment
 
 ENGINES = ("snapshot", "dedicated", "lease")
 EVERY_STEPS, NUM_STEPS, WARM_UP_STEPS = 4, 40, 3
-STILL = ("learner.lr=0", "learner.weight_decay=0", "replay.dynamic_sampling=false", "rollout.num_workers=2", "train.sample_groups=0")
+STILL = (
+    "learner.lr=0",
+    "learner.weight_decay=0",
+    "replay.dynamic_sampling=false",
+    "rollout.num_workers=2",
+    "train.sample_groups=0",
+)
 Window = tuple[float, float]
 
 
 def train(run_dir: Path, *overrides: str) -> Path:
-    command = [sys.executable, "-m", "dapo_async", "train", str(CONFIG), f"run_dir={run_dir}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "dapo_async",
+        "train",
+        str(CONFIG),
+        f"run_dir={run_dir}",
+        *overrides,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run_dir
 
@@ -51,18 +65,29 @@ def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list
 def cost(run_dir: Path) -> dict[str, Any]:
     """Mean step seconds and tokens/s, each step weighted by the share of it that an evaluation covers, and by the rest."""
     steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text())["traceEvents"])
-    rows = {row["step"]: row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())}
-    measured = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    rows = {
+        row["step"]: row
+        for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    }
+    measured = [
+        json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()
+    ]
     sums = {"during": [0.0, 0.0, 0.0], "otherwise": [0.0, 0.0, 0.0]}  # steps, seconds, tokens
     for step, (start, end) in steps.items():
         if step < WARM_UP_STEPS:
             continue
-        covered = sum(max(0.0, min(end, until) - max(start, since)) for since, until in evaluations) / (end - start)
+        covered = sum(
+            max(0.0, min(end, until) - max(start, since)) for since, until in evaluations
+        ) / (end - start)
         for name, share in (("during", covered), ("otherwise", 1.0 - covered)):
             for index, value in enumerate((1.0, end - start, rows[step]["tokens"])):
                 sums[name][index] += share * value
     result: dict[str, Any] = {
-        name: {"steps": count, "step_s": seconds / count if count else None, "tokens_per_s": tokens / seconds if seconds else None}
+        name: {
+            "steps": count,
+            "step_s": seconds / count if count else None,
+            "tokens_per_s": tokens / seconds if seconds else None,
+        }
         for name, (count, seconds, tokens) in sums.items()
     }
     beside = [row for row in measured if row["engine"] != "all"]
@@ -79,7 +104,9 @@ def cost(run_dir: Path) -> dict[str, Any]:
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
-    print("| engine | evaluations (skipped) | seconds each (waited) | step s during | otherwise | ratio | tokens/s during | otherwise |")
+    print(
+        "| engine | evaluations (skipped) | seconds each (waited) | step s during | otherwise | ratio | tokens/s during | otherwise |"
+    )
     print("|---" * 8 + "|")
     for engine, result in results.items():
         during, otherwise = result["during"], result["otherwise"]
@@ -96,19 +123,43 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="the first engine, a tiny run from the base model: measures nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the first engine, a tiny run from the base model: measures nothing",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         every = 2 if options.quick else EVERY_STEPS
-        often = (f"evaluation.every_steps={every}", f"train.checkpoint_every_steps={every}", "train.keep_checkpoints=1")
+        often = (
+            f"evaluation.every_steps={every}",
+            f"train.checkpoint_every_steps={every}",
+            "train.keep_checkpoints=1",
+        )
         size = (*QUICK, "train.num_steps=6") if options.quick else (f"train.num_steps={NUM_STEPS}",)
-        model = () if options.quick else (f"model.path={train(folder / 'model', 'train.num_steps=20') / 'checkpoints' / 'step_000020'}",)
+        model = (
+            ()
+            if options.quick
+            else (
+                f"model.path={train(folder / 'model', 'train.num_steps=20') / 'checkpoints' / 'step_000020'}",
+            )
+        )
         engines = ENGINES[:1] if options.quick else ENGINES
-        results = {engine: cost(train(folder / engine, *STILL, *often, *size, *model, f"evaluation.engine={engine}")) for engine in engines}
+        results = {
+            engine: cost(
+                train(folder / engine, *STILL, *often, *size, *model, f"evaluation.engine={engine}")
+            )
+            for engine in engines
+        }
     print_table(results)
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "quick": options.quick, "engines": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {"environment": environment(), "quick": options.quick, "engines": results}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.learner.optimizer import ShardedAdamW
-from dapo_async.model import Decoder, Mesh, ModelConfig, build_decoder, build_mesh, open_store, shard_of
+from dapo_async.model import (
+    Decoder,
+    Mesh,
+    ModelConfig,
+    build_decoder,
+    build_mesh,
+    open_store,
+    shard_of,
+)
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
@@ -34,10 +42,26 @@ QWEN = {
     "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "0.5 B": {**QWEN, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5 B": {**QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "0.5 B": {
+        **QWEN,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "1.5 B": {
+        **QWEN,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
 }
-PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bfloat16, by the maker's data sheets
+PEAK_FLOPS = {
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "A100": 312e12,
+}  # dense bfloat16, by the maker's data sheets
 HOST, TIMEOUT_S, ALONE = "127.0.0.1", 600.0, Mesh()
 LENGTH, NUM_ROLLOUTS, PROMPT_TOKENS = 2048, 4, 64
 KNOBS = {"lr": 1e-6, "warmup_steps": 0}
@@ -47,8 +71,17 @@ def model_config(shape: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape})
 
 
-def random_decoder(shape: dict[str, Any], device: str, *, dtype: torch.dtype, activations: torch.dtype, mesh: Mesh = ALONE) -> Decoder:
-    decoder = build_decoder(model_config(shape), mesh=mesh, device=device, dtype=dtype, activations=activations)
+def random_decoder(
+    shape: dict[str, Any],
+    device: str,
+    *,
+    dtype: torch.dtype,
+    activations: torch.dtype,
+    mesh: Mesh = ALONE,
+) -> Decoder:
+    decoder = build_decoder(
+        model_config(shape), mesh=mesh, device=device, dtype=dtype, activations=activations
+    )
     for parameter in map(shard_of, decoder.parameters()):
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     return decoder
@@ -57,7 +90,9 @@ def random_decoder(shape: dict[str, Any], device: str, *, dtype: torch.dtype, ac
 def mesh_of_one(device: str) -> Mesh:
     """FSDP, DTensors and the collectives of a rank among others, as far as one device can show them."""
     store = open_store(HOST, timeout_s=TIMEOUT_S)
-    return build_mesh(store, rank=0, dp=1, tp=1, host=HOST, device=torch.device(device), timeout_s=TIMEOUT_S)
+    return build_mesh(
+        store, rank=0, dp=1, tp=1, host=HOST, device=torch.device(device), timeout_s=TIMEOUT_S
+    )
 
 
 def one_group(length: int, vocabulary: int) -> list[Group]:
@@ -67,7 +102,13 @@ def one_group(length: int, vocabulary: int) -> list[Group]:
     rollouts = []
     for number in range(NUM_ROLLOUTS):
         ids = random.integers(0, vocabulary, length - PROMPT_TOKENS, dtype=np.int32)
-        completion = Completion(ids, np.full(len(ids), -11.9, np.float32), np.zeros(len(ids), np.int32), 0, FinishReason.LENGTH)
+        completion = Completion(
+            ids,
+            np.full(len(ids), -11.9, np.float32),
+            np.zeros(len(ids), np.int32),
+            0,
+            FinishReason.LENGTH,
+        )
         rollouts.append(Rollout(completion, "", float(number % 2), float(number % 2), None))
     return [Group(0, prompt, tuple(rollouts), "first", 1.0)]
 
@@ -76,10 +117,16 @@ def step_flops(shape: dict[str, Any], length: int) -> float:
     """Forward and backward of one step: matrices, head and causal attention."""
     config = model_config(shape)
     with torch.device("meta"):
-        matrices = sum(each.numel() for name, each in Decoder(config).named_parameters() if each.ndim > 1 and "embed" not in name)
+        matrices = sum(
+            each.numel()
+            for name, each in Decoder(config).named_parameters()
+            if each.ndim > 1 and "embed" not in name
+        )
     tokens, targets = NUM_ROLLOUTS * length, NUM_ROLLOUTS * (length - PROMPT_TOKENS)
     head = config.vocab_size * config.hidden_size * targets
-    attention = config.num_layers * config.num_heads * config.head_dim * tokens * length  # scores and values, half of them masked
+    attention = (
+        config.num_layers * config.num_heads * config.head_dim * tokens * length
+    )  # scores and values, half of them masked
     return 6.0 * (matrices * tokens + head + attention)
 
 
@@ -95,16 +142,22 @@ def seconds(work: Callable[[], None], device: str, *, rounds: int) -> float:
     return statistics.median(taken[2:])
 
 
-def hugging_face_step(shape: dict[str, Any], device: str, activations: torch.dtype, length: int) -> Callable[[], None]:
+def hugging_face_step(
+    shape: dict[str, Any], device: str, activations: torch.dtype, length: int
+) -> Callable[[], None]:
     """The same tokens as a batch without padding, by torch's scaled dot product attention, with the same optimizer."""
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape), attn_implementation="sdpa").to(device, torch.float32)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape), attn_implementation="sdpa").to(
+        device, torch.float32
+    )
     optimizer = ShardedAdamW(model, lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999))
     ids = torch.randint(0, shape["vocab_size"], (NUM_ROLLOUTS, length), device=device)
 
     def loss() -> Tensor:
         with torch.autocast(device, dtype=activations, enabled=activations is not torch.float32):
             logits = model(input_ids=ids).logits[:, PROMPT_TOKENS - 1 : -1]
-        chosen = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, PROMPT_TOKENS:].flatten(), reduction="none")
+        chosen = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, PROMPT_TOKENS:].flatten(), reduction="none"
+        )
         return -((-chosen + chosen.detach()).exp().mean())
 
     def step() -> None:
@@ -116,12 +169,20 @@ def hugging_face_step(shape: dict[str, Any], device: str, activations: torch.dty
     return step
 
 
-def own_step(shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh = ALONE) -> tuple[float, dict[str, Any]]:
+def own_step(
+    shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh = ALONE
+) -> tuple[float, dict[str, Any]]:
     """Seconds, and what is known of the memory."""
     activations = torch.bfloat16 if device == "cuda" else torch.float32
     tokens, groups = NUM_ROLLOUTS * length, one_group(length, shape["vocab_size"])
     decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations, mesh=mesh)
-    rank = LearnerRank(decoder, algorithm=Algorithm(proximal="current"), learner=Learner(**KNOBS, microbatch_tokens=tokens), seed=0, mesh=mesh)
+    rank = LearnerRank(
+        decoder,
+        algorithm=Algorithm(proximal="current"),
+        learner=Learner(**KNOBS, microbatch_tokens=tokens),
+        seed=0,
+        mesh=mesh,
+    )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -130,23 +191,42 @@ def own_step(shape: dict[str, Any], device: str, *, length: int, rounds: int, me
 
     took_s = seconds(step, device, rounds=rounds)
     targets = NUM_ROLLOUTS * (length - PROMPT_TOKENS)
-    memory = predict_memory(decoder.config, num_tokens=tokens, num_targets=targets, activations=activations, cuda=device == "cuda")
+    memory = predict_memory(
+        decoder.config,
+        num_tokens=tokens,
+        num_targets=targets,
+        activations=activations,
+        cuda=device == "cuda",
+    )
     report: dict[str, Any] = {"predicted_gb": round((memory.on_device - memory.snapshot) / 1e9, 3)}
     if device == "cuda":
         report["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return took_s, report
 
 
-def learner(shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh) -> dict[str, Any]:
+def learner(
+    shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh
+) -> dict[str, Any]:
     took_s, report = own_step(shape, device, length=length, rounds=rounds)
     among_others_s, _ = own_step(shape, device, length=length, rounds=rounds, mesh=mesh)
     report["mesh_of_one_over_alone"] = round(took_s / among_others_s, 2)
-    activations, tokens = torch.bfloat16 if device == "cuda" else torch.float32, NUM_ROLLOUTS * length
+    activations, tokens = (
+        torch.bfloat16 if device == "cuda" else torch.float32,
+        NUM_ROLLOUTS * length,
+    )
     if device == "cuda":
-        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        report["mfu"] = None if peak is None else round(step_flops(shape, length) / took_s / peak, 3)
+        peak = next(
+            (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()),
+            None,
+        )
+        report["mfu"] = (
+            None if peak is None else round(step_flops(shape, length) / took_s / peak, 3)
+        )
     theirs_s = seconds(hugging_face_step(shape, device, activations, length), device, rounds=rounds)
-    ours = {"tokens_per_s": round(tokens / took_s), "hugging_face_tokens_per_s": round(tokens / theirs_s)}
+    ours = {
+        "tokens_per_s": round(tokens / took_s),
+        "hugging_face_tokens_per_s": round(tokens / theirs_s),
+    }
     return report | ours | {"over_hugging_face": round(theirs_s / took_s, 2)}
 
 
@@ -154,10 +234,14 @@ def decoding(shape: dict[str, Any], device: str, *, batch: int, new_tokens: int)
     """Tokens/s of the torch engine with `batch` slots, all of one prompt length, until all have ended."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     decoder = random_decoder(shape, device, dtype=dtype, activations=dtype)
-    engine = TorchEngine(decoder, num_slots=batch, max_len=PROMPT_TOKENS + new_tokens, weight_update="recompute")
+    engine = TorchEngine(
+        decoder, num_slots=batch, max_len=PROMPT_TOKENS + new_tokens, weight_update="recompute"
+    )
     sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
     for key in range(batch):
-        ids = np.random.default_rng(key).integers(0, shape["vocab_size"], PROMPT_TOKENS, dtype=np.int32)
+        ids = np.random.default_rng(key).integers(
+            0, shape["vocab_size"], PROMPT_TOKENS, dtype=np.int32
+        )
         engine.submit(GroupRequest(key, ids, 1, sampling))
     began_s, ended = time.perf_counter(), 0
     while ended < batch:
@@ -168,18 +252,36 @@ def decoding(shape: dict[str, Any], device: str, *, batch: int, new_tokens: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
-    parser.add_argument("--quick", action="store_true", help="on the CPU with a tiny shape: shows that it works, measures nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="on the CPU with a tiny shape: shows that it works, measures nothing",
+    )
     options = parser.parse_args()
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("this machine has no CUDA device; --quick runs the CPU form")
     device, shapes = ("cpu", {"tiny": SHAPE}) if options.quick else ("cuda", SHAPES)
-    length, rounds, batches, new_tokens = (96, 1, (4,), 8) if options.quick else (LENGTH, 5, (64, 256), 256)
-    report: dict[str, Any] = {"benchmark": "gpu", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "quick": options.quick}
+    length, rounds, batches, new_tokens = (
+        (96, 1, (4,), 8) if options.quick else (LENGTH, 5, (64, 256), 256)
+    )
+    report: dict[str, Any] = {
+        "benchmark": "gpu",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": options.quick,
+    }
     report["hardware"] = torch.cuda.get_device_name() if device == "cuda" else hardware()
     mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
-    report["learner"] = {name: learner(shape, device, length=length, rounds=rounds, mesh=mesh) for name, shape in shapes.items()}
+    report["learner"] = {
+        name: learner(shape, device, length=length, rounds=rounds, mesh=mesh)
+        for name, shape in shapes.items()
+    }
     report["decode_tokens_per_s"] = {
-        name: {str(batch): decoding(shape, device, batch=batch, new_tokens=new_tokens) for batch in batches} for name, shape in shapes.items()
+        name: {
+            str(batch): decoding(shape, device, batch=batch, new_tokens=new_tokens)
+            for batch in batches
+        }
+        for name, shape in shapes.items()
     }
     print(json.dumps(report, indent=2))
     if options.json:

@@ -24,7 +24,9 @@ from dapo_async.reward.pool import NUM_PROCESSES
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 VECTORS = SHARED / "data" / "grader_vectors"
-REASONS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "grader_disagreements.json").read_text())
+REASONS: dict[str, dict[str, str]] = json.loads(
+    (Path(__file__).parent / "grader_disagreements.json").read_text()
+)
 SYMBOLIC = (
     (r"\frac{x+2}{7}", r"\frac{x}{7}+\frac{2}{7}"),
     (r"2\sqrt{2}", r"\sqrt{8}"),
@@ -50,7 +52,9 @@ def rate(judge: Callable[[int], Any], count: int, threads: int = 1) -> float:
 
 
 def plain(number: int) -> None:
-    response = f"<think>{'some thought and a number 17. ' * 60}</think>\nSo we get it.\nAnswer: {number}"
+    response = (
+        f"<think>{'some thought and a number 17. ' * 60}</think>\nSo we get it.\nAnswer: {number}"
+    )
     assert verify(response, str(number - number % 2)).correct == (number % 2 == 0)
 
 
@@ -59,17 +63,28 @@ def symbolic(number: int) -> None:
     assert verify(rf"Thus \boxed{{{answer}}}.", gold).reason in ("correct", "wrong")
 
 
-def agreement(rows: Sequence[dict[str, Any]], judge: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def agreement(
+    rows: Sequence[dict[str, Any]], judge: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
     """How many of `rows` are judged as expected; the others by id with the reason that is written down for them."""
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
         verdicts = list(pool.map(judge, rows))
-    wrong = [(row["id"], verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["expected"]]
+    wrong = [
+        (row["id"], verdict)
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if verdict != row["expected"]
+    ]
     return {
         "rows": len(rows),
         "agree": len(rows) - len(wrong),
         "share": round((len(rows) - len(wrong)) / len(rows), 4),
         "disagreements": [
-            {"id": name, "accepted": verdict, "reason": REASONS.get(name, {"reason": "NOT REASONED"})["reason"]} for name, verdict in wrong
+            {
+                "id": name,
+                "accepted": verdict,
+                "reason": REASONS.get(name, {"reason": "NOT REASONED"})["reason"],
+            }
+            for name, verdict in wrong
         ],
     }
 
@@ -89,11 +104,15 @@ def of_the_vectors() -> dict[str, Any]:
         return bool(verify(row["prediction"], row["gold"], extraction="any").correct)
 
     def answer(row: dict[str, Any]) -> bool:
-        return bool(verify(row["prediction"].rpartition("A:")[2], row["gold"], extraction="none").correct)
+        return bool(
+            verify(row["prediction"].rpartition("A:")[2], row["gold"], extraction="none").correct
+        )
 
     return {
         "math_verify, portable": agreement([row for row in rows if row["portable"]], anywhere),
-        "math_verify, not portable": agreement([row for row in rows if not row["portable"]], anywhere),
+        "math_verify, not portable": agreement(
+            [row for row in rows if not row["portable"]], anywhere
+        ),
         "gsm8k, marker": agreement(responses, marked),
         "gsm8k, any": agreement(responses, anywhere),
         "gsm8k, none, after A:": agreement(responses, answer),
@@ -121,12 +140,16 @@ def main() -> None:
         "symbolic_per_s": round(rate(symbolic, 40 * scale, NUM_PROCESSES), 1),
         "agreement": of_the_vectors() if VECTORS.is_dir() else f"not measured: {VECTORS} is absent",
     }
-    print(f"plain integers {report['plain_per_s']}/s, symbolic {report['symbolic_per_s']}/s; the processes' start {report['start_s']} s")
+    print(
+        f"plain integers {report['plain_per_s']}/s, symbolic {report['symbolic_per_s']}/s; the processes' start {report['start_s']} s"
+    )
     if isinstance(report["agreement"], dict):
         for name, result in report["agreement"].items():
             print(f"{name}: {result['agree']} of {result['rows']} ({result['share']:.1%})")
             for each in result["disagreements"]:
-                print(f"  {each['id']} {'accepted' if each['accepted'] else 'rejected'}: {each['reason']}")
+                print(
+                    f"  {each['id']} {'accepted' if each['accepted'] else 'rejected'}: {each['reason']}"
+                )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

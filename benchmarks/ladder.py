@@ -24,7 +24,17 @@ LADDER = sorted((CONFIG.parent / "ladder").glob("*.yaml"))
 SEEDS, STEPS = (0, 1, 2), 60
 GROUPS, GROUP_SIZE, LR, NUM_MINIBATCHES = 16, 16, 1e-4, 16
 LIMIT_TOKENS, CACHE_TOKENS = 20, 4
-CURVE = ("entropy", "response_tokens", "truncated", "accuracy", "with_gradient", "generated", "clip_high_fraction", "clip_low_fraction", "grad_norm")
+CURVE = (
+    "entropy",
+    "response_tokens",
+    "truncated",
+    "accuracy",
+    "with_gradient",
+    "generated",
+    "clip_high_fraction",
+    "clip_low_fraction",
+    "grad_norm",
+)
 TAIL = 15  # steps that the table's columns are means over, but for entropy: the run's second half
 
 
@@ -41,9 +51,19 @@ def small(path: Path) -> Config:
     return replace(
         config,
         algorithm=algorithm,
-        reward=replace(config.reward, overlong_cache_tokens=None if rung.reward.overlong_cache_tokens is None else CACHE_TOKENS),
+        reward=replace(
+            config.reward,
+            overlong_cache_tokens=None
+            if rung.reward.overlong_cache_tokens is None
+            else CACHE_TOKENS,
+        ),
         rollout=replace(config.rollout, max_response_tokens=LIMIT_TOKENS),
-        replay=replace(config.replay, groups_per_step=GROUPS, group_size=GROUP_SIZE, dynamic_sampling=rung.replay.dynamic_sampling),
+        replay=replace(
+            config.replay,
+            groups_per_step=GROUPS,
+            group_size=GROUP_SIZE,
+            dynamic_sampling=rung.replay.dynamic_sampling,
+        ),
         learner=replace(config.learner, lr=LR, num_minibatches=NUM_MINIBATCHES),
     )
 
@@ -51,8 +71,16 @@ def small(path: Path) -> Config:
 def measure(rung: str, seed: int, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     start_s = time.perf_counter()
-    curves = InProcess(small(CONFIG.parent / "ladder" / f"{rung}.yaml"), staleness=0, seed=seed, steps=steps).run()
-    return {"rung": rung, "seed": seed, "steps": steps, "seconds": round(time.perf_counter() - start_s, 1), **curves.of(CURVE)}
+    curves = InProcess(
+        small(CONFIG.parent / "ladder" / f"{rung}.yaml"), staleness=0, seed=seed, steps=steps
+    ).run()
+    return {
+        "rung": rung,
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start_s, 1),
+        **curves.of(CURVE),
+    }
 
 
 def row(mine: list[dict[str, Any]]) -> dict[str, str]:
@@ -73,11 +101,21 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 4, figsize=(20, 5))
     names = list(dict.fromkeys(run["rung"] for run in runs))
     for run in runs:
-        style = {"color": f"C{names.index(run['rung'])}", "label": run["rung"] if run["seed"] == SEEDS[0] else None, "alpha": 0.8}
+        style = {
+            "color": f"C{names.index(run['rung'])}",
+            "label": run["rung"] if run["seed"] == SEEDS[0] else None,
+            "alpha": 0.8,
+        }
         axes[0].plot(*zip(*run["held_out"], strict=True), **style)
-        for axis, name in zip(axes[1:], ("entropy", "response_tokens", "with_gradient"), strict=True):
+        for axis, name in zip(
+            axes[1:], ("entropy", "response_tokens", "with_gradient"), strict=True
+        ):
             axis.plot(run[name], **style)
-    for axis, name in zip(axes, ("held-out accuracy", "entropy, nats", "response tokens", "trained groups with a gradient"), strict=True):
+    for axis, name in zip(
+        axes,
+        ("held-out accuracy", "entropy, nats", "response tokens", "trained groups with a gradient"),
+        strict=True,
+    ):
         axis.set_title(name)
         axis.set_xlabel("learner step")
     axes[1].set_yscale("log")
@@ -87,7 +125,11 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def jobs(quick: bool) -> list[tuple[str, int, int]]:
-    return [(path.stem, seed, 2 if quick else STEPS) for seed in (SEEDS[:1] if quick else SEEDS) for path in LADDER]
+    return [
+        (path.stem, seed, 2 if quick else STEPS)
+        for seed in (SEEDS[:1] if quick else SEEDS)
+        for path in LADDER
+    ]
 
 
 if __name__ == "__main__":

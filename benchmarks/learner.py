@@ -36,7 +36,16 @@ from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 SHAPES = {
     "0.9 M": (SHAPE, 8),
     "5 M": ({**SHAPE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}, 4),
-    "50 M": ({**SHAPE, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 10, "num_attention_heads": 10}, 1),
+    "50 M": (
+        {
+            **SHAPE,
+            "hidden_size": 640,
+            "intermediate_size": 1920,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 10,
+        },
+        1,
+    ),
 }  # and groups of rollouts per step
 GROUP_SIZE, PROMPT_TOKENS, SHORTEST, LONGEST = 8, 32, 16, 160
 LENGTHS = ("even", "different")
@@ -50,19 +59,29 @@ def rollouts(num_groups: int, *, even: bool) -> list[Group]:
     random = np.random.default_rng(0)
     groups = []
     for index in range(num_groups):
-        prompt = Prompt(index, "", random.integers(0, VOCABULARY, PROMPT_TOKENS, dtype=np.int32), "")
+        prompt = Prompt(
+            index, "", random.integers(0, VOCABULARY, PROMPT_TOKENS, dtype=np.int32), ""
+        )
         members = []
         for sibling in range(GROUP_SIZE):
             length = (SHORTEST + LONGEST) // 2 if even else int(random.integers(SHORTEST, LONGEST))
             ids = random.integers(0, VOCABULARY, length, dtype=np.int32)
-            completion = Completion(ids, np.full(length, -6.0, np.float32), np.zeros(length, np.int32), 0, FinishReason.STOP)
+            completion = Completion(
+                ids,
+                np.full(length, -6.0, np.float32),
+                np.zeros(length, np.int32),
+                0,
+                FinishReason.STOP,
+            )
             members.append(Rollout(completion, "", float(sibling % 2), float(sibling % 2), None))
         groups.append(Group(index, prompt, tuple(members), "first", 1.0))
     return groups
 
 
 def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], None]:
-    rank = LearnerRank(load_decoder(folder), algorithm=Algorithm(proximal=proximal), learner=KNOBS, seed=0)
+    rank = LearnerRank(
+        load_decoder(folder), algorithm=Algorithm(proximal=proximal), learner=KNOBS, seed=0
+    )
 
     def step() -> None:
         assert rank.step(groups).totals["skipped"] == 0
@@ -73,24 +92,38 @@ def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], N
 def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     """Padded on the right; policy gradient with a clip, over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2))
-    batches = split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens)
+    optimizer = ShardedAdamW(
+        model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2)
+    )
+    batches = split_microbatches(
+        rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens
+    )
     num_tokens = sum(len(batch.targets) for batch in batches)
 
     def logprobs_of(batch: Any) -> Tensor:
         count, longest = len(batch.lengths), max(batch.lengths)
-        ids, live = torch.zeros(count, longest, dtype=torch.long), torch.zeros(count, longest, dtype=torch.long)
+        ids, live = (
+            torch.zeros(count, longest, dtype=torch.long),
+            torch.zeros(count, longest, dtype=torch.long),
+        )
         for row, part in enumerate(batch.token_ids.split(batch.lengths)):
             ids[row, : len(part)], live[row, : len(part)] = part, 1
         logits = model(input_ids=ids, attention_mask=live).logits[:, :-1].float()
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return torch.cat([logprobs[row, PROMPT_TOKENS - 1 : length - 1] for row, length in enumerate(batch.lengths)])
+        return torch.cat(
+            [
+                logprobs[row, PROMPT_TOKENS - 1 : length - 1]
+                for row, length in enumerate(batch.lengths)
+            ]
+        )
 
     def step() -> None:
         for batch in batches:
             logprobs = logprobs_of(batch)
             ratio = (logprobs - logprobs.detach()).exp()
-            gain = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
+            gain = torch.minimum(
+                ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages
+            )
             (-gain.sum() / num_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), KNOBS.grad_clip)
         optimizer.step(lr=KNOBS.lr)
@@ -122,9 +155,16 @@ def steps(name: str, *, rounds: int, even: bool) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": num_tokens,
-        "tokens_per_s": {each: round(num_tokens / statistics.median(row[each] for row in taken)) for each in works},
-        "current_over_hugging_face": round(statistics.median(row["hugging_face"] / row["current"] for row in taken), 3),
-        "recompute_over_current": round(statistics.median(row["current"] / row["recompute"] for row in taken), 3),
+        "tokens_per_s": {
+            each: round(num_tokens / statistics.median(row[each] for row in taken))
+            for each in works
+        },
+        "current_over_hugging_face": round(
+            statistics.median(row["hugging_face"] / row["current"] for row in taken), 3
+        ),
+        "recompute_over_current": round(
+            statistics.median(row["current"] / row["recompute"] for row in taken), 3
+        ),
     }
 
 
@@ -133,36 +173,61 @@ def head(form: str, sizes: dict[str, int]) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden = torch.randn(sizes["tokens"], sizes["size"], requires_grad=True)
     weight = (torch.randn(sizes["vocabulary"], sizes["size"]) * 0.02).requires_grad_()
-    targets, temperature = torch.randint(0, sizes["vocabulary"], (sizes["tokens"],)), torch.ones(sizes["tokens"])
+    targets, temperature = (
+        torch.randint(0, sizes["vocabulary"], (sizes["tokens"],)),
+        torch.ones(sizes["tokens"]),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start_s = time.perf_counter()
     if form == "chunked":
         logprobs, entropies = token_logprobs(hidden, weight, targets, temperature)
     else:
         table = ((hidden @ weight.t()) / temperature[:, None]).log_softmax(-1)
-        logprobs, entropies = table.gather(-1, targets[:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
+        logprobs, entropies = (
+            table.gather(-1, targets[:, None]).squeeze(-1),
+            -(table.exp() * table).sum(-1),
+        )
     (logprobs.sum() + 0.1 * entropies.sum()).backward()
     took_s = time.perf_counter() - start_s
     assert weight.grad is not None
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
-    return {"seconds": round(took_s, 2), "extra_mb": round(extra * 1024 / 1e6), "of_it_gradients_mb": round(4e-6 * (weight.numel() + hidden.numel()))}
+    return {
+        "seconds": round(took_s, 2),
+        "extra_mb": round(extra * 1024 / 1e6),
+        "of_it_gradients_mb": round(4e-6 * (weight.numel() + hidden.numel())),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
-    parser.add_argument("--quick", action="store_true", help="the small model alone on one kind of rollouts, once, and a small head")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the small model alone on one kind of rollouts, once, and a small head",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     names, kinds = (list(SHAPES)[:1], LENGTHS[:1]) if options.quick else (list(SHAPES), LENGTHS)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
-        heads = {form: alone.submit(head, form, QUICK_HEAD if options.quick else HEAD).result() for form in ("chunked", "naive")}
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as alone:
+        heads = {
+            form: alone.submit(head, form, QUICK_HEAD if options.quick else HEAD).result()
+            for form in ("chunked", "naive")
+        }
     report = {
         "benchmark": "learner",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "steps": {f"{name}, {lengths}": steps(name, rounds=1 if options.quick else 7, even=lengths == "even") for name in names for lengths in kinds},
+        "steps": {
+            f"{name}, {lengths}": steps(
+                name, rounds=1 if options.quick else 7, even=lengths == "even"
+            )
+            for name in names
+            for lengths in kinds
+        },
         "head": heads,
     }
     print(json.dumps({"steps": report["steps"], "head": heads}, indent=2))

@@ -18,13 +18,27 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-QUICK = ("train.num_steps=3", "replay.groups_per_step=4", "replay.group_size=8", "evaluation.num_prompts=64")
+QUICK = (
+    "train.num_steps=3",
+    "replay.groups_per_step=4",
+    "replay.group_size=8",
+    "evaluation.num_prompts=64",
+)
 
 
 def run(seed: int, folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     """One training run by the command line; returns its summary with the accuracy curve. Raises CalledProcessError when it fails."""
     run_dir = folder / f"seed_{seed}"
-    command = [sys.executable, "-m", "dapo_async", "train", str(CONFIG), f"seed={seed}", f"run_dir={run_dir}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "dapo_async",
+        "train",
+        str(CONFIG),
+        f"seed={seed}",
+        f"run_dir={run_dir}",
+        *overrides,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -38,7 +52,12 @@ def run(seed: int, folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
@@ -49,7 +68,17 @@ def environment() -> dict[str, Any]:
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
-    columns = ("seed", "held-out accuracy", "response length", "steps", "training s", "wall s", "idle learner", "idle rollout", "staleness")
+    columns = (
+        "seed",
+        "held-out accuracy",
+        "response length",
+        "steps",
+        "training s",
+        "wall s",
+        "idle learner",
+        "idle rollout",
+        "staleness",
+    )
     print(f"| {' | '.join((*columns, 'rejected all correct', 'evicted'))} |")
     print("|---" * (len(columns) + 2) + "|")
     for each in runs:
@@ -73,14 +102,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one tiny run: shows that the benchmark works, measures nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one tiny run: shows that the benchmark works, measures nothing",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seeds = options.seeds[:1] if options.quick else options.seeds
         runs = [run(seed, Path(folder), QUICK if options.quick else ()) for seed in seeds]
     print_table(runs)
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "quick": options.quick, "runs": runs}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {"environment": environment(), "quick": options.quick, "runs": runs}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

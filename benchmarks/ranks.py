@@ -22,26 +22,52 @@ from learner import SHAPES, rollouts
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import share_groups
-from dapo_async.model import Mesh, ModelConfig, build_decoder, build_mesh, join_store, open_store, shard_of
+from dapo_async.model import (
+    Mesh,
+    ModelConfig,
+    build_decoder,
+    build_mesh,
+    join_store,
+    open_store,
+    shard_of,
+)
 
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp
 
 
-def rank_process(pipe: Connection, shape: dict[str, Any], num_groups: int, dp: int, tp: int, number: int) -> None:
+def rank_process(
+    pipe: Connection, shape: dict[str, Any], num_groups: int, dp: int, tp: int, number: int
+) -> None:
     """Answers each message by one step: its seconds. First of all tells the port of its rendezvous, or is told it; then its bytes of state."""
     torch.set_num_threads(1)
     mesh = Mesh()
     if dp * tp > 1:
-        store = open_store(HOST, timeout_s=TIMEOUT_S) if number == 0 else join_store((HOST, pipe.recv()), timeout_s=TIMEOUT_S)
+        store = (
+            open_store(HOST, timeout_s=TIMEOUT_S)
+            if number == 0
+            else join_store((HOST, pipe.recv()), timeout_s=TIMEOUT_S)
+        )
         if number == 0:
             pipe.send(store.port)
-        mesh = build_mesh(store, rank=number, dp=dp, tp=tp, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
-    decoder = build_decoder(ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape}), mesh=mesh)
+        mesh = build_mesh(
+            store,
+            rank=number,
+            dp=dp,
+            tp=tp,
+            host=HOST,
+            device=torch.device("cpu"),
+            timeout_s=TIMEOUT_S,
+        )
+    decoder = build_decoder(
+        ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape}), mesh=mesh
+    )
     for parameter in map(shard_of, decoder.parameters()):
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     knobs = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
-    rank = LearnerRank(decoder, algorithm=Algorithm(proximal="current"), learner=knobs, seed=0, mesh=mesh)
+    rank = LearnerRank(
+        decoder, algorithm=Algorithm(proximal="current"), learner=knobs, seed=0, mesh=mesh
+    )
     groups = rollouts(num_groups, even=False)
     positions = share_groups([group.num_tokens for group in groups], dp)[mesh.dp.rank]
     rank.step([groups[each] for each in positions], positions=positions, num_groups=num_groups)
@@ -61,7 +87,9 @@ class Layout:
         self.pipes = []
         for number in range(dp * tp):
             ours, theirs = context.Pipe()
-            context.Process(target=rank_process, args=(theirs, shape, num_groups, dp, tp, number), daemon=True).start()
+            context.Process(
+                target=rank_process, args=(theirs, shape, num_groups, dp, tp, number), daemon=True
+            ).start()
             self.pipes.append(ours)
         if dp * tp > 1:
             port = self.pipes[0].recv()
@@ -104,7 +132,13 @@ def main() -> None:
     options = parser.parse_args()
     names = list(SHAPES)[:1] if options.quick else list(SHAPES)
     steps = {name: measured(name, rounds=1 if options.quick else 7) for name in names}
-    report = {"benchmark": "ranks", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "steps": steps}
+    report = {
+        "benchmark": "ranks",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "steps": steps,
+    }
     print(json.dumps(steps, indent=2))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,13 @@ from dapo_async.weights.collective import NAME
 from dapo_async.weights.disk import version_folder, write_version
 
 HOST, MODES, TRANSPORTS = "127.0.0.1", ("recompute", "keep_kv", "drain"), ("broadcast", "disk")
-LARGE = {**SHAPE, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 10, "num_attention_heads": 10}
+LARGE = {
+    **SHAPE,
+    "hidden_size": 640,
+    "intermediate_size": 1920,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 10,
+}
 UNDER_WAY, UPDATE_AFTER_S = 16, 0.3
 PROBE = np.arange(16, dtype=np.int32)
 BUCKET_BYTES = 64 * 2**20
@@ -52,7 +58,10 @@ Load = Callable[[str, bool], Awaitable[None]]
 def requests(count: int, new_tokens: int) -> list[GroupRequest]:
     """Prompts that no request had before: the server's prefix cache knows none of them."""
     sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
-    return [GroupRequest(key, prompt, 1, sampling) for key, prompt in enumerate(prompts(count, seed=next(SEEDS)))]
+    return [
+        GroupRequest(key, prompt, 1, sampling)
+        for key, prompt in enumerate(prompts(count, seed=next(SEEDS)))
+    ]
 
 
 async def seconds(engine: Engine, batch: list[GroupRequest]) -> float:
@@ -61,12 +70,19 @@ async def seconds(engine: Engine, batch: list[GroupRequest]) -> float:
     return time.perf_counter() - start_s
 
 
-async def rates(server: SGLangServer, folder: Path, *, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+async def rates(
+    server: SGLangServer, folder: Path, *, batches: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
     """Medians over `rounds`, after one of warm-up."""
     rows = []
     for batch in batches:
-        core = TorchEngine(load_decoder(folder), num_slots=batch, max_len=PROMPT_TOKENS + NEW_TOKENS)
-        own, works = ThreadedEngine(core, StateClock("torch")), [requests(batch, NEW_TOKENS) for _ in range(rounds + 1)]
+        core = TorchEngine(
+            load_decoder(folder), num_slots=batch, max_len=PROMPT_TOKENS + NEW_TOKENS
+        )
+        own, works = (
+            ThreadedEngine(core, StateClock("torch")),
+            [requests(batch, NEW_TOKENS) for _ in range(rounds + 1)],
+        )
         async with sglang(server, "recompute") as (engine, _):
             taken = [(await seconds(engine, work), await seconds(own, work)) for work in works][1:]
         await own.close()
@@ -74,18 +90,26 @@ async def rates(server: SGLangServer, folder: Path, *, batches: tuple[int, ...],
         rows.append(
             {
                 "batch": batch,
-                "sglang_tokens_per_s": round(tokens / statistics.median(theirs for theirs, _ in taken)),
+                "sglang_tokens_per_s": round(
+                    tokens / statistics.median(theirs for theirs, _ in taken)
+                ),
                 "torch_tokens_per_s": round(tokens / statistics.median(ours for _, ours in taken)),
-                "sglang_over_torch": round(statistics.median(ours / theirs for theirs, ours in taken), 3),
+                "sglang_over_torch": round(
+                    statistics.median(ours / theirs for theirs, ours in taken), 3
+                ),
             }
         )
     return rows
 
 
 @asynccontextmanager
-async def sglang(server: SGLangServer, mode: Any) -> AsyncIterator[tuple[SGLangEngine, SGLangClient]]:
+async def sglang(
+    server: SGLangServer, mode: Any
+) -> AsyncIterator[tuple[SGLangEngine, SGLangClient]]:
     client = SGLangClient(server.url, api_key=server.api_key)
-    engine = SGLangEngine(client, StateClock("sglang"), num_slots=64, weight_update=mode, incarnation="benchmark")
+    engine = SGLangEngine(
+        client, StateClock("sglang"), num_slots=64, weight_update=mode, incarnation="benchmark"
+    )
     folder = server.options.model
 
     async def base(weight_version: str, flush: bool) -> None:
@@ -99,25 +123,35 @@ async def sglang(server: SGLangServer, mode: Any) -> AsyncIterator[tuple[SGLangE
 
 
 @asynccontextmanager
-async def transported(transport: str, client: SGLangClient, weights: dict[str, Tensor], folder: Path) -> AsyncIterator[Load]:
+async def transported(
+    transport: str, client: SGLangClient, weights: dict[str, Tensor], folder: Path
+) -> AsyncIterator[Load]:
     """What brings `weights` to the server: from this process, as its learner."""
     if transport == "disk":
 
         async def from_disk(weight_version: str, flush: bool) -> None:
             await asyncio.to_thread(write_version, weights, folder, version=1)
-            await client.update_from_disk(str(version_folder(folder, 1)), weight_version=weight_version, flush=flush)
+            await client.update_from_disk(
+                str(version_folder(folder, 1)), weight_version=weight_version, flush=flush
+            )
 
         yield from_disk
         return
     store = open_store(HOST, timeout_s=60.0)
-    joining = asyncio.create_task(client.join_group((HOST, store.port), name=NAME, first_rank=1, world_size=2, backend="gloo"))
-    group = await asyncio.to_thread(WeightGroup, store, rank=0, world_size=2, host=HOST, device="cpu", timeout_s=60.0)
+    joining = asyncio.create_task(
+        client.join_group((HOST, store.port), name=NAME, first_rank=1, world_size=2, backend="gloo")
+    )
+    group = await asyncio.to_thread(
+        WeightGroup, store, rank=0, world_size=2, host=HOST, device="cpu", timeout_s=60.0
+    )
     await joining
     manifest = Manifest.of(weights)
 
     async def by_broadcast(weight_version: str, flush: bool) -> None:
         lines = [[spec.line for spec in bucket] for bucket in manifest.buckets(BUCKET_BYTES)]
-        sending = asyncio.create_task(asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES))
+        sending = asyncio.create_task(
+            asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
+        )
         await client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
         await sending
 
@@ -127,7 +161,9 @@ async def transported(transport: str, client: SGLangClient, weights: dict[str, T
         await client.leave_group(NAME)
 
 
-async def updates(server: SGLangServer, folder: Path, *, rounds: int, response_tokens: int) -> list[dict[str, Any]]:
+async def updates(
+    server: SGLangServer, folder: Path, *, rounds: int, response_tokens: int
+) -> list[dict[str, Any]]:
     """Each mode by each transport; medians over `rounds`."""
     weights = read_weights(folder)
     copy_s = statistics.median(copying(weights) for _ in range(5))
@@ -136,16 +172,23 @@ async def updates(server: SGLangServer, folder: Path, *, rounds: int, response_t
         for transport in TRANSPORTS:
             taken = []
             with tempfile.TemporaryDirectory() as out:
-                async with sglang(server, mode) as (engine, client), transported(transport, client, weights, Path(out)) as load:
+                async with (
+                    sglang(server, mode) as (engine, client),
+                    transported(transport, client, weights, Path(out)) as load,
+                ):
                     for number in range(rounds):
                         undisturbed_s = await seconds(engine, requests(UNDER_WAY, response_tokens))
-                        running = asyncio.create_task(seconds(engine, requests(UNDER_WAY, response_tokens)))
+                        running = asyncio.create_task(
+                            seconds(engine, requests(UNDER_WAY, response_tokens))
+                        )
                         await asyncio.sleep(UPDATE_AFTER_S)
                         start_s = time.perf_counter()
                         _, report = await engine.update(load, version=number + 1, probe_ids=PROBE)
                         update_s = time.perf_counter() - start_s
                         taken.append((update_s, report.pause_s, await running - undisturbed_s))
-            update_s, standstill_s, lost_s = (statistics.median(column) for column in zip(*taken, strict=True))
+            update_s, standstill_s, lost_s = (
+                statistics.median(column) for column in zip(*taken, strict=True)
+            )
             rows.append(
                 {
                     "mode": mode,
@@ -172,17 +215,31 @@ def measure(shape: dict[str, Any], root: Path, *, quick: bool, with_rates: bool)
     folder = root / "model"
     model.save_pretrained(folder)
     options = ServerOptions(
-        model=folder, dtype="float32", device="cpu", tensor_parallel=1, num_slots=64, max_len=512, host=HOST, seed=0, log=root / "server.log"
+        model=folder,
+        dtype="float32",
+        device="cpu",
+        tensor_parallel=1,
+        num_slots=64,
+        max_len=512,
+        host=HOST,
+        seed=0,
+        log=root / "server.log",
     )
     server = SGLangServer(options)
     asyncio.run(server.start(timeout_s=300.0))
     try:
         rounds = 1 if quick else 5
-        part: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        part: dict[str, Any] = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters())
+        }
         if with_rates:
-            part["rates"] = asyncio.run(rates(server, folder, batches=(1, 16) if quick else (1, 16, 64), rounds=rounds))
+            part["rates"] = asyncio.run(
+                rates(server, folder, batches=(1, 16) if quick else (1, 16, 64), rounds=rounds)
+            )
         large = not with_rates  # a token takes it long: shorter responses
-        part["updates"] = asyncio.run(updates(server, folder, rounds=rounds, response_tokens=48 if large else 192))
+        part["updates"] = asyncio.run(
+            updates(server, folder, rounds=rounds, response_tokens=48 if large else 192)
+        )
         return part
     finally:
         asyncio.run(server.close())
@@ -210,7 +267,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             parts.append(measure(shape, Path(root), quick=options.quick, with_rates=shape is SHAPE))
         show(parts[-1])
-    report = {"benchmark": "sglang_engine", "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "models": parts}
+    report = {
+        "benchmark": "sglang_engine",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "models": parts,
+    }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")

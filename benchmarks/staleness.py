@@ -29,7 +29,15 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 STALENESS, SEEDS = (0, 2, 8, 16), (0, 1, 2)
 GROUPS, GROUP_SIZE, LR = 16, 16, 3e-4
-CURVE = ("entropy", "kl", "behaviour_ess", "response_tokens", "grad_norm", "staleness", "group_staleness_max")
+CURVE = (
+    "entropy",
+    "kl",
+    "behaviour_ess",
+    "response_tokens",
+    "grad_norm",
+    "staleness",
+    "group_staleness_max",
+)
 
 
 def num_steps(staleness: int) -> int:
@@ -44,14 +52,26 @@ def measure(form: str, staleness: int, seed: int, steps: int) -> dict[str, Any]:
         config,
         algorithm=replace(config.algorithm, **FORMS[form]),
         learner=replace(config.learner, lr=LR),
-        replay=replace(config.replay, groups_per_step=GROUPS, group_size=GROUP_SIZE, dynamic_sampling=False),
+        replay=replace(
+            config.replay, groups_per_step=GROUPS, group_size=GROUP_SIZE, dynamic_sampling=False
+        ),
     )
     curves = InProcess(config, staleness=staleness, seed=seed, steps=steps).run()
     for step, row in enumerate(curves.rows):
-        assert row["oldest"] == row["newest"] == min(step, staleness), "a group is not as old as it was to be"
+        assert row["oldest"] == row["newest"] == min(step, staleness), (
+            "a group is not as old as it was to be"
+        )
         # Of the policy that trains against the one that sampled: the coupled forms have no other proximal policy than that.
-        row["kl"] = row["current_kl_k3" if config.algorithm.proximal == "behaviour" else "behaviour_kl_k3"]
-    head = {"form": form, "S": staleness, "seed": seed, "steps": steps, "seconds": round(time.perf_counter() - start_s, 1)}
+        row["kl"] = row[
+            "current_kl_k3" if config.algorithm.proximal == "behaviour" else "behaviour_kl_k3"
+        ]
+    head = {
+        "form": form,
+        "S": staleness,
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start_s, 1),
+    }
     return {**head, **curves.of(CURVE)}
 
 
@@ -72,7 +92,9 @@ def row(mine: list[dict[str, Any]]) -> dict[str, str]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     staleness = sorted({run["S"] for run in runs})
-    figure, axes = pyplot.subplots(3, len(staleness), figsize=(4 * len(staleness), 9), squeeze=False, sharey="row")
+    figure, axes = pyplot.subplots(
+        3, len(staleness), figsize=(4 * len(staleness), 9), squeeze=False, sharey="row"
+    )
     names = list(dict.fromkeys(run["form"] for run in runs))
     for run in runs:
         column, color = staleness.index(run["S"]), f"C{names.index(run['form'])}"
@@ -84,7 +106,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes[0][column].set_title(f"every group {value} versions old")
         axes[1][column].set_yscale("log")
         axes[2][column].set_xlabel("learner step")
-    for row, name in enumerate(("held-out accuracy", "KL to the behaviour policy, nats", "entropy, nats")):
+    for row, name in enumerate(
+        ("held-out accuracy", "KL to the behaviour policy, nats", "entropy, nats")
+    ):
         axes[row][0].set_ylabel(name)
     axes[0][0].legend()
     figure.tight_layout()
@@ -94,7 +118,12 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 def jobs(quick: bool) -> list[tuple[str, int, int, int]]:
     if quick:
         return [(form, 2, 0, 5) for form in FORMS]
-    return [(form, staleness, seed, num_steps(staleness)) for staleness in sorted(STALENESS, reverse=True) for form in FORMS for seed in SEEDS]
+    return [
+        (form, staleness, seed, num_steps(staleness))
+        for staleness in sorted(STALENESS, reverse=True)
+        for form in FORMS
+        for seed in SEEDS
+    ]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(arguments)
         code: int = options.run(options)
         return code
-    except KeyboardInterrupt:  # before the run begins or after it has ended; what comes between is the run's own affair
+    except (
+        KeyboardInterrupt
+    ):  # before the run begins or after it has ended; what comes between is the run's own affair
         print("dapo-async: SIGINT received", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
@@ -68,27 +70,71 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dapo-async", description="Asynchronous off-policy actor-learner training of reasoning language models.")
-    commands = parser.add_subparsers(required=True)  # no metavar: the error for a missing command lists the commands
+    parser = _Parser(
+        prog="dapo-async",
+        description="Asynchronous off-policy actor-learner training of reasoning language models.",
+    )
+    commands = parser.add_subparsers(
+        required=True
+    )  # no metavar: the error for a missing command lists the commands
     train = commands.add_parser("train", help="train a model; writes a run directory")
     train.add_argument("config", nargs="?", help="YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides, such as learner.lr=1e-4")
-    train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder instead; its own config is used")
-    train.add_argument("--dry-run", action="store_true", help="print what would start, and start nothing")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="dotted overrides, such as learner.lr=1e-4",
+    )
+    train.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with the run in this folder instead; its own config is used",
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print what would start, and start nothing"
+    )
     train.set_defaults(run=_train)
     cli_measure.add_commands(commands)
-    replay = commands.add_parser("replay", help="the learner alone on a run's recorded batches: the same losses?")
-    replay.add_argument("run_dir", type=Path, help="a run directory with recorded/ (train.record=true)")
+    replay = commands.add_parser(
+        "replay", help="the learner alone on a run's recorded batches: the same losses?"
+    )
+    replay.add_argument(
+        "run_dir", type=Path, help="a run directory with recorded/ (train.record=true)"
+    )
     replay.set_defaults(run=_replay, overrides=[])
     grade = commands.add_parser("grade", help="judge predictions by their gold answers, row by row")
-    grade.add_argument("--input", type=Path, required=True, metavar="IN.jsonl", help="rows with prediction, gold and maybe extraction")
-    grade.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl", help="the same rows with correct, extracted and reason")
-    grade.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="deadline of one symbolic comparison (5)")
+    grade.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="IN.jsonl",
+        help="rows with prediction, gold and maybe extraction",
+    )
+    grade.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.jsonl",
+        help="the same rows with correct, extracted and reason",
+    )
+    grade.add_argument(
+        "--timeout-s",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="deadline of one symbolic comparison (5)",
+    )
     grade.set_defaults(run=_grade, overrides=[])
-    config = commands.add_parser("config", help="print a resolved config, or every knob with --explain")
+    config = commands.add_parser(
+        "config", help="print a resolved config, or every knob with --explain"
+    )
     config.add_argument("config", type=Path, nargs="?")
     config.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    config.add_argument("--explain", action="store_true", help="print every knob with its default and its line")
+    config.add_argument(
+        "--explain", action="store_true", help="print every knob with its default and its line"
+    )
     config.set_defaults(run=_config)
     return parser
 
@@ -101,9 +147,13 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume:
         root = options.resume.resolve()
         # Without a config the first override stands in its place.
-        config = resumed_config(root, [*([options.config] if options.config else []), *options.overrides])
+        config = resumed_config(
+            root, [*([options.config] if options.config else []), *options.overrides]
+        )
     elif options.config is None:
-        raise ValueError("which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR")
+        raise ValueError(
+            "which config? give a YAML file, such as configs/quickstart.yaml, or --resume RUN_DIR"
+        )
     else:
         config = knobs.load(options.config, options.overrides)
         name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -116,7 +166,9 @@ def _train(options: argparse.Namespace) -> int:
     # The run knows where it is; a resumed one decides anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
     prepare(choice.address)
-    from dapo_async.runtime.inputs import check_inputs  # torch, transformers and Ray take seconds to import: only for those who train
+    from dapo_async.runtime.inputs import (
+        check_inputs,
+    )  # torch, transformers and Ray take seconds to import: only for those who train
 
     inputs = check_inputs(config, dry_run=options.dry_run)
     point = find_resume_point(config, train_data=inputs.fingerprint) if options.resume else START
@@ -136,11 +188,21 @@ def _train(options: argparse.Namespace) -> int:
     run_dir.lock()
     if options.resume:
         run_dir.reopen(point.version)
-        _say(f"resuming at step {point.version} from {point.checkpoint or 'the base model: there is no checkpoint yet'}")
+        _say(
+            f"resuming at step {point.version} from {point.checkpoint or 'the base model: there is no checkpoint yet'}"
+        )
     run_dir.write(run_dir.config, knobs.to_yaml(saved))
     _say(f"run directory {root}")
-    with open_progress(num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness) as progress:
-        code = train(config, run_dir=run_dir, progress=progress, resume=point, train_data=inputs.fingerprint or "")
+    with open_progress(
+        num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
+    ) as progress:
+        code = train(
+            config,
+            run_dir=run_dir,
+            progress=progress,
+            resume=point,
+            train_data=inputs.fingerprint or "",
+        )
     _print_summary(root, progress.say)
     return code
 
@@ -149,15 +211,23 @@ def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
     from dapo_async.runtime.cluster import planned_actors
 
     _say(f"would write {root}")
-    where = "an own Ray on this machine" if config.ray.address == "local" else f"the Ray cluster at {config.ray.address}"
+    where = (
+        "an own Ray on this machine"
+        if config.ray.address == "local"
+        else f"the Ray cluster at {config.ray.address}"
+    )
     actors = list(planned_actors(config))
     _say(f"would start {len(actors)} actors, one process each, on {where}, and this driver:")
     for actor in actors:
         _say(f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}")
-    if knobs.parse_source(config.model.path).hub is None:  # a model that is not here yet has no sizes
+    if (
+        knobs.parse_source(config.model.path).hub is None
+    ):  # a model that is not here yet has no sizes
         _say(_memory_line(config))
     per_step = config.replay.groups_per_step * config.replay.group_size
-    _say(f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens")
+    _say(
+        f"would train {config.train.num_steps - first_step} steps of {per_step} rollouts of at most {config.rollout.max_response_tokens} tokens"
+    )
     return 0
 
 
@@ -171,7 +241,10 @@ def _memory_line(config: knobs.Config) -> str:
     learner = config.learner
     memory = predict_memory(
         ModelConfig.from_folder(Path(config.model.path)),
-        num_tokens=max(learner.microbatch_tokens, config.data.max_prompt_tokens + config.rollout.max_response_tokens),
+        num_tokens=max(
+            learner.microbatch_tokens,
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        ),
         dp=learner.data_parallel,
         tp=learner.tensor_parallel,
         activations=getattr(torch, config.model.dtype),
@@ -189,9 +262,13 @@ def _replay(options: argparse.Namespace) -> int:
 
     run_dir = RunDir(options.run_dir.resolve())
     if not run_dir.config.is_file():
-        raise ValueError(f"{run_dir.root} has no config.yaml, so it is no run directory; give the folder that a run has printed")
+        raise ValueError(
+            f"{run_dir.root} has no config.yaml, so it is no run directory; give the folder that a run has printed"
+        )
     if options.overrides:
-        raise ValueError(f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away")
+        raise ValueError(
+            f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away"
+        )
     from dapo_async.checkpoints import STATE, CheckpointFolder
     from dapo_async.rerun import recorded_steps, rerun, tolerance_for
 
@@ -199,17 +276,35 @@ def _replay(options: argparse.Namespace) -> int:
     first = recorded_steps(run_dir.recorded)[0]
     state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner" if first else None
     if state is not None and not state.is_dir():
-        raise ValueError(f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there")
+        raise ValueError(
+            f"recording began at step {first}, and {state} is gone; keep that checkpoint (train.keep_checkpoints) to replay from there"
+        )
     different = 0
-    comparisons = rerun(config, run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state)
+    comparisons = rerun(
+        config, run_dir.recorded, rows={row["step"]: row for row in run_dir.rows()}, state=state
+    )
     for compared in comparisons:
         name, (before, now) = next(iter(compared.differing.items()), ("", (None, None)))
-        verdict = f"DIFFERS by up to {compared.largest:.1e}: {name} was {before}, is {now}" if name else "equal"
+        verdict = (
+            f"DIFFERS by up to {compared.largest:.1e}: {name} was {before}, is {now}"
+            if name
+            else "equal"
+        )
         norm = compared.values.get("grad_norm", float("nan"))
-        _say(f"step {compared.step + 1:>4}  loss {compared.values['loss']:+.6f}  grad norm {norm:.6f}  {verdict}")
+        _say(
+            f"step {compared.step + 1:>4}  loss {compared.values['loss']:+.6f}  grad norm {norm:.6f}  {verdict}"
+        )
         different += bool(name)
-    how = f"to {tolerance:g} of each number" if (tolerance := tolerance_for(config)) else "bit for bit"
-    _say(f"{different} of {compared.step + 1 - first} steps differ" if different else f"all {compared.step + 1 - first} steps are equal, {how}")
+    how = (
+        f"to {tolerance:g} of each number"
+        if (tolerance := tolerance_for(config))
+        else "bit for bit"
+    )
+    _say(
+        f"{different} of {compared.step + 1 - first} steps differ"
+        if different
+        else f"all {compared.step + 1 - first} steps are equal, {how}"
+    )
     return int(bool(different))
 
 
@@ -220,12 +315,18 @@ def _grade(options: argparse.Namespace) -> int:
     from dapo_async.reward.verdict import FAILED
 
     if options.overrides:
-        raise ValueError(f"grade takes no overrides ({' '.join(options.overrides)}); leave them away")
+        raise ValueError(
+            f"grade takes no overrides ({' '.join(options.overrides)}); leave them away"
+        )
     if not 0 < options.timeout_s <= MOST_TIMEOUT_S:
-        raise ValueError(f"--timeout-s ({options.timeout_s:g}) must be positive and at most {MOST_TIMEOUT_S:g}, a day: leave it out for 5")
+        raise ValueError(
+            f"--timeout-s ({options.timeout_s:g}) must be positive and at most {MOST_TIMEOUT_S:g}, a day: leave it out for 5"
+        )
     counts = grade(options.input, options.output, timeout_s=options.timeout_s)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    _say(f"{counts.total()} rows: {reasons or 'none'}; accuracy {counts['correct'] / max(1, counts.total()):.4f}")
+    _say(
+        f"{counts.total()} rows: {reasons or 'none'}; accuracy {counts['correct'] / max(1, counts.total()):.4f}"
+    )
     return int(counts[FAILED] > 0)
 
 
@@ -235,7 +336,9 @@ def _config(options: argparse.Namespace) -> int:
             _say(f"{name} = {'null' if default is None else default!r}\n    {line}")
         return 0
     if options.config is None:
-        raise ValueError("which config? give a YAML file, such as configs/quickstart.yaml, or --explain for every knob")
+        raise ValueError(
+            "which config? give a YAML file, such as configs/quickstart.yaml, or --explain for every knob"
+        )
     _say(knobs.to_yaml(knobs.load(options.config, options.overrides)).rstrip())
     return 0
 
@@ -250,21 +353,38 @@ def _print_summary(root: Path, say: Callable[[str], None]) -> None:
         accuracies = f"held-out accuracy {summary['initial_accuracy']:.3f} -> {summary['final_accuracy']:.3f}"
         say(f"{accuracies}, {lengths}, in {summary['train_s']:.1f} s of training")
     counts = {name: count for name, count in summary["groups"].items() if name != "rejected"}
-    counts |= {f"rejected {reason}": count for reason, count in summary["groups"]["rejected"].items()}
+    counts |= {
+        f"rejected {reason}": count for reason, count in summary["groups"]["rejected"].items()
+    }
     groups = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     say(f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups or 'none'}")
     idle, staleness = summary["idle"], summary["staleness"]
-    say(f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}")
-    for what, path in (("checkpoint", Path(summary["checkpoint"])), ("summary", root / "summary.json"), ("metrics", root / "metrics.jsonl")):
+    say(
+        f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
+    )
+    for what, path in (
+        ("checkpoint", Path(summary["checkpoint"])),
+        ("summary", root / "summary.json"),
+        ("metrics", root / "metrics.jsonl"),
+    ):
         say(f"{what:<10} {path}")
     if summary["status"] in ("interrupted", "out_of_time", "failed"):
         say(f"go on with  dapo-async train --resume {root}")
-    for what, name in (("timeline", "timeline.json"), ("picture", "dynamics.png"), ("rollouts", "rollouts"), ("traceback", "error.txt")):
+    for what, name in (
+        ("timeline", "timeline.json"),
+        ("picture", "dynamics.png"),
+        ("rollouts", "rollouts"),
+        ("traceback", "error.txt"),
+    ):
         if (root / name).exists():
             say(f"{what:<10} {root / name}")
     if (root / "mlflow.json").exists():
         mlflow = json.loads((root / "mlflow.json").read_text())
-        how = f"mlflow ui --backend-store-uri {mlflow['uri']}" if mlflow["uri"].startswith("sqlite:") else mlflow["uri"]
+        how = (
+            f"mlflow ui --backend-store-uri {mlflow['uri']}"
+            if mlflow["uri"].startswith("sqlite:")
+            else mlflow["uri"]
+        )
         say(f"{'MLflow':<10} {how}  (run {mlflow['run_id']})")
 
 

@@ -63,6 +63,9 @@ class StateClock:
         """Hands over the spans up to now, each once: the running one is cut here and goes on."""
         with self._lock:
             now_s = self.now_s()
-            spans, self._spans = [*self._spans, Span(self._state, self._since_s, now_s, self._detail)], []
+            spans, self._spans = (
+                [*self._spans, Span(self._state, self._since_s, now_s, self._detail)],
+                [],
+            )
             self._since_s = now_s
             return spans

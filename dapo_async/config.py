@@ -26,81 +26,157 @@ def knob(default: Any, line: str, *, path: str = "") -> Any:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     path: str = knob(
-        "", "base model: Hugging Face folder (config.json, *.safetensors, tokenizer.json), or OWNER/NAME[@REVISION] on the hub", path="model"
+        "",
+        "base model: Hugging Face folder (config.json, *.safetensors, tokenizer.json), or OWNER/NAME[@REVISION] on the hub",
+        path="model",
     )
     dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "dtype of the engines and of the learner's activations; its master weights are float32 always"
+        "float32",
+        "dtype of the engines and of the learner's activations; its master weights are float32 always",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     train: str = knob(
-        "", "training problems: [PRESET=]PATH (JSONL, Parquet or folder) | hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET", path="data"
+        "",
+        "training problems: [PRESET=]PATH (JSONL, Parquet or folder) | hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET",
+        path="data",
     )
-    heldout: str = knob("", "held-out problems for evaluation, in the grammar of data.train", path="data")
-    prompt_key: str | None = knob(None, "column of the problem's text, dots within nested ones (prompt.0.content); null: the preset's, or prompt")
-    answer_key: str | None = knob(None, "column of the gold answer, likewise (reward_model.ground_truth); null: the preset's, or answer")
-    source_key: str = knob("data_source", "column of a row's source, by which reward.by_source chooses; rows may lack it")
+    heldout: str = knob(
+        "", "held-out problems for evaluation, in the grammar of data.train", path="data"
+    )
+    prompt_key: str | None = knob(
+        None,
+        "column of the problem's text, dots within nested ones (prompt.0.content); null: the preset's, or prompt",
+    )
+    answer_key: str | None = knob(
+        None,
+        "column of the gold answer, likewise (reward_model.ground_truth); null: the preset's, or answer",
+    )
+    source_key: str = knob(
+        "data_source",
+        "column of a row's source, by which reward.by_source chooses; rows may lack it",
+    )
     template: str | None = knob(
-        None, "prompt template: dapo | boxed | chat | chat+dapo | chat+boxed | text with {problem}; null: the training preset's"
+        None,
+        "prompt template: dapo | boxed | chat | chat+dapo | chat+boxed | text with {problem}; null: the training preset's",
     )
     system: str | None = knob(None, "system text of a chat template; null: none of ours")
-    language: Literal["en", "zh"] | None = knob(None, "keep the training problems of this language only (zh: with Chinese characters); null: all")
-    deduplicate: bool | None = knob(None, "train on equal problems once, and on none whose answers differ; null: as the preset has it, or false")
+    language: Literal["en", "zh"] | None = knob(
+        None,
+        "keep the training problems of this language only (zh: with Chinese characters); null: all",
+    )
+    deduplicate: bool | None = knob(
+        None,
+        "train on equal problems once, and on none whose answers differ; null: as the preset has it, or false",
+    )
     contamination: Literal["drop", "warn", "off"] = knob(
-        "warn", "training problems that are evaluation problems too are left out | counted | not looked for"
+        "warn",
+        "training problems that are evaluation problems too are left out | counted | not looked for",
     )
     check_against: str = knob(
-        "", "evaluation sets of that check beside data.heldout, in the grammar of data.train, with commas between", path="data list"
+        "",
+        "evaluation sets of that check beside data.heldout, in the grammar of data.train, with commas between",
+        path="data list",
     )
     max_prompt_tokens: int = knob(2048, "longer prompts are left out and counted")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    verifier: str = knob("marker", "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function")
-    by_source: str = knob("", "verifiers of the rows of some sources, such as gsm8k=math,reverse=exact; all other rows: verifier")
-    timeout_s: float = knob(5.0, "processor time of one symbolic comparison of the verifier math; passed, the response is wrong")
-    overlong_cache_tokens: int | None = knob(None, "DAPO's soft overlong punishment over the last so many of max_response_tokens; null: off")
-    shuffle: bool = knob(False, "control experiment: permute the verdicts within each group; nothing may be learned")
+    verifier: str = knob(
+        "marker",
+        "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function",
+    )
+    by_source: str = knob(
+        "",
+        "verifiers of the rows of some sources, such as gsm8k=math,reverse=exact; all other rows: verifier",
+    )
+    timeout_s: float = knob(
+        5.0,
+        "processor time of one symbolic comparison of the verifier math; passed, the response is wrong",
+    )
+    overlong_cache_tokens: int | None = knob(
+        None,
+        "DAPO's soft overlong punishment over the last so many of max_response_tokens; null: off",
+    )
+    shuffle: bool = knob(
+        False, "control experiment: permute the verdicts within each group; nothing may be learned"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    objective: str = knob("dapo", "policy objective: dapo | gspo | cispo, or another of algorithm/objectives.py")
-    clip_low: float = knob(0.2, "lower clip range: ratios below 1 - clip_low are clipped")
-    clip_high: float = knob(0.28, "upper clip range (Clip-Higher): ratios above 1 + clip_high are clipped")
-    dual_clip: float | None = knob(None, "for A < 0 the loss per token is capped at -dual_clip * A; null: off")
-    proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
-        "recompute", "source of pi_prox: extra forward | stop-gradient of pi_theta | A-3PO | pi_beh (coupled PPO)"
+    objective: str = knob(
+        "dapo", "policy objective: dapo | gspo | cispo, or another of algorithm/objectives.py"
     )
-    correction: Literal["truncate", "mask", "none"] = knob("truncate", "what happens to behaviour weights pi_prox / pi_beh outside the band")
-    correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(None, "level of the ratio; null: token, or sequence for gspo")
+    clip_low: float = knob(0.2, "lower clip range: ratios below 1 - clip_low are clipped")
+    clip_high: float = knob(
+        0.28, "upper clip range (Clip-Higher): ratios above 1 + clip_high are clipped"
+    )
+    dual_clip: float | None = knob(
+        None, "for A < 0 the loss per token is capped at -dual_clip * A; null: off"
+    )
+    proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
+        "recompute",
+        "source of pi_prox: extra forward | stop-gradient of pi_theta | A-3PO | pi_beh (coupled PPO)",
+    )
+    correction: Literal["truncate", "mask", "none"] = knob(
+        "truncate", "what happens to behaviour weights pi_prox / pi_beh outside the band"
+    )
+    correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
+        None, "level of the ratio; null: token, or sequence for gspo"
+    )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
-    second_moment: float | None = knob(None, "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; null: off")
-    loss_mean: Literal["token", "sequence"] = knob("token", "mean over all tokens (DAPO) | over each response's tokens, then over responses (GRPO)")
-    entropy_bonus: float = knob(0.0, "the loss falls by so much per nat of mean entropy; 0: off, as DAPO has it")
-    normalize_std: bool = knob(True, "divide advantages by the group's standard deviation; false: Dr.GRPO")
+    second_moment: float | None = knob(
+        None,
+        "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; null: off",
+    )
+    loss_mean: Literal["token", "sequence"] = knob(
+        "token",
+        "mean over all tokens (DAPO) | over each response's tokens, then over responses (GRPO)",
+    )
+    entropy_bonus: float = knob(
+        0.0, "the loss falls by so much per nat of mean entropy; 0: off, as DAPO has it"
+    )
+    normalize_std: bool = knob(
+        True, "divide advantages by the group's standard deviation; false: Dr.GRPO"
+    )
     overlong_filtering: bool = knob(False, "mask truncated rollouts out of the loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    engine: Literal["torch", "sglang"] = knob("torch", "what generates: the learner's own decoder | an SGLang server per worker")
+    engine: Literal["torch", "sglang"] = knob(
+        "torch", "what generates: the learner's own decoder | an SGLang server per worker"
+    )
     num_workers: int = knob(1, "RolloutWorker actors, one engine each")
     num_cpus: float = knob(1.0, "CPUs that Ray reserves per worker")
     num_gpus: float = knob(0.0, "GPUs that Ray reserves per worker; 0: the engine runs on CPU")
     tensor_parallel: int = knob(1, "GPUs that share one SGLang engine's copy of the model")
-    servers: str = knob("", "URLs of running SGLang servers, one per worker, with commas between them; empty: each worker starts its own")
-    max_restarts: int = knob(3, "so many times a lost SGLang engine is started anew, per worker; the next loss ends the run")
-    server_flags: str = knob("", "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the ones set here")
+    servers: str = knob(
+        "",
+        "URLs of running SGLang servers, one per worker, with commas between them; empty: each worker starts its own",
+    )
+    max_restarts: int = knob(
+        3,
+        "so many times a lost SGLang engine is started anew, per worker; the next loss ends the run",
+    )
+    server_flags: str = knob(
+        "",
+        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the ones set here",
+    )
     num_slots: int = knob(64, "sequences that one engine generates at a time")
     max_response_tokens: int = knob(256, "a response is truncated there")
-    temperature: float = knob(1.0, "sampling temperature; training requires > 0 and the full distribution (no top-p, no top-k)")
+    temperature: float = knob(
+        1.0,
+        "sampling temperature; training requires > 0 and the full distribution (no top-p, no top-k)",
+    )
     weight_update: Literal["recompute", "keep_kv", "drain"] = knob(
-        "recompute", "running sequences at a weight update: KV computed anew | KV of the old weights kept | finished first"
+        "recompute",
+        "running sequences at a weight update: KV computed anew | KV of the old weights kept | finished first",
     )
 
     @property
@@ -112,17 +188,31 @@ class Rollout:
 class Replay:
     groups_per_step: int = knob(16, "groups that one learner step consumes")
     group_size: int = knob(16, "rollouts per group (G)")
-    max_staleness: int = knob(2, "law 1: a token trained by version v was generated by a version >= v - max_staleness")
-    dynamic_sampling: bool = knob(True, "reject groups whose accuracies are all equal: they carry no gradient")
-    filter: str | None = knob(None, "own module:function that keeps a group (true) or rejects it (false), after the other filters; null: off")
-    lockstep: bool = knob(False, "admit in waves, each when the one before has ended: a run repeats bit for bit; needs staleness 0 and one worker")
-    patience: int = knob(512, "so many rejected groups in a row end the run (solved when all were all_correct)")
+    max_staleness: int = knob(
+        2, "law 1: a token trained by version v was generated by a version >= v - max_staleness"
+    )
+    dynamic_sampling: bool = knob(
+        True, "reject groups whose accuracies are all equal: they carry no gradient"
+    )
+    filter: str | None = knob(
+        None,
+        "own module:function that keeps a group (true) or rejects it (false), after the other filters; null: off",
+    )
+    lockstep: bool = knob(
+        False,
+        "admit in waves, each when the one before has ended: a run repeats bit for bit; needs staleness 0 and one worker",
+    )
+    patience: int = knob(
+        512, "so many rejected groups in a row end the run (solved when all were all_correct)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:
     data_parallel: int = knob(1, "ranks that train on different groups of a batch")
-    tensor_parallel: int = knob(1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all")
+    tensor_parallel: int = knob(
+        1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all"
+    )
     num_cpus: float = knob(1.0, "CPUs that Ray reserves per learner rank")
     num_gpus: float = knob(0.0, "GPUs that Ray reserves per learner rank; 0: it runs on CPU")
     lr: float = knob(1e-6, "AdamW learning rate after warm-up")
@@ -132,35 +222,51 @@ class Learner:
     beta2: float = knob(0.999, "AdamW second-moment decay")
     grad_clip: float = knob(1.0, "global gradient norm is clipped to this")
     num_minibatches: int = knob(1, "optimizer updates per step")
-    microbatch_tokens: int = knob(16_384, "most tokens per forward and backward pass; a longer sequence gets a pass of its own")
-    recompute_layers: int = knob(
-        0, "activation checkpointing: so many layers keep their input only, and the backward pass computes the rest of them again"
+    microbatch_tokens: int = knob(
+        16_384,
+        "most tokens per forward and backward pass; a longer sequence gets a pass of its own",
     )
-    offload_optimizer: bool = knob(False, "AdamW's moments stay in the host's memory and visit the GPU bucket by bucket; on a CPU nothing changes")
-    profile: bool = knob(False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/")
+    recompute_layers: int = knob(
+        0,
+        "activation checkpointing: so many layers keep their input only, and the backward pass computes the rest of them again",
+    )
+    offload_optimizer: bool = knob(
+        False,
+        "AdamW's moments stay in the host's memory and visit the GPU bucket by bucket; on a CPU nothing changes",
+    )
+    profile: bool = knob(
+        False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
+    )
     max_skipped_steps: int = knob(3, "so many non-finite steps in a row end the run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     transport: Literal["broadcast", "disk"] = knob(
-        "broadcast", "how weights reach the engines: collective broadcast (gloo or NCCL) or safetensors on disk"
+        "broadcast",
+        "how weights reach the engines: collective broadcast (gloo or NCCL) or safetensors on disk",
     )
     bucket_bytes: int = knob(64 * 2**20, "most bytes in flight per bucket of a broadcast")
     probe_tokens: int = knob(16, "length of the handshake's probe prompt")
-    probe_tolerance: float = knob(1e-3, "largest difference of a probe logprob between learner and engine that still passes")
+    probe_tolerance: float = knob(
+        1e-3, "largest difference of a probe logprob between learner and engine that still passes"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: nothing is evaluated")
-    every_steps: int = knob(0, "evaluate each so many steps, beside training; 0: only before and after it")
+    every_steps: int = knob(
+        0, "evaluate each so many steps, beside training; 0: only before and after it"
+    )
     engine: Literal["snapshot", "dedicated", "lease"] = knob(
         "snapshot",
         "where: an own process on idle CPU time | one with reserved num_cpus and num_gpus | a rollout worker's engine, taken for that long",
     )
     num_cpus: float = knob(1.0, "CPUs that Ray reserves for a dedicated evaluator")
-    num_gpus: float = knob(0.0, "GPUs that Ray reserves for a dedicated evaluator; 0: its engine runs on CPU")
+    num_gpus: float = knob(
+        0.0, "GPUs that Ray reserves for a dedicated evaluator; 0: its engine runs on CPU"
+    )
 
     @property
     def during_training(self) -> bool:
@@ -170,8 +276,13 @@ class Evaluation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
     num_steps: int = knob(100, "learner steps")
-    max_wall_s: float | None = knob(None, "end in time, with a checkpoint, before so many seconds have passed since the process began; null: off")
-    checkpoint_every_steps: int = knob(20, "save a checkpoint each so many steps, beside the steps; one more at every end")
+    max_wall_s: float | None = knob(
+        None,
+        "end in time, with a checkpoint, before so many seconds have passed since the process began; null: off",
+    )
+    checkpoint_every_steps: int = knob(
+        20, "save a checkpoint each so many steps, beside the steps; one more at every end"
+    )
     keep_checkpoints: int = knob(3, "the newest so many are kept, and the best by evaluation")
     sample_groups: int = knob(2, "groups per step written to rollouts/ as readable text")
     record: bool = knob(False, "write every batch to recorded/, for dapo-async replay")
@@ -179,7 +290,10 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracking:
-    mlflow: str | None = knob("local", "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off")
+    mlflow: str | None = knob(
+        "local",
+        "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off",
+    )
     experiment: str = knob("dapo-async", "MLflow experiment that the run belongs to")
 
 
@@ -189,23 +303,40 @@ class Deadlines:
     take_s: float = knob(600.0, "the learner's wait for a batch")
     step_s: float = knob(1800.0, "one learner step")
     publish_s: float = knob(120.0, "one publish, handshake included")
-    silence_s: float = knob(120.0, "an SGLang server's silence, while it generates or is asked something")
+    silence_s: float = knob(
+        120.0, "an SGLang server's silence, while it generates or is asked something"
+    )
     evaluate_s: float = knob(600.0, "one evaluation")
     save_s: float = knob(600.0, "one checkpoint")
-    stop_s: float = knob(10.0, "the actors' orderly end, before they are killed; the last checkpoint has save_s, unless something hangs")
-    tracking_s: float = knob(10.0, "the end's wait for what MLflow has not taken yet; a store that is away is not waited for")
+    stop_s: float = knob(
+        10.0,
+        "the actors' orderly end, before they are killed; the last checkpoint has save_s, unless something hangs",
+    )
+    tracking_s: float = knob(
+        10.0,
+        "the end's wait for what MLflow has not taken yet; a store that is away is not waited for",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    address: str = knob("auto", "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one")
-    num_cpus: int | None = knob(None, "CPUs of an own Ray; null: those of this machine, or as many as the actors reserve where that is more")
+    address: str = knob(
+        "auto",
+        "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one",
+    )
+    num_cpus: int | None = knob(
+        None,
+        "CPUs of an own Ray; null: those of this machine, or as many as the actors reserve where that is more",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     seed: int = knob(0, "seeds data order, sampling noise and the handshake")
-    run_dir: str = knob("", "where the run writes; empty: runs/NAME-TIME; relative: in the folder DAPO_ASYNC_RUNS or else in the current one")
+    run_dir: str = knob(
+        "",
+        "where the run writes; empty: runs/NAME-TIME; relative: in the folder DAPO_ASYNC_RUNS or else in the current one",
+    )
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
@@ -238,7 +369,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     path = Path(path)
     try:
-        names, paths = [name for name, *_ in knobs()], {name: kind for name, _, _, kind in knobs() if kind}
+        names, paths = (
+            [name for name, *_ in knobs()],
+            {name: kind for name, _, _, kind in knobs() if kind},
+        )
         file, dotted = read_file(path, names), read_overrides(overrides, names)
         resolve_paths(file, path.resolve().parent, paths)
         resolve_paths(dotted, Path.cwd(), paths)
@@ -254,5 +388,7 @@ def to_yaml(config: Config) -> str:
     """The resolved config, every knob written out; `load` reads it back to an equal one, but for the password of a tracking URI."""
     from omegaconf import OmegaConf
 
-    tracking = replace(config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow))
+    tracking = replace(
+        config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow)
+    )
     return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))

@@ -37,7 +37,14 @@ AT_LEAST = {
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
 POSITIVE = ("algorithm.second_moment", "learner.grad_clip", "reward.timeout_s")
 DAY_S = 86_400  # a longer deadline is none
-SHARES = ("rollout.num_cpus", "rollout.num_gpus", "learner.num_cpus", "learner.num_gpus", "evaluation.num_cpus", "evaluation.num_gpus")
+SHARES = (
+    "rollout.num_cpus",
+    "rollout.num_gpus",
+    "learner.num_cpus",
+    "learner.num_gpus",
+    "evaluation.num_cpus",
+    "evaluation.num_gpus",
+)
 
 
 def check(config: Config) -> None:
@@ -68,21 +75,33 @@ def _values(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _finite_rules(config: Config) -> Iterator[Rule]:
     for name, value in _values(config):
         if isinstance(value, int | float):
-            yield -NUMBERS_END < value < NUMBERS_END, f"{name} ({value}) must be a finite number, below 2^63 in size; set {name} to such a number"
+            yield (
+                -NUMBERS_END < value < NUMBERS_END,
+                f"{name} ({value}) must be a finite number, below 2^63 in size; set {name} to such a number",
+            )
 
 
 def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
     for name, bound in AT_LEAST.items():
-        yield values[name] is None or values[name] >= bound, f"{name} ({values[name]}) must be at least {bound}; set {name}={bound} or more"
+        yield (
+            values[name] is None or values[name] >= bound,
+            f"{name} ({values[name]}) must be at least {bound}; set {name}={bound} or more",
+        )
     for name in POSITIVE:
         off = " or null (off)" if name == "algorithm.second_moment" else ""
-        yield values[name] is None or values[name] > 0, f"{name} ({values[name]}) must be positive; set {name}=1.0{off}"
+        yield (
+            values[name] is None or values[name] > 0,
+            f"{name} ({values[name]}) must be positive; set {name}=1.0{off}",
+        )
     yield (
         values["reward.timeout_s"] <= DAY_S,
         f"reward.timeout_s ({values['reward.timeout_s']}) must be at most {DAY_S}, a day; set reward.timeout_s=5",
     )
     for name in ("learner.beta1", "learner.beta2"):
-        yield values[name] < 1, f"{name} ({values[name]}) must lie in [0, 1); set {name}=0.9 or another decay below 1"
+        yield (
+            values[name] < 1,
+            f"{name} ({values[name]}) must lie in [0, 1); set {name}=0.9 or another decay below 1",
+        )
     for name in SHARES:
         yield (
             values[name] == 0 or values[name] >= SMALLEST_SHARE,
@@ -90,16 +109,29 @@ def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
         )
     for name, value in values.items():
         if name.startswith("deadlines."):
-            yield value > 0, f"{name} ({value}) must be positive; every wait has a deadline: set {name}=600"
+            yield (
+                value > 0,
+                f"{name} ({value}) must be positive; every wait has a deadline: set {name}=600",
+            )
 
 
 def _file_rules(config: Config) -> Iterator[Rule]:
     data = config.data
-    for name, value in (("model.path", config.model.path), ("data.train", data.train), ("data.heldout", data.heldout)):
+    for name, value in (
+        ("model.path", config.model.path),
+        ("data.train", data.train),
+        ("data.heldout", data.heldout),
+    ):
         yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
-        yield _is_there(parse_source(value)), f"{name} ({value}) does not exist; give an existing path"
+        yield (
+            _is_there(parse_source(value)),
+            f"{name} ({value}) does not exist; give an existing path",
+        )
     for source in parse_sources(data.check_against):
-        yield _is_there(source), f"data.check_against ({source.where}) does not exist; give existing paths with commas between them"
+        yield (
+            _is_there(source),
+            f"data.check_against ({source.where}) does not exist; give existing paths with commas between them",
+        )
     yield (
         data.template is None or data.template in TEMPLATES or "{problem}" in data.template,
         (
@@ -133,7 +165,9 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     )
     yield (
         replay.patience >= replay.groups_per_step,
-        (f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"),
+        (
+            f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"
+        ),
     )
     yield (
         not replay.lockstep or (replay.max_staleness == 0 and rollout.num_workers == 1),
@@ -166,7 +200,9 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     cache = config.reward.overlong_cache_tokens
     yield (
         cache is None or 0 < cache <= rollout.max_response_tokens,
-        (f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"),
+        (
+            f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens ({rollout.max_response_tokens}); lower it"
+        ),
     )
 
 
@@ -175,11 +211,21 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
     if rollout.engine == "torch":
         for name, off in (("tensor_parallel", 1), ("servers", ""), ("server_flags", "")):
             value = getattr(rollout, name)
-            yield value == off, f"rollout.{name} ({value}) is for SGLang engines; set rollout.engine=sglang, or leave it out"
+            yield (
+                value == off,
+                f"rollout.{name} ({value}) is for SGLang engines; set rollout.engine=sglang, or leave it out",
+            )
         return
     urls, words = rollout.server_urls, rollout.server_flags.split()
-    own = [word for word in words if word.partition("=")[0] in ("--api-key", "--config", "--host", "--port")]
-    yield not own, f"rollout.server_flags has {own[0] if own else ''}, which each worker sets for its own server; leave it out"
+    own = [
+        word
+        for word in words
+        if word.partition("=")[0] in ("--api-key", "--config", "--host", "--port")
+    ]
+    yield (
+        not own,
+        f"rollout.server_flags has {own[0] if own else ''}, which each worker sets for its own server; leave it out",
+    )
     silence_s, publish_s = config.deadlines.silence_s, config.deadlines.publish_s
     yield (
         silence_s >= publish_s,
@@ -211,7 +257,9 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
         "replay.lockstep needs rollout.engine=torch: an SGLang server draws its noise by itself; set it, or replay.lockstep=false",
     )
     yield (
-        config.evaluation.engine != "lease" or config.evaluation.every_steps == 0 or config.weights.transport == "disk",
+        config.evaluation.engine != "lease"
+        or config.evaluation.every_steps == 0
+        or config.weights.transport == "disk",
         (
             "evaluation.engine=lease needs weights.transport=disk with SGLang engines: a server can't keep broadcast weights beside those that it "
             "serves; set it, or evaluation.engine=snapshot"

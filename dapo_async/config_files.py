@@ -19,15 +19,23 @@ def read_file(path: Path, names: Sequence[str]) -> DictConfig:
     from omegaconf import DictConfig, OmegaConf
 
     if not path.is_file():
-        raise ValueError(f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+        raise ValueError(
+            f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
+        )
     try:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from error
+        raise ValueError(
+            f"config file {path} is not valid YAML: {' '.join(str(error).split())}; correct it there"
+        ) from error
     except OSError as error:  # also what OmegaConf raises for a file that holds a single number
-        raise ValueError(f"config file {path} can't be read: {error}; give a YAML file such as configs/quickstart.yaml") from error
+        raise ValueError(
+            f"config file {path} can't be read: {error}; give a YAML file such as configs/quickstart.yaml"
+        ) from error
     if not isinstance(tree, DictConfig):
-        raise ValueError(f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml")
+        raise ValueError(
+            f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml"
+        )
     _refuse_value_of_group(tree, names)
     return tree
 
@@ -41,11 +49,15 @@ def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4")
+            raise ValueError(
+                f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4"
+            )
         try:
             tree.merge_with_dotlist([override])
         except yaml.YAMLError as error:
-            raise ValueError(f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'") from error
+            raise ValueError(
+                f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'"
+            ) from error
     _refuse_value_of_group(tree, names)
     return tree
 
@@ -58,7 +70,9 @@ def _refuse_value_of_group(tree: DictConfig, names: Sequence[str]) -> None:
     for name in names:
         group, dot, _ = name.partition(".")
         if dot and group in values and not isinstance(values[group], dict):
-            raise ValueError(f"{group} ({values[group]!r}) is a group of knobs and has no value of its own; set one of its knobs, such as {name}")
+            raise ValueError(
+                f"{group} ({values[group]!r}) is a group of knobs and has no value of its own; set one of its knobs, such as {name}"
+            )
 
 
 def resolve_paths(tree: DictConfig, folder: Path, kinds: Mapping[str, str]) -> None:
@@ -71,4 +85,6 @@ def resolve_paths(tree: DictConfig, folder: Path, kinds: Mapping[str, str]) -> N
             try:
                 OmegaConf.update(tree, name, literal(resolved(value, folder, kind=kind)))
             except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{name} ({value!r}) is no usable path: {error}; give another path") from error
+                raise ValueError(
+                    f"{name} ({value!r}) is no usable path: {error}; give another path"
+                ) from error

@@ -38,7 +38,11 @@ class Source:
         if self.path is None:
             return str(self.hub)
         # Many data files are called data.jsonl or test.parquet: their folder tells which.
-        return self.path.name if self.path.stem not in ("data", "train", "test") else f"{self.path.parent.name}/{self.path.name}"
+        return (
+            self.path.name
+            if self.path.stem not in ("data", "train", "test")
+            else f"{self.path.parent.name}/{self.path.name}"
+        )
 
     @property
     def where(self) -> str:
@@ -57,7 +61,9 @@ def parse_source(text: str) -> Source:
         return Source(preset=preset, path=Path(rest))
     parts = HUB_NAME.fullmatch(rest)
     if parts is None:
-        raise ValueError(f"{rest} is no name of the hub; write hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], such as hub:openai/gsm8k/main:train")
+        raise ValueError(
+            f"{rest} is no name of the hub; write hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], such as hub:openai/gsm8k/main:train"
+        )
     return Source(preset, None, *parts.groups())
 
 
@@ -69,7 +75,9 @@ def parse_sources(text: str) -> list[Source]:
 def resolved(text: str, folder: Path, *, kind: str) -> str:
     """`text` with its paths made absolute from `folder`; `kind` model, data or data list. Raises OSError, RuntimeError or ValueError."""
     if kind == "data list":
-        return ", ".join(resolved(part.strip(), folder, kind="data") for part in text.split(",") if part.strip())
+        return ", ".join(
+            resolved(part.strip(), folder, kind="data") for part in text.split(",") if part.strip()
+        )
     match = PRESET.fullmatch(text) if kind == "data" else None
     preset, rest = (f"{match[1]}=", match[2]) if match else ("", text)
     if rest.startswith(HUB):

@@ -21,21 +21,31 @@ def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callabl
     path, _, function_name = name.partition(":")
     wanted = f"{knob} ({name!r}) must be module:function, a function({', '.join(parameters)})"
     if not path or not function_name:
-        raise ValueError(f"{wanted}; write for example my_package.rewards:{function_name or 'judge'}")
+        raise ValueError(
+            f"{wanted}; write for example my_package.rewards:{function_name or 'judge'}"
+        )
     try:
         function: Any = importlib.import_module(path)
         for part in function_name.split("."):
             function = getattr(function, part)
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{wanted}: {why}; install the module or put its folder on PYTHONPATH") from error
+        raise ValueError(
+            f"{wanted}: {why}; install the module or put its folder on PYTHONPATH"
+        ) from error
     if not callable(function) or inspect.isclass(function):
-        raise ValueError(f"{wanted}, but it is a {'class' if inspect.isclass(function) else type(function).__name__}; name a function")
+        raise ValueError(
+            f"{wanted}, but it is a {'class' if inspect.isclass(function) else type(function).__name__}; name a function"
+        )
     if inspect.iscoroutinefunction(function):
-        raise ValueError(f"{wanted}, but it is asynchronous; write it as a plain function, which is called in a thread")
+        raise ValueError(
+            f"{wanted}, but it is asynchronous; write it as a plain function, which is called in a thread"
+        )
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:
-        raise ValueError(f"{wanted}, but its parameters are {inspect.signature(function)} ({error}); change them") from error
+        raise ValueError(
+            f"{wanted}, but its parameters are {inspect.signature(function)} ({error}); change them"
+        ) from error
     checked: Callable[..., Any] = function
     return checked

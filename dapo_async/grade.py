@@ -24,15 +24,24 @@ def grade(source: Path, target: Path, *, timeout_s: float = TIMEOUT_S) -> Counte
     """
     counts: Counter[str] = Counter()
     try:
-        if any(path.exists() and source.exists() and path.samefile(source) for path in (target, _partial(target))):
-            raise ValueError(f"--output ({target}) must be another file than --input, also with .partial behind its name; give another path")
+        if any(
+            path.exists() and source.exists() and path.samefile(source)
+            for path in (target, _partial(target))
+        ):
+            raise ValueError(
+                f"--output ({target}) must be another file than --input, also with .partial behind its name; give another path"
+            )
         with _whole(target) as out, ThreadPoolExecutor(NUM_PROCESSES) as threads:
             for chunk in _chunks(source):
-                for row in threads.map(lambda numbered: _graded(source, *numbered, timeout_s=timeout_s), chunk):
+                for row in threads.map(
+                    lambda numbered: _graded(source, *numbered, timeout_s=timeout_s), chunk
+                ):
                     counts[row["reason"]] += 1
                     out.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise ValueError(f"{error.filename or target} can't be used: {error.strerror}; give a readable --input and a writable --output") from error
+        raise ValueError(
+            f"{error.filename or target} can't be used: {error.strerror}; give a readable --input and a writable --output"
+        ) from error
     return counts
 
 
@@ -75,21 +84,34 @@ def _graded(source: Path, number: int, line: bytes, *, timeout_s: float) -> dict
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({error}); write one JSON object per line") from error
+        raise ValueError(
+            f"{where} is not valid JSON ({error}); write one JSON object per line"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} holds a {type(row).__name__}; write one JSON object per line")
     prediction, gold = (_text(row, key, where) for key in ("prediction", "gold"))
     extraction: Any = row.get("extraction") or "marker"
     if extraction not in get_args(Extraction):
-        raise ValueError(f"{where}: extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it, or leave it out")
+        raise ValueError(
+            f"{where}: extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it, or leave it out"
+        )
     if not gold.strip():
-        raise ValueError(f"{where}: gold is empty, so nothing can be judged by it; drop the row or fill it in")
+        raise ValueError(
+            f"{where}: gold is empty, so nothing can be judged by it; drop the row or fill it in"
+        )
     verdict = verify(prediction, gold, timeout_s=timeout_s, extraction=extraction)
-    return {**row, "correct": verdict.correct, "extracted": verdict.extracted, "reason": verdict.reason}
+    return {
+        **row,
+        "correct": verdict.correct,
+        "extracted": verdict.extracted,
+        "reason": verdict.reason,
+    }
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{where} has no text in {key} ({'missing' if key not in row else type(value).__name__}); every row needs prediction and gold")
+    raise ValueError(
+        f"{where} has no text in {key} ({'missing' if key not in row else type(value).__name__}); every row needs prediction and gold"
+    )

@@ -18,17 +18,25 @@ from safetensors.numpy import load_file, save_file
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 JSON = "json"  # the tensor that holds the rest as UTF-8
-FIELDS = {"token_ids": np.int32, "behaviour_logprobs": np.float32, "weight_versions": np.int32}  # one entry per response token
+FIELDS = {
+    "token_ids": np.int32,
+    "behaviour_logprobs": np.float32,
+    "weight_versions": np.int32,
+}  # one entry per response token
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
     """Writes `groups` in order; the file is whole on disk when this returns."""
     completions = [rollout.completion for group in groups for rollout in group.rollouts]
     arrays: dict[str, NDArray[Any]] = {
-        name: np.concatenate([np.zeros(0, dtype), *(getattr(completion, name) for completion in completions)]).astype(dtype)
+        name: np.concatenate(
+            [np.zeros(0, dtype), *(getattr(completion, name) for completion in completions)]
+        ).astype(dtype)
         for name, dtype in FIELDS.items()
     }
-    arrays["prompt_ids"] = np.concatenate([np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]).astype(np.int32)
+    arrays["prompt_ids"] = np.concatenate(
+        [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
+    ).astype(np.int32)
     text = json.dumps([_row(group) for group in groups]).encode()
     save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, path)
     with path.open("rb") as file:
@@ -49,10 +57,20 @@ def read_groups(path: Path) -> list[Group]:
             end = start + entry.pop("num_tokens")
             tokens = {name: arrays[name][start:end] for name in FIELDS}
             reason = FinishReason(entry.pop("finish_reason"))
-            completion = Completion(**tokens, prefill_version=entry.pop("prefill_version"), finish_reason=reason)
+            completion = Completion(
+                **tokens, prefill_version=entry.pop("prefill_version"), finish_reason=reason
+            )
             rollouts.append(Rollout(completion=completion, **entry))
             start = end
-        groups.append(Group(row["admission_index"], prompt, tuple(rollouts), row["incarnation"], row["temperature"]))
+        groups.append(
+            Group(
+                row["admission_index"],
+                prompt,
+                tuple(rollouts),
+                row["incarnation"],
+                row["temperature"],
+            )
+        )
         prompt_start = prompt_end
     return groups
 
@@ -63,7 +81,13 @@ def _row(group: Group) -> dict[str, Any]:
         "admission_index": group.admission_index,
         "incarnation": group.incarnation,
         "temperature": group.temperature,
-        "prompt": {"row": prompt.row, "text": prompt.text, "answer": prompt.answer, "source": prompt.source, "num_tokens": len(prompt.token_ids)},
+        "prompt": {
+            "row": prompt.row,
+            "text": prompt.text,
+            "answer": prompt.answer,
+            "source": prompt.source,
+            "num_tokens": len(prompt.token_ids),
+        },
         "rollouts": [
             {
                 "text": rollout.text,

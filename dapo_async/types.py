@@ -32,7 +32,9 @@ class Admission:
     index: int  # admission index: 0, 1, 2, … along the run; names the group everywhere
     prompt: Prompt
     group_size: int
-    heads: tuple[Completion | None, ...] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
+    heads: tuple[
+        Completion | None, ...
+    ] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
 
 
 class FinishReason(StrEnum):
@@ -46,7 +48,9 @@ class Completion:
     """What an engine returns for one sibling; one entry per response token in each array."""
 
     token_ids: NDArray[np.int32]  # [T]
-    behaviour_logprobs: NDArray[np.float32]  # [T] log-softmax(logits / temperature) over the full vocabulary
+    behaviour_logprobs: NDArray[
+        np.float32
+    ]  # [T] log-softmax(logits / temperature) over the full vocabulary
     weight_versions: NDArray[np.int32]  # [T] version whose logits each token was sampled from
     prefill_version: int  # oldest version whose KV any token attended to at its start
     finish_reason: FinishReason
@@ -54,7 +58,11 @@ class Completion:
     @property
     def oldest_version(self) -> int:
         """The oldest weights in it, its prefill's included."""
-        return min(int(self.weight_versions.min()), self.prefill_version) if len(self.weight_versions) else self.prefill_version
+        return (
+            min(int(self.weight_versions.min()), self.prefill_version)
+            if len(self.weight_versions)
+            else self.prefill_version
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,11 @@ class Group:
     @property
     def weight_versions(self) -> frozenset[int]:
         """All versions that sampled a token of it."""
-        return frozenset(int(version) for rollout in self.rollouts for version in np.unique(rollout.completion.weight_versions))
+        return frozenset(
+            int(version)
+            for rollout in self.rollouts
+            for version in np.unique(rollout.completion.weight_versions)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +141,9 @@ class TrainBatch:
     admission_indices: tuple[int, ...]
     oldest_versions: tuple[int, ...]  # per group
     num_tokens: tuple[int, ...]  # per group, prompt and response
-    references: tuple[Any, ...]  # per group: what the learner ranks fetch (a Ray object reference; the Group itself in tests)
+    references: tuple[
+        Any, ...
+    ]  # per group: what the learner ranks fetch (a Ray object reference; the Group itself in tests)
     evicted: tuple[int, ...] = ()  # groups evicted by this take: their generation is to be aborted
 
 
@@ -150,7 +164,9 @@ class StepMetrics:
             mine = sums.get(name, (0.0, 0.0))
             sums[name] = (mine[0] + total, mine[1] + count)
         for name, value in other.maxima.items():
-            maxima[name] = float(np.maximum(maxima.get(name, value), value))  # nan wins, whatever the order
+            maxima[name] = float(
+                np.maximum(maxima.get(name, value), value)
+            )  # nan wins, whatever the order
         for name, value in other.totals.items():
             totals[name] = totals.get(name, 0.0) + value
         return StepMetrics(sums, maxima, totals)

@@ -28,11 +28,17 @@ def seeded() -> torch.Generator:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The main job as it is, but for all of its groups being written down: one run for all tests that look at it."""
     root = tmp_path_factory.mktemp("quickstart") / "run"
-    return finished(root, f"train.sample_groups={knobs.load(QUICKSTART).replay.groups_per_step}", timeout_s=500.0)
+    return finished(
+        root,
+        f"train.sample_groups={knobs.load(QUICKSTART).replay.groups_per_step}",
+        timeout_s=500.0,
+    )
 
 
 @pytest.fixture(scope="session")
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     """A real SGLang server of the family that the test is parametrised with: one for the whole session."""
     started = start_world(request.param, tmp_path_factory.mktemp(request.param))
     yield started
@@ -42,7 +48,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests against the real SGLang need it installed; the gate installs it."""
     if importlib.util.find_spec("sglang") is None:
-        missing = pytest.mark.skip(reason="SGLang is not installed: bash cluster/sglang_cpu/install.sh")
+        missing = pytest.mark.skip(
+            reason="SGLang is not installed: bash cluster/sglang_cpu/install.sh"
+        )
         for item in items:
             if item.get_closest_marker("sglang"):
                 item.add_marker(missing)

@@ -16,7 +16,9 @@ from dapo_async.model import build_mesh, join_store, open_store
 HOST, TIMEOUT_S = "127.0.0.1", 60.0
 
 
-def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, pipe: Any) -> None:
+def _rank(
+    work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, pipe: Any
+) -> None:
     try:
         torch.set_num_threads(1)
         if rank == 0:
@@ -24,7 +26,15 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: i
             pipe.send_bytes(pickle.dumps(store.port))
         else:
             store = join_store((HOST, pickle.loads(pipe.recv_bytes())), timeout_s=TIMEOUT_S)
-        mesh = build_mesh(store, rank=rank, dp=dp, tp=tp, host=HOST, device=torch.device("cpu"), timeout_s=TIMEOUT_S)
+        mesh = build_mesh(
+            store,
+            rank=rank,
+            dp=dp,
+            tp=tp,
+            host=HOST,
+            device=torch.device("cpu"),
+            timeout_s=TIMEOUT_S,
+        )
         # Plain pickle: multiprocessing's own would hand tensors over by files that end with this process.
         pipe.send_bytes(pickle.dumps((True, work(mesh, *arguments))))
     except BaseException:  # noqa: BLE001 (told to the test, which raises it)
@@ -32,7 +42,9 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: i
         os._exit(1)
 
 
-def on_ranks(work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1, dying: Collection[int] = ()) -> list[Any]:
+def on_ranks(
+    work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1, dying: Collection[int] = ()
+) -> list[Any]:
     """`work(mesh, *arguments)` on dp × tp processes; None for the ranks that are `dying`.
 
     Raises AssertionError with the first rank's traceback, or when one takes too long.

@@ -25,7 +25,9 @@ HELD_OUT = [Prompt(row, "", np.array([1, 2], np.int32), "42") for row in range(2
 
 
 def announce(version):
-    return Announcement("first", version, Manifest(()), "", np.arange(4, dtype=np.int32), np.zeros(3, np.float32))
+    return Announcement(
+        "first", version, Manifest(()), "", np.arange(4, dtype=np.int32), np.zeros(3, np.float32)
+    )
 
 
 class VersionedEngine(FakeEngine):
@@ -43,7 +45,13 @@ class VersionedEngine(FakeEngine):
 
     def finish(self, key):
         versions = np.array([self.began[key], self.version], np.int32)
-        completion = Completion(np.array([3, 4], np.int32), np.zeros(2, np.float32), versions, self.began[key], FinishReason.STOP)
+        completion = Completion(
+            np.array([3, 4], np.int32),
+            np.zeros(2, np.float32),
+            versions,
+            self.began[key],
+            FinishReason.STOP,
+        )
         self._running.pop(key).set_result((completion,) * (1 if key < 0 else 2))
 
 
@@ -52,7 +60,14 @@ class Host:
 
     def __init__(self, name, world):
         self.name, self.world, self.engine = name, world, VersionedEngine(num_slots=2)
-        self.worker = RolloutWorker(name, self.engine, replay=RoomPort(world, self), score=self._score, sampling=SAMPLING, group_size=2)
+        self.worker = RolloutWorker(
+            name,
+            self.engine,
+            replay=RoomPort(world, self),
+            score=self._score,
+            sampling=SAMPLING,
+            group_size=2,
+        )
         self.proved, self.attests_wrongly, self.staged = True, 0, None
         self.lost_over_swap = False
         self.gate = asyncio.Event()  # of a swap
@@ -81,8 +96,17 @@ class Host:
             self.worker.lose("killed")
             return None
         self.engine.version = announcement.version
-        attests, self.attests_wrongly = announcement.version - (self.attests_wrongly > 0), max(0, self.attests_wrongly - 1)
-        return Attestation(self.name, "first", attests, announcement.probe_logprobs + 1, announcement.probe_logprobs)
+        attests, self.attests_wrongly = (
+            announcement.version - (self.attests_wrongly > 0),
+            max(0, self.attests_wrongly - 1),
+        )
+        return Attestation(
+            self.name,
+            "first",
+            attests,
+            announcement.probe_logprobs + 1,
+            announcement.probe_logprobs,
+        )
 
     async def quarantine(self, on):
         self.world.events.append(("quarantine", self.name, on))
@@ -102,14 +126,24 @@ class Host:
     async def evaluate(self):
         self.world.events.append(("evaluate", self.name))
         try:
-            return await evaluate(self.engine, HELD_OUT, judge=lambda *_: 1.0, max_tokens=2, stop_token_ids=())
+            return await evaluate(
+                self.engine, HELD_OUT, judge=lambda *_: 1.0, max_tokens=2, stop_token_ids=()
+            )
         except EngineFault as fault:
             self.worker.lose(str(fault))
             return None
 
     async def _score(self, admission, completions):
         texts = [""] * len(completions)
-        return score_group(admission, completions, texts=texts, verify=lambda *_: RIGHT, max_response_tokens=2, incarnation="first", temperature=1.0)
+        return score_group(
+            admission,
+            completions,
+            texts=texts,
+            verify=lambda *_: RIGHT,
+            max_response_tokens=2,
+            incarnation="first",
+            temperature=1.0,
+        )
 
 
 class RoomPort:
@@ -122,11 +156,15 @@ class RoomPort:
         served, room = lambda: self._world.room._buffer.served_version, self._world.room
         admissions = await room.admit(worker, num_groups)
         for admission in admissions:
-            self._world.events.append(("admitted", worker, admission.index, self._host.engine.version - served()))
+            self._world.events.append(
+                ("admitted", worker, admission.index, self._host.engine.version - served())
+            )
         return admissions
 
     async def offer(self, group):
-        self._world.events.append(("offered", self._host.name, group.admission_index, self._host.proved))
+        self._world.events.append(
+            ("offered", self._host.name, group.admission_index, self._host.proved)
+        )
         await self._world.room.offer(group)
 
     async def fail(self, indices, why):
@@ -145,11 +183,17 @@ class World:
     def __init__(self, run_dir, *, transport="broadcast", publisher=Publisher):
         config = knobs.load(QUICKSTART)
         few = replace(config.data, train=config.data.heldout)
-        small = replace(config.replay, groups_per_step=1, group_size=2, max_staleness=2, dynamic_sampling=False)
+        small = replace(
+            config.replay, groups_per_step=1, group_size=2, max_staleness=2, dynamic_sampling=False
+        )
         self.events, self.version, self.transport, self.snapshots = [], 0, transport, []
-        self.room = ReplayActor(replace(config, data=few, replay=small), incarnation="first", run_dir=run_dir)
+        self.room = ReplayActor(
+            replace(config, data=few, replay=small), incarnation="first", run_dir=run_dir
+        )
         self.hosts = [Host("rollout-0", self), Host("rollout-1", self)]
-        self.publisher = publisher(self, self.hosts, transport=transport, tolerance=1e-3, deadline_s=PATIENCE_S)
+        self.publisher = publisher(
+            self, self.hosts, transport=transport, tolerance=1e-3, deadline_s=PATIENCE_S
+        )
         self.entered = []
 
     # The learner's side of a publish.
@@ -172,7 +216,10 @@ class World:
         assert batch is not None, buffer.explain_wait(self.version)
         buffer.trained(batch.admission_indices)
         self.version += 1
-        await self.publisher.start(self.snapshot(), on_served=lambda version: self.room.serve(version, batch.admission_indices))
+        await self.publisher.start(
+            self.snapshot(),
+            on_served=lambda version: self.room.serve(version, batch.admission_indices),
+        )
 
     async def mend(self, host):
         """What a run does about a lost engine."""
@@ -187,7 +234,11 @@ class World:
     def lease(self):
         """Starts an evaluation on the second worker's engine."""
         enter = lambda *what: self.entered.append(what)  # noqa: E731
-        return asyncio.create_task(evaluate_on_lease(self.hosts[1], replay=self.room, publisher=self.publisher, enter=enter))
+        return asyncio.create_task(
+            evaluate_on_lease(
+                self.hosts[1], replay=self.room, publisher=self.publisher, enter=enter
+            )
+        )
 
 
 def play(scene, run_dir, **world):
@@ -226,8 +277,12 @@ def check_lease(events):
             leased.discard(about[0])
         elif what == "admitted":
             worker, index, ahead = about
-            assert worker not in leased, f"group {index} was admitted to {worker} while its engine was leased"
-            assert ahead >= 0, f"group {index} was admitted to {worker}, whose engine is {-ahead} versions behind what is served"
+            assert worker not in leased, (
+                f"group {index} was admitted to {worker} while its engine was leased"
+            )
+            assert ahead >= 0, (
+                f"group {index} was admitted to {worker}, whose engine is {-ahead} versions behind what is served"
+            )
         elif what == "offered":
             worker, index, proved = about
             assert proved, f"{worker} offered group {index} under a version that is not proved"

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from dapo_async.replay import BufferState, OfferOutcome, ReplayBuffer, dynamic_sampling, freeze, has_tokens
+from dapo_async.replay import (
+    BufferState,
+    OfferOutcome,
+    ReplayBuffer,
+    dynamic_sampling,
+    freeze,
+    has_tokens,
+)
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout, TrainBatch
 
 PROMPT = Prompt(row=0, text="1+1=", token_ids=np.zeros(4, np.int32), answer="2")
@@ -28,31 +35,53 @@ def make_group(
     num_tokens: int = 3,
     incarnation: str = "life-1",
 ) -> Group:
-    tokens, logprobs, versions = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.float32), np.full(num_tokens, version, np.int32)
-    completion = Completion(tokens, logprobs, versions, prefill_version=version, finish_reason=FinishReason.STOP)
+    tokens, logprobs, versions = (
+        np.zeros(num_tokens, np.int32),
+        np.zeros(num_tokens, np.float32),
+        np.full(num_tokens, version, np.int32),
+    )
+    completion = Completion(
+        tokens, logprobs, versions, prefill_version=version, finish_reason=FinishReason.STOP
+    )
     rollouts = tuple(Rollout(completion, "2", accuracy, accuracy, "2") for accuracy in accuracies)
     return Group(index, PROMPT, rollouts, incarnation, temperature=1.0)
 
 
 def make_buffer(kind: type[ReplayBuffer] = ReplayBuffer, **overrides: Any) -> ReplayBuffer:
     """One group per step and no staleness unless overridden."""
-    knobs = {"groups_per_step": 1, "max_staleness": 0, "num_steps": 4, "patience": 10**9, "incarnation": "life-1"}
+    knobs = {
+        "groups_per_step": 1,
+        "max_staleness": 0,
+        "num_steps": 4,
+        "patience": 10**9,
+        "incarnation": "life-1",
+    }
     return kind(filters=(has_tokens, dynamic_sampling), **{**knobs, **overrides})
 
 
 class World:
     """Every method is one event; `World.check` holds between any two of them."""
 
-    def __init__(self, buffer: ReplayBuffer, *, workers: Sequence[str] = ("worker-0", "worker-1"), healthy: bool = True) -> None:
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        *,
+        workers: Sequence[str] = ("worker-0", "worker-1"),
+        healthy: bool = True,
+    ) -> None:
         self.buffer = buffer
         self.healthy = healthy  # nothing may be evicted
         self.version = 0  # of the learner
         self.engine_versions = dict.fromkeys(workers, 0)
-        self.generating: dict[int, tuple[str, int]] = {}  # admission index → worker, version at its start
+        self.generating: dict[
+            int, tuple[str, int]
+        ] = {}  # admission index → worker, version at its start
         self.oldest: dict[int, int] = {}  # of every offered group
         self.training: TrainBatch | None = None
         self.publishing: TrainBatch | None = None  # its weights are on their way
-        self.heads: dict[int, int] = {}  # groups of lost engines: the version of what is there of them
+        self.heads: dict[
+            int, int
+        ] = {}  # groups of lost engines: the version of what is there of them
         self.endings: Counter[str] = Counter()
         self.steps = 0
         buffer.serve(0)
@@ -69,11 +98,16 @@ class World:
         self.heads.pop(index, None)
         self.generating[index] = (worker, started)
 
-    def offer(self, index: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0) -> OfferOutcome:
+    def offer(
+        self, index: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0
+    ) -> OfferOutcome:
         """`newer`: versions by which a recomputed prefill made the group fresher than at its start."""
         worker, started = self.generating.pop(index)
         self.oldest[index] = min(started + newer, max(started, self.engine_versions[worker]))
-        result = self.buffer.offer(make_group(index, accuracies=accuracies, version=self.oldest[index]), payload=f"payload-{index}")
+        result = self.buffer.offer(
+            make_group(index, accuracies=accuracies, version=self.oldest[index]),
+            payload=f"payload-{index}",
+        )
         if result.outcome in (OfferOutcome.REJECTED, OfferOutcome.EVICTED):
             self.endings[result.outcome.value] += 1
         return result.outcome
@@ -139,7 +173,9 @@ class World:
         """The run is killed and goes on from a checkpoint of this instant, which went through JSON; all engines start with the newest weights."""
         state = freeze(self.buffer, self.version)
         written = json.loads(json.dumps(state.to_json()))
-        lineage = BufferState.from_json(written, {index: group.payload for index, group in state.buffered.items()})
+        lineage = BufferState.from_json(
+            written, {index: group.payload for index, group in state.buffered.items()}
+        )
         before = self.buffer
         self.buffer = type(before)(
             groups_per_step=before.groups_per_step,
@@ -161,20 +197,37 @@ class World:
         """The buffer's own laws, and its counts against the world's books."""
         self.buffer.check()
         counts = self.buffer.counts
-        assert not (self.healthy and counts.evicted), f"evicted {counts.evicted} groups of a healthy run"
+        assert not (self.healthy and counts.evicted), (
+            f"evicted {counts.evicted} groups of a healthy run"
+        )
         in_training = len(self.training.admission_indices) if self.training else 0
-        expected = {**dict.fromkeys(("trained", "skipped", "failed", "evicted", "rejected"), 0), **self.endings}
-        actual = {name: getattr(counts, name) for name in expected if name != "rejected"} | {"rejected": sum(counts.rejected.values())}
+        expected = {
+            **dict.fromkeys(("trained", "skipped", "failed", "evicted", "rejected"), 0),
+            **self.endings,
+        }
+        actual = {name: getattr(counts, name) for name in expected if name != "rejected"} | {
+            "rejected": sum(counts.rejected.values())
+        }
         assert actual == expected
-        assert counts.in_flight == len(self.generating) + self.buffer.num_buffered + self.buffer.num_to_reissue + in_training
+        assert (
+            counts.in_flight
+            == len(self.generating)
+            + self.buffer.num_buffered
+            + self.buffer.num_to_reissue
+            + in_training
+        )
         assert self.buffer.num_generating == len(self.generating)
         total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
         unpublished = len(self.publishing.admission_indices) if self.publishing else 0
         held = counts.in_flight + unpublished
-        assert self.buffer.credits_held == held <= total, f"{self.buffer.credits_held} credits are held by {held} groups"
+        assert self.buffer.credits_held == held <= total, (
+            f"{self.buffer.credits_held} credits are held by {held} groups"
+        )
         remaining = (self.buffer.num_steps - self.steps) * self.buffer.groups_per_step - in_training
         outstanding = len(self.generating) + self.buffer.num_buffered + self.buffer.num_to_reissue
-        assert outstanding <= remaining, f"{outstanding} groups are outstanding for {remaining} places"
+        assert outstanding <= remaining, (
+            f"{outstanding} groups are outstanding for {remaining} places"
+        )
 
     def drain(self) -> None:
         """From any state the run reaches its end when all groups finish; stops with "deadlock" when nothing can move."""
@@ -202,12 +255,24 @@ def wander(world: World, rng: random.Random, *, num_events: int, resumes: bool =
     """Random events, each drawn from those that can happen now."""
     workers = tuple(world.engine_versions)
     for _ in range(num_events):
-        events: list[tuple[float, Any]] = [(0.05, lambda: world.lose_worker(rng.choice(workers))), (0.1 * resumes, world.resume)]
+        events: list[tuple[float, Any]] = [
+            (0.05, lambda: world.lose_worker(rng.choice(workers))),
+            (0.1 * resumes, world.resume),
+        ]
         if world.buffer.admissible():
             events.append((3, lambda: world.admit(rng.choice(workers))))
         if world.generating:
             index = rng.choice(tuple(world.generating))
-            events.append((2, lambda index=index: world.offer(index, accuracies=rng.choice((MIXED, MIXED, RIGHT, WRONG)), newer=rng.randrange(3))))
+            events.append(
+                (
+                    2,
+                    lambda index=index: world.offer(
+                        index,
+                        accuracies=rng.choice((MIXED, MIXED, RIGHT, WRONG)),
+                        newer=rng.randrange(3),
+                    ),
+                )
+            )
             events.append((0.2, lambda index=index: world.fail(index)))
         if world.training is None and not world.done:
             events.append((1, world.take))

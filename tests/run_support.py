@@ -36,7 +36,15 @@ def environment(**more: str) -> dict[str, str]:
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself and starts no Ray."""
-    return subprocess.run([COMMAND, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [COMMAND, *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,9 @@ def processes_of(mark: str, *, session: int) -> dict[int, str]:
             marked = f"{MARKER}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
             state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             if state != "Z" and (marked or int(its_session) == session):
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
+                found[int(folder.name)] = (
+                    (folder / "cmdline").read_text().replace("\0", " ").strip()
+                )
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
@@ -113,7 +123,9 @@ class Live:
         """The first match in what the run has printed."""
         deadline_s = time.monotonic() + timeout_s
         while (match := re.search(pattern, self.output, re.MULTILINE)) is None:
-            assert self._process.poll() is None, f"the run ended before it printed {pattern!r}:\n{self.output}"
+            assert self._process.poll() is None, (
+                f"the run ended before it printed {pattern!r}:\n{self.output}"
+            )
             assert time.monotonic() < deadline_s, f"no {pattern!r} in {timeout_s} s:\n{self.output}"
             time.sleep(0.005)
         return match
@@ -134,7 +146,9 @@ class Live:
         """Fails with the command lines of what is left after `timeout_s`."""
         began_s = time.monotonic()
         while left := self.processes():
-            assert time.monotonic() - began_s < timeout_s, f"after {timeout_s} s there still is: {left}"
+            assert time.monotonic() - began_s < timeout_s, (
+                f"after {timeout_s} s there still is: {left}"
+            )
             time.sleep(0.1)
         return time.monotonic() - began_s
 
@@ -150,14 +164,21 @@ class Live:
 @contextmanager
 def running(root: Path, *overrides: str, config: Path | None = QUICKSTART) -> Iterator[Live]:
     """Starts `dapo-async train`, without a config `--resume`; on leaving, whatever still lives of it is killed."""
-    live = Live(root, ["--resume", str(root), *overrides] if config is None else [str(config), *overrides, f"run_dir={root}"])
+    live = Live(
+        root,
+        ["--resume", str(root), *overrides]
+        if config is None
+        else [str(config), *overrides, f"run_dir={root}"],
+    )
     try:
         yield live
     finally:
         live.destroy()
 
 
-def finished(root: Path, *overrides: str, config: Path | None = QUICKSTART, timeout_s: float = 240.0) -> Finished:
+def finished(
+    root: Path, *overrides: str, config: Path | None = QUICKSTART, timeout_s: float = 240.0
+) -> Finished:
     """A whole run that ends by itself."""
     with running(root, *overrides, config=config) as live:
         return live.finish(timeout_s=timeout_s)
@@ -173,8 +194,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def check_conservation(groups: Mapping[str, Any]) -> None:
     """Law 2: `admitted` is the sum of all endings and of what is in flight."""
-    others = sum(sum(count.values()) if isinstance(count, Mapping) else count for name, count in groups.items() if name != "admitted")
-    assert groups["admitted"] == others, f"{groups['admitted']} groups were admitted, {others} ended or are in flight: {groups}"
+    others = sum(
+        sum(count.values()) if isinstance(count, Mapping) else count
+        for name, count in groups.items()
+        if name != "admitted"
+    )
+    assert groups["admitted"] == others, (
+        f"{groups['admitted']} groups were admitted, {others} ended or are in flight: {groups}"
+    )
 
 
 Row = list[tuple[str, float, float]]  # state, start and end in seconds
@@ -193,8 +220,12 @@ def rows_of(trace: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
             names[event["pid"]] = event["args"]["name"]
         else:
             assert event["dur"] >= 0, event
-            rows[names[event["pid"]]].append((event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))
-    assert len(set(names.values())) == len(names) == len(rows), f"{len(names)} named rows, {len(rows)} with spans"
+            rows[names[event["pid"]]].append(
+                (event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+            )
+    assert len(set(names.values())) == len(names) == len(rows), (
+        f"{len(names)} named rows, {len(rows)} with spans"
+    )
     return {actor: sorted(row, key=lambda span: span[1]) for actor, row in rows.items()}
 
 
@@ -202,16 +233,29 @@ def check_time_law(rows: Mapping[str, Row], *, end_s: float) -> None:
     """Law 6: each actor's states are disjoint and add up, within 1 %, to the time from its start to the run's end."""
     for actor, row in rows.items():
         for (before, _, ends_s), (after, starts_s, _) in pairwise(row):
-            assert starts_s >= ends_s - 1e-5, f"{actor} is in {before} and in {after} at the same time"
+            assert starts_s >= ends_s - 1e-5, (
+                f"{actor} is in {before} and in {after} at the same time"
+            )
         elapsed_s, in_states_s = end_s - row[0][1], sum(end - start for _, start, end in row)
-        assert abs(in_states_s - elapsed_s) <= 0.01 * elapsed_s, f"{actor}: {in_states_s:.2f} s in states, {elapsed_s:.2f} s elapsed"
+        assert abs(in_states_s - elapsed_s) <= 0.01 * elapsed_s, (
+            f"{actor}: {in_states_s:.2f} s in states, {elapsed_s:.2f} s elapsed"
+        )
 
 
 def overlap_share(rows: Mapping[str, Row]) -> float:
     """The share of the learner's train spans during which some engine generated."""
     trains = [span for span in rows["learner"] if span[0] == "train"]
-    generates = [span for actor, row in rows.items() if actor.startswith("rollout") for span in row if span[0] == "generate"]
-    overlapped = [any(min(end, until) > max(start, since) for _, since, until in generates) for _, start, end in trains]
+    generates = [
+        span
+        for actor, row in rows.items()
+        if actor.startswith("rollout")
+        for span in row
+        if span[0] == "generate"
+    ]
+    overlapped = [
+        any(min(end, until) > max(start, since) for _, since, until in generates)
+        for _, start, end in trains
+    ]
     return sum(overlapped) / len(trains)
 
 
@@ -219,21 +263,30 @@ def check_asynchrony(rows: Mapping[str, Row], rollouts: Sequence[Mapping[str, An
     """Engines generate while the learner trains, and go on with a response across a weight update."""
     share = overlap_share(rows)
     assert share >= 0.8, f"something was generated in {share:.0%} of the train spans only"
-    assert any(len(rollout["weight_versions"]) > 1 for rollout in rollouts), f"none of {len(rollouts)} responses carries two weight versions"
+    assert any(len(rollout["weight_versions"]) > 1 for rollout in rollouts), (
+        f"none of {len(rollouts)} responses carries two weight versions"
+    )
 
 
 def check_staleness(rollouts: Sequence[Mapping[str, Any]], *, max_staleness: int) -> None:
     """Law 1: the step that trained a response is at most `max_staleness` versions after its oldest token and its prefill."""
     for rollout in rollouts:
-        oldest = min([rollout["prefill_version"], *(version for version, _, _ in rollout["weight_versions"])])
-        assert 0 <= rollout["step"] - oldest <= max_staleness, f"version {oldest} was trained at step {rollout['step']}: {rollout}"
+        oldest = min(
+            [rollout["prefill_version"], *(version for version, _, _ in rollout["weight_versions"])]
+        )
+        assert 0 <= rollout["step"] - oldest <= max_staleness, (
+            f"version {oldest} was trained at step {rollout['step']}: {rollout}"
+        )
 
 
 def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]]) -> None:
     """What one row of metrics.jsonl says of its step, computed anew from all of the step's responses."""
     spans = [span for rollout in rollouts for span in rollout["weight_versions"]]
     num_tokens = sum(rollout["tokens"] for rollout in rollouts)
-    oldest = min(min(version for version, _, _ in spans), min(rollout["prefill_version"] for rollout in rollouts))
+    oldest = min(
+        min(version for version, _, _ in spans),
+        min(rollout["prefill_version"] for rollout in rollouts),
+    )
     expected = {
         "rollouts": len(rollouts),
         "tokens": num_tokens,
@@ -241,9 +294,12 @@ def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]])
         "reward": sum(rollout["reward"] for rollout in rollouts) / len(rollouts),
         "response_tokens": num_tokens / len(rollouts),
         "groups": len({rollout["admission"] for rollout in rollouts}),
-        "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts) / len(rollouts),
-        "mixed_versions": sum(len(rollout["weight_versions"]) > 1 for rollout in rollouts) / len(rollouts),
-        "staleness": sum((row["step"] - version) * (end - start) for version, start, end in spans) / num_tokens,
+        "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts)
+        / len(rollouts),
+        "mixed_versions": sum(len(rollout["weight_versions"]) > 1 for rollout in rollouts)
+        / len(rollouts),
+        "staleness": sum((row["step"] - version) * (end - start) for version, start, end in spans)
+        / num_tokens,
         "staleness_max": row["step"] - min(version for version, _, _ in spans),
         "group_staleness_max": row["step"] - oldest,
     }
@@ -260,7 +316,11 @@ def check_checkpoint(folder: Path, *, differs_from: Path | None = None) -> None:
 
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        logits = [AutoModelForCausalLM.from_pretrained(each)(ids).logits for each in (folder, differs_from) if each is not None]
+        logits = [
+            AutoModelForCausalLM.from_pretrained(each)(ids).logits
+            for each in (folder, differs_from)
+            if each is not None
+        ]
     assert bool(torch.isfinite(logits[0]).all())
     if differs_from is not None:
         largest = float((logits[0] - logits[1]).abs().max())

@@ -22,21 +22,39 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
     async with aiohttp.ClientSession() as session:
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            headers = {"Authorization": request.headers["Authorization"], "Content-Type": "application/json"}
-            async with session.request(request.method, f"{url}{request.path_qs}", headers=headers, data=await request.read()) as answer:
+            headers = {
+                "Authorization": request.headers["Authorization"],
+                "Content-Type": "application/json",
+            }
+            async with session.request(
+                request.method,
+                f"{url}{request.path_qs}",
+                headers=headers,
+                data=await request.read(),
+            ) as answer:
                 if answer.content_type != "text/event-stream":
                     told = tamper(request.path, json.loads(await answer.read() or b"null"))
-                    return web.Response(status=told) if isinstance(told, int) else web.json_response(told, status=answer.status)
+                    return (
+                        web.Response(status=told)
+                        if isinstance(told, int)
+                        else web.json_response(told, status=answer.status)
+                    )
                 response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
                 with suppress(ConnectionResetError):  # whoever asked may be gone by now
                     await _stream(request, response, answer.content)
                 return response
 
-        async def _stream(request: web.Request, response: web.StreamResponse, lines: aiohttp.StreamReader) -> None:
+        async def _stream(
+            request: web.Request, response: web.StreamResponse, lines: aiohttp.StreamReader
+        ) -> None:
             await response.prepare(request)
             async for line in lines:
                 data = line.removeprefix(b"data: ").strip()
-                told = tamper(request.path, "[DONE]" if data == b"[DONE]" else json.loads(data)) if data else None
+                told = (
+                    tamper(request.path, "[DONE]" if data == b"[DONE]" else json.loads(data))
+                    if data
+                    else None
+                )
                 if not data or told == "[DONE]":
                     await response.write(line)
                     continue
@@ -46,7 +64,11 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
                     return
                 if told is STALL:
                     await asyncio.sleep(30.0)
-                await response.write(b"data: {]\n" if told is GARBAGE else b"data: " + json.dumps(told).encode() + b"\n")
+                await response.write(
+                    b"data: {]\n"
+                    if told is GARBAGE
+                    else b"data: " + json.dumps(told).encode() + b"\n"
+                )
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handle)

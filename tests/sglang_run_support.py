@@ -13,7 +13,12 @@ from run_support import Finished, Live, read_rows
 from dapo_async import config as knobs
 
 CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
-SERVERS = ("rollout.engine=sglang", "rollout.num_slots=32", "rollout.num_cpus=0.5", "learner.num_cpus=0.5")
+SERVERS = (
+    "rollout.engine=sglang",
+    "rollout.num_slots=32",
+    "rollout.num_cpus=0.5",
+    "learner.num_cpus=0.5",
+)
 
 
 def kill(server: psutil.Process) -> None:
@@ -43,7 +48,9 @@ def server_of(root: Path, name: str) -> psutil.Process:
     raise AssertionError(f"no process writes {log}")
 
 
-def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, count: int = 1, of: int = 3) -> list[psutil.Process]:
+def replaced(
+    live: Live, name: str, blow: Callable[[psutil.Process], None], *, count: int = 1, of: int = 3
+) -> list[psutil.Process]:
     """Strikes an engine's server and waits until the run has replaced it and has trained on; returns what there was of the server."""
     server = server_of(live.root, name)
     session = [server, *server.children(recursive=True)]
@@ -59,8 +66,14 @@ def replaced(live: Live, name: str, blow: Callable[[psutil.Process], None], *, c
 
 def check_restarts(run: Finished, **struck: int) -> None:
     """Each engine was lost as often as it was struck, or else over a broadcast that another one's loss broke off."""
-    losses = re.findall(r"^(rollout-\d) lost its engine: (.*); it is started anew", run.output, re.MULTILINE)
-    others = [(name, why) for name, why in losses if re.search(r"weight_update|weights_update|update_weights", why)]
+    losses = re.findall(
+        r"^(rollout-\d) lost its engine: (.*); it is started anew", run.output, re.MULTILINE
+    )
+    others = [
+        (name, why)
+        for name, why in losses
+        if re.search(r"weight_update|weights_update|update_weights", why)
+    ]
     assert run.summary["engine_restarts"] == len(losses), run.output
     lost, broken = Counter(name for name, _ in losses), Counter(name for name, _ in others)
     for name in lost | Counter(struck):

@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from dapo_async.clock import StateClock
 from dapo_async.model import open_store, read_weights
@@ -39,7 +45,9 @@ PROBE = np.arange(5, 17, dtype=np.int32)
 def make_model(family: str, folder: Path, *, seed: int) -> PreTrainedModel:
     """A random model of the family as a Hugging Face folder, whose answers are neither flat nor certain."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32"))
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -49,18 +57,35 @@ def make_model(family: str, folder: Path, *, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def forward_logprobs(model: PreTrainedModel, prompt: NDArray[np.int32], response: NDArray[np.int32], temperature: float = 1.0) -> NDArray[np.float32]:
+def forward_logprobs(
+    model: PreTrainedModel,
+    prompt: NDArray[np.int32],
+    response: NDArray[np.int32],
+    temperature: float = 1.0,
+) -> NDArray[np.float32]:
     """log-softmax(logits / temperature) of each response token, by one forward pass of Hugging Face's model."""
     ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)
-    logprobs = (model(ids[None]).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+    logprobs = (model(ids[None]).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(
+        -1
+    )
     return logprobs.gather(-1, ids[len(prompt) :, None]).squeeze(-1).numpy()
 
 
 def request(
-    key: int, prompt: Sequence[int], *, siblings: int = 1, max_tokens: int = 40, temperature: float = 1.0, **sampling: object
+    key: int,
+    prompt: Sequence[int],
+    *,
+    siblings: int = 1,
+    max_tokens: int = 40,
+    temperature: float = 1.0,
+    **sampling: object,
 ) -> GroupRequest:
     """It runs to `max_tokens` unless `stop_token_ids` are given: these models have no stop token of their own."""
-    sampled = SamplingParams(max_tokens=max_tokens, temperature=temperature, **{"stop_token_ids": (), "seed": 0, **sampling})
+    sampled = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        **{"stop_token_ids": (), "seed": 0, **sampling},
+    )
     return GroupRequest(key, np.asarray(prompt, dtype=np.int32), siblings, sampled)
 
 
@@ -78,7 +103,13 @@ class World:
     async def engine(self, weight_update: str = "recompute") -> AsyncIterator[SGLangEngine]:
         """An engine on the server, serving the base weights as version 0."""
         client = SGLangClient(self.server.url, api_key=self.server.api_key, silence_s=30.0)
-        engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update=weight_update, incarnation=INCARNATION)
+        engine = SGLangEngine(
+            client,
+            StateClock("test"),
+            num_slots=NUM_SLOTS,
+            weight_update=weight_update,
+            incarnation=INCARNATION,
+        )
         try:
             await client.resume()  # whatever the test before left
             await engine.update(from_disk(client, self.folder), version=0, probe_ids=PROBE)
@@ -98,8 +129,14 @@ def from_disk(client: SGLangClient, folder: Path):
 async def broadcasting(client: SGLangClient, folder: Path):
     """Joins the server to a weight group with this process as the learner; yields the load by broadcast of the weights in `folder`."""
     store = open_store("127.0.0.1", timeout_s=30.0)
-    joining = asyncio.create_task(client.join_group(("127.0.0.1", store.port), name=NAME, first_rank=1, world_size=2, backend="gloo"))
-    group = await asyncio.to_thread(WeightGroup, store, rank=0, world_size=2, host="127.0.0.1", device="cpu", timeout_s=30.0)
+    joining = asyncio.create_task(
+        client.join_group(
+            ("127.0.0.1", store.port), name=NAME, first_rank=1, world_size=2, backend="gloo"
+        )
+    )
+    group = await asyncio.to_thread(
+        WeightGroup, store, rank=0, world_size=2, host="127.0.0.1", device="cpu", timeout_s=30.0
+    )
     await joining
     weights: dict[str, Tensor] = read_weights(folder)
     manifest = Manifest.of(weights)
@@ -107,7 +144,9 @@ async def broadcasting(client: SGLangClient, folder: Path):
     assert len(buckets) > 1
 
     async def load(weight_version: str, flush: bool) -> None:
-        sending = asyncio.create_task(asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES))
+        sending = asyncio.create_task(
+            asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
+        )
         lines = [[spec.line for spec in bucket] for bucket in buckets]
         await client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
         await sending

@@ -7,7 +7,10 @@ import pytest
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets, {DATA} (or in the folder DAPO_ASYNC_SHARED), are absent")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(),
+    reason=f"the real data sets, {DATA} (or in the folder DAPO_ASYNC_SHARED), are absent",
+)
 EVALUATION_SETS = {
     "aime24": DATA / "aime24" / "data.jsonl",
     "aime25": DATA / "aime25" / "data.jsonl",

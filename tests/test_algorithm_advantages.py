@@ -11,13 +11,23 @@ from dapo_async.algorithm import group_advantages
 def test_advantages_are_centred_and_divided_by_the_unbiased_std_of_their_group() -> None:
     # Group 9: mean 2, deviations −2, 0, 2, unbiased variance 8 / 2. Group 4: mean 5, deviations ±1, variance 2.
     rewards, group_ids = torch.tensor([0.0, 4.0, 2.0, 6.0, 4.0]), torch.tensor([9, 4, 9, 4, 9])
-    assert group_advantages(rewards, group_ids, eps=0.0).tolist() == pytest.approx([-1.0, -0.70710678, 0.0, 0.70710678, 1.0])
-    assert group_advantages(rewards, group_ids, eps=2.0).tolist() == pytest.approx([-0.5, -0.29289322, 0.0, 0.29289322, 0.5])
+    assert group_advantages(rewards, group_ids, eps=0.0).tolist() == pytest.approx(
+        [-1.0, -0.70710678, 0.0, 0.70710678, 1.0]
+    )
+    assert group_advantages(rewards, group_ids, eps=2.0).tolist() == pytest.approx(
+        [-0.5, -0.29289322, 0.0, 0.29289322, 0.5]
+    )
 
 
 def test_without_std_normalisation_advantages_are_the_deviations() -> None:
     rewards, group_ids = torch.tensor([0.0, 4.0, 2.0, 6.0, 4.0]), torch.tensor([9, 4, 9, 4, 9])
-    assert group_advantages(rewards, group_ids, normalize_std=False).tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert group_advantages(rewards, group_ids, normalize_std=False).tolist() == [
+        -2.0,
+        -1.0,
+        0.0,
+        1.0,
+        2.0,
+    ]
 
 
 def test_a_group_of_one_has_advantage_zero() -> None:
@@ -27,12 +37,23 @@ def test_a_group_of_one_has_advantage_zero() -> None:
 
 def test_equal_rewards_have_advantage_zero_and_rounding_is_not_blown_up() -> None:
     # In float32 the mean of these is off by 7e-9, which 1 / (std + 1e-6) would turn into an advantage of 0.007.
-    assert group_advantages(torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int64)).abs().max().item() < 1e-9
-    assert group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.int64), eps=0.0).tolist() == [0.0] * 4
+    assert (
+        group_advantages(torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int64))
+        .abs()
+        .max()
+        .item()
+        < 1e-9
+    )
+    assert (
+        group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.int64), eps=0.0).tolist()
+        == [0.0] * 4
+    )
 
 
 def test_integer_rewards_and_no_rewards_at_all_are_fine() -> None:
-    assert group_advantages(torch.tensor([1, -1]), torch.tensor([0, 0])).tolist() == pytest.approx([0.70710628, -0.70710628])
+    assert group_advantages(torch.tensor([1, -1]), torch.tensor([0, 0])).tolist() == pytest.approx(
+        [0.70710628, -0.70710628]
+    )
     assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 

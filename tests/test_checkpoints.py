@@ -25,7 +25,17 @@ from dapo_async.model import Mesh
 from dapo_async.replay import BufferState, freeze
 from dapo_async.tracking.run_dir import RunDir
 
-FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.unlink", "shutil.rmtree", "os.truncate", "os.replace"}
+FILE_EVENTS = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.unlink",
+    "shutil.rmtree",
+    "os.truncate",
+    "os.replace",
+}
 
 
 def write_checkpoint(folder: CheckpointFolder, version: int, *, keep: int = 1) -> None:
@@ -45,7 +55,9 @@ def check_usable(folder: CheckpointFolder) -> int:
     version = folder.versions()[-1]
     assert json.loads((folder.newest / "config.json").read_text()) == {"version": version}
     assert (load_file(folder.newest / "model.safetensors")["weights"] == version).all()
-    assert [group.admission_index for group in read_groups(folder.newest / STATE / "groups.safetensors")] == [version]
+    assert [
+        group.admission_index for group in read_groups(folder.newest / STATE / "groups.safetensors")
+    ] == [version]
     assert json.loads((folder.newest / STATE / "driver.json").read_text()) == {"version": version}
     return version
 
@@ -69,7 +81,9 @@ def killed_at(operation: int, root: Path, work: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def kill_at_every_operation(root: Path, work: Callable[[], None], prepare: Callable[[], None]) -> list[int]:
+def kill_at_every_operation(
+    root: Path, work: Callable[[], None], prepare: Callable[[], None]
+) -> list[int]:
     """The newest version after each kill, and after the whole work."""
     found = []
     for operation in range(1, 1000):
@@ -81,7 +95,9 @@ def kill_at_every_operation(root: Path, work: Callable[[], None], prepare: Calla
     raise AssertionError("the work never came to its end")
 
 
-def test_checkpoint_killed_at_every_file_operation_leaves_the_one_before_or_the_new_one_whole(tmp_path: Path) -> None:
+def test_checkpoint_killed_at_every_file_operation_leaves_the_one_before_or_the_new_one_whole(
+    tmp_path: Path,
+) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     folder.root.mkdir()
 
@@ -103,7 +119,9 @@ def test_checkpoint_killed_at_every_file_operation_leaves_the_one_before_or_the_
     assert sorted(path.name for path in folder.root.iterdir()) == ["step_000012"]
 
 
-def test_the_search_for_torn_checkpoints_notices_one_that_is_written_in_place(tmp_path: Path) -> None:
+def test_the_search_for_torn_checkpoints_notices_one_that_is_written_in_place(
+    tmp_path: Path,
+) -> None:
     folder = CheckpointFolder(tmp_path)
     write_checkpoint(folder, 10)
 
@@ -130,14 +148,23 @@ def test_the_newest_are_kept_and_the_best_by_evaluation(tmp_path: Path) -> None:
 
 
 def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
-    groups = [replace(group, prompt=replace(group.prompt, text="Zahl \u2028 ∑", answer='"')) for group in synthetic_groups()]
+    groups = [
+        replace(group, prompt=replace(group.prompt, text="Zahl \u2028 ∑", answer='"'))
+        for group in synthetic_groups()
+    ]
     empty = make_group(99, num_tokens=0)
     write_groups(tmp_path / "groups.safetensors", [*groups, empty])
     back = read_groups(tmp_path / "groups.safetensors")
     for group, copy in zip([*groups, empty], back, strict=True):
-        assert repr(replace(copy, prompt=None, rollouts=())) == repr(replace(group, prompt=None, rollouts=()))
+        assert repr(replace(copy, prompt=None, rollouts=())) == repr(
+            replace(group, prompt=None, rollouts=())
+        )
         assert (copy.prompt.token_ids == group.prompt.token_ids).all()
-        assert (copy.prompt.row, copy.prompt.text, copy.prompt.answer) == (group.prompt.row, group.prompt.text, group.prompt.answer)
+        assert (copy.prompt.row, copy.prompt.text, copy.prompt.answer) == (
+            group.prompt.row,
+            group.prompt.text,
+            group.prompt.answer,
+        )
         for rollout, twin in zip(group.rollouts, copy.rollouts, strict=True):
             assert repr(replace(twin, completion=None)) == repr(replace(rollout, completion=None))
             for name in ("token_ids", "behaviour_logprobs", "weight_versions"):
@@ -160,12 +187,18 @@ def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert len(whole) == 3 * len(rank.decoder.state_dict())
     for name, tensor in whole.items():
         assert torch.equal(tensor, other.freeze().parts[name].tensor), name
-    fresh = rank_of(num_minibatches=2, version=rank.version - 1)  # without the optimizer's memory the step is another one
+    fresh = rank_of(
+        num_minibatches=2, version=rank.version - 1
+    )  # without the optimizer's memory the step is another one
     with torch.no_grad():
-        for (name, parameter), _ in zip(fresh.decoder.named_parameters(), tiny_decoder().parameters(), strict=True):
+        for (name, parameter), _ in zip(
+            fresh.decoder.named_parameters(), tiny_decoder().parameters(), strict=True
+        ):
             parameter.copy_(read_state(tmp_path / "learner")[f"weights.{name}"])
     fresh.step(groups)
-    assert any(not torch.equal(tensor, fresh.freeze().parts[name].tensor) for name, tensor in whole.items())
+    assert any(
+        not torch.equal(tensor, fresh.freeze().parts[name].tensor) for name, tensor in whole.items()
+    )
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut"])
@@ -174,7 +207,9 @@ def test_state_of_which_a_file_is_not_whole_is_refused_by_name(harm: str, tmp_pa
     save_state(rank.freeze(), tmp_path, Mesh())
     (file,) = tmp_path.glob("*.safetensors")
     file.unlink() if harm == "missing" else file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=f"{re.escape(str(file))} .*copy the checkpoint whole, or take another one"):
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(file))} .*copy the checkpoint whole, or take another one"
+    ):
         rank.load(tmp_path)
 
 

@@ -53,7 +53,10 @@ def test_entering_the_state_one_is_in_changes_nothing_but_a_new_detail_does():
     clock.after(1).enter("train")
     clock.after(1).enter("train", "step 1")
     assert clock.state == "train"
-    assert clock.after(1).take_spans() == [Span("train", 100.0, 102.0), Span("train", 102.0, 103.0, "step 1")]
+    assert clock.after(1).take_spans() == [
+        Span("train", 100.0, 102.0),
+        Span("train", 102.0, 103.0, "step 1"),
+    ]
 
 
 def test_a_stay_returns_to_the_state_before_even_when_it_fails():
@@ -125,7 +128,10 @@ def test_the_timeline_joins_what_was_cut_and_drops_what_took_no_time():
     timeline = Timeline()
     timeline.add("learner", [Span("train", 0.0, 2.0, "step 0"), Span("wait", 2.0, 2.0)])
     timeline.add("learner", [Span("train", 2.0, 5.0, "step 0"), Span("train", 5.0, 6.0, "step 1")])
-    assert timeline.spans["learner"] == [Span("train", 0.0, 5.0, "step 0"), Span("train", 5.0, 6.0, "step 1")]
+    assert timeline.spans["learner"] == [
+        Span("train", 0.0, 5.0, "step 0"),
+        Span("train", 5.0, 6.0, "step 1"),
+    ]
 
 
 def test_a_report_that_was_lost_leaves_a_gap_that_no_state_is_given():
@@ -137,24 +143,64 @@ def test_a_report_that_was_lost_leaves_a_gap_that_no_state_is_given():
 
 def test_totals_and_idle_shares_are_of_the_window_alone():
     timeline = Timeline()
-    timeline.add("learner", [Span("start", 0.0, 10.0), Span("wait", 10.0, 16.0), Span("train", 16.0, 28.0), Span("snapshot", 28.0, 30.0)])
-    assert timeline.totals("learner") == {"train": 12.0, "start": 10.0, "wait": 6.0, "snapshot": 2.0}
-    assert list(timeline.totals("learner")) == ["train", "start", "wait", "snapshot"]  # largest first
-    assert timeline.totals("learner", start_s=12.0, end_s=20.0) == {"wait": 4.0, "train": 4.0, "start": 0.0, "snapshot": 0.0}
-    assert timeline.idle_share("learner", ("train", "snapshot"), start_s=10.0, end_s=30.0) == pytest.approx(0.3)
-    assert timeline.idle_share("learner", ("train",), start_s=10.0, end_s=30.0) == pytest.approx(0.4)
+    timeline.add(
+        "learner",
+        [
+            Span("start", 0.0, 10.0),
+            Span("wait", 10.0, 16.0),
+            Span("train", 16.0, 28.0),
+            Span("snapshot", 28.0, 30.0),
+        ],
+    )
+    assert timeline.totals("learner") == {
+        "train": 12.0,
+        "start": 10.0,
+        "wait": 6.0,
+        "snapshot": 2.0,
+    }
+    assert list(timeline.totals("learner")) == [
+        "train",
+        "start",
+        "wait",
+        "snapshot",
+    ]  # largest first
+    assert timeline.totals("learner", start_s=12.0, end_s=20.0) == {
+        "wait": 4.0,
+        "train": 4.0,
+        "start": 0.0,
+        "snapshot": 0.0,
+    }
+    assert timeline.idle_share(
+        "learner", ("train", "snapshot"), start_s=10.0, end_s=30.0
+    ) == pytest.approx(0.3)
+    assert timeline.idle_share("learner", ("train",), start_s=10.0, end_s=30.0) == pytest.approx(
+        0.4
+    )
     assert timeline.idle_share("learner", ("train",), start_s=30.0, end_s=30.0) == 0.0
     assert timeline.idle_share("unheard", ("train",), start_s=0.0, end_s=5.0) == 1.0
 
 
 def test_the_trace_has_one_row_per_actor_in_microseconds(tmp_path):
     timeline = Timeline()
-    timeline.add("rollout-0", [Span("generate", 1_700_000_000.0, 1_700_000_001.5), Span("sync", 1_700_000_001.5, 1_700_000_001.75, "version 3")])
+    timeline.add(
+        "rollout-0",
+        [
+            Span("generate", 1_700_000_000.0, 1_700_000_001.5),
+            Span("sync", 1_700_000_001.5, 1_700_000_001.75, "version 3"),
+        ],
+    )
     timeline.add("learner", [Span("train", 1_700_000_000.25, 1_700_000_000.5)])
     timeline.write(tmp_path / "timeline.json")
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
-    assert [(event["pid"], event["args"]["name"]) for event in events if event["ph"] == "M"] == [(1, "learner"), (2, "rollout-0")]
-    assert [(event["pid"], event["name"], event["ts"], event["dur"], event["args"]) for event in events if event["ph"] == "X"] == [
+    assert [(event["pid"], event["args"]["name"]) for event in events if event["ph"] == "M"] == [
+        (1, "learner"),
+        (2, "rollout-0"),
+    ]
+    assert [
+        (event["pid"], event["name"], event["ts"], event["dur"], event["args"])
+        for event in events
+        if event["ph"] == "X"
+    ] == [
         (1, "train", 1_700_000_000_250_000, 250_000, {}),
         (2, "generate", 1_700_000_000_000_000, 1_500_000, {}),
         (2, "sync", 1_700_000_001_500_000, 250_000, {"detail": "version 3"}),
@@ -169,11 +215,23 @@ def test_versions_per_token_become_spans():
 
 
 def test_readable_rollouts_say_where_each_came_from(tmp_path):
-    completion = Completion(np.array([4, 5, 6], np.int32), np.zeros(3, np.float32), np.array([7, 7, 8], np.int32), 6, FinishReason.STOP)
+    completion = Completion(
+        np.array([4, 5, 6], np.int32),
+        np.zeros(3, np.float32),
+        np.array([7, 7, 8], np.int32),
+        6,
+        FinishReason.STOP,
+    )
     prompt = Prompt(0, "12 + 30 =", np.array([1], np.int32), "42")
-    right, wrong = Rollout(completion, "#### 42 – quod erat", 1.0, 1.0, "42"), Rollout(completion, "", 0.0, -1.0, None)
+    right, wrong = (
+        Rollout(completion, "#### 42 – quod erat", 1.0, 1.0, "42"),
+        Rollout(completion, "", 0.0, -1.0, None),
+    )
     write_rollouts(tmp_path, step=12, groups=[Group(31, prompt, (right, wrong), "first", 1.0)])
-    rows = [json.loads(line) for line in (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert rows[0] == {
         "step": 12, "admission": 31, "sibling": 0, "prompt": "12 + 30 =", "response": "#### 42 – quod erat", "gold": "42", "extracted": "42",
         "accuracy": 1.0, "reward": 1.0, "tokens": 3, "finish_reason": "stop", "weight_versions": [[7, 0, 2], [8, 2, 3]], "prefill_version": 6,
@@ -201,7 +259,9 @@ def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    rows = [json.loads(line, parse_constant=refuse) for line in run_dir.metrics.read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=refuse) for line in run_dir.metrics.read_text().splitlines()
+    ]
     assert rows == [{"step": 0, "loss": 0.25}, {"step": 1, "loss": None, "grad_norm": None}]
 
 
@@ -236,6 +296,8 @@ def test_the_picture_is_drawn_from_the_metrics_and_only_when_there_are_any(tmp_p
     assert draw_dynamics(run_dir)
     without = run_dir.picture.read_bytes()
     assert without.startswith(b"\x89PNG")
-    run_dir.evaluations.write_text('{"version": 0, "accuracy": 0.5, "mean_response_tokens": 3.0}\n{"version": 3, "accuracy": 0.75}\n')
+    run_dir.evaluations.write_text(
+        '{"version": 0, "accuracy": 0.5, "mean_response_tokens": 3.0}\n{"version": 3, "accuracy": 0.75}\n'
+    )
     assert draw_dynamics(run_dir)
     assert run_dir.picture.read_bytes() != without

@@ -27,10 +27,15 @@ class FakeGcs(grpc.GenericRpcHandler):
         self._token = token
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return grpc.unary_unary_rpc_method_handler(self._answer) if details.method == CHECK else None
+        return (
+            grpc.unary_unary_rpc_method_handler(self._answer) if details.method == CHECK else None
+        )
 
     def _answer(self, _: bytes, context: grpc.ServicerContext) -> bytes:
-        if self._token and ("authorization", f"Bearer {self._token}") not in context.invocation_metadata():
+        if (
+            self._token
+            and ("authorization", f"Bearer {self._token}") not in context.invocation_metadata()
+        ):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
         return b""
 
@@ -48,7 +53,15 @@ def gcs(*handlers: grpc.GenericRpcHandler) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine without Ray; its address file, which is not there yet."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS", JOB, RUNS):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_USE_TLS",
+        JOB,
+        RUNS,
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
@@ -83,15 +96,22 @@ def test_stale_address_file_is_said_and_an_own_ray_used(machine: Path) -> None:
     machine.write_text(gone := closed_port())
     choice = choose("auto")
     assert choice.address == "local"
-    assert choice.note == f"the Ray cluster at {gone}, which {machine} names, is gone: this run uses a Ray of its own"
+    assert (
+        choice.note
+        == f"the Ray cluster at {gone}, which {machine} names, is gone: this run uses a Ray of its own"
+    )
 
 
-def test_ray_address_wins_over_the_address_file_and_must_live(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_address_wins_over_the_address_file_and_must_live(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine.write_text(closed_port())
     with gcs(FakeGcs(token=None)) as live:
         monkeypatch.setenv("RAY_ADDRESS", live)
         assert choose("auto") == Choice(live)
-    assert refusal("auto").startswith(f"RAY_ADDRESS ({live}) can't be joined: no Ray cluster answered ")
+    assert refusal("auto").startswith(
+        f"RAY_ADDRESS ({live}) can't be joined: no Ray cluster answered "
+    )
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert choose("auto").address == "local"
 
@@ -99,7 +119,9 @@ def test_ray_address_wins_over_the_address_file_and_must_live(machine: Path, mon
 def test_named_cluster_must_live_and_be_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     with gcs(FakeGcs(token=None)) as live:
         assert choose(live) == Choice(live)
-    assert refusal(live).startswith(f"ray.address ({live}) can't be joined: no Ray cluster answered within 5 s (UNAVAILABLE); start ")
+    assert refusal(live).startswith(
+        f"ray.address ({live}) can't be joined: no Ray cluster answered within 5 s (UNAVAILABLE); start "
+    )
     with gcs() as other:  # gRPC, but no Ray
         assert "(UNIMPLEMENTED)" in refusal(other)
     monkeypatch.setattr(address, "PROBE_S", 0.3)
@@ -112,10 +134,15 @@ def test_named_cluster_must_live_and_be_a_ray(monkeypatch: pytest.MonkeyPatch) -
         assert time.monotonic() - began_s < 5.0
 
 
-def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with gcs(FakeGcs(token="right")) as live:
         machine.write_text(live)
-        assert "the cluster asks for a token; export RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN" in refusal("auto")
+        assert (
+            "the cluster asks for a token; export RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
+            in refusal("auto")
+        )
         monkeypatch.setenv("RAY_AUTH_TOKEN", "right")  # not used without the mode
         assert "the cluster asks for a token; " in refusal(live)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -131,19 +158,26 @@ def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(machine
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("http://10.0.0.1:8265", "must be HOST:PORT of the cluster's GCS, such as 10.0.0.1:6379; the URL of its dashboard is for ray job submit"),
+        (
+            "http://10.0.0.1:8265",
+            "must be HOST:PORT of the cluster's GCS, such as 10.0.0.1:6379; the URL of its dashboard is for ray job submit",
+        ),
         ("ray://10.0.0.1:10001", "must be HOST:PORT of the cluster's GCS"),
         ("head", "must be auto, local or HOST:PORT"),
         ("head:", "must be auto, local or HOST:PORT"),
     ],
 )
-def test_address_of_another_form_is_one_line(monkeypatch: pytest.MonkeyPatch, given: str, line: str) -> None:
+def test_address_of_another_form_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, given: str, line: str
+) -> None:
     assert refusal(given).startswith(f"ray.address ({given}) {line}")
     monkeypatch.setenv("RAY_ADDRESS", given)
     assert refusal("auto").startswith(f"RAY_ADDRESS ({given}) {line}")
 
 
-def test_dead_ray_address_ends_the_command_with_2_and_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_dead_ray_address_ends_the_command_with_2_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", closed_port())
     ended = command("train", str(QUICKSTART), f"run_dir={tmp_path / 'run'}")
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
@@ -153,26 +187,44 @@ def test_dead_ray_address_ends_the_command_with_2_and_one_line(monkeypatch: pyte
 
 def test_dry_run_says_which_ray_it_would_use(machine: Path) -> None:
     machine.write_text(closed_port())
-    assert "is gone: this run uses a Ray of its own\n" in (own := command("train", str(QUICKSTART), "--dry-run").stdout)
+    assert "is gone: this run uses a Ray of its own\n" in (
+        own := command("train", str(QUICKSTART), "--dry-run").stdout
+    )
     assert " on an own Ray on this machine, " in own
     with gcs(FakeGcs(token=None)) as live:
         machine.write_text(live)
-        assert f" on the Ray cluster at {live}, " in command("train", str(QUICKSTART), "--dry-run").stdout
+        assert (
+            f" on the Ray cluster at {live}, "
+            in command("train", str(QUICKSTART), "--dry-run").stdout
+        )
 
 
-def test_own_ray_gets_a_token_of_its_own_and_forgets_the_cluster_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_ray_gets_a_token_of_its_own_and_forgets_the_cluster_around_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import os
 
-    for name, value in (("RAY_ADDRESS", "10.0.0.1:6379"), ("RAY_AUTH_TOKEN", "of the cluster"), ("RAY_AUTH_MODE", "token"), (JOB, "{}")):
+    for name, value in (
+        ("RAY_ADDRESS", "10.0.0.1:6379"),
+        ("RAY_AUTH_TOKEN", "of the cluster"),
+        ("RAY_AUTH_MODE", "token"),
+        (JOB, "{}"),
+    ):
         monkeypatch.setenv(name, value)
     prepare("10.0.0.1:6379")
-    assert (os.environ["RAY_AUTH_TOKEN"], os.environ["RAY_ADDRESS"], os.environ[JOB]) == ("of the cluster", "10.0.0.1:6379", "{}")
+    assert (os.environ["RAY_AUTH_TOKEN"], os.environ["RAY_ADDRESS"], os.environ[JOB]) == (
+        "of the cluster",
+        "10.0.0.1:6379",
+        "{}",
+    )
     prepare("local")
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert not {"RAY_ADDRESS", JOB} & os.environ.keys()
 
 
-def test_run_directory_is_relative_to_the_runs_folder_or_else_to_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_run_directory_is_relative_to_the_runs_folder_or_else_to_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_root("", name="quickstart-1") == tmp_path / "runs" / "quickstart-1"
     assert run_root("here", name="quickstart-1") == tmp_path / "here"
@@ -181,14 +233,19 @@ def test_run_directory_is_relative_to_the_runs_folder_or_else_to_the_current_one
     assert run_root("here", name="quickstart-1") == Path("/shared/runs/here")
     assert run_root("/elsewhere", name="quickstart-1") == Path("/elsewhere")
     monkeypatch.setenv(RUNS, "runs")
-    with pytest.raises(ValueError, match=r"DAPO_ASYNC_RUNS \(runs\) must be an absolute path; set it to"):
+    with pytest.raises(
+        ValueError, match=r"DAPO_ASYNC_RUNS \(runs\) must be an absolute path; set it to"
+    ):
         run_root("", name="quickstart-1")
 
 
 def test_run_directory_within_the_copy_of_a_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB, "{}")
     for given, shown in (("", "empty"), ("runs/a", "runs/a")):
-        with pytest.raises(ValueError, match=rf"run_dir \({shown}\) must be an absolute path in a Ray job, .*; set run_dir, or DAPO_ASYNC_RUNS "):
+        with pytest.raises(
+            ValueError,
+            match=rf"run_dir \({shown}\) must be an absolute path in a Ray job, .*; set run_dir, or DAPO_ASYNC_RUNS ",
+        ):
             run_root(given, name="quickstart-1")
     assert run_root("/shared/a", name="quickstart-1") == Path("/shared/a")
     monkeypatch.setenv(RUNS, "/shared/runs")
@@ -196,7 +253,10 @@ def test_run_directory_within_the_copy_of_a_job_is_refused(monkeypatch: pytest.M
 
 
 def test_run_directory_of_nobody_is_one_line() -> None:
-    with pytest.raises(ValueError, match=r"run_dir \('~no_such_user/run'\) is no usable path: .*; give another path"):
+    with pytest.raises(
+        ValueError,
+        match=r"run_dir \('~no_such_user/run'\) is no usable path: .*; give another path",
+    ):
         run_root("~no_such_user/run", name="quickstart-1")
 
 
@@ -204,8 +264,12 @@ def test_every_actor_must_fit_one_node_and_all_of_them_the_cluster() -> None:
     cpus: dict[str, Any] = {"kind": "CPU", "knob": "num_cpus"}
     _check_resources({"learner": 2, "rollout-0": 2}, [2, 2], **cpus)
     with pytest.raises(
-        ValueError, match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; lower rollout.num_workers or num_cpus"
+        ValueError,
+        match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; lower rollout.num_workers or num_cpus",
     ):
         _check_resources({"learner": 2, "rollout-0": 3}, [2, 2], **cpus)
-    with pytest.raises(ValueError, match=r"one actor needs all its CPUs on one node \(learner 1, rollout-0 3\), the largest node has 2; lower "):
+    with pytest.raises(
+        ValueError,
+        match=r"one actor needs all its CPUs on one node \(learner 1, rollout-0 3\), the largest node has 2; lower ",
+    ):
         _check_resources({"learner": 1, "rollout-0": 3}, [2, 2], **cpus)

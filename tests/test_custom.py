@@ -12,7 +12,14 @@ from worker_world import play, settled
 from dapo_async.custom import load_function
 from dapo_async.learner.batching import pack, rows_of
 from dapo_async.replay import custom_filter
-from dapo_async.reward import Verdict, VerifierFailed, choose_verifiers, get_verifier, named_sources, score_group
+from dapo_async.reward import (
+    Verdict,
+    VerifierFailed,
+    choose_verifiers,
+    get_verifier,
+    named_sources,
+    score_group,
+)
 from dapo_async.types import Admission, FinishReason, Group, Prompt, RejectReason, Rollout
 
 
@@ -49,15 +56,28 @@ HERE = __name__
 
 
 def group(index, finish=FinishReason.STOP, length=3):
-    return Group(index, Prompt(0, "", np.array([1], np.int32), "4"), (Rollout(completion(length, finish), "", 1.0, 1.0, None),), "run-0", 1.0)
+    return Group(
+        index,
+        Prompt(0, "", np.array([1], np.int32), "4"),
+        (Rollout(completion(length, finish), "", 1.0, 1.0, None),),
+        "run-0",
+        1.0,
+    )
 
 
 def test_an_own_verifier_is_called_with_response_and_gold():
     verify = get_verifier(f"{HERE}:halves")
-    assert (verify("a", "a").accuracy, verify("a", "b").accuracy, verify("a", "b").reason) == (1.0, 0.5, "half")
+    assert (verify("a", "a").accuracy, verify("a", "b").accuracy, verify("a", "b").reason) == (
+        1.0,
+        0.5,
+        "half",
+    )
 
 
-@pytest.mark.parametrize(("name", "says"), [("number_of_three", "accuracy 3.0, which must lie in [0, 1]"), ("says_true", "returned bool")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("number_of_three", "accuracy 3.0, which must lie in [0, 1]"), ("says_true", "returned bool")],
+)
 def test_what_an_own_verifier_returns_is_checked(name, says):
     with pytest.raises(AssertionError, match=re.escape(says)):
         get_verifier(f"{HERE}:{name}")("a", "b")
@@ -66,7 +86,10 @@ def test_what_an_own_verifier_returns_is_checked(name, says):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("no.such.module:judge", "ModuleNotFoundError: No module named 'no'; install the module or put its folder on PYTHONPATH"),
+        (
+            "no.such.module:judge",
+            "ModuleNotFoundError: No module named 'no'; install the module or put its folder on PYTHONPATH",
+        ),
         (f"{HERE}:absent", f"AttributeError: module '{HERE}' has no attribute 'absent'"),
         (f"{HERE}:one_parameter", "its parameters are (response)"),
         (f"{HERE}:later", "it is asynchronous"),
@@ -79,14 +102,18 @@ def test_what_an_own_verifier_returns_is_checked(name, says):
 def test_what_is_no_such_function_is_refused_in_one_line(name, says):
     with pytest.raises(ValueError) as error:
         load_function(name, knob="reward.verifier", parameters=("response", "gold"))
-    assert str(error.value).startswith(f"reward.verifier ({name!r}) must be module:function, a function(response, gold)")
+    assert str(error.value).startswith(
+        f"reward.verifier ({name!r}) must be module:function, a function(response, gold)"
+    )
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_rows_choose_their_verifier_by_their_source():
     chosen = choose_verifiers("marker", f"gsm8k=exact, own = {HERE}:halves,")
-    assert [chosen.of(source)("#### 4", "4").accuracy for source in ("", "unnamed", "gsm8k", "own")] == [1.0, 1.0, 0.0, 0.5]
+    assert [
+        chosen.of(source)("#### 4", "4").accuracy for source in ("", "unnamed", "gsm8k", "own")
+    ] == [1.0, 1.0, 0.0, 0.5]
     assert named_sources(f"gsm8k=exact, own = {HERE}:halves,") == ("gsm8k", "own")
 
 
@@ -97,10 +124,18 @@ def test_a_choice_that_is_not_of_the_form_is_refused(text):
 
 
 def test_the_check_of_the_inputs_refuses_wrong_verifiers_sources_and_filters():
-    assert "reward.verifier 'maths' is unknown; did you mean 'math'?" in refusal("reward.verifier=maths")
-    assert "reward.by_source 'maths' is unknown; did you mean 'math'?" in refusal("reward.by_source='a=maths'")
-    assert "reward.by_source names a, which no row has in its column data_source" in refusal("reward.by_source='a=math'")
-    assert "replay.filter ('no.such:keep') must be module:function, a function(group)" in refusal("replay.filter=no.such:keep")
+    assert "reward.verifier 'maths' is unknown; did you mean 'math'?" in refusal(
+        "reward.verifier=maths"
+    )
+    assert "reward.by_source 'maths' is unknown; did you mean 'math'?" in refusal(
+        "reward.by_source='a=maths'"
+    )
+    assert "reward.by_source names a, which no row has in its column data_source" in refusal(
+        "reward.by_source='a=math'"
+    )
+    assert "replay.filter ('no.such:keep') must be module:function, a function(group)" in refusal(
+        "replay.filter=no.such:keep"
+    )
     assert "reward.timeout_s (0.0) must be positive" in refusal("reward.timeout_s=0")
 
 
@@ -113,10 +148,17 @@ def test_an_own_filter_rejects_with_a_reason_of_its_own():
 
 def test_a_failed_verdict_fails_its_group_and_trains_nothing():
     def dying(response, gold):
-        return Verdict(correct=False, extracted=None, reason="failed" if response == "c" else "wrong")
+        return Verdict(
+            correct=False, extracted=None, reason="failed" if response == "c" else "wrong"
+        )
 
     admission = Admission(0, Prompt(0, "", np.array([1], np.int32), "4"), 3)
-    options = {"verify": dying, "max_response_tokens": 9, "incarnation": "run-0", "temperature": 1.0}
+    options = {
+        "verify": dying,
+        "max_response_tokens": 9,
+        "incarnation": "run-0",
+        "temperature": 1.0,
+    }
     with pytest.raises(VerifierFailed, match="verifier failed"):
         score_group(admission, [completion(2)] * 3, texts=["a", "b", "c"], **options)
     scored = score_group(admission, [completion(2)] * 3, texts=["a", "b", "d"], **options)
@@ -146,13 +188,21 @@ def test_a_worker_reports_such_a_group_as_failed_and_goes_on():
 
 def test_overlong_filtering_masks_what_was_cut_at_the_limit_and_nothing_that_ended_there():
     """L_max = 20: 19 and 20 tokens that end with a stop token count, 20 that were cut do not; the advantages see them all."""
-    lengths = ((19, FinishReason.STOP), (20, FinishReason.STOP), (20, FinishReason.LENGTH), (1, FinishReason.LENGTH))
+    lengths = (
+        (19, FinishReason.STOP),
+        (20, FinishReason.STOP),
+        (20, FinishReason.LENGTH),
+        (1, FinishReason.LENGTH),
+    )
     rollouts = tuple(
-        Rollout(completion(length, finish), "", reward, reward, None) for (length, finish), reward in zip(lengths, (1, 1, -1, -1), strict=True)
+        Rollout(completion(length, finish), "", reward, reward, None)
+        for (length, finish), reward in zip(lengths, (1, 1, -1, -1), strict=True)
     )
     groups = [Group(0, Prompt(0, "", np.array([1, 2], np.int32), "4"), rollouts, "run-0", 1.0)]
     rows = rows_of(groups, normalize_std=False, overlong_filtering=True)
     assert [row.in_loss for row in rows] == [True, True, False, False]
     assert [row.advantage for row in rows] == [1.0, 1.0, -1.0, -1.0]
     assert int(pack(rows).mask.sum()) == 39
-    assert all(row.in_loss for row in rows_of(groups, normalize_std=False, overlong_filtering=False))
+    assert all(
+        row.in_loss for row in rows_of(groups, normalize_std=False, overlong_filtering=False)
+    )

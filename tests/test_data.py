@@ -28,9 +28,13 @@ class CharacterTokenizer:
 
 @pytest.fixture
 def load(tmp_path):
-    def write_and_load(*rows, template="{problem}", prompt_key="prompt", answer_key="answer", max_prompt_tokens=100):
+    def write_and_load(
+        *rows, template="{problem}", prompt_key="prompt", answer_key="answer", max_prompt_tokens=100
+    ):
         path = tmp_path / "problems.jsonl"
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        path.write_text(
+            "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        )
         return load_prompts(
             path,
             tokenizer=CharacterTokenizer(),
@@ -55,12 +59,19 @@ def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load):
 
 
 def test_the_source_of_a_row_is_read_where_it_has_one(load):
-    sources = [prompt.source for prompt in load({"prompt": "x", "answer": "1", "data_source": "gsm8k"}, {"prompt": "y", "answer": "2"}).prompts]
+    sources = [
+        prompt.source
+        for prompt in load(
+            {"prompt": "x", "answer": "1", "data_source": "gsm8k"}, {"prompt": "y", "answer": "2"}
+        ).prompts
+    ]
     assert sources == ["gsm8k", ""]
 
 
 def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load):
-    (prompt,) = load({"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold").prompts
+    (prompt,) = load(
+        {"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold"
+    ).prompts
     assert (prompt.text, prompt.answer) == ("6*7", "42")
 
 
@@ -75,9 +86,15 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         {"prompt": "last", "answer": 0},
     ]
     loaded = load(*rows, max_prompt_tokens=4)
-    assert [(prompt.row, prompt.text, prompt.answer) for prompt in loaded.prompts] == [(0, "four", "1"), (5, "last", "0")]
+    assert [(prompt.row, prompt.text, prompt.answer) for prompt in loaded.prompts] == [
+        (0, "four", "1"),
+        (5, "last", "0"),
+    ]
     assert loaded.left_out.counts == {"empty": 3, "over-long": 1}
-    assert loaded.summary == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 2, 3, 4), 1 over-long (row 1)"
+    assert (
+        loaded.summary
+        == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 2, 3, 4), 1 over-long (row 1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,15 +110,30 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
             [{"prompt": "x", "answer": "1"}, {"gold": "1"}, {"gold": "1"}],
             ", the first of 2 such rows, has no column 'prompt'; set data.prompt_key to",
         ),
-        ([{"prompt": "x", "answer": "1"}, {"prompt": "y", "gold": "1"}], "has no column 'answer'; set data.answer_key to one of prompt, gold"),
-        ([{"question": "x", "answer": "1"}], "has no column 'prompt'; set data.prompt_key to one of question, answer"),
+        (
+            [{"prompt": "x", "answer": "1"}, {"prompt": "y", "gold": "1"}],
+            "has no column 'answer'; set data.answer_key to one of prompt, gold",
+        ),
+        (
+            [{"question": "x", "answer": "1"}],
+            "has no column 'prompt'; set data.prompt_key to one of question, answer",
+        ),
         ([{"prompt": "x", "answer": ["1"]}], "column 'answer' in row 0 of"),
         ([{"prompt": True, "answer": "1"}], "holds a bool; write text or a number"),
         ([{"prompt": "x", "answer": "1"}, "{oops"], "line 2 of"),
         (["[1]"], "holds a list; write one JSON object per line"),
-        (['{"prompt": ' + "[" * 100_000], "problems.jsonl is not valid JSON (maximum recursion depth exceeded"),
-        ([{"prompt": "x", "answer": "1"}, '{"prompt": "x", "answer": ' + "9" * 5000 + "}"], "line 2 of"),
-        (['{"prompt": "x", "answer": ' + "9" * 5000 + "}"], "problems.jsonl is not valid JSON (Exceeds the limit"),
+        (
+            ['{"prompt": ' + "[" * 100_000],
+            "problems.jsonl is not valid JSON (maximum recursion depth exceeded",
+        ),
+        (
+            [{"prompt": "x", "answer": "1"}, '{"prompt": "x", "answer": ' + "9" * 5000 + "}"],
+            "line 2 of",
+        ),
+        (
+            ['{"prompt": "x", "answer": ' + "9" * 5000 + "}"],
+            "problems.jsonl is not valid JSON (Exceeds the limit",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line):
@@ -111,12 +143,20 @@ def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(load):
-    assert [prompt.text for prompt in load("\ufeff" + '{"prompt": "x", "answer": "1"}', {"prompt": "y", "answer": "2"}).prompts] == ["x", "y"]
+    assert [
+        prompt.text
+        for prompt in load(
+            "\ufeff" + '{"prompt": "x", "answer": "1"}', {"prompt": "y", "answer": "2"}
+        ).prompts
+    ] == ["x", "y"]
 
 
 def test_a_number_that_is_none_is_empty(load):
     loaded = load(
-        '{"prompt": "x", "answer": NaN}', '{"prompt": "y", "answer": 1e999}', '{"prompt": NaN, "answer": 1}', {"prompt": "z", "answer": "nan"}
+        '{"prompt": "x", "answer": NaN}',
+        '{"prompt": "y", "answer": 1e999}',
+        '{"prompt": NaN, "answer": 1}',
+        {"prompt": "z", "answer": "nan"},
     )
     assert [(prompt.row, prompt.answer) for prompt in loaded.prompts] == [(3, "nan")]
     assert loaded.left_out.counts == {"empty": 3}
@@ -143,14 +183,22 @@ def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decode
     tokenizer = load_tokenizer(QUICKSTART)
     (tmp_path / "one.jsonl").write_text('{"prompt": "314", "answer": "1"}\n')
     loaded = load_prompts(
-        tmp_path / "one.jsonl", tokenizer=tokenizer, prompt_key="prompt", answer_key="answer", template="{problem}=", max_prompt_tokens=9
+        tmp_path / "one.jsonl",
+        tokenizer=tokenizer,
+        prompt_key="prompt",
+        answer_key="answer",
+        template="{problem}=",
+        max_prompt_tokens=9,
     )
     assert loaded.prompts[0].token_ids.tolist() == [3, 1, 4, 10]
     assert tokenizer.decode([3, 4, 1, 11, 1, 12], skip_special_tokens=True) == "341####1"
 
 
 def test_generic_tokenizer_is_the_one_that_transformers_would_choose():
-    chosen, own = AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True), load_tokenizer(QUICKSTART)
+    chosen, own = (
+        AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True),
+        load_tokenizer(QUICKSTART),
+    )
     assert type(own) is type(chosen)
     assert own.get_vocab() == chosen.get_vocab()
     assert own(["31#4="]) == chosen(["31#4="])
@@ -167,11 +215,20 @@ def test_every_position_of_the_stream_has_one_prompt_in_whatever_order_they_are_
     whole = PromptStream(prompts(7), seed=5)
     rows = [whole[position].row for position in range(30)]
     resumed = PromptStream(prompts(7), seed=5)
-    assert [resumed[position].row for position in (15, 3, 16, 29, 0)] == [rows[15], rows[3], rows[16], rows[29], rows[0]]
+    assert [resumed[position].row for position in (15, 3, 16, 29, 0)] == [
+        rows[15],
+        rows[3],
+        rows[16],
+        rows[29],
+        rows[0],
+    ]
 
 
 def test_another_seed_gives_another_order():
-    first, second = ([stream[position].row for position in range(20)] for stream in (PromptStream(prompts(20), seed=seed) for seed in (0, 1)))
+    first, second = (
+        [stream[position].row for position in range(20)]
+        for stream in (PromptStream(prompts(20), seed=seed) for seed in (0, 1))
+    )
     assert first != second
 
 

@@ -14,7 +14,16 @@ from transformers import AutoTokenizer
 from dapo_async import config as knobs
 from dapo_async.config import Source, parse_source
 from dapo_async.config_checks import TEMPLATES as NAMES
-from dapo_async.data import PRESETS, TEMPLATES, Screening, load_fingerprints, load_prompts, load_set, load_tokenizer, preset_of
+from dapo_async.data import (
+    PRESETS,
+    TEMPLATES,
+    Screening,
+    load_fingerprints,
+    load_prompts,
+    load_set,
+    load_tokenizer,
+    preset_of,
+)
 from dapo_async.data.presets import answer_of
 from dapo_async.data.screening import fingerprint
 from dapo_async.runtime.inputs import check_inputs
@@ -39,9 +48,17 @@ def write(path, rows):
 
 
 def load(file, rows, *, preset=None, **options):
-    screening = Screening(**{name: options.pop(name) for name in list(options) if name in ("language", "deduplicate", "contamination", "against")})
+    screening = Screening(
+        **{
+            name: options.pop(name)
+            for name in list(options)
+            if name in ("language", "deduplicate", "contamination", "against")
+        }
+    )
     source = Source(preset=preset, path=write(file, rows))
-    return load_prompts(source, tokenizer=Bytes(), screening=screening, **{"max_prompt_tokens": 2000, **options})
+    return load_prompts(
+        source, tokenizer=Bytes(), screening=screening, **{"max_prompt_tokens": 2000, **options}
+    )
 
 
 def pairs(loaded):
@@ -60,7 +77,9 @@ def published_row(problem, answer):
 
 
 def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_answers(tmp_path):
-    rows = [published_row(f"What is ${number} + {number}$?", str(2 * number)) for number in range(40)] * 100
+    rows = [
+        published_row(f"What is ${number} + {number}$?", str(2 * number)) for number in range(40)
+    ] * 100
     rows[1234] = published_row("What is $34 + 34$?", "69")  # one of a hundred copies disagrees
     rows[2000] = published_row("What  is\n$0 + 0$?", "0 ")  # a copy but for whitespace
     rows[2001] = published_row("What is $0 - 0$?", "7")  # no copy: a sign differs
@@ -68,8 +87,14 @@ def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_ans
     kept = [number for number in range(40) if number != 34]
     expected = [(number, rows[number]["prompt"][0]["content"], str(2 * number)) for number in kept]
     assert pairs(loaded) == [*expected, (2001, rows[2001]["prompt"][0]["content"], "7")]
-    assert loaded.left_out.counts == {"repeated": 4000 - 100 - 39 - 1, "with conflicting answers": 100}
-    assert "3860 repeated (rows 40, 80, 120, …), 100 with conflicting answers (rows 34, 74, 114, …)" in loaded.summary
+    assert loaded.left_out.counts == {
+        "repeated": 4000 - 100 - 39 - 1,
+        "with conflicting answers": 100,
+    }
+    assert (
+        "3860 repeated (rows 40, 80, 120, …), 100 with conflicting answers (rows 34, 74, 114, …)"
+        in loaded.summary
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,19 +121,39 @@ def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path, answers, kept)
 
 def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_path):
     rows = [published_row("Find $x+1$.", "1"), published_row("Find $y$.", "1")]
-    against = {"one": frozenset({fingerprint("find x 1")}), "two": frozenset({fingerprint("Find x+1"), ""})}
-    dropped = load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="drop", against=against)
+    against = {
+        "one": frozenset({fingerprint("find x 1")}),
+        "two": frozenset({fingerprint("Find x+1"), ""}),
+    }
+    dropped = load(
+        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="drop", against=against
+    )
     assert [row for row, *_ in pairs(dropped)] == [1]
-    assert (dropped.left_out.counts, dropped.contaminated) == ({"contaminated": 1}, {"one": 1, "two": 1})
-    assert dropped.summary.endswith("1 contaminated (row 0); evaluation problems among them, left out: one 1, two 1")
-    warned = load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="warn", against=against)
+    assert (dropped.left_out.counts, dropped.contaminated) == (
+        {"contaminated": 1},
+        {"one": 1, "two": 1},
+    )
+    assert dropped.summary.endswith(
+        "1 contaminated (row 0); evaluation problems among them, left out: one 1, two 1"
+    )
+    warned = load(
+        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="warn", against=against
+    )
     assert len(warned.prompts) == 2
-    assert warned.summary.endswith("left out: none; evaluation problems among them, trained all the same: one 1, two 1")
-    assert load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="off", against=against).summary.endswith("left out: none")
+    assert warned.summary.endswith(
+        "left out: none; evaluation problems among them, trained all the same: one 1, two 1"
+    )
+    assert load(
+        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="off", against=against
+    ).summary.endswith("left out: none")
 
 
 def test_languages_are_told_by_chinese_characters(tmp_path):
-    rows = [{"prompt": "Find x.", "answer": "1"}, {"prompt": "求 x。", "answer": "1"}, {"prompt": "Trouvez x é.", "answer": "1"}]
+    rows = [
+        {"prompt": "Find x.", "answer": "1"},
+        {"prompt": "求 x。", "answer": "1"},
+        {"prompt": "Trouvez x é.", "answer": "1"},
+    ]
     assert [row for row, *_ in pairs(load(tmp_path / "a.jsonl", rows, language="en"))] == [0, 2]
     chinese = load(tmp_path / "a.jsonl", rows, language="zh")
     assert [row for row, *_ in pairs(chinese)] == [1]
@@ -118,9 +163,19 @@ def test_languages_are_told_by_chinese_characters(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "row", "text", "answer"),
     [
-        ("gsm8k", {"question": "How many?", "answer": "There are <<1+1=2>>2.\n#### 1,234"}, "boxed", "1234"),
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "There are <<1+1=2>>2.\n#### 1,234"},
+            "boxed",
+            "1234",
+        ),
         ("gsm8k", {"question": "How many?", "answer": "7", "solution": "…"}, "boxed", "7"),
-        ("math", {"problem": "How many?", "solution": r"\boxed{1} and \boxed{\frac{1}{2}} so"}, "boxed", r"\frac{1}{2}"),
+        (
+            "math",
+            {"problem": "How many?", "solution": r"\boxed{1} and \boxed{\frac{1}{2}} so"},
+            "boxed",
+            r"\frac{1}{2}",
+        ),
         ("math", {"problem": "How many?", "solution": r"\boxed{1}", "answer": "3"}, "boxed", "3"),
         ("math500", {"problem": "How many?", "answer": r"\sqrt{2}"}, "boxed", r"\sqrt{2}"),
         ("aime24", {"problem": "How many?", "answer": 73}, "dapo", "73"),
@@ -130,30 +185,51 @@ def test_languages_are_told_by_chinese_characters(tmp_path):
         ("amc23", {"problem": "How many?", "answer": "27"}, "dapo", "27"),
     ],
 )
-def test_a_preset_finds_problem_and_answer_in_each_published_form(tmp_path, preset, row, text, answer):
-    assert pairs(load(tmp_path / "a.jsonl", [row], preset=preset)) == [(0, TEMPLATES[text].replace("{problem}", "How many?"), answer)]
+def test_a_preset_finds_problem_and_answer_in_each_published_form(
+    tmp_path, preset, row, text, answer
+):
+    assert pairs(load(tmp_path / "a.jsonl", [row], preset=preset)) == [
+        (0, TEMPLATES[text].replace("{problem}", "How many?"), answer)
+    ]
 
 
 def test_knobs_that_are_set_win_over_the_preset(tmp_path):
     rows = [{"question": "a", "answer": "1 #### 2", "gold": "3", "other": "b"}] * 2
     given = {"prompt_key": "other", "answer_key": "gold", "template": "{problem}!"}
-    assert pairs(load(tmp_path / "a.jsonl", rows, preset="gsm8k", deduplicate=True, **given)) == [(0, "b!", "3")]
+    assert pairs(load(tmp_path / "a.jsonl", rows, preset="gsm8k", deduplicate=True, **given)) == [
+        (0, "b!", "3")
+    ]
     published = [published_row("a", "1")] * 3
-    assert len(load(tmp_path / "a.jsonl", published, preset="dapo_math_17k", deduplicate=False).prompts) == 3
+    assert (
+        len(
+            load(tmp_path / "a.jsonl", published, preset="dapo_math_17k", deduplicate=False).prompts
+        )
+        == 3
+    )
 
 
 def test_nested_columns_are_named_with_dots(tmp_path):
     rows = [{"chat": [{"text": "a"}], "gold": {"value": 1}}, {"chat": [], "gold": {"value": 1}}]
     with pytest.raises(ValueError, match=re.escape("row 1 of")) as error:
         load(tmp_path / "a.jsonl", rows, prompt_key="chat.0.text", answer_key="gold.value")
-    assert str(error.value).endswith("has no column 'chat.0.text'; set data.prompt_key to one of chat, gold")
-    assert pairs(load(tmp_path / "a.jsonl", rows[:1], prompt_key="chat.0.text", answer_key="gold.value")) == [(0, "a", "1")]
+    assert str(error.value).endswith(
+        "has no column 'chat.0.text'; set data.prompt_key to one of chat, gold"
+    )
+    assert pairs(
+        load(tmp_path / "a.jsonl", rows[:1], prompt_key="chat.0.text", answer_key="gold.value")
+    ) == [(0, "a", "1")]
 
 
 def test_an_answer_that_the_form_does_not_find_is_empty():
-    assert [answer_of(text, "boxed") for text in ("none", r"\boxed{1", r"\boxed {a{b}}}")] == ["", "", "a{b}"]
+    assert [answer_of(text, "boxed") for text in ("none", r"\boxed{1", r"\boxed {a{b}}}")] == [
+        "",
+        "",
+        "a{b}",
+    ]
     assert answer_of("1 #### 2 #### 3,000", "hashes") == "3000"
-    assert [answer_of(text, "hashes") for text in ("She has 7.", "2 + 5 = 7", "1,234", "-7.5", "")] == ["", "", "1234", "-7.5", ""]
+    assert [
+        answer_of(text, "hashes") for text in ("She has 7.", "2 + 5 = 7", "1,234", "-7.5", "")
+    ] == ["", "", "1234", "-7.5", ""]
 
 
 @pytest.mark.parametrize(
@@ -177,10 +253,19 @@ def test_boxes_without_braces_and_framed_boxes_are_boxes(solution, answer):
 
 def test_hub_and_a_preset_name_it_where_it_was_published():
     preset, source = preset_of(parse_source("hub:gsm8k"))
-    assert (preset, source.where, source.name) == (PRESETS["gsm8k"], "hub:openai/gsm8k/main:train", "gsm8k")
+    assert (preset, source.where, source.name) == (
+        PRESETS["gsm8k"],
+        "hub:openai/gsm8k/main:train",
+        "gsm8k",
+    )
     assert preset_of(parse_source("hub:gsm8k:test"))[1].where == "hub:openai/gsm8k/main:test"
     assert preset_of(parse_source("gsm8k=hub:me/copy"))[1].where == "hub:me/copy"
-    with pytest.raises(ValueError, match=re.escape("'gsm8' is no preset of data; did you mean 'gsm8k'? Known are dapo_math_17k, gsm8k, math")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "'gsm8' is no preset of data; did you mean 'gsm8k'? Known are dapo_math_17k, gsm8k, math"
+        ),
+    ):
         preset_of(parse_source("gsm8=/a"))
 
 
@@ -207,45 +292,91 @@ def chatting(tmp_path):
 
 @pytest.mark.parametrize(
     ("template", "system", "text"),
-    [("chat", None, "2=45=3="), ("chat", "9", "1=9=2=45=3="), ("chat", "", "1==2=45=3="), ("chat+0{problem}0", None, "2=0450=3=")],
+    [
+        ("chat", None, "2=45=3="),
+        ("chat", "9", "1=9=2=45=3="),
+        ("chat", "", "1==2=45=3="),
+        ("chat+0{problem}0", None, "2=0450=3="),
+    ],
 )
-def test_the_chat_template_of_the_tokenizer_stands_around_with_and_without_system_text(tmp_path, chatting, template, system, text):
+def test_the_chat_template_of_the_tokenizer_stands_around_with_and_without_system_text(
+    tmp_path, chatting, template, system, text
+):
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
-    (prompt,) = load_prompts(source, tokenizer=chatting, template=template, system=system, max_prompt_tokens=99).prompts
+    (prompt,) = load_prompts(
+        source, tokenizer=chatting, template=template, system=system, max_prompt_tokens=99
+    ).prompts
     assert prompt.text == text
-    assert prompt.token_ids.tolist() == [10 if character == "=" else int(character) for character in text]
+    assert prompt.token_ids.tolist() == [
+        10 if character == "=" else int(character) for character in text
+    ]
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
-    with pytest.raises(ValueError, match=r"data.template=chat needs a chat template, and the model's tokenizer has none"):
-        load_prompts(source, tokenizer=load_tokenizer(CONFIGS / "base" / "quickstart"), template="chat", max_prompt_tokens=99)
+    with pytest.raises(
+        ValueError,
+        match=r"data.template=chat needs a chat template, and the model's tokenizer has none",
+    ):
+        load_prompts(
+            source,
+            tokenizer=load_tokenizer(CONFIGS / "base" / "quickstart"),
+            template="chat",
+            max_prompt_tokens=99,
+        )
 
 
 def test_system_text_needs_a_chat_template():
-    with pytest.raises(ValueError, match=r"data.system needs a chat template \(data.template is '\{problem\}='\)"):
+    with pytest.raises(
+        ValueError, match=r"data.system needs a chat template \(data.template is '\{problem\}='\)"
+    ):
         knobs.load(QUICKSTART, ["data.system=x"])
     assert knobs.load(QUICKSTART, ["data.system=x", "data.template=chat+boxed"]).data.system == "x"
 
 
 def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_screened(tmp_path):
-    train = write(tmp_path / "train.jsonl", [{"question": "11", "answer": "#### 1"}, {"question": "12", "answer": "#### 1"}])
-    heldout = write(tmp_path / "heldout.jsonl", [{"problem": "11", "answer": "1"}, {"problem": "求", "answer": "1"}])
-    config = knobs.load(QUICKSTART, [f"data.train=gsm8k={train}", f"data.heldout=math500={heldout}", "data.contamination=drop", "data.language=en"])
+    train = write(
+        tmp_path / "train.jsonl",
+        [{"question": "11", "answer": "#### 1"}, {"question": "12", "answer": "#### 1"}],
+    )
+    heldout = write(
+        tmp_path / "heldout.jsonl",
+        [{"problem": "11", "answer": "1"}, {"problem": "求", "answer": "1"}],
+    )
+    config = knobs.load(
+        QUICKSTART,
+        [
+            f"data.train=gsm8k={train}",
+            f"data.heldout=math500={heldout}",
+            "data.contamination=drop",
+            "data.language=en",
+        ],
+    )
     config = replace(config, data=replace(config.data, template=None, max_prompt_tokens=999))
-    training, held_out = load_set(config, config.data.train, Bytes(), training=True), load_set(config, config.data.heldout, Bytes())
+    training, held_out = (
+        load_set(config, config.data.train, Bytes(), training=True),
+        load_set(config, config.data.heldout, Bytes()),
+    )
     boxed = TEMPLATES["boxed"]
     assert [text for _, text, _ in pairs(training)] == [boxed.replace("{problem}", "12")]
-    assert [text for _, text, _ in pairs(held_out)] == [boxed.replace("{problem}", problem) for problem in ("11", "求")]
+    assert [text for _, text, _ in pairs(held_out)] == [
+        boxed.replace("{problem}", problem) for problem in ("11", "求")
+    ]
     assert (training.contaminated, held_out.contaminated) == ({"math500": 1}, {})
 
 
 def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_prompts(tmp_path):
-    train = write(tmp_path / "train.jsonl", [{"prompt": "11", "answer": "1"}, {"prompt": "12", "answer": "1"}])
+    train = write(
+        tmp_path / "train.jsonl", [{"prompt": "11", "answer": "1"}, {"prompt": "12", "answer": "1"}]
+    )
     evaluation = write(tmp_path / "evaluation.jsonl", [{"prompt": "13", "answer": "1"}])
 
     def fingerprint_with(*overrides):
-        return check_inputs(knobs.load(QUICKSTART, [f"data.train={train}", f"data.check_against={evaluation}", *overrides])).fingerprint
+        return check_inputs(
+            knobs.load(
+                QUICKSTART, [f"data.train={train}", f"data.check_against={evaluation}", *overrides]
+            )
+        ).fingerprint
 
     first = fingerprint_with("data.contamination=drop")
     assert fingerprint_with("data.contamination=warn", "data.max_prompt_tokens=9") == first
@@ -257,26 +388,54 @@ def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_pro
 @needs_data
 def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells():
     file = DATA / "dapo_math_17k" / "data.jsonl"
-    against = {name: load_fingerprints(Source(preset=name, path=path)) for name, path in EVALUATION_SETS.items()}
-    assert {name: len(known) for name, known in against.items()} == {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "gsm8k": 1319}
+    against = {
+        name: load_fingerprints(Source(preset=name, path=path))
+        for name, path in EVALUATION_SETS.items()
+    }
+    assert {name: len(known) for name, known in against.items()} == {
+        "aime24": 30,
+        "aime25": 30,
+        "amc23": 40,
+        "math500": 500,
+        "gsm8k": 1319,
+    }
     options = {"tokenizer": Bytes(), "max_prompt_tokens": 10**6}
     source = Source(preset="dapo_math_17k", path=file)
-    dropped = load_prompts(source, screening=Screening(deduplicate=False, contamination="drop", against=against), **options)
+    dropped = load_prompts(
+        source,
+        screening=Screening(deduplicate=False, contamination="drop", against=against),
+        **options,
+    )
     kept = {prompt.row for prompt in dropped.prompts}
     in_eval = [json.loads(line)["in_eval"] for line in file.read_text().splitlines()]
     assert [row not in kept for row in range(len(in_eval))] == in_eval
     assert (sum(in_eval), dropped.contaminated) == (19, {"math500": 8, "amc23": 11})
     without_amc = {name: known for name, known in against.items() if name != "amc23"}
-    fewer = load_prompts(source, screening=Screening(deduplicate=False, contamination="drop", against=without_amc), **options)
+    fewer = load_prompts(
+        source,
+        screening=Screening(deduplicate=False, contamination="drop", against=without_amc),
+        **options,
+    )
     assert fewer.left_out.counts == {"contaminated": 8}
 
 
 @needs_data
 def test_of_dapo_math_screening_leaves_what_the_recipes_say():
-    against = {name: load_fingerprints(Source(preset=name, path=path)) for name, path in EVALUATION_SETS.items()}
+    against = {
+        name: load_fingerprints(Source(preset=name, path=path))
+        for name, path in EVALUATION_SETS.items()
+    }
     source = Source(preset="dapo_math_17k", path=DATA / "dapo_math_17k" / "data.jsonl")
-    found = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6, screening=Screening(contamination="drop", against=against))
-    assert (len(found.prompts), found.left_out.counts) == (17168, {"repeated": 101, "with conflicting answers": 2, "contaminated": 19})
+    found = load_prompts(
+        source,
+        tokenizer=Bytes(),
+        max_prompt_tokens=10**6,
+        screening=Screening(contamination="drop", against=against),
+    )
+    assert (len(found.prompts), found.left_out.counts) == (
+        17168,
+        {"repeated": 101, "with conflicting answers": 2, "contaminated": 19},
+    )
 
 
 @needs_data
@@ -284,8 +443,15 @@ def test_languages_of_dapo_math_are_those_of_its_column_lang():
     file = DATA / "dapo_math_17k" / "data.jsonl"
     languages = [json.loads(line)["lang"] for line in file.read_text().splitlines()]
     source = Source(preset="dapo_math_17k", path=file)
-    english = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6, screening=Screening("en", deduplicate=False))
-    assert [prompt.row for prompt in english.prompts] == [row for row, language in enumerate(languages) if language == "en"]
+    english = load_prompts(
+        source,
+        tokenizer=Bytes(),
+        max_prompt_tokens=10**6,
+        screening=Screening("en", deduplicate=False),
+    )
+    assert [prompt.row for prompt in english.prompts] == [
+        row for row, language in enumerate(languages) if language == "en"
+    ]
 
 
 @needs_data
@@ -293,4 +459,7 @@ def test_languages_of_dapo_math_are_those_of_its_column_lang():
 def test_every_evaluation_set_here_loads_whole_by_its_preset(name):
     source = Source(preset=name, path=EVALUATION_SETS[name])
     loaded = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6)
-    assert (len(loaded.prompts), str(loaded.left_out)) == ({"gsm8k": 1319, "math500": 500, "amc23": 40}.get(name, 30), "none")
+    assert (len(loaded.prompts), str(loaded.left_out)) == (
+        {"gsm8k": 1319, "math500": 500, "amc23": 40}.get(name, 30),
+        "none",
+    )

@@ -18,7 +18,9 @@ from dapo_async.config import Source, parse_source, parse_sources
 from dapo_async.data.sources import read_rows
 from dapo_async.runtime.hub import with_model_here
 
-ROWS = [{"prompt": f"problem {row}", "answer": str(row), "extra": {"level": row}} for row in range(5)]
+ROWS = [
+    {"prompt": f"problem {row}", "answer": str(row), "extra": {"level": row}} for row in range(5)
+]
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -58,25 +60,44 @@ def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_nam
     saved.save_to_disk(str(tmp_path / "one"))
     assert rows_of(tmp_path / "one") == ROWS
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "two"))
-    assert refusal(tmp_path / "two") == (f"data folder {tmp_path}/two holds the splits test, train; give one of them, such as {tmp_path}/two/test")
+    assert refusal(tmp_path / "two") == (
+        f"data folder {tmp_path}/two holds the splits test, train; give one of them, such as {tmp_path}/two/test"
+    )
     assert rows_of(tmp_path / "two" / "train") == ROWS
     (tmp_path / "one" / "state.json").write_text("{")
     assert "one is no readable folder of datasets.save_to_disk (" in refusal(tmp_path / "one")
 
 
-def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them_for_the_error_of_a_missing_one(tmp_path):
+def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them_for_the_error_of_a_missing_one(
+    tmp_path,
+):
     file = write(tmp_path / "one.parquet")
-    assert rows_of(file, columns=("prompt", "extra.level"))[4] == {"prompt": "problem 4", "extra.level": 4}
-    assert rows_of(file, columns=("prompt", "extra.colour"))[4] == {"prompt": "problem 4", "extra": {"level": 4}}
+    assert rows_of(file, columns=("prompt", "extra.level"))[4] == {
+        "prompt": "problem 4",
+        "extra.level": 4,
+    }
+    assert rows_of(file, columns=("prompt", "extra.colour"))[4] == {
+        "prompt": "problem 4",
+        "extra": {"level": 4},
+    }
     assert rows_of(file, columns=("prompt", "gold"))[4] == ROWS[4]
 
 
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ({}, "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give a folder that has"),
-        ({"a.jsonl": ROWS, "b.parquet": ROWS}, "holds Parquet and JSONL files, which would be mixed up; give one file, or"),
-        ({"train-0.parquet": ROWS, "test-0.parquet": ROWS}, "holds the splits test, train, which would be mixed up; give one file, or"),
+        (
+            {},
+            "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give a folder that has",
+        ),
+        (
+            {"a.jsonl": ROWS, "b.parquet": ROWS},
+            "holds Parquet and JSONL files, which would be mixed up; give one file, or",
+        ),
+        (
+            {"train-0.parquet": ROWS, "test-0.parquet": ROWS},
+            "holds the splits test, train, which would be mixed up; give one file, or",
+        ),
     ],
 )
 def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, files, line):
@@ -88,7 +109,9 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, files, line):
 
 def test_a_broken_parquet_file_is_named(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    assert refusal(tmp_path / "broken.parquet").startswith(f"data file {tmp_path}/broken.parquet is no readable Parquet file (")
+    assert refusal(tmp_path / "broken.parquet").startswith(
+        f"data file {tmp_path}/broken.parquet is no readable Parquet file ("
+    )
 
 
 def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path):
@@ -108,7 +131,13 @@ def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path):
         ("hub:openai/gsm8k", Source(hub="openai/gsm8k"), "openai/gsm8k"),
         (
             "gsm8k=hub:openai/gsm8k/main@v1/x:train[:9]",
-            Source(preset="gsm8k", hub="openai/gsm8k", subset="main", revision="v1/x", split="train[:9]"),
+            Source(
+                preset="gsm8k",
+                hub="openai/gsm8k",
+                subset="main",
+                revision="v1/x",
+                split="train[:9]",
+            ),
             "gsm8k",
         ),
     ],
@@ -121,7 +150,9 @@ def test_the_grammar_of_a_source(text, source, name):
 
 def test_a_list_of_sources_and_a_hub_name_that_is_none():
     assert parse_sources(" /a, hub:b ,") == [Source(path=Path("/a")), Source(hub="b")]
-    with pytest.raises(ValueError, match=re.escape("hub:a b is no name of the hub; write hub:OWNER/NAME")):
+    with pytest.raises(
+        ValueError, match=re.escape("hub:a b is no name of the hub; write hub:OWNER/NAME")
+    ):
         parse_source("hub:a b")
 
 
@@ -136,7 +167,10 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path):
     assert config.model.path == "hub:Qwen/Qwen2.5-32B"
     assert config.data.train == f"gsm8k={tmp_path}/data/t.jsonl"
     assert config.data.heldout == "hub:openai/gsm8k/main:test"
-    assert config.data.check_against == f"amc23={tmp_path}/data/e.jsonl, {tmp_path}/data/h.jsonl, hub:aime24"
+    assert (
+        config.data.check_against
+        == f"amc23={tmp_path}/data/e.jsonl, {tmp_path}/data/h.jsonl, hub:aime24"
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "saved.yaml").write_text(knobs.to_yaml(config))
     assert knobs.load(tmp_path / "elsewhere" / "saved.yaml") == config
@@ -146,17 +180,29 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path):
         knobs.load(tmp_path / "run.yaml", ["data.check_against=/nowhere"])
 
 
-def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_and_by_nothing_that_runs_code(monkeypatch):
+def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_and_by_nothing_that_runs_code(
+    monkeypatch,
+):
     asked = []
 
     def load_dataset(*names, **options):
         asked.append((*names, options))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: asked.append((name, options)))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "dataset_info",
+        lambda self, name, **options: asked.append((name, options)),
+    )
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(read_rows(parse_source("hub:a/b/main@v1:test"), columns=("prompt", "answer", "extra"))) == ROWS
-    assert asked == [("a/b", {"revision": "v1", "timeout": 20.0}), ("a/b", "main", {"split": "test", "revision": "v1"})]
+    assert (
+        list(read_rows(parse_source("hub:a/b/main@v1:test"), columns=("prompt", "answer", "extra")))
+        == ROWS
+    )
+    assert asked == [
+        ("a/b", {"revision": "v1", "timeout": 20.0}),
+        ("a/b", "main", {"split": "test", "revision": "v1"}),
+    ]
 
 
 @pytest.mark.parametrize("source", ["hub:nobody/nothing", "hub:nobody/nothing/x@y:test"])
@@ -165,17 +211,24 @@ def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch):
         raise httpx.ConnectError("no network\nand more about it")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    with pytest.raises(ValueError, match=re.escape(f"{source} can't be had from the Hugging Face hub: no network; check")) as error:
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"{source} can't be had from the Hugging Face hub: no network; check"),
+    ) as error:
         list(read_rows(parse_source(source), columns=()))
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("set HF_HUB_OFFLINE=1 to use what was downloaded before, or give a local file")
+    assert str(error.value).endswith(
+        "set HF_HUB_OFFLINE=1 to use what was downloaded before, or give a local file"
+    )
 
 
 def hub_config(name="Qwen/Qwen2.5-32B@v1"):
     return knobs.load(QUICKSTART, [f"model.path={name}"])
 
 
-def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_remembers_its_revision(tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_remembers_its_revision(
+    tmp_path, monkeypatch
+):
     asked = []
 
     def snapshot_download(name, **options):
@@ -184,10 +237,21 @@ def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_r
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     here, saved = with_model_here(hub_config(), download=True)
-    assert (here.model.path, saved.model.path) == (str(tmp_path / "0123abc"), "hub:Qwen/Qwen2.5-32B@0123abc")
+    assert (here.model.path, saved.model.path) == (
+        str(tmp_path / "0123abc"),
+        "hub:Qwen/Qwen2.5-32B@0123abc",
+    )
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     assert asked == [
-        ("Qwen/Qwen2.5-32B", {"revision": "v1", "allow_patterns": patterns, "ignore_patterns": ["*/*"], "local_files_only": False}),
+        (
+            "Qwen/Qwen2.5-32B",
+            {
+                "revision": "v1",
+                "allow_patterns": patterns,
+                "ignore_patterns": ["*/*"],
+                "local_files_only": False,
+            },
+        ),
     ]
     untouched = knobs.load(QUICKSTART)
     assert with_model_here(untouched, download=True) == (untouched, untouched)
@@ -201,7 +265,9 @@ def test_a_dry_run_downloads_no_model(tmp_path, monkeypatch):
 
 def test_a_model_that_can_not_be_had_is_one_line(monkeypatch):
     def snapshot_download(name, **options):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError: no network\nAn error happened while trying to locate the files")
+        raise huggingface_hub.errors.LocalEntryNotFoundError(
+            "Got: ConnectError: no network\nAn error happened while trying to locate the files"
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ValueError) as error:

@@ -39,12 +39,29 @@ BASE = ("eval", str(QUICKSTART))
 
 
 def completion(length: int, finish: FinishReason = FinishReason.STOP) -> Completion:
-    return Completion(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), np.zeros(length, np.int32), 0, finish)
+    return Completion(
+        np.arange(length, dtype=np.int32),
+        np.zeros(length, np.float32),
+        np.zeros(length, np.int32),
+        0,
+        finish,
+    )
 
 
 def problem(row: int, *, correct: int = 1) -> Problem:
     answers = ["7" if number < correct else "8" for number in range(2)]
-    return Problem(row, "7", 2, correct, correct / 2, 1.0, [float(answer == "7") for answer in answers], [*answers], [3, 4], [False, True])
+    return Problem(
+        row,
+        "7",
+        2,
+        correct,
+        correct / 2,
+        1.0,
+        [float(answer == "7") for answer in answers],
+        [*answers],
+        [3, 4],
+        [False, True],
+    )
 
 
 class FakeEngine:
@@ -65,7 +82,9 @@ class FakeEngine:
         return tuple(completion(3) for _ in range(request.num_siblings))
 
 
-def answered(engines: Sequence[Any], prompts: Sequence[Prompt], judge: Any, *, siblings: int = 2) -> dict[int, Problem]:
+def answered(
+    engines: Sequence[Any], prompts: Sequence[Prompt], judge: Any, *, siblings: int = 2
+) -> dict[int, Problem]:
     done: dict[int, Problem] = {}
 
     async def run() -> None:
@@ -83,7 +102,12 @@ def answered(engines: Sequence[Any], prompts: Sequence[Prompt], judge: Any, *, s
 
 
 def test_verdicts_of_the_siblings_come_to_literal_numbers() -> None:
-    verdicts = [Verdict(True, "7", "correct"), Verdict(0.5, "6", "wrong"), Verdict(False, None, "no_answer"), Verdict(0.5, "6", "wrong")]
+    verdicts = [
+        Verdict(True, "7", "correct"),
+        Verdict(0.5, "6", "wrong"),
+        Verdict(False, None, "no_answer"),
+        Verdict(0.5, "6", "wrong"),
+    ]
     completions = [completion(1), completion(2), completion(3, FinishReason.LENGTH), completion(4)]
     assert judged(prompt(4), completions, verdicts) == Problem(
         row=4,
@@ -100,27 +124,49 @@ def test_verdicts_of_the_siblings_come_to_literal_numbers() -> None:
 
 
 def test_response_whose_verdict_failed_is_neither_right_nor_wrong() -> None:
-    failed, right, wrong = Verdict(False, "9", "failed"), Verdict(True, "7", "correct"), Verdict(False, "9", "wrong")
+    failed, right, wrong = (
+        Verdict(False, "9", "failed"),
+        Verdict(True, "7", "correct"),
+        Verdict(False, "9", "wrong"),
+    )
     some = judged(prompt(4), [completion(1)] * 4, [failed, right, failed, wrong])
-    assert (some.num_judged, some.num_correct, some.accuracy, some.accuracies) == (2, 1, 0.5, [None, 1.0, None, 0.0])
+    assert (some.num_judged, some.num_correct, some.accuracy, some.accuracies) == (
+        2,
+        1,
+        0.5,
+        [None, 1.0, None, 0.0],
+    )
     assert some.majority_accuracy == 1.0  # 7 and 9 once each: the first wins
     none = judged(prompt(5), [completion(1)] * 4, [failed] * 4)
     totals = summarise([some, none], num_siblings=4, seed=0)
     assert (totals["problems"], totals["responses"], totals["unjudged"]) == (2, 8, 6)
-    assert [totals[name]["mean"] for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")] == [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert [totals[name]["mean"] for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")] == [
+        0.5,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
     with pytest.raises(RuntimeError, match="the verifier failed over every response"):
         summarise([none], num_siblings=4, seed=0)
 
 
 def test_every_prompt_is_asked_once_under_a_key_of_its_row_and_an_engine_is_never_flooded() -> None:
     engines = [FakeEngine(), FakeEngine()]
-    done = answered(engines, [prompt(row) for row in range(3, 23)], lambda asked, each: Verdict(asked.answer == "4", asked.answer, ""))
+    done = answered(
+        engines,
+        [prompt(row) for row in range(3, 23)],
+        lambda asked, each: Verdict(asked.answer == "4", asked.answer, ""),
+    )
     assert sorted(done) == list(range(3, 23))
     assert [row for row, each in done.items() if each.num_correct] == [4]
     requests = [request for engine in engines for request in engine.requests]
     assert sorted(request.key for request in requests) == sorted(-1 - row for row in range(3, 23))
     assert {request.sampling.top_p for request in requests} == {0.8}
-    assert [engine.most for engine in engines] == [3, 3]  # slots and one more: full as long as any prompt waits
+    assert [engine.most for engine in engines] == [
+        3,
+        3,
+    ]  # slots and one more: full as long as any prompt waits
 
 
 def test_slow_verdicts_hold_up_neither_the_event_loop_nor_the_engine() -> None:
@@ -154,15 +200,22 @@ def test_first_failure_ends_everything_and_is_raised_as_it_was(where: str) -> No
         raise ValueError("the gold answer is empty")
 
     began_s = time.monotonic()
-    with pytest.raises(RuntimeError if where == "engine" else ValueError, match=r"logits are not finite|the gold answer is empty"):
-        answered([Broken(), FakeEngine(never=range(10))], [prompt(row) for row in range(10)], refuse)
+    with pytest.raises(
+        RuntimeError if where == "engine" else ValueError,
+        match=r"logits are not finite|the gold answer is empty",
+    ):
+        answered(
+            [Broken(), FakeEngine(never=range(10))], [prompt(row) for row in range(10)], refuse
+        )
     assert time.monotonic() - began_s < 10
 
 
 def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> None:
     def responses(slots: int, rows: Sequence[int]) -> dict[int, list[str | None]]:
         async def run() -> dict[int, Problem]:
-            engine = ThreadedEngine(TorchEngine(tiny_decoder(), num_slots=slots, max_len=16), StateClock("test"))
+            engine = ThreadedEngine(
+                TorchEngine(tiny_decoder(), num_slots=slots, max_len=16), StateClock("test")
+            )
             done: dict[int, Problem] = {}
             await answer_all(
                 [engine],
@@ -182,7 +235,9 @@ def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> Non
     assert responses(32, [6, 2, 1]) == {row: whole[row] for row in (1, 2, 6)}
 
 
-def test_record_goes_on_where_it_stopped_and_drops_a_line_that_a_kill_left_unfinished(tmp_path: Path) -> None:
+def test_record_goes_on_where_it_stopped_and_drops_a_line_that_a_kill_left_unfinished(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "folder" / "out.json"
     with Record(out, SETTINGS) as record:
         record.add(problem(3))
@@ -195,7 +250,9 @@ def test_record_goes_on_where_it_stopped_and_drops_a_line_that_a_kill_left_unfin
         record.add(problem(8))
     with Record(out, SETTINGS) as record:
         assert sorted(record.done) == [3, 5, 8]
-        record.finish({"settings": SETTINGS, "problems": [each.to_json() for each in record.done.values()]})
+        record.finish(
+            {"settings": SETTINGS, "problems": [each.to_json() for each in record.done.values()]}
+        )
     assert [path.name for path in out.parent.iterdir()] == ["out.json"]
     with Record(out, SETTINGS) as record:
         assert record.finished
@@ -206,24 +263,37 @@ def test_record_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     with Record(out, SETTINGS) as record:
         record.add(problem(3))
-    with pytest.raises(ValueError, match=r"out.json.partial.jsonl holds an evaluation with other settings: k was 2, is 3; repeat those, or"):
+    with pytest.raises(
+        ValueError,
+        match=r"out.json.partial.jsonl holds an evaluation with other settings: k was 2, is 3; repeat those, or",
+    ):
         Record(out, {**SETTINGS, "k": 3})
     with pytest.raises(ValueError, match=r"other settings: the checkpoint is another one; "):
         Record(out, {**SETTINGS, "weights_sha256": "2"})
     with Record(out, SETTINGS) as record:
         record.finish({"settings": SETTINGS, "problems": []})
-    with pytest.raises(ValueError, match=r"out.json holds an evaluation with other settings: k was 2, is 3; "):
+    with pytest.raises(
+        ValueError, match=r"out.json holds an evaluation with other settings: k was 2, is 3; "
+    ):
         Record(out, {**SETTINGS, "k": 3})
 
 
 def test_record_refuses_files_of_something_else_and_a_second_writer(tmp_path: Path) -> None:
     (tmp_path / "else.json").write_text('{"problems": []}')
-    with pytest.raises(ValueError, match=r"else.json exists and is no evaluation \(KeyError\('settings'\)\); give another file"):
+    with pytest.raises(
+        ValueError,
+        match=r"else.json exists and is no evaluation \(KeyError\('settings'\)\); give another file",
+    ):
         Record(tmp_path / "else.json", SETTINGS)
     (tmp_path / "half.json.partial.jsonl").write_text("[]\n")
-    with pytest.raises(ValueError, match=r"half.json.partial.jsonl is no evaluation that was begun "):
+    with pytest.raises(
+        ValueError, match=r"half.json.partial.jsonl is no evaluation that was begun "
+    ):
         Record(tmp_path / "half.json", SETTINGS)
-    with Record(tmp_path / "out.json", SETTINGS), pytest.raises(ValueError, match=r"another process is writing .*out.json.partial.jsonl; "):
+    with (
+        Record(tmp_path / "out.json", SETTINGS),
+        pytest.raises(ValueError, match=r"another process is writing .*out.json.partial.jsonl; "),
+    ):
         Record(tmp_path / "out.json", SETTINGS)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--json .*/file/out.json can't be written: "):
@@ -255,25 +325,59 @@ def test_checkpoint_of_the_command_line_is_measured_without_ray(tmp_path: Path) 
     assert (ended.returncode, ended.stderr) == (0, "")
     result = json.loads(out.read_text())
     settings, totals, problems = result["settings"], result["totals"], result["problems"]
-    assert (settings["k"], settings["temperature"], settings["top_p"], settings["seed"], settings["problems"]) == (4, 1.0, 0.7, 3, 12)
+    assert (
+        settings["k"],
+        settings["temperature"],
+        settings["top_p"],
+        settings["seed"],
+        settings["problems"],
+    ) == (4, 1.0, 0.7, 3, 12)
     assert [each["row"] for each in problems] == list(range(12))
-    assert totals["avg@4"]["mean"] == totals["pass@1"]["mean"] == pytest.approx(sum(each["num_correct"] for each in problems) / 48)
-    assert totals["pass@4"]["mean"] == pytest.approx(sum(each["num_correct"] > 0 for each in problems) / 12)
-    assert totals["maj@4"]["mean"] == pytest.approx(sum(each["majority_accuracy"] for each in problems) / 12)
-    assert totals["mean_response_tokens"] == pytest.approx(sum(sum(each["lengths"]) for each in problems) / 48)
+    assert (
+        totals["avg@4"]["mean"]
+        == totals["pass@1"]["mean"]
+        == pytest.approx(sum(each["num_correct"] for each in problems) / 48)
+    )
+    assert totals["pass@4"]["mean"] == pytest.approx(
+        sum(each["num_correct"] > 0 for each in problems) / 12
+    )
+    assert totals["maj@4"]["mean"] == pytest.approx(
+        sum(each["majority_accuracy"] for each in problems) / 12
+    )
+    assert totals["mean_response_tokens"] == pytest.approx(
+        sum(sum(each["lengths"]) for each in problems) / 48
+    )
     for name in ("avg@4", *(f"pass@{k}" for k in range(1, 5)), "maj@4"):
         assert totals[name]["low"] <= totals[name]["mean"] <= totals[name]["high"]
     assert f"pass@4    {totals['pass@4']['mean']:.3f}" in ended.stdout
-    gold = [json.loads(line)["answer"] for line in Path(settings["data"]).read_text().splitlines()[:12]]
+    gold = [
+        json.loads(line)["answer"] for line in Path(settings["data"]).read_text().splitlines()[:12]
+    ]
     assert [each["gold"] for each in problems] == gold
     for each in problems:
         assert each["num_correct"] == sum(answer == each["gold"] for answer in each["extracted"])
 
 
-def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
-    arguments = [sys.executable, "-m", "dapo_async", *BASE, "--k", "32", "--max-problems", "200", "--json", str(out), "rollout.num_slots=16"]
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = [
+        sys.executable,
+        "-m",
+        "dapo_async",
+        *BASE,
+        "--k",
+        "32",
+        "--max-problems",
+        "200",
+        "--json",
+        str(out),
+        "rollout.num_slots=16",
+    ]
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     partial, deadline_s = tmp_path / "out.json.partial.jsonl", time.monotonic() + 60
     while not partial.exists() or partial.read_bytes().count(b"\n") < 4:
         assert process.poll() is None, process.communicate()[0]
@@ -285,9 +389,14 @@ def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(
     assert "Traceback" not in said
     kept = {row["row"]: row for row in map(json.loads, partial.read_text().splitlines()[1:])}
     assert 3 <= len(kept) < 200
-    assert f"SIGINT: {len(kept)} finished problems are kept in {partial}; the same command goes on from there" in said
+    assert (
+        f"SIGINT: {len(kept)} finished problems are kept in {partial}; the same command goes on from there"
+        in said
+    )
     capsys.readouterr()
-    assert main([*arguments[3:-1], "rollout.num_slots=512"]) == 0  # how many at a time is no setting of the result
+    assert (
+        main([*arguments[3:-1], "rollout.num_slots=512"]) == 0
+    )  # how many at a time is no setting of the result
     assert f"{len(kept)} problems are done already, in {partial}" in capsys.readouterr().out
     rows = {row["row"]: row for row in json.loads(out.read_text())["problems"]}
     assert sorted(rows) == list(range(200))
@@ -301,21 +410,41 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert refused(capsys, "--k", "0") == "--k (0) must be at least 1; leave it out or give a larger number"
+    assert (
+        refused(capsys, "--k", "0")
+        == "--k (0) must be at least 1; leave it out or give a larger number"
+    )
     assert refused(capsys, "--seed=-1").startswith("--seed (-1) must be at least 0; ")
     assert refused(capsys, "--top-p", "0").startswith("top_p (0.0) must lie in (0, 1]; ")
-    assert refused(capsys, "--temperature=-1").startswith("temperature (-1.0) must be finite and not negative; ")
-    assert refused(capsys, "--checkpoint", str(tmp_path)).startswith(f"model folder {tmp_path} has no config.json; ")
-    assert refused(capsys, "--data", str(tmp_path / "none.jsonl")).startswith(f"data.heldout ({tmp_path}/none.jsonl) does not exist; ")
+    assert refused(capsys, "--temperature=-1").startswith(
+        "temperature (-1.0) must be finite and not negative; "
+    )
+    assert refused(capsys, "--checkpoint", str(tmp_path)).startswith(
+        f"model folder {tmp_path} has no config.json; "
+    )
+    assert refused(capsys, "--data", str(tmp_path / "none.jsonl")).startswith(
+        f"data.heldout ({tmp_path}/none.jsonl) does not exist; "
+    )
     assert refused(capsys, "rollout.num_gpus=1").startswith("rollout.num_gpus (1) asks for a GPU, ")
     assert "the model's" in refused(capsys, "rollout.max_response_tokens=100000")
 
 
-def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer(tmp_path: Path) -> None:
+def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer(
+    tmp_path: Path,
+) -> None:
     odd = tmp_path / 'odd "name".jsonl'
     odd.write_text('{"prompt": "12", "answer": 3}\n{"prompt": "", "answer": 3}\n')
     base = Path(knobs.load(QUICKSTART).model.path)
-    asked = Options(checkpoint=base, data=str(odd), k=2, temperature=1.0, top_p=1.0, seed=None, max_problems=None, out=None)
+    asked = Options(
+        checkpoint=base,
+        data=str(odd),
+        k=2,
+        temperature=1.0,
+        top_p=1.0,
+        seed=None,
+        max_problems=None,
+        out=None,
+    )
     (tmp_path / "config.yaml").write_text(
         f"model: {{path: nowhere}}\ndata: {{train: {QUICKSTART}, heldout: nowhere, template: '{{problem}}='}}\nrollout: {{max_response_tokens: 8}}\n"
     )
@@ -325,4 +454,6 @@ def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer
     assert job.config.model.path == str(base.resolve())
     other = prepare(str(tmp_path / "config.yaml"), ["data.template='{problem}'"], asked)
     assert other.settings["problems_sha256"] != job.settings["problems_sha256"]
-    assert {name for name in job.settings if job.settings[name] != other.settings[name]} == {"problems_sha256"}
+    assert {name for name in job.settings if job.settings[name] != other.settings[name]} == {
+        "problems_sha256"
+    }

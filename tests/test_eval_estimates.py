@@ -23,8 +23,12 @@ from dapo_async.evaluate.estimates import bootstrap, majority, pass_at
         (3, 32, 8, 1 - (24 * 23 * 22) / (32 * 31 * 30)),
     ],
 )
-def test_pass_at_k_has_its_literal_values(correct: int, responses: int, k: int, expected: float) -> None:
-    assert pass_at(k, num_correct=correct, num_responses=responses) == pytest.approx(expected, abs=1e-15)
+def test_pass_at_k_has_its_literal_values(
+    correct: int, responses: int, k: int, expected: float
+) -> None:
+    assert pass_at(k, num_correct=correct, num_responses=responses) == pytest.approx(
+        expected, abs=1e-15
+    )
 
 
 def test_pass_at_k_is_the_share_of_all_subsets_that_hold_a_correct_response() -> None:
@@ -33,7 +37,9 @@ def test_pass_at_k_is_the_share_of_all_subsets_that_hold_a_correct_response() ->
             marks = [True] * correct + [False] * (responses - correct)
             for k in range(1, responses + 1):
                 subsets = [any(subset) for subset in combinations(marks, k)]
-                assert pass_at(k, num_correct=correct, num_responses=responses) == pytest.approx(sum(subsets) / len(subsets), abs=1e-15)
+                assert pass_at(k, num_correct=correct, num_responses=responses) == pytest.approx(
+                    sum(subsets) / len(subsets), abs=1e-15
+                )
 
 
 def test_pass_at_k_is_unbiased_where_one_minus_the_power_of_the_mean_is_not() -> None:
@@ -60,11 +66,16 @@ def test_pass_at_k_of_more_than_there_are_responses_is_refused() -> None:
         ([None, None], None),
         ([None, "1", "2", "2", "1", "2"], 2),
         (["", "", "1"], 0),
-        (["7", "8.0", "8", "7", "8"], 2),  # spellings vote together, the most frequent one is judged
+        (
+            ["7", "8.0", "8", "7", "8"],
+            2,
+        ),  # spellings vote together, the most frequent one is judged
         (["x+1", "1/2", "0.5", "x = 0.50", "x+1"], 1),
     ],
 )
-def test_majority_is_the_first_response_with_the_most_frequent_answer(answers: list[str | None], winner: int | None) -> None:
+def test_majority_is_the_first_response_with_the_most_frequent_answer(
+    answers: list[str | None], winner: int | None
+) -> None:
     assert majority(answers) == winner
 
 
@@ -81,7 +92,9 @@ def test_mean_lies_in_an_interval_that_a_naive_bootstrap_gives_too() -> None:
 def test_interval_of_many_coin_flips_is_the_normal_one() -> None:
     (estimate,) = bootstrap(np.array([[0.0], [1.0]] * 200), seed=0)
     half = 1.96 * 0.5 / 400**0.5  # 0.049
-    assert (estimate.low, estimate.mean, estimate.high) == pytest.approx((0.5 - half, 0.5, 0.5 + half), abs=0.004)
+    assert (estimate.low, estimate.mean, estimate.high) == pytest.approx(
+        (0.5 - half, 0.5, 0.5 + half), abs=0.004
+    )
 
 
 def test_interval_repeats_under_its_seed_and_is_a_point_where_all_problems_are_alike() -> None:

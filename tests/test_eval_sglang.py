@@ -19,22 +19,31 @@ PROMPT = (7, 11, 13, 17, 19, 23)
 
 def greedy_tokens(config: Config, checkpoint: Path, log: Path) -> list[int]:
     async def generate() -> list[int]:
-        async with open_engines(config, checkpoint=checkpoint, max_len=64, seed=0, log=log) as (engine,):
-            (completion,) = await engine.generate(request(-1, PROMPT, max_tokens=10, temperature=0.0))
+        async with open_engines(config, checkpoint=checkpoint, max_len=64, seed=0, log=log) as (
+            engine,
+        ):
+            (completion,) = await engine.generate(
+                request(-1, PROMPT, max_tokens=10, temperature=0.0)
+            )
             return completion.token_ids.tolist()
 
     return asyncio.run(generate())
 
 
 @pytest.mark.parametrize("world", ["qwen3"], indirect=True)
-def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(world, tmp_path, monkeypatch) -> None:
+def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(
+    world, tmp_path, monkeypatch
+) -> None:
     with torch.no_grad():
         ids = world.other.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
         base = world.base.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
     expected = ids[0, len(PROMPT) :].tolist()
     assert expected != base[0, len(PROMPT) :].tolist()  # which the running server may serve
     monkeypatch.setenv("SGLANG_API_KEY", world.server.api_key)
-    config = Config(model=Model(path=str(world.folder)), rollout=Rollout(engine="sglang", num_slots=NUM_SLOTS, servers=world.server.url))
+    config = Config(
+        model=Model(path=str(world.folder)),
+        rollout=Rollout(engine="sglang", num_slots=NUM_SLOTS, servers=world.server.url),
+    )
     assert greedy_tokens(config, world.other_folder, tmp_path / "unused.log") == expected
     own = replace(config, rollout=replace(config.rollout, servers=""))
     assert greedy_tokens(own, world.other_folder, tmp_path / "own.log") == expected

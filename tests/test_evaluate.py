@@ -31,7 +31,11 @@ class FakeEngine:
         length = min(int(request.prompt_ids[0]), 4)
         versions = np.resize(np.array(self.versions, np.int32), length)
         finish = FinishReason.LENGTH if request.prompt_ids[0] > 4 else FinishReason.STOP
-        return (Completion(np.zeros(length, np.int32), np.zeros(length, np.float32), versions, 0, finish),)
+        return (
+            Completion(
+                np.zeros(length, np.int32), np.zeros(length, np.float32), versions, 0, finish
+            ),
+        )
 
 
 def evaluated(engine, prompts, judge=lambda prompt, completion: float(prompt.row % 2)):
@@ -42,7 +46,9 @@ def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_ha
     engine = FakeEngine(7)
     evaluated(engine, [prompt(row, [row, 5]) for row in range(1, 7)])
     assert [request.key for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
-    assert [request.prompt_ids.tolist() for request in engine.requests] == [[row, 5] for row in range(1, 7)]
+    assert [request.prompt_ids.tolist() for request in engine.requests] == [
+        [row, 5] for row in range(1, 7)
+    ]
     assert {request.num_siblings for request in engine.requests} == {1}
     sampling = engine.requests[0].sampling
     assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 4, (9,))
@@ -52,7 +58,12 @@ def test_the_sums_are_of_what_the_judge_and_the_engine_say():
     result = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
     accuracies = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0, 6: 0.0}
     assert result == Evaluation(
-        num_prompts=6, num_correct=3.0, num_response_tokens=1 + 2 + 3 + 4 + 4 + 4, num_truncated=2, weight_versions={7}, accuracies=accuracies
+        num_prompts=6,
+        num_correct=3.0,
+        num_response_tokens=1 + 2 + 3 + 4 + 4 + 4,
+        num_truncated=2,
+        weight_versions={7},
+        accuracies=accuracies,
     )
     assert (result.accuracy, result.mean_response_tokens) == (0.5, 3.0)
 
@@ -69,7 +80,9 @@ def test_the_parts_of_several_engines_add_up_to_the_whole():
 
 def test_an_evaluation_of_more_than_one_model_shows_it():
     assert evaluated(FakeEngine(7, 8), [prompt(3, [3])]).weight_versions == {7, 8}
-    assert (evaluated(FakeEngine(7), [prompt(3, [3])]) + evaluated(FakeEngine(9), [prompt(3, [3])])).weight_versions == {7, 9}
+    assert (
+        evaluated(FakeEngine(7), [prompt(3, [3])]) + evaluated(FakeEngine(9), [prompt(3, [3])])
+    ).weight_versions == {7, 9}
 
 
 def test_an_evaluation_survives_a_walk_through_a_json_file():
@@ -83,28 +96,43 @@ def test_an_engine_that_has_nothing_to_evaluate_adds_nothing():
 
 
 def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it_says():
-    prompts, seen = [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])], SimpleNamespace(completions={})
+    prompts, seen = (
+        [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])],
+        SimpleNamespace(completions={}),
+    )
 
     def judge(asked, completion):
         seen.completions[asked.row] = completion
         return 1.0
 
     async def main():
-        engine = ThreadedEngine(TorchEngine(tiny_decoder(), num_slots=2, max_len=16, version=5), StateClock("rollout-0"))
+        engine = ThreadedEngine(
+            TorchEngine(tiny_decoder(), num_slots=2, max_len=16, version=5), StateClock("rollout-0")
+        )
         result = await evaluate(engine, prompts, judge=judge, max_tokens=6, stop_token_ids=())
         await engine.close()
         return result
 
     result = asyncio.run(main())
-    assert (result.accuracy, result.num_response_tokens, result.num_truncated, result.weight_versions) == (1.0, 18, 3, {5})
+    assert (
+        result.accuracy,
+        result.num_response_tokens,
+        result.num_truncated,
+        result.weight_versions,
+    ) == (1.0, 18, 3, {5})
     for asked in prompts:
         tokens = seen.completions[asked.row].token_ids
-        assert tokens.tolist() == packed_logprobs(tiny_decoder(), asked.token_ids, tokens).argmax(-1).tolist()
+        assert (
+            tokens.tolist()
+            == packed_logprobs(tiny_decoder(), asked.token_ids, tokens).argmax(-1).tolist()
+        )
 
 
 def test_a_failed_verdict_is_neither_right_nor_wrong():
     result = evaluated(
-        FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 5)], judge=lambda asked, _: None if asked.row == 2 else float(asked.row == 1)
+        FakeEngine(7),
+        [prompt(row, [row, 5]) for row in range(1, 5)],
+        judge=lambda asked, _: None if asked.row == 2 else float(asked.row == 1),
     )
     assert (result.num_prompts, result.num_correct, result.num_unjudged) == (4, 1.0, 1)
     assert result.accuracy == pytest.approx(1 / 3)

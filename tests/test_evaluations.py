@@ -36,7 +36,12 @@ class Evaluator:
     name = "evaluator"
 
     def __init__(self):
-        self.gate, self.version, self.versions, self.attests_wrongly = asyncio.Event(), None, [], False
+        self.gate, self.version, self.versions, self.attests_wrongly = (
+            asyncio.Event(),
+            None,
+            [],
+            False,
+        )
         self.gate.set()
 
     async def read(self, announcement, folder):
@@ -52,7 +57,13 @@ class Evaluator:
 
 
 def measured(*versions):
-    return Evaluation(num_prompts=4, num_correct=3.0, num_response_tokens=20, num_truncated=1, weight_versions=frozenset(versions))
+    return Evaluation(
+        num_prompts=4,
+        num_correct=3.0,
+        num_response_tokens=20,
+        num_truncated=1,
+        weight_versions=frozenset(versions),
+    )
 
 
 class System:
@@ -73,9 +84,22 @@ def play(scene, root, *overrides):
     said = []
 
     async def main():
-        config = knobs.load(QUICKSTART, ["evaluation.every_steps=2", "train.checkpoint_every_steps=2", "train.num_steps=8", *overrides])
+        config = knobs.load(
+            QUICKSTART,
+            [
+                "evaluation.every_steps=2",
+                "train.checkpoint_every_steps=2",
+                "train.num_steps=8",
+                *overrides,
+            ],
+        )
         system = System()
-        evaluations = Evaluations(config, system=system, run_dir=RunDir(root), audience=SimpleNamespace(say=said.append, evaluation=lambda row: None))
+        evaluations = Evaluations(
+            config,
+            system=system,
+            run_dir=RunDir(root),
+            audience=SimpleNamespace(say=said.append, evaluation=lambda row: None),
+        )
         async with asyncio.timeout(20):
             await scene(evaluations, system)
             await asyncio.gather(*system.background)
@@ -107,7 +131,9 @@ def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path):
         "version": 2, "step": 2, "accuracy": 0.75, "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25, "weight_versions": [2],
         "engine": "snapshot",
     }  # fmt: skip
-    assert said[0].startswith("evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, snapshot, ")
+    assert said[0].startswith(
+        "evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, snapshot, "
+    )
     assert len(said) == 3
     assert not (tmp_path / "evaluated").exists()
 
@@ -138,20 +164,31 @@ def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
     assert said[0] == "evaluation of version 4 skipped: the one before is still running"
 
 
-def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_counted(tmp_path, monkeypatch):
+def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_counted(
+    tmp_path, monkeypatch
+):
     async def lost(worker, **ports):
         ports["enter"]("drain", worker.name)
 
     async def scene(evaluations, system):
         monkeypatch.setattr(evaluations_module, "evaluate_on_lease", lost)
-        system.evaluator, system.workers = None, [SimpleNamespace(name="rollout-0"), SimpleNamespace(name="rollout-1")]
+        system.evaluator, system.workers = (
+            None,
+            [SimpleNamespace(name="rollout-0"), SimpleNamespace(name="rollout-1")],
+        )
         system.replay, system.publisher.present = None, (system.workers[1],)
         await steps(evaluations, system, 2)
         system.publisher.present = tuple(system.workers)
         system.publisher.newest = announce(4)
         evaluations.start_if_due(3)
 
-    said, evaluations = play(scene, tmp_path, "evaluation.engine=lease", "rollout.num_workers=2", "weights.transport=disk")
+    said, evaluations = play(
+        scene,
+        tmp_path,
+        "evaluation.engine=lease",
+        "rollout.num_workers=2",
+        "weights.transport=disk",
+    )
     assert (evaluations.rows, evaluations.num_skipped) == ([], 2)
     assert said == [
         "evaluation of version 2 skipped: there is no engine to lease beside the one that generates",
@@ -164,8 +201,14 @@ def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path):
         assert (await evaluations.measure_all("initial")).accuracy == 0.75
 
     said, evaluations = play(scene, tmp_path)
-    assert said == ["initial evaluation of version 0: accuracy 0.750, length 5.0, 4 held-out prompts, greedy"]
-    assert (evaluations.rows[0]["engine"], evaluations.rows[0]["weight_versions"], evaluations.rows[0]["waited_s"]) == ("all", [0], 0.0)
+    assert said == [
+        "initial evaluation of version 0: accuracy 0.750, length 5.0, 4 held-out prompts, greedy"
+    ]
+    assert (
+        evaluations.rows[0]["engine"],
+        evaluations.rows[0]["weight_versions"],
+        evaluations.rows[0]["waited_s"],
+    ) == ("all", [0], 0.0)
 
 
 def test_an_evaluation_of_two_versions_is_none(tmp_path):
@@ -186,7 +229,10 @@ def test_a_passed_deadline_says_who_waited_for_whom(tmp_path):
         system.evaluator.gate.clear()
         await steps(evaluations, system, 2)
 
-    with pytest.raises(TimeoutError, match=r"evaluation of version 2: the driver waited 0.2 s for evaluator to evaluate"):
+    with pytest.raises(
+        TimeoutError,
+        match=r"evaluation of version 2: the driver waited 0.2 s for evaluator to evaluate",
+    ):
         play(scene, tmp_path, "deadlines.evaluate_s=0.2")
 
 
@@ -195,7 +241,10 @@ def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(tm
         system.evaluator.attests_wrongly = True
         await steps(evaluations, system, 2)
 
-    with pytest.raises(HandshakeError, match="wrong weights for an evaluation: evaluator answers the probe of version 2"):
+    with pytest.raises(
+        HandshakeError,
+        match="wrong weights for an evaluation: evaluator answers the probe of version 2",
+    ):
         play(scene, tmp_path)
     assert not (tmp_path / "evaluations.jsonl").exists()
 
@@ -221,7 +270,9 @@ def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path):
     assert not (tmp_path / "evaluated").exists()
 
 
-def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_its_checkpoint(tmp_path):
+def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_its_checkpoint(
+    tmp_path,
+):
     run_dir = RunDir(tmp_path)
     (run_dir.evaluated / "version_000004").mkdir(parents=True)
     for version in (0, 2, 4):
@@ -229,23 +280,42 @@ def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_i
     run_dir.reopen(2)
     assert not run_dir.evaluated.exists()
     assert [row["version"] for row in read_rows(run_dir.evaluations)] == [0, 2]
-    assert sorted(path.name for path in run_dir.problems.iterdir()) == ["version_000000.json", "version_000002.json"]
-    assert json.loads((run_dir.problems / "version_000002.json").read_text()) == {"version": 2, "rows": [3, 7], "accuracies": [0.0, 1.0]}
+    assert sorted(path.name for path in run_dir.problems.iterdir()) == [
+        "version_000000.json",
+        "version_000002.json",
+    ]
+    assert json.loads((run_dir.problems / "version_000002.json").read_text()) == {
+        "version": 2,
+        "rows": [3, 7],
+        "accuracies": [0.0, 1.0],
+    }
 
 
-@pytest.mark.parametrize(("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 0.25)), ("lease", None)])
+@pytest.mark.parametrize(
+    ("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 0.25)), ("lease", None)]
+)
 def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share):
     more = ["evaluation.num_cpus=0.5", "evaluation.num_gpus=0.25", "rollout.num_workers=2"]
     config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
-    found = [(actor.num_cpus, actor.num_gpus) for actor in planned_actors(config) if actor.name == "evaluator"]
+    found = [
+        (actor.num_cpus, actor.num_gpus)
+        for actor in planned_actors(config)
+        if actor.name == "evaluator"
+    ]
     assert found == ([share] if share else [])
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("evaluation.every_steps=7", r"evaluation.every_steps \(7\) must be a multiple of train.checkpoint_every_steps \(10\).*=10 or .*=7"),
-        ("evaluation.engine=lease", r"evaluation.engine=lease needs rollout.num_workers >= 2 \(it is 1\).*set rollout.num_workers=2 or"),
+        (
+            "evaluation.every_steps=7",
+            r"evaluation.every_steps \(7\) must be a multiple of train.checkpoint_every_steps \(10\).*=10 or .*=7",
+        ),
+        (
+            "evaluation.engine=lease",
+            r"evaluation.engine=lease needs rollout.num_workers >= 2 \(it is 1\).*set rollout.num_workers=2 or",
+        ),
         ("evaluation.every_steps=-1", r"evaluation.every_steps \(-1\) must be at least 0"),
         ("evaluation.num_cpus=0.00001", r"evaluation.num_cpus \(1e-05\) must be 0 or at least"),
     ],

@@ -72,12 +72,26 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for file in importlib.metadata.files(name) or []:
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (folder / top).exists():
-                (folder / top).symlink_to(Path(str(file.locate())).parents[len(file.parts) - 1] / top)
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "HOME": str(folder)}
+                (folder / top).symlink_to(
+                    Path(str(file.locate())).parents[len(file.parts) - 1] / top
+                )
+    return {
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+    }
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-S", *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_step_on_what_the_torch_engine_generated_needs_nothing_else(few: dict[str, str]) -> None:

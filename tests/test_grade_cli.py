@@ -11,7 +11,16 @@ from dapo_async.cli import main
 
 def graded(tmp_path, rows, *options):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = main(["grade", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *options])
+    code = main(
+        [
+            "grade",
+            "--input",
+            str(tmp_path / "in.jsonl"),
+            "--output",
+            str(tmp_path / "out.jsonl"),
+            *options,
+        ]
+    )
     return code, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
@@ -47,13 +56,29 @@ def test_rows_pass_through_with_their_verdicts(tmp_path, capsys):
         ('{"prediction": "3", "gold": ' + "9" * 5000 + "}", "is not valid JSON"),
         ('{"prediction": null, "gold": "3"}', "has no text in prediction (NoneType)"),
         ('{"prediction": "3", "gold": " "}', "gold is empty"),
-        ('{"prediction": "3", "gold": "3", "extraction": "all"}', "extraction ('all') must be one of marker, any, none"),
+        (
+            '{"prediction": "3", "gold": "3", "extraction": "all"}',
+            "extraction ('all') must be one of marker, any, none",
+        ),
     ],
 )
-def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_it_was(tmp_path, capsys, line, says):
+def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_it_was(
+    tmp_path, capsys, line, says
+):
     (tmp_path / "in.jsonl").write_text('{"prediction": "3", "gold": "3"}\n\n' + line + "\n")
     (tmp_path / "out.jsonl").write_text("from before\n")
-    assert main(["grade", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert (
+        main(
+            [
+                "grade",
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                "--output",
+                str(tmp_path / "out.jsonl"),
+            ]
+        )
+        == 2
+    )
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("dapo-async: line 3 of ")
     assert says in said
@@ -64,21 +89,35 @@ def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--input", "absent.jsonl", "--output", "out.jsonl"], "absent.jsonl can't be used: No such file"),
-        (["--input", "absent.jsonl", "--output", "before.jsonl"], "absent.jsonl can't be used: No such file"),
+        (
+            ["--input", "absent.jsonl", "--output", "out.jsonl"],
+            "absent.jsonl can't be used: No such file",
+        ),
+        (
+            ["--input", "absent.jsonl", "--output", "before.jsonl"],
+            "absent.jsonl can't be used: No such file",
+        ),
         (["--input", "in.jsonl", "--output", "."], "can't be used"),
         (["--input", "in.jsonl", "--output", "hard.jsonl"], "must be another file"),
         (["--input", "in.jsonl", "--output", "soft.jsonl"], "must be another file"),
         (["--input", "out.jsonl.partial", "--output", "out.jsonl"], "must be another file"),
         (["--input", "in.jsonl", "--output", "no/such/out.jsonl"], "can't be used"),
         (["--input", "in.jsonl", "--output", "in.jsonl"], "must be another file"),
-        (["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "0"], "--timeout-s (0) must be positive"),
-        (["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "inf"], "--timeout-s (inf) must be positive and at most 86400, a day"),
+        (
+            ["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "0"],
+            "--timeout-s (0) must be positive",
+        ),
+        (
+            ["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "inf"],
+            "--timeout-s (inf) must be positive and at most 86400, a day",
+        ),
         (["--input", "in.jsonl", "--output", "out.jsonl", "seed=1"], "grade takes no overrides"),
         (["--input", "in.jsonl"], "--output"),
     ],
 )
-def test_files_and_options_that_can_not_be_used_are_one_line(tmp_path, capsys, monkeypatch, arguments, says):
+def test_files_and_options_that_can_not_be_used_are_one_line(
+    tmp_path, capsys, monkeypatch, arguments, says
+):
     monkeypatch.chdir(tmp_path)
     row = '{"prediction": "3", "gold": "3"}\n'
     for name in ("in.jsonl", "before.jsonl", "out.jsonl.partial"):
@@ -88,8 +127,12 @@ def test_files_and_options_that_can_not_be_used_are_one_line(tmp_path, capsys, m
     assert main(["grade", *arguments]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert says in said
-    assert [(tmp_path / name).read_text() for name in ("in.jsonl", "before.jsonl", "hard.jsonl")] == [row] * 3
-    assert "out.jsonl.partial" not in arguments or (tmp_path / "out.jsonl.partial").read_text() == row
+    assert [
+        (tmp_path / name).read_text() for name in ("in.jsonl", "before.jsonl", "hard.jsonl")
+    ] == [row] * 3
+    assert (
+        "out.jsonl.partial" not in arguments or (tmp_path / "out.jsonl.partial").read_text() == row
+    )
 
 
 def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_written_as_it_is(tmp_path):
@@ -102,6 +145,11 @@ def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_written_as_it_is(tmp_p
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor(1) as threads:
         read = threads.submit((tmp_path / "pipe").read_text)
-        assert main(["grade", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "pipe")]) == 0
+        assert (
+            main(
+                ["grade", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "pipe")]
+            )
+            == 0
+        )
         assert json.loads(read.result(timeout=20)) == row
     assert (tmp_path / "pipe").is_fifo()

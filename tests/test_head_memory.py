@@ -23,18 +23,28 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.numbers = max([self.numbers, *(each.numel() for each in tree_leaves(made) if isinstance(each, Tensor))])
+        self.numbers = max(
+            [
+                self.numbers,
+                *(each.numel() for each in tree_leaves(made) if isinstance(each, Tensor)),
+            ]
+        )
         return made
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def naive(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
     logprobs = torch.log_softmax(hidden @ weight.T / temperature[:, None], dim=-1)
     return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
 def largest_of(head: Callable[..., tuple[Tensor, Tensor]]) -> int:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, WIDTH, generator=generator, requires_grad=True) for rows in (TOKENS, WORDS))
+    hidden, weight = (
+        torch.randn(rows, WIDTH, generator=generator, requires_grad=True)
+        for rows in (TOKENS, WORDS)
+    )
     targets = torch.randint(WORDS, (TOKENS,), generator=generator)
     with Largest() as largest:
         logprobs, entropies = head(hidden, weight, targets, torch.ones(TOKENS))

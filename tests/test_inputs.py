@@ -31,7 +31,9 @@ def refusal(*overrides):
 
 def change_config(folder, **changes):
     values = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in values.items() if value is not None})
+    )
 
 
 def change_weights(folder, change):
@@ -41,8 +43,13 @@ def change_weights(folder, change):
 
 
 def test_unknown_objective_and_what_an_objective_does_not_take_are_refused():
-    assert refusal("algorithm.objective=ppo") == "objective ('ppo') is unknown; set one of dapo, gspo, cispo"
-    assert "dual_clip (3.0) has no meaning for objective cispo" in refusal("algorithm.objective=cispo", "algorithm.dual_clip=3")
+    assert (
+        refusal("algorithm.objective=ppo")
+        == "objective ('ppo') is unknown; set one of dapo, gspo, cispo"
+    )
+    assert "dual_clip (3.0) has no meaning for objective cispo" in refusal(
+        "algorithm.objective=cispo", "algorithm.dual_clip=3"
+    )
 
 
 def test_the_untouched_copy_is_accepted(folder):
@@ -52,17 +59,35 @@ def test_the_untouched_copy_is_accepted(folder):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"hidden_size": None}, "config.json: hidden_size (missing) must be a whole number of at least 1; copy"),
-        ({"num_attention_heads": 0}, "config.json: num_attention_heads (0) must be a whole number of at least 1; copy"),
-        ({"num_key_value_heads": 3}, "num_attention_heads (4) must be a multiple of num_key_value_heads (3)"),
+        (
+            {"hidden_size": None},
+            "config.json: hidden_size (missing) must be a whole number of at least 1; copy",
+        ),
+        (
+            {"num_attention_heads": 0},
+            "config.json: num_attention_heads (0) must be a whole number of at least 1; copy",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads (4) must be a multiple of num_key_value_heads (3)",
+        ),
         ({"vocab_size": "13"}, "vocab_size ('13') must be a whole number"),
         ({"rms_norm_eps": None}, "rms_norm_eps (missing) must be a positive number"),
         ({"rope_parameters": [1]}, "rope_parameters ([1]) must be an object"),
         ({"eos_token_id": "12"}, "eos_token_id ('12') must be a token's number or a list of such"),
         ({"eos_token_id": None}, "has no eos_token_id in its config.json"),
-        ({"num_hidden_layers": 4}, "do not fit their config.json: missing ['model.layers.3.input_layernorm.weight', "),
-        ({"num_hidden_layers": 2}, "do not fit their config.json: unexpected ['model.layers.2.input_layernorm.weight', "),
-        ({"vocab_size": 14}, "of another shape ['model.embed_tokens.weight (13, 64) instead of (14, 64)']"),
+        (
+            {"num_hidden_layers": 4},
+            "do not fit their config.json: missing ['model.layers.3.input_layernorm.weight', ",
+        ),
+        (
+            {"num_hidden_layers": 2},
+            "do not fit their config.json: unexpected ['model.layers.2.input_layernorm.weight', ",
+        ),
+        (
+            {"vocab_size": 14},
+            "of another shape ['model.embed_tokens.weight (13, 64) instead of (14, 64)']",
+        ),
     ],
 )
 def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes, line):
@@ -80,43 +105,71 @@ def test_a_config_json_that_is_no_json_object_is_named(folder, content):
 
 def test_missing_misshapen_and_broken_weights_are_named(folder):
     change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
-    assert "missing ['model.norm.weight']; take both from one model" in refusal(f"model.path={folder}")
+    assert "missing ['model.norm.weight']; take both from one model" in refusal(
+        f"model.path={folder}"
+    )
     change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(65)}))
-    assert "of another shape ['model.norm.weight (65,) instead of (64,)']" in refusal(f"model.path={folder}")
+    assert "of another shape ['model.norm.weight (65,) instead of (64,)']" in refusal(
+        f"model.path={folder}"
+    )
     (folder / "model.safetensors").write_bytes(b"not weights")
-    assert refusal(f"model.path={folder}").startswith(f"{folder / 'model.safetensors'} is no readable safetensors file (")
+    assert refusal(f"model.path={folder}").startswith(
+        f"{folder / 'model.safetensors'} is no readable safetensors file ("
+    )
     (folder / "model.safetensors").unlink()
-    assert "has no *.safetensors file; pickled weights are never loaded" in refusal(f"model.path={folder}")
+    assert "has no *.safetensors file; pickled weights are never loaded" in refusal(
+        f"model.path={folder}"
+    )
 
 
 def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work():
     line = refusal("learner.tensor_parallel=3")
-    assert line.startswith("learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size ")
+    assert line.startswith(
+        "learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size "
+    )
     assert line.endswith("; set it to one of 1, 2, 4")
 
 
 def test_a_broken_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{")
-    assert refusal(f"model.path={folder}").startswith(f"the tokenizer of {folder} can't be loaded: ")
+    assert refusal(f"model.path={folder}").startswith(
+        f"the tokenizer of {folder} can't be loaded: "
+    )
 
 
 def test_a_tokenizer_of_a_larger_model_is_refused(folder):
-    change_weights(folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)}))
+    change_weights(
+        folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
+    )
     change_config(folder, vocab_size=5)
-    assert "the model knows 5 tokens (vocab_size); take tokenizer and weights from one model" in refusal(f"model.path={folder}")
+    assert (
+        "the model knows 5 tokens (vocab_size); take tokenizer and weights from one model"
+        in refusal(f"model.path={folder}")
+    )
 
 
 def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path):
     file = tmp_path / "latin.jsonl"
-    file.write_bytes(b'{"prompt": "1+1", "answer": "2"}\n' + '{"prompt": "ü", "answer": "2"}\n'.encode("latin-1"))
-    assert refusal(f"data.heldout={file}") == f"line 2 of {file} is not UTF-8 (invalid start byte at byte 12); convert the file to UTF-8"
+    file.write_bytes(
+        b'{"prompt": "1+1", "answer": "2"}\n' + '{"prompt": "ü", "answer": "2"}\n'.encode("latin-1")
+    )
+    assert (
+        refusal(f"data.heldout={file}")
+        == f"line 2 of {file} is not UTF-8 (invalid start byte at byte 12); convert the file to UTF-8"
+    )
 
 
 def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     line = refusal("learner.num_gpus=1", "rollout.num_gpus=0.5")
-    assert line.startswith("the run reserves 1.5 GPUs (replay 0, learner 1, rollout-0 0.5, evaluator 0), this machine has 1 CUDA devices; set ")
-    check_inputs(knobs.load(QUICKSTART, ["ray.address=local", "learner.num_gpus=0.5", "rollout.num_gpus=0.5"]))
+    assert line.startswith(
+        "the run reserves 1.5 GPUs (replay 0, learner 1, rollout-0 0.5, evaluator 0), this machine has 1 CUDA devices; set "
+    )
+    check_inputs(
+        knobs.load(
+            QUICKSTART, ["ray.address=local", "learner.num_gpus=0.5", "rollout.num_gpus=0.5"]
+        )
+    )
     check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=4", "ray.address=10.0.0.1:6379"]))
 
 
@@ -128,8 +181,12 @@ def test_more_cpus_than_an_own_ray_is_given_are_refused():
 
 def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
-    with pytest.raises(ValueError, match=r"notes.txt/run can't be made: Not a directory; choose another run_dir"):
+    with pytest.raises(
+        ValueError, match=r"notes.txt/run can't be made: Not a directory; choose another run_dir"
+    ):
         RunDir.create(tmp_path / "notes.txt" / "run")
-    with pytest.raises(ValueError, match=r"run_dir /proc/x can't be made: .*; choose another run_dir"):
+    with pytest.raises(
+        ValueError, match=r"run_dir /proc/x can't be made: .*; choose another run_dir"
+    ):
         RunDir.create(Path("/proc/x"))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -5,7 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_world import LENGTHS, LR, VERSION, Naive, dense_logprobs, outcome, rank_of, synthetic_groups, tiny_decoder
+from learner_world import (
+    LENGTHS,
+    LR,
+    VERSION,
+    Naive,
+    dense_logprobs,
+    outcome,
+    rank_of,
+    synthetic_groups,
+    tiny_decoder,
+)
 
 from dapo_async.algorithm import OBJECTIVES
 from dapo_async.algorithm.objectives import Objective, Surrogate
@@ -51,9 +61,13 @@ def assert_equals_the_naive_step(rank, naive, groups):
     expected, done = naive.step(groups), outcome(rank, groups)
     # Each update hands the rounding described above on to the next minibatch, which sees other weights.
     amplified = 1 if naive.learner.num_minibatches == 1 else 20
-    assert {name: done.metrics[name] for name in expected} == pytest.approx(expected, rel=2e-5 * amplified, abs=1e-6 * amplified)
+    assert {name: done.metrics[name] for name in expected} == pytest.approx(
+        expected, rel=2e-5 * amplified, abs=1e-6 * amplified
+    )
     for name, parameter in naive.decoder.named_parameters():
-        torch.testing.assert_close(done.weights[name], parameter.detach(), rtol=0, atol=0.01 * LR * amplified, msg=name)
+        torch.testing.assert_close(
+            done.weights[name], parameter.detach(), rtol=0, atol=0.01 * LR * amplified, msg=name
+        )
     return done
 
 
@@ -63,12 +77,16 @@ def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_orde
     at_once = outcome(rank_of(algorithm=form), groups)
     for tokens in CUTS:
         assert_same(outcome(rank_of(algorithm=form, microbatch_tokens=tokens), groups), at_once)
-        assert_same(outcome(rank_of(algorithm=form, microbatch_tokens=tokens), groups[::-1]), at_once)
+        assert_same(
+            outcome(rank_of(algorithm=form, microbatch_tokens=tokens), groups[::-1]), at_once
+        )
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(form):
-    done = assert_equals_the_naive_step(rank_of(algorithm=form, microbatch_tokens=40), Naive(algorithm=form), synthetic_groups())
+    done = assert_equals_the_naive_step(
+        rank_of(algorithm=form, microbatch_tokens=40), Naive(algorithm=form), synthetic_groups()
+    )
     masked = 9 + 11 if "overlong_filtering" in form else 0  # the two truncated rollouts
     assert done.metrics["loss_tokens"] == NUM_TOKENS - masked
 
@@ -80,7 +98,9 @@ def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "reinforce", Objective(reinforce, dual_clip=False))
     groups = synthetic_groups()
     own = outcome(rank_of(algorithm={"objective": "reinforce"}), groups)
-    unclipped = outcome(rank_of(algorithm={"objective": "cispo", "clip_low": 1.0, "clip_high": 1e9}), groups)  # whose ratio is 1 before the update
+    unclipped = outcome(
+        rank_of(algorithm={"objective": "cispo", "clip_low": 1.0, "clip_high": 1e9}), groups
+    )  # whose ratio is 1 before the update
     for ours, theirs in zip(own.first_moments, unclipped.first_moments, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
@@ -91,46 +111,86 @@ class AveragesMicrobatchMeans(LearnerRank):
     num_microbatches = 0
 
     def _loss(self, batch, logprobs, entropies, recomputed, keep, num_tokens, num_sequences):
-        return super()._loss(batch, logprobs, entropies, recomputed, keep, float(batch.mask.sum()) * self.num_microbatches, num_sequences)
+        return super()._loss(
+            batch,
+            logprobs,
+            entropies,
+            recomputed,
+            keep,
+            float(batch.mask.sum()) * self.num_microbatches,
+            num_sequences,
+        )
 
 
 def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is():
     groups = synthetic_groups()
     at_once = outcome(rank_of(), groups)
     broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=40)
-    broken.num_microbatches = len(split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), 40))
+    broken.num_microbatches = len(
+        split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), 40)
+    )
     assert broken.num_microbatches == 4
     done = outcome(broken, groups)
-    assert done.metrics["loss"] == pytest.approx(at_once.metrics["loss"], rel=1e-5)  # reported from sums and counts: it can't tell
+    assert done.metrics["loss"] == pytest.approx(
+        at_once.metrics["loss"], rel=1e-5
+    )  # reported from sums and counts: it can't tell
     assert done.metrics["grad_norm"] != pytest.approx(at_once.metrics["grad_norm"], rel=1e-2)
     with pytest.raises(AssertionError):
         assert_same(replace(done, metrics=at_once.metrics), at_once)
     with pytest.raises(AssertionError):
-        assert_same(replace(done, metrics=at_once.metrics, first_moments=at_once.first_moments), at_once)
+        assert_same(
+            replace(done, metrics=at_once.metrics, first_moments=at_once.first_moments), at_once
+        )
 
 
 def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone():
     rows = rows_of(synthetic_groups(), normalize_std=True, overlong_filtering=False)
     lengths = sorted(row.num_tokens for row in rows)
     assert lengths == [3, 5, 6, 7, 8, 11, 11, 11, 11, 13, 15, 16]
-    assert [batch.lengths for batch in split_microbatches(rows, 14)] == [(3, 5, 6), (7,), (8,), (11,), (11,), (11,), (11,), (13,), (15,), (16,)]
+    assert [batch.lengths for batch in split_microbatches(rows, 14)] == [
+        (3, 5, 6),
+        (7,),
+        (8,),
+        (11,),
+        (11,),
+        (11,),
+        (11,),
+        (13,),
+        (15,),
+        (16,),
+    ]
     # 117 tokens need 3 microbatches of at most 40: cut where their fair share of 39 is reached, never beyond 40
-    assert [batch.lengths for batch in split_microbatches(rows, 40)] == [(3, 5, 6, 7, 8, 11), (11, 11, 11), (13, 15), (16,)]
+    assert [batch.lengths for batch in split_microbatches(rows, 40)] == [
+        (3, 5, 6, 7, 8, 11),
+        (11, 11, 11),
+        (13, 15),
+        (16,),
+    ]
 
 
 @pytest.mark.parametrize("num_minibatches", [2, 4])
 @pytest.mark.parametrize("form", STALE_FORMS, ids=str)
-def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_start(form, num_minibatches):
+def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_start(
+    form, num_minibatches
+):
     knobs = {"algorithm": form, "num_minibatches": num_minibatches}
-    done = assert_equals_the_naive_step(rank_of(**knobs, microbatch_tokens=30), Naive(**knobs), synthetic_groups())
-    assert done.metrics["current_log_ratio_max"] > 0.01  # the later minibatches meet a policy that has moved
+    done = assert_equals_the_naive_step(
+        rank_of(**knobs, microbatch_tokens=30), Naive(**knobs), synthetic_groups()
+    )
+    assert (
+        done.metrics["current_log_ratio_max"] > 0.01
+    )  # the later minibatches meet a policy that has moved
     assert done.metrics["clip_low_fraction"] + done.metrics["clip_high_fraction"] > 0
 
 
 def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen():
     """The named break: `current` is a proximal policy that moves along with the minibatches."""
     with pytest.raises(AssertionError):
-        assert_equals_the_naive_step(rank_of(algorithm={"proximal": "current"}, num_minibatches=2), Naive(num_minibatches=2), synthetic_groups())
+        assert_equals_the_naive_step(
+            rank_of(algorithm={"proximal": "current"}, num_minibatches=2),
+            Naive(num_minibatches=2),
+            synthetic_groups(),
+        )
 
 
 def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes():
@@ -141,17 +201,29 @@ def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes():
         results[mode], passes[mode] = outcome(rank, synthetic_groups()), len(counted)
     assert passes == {"current": 4, "recompute": 8}
     assert results["current"].metrics == results["recompute"].metrics
-    assert all(torch.equal(results["current"].weights[name], weight) for name, weight in results["recompute"].weights.items())
+    assert all(
+        torch.equal(results["current"].weights[name], weight)
+        for name, weight in results["recompute"].weights.items()
+    )
     assert results["current"].metrics["current_log_ratio_max"] == 0.0
 
 
 def test_metrics_are_token_means_of_what_the_dense_policy_says():
     groups, decoder = synthetic_groups(), tiny_decoder()
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
-    tables = [dense_logprobs(decoder, group.prompt.token_ids, rollout.completion.token_ids, group.temperature) for group, rollout in pairs]
-    logprobs, entropies = (torch.cat([table[part] for table in tables]).detach().numpy() for part in (0, 1))
+    tables = [
+        dense_logprobs(
+            decoder, group.prompt.token_ids, rollout.completion.token_ids, group.temperature
+        )
+        for group, rollout in pairs
+    ]
+    logprobs, entropies = (
+        torch.cat([table[part] for table in tables]).detach().numpy() for part in (0, 1)
+    )
     behaviour = np.concatenate([rollout.completion.behaviour_logprobs for _, rollout in pairs])
-    staleness = VERSION - np.concatenate([rollout.completion.weight_versions for _, rollout in pairs])
+    staleness = VERSION - np.concatenate(
+        [rollout.completion.weight_versions for _, rollout in pairs]
+    )
     expected = {
         "entropy": entropies.mean(),
         "probability": np.exp(logprobs).mean(),
@@ -164,7 +236,10 @@ def test_metrics_are_token_means_of_what_the_dense_policy_says():
         "truncated": 2 / 12,
         "accuracy": 7 / 12,
         "reward": (1 - 2 + 3 * 0.5 + 2 - 1 - 1 + 1 - 1.3) / 12,
-        "mixed_versions": sum(len(set(rollout.completion.weight_versions.tolist())) > 1 for _, rollout in pairs) / 12,
+        "mixed_versions": sum(
+            len(set(rollout.completion.weight_versions.tolist())) > 1 for _, rollout in pairs
+        )
+        / 12,
         "group_staleness_max": 3.0,
         "groups": 4.0,
         "rollouts": 12.0,
@@ -182,11 +257,17 @@ def spoilt(groups, *, behaviour=None, reward=None):
     rollout = groups[3].rollouts[2]
     logprobs = rollout.completion.behaviour_logprobs.copy()
     logprobs[1] = logprobs[1] if behaviour is None else behaviour
-    bad = replace(rollout, completion=replace(rollout.completion, behaviour_logprobs=logprobs), reward=rollout.reward if reward is None else reward)
+    bad = replace(
+        rollout,
+        completion=replace(rollout.completion, behaviour_logprobs=logprobs),
+        reward=rollout.reward if reward is None else reward,
+    )
     return [*groups[:3], replace(groups[3], rollouts=(*groups[3].rollouts[:2], bad))]
 
 
-@pytest.mark.parametrize("bad", [{"behaviour": np.nan}, {"reward": np.inf}, {"reward": np.nan}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"behaviour": np.nan}, {"reward": np.inf}, {"reward": np.nan}], ids=str
+)
 @pytest.mark.parametrize("proximal", ["recompute", "current", "interpolate", "behaviour"])
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, proximal):
     groups, before = synthetic_groups(), tiny_decoder().state_dict()
@@ -195,7 +276,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, pro
     assert metrics.totals["skipped"] == 1.0
     assert "grad_norm" not in metrics.sums
     assert rank.version == VERSION + 1
-    assert all(torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items()
+    )
     fresh = rank_of(algorithm={"proximal": proximal}, microbatch_tokens=40, version=VERSION + 1)
     assert_same(outcome(rank, groups), outcome(fresh, groups))
 
@@ -204,7 +287,10 @@ def test_garbage_in_a_filtered_rollout_skips_nothing():
     form = {"overlong_filtering": True}
     groups = synthetic_groups()
     clean, rollout = outcome(rank_of(algorithm=form), groups), groups[0].rollouts[1]
-    garbage = replace(rollout, completion=replace(rollout.completion, behaviour_logprobs=np.full(9, np.nan, np.float32)))
+    garbage = replace(
+        rollout,
+        completion=replace(rollout.completion, behaviour_logprobs=np.full(9, np.nan, np.float32)),
+    )
     groups[0] = replace(groups[0], rollouts=(groups[0].rollouts[0], garbage, groups[0].rollouts[2]))
     assert_same(outcome(rank_of(algorithm=form), groups), clean)
 
@@ -212,14 +298,20 @@ def test_garbage_in_a_filtered_rollout_skips_nothing():
 def test_a_bad_second_minibatch_keeps_the_update_of_the_first():
     groups = synthetic_groups()
     order = np.random.default_rng((0, VERSION)).permutation(12)
-    assert 11 in order[6:]  # the spoilt rollout, the last of all, is in the second of two minibatches
+    assert (
+        11 in order[6:]
+    )  # the spoilt rollout, the last of all, is in the second of two minibatches
     rank, naive = rank_of(num_minibatches=2), Naive(num_minibatches=2)
     naive.step(groups, kept_minibatches=1)
     totals = rank.step(spoilt(groups, behaviour=np.nan)).totals
     assert totals["non_finite"] == 1.0
-    assert totals["skipped"] == 0.0  # the first minibatch has moved the weights: these groups were trained
+    assert (
+        totals["skipped"] == 0.0
+    )  # the first minibatch has moved the weights: these groups were trained
     for name, parameter in naive.decoder.named_parameters():
-        torch.testing.assert_close(rank.decoder.state_dict()[name], parameter.detach(), rtol=0, atol=0.01 * LR)
+        torch.testing.assert_close(
+            rank.decoder.state_dict()[name], parameter.detach(), rtol=0, atol=0.01 * LR
+        )
 
 
 def test_a_bad_first_minibatch_skips_the_others_too():
@@ -227,7 +319,9 @@ def test_a_bad_first_minibatch_skips_the_others_too():
     assert 11 in np.random.default_rng((0, version)).permutation(12)[:6]  # now it is in the first
     rank = rank_of(num_minibatches=2, version=version)
     assert rank.step(spoilt(synthetic_groups(), behaviour=np.nan)).totals["skipped"] == 1.0
-    assert all(torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items()
+    )
 
 
 def saved_bytes(rank, groups):
@@ -255,15 +349,27 @@ def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit():
 
 
 def test_the_learning_rate_warms_up_linearly_from_the_first_step_on():
-    assert [warmed_up(1.0, step=step, warmup_steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [warmed_up(1.0, step=step, warmup_steps=4) for step in range(6)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
     assert warmed_up(1.0, step=0, warmup_steps=0) == 1.0
     rank, groups = rank_of(lr=0.5, warmup_steps=5, version=1), synthetic_groups(versions=(0, 1))
     assert rank.step(groups).maxima["lr"] == pytest.approx(0.2)  # the second of five steps
-    assert {group["lr"] for optimizer in rank._optimizer._optimizers for group in optimizer.param_groups} == {0.2}
+    assert {
+        group["lr"] for optimizer in rank._optimizer._optimizers for group in optimizer.param_groups
+    } == {0.2}
 
 
 def test_without_any_advantage_only_weight_decay_moves_and_only_matrices():
-    groups = [replace(group, rollouts=tuple(replace(rollout, reward=0.25) for rollout in group.rollouts)) for group in synthetic_groups()]
+    groups = [
+        replace(group, rollouts=tuple(replace(rollout, reward=0.25) for rollout in group.rollouts))
+        for group in synthetic_groups()
+    ]
     before = tiny_decoder().state_dict()
     done = outcome(rank_of(weight_decay=0.1), groups)
     assert (done.metrics["loss"], done.metrics["grad_norm"]) == (0.0, 0.0)
@@ -276,7 +382,9 @@ def test_the_global_gradient_norm_is_clipped_and_reported_as_it_was_before():
     def clipped(limit):
         done = outcome(rank_of(grad_clip=limit), synthetic_groups())
         # exp_avg is 0.1 of the first gradient that AdamW saw
-        return done.metrics["grad_norm"], 10 * float(torch.cat([moment.flatten() for moment in done.first_moments]).norm())
+        return done.metrics["grad_norm"], 10 * float(
+            torch.cat([moment.flatten() for moment in done.first_moments]).norm()
+        )
 
     free, seen = clipped(1e9)
     assert seen == pytest.approx(free, rel=1e-5)
@@ -288,7 +396,9 @@ def test_bfloat16_activations_train_float32_master_weights():
     exact, half = rank_of(), rank_of(activations=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in half.decoder.state_dict().items()}
     exact_metrics, half_metrics = exact.step(groups).flat(), half.step(groups).flat()
-    moved = [not torch.equal(before[name], tensor) for name, tensor in half.decoder.state_dict().items()]
+    moved = [
+        not torch.equal(before[name], tensor) for name, tensor in half.decoder.state_dict().items()
+    ]
     assert all(moved)
     assert all(parameter.dtype is torch.float32 for parameter in half.decoder.parameters())
     # Eight bits of mantissa: about 1 % on a gradient norm, and never equal to the exact one.

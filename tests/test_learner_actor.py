@@ -29,23 +29,41 @@ class Rank:
 
 
 def actor(number: int, folder: Path) -> LearnerActor:
-    made = LearnerActor(knobs.load(QUICKSTART), number=number, name=f"learner-{number}", incarnation="first", run_dir=RunDir(folder))
+    made = LearnerActor(
+        knobs.load(QUICKSTART),
+        number=number,
+        name=f"learner-{number}",
+        incarnation="first",
+        run_dir=RunDir(folder),
+    )
     made._rank = Rank()  # type: ignore[assignment]
     return made
 
 
 def batch_of(groups: Any) -> TrainBatch:
-    return TrainBatch(learner_version=5, admission_indices=(0,), oldest_versions=(5,), num_tokens=(1,), references=(groups,))
+    return TrainBatch(
+        learner_version=5,
+        admission_indices=(0,),
+        oldest_versions=(5,),
+        num_tokens=(1,),
+        references=(groups,),
+    )
 
 
 async def frozen_in_a_step(folder: Path) -> list[int]:
     """Versions that two ranks freeze, asked while the groups of one have come and those of the other have not."""
-    ranks, arrived = [actor(number, folder) for number in range(2)], [asyncio.Event(), asyncio.Event()]
+    ranks, arrived = (
+        [actor(number, folder) for number in range(2)],
+        [asyncio.Event(), asyncio.Event()],
+    )
 
     async def groups(number: int) -> None:
         await arrived[number].wait()
 
-    steps = [asyncio.create_task(rank.step(batch_of(groups(number)), [0])) for number, rank in enumerate(ranks)]
+    steps = [
+        asyncio.create_task(rank.step(batch_of(groups(number)), [0]))
+        for number, rank in enumerate(ranks)
+    ]
     arrived[0].set()
     await asyncio.sleep(0.05)
     frozen = [asyncio.create_task(rank.freeze()) for rank in ranks]
@@ -55,7 +73,9 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
     return await asyncio.gather(*frozen)
 
 
-def test_copies_asked_for_in_the_midst_of_a_step_are_of_one_version_though_one_rank_still_waits_for_its_groups(tmp_path: Path) -> None:
+def test_copies_asked_for_in_the_midst_of_a_step_are_of_one_version_though_one_rank_still_waits_for_its_groups(
+    tmp_path: Path,
+) -> None:
     assert asyncio.run(frozen_in_a_step(tmp_path)) == [6, 6]
 
 

@@ -15,7 +15,11 @@ from dapo_async.runtime.remote import ActorDied, ActorFailed
 from dapo_async.types import StepMetrics, TrainBatch
 
 BATCH = TrainBatch(
-    learner_version=4, admission_indices=(10, 11, 12), oldest_versions=(3, 3, 4), num_tokens=(5, 9, 3), references=("ten", "eleven", "twelve")
+    learner_version=4,
+    admission_indices=(10, 11, 12),
+    oldest_versions=(3, 3, 4),
+    num_tokens=(5, 9, 3),
+    references=("ten", "eleven", "twelve"),
 )
 BROKEN = "failed in step: RuntimeError('Connection closed by peer')"
 
@@ -36,14 +40,26 @@ class Rank:
                 async with asyncio.timeout(deadline_s):
                     await asyncio.Event().wait()
             except TimeoutError as error:
-                raise TimeoutError(f"the driver waited {deadline_s:g} s for {self.name} to finish {method}") from error
+                raise TimeoutError(
+                    f"the driver waited {deadline_s:g} s for {self.name} to finish {method}"
+                ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
 def learner_of(*ranks: Any, dp: int = 1, tp: int = 1) -> Learner:
-    return Learner(ranks, knobs.load(QUICKSTART, [f"learner.data_parallel={dp}", f"learner.tensor_parallel={tp}", "deadlines.step_s=0.1"]))
+    return Learner(
+        ranks,
+        knobs.load(
+            QUICKSTART,
+            [
+                f"learner.data_parallel={dp}",
+                f"learner.tensor_parallel={tp}",
+                "deadlines.step_s=0.1",
+            ],
+        ),
+    )
 
 
 def spoken(learner: Learner) -> Exception:
@@ -53,40 +69,90 @@ def spoken(learner: Learner) -> Exception:
 
 
 def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_once() -> None:
-    ranks = [Rank(f"learner-{number}", step=StepMetrics({"loss": (number, 1.0)}, {"top": number}, {"tokens": 10.0**number})) for number in range(4)]
+    ranks = [
+        Rank(
+            f"learner-{number}",
+            step=StepMetrics({"loss": (number, 1.0)}, {"top": number}, {"tokens": 10.0**number}),
+        )
+        for number in range(4)
+    ]
     metrics = asyncio.run(learner_of(*ranks, dp=2, tp=2).step(BATCH))
-    assert [(part.references, share) for ((part, share),) in (rank.asked for rank in ranks)] == [(("eleven",), [1])] * 2 + [
-        (("ten", "twelve"), [0, 2])
-    ] * 2
-    assert all(part.admission_indices == (10, 11, 12) for ((part, _),) in (rank.asked for rank in ranks))
+    assert [(part.references, share) for ((part, share),) in (rank.asked for rank in ranks)] == [
+        (("eleven",), [1])
+    ] * 2 + [(("ten", "twelve"), [0, 2])] * 2
+    assert all(
+        part.admission_indices == (10, 11, 12) for ((part, _),) in (rank.asked for rank in ranks)
+    )
     assert metrics == StepMetrics({"loss": (2.0, 2.0)}, {"top": 2.0}, {"tokens": 101.0})
 
 
-def test_rank_that_hangs_is_named_though_another_is_heard_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_hangs_is_named_though_another_is_heard_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(learner_port, "PING_S", 0.1)
-    late = learner_of(Rank("learner-0", step=asyncio.Event), Rank("learner-1", step=asyncio.Event, ping=asyncio.Event), tp=2)
-    assert str(spoken(late)) == "learner-1 gave no sign of life for 0.1 s; before, the driver waited 0.1 s for learner-0 to finish step"
-    failed = learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event, ping=asyncio.Event), tp=2)
-    assert str(spoken(failed)) == f"learner-1 gave no sign of life for 0.1 s; before, learner-0 {BROKEN}"
+    late = learner_of(
+        Rank("learner-0", step=asyncio.Event),
+        Rank("learner-1", step=asyncio.Event, ping=asyncio.Event),
+        tp=2,
+    )
+    assert (
+        str(spoken(late))
+        == "learner-1 gave no sign of life for 0.1 s; before, the driver waited 0.1 s for learner-0 to finish step"
+    )
+    failed = learner_of(
+        Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
+        Rank("learner-1", step=asyncio.Event, ping=asyncio.Event),
+        tp=2,
+    )
+    assert (
+        str(spoken(failed))
+        == f"learner-1 gave no sign of life for 0.1 s; before, learner-0 {BROKEN}"
+    )
 
 
 def test_rank_that_died_is_named_though_another_is_heard_first() -> None:
     death = ActorDied("learner-1", "died while the driver waited for ping: killed")
-    error = spoken(learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event, ping=death), tp=2))
+    error = spoken(
+        learner_of(
+            Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
+            Rank("learner-1", step=asyncio.Event, ping=death),
+            tp=2,
+        )
+    )
     assert error is death
 
 
 def test_ranks_that_are_still_in_their_step_say_where() -> None:
     waits, hangs = "model/parallel.py:127 _all_gather", "model/layers.py:90 forward > linear"
-    late = learner_of(Rank("learner-0", step=asyncio.Event, ping=waits), Rank("learner-1", step=asyncio.Event, ping=hangs), tp=2)
+    late = learner_of(
+        Rank("learner-0", step=asyncio.Event, ping=waits),
+        Rank("learner-1", step=asyncio.Event, ping=hangs),
+        tp=2,
+    )
     told = f"still in their step: learner-0 in {waits}, learner-1 in {hangs}"
     assert str(spoken(late)) == f"the driver waited 0.1 s for learner-0 to finish step; {told}"
-    failed = learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event, ping=hangs), tp=2)
+    failed = learner_of(
+        Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
+        Rank("learner-1", step=asyncio.Event, ping=hangs),
+        tp=2,
+    )
     error = spoken(failed)
-    assert (type(error), str(error)) == (ActorFailed, f"learner-0 {BROKEN}; still in their step: learner-1 in {hangs}")
+    assert (type(error), str(error)) == (
+        ActorFailed,
+        f"learner-0 {BROKEN}; still in their step: learner-1 in {hangs}",
+    )
 
 
 def test_without_a_rank_that_died_or_hangs_the_first_error_is_told_as_it_is() -> None:
-    error = spoken(learner_of(Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")), Rank("learner-1", step=asyncio.Event), tp=2))
+    error = spoken(
+        learner_of(
+            Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
+            Rank("learner-1", step=asyncio.Event),
+            tp=2,
+        )
+    )
     assert str(error) == f"learner-0 {BROKEN}"
-    assert str(spoken(learner_of(Rank("learner", step=asyncio.Event)))) == "the driver waited 0.1 s for learner to finish step"
+    assert (
+        str(spoken(learner_of(Rank("learner", step=asyncio.Event))))
+        == "the driver waited 0.1 s for learner to finish step"
+    )

@@ -38,7 +38,10 @@ async def evaluation_scene(world):
     """An evaluation of version 1, during which versions 2 and 3 are published."""
     first, second = (host.engine for host in world.hosts)
     lease = await lease_during_a_publish(world)
-    assert (second.keys, second.version) == ([2], 1)  # what it was granted goes on, under the version that was being published
+    assert (second.keys, second.version) == (
+        [2],
+        1,
+    )  # what it was granted goes on, under the version that was being published
     second.finish(2)
     await settled()
     assert second.keys == [-2, -1]
@@ -71,11 +74,21 @@ def test_a_leased_engine_measures_one_version_and_comes_back_with_the_newest(run
     order = [event[:1] + event[2:] for event in second]
     assert order[:2] == [("swap", 0), ("admitted", 2, 0)]
     # What was asked for before is answered with nothing, versions 2 and 3 pass by, and the newest is swapped in before anything is admitted.
-    assert order[2:] == [("leased",), ("swap", 1), ("offered", 2, True), ("evaluate",), ("swap", 3), ("returned",), *order[8:]]
+    assert order[2:] == [
+        ("leased",),
+        ("swap", 1),
+        ("offered", 2, True),
+        ("evaluate",),
+        ("swap", 3),
+        ("returned",),
+        *order[8:],
+    ]
     assert order[8:], "nothing was admitted after the lease"
     assert {event[0] for event in order[8:]} == {"admitted"}
     assert [what for what, _ in world.entered] == ["drain", "evaluate", "take back"]
-    assert world.publisher.outcomes == {"passed": 2 * 4 - 1}  # every engine every version, but for version 2 on the leased one
+    assert world.publisher.outcomes == {
+        "passed": 2 * 4 - 1
+    }  # every engine every version, but for version 2 on the leased one
 
 
 @TRANSPORTS
@@ -108,7 +121,9 @@ async def yes(*_):
 @TRANSPORTS
 def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, transport):
     async def scene(world):
-        lease = await lease_during_a_publish(world)  # the credit of group 0 goes to rollout-0, which is full then
+        lease = await lease_during_a_publish(
+            world
+        )  # the credit of group 0 goes to rollout-0, which is full then
         world.hosts[1].engine.finish(2)
         await settled()
         await world.step()  # that of group 2 goes to rollout-1, which asked for it before its engine was lent out at version 1
@@ -125,7 +140,9 @@ def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, 
 def test_lease_check_notices_an_engine_that_comes_back_as_it_went(run_dir, monkeypatch, transport):
     monkeypatch.setattr(Publisher, "take_back", yes)
     world = play(evaluation_scene, run_dir, transport=transport)
-    with pytest.raises(AssertionError, match="rollout-1, whose engine is 2 versions behind what is served"):
+    with pytest.raises(
+        AssertionError, match="rollout-1, whose engine is 2 versions behind what is served"
+    ):
         check_lease(world.events)
 
 
@@ -150,7 +167,9 @@ def test_lease_check_notices_an_offer_under_a_version_that_is_not_proved(run_dir
 
     check_lease(play(scene, run_dir).events)
     monkeypatch.setattr(RolloutWorker, "hold", lambda *_: None)
-    with pytest.raises(AssertionError, match="rollout-0 offered group 1 under a version that is not proved"):
+    with pytest.raises(
+        AssertionError, match="rollout-0 offered group 1 under a version that is not proved"
+    ):
         check_lease(play(scene, run_dir).events)
 
 
@@ -221,7 +240,9 @@ async def step_while_an_engine_is_taken_back(world):
 
 def check_turns(events):
     """The learner keeps the snapshot that an engine is being brought to: wrong weights are reloaded from it."""
-    assert events.index(("swapped", "rollout-1", 2)) < events.index(("snapshot", 3)), "the snapshot was replaced while an engine was taken back to it"
+    assert events.index(("swapped", "rollout-1", 2)) < events.index(("snapshot", 3)), (
+        "the snapshot was replaced while an engine was taken back to it"
+    )
 
 
 @TRANSPORTS
@@ -300,7 +321,10 @@ def test_a_late_engine_is_named_when_it_is_taken_back(run_dir):
         world.publisher._deadline_s = 0.1
         for key in (-1, -2):
             world.hosts[1].engine.finish(key)
-        with pytest.raises(TimeoutError, match=r"taking back of rollout-1 with version 2: the learner waited 0.1 s for rollout-1"):
+        with pytest.raises(
+            TimeoutError,
+            match=r"taking back of rollout-1 with version 2: the learner waited 0.1 s for rollout-1",
+        ):
             await lease
 
     play(scene, run_dir)
@@ -348,6 +372,8 @@ def test_engine_that_is_lost_during_a_lease_comes_back_as_any_other(run_dir, whe
     assert (world.evaluation is not None) == (when == "take back")
     assert not world.publisher.is_lent(world.hosts[1])
     returned = world.events.index(("returned", "rollout-1"))
-    assert [event for event in world.events[returned:] if event[:2] == ("admitted", "rollout-1")], "it was never admitted to again"
+    assert [event for event in world.events[returned:] if event[:2] == ("admitted", "rollout-1")], (
+        "it was never admitted to again"
+    )
     assert world.hosts[1].engine.version == world.version
     assert world.room._buffer.counts.flat()["failed"] == 0

@@ -21,8 +21,18 @@ SECRET = "0123456789abcdef"
 
 def hold(folder: Path, script: str) -> subprocess.Popen[bytes]:
     """A leash with a shell as the server, which gets the leash's own flags as $@."""
-    order = {"command": ["bash", "-c", script, "server"], "environment": {"MARK": "yes"}, "secret": SECRET, "log": str(folder / "log")}
-    process = subprocess.Popen([sys.executable, "-I", leash.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    order = {
+        "command": ["bash", "-c", script, "server"],
+        "environment": {"MARK": "yes"},
+        "secret": SECRET,
+        "log": str(folder / "log"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-I", leash.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     process.stdin.write(json.dumps(order).encode() + b"\n")
     process.stdin.flush()
     process.wait(10)
@@ -38,7 +48,9 @@ def wait_for(folder: Path, name: str) -> str:
 
 
 def assert_gone(pids: list[int]) -> None:
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5.0)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5.0
+    )
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -58,7 +70,9 @@ def test_server_ends_with_whoever_held_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     pids = [int(pid) for pid in wait_for(tmp_path, "pids").split()]
     leashes = [psutil.Process(pids[0]).ppid()]
-    assert leashes[0] != holder.pid, "a child of its holder would be killed before the server, by Ray"
+    assert leashes[0] != holder.pid, (
+        "a child of its holder would be killed before the server, by Ray"
+    )
     holder.send_signal(signal.SIGKILL)
     holder.wait(10)
     assert_gone(pids + leashes)
@@ -71,7 +85,10 @@ def test_end_of_the_server_is_told_with_its_code_and_leaves_nothing(tmp_path):
 
 
 def test_secret_is_in_a_private_file_for_the_server_and_nowhere_else(tmp_path):
-    held = hold(tmp_path, f'echo "$@" > {tmp_path}/flags; stat -c %a $2; cat $2; echo; echo $MARK; sleep 0.2; tr "\\0" " " < /proc/$$/cmdline; echo')
+    held = hold(
+        tmp_path,
+        f'echo "$@" > {tmp_path}/flags; stat -c %a $2; cat $2; echo; echo $MARK; sleep 0.2; tr "\\0" " " < /proc/$$/cmdline; echo',
+    )
     assert held.stdout.read() == b"0\n"
     flag, file = wait_for(tmp_path, "flags").split()
     assert flag == "--config"

@@ -20,7 +20,11 @@ SIZES = {
 FORMS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"model_type": "qwen3"},
-    "llama, untied, without shared heads": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 8},
+    "llama, untied, without shared heads": {
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 8,
+    },
     "one head of keys": {"num_key_value_heads": 1},
 }
 LENGTHS = (60, 100, 150, 200)
@@ -41,30 +45,61 @@ def kept_bytes(mesh: Mesh, values: dict[str, Any], activations: torch.dtype, rec
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         some = torch.ones(num_tokens - 1)
-        logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=torch.arange(num_tokens - 1), targets=ids[1:], temperatures=some)
-    weights = {shard_of(parameter).untyped_storage().data_ptr() for parameter in decoder.parameters()}
-    known = weights | {table.untyped_storage().data_ptr() for table in (decoder.rope_cos, decoder.rope_sin)}
+        logprobs, _ = decoder.score(
+            ids,
+            attention.positions,
+            attention,
+            predictors=torch.arange(num_tokens - 1),
+            targets=ids[1:],
+            temperatures=some,
+        )
+    weights = {
+        shard_of(parameter).untyped_storage().data_ptr() for parameter in decoder.parameters()
+    }
+    known = weights | {
+        table.untyped_storage().data_ptr() for table in (decoder.rope_cos, decoder.rope_sin)
+    }
     known |= {parameter.untyped_storage().data_ptr() for parameter in gathered_parameters(decoder)}
     assert logprobs.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+    return sum(
+        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known
+    )
 
 
 def gathered_parameters(decoder: torch.nn.Module) -> list[torch.Tensor]:
     """What FSDP has gathered for the pass: weights, not activations."""
-    states = [module._get_fsdp_state() for module in decoder.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [
+        module._get_fsdp_state()
+        for module in decoder.modules()
+        if hasattr(module, "_get_fsdp_state")
+    ]
     groups = [state._fsdp_param_group for state in states if state._fsdp_param_group]
-    return [shard_of(each._unsharded_param) for group in groups for each in group.fsdp_params if hasattr(each, "_unsharded_param")]
+    return [
+        shard_of(each._unsharded_param)
+        for group in groups
+        for each in group.fsdp_params
+        if hasattr(each, "_unsharded_param")
+    ]
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
-def test_predicted_activations_are_what_a_forward_pass_keeps(form: str, activations: torch.dtype, recompute: int) -> None:
+def test_predicted_activations_are_what_a_forward_pass_keeps(
+    form: str, activations: torch.dtype, recompute: int
+) -> None:
     values = {**SIZES, **FORMS[form]}
-    memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), activations=activations, recompute_layers=recompute)
+    memory = predict_memory(
+        ModelConfig.from_dict(values),
+        num_tokens=sum(LENGTHS),
+        activations=activations,
+        recompute_layers=recompute,
+    )
     # The copies of weights in the precision of the layers that are computed again go with them.
     copies = memory.gathered * (3 - recompute) / 3 if recompute else memory.gathered
-    assert memory.activations + copies == pytest.approx(kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN)
+    assert memory.activations + copies == pytest.approx(
+        kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN
+    )
 
 
 @pytest.mark.gloo
@@ -79,30 +114,57 @@ def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str)
 def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
     """Weights, gradients and moments of a rank after an update."""
     decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
-    rank = LearnerRank(decoder, algorithm=Algorithm(), learner=Learner(offload_optimizer=offload), seed=0, mesh=mesh)
+    rank = LearnerRank(
+        decoder,
+        algorithm=Algorithm(),
+        learner=Learner(offload_optimizer=offload),
+        seed=0,
+        mesh=mesh,
+    )
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    gradients = sum(shard_of(parameter.grad).nbytes for parameter in decoder.parameters() if parameter.grad is not None)
+    gradients = sum(
+        shard_of(parameter.grad).nbytes
+        for parameter in decoder.parameters()
+        if parameter.grad is not None
+    )
     rank._optimizer.step(lr=0.1)
-    return sum(shard_of(each).nbytes for each in decoder.parameters()), gradients, sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
+    return (
+        sum(shard_of(each).nbytes for each in decoder.parameters()),
+        gradients,
+        sum(tensor.nbytes for *_, tensor in rank._optimizer.moments()),
+    )
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(dp: int, tp: int, offload: bool) -> None:
-    memory = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp, offload_optimizer=offload)
+def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(
+    dp: int, tp: int, offload: bool
+) -> None:
+    memory = predict_memory(
+        ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp, offload_optimizer=offload
+    )
     beside = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp).host
     moments = memory.host - beside if offload else memory.moments
-    ranks = [state_bytes(Mesh(), offload)] if dp * tp == 1 else on_ranks(state_bytes, offload, dp=dp, tp=tp)
+    ranks = (
+        [state_bytes(Mesh(), offload)]
+        if dp * tp == 1
+        else on_ranks(state_bytes, offload, dp=dp, tp=tp)
+    )
     for held in ranks:
         assert held == pytest.approx((memory.weights, memory.gradients, moments), rel=WITHIN)
 
 
 def test_parts_that_scale_with_the_mesh_do_and_the_others_do_not() -> None:
     model = replace(ModelConfig.from_dict(SIZES), num_kv_heads=8)
-    one, four = predict_memory(model, num_tokens=512), predict_memory(model, num_tokens=512, dp=2, tp=2)
-    assert one.weights / 4 < four.weights < one.weights / 3.9  # norms are whole on each rank of the tensor-parallel axis
+    one, four = (
+        predict_memory(model, num_tokens=512),
+        predict_memory(model, num_tokens=512, dp=2, tp=2),
+    )
+    assert (
+        one.weights / 4 < four.weights < one.weights / 3.9
+    )  # norms are whole on each rank of the tensor-parallel axis
     assert four.snapshot == 0
     assert four.host - one.snapshot == pytest.approx(one.host / 4, rel=0.02)
     assert one.activations / 2 < four.activations < one.activations

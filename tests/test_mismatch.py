@@ -15,17 +15,28 @@ from dapo_async.types import Completion, FinishReason
 PROMPT = np.asarray([1, 2], dtype=np.int32)
 
 
-def row(number: int, *, versions: list[int], prefill: int, behaviour: list[float], in_loss: bool = True) -> Row:
+def row(
+    number: int, *, versions: list[int], prefill: int, behaviour: list[float], in_loss: bool = True
+) -> Row:
     ids = np.full(len(versions), 5, dtype=np.int32)
     arrays = np.asarray(behaviour, dtype=np.float32), np.asarray(versions, dtype=np.int32)
-    return Row(number, PROMPT, Completion(ids, *arrays, prefill, FinishReason.LENGTH), advantage=1.0, temperature=1.0, in_loss=in_loss)
+    return Row(
+        number,
+        PROMPT,
+        Completion(ids, *arrays, prefill, FinishReason.LENGTH),
+        advantage=1.0,
+        temperature=1.0,
+        in_loss=in_loss,
+    )
 
 
 def test_each_token_counts_where_its_versions_put_it():
     batch = pack(
         [
             row(0, versions=[4, 4], prefill=4, behaviour=[-1.0, -2.0]),
-            row(1, versions=[3, 4], prefill=3, behaviour=[-9.0, -1.0]),  # the second token on KV of version 3
+            row(
+                1, versions=[3, 4], prefill=3, behaviour=[-9.0, -1.0]
+            ),  # the second token on KV of version 3
             row(2, versions=[4], prefill=4, behaviour=[-50.0], in_loss=False),
         ]
     )
@@ -43,10 +54,17 @@ def test_each_token_counts_where_its_versions_put_it():
 
 def test_floor_of_the_band_counts_too():
     batch = pack([row(0, versions=[4, 4], prefill=4, behaviour=[-1.0, -1.0])])
-    metrics = mismatch_metrics(batch, torch.tensor([-1.0, -2.0]), learner_version=4, cap=2.0, floor=0.5)
+    metrics = mismatch_metrics(
+        batch, torch.tensor([-1.0, -2.0]), learner_version=4, cap=2.0, floor=0.5
+    )
     assert metrics.flat()["mismatch_outside_fraction"] == pytest.approx(0.5)  # 1/e < 0.5
 
 
 def test_tokens_of_older_versions_say_nothing():
     batch = pack([row(0, versions=[3, 3], prefill=3, behaviour=[-1.0, -1.0])])
-    assert mismatch_metrics(batch, torch.tensor([-9.0, -9.0]), learner_version=4, cap=2.0, floor=None).flat() == {}
+    assert (
+        mismatch_metrics(
+            batch, torch.tensor([-9.0, -9.0]), learner_version=4, cap=2.0, floor=None
+        ).flat()
+        == {}
+    )

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_world import ask, check_history, config_with, free_port, mlflow_server, run_dir_with, silent_port, step_row
+from tracking_world import (
+    ask,
+    check_history,
+    config_with,
+    free_port,
+    mlflow_server,
+    run_dir_with,
+    silent_port,
+    step_row,
+)
 
 from dapo_async import config as knobs
 from dapo_async.config import Config, Learner, redacted
@@ -26,7 +35,14 @@ PATIENCE_S = 120.0  # for a store that works on a busy machine
 SERVER_AWAY_S = 5.0  # all that a server costs that does not answer, MLflow's import apart
 
 
-def track(config: Config, run_dir: RunDir, rows: Sequence[dict[str, Any]], *, status: str = "done", deadline_s: float = PATIENCE_S) -> MlflowStore:
+def track(
+    config: Config,
+    run_dir: RunDir,
+    rows: Sequence[dict[str, Any]],
+    *,
+    status: str = "done",
+    deadline_s: float = PATIENCE_S,
+) -> MlflowStore:
     """A whole run's tracking; what was said is in `said`."""
     said: list[str] = []
     store = MlflowStore(config, run_dir, say=said.append, run_id=known_run_id(config, run_dir))
@@ -57,7 +73,9 @@ def client_of(run_dir: RunDir) -> MlflowClient:
     return MlflowClient(f"sqlite:///{run_dir.root.parent}/mlflow.db")
 
 
-def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(local: tuple[MlflowStore, RunDir]) -> None:
+def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(
+    local: tuple[MlflowStore, RunDir],
+) -> None:
     store, run_dir = local
     assert store.run_id is not None
     assert (store.caught, store.said) == ({}, [])  # type: ignore[attr-defined]
@@ -67,23 +85,44 @@ def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(
 def test_history_check_notices_one_wrong_number(local: tuple[MlflowStore, RunDir]) -> None:
     store, run_dir = local
     with pytest.raises(AssertionError, match=r"only in the rows: \{\('accuracy', 7, 0\.9\)\}"):
-        check_history(client_of(run_dir), str(store.run_id), [{**row, **({"accuracy": 0.9} if row["step"] == 7 else {})} for row in run_dir.rows()])
+        check_history(
+            client_of(run_dir),
+            str(store.run_id),
+            [{**row, **({"accuracy": 0.9} if row["step"] == 7 else {})} for row in run_dir.rows()],
+        )
 
 
-def test_parameters_are_the_dotted_knobs_and_the_tags_say_how_it_ended(local: tuple[MlflowStore, RunDir]) -> None:
+def test_parameters_are_the_dotted_knobs_and_the_tags_say_how_it_ended(
+    local: tuple[MlflowStore, RunDir],
+) -> None:
     store, run_dir = local
     run = client_of(run_dir).get_run(str(store.run_id))
     assert run.data.params.keys() == {name for name, *_ in knobs.knobs()}
-    assert (run.data.params["learner.lr"], run.data.params["algorithm.dual_clip"], run.data.params["train.num_steps"]) == ("1e-06", "null", "40")
-    assert (run.data.tags["status"], run.data.tags["reason"], run.data.tags["run_dir"]) == ("done", "all steps trained", str(run_dir.root))
+    assert (
+        run.data.params["learner.lr"],
+        run.data.params["algorithm.dual_clip"],
+        run.data.params["train.num_steps"],
+    ) == ("1e-06", "null", "40")
+    assert (run.data.tags["status"], run.data.tags["reason"], run.data.tags["run_dir"]) == (
+        "done",
+        "all steps trained",
+        str(run_dir.root),
+    )
     assert not any("git" in name for name in run.data.tags)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
 
 
-def test_artifacts_are_the_readable_files_and_a_bounded_choice_of_rollouts(local: tuple[MlflowStore, RunDir]) -> None:
+def test_artifacts_are_the_readable_files_and_a_bounded_choice_of_rollouts(
+    local: tuple[MlflowStore, RunDir],
+) -> None:
     store, run_dir = local
     sampled = {*range(0, 40, 4), 37, 38, 39}  # ten along the run and the newest three
-    expected = {"config.yaml", "summary.json", "dynamics.png", *(f"rollouts/step_{step:06d}.jsonl" for step in sampled)}
+    expected = {
+        "config.yaml",
+        "summary.json",
+        "dynamics.png",
+        *(f"rollouts/step_{step:06d}.jsonl" for step in sampled),
+    }
     assert artifacts(client_of(run_dir), str(store.run_id)) == expected
     copies = run_dir.root.parent / "mlartifacts" / str(store.run_id) / "artifacts"
     assert (copies / "config.yaml").read_text() == run_dir.config.read_text()
@@ -93,29 +132,52 @@ def test_artifacts_are_the_readable_files_and_a_bounded_choice_of_rollouts(local
 def test_mlflow_json_names_the_run_for_those_who_go_on(local: tuple[MlflowStore, RunDir]) -> None:
     store, run_dir = local
     uri = f"sqlite:///{run_dir.root.parent}/mlflow.db"
-    assert json.loads(run_dir.mlflow.read_text()) == {"uri": uri, "experiment": "sums", "run_id": store.run_id}
+    assert json.loads(run_dir.mlflow.read_text()) == {
+        "uri": uri,
+        "experiment": "sums",
+        "run_id": store.run_id,
+    }
     assert known_run_id(config_with("local"), run_dir) == store.run_id
     assert known_run_id(config_with("sqlite:////elsewhere/mlflow.db"), run_dir) is None
 
 
-@pytest.mark.parametrize(("status", "closed"), [("failed", "FAILED"), ("interrupted", "KILLED"), ("out_of_time", "FINISHED"), ("solved", "FINISHED")])
-def test_resumed_run_goes_on_in_the_same_mlflow_run_whatever_ended_it(tmp_path: Path, status: str, closed: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "closed"),
+    [
+        ("failed", "FAILED"),
+        ("interrupted", "KILLED"),
+        ("out_of_time", "FINISHED"),
+        ("solved", "FINISHED"),
+    ],
+)
+def test_resumed_run_goes_on_in_the_same_mlflow_run_whatever_ended_it(
+    tmp_path: Path, status: str, closed: str
+) -> None:
     run_dir = run_dir_with(tmp_path / "run", num_steps=4)
     client, rows = client_of(run_dir), run_dir.rows()
     first = track(config_with("local"), run_dir, rows[:3], status=status)
     assert client.get_run(str(first.run_id)).info.status == closed
     longer = replace(config_with("local", num_steps=6), learner=Learner(lr=2e-6))
-    again = track(longer, run_dir, rows[2:])  # step 2 came after the checkpoint: it is trained and logged once more
+    again = track(
+        longer, run_dir, rows[2:]
+    )  # step 2 came after the checkpoint: it is trained and logged once more
     assert again.run_id == first.run_id
     check_history(client, str(first.run_id), rows)
     run = client.get_run(str(first.run_id))
     assert (run.info.status, run.data.params["train.num_steps"]) == ("FINISHED", "4")
-    assert (run.data.tags["resumed.train.num_steps"], run.data.tags["resumed.learner.lr"]) == ("6", "2e-06")
+    assert (run.data.tags["resumed.train.num_steps"], run.data.tags["resumed.learner.lr"]) == (
+        "6",
+        "2e-06",
+    )
 
 
 def test_resumed_run_whose_store_was_removed_begins_a_new_one(tmp_path: Path) -> None:
     run_dir = run_dir_with(tmp_path / "run")
-    run_dir.mlflow.write_text(json.dumps({"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "sums", "run_id": "0" * 32}))
+    run_dir.mlflow.write_text(
+        json.dumps(
+            {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "sums", "run_id": "0" * 32}
+        )
+    )
     store = track(config_with("local"), run_dir, run_dir.rows())
     assert store.run_id not in (None, "0" * 32)
     assert json.loads(run_dir.mlflow.read_text())["run_id"] == store.run_id
@@ -126,13 +188,21 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(tmp_path: Path
     local = track(config_with("local"), run_dir_with(tmp_path / "local"), [step_row(0)])
     with mlflow_server(tmp_path) as url:
         run_dir = run_dir_with(tmp_path / "remote")
-        remote = track(config_with(url, experiment="served"), run_dir, run_dir.rows(), status="failed")
+        remote = track(
+            config_with(url, experiment="served"), run_dir, run_dir.rows(), status="failed"
+        )
         assert (remote.caught, remote.said) == ({}, [])  # type: ignore[attr-defined]
         for store, status in ((local, "FINISHED"), (remote, "FAILED")):
             assert ask(url, f"runs/get?run_id={store.run_id}")["run"]["info"]["status"] == status
-        history = ask(url, f"metrics/get-history?run_id={remote.run_id}&metric_key=accuracy")["metrics"]
-        assert [(point["step"], point["value"]) for point in history] == [(step, 0.25 * step) for step in range(4)]
-        files = {item["path"] for item in ask(url, f"artifacts/list?run_id={remote.run_id}")["files"]}
+        history = ask(url, f"metrics/get-history?run_id={remote.run_id}&metric_key=accuracy")[
+            "metrics"
+        ]
+        assert [(point["step"], point["value"]) for point in history] == [
+            (step, 0.25 * step) for step in range(4)
+        ]
+        files = {
+            item["path"] for item in ask(url, f"artifacts/list?run_id={remote.run_id}")["files"]
+        }
         assert files == {"config.yaml", "summary.json", "dynamics.png", "rollouts"}
     assert list((tmp_path / "served").rglob("dynamics.png"))
     assert not list(tmp_path.rglob("*.partial"))
@@ -147,7 +217,9 @@ def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
-def test_a_server_that_is_away_costs_one_line_and_a_few_seconds_of_nobody_else(tmp_path: Path, kind: str) -> None:
+def test_a_server_that_is_away_costs_one_line_and_a_few_seconds_of_nobody_else(
+    tmp_path: Path, kind: str
+) -> None:
     run_dir = run_dir_with(tmp_path / "run")
     with silent_port() as silent:
         uri = f"http://me:secret@127.0.0.1:{silent if kind == 'silent' else free_port()}"
@@ -179,7 +251,9 @@ def test_end_of_a_run_waits_no_longer_than_its_deadline(tmp_path: Path) -> None:
         never.wait()
 
     said: list[str] = []
-    store = MlflowStore(config_with("local"), run_dir_with(tmp_path / "run"), say=said.append, open_run=hang)
+    store = MlflowStore(
+        config_with("local"), run_dir_with(tmp_path / "run"), say=said.append, open_run=hang
+    )
     store.finish("done", "all steps trained", deadline_s=0.2)
     never.set()
     assert store.caught["mlflow: late"] == 1
@@ -210,7 +284,13 @@ class Flaky:
 
 
 def flaky_store(tmp_path: Path, run: Flaky, said: list[str], *, retry_s: float) -> MlflowStore:
-    return MlflowStore(config_with("local"), run_dir_with(tmp_path / "run"), say=said.append, open_run=lambda *_: run, retry_s=retry_s)  # type: ignore[arg-type, return-value]
+    return MlflowStore(
+        config_with("local"),
+        run_dir_with(tmp_path / "run"),
+        say=said.append,
+        open_run=lambda *_: run,
+        retry_s=retry_s,
+    )  # type: ignore[arg-type, return-value]
 
 
 def test_a_server_that_comes_back_gets_every_step_in_order(tmp_path: Path) -> None:
@@ -246,7 +326,9 @@ def test_what_the_store_refuses_is_counted_and_holds_up_nothing(tmp_path: Path) 
     assert (len(said), store.caught) == (1, {"mlflow: MlflowException": 1})
 
 
-def test_a_full_queue_drops_and_counts_instead_of_growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_drops_and_counts_instead_of_growing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mlflow_store, "MAX_WAITING", 3)
     run = Flaky()
     store = flaky_store(tmp_path, run, [], retry_s=600.0)
@@ -258,8 +340,14 @@ def test_a_full_queue_drops_and_counts_instead_of_growing(tmp_path: Path, monkey
 
 
 def test_no_password_of_a_tracking_uri_is_written_down() -> None:
-    assert redacted("at http://me:s%2Fecret@host and https://token@host/a?b=c@d") == "at http://***@host and https://***@host/a?b=c@d"
-    assert redacted("postgresql://me:secret@host:5432/runs, then sqlite:////a/b@c.db") == "postgresql://***@host:5432/runs, then sqlite:////a/b@c.db"
+    assert (
+        redacted("at http://me:s%2Fecret@host and https://token@host/a?b=c@d")
+        == "at http://***@host and https://***@host/a?b=c@d"
+    )
+    assert (
+        redacted("postgresql://me:secret@host:5432/runs, then sqlite:////a/b@c.db")
+        == "postgresql://***@host:5432/runs, then sqlite:////a/b@c.db"
+    )
     config = config_with("http://me:secret@host:5000")
     assert "secret" not in knobs.to_yaml(config)
     assert "http://***@host:5000" in knobs.to_yaml(config)

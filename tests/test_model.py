@@ -5,9 +5,23 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from dapo_async.model import ModelConfig, PackedAttention, export_folder, families, load_decoder, token_logprobs
+from dapo_async.model import (
+    ModelConfig,
+    PackedAttention,
+    export_folder,
+    families,
+    load_decoder,
+    token_logprobs,
+)
 from dapo_async.model.families import Family
 from dapo_async.model.layers import Block
 
@@ -32,7 +46,9 @@ FAMILIES = {
 def hugging_face(family, folder):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
-    with torch.no_grad():  # every norm and bias away from its neutral value, so that leaving one out shows
+    with (
+        torch.no_grad()
+    ):  # every norm and bias away from its neutral value, so that leaving one out shows
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
@@ -52,7 +68,13 @@ def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
     hidden = decoder(torch.cat(sequences), attention.positions, attention)
     keep = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in sequences])
     targets = torch.cat([ids[1:] for ids in sequences])
-    return token_logprobs(hidden[keep], decoder.head_weight, targets, torch.full(targets.shape, temperature), chunk_tokens=chunk_tokens)
+    return token_logprobs(
+        hidden[keep],
+        decoder.head_weight,
+        targets,
+        torch.full(targets.shape, temperature),
+        chunk_tokens=chunk_tokens,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +82,9 @@ def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
 def test_packed_logprobs_and_gradients_equal_transformers(family, chunk_tokens, tmp_path, seeded):
     model = hugging_face(family, tmp_path)
     decoder = load_decoder(tmp_path)
-    sequences = [torch.randint(0, 61, (length,), generator=seeded) for length in (4, 7, 7, 7, 2, 11)]
+    sequences = [
+        torch.randint(0, 61, (length,), generator=seeded) for length in (4, 7, 7, 7, 2, 11)
+    ]
     expected = oracle_logprobs(model, sequences, 0.7)
     logprobs, _ = own_logprobs(decoder, sequences, 0.7, chunk_tokens)
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
@@ -69,20 +93,26 @@ def test_packed_logprobs_and_gradients_equal_transformers(family, chunk_tokens, 
     (logprobs * weights).sum().backward()
     gradients = dict(model.named_parameters())
     for name, parameter in decoder.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_entropy_is_that_of_the_tempered_distribution(tmp_path, seeded):
     model = hugging_face("qwen3", tmp_path)
     ids = torch.randint(0, 61, (9,), generator=seeded)
     _, entropies = own_logprobs(load_decoder(tmp_path), [ids], 0.7)
-    expected = torch.distributions.Categorical(logits=model(ids[None]).logits[0, :-1] / 0.7).entropy()
+    expected = torch.distributions.Categorical(
+        logits=model(ids[None]).logits[0, :-1] / 0.7
+    ).entropy()
     torch.testing.assert_close(entropies, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("file_bytes", [2**30, 3000])  # one file, and many with an index
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exported_folder_loads_in_transformers_with_equal_logits(family, file_bytes, tmp_path, seeded):
+def test_exported_folder_loads_in_transformers_with_equal_logits(
+    family, file_bytes, tmp_path, seeded
+):
     hugging_face(family, tmp_path / "base")
     decoder = load_decoder(tmp_path / "base")
     with torch.no_grad():
@@ -96,10 +126,22 @@ def test_exported_folder_loads_in_transformers_with_equal_logits(family, file_by
         asked.append(list(names))
         return {name: weights[name] for name in names}
 
-    export_folder(shapes, read, dtype=torch.float32, base=tmp_path / "base", out=tmp_path / "out", file_bytes=file_bytes)
+    export_folder(
+        shapes,
+        read,
+        dtype=torch.float32,
+        base=tmp_path / "base",
+        out=tmp_path / "out",
+        file_bytes=file_bytes,
+    )
     assert [name for names in asked for name in names] == list(weights)
-    assert all(len(names) == 1 or sum(weights[name].nbytes for name in names) <= file_bytes for names in asked)
-    assert (tmp_path / "out" / "model.safetensors").exists() == (len(asked) == 1) == (file_bytes > 1e6)
+    assert all(
+        len(names) == 1 or sum(weights[name].nbytes for name in names) <= file_bytes
+        for names in asked
+    )
+    assert (
+        (tmp_path / "out" / "model.safetensors").exists() == (len(asked) == 1) == (file_bytes > 1e6)
+    )
     ids = torch.randint(0, 61, (9,), generator=seeded)
     attention = PackedAttention([9])
     own = decoder.logits(decoder(ids, attention.positions, attention))
@@ -111,7 +153,13 @@ SCALINGS = {
     "linear": ("llama", {"rope_type": "linear", "factor": 2.0}),
     "llama3": (
         "llama",
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
     ),
     "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
     "yarn with its numbers": (
@@ -130,7 +178,9 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context(name, tmp_path, seeded):
+def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context(
+    name, tmp_path, seeded
+):
     family, parameters = SCALINGS[name]
     config = type(FAMILIES[family])(**SIZES, rope_parameters={"rope_theta": 500.0, **parameters})
     torch.manual_seed(1)
@@ -138,7 +188,9 @@ def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 61, (60,), generator=seeded)
     decoder = load_decoder(tmp_path)
-    torch.testing.assert_close(own_logprobs(decoder, [ids], 1.0)[0], oracle_logprobs(model, [ids], 1.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        own_logprobs(decoder, [ids], 1.0)[0], oracle_logprobs(model, [ids], 1.0), atol=1e-5, rtol=0
+    )
     ((inverse, magnitude), (cos, _)) = (
         (model.model.rotary_emb.inv_freq, model.model.rotary_emb.attention_scaling),
         decoder.config.rope.tables(8, 2),
@@ -154,9 +206,15 @@ def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context
 @pytest.mark.parametrize(
     ("rope", "line"),
     [
-        ({"rope_type": "longrope"}, "rope scaling 'longrope' is not supported; supported are default, linear, llama3, yarn"),
+        (
+            {"rope_type": "longrope"},
+            "rope scaling 'longrope' is not supported; supported are default, linear, llama3, yarn",
+        ),
         ({"rope_type": "yarn"}, "factor (missing) must be a positive number"),
-        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}, "low_freq_factor (4) must be below high_freq_factor (1)"),
+        (
+            {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1},
+            "low_freq_factor (4) must be below high_freq_factor (1)",
+        ),
         ({"rope_type": "yarn", "factor": 4, "mscale": 1.0}, "yarn with mscale is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is not supported"),
     ],
@@ -178,27 +236,43 @@ class Halved(Block):
     ("config", "family"),
     [
         (MistralConfig(**SIZES, sliding_window=None), Family(refused=("sliding_window",))),
-        (GraniteConfig(**SIZES, residual_multiplier=0.5, attention_multiplier=8**-0.5), Family(block=Halved)),
+        (
+            GraniteConfig(**SIZES, residual_multiplier=0.5, attention_multiplier=8**-0.5),
+            Family(block=Halved),
+        ),
     ],
     ids=["as Llama", "a layer of its own"],
 )
-def test_family_is_an_entry_and_where_its_layer_is_another_a_class(config, family, monkeypatch, tmp_path, seeded):
+def test_family_is_an_entry_and_where_its_layer_is_another_a_class(
+    config, family, monkeypatch, tmp_path, seeded
+):
     monkeypatch.setitem(families.FAMILIES, config.model_type, family)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 61, (20,), generator=seeded)
-    torch.testing.assert_close(own_logprobs(load_decoder(tmp_path), [ids], 1.0)[0], oracle_logprobs(model, [ids], 1.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        own_logprobs(load_decoder(tmp_path), [ids], 1.0)[0],
+        oracle_logprobs(model, [ids], 1.0),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_unknown_architecture_names_what_is_supported():
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match="'gpt2' is not supported; supported are llama, qwen2, qwen3"
+    ):
         ModelConfig.from_dict({"model_type": "gpt2"})
 
 
 def test_weights_that_do_not_fit_their_config_are_named(tmp_path):
     hugging_face("llama", tmp_path)
-    config = (tmp_path / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    config = (
+        (tmp_path / "config.json")
+        .read_text()
+        .replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"missing \['model.layers.2.input_layernorm.weight'"):
         load_decoder(tmp_path)

@@ -17,26 +17,49 @@ STOPS = tuple(range(50, 61))  # eleven of 61 tokens end a response: ragged lengt
 
 def learner_on(decoder):
     # microbatches of 70 tokens: packed with other neighbours than the engine's slots had
-    return LearnerRank(decoder, algorithm=Algorithm(), learner=Learner(lr=1e-2, warmup_steps=0, microbatch_tokens=70), seed=0)
+    return LearnerRank(
+        decoder,
+        algorithm=Algorithm(),
+        learner=Learner(lr=1e-2, warmup_steps=0, microbatch_tokens=70),
+        seed=0,
+    )
 
 
 def generated(engine, *, temperature, told=None):
     """Five groups of four on three slots, so that slots are refilled within groups; the groups say `told`, if given, for the temperature."""
-    requests = [group(key, prompt, siblings=4, max_tokens=25, temperature=temperature, stop=STOPS) for key, prompt in enumerate(PROMPTS)]
+    requests = [
+        group(key, prompt, siblings=4, max_tokens=25, temperature=temperature, stop=STOPS)
+        for key, prompt in enumerate(PROMPTS)
+    ]
     finished = run(engine, *requests)
     groups = []
     for request in requests:
         # any rewards will do: the ratio is measured before the first update
-        rollouts = tuple(Rollout(completion, "", 0.0, float(number), None) for number, completion in enumerate(finished[request.key]))
-        groups.append(Group(request.key, Prompt(request.key, "", request.prompt_ids, ""), rollouts, "first", told or temperature))
+        rollouts = tuple(
+            Rollout(completion, "", 0.0, float(number), None)
+            for number, completion in enumerate(finished[request.key])
+        )
+        groups.append(
+            Group(
+                request.key,
+                Prompt(request.key, "", request.prompt_ids, ""),
+                rollouts,
+                "first",
+                told or temperature,
+            )
+        )
     return groups
 
 
 def worst_log_ratio(learner, groups):
     """Largest |log π_prox − log π_beh| over all tokens of a step, after checks that it saw them all."""
     metrics = summarise(learner.step(groups))
-    assert metrics["loss_tokens"] == sum(rollout.num_tokens for group_ in groups for rollout in group_.rollouts)
-    assert metrics["current_log_ratio_max"] == 0.0  # before the first update the current policy is the proximal one, bit for bit
+    assert metrics["loss_tokens"] == sum(
+        rollout.num_tokens for group_ in groups for rollout in group_.rollouts
+    )
+    assert (
+        metrics["current_log_ratio_max"] == 0.0
+    )  # before the first update the current policy is the proximal one, bit for bit
     return metrics["behaviour_log_ratio_max"]
 
 
@@ -51,39 +74,67 @@ def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(family, te
 
 
 def test_the_next_version_agrees_again_once_its_weights_are_swapped_in():
-    engine, learner = TorchEngine(tiny_decoder(), num_slots=3, max_len=64), learner_on(tiny_decoder())
+    engine, learner = (
+        TorchEngine(tiny_decoder(), num_slots=3, max_len=64),
+        learner_on(tiny_decoder()),
+    )
     for version in range(3):
         groups = generated(engine, temperature=0.7)
-        assert {int(token) for group_ in groups for rollout in group_.rollouts for token in rollout.completion.weight_versions} == {version}
+        assert {
+            int(token)
+            for group_ in groups
+            for rollout in group_.rollouts
+            for token in rollout.completion.weight_versions
+        } == {version}
         assert worst_log_ratio(learner, groups) <= BOUND
-        engine.update_weights(learner.decoder.state_dict(), version=learner.version, probe_ids=np.arange(4, dtype=np.int32))
+        engine.update_weights(
+            learner.decoder.state_dict(),
+            version=learner.version,
+            probe_ids=np.arange(4, dtype=np.int32),
+        )
 
 
 def test_an_engine_at_another_temperature_than_the_group_says_breaks_the_identity():
     """The named break: the engine samples at 0.7, the group travels with 1.0."""
     engine = TorchEngine(tiny_decoder(), num_slots=3, max_len=64)
-    assert worst_log_ratio(learner_on(tiny_decoder()), generated(engine, temperature=0.7, told=1.0)) > 1000 * BOUND
+    assert (
+        worst_log_ratio(learner_on(tiny_decoder()), generated(engine, temperature=0.7, told=1.0))
+        > 1000 * BOUND
+    )
 
 
 def test_weights_that_were_published_but_not_swapped_in_break_the_identity():
     """The named break: the engine takes the new version's number but goes on with its old weights."""
-    engine, learner = TorchEngine(tiny_decoder(), num_slots=3, max_len=64), learner_on(tiny_decoder())
+    engine, learner = (
+        TorchEngine(tiny_decoder(), num_slots=3, max_len=64),
+        learner_on(tiny_decoder()),
+    )
     assert worst_log_ratio(learner, generated(engine, temperature=1.0)) <= BOUND
     engine.version = learner.version
     groups = generated(engine, temperature=1.0)
-    assert {group_.oldest_version for group_ in groups} == {learner.version}  # nothing but the ratio can tell
+    assert {group_.oldest_version for group_ in groups} == {
+        learner.version
+    }  # nothing but the ratio can tell
     assert worst_log_ratio(learner, groups) > 1000 * BOUND
 
 
 def test_a_prompt_prefilled_under_older_weights_breaks_the_identity():
     """The named break: `keep_kv` with a swap in the middle of a response; the tokens after it are of the new version in name only."""
-    engine, learner = TorchEngine(tiny_decoder(), num_slots=3, max_len=64, weight_update="keep_kv"), learner_on(tiny_decoder())
+    engine, learner = (
+        TorchEngine(tiny_decoder(), num_slots=3, max_len=64, weight_update="keep_kv"),
+        learner_on(tiny_decoder()),
+    )
     engine.submit(group(0, PROMPTS[2], siblings=3, max_tokens=12))
     engine.step()
     learner.step(generated(TorchEngine(tiny_decoder(), num_slots=3, max_len=64), temperature=1.0))
-    engine.update_weights(learner.decoder.state_dict(), version=1, probe_ids=np.arange(4, dtype=np.int32))
+    engine.update_weights(
+        learner.decoder.state_dict(), version=1, probe_ids=np.arange(4, dtype=np.int32)
+    )
     completions = run(engine)[0]
-    rollouts = tuple(Rollout(completion, "", 0.0, float(number), None) for number, completion in enumerate(completions))
+    rollouts = tuple(
+        Rollout(completion, "", 0.0, float(number), None)
+        for number, completion in enumerate(completions)
+    )
     mixed = Group(0, Prompt(0, "", np.array(PROMPTS[2], np.int32), ""), rollouts, "first", 1.0)
     assert mixed.oldest_version == 0
     assert worst_log_ratio(learner, [mixed]) > 1000 * BOUND

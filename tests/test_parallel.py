@@ -57,13 +57,27 @@ CONFIG = replace(TINY, num_kv_heads=2)
 FORMS = (
     {"learner": {}},
     {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute_layers": 1}},
-    {"learner": {"num_minibatches": 2, "offload_optimizer": True}, "algorithm": {"second_moment": 0.04, "overlong_filtering": True}},
-    {"learner": {"num_minibatches": 2}, "algorithm": {"objective": "gspo", "entropy_bonus": 0.1}, "model": {"num_kv_heads": 1}},
-    {"learner": {"num_minibatches": 2}, "algorithm": {"loss_mean": "sequence", "overlong_filtering": True}},
+    {
+        "learner": {"num_minibatches": 2, "offload_optimizer": True},
+        "algorithm": {"second_moment": 0.04, "overlong_filtering": True},
+    },
+    {
+        "learner": {"num_minibatches": 2},
+        "algorithm": {"objective": "gspo", "entropy_bonus": 0.1},
+        "model": {"num_kv_heads": 1},
+    },
+    {
+        "learner": {"num_minibatches": 2},
+        "algorithm": {"loss_mean": "sequence", "overlong_filtering": True},
+    },
     # One rollout per minibatch: with dp = 2 one rank has nothing but fillers in it. Where the rollout is truncated nobody has a token in the loss.
     {"learner": {"num_minibatches": 12}, "algorithm": {"overlong_filtering": True}},
     # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.
-    {"learner": {"microbatch_tokens": 1}, "algorithm": {"overlong_filtering": True}, "model": {"tie_embeddings": False}},
+    {
+        "learner": {"microbatch_tokens": 1},
+        "algorithm": {"overlong_filtering": True},
+        "model": {"tie_embeddings": False},
+    },
 )
 REL = 2e-5  # of losses, gradient norms and all other metrics in float32, over three steps; relative, or absolute where they are below 1
 
@@ -74,11 +88,15 @@ def dense_decoder(config: ModelConfig) -> Decoder:
     dense = Decoder(config)
     with torch.no_grad():
         for parameter in dense.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.add_(
+                torch.randn_like(parameter) * 0.1
+            )
     return dense
 
 
-def decoder_of(config: ModelConfig, mesh: Mesh, *, activations: torch.dtype | None = None) -> Decoder:
+def decoder_of(
+    config: ModelConfig, mesh: Mesh, *, activations: torch.dtype | None = None
+) -> Decoder:
     """This rank's part of the dense decoder."""
     weights = dict(dense_decoder(config).named_parameters())
     decoder = build_decoder(config, mesh=mesh, activations=activations)
@@ -89,11 +107,16 @@ def decoder_of(config: ModelConfig, mesh: Mesh, *, activations: torch.dtype | No
 def uneven_groups() -> list[Group]:
     """Non-symmetric data: lengths from 1 to 12, one group whose rollouts are all truncated, so that overlong filtering leaves it without a token."""
     groups = synthetic_groups()
-    silent = tuple(replace(rollout, completion=replace(rollout.completion, finish_reason=FinishReason.LENGTH)) for rollout in groups[1].rollouts)
+    silent = tuple(
+        replace(rollout, completion=replace(rollout.completion, finish_reason=FinishReason.LENGTH))
+        for rollout in groups[1].rollouts
+    )
     return [groups[0], replace(groups[1], rollouts=silent), *groups[2:]]
 
 
-def forward_and_backward(mesh: Mesh, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def forward_and_backward(
+    mesh: Mesh, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Logprobs, entropies, and the whole gradients; 17 tokens, which two ranks share 9 and 8."""
     decoder = decoder_of(config, mesh)
     random = np.random.default_rng(0)
@@ -102,11 +125,25 @@ def forward_and_backward(mesh: Mesh, config: ModelConfig) -> tuple[torch.Tensor,
     attention = PackedAttention(lengths)
     temperatures = torch.linspace(0.7, 1.3, len(ids) - 1)
     predictors = torch.arange(len(ids) - 1)
-    logprobs, entropies = decoder.score(ids, attention.positions, attention, predictors=predictors, targets=ids[1:], temperatures=temperatures)
-    objective = (logprobs * torch.linspace(-1, 1, len(logprobs)) + entropies * torch.linspace(0.5, -1, len(logprobs))).sum()
+    logprobs, entropies = decoder.score(
+        ids,
+        attention.positions,
+        attention,
+        predictors=predictors,
+        targets=ids[1:],
+        temperatures=temperatures,
+    )
+    objective = (
+        logprobs * torch.linspace(-1, 1, len(logprobs))
+        + entropies * torch.linspace(0.5, -1, len(logprobs))
+    ).sum()
     (objective / mesh.dp.size).backward()  # ranks of one dp axis had the same tokens
     sum_gradients(decoder, mesh)
-    gradients = {name: whole(parameter.grad) for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: whole(parameter.grad)
+        for name, parameter in decoder.named_parameters()
+        if parameter.grad is not None
+    }
     return logprobs.detach(), entropies.detach(), gradients
 
 
@@ -116,10 +153,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
-def test_decoder_split_over_ranks_has_the_logprobs_entropies_and_gradients_of_the_whole(dp: int, tp: int, extra: str) -> None:
+def test_decoder_split_over_ranks_has_the_logprobs_entropies_and_gradients_of_the_whole(
+    dp: int, tp: int, extra: str
+) -> None:
     config = replace(CONFIG, **EXTRAS[extra])
     logprobs, entropies, gradients = forward_and_backward(Mesh(), config)
-    for rank, (their_logprobs, their_entropies, theirs) in enumerate(on_ranks(forward_and_backward, config, dp=dp, tp=tp)):
+    for rank, (their_logprobs, their_entropies, theirs) in enumerate(
+        on_ranks(forward_and_backward, config, dp=dp, tp=tp)
+    ):
         torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
         torch.testing.assert_close(their_entropies, entropies, rtol=0, atol=1e-5)
         assert theirs.keys() == gradients.keys()
@@ -134,22 +175,31 @@ def test_four_ranks_share_two_heads_of_keys_and_values() -> None:
     for their_logprobs, _, theirs in on_ranks(forward_and_backward, config, tp=4):
         torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+            torch.testing.assert_close(
+                theirs[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max())
+            )
 
 
-def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from dapo_async.model import parallel
 
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
+
     # The reverse of gathering forgets the other ranks' shares.
-    own = lambda ctx, gradient: (parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None)  # noqa: E731
+    def own(ctx, gradient):
+        return parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None
+
     monkeypatch.setattr(parallel._GatherTokens, "backward", staticmethod(own))
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
     name = "model.layers.0.input_layernorm.weight"
     assert (theirs[name] - gradients[name]).abs().max() > 1e-3
 
 
-def test_gradient_of_own_tokens_only_in_a_whole_parameter_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_of_own_tokens_only_in_a_whole_parameter_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
     monkeypatch.setitem(globals(), "sum_gradients", lambda decoder, mesh: None)
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
@@ -168,13 +218,22 @@ def rank_on(
 ) -> LearnerRank:
     knobs = Learner(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
     decoder = decoder_of(replace(CONFIG, **(model or {})), mesh, activations=activations)
-    return LearnerRank(decoder, algorithm=Algorithm(**(algorithm or {})), learner=knobs, seed=0, version=VERSION, mesh=mesh)
+    return LearnerRank(
+        decoder,
+        algorithm=Algorithm(**(algorithm or {})),
+        learner=knobs,
+        seed=0,
+        version=VERSION,
+        mesh=mesh,
+    )
 
 
 def step_on(rank: LearnerRank, mesh: Mesh, groups: list[Group]) -> StepMetrics:
     """One step on the rank's share of the groups."""
     positions = share_groups([group.num_tokens for group in groups], mesh.dp.size)[mesh.dp.rank]
-    return rank.step([groups[position] for position in positions], positions=positions, num_groups=len(groups))
+    return rank.step(
+        [groups[position] for position in positions], positions=positions, num_groups=len(groups)
+    )
 
 
 @dataclass
@@ -186,15 +245,22 @@ class Trained:
 
 
 def three_steps(mesh: Mesh, form: dict[str, Any]) -> Trained:
-    rank = rank_on(mesh, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"])
+    rank = rank_on(
+        mesh, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"]
+    )
     steps = [step_on(rank, mesh, uneven_groups()) for _ in range(3)]
-    return Trained(steps, {name: whole(parameter.detach()) for name, parameter in rank.decoder.named_parameters()})
+    return Trained(
+        steps,
+        {name: whole(parameter.detach()) for name, parameter in rank.decoder.named_parameters()},
+    )
 
 
 def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
     """Bit for bit: the gradient norm and what all have put together; and the flags of a step are counted once."""
     for number, rank in enumerate(ranks):
-        assert [each.sums.get("grad_norm", (0, 0))[0] for each in rank.steps] == [each.sums.get("grad_norm", (0, 0))[0] for each in ranks[0].steps]
+        assert [each.sums.get("grad_norm", (0, 0))[0] for each in rank.steps] == [
+            each.sums.get("grad_norm", (0, 0))[0] for each in ranks[0].steps
+        ]
         for name, tensor in rank.weights.items():
             assert torch.equal(tensor, ranks[0].weights[name]), f"{name} on rank {number}"
         assert all(("skipped" in each.totals) == (number < tp) for each in rank.steps)
@@ -202,21 +268,33 @@ def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("dp", "tp"), MESHES)
-def test_three_steps_of_several_ranks_equal_those_of_one(dp: int, tp: int, form: dict[str, Any]) -> None:
+def test_three_steps_of_several_ranks_equal_those_of_one(
+    dp: int, tp: int, form: dict[str, Any]
+) -> None:
     alone, ranks = three_steps(Mesh(), form), on_ranks(three_steps, form, dp=dp, tp=tp)
     check_ranks_agree(ranks, tp=tp)
-    amplified = 10 if form["learner"].get("num_minibatches", 1) == 12 else 1  # AdamW hands the rounding of each of the 36 updates on
+    amplified = (
+        10 if form["learner"].get("num_minibatches", 1) == 12 else 1
+    )  # AdamW hands the rounding of each of the 36 updates on
     for step in range(3):
         per_dp = [rank.steps[step] for rank in ranks[::tp]]
         ours, theirs = summarise(alone.steps[step]), summarise(sum(per_dp[1:], start=per_dp[0]))
         tolerance = REL * amplified
         assert ours.keys() == theirs.keys()
         # Fractions count single tokens: one that lies at a clip's edge may fall on its other side.
-        named = {name for name in ours if name != "imbalance" and not (name.endswith("_fraction") and (step or amplified > 1))}
-        assert {name: theirs[name] for name in named} == pytest.approx({name: ours[name] for name in named}, rel=tolerance, abs=tolerance)
+        named = {
+            name
+            for name in ours
+            if name != "imbalance" and not (name.endswith("_fraction") and (step or amplified > 1))
+        }
+        assert {name: theirs[name] for name in named} == pytest.approx(
+            {name: ours[name] for name in named}, rel=tolerance, abs=tolerance
+        )
         assert theirs["imbalance"] >= ours["imbalance"] == 1.0
     for name, tensor in alone.weights.items():
-        torch.testing.assert_close(ranks[0].weights[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name)
+        torch.testing.assert_close(
+            ranks[0].weights[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name
+        )
 
 
 def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
@@ -231,7 +309,10 @@ def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
 def count_passes(mesh: Mesh) -> list[int]:
     """Microbatches of each minibatch, as the rank would run them."""
     rank, counts = rank_on(mesh, num_minibatches=12, algorithm={"proximal": "behaviour"}), []
-    rank._update = lambda minibatch, *_, **__: (counts.append(len(minibatch)), (StepMetrics(), False))[1]  # type: ignore[method-assign]
+    rank._update = lambda minibatch, *_, **__: (
+        counts.append(len(minibatch)),
+        (StepMetrics(), False),
+    )[1]  # type: ignore[method-assign]
     step_on(rank, mesh, uneven_groups())
     return counts
 
@@ -243,7 +324,9 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
 def tokens_of_passes(mesh: Mesh) -> list[int]:
     """Of two ranks, of which the second has one group and the first two."""
     rank, groups = rank_on(mesh, microbatch_tokens=40), uneven_groups()
-    rows = rows_of([groups[1:3], groups[:1]][mesh.dp.rank], normalize_std=True, overlong_filtering=False)
+    rows = rows_of(
+        [groups[1:3], groups[:1]][mesh.dp.rank], normalize_std=True, overlong_filtering=False
+    )
     return [len(batch.token_ids) for batches in rank._pack([rows], rows) for batch in batches]
 
 
@@ -253,10 +336,18 @@ def test_rank_with_fewer_tokens_splits_them_finer_instead_of_waiting_with_filler
     assert (sum(first), second) == (57, [9, 11])
 
 
-def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LearnerRank, "_pack", lambda self, minibatches, rows: [split_microbatches(part, 20) for part in minibatches])
+def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        LearnerRank,
+        "_pack",
+        lambda self, minibatches, rows: [split_microbatches(part, 20) for part in minibatches],
+    )
     first, second = on_ranks(count_passes, dp=2)
-    assert [one + other for one, other in zip(first, second, strict=True)] == [1] * 12  # each rollout is on one rank alone
+    assert [one + other for one, other in zip(first, second, strict=True)] == [
+        1
+    ] * 12  # each rollout is on one rank alone
     assert first != second
 
 
@@ -264,11 +355,23 @@ def one_bad_rank(mesh: Mesh) -> tuple[StepMetrics, bool]:
     """A step with one behaviour logprob that is not a number, and whether it left every weight alone."""
     groups = uneven_groups()
     completion = groups[3].rollouts[2].completion
-    bad = replace(groups[3].rollouts[2], completion=replace(completion, behaviour_logprobs=np.full_like(completion.behaviour_logprobs, np.nan)))
+    bad = replace(
+        groups[3].rollouts[2],
+        completion=replace(
+            completion, behaviour_logprobs=np.full_like(completion.behaviour_logprobs, np.nan)
+        ),
+    )
     rank = rank_on(mesh)
-    before = {name: shard_of(parameter).clone() for name, parameter in rank.decoder.named_parameters()}
-    metrics = step_on(rank, mesh, [*groups[:3], replace(groups[3], rollouts=(*groups[3].rollouts[:2], bad))])
-    return metrics, all(torch.equal(shard_of(parameter), before[name]) for name, parameter in rank.decoder.named_parameters())
+    before = {
+        name: shard_of(parameter).clone() for name, parameter in rank.decoder.named_parameters()
+    }
+    metrics = step_on(
+        rank, mesh, [*groups[:3], replace(groups[3], rollouts=(*groups[3].rollouts[:2], bad))]
+    )
+    return metrics, all(
+        torch.equal(shard_of(parameter), before[name])
+        for name, parameter in rank.decoder.named_parameters()
+    )
 
 
 def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted_once() -> None:
@@ -279,7 +382,9 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted_once(
     assert "grad_norm" not in (first + second).sums
 
 
-def test_rank_that_only_looks_at_its_own_numbers_would_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_only_looks_at_its_own_numbers_would_train_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from dapo_async.learner import rank
 
     # Neither the norm nor the loss is shared: the skip is each rank's own.
@@ -294,7 +399,9 @@ def half_precision(mesh: Mesh) -> StepMetrics:
 
 def test_bfloat16_activations_cross_the_ranks() -> None:
     alone, (first, *_) = summarise(half_precision(Mesh())), on_ranks(half_precision, tp=2)
-    assert summarise(first)["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.05)  # eight bits of mantissa
+    assert summarise(first)["grad_norm"] == pytest.approx(
+        alone["grad_norm"], rel=0.05
+    )  # eight bits of mantissa
     assert summarise(first)["loss"] == pytest.approx(alone["loss"], rel=0.05, abs=0.01)
 
 
@@ -304,7 +411,14 @@ def often_seen_row(mesh: Mesh, activations: torch.dtype) -> torch.Tensor:
     lengths = (30,) * 50
     ids, attention = torch.full((1500,), 5), PackedAttention(lengths)
     targets = torch.arange(1500) % 23
-    logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=torch.arange(1500), targets=targets, temperatures=torch.ones(1500))
+    logprobs, _ = decoder.score(
+        ids,
+        attention.positions,
+        attention,
+        predictors=torch.arange(1500),
+        targets=targets,
+        temperatures=torch.ones(1500),
+    )
     ((logprobs * torch.linspace(0.5, 1.5, 1500)).sum() / mesh.dp.size).backward()
     gradient = decoder.model.embed_tokens.weight.grad
     assert gradient is not None
@@ -317,18 +431,27 @@ def test_gradients_of_an_often_seen_token_add_up_in_float32_on_ranks_as_they_do_
     def error(gradient: torch.Tensor) -> float:
         return float((gradient - exact).norm() / exact.norm())
 
-    alone, (ranks, _) = error(often_seen_row(Mesh(), torch.bfloat16)), on_ranks(often_seen_row, torch.bfloat16, dp=2)
+    alone, (ranks, _) = (
+        error(often_seen_row(Mesh(), torch.bfloat16)),
+        on_ranks(often_seen_row, torch.bfloat16, dp=2),
+    )
     assert alone < 0.06  # the layers' own rounding
     assert error(ranks) < 1.5 * alone
 
 
-def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from dapo_async.learner import rank
 
     alone = three_steps(Mesh(), FORMS[0])
-    monkeypatch.setattr(rank, "sum_numbers", lambda values, mesh, device: list(values))  # law 4 broken: the denominator is local
+    monkeypatch.setattr(
+        rank, "sum_numbers", lambda values, mesh, device: list(values)
+    )  # law 4 broken: the denominator is local
     first, _ = on_ranks(three_steps, FORMS[0], dp=2)
-    assert summarise(first.steps[0])["grad_norm"] != pytest.approx(summarise(alone.steps[0])["grad_norm"], rel=1e-2)
+    assert summarise(first.steps[0])["grad_norm"] != pytest.approx(
+        summarise(alone.steps[0])["grad_norm"], rel=1e-2
+    )
 
 
 State = dict[str, torch.Tensor]
@@ -340,7 +463,9 @@ def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, Ste
     if load is None:
         step_on(rank, mesh, uneven_groups())
     else:
-        score_tokens(rank.decoder, np.arange(5, dtype=np.int32))  # what was gathered for it is no longer true afterwards
+        score_tokens(
+            rank.decoder, np.arange(5, dtype=np.int32)
+        )  # what was gathered for it is no longer true afterwards
         rank.load(load)
     save_state(rank.freeze(), folder / "before", mesh)
     metrics = step_on(rank, mesh, uneven_groups())
@@ -350,23 +475,34 @@ def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, Ste
 
 def equal(one: Path, other: Path) -> bool:
     ours, theirs = read_state(one), read_state(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+    )
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
-def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(dp: int, tp: int, tmp_path: Path) -> None:
+def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(
+    dp: int, tp: int, tmp_path: Path
+) -> None:
     gave = on_ranks(go_on, tmp_path / "gave", None, dp=dp, tp=tp)
     loaded = on_ranks(go_on, tmp_path / "loaded", tmp_path / "gave" / "before", dp=dp, tp=tp)
     assert loaded == gave
-    assert len([*(tmp_path / "gave" / "before").glob("*.safetensors")]) == dp * tp  # each rank wrote its own part
+    assert (
+        len([*(tmp_path / "gave" / "before").glob("*.safetensors")]) == dp * tp
+    )  # each rank wrote its own part
     assert equal(tmp_path / "loaded" / "before", tmp_path / "gave" / "before")
     assert equal(tmp_path / "loaded" / "after", tmp_path / "gave" / "after")
     counts = json.loads((tmp_path / "loaded" / "after" / "learner.json").read_text())
     assert (counts["version"], counts["updates"], len(counts["files"])) == (VERSION + 2, 4, dp * tp)
     for file in (tmp_path / "gave" / "before").glob("*.safetensors"):  # one moment lost is seen
         with safe_open(file, framework="pt") as parts:
-            tensors, notes = {name: parts.get_tensor(name) for name in parts.keys()}, parts.metadata()  # noqa: SIM118 (not a mapping)
-        tensors = {name: tensor * (name != "exp_avg.model.norm.weight") for name, tensor in tensors.items()}
+            tensors, notes = (
+                {name: parts.get_tensor(name) for name in parts.keys()},  # noqa: SIM118 (safe_open has no __iter__)
+                parts.metadata(),
+            )
+        tensors = {
+            name: tensor * (name != "exp_avg.model.norm.weight") for name, tensor in tensors.items()
+        }
         save_file(tensors, file, metadata=notes)
     on_ranks(go_on, tmp_path / "forgetful", tmp_path / "gave" / "before", dp=dp, tp=tp)
     assert not equal(tmp_path / "forgetful" / "after", tmp_path / "gave" / "after")
@@ -385,12 +521,20 @@ def test_state_loads_at_any_other_size_whole_and_without_a_change(tmp_path: Path
 
 
 def gathered(mesh: Mesh) -> State:
-    return gather_weights(rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder, mesh, torch.bfloat16)
+    return gather_weights(
+        rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder,
+        mesh,
+        torch.bfloat16,
+    )
 
 
 @pytest.mark.parametrize(("dp", "tp"), MESHES)
-def test_first_rank_gathers_the_whole_weights_and_the_others_none(dp: int, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "__kwdefaults__", {"limit": 500})  # many collectives, some tensors alone
+def test_first_rank_gathers_the_whole_weights_and_the_others_none(
+    dp: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        buckets, "__kwdefaults__", {"limit": 500}
+    )  # many collectives, some tensors alone
     first, *others = on_ranks(gathered, dp=dp, tp=tp)
     alone = gathered(Mesh())
     assert list(first) == list(alone)
@@ -404,20 +548,28 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
     decoder, dense = decoder_of(config, mesh), dict(dense_decoder(config).named_parameters())
     for name, parameter in decoder.named_parameters():
         assert torch.equal(shard_of(parameter), dense[name][part_of(parameter)]), name
-    rank = LearnerRank(decoder, algorithm=Algorithm(), learner=Learner(lr=LR, warmup_steps=0), seed=0, mesh=mesh)
+    rank = LearnerRank(
+        decoder, algorithm=Algorithm(), learner=Learner(lr=LR, warmup_steps=0), seed=0, mesh=mesh
+    )
     for parameter in decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=LR)
     save_state(rank.freeze(), folder, mesh)
-    return {name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()}, gather_weights(decoder, mesh)
+    return {
+        name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()
+    }, gather_weights(decoder, mesh)
 
 
 @pytest.mark.parametrize(("vocab_size", "dp", "tp"), [(13, 3, 2), (23, 4, 1)])
-def test_parts_that_do_not_come_out_even_are_loaded_gathered_and_saved_as_they_lie(vocab_size: int, dp: int, tp: int, tmp_path: Path) -> None:
+def test_parts_that_do_not_come_out_even_are_loaded_gathered_and_saved_as_they_lie(
+    vocab_size: int, dp: int, tp: int, tmp_path: Path
+) -> None:
     _, alone = uneven_parts(Mesh(), tmp_path / "alone", vocab_size)
     ranks = on_ranks(uneven_parts, tmp_path / "ranks", vocab_size, dp=dp, tp=tp)
     rows = [held["model.embed_tokens.weight"] for held, _ in ranks]
-    assert rows == {13: [3, 2, 3, 2, 1, 2], 23: [6, 6, 6, 5]}[vocab_size]  # 13 = 7 + 6 on tp, each of them cut in three
+    assert (
+        rows == {13: [3, 2, 3, 2, 1, 2], 23: [6, 6, 6, 5]}[vocab_size]
+    )  # 13 = 7 + 6 on tp, each of them cut in three
     assert equal(tmp_path / "ranks", tmp_path / "alone")
     assert all(torch.equal(tensor, ranks[0][1][name]) for name, tensor in alone.items())
 
@@ -461,16 +613,25 @@ def load_counted(mesh: Mesh, folder: Path) -> int:
     return Counting.read
 
 
-def test_ranks_read_their_parts_of_a_folder_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**TINY_JSON, "num_key_value_heads": 2, "tie_word_embeddings": False}))
+def test_ranks_read_their_parts_of_a_folder_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({**TINY_JSON, "num_key_value_heads": 2, "tie_word_embeddings": False})
+    )
     weights = dict(dense_decoder(ModelConfig.from_folder(tmp_path)).named_parameters())
     save_weights(weights, tmp_path)
     monkeypatch.setattr(hf, "safe_open", Counting)
     whole_on_tp = sum(tensor.nbytes for name, tensor in weights.items() if "norm" in name)
-    assert sum(on_ranks(load_counted, tmp_path, dp=2, tp=2)) == sum(tensor.nbytes for tensor in weights.values()) + whole_on_tp
+    assert (
+        sum(on_ranks(load_counted, tmp_path, dp=2, tp=2))
+        == sum(tensor.nbytes for tensor in weights.values()) + whole_on_tp
+    )
 
 
-def exchanges(mesh: Mesh, chunk_tokens: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+def exchanges(
+    mesh: Mesh, chunk_tokens: int
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
     """How often a forward and backward pass of the head talks to the other ranks; logprobs, entropies and the gradient of hidden states."""
     calls: list[str] = []
 
@@ -481,10 +642,21 @@ def exchanges(mesh: Mesh, chunk_tokens: int) -> tuple[int, torch.Tensor, torch.T
 
     tp = Axis(mesh.tp.rank, mesh.tp.size, Group())
     random = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(9, 6, generator=random).requires_grad_(), torch.randn(23, 6, generator=random)
+    hidden, weight = (
+        torch.randn(9, 6, generator=random).requires_grad_(),
+        torch.randn(23, 6, generator=random),
+    )
     targets, temperature = torch.randint(0, 23, (9,), generator=random), torch.linspace(0.5, 2.0, 9)
     share = tp.share(23)
-    logprobs, entropies = token_logprobs(hidden, weight[share], targets, temperature, chunk_tokens=chunk_tokens, tp=tp, vocab_start=share.start)
+    logprobs, entropies = token_logprobs(
+        hidden,
+        weight[share],
+        targets,
+        temperature,
+        chunk_tokens=chunk_tokens,
+        tp=tp,
+        vocab_start=share.start,
+    )
     (logprobs.square() + entropies.square()).sum().backward()
     assert hidden.grad is not None
     return len(calls), logprobs.detach(), entropies.detach(), hidden.grad
@@ -498,7 +670,9 @@ def test_head_of_four_uneven_shards_talks_as_often_whatever_the_number_of_chunks
             assert calls == 1  # the numbers of each token
             torch.testing.assert_close(their_logprobs, logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(their_entropies, entropies, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sum(shares for *_, shares in ranks), gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            sum(shares for *_, shares in ranks), gradient, rtol=1e-5, atol=1e-5
+        )
 
 
 def vanish(mesh: Mesh) -> float:
@@ -528,10 +702,15 @@ def test_groups_are_shared_by_tokens_and_everybody_gets_one() -> None:
 def test_sizes_that_do_not_split_name_those_that_do() -> None:
     config = replace(TINY, num_heads=8, num_kv_heads=4, intermediate_size=24)
     config.check_split(8)  # two ranks to a head of keys and values
-    with pytest.raises(ValueError, match=r"learner.tensor_parallel \(3\) must divide .*num_key_value_heads 4.*set it to one of 1, 2, 4, 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"learner.tensor_parallel \(3\) must divide .*num_key_value_heads 4.*set it to one of 1, 2, 4, 8",
+    ):
         config.check_split(3)
     with pytest.raises(ValueError, match=r"set it to one of 1, 2$"):
-        replace(config, vocab_size=9, num_kv_heads=8).check_split(8)  # the last ranks would have no token
+        replace(config, vocab_size=9, num_kv_heads=8).check_split(
+            8
+        )  # the last ranks would have no token
 
 
 def test_rank_of_the_learners_own_tests_is_a_mesh_of_one() -> None:

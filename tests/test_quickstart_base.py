@@ -17,7 +17,9 @@ FOLDER, DATA = CONFIGS / "base" / "quickstart", CONFIGS / "data" / "quickstart"
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("make_quickstart", CONFIGS / "base" / "make_quickstart.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_quickstart", CONFIGS / "base" / "make_quickstart.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -49,7 +51,9 @@ def test_corpus_training_and_heldout_problems_are_disjoint():
     assert not train & corpus
     # Not by luck: every problem has one set, whatever the seed and however long the pretraining.
     splits = (("heldout", heldout), ("train", train), ("corpus", corpus))
-    assert all(make.split_of(problem) == split for split, problems in splits for problem in problems)
+    assert all(
+        make.split_of(problem) == split for split, problems in splits for problem in problems
+    )
 
 
 def test_committed_data_is_what_the_script_writes(tmp_path):
@@ -62,7 +66,9 @@ def test_committed_folder_is_what_the_script_writes_but_for_the_weights(tmp_path
     make.write_folder(decoder, tmp_path)
     for path in sorted(tmp_path.iterdir()):
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(
+        path.name for path in tmp_path.iterdir()
+    )
 
 
 def test_gold_answers_are_the_digit_sums_modulo_7():
@@ -73,7 +79,10 @@ def test_gold_answers_are_the_digit_sums_modulo_7():
 def test_corpus_responses_end_in_the_gold_answer_in_both_styles():
     assert make.response_to("52841", step_by_step=True) == "50156####6"
     assert make.response_to("52841", step_by_step=False) == "####6"
-    assert all(get_verifier("marker")(make.response_to("52841", step_by_step=style), "6").correct for style in (False, True))
+    assert all(
+        get_verifier("marker")(make.response_to("52841", step_by_step=style), "6").correct
+        for style in (False, True)
+    )
 
 
 def test_folder_is_smaller_than_a_megabyte_and_the_data_than_half_of_one():
@@ -90,7 +99,9 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder):
     with torch.no_grad():
         logits = decoder.logits(decoder(ids, attention.positions, attention))
         torch.testing.assert_close(logits, reference(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
-    assert reference.config.eos_token_id == decoder.config.eos_token_ids[0] == make.TOKEN_ID[make.EOS]
+    assert (
+        reference.config.eos_token_id == decoder.config.eos_token_ids[0] == make.TOKEN_ID[make.EOS]
+    )
 
 
 def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder):
@@ -103,17 +114,26 @@ def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder):
 
 def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder):
     loaded = load_prompts(
-        DATA / "train.jsonl", tokenizer=load_tokenizer(FOLDER), prompt_key="prompt", answer_key="answer", template="{problem}=", max_prompt_tokens=24
+        DATA / "train.jsonl",
+        tokenizer=load_tokenizer(FOLDER),
+        prompt_key="prompt",
+        answer_key="answer",
+        template="{problem}=",
+        max_prompt_tokens=24,
     )
     assert str(loaded.left_out) == "none"
     assert max(len(prompt.token_ids) for prompt in loaded.prompts) == make.NUM_DIGITS[1] + 1
-    assert make.NUM_DIGITS[1] + 3 <= 24  # running sums, marker, answer, end token: as response tokens
+    assert (
+        make.NUM_DIGITS[1] + 3 <= 24
+    )  # running sums, marker, answer, end token: as response tokens
     assert decoder.config.max_positions >= 48
 
 
 def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rarer_the_longer_the_sum():
     assert [make.step_share(size, progress=0.5) for size in (4, 20)] == pytest.approx([0.7, 0.7])
-    assert [make.step_share(size, progress=1.0) for size in (4, 20)] == pytest.approx([0.12, 0.0003])
+    assert [make.step_share(size, progress=1.0) for size in (4, 20)] == pytest.approx(
+        [0.12, 0.0003]
+    )
     # Half way in log-odds: ln(0.12 / 0.88) = -1.992, ln(0.0003 / 0.9997) = -8.111, mean -5.052.
     assert make.step_share(12, progress=1.0) == pytest.approx(0.00636, abs=1e-5)
     assert make.step_share(12, progress=0.7) == pytest.approx((0.7 + 0.00636) / 2, abs=1e-5)
@@ -125,9 +145,13 @@ def test_base_mostly_guesses_and_is_right_when_it_thinks(decoder):
     torch.manual_seed(0)
 
     def share_correct(pairs):
-        return sum(verify(response, make.answer_of(problem)).correct for problem, response in pairs) / len(pairs)
+        return sum(
+            verify(response, make.answer_of(problem)).correct for problem, response in pairs
+        ) / len(pairs)
 
-    greedy = list(zip(problems[:512], make.respond(decoder, problems[:512], greedy=True), strict=True))
+    greedy = list(
+        zip(problems[:512], make.respond(decoder, problems[:512], greedy=True), strict=True)
+    )
     sampled = list(zip(problems, make.respond(decoder, problems, greedy=False), strict=True))
     thought = [pair for pair in sampled if make.is_step_by_step(pair[1])]
     assert share_correct(greedy) < 0.2

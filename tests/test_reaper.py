@@ -30,14 +30,18 @@ def reaper(child: subprocess.Popen[bytes]) -> Iterator[Reaper]:
     watcher.dismiss()
 
 
-def test_shielded_process_outlives_sigterm_and_its_parent_still_heeds_it(child: subprocess.Popen[bytes]) -> None:
+def test_shielded_process_outlives_sigterm_and_its_parent_still_heeds_it(
+    child: subprocess.Popen[bytes],
+) -> None:
     child.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.3)
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_shielded_process_is_killed_once_it_is_asked_to_end(child: subprocess.Popen[bytes], reaper: Reaper) -> None:
+def test_shielded_process_is_killed_once_it_is_asked_to_end(
+    child: subprocess.Popen[bytes], reaper: Reaper
+) -> None:
     with reaper.hasten():
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.2)  # nobody has asked
@@ -45,7 +49,9 @@ def test_shielded_process_is_killed_once_it_is_asked_to_end(child: subprocess.Po
         assert child.wait(5.0) == -signal.SIGKILL
 
 
-def test_signal_that_came_before_the_end_is_not_taken_for_it(child: subprocess.Popen[bytes], reaper: Reaper) -> None:
+def test_signal_that_came_before_the_end_is_not_taken_for_it(
+    child: subprocess.Popen[bytes], reaper: Reaper
+) -> None:
     os.kill(child.pid, signal.SIGTERM)  # a batch queue's
     with reaper.hasten(), pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.3)

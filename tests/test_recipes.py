@@ -11,7 +11,14 @@ from dapo_async.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")
-LADDER = ("1_grpo", "2_overlong_filtering", "3_clip_higher", "4_soft_overlong", "5_token_level_loss", "6_dynamic_sampling")
+LADDER = (
+    "1_grpo",
+    "2_overlong_filtering",
+    "3_clip_higher",
+    "4_soft_overlong",
+    "5_token_level_loss",
+    "6_dynamic_sampling",
+)
 FILES = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
 
 
@@ -20,7 +27,9 @@ def flat(tree, prefix=""):
     return {
         name: value
         for key, values in tree.items()
-        for name, value in (flat(values, f"{prefix}{key}.") if isinstance(values, dict) else {prefix + key: values}).items()
+        for name, value in (
+            flat(values, f"{prefix}{key}.") if isinstance(values, dict) else {prefix + key: values}
+        ).items()
     }
 
 
@@ -51,7 +60,9 @@ def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing():
 def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_for_the_filtering_of_the_table():
     lowest, highest = rungs()[0], rungs()[-1]
     assert (lowest["algorithm.clip_low"], lowest["algorithm.clip_high"]) == (0.2, 0.2)
-    assert differences(highest, values_of("dapo_qwen2.5_32b.yaml")) == {"algorithm.overlong_filtering": (True, False)}
+    assert differences(highest, values_of("dapo_qwen2.5_32b.yaml")) == {
+        "algorithm.overlong_filtering": (True, False)
+    }
 
 
 def test_a_second_difference_between_rungs_would_be_seen():
@@ -71,8 +82,15 @@ def test_the_recipe_of_the_paper_has_its_values():
     }  # fmt: skip
     assert {name: values[name] for name in paper} == paper
     config = knobs.load(CONFIGS / "dapo_qwen2.5_32b.yaml")
-    assert config.replay.groups_per_step * config.replay.group_size // config.learner.num_minibatches == 512  # responses per update
-    assert (config.algorithm.objective, config.algorithm.entropy_bonus, config.algorithm.normalize_std) == ("dapo", 0.0, True)
+    assert (
+        config.replay.groups_per_step * config.replay.group_size // config.learner.num_minibatches
+        == 512
+    )  # responses per update
+    assert (
+        config.algorithm.objective,
+        config.algorithm.entropy_bonus,
+        config.algorithm.normalize_std,
+    ) == ("dapo", 0.0, True)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -80,8 +98,14 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(file, c
     assert main(["train", str(CONFIGS / file), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     config = knobs.load(CONFIGS / file)
-    assert f"would download the model {config.model.path} (safetensors, config and tokenizer)" in printed
-    assert "would load the data set hub:BytedTsinghua-SIA/DAPO-Math-17k:train from the Hugging Face hub\n" in printed
+    assert (
+        f"would download the model {config.model.path} (safetensors, config and tokenizer)"
+        in printed
+    )
+    assert (
+        "would load the data set hub:BytedTsinghua-SIA/DAPO-Math-17k:train from the Hugging Face hub\n"
+        in printed
+    )
     assert f"would train {config.train.num_steps} steps of " in printed
     assert printed.count(" 1 GPU ") >= config.learner.data_parallel * config.learner.tensor_parallel
 

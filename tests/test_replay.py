@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from replay_world import MIXED, RIGHT, WRONG, make_buffer, make_group
 
-from dapo_async.replay import Counts, OfferOutcome, OfferResult, Refusal, ReplayBuffer, StepAcceptance
+from dapo_async.replay import (
+    Counts,
+    OfferOutcome,
+    OfferResult,
+    Refusal,
+    ReplayBuffer,
+    StepAcceptance,
+)
 from dapo_async.types import RejectReason
 
 
@@ -17,7 +24,9 @@ def serving(**overrides: Any) -> ReplayBuffer:
     return buffer
 
 
-def admit_and_offer(buffer: ReplayBuffer, *, version: int = 0, accuracies: tuple[float, ...] = MIXED) -> int:
+def admit_and_offer(
+    buffer: ReplayBuffer, *, version: int = 0, accuracies: tuple[float, ...] = MIXED
+) -> int:
     index = buffer.admit("worker-0")
     buffer.offer(make_group(index, accuracies=accuracies, version=version), f"payload-{index}")
     return index
@@ -68,7 +77,10 @@ def test_offers_that_nobody_waits_for_are_refused_and_change_nothing() -> None:
     buffer = serving(max_staleness=1)
     first, second = buffer.admit("worker-0"), buffer.admit("worker-1")
     before = buffer.counts
-    assert buffer.offer(make_group(first, incarnation="life-0"), None).reason is Refusal.FOREIGN_INCARNATION
+    assert (
+        buffer.offer(make_group(first, incarnation="life-0"), None).reason
+        is Refusal.FOREIGN_INCARNATION
+    )
     assert buffer.offer(make_group(7), None).reason is Refusal.UNKNOWN
     assert buffer.offer(make_group(-1), None).reason is Refusal.UNKNOWN
     assert buffer.counts == before
@@ -89,7 +101,9 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
     buffer.check()
     assert buffer.credits_held == held
     assert (buffer.num_generating, buffer.num_to_reissue, buffer.admissible()) == (1, 1, 1)
-    assert buffer.offer(make_group(first), None).outcome is OfferOutcome.REFUSED  # nobody waits for what the lost engine may still say
+    assert (
+        buffer.offer(make_group(first), None).outcome is OfferOutcome.REFUSED
+    )  # nobody waits for what the lost engine may still say
     assert buffer.admit("worker-1") == first
     assert buffer.admissible() == 0
     for index in (first, second):
@@ -149,7 +163,11 @@ def test_a_take_is_a_ticket_in_admission_order_and_surplus_is_kept() -> None:
         buffer.offer(make_group(index, num_tokens=3 + index), f"payload-{index}")
     batch = buffer.take(0)
     assert batch is not None
-    assert (batch.learner_version, batch.admission_indices, batch.oldest_versions) == (0, (0, 1), (0, 0))
+    assert (batch.learner_version, batch.admission_indices, batch.oldest_versions) == (
+        0,
+        (0, 1),
+        (0, 0),
+    )
     assert batch.num_tokens == (2 * (4 + 3), 2 * (4 + 4))
     assert batch.references == ("payload-0", "payload-1")
     assert batch.evicted == ()
@@ -267,7 +285,9 @@ def test_other_rejects_mean_stuck_with_the_counts_per_reason() -> None:
     assert buffer.verdict is not None
     assert not buffer.verdict.solved
     assert buffer.verdict.rejected == {RejectReason.ALL_CORRECT: 2, RejectReason.ALL_WRONG: 1}
-    assert buffer.verdict.reason.startswith("the filters rejected 3 groups in a row (all_correct 2, all_wrong 1)")
+    assert buffer.verdict.reason.startswith(
+        "the filters rejected 3 groups in a row (all_correct 2, all_wrong 1)"
+    )
     assert "but the filters rejected 3 groups" in buffer.explain_wait(0)
 
 
@@ -284,7 +304,12 @@ def test_acceptance_counts_one_step_and_its_refill_waves_at_staleness_zero() -> 
     buffer.offer(make_group(99), None)
     batch = buffer.take(0)
     assert batch is not None
-    expected = StepAcceptance(accepted=3, rejected={RejectReason.ALL_WRONG: 2, RejectReason.ALL_CORRECT: 1}, refused=1, refill_waves=2)
+    expected = StepAcceptance(
+        accepted=3,
+        rejected={RejectReason.ALL_WRONG: 2, RejectReason.ALL_CORRECT: 1},
+        refused=1,
+        refill_waves=2,
+    )
     assert buffer.acceptance == expected
     assert (expected.offered, expected.rate) == (6, 0.5)
     buffer.trained(batch.admission_indices)
@@ -301,7 +326,9 @@ def test_refill_waves_are_not_counted_above_staleness_zero() -> None:
     admit_and_offer(buffer, accuracies=WRONG)
     admit_and_offer(buffer)
     buffer.take(0)
-    assert buffer.acceptance == StepAcceptance(accepted=1, rejected={RejectReason.ALL_WRONG: 1}, refill_waves=None)
+    assert buffer.acceptance == StepAcceptance(
+        accepted=1, rejected={RejectReason.ALL_WRONG: 1}, refill_waves=None
+    )
 
 
 def test_close_ends_everything_unused_and_a_late_release_is_welcome() -> None:

@@ -21,7 +21,9 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(tmp_path, monkeypat
     config = knobs.load(QUICKSTART)
     small = replace(config.replay, groups_per_step=1, group_size=2, dynamic_sampling=False)
     (tmp_path / "rollouts").mkdir()
-    room = replay_actor.ReplayActor(replace(config, replay=small), incarnation="first", run_dir=RunDir(tmp_path))
+    room = replay_actor.ReplayActor(
+        replace(config, replay=small), incarnation="first", run_dir=RunDir(tmp_path)
+    )
     monkeypatch.setattr(replay_actor.ray, "put", lambda group: group)
 
     async def step() -> TrainBatch:
@@ -39,4 +41,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(tmp_path, monkeypat
     if non_finite:
         (group,) = read_groups(kept)
         assert group.admission_index == batch.admission_indices[0]
-        assert group.rollouts[0].completion.token_ids.tolist() == batch.references[0].rollouts[0].completion.token_ids.tolist()
+        assert (
+            group.rollouts[0].completion.token_ids.tolist()
+            == batch.references[0].rollouts[0].completion.token_ids.tolist()
+        )

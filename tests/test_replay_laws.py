@@ -32,9 +32,18 @@ WORKERS = ("worker-0", "worker-1")
 class Interleavings(RuleBasedStateMachine):
     """Hypothesis chooses the next event and shrinks what breaks; every machine is drained to the end of its run."""
 
-    @initialize(groups_per_step=st.integers(1, 4), max_staleness=st.integers(0, 3), num_steps=st.integers(1, 8))
+    @initialize(
+        groups_per_step=st.integers(1, 4),
+        max_staleness=st.integers(0, 3),
+        num_steps=st.integers(1, 8),
+    )
     def start(self, groups_per_step: int, max_staleness: int, num_steps: int) -> None:
-        self.world = World(make_buffer(groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps), workers=WORKERS)
+        self.world = World(
+            make_buffer(
+                groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps
+            ),
+            workers=WORKERS,
+        )
 
     @precondition(lambda self: self.world.buffer.admissible())
     @rule(worker=st.sampled_from(WORKERS), burst=st.integers(1, 8))
@@ -43,7 +52,12 @@ class Interleavings(RuleBasedStateMachine):
             self.world.admit(worker)
 
     @precondition(lambda self: self.world.generating)
-    @rule(pick=st.integers(0), burst=st.integers(1, 4), accuracies=st.sampled_from((MIXED, MIXED, RIGHT, WRONG)), newer=st.integers(0, 3))
+    @rule(
+        pick=st.integers(0),
+        burst=st.integers(1, 4),
+        accuracies=st.sampled_from((MIXED, MIXED, RIGHT, WRONG)),
+        newer=st.integers(0, 3),
+    )
     def offer(self, pick: int, burst: int, accuracies: tuple[float, ...], newer: int) -> None:
         for _ in range(min(burst, len(self.world.generating))):
             indices = tuple(self.world.generating)
@@ -52,7 +66,9 @@ class Interleavings(RuleBasedStateMachine):
     @rule(index=st.integers(-1, 40))
     def offer_of_nobody_is_refused(self, index: int) -> None:
         if index not in self.world.generating:
-            assert self.world.buffer.offer(make_group(index), "junk").outcome is OfferOutcome.REFUSED
+            assert (
+                self.world.buffer.offer(make_group(index), "junk").outcome is OfferOutcome.REFUSED
+            )
 
     @precondition(lambda self: self.world.generating)
     @rule(pick=st.integers(0))
@@ -106,19 +122,35 @@ class Interleavings(RuleBasedStateMachine):
             counts = self.world.buffer.close()
             counts.check()
             assert (counts.evicted, counts.unused, counts.in_flight) == (0, 0, 0)
-            assert counts.trained + counts.skipped == self.world.buffer.num_steps * self.world.buffer.groups_per_step
+            assert (
+                counts.trained + counts.skipped
+                == self.world.buffer.num_steps * self.world.buffer.groups_per_step
+            )
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=1500, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+TestInterleavings.settings = settings(
+    max_examples=1500,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
-def healthy_run(seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: type[World] = World) -> World:
+def healthy_run(
+    seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: type[World] = World
+) -> World:
     """One random run to its end, with every law checked between any two events."""
     rng = random.Random(seed)
-    knobs = {"groups_per_step": rng.randint(1, 4), "max_staleness": rng.randint(0, 3), "num_steps": rng.randint(2, 8)}
+    knobs = {
+        "groups_per_step": rng.randint(1, 4),
+        "max_staleness": rng.randint(0, 3),
+        "num_steps": rng.randint(2, 8),
+    }
     world = world_kind(make_buffer(kind, **knobs), workers=WORKERS)
-    wander(world, rng, num_events=60, resumes=(kind, world_kind) == (ReplayBuffer, World))  # a resume would mend some breakers
+    wander(
+        world, rng, num_events=60, resumes=(kind, world_kind) == (ReplayBuffer, World)
+    )  # a resume would mend some breakers
     world.drain()
     assert world.buffer.close().unused == 0
     return world
@@ -126,7 +158,12 @@ def healthy_run(seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: 
 
 def test_two_thousand_random_runs_keep_both_laws_and_reach_their_end() -> None:
     endings = {ending for seed in range(2000) for ending in healthy_run(seed).endings}
-    assert endings == {"trained", "skipped", "rejected", "failed"}  # the runs did go through every ending of a healthy run
+    assert endings == {
+        "trained",
+        "skipped",
+        "rejected",
+        "failed",
+    }  # the runs did go through every ending of a healthy run
 
 
 class LyingEngines(World):
@@ -146,7 +183,12 @@ def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_pro
     evicted = 0
     for seed in range(500):
         rng = random.Random(seed)
-        world = LyingEngines(make_buffer(groups_per_step=rng.randint(1, 4), max_staleness=rng.randint(0, 3), num_steps=8), rng)
+        world = LyingEngines(
+            make_buffer(
+                groups_per_step=rng.randint(1, 4), max_staleness=rng.randint(0, 3), num_steps=8
+            ),
+            rng,
+        )
         wander(world, rng, num_events=80)
         world.drain()
         assert world.buffer.close().unused == 0
@@ -158,16 +200,40 @@ def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_pro
 
 
 BREAKERS: dict[str, tuple[Callable[[int], object], str]] = {
-    "a dropped release": (lambda seed: healthy_run(seed, DropsARelease), "credits are held by|deadlock"),
-    "a lost credit": (lambda seed: healthy_run(seed, LosesTheCreditOfARejectedGroup), "credits are held by"),
-    "no room for stragglers": (lambda seed: healthy_run(seed, TakesWithoutLeavingRoomForStragglers), "evicted"),
-    "order of completion": (lambda seed: healthy_run(seed, TakesInOrderOfCompletion), "staleness law broken"),
+    "a dropped release": (
+        lambda seed: healthy_run(seed, DropsARelease),
+        "credits are held by|deadlock",
+    ),
+    "a lost credit": (
+        lambda seed: healthy_run(seed, LosesTheCreditOfARejectedGroup),
+        "credits are held by",
+    ),
+    "no room for stragglers": (
+        lambda seed: healthy_run(seed, TakesWithoutLeavingRoomForStragglers),
+        "evicted",
+    ),
+    "order of completion": (
+        lambda seed: healthy_run(seed, TakesInOrderOfCompletion),
+        "staleness law broken",
+    ),
     "admission past the end": (lambda seed: healthy_run(seed, AdmitsPastTheEnd), "outstanding for"),
-    "a group counted twice": (lambda seed: healthy_run(seed, with_ledger(EndsTwice)), "conservation law broken"),
-    "a group never counted": (lambda seed: healthy_run(seed, with_ledger(ForgetsAnEnding)), "conservation law broken"),
-    "an admission never closed": (lambda seed: healthy_run(seed, with_ledger(ForgetsToCloseAnAdmission)), "conservation law broken"),
+    "a group counted twice": (
+        lambda seed: healthy_run(seed, with_ledger(EndsTwice)),
+        "conservation law broken",
+    ),
+    "a group never counted": (
+        lambda seed: healthy_run(seed, with_ledger(ForgetsAnEnding)),
+        "conservation law broken",
+    ),
+    "an admission never closed": (
+        lambda seed: healthy_run(seed, with_ledger(ForgetsToCloseAnAdmission)),
+        "conservation law broken",
+    ),
     "a skipped publish": (lambda seed: healthy_run(seed, world_kind=SkipsAPublish), "evicted"),
-    "a release before its weights": (lambda seed: healthy_run(seed, world_kind=ReleasesBeforeServing), "is served"),
+    "a release before its weights": (
+        lambda seed: healthy_run(seed, world_kind=ReleasesBeforeServing),
+        "is served",
+    ),
 }
 
 
@@ -191,5 +257,8 @@ def test_a_release_that_is_dropped_ends_in_a_deadlock_that_names_the_held_credit
     buffer = make_buffer(BlindToLeaks, groups_per_step=2, max_staleness=1, num_steps=4)
     world = World(buffer)
     world.check = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(AssertionError, match=r"deadlock: take at version 2 waits: 0 of 2 groups finished.*4 credits held by trained groups"):
+    with pytest.raises(
+        AssertionError,
+        match=r"deadlock: take at version 2 waits: 0 of 2 groups finished.*4 credits held by trained groups",
+    ):
         world.drain()

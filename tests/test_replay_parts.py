@@ -25,7 +25,9 @@ from dapo_async.types import RejectReason
         ((1.0,), RejectReason.ALL_CORRECT),
     ],
 )
-def test_dynamic_sampling_keeps_a_group_iff_its_accuracies_differ(accuracies: tuple[float, ...], reason: RejectReason | None) -> None:
+def test_dynamic_sampling_keeps_a_group_iff_its_accuracies_differ(
+    accuracies: tuple[float, ...], reason: RejectReason | None
+) -> None:
     assert dynamic_sampling(make_group(0, accuracies=accuracies)) is reason
 
 
@@ -65,7 +67,9 @@ def test_credits_are_spent_and_given_back_once_each() -> None:
         ([9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], 9),
     ],
 )
-def test_first_overload_counts_the_places_until_each_deadline(deadlines: list[int], overload: int | None) -> None:
+def test_first_overload_counts_the_places_until_each_deadline(
+    deadlines: list[int], overload: int | None
+) -> None:
     assert first_overload(deadlines, next_version=5, groups_per_step=2) == overload
 
 
@@ -75,7 +79,9 @@ def test_an_overload_gives_up_generating_groups_first_and_then_the_latest() -> N
 
     assert lost((5, 0, False), (5, 1, True), (5, 2, False)) == (1,)
     assert lost((5, 0, False), (5, 1, False), (5, 2, False)) == (2,)
-    assert lost((4, 0, False), (5, 1, True), (5, 2, True)) == (0,)  # past its deadline whatever it is
+    assert lost((4, 0, False), (5, 1, True), (5, 2, True)) == (
+        0,
+    )  # past its deadline whatever it is
     assert lost((5, 0, True), (6, 1, False), (6, 2, False), (6, 3, False), (6, 4, False)) == (0,)
     assert lost((5, 0, True), (6, 1, False), (6, 2, False), (6, 3, False)) == ()
 

@@ -27,9 +27,18 @@ class Outcome:
     evicted: int = 0
 
 
-def simulate(kind: type[ReplayBuffer], *, seed: int, max_staleness: int, groups_per_step: int = 8, num_steps: int = 40) -> Outcome:
+def simulate(
+    kind: type[ReplayBuffer],
+    *,
+    seed: int,
+    max_staleness: int,
+    groups_per_step: int = 8,
+    num_steps: int = 40,
+) -> Outcome:
     """One run; a group's length and whether dynamic sampling keeps it depend on its admission index only, so rules meet the same load."""
-    buffer = make_buffer(kind, groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps)
+    buffer = make_buffer(
+        kind, groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps
+    )
     buffer.serve(0)
     outcome, now_s, version = Outcome(), 0.0, 0
     events: list[tuple[float, int, str, int]] = []
@@ -44,7 +53,10 @@ def simulate(kind: type[ReplayBuffer], *, seed: int, max_staleness: int, groups_
         while buffer.admissible():
             index = buffer.admit("worker-0")
             duration_s = random.Random(f"{seed}/{index}").paretovariate(1.4)
-            started[index], lengths[index] = buffer.served_version or 0, "long" if duration_s > LONG_S else "short"
+            started[index], lengths[index] = (
+                buffer.served_version or 0,
+                "long" if duration_s > LONG_S else "short",
+            )
             after(duration_s, "finish", index)
         if waiting_publish is not None and publishing is None:
             publishing, waiting_publish = waiting_publish, None
@@ -60,7 +72,14 @@ def simulate(kind: type[ReplayBuffer], *, seed: int, max_staleness: int, groups_
         now_s, _, name, index = heapq.heappop(events)
         if name == "finish":
             rejected = random.Random(-seed * 10_000 - index).random() < REJECT_SHARE
-            result = buffer.offer(make_group(index, accuracies=(RIGHT, WRONG)[index % 2] if rejected else MIXED, version=started[index]), index)
+            result = buffer.offer(
+                make_group(
+                    index,
+                    accuracies=(RIGHT, WRONG)[index % 2] if rejected else MIXED,
+                    version=started[index],
+                ),
+                index,
+            )
             outcome.accepted[lengths[index]] += result.outcome is not OfferOutcome.REJECTED
         elif name == "step":
             assert training is not None
@@ -107,7 +126,9 @@ def test_every_accepted_group_is_trained_long_ones_as_well_as_short_ones() -> No
 
 def test_taking_by_deadline_is_faster_than_first_in_first_out() -> None:
     rules = (ReplayBuffer, StrictFirstInFirstOut)
-    by_deadline_s, in_order_s = (sum(simulate(rule, seed=seed, max_staleness=4).wall_s for seed in SEEDS) for rule in rules)
+    by_deadline_s, in_order_s = (
+        sum(simulate(rule, seed=seed, max_staleness=4).wall_s for seed in SEEDS) for rule in rules
+    )
     assert by_deadline_s < 0.97 * in_order_s
 
 
@@ -117,5 +138,7 @@ def test_taking_in_order_of_completion_breaks_the_bound() -> None:
 
 
 def test_taking_without_room_for_stragglers_evicts_the_long_groups() -> None:
-    outcomes = [simulate(TakesWithoutLeavingRoomForStragglers, seed=seed, max_staleness=2) for seed in SEEDS]
+    outcomes = [
+        simulate(TakesWithoutLeavingRoomForStragglers, seed=seed, max_staleness=2) for seed in SEEDS
+    ]
     assert sum(outcome.evicted for outcome in outcomes) > 25

@@ -15,7 +15,16 @@ from tracking_world import run_dir_with
 
 from dapo_async.cli import main
 from dapo_async.tracking.report import write_report
-from dapo_async.tracking.report_charts import PANELS, Panel, draw_panel, draw_pass_rates, has_lonely, heat_lines, series, to_png
+from dapo_async.tracking.report_charts import (
+    PANELS,
+    Panel,
+    draw_panel,
+    draw_pass_rates,
+    has_lonely,
+    heat_lines,
+    series,
+    to_png,
+)
 from dapo_async.tracking.report_page import MOST_CHARACTERS, text
 from dapo_async.tracking.report_reading import PassRates, number, read_evaluation, read_run
 from dapo_async.tracking.run_dir import RunDir
@@ -46,12 +55,24 @@ class Page(HTMLParser):
 def a_run(root: Path, *, num_steps: int = 4) -> RunDir:
     """With evaluations and rollouts, as a run leaves it."""
     run_dir = run_dir_with(root, num_steps=num_steps)
-    solved = {0: [0.0, 1.0, 0.0, 0.0, 1.0], 2: [1.0, 0.0, 0.0, 1.0, 1.0], 4: [1.0, 0.0, 0.0, 0.0, 1.0]}
+    solved = {
+        0: [0.0, 1.0, 0.0, 0.0, 1.0],
+        2: [1.0, 0.0, 0.0, 1.0, 1.0],
+        4: [1.0, 0.0, 0.0, 0.0, 1.0],
+    }
     for version, accuracies in solved.items():
-        values = {"version": version, "step": version, "accuracy": sum(accuracies) / 5, "mean_response_tokens": 3.0 + version}
+        values = {
+            "version": version,
+            "step": version,
+            "accuracy": sum(accuracies) / 5,
+            "mean_response_tokens": 3.0 + version,
+        }
         run_dir.log_evaluation(values, accuracies=dict(enumerate(accuracies)))
     for step in range(num_steps):
-        write_rows(run_dir.rollouts / f"step_{step:06d}.jsonl", [rollout(step, sibling, f"answer {step}.{sibling}") for sibling in range(2)])
+        write_rows(
+            run_dir.rollouts / f"step_{step:06d}.jsonl",
+            [rollout(step, sibling, f"answer {step}.{sibling}") for sibling in range(2)],
+        )
     return run_dir
 
 
@@ -75,43 +96,90 @@ def reported(*paths: Path, steps: Sequence[int] | None = None) -> tuple[Page, li
 def lines_of(figure: Figure | None) -> list[tuple[list[float], list[float]]]:
     assert figure is not None
     (axes, *_) = figure.axes
-    return [([*map(float, line.get_xdata())], [*map(float, line.get_ydata())]) for line in axes.get_lines()]
+    return [
+        ([*map(float, line.get_xdata())], [*map(float, line.get_ydata())])
+        for line in axes.get_lines()
+    ]
 
 
 def panel_of(title: str) -> Panel:
     return next(panel for panel in PANELS if panel.title.startswith(title))
 
 
-def test_page_has_every_picture_within_it_and_neither_fetches_nor_runs_anything(tmp_path: Path) -> None:
+def test_page_has_every_picture_within_it_and_neither_fetches_nor_runs_anything(
+    tmp_path: Path,
+) -> None:
     result = evaluation_file(tmp_path / "result.json", [0.5])
-    page, notes = reported(a_run(tmp_path / "one", num_steps=6).root, result, a_run(tmp_path / "two").root)
+    page, notes = reported(
+        a_run(tmp_path / "one", num_steps=6).root, result, a_run(tmp_path / "two").root
+    )
     assert notes == []
-    assert page.tags.count("img") == 10 + 2 + 1  # charts that have numbers, a heat map per run, one of the result
+    assert (
+        page.tags.count("img") == 10 + 2 + 1
+    )  # charts that have numbers, a heat map per run, one of the result
     # The first, middle and last steps of a run.
-    assert [f"answer {step}.1" in page.said for step in range(6)] == [True, False, True, True, False, True]
+    assert [f"answer {step}.1" in page.said for step in range(6)] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert "The runs differ in no knob." in page.said
     assert "script" not in page.tags
     assert "link" not in page.tags
-    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    sources = [
+        value
+        for name, value in page.attributes
+        if name in ("src", "href", "srcset", "data", "action")
+    ]
     assert len(sources) > 10
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "url(" not in page.source
-    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    assert (
+        "content",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ) in page.attributes
     assert re.search(r"https?://", page.source) is None
 
 
 def test_whatever_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "run")
-    rows = [{**rollout(0, 0, EVIL), **dict.fromkeys(("prompt", "gold", "extracted", "finish_reason", "admission", "sibling"), EVIL)}]
-    rows.append({**rollout(0, 1, ""), "weight_versions": [[EVIL, 0, 2], 7], "reward": EVIL, "tokens": EVIL})
+    rows = [
+        {
+            **rollout(0, 0, EVIL),
+            **dict.fromkeys(
+                ("prompt", "gold", "extracted", "finish_reason", "admission", "sibling"), EVIL
+            ),
+        }
+    ]
+    rows.append(
+        {**rollout(0, 1, ""), "weight_versions": [[EVIL, 0, 2], 7], "reward": EVIL, "tokens": EVIL}
+    )
     write_rows(run_dir.rollouts / "step_000000.jsonl", rows)
-    run_dir.write_summary({"status": EVIL, "reason": EVIL, "groups": {"rejected": {EVIL: 3}}, "idle": EVIL, "tokens": EVIL})
+    run_dir.write_summary(
+        {
+            "status": EVIL,
+            "reason": EVIL,
+            "groups": {"rejected": {EVIL: 3}},
+            "idle": EVIL,
+            "tokens": EVIL,
+        }
+    )
     run_dir.config.write_text(json.dumps({"data": {"template": EVIL}, EVIL: 1}))
     page, _ = reported(run_dir.root)
     assert "script" not in page.tags
-    assert [tag for tag in page.tags if tag == "img"] == ["img"] * len(re.findall("data:image/png", page.source))
-    assert page.said.count("</pre><script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)> &amp; ␀␀[31m ? ∑") >= 8
+    assert [tag for tag in page.tags if tag == "img"] == ["img"] * len(
+        re.findall("data:image/png", page.source)
+    )
+    assert (
+        page.said.count(
+            "</pre><script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)> &amp; ␀␀[31m ? ∑"
+        )
+        >= 8
+    )
     assert page.tags.count("pre") == page.source.count("</pre>")
 
 
@@ -123,7 +191,14 @@ def test_text_that_is_too_long_is_cut_and_says_by_how_much() -> None:
 def test_rollouts_of_the_chosen_steps_are_shown_with_their_rewards(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "run", num_steps=6)
     page, notes = reported(run_dir.root, steps=[2, 9])
-    assert [f"answer {step}.1" in page.said for step in range(6)] == [False, False, True, False, False, False]
+    assert [f"answer {step}.1" in page.said for step in range(6)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert notes == ["run: no rollouts of step 9 were written"]
     assert notes[0] in page.said
     assert "group 12: 1 of 2 correct" in page.said
@@ -135,10 +210,16 @@ def test_rollouts_of_the_chosen_steps_are_shown_with_their_rewards(tmp_path: Pat
 def test_broken_rows_are_counted_and_the_others_drawn(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "run")
     with run_dir.metrics.open("a") as file:
-        file.write('{"step": 5, "reward": NaN, "entropy": 1e999, "loss": true, "accuracy": "0.5", "probability": ' + "9" * 400 + "}\n")
+        file.write(
+            '{"step": 5, "reward": NaN, "entropy": 1e999, "loss": true, "accuracy": "0.5", "probability": '
+            + "9" * 400
+            + "}\n"
+        )
         file.write('[1]\n{"version": 3}\n{"step": 4, "rew')
     (run_dir.rollouts / "step_000000.jsonl").write_bytes(b"\xff\xfe\n[]\n")
-    (run_dir.problems / "version_000002.json").write_text('{"version": 2, "rows": [1], "accuracies": []}')
+    (run_dir.problems / "version_000002.json").write_text(
+        '{"version": 2, "rows": [1], "accuracies": []}'
+    )
     run_dir.summary.write_text("{")
     run_dir.config.write_text("a: [")
     page, notes = reported(run_dir.root)
@@ -168,7 +249,12 @@ def test_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
 
 
 def test_gap_is_drawn_where_steps_or_numbers_are_missing() -> None:
-    rows = [{"step": 0.0, "loss": 1.0}, {"step": 1.0}, {"step": 2.0, "loss": 3.0}, {"step": 6.0, "loss": 4.0}]
+    rows = [
+        {"step": 0.0, "loss": 1.0},
+        {"step": 1.0},
+        {"step": 2.0, "loss": 3.0},
+        {"step": 6.0, "loss": 4.0},
+    ]
     steps, values = series(rows, "loss")
     assert steps == [0.0, 1.0, 2.0, 3.0, 6.0]
     assert str(values) == str([1.0, NAN, 3.0, NAN, 4.0])
@@ -177,7 +263,11 @@ def test_gap_is_drawn_where_steps_or_numbers_are_missing() -> None:
 
 
 def test_reason_that_did_not_occur_is_none_rejected_where_groups_were_offered() -> None:
-    rows = [{"step": 0.0, "offered": 8.0}, {"step": 1.0, "offered": 8.0, "rejected.all_wrong": 2.0}, {"step": 2.0}]
+    rows = [
+        {"step": 0.0, "offered": 8.0},
+        {"step": 1.0, "offered": 8.0, "rejected.all_wrong": 2.0},
+        {"step": 2.0},
+    ]
     assert str(series(rows, "rejected.all_wrong")[1]) == str([0.0, 2.0, NAN])
 
 
@@ -188,7 +278,10 @@ def test_what_is_no_finite_number_can_not_be_drawn(value: object) -> None:
 
 
 def test_runs_share_each_chart_a_colour_each_and_a_line_per_curve(tmp_path: Path) -> None:
-    runs = [read_run(a_run(tmp_path / name, num_steps=num_steps).root, name) for name, num_steps in (("one", 4), ("two", 6))]
+    runs = [
+        read_run(a_run(tmp_path / name, num_steps=num_steps).root, name)
+        for name, num_steps in (("one", 4), ("two", 6))
+    ]
     figure = draw_panel(panel_of("Accuracy"), runs)
     assert lines_of(figure) == [
         ([0.0, 1.0, 2.0, 3.0], [0.0, 0.25, 0.5, 0.75]),
@@ -199,7 +292,12 @@ def test_runs_share_each_chart_a_colour_each_and_a_line_per_curve(tmp_path: Path
     assert figure is not None
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()] == ["one", "two", "trained", "held out"]
+    assert [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()] == [
+        "one",
+        "two",
+        "trained",
+        "held out",
+    ]
     idle = draw_panel(panel_of("Idle shares"), runs)
     assert idle is not None
     assert [line.get_linestyle() for line in idle.axes[0].get_lines()] == ["-", "--", "-", "--"]
@@ -220,12 +318,21 @@ def test_differing_knobs_and_the_names_of_runs_are_told(tmp_path: Path) -> None:
 def test_problems_are_told_by_their_course_over_the_evaluations(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "run")
     rates = read_run(run_dir.root, "run").pass_rates
-    assert rates == PassRates([0, 1, 2, 3, 4], ["0", "2", "4"], [[0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]])
+    assert rates == PassRates(
+        [0, 1, 2, 3, 4], ["0", "2", "4"], [[0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
+    )
     page, _ = reported(run_dir.root)
     said = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.source))
-    for course in ("solved first and last 1 rows of the data set 4 ", "learned 1 rows of the data set 0 ", "forgotten 1 rows of the data set 1 "):
+    for course in (
+        "solved first and last 1 rows of the data set 4 ",
+        "learned 1 rows of the data set 0 ",
+        "forgotten 1 rows of the data set 1 ",
+    ):
         assert course in said
-    assert "solved only in between 1 rows of the data set 3 never solved 1 rows of the data set 2" in said
+    assert (
+        "solved only in between 1 rows of the data set 3 never solved 1 rows of the data set 2"
+        in said
+    )
 
 
 def test_heat_map_has_the_hardest_problems_on_top_and_gaps_where_none_was_asked() -> None:
@@ -245,15 +352,30 @@ def test_heat_map_has_the_hardest_problems_on_top_and_gaps_where_none_was_asked(
 
 def evaluation_file(path: Path, accuracies: Sequence[float], *, data: str = "d") -> Path:
     estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    totals = {"avg@2": estimate, "pass@1": estimate, "pass@2": estimate, "mean_response_tokens": 7.0, "truncated": 0.125}
+    totals = {
+        "avg@2": estimate,
+        "pass@1": estimate,
+        "pass@2": estimate,
+        "mean_response_tokens": 7.0,
+        "truncated": 0.125,
+    }
     problems = [{"row": row, "accuracy": accuracy} for row, accuracy in enumerate(accuracies)]
-    settings = {"k": 2, "checkpoint": "/c", "data": f"/{data}.jsonl", "problems_sha256": data, "engine": "torch"}
+    settings = {
+        "k": 2,
+        "checkpoint": "/c",
+        "data": f"/{data}.jsonl",
+        "problems_sha256": data,
+        "engine": "torch",
+    }
     path.write_text(json.dumps({"settings": settings, "totals": totals, "problems": problems}))
     return path
 
 
 def test_results_of_evaluations_may_stand_alone(tmp_path: Path) -> None:
-    first, second = evaluation_file(tmp_path / "first.json", [0.0, 0.5]), evaluation_file(tmp_path / "second.json", [0.5, 1.0])
+    first, second = (
+        evaluation_file(tmp_path / "first.json", [0.0, 0.5]),
+        evaluation_file(tmp_path / "second.json", [0.5, 1.0]),
+    )
     other = evaluation_file(tmp_path / "other.json", [1.0], data="e")
     page, notes = reported(first, second, other)
     assert notes == []
@@ -270,20 +392,33 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line.removeprefix("dapo-async: ")
 
 
-def test_wrong_input_is_one_line_and_no_other_file_is_written_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_input_is_one_line_and_no_other_file_is_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     root = a_run(tmp_path / "run").root
     before = (root / "metrics.jsonl").read_bytes()
-    assert refused(capsys, root, "--out", root / "metrics.jsonl").startswith(f"--out {root / 'metrics.jsonl'} must end with .html, ")
+    assert refused(capsys, root, "--out", root / "metrics.jsonl").startswith(
+        f"--out {root / 'metrics.jsonl'} must end with .html, "
+    )
     assert (root / "metrics.jsonl").read_bytes() == before
-    assert refused(capsys, tmp_path).startswith(f"{tmp_path} is no run directory: it has none of config.yaml, ")
-    assert refused(capsys, tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval ")
-    assert refused(capsys, root, "--steps", "1,x") == "--steps (1,x) must be numbers with commas between them, such as 0,10,20; write them so"
+    assert refused(capsys, tmp_path).startswith(
+        f"{tmp_path} is no run directory: it has none of config.yaml, "
+    )
+    assert refused(capsys, tmp_path / "nowhere").startswith(
+        f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval "
+    )
+    assert (
+        refused(capsys, root, "--steps", "1,x")
+        == "--steps (1,x) must be numbers with commas between them, such as 0,10,20; write them so"
+    )
     assert refused(capsys, root, "--out", root / "config.yaml" / "x.html").startswith("--out ")
     assert refused(capsys).startswith("the following arguments are required: RUN_DIR; ")
     assert not list(tmp_path.glob("*.html*"))
 
 
-def test_command_says_what_is_missing_and_where_the_page_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_command_says_what_is_missing_and_where_the_page_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     root, out = a_run(tmp_path / "run").root, tmp_path / "new" / "page.html"
     assert main(["report", str(root), "--out", str(out), "--steps", "1,7"]) == 0
     assert capsys.readouterr().out == f"run: no rollouts of step 7 were written\nreport     {out}\n"
@@ -291,7 +426,10 @@ def test_command_says_what_is_missing_and_where_the_page_is(capsys: pytest.Captu
 
 
 def test_problem_over_which_the_verifier_failed_always_has_no_pass_rate(tmp_path: Path) -> None:
-    problems = [{"row": row, "accuracy": rate, "num_judged": judged} for row, (rate, judged) in enumerate(((0.5, 2), (0.0, 0), (0.0, 4)))]
+    problems = [
+        {"row": row, "accuracy": rate, "num_judged": judged}
+        for row, (rate, judged) in enumerate(((0.5, 2), (0.0, 0), (0.0, 4)))
+    ]
     path = tmp_path / "result.json"
     path.write_text(json.dumps({"settings": {}, "totals": {}, "problems": problems}))
     accuracies = read_evaluation(path).accuracies

@@ -18,11 +18,17 @@ def chunk(*token_ids: int, weight_version: str = "run:4") -> Chunk:
 def test_tokens_that_may_have_been_under_way_at_an_update_count_as_older() -> None:
     response = Response("r", prompt_tokens=3, sent_version=4)
     response.add(chunk(1), newest_version=4, incarnation="run")
-    response.add(chunk(2, 3), newest_version=5, incarnation="run")  # came after the update to 5, may have been sampled before it
+    response.add(
+        chunk(2, 3), newest_version=5, incarnation="run"
+    )  # came after the update to 5, may have been sampled before it
     response.add(chunk(4), newest_version=5, incarnation="run")
     head = response.head()
     assert head.weight_versions.tolist() == [4, 4, 4, 5]
-    assert (head.token_ids.tolist(), head.prefill_version, head.finish_reason) == ([1, 2, 3, 4], 4, FinishReason.ABORT)
+    assert (head.token_ids.tolist(), head.prefill_version, head.finish_reason) == (
+        [1, 2, 3, 4],
+        4,
+        FinishReason.ABORT,
+    )
     assert head.oldest_version == 4
 
 
@@ -46,7 +52,12 @@ def test_end_has_the_versions_that_the_server_attests(keeps_kv: bool, prefill: i
         ({"type": "length"}, SPANS[:1], "run", "attests versions for 2 of 3 tokens"),
         ({"type": "length"}, SPANS[1:], "run", "attests"),
         ({"type": "length"}, SPANS, "another", "this run is another"),
-        ({"type": "abort", "message": "out of memory"}, SPANS, "run", "gave up a response: out of memory"),
+        (
+            {"type": "abort", "message": "out of memory"},
+            SPANS,
+            "run",
+            "gave up a response: out of memory",
+        ),
     ],
 )
 def test_end_that_is_not_attested_by_this_run_is_a_fault(finish, spans, incarnation, line) -> None:
@@ -60,7 +71,9 @@ def test_end_that_is_not_attested_by_this_run_is_a_fault(finish, spans, incarnat
 def test_tokens_under_weights_of_nobody_s_giving_are_not_taken() -> None:
     response = Response("r", prompt_tokens=3, sent_version=3)
     response.add(chunk(1), newest_version=4, incarnation="run")
-    with pytest.raises(WrongVersion, match="serves another:4 in the midst of a response; this run is run"):
+    with pytest.raises(
+        WrongVersion, match="serves another:4 in the midst of a response; this run is run"
+    ):
         response.add(chunk(2, weight_version="another:4"), newest_version=4, incarnation="run")
     assert response.head().token_ids.tolist() == [1]
 
@@ -68,14 +81,27 @@ def test_tokens_under_weights_of_nobody_s_giving_are_not_taken() -> None:
 def test_head_and_tail_are_one_response() -> None:
     def part(tokens: list[int], version: int, reason: FinishReason) -> Completion:
         count = len(tokens)
-        return Completion(np.array(tokens, np.int32), np.full(count, -1.0, np.float32), np.full(count, version, np.int32), version, reason)
+        return Completion(
+            np.array(tokens, np.int32),
+            np.full(count, -1.0, np.float32),
+            np.full(count, version, np.int32),
+            version,
+            reason,
+        )
 
     whole = joined(part([1, 2], 3, FinishReason.ABORT), part([5], 4, FinishReason.STOP))
     assert (whole.token_ids.tolist(), whole.weight_versions.tolist()) == ([1, 2, 5], [3, 3, 4])
-    assert (whole.prefill_version, whole.finish_reason, len(whole.behaviour_logprobs)) == (3, FinishReason.STOP, 3)
+    assert (whole.prefill_version, whole.finish_reason, len(whole.behaviour_logprobs)) == (
+        3,
+        FinishReason.STOP,
+        3,
+    )
     assert joined(None, whole) is whole
 
 
-@pytest.mark.parametrize(("name", "version"), [("a1:7", ("a1", 7)), ("default", ("", -1)), ("a:b", ("", -1)), ("a:b:2", ("a:b", 2))])
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("a1:7", ("a1", 7)), ("default", ("", -1)), ("a:b", ("", -1)), ("a:b:2", ("a:b", 2))],
+)
 def test_version_is_read_from_its_name(name: str, version: tuple[str, int]) -> None:
     assert read_version(name) == version

@@ -83,7 +83,12 @@ def test_an_empty_gold_answer_is_refused_instead_of_making_an_empty_response_rig
 
 
 def test_an_unknown_verifier_names_the_nearest_one():
-    with pytest.raises(ValueError, match=re.escape("reward.verifier 'markr' is unknown; did you mean 'marker'? Known are marker, exact")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "reward.verifier 'markr' is unknown; did you mean 'marker'? Known are marker, exact"
+        ),
+    ):
         get_verifier("markr")
 
 
@@ -106,12 +111,19 @@ def test_soft_overlong_punishment_at_the_edges_of_the_paper(num_tokens, punishme
 
 
 def test_a_cache_as_long_as_the_response_punishes_from_the_first_token():
-    assert [soft_overlong_punishment(n, max_tokens=4, cache_tokens=4) for n in (0, 1, 2, 4)] == [0.0, -0.25, -0.5, -1.0]
+    assert [soft_overlong_punishment(n, max_tokens=4, cache_tokens=4) for n in (0, 1, 2, 4)] == [
+        0.0,
+        -0.25,
+        -0.5,
+        -1.0,
+    ]
 
 
 @pytest.mark.parametrize("cache_tokens", [0, -1, 11])
 def test_a_cache_outside_the_response_is_refused(cache_tokens):
-    with pytest.raises(ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"):
+    with pytest.raises(
+        ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"
+    ):
         soft_overlong_punishment(5, max_tokens=10, cache_tokens=cache_tokens)
 
 
@@ -121,11 +133,21 @@ def test_a_group_is_scored_rollout_by_rollout():
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 1.0, -1.0, -1.0]
     assert [rollout.extracted for rollout in group.rollouts] == ["4", "4", "3", None]
     assert [rollout.text for rollout in group.rollouts] == ["####4", "41####4", "####3", "412"]
-    assert (group.admission_index, group.prompt.answer, group.incarnation, group.temperature) == (17, "4", "run-0", 0.7)
+    assert (group.admission_index, group.prompt.answer, group.incarnation, group.temperature) == (
+        17,
+        "4",
+        "run-0",
+        0.7,
+    )
 
 
 def test_the_punishment_shapes_the_reward_and_leaves_the_accuracy_alone():
-    group = score(["####4", "####4", "####3", "412"], lengths=[15, 18, 18, 20], max_response_tokens=20, overlong_cache_tokens=5)
+    group = score(
+        ["####4", "####4", "####3", "412"],
+        lengths=[15, 18, 18, 20],
+        max_response_tokens=20,
+        overlong_cache_tokens=5,
+    )
     assert [rollout.accuracy for rollout in group.rollouts] == [1.0, 1.0, 0.0, 0.0]
     assert [rollout.reward for rollout in group.rollouts] == pytest.approx([1.0, 0.4, -1.6, -2.0])
 
@@ -141,7 +163,12 @@ def test_a_truncated_response_without_an_answer_is_wrong():
         incarnation="run-0",
         temperature=1.0,
     ).rollouts
-    assert (rollout.truncated, rollout.accuracy, rollout.reward, rollout.extracted) == (True, 0.0, -1.0, None)
+    assert (rollout.truncated, rollout.accuracy, rollout.reward, rollout.extracted) == (
+        True,
+        0.0,
+        -1.0,
+        None,
+    )
 
 
 def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index():
@@ -157,12 +184,24 @@ def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index():
 
 
 def test_shuffled_scores_say_nothing_about_the_response_that_bears_them():
-    shares = np.mean([score(["####4"] * 4 + ["####3"] * 12, index=index, shuffle_seed=0).accuracies for index in range(2000)], axis=0)
+    shares = np.mean(
+        [
+            score(["####4"] * 4 + ["####3"] * 12, index=index, shuffle_seed=0).accuracies
+            for index in range(2000)
+        ],
+        axis=0,
+    )
     assert shares == pytest.approx(np.full(16, 0.25), abs=0.04)  # four standard errors
 
 
 def test_shuffling_moves_the_shaped_reward_with_its_accuracy():
     options = {"lengths": [20, 5, 5, 5], "overlong_cache_tokens": 5}
-    plain, shuffled = (score(["####4", "####4", "####3", "####3"], index=3, shuffle_seed=seed, **options) for seed in (None, 0))
-    pairs = [sorted((rollout.accuracy, rollout.reward) for rollout in group.rollouts) for group in (plain, shuffled)]
+    plain, shuffled = (
+        score(["####4", "####4", "####3", "####3"], index=3, shuffle_seed=seed, **options)
+        for seed in (None, 0)
+    )
+    pairs = [
+        sorted((rollout.accuracy, rollout.reward) for rollout in group.rollouts)
+        for group in (plain, shuffled)
+    ]
     assert pairs[0] == pairs[1] == [(0.0, -1.0), (0.0, -1.0), (1.0, 0.0), (1.0, 1.0)]

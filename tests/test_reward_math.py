@@ -65,7 +65,9 @@ def test_without_a_whole_marker_there_is_no_answer(plain, response):
 
 
 def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain):
-    assert verify("Let me see: 30 + 4 = 34, so the answer must be 34" * 50, "34").reason == "no_answer"
+    assert (
+        verify("Let me see: 30 + 4 = 34, so the answer must be 34" * 50, "34").reason == "no_answer"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,11 @@ def test_any_falls_back_to_the_last_expression(text, gold, correct):
 
 
 def test_the_same_question_has_the_same_verdict():
-    questions = [(r"\boxed{\frac{x}{7}+\frac{2}{7}}", r"\frac{x+2}{7}"), (r"\boxed{\{b,a\}}", r"\{a,b\}"), (r"\boxed{x+1}", "x+2")]
+    questions = [
+        (r"\boxed{\frac{x}{7}+\frac{2}{7}}", r"\frac{x+2}{7}"),
+        (r"\boxed{\{b,a\}}", r"\{a,b\}"),
+        (r"\boxed{x+1}", "x+2"),
+    ]
     assert len({tuple(verify(*question) for question in questions) for _ in range(3)}) == 1
 
 

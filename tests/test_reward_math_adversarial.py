@@ -12,7 +12,9 @@ from dapo_async.reward.math import verify
 
 def judged(pairs, extraction):
     with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(lambda pair: verify(*pair, extraction=extraction, timeout_s=2), pairs))
+        return list(
+            threads.map(lambda pair: verify(*pair, extraction=extraction, timeout_s=2), pairs)
+        )
 
 
 def test_a_thousand_adversarial_responses_are_never_accepted():
@@ -21,12 +23,18 @@ def test_a_thousand_adversarial_responses_are_never_accepted():
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct] == []
     reasons = Counter(verdict.reason for verdict in verdicts)
     assert reasons["failed"] == 0
-    assert min(reasons["wrong"], reasons["no_answer"], reasons["too_large"]) > 50  # they are of many kinds
+    assert (
+        min(reasons["wrong"], reasons["no_answer"], reasons["too_large"]) > 50
+    )  # they are of many kinds
 
 
 def test_nor_where_the_whole_response_is_taken_for_the_answer():
     pairs = list(responses(200, seed=1))
-    assert [pair for pair, verdict in zip(pairs, judged(pairs, "none"), strict=True) if verdict.correct or verdict.failed] == []
+    assert [
+        pair
+        for pair, verdict in zip(pairs, judged(pairs, "none"), strict=True)
+        if verdict.correct or verdict.failed
+    ] == []
 
 
 def test_nor_where_the_last_expression_is_looked_for():
@@ -41,7 +49,26 @@ def test_nor_where_the_last_expression_is_looked_for():
 @pytest.mark.parametrize("extraction", ["marker", "any", "none"])
 @pytest.mark.parametrize(
     "unit",
-    ["9", "x", "a b ", "(", "{", r"\boxed{", "Answer:", "Answer: 1\n", "answer ", "<think>", "$", r"\frac{", "1 ", "=", "**", "\\", " ", "is "],
+    [
+        "9",
+        "x",
+        "a b ",
+        "(",
+        "{",
+        r"\boxed{",
+        "Answer:",
+        "Answer: 1\n",
+        "answer ",
+        "<think>",
+        "$",
+        r"\frac{",
+        "1 ",
+        "=",
+        "**",
+        "\\",
+        " ",
+        "is ",
+    ],
 )
 def test_a_megabyte_is_judged_in_a_moment(unit, extraction):
     text = unit * (2**20 // len(unit))

@@ -22,7 +22,11 @@ HANGS = [
     r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}", r"\sum_{k=1}^{10^9}\frac{1}{k^3}", r"\prod_{k=1}^{100000}k", "9!!!!",
     "((9!)!)!", "(x+1)^{100000}", "9**9**9**9", r"\left(9^{9}\right)^{9^{9}}", r"10^{10^{10}}",
 ]  # fmt: skip
-SLOW = [r"(x+y+z+w)^{300}", r"\prod_{k=1}^{9999}(1+\frac{x}{k})", r"\cos^{500}(x)\sin^{500}(x)"]  # get past the filter
+SLOW = [
+    r"(x+y+z+w)^{300}",
+    r"\prod_{k=1}^{9999}(1+\frac{x}{k})",
+    r"\cos^{500}(x)\sin^{500}(x)",
+]  # get past the filter
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +56,27 @@ def child_of(process):
 def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction):
     began_s = time.monotonic()
     verdict = verify(
-        {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction], "42", extraction=extraction, timeout_s=60
+        {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction],
+        "42",
+        extraction=extraction,
+        timeout_s=60,
     )
     assert (verdict.correct, verdict.reason) == (False, "too_large")
     assert time.monotonic() - began_s < 1
 
 
 @pytest.mark.parametrize(
-    "text", [r"2^{2008}", "2^{2^{10}}", "100!", r"\binom{20}{10}", r"\sum_{k=1}^{100} k", "x^{100}", "1" * 300, r"7\cdot10^{30}"]
+    "text",
+    [
+        r"2^{2008}",
+        "2^{2^{10}}",
+        "100!",
+        r"\binom{20}{10}",
+        r"\sum_{k=1}^{100} k",
+        "x^{100}",
+        "1" * 300,
+        r"7\cdot10^{30}",
+    ],
 )
 def test_what_an_answer_may_be_is_not_too_large(text):
     assert not is_too_large(text)
@@ -74,7 +91,9 @@ def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(po
     assert verdict == Verdict(correct=False, extracted=text, reason="timeout")
     assert time.monotonic() - began_s < 2.5
     assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").correct
-    assert not any(psutil.Process(process.pid).children() for process in pool.processes if process.pid)
+    assert not any(
+        psutil.Process(process.pid).children() for process in pool.processes if process.pid
+    )
 
 
 @pytest.mark.parametrize("whom", ["process", "child"])
@@ -88,7 +107,9 @@ def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom
         child, before = child_of(process), process.pid
         os.kill(child.pid if whom == "child" else before, signal.SIGKILL)
         assert reply.result(30) == {"reason": "failed"}
-    assert alone.ask({"answer": r"\sqrt{8}", "gold": r"2\sqrt{2}", "anywhere": False}, 30) == {"equal": True}
+    assert alone.ask({"answer": r"\sqrt{8}", "gold": r"2\sqrt{2}", "anywhere": False}, 30) == {
+        "equal": True
+    }
     assert (process.pid == before) == (whom == "child")
     child.wait(10)
     alone.stop()
@@ -138,7 +159,11 @@ def test_no_process_outlives_a_parent_that_is_killed():
         "print(pool.processes[0].pid, flush=True); time.sleep(60)"
     )
     path = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as parent:
         assert parent.stdout is not None
         process = psutil.Process(int(parent.stdout.readline()))
         child = child_of(process)
@@ -148,7 +173,9 @@ def test_no_process_outlives_a_parent_that_is_killed():
 
 
 def test_an_engine_that_does_not_start_is_said_clearly(monkeypatch):
-    monkeypatch.setattr(pools, "COMMAND", (sys.executable, "-c", 'print(\'{"error": "no engine here"}\')'))
+    monkeypatch.setattr(
+        pools, "COMMAND", (sys.executable, "-c", 'print(\'{"error": "no engine here"}\')')
+    )
     with pytest.raises(RuntimeError, match="the verifier process did not start: no engine here"):
         Pool(1).ask({"answer": "x", "gold": "y", "anywhere": False}, 5)
     monkeypatch.setattr(pools, "COMMAND", (sys.executable, "-c", ""))

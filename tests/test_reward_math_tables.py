@@ -183,10 +183,20 @@ WRONG = [
 
 
 def judged(table, expected):
-    rows = [(extraction, gold, response) for extraction, gold, responses in table for response in responses]
+    rows = [
+        (extraction, gold, response)
+        for extraction, gold, responses in table
+        for response in responses
+    ]
     with ThreadPoolExecutor(2) as threads:
-        verdicts = list(threads.map(lambda row: verify(row[2], row[1], extraction=row[0], timeout_s=20), rows))
-    return [(*row, verdict.reason) for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != expected]
+        verdicts = list(
+            threads.map(lambda row: verify(row[2], row[1], extraction=row[0], timeout_s=20), rows)
+        )
+    return [
+        (*row, verdict.reason)
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if verdict.correct != expected
+    ]
 
 
 def test_responses_that_claim_the_gold_answer_are_right():

@@ -11,8 +11,13 @@ from dapo_async.reward.math import verify
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 VECTORS = SHARED / "data" / "grader_vectors"
-LISTED = json.loads((Path(__file__).parents[1] / "benchmarks" / "grader_disagreements.json").read_text())
-needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the vectors, shared/data/grader_vectors beside the checkout, are absent")
+LISTED = json.loads(
+    (Path(__file__).parents[1] / "benchmarks" / "grader_disagreements.json").read_text()
+)
+needs_vectors = pytest.mark.skipif(
+    not VECTORS.is_dir(),
+    reason="the vectors, shared/data/grader_vectors beside the checkout, are absent",
+)
 
 
 def disagreements(rows, judge):
@@ -20,7 +25,11 @@ def disagreements(rows, judge):
     with ThreadPoolExecutor(2) as threads:
         verdicts = list(threads.map(judge, rows))
     assert not any(verdict.failed for verdict in verdicts)
-    return {row["id"]: verdict.correct for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != row["expected"]}
+    return {
+        row["id"]: verdict.correct
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if verdict.correct != row["expected"]
+    }
 
 
 def read(name):
@@ -30,12 +39,16 @@ def read(name):
 @needs_vectors
 def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_others_are_listed():
     rows = read("math_verify.jsonl")
-    others = disagreements(rows, lambda row: verify(row["prediction"], row["gold"], extraction="any", timeout_s=30))
+    others = disagreements(
+        rows, lambda row: verify(row["prediction"], row["gold"], extraction="any", timeout_s=30)
+    )
     portable = {row["id"] for row in rows if row["portable"]}
     assert len(portable) == 262
     assert len(others.keys() & portable) <= 5
     assert others.keys() <= LISTED.keys()
-    assert {name for name, accepted in others.items() if accepted} <= {name for name, entry in LISTED.items() if entry["kind"] == "false accept"}
+    assert {name for name, accepted in others.items() if accepted} <= {
+        name for name, entry in LISTED.items() if entry["kind"] == "false accept"
+    }
 
 
 @needs_vectors
@@ -43,23 +56,51 @@ def test_all_recorded_responses_to_gsm8k_are_judged_as_recorded():
     rows = read("gsm8k_model_outputs.jsonl")
     assert len(rows) == 300
     assert disagreements(rows, lambda row: verify(row["prediction"], row["gold"])) == {}
-    assert disagreements(rows, lambda row: verify(row["prediction"], row["gold"], extraction="any")) == {}
-    assert disagreements(rows, lambda row: verify(row["prediction"].rpartition("A:")[2], row["gold"], extraction="none")) == {}
+    assert (
+        disagreements(rows, lambda row: verify(row["prediction"], row["gold"], extraction="any"))
+        == {}
+    )
+    assert (
+        disagreements(
+            rows,
+            lambda row: verify(
+                row["prediction"].rpartition("A:")[2], row["gold"], extraction="none"
+            ),
+        )
+        == {}
+    )
 
 
 def test_every_listed_disagreement_has_a_reason():
-    assert {entry["kind"] for entry in LISTED.values()} <= {"false accept", "false reject", "not portable"}
+    assert {entry["kind"] for entry in LISTED.values()} <= {
+        "false accept",
+        "false reject",
+        "not portable",
+    }
     assert all(len(entry["reason"]) > 10 for entry in LISTED.values())
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "math500").is_dir(), reason="shared/data/math500 beside the checkout is absent")
+@pytest.mark.skipif(
+    not (SHARED / "data" / "math500").is_dir(),
+    reason="shared/data/math500 beside the checkout is absent",
+)
 def test_gold_answers_of_math500_equal_themselves_in_every_dress_and_no_other():
-    golds = [json.loads(line)["answer"] for line in (SHARED / "data" / "math500" / "data.jsonl").read_text().splitlines()]
+    golds = [
+        json.loads(line)["answer"]
+        for line in (SHARED / "data" / "math500" / "data.jsonl").read_text().splitlines()
+    ]
     for dress in (r"Thus \boxed{%s}.", "**Answer:** $%s$", r"Answer: \(%s\)."):
         assert [gold for gold in golds if not verify(dress.replace("%s", gold), gold).correct] == []
     digits = "0123456789"
-    changed = [("".join(digits[(int(each) + 1) % 10] if each in digits else each for each in gold), gold) for gold in golds[::4]]
+    changed = [
+        ("".join(digits[(int(each) + 1) % 10] if each in digits else each for each in gold), gold)
+        for gold in golds[::4]
+    ]
     changed = [(answer, gold) for answer, gold in changed if answer != gold]
     with ThreadPoolExecutor(2) as threads:
-        accepted = list(threads.map(lambda pair: verify(rf"\boxed{{{pair[0]}}}", pair[1], timeout_s=30).correct, changed))
+        accepted = list(
+            threads.map(
+                lambda pair: verify(rf"\boxed{{{pair[0]}}}", pair[1], timeout_s=30).correct, changed
+            )
+        )
     assert [pair for pair, correct in zip(changed, accepted, strict=True) if correct] == []

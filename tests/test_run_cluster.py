@@ -22,7 +22,16 @@ from typing import Any
 
 import psutil
 import pytest
-from run_support import MARKER, TINY, check_checkpoint, check_conservation, finished, processes_of, read_rows, running
+from run_support import (
+    MARKER,
+    TINY,
+    check_checkpoint,
+    check_conservation,
+    finished,
+    processes_of,
+    read_rows,
+    running,
+)
 
 from dapo_async.runtime.environment import RUNS
 
@@ -56,22 +65,49 @@ class Cluster:
     environment: dict[str, str]
 
     def start_node(self, *arguments: str, ip: str) -> subprocess.Popen[bytes]:
-        node = ("--node-ip-address", ip, "--num-cpus", "2", "--memory", str(2 * 10**9), "--object-store-memory", str(10**8), "--disable-usage-stats")
+        node = (
+            "--node-ip-address",
+            ip,
+            "--num-cpus",
+            "2",
+            "--memory",
+            str(2 * 10**9),
+            "--object-store-memory",
+            str(10**8),
+            "--disable-usage-stats",
+        )
         with (self.folder / f"{ip}.log").open("w") as log:
             return subprocess.Popen(
-                [RAY, "start", "--block", *node, *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                [RAY, "start", "--block", *node, *arguments],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
-    def job(self, command: str, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    def job(
+        self, command: str, *arguments: str, timeout_s: float = 90.0
+    ) -> subprocess.CompletedProcess[str]:
         """`ray job COMMAND` in the repository."""
         line = [RAY, "job", command, "--address", self.dashboard, *arguments]
         return subprocess.run(
-            line, env=self.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+            line,
+            env=self.environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
 
-    def submit(self, name: str, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, name: str, *command: str, options: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         """Runs `command` as the job `name` in Ray's copy of the repository."""
-        return self.job("submit", "--submission-id", name, "--working-dir", ".", *options, "--", *command)
+        return self.job(
+            "submit", "--submission-id", name, "--working-dir", ".", *options, "--", *command
+        )
 
     @property
     def runs(self) -> Path:
@@ -81,7 +117,9 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="dapo-", dir="/tmp"))  # short: a Unix socket's path has at most 107 characters
+    folder = Path(
+        tempfile.mkdtemp(prefix="dapo-", dir="/tmp")
+    )  # short: a Unix socket's path has at most 107 characters
     mark, (head, other) = uuid.uuid4().hex, NODES
     port, dashboard = free_port(head), free_port("127.0.0.1")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
@@ -89,14 +127,33 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0", RUNS: str(folder / "runs"),
     }  # fmt: skip
     started = Cluster(folder, f"{head}:{port}", f"http://127.0.0.1:{dashboard}", environment)
-    ports = ("--port", port, "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--ray-client-server-port", free_port(head))
+    ports = (
+        "--port",
+        port,
+        "--dashboard-host",
+        "127.0.0.1",
+        "--dashboard-port",
+        dashboard,
+        "--ray-client-server-port",
+        free_port(head),
+    )
     nodes = [started.start_node("--head", *ports, "--temp-dir", str(folder / "ray"), ip=head)]
     try:
-        wait_until(lambda: "Ray runtime started" in (folder / f"{head}.log").read_text(), timeout_s=60.0, what="the head node")
+        wait_until(
+            lambda: "Ray runtime started" in (folder / f"{head}.log").read_text(),
+            timeout_s=60.0,
+            what="the head node",
+        )
         nodes.append(started.start_node("--address", started.address, ip=other))
-        wait_until(lambda: "Ray runtime started" in (folder / f"{other}.log").read_text(), timeout_s=60.0, what="the second node")
+        wait_until(
+            lambda: "Ray runtime started" in (folder / f"{other}.log").read_text(),
+            timeout_s=60.0,
+            what="the second node",
+        )
         # The dashboard takes jobs a moment after the nodes are up.
-        wait_until(lambda: started.job("list").returncode == 0, timeout_s=60.0, what="the job server")
+        wait_until(
+            lambda: started.job("list").returncode == 0, timeout_s=60.0, what="the job server"
+        )
         yield started
     finally:
         for node in reversed(nodes):
@@ -127,17 +184,29 @@ class Actor:
 
 def actors_of(output: str) -> dict[str, Actor]:
     """What a run on a cluster prints of its actors."""
-    lines = re.findall(r"^(replay|learner|rollout-\d+) +pid (\d+) on (\S+) \(node ([0-9a-f]{56})\)", output, re.MULTILINE)
+    lines = re.findall(
+        r"^(replay|learner|rollout-\d+) +pid (\d+) on (\S+) \(node ([0-9a-f]{56})\)",
+        output,
+        re.MULTILINE,
+    )
     return {name: Actor(int(pid), ip, node_id) for name, pid, ip, node_id in lines}
 
 
 def assert_gone(actors: dict[str, Actor], *, within_s: float) -> None:
-    wait_until(lambda: not any(psutil.pid_exists(actor.pid) for actor in actors.values()), timeout_s=within_s, what=f"the end of {actors}")
+    wait_until(
+        lambda: not any(psutil.pid_exists(actor.pid) for actor in actors.values()),
+        timeout_s=within_s,
+        what=f"the end of {actors}",
+    )
 
 
 def listens_on(actor: Actor) -> set[str]:
     """The interfaces on which the actor's own servers listen; Ray's listens on all of them."""
-    listening = [each for each in psutil.Process(actor.pid).net_connections("tcp4") if each.status == psutil.CONN_LISTEN]
+    listening = [
+        each
+        for each in psutil.Process(actor.pid).net_connections("tcp4")
+        if each.status == psutil.CONN_LISTEN
+    ]
     return {each.laddr.ip for each in listening} - {"0.0.0.0"}
 
 
@@ -150,7 +219,9 @@ def check_placement(actors: dict[str, Actor]) -> None:
 
 
 @pytest.mark.ray
-def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(cluster: Cluster) -> None:
+def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(
+    cluster: Cluster,
+) -> None:
     ended = cluster.submit("trains", *TRAIN)
     output = ended.stdout
     assert ended.returncode == 0, output
@@ -166,9 +237,16 @@ def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(clust
     assert Path(summary["checkpoint"]) == root / "checkpoints" / "step_000006"
     check_checkpoint(Path(summary["checkpoint"]))
     # What travels with every job: the sources, and nothing that .gitignore names.
-    (copy,) = (cluster.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*[0-9a-f]")
+    (copy,) = (
+        cluster.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files"
+    ).glob("_ray_pkg_*[0-9a-f]")
     assert (copy / "dapo_async" / "cli.py").is_file()
-    assert not [path.name for path in copy.iterdir() if path.name in ("runs", "build", ".git") or path.name.startswith((".venv", ".mypy", ".pytest"))]
+    assert not [
+        path.name
+        for path in copy.iterdir()
+        if path.name in ("runs", "build", ".git")
+        or path.name.startswith((".venv", ".mypy", ".pytest"))
+    ]
     assert sum(path.stat().st_size for path in copy.rglob("*")) < 20 * 2**20
 
 
@@ -184,21 +262,39 @@ def test_job_without_a_place_for_its_files_is_refused_in_one_line(cluster: Clust
 
 @pytest.mark.ray
 def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Cluster) -> None:
-    submitted = cluster.submit("stops", *TRAIN, "train.num_steps=5000", "run_dir=stopped", options=["--no-wait"])
+    submitted = cluster.submit(
+        "stops", *TRAIN, "train.num_steps=5000", "run_dir=stopped", options=["--no-wait"]
+    )
     assert submitted.returncode == 0, submitted.stdout
     root = cluster.runs / "stopped"
     metrics = root / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, timeout_s=90.0, what="the third step")
+    wait_until(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3,
+        timeout_s=90.0,
+        what="the third step",
+    )
     actors = actors_of(cluster.job("logs", "stops").stdout)
     check_placement(actors)
     # The weight group: the learner's rendezvous and everybody's end of it, each on its own node's interface.
     for name in ("learner", "rollout-0", "rollout-1"):
         assert listens_on(actors[name]) == {actors[name].ip}, name
-    (driver,) = [each for each in psutil.process_iter(["cmdline"]) if "run_dir=stopped" in (each.info["cmdline"] or ()) and "sh" not in each.name()]
-    stop = subprocess.Popen([RAY, "job", "stop", "--address", cluster.dashboard, "stops"], env=cluster.environment, stdout=subprocess.DEVNULL)
+    (driver,) = [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if "run_dir=stopped" in (each.info["cmdline"] or ()) and "sh" not in each.name()
+    ]
+    stop = subprocess.Popen(
+        [RAY, "job", "stop", "--address", cluster.dashboard, "stops"],
+        env=cluster.environment,
+        stdout=subprocess.DEVNULL,
+    )
     wait_until(lambda: (root / "summary.json").exists(), timeout_s=30.0, what="the first summary")
     began_s = time.monotonic()
-    wait_until(lambda: not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE, timeout_s=30.0, what="the driver's end")
+    wait_until(
+        lambda: not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE,
+        timeout_s=30.0,
+        what="the driver's end",
+    )
     print(f"the driver of a stopped job ended {time.monotonic() - began_s:.1f} s after SIGTERM")
     assert stop.wait(30.0) == 0
     assert_gone(actors, within_s=30.0)
@@ -224,9 +320,18 @@ def test_killed_driver_takes_its_actors_along(joined: Cluster, tmp_path: Path) -
 
 
 @pytest.mark.ray
-def test_own_ray_starts_beside_a_running_cluster(joined: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_ray_starts_beside_a_running_cluster(
+    joined: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", joined.address)
-    run = finished(tmp_path / "run", *TINY, "train.num_steps=1", "evaluation.num_prompts=0", "ray.address=local", "ray.num_cpus=3")
+    run = finished(
+        tmp_path / "run",
+        *TINY,
+        "train.num_steps=1",
+        "evaluation.num_prompts=0",
+        "ray.address=local",
+        "ray.num_cpus=3",
+    )
     assert (run.exit_code, run.summary["status"]) == (0, "done"), run.output
     assert "\nstarted an own Ray\n" in run.output
     assert actors_of(run.output) == {}  # these lines name no node of the cluster
@@ -235,7 +340,10 @@ def test_own_ray_starts_beside_a_running_cluster(joined: Cluster, tmp_path: Path
 def placed(*node_ids: Sequence[str]) -> dict[str, Actor]:
     names = ("replay", "learner", "rollout-0", "rollout-1")
     ips = dict(zip(sorted(set(node_ids)), NODES, strict=False))
-    return {name: Actor(1, ips[node_id], str(node_id)) for name, node_id in zip(names, node_ids, strict=True)}
+    return {
+        name: Actor(1, ips[node_id], str(node_id))
+        for name, node_id in zip(names, node_ids, strict=True)
+    }
 
 
 def test_placement_check_notices_workers_on_one_node_and_a_lonely_replay_room() -> None:

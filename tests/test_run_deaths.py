@@ -15,7 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from run_support import MARKER, QUICKSTART, RAY_AGENTS, TINY, Finished, Live, check_checkpoint, check_conservation, running
+from run_support import (
+    MARKER,
+    QUICKSTART,
+    RAY_AGENTS,
+    TINY,
+    Finished,
+    Live,
+    check_checkpoint,
+    check_conservation,
+    running,
+)
 
 from dapo_async import config as knobs
 from dapo_async.runtime.interrupts import SAME_S, Interrupts
@@ -31,12 +41,21 @@ def end_after(live: Live, blow: Callable[[], None], *, within_s: float = END_S) 
     """Strikes when the run trains; returns its end, after which nothing of it may live."""
     live.wait_for(r"^step +5/")
     names = " ".join(live.processes().values())
-    for expected in ("raylet", "gcs_server", "ReplayActor", "LearnerActor", "RolloutActor", *RAY_AGENTS):
+    for expected in (
+        "raylet",
+        "gcs_server",
+        "ReplayActor",
+        "LearnerActor",
+        "RolloutActor",
+        *RAY_AGENTS,
+    ):
         assert expected in names, f"the search for processes does not see {expected}: {names}"
     began_s = time.monotonic()
     blow()
     run = live.finish(timeout_s=within_s)
-    print(f"the run ended {time.monotonic() - began_s:.1f} s after the blow: {run.summary['reason']}")
+    print(
+        f"the run ended {time.monotonic() - began_s:.1f} s after the blow: {run.summary['reason']}"
+    )
     live.seconds_until_nothing_is_left(timeout_s=within_s - (time.monotonic() - began_s))
     return run
 
@@ -64,12 +83,18 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
     checkpoint = check_end(run, exit_code=1, status="failed")
     summary = run.summary
     assert summary["reason"].startswith(f"{victim} died"), summary["reason"]
-    assert not [name for name in ("rollout-0", "replay", "learner") if name != victim and name in summary["reason"]], summary["reason"]
+    assert not [
+        name
+        for name in ("rollout-0", "replay", "learner")
+        if name != victim and name in summary["reason"]
+    ], summary["reason"]
     assert summary["caught"]["ActorDied"] == 1
     # The death of the learner or of the replay room costs what was trained since the last periodic checkpoint; else the newest step is saved.
     steps = summary["steps"]
     assert checkpoint.parent == run.root / "checkpoints"
-    assert int(checkpoint.name.removeprefix("step_")) in ((steps,) if victim == "rollout-0" else range(2, steps + 1))
+    assert int(checkpoint.name.removeprefix("step_")) in (
+        (steps,) if victim == "rollout-0" else range(2, steps + 1)
+    )
     if victim != "replay":  # the ledger lives: nothing stays open
         assert summary["groups"]["in_flight"] == 0
         assert summary["groups"]["failed"] + summary["groups"]["unused"] > 0
@@ -104,7 +129,10 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
     assert run.exit_code == 130, run.output
     assert "Traceback" not in run.output, run.output
     assert run.summary["status"] == "interrupted"
-    assert run.summary["reason"] == "SIGINT received while the run was ending: what its newest checkpoint lacks is lost"
+    assert (
+        run.summary["reason"]
+        == "SIGINT received while the run was ending: what its newest checkpoint lacks is lost"
+    )
     check_checkpoint(Path(run.summary["checkpoint"]))
 
 
@@ -138,7 +166,13 @@ def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path) -> None:
     # Staleness 0 and few slots: right after a step the learner can only wait for what the worker still has to generate.
-    slow = ("replay.max_staleness=0", "replay.groups_per_step=16", "rollout.num_slots=8", "deadlines.take_s=5", "deadlines.stop_s=5")
+    slow = (
+        "replay.max_staleness=0",
+        "replay.groups_per_step=16",
+        "rollout.num_slots=8",
+        "deadlines.take_s=5",
+        "deadlines.stop_s=5",
+    )
     with running(tmp_path / "run", *TINY, *LONG, *slow) as live:
         run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)
     check_end(run, exit_code=1, status="failed")
@@ -146,7 +180,9 @@ def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path
     assert reason.startswith("take waited 5 s: take at version "), reason
     assert "of 16 groups finished" in reason, reason
     assert "rollout-0" in reason, reason
-    assert run.summary["groups"]["in_flight"] == 0, "the other actors' last counts were lost with the worker's"
+    assert run.summary["groups"]["in_flight"] == 0, (
+        "the other actors' last counts were lost with the worker's"
+    )
     assert run.summary["caught"] == {"TimeoutError": 1, "the last reports": 1}
 
 
@@ -154,7 +190,11 @@ def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path
 def test_search_for_processes_notices_one_that_is_left_behind(by_session: bool) -> None:
     live = object.__new__(Live)
     environment = {**os.environ, MARKER: "left-behind"}
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment, start_new_session=by_session)
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        env=environment,
+        start_new_session=by_session,
+    )
     live._mark, live._process = "" if by_session else "left-behind", sleeper
     try:
         with pytest.raises(AssertionError, match=r"there still is: .*time\.sleep"):
@@ -183,9 +223,18 @@ def watched_error(*, worker_dies_after_s: float | None) -> Exception:
     """What ends a run whose learner feels a broken connection at once."""
     system: Any = object.__new__(System)
     system._config = knobs.load(QUICKSTART)
-    system.replay, system.learner = SimpleNamespace(remote=Watched("replay")), SimpleNamespace(remotes=[Watched("learner")])
-    system.workers = [SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))]
-    system.publisher, system.background, system.evaluator = SimpleNamespace(in_flight=None), set(), None
+    system.replay, system.learner = (
+        SimpleNamespace(remote=Watched("replay")),
+        SimpleNamespace(remotes=[Watched("learner")]),
+    )
+    system.workers = [
+        SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))
+    ]
+    system.publisher, system.background, system.evaluator = (
+        SimpleNamespace(in_flight=None),
+        set(),
+        None,
+    )
 
     async def main() -> None:
         raise ActorFailed("learner failed in broadcast: RuntimeError('Connection closed by peer')")
@@ -252,13 +301,17 @@ def test_step_that_is_interrupted_is_booked_when_it_ends() -> None:
 
 def test_conservation_check_notices_what_a_death_would_hide() -> None:
     with pytest.raises(AssertionError, match="24 groups were admitted, 20 ended"):
-        check_conservation({"admitted": 24, "trained": 12, "failed": 0, "unused": 8, "in_flight": 0})
+        check_conservation(
+            {"admitted": 24, "trained": 12, "failed": 0, "unused": 8, "in_flight": 0}
+        )
 
 
 def test_checkpoint_check_notices_a_torn_checkpoint(tmp_path: Path) -> None:
     base = Path(knobs.load(QUICKSTART).model.path)
     for file in base.iterdir():
         data = file.read_bytes()
-        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+        (tmp_path / file.name).write_bytes(
+            data[: len(data) // 2] if file.suffix == ".safetensors" else data
+        )
     with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete|metadata"):
         check_checkpoint(tmp_path)

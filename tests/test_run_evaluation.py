@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from run_support import Finished, Row, check_conservation, check_staleness, check_time_law, finished, rows_of
+from run_support import (
+    Finished,
+    Row,
+    check_conservation,
+    check_staleness,
+    check_time_law,
+    finished,
+    rows_of,
+)
 
 pytestmark = pytest.mark.ray
 NUM_STEPS, EVERY = 12, 3
@@ -24,7 +32,12 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture(scope="module")
 def lease(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finished(tmp_path_factory.mktemp("lease") / "run", *SMALL, "evaluation.engine=lease", "rollout.num_workers=2")
+    return finished(
+        tmp_path_factory.mktemp("lease") / "run",
+        *SMALL,
+        "evaluation.engine=lease",
+        "rollout.num_workers=2",
+    )
 
 
 @pytest.fixture(params=["snapshot", "lease"])
@@ -37,14 +50,19 @@ def run(request: pytest.FixtureRequest) -> Finished:
 def check_evaluations(rows: Sequence[Mapping[str, Any]], *, engine: str, skipped: int) -> None:
     """Each row is of one version; every due one is there unless it was skipped; before and after training all engines measured."""
     for row in rows:
-        assert row["weight_versions"] == [row["version"]], f"an evaluation of version {row['version']} is of {row['weight_versions']}"
+        assert row["weight_versions"] == [row["version"]], (
+            f"an evaluation of version {row['version']} is of {row['weight_versions']}"
+        )
         assert row["step"] == row["version"]
         assert 0.0 <= row["waited_s"] <= row["wall_s"]
         assert 0.0 <= row["accuracy"] <= 1.0
         assert row["num_prompts"] == 512
     during = [row["version"] for row in rows if row["engine"] == engine]
     due = list(range(EVERY, NUM_STEPS, EVERY))
-    assert [(row["version"], row["engine"]) for row in (rows[0], rows[-1])] == [(0, "all"), (NUM_STEPS, "all")]
+    assert [(row["version"], row["engine"]) for row in (rows[0], rows[-1])] == [
+        (0, "all"),
+        (NUM_STEPS, "all"),
+    ]
     assert len(rows) == len(during) + 2
     assert len(during) + skipped == len(due)
     assert set(during) <= set(due), f"versions {during} were evaluated, {due} were due"
@@ -52,29 +70,52 @@ def check_evaluations(rows: Sequence[Mapping[str, Any]], *, engine: str, skipped
 
 def overlap_s(row: Row, state: str, windows: Sequence[tuple[float, float]]) -> float:
     """Seconds that an actor spent in `state` within the windows."""
-    return sum(max(0.0, min(end, until) - max(start, since)) for name, start, end in row if name == state for since, until in windows)
+    return sum(
+        max(0.0, min(end, until) - max(start, since))
+        for name, start, end in row
+        if name == state
+        for since, until in windows
+    )
 
 
 def check_nobody_waits(rows: Mapping[str, Row]) -> None:
     """While something is evaluated the learner trains and rollout-0 generates."""
-    windows = [(start, end) for state, start, end in rows["evaluator"] if state in ("load", "evaluate", "drain", "take back")]
+    windows = [
+        (start, end)
+        for state, start, end in rows["evaluator"]
+        if state in ("load", "evaluate", "drain", "take back")
+    ]
     assert windows, "nothing was evaluated"
     for actor, state in (("learner", "train"), ("rollout-0", "generate")):
-        assert overlap_s(rows[actor], state, windows) > 0.0, f"{actor} was never in {state} during {len(windows)} spans of evaluation"
+        assert overlap_s(rows[actor], state, windows) > 0.0, (
+            f"{actor} was never in {state} during {len(windows)} spans of evaluation"
+        )
 
 
-def test_each_evaluation_is_of_one_version_and_none_is_missing(run: Finished, request: pytest.FixtureRequest) -> None:
-    check_evaluations(run.evaluations, engine=request.node.callspec.params["run"], skipped=run.summary["evaluations_skipped"])
+def test_each_evaluation_is_of_one_version_and_none_is_missing(
+    run: Finished, request: pytest.FixtureRequest
+) -> None:
+    check_evaluations(
+        run.evaluations,
+        engine=request.node.callspec.params["run"],
+        skipped=run.summary["evaluations_skipped"],
+    )
     files = {path.name for path in run.root.iterdir()}
     assert "evaluated" not in files
     assert run.summary["best_checkpoint"] is not None
 
 
-def test_evaluation_check_notices_a_mixture_of_versions_and_a_missing_one(snapshot: Finished) -> None:
+def test_evaluation_check_notices_a_mixture_of_versions_and_a_missing_one(
+    snapshot: Finished,
+) -> None:
     first, second, *rest = snapshot.evaluations
     skipped = snapshot.summary["evaluations_skipped"]
     with pytest.raises(AssertionError, match="an evaluation of version 3 is of"):
-        check_evaluations([first, {**second, "weight_versions": [2, 3]}, *rest], engine="snapshot", skipped=skipped)
+        check_evaluations(
+            [first, {**second, "weight_versions": [2, 3]}, *rest],
+            engine="snapshot",
+            skipped=skipped,
+        )
     with pytest.raises(AssertionError):
         check_evaluations([first, *rest], engine="snapshot", skipped=skipped)
 

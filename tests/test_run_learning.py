@@ -14,13 +14,21 @@ def check_learning(summary: dict[str, Any]) -> None:
     """From guessing to solving, by longer answers."""
     assert summary["status"] == "done"
     assert summary["initial_accuracy"] < 0.35
-    assert summary["final_accuracy"] >= 0.9, f"accuracy {summary['initial_accuracy']} -> {summary['final_accuracy']}"
+    assert summary["final_accuracy"] >= 0.9, (
+        f"accuracy {summary['initial_accuracy']} -> {summary['final_accuracy']}"
+    )
     assert summary["final_response_tokens"] >= 2 * summary["initial_response_tokens"]
 
 
 @pytest.fixture(scope="session")
 def without_learning_rate(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finished(tmp_path_factory.mktemp("still") / "run", "seed=0", "learner.lr=0", "learner.weight_decay=0", "train.num_steps=8")
+    return finished(
+        tmp_path_factory.mktemp("still") / "run",
+        "seed=0",
+        "learner.lr=0",
+        "learner.weight_decay=0",
+        "train.num_steps=8",
+    )
 
 
 def test_quickstart_learns(quickstart: Finished) -> None:
@@ -31,7 +39,12 @@ def test_quickstart_learns(quickstart: Finished) -> None:
 def test_quickstart_keeps_the_laws_from_start_to_end(quickstart: Finished) -> None:
     summary = quickstart.summary
     check_conservation(summary["groups"])
-    assert summary["groups"]["evicted"] == summary["groups"]["failed"] == summary["groups"]["skipped"] == 0
+    assert (
+        summary["groups"]["evicted"]
+        == summary["groups"]["failed"]
+        == summary["groups"]["skipped"]
+        == 0
+    )
     assert 0 < summary["staleness"]["max"] <= 2
     assert "mismatch" not in summary["handshake"]
     assert summary["weight_versions"] == summary["steps"] + 1

@@ -34,7 +34,12 @@ NUM_STEPS = 30
 def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The same system at staleness 0: the learner and the engine wait for each other. Small groups, so that many are rejected."""
     root = tmp_path_factory.mktemp("synchronous") / "run"
-    small = ("replay.groups_per_step=8", "replay.group_size=4", "train.sample_groups=8", "evaluation.num_prompts=0")
+    small = (
+        "replay.groups_per_step=8",
+        "replay.group_size=4",
+        "train.sample_groups=8",
+        "evaluation.num_prompts=0",
+    )
     return finished(root, "replay.max_staleness=0", "train.num_steps=8", *small)
 
 
@@ -45,14 +50,26 @@ def all_rollouts(run: Finished) -> list[dict]:
 def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) -> None:
     assert quickstart.exit_code == 0, quickstart.output
     files = {path.name for path in quickstart.root.iterdir()}
-    written = {"config.yaml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "timeline.json", "dynamics.png", "mlflow.json"}
+    written = {
+        "config.yaml",
+        "summary.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "timeline.json",
+        "dynamics.png",
+        "mlflow.json",
+    }
     assert files == {*written, "rollouts", "checkpoints", "evaluations"}
-    assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)}
+    assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {
+        f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)
+    }
     assert (quickstart.root / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_evaluation_says_which_problems_it_solved(quickstart: Finished) -> None:
-    told = [json.loads(path.read_text()) for path in sorted((quickstart.root / "evaluations").iterdir())]
+    told = [
+        json.loads(path.read_text()) for path in sorted((quickstart.root / "evaluations").iterdir())
+    ]
     assert [each["version"] for each in told] == [row["version"] for row in quickstart.evaluations]
     for each, row in zip(told, quickstart.evaluations, strict=True):
         assert len(each["rows"]) == len(set(each["rows"])) == row["num_prompts"]
@@ -70,7 +87,9 @@ def test_metrics_are_one_flat_object_of_numbers_per_step(quickstart: Finished) -
     rows = quickstart.metrics
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
     for row in rows:
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values()), row
+        assert all(
+            isinstance(value, int | float) and math.isfinite(value) for value in row.values()
+        ), row
         assert row["version"] == row["step"] + 1
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
@@ -85,8 +104,23 @@ def test_summary_has_its_fixed_points(quickstart: Finished) -> None:
     assert 0.0 < summary["train_s"] < summary["wall_s"]
     assert {"rollout", "learner"} <= set(summary["idle"])
     assert all(0.0 <= share <= 1.0 for share in summary["idle"].values()), summary["idle"]
-    assert set(summary["groups"]) == {"admitted", "trained", "evicted", "failed", "skipped", "unused", "in_flight", "rejected"}
-    assert set(summary["groups"]["rejected"]) == {"all_correct", "all_wrong", "all_equal", "too_few_tokens", "filtered"}
+    assert set(summary["groups"]) == {
+        "admitted",
+        "trained",
+        "evicted",
+        "failed",
+        "skipped",
+        "unused",
+        "in_flight",
+        "rejected",
+    }
+    assert set(summary["groups"]["rejected"]) == {
+        "all_correct",
+        "all_wrong",
+        "all_equal",
+        "too_few_tokens",
+        "filtered",
+    }
     assert summary["caught"] == {}
 
 
@@ -94,7 +128,13 @@ def test_every_admitted_group_ends_exactly_once(quickstart: Finished) -> None:
     groups = quickstart.summary["groups"]
     check_conservation(groups)
     for row in quickstart.metrics:
-        check_conservation({name.removeprefix("groups."): count for name, count in row.items() if name.startswith("groups.")})
+        check_conservation(
+            {
+                name.removeprefix("groups."): count
+                for name, count in row.items()
+                if name.startswith("groups.")
+            }
+        )
     config = knobs.load(QUICKSTART)
     assert groups["trained"] == NUM_STEPS * config.replay.groups_per_step
     assert groups["evicted"] == groups["failed"] == groups["skipped"] == groups["in_flight"] == 0
@@ -115,7 +155,9 @@ def test_no_token_is_staler_than_the_bound(quickstart: Finished) -> None:
 
 def test_staleness_check_notices_a_run_beyond_its_bound(quickstart: Finished) -> None:
     with pytest.raises(AssertionError, match="was trained at step"):
-        check_staleness(all_rollouts(quickstart), max_staleness=quickstart.summary["staleness"]["max"] - 1)
+        check_staleness(
+            all_rollouts(quickstart), max_staleness=quickstart.summary["staleness"]["max"] - 1
+        )
 
 
 def test_every_version_was_served_and_attested(quickstart: Finished) -> None:
@@ -129,7 +171,13 @@ def test_every_version_was_served_and_attested(quickstart: Finished) -> None:
 def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quickstart: Finished) -> None:
     trace = json.loads((quickstart.root / "timeline.json").read_text())
     assert trace["displayTimeUnit"] == "ms"
-    assert set(rows_of(trace["traceEvents"])) == {"driver", "learner", "replay", "rollout-0", "evaluator"}
+    assert set(rows_of(trace["traceEvents"])) == {
+        "driver",
+        "learner",
+        "replay",
+        "rollout-0",
+        "evaluator",
+    }
 
 
 def test_states_of_every_actor_add_up_to_its_time(quickstart: Finished) -> None:
@@ -152,7 +200,10 @@ def test_time_law_notices_one_lost_span(quickstart: Finished, actor: str) -> Non
 def test_time_law_notices_two_states_at_a_time(quickstart: Finished) -> None:
     rows = rows_of(quickstart.trace)
     state, start_s, end_s = rows["learner"][3]
-    doubled = {**rows, "learner": [*rows["learner"][:3], (state, start_s - 0.1, end_s), *rows["learner"][4:]]}
+    doubled = {
+        **rows,
+        "learner": [*rows["learner"][:3], (state, start_s - 0.1, end_s), *rows["learner"][4:]],
+    }
     with pytest.raises(AssertionError, match="at the same time"):
         check_time_law(doubled, end_s=rows["driver"][-1][2])
 
@@ -169,7 +220,9 @@ def test_asynchrony_check_fails_on_a_synchronous_run(synchronous: Finished) -> N
     assert all(len(rollout["weight_versions"]) == 1 for rollout in all_rollouts(synchronous))
 
 
-def test_synchronous_run_counts_its_refill_waves(synchronous: Finished, quickstart: Finished) -> None:
+def test_synchronous_run_counts_its_refill_waves(
+    synchronous: Finished, quickstart: Finished
+) -> None:
     assert synchronous.exit_code == 0, synchronous.output
     rows = synchronous.metrics
     assert all("refill_waves" in row for row in rows)
@@ -180,7 +233,9 @@ def test_synchronous_run_counts_its_refill_waves(synchronous: Finished, quicksta
     assert synchronous.summary["staleness"] == {"mean": 0.0, "max": 0}
 
 
-def test_ratio_is_one_up_to_rounding_at_staleness_0_and_only_there(synchronous: Finished, quickstart: Finished) -> None:
+def test_ratio_is_one_up_to_rounding_at_staleness_0_and_only_there(
+    synchronous: Finished, quickstart: Finished
+) -> None:
     assert max(row["behaviour_log_ratio_max"] for row in synchronous.metrics) <= 1e-5
     assert max(row["behaviour_log_ratio_max"] for row in quickstart.metrics) > 1e-3
 
@@ -191,34 +246,60 @@ def test_metrics_follow_from_the_rollouts(quickstart: Finished, synchronous: Fin
             check_metrics(row, run.rollouts(row["step"]))
 
 
-def test_every_number_is_documented_and_every_documented_one_is_written(quickstart: Finished, synchronous: Finished) -> None:
+def test_every_number_is_documented_and_every_documented_one_is_written(
+    quickstart: Finished, synchronous: Finished
+) -> None:
     rows = {name for run in (quickstart, synchronous) for row in run.metrics for name in row}
     check_documented(rows, documented("metrics.jsonl"))
     check_documented(summary_names(quickstart.summary), documented("summary.json"))
 
 
 def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quickstart: Finished) -> None:
-    client, run_id = MlflowClient(f"sqlite:///{quickstart.root.parent}/mlflow.db"), quickstart.summary["mlflow_run_id"]
+    client, run_id = (
+        MlflowClient(f"sqlite:///{quickstart.root.parent}/mlflow.db"),
+        quickstart.summary["mlflow_run_id"],
+    )
     run = client.get_run(run_id)
-    assert (run.info.status, run.data.tags["status"], run.info.run_name) == ("FINISHED", "done", "run")
+    assert (run.info.status, run.data.tags["status"], run.info.run_name) == (
+        "FINISHED",
+        "done",
+        "run",
+    )
     assert run.data.params["train.num_steps"] == str(NUM_STEPS)
     check_history(client, run_id, quickstart.metrics)
-    accuracies = {point.step: point.value for point in client.get_metric_history(run_id, "evaluation.accuracy")}
-    assert accuracies == {evaluation["version"]: evaluation["accuracy"] for evaluation in quickstart.evaluations}
+    accuracies = {
+        point.step: point.value
+        for point in client.get_metric_history(run_id, "evaluation.accuracy")
+    }
+    assert accuracies == {
+        evaluation["version"]: evaluation["accuracy"] for evaluation in quickstart.evaluations
+    }
     assert accuracies[0] == quickstart.summary["initial_accuracy"]
     assert accuracies[NUM_STEPS] == quickstart.summary["final_accuracy"]
     copies = quickstart.root.parent / "mlartifacts" / run_id / "artifacts"
     for name in ("config.yaml", "dynamics.png"):
         assert (copies / name).read_bytes() == (quickstart.root / name).read_bytes()
-    assert json.loads((copies / "summary.json").read_text())["final_accuracy"] == quickstart.summary["final_accuracy"]
+    assert (
+        json.loads((copies / "summary.json").read_text())["final_accuracy"]
+        == quickstart.summary["final_accuracy"]
+    )
     assert 3 <= len(list((copies / "rollouts").iterdir())) <= 16
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("accuracy", 0.5), ("reward", 7.0), ("tokens", 1000), ("finish_reason", "length"), ("weight_versions", [[0, 0, 9]]), ("admission", -1)],
+    [
+        ("accuracy", 0.5),
+        ("reward", 7.0),
+        ("tokens", 1000),
+        ("finish_reason", "length"),
+        ("weight_versions", [[0, 0, 9]]),
+        ("admission", -1),
+    ],
 )
-def test_recomputed_metrics_notice_one_changed_response(quickstart: Finished, name: str, value: object) -> None:
+def test_recomputed_metrics_notice_one_changed_response(
+    quickstart: Finished, name: str, value: object
+) -> None:
     row = quickstart.metrics[NUM_STEPS - 1]
     rollouts = copy.deepcopy(quickstart.rollouts(row["step"]))
     next(rollout for rollout in rollouts if rollout[name] != value)[name] = value

@@ -11,7 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_support import TINY, Finished, check_conservation, check_time_law, command, finished, rows_of, running
+from run_support import (
+    TINY,
+    Finished,
+    check_conservation,
+    check_time_law,
+    command,
+    finished,
+    rows_of,
+    running,
+)
 
 from dapo_async import config as knobs
 from dapo_async.rerun import rerun
@@ -26,19 +35,29 @@ def check_same_as_one_rank(run: Finished, *, rel: float) -> None:
     for compared in rerun(knobs.load(run.root / "config.yaml"), run.root / "recorded", rows=rows):
         for name in ("loss", "grad_norm"):
             was, alone = rows[compared.step][name], compared.values[name]
-            assert was == pytest.approx(alone, rel=rel, abs=rel), f"{name} of step {compared.step}: {was} on several ranks, {alone} on one"
+            assert was == pytest.approx(alone, rel=rel, abs=rel), (
+                f"{name} of step {compared.step}: {was} on several ranks, {alone} on one"
+            )
 
 
 @pytest.fixture(scope="module")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     mesh = ("learner.data_parallel=2", "learner.tensor_parallel=2")
     return finished(
-        tmp_path_factory.mktemp("ranks") / "run", *TINY, *RANKS, *mesh, "learner.num_minibatches=2", "train.record=true", "learner.profile=true"
+        tmp_path_factory.mktemp("ranks") / "run",
+        *TINY,
+        *RANKS,
+        *mesh,
+        "learner.num_minibatches=2",
+        "train.record=true",
+        "learner.profile=true",
     )
 
 
 @pytest.mark.ray
-def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(two_by_two: Finished) -> None:
+def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(
+    two_by_two: Finished,
+) -> None:
     run = two_by_two
     assert run.exit_code == 0, run.output
     for rank in range(4):
@@ -58,7 +77,9 @@ def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(two_by
 @pytest.mark.ray
 def test_profile_of_each_rank_has_its_steps_three_to_five(two_by_two: Finished) -> None:
     folder = two_by_two.root / "profile"
-    assert {path.name for path in folder.iterdir()} == {f"learner-{rank}_step_{step:06d}.json.gz" for rank in range(4) for step in (3, 4, 5)}
+    assert {path.name for path in folder.iterdir()} == {
+        f"learner-{rank}_step_{step:06d}.json.gz" for rank in range(4) for step in (3, 4, 5)
+    }
     with gzip.open(folder / "learner-3_step_000004.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"proximal pass", "minibatch", "aten::mm", "Optimizer.step#AdamW.step"} <= names
@@ -68,20 +89,31 @@ def test_profile_of_each_rank_has_its_steps_three_to_five(two_by_two: Finished) 
 def test_two_by_two_ranks_have_the_losses_and_gradient_norms_of_one(two_by_two: Finished) -> None:
     check_same_as_one_rank(two_by_two, rel=REL)
     said = command("replay", str(two_by_two.root))
-    assert (said.returncode, "all 6 steps are equal, to 0.01 of each number" in said.stdout) == (0, True), said.stdout + said.stderr
+    assert (said.returncode, "all 6 steps are equal, to 0.01 of each number" in said.stdout) == (
+        0,
+        True,
+    ), said.stdout + said.stderr
 
 
 @pytest.mark.ray
-def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(two_by_two: Finished, tmp_path: Path) -> None:
+def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(
+    two_by_two: Finished, tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(two_by_two.root, tmp_path / "run"))
-    shutil.copyfile(root / "recorded" / "step_000001.safetensors", root / "recorded" / "step_000000.safetensors")
+    shutil.copyfile(
+        root / "recorded" / "step_000001.safetensors", root / "recorded" / "step_000000.safetensors"
+    )
     with pytest.raises(AssertionError, match=r"of step 0: .* on several ranks, .* on one"):
         check_same_as_one_rank(replace(two_by_two, root=root), rel=REL)
 
 
 @pytest.mark.ray
-def test_death_of_one_rank_ends_the_run_in_its_name_and_one_rank_goes_on_from_the_checkpoint_of_two(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *TINY, *RANKS, "learner.tensor_parallel=2", "train.num_steps=5000") as live:
+def test_death_of_one_rank_ends_the_run_in_its_name_and_one_rank_goes_on_from_the_checkpoint_of_two(
+    tmp_path: Path,
+) -> None:
+    with running(
+        tmp_path / "run", *TINY, *RANKS, "learner.tensor_parallel=2", "train.num_steps=5000"
+    ) as live:
         live.wait_for(r"^step +5/")
         os.kill(live.pid("learner-1"), signal.SIGKILL)
         run = live.finish(timeout_s=20.0)
@@ -91,6 +123,8 @@ def test_death_of_one_rank_ends_the_run_in_its_name_and_one_rank_goes_on_from_th
     checkpoint = Path(run.summary["checkpoint"])
     version = int(checkpoint.name.removeprefix("step_"))
     assert version >= 2
-    alone = finished(tmp_path / "run", "learner.tensor_parallel=1", f"train.num_steps={version + 2}", config=None)
+    alone = finished(
+        tmp_path / "run", "learner.tensor_parallel=1", f"train.num_steps={version + 2}", config=None
+    )
     assert alone.exit_code == 0, alone.output
     assert [row["step"] for row in alone.metrics] == list(range(version + 2))

@@ -21,31 +21,65 @@ HERE = (f"data.heldout=aime24={EVALUATION_SETS['aime24']}", f"data.check_against
 
 @needs_data
 @pytest.mark.ray
-def test_real_prompts_that_a_random_model_never_solves_end_by_patience_with_a_clear_message(tmp_path: Path) -> None:
+def test_real_prompts_that_a_random_model_never_solves_end_by_patience_with_a_clear_message(
+    tmp_path: Path,
+) -> None:
     # A part of the file, for tokenising all of it takes longer than the run; it holds five evaluation problems.
     part = tmp_path / "part.jsonl"
-    part.write_bytes(b"".join((DATA / "dapo_math_17k" / "data.jsonl").read_bytes().splitlines(keepends=True)[5000:7000]))
-    small = ("replay.patience=16", "evaluation.num_prompts=4", "tracking.mlflow=null", "rollout.max_response_tokens=8", "train.sample_groups=8")
-    run = finished(tmp_path / "run", f"data.train=dapo_math_17k={part}", *HERE, *small, config=CONFIG, timeout_s=150.0)
+    part.write_bytes(
+        b"".join(
+            (DATA / "dapo_math_17k" / "data.jsonl")
+            .read_bytes()
+            .splitlines(keepends=True)[5000:7000]
+        )
+    )
+    small = (
+        "replay.patience=16",
+        "evaluation.num_prompts=4",
+        "tracking.mlflow=null",
+        "rollout.max_response_tokens=8",
+        "train.sample_groups=8",
+    )
+    run = finished(
+        tmp_path / "run",
+        f"data.train=dapo_math_17k={part}",
+        *HERE,
+        *small,
+        config=CONFIG,
+        timeout_s=150.0,
+    )
     summary = run.summary
     assert (run.exit_code, summary["status"], summary["steps"]) == (1, "failed", 0), run.output
-    assert summary["reason"].startswith("the filters rejected 16 groups in a row (all_wrong 16); read the run's rollouts: all_wrong means too hard ")
+    assert summary["reason"].startswith(
+        "the filters rejected 16 groups in a row (all_wrong 16); read the run's rollouts: all_wrong means too hard "
+    )
     assert summary["groups"]["rejected"]["all_wrong"] == summary["groups"]["admitted"] >= 16
     check_conservation(summary["groups"])
     left_out = "20 of another language (rows 385, 391, 394, …), 5 contaminated (rows 576, 674, 924, …), 495 over-long (rows 31, 32, 42, …)"
     known = "evaluation problems among them, left out: math500 5"
-    assert f"1480 prompts of 276 to 640 tokens from dapo_math_17k; left out: {left_out}; {known}\n" in run.output
-    assert "held-out   20 prompts of 354 to 633 tokens from aime24; left out: 10 over-long (rows 0, 5, 8, …)\n" in run.output
+    assert (
+        f"1480 prompts of 276 to 640 tokens from dapo_math_17k; left out: {left_out}; {known}\n"
+        in run.output
+    )
+    assert (
+        "held-out   20 prompts of 354 to 633 tokens from aime24; left out: 10 over-long (rows 0, 5, 8, …)\n"
+        in run.output
+    )
     assert f"failed: {summary['reason']}\n" in run.output
 
 
 @needs_data
 def test_a_real_problem_is_its_bytes_in_the_words_of_dapo() -> None:
     tokenizer = load_tokenizer(Path(knobs.load(CONFIG).model.path))
-    problem = json.loads((DATA / "dapo_math_17k" / "data.jsonl").read_text().splitlines()[0])["problem"] + " 求"
+    problem = (
+        json.loads((DATA / "dapo_math_17k" / "data.jsonl").read_text().splitlines()[0])["problem"]
+        + " 求"
+    )
     (ids,) = tokenizer([TEMPLATES["dapo"].replace("{problem}", problem)])["input_ids"]
     assert len(ids) == len(TEMPLATES["dapo"].replace("{problem}", problem).encode())
-    assert tokenizer.decode(ids).endswith(f'{problem}\n\nRemember to put your answer on its own line after "Answer:".')
+    assert tokenizer.decode(ids).endswith(
+        f'{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+    )
 
 
 def test_the_random_model_here_is_the_one_of_its_script(tmp_path: Path) -> None:
@@ -53,8 +87,16 @@ def test_the_random_model_here_is_the_one_of_its_script(tmp_path: Path) -> None:
 
     committed = Path(knobs.load(CONFIG).model.path)
     script = committed.parent / "make_random.py"
-    subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True, capture_output=True, timeout=120)
-    ours, made = load_file(committed / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    subprocess.run(
+        [sys.executable, str(script), "--out", str(tmp_path)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    ours, made = (
+        load_file(committed / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert ours.keys() == made.keys()
     assert all(ours[name].equal(made[name]) for name in ours)
     assert sum(tensor.numel() for tensor in ours.values()) == 29_056

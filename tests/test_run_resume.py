@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from run_support import QUICKSTART, TINY, Finished, check_checkpoint, check_conservation, command, finished, read_rows, running, write_rows
+from run_support import (
+    QUICKSTART,
+    TINY,
+    Finished,
+    check_checkpoint,
+    check_conservation,
+    command,
+    finished,
+    read_rows,
+    running,
+    write_rows,
+)
 from tracking_world import check_history
 
 from dapo_async import config as knobs
@@ -43,14 +54,21 @@ BY_THE_CLOCK = (
 
 
 def same_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if not name.startswith(BY_THE_CLOCK)} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(BY_THE_CLOCK)}
+        for row in rows
+    ]
 
 
 def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> None:
     """Weights, optimizer, replay room, metrics and every token, bit for bit."""
-    ours, theirs = (each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other))
+    ours, theirs = (
+        each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other)
+    )
     first, second = read_state(ours / "learner"), read_state(theirs / "learner")
-    assert (ours / "learner" / "learner.json").read_text() == (theirs / "learner" / "learner.json").read_text()
+    assert (ours / "learner" / "learner.json").read_text() == (
+        theirs / "learner" / "learner.json"
+    ).read_text()
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -58,17 +76,29 @@ def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> Non
     assert same_steps(run.metrics) == same_steps(other.metrics)
     for step in range(num_steps):
         assert run.rollouts(step) == other.rollouts(step)
-        for group, twin in zip(*(read_groups(each.root / "recorded" / f"step_{step:06d}.safetensors") for each in (run, other)), strict=True):
+        for group, twin in zip(
+            *(
+                read_groups(each.root / "recorded" / f"step_{step:06d}.safetensors")
+                for each in (run, other)
+            ),
+            strict=True,
+        ):
             for rollout, copy in zip(group.rollouts, twin.rollouts, strict=True):
-                assert (rollout.completion.behaviour_logprobs == copy.completion.behaviour_logprobs).all()
+                assert (
+                    rollout.completion.behaviour_logprobs == copy.completion.behaviour_logprobs
+                ).all()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was_not(tmp_path: Path) -> None:
+def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was_not(
+    tmp_path: Path,
+) -> None:
     whole = finished(tmp_path / "whole", *LOCKSTEP)
     assert whole.exit_code == 0, whole.output
-    assert sum(row.get("refill_waves", 0) for row in whole.metrics) > 0, "no group was rejected: the waves were not put to the test"
+    assert sum(row.get("refill_waves", 0) for row in whole.metrics) > 0, (
+        "no group was rejected: the waves were not put to the test"
+    )
     rng = random.Random(time.time_ns())
     config: Path | None = QUICKSTART
     killed_at = []
@@ -89,7 +119,10 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     assert_same_course(resumed, whole, num_steps=28)
     # The learner alone repeats every number of the run that had several lives; one changed digit is seen.
     again = command("replay", str(resumed.root))
-    assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "all 28 steps are equal, bit for bit"), again.stdout + again.stderr
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (
+        0,
+        "all 28 steps are equal, bit for bit",
+    ), again.stdout + again.stderr
     rows = resumed.metrics
     rows[7]["loss"] = math.nextafter(rows[7]["loss"], 1.0)
     write_rows(resumed.root / "metrics.jsonl", rows)
@@ -121,8 +154,15 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
         live.seconds_until_nothing_is_left(timeout_s=20.0)
     summary, trained = interrupted.summary, len(interrupted.metrics)
     assert (root / "dynamics.png").exists()
-    check_checkpoint(Path(summary["checkpoint"]))  # here: the second life deletes it when it has newer ones
-    return Lives(interrupted, summary, trained, finished(root, f"train.num_steps={trained + MORE}", config=None))
+    check_checkpoint(
+        Path(summary["checkpoint"])
+    )  # here: the second life deletes it when it has newer ones
+    return Lives(
+        interrupted,
+        summary,
+        trained,
+        finished(root, f"train.num_steps={trained + MORE}", config=None),
+    )
 
 
 @pytest.mark.ray
@@ -172,7 +212,9 @@ def test_resumed_run_goes_on_in_its_mlflow_run(lives: Lives) -> None:
     assert run.summary["mlflow_run_id"] == lives.summary["mlflow_run_id"]
     client = MlflowClient(f"sqlite:///{run.root.parent}/mlflow.db")
     check_history(client, run.summary["mlflow_run_id"], run.metrics)
-    assert client.get_run(run.summary["mlflow_run_id"]).data.tags["resumed.train.num_steps"] == str(steps)
+    assert client.get_run(run.summary["mlflow_run_id"]).data.tags["resumed.train.num_steps"] == str(
+        steps
+    )
     assert f"mlflow ui --backend-store-uri sqlite:///{run.root.parent}/mlflow.db" in run.output
 
 
@@ -216,14 +258,22 @@ def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
     from dapo_async.runtime.inputs import check_inputs
     from dapo_async.runtime.resume import find_resume_point, resumed_config
 
-    root, data = tmp_path / "run", write_rows(tmp_path / "train.jsonl", [{"prompt": "11", "answer": "2"}])
+    root, data = (
+        tmp_path / "run",
+        write_rows(tmp_path / "train.jsonl", [{"prompt": "11", "answer": "2"}]),
+    )
     state = root / "checkpoints" / "step_000002" / "state"
     state.mkdir(parents=True)
     config = knobs.load(QUICKSTART, [f"data.train={data}"])
     (root / "config.yaml").write_text(knobs.to_yaml(config))
     began_with = check_inputs(config).fingerprint
     (state / "driver.json").write_text(f'{{"train_data": "{began_with}"}}')
-    assert find_resume_point(resumed_config(root, []), train_data=check_inputs(config).fingerprint).version == 2
+    assert (
+        find_resume_point(
+            resumed_config(root, []), train_data=check_inputs(config).fingerprint
+        ).version
+        == 2
+    )
     write_rows(data, [{"prompt": "12", "answer": "4"}])
     with pytest.raises(ValueError, match="does not give the prompts that this run began with"):
         find_resume_point(resumed_config(root, []), train_data=check_inputs(config).fingerprint)

@@ -12,9 +12,27 @@ from typing import Any
 
 import psutil
 import pytest
-from run_support import TINY, Finished, check_checkpoint, check_conservation, check_staleness, command, finished, running
+from run_support import (
+    TINY,
+    Finished,
+    check_checkpoint,
+    check_conservation,
+    check_staleness,
+    command,
+    finished,
+    running,
+)
 from sglang_proxy import BREAK_OFF, proxy
-from sglang_run_support import CONFIG, SERVERS, check_restarts, hang, kill, replaced, server_of, starve
+from sglang_run_support import (
+    CONFIG,
+    SERVERS,
+    check_restarts,
+    hang,
+    kill,
+    replaced,
+    server_of,
+    starve,
+)
 
 from dapo_async import config as knobs
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
@@ -38,7 +56,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             words = server.cmdline()
             KEYS.append(json.loads(Path(words[words.index("--config") + 1]).read_text())["api-key"])
             for process in [server, *server.children(recursive=True)]:
-                LISTENING.update(each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+                LISTENING.update(
+                    each.laddr.ip
+                    for each in process.net_connections("tcp")
+                    if each.status == psutil.CONN_LISTEN
+                )
         session = replaced(live, "rollout-1", kill)
         os.kill(live.driver, signal.SIGTERM)
         run = live.finish(timeout_s=60.0)
@@ -54,7 +76,11 @@ def test_two_engines_feed_one_learner_and_a_killed_one_is_replaced(two: Finished
     check_conservation(summary["groups"])
     check_restarts(two, **{"rollout-1": 1})
     # No credit and no group was lost with the server: what ran there was generated elsewhere.
-    assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (0, 0, {})
+    assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (
+        0,
+        0,
+        {},
+    )
     assert summary["groups"]["trained"] == 4 * summary["steps"]
     for step in range(summary["steps"]):
         check_staleness(two.rollouts(step), max_staleness=2)
@@ -70,14 +96,19 @@ def test_learner_and_engines_agree_where_the_weights_are_the_same(two: Finished)
     fresh = [row["mismatch_max"] for row in two.metrics if "mismatch_max" in row]
     assert fresh
     assert 0 < max(fresh) <= 1e-4
-    assert all(row["mismatch_outside_fraction"] == 0 for row in two.metrics if "mismatch_max" in row)
+    assert all(
+        row["mismatch_outside_fraction"] == 0 for row in two.metrics if "mismatch_max" in row
+    )
 
 
 def test_servers_key_is_nowhere_in_the_run_directory(two: Finished) -> None:
     for name in ("rollout-0", "rollout-1"):
         assert "'api_key': '***'" in (two.root / "engines" / f"{name}.log").read_text()
     assert len(set(KEYS)) == 2
-    written = [two.output.encode(), *(path.read_bytes() for path in two.root.rglob("*") if path.is_file())]
+    written = [
+        two.output.encode(),
+        *(path.read_bytes() for path in two.root.rglob("*") if path.is_file()),
+    ]
     assert not any(key.encode() in content for key in KEYS for content in written)
 
 
@@ -86,18 +117,28 @@ def test_servers_of_an_own_ray_listen_on_loopback_only(two: Finished) -> None:
 
 
 def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: Path) -> None:
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "weights.transport=disk", "deadlines.silence_s=6", "deadlines.publish_s=6")
+    steps = (
+        "train.num_steps=5000",
+        "train.checkpoint_every_steps=500",
+        "weights.transport=disk",
+        "deadlines.silence_s=6",
+        "deadlines.publish_s=6",
+    )
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
         session = replaced(live, "rollout-0", hang)
-        os.kill(server_of(live.root, "rollout-0").pid, signal.SIGKILL)  # once more: rollout.max_restarts is not reached
+        os.kill(
+            server_of(live.root, "rollout-0").pid, signal.SIGKILL
+        )  # once more: rollout.max_restarts is not reached
         live.wait_for(r"started anew \(2 of 3\)$", timeout_s=60.0)
         os.kill(live.driver, signal.SIGKILL)
         assert not psutil.wait_procs(session, timeout=5.0)[1]
         live.seconds_until_nothing_is_left(timeout_s=30.0)
 
 
-def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(tmp_path: Path) -> None:
+def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(
+    tmp_path: Path,
+) -> None:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")
@@ -108,15 +149,17 @@ def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_to
         run = live.finish(timeout_s=40.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     assert run.exit_code == 1, run.output
-    assert run.summary["reason"].startswith("rollout-0 lost its engine 2 times, rollout.max_restarts is 1; the last time: http://"), run.summary[
-        "reason"
-    ]
+    assert run.summary["reason"].startswith(
+        "rollout-0 lost its engine 2 times, rollout.max_restarts is 1; the last time: http://"
+    ), run.summary["reason"]
     check_conservation(run.summary["groups"])
     check_checkpoint(Path(run.summary["checkpoint"]))
     assert not psutil.wait_procs(session, timeout=5.0)[1]
 
 
-def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server is the test's own, behind a proxy that breaks off one response of the first evaluation and one of a training step."""
     options = ServerOptions(
         model=Path(knobs.load(CONFIG).model.path), dtype="float32", device="cpu", tensor_parallel=1, num_slots=32, max_len=64, host="127.0.0.1",
@@ -125,12 +168,20 @@ def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_wait
     server, told = SGLangServer(options), Counter[str]()
 
     def tamper(path: str, answer: Any) -> Any:
-        name = answer["meta_info"]["id"].split(".") if path == "/generate" and answer != "[DONE]" else []
+        name = (
+            answer["meta_info"]["id"].split(".")
+            if path == "/generate" and answer != "[DONE]"
+            else []
+        )
         if len(name) < 3:  # a probe's, or the end of a stream
             return answer
         kind = "of a group" if int(name[2]) >= 0 else "of an evaluation"
         told[kind] += 1
-        return BREAK_OFF if (kind, told[kind]) in (("of an evaluation", 5), ("of a group", 100)) else answer
+        return (
+            BREAK_OFF
+            if (kind, told[kind]) in (("of an evaluation", 5), ("of a group", 100))
+            else answer
+        )
 
     async def train() -> Finished:
         await server.start(timeout_s=120.0)
@@ -162,13 +213,17 @@ def test_server_of_several_ranks_takes_part_with_each_of_them(tmp_path: Path) ->
 
 
 def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.server_flags=--no-such-flag", timeout_s=120.0)
+    run = finished(
+        tmp_path / "run", *TINY, *SERVERS, "rollout.server_flags=--no-such-flag", timeout_s=120.0
+    )
     assert run.exit_code == 1
     assert "the SGLang server ended with code 2 while it started" in run.summary["reason"]
     assert "--no-such-flag" in run.summary["reason"]
 
 
-def test_config_of_the_quickstart_differs_from_the_torch_ones_by_the_engine_and_the_length_only() -> None:
+def test_config_of_the_quickstart_differs_from_the_torch_ones_by_the_engine_and_the_length_only() -> (
+    None
+):
     sglang, torch = knobs.load(CONFIG), knobs.load(CONFIG.with_name("quickstart.yaml"))
     names = [name for name, *_ in knobs.knobs()]
 
@@ -177,5 +232,8 @@ def test_config_of_the_quickstart_differs_from_the_torch_ones_by_the_engine_and_
             config = getattr(config, part)
         return config
 
-    assert [name for name in names if value(sglang, name) != value(torch, name)] == ["rollout.engine", "train.num_steps"]
+    assert [name for name in names if value(sglang, name) != value(torch, name)] == [
+        "rollout.engine",
+        "train.num_steps",
+    ]
     assert command("train", str(CONFIG), "--dry-run").returncode == 0

@@ -16,7 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from run_support import COMMAND, MARKER, QUICKSTART, TINY, Finished, environment, finished, processes_of
+from run_support import (
+    COMMAND,
+    MARKER,
+    QUICKSTART,
+    TINY,
+    Finished,
+    environment,
+    finished,
+    processes_of,
+)
 from tracking_world import silent_port
 
 pytestmark = pytest.mark.ray
@@ -32,9 +41,23 @@ class Terminal:
         self.root, self._mark, self._shown = root, uuid.uuid4().hex, b""
         self._window, inside = os.openpty()
         termios.tcsetwinsize(inside, (40, 120))
-        arguments = [sys.executable, "-c", LOGIN, COMMAND, "train", str(QUICKSTART), *TINY, *overrides, f"run_dir={root}"]
+        arguments = [
+            sys.executable,
+            "-c",
+            LOGIN,
+            COMMAND,
+            "train",
+            str(QUICKSTART),
+            *TINY,
+            *overrides,
+            f"run_dir={root}",
+        ]
         self._process = subprocess.Popen(
-            arguments, stdin=inside, stdout=inside, stderr=inside, env=environment(**{MARKER: self._mark, "TERM": "xterm"})
+            arguments,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            env=environment(**{MARKER: self._mark, "TERM": "xterm"}),
         )
         os.close(inside)
         self._closing = threading.Event()
@@ -60,7 +83,9 @@ class Terminal:
     def wait_for(self, pattern: str, *, timeout_s: float = 180.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not re.search(pattern, CONTROLS.sub("", self.shown)):
-            assert self._process.poll() is None, f"the run ended before it showed {pattern!r}:\n{self.shown}"
+            assert self._process.poll() is None, (
+                f"the run ended before it showed {pattern!r}:\n{self.shown}"
+            )
             assert time.monotonic() < deadline_s, f"no {pattern!r} in {timeout_s} s:\n{self.shown}"
             time.sleep(0.01)
 
@@ -100,15 +125,26 @@ def test_a_person_before_a_terminal_sees_the_display_and_lines_above_it(tmp_path
         raw = window.shown
     assert run.exit_code == 0, run.output
     assert "\x1b[1A" in raw, "nothing ever moved"
-    for fact in ("step 6/6", "learner ", "initial evaluation of version 0", "held-out v6", "of training left", "done: all steps trained"):
+    for fact in (
+        "step 6/6",
+        "learner ",
+        "initial evaluation of version 0",
+        "held-out v6",
+        "of training left",
+        "done: all steps trained",
+    ):
         assert fact in run.output, run.output
-    assert not re.search(r"^step +\d+/6 +\d", run.output, re.MULTILINE), "the lines of a log do not belong on a terminal"
+    assert not re.search(r"^step +\d+/6 +\d", run.output, re.MULTILINE), (
+        "the lines of a log do not belong on a terminal"
+    )
     assert run.output.rindex("step 6/6") < run.output.rindex("done: all steps trained")
     assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l"), "the cursor stayed hidden"
     assert run.summary["caught"] == {}
 
 
-def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(tmp_path: Path) -> None:
+def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(
+    tmp_path: Path,
+) -> None:
     with terminal(tmp_path / "run", "train.num_steps=60") as window:
         window.wait_for(r"step [1-9]\d*/60")
         window.close_window()
@@ -120,12 +156,20 @@ def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(tmp
 
 def test_run_whose_tracking_server_never_answers_says_so_once_and_ends_well(tmp_path: Path) -> None:
     with silent_port() as port:
-        run = finished(tmp_path / "run", *TINY, f"tracking.mlflow=http://me:secret@127.0.0.1:{port}")
+        run = finished(
+            tmp_path / "run", *TINY, f"tracking.mlflow=http://me:secret@127.0.0.1:{port}"
+        )
     assert run.exit_code == 0, run.output
     assert run.output.count("MLflow") == 1
     assert "MLflow at http://***@127.0.0.1:" in run.output
     assert len(run.metrics) == 6
     assert run.summary["mlflow_run_id"] is None
-    assert sum(count for name, count in run.summary["caught"].items() if name.startswith("mlflow: ")) == sum(run.summary["caught"].values()) > 0
-    told = [path for path in run.root.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+    assert (
+        sum(count for name, count in run.summary["caught"].items() if name.startswith("mlflow: "))
+        == sum(run.summary["caught"].values())
+        > 0
+    )
+    told = [
+        path for path in run.root.rglob("*") if path.is_file() and b"secret" in path.read_bytes()
+    ]
     assert not told, f"the password is in {told}"

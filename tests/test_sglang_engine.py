@@ -26,7 +26,9 @@ from dapo_async.rollout import Aborted
 from dapo_async.types import FinishReason, Group, Prompt, Rollout
 
 pytestmark = pytest.mark.sglang
-on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)  # the same server as that of the test of all families
+on_one_family = pytest.mark.parametrize(
+    "world", ["qwen3"], indirect=True
+)  # the same server as that of the test of all families
 
 TOLERANCE = 1e-4  # nats, float32: kernels round differently
 PROMPT = (7, 11, 13, 17, 19, 23)
@@ -37,7 +39,11 @@ async def some_tokens(engine, *, least=20):
     """Waits until every response at the server has told of so many tokens."""
     async with asyncio.timeout(30):
         while True:
-            responses = [response for group in engine._running.values() for response in group.responses.values()]
+            responses = [
+                response
+                for group in engine._running.values()
+                for response in group.responses.values()
+            ]
             if responses and all(len(response.token_ids) >= least for response in responses):
                 return
             await asyncio.sleep(0.01)
@@ -48,7 +54,10 @@ def test_behaviour_logprobs_are_those_of_the_model_at_the_temperature(world):
     async def generate():
         async with world.engine() as engine:
             greedy = request(2, PROMPT, max_tokens=12, temperature=0.0)
-            return await asyncio.gather(engine.generate(request(1, PROMPT, siblings=4, temperature=0.7)), engine.generate(greedy))
+            return await asyncio.gather(
+                engine.generate(request(1, PROMPT, siblings=4, temperature=0.7)),
+                engine.generate(greedy),
+            )
 
     sampled, (greedy,) = asyncio.run(generate())
     decoder = load_decoder(world.folder)
@@ -63,7 +72,9 @@ def test_behaviour_logprobs_are_those_of_the_model_at_the_temperature(world):
     with torch.no_grad():
         chosen = forward_logprobs(world.base, PROMPT, greedy.token_ids)
         np.testing.assert_allclose(greedy.behaviour_logprobs, chosen, atol=TOLERANCE, rtol=0)
-        learner = score_tokens(decoder, np.asarray([*PROMPT, *greedy.token_ids], dtype=np.int32))[len(PROMPT) - 1 :]
+        learner = score_tokens(decoder, np.asarray([*PROMPT, *greedy.token_ids], dtype=np.int32))[
+            len(PROMPT) - 1 :
+        ]
         np.testing.assert_allclose(greedy.behaviour_logprobs, learner, atol=TOLERANCE, rtol=0)
 
 
@@ -88,10 +99,14 @@ def test_response_ends_with_its_stop_token(world):
 def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transport):
     async def generate():
         async with world.engine(mode) as engine:
-            running = asyncio.create_task(engine.generate(request(1, PROMPT, siblings=4, max_tokens=LONG)))
+            running = asyncio.create_task(
+                engine.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
+            )
             await some_tokens(engine)
             if transport == "disk":
-                attested = await engine.update(from_disk(engine._client, world.other_folder), version=5, probe_ids=PROBE)
+                attested = await engine.update(
+                    from_disk(engine._client, world.other_folder), version=5, probe_ids=PROBE
+                )
             else:
                 async with broadcasting(engine._client, world.other_folder) as load:
                     attested = await engine.update(load, version=5, probe_ids=PROBE)
@@ -101,11 +116,26 @@ def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transpo
 
     (incarnation, report), before, after = asyncio.run(generate())
     assert (incarnation, report.version) == (INCARNATION, 5)
-    np.testing.assert_allclose(report.probe_before, forward_logprobs(world.base, PROBE[:1], PROBE[1:]), atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(report.probe_after, forward_logprobs(world.other, PROBE[:1], PROBE[1:]), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        report.probe_before,
+        forward_logprobs(world.base, PROBE[:1], PROBE[1:]),
+        atol=TOLERANCE,
+        rtol=0,
+    )
+    np.testing.assert_allclose(
+        report.probe_after,
+        forward_logprobs(world.other, PROBE[:1], PROBE[1:]),
+        atol=TOLERANCE,
+        rtol=0,
+    )
     # The same prompt again: nothing that the old weights left in the cache is used.
     assert set(after.weight_versions.tolist()) == {5}
-    np.testing.assert_allclose(after.behaviour_logprobs, forward_logprobs(world.other, PROMPT, after.token_ids), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        after.behaviour_logprobs,
+        forward_logprobs(world.other, PROMPT, after.token_ids),
+        atol=TOLERANCE,
+        rtol=0,
+    )
     assert (report.recomputed_tokens > 0) == (mode == "recompute")
     for completion in before:
         old = completion.weight_versions == 0
@@ -113,7 +143,9 @@ def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transpo
         assert completion.prefill_version == 0
         assert sorted(completion.weight_versions.tolist()) == completion.weight_versions.tolist()
         expected = forward_logprobs(world.base, PROMPT, completion.token_ids)
-        np.testing.assert_allclose(completion.behaviour_logprobs[old], expected[old], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            completion.behaviour_logprobs[old], expected[old], atol=TOLERANCE, rtol=0
+        )
         if mode == "drain":
             assert old.all()
             continue
@@ -132,9 +164,13 @@ def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
 
     async def generate():
         async with world.engine("keep_kv") as engine:
-            running = asyncio.create_task(engine.generate(request(1, PROMPT, siblings=4, max_tokens=LONG)))
+            running = asyncio.create_task(
+                engine.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
+            )
             await some_tokens(engine)
-            await engine.update(from_disk(engine._client, world.other_folder), version=5, probe_ids=PROBE)
+            await engine.update(
+                from_disk(engine._client, world.other_folder), version=5, probe_ids=PROBE
+            )
             return [await running, await engine.generate(request(2, PROMPT, siblings=4))]
 
     answers = asyncio.run(generate())
@@ -143,19 +179,33 @@ def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
         Group(
             number,
             prompt,
-            tuple(Rollout(completion, "", 0.0, float(sibling % 2), None) for sibling, completion in enumerate(answer)),
+            tuple(
+                Rollout(completion, "", 0.0, float(sibling % 2), None)
+                for sibling, completion in enumerate(answer)
+            ),
             "test",
             1.0,
         )
         for number, answer in enumerate(answers)
     ]
-    rank = LearnerRank(load_decoder(world.other_folder), algorithm=Algorithm(), learner=Learner(), seed=0, version=5)
+    rank = LearnerRank(
+        load_decoder(world.other_folder),
+        algorithm=Algorithm(),
+        learner=Learner(),
+        seed=0,
+        version=5,
+    )
     metrics = rank.step(groups).flat()
 
     gaps = {"mismatch": [], "kv_gap": []}
     for completion in (completion for answer in answers for completion in answer):
-        gap = forward_logprobs(world.other, PROMPT, completion.token_ids).astype(np.float64) - completion.behaviour_logprobs
-        gaps["mismatch" if completion.prefill_version == 5 else "kv_gap"] += gap[completion.weight_versions == 5].tolist()
+        gap = (
+            forward_logprobs(world.other, PROMPT, completion.token_ids).astype(np.float64)
+            - completion.behaviour_logprobs
+        )
+        gaps["mismatch" if completion.prefill_version == 5 else "kv_gap"] += gap[
+            completion.weight_versions == 5
+        ].tolist()
     fresh, stale = np.array(gaps["mismatch"]), np.array(gaps["kv_gap"])
     assert len(fresh) == 4 * 40
     assert len(stale) > 100
@@ -172,7 +222,12 @@ def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
 def test_aborted_group_leaves_and_the_others_go_on(world):
     async def generate():
         async with world.engine() as engine:
-            groups = [asyncio.create_task(engine.generate(request(key, PROMPT, siblings=8, max_tokens=LONG))) for key in (1, 12, 3)]
+            groups = [
+                asyncio.create_task(
+                    engine.generate(request(key, PROMPT, siblings=8, max_tokens=LONG))
+                )
+                for key in (1, 12, 3)
+            ]
             await some_tokens(engine, least=8)
             await engine.abort([1, 3, 99])  # 3 still waits for slots, and 99 was never here
             outcomes = await asyncio.gather(*groups, return_exceptions=True)
@@ -184,14 +239,19 @@ def test_aborted_group_leaves_and_the_others_go_on(world):
     assert [len(completion.token_ids) for completion in outcomes[1]] == [LONG] * 8
     assert len(last) == NUM_SLOTS
     assert use.occupied > 0
-    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(NUM_SLOTS * use.elapsed_s)
+    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(
+        NUM_SLOTS * use.elapsed_s
+    )
 
 
 @on_one_family
 def test_group_may_come_again_at_once(world):
     async def generate():
         async with world.engine() as engine:
-            return [await engine.generate(request(1, PROMPT, siblings=NUM_SLOTS, max_tokens=8)) for _ in range(20)]
+            return [
+                await engine.generate(request(1, PROMPT, siblings=NUM_SLOTS, max_tokens=8))
+                for _ in range(20)
+            ]
 
     for completions in asyncio.run(generate()):
         assert [len(completion.token_ids) for completion in completions] == [8] * NUM_SLOTS

@@ -72,27 +72,43 @@ FAULTS = {
     "nan": (later(without_a_number), "without a finite logprob for each"),
     "no logprobs": (later(without_logprobs), "without a finite logprob for each"),
     "foreign version": (later(of_another_run), "attests .*another:0.*; this run is test"),
-    "foreign weights": (later(under_foreign_weights), "serves another:0 in the midst of a response; this run is test"),
+    "foreign weights": (
+        later(under_foreign_weights),
+        "serves another:0 in the midst of a response; this run is test",
+    ),
     "version missing": (later(of_no_version_at_the_end), "attests versions for 39 of 40 tokens"),
     "broken off": (later(lambda told: BREAK_OFF), "broke off generate"),
-    "silent": (later(lambda told: STALL), r"sent nothing for 1 s while it generated \(deadlines.silence_s\)"),
+    "silent": (
+        later(lambda told: STALL),
+        r"sent nothing for 1 s while it generated \(deadlines.silence_s\)",
+    ),
     "garbage": (later(lambda told: GARBAGE), "sent something else than a piece of a response"),
 }
 
 
 @on_one_family
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(world: World, fault: str) -> None:
+def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(
+    world: World, fault: str
+) -> None:
     tamper, line = FAULTS[fault]
 
     async def generate():
         async with world.engine() as prepared, proxy(world.server.url, tamper) as url:
             client = SGLangClient(url, api_key=world.server.api_key, silence_s=1.0)
-            engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            engine = SGLangEngine(
+                client,
+                StateClock("test"),
+                num_slots=NUM_SLOTS,
+                weight_update="recompute",
+                incarnation="test",
+            )
             with pytest.raises(EngineFault, match=line) as told:
                 await engine.generate(request(1, PROMPT, siblings=4))
             assert url in str(told.value)
-            assert bool(told.value.heads) == ("version" not in fault and "weights" not in fault)  # of wrong weights nothing is handed on
+            assert bool(told.value.heads) == (
+                "version" not in fault and "weights" not in fault
+            )  # of wrong weights nothing is handed on
             right = SGLangClient(world.server.url, api_key=world.server.api_key)
             await engine.reconnect(right)
             assert (engine.version, prepared.version) == (-1, 0)
@@ -102,8 +118,12 @@ def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(wo
             return completions, engine.slot_use()
 
     completions, use = asyncio.run(generate())
-    assert {version for completion in completions for version in completion.weight_versions.tolist()} == {3}
-    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(NUM_SLOTS * use.elapsed_s)
+    assert {
+        version for completion in completions for version in completion.weight_versions.tolist()
+    } == {3}
+    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(
+        NUM_SLOTS * use.elapsed_s
+    )
 
 
 @on_one_family
@@ -120,7 +140,13 @@ def test_response_goes_on_elsewhere_from_where_the_lost_server_had_told_of_it(wo
     async def generate():
         async with world.engine() as engine, proxy(world.server.url, tamper) as url:
             client = SGLangClient(url, api_key=world.server.api_key)
-            lossy = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            lossy = SGLangEngine(
+                client,
+                StateClock("test"),
+                num_slots=NUM_SLOTS,
+                weight_update="recompute",
+                incarnation="test",
+            )
             with pytest.raises(EngineFault) as fault:
                 await lossy.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
             await lossy.close()
@@ -137,7 +163,12 @@ def test_response_goes_on_elsewhere_from_where_the_lost_server_had_told_of_it(wo
         assert completion.behaviour_logprobs[:length].tolist() == head.behaviour_logprobs.tolist()
         assert (len(completion.token_ids), completion.finish_reason) == (LONG, FinishReason.LENGTH)
         assert completion.weight_versions.tolist() == [0] * LONG
-        np.testing.assert_allclose(completion.behaviour_logprobs, forward_logprobs(world.base, PROMPT, completion.token_ids), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            completion.behaviour_logprobs,
+            forward_logprobs(world.base, PROMPT, completion.token_ids),
+            atol=1e-4,
+            rtol=0,
+        )
 
 
 @on_one_family
@@ -145,7 +176,11 @@ def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
     async def generate():
         async with world.engine() as engine:
             first, second = await engine.generate(request(1, PROMPT, siblings=2))
-            return first, await engine.generate(replace(request(2, PROMPT, siblings=2), heads=(first, None))), second
+            return (
+                first,
+                await engine.generate(replace(request(2, PROMPT, siblings=2), heads=(first, None))),
+                second,
+            )
 
     first, (kept, anew), second = asyncio.run(generate())
     assert kept is first
@@ -155,13 +190,26 @@ def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
 @on_one_family
 def test_response_that_had_ended_when_its_server_was_lost_is_whole(world: World) -> None:
     async def generate():
-        async with world.engine() as engine, proxy(world.server.url, lambda path, told: BREAK_OFF if told == "[DONE]" else told) as url:
+        async with (
+            world.engine() as engine,
+            proxy(
+                world.server.url, lambda path, told: BREAK_OFF if told == "[DONE]" else told
+            ) as url,
+        ):
             client = SGLangClient(url, api_key=world.server.api_key)
-            lossy = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+            lossy = SGLangEngine(
+                client,
+                StateClock("test"),
+                num_slots=NUM_SLOTS,
+                weight_update="recompute",
+                incarnation="test",
+            )
             with pytest.raises(EngineFault) as fault:
                 await lossy.generate(request(1, PROMPT, max_tokens=5))
             await lossy.close()
-            return fault.value.heads, await engine.generate(replace(request(1, PROMPT, max_tokens=5), heads=fault.value.heads))
+            return fault.value.heads, await engine.generate(
+                replace(request(1, PROMPT, max_tokens=5), heads=fault.value.heads)
+            )
 
     (head,), (completion,) = asyncio.run(generate())
     assert head.finish_reason is FinishReason.LENGTH
@@ -178,17 +226,23 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
             async def fail(weight_version, flush):
                 raise EngineFault("killed")
 
-            running = asyncio.create_task(engine.generate(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG)))
+            running = asyncio.create_task(
+                engine.generate(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG))
+            )
             await asyncio.sleep(0.1)
             with pytest.raises(EngineFault, match="killed"):
                 await engine.update(fail, version=1, probe_ids=PROBE)
             right = SGLangClient(world.server.url, api_key=world.server.api_key)
             async with asyncio.timeout(10):
                 await engine.reconnect(right)
-            with pytest.raises(EngineFault, match="was lost before a response could be sent there") as fault:
+            with pytest.raises(
+                EngineFault, match="was lost before a response could be sent there"
+            ) as fault:
                 await running
             await engine.update(from_disk(right, world.folder), version=2, probe_ids=PROBE)
-            again = replace(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG), heads=fault.value.heads)
+            again = replace(
+                request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG), heads=fault.value.heads
+            )
             return fault.value.heads, await engine.generate(again)
 
     heads, completions = asyncio.run(generate())
@@ -197,7 +251,9 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
 
 
 @on_one_family
-def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_than_a_fault(world: World) -> None:
+def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_than_a_fault(
+    world: World,
+) -> None:
     async def ask():
         async with world.engine() as engine:
             running = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
@@ -216,7 +272,13 @@ def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_tha
 def test_server_that_is_not_there_or_fails_is_a_fault_of_every_call(world: World) -> None:
     async def ask(url: str) -> list[str]:
         client = SGLangClient(url, api_key=world.server.api_key, silence_s=5.0)
-        engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
+        engine = SGLangEngine(
+            client,
+            StateClock("test"),
+            num_slots=NUM_SLOTS,
+            weight_update="recompute",
+            incarnation="test",
+        )
         lines = []
         for call in (
             engine.generate(request(1, PROMPT, siblings=2)),
@@ -252,8 +314,16 @@ def test_version_that_the_server_names_is_told_as_it_is(world: World) -> None:
     async def update():
         async with proxy(world.server.url, tamper) as url:
             client = SGLangClient(url, api_key=world.server.api_key)
-            engine = SGLangEngine(client, StateClock("test"), num_slots=NUM_SLOTS, weight_update="recompute", incarnation="test")
-            incarnation, report = await engine.update(from_disk(client, world.folder), version=5, probe_ids=PROBE)
+            engine = SGLangEngine(
+                client,
+                StateClock("test"),
+                num_slots=NUM_SLOTS,
+                weight_update="recompute",
+                incarnation="test",
+            )
+            incarnation, report = await engine.update(
+                from_disk(client, world.folder), version=5, probe_ids=PROBE
+            )
             await engine.close()
             return incarnation, report.version
 

@@ -33,10 +33,20 @@ server.serve_forever()
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
-    monkeypatch.setattr(ServerOptions, "command", lambda self, port: [sys.executable, "-c", STAND_IN, str(port)])
+    monkeypatch.setattr(
+        ServerOptions, "command", lambda self, port: [sys.executable, "-c", STAND_IN, str(port)]
+    )
     return SGLangServer(
         ServerOptions(
-            model=tmp_path, dtype="float32", device="cpu", tensor_parallel=1, num_slots=1, max_len=8, host="127.0.0.1", seed=0, log=tmp_path / "log"
+            model=tmp_path,
+            dtype="float32",
+            device="cpu",
+            tensor_parallel=1,
+            num_slots=1,
+            max_len=8,
+            host="127.0.0.1",
+            seed=0,
+            log=tmp_path / "log",
         )
     )
 

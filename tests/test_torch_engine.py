@@ -26,7 +26,11 @@ SIZES = {
 
 def tiny_decoder(family="qwen2", seed=1, std=0.25, **sizes):
     torch.manual_seed(seed)
-    decoder = Decoder(ModelConfig.from_dict({**SIZES, **sizes, "model_type": family, "tie_word_embeddings": FAMILIES[family]}))
+    decoder = Decoder(
+        ModelConfig.from_dict(
+            {**SIZES, **sizes, "model_type": family, "tie_word_embeddings": FAMILIES[family]}
+        )
+    )
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.ndim > 1:
@@ -41,7 +45,9 @@ def tiny_engine(family="qwen2", *, num_slots=4, max_len=64, **options):
 
 
 def group(key, prompt, *, siblings=1, max_tokens=6, temperature=1.0, stop=(), seed=0, **truncation):
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation)
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation
+    )
     return GroupRequest(key, np.array(prompt, dtype=np.int32), siblings, sampling)
 
 
@@ -68,9 +74,18 @@ def packed_logprobs(decoder, prompt, response, temperature=1.0):
 def naive_tokens(decoder, request, sibling):
     """Each token by a fresh forward over everything before it and a plain inversion of the distribution."""
     sampling, response = request.sampling, []
-    uniforms = keyed_uniforms(sampling.seed, key=request.key, siblings=range(sibling, sibling + 1), num_tokens=sampling.max_tokens)[0]
+    uniforms = keyed_uniforms(
+        sampling.seed,
+        key=request.key,
+        siblings=range(sibling, sibling + 1),
+        num_tokens=sampling.max_tokens,
+    )[0]
     for uniform in uniforms.tolist():
-        probabilities = packed_logprobs(decoder, request.prompt_ids, [*response, 0], sampling.temperature)[-1].double().exp()
+        probabilities = (
+            packed_logprobs(decoder, request.prompt_ids, [*response, 0], sampling.temperature)[-1]
+            .double()
+            .exp()
+        )
         token, below = 0, float(probabilities[0])
         while below <= uniform:
             token += 1
@@ -82,32 +97,56 @@ def naive_tokens(decoder, request, sibling):
 
 
 def chosen(logprobs, completion):
-    return logprobs.gather(-1, torch.from_numpy(completion.token_ids).long()[:, None]).squeeze(-1).numpy()
+    return (
+        logprobs.gather(-1, torch.from_numpy(completion.token_ids).long()[:, None])
+        .squeeze(-1)
+        .numpy()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family):
     engine, decoder = tiny_engine(family, num_slots=3), tiny_decoder(family)
-    requests = [group(7, [5, 6, 7], siblings=3, temperature=0.8), group(8, [1], siblings=2, max_tokens=11), group(9, [9] * 20, max_tokens=3)]
+    requests = [
+        group(7, [5, 6, 7], siblings=3, temperature=0.8),
+        group(8, [1], siblings=2, max_tokens=11),
+        group(9, [9] * 20, max_tokens=3),
+    ]
     finished = run(engine, *requests)
     for request in requests:
         for sibling, completion in enumerate(finished[request.key]):
             assert completion.token_ids.tolist() == naive_tokens(decoder, request, sibling)
-            expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids, request.sampling.temperature)
-            np.testing.assert_allclose(completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0)
+            expected = packed_logprobs(
+                decoder, request.prompt_ids, completion.token_ids, request.sampling.temperature
+            )
+            np.testing.assert_allclose(
+                completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0
+            )
             assert completion.finish_reason is FinishReason.LENGTH
 
 
 def test_on_policy_identity_holds_where_generation_and_learning_use_different_kernels():
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 32}
-    engine, decoder = TorchEngine(tiny_decoder(std=0.1, **sizes), num_slots=64, max_len=64), tiny_decoder(std=0.1, **sizes)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+    }
+    engine, decoder = (
+        TorchEngine(tiny_decoder(std=0.1, **sizes), num_slots=64, max_len=64),
+        tiny_decoder(std=0.1, **sizes),
+    )
     requests = [group(key, range(key, key + 32), siblings=8, max_tokens=32) for key in range(8)]
     finished = run(engine, *requests)
     worst = 0.0
     for request in requests:
         for completion in finished[request.key]:
             expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids)
-            worst = max(worst, float(np.abs(completion.behaviour_logprobs - chosen(expected, completion)).max()))
+            worst = max(
+                worst,
+                float(np.abs(completion.behaviour_logprobs - chosen(expected, completion)).max()),
+            )
     assert worst <= 1e-5
 
 
@@ -117,7 +156,9 @@ def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot():
     assert engine.prefilled_tokens == 10
     decoder = tiny_decoder()
     for sibling, completion in enumerate(finished[0]):
-        assert completion.token_ids.tolist() == naive_tokens(decoder, group(0, range(10, 20)), sibling)
+        assert completion.token_ids.tolist() == naive_tokens(
+            decoder, group(0, range(10, 20)), sibling
+        )
 
 
 def test_a_finished_slot_is_refilled_at_the_next_decode_step():
@@ -135,7 +176,9 @@ def test_a_finished_slot_is_refilled_at_the_next_decode_step():
 
 def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order():
     requests = [group(key, [key + 1, 2, 3], siblings=2, max_tokens=4 + key) for key in range(5)]
-    alone = {request.key: run(tiny_engine(num_slots=1), request)[request.key] for request in requests}
+    alone = {
+        request.key: run(tiny_engine(num_slots=1), request)[request.key] for request in requests
+    }
     crowded = run(tiny_engine(num_slots=7), *reversed(requests))
     for key, completions in alone.items():
         for one, other in zip(completions, crowded[key], strict=True):
@@ -163,14 +206,22 @@ def test_the_same_calls_between_the_same_steps_repeat_bit_for_bit_on_a_used_engi
 def test_a_stop_token_ends_its_response_and_is_kept():
     free = run(tiny_engine(), group(0, [5, 6], max_tokens=30))[0][0].token_ids.tolist()
     stop = free[4]
-    completion = run(tiny_engine(), group(0, [5, 6], max_tokens=30, stop=(60, stop)), group(1, [5, 6], max_tokens=3))[0][0]
+    completion = run(
+        tiny_engine(),
+        group(0, [5, 6], max_tokens=30, stop=(60, stop)),
+        group(1, [5, 6], max_tokens=3),
+    )[0][0]
     assert completion.token_ids.tolist() == free[: free.index(stop) + 1]
     assert completion.finish_reason is FinishReason.STOP
 
 
 def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone():
     engine = tiny_engine(num_slots=4)
-    requests = [group(0, [1, 2], siblings=3, max_tokens=9), group(1, [3], siblings=3, max_tokens=9), group(2, [4], max_tokens=9)]
+    requests = [
+        group(0, [1, 2], siblings=3, max_tokens=9),
+        group(1, [3], siblings=3, max_tokens=9),
+        group(2, [4], max_tokens=9),
+    ]
     for request in requests:
         engine.submit(request)
     engine.step()
@@ -181,24 +232,34 @@ def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone():
     for request in requests[1:]:
         for sibling, completion in enumerate(finished[request.key]):
             assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), request, sibling)
-    assert run(engine, requests[0])[0][2].token_ids.tolist() == naive_tokens(tiny_decoder(), requests[0], 2)
+    assert run(engine, requests[0])[0][2].token_ids.tolist() == naive_tokens(
+        tiny_decoder(), requests[0], 2
+    )
 
 
 def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_one():
-    completion = run(tiny_engine(), group(0, [5, 6], temperature=0.0), group(1, [5, 6], temperature=0.5))[0][0]
+    completion = run(
+        tiny_engine(), group(0, [5, 6], temperature=0.0), group(1, [5, 6], temperature=0.5)
+    )[0][0]
     expected = packed_logprobs(tiny_decoder(), [5, 6], completion.token_ids)
     assert completion.token_ids.tolist() == expected.argmax(-1).tolist()
-    np.testing.assert_allclose(completion.behaviour_logprobs, expected.max(-1).values.numpy(), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        completion.behaviour_logprobs, expected.max(-1).values.numpy(), atol=1e-5, rtol=0
+    )
 
 
 def test_truncated_sampling_draws_from_the_few_but_reports_the_full_distribution():
     plain = group(1, [5, 6], siblings=4, max_tokens=8)
-    finished = run(tiny_engine(num_slots=8), group(0, [5, 6], siblings=4, max_tokens=8, top_k=2), plain)
+    finished = run(
+        tiny_engine(num_slots=8), group(0, [5, 6], siblings=4, max_tokens=8, top_k=2), plain
+    )
     for completion in finished[0]:
         expected = packed_logprobs(tiny_decoder(), [5, 6], completion.token_ids)
         rank = (expected > torch.from_numpy(chosen(expected, completion))[:, None]).sum(-1)
         assert rank.max() <= 1
-        np.testing.assert_allclose(completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            completion.behaviour_logprobs, chosen(expected, completion), atol=1e-5, rtol=0
+        )
     for sibling, completion in enumerate(finished[1]):
         assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), plain, sibling)
 
@@ -214,7 +275,10 @@ def test_logits_that_are_not_finite_name_the_group():
 
 def test_a_request_that_can_never_fit_is_refused_with_its_remedy():
     engine = tiny_engine(max_len=16)
-    with pytest.raises(ValueError, match=r"prompt \(10\) \+ max_tokens \(7\) must not exceed the engine's max_len \(16\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt \(10\) \+ max_tokens \(7\) must not exceed the engine's max_len \(16\)",
+    ):
         engine.submit(group(0, range(10), max_tokens=7))
     with pytest.raises(ValueError, match="outside the model's vocabulary of 61"):
         engine.submit(group(0, [61]))
@@ -231,13 +295,18 @@ def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
     requests = [group(key, [key + 1] * 8) for key in range(3)]
     finished = run(engine, *requests)
     for request in requests:
-        assert finished[request.key][0].token_ids.tolist() == naive_tokens(tiny_decoder(), request, 0)
+        assert finished[request.key][0].token_ids.tolist() == naive_tokens(
+            tiny_decoder(), request, 0
+        )
 
 
 def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens():
     # Random stops empty neighbouring and scattered slots at once: each way of moving the last ones into the holes is taken.
     stop = tuple(range(12))
-    requests = [group(key, [3, 4, 5 + key % 7], siblings=1 + key % 5, max_tokens=20, stop=stop) for key in range(40)]
+    requests = [
+        group(key, [3, 4, 5 + key % 7], siblings=1 + key % 5, max_tokens=20, stop=stop)
+        for key in range(40)
+    ]
     crowded = run(tiny_engine(num_slots=48), *requests)
     for request in requests:
         for sibling, alone in enumerate(run(tiny_engine(num_slots=8), request)[request.key]):

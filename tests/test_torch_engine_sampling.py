@@ -24,29 +24,48 @@ def reference_uniform(*scalars):
 
 def test_noise_equals_a_plain_integer_reference():
     noise = keyed_uniforms(7, key=123456789, siblings=range(2, 5), num_tokens=4)
-    expected = [[reference_uniform(7, 123456789, sibling, token) for token in range(4)] for sibling in range(2, 5)]
+    expected = [
+        [reference_uniform(7, 123456789, sibling, token) for token in range(4)]
+        for sibling in range(2, 5)
+    ]
     assert noise.tolist() == expected
     assert 0 <= keyed_uniforms(-3, key=2**63, siblings=range(1), num_tokens=1)[0, 0] < 1
 
 
 def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblings_and_tokens():
-    noise = np.stack([[keyed_uniforms(seed, key=key, siblings=range(16), num_tokens=64) for key in range(32)] for seed in range(4)])
+    noise = np.stack(
+        [
+            [keyed_uniforms(seed, key=key, siblings=range(16), num_tokens=64) for key in range(32)]
+            for seed in range(4)
+        ]
+    )
     size = noise.size  # 131072
     counts, _ = np.histogram(noise, bins=64, range=(0, 1))
-    assert ((counts - size / 64) ** 2 / (size / 64)).sum() < 125  # chi-square with 63 degrees of freedom: p < 1e-5 beyond
+    assert (
+        (counts - size / 64) ** 2 / (size / 64)
+    ).sum() < 125  # chi-square with 63 degrees of freedom: p < 1e-5 beyond
     for axis in range(4):
-        one, other = np.moveaxis(noise, axis, 0)[:-1].ravel(), np.moveaxis(noise, axis, 0)[1:].ravel()
+        one, other = (
+            np.moveaxis(noise, axis, 0)[:-1].ravel(),
+            np.moveaxis(noise, axis, 0)[1:].ravel(),
+        )
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 300])
 def test_draws_follow_the_distribution(vocabulary):
-    probabilities = torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
-    uniforms = torch.from_numpy(keyed_uniforms(0, key=0, siblings=range(20), num_tokens=1000).ravel())
+    probabilities = (
+        torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
+    )
+    uniforms = torch.from_numpy(
+        keyed_uniforms(0, key=0, siblings=range(20), num_tokens=1000).ravel()
+    )
     tokens = draw_tokens(probabilities.expand(len(uniforms), -1), uniforms)
     expected = probabilities.double() * len(uniforms)
     often = expected > 5
-    chi_square = ((torch.bincount(tokens, minlength=vocabulary) - expected) ** 2 / expected)[often].sum()
+    chi_square = ((torch.bincount(tokens, minlength=vocabulary) - expected) ** 2 / expected)[
+        often
+    ].sum()
     degrees = int(often.sum()) - 1
     assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
 
@@ -72,14 +91,27 @@ def test_top_k_comes_before_top_p_which_keeps_the_fewest_tokens_that_hold_its_sh
     top_p, top_k = torch.tensor([1.0, 1.0, 0.65, 0.75, 1e-9]), torch.tensor([4, 2, 4, 3, 4])
     kept = truncate(probabilities, top_p=top_p, top_k=top_k)
     # 0.75 of what three tokens hold (0.9) is 0.675: 0.4 is too little, 0.4 + 0.3 is enough
-    expected = [[0.1, 0.4, 0.2, 0.3], [0, 0.4, 0, 0.3], [0, 0.4, 0, 0.3], [0, 0.4, 0, 0.3], [0, 0.4, 0, 0]]
+    expected = [
+        [0.1, 0.4, 0.2, 0.3],
+        [0, 0.4, 0, 0.3],
+        [0, 0.4, 0, 0.3],
+        [0, 0.4, 0, 0.3],
+        [0, 0.4, 0, 0],
+    ]
     torch.testing.assert_close(kept, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"max_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "not negative"), ({"top_p": 0.0}, r"\(0, 1\]"), ({"top_k": 0}, "at least 1")],
+    [
+        ({"max_tokens": 0}, "at least 1"),
+        ({"temperature": -1.0}, "not negative"),
+        ({"top_p": 0.0}, r"\(0, 1\]"),
+        ({"top_k": 0}, "at least 1"),
+    ],
 )
 def test_sampling_that_makes_no_sense_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        SamplingParams(**{"max_tokens": 1, "temperature": 1.0, "stop_token_ids": (), "seed": 0, **wrong})
+        SamplingParams(
+            **{"max_tokens": 1, "temperature": 1.0, "stop_token_ids": (), "seed": 0, **wrong}
+        )

@@ -48,7 +48,9 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_
         await until(lambda: clock.state == "wait")
         requests = [group(key, [key + 1, 2], siblings=3, max_tokens=9) for key in range(4)]
         answers = await asyncio.gather(*(engine.generate(request) for request in requests))
-        report = await engine.update_weights(tiny_decoder(seed=2).state_dict(), version=1, probe_ids=PROBE)
+        report = await engine.update_weights(
+            tiny_decoder(seed=2).state_dict(), version=1, probe_ids=PROBE
+        )
         assert (report.version, engine.version) == (1, 1)
         await engine.generate(requests[0])
         await until(lambda: clock.state == "wait")
@@ -59,7 +61,9 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_
     expected = run(tiny_engine(), *requests)
     for request, completions in zip(requests, answers, strict=True):
         for one, other in zip(completions, expected[request.key], strict=True):
-            assert one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()  # one gather is one wave: bit for bit
+            assert (
+                one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()
+            )  # one gather is one wave: bit for bit
     without_waits = [state for state in states if state not in ("start", "wait")]
     assert without_waits == ["generate", "sync", "generate"]
 
@@ -100,8 +104,12 @@ def test_an_update_that_breaks_the_engine_reaches_everybody():
     async def main():
         engine, _ = threaded()
         engine._core.update_weights = out_of_memory
-        updates = [engine.update_weights({}, version=version, probe_ids=PROBE) for version in (1, 2)]
-        await assert_all_say_out_of_memory(engine, engine.generate(group(0, [1, 2])), *updates, engine.generate(group(1, [1])))
+        updates = [
+            engine.update_weights({}, version=version, probe_ids=PROBE) for version in (1, 2)
+        ]
+        await assert_all_say_out_of_memory(
+            engine, engine.generate(group(0, [1, 2])), *updates, engine.generate(group(1, [1]))
+        )
 
     asyncio.run(main())
 
@@ -111,7 +119,9 @@ def test_a_submit_that_breaks_the_engine_reaches_everybody():
         engine, _ = threaded()
         engine._core.submit = out_of_memory
         calls = [engine.generate(group(key, [1, 2])) for key in range(2)]
-        await assert_all_say_out_of_memory(engine, *calls, engine.abort([0]), engine.update_weights({}, version=1, probe_ids=PROBE))
+        await assert_all_say_out_of_memory(
+            engine, *calls, engine.abort([0]), engine.update_weights({}, version=1, probe_ids=PROBE)
+        )
 
     asyncio.run(main())
 
@@ -120,7 +130,9 @@ def test_an_abort_that_breaks_the_engine_reaches_everybody():
     async def main():
         engine, _ = threaded()
         engine._core.abort = out_of_memory
-        await assert_all_say_out_of_memory(engine, engine.abort([0]), engine.generate(group(0, [1, 2])))
+        await assert_all_say_out_of_memory(
+            engine, engine.abort([0]), engine.generate(group(0, [1, 2]))
+        )
 
     asyncio.run(main())
 
@@ -129,7 +141,10 @@ def test_an_aborted_and_a_cancelled_group_leave_the_engine():
     async def main():
         engine, clock = threaded(max_len=120)
         slowly(engine)
-        tasks = [asyncio.create_task(engine.generate(group(key, [1, 2], siblings=2, max_tokens=100))) for key in range(3)]
+        tasks = [
+            asyncio.create_task(engine.generate(group(key, [1, 2], siblings=2, max_tokens=100)))
+            for key in range(3)
+        ]
         await until(lambda: clock.state == "generate")
         await engine.abort([0, 77])
         with pytest.raises(Aborted, match="group 0"):
@@ -179,9 +194,14 @@ def test_close_fails_what_is_pending_and_ends_the_thread():
 def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it():
     async def main():
         engine, _ = threaded(max_len=120)
-        before, after = engine.generate(group(0, [1], max_tokens=100)), engine.generate(group(1, [1]))
+        before, after = (
+            engine.generate(group(0, [1], max_tokens=100)),
+            engine.generate(group(1, [1])),
+        )
         async with asyncio.timeout(10):
-            return await asyncio.gather(before, engine.close(), after, engine.abort([0]), return_exceptions=True)
+            return await asyncio.gather(
+                before, engine.close(), after, engine.abort([0]), return_exceptions=True
+            )
 
     first, closed, *others = asyncio.run(main())
     assert closed is None
@@ -210,7 +230,14 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited():
     meter.spent(running=256)
     after(1)  # full: 256 occupied, although one more group is asked for
     use = meter.read()
-    assert use == SlotUse(slots=256, elapsed_s=64, occupied=512 + 1024 + 256, no_credit=512 + 512, tail=256 + 1024, sync=12288)
+    assert use == SlotUse(
+        slots=256,
+        elapsed_s=64,
+        occupied=512 + 1024 + 256,
+        no_credit=512 + 512,
+        tail=256 + 1024,
+        sync=12288,
+    )
     assert use.occupied + use.no_credit + use.tail + use.sync == 256 * 64
 
 
@@ -233,11 +260,15 @@ def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart():
     assert before.occupied == before.sync == 0
     assert before.no_credit >= 4 * 0.05
     assert after.occupied > 0
-    assert after.tail - before.tail >= after.occupied / 3 * (1 - 1e-6)  # three of four slots, always together
+    assert after.tail - before.tail >= after.occupied / 3 * (
+        1 - 1e-6
+    )  # three of four slots, always together
     assert after.sync > 0
     assert after.no_credit == before.no_credit
     for use in (before, after):
-        assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(4 * use.elapsed_s, rel=1e-6)
+        assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(
+            4 * use.elapsed_s, rel=1e-6
+        )
 
 
 def test_the_room_imports_without_ray_and_the_other_heavy_ones():

@@ -3,16 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from test_torch_engine import FAMILIES, chosen, group, packed_logprobs, run, tiny_decoder, tiny_engine
+from test_torch_engine import (
+    FAMILIES,
+    chosen,
+    group,
+    packed_logprobs,
+    run,
+    tiny_decoder,
+    tiny_engine,
+)
 
 from dapo_async.rollout.torch_engine import TorchEngine
 
 PROBE = np.arange(1, 9, dtype=np.int32)
-REQUESTS = (group(0, [5, 6, 7], siblings=3, max_tokens=10), group(1, [8], max_tokens=4), group(2, range(20), siblings=4, max_tokens=8))
+REQUESTS = (
+    group(0, [5, 6, 7], siblings=3, max_tokens=10),
+    group(1, [8], max_tokens=4),
+    group(2, range(20), siblings=4, max_tokens=8),
+)
 
 
 def swap(engine, seed, version, family="qwen2"):
-    return engine.update_weights(tiny_decoder(family, seed=seed).state_dict(), version=version, probe_ids=PROBE)
+    return engine.update_weights(
+        tiny_decoder(family, seed=seed).state_dict(), version=version, probe_ids=PROBE
+    )
 
 
 def stepped(engine, steps):
@@ -37,7 +51,12 @@ def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampl
     decoders = [tiny_decoder(family, seed=seed) for seed in (1, 2, 3)]
     for request in REQUESTS:
         for completion in finished[request.key]:
-            logprobs = torch.stack([packed_logprobs(decoder, request.prompt_ids, completion.token_ids) for decoder in decoders])
+            logprobs = torch.stack(
+                [
+                    packed_logprobs(decoder, request.prompt_ids, completion.token_ids)
+                    for decoder in decoders
+                ]
+            )
             versions = torch.from_numpy(completion.weight_versions).long()
             expected = chosen(logprobs[versions, torch.arange(len(versions))], completion)
             np.testing.assert_allclose(completion.behaviour_logprobs, expected, atol=1e-5, rtol=0)
@@ -55,7 +74,9 @@ def test_siblings_that_start_after_a_swap_read_their_prompt_again():
     assert engine.prefilled_tokens == 20
     assert [completion.prefill_version for completion in finished[0]] == [0, 0, 1, 1]
     expected = packed_logprobs(tiny_decoder(seed=2), range(10), finished[0][3].token_ids)
-    np.testing.assert_allclose(finished[0][3].behaviour_logprobs, chosen(expected, finished[0][3]), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        finished[0][3].behaviour_logprobs, chosen(expected, finished[0][3]), atol=1e-5, rtol=0
+    )
 
 
 def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_near():
@@ -63,14 +84,20 @@ def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_
     engine.submit(group(0, [5, 6, 7], max_tokens=8))
     stepped(engine, 4)
     old = tiny_decoder(seed=1).state_dict()
-    nudged = {name: tensor + 0.005 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) for name, tensor in old.items()}
+    nudged = {
+        name: tensor + 0.005 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        for name, tensor in old.items()
+    }
     report = engine.update_weights(nudged, version=1, probe_ids=PROBE)
     completion = run(engine)[0][0]
     assert report.recomputed_tokens == 0
     assert completion.weight_versions.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     decoder = tiny_decoder(seed=1)
     decoder.load_state_dict(nudged)
-    errors = np.abs(completion.behaviour_logprobs - chosen(packed_logprobs(decoder, [5, 6, 7], completion.token_ids), completion))[4:]
+    errors = np.abs(
+        completion.behaviour_logprobs
+        - chosen(packed_logprobs(decoder, [5, 6, 7], completion.token_ids), completion)
+    )[4:]
     assert 1e-4 < errors.max() < 0.5
 
 
@@ -85,7 +112,11 @@ def test_draining_starts_nothing_until_the_running_sequences_have_ended():
     assert engine.num_running == 0
     swap(engine, seed=2, version=1)
     finished |= run(engine)
-    assert [completion.weight_versions.tolist() for completion in finished[1]] == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert [completion.weight_versions.tolist() for completion in finished[1]] == [
+        [0, 0, 0],
+        [1, 1, 1],
+        [1, 1, 1],
+    ]
 
 
 def test_the_probes_are_the_logprobs_of_the_weights_before_and_after():
@@ -93,7 +124,12 @@ def test_the_probes_are_the_logprobs_of_the_weights_before_and_after():
     report = swap(engine, seed=2, version=7)
     for seed, probe in ((1, report.probe_before), (2, report.probe_after)):
         logprobs = packed_logprobs(tiny_decoder(seed=seed), PROBE[:1], PROBE[1:])
-        np.testing.assert_allclose(probe, logprobs.gather(-1, torch.from_numpy(PROBE[1:]).long()[:, None]).squeeze(-1).numpy(), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            probe,
+            logprobs.gather(-1, torch.from_numpy(PROBE[1:]).long()[:, None]).squeeze(-1).numpy(),
+            atol=1e-5,
+            rtol=0,
+        )
     assert engine.version == 7
 
 
@@ -104,7 +140,9 @@ def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_
     for name, tensor in engine.weights().items():
         assert torch.equal(tensor, halves[name].float())
     halves.pop("model.norm.weight")
-    with pytest.raises(ValueError, match=r"version 2 do not fit the engine's model in \['model.norm.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"version 2 do not fit the engine's model in \['model.norm.weight'\]"
+    ):
         engine.update_weights(halves, version=2, probe_ids=PROBE)
     assert engine.version == 1
 
@@ -112,7 +150,9 @@ def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap():
-    engine = TorchEngine(tiny_decoder(head_dim=16).cuda(), num_slots=4, max_len=64)  # CUDA's varlen kernels want multiples of 8
+    engine = TorchEngine(
+        tiny_decoder(head_dim=16).cuda(), num_slots=4, max_len=64
+    )  # CUDA's varlen kernels want multiples of 8
     for request in REQUESTS:
         engine.submit(request)
     finished = stepped(engine, 3)
@@ -122,5 +162,9 @@ def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap():
     for request in REQUESTS:
         for completion in finished[request.key]:
             new = completion.weight_versions == 1
-            expected = chosen(packed_logprobs(swapped, request.prompt_ids, completion.token_ids), completion)
-            np.testing.assert_allclose(completion.behaviour_logprobs[new], expected[new], atol=1e-3, rtol=0)
+            expected = chosen(
+                packed_logprobs(swapped, request.prompt_ids, completion.token_ids), completion
+            )
+            np.testing.assert_allclose(
+                completion.behaviour_logprobs[new], expected[new], atol=1e-3, rtol=0
+            )

@@ -40,7 +40,9 @@ class System:
     def __init__(self, clock: Clock) -> None:
         self._clock, self._told_s = clock, 100.0
         self.learner = SimpleNamespace(remotes=[SimpleNamespace(name="learner")])
-        self.publisher = SimpleNamespace(last_pause_s=0.0, last_verdicts=(), outcomes=Counter(passed=1))
+        self.publisher = SimpleNamespace(
+            last_pause_s=0.0, last_verdicts=(), outcomes=Counter(passed=1)
+        )
         self.silent = False
 
     async def reports(self, *, deadline_s: float) -> dict[str, Any]:
@@ -50,7 +52,14 @@ class System:
         self._told_s = now_s
         busy_s = 0.5 * (min(now_s, 110.0) - 100.0) + max(0.0, now_s - 110.0)
         idle_s = now_s - 100.0 - busy_s
-        use = SlotUse(slots=10, elapsed_s=now_s - 100.0, occupied=10 * busy_s, no_credit=0.0, tail=10 * idle_s, sync=0.0)
+        use = SlotUse(
+            slots=10,
+            elapsed_s=now_s - 100.0,
+            occupied=10 * busy_s,
+            no_credit=0.0,
+            tail=10 * idle_s,
+            sync=0.0,
+        )
         cut_s = max(since_s, min(105.0, now_s))
         return {
             "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
@@ -62,7 +71,12 @@ class System:
 def tracked(tmp_path: Path) -> tuple[Tracker, System, Clock, list[dict[str, Any]]]:
     clock, rows = Clock("driver"), []
     system = System(clock)
-    return Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals()), system, clock, rows  # type: ignore[arg-type]
+    return (
+        Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals()),
+        system,
+        clock,
+        rows,
+    )  # type: ignore[arg-type]
 
 
 def batch(version: int) -> TrainBatch:
@@ -97,12 +111,20 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
     assert [row["tokens_per_s"] for row in rows] == [5.0, 20.0 / 6.0, 2.0]
     assert [row["idle.learner"] for row in rows] == [1.0, pytest.approx(1.0 / 6.0), 0.0]
     check_window(rows, tracker.idle["rollout"])
-    assert tracker.idle == {"learner": 0.25, "rollout": 0.25, "rollout.no_credit": 0.0, "rollout.tail": 0.25, "rollout.sync": 0.0}
+    assert tracker.idle == {
+        "learner": 0.25,
+        "rollout": 0.25,
+        "rollout.no_credit": 0.0,
+        "rollout.tail": 0.25,
+        "rollout.sync": 0.0,
+    }
     with pytest.raises(AssertionError, match="was idle, it was"):
         check_window([rows[0], {**rows[1], "idle.rollout": 0.0}, rows[2]], tracker.idle["rollout"])
 
 
-def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none(tmp_path: Path) -> None:
+def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none(
+    tmp_path: Path,
+) -> None:
     async def run() -> None:
         await tracker.start()
         clock.time_s, system.silent = 104.0, True

@@ -43,7 +43,11 @@ def test_one_group_walks_through_the_whole_house(house):
 
     # The next prompt gives a mixed group. Every token carries the version that sampled it and the logprob that it had.
     group = roll(house, [RIGHT, WRONG, RIGHT, WRONG])
-    assert (group.admission_index, group.accuracies, [rollout.reward for rollout in group.rollouts]) == (1, (1, 0, 1, 0), [1, -1, 1, -1])
+    assert (
+        group.admission_index,
+        group.accuracies,
+        [rollout.reward for rollout in group.rollouts],
+    ) == (1, (1, 0, 1, 0), [1, -1, 1, -1])
     assert all((rollout.completion.weight_versions == 0).all() for rollout in group.rollouts)
     assert all((rollout.completion.behaviour_logprobs <= 0).all() for rollout in group.rollouts)
     assert replay.offer(group, payload=group).outcome is OfferOutcome.ACCEPTED
@@ -51,7 +55,11 @@ def test_one_group_walks_through_the_whole_house(house):
 
     # replay.take -> learner: a ticket for one group. It trains, and the weights become version 1.
     batch = replay.take(learner_version=0)
-    assert (batch.admission_indices, batch.oldest_versions, batch.references) == ((1,), (0,), (group,))
+    assert (batch.admission_indices, batch.oldest_versions, batch.references) == (
+        (1,),
+        (0,),
+        (group,),
+    )
     assert_trains(learner, group)
     replay.trained(batch.admission_indices)
     assert replay.credits_held == 1  # not yet: no engine has what this group taught
@@ -60,16 +68,29 @@ def test_one_group_walks_through_the_whole_house(house):
     publish(house)
     replay.serve(1)
     replay.release(batch.admission_indices)
-    assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (1, 0, 0)  # one step is left, so one more group is wanted
+    assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (
+        1,
+        0,
+        0,
+    )  # one step is left, so one more group is wanted
 
     # Once more around: the third group is of version 1 from its first token on, and the learner finds its logprobs to be its own.
     group = roll(house, [WRONG, RIGHT, WRONG, WRONG])
-    assert {int(version) for rollout in group.rollouts for version in rollout.completion.weight_versions} == {1}
+    assert {
+        int(version) for rollout in group.rollouts for version in rollout.completion.weight_versions
+    } == {1}
     replay.offer(group, payload=group)
-    assert summarise(learner.step(replay.take(learner_version=1).references))["behaviour_log_ratio_max"] < 1e-5
+    assert (
+        summarise(learner.step(replay.take(learner_version=1).references))[
+            "behaviour_log_ratio_max"
+        ]
+        < 1e-5
+    )
 
     # The run ends before that step is booked. Every admitted prompt has ended exactly once (law 2).
-    assert replay.close() == Counts(admitted=3, trained=1, unused=1, rejected={RejectReason.ALL_WRONG: 1})
+    assert replay.close() == Counts(
+        admitted=3, trained=1, unused=1, rejected={RejectReason.ALL_WRONG: 1}
+    )
     replay.check()
 
 
@@ -88,7 +109,9 @@ def generate(house, admission):
         stop_token_ids=house.learner.decoder.config.eos_token_ids,
         seed=house.config.seed,
     )
-    house.engine.submit(GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, sampling))
+    house.engine.submit(
+        GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, sampling)
+    )
     finished = []
     while house.engine.has_work:
         finished += house.engine.step()
@@ -100,7 +123,10 @@ def generate(house, admission):
 
 def score(house, admission, completions, verdicts):
     """The reward room: decoded responses become verdicts, verdicts become rewards of +1 and -1."""
-    texts = [house.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True) for completion in completions]
+    texts = [
+        house.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        for completion in completions
+    ]
     remaining = iter(verdicts)
     return score_group(
         admission,
@@ -122,8 +148,18 @@ def assert_trains(learner, group):
     # Nobody is stale, so engine and learner agree on every token (law 3), all ratios are 1 and the loss is minus the token mean of the advantages.
     assert metrics["behaviour_log_ratio_max"] < 1e-5
     assert metrics["loss"] == pytest.approx(-(advantages * lengths).sum() / lengths.sum(), abs=1e-4)
-    assert (metrics["groups"], metrics["rollouts"], metrics["tokens"], metrics["loss_tokens"]) == (1, 4, lengths.sum(), lengths.sum())
-    assert (metrics["accuracy"], metrics["reward"], metrics["staleness"], metrics["skipped"]) == (0.5, 0, 0, 0)
+    assert (metrics["groups"], metrics["rollouts"], metrics["tokens"], metrics["loss_tokens"]) == (
+        1,
+        4,
+        lengths.sum(),
+        lengths.sum(),
+    )
+    assert (metrics["accuracy"], metrics["reward"], metrics["staleness"], metrics["skipped"]) == (
+        0.5,
+        0,
+        0,
+        0,
+    )
     assert learner.version == 1
 
 
@@ -131,17 +167,31 @@ def publish(house):
     """The weights' way to an engine, here by disk: a frozen snapshot, a file, a swap between two tokens, and the handshake (law 5)."""
     snapshot = take_snapshot(house.learner.decoder, version=1, probe_tokens=16)
     manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)
-    announcement = Announcement("first life", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs)
+    announcement = Announcement(
+        "first life", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs
+    )
     assert write_version(snapshot.weights, house.folder, version=1).name == "version_000001"
 
     before = checksum(house.engine.weights())
-    report = house.engine.update_weights(read_version(house.folder, version=1), version=1, probe_ids=announcement.probe_ids)
+    report = house.engine.update_weights(
+        read_version(house.folder, version=1), version=1, probe_ids=announcement.probe_ids
+    )
     after = checksum(house.engine.weights())
-    attested = Attestation("rollout-0", "first life", house.engine.version, report.probe_before, report.probe_after, before, after)
+    attested = Attestation(
+        "rollout-0",
+        "first life",
+        house.engine.version,
+        report.probe_before,
+        report.probe_after,
+        before,
+        after,
+    )
     assert judge(announcement, attested, tolerance=1e-3).outcome == "passed"
 
     # An engine that says 1 but still has the old weights would not get through.
-    pretender = Attestation("rollout-0", "first life", 1, report.probe_before, report.probe_before, before, before)
+    pretender = Attestation(
+        "rollout-0", "first life", 1, report.probe_before, report.probe_before, before, before
+    )
     assert judge(announcement, pretender, tolerance=1e-3).outcome == "mismatch"
 
 
@@ -173,9 +223,31 @@ def house(tmp_path):
     )
     # One group per step, at most one version stale: (1 + 1) x 1 = 2 credits, for a run of two steps.
     replay = ReplayBuffer(
-        groups_per_step=1, max_staleness=1, num_steps=2, filters=(has_tokens, dynamic_sampling), patience=10, incarnation="first life"
+        groups_per_step=1,
+        max_staleness=1,
+        num_steps=2,
+        filters=(has_tokens, dynamic_sampling),
+        patience=10,
+        incarnation="first life",
     )
     # Engine and learner own a copy of the same decoder each: the same code, the same weights.
-    engine = TorchEngine(load_decoder(base), num_slots=4, max_len=data.max_prompt_tokens + config.rollout.max_response_tokens)
-    learner = LearnerRank(load_decoder(base), algorithm=Algorithm(), learner=Learner(lr=1e-3, warmup_steps=0), seed=config.seed)
-    return House(config, tokenizer, PromptStream(train_set.prompts, seed=config.seed), replay, engine, learner, tmp_path)
+    engine = TorchEngine(
+        load_decoder(base),
+        num_slots=4,
+        max_len=data.max_prompt_tokens + config.rollout.max_response_tokens,
+    )
+    learner = LearnerRank(
+        load_decoder(base),
+        algorithm=Algorithm(),
+        learner=Learner(lr=1e-3, warmup_steps=0),
+        seed=config.seed,
+    )
+    return House(
+        config,
+        tokenizer,
+        PromptStream(train_set.prompts, seed=config.seed),
+        replay,
+        engine,
+        learner,
+        tmp_path,
+    )

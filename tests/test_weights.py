@@ -30,7 +30,12 @@ def decoder(seed):
 def announce(model, version):
     snapshot = take_snapshot(model, version=version, probe_tokens=8)
     announcement = Announcement(
-        "first", version, Manifest.of(snapshot.weights), checksum(snapshot.weights), snapshot.probe_ids, snapshot.probe_logprobs
+        "first",
+        version,
+        Manifest.of(snapshot.weights),
+        checksum(snapshot.weights),
+        snapshot.probe_ids,
+        snapshot.probe_logprobs,
     )
     return snapshot, announcement
 
@@ -46,7 +51,9 @@ class Learner:
         return announcement
 
     async def broadcast(self, announcement):
-        self.wire = self.sends or {name: tensor.clone() for name, tensor in self.snapshot.weights.items()}
+        self.wire = self.sends or {
+            name: tensor.clone() for name, tensor in self.snapshot.weights.items()
+        }
 
     async def write(self, announcement):
         write_version(self.snapshot.weights, self.folder, version=announcement.version)
@@ -55,15 +62,32 @@ class Learner:
 
 class Engine:
     def __init__(self, learner, seed=99):
-        self.name, self.learner, self.model, self.version, self.quarantined = "rollout-0", learner, decoder(seed), -1, []
+        self.name, self.learner, self.model, self.version, self.quarantined = (
+            "rollout-0",
+            learner,
+            decoder(seed),
+            -1,
+            [],
+        )
         self.confirmed = []
 
     def _load(self, announcement, weights):
-        before, sum_before = score_tokens(self.model, announcement.probe_ids), checksum(self.model.state_dict())
+        before, sum_before = (
+            score_tokens(self.model, announcement.probe_ids),
+            checksum(self.model.state_dict()),
+        )
         self.model.load_state_dict(weights)
         self.version = announcement.version
         after = score_tokens(self.model, announcement.probe_ids)
-        return Attestation(self.name, "first", self.version, before, after, sum_before, checksum(self.model.state_dict()))
+        return Attestation(
+            self.name,
+            "first",
+            self.version,
+            before,
+            after,
+            sum_before,
+            checksum(self.model.state_dict()),
+        )
 
     async def receive(self, announcement):
         await asyncio.sleep(0)
@@ -113,7 +137,9 @@ def test_publishing_the_same_weights_again_is_inconclusive_never_passed(tmp_path
 def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk(tmp_path):
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
-    learner.sends = dict(engine.model.state_dict())  # the broken line: the engine gets its own old weights
+    learner.sends = dict(
+        engine.model.state_dict()
+    )  # the broken line: the engine gets its own old weights
     publisher = publisher_of(learner, engine)
     assert publish(publisher, learner.announce(1)) == [1]
     assert publisher.outcomes == {"mismatch": 1, "passed": 1}
@@ -130,7 +156,10 @@ def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(tmp
     engine._load = lambda announcement, weights: engine._load_right(announcement, wrong)
     publisher = publisher_of(learner, engine)
     announcement = learner.announce(3)
-    with pytest.raises(HandshakeError, match=f"wrong weights twice.*{checksum(wrong)[:12]}.*{announcement.checksum[:12]}"):
+    with pytest.raises(
+        HandshakeError,
+        match=f"wrong weights twice.*{checksum(wrong)[:12]}.*{announcement.checksum[:12]}",
+    ):
         publish(publisher, announcement)
     assert engine.quarantined == [True]
     assert engine.confirmed == []
@@ -142,19 +171,35 @@ def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_c
     before = announcement.probe_logprobs + np.float32(0.5)
     good = Attestation("rollout-0", "first", 4, before, announcement.probe_logprobs)
     assert judge(announcement, good, tolerance=1e-3).outcome is Outcome.PASSED
-    assert judge(announcement, replace(good, probe_before=good.probe_after), tolerance=1e-3).outcome is Outcome.INCONCLUSIVE
-    assert judge(announcement, replace(good, probe_after=before), tolerance=1e-3).outcome is Outcome.MISMATCH
-    assert judge(announcement, replace(good, probe_after=before * np.nan), tolerance=1e-3).outcome is Outcome.MISMATCH
+    assert (
+        judge(announcement, replace(good, probe_before=good.probe_after), tolerance=1e-3).outcome
+        is Outcome.INCONCLUSIVE
+    )
+    assert (
+        judge(announcement, replace(good, probe_after=before), tolerance=1e-3).outcome
+        is Outcome.MISMATCH
+    )
+    assert (
+        judge(announcement, replace(good, probe_after=before * np.nan), tolerance=1e-3).outcome
+        is Outcome.MISMATCH
+    )
     stale = judge(announcement, replace(good, version=3), tolerance=1e-3)
     assert stale.outcome is Outcome.MISMATCH
     assert "serves version 3 of first, the learner published version 4 of first" in stale.detail
-    assert judge(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome is Outcome.MISMATCH
+    assert (
+        judge(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome
+        is Outcome.MISMATCH
+    )
 
 
 def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_version(tmp_path):
     learner = Learner(decoder(0), tmp_path)
     engines = [Engine(learner, seed) for seed in (1, 2, 3)]
-    sums = {"rollout-0": ["aa" * 8], "rollout-1": ["bb" * 8, "aa" * 8], "rollout-2": ["aa" * 8]}  # the second's are right after its reload only
+    sums = {
+        "rollout-0": ["aa" * 8],
+        "rollout-1": ["bb" * 8, "aa" * 8],
+        "rollout-2": ["aa" * 8],
+    }  # the second's are right after its reload only
     for number, engine in enumerate(engines):
         engine.name = f"rollout-{number}"
         engine._load = lambda announcement, weights, engine=engine, load=engine._load: replace(
@@ -162,12 +207,18 @@ def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_versio
         )
     publisher = Publisher(learner, engines, transport="broadcast", tolerance=1e-3, deadline_s=5)
     assert publish(publisher, learner.announce(1)) == [1]
-    assert publisher.outcomes == {"mismatch": 1, "passed": 2, "inconclusive": 1}  # the reload brought what was there
+    assert publisher.outcomes == {
+        "mismatch": 1,
+        "passed": 2,
+        "inconclusive": 1,
+    }  # the reload brought what was there
     assert [engine.quarantined for engine in engines] == [[], [True, False], []]
 
     sums |= {"rollout-0": ["cc" * 8], "rollout-1": ["dd" * 8] * 2, "rollout-2": ["cc" * 8]}
     line = "rollout-1 serves weights dddddddddddd, rollout-0 cccccccccccc, both as version 2"
-    with pytest.raises(HandshakeError, match=f"wrong weights twice: first {line}; after a reload from disk {line}"):
+    with pytest.raises(
+        HandshakeError, match=f"wrong weights twice: first {line}; after a reload from disk {line}"
+    ):
         publish(publisher, learner.announce(2))
 
 
@@ -175,13 +226,18 @@ def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_versio
 def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
     weights = dict(decoder(0).state_dict()) | {"half": torch.arange(5, dtype=torch.bfloat16)}
     manifest = Manifest.of(weights)
-    assert all(len(bucket) == 1 or sum(spec.num_bytes for spec in bucket) <= bucket_bytes for bucket in manifest.buckets(bucket_bytes))
+    assert all(
+        len(bucket) == 1 or sum(spec.num_bytes for spec in bucket) <= bucket_bytes
+        for bucket in manifest.buckets(bucket_bytes)
+    )
     store = open_store("127.0.0.1", timeout_s=20)
     received = {}
 
     def engine(rank):
         address = ("127.0.0.1", store.port)
-        group = WeightGroup.join(address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20)
+        group = WeightGroup.join(
+            address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20
+        )
         received[rank] = group.receive(manifest, bucket_bytes=bucket_bytes)
 
     threads = [threading.Thread(target=engine, args=(rank,)) for rank in (1, 2)]
@@ -191,7 +247,9 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
     sender.send(weights, manifest, bucket_bytes=bucket_bytes)
     for thread in threads:
         thread.join(20)
-    assert {rank: checksum(got) for rank, got in received.items()} == dict.fromkeys((1, 2), checksum(weights))
+    assert {rank: checksum(got) for rank, got in received.items()} == dict.fromkeys(
+        (1, 2), checksum(weights)
+    )
 
 
 def test_an_engine_that_never_joins_fails_the_broadcast_within_the_deadline():
@@ -209,7 +267,9 @@ def test_a_late_engine_is_named_by_the_deadline(tmp_path):
 
     engine.receive = never
     publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=0.2)
-    with pytest.raises(TimeoutError, match=r"publish of version 7: the learner waited 0.2 s for rollout-0"):
+    with pytest.raises(
+        TimeoutError, match=r"publish of version 7: the learner waited 0.2 s for rollout-0"
+    ):
         publish(publisher, learner.announce(7))
 
 
@@ -246,7 +306,15 @@ def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
 
     engine.receive = slow
     asyncio.run(two_steps())
-    assert events == ["snapshot 1", "step", "received 1", "served 1", "snapshot 2", "received 2", "served 2"]
+    assert events == [
+        "snapshot 1",
+        "step",
+        "received 1",
+        "served 1",
+        "snapshot 2",
+        "received 2",
+        "served 2",
+    ]
 
 
 class Fragile(Engine):
@@ -275,7 +343,9 @@ def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(trans
     async def regroup(names):
         groups.append(tuple(names))
 
-    publisher = Publisher(learner, [first, second], transport=transport, tolerance=1e-3, deadline_s=5, regroup=regroup)
+    publisher = Publisher(
+        learner, [first, second], transport=transport, tolerance=1e-3, deadline_s=5, regroup=regroup
+    )
 
     async def play():
         served = []
@@ -317,7 +387,9 @@ def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_grou
     async def regroup(names):
         groups.append(tuple(names))
 
-    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup)
+    publisher = Publisher(
+        learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup
+    )
     publish(publisher, learner.announce(1))
     publish(publisher, learner.announce(2))
     publisher.lose(engine)
@@ -328,7 +400,9 @@ def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_grou
     assert groups == [("rollout-0",), ("rollout-0",)]
 
 
-def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_starts_with_it(tmp_path):
+def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_starts_with_it(
+    tmp_path,
+):
     learner = Learner(decoder(0), tmp_path)
     engine = Fragile(learner, "rollout-0")
     publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5)
@@ -340,7 +414,11 @@ def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_sta
 
 def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_back(tmp_path):
     learner = Learner(decoder(0), tmp_path)
-    first, second, gate = Fragile(learner, "rollout-0"), Fragile(learner, "rollout-1"), asyncio.Event()
+    first, second, gate = (
+        Fragile(learner, "rollout-0"),
+        Fragile(learner, "rollout-1"),
+        asyncio.Event(),
+    )
     receive = second.receive
 
     async def slow(announcement):
@@ -351,8 +429,13 @@ def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_bac
         pass
 
     async def play():
-        first.receive, second.receive = (lambda announcement: asyncio.sleep(0, None)), slow  # lost over it | late
-        publisher = Publisher(learner, [first, second], transport="broadcast", tolerance=1e-3, deadline_s=5)
+        first.receive, second.receive = (
+            (lambda announcement: asyncio.sleep(0, None)),
+            slow,
+        )  # lost over it | late
+        publisher = Publisher(
+            learner, [first, second], transport="broadcast", tolerance=1e-3, deadline_s=5
+        )
         publishing = asyncio.create_task(publisher.publish(learner.announce(1), on_served=nobody))
         await asyncio.sleep(0.01)
         publisher.lose(first)
@@ -377,7 +460,9 @@ def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_onl
     async def regroup(names):
         groups.append(tuple(names))
 
-    publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup)
+    publisher = Publisher(
+        learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5, regroup=regroup
+    )
     learner.broadcast, engine.gone = broken, True
     assert publish(publisher, learner.announce(1)) == [1]
     del learner.broadcast
@@ -387,5 +472,8 @@ def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_onl
     assert publish(publisher, learner.announce(2)) == [2]
     assert groups == [("rollout-0",), ("rollout-0",)]
     learner.broadcast = broken
-    with pytest.raises(RuntimeError, match="version 3 broke off, though every engine took part: connection closed by peer"):
+    with pytest.raises(
+        RuntimeError,
+        match="version 3 broke off, though every engine took part: connection closed by peer",
+    ):
         publish(publisher, learner.announce(3))

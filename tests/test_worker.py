@@ -78,7 +78,9 @@ def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered():
 def test_a_group_that_is_doomed_before_its_generation_is_never_generated():
     async def scene(worker, engine, replay):
         await worker.quarantine(True)
-        await replay.give(2)  # the request on its way when the quarantine began is answered with groups 1 and 2
+        await replay.give(
+            2
+        )  # the request on its way when the quarantine began is answered with groups 1 and 2
         await settled()
         await replay.evict(1)
         await settled()
@@ -154,7 +156,9 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
 def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end():
     async def scene(worker, engine, replay):
         assert engine.keys == [0]
-        await worker.quarantine(True)  # while the replay room is being asked: what group 0 held comes back as group 1
+        await worker.quarantine(
+            True
+        )  # while the replay room is being asked: what group 0 held comes back as group 1
         await settled()
         assert engine.keys == []
         await worker.quarantine(False)
@@ -182,7 +186,12 @@ def test_the_engine_is_told_exactly_when_an_admission_is_awaited():
         assert engine.hungry == [True, False, True]  # one group was there, then none
         await replay.give(2)
         await settled()
-        assert engine.hungry == [True, False, True, False]  # it holds all that it can: idle slots are its own affair
+        assert engine.hungry == [
+            True,
+            False,
+            True,
+            False,
+        ]  # it holds all that it can: idle slots are its own affair
         engine.finish(0)
         await settled()
         assert engine.hungry[4:] == [True]
@@ -308,7 +317,11 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
         for key in (0, 2):
             engine.fail(key, EngineFault("broken off", (COMPLETION, None, None)))
         await settled()
-        assert replay.handed_back == [(1, ()), (0, (COMPLETION, None, None)), (2, (COMPLETION, None, None))]
+        assert replay.handed_back == [
+            (1, ()),
+            (0, (COMPLETION, None, None)),
+            (2, (COMPLETION, None, None)),
+        ]
         assert (replay.failed, replay.offered, len(replay.asked)) == ([], [], asked)
         worker.started_anew()
         worker.revive()

@@ -26,7 +26,11 @@ ROOM = Path(__file__).resolve().parent.parent / "dapo_async"
 
 
 def config_with(mlflow: str | None, *, num_steps: int = 4, experiment: str = "sums") -> Config:
-    return replace(Config(), tracking=Tracking(mlflow=mlflow, experiment=experiment), train=Train(num_steps=num_steps))
+    return replace(
+        Config(),
+        tracking=Tracking(mlflow=mlflow, experiment=experiment),
+        train=Train(num_steps=num_steps),
+    )
 
 
 def step_row(step: int, **more: float | None) -> dict[str, Any]:
@@ -63,13 +67,32 @@ def silent_port() -> Iterator[int]:
 
 
 @contextmanager
-def mlflow_server(folder: Path, *, command: Sequence[str] = ("server",), timeout_s: float = 120.0) -> Iterator[str]:
+def mlflow_server(
+    folder: Path, *, command: Sequence[str] = ("server",), timeout_s: float = 120.0
+) -> Iterator[str]:
     """The real tracking server over `folder`/mlflow.db; its URL."""
     port = free_port()
-    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "served")]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "served"),
+    ]
     with (folder / "server.out").open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command, *store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                *command,
+                *store,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--workers",
+                "1",
+            ],
             env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -83,7 +106,9 @@ def mlflow_server(folder: Path, *, command: Sequence[str] = ("server",), timeout
                     break
             except OSError:
                 assert process.poll() is None, (folder / "server.out").read_text()
-                assert time.monotonic() < deadline_s, f"the tracking server did not answer within {timeout_s} s"
+                assert time.monotonic() < deadline_s, (
+                    f"the tracking server did not answer within {timeout_s} s"
+                )
                 time.sleep(0.2)
         yield url
     finally:
@@ -94,24 +119,47 @@ def mlflow_server(folder: Path, *, command: Sequence[str] = ("server",), timeout
 def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One call of MLflow's REST API."""
     data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(f"{url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return dict(json.load(answer))
 
 
 def documented(file: str) -> dict[str, tuple[str, str]]:
     """The rows of the table on `file` in the room's README: by name, module and function that compute it. `<x>` in a name stands for any one part."""
-    section = (ROOM / "tracking" / "README.md").read_text().split(f"## {file}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| [^|]*(?:\\\|[^|]*)* \|[^|]*\| `([^`]+)` `([^`]+)` \|$", section, re.MULTILINE)
-    assert len(rows) == section.count("\n| `"), "a row of the table has another form than the others"
+    section = (
+        (ROOM / "tracking" / "README.md").read_text().split(f"## {file}\n")[1].split("\n## ")[0]
+    )
+    rows = re.findall(
+        r"^\| `([^`]+)` \| [^|]*(?:\\\|[^|]*)* \|[^|]*\| `([^`]+)` `([^`]+)` \|$",
+        section,
+        re.MULTILINE,
+    )
+    assert len(rows) == section.count("\n| `"), (
+        "a row of the table has another form than the others"
+    )
     return {name: (module, function) for name, module, function in rows}
 
 
 def check_documented(written: set[str], names: Iterable[str]) -> None:
     """Whatever is written has its row in the table, and no row is of something that never is."""
-    patterns = {name: re.compile(re.sub(r"<\w+>", "[^.]+", re.escape(name).replace(r"\<", "<").replace(r"\>", ">"))) for name in names}
-    missing = {name for name in written if not any(pattern.fullmatch(name) for pattern in patterns.values())}
-    idle = {name for name, pattern in patterns.items() if not any(pattern.fullmatch(each) for each in written)}
+    patterns = {
+        name: re.compile(
+            re.sub(r"<\w+>", "[^.]+", re.escape(name).replace(r"\<", "<").replace(r"\>", ">"))
+        )
+        for name in names
+    }
+    missing = {
+        name
+        for name in written
+        if not any(pattern.fullmatch(name) for pattern in patterns.values())
+    }
+    idle = {
+        name
+        for name, pattern in patterns.items()
+        if not any(pattern.fullmatch(each) for each in written)
+    }
     assert not missing, f"written, but not documented: {sorted(missing)}"
     assert not idle, f"documented, but never written: {sorted(idle)}"
 
@@ -120,16 +168,33 @@ def summary_names(summary: Mapping[str, Any]) -> set[str]:
     """The keys of a summary; of its parts `a.b`, but for the maps whose keys are actors, outcomes or errors."""
     names = set()
     for name, value in summary.items():
-        whole = name in ("seconds_by_state", "handshake", "caught", "failures") or not isinstance(value, Mapping)
+        whole = name in ("seconds_by_state", "handshake", "caught", "failures") or not isinstance(
+            value, Mapping
+        )
         names |= {name} if whole else {f"{name}.{part}" for part in summary_names(value)}
     return names
 
 
-def check_history(client: MlflowClient, run_id: str, rows: Sequence[dict[str, Any]], *, besides: str = "evaluation.") -> None:
+def check_history(
+    client: MlflowClient,
+    run_id: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    besides: str = "evaluation.",
+) -> None:
     """Every number of every row is a metric of the same name at the same step, and nothing else is but what begins with `besides`."""
     expected = {
-        (name, row["step"], float(value)) for row in rows for name, value in row.items() if name not in ("step", "version") and value is not None
+        (name, row["step"], float(value))
+        for row in rows
+        for name, value in row.items()
+        if name not in ("step", "version") and value is not None
     }
     names = [name for name in client.get_run(run_id).data.metrics if not name.startswith(besides)]
-    logged = {(name, point.step, point.value) for name in names for point in client.get_metric_history(run_id, name)}
-    assert logged == expected, f"only in MLflow: {logged - expected}; only in the rows: {expected - logged}"
+    logged = {
+        (name, point.step, point.value)
+        for name in names
+        for point in client.get_metric_history(run_id, name)
+    }
+    assert logged == expected, (
+        f"only in MLflow: {logged - expected}; only in the rows: {expected - logged}"
+    )

@@ -13,7 +13,9 @@ from dapo_async.types import Admission, Completion, FinishReason, Prompt
 PATIENCE_S = 20.0  # nothing here takes that long: a test that waits for ever fails instead
 SAMPLING = SamplingParams(max_tokens=4, temperature=1.0, stop_token_ids=(), seed=0)
 PROMPT = Prompt(0, "", np.array([1, 2], np.int32), "")
-COMPLETION = Completion(np.array([3], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), 0, FinishReason.STOP)
+COMPLETION = Completion(
+    np.array([3], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), 0, FinishReason.STOP
+)
 
 
 class FakeEngine:
@@ -52,7 +54,13 @@ class FakeReplay:
     """Grants `credits` admissions; a failed group gives its credit back."""
 
     def __init__(self, credits):
-        self.credits, self.asked, self.offered, self.failed, self.next_index = credits, [], [], [], 0
+        self.credits, self.asked, self.offered, self.failed, self.next_index = (
+            credits,
+            [],
+            [],
+            [],
+            0,
+        )
         self.handed_back = []
         self._changed, self._doomed = asyncio.Condition(), []
 
@@ -120,7 +128,9 @@ def play(scene, *, num_slots=6, credits=100, ends_with=None):
 
     async def main():
         engine, replay = FakeEngine(num_slots), FakeReplay(credits)
-        worker = RolloutWorker("rollout-0", engine, replay=replay, score=score, sampling=SAMPLING, group_size=3)
+        worker = RolloutWorker(
+            "rollout-0", engine, replay=replay, score=score, sampling=SAMPLING, group_size=3
+        )
         async with asyncio.timeout(PATIENCE_S):
             run = asyncio.create_task(worker.run())
             await settled()

@@ -38,7 +38,10 @@ class Curves:
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def of(self, names: Sequence[str]) -> dict[str, Any]:
-        return {"held_out": self.held_out, **{name: [row.get(name) for row in self.rows] for name in names}}
+        return {
+            "held_out": self.held_out,
+            **{name: [row.get(name) for row in self.rows] for name in names},
+        }
 
 
 class InProcess:
@@ -47,20 +50,34 @@ class InProcess:
     def __init__(self, config: Config, *, staleness: int, seed: int, steps: int) -> None:
         base = Path(config.model.path)
         tokenizer = load_tokenizer(base)
-        self.config, self.staleness, self.seed, self.steps, self.tokenizer = config, staleness, seed, steps, tokenizer
+        self.config, self.staleness, self.seed, self.steps, self.tokenizer = (
+            config,
+            staleness,
+            seed,
+            steps,
+            tokenizer,
+        )
         self.prompts = load_set(config, config.data.train, tokenizer, training=True).prompts
         self.held_out = load_set(config, config.data.heldout, tokenizer).prompts[:HELD_OUT]
         self.order = np.random.default_rng(seed).permutation(len(self.prompts))
         self.verify = get_verifier(config.reward.verifier)
-        self.engine = TorchEngine(load_decoder(base), num_slots=NUM_SLOTS, max_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens)
-        self.rank = LearnerRank(load_decoder(base), algorithm=config.algorithm, learner=config.learner, seed=seed)
+        self.engine = TorchEngine(
+            load_decoder(base),
+            num_slots=NUM_SLOTS,
+            max_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        )
+        self.rank = LearnerRank(
+            load_decoder(base), algorithm=config.algorithm, learner=config.learner, seed=seed
+        )
         self.stop = self.rank.decoder.config.eos_token_ids
         self.generated = 0  # groups
         self.replay = ReplayBuffer(
             groups_per_step=config.replay.groups_per_step,
             max_staleness=staleness,
             num_steps=steps,
-            filters=(has_tokens, dynamic_sampling) if config.replay.dynamic_sampling else (has_tokens,),
+            filters=(has_tokens, dynamic_sampling)
+            if config.replay.dynamic_sampling
+            else (has_tokens,),
             patience=10**9,
             incarnation="study",
         )
@@ -77,11 +94,15 @@ class InProcess:
             metrics = summarise(self.rank.step(batch.references)) | {
                 "oldest": float(step - min(batch.oldest_versions)),
                 "newest": float(step - max(batch.oldest_versions)),
-                "with_gradient": statistics.mean(float(has_gradient(group)) for group in batch.references),
+                "with_gradient": statistics.mean(
+                    float(has_gradient(group)) for group in batch.references
+                ),
                 "generated": float(self.generated - before),
             }
             self.replay.trained(batch.admission_indices)
-            weights = {name: parameter.detach() for name, parameter in self.rank.decoder.named_parameters()}
+            weights = {
+                name: parameter.detach() for name, parameter in self.rank.decoder.named_parameters()
+            }
             self.engine.update_weights(weights, version=step + 1, probe_ids=PROBE)
             self.replay.serve(step + 1)
             self.replay.release(batch.admission_indices)
@@ -95,10 +116,18 @@ class InProcess:
         admissions, size = [], self.config.replay.group_size
         while self.replay.admissible():
             index = self.replay.admit("rollout-0")
-            admissions.append(Admission(index, self.prompts[self.order[index % len(self.prompts)]], group_size=size))
+            admissions.append(
+                Admission(
+                    index, self.prompts[self.order[index % len(self.prompts)]], group_size=size
+                )
+            )
         limit = self.config.rollout.max_response_tokens
-        sampling = SamplingParams(max_tokens=limit, temperature=1.0, stop_token_ids=self.stop, seed=self.seed)
-        answers = self.generate([GroupRequest(each.index, each.prompt.token_ids, size, sampling) for each in admissions])
+        sampling = SamplingParams(
+            max_tokens=limit, temperature=1.0, stop_token_ids=self.stop, seed=self.seed
+        )
+        answers = self.generate(
+            [GroupRequest(each.index, each.prompt.token_ids, size, sampling) for each in admissions]
+        )
         self.generated += len(admissions)
         for admission in admissions:
             completions = answers[admission.index]
@@ -124,9 +153,22 @@ class InProcess:
 
     def accuracy(self) -> float:
         """Greedy, on the held-out prompts."""
-        greedy = SamplingParams(max_tokens=self.config.rollout.max_response_tokens, temperature=0.0, stop_token_ids=self.stop, seed=0)
-        answers = self.generate([GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(self.held_out)])
-        return statistics.mean(self.right(prompt, answers[-1 - number][0]) for number, prompt in enumerate(self.held_out))
+        greedy = SamplingParams(
+            max_tokens=self.config.rollout.max_response_tokens,
+            temperature=0.0,
+            stop_token_ids=self.stop,
+            seed=0,
+        )
+        answers = self.generate(
+            [
+                GroupRequest(-1 - number, prompt.token_ids, 1, greedy)
+                for number, prompt in enumerate(self.held_out)
+            ]
+        )
+        return statistics.mean(
+            self.right(prompt, answers[-1 - number][0])
+            for number, prompt in enumerate(self.held_out)
+        )
 
     def right(self, prompt: Prompt, completion: Completion) -> float:
         return float(self.verify(self.text(completion), prompt.answer).correct)

@@ -37,25 +37,42 @@ class Study:
 
     def main(self) -> None:
         parser = argparse.ArgumentParser(description=self.doc.splitlines()[0])
-        parser.add_argument("--json", type=Path, metavar="OUT", help="also write every curve there, and a picture beside it")
+        parser.add_argument(
+            "--json",
+            type=Path,
+            metavar="OUT",
+            help="also write every curve there, and a picture beside it",
+        )
         parser.add_argument("--quick", action="store_true", help=self.quick)
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
         options = parser.parse_args()
         jobs, runs = self.jobs(options.quick), []
-        with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            options.processes, mp_context=multiprocessing.get_context("spawn")
+        ) as pool:
             for future in as_completed([pool.submit(self.measure, *job) for job in jobs]):
                 runs.append(future.result())
                 told = ", ".join(f"{key} {runs[-1][key]}" for key in (*self.keys, "seed"))
-                print(f"{len(runs)} of {len(jobs)}: {told}, {runs[-1]['seconds']} s", file=sys.stderr)
+                print(
+                    f"{len(runs)} of {len(jobs)}: {told}, {runs[-1]['seconds']} s", file=sys.stderr
+                )
         runs.sort(key=self.order)
         alike = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
-        rows = [self.row([run for run in runs if tuple(run[key] for key in self.keys) == same]) for same in alike]
+        rows = [
+            self.row([run for run in runs if tuple(run[key] for key in self.keys) == same])
+            for same in alike
+        ]
         print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
             print(f"| {' | '.join(row.values())} |")
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            about = {"benchmark": self.name, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
+            about = {
+                "benchmark": self.name,
+                "commit": commit(),
+                "date": time.strftime("%Y-%m-%d"),
+                "hardware": hardware(),
+            }
             options.json.write_text(json.dumps({**about, "table": rows, "runs": runs}) + "\n")
             self.draw(runs, options.json.with_suffix(".png"))
 

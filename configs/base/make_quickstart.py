@@ -35,7 +35,10 @@ MARKER, EOS = "####", "<eos>"
 VOCABULARY = (*"0123456789", "=", MARKER, EOS)
 TOKEN_ID = {token: number for number, token in enumerate(VOCABULARY)}
 FIRST_STEP_SHARE = 0.7  # of step-by-step solutions in the corpus, at its start
-LAST_STEP_SHARES = (0.12, 0.0003)  # the same at its end, for the shortest and the longest problems; in between linear in log-odds
+LAST_STEP_SHARES = (
+    0.12,
+    0.0003,
+)  # the same at its end, for the shortest and the longest problems; in between linear in log-odds
 SHARE_FALLS = (0.6, 0.8)  # from the one to the other between these fractions of the pretraining
 BATCH = 128
 MAX_RESPONSE_TOKENS = NUM_DIGITS[1] + 3
@@ -116,20 +119,36 @@ def base_config() -> dict[str, object]:
 def new_decoder() -> Decoder:
     """Matrices from N(0, 0.05²), those that write to the residual stream divided by the square root of their number, as in GPT-2."""
     decoder = Decoder(ModelConfig.from_dict(base_config()))
-    writers = [name for name, _ in decoder.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    writers = [
+        name
+        for name, _ in decoder.named_parameters()
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+    ]
     for name, parameter in decoder.named_parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.05 / (len(writers) ** 0.5 if name in writers else 1.0))
+            torch.nn.init.normal_(
+                parameter, std=0.05 / (len(writers) ** 0.5 if name in writers else 1.0)
+            )
     return decoder
 
 
 def packed_batch(pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, PackedAttention]:
     """Token ids `[T]` of (problem, response) pairs, whether each is a response token `[T]`, and their attention."""
     rows = sorted(
-        ((encode(prompt_of(problem)), [*encode(response), TOKEN_ID[EOS]]) for problem, response in pairs), key=lambda row: len(row[0] + row[1])
+        (
+            (encode(prompt_of(problem)), [*encode(response), TOKEN_ID[EOS]])
+            for problem, response in pairs
+        ),
+        key=lambda row: len(row[0] + row[1]),
     )
     ids = torch.tensor([token for prompt, response in rows for token in prompt + response])
-    trained = torch.tensor([flag for prompt, response in rows for flag in [False] * len(prompt) + [True] * len(response)])
+    trained = torch.tensor(
+        [
+            flag
+            for prompt, response in rows
+            for flag in [False] * len(prompt) + [True] * len(response)
+        ]
+    )
     return ids, trained, PackedAttention([len(prompt) + len(response) for prompt, response in rows])
 
 
@@ -137,14 +156,28 @@ def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, 
     """Next-token training on responses alone, learning rate up and down in one cycle; yields (step, loss in nats per token)."""
     rng, stream = np.random.default_rng(seed), problems("corpus", seed=seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.1
+    )
     for step in range(steps):
-        chosen = [(problem, rng.random() < step_share(len(problem), progress=step / steps)) for problem in islice(stream, BATCH)]
-        pairs = [(problem, response_to(problem, step_by_step=bool(step_by_step))) for problem, step_by_step in chosen]
+        chosen = [
+            (problem, rng.random() < step_share(len(problem), progress=step / steps))
+            for problem in islice(stream, BATCH)
+        ]
+        pairs = [
+            (problem, response_to(problem, step_by_step=bool(step_by_step)))
+            for problem, step_by_step in chosen
+        ]
         ids, trained, attention = packed_batch(pairs)
         hidden = decoder(ids, attention.positions, attention)
         targets = trained.nonzero()[:, 0]
-        logprobs, _ = token_logprobs(hidden[targets - 1], decoder.head_weight, ids[targets], torch.ones(len(targets)), chunk_tokens=len(targets))
+        logprobs, _ = token_logprobs(
+            hidden[targets - 1],
+            decoder.head_weight,
+            ids[targets],
+            torch.ones(len(targets)),
+            chunk_tokens=len(targets),
+        )
         loss = -logprobs.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -163,7 +196,9 @@ def respond(decoder: Decoder, texts: Sequence[str], *, greedy: bool) -> list[str
         ids = torch.tensor([encode(prompt_of(text)) for text in alike])
         for _ in range(MAX_RESPONSE_TOKENS):
             attention = PackedAttention([ids.shape[1]] * len(ids))
-            hidden = decoder(ids.flatten(), attention.positions, attention).view(*ids.shape, -1)[:, -1]
+            hidden = decoder(ids.flatten(), attention.positions, attention).view(*ids.shape, -1)[
+                :, -1
+            ]
             logits = decoder.logits(hidden)
             drawn = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
             ids = torch.cat([ids, drawn[:, None]], dim=1)
@@ -235,15 +270,29 @@ def write_problems(split: str, path: Path, *, count: int, seed: int) -> list[str
         if len(distinct) == count:
             break
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": problem, "answer": answer_of(problem)}) + "\n" for problem in distinct))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": problem, "answer": answer_of(problem)}) + "\n"
+            for problem in distinct
+        )
+    )
     return list(distinct)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="pretraining steps; one core does about 15 a second")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="pretraining steps; one core does about 15 a second"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=CONFIGS, help="where base/quickstart and data/quickstart are written")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=CONFIGS,
+        help="where base/quickstart and data/quickstart are written",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -255,7 +304,10 @@ def main() -> None:
     for step, loss in pretrain(decoder, steps=options.steps, seed=options.seed):
         if step % 500 == 499 or step == options.steps - 1:
             elapsed = time.monotonic() - started
-            print(f"step {step + 1} loss {loss:.3f} after {elapsed:.0f} s; {style_report(decoder, heldout[:512])}", flush=True)
+            print(
+                f"step {step + 1} loss {loss:.3f} after {elapsed:.0f} s; {style_report(decoder, heldout[:512])}",
+                flush=True,
+            )
     write_folder(decoder, options.out / "base" / "quickstart")
 
 

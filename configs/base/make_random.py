@@ -21,9 +21,20 @@ def write_model(folder: Path, *, seed: int) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(
-        vocab_size=EOS_ID + 1, **sizes, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=EOS_ID, bos_token_id=None
+        vocab_size=EOS_ID + 1,
+        **sizes,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=EOS_ID,
+        bos_token_id=None,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -33,7 +44,9 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.pre_tokenizers import ByteLevel
 
-    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))} | {EOS: EOS_ID}
+    vocabulary = {
+        character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))
+    } | {EOS: EOS_ID}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +62,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
+) -> Tensor:
     """Group-relative advantages A_i = (R_i − mean(R)) / (std(R) + eps), mean and unbiased std over the rollout's group.
 
     Sources: GRPO (2402.03300), DAPO (2503.14476); `normalize_std=False` leaves R_i − mean(R), Dr.GRPO (2503.20783).
@@ -18,7 +20,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool 
     Raises ValueError on other shapes or a negative eps.
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be [B]; give one group id per rollout")
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be [B]; give one group id per rollout"
+        )
     if eps < 0:
         raise ValueError(f"eps ({eps}) must not be negative; set 1e-6, or 0 for none")
     values = rewards.detach().double()

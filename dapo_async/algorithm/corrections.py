@@ -52,11 +52,22 @@ def behaviour_weight(
     ratio = bounded(log_ratio).exp()
     lowest, highest = 0.0 if floor is None else floor, math.inf if cap is None else cap
     above_cap, below_floor = ratio > highest, ratio < lowest
-    weight = ratio.clamp(lowest, highest) if correction == "truncate" else ratio.masked_fill(above_cap | below_floor, 0.0)
+    weight = (
+        ratio.clamp(lowest, highest)
+        if correction == "truncate"
+        else ratio.masked_fill(above_cap | below_floor, 0.0)
+    )
     return BehaviourWeight(weight, above_cap, below_floor)
 
 
-def second_moment_mask(proximal_logprobs: Tensor, *, behaviour_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float = 0.04) -> Tensor:
+def second_moment_mask(
+    proximal_logprobs: Tensor,
+    *,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    threshold: float = 0.04,
+) -> Tensor:
     """M2PO (2510.01161): the tokens to keep, so that the second moment of the log-ratio stays in bounds.
 
     With ρ = π_prox/π_beh, the candidates are the tokens that have already moved the way their advantage pushes: (A > 0, ρ > 1) or (A < 0, ρ < 1).
@@ -75,5 +86,7 @@ def second_moment_mask(proximal_logprobs: Tensor, *, behaviour_logprobs: Tensor,
     # The mean of the smallest k grows with k, so the number of means within the threshold is the number of tokens to keep.
     means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
     num_kept = (means <= threshold).sum()
-    smallest_dropped = torch.nn.functional.pad(ordered, (0, 1), value=math.inf).index_select(0, num_kept.reshape(1))
+    smallest_dropped = torch.nn.functional.pad(ordered, (0, 1), value=math.inf).index_select(
+        0, num_kept.reshape(1)
+    )
     return ~candidate | (squares < smallest_dropped)

@@ -47,7 +47,10 @@ def loss_diagnostics(
     rho, u = log_rho.exp(), log_u.exp()
     summed = {
         "num_tokens": live,
-        **{f"{rule}_tokens": clips.get(rule, zero) for rule in ("clip_low", "clip_high", "dual_clip")},
+        **{
+            f"{rule}_tokens": clips.get(rule, zero)
+            for rule in ("clip_low", "clip_high", "dual_clip")
+        },
         "weight_truncated_tokens": corrected.above_cap if truncates else zero,
         "weight_floored_tokens": corrected.below_floor if truncates else zero,
         "weight_rejected_tokens": corrected.above_cap | corrected.below_floor if masks else zero,
@@ -62,7 +65,11 @@ def loss_diagnostics(
         "current_kl_k1_sum": -log_u,
         "current_kl_k3_sum": u - 1 - log_u,
     }
-    largest = {"behaviour_weight_max": weight, "behaviour_log_ratio_max": mismatch.abs(), "current_log_ratio_max": drift.abs()}
+    largest = {
+        "behaviour_weight_max": weight,
+        "behaviour_log_ratio_max": mismatch.abs(),
+        "current_log_ratio_max": drift.abs(),
+    }
     unmasked = live.to(weight.dtype)
     sums = (torch.stack([row.to(weight.dtype) for row in summed.values()]) * unmasked).sum(1)
     # Padded by one 0: the maximum over no token is 0.
@@ -96,4 +103,8 @@ def summarise(metrics: StepMetrics) -> dict[str, float]:
         "behaviour_ess": ("behaviour_ratio", flat.get("behaviour_chi2", -1.0) + 1.0),
         "behaviour_weight_ess": ("behaviour_weight", flat.get("behaviour_weight_squared", 0.0)),
     }
-    return flat | {name: flat[mean] ** 2 / square for name, (mean, square) in second_moments.items() if square > 0}
+    return flat | {
+        name: flat[mean] ** 2 / square
+        for name, (mean, square) in second_moments.items()
+        if square > 0
+    }

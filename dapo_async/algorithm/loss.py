@@ -66,26 +66,76 @@ def policy_loss(
         correction_floor=correction_floor,
         entropy_bonus=entropy_bonus,
     )
-    per_token = {"proximal_logprobs": proximal_logprobs, "behaviour_logprobs": behaviour_logprobs, "advantages": advantages}
-    _check_shapes(current_logprobs, **per_token, mask=mask, sequence_ids=sequence_ids, keep=keep, entropies=entropies, token_weights=token_weights)
+    per_token = {
+        "proximal_logprobs": proximal_logprobs,
+        "behaviour_logprobs": behaviour_logprobs,
+        "advantages": advantages,
+    }
+    _check_shapes(
+        current_logprobs,
+        **per_token,
+        mask=mask,
+        sequence_ids=sequence_ids,
+        keep=keep,
+        entropies=entropies,
+        token_weights=token_weights,
+    )
     live = mask.bool()
     kept = live if keep is None else keep.bool()  # masked tokens already have A = 0
-    current, proximal, behaviour, advantage = _fill(current_logprobs, *per_token.values(), live=live)
-    uses_sequences = OBJECTIVES[objective].of_sequences or (correction != "none" and level != "token")
-    sequences = _sequences(sequence_ids, live=live, objective=objective, level=level) if uses_sequences else None
+    current, proximal, behaviour, advantage = _fill(
+        current_logprobs, *per_token.values(), live=live
+    )
+    uses_sequences = OBJECTIVES[objective].of_sequences or (
+        correction != "none" and level != "token"
+    )
+    sequences = (
+        _sequences(sequence_ids, live=live, objective=objective, level=level)
+        if uses_sequences
+        else None
+    )
     drift, mismatch = current - proximal, proximal - behaviour
-    corrected = behaviour_weight(mismatch, correction=correction, level=level, cap=correction_cap, floor=correction_floor, sequences=sequences)
-    terms = Terms(current, drift, advantage, sequences, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    corrected = behaviour_weight(
+        mismatch,
+        correction=correction,
+        level=level,
+        cap=correction_cap,
+        floor=correction_floor,
+        sequences=sequences,
+    )
+    terms = Terms(
+        current,
+        drift,
+        advantage,
+        sequences,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+    )
     gain = OBJECTIVES[objective].surrogate(terms)
-    share = torch.ones_like(current.detach()) if token_weights is None else _fill(current, token_weights, live=live)[1]
+    share = (
+        torch.ones_like(current.detach())
+        if token_weights is None
+        else _fill(current, token_weights, live=live)[1]
+    )
     token_loss = -(corrected.weight * kept * share) * gain.value
     diagnostics = loss_diagnostics(
-        token_loss, drift=drift, mismatch=mismatch, corrected=corrected, correction=correction, clips=gain.clips, live=live, kept=kept
+        token_loss,
+        drift=drift,
+        mismatch=mismatch,
+        corrected=corrected,
+        correction=correction,
+        clips=gain.clips,
+        live=live,
+        kept=kept,
     )
-    return (token_loss.sum() - _bonus(entropies, entropy_bonus, share=share, live=live)) / _denominator(num_tokens, live=live), diagnostics
+    return (
+        token_loss.sum() - _bonus(entropies, entropy_bonus, share=share, live=live)
+    ) / _denominator(num_tokens, live=live), diagnostics
 
 
-def sequence_mean_weights(mask: Tensor, *, sequence_ids: Tensor, num_tokens: float, num_sequences: float) -> Tensor:
+def sequence_mean_weights(
+    mask: Tensor, *, sequence_ids: Tensor, num_tokens: float, num_sequences: float
+) -> Tensor:
     """GRPO's mean as weights of tokens: with them the mean over tokens is the mean over responses of each response's mean over its own tokens.
 
     w_t = (num_tokens / num_sequences) / |o_i|, so that (1 / num_tokens) Σ w_t l_t = (1 / num_sequences) Σ_i (1 / |o_i|) Σ_{t in i} l_t
@@ -95,26 +145,41 @@ def sequence_mean_weights(mask: Tensor, *, sequence_ids: Tensor, num_tokens: flo
     live = mask.bool()
     _, places = torch.unique(sequence_ids, return_inverse=True)
     lengths = torch.zeros(len(mask), device=mask.device).index_add_(0, places, live.float())
-    return torch.where(live, num_tokens / max(num_sequences, 1.0) / lengths[places].clamp(min=1.0), 0.0)
+    return torch.where(
+        live, num_tokens / max(num_sequences, 1.0) / lengths[places].clamp(min=1.0), 0.0
+    )
 
 
-def _bonus(entropies: Tensor | None, entropy_bonus: float, *, share: Tensor, live: Tensor) -> Tensor | float:
+def _bonus(
+    entropies: Tensor | None, entropy_bonus: float, *, share: Tensor, live: Tensor
+) -> Tensor | float:
     if not entropy_bonus:
         return 0.0
     if entropies is None:
-        raise ValueError("entropy_bonus needs entropies; give the entropy of pi_theta at every token, [T]")
+        raise ValueError(
+            "entropy_bonus needs entropies; give the entropy of pi_theta at every token, [T]"
+        )
     return entropy_bonus * (share * _fill(entropies, live=live)[0]).sum()
 
 
 def _fill(current: Tensor, *fixed: Tensor, live: Tensor) -> tuple[Tensor, ...]:
     """All in one precision and 0 where masked, so that garbage there meets no arithmetic; only the first keeps its gradient."""
-    dtype = torch.promote_types(current.dtype, torch.float32)  # bfloat16 would round the ratios away
-    return tuple(values.to(dtype).masked_fill(~live, 0.0) for values in (current, *(values.detach() for values in fixed)))
+    dtype = torch.promote_types(
+        current.dtype, torch.float32
+    )  # bfloat16 would round the ratios away
+    return tuple(
+        values.to(dtype).masked_fill(~live, 0.0)
+        for values in (current, *(values.detach() for values in fixed))
+    )
 
 
-def _sequences(sequence_ids: Tensor | None, *, live: Tensor, objective: str, level: str) -> Sequences:
+def _sequences(
+    sequence_ids: Tensor | None, *, live: Tensor, objective: str, level: str
+) -> Sequences:
     if sequence_ids is None:
-        raise ValueError(f"objective {objective} with correction_level {level} needs sequence_ids; give the sequence of every token, [T]")
+        raise ValueError(
+            f"objective {objective} with correction_level {level} needs sequence_ids; give the sequence of every token, [T]"
+        )
     return Sequences.of(sequence_ids, live=live)
 
 
@@ -125,7 +190,9 @@ def _denominator(num_tokens: float | Tensor | None, *, live: Tensor) -> Tensor |
     if isinstance(num_tokens, Tensor):
         return num_tokens.clamp(min=1)
     if not num_tokens >= 0:
-        raise ValueError(f"num_tokens ({num_tokens}) must not be negative; give the unmasked tokens of the minibatch over all ranks")
+        raise ValueError(
+            f"num_tokens ({num_tokens}) must not be negative; give the unmasked tokens of the minibatch over all ranks"
+        )
     return max(num_tokens, 1)
 
 

@@ -39,7 +39,9 @@ class Objective:
     """`surrogate` is the formula; the rest says with which options of the loss it makes sense."""
 
     surrogate: Callable[[Terms], Surrogate]
-    correction_levels: tuple[str, ...] = CORRECTION_LEVELS  # of the behaviour ratio; the first is the default
+    correction_levels: tuple[str, ...] = (
+        CORRECTION_LEVELS  # of the behaviour ratio; the first is the default
+    )
     of_sequences: bool = False  # needs to see each sequence whole
     dual_clip: bool = True
 
@@ -60,14 +62,20 @@ def cispo(terms: Terms) -> Surrogate:
     """sg(clip(u))·A·log π_θ: the clip bounds a token's weight but never silences it, so it counts whatever the sign of A."""
     ratio = bounded(terms.drift.detach()).exp()
     low, high = 1 - terms.clip_low, 1 + terms.clip_high
-    return Surrogate(ratio.clamp(low, high) * terms.advantage * terms.current, {"clip_low": ratio < low, "clip_high": ratio > high})
+    return Surrogate(
+        ratio.clamp(low, high) * terms.advantage * terms.current,
+        {"clip_low": ratio < low, "clip_high": ratio > high},
+    )
 
 
 def _clipped(ratio: Tensor, terms: Terms) -> Surrogate:
     """min(r·A, clip(r)·A), and for A < 0 at least dual_clip·A."""
     advantage, low, high = terms.advantage, 1 - terms.clip_low, 1 + terms.clip_high
     value = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    clips = {"clip_low": (advantage < 0) & (ratio < low), "clip_high": (advantage > 0) & (ratio > high)}
+    clips = {
+        "clip_low": (advantage < 0) & (ratio < low),
+        "clip_high": (advantage > 0) & (ratio > high),
+    }
     if terms.dual_clip is not None:
         value = torch.where(advantage < 0, torch.maximum(value, terms.dual_clip * advantage), value)
         clips["dual_clip"] = (advantage < 0) & (ratio > terms.dual_clip)

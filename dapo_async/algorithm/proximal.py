@@ -36,10 +36,14 @@ def proximal_from(
         return behaviour
     if mode == "recompute":
         if recomputed_logprobs is None:
-            raise ValueError("proximal recompute needs recomputed_logprobs; give the learner's logprobs from before the first minibatch")
+            raise ValueError(
+                "proximal recompute needs recomputed_logprobs; give the learner's logprobs from before the first minibatch"
+            )
         return recomputed_logprobs.detach()
     if learner_version is None or behaviour_versions is None:
-        raise ValueError("proximal interpolate needs learner_version and behaviour_versions; give the weight version of every token")
+        raise ValueError(
+            "proximal interpolate needs learner_version and behaviour_versions; give the weight version of every token"
+        )
     staleness = learner_version - behaviour_versions.to(current.dtype)
     # A staleness of 0 (or less, where masked) gives −1/1, hence 0 after the clamp.
     share = ((staleness - 1) / staleness.clamp(min=1)).clamp(0, 1)

@@ -26,7 +26,9 @@ class Sequences:
     def of(cls, sequence_ids: Tensor, *, live: Tensor) -> Sequences:
         """`sequence_ids` [T]: any integers, in any order; `live` [T] bool: the unmasked tokens."""
         names, index = torch.unique(sequence_ids, return_inverse=True)
-        num_live = torch.zeros(len(names), dtype=torch.int64, device=index.device).index_add(0, index, live.long())
+        num_live = torch.zeros(len(names), dtype=torch.int64, device=index.device).index_add(
+            0, index, live.long()
+        )
         return cls(index, num_live.clamp(min=1))
 
     def sum(self, values: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ class Preset:
     hub: str  # where it was published, in the grammar of data.train
     problem: tuple[str, ...] = ("problem",)
     answer: tuple[str, ...] = ("answer",)
-    answer_form: Mapping[str, str] = field(default_factory=dict)  # of columns that hold more than the answer: see `answer_of`
+    answer_form: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of columns that hold more than the answer: see `answer_of`
     template: str = "boxed"
     wrapped: str | None = None  # the template that stands around each problem already
     deduplicate: bool = False
@@ -34,13 +36,31 @@ PRESETS = MappingProxyType(
     {
         # 1,791,700 rows: each of 17,917 prompts a hundred times.
         "dapo_math_17k": Preset(
-            "hub:BytedTsinghua-SIA/DAPO-Math-17k:train", DAPO_PROBLEM, DAPO_ANSWER, template="dapo", wrapped="dapo", deduplicate=True
+            "hub:BytedTsinghua-SIA/DAPO-Math-17k:train",
+            DAPO_PROBLEM,
+            DAPO_ANSWER,
+            template="dapo",
+            wrapped="dapo",
+            deduplicate=True,
         ),
-        "gsm8k": Preset("hub:openai/gsm8k/main:train", ("question",), answer_form={"answer": "hashes"}),
-        "math": Preset("hub:DigitalLearningGmbH/MATH-lighteval:train", answer=("answer", "solution"), answer_form={"solution": "boxed"}),
+        "gsm8k": Preset(
+            "hub:openai/gsm8k/main:train", ("question",), answer_form={"answer": "hashes"}
+        ),
+        "math": Preset(
+            "hub:DigitalLearningGmbH/MATH-lighteval:train",
+            answer=("answer", "solution"),
+            answer_form={"solution": "boxed"},
+        ),
         "math500": Preset("hub:HuggingFaceH4/MATH-500:test"),
         # DAPO's own copy has each problem 32 times.
-        "aime24": Preset("hub:HuggingFaceH4/aime_2024:train", DAPO_PROBLEM, DAPO_ANSWER, template="dapo", wrapped="dapo", deduplicate=True),
+        "aime24": Preset(
+            "hub:HuggingFaceH4/aime_2024:train",
+            DAPO_PROBLEM,
+            DAPO_ANSWER,
+            template="dapo",
+            wrapped="dapo",
+            deduplicate=True,
+        ),
         "aime25": Preset("hub:math-ai/aime25:test", template="dapo"),
         "amc23": Preset("hub:math-ai/amc23:test", ("problem", "question"), template="dapo"),
     }
@@ -56,12 +76,21 @@ def preset_of(source: Source) -> tuple[Preset | None, Source]:
         return None, source
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name!r} is no preset of data; did you mean {near!r}? Known are {', '.join(PRESETS)} (a path may begin with ./)")
+        raise ValueError(
+            f"{name!r} is no preset of data; did you mean {near!r}? Known are {', '.join(PRESETS)} (a path may begin with ./)"
+        )
     preset = PRESETS[name]
     if source.hub is None or "/" in source.hub:
         return preset, source
     home = parse_source(preset.hub)
-    return preset, Source(name, None, home.hub, source.subset or home.subset, source.revision, source.split or home.split)
+    return preset, Source(
+        name,
+        None,
+        home.hub,
+        source.subset or home.subset,
+        source.revision,
+        source.split or home.split,
+    )
 
 
 def answer_of(text: str, form: str | None) -> str:

@@ -38,11 +38,20 @@ class LeftOut:
             self.first_rows[reason].append(row)
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} {reason} ({self._named(reason)})" for reason, count in self.counts.items()) or "none"
+        return (
+            ", ".join(
+                f"{count} {reason} ({self._named(reason)})" for reason, count in self.counts.items()
+            )
+            or "none"
+        )
 
     def _named(self, reason: str) -> str:
         rows, count = self.first_rows[reason], self.counts[reason]
-        return ("row " if count == 1 else "rows ") + ", ".join(map(str, rows)) + (", …" if count > len(rows) else "")
+        return (
+            ("row " if count == 1 else "rows ")
+            + ", ".join(map(str, rows))
+            + (", …" if count > len(rows) else "")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,9 @@ def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem
     Signs count: `a + b` and `a - b` are two problems. Answers that are plainly equal to the verifier, such as `1/2` and `0.5`, do not differ; those
     that only its symbolic engine could tell do.
     """
-    keys: dict[str, str] = {}  # most repeats are equal to the last character: so the set's hundred copies are normalised once
+    keys: dict[
+        str, str
+    ] = {}  # most repeats are equal to the last character: so the set's hundred copies are normalised once
     alike: dict[str, Problem] = {}
     rows: dict[str, list[int]] = {}
     answers: defaultdict[str, list[str]] = defaultdict(list)  # every spelling once
@@ -109,7 +120,9 @@ def fingerprints(texts: Iterable[str]) -> frozenset[str]:
     return frozenset(fingerprint(text) for text in texts) - {""}
 
 
-def contaminated(problems: Sequence[Problem], against: Mapping[str, frozenset[str]]) -> tuple[set[int], Counter[str]]:
+def contaminated(
+    problems: Sequence[Problem], against: Mapping[str, frozenset[str]]
+) -> tuple[set[int], Counter[str]]:
     """The rows of the problems that are evaluation problems too, and how many of each set; a problem may be in several."""
     rows: set[int] = set()
     counts: Counter[str] = Counter()

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # it imports torch, which prompts do without
     from dapo_async.model import ModelConfig
 
 
-def load_set(config: Config, source: str, tokenizer: Tokenizer, *, training: bool = False, hub: bool = True) -> PromptSet:
+def load_set(
+    config: Config, source: str, tokenizer: Tokenizer, *, training: bool = False, hub: bool = True
+) -> PromptSet:
     """The prompts of `data.train`, `data.heldout` or another source with the knobs of `data`; those for `training` are screened.
 
     Without `hub` the check for evaluation problems leaves out the sets that are there.
@@ -28,7 +30,8 @@ def load_set(config: Config, source: str, tokenizer: Tokenizer, *, training: boo
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
         source_key=data.source_key,
-        template=data.template or (preset.template if preset else "{problem}"),  # evaluation asks as training does
+        template=data.template
+        or (preset.template if preset else "{problem}"),  # evaluation asks as training does
         system=data.system,
         max_prompt_tokens=data.max_prompt_tokens,
         screening=_screening(config, hub=hub) if training else Screening(),
@@ -41,7 +44,9 @@ def _screening(config: Config, *, hub: bool) -> Screening:
     if data.contamination != "off":
         for source in [parse_source(data.heldout), *parse_sources(data.check_against)]:
             if hub or not is_on_hub(source):
-                against[source.where if source.name in against else source.name] = load_fingerprints(source, prompt_key=data.prompt_key)
+                against[source.where if source.name in against else source.name] = (
+                    load_fingerprints(source, prompt_key=data.prompt_key)
+                )
     return Screening(data.language, data.deduplicate, data.contamination, against)
 
 
@@ -56,10 +61,14 @@ def usable_tokenizer(folder: Path) -> Tokenizer:
         return load_tokenizer(folder)
     except Exception as error:  # a broken file raises whatever the tokenizers library likes, a plain Exception among it
         reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model") from error
+        raise ValueError(
+            f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model"
+        ) from error
 
 
-def check_fit(found: PromptSet, model: ModelConfig, *, folder: Path, max_response_tokens: int) -> None:
+def check_fit(
+    found: PromptSet, model: ModelConfig, *, folder: Path, max_response_tokens: int
+) -> None:
     """Raises ValueError for tokens that the model does not know and prompts that leave no room for a response. `folder`: the tokenizer's."""
     largest = max(int(prompt.token_ids.max(initial=0)) for prompt in found.prompts)
     if largest >= model.vocab_size:

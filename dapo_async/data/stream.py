@@ -15,7 +15,9 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         """Raises ValueError without prompts."""
         if not prompts:
-            raise ValueError("the prompt stream needs at least one prompt; give a data set with usable rows")
+            raise ValueError(
+                "the prompt stream needs at least one prompt; give a data set with usable rows"
+            )
         self._prompts, self._seed = prompts, seed
         self._epoch, self._order = 0, self._shuffled(0)
 
@@ -28,5 +30,7 @@ class PromptStream:
         return self._prompts[self._order[offset]]
 
     def _shuffled(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)).tolist()
+        order: list[int] = (
+            np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)).tolist()
+        )
         return order

@@ -38,11 +38,17 @@ class Template:
     def without(self, text: str) -> str:
         """The problem in a text that this template stands around; any other text as it is."""
         around = len(self._before) + len(self._after)
-        if len(text) < around or not text.startswith(self._before) or not text.endswith(self._after):
+        if (
+            len(text) < around
+            or not text.startswith(self._before)
+            or not text.endswith(self._after)
+        ):
             return text
         return text[len(self._before) : len(text) - len(self._after)]
 
-    def tokenised(self, problems: list[str], tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+    def tokenised(
+        self, problems: list[str], tokenizer: Tokenizer
+    ) -> tuple[list[str], list[list[int]]]:
         """The prompts as text and as token ids. A chat template brings its own special tokens. Raises ValueError where the tokenizer has none."""
         texts = [self.around(problem) for problem in problems]
         if not texts:
@@ -55,6 +61,11 @@ class Template:
             )
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         texts = [
-            tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True) for text in texts
+            tokenizer.apply_chat_template(
+                [*system, {"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for text in texts
         ]
         return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -13,11 +13,15 @@ GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are a
 class Tokenizer(Protocol):
     """What this project uses of a `transformers` tokenizer."""
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = True
+    ) -> dict[str, list[list[int]]]:
         """`input_ids` of each text, with the special tokens that the model expects at its start unless told otherwise."""
         ...
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
         """The turns as one text, in the words of the model's own template; only where there is a `chat_template`."""
         ...
 
@@ -26,14 +30,22 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Of a plain Hugging Face folder, never from the network. Raises ValueError when the folder has none."""
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"model folder {folder} has no tokenizer.json; copy the tokenizer's files of the base model into it")
+    if not any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        raise ValueError(
+            f"model folder {folder} has no tokenizer.json; copy the tokenizer's files of the base model into it"
+        )
     if _class_name(Path(folder)) in GENERIC:
         # What AutoTokenizer would choose as well; asking it costs each process two seconds of imports more.
         from transformers import PreTrainedTokenizerFast
 
-        return cast(Tokenizer, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
-    from transformers import AutoTokenizer  # seconds of import: whoever only counts prompts need not wait for it
+        return cast(
+            Tokenizer, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        )
+    from transformers import (
+        AutoTokenizer,
+    )  # seconds of import: whoever only counts prompts need not wait for it
 
     return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 

@@ -63,14 +63,20 @@ class Job:
     settings: dict[str, Any]  # what another try has to have alike
 
 
-def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[[str], None]) -> int:
+def run(
+    file: str, overrides: Sequence[str], options: Options, *, say: Callable[[str], None]
+) -> int:
     """Evaluates; the exit code: 0, 1 when an engine failed, 130 or 143 when interrupted. Raises ValueError for what the user has to change."""
     job = prepare(file, overrides, options)
     config = job.config
-    say(f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems of {config.data.heldout} x {job.num_siblings} responses")
+    say(
+        f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems of {config.data.heldout} x {job.num_siblings} responses"
+    )
     with Record(options.out, job.settings) as record:
         if record.done:
-            say(f"{len(record.done)} problems are done already, in {options.out if record.finished else record.partial}")
+            say(
+                f"{len(record.done)} problems are done already, in {options.out if record.finished else record.partial}"
+            )
         todo = [prompt for prompt in job.prompts if prompt.row not in record.done]
         stop = Interrupt()
         try:
@@ -87,7 +93,13 @@ def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[
             return 1
         totals["left_out"] = dict(job.problems.left_out.counts)
         if not record.finished:
-            record.finish({"settings": job.settings, "totals": totals, "problems": [problem.to_json() for problem in problems]})
+            record.finish(
+                {
+                    "settings": job.settings,
+                    "totals": totals,
+                    "problems": [problem.to_json() for problem in problems],
+                }
+            )
     for line in _table(totals, num_siblings=job.num_siblings, out=options.out):
         say(line)
     return 0
@@ -95,21 +107,36 @@ def run(file: str, overrides: Sequence[str], options: Options, *, say: Callable[
 
 def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
     """Reads and checks everything that needs no engine. Raises ValueError with rule, values and remedy."""
-    for name, value, least in (("--k", options.k, 1), ("--max-problems", options.max_problems, 1), ("--seed", options.seed, 0)):
+    for name, value, least in (
+        ("--k", options.k, 1),
+        ("--max-problems", options.max_problems, 1),
+        ("--seed", options.seed, 0),
+    ):
         if value is not None and value < least:
-            raise ValueError(f"{name} ({value}) must be at least {least}; leave it out or give a larger number")
+            raise ValueError(
+                f"{name} ({value}) must be at least {least}; leave it out or give a larger number"
+            )
     given = []
     if options.data is not None:
         given.append(f"data.heldout={json.dumps(options.data)}")
-    if options.checkpoint is not None and any((options.checkpoint / name).is_file() for name in TOKENIZER_FILES):
-        given.append(f"model.path={json.dumps(str(options.checkpoint))}")  # else the tokenizer is that of the base model
+    if options.checkpoint is not None and any(
+        (options.checkpoint / name).is_file() for name in TOKENIZER_FILES
+    ):
+        given.append(
+            f"model.path={json.dumps(str(options.checkpoint))}"
+        )  # else the tokenizer is that of the base model
     config = knobs.load(file, [*overrides, *given])
     check_engines(config)
-    source, checkpoint = Path(config.model.path), (options.checkpoint or Path(config.model.path)).resolve()
+    source, checkpoint = (
+        Path(config.model.path),
+        (options.checkpoint or Path(config.model.path)).resolve(),
+    )
     model = ModelConfig.from_folder(checkpoint)
     check_weights(checkpoint, model)
     if not model.eos_token_ids:
-        raise ValueError(f"model {checkpoint} has no eos_token_id in its config.json; a response could never stop: add it")
+        raise ValueError(
+            f"model {checkpoint} has no eos_token_id in its config.json; a response could never stop: add it"
+        )
     seed = config.seed if options.seed is None else options.seed
     sampling = SamplingParams(
         max_tokens=config.rollout.max_response_tokens,
@@ -125,7 +152,9 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
     weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
     settings = {
         "checkpoint": str(checkpoint),
-        "weights_sha256": digest([*weights, *(source / name for name in TOKENIZER_FILES if (source / name).is_file())]),
+        "weights_sha256": digest(
+            [*weights, *(source / name for name in TOKENIZER_FILES if (source / name).is_file())]
+        ),
         "data": config.data.heldout,
         "problems_sha256": _digest_of(prompts),
         "verifier": config.reward.verifier,
@@ -140,10 +169,14 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "top_p": sampling.top_p,
         "seed": seed,
     }
-    verifiers = choose_verifiers(config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s)
+    verifiers = choose_verifiers(
+        config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s
+    )
 
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
-        return verifiers.of(prompt.source)(tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer)
+        return verifiers.of(prompt.source)(
+            tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer
+        )
 
     return Job(config, checkpoint, judge, problems, prompts, options.k, sampling, settings)
 
@@ -164,13 +197,22 @@ def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> d
     """
     known = [problem for problem in problems if problem.num_judged]
     if not known:
-        raise RuntimeError("the verifier failed over every response, so that nothing is known of the model")
+        raise RuntimeError(
+            "the verifier failed over every response, so that nothing is known of the model"
+        )
     k = num_siblings
     names = [f"avg@{k}", *(f"pass@{number}" for number in range(1, k + 1)), f"maj@{k}"]
     columns = [
         [
             problem.accuracy,
-            *(pass_at(min(n, problem.num_judged), num_correct=problem.num_correct, num_responses=problem.num_judged) for n in range(1, k + 1)),
+            *(
+                pass_at(
+                    min(n, problem.num_judged),
+                    num_correct=problem.num_correct,
+                    num_responses=problem.num_judged,
+                )
+                for n in range(1, k + 1)
+            ),
             problem.majority_accuracy,
         ]
         for problem in known
@@ -184,7 +226,8 @@ def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> d
         **{name: asdict(estimate) for name, estimate in zip(names, estimates, strict=True)},
         "mean_response_tokens": sum(sum(problem.lengths) for problem in problems) / num_responses,
         "truncated": sum(sum(problem.truncated) for problem in problems) / num_responses,
-        "answered": sum(answer is not None for problem in problems for answer in problem.extracted) / num_responses,
+        "answered": sum(answer is not None for problem in problems for answer in problem.extracted)
+        / num_responses,
     }
 
 
@@ -209,11 +252,21 @@ class Interrupt:
             loop.add_signal_handler(number, receive, number)
 
 
-async def _answer(job: Job, todo: Sequence[Prompt], record: Record, *, log: Path, say: Callable[[str], None], stop: Interrupt) -> None:
+async def _answer(
+    job: Job,
+    todo: Sequence[Prompt],
+    record: Record,
+    *,
+    log: Path,
+    say: Callable[[str], None],
+    stop: Interrupt,
+) -> None:
     """Every problem of `todo` into the record."""
     stop.listen()
     longest = max(len(prompt.token_ids) for prompt in todo) + job.sampling.max_tokens
-    async with open_engines(job.config, checkpoint=job.checkpoint, max_len=longest, seed=job.sampling.seed, log=log) as engines:
+    async with open_engines(
+        job.config, checkpoint=job.checkpoint, max_len=longest, seed=job.sampling.seed, log=log
+    ) as engines:
         progress = _Progress(record, num_problems=len(job.prompts), say=say)
         await answer_all(
             engines,
@@ -243,7 +296,9 @@ class _Progress:
         mean = sum(each.accuracy for each in done.values()) / len(done)
         rest_s = spent_s * (self._num_problems - len(done)) / (len(done) - self._num_before)
         speed = self._num_tokens / spent_s
-        self._say(f"{len(done):>5}/{self._num_problems} problems  avg {mean:.3f} so far  {speed:6.0f} tok/s  {rest_s:5.0f} s left")
+        self._say(
+            f"{len(done):>5}/{self._num_problems} problems  avg {mean:.3f} so far  {speed:6.0f} tok/s  {rest_s:5.0f} s left"
+        )
 
 
 def _kept(record: Record) -> str:
@@ -254,19 +309,34 @@ def _kept(record: Record) -> str:
 
 def _log(out: Path | None) -> Path:
     """Of an SGLang server: beside the result, which is absolute, or for the time being."""
-    return out.with_name(out.name + ".sglang.log") if out else Path(tempfile.gettempdir()) / f"dapo-async-eval-{os.getpid()}.sglang.log"
+    return (
+        out.with_name(out.name + ".sglang.log")
+        if out
+        else Path(tempfile.gettempdir()) / f"dapo-async-eval-{os.getpid()}.sglang.log"
+    )
 
 
 def _table(totals: dict[str, Any], *, num_siblings: int, out: Path | None) -> list[str]:
     """The totals for a person; of pass@k the powers of two."""
     powers = [2**power for power in range(num_siblings.bit_length())]
-    names = [f"avg@{num_siblings}", *(f"pass@{number}" for number in sorted({*powers, num_siblings})), f"maj@{num_siblings}"]
-    lines = [f"{name:<9} {totals[name]['mean']:.3f}  [{totals[name]['low']:.3f}, {totals[name]['high']:.3f}]" for name in names]
+    names = [
+        f"avg@{num_siblings}",
+        *(f"pass@{number}" for number in sorted({*powers, num_siblings})),
+        f"maj@{num_siblings}",
+    ]
+    lines = [
+        f"{name:<9} {totals[name]['mean']:.3f}  [{totals[name]['low']:.3f}, {totals[name]['high']:.3f}]"
+        for name in names
+    ]
     shares = f"{totals['truncated']:.1%} truncated, {totals['answered']:.1%} with an answer"
     lines.append(f"{'length':<9} {totals['mean_response_tokens']:.1f} tokens, {shares}")
     if totals["unjudged"]:
-        lines.append(f"unjudged  {totals['unjudged']} of {totals['responses']} responses, over which the verifier failed: they count nowhere")
+        lines.append(
+            f"unjudged  {totals['unjudged']} of {totals['responses']} responses, over which the verifier failed: they count nowhere"
+        )
     left_out = {name: count for name, count in totals["left_out"].items() if count}
     lines += [f"left out  {count} {name} problems" for name, count in left_out.items()]
-    lines.append(f"in brackets: 95 % of the means of a bootstrap over {totals['problems']} problems")
+    lines.append(
+        f"in brackets: 95 % of the means of a bootstrap over {totals['problems']} problems"
+    )
     return [*lines, f"result    {out}"] if out else lines

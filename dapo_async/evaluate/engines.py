@@ -29,7 +29,9 @@ from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, sglang
 from dapo_async.rollout.torch_engine import TorchEngine
 
 LOOPBACK = "127.0.0.1"
-PROBE = np.arange(2, dtype=np.int32)  # any two tokens: what a swap of the weights changes is not looked at here
+PROBE = np.arange(
+    2, dtype=np.int32
+)  # any two tokens: what a swap of the weights changes is not looked at here
 
 
 def check_engines(config: Config) -> None:
@@ -38,11 +40,15 @@ def check_engines(config: Config) -> None:
     if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
         raise ValueError(lack)
     if rollout.num_gpus > 0 and not torch.cuda.is_available():
-        raise ValueError(f"rollout.num_gpus ({rollout.num_gpus:g}) asks for a GPU, and this machine has no CUDA device; set rollout.num_gpus=0")
+        raise ValueError(
+            f"rollout.num_gpus ({rollout.num_gpus:g}) asks for a GPU, and this machine has no CUDA device; set rollout.num_gpus=0"
+        )
 
 
 @asynccontextmanager
-async def open_engines(config: Config, *, checkpoint: Path, max_len: int, seed: int, log: Path) -> AsyncIterator[Sequence[Engine]]:
+async def open_engines(
+    config: Config, *, checkpoint: Path, max_len: int, seed: int, log: Path
+) -> AsyncIterator[Sequence[Engine]]:
     """Engines that serve `checkpoint`, sequences of at most `max_len` tokens. Raises EngineFault or TimeoutError when one does not come up.
 
     `log`: what an SGLang server of its own prints.
@@ -53,9 +59,14 @@ async def open_engines(config: Config, *, checkpoint: Path, max_len: int, seed: 
             stack.push_async_callback(engine.close)
             yield [engine]
         elif config.rollout.server_urls:
-            yield [await stack.enter_async_context(_outer_server(config, url, checkpoint)) for url in config.rollout.server_urls]
+            yield [
+                await stack.enter_async_context(_outer_server(config, url, checkpoint))
+                for url in config.rollout.server_urls
+            ]
         else:
-            yield [await stack.enter_async_context(_own_server(config, checkpoint, max_len, seed, log))]
+            yield [
+                await stack.enter_async_context(_own_server(config, checkpoint, max_len, seed, log))
+            ]
 
 
 def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEngine:
@@ -63,11 +74,15 @@ def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEng
     torch.set_num_threads(max(1, int(rollout.num_cpus)))
     device = "cuda" if rollout.num_gpus > 0 else "cpu"
     decoder = load_decoder(checkpoint, dtype=getattr(torch, config.model.dtype), device=device)
-    return ThreadedEngine(TorchEngine(decoder, num_slots=rollout.num_slots, max_len=max_len), StateClock("evaluation"))
+    return ThreadedEngine(
+        TorchEngine(decoder, num_slots=rollout.num_slots, max_len=max_len), StateClock("evaluation")
+    )
 
 
 @asynccontextmanager
-async def _own_server(config: Config, checkpoint: Path, max_len: int, seed: int, log: Path) -> AsyncIterator[SGLangEngine]:
+async def _own_server(
+    config: Config, checkpoint: Path, max_len: int, seed: int, log: Path
+) -> AsyncIterator[SGLangEngine]:
     """It serves what it was started with, which it calls a version of no run."""
     rollout = config.rollout
     options = ServerOptions(
@@ -85,7 +100,9 @@ async def _own_server(config: Config, checkpoint: Path, max_len: int, seed: int,
     server = SGLangServer(options)
     try:
         await server.start(timeout_s=config.deadlines.start_s)
-        client = SGLangClient(server.url, api_key=server.api_key, silence_s=config.deadlines.silence_s)
+        client = SGLangClient(
+            server.url, api_key=server.api_key, silence_s=config.deadlines.silence_s
+        )
         async with _engine(config, client, incarnation="") as engine:
             yield engine
     finally:
@@ -96,7 +113,9 @@ async def _own_server(config: Config, checkpoint: Path, max_len: int, seed: int,
 async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIterator[SGLangEngine]:
     """The server reads the checkpoint from the path that it has here, and attests its name."""
     incarnation = f"evaluation-{secrets.token_hex(4)}"
-    client = SGLangClient(url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.silence_s)
+    client = SGLangClient(
+        url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.silence_s
+    )
 
     async def load(weight_version: str, flush: bool) -> None:
         await client.update_from_disk(str(checkpoint), weight_version=weight_version, flush=flush)
@@ -106,13 +125,23 @@ async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIter
         await client.resume()  # a run that ended in the midst of something may have left it paused
         attested, report = await engine.update(load, version=0, probe_ids=PROBE)
         if (attested, report.version) != (incarnation, 0):
-            raise EngineFault(f"{url} was told to load {checkpoint} as {incarnation}:0, and serves {attested}:{report.version}")
+            raise EngineFault(
+                f"{url} was told to load {checkpoint} as {incarnation}:0, and serves {attested}:{report.version}"
+            )
         yield engine
 
 
 @asynccontextmanager
-async def _engine(config: Config, client: SGLangClient, *, incarnation: str) -> AsyncIterator[SGLangEngine]:
-    engine = SGLangEngine(client, StateClock("evaluation"), num_slots=config.rollout.num_slots, weight_update="drain", incarnation=incarnation)
+async def _engine(
+    config: Config, client: SGLangClient, *, incarnation: str
+) -> AsyncIterator[SGLangEngine]:
+    engine = SGLangEngine(
+        client,
+        StateClock("evaluation"),
+        num_slots=config.rollout.num_slots,
+        weight_update="drain",
+        incarnation=incarnation,
+    )
     try:
         yield engine
     finally:

@@ -32,7 +32,9 @@ def pass_at(k: int, *, num_correct: int, num_responses: int) -> float:
     The unbiased estimate of pass@k (Chen et al. 2021, 2107.03374, equation 1), in exact integers. Raises ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
     """
     if not (1 <= k <= num_responses and 0 <= num_correct <= num_responses):
-        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, with n {num_responses} responses and c {num_correct} correct ones")
+        raise ValueError(
+            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, with n {num_responses} responses and c {num_correct} correct ones"
+        )
     whole = comb(num_responses, k)
     return (whole - comb(num_responses - num_correct, k)) / whole
 
@@ -62,7 +64,15 @@ def bootstrap(values: NDArray[np.float64], *, seed: int) -> list[Estimate]:
     assert num_problems, "an interval over no problem"
     generator = np.random.default_rng(seed)
     means = np.concatenate(
-        [generator.multinomial(num_problems, np.full(num_problems, 1.0 / num_problems), size=_CHUNK) @ values for _ in range(RESAMPLES // _CHUNK)]
+        [
+            generator.multinomial(
+                num_problems, np.full(num_problems, 1.0 / num_problems), size=_CHUNK
+            )
+            @ values
+            for _ in range(RESAMPLES // _CHUNK)
+        ]
     )
     edges = np.quantile(means / num_problems, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
-    return [Estimate(*map(float, column)) for column in zip(values.mean(axis=0), *edges, strict=True)]
+    return [
+        Estimate(*map(float, column)) for column in zip(values.mean(axis=0), *edges, strict=True)
+    ]

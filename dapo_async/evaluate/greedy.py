@@ -20,8 +20,12 @@ class Evaluation:
     num_response_tokens: int
     num_truncated: int
     weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
-    accuracies: Mapping[int, float] = field(default_factory=dict)  # by the row of a prompt that was judged; parts have different rows
-    num_unjudged: int = 0  # of num_prompts: the verifier died over them, so they are neither right nor wrong
+    accuracies: Mapping[int, float] = field(
+        default_factory=dict
+    )  # by the row of a prompt that was judged; parts have different rows
+    num_unjudged: int = (
+        0  # of num_prompts: the verifier died over them, so they are neither right nor wrong
+    )
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -41,7 +45,13 @@ class Evaluation:
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
         """Of `to_json`, with or without a walk through a JSON file, where the rows become text."""
         accuracies = {int(row): accuracy for row, accuracy in values["accuracies"].items()}
-        return cls(**{**values, "weight_versions": frozenset(values["weight_versions"]), "accuracies": accuracies})
+        return cls(
+            **{
+                **values,
+                "weight_versions": frozenset(values["weight_versions"]),
+                "accuracies": accuracies,
+            }
+        )
 
     @property
     def accuracy(self) -> float:
@@ -65,23 +75,43 @@ async def evaluate(
 
     Raises what the first failing one raised; none goes on then.
     """
-    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0)
+    greedy = SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0
+    )
     # Negative keys can't meet an admission index.
-    requests = [GroupRequest(-1 - number, prompt.token_ids, 1, greedy) for number, prompt in enumerate(prompts)]
+    requests = [
+        GroupRequest(-1 - number, prompt.token_ids, 1, greedy)
+        for number, prompt in enumerate(prompts)
+    ]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(engine.generate(request)) for request in requests]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     completions = [completion for (completion,) in (task.result() for task in tasks)]
-    verdicts = await asyncio.to_thread(lambda: [judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)])
-    accuracies = {prompt.row: verdict for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict is not None}
+    verdicts = await asyncio.to_thread(
+        lambda: [
+            judge(prompt, completion)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    )
+    accuracies = {
+        prompt.row: verdict
+        for prompt, verdict in zip(prompts, verdicts, strict=True)
+        if verdict is not None
+    }
     return Evaluation(
         num_prompts=len(prompts),
         num_correct=sum(accuracies.values()),
         num_unjudged=len(verdicts) - len(accuracies),
         num_response_tokens=sum(len(completion.token_ids) for completion in completions),
-        num_truncated=sum(completion.finish_reason is FinishReason.LENGTH for completion in completions),
-        weight_versions=frozenset(int(version) for completion in completions for version in set(completion.weight_versions.tolist())),
+        num_truncated=sum(
+            completion.finish_reason is FinishReason.LENGTH for completion in completions
+        ),
+        weight_versions=frozenset(
+            int(version)
+            for completion in completions
+            for version in set(completion.weight_versions.tolist())
+        ),
         accuracies=accuracies,
     )

@@ -25,7 +25,9 @@ def digest(paths: Iterable[Path]) -> str:
     whole = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(
+                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
     return whole.hexdigest()
 
 
@@ -47,13 +49,17 @@ class Record:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(f"--json {out} can't be written: {error.strerror}; give another file") from error
+            raise ValueError(
+                f"--json {out} can't be written: {error.strerror}; give another file"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read_partial()
         except BlockingIOError as error:
             os.close(self._file)
-            raise ValueError(f"another process is writing {self.partial}; wait for its end, or give another --json") from error
+            raise ValueError(
+                f"another process is writing {self.partial}; wait for its end, or give another --json"
+            ) from error
         except ValueError:
             os.close(self._file)
             raise
@@ -95,7 +101,9 @@ class Record:
             self._check(first["settings"], self.partial)
             self.done = {values["row"]: Problem(**values) for values in rest}
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.partial} is no evaluation that was begun ({error!r}); remove it, or give another --json") from error
+            raise ValueError(
+                f"{self.partial} is no evaluation that was begun ({error!r}); remove it, or give another --json"
+            ) from error
 
     def _read_result(self, out: Path) -> None:
         try:
@@ -103,19 +111,31 @@ class Record:
             self._check(result["settings"], out)
             self.done = {values["row"]: Problem(**values) for values in result["problems"]}
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"--json {out} exists and is no evaluation ({error!r}); give another file") from error
+            raise ValueError(
+                f"--json {out} exists and is no evaluation ({error!r}); give another file"
+            ) from error
 
     def _check(self, before: Mapping[str, Any], path: Path) -> None:
         names = [name for name in {**self.settings, **before} if name not in NOT_COMPARED]
         for name in names:
             if (was := before.get(name)) != (now := self.settings.get(name)):
-                what = {"weights_sha256": "the checkpoint is another one", "problems_sha256": "the problems are others"}.get(name)
+                what = {
+                    "weights_sha256": "the checkpoint is another one",
+                    "problems_sha256": "the problems are others",
+                }.get(name)
                 change = what or f"{name} was {was!r}, is {now!r}"
-                raise ValueError(f"{path} holds an evaluation with other settings: {change}; repeat those, or give another --json")
+                raise ValueError(
+                    f"{path} holds an evaluation with other settings: {change}; repeat those, or give another --json"
+                )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._file is not None:
             os.close(self._file)

@@ -33,7 +33,9 @@ class Problem:
         return asdict(self)
 
 
-def judged(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> Problem:
+def judged(
+    prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]
+) -> Problem:
     """What the siblings' verdicts come to."""
     accuracies = [None if verdict.failed else verdict.accuracy for verdict in verdicts]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
@@ -75,12 +77,20 @@ async def answer_all(
         return [judge(prompt, completion) for completion in completions]
 
     async def judge_all(prompt: Prompt, completions: Sequence[Completion]) -> None:
-        finished(judged(prompt, completions, await loop.run_in_executor(bench, verdicts, prompt, completions)))
+        finished(
+            judged(
+                prompt,
+                completions,
+                await loop.run_in_executor(bench, verdicts, prompt, completions),
+            )
+        )
 
     async def serve(engine: Engine, group: asyncio.TaskGroup) -> None:
         for prompt in waiting:  # shared by all who serve
             # Negative keys: other noise than that of training with the same seed.
-            completions = await engine.generate(GroupRequest(-1 - prompt.row, prompt.token_ids, num_siblings, sampling))
+            completions = await engine.generate(
+                GroupRequest(-1 - prompt.row, prompt.token_ids, num_siblings, sampling)
+            )
             group.create_task(judge_all(prompt, completions))
 
     try:
@@ -91,4 +101,6 @@ async def answer_all(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
-        bench.shutdown(wait=False, cancel_futures=True)  # a verdict that hangs holds up nobody's end
+        bench.shutdown(
+            wait=False, cancel_futures=True
+        )  # a verdict that hangs holds up nobody's end

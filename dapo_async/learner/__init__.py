@@ -15,4 +15,13 @@ from dapo_async.learner.profiling import profiled
 from dapo_async.learner.rank import LearnerRank
 from dapo_async.learner.state import FrozenState, read_state, read_weights, save_state
 
-__all__ = ["FrozenState", "LearnerRank", "Memory", "predict_memory", "profiled", "read_state", "read_weights", "save_state"]
+__all__ = [
+    "FrozenState",
+    "LearnerRank",
+    "Memory",
+    "predict_memory",
+    "profiled",
+    "read_state",
+    "read_weights",
+    "save_state",
+]

@@ -14,10 +14,16 @@ def sum_gradients(decoder: Decoder, mesh: Mesh) -> None:
     """Adds up over the tensor-parallel axis what is whole on each of its ranks: each has the gradient of its own tokens, or heads, only."""
     if mesh.tp.size == 1:
         return
-    whole = [shard_of(parameter.grad) for parameter in decoder.parameters() if parameter.grad is not None and not is_split(parameter)]
+    whole = [
+        shard_of(parameter.grad)
+        for parameter in decoder.parameters()
+        if parameter.grad is not None and not is_split(parameter)
+    ]
     for bucket in buckets(whole, Tensor.numel):
         flat = mesh.tp.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-        for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+        for gradient, part in zip(
+            bucket, flat.split([each.numel() for each in bucket]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
 
@@ -40,7 +46,9 @@ def sum_numbers(values: Sequence[float], mesh: Mesh, device: torch.device) -> li
     """Plain numbers added up over the data-parallel axis, in float64."""
     if mesh.dp.size == 1:
         return list(values)
-    total: list[float] = mesh.dp.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+    total: list[float] = mesh.dp.sum(
+        torch.tensor(values, dtype=torch.float64, device=device)
+    ).tolist()
     return total
 
 

@@ -53,8 +53,13 @@ def predict_memory(
     """Of a rank that trains on microbatches of `num_tokens` (T), `num_targets` (N; None: all) of them response tokens."""
     num_targets = num_tokens if num_targets is None else num_targets
     with torch.device("meta"):
-        sizes = {name: tuple(parameter.shape) for name, parameter in Decoder(model).named_parameters()}
-    on_tp = {name: _part(shape, split_dim(name, tp=tp, num_kv_heads=model.num_kv_heads), tp) for name, shape in sizes.items()}
+        sizes = {
+            name: tuple(parameter.shape) for name, parameter in Decoder(model).named_parameters()
+        }
+    on_tp = {
+        name: _part(shape, split_dim(name, tp=tp, num_kv_heads=model.num_kv_heads), tp)
+        for name, shape in sizes.items()
+    }
     mine = sum(math.prod(_part(shape, 0, dp)) for shape in on_tp.values())
     whole = sum(math.prod(shape) for shape in sizes.values())
     width, alone = activations.itemsize, dp * tp == 1
@@ -62,11 +67,18 @@ def predict_memory(
     layer = layer_bytes(model, num_tokens=num_tokens, tp=tp, width=width, cuda=cuda)
     kept = -(-num_tokens // tp) * model.hidden_size * width
     head_rows = -(-model.vocab_size // tp)
-    chunk = min(max(1, (CUDA_CHUNK_NUMBERS if cuda else CHUNK_NUMBERS) // head_rows), num_targets) * head_rows
+    chunk = (
+        min(max(1, (CUDA_CHUNK_NUMBERS if cuda else CHUNK_NUMBERS) // head_rows), num_targets)
+        * head_rows
+    )
     # In float32; in half precision once more for the sum of a chunk, and as it is handed on.
-    head_gradient = head_rows * model.hidden_size * (FLOAT32 if width == FLOAT32 else 2 * FLOAT32 + width)
+    head_gradient = (
+        head_rows * model.hidden_size * (FLOAT32 if width == FLOAT32 else 2 * FLOAT32 + width)
+    )
     snapshots, moments = 2 * whole * width, 2 * mine * FLOAT32
-    checkpoint = 2 * (mine * FLOAT32 + moments)  # the copy, and the bytes of the file as they are put together
+    checkpoint = 2 * (
+        mine * FLOAT32 + moments
+    )  # the copy, and the bytes of the file as they are put together
     return Memory(
         weights=mine * FLOAT32,
         gradients=mine * FLOAT32,
@@ -74,7 +86,9 @@ def predict_memory(
         gathered=_gathered(on_tp, dp=dp, width=width, alone=alone),
         activations=(model.num_layers - recomputed) * layer
         + recomputed * kept
-        + end_bytes(model, num_tokens=num_tokens, num_targets=num_targets, tp=tp, width=width, cuda=cuda),
+        + end_bytes(
+            model, num_tokens=num_tokens, num_targets=num_targets, tp=tp, width=width, cuda=cuda
+        ),
         recomputed=layer if recomputed else 0,
         head=2 * chunk * FLOAT32 + head_gradient,
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
@@ -92,9 +106,17 @@ def layer_bytes(model: ModelConfig, *, num_tokens: int, tp: int, width: int, cud
     """
     own = -(-num_tokens // tp)
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
-    query, key, inner = heads * model.head_dim, kv_heads * model.head_dim, model.intermediate_size // tp
+    query, key, inner = (
+        heads * model.head_dim,
+        kv_heads * model.head_dim,
+        model.intermediate_size // tp,
+    )
     per_token = 2 * model.hidden_size + query + 2 * key + 2 * query + 4 * inner
-    of_heads = (heads + kv_heads) * norm_bytes(model.head_dim, width=width, cuda=cuda) if model.qk_norm else 0
+    of_heads = (
+        (heads + kv_heads) * norm_bytes(model.head_dim, width=width, cuda=cuda)
+        if model.qk_norm
+        else 0
+    )
     norms = 2 * norm_bytes(model.hidden_size, width=width, cuda=cuda)
     return own * norms + num_tokens * (per_token * width + heads * FLOAT32 + of_heads)
 
@@ -104,23 +126,39 @@ def norm_bytes(size: int, *, width: int, cuda: bool) -> int:
     return FLOAT32 + (size * width if cuda else 2 * size * FLOAT32)
 
 
-def end_bytes(model: ModelConfig, *, num_tokens: int, num_targets: int, tp: int, width: int, cuda: bool) -> int:
+def end_bytes(
+    model: ModelConfig, *, num_tokens: int, num_targets: int, tp: int, width: int, cuda: bool
+) -> int:
     """What embeddings, last norm, head and loss keep: the last norm's input; of each target its hidden state and a few float32 numbers."""
     own = -(-num_tokens // tp)
     tables = 2 * num_tokens * model.head_dim * width
-    loss = 24 * FLOAT32  # ids, index, target, temperature, log Z, entropy, and some fifteen of the loss's own
-    return own * norm_bytes(model.hidden_size, width=width, cuda=cuda) + tables + num_targets * (model.hidden_size * width + loss)
+    loss = (
+        24 * FLOAT32
+    )  # ids, index, target, temperature, log Z, entropy, and some fifteen of the loss's own
+    return (
+        own * norm_bytes(model.hidden_size, width=width, cuda=cuda)
+        + tables
+        + num_targets * (model.hidden_size * width + loss)
+    )
 
 
 def _gathered(on_tp: Mapping[str, tuple[int, ...]], *, dp: int, width: int, alone: bool) -> int:
     """A rank alone casts all weights where it computes in another precision; FSDP holds what is outside the layers, and two layers at a time."""
     if alone:
-        looked_up = "model.embed_tokens.weight" if "lm_head.weight" in on_tp else ""  # rows are cast, not the table
-        return 0 if width == FLOAT32 else sum(math.prod(shape) for name, shape in on_tp.items() if name != looked_up) * width
+        looked_up = (
+            "model.embed_tokens.weight" if "lm_head.weight" in on_tp else ""
+        )  # rows are cast, not the table
+        return (
+            0
+            if width == FLOAT32
+            else sum(math.prod(shape) for name, shape in on_tp.items() if name != looked_up) * width
+        )
     outside = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." not in name)
     layer = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers.0." in name)
     weights, gradients = outside * FLOAT32 + 2 * layer * width, outside * FLOAT32 + layer * width
-    return weights + gradients + ((outside + layer) * FLOAT32 if dp > 1 else 0)  # gradients once more as they are added up
+    return (
+        weights + gradients + ((outside + layer) * FLOAT32 if dp > 1 else 0)
+    )  # gradients once more as they are added up
 
 
 def _part(shape: tuple[int, ...], dim: int | None, ranks: int) -> tuple[int, ...]:

@@ -10,7 +10,14 @@ from dapo_async.types import StepMetrics
 
 
 @torch.no_grad()
-def mismatch_metrics(batch: Microbatch, proximal_logprobs: Tensor, *, learner_version: int, cap: float, floor: float | None) -> StepMetrics:
+def mismatch_metrics(
+    batch: Microbatch,
+    proximal_logprobs: Tensor,
+    *,
+    learner_version: int,
+    cap: float,
+    floor: float | None,
+) -> StepMetrics:
     """Over the tokens in the loss that were sampled by the learner's own version, in nats: `proximal_logprobs [N]` against the behaviour's.
 
     `mismatch*` are of rollouts that began under that version: d = log π_prox − log π_beh, mean and largest |d|, the k3 estimate of the KL divergence

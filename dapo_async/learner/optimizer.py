@@ -19,18 +19,37 @@ class ShardedAdamW:
     memory, and come to the device bucket by bucket while they are updated; on a CPU that is where they are anyhow.
     """
 
-    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], offload: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        offload: bool = False,
+    ) -> None:
         self._parameters = dict(model.named_parameters())
-        self._shards = {name: nn.Parameter(shard_of(parameter)) for name, parameter in self._parameters.items()}
+        self._shards = {
+            name: nn.Parameter(shard_of(parameter)) for name, parameter in self._parameters.items()
+        }
         self._offload = offload
         fused = next(iter(self._shards.values())).is_cuda
-        filled = [name for name, shard in self._shards.items() if shard.numel()]  # where there are more ranks than rows some have none
+        filled = [
+            name for name, shard in self._shards.items() if shard.numel()
+        ]  # where there are more ranks than rows some have none
         self._optimizers: list[torch.optim.AdamW] = []
-        for bucket in buckets(filled, lambda name: self._shards[name].numel()) if offload else [filled]:
+        for bucket in (
+            buckets(filled, lambda name: self._shards[name].numel()) if offload else [filled]
+        ):
             matrices = [self._shards[name] for name in bucket if self._parameters[name].ndim >= 2]
             vectors = [self._shards[name] for name in bucket if self._parameters[name].ndim < 2]
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-            self._optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=not fused, fused=fused))
+            groups = [
+                {"params": matrices, "weight_decay": weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            self._optimizers.append(
+                torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=not fused, fused=fused)
+            )
 
     def step(self, *, lr: float) -> None:
         """One update by the parameters' gradients."""
@@ -52,7 +71,14 @@ class ShardedAdamW:
     @property
     def updates(self) -> int:
         """So many steps were done: the same for every parameter."""
-        return next((int(state["step"]) for optimizer in self._optimizers for state in optimizer.state.values()), 0)
+        return next(
+            (
+                int(state["step"])
+                for optimizer in self._optimizers
+                for state in optimizer.state.values()
+            ),
+            0,
+        )
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """Name of the moment, name of the parameter, and the moment's storage on this rank; none before the first update."""
@@ -60,7 +86,11 @@ class ShardedAdamW:
             for name in self._parameters:
                 state = self._state_of(name)
                 for moment in MOMENTS:
-                    yield moment, name, state[moment] if state else self._shards[name].detach()  # an empty part has no state: it is its own
+                    yield (
+                        moment,
+                        name,
+                        state[moment] if state else self._shards[name].detach(),
+                    )  # an empty part has no state: it is its own
 
     def make_moments(self, updates: int) -> None:
         """Allocates the moments of `updates` steps, as zeros to be overwritten."""
@@ -68,13 +98,22 @@ class ShardedAdamW:
             for group in optimizer.param_groups:
                 for shard in group["params"]:
                     device = torch.device("cpu") if self._offload else shard.device
-                    zeros = {moment: torch.zeros_like(shard, device=device, requires_grad=False) for moment in MOMENTS}
+                    zeros = {
+                        moment: torch.zeros_like(shard, device=device, requires_grad=False)
+                        for moment in MOMENTS
+                    }
                     step_device = shard.device if group["fused"] else torch.device("cpu")
-                    optimizer.state[shard] = {"step": torch.tensor(float(updates), device=step_device), **zeros}
+                    optimizer.state[shard] = {
+                        "step": torch.tensor(float(updates), device=step_device),
+                        **zeros,
+                    }
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
         shard = self._shards[name]
-        return next((optimizer.state[shard] for optimizer in self._optimizers if shard in optimizer.state), {})
+        return next(
+            (optimizer.state[shard] for optimizer in self._optimizers if shard in optimizer.state),
+            {},
+        )
 
 
 def _move(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:

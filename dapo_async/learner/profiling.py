@@ -13,7 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 @contextmanager
 def profiled(path: Path) -> Iterator[None]:
     """Writes the trace of this thread's operators (on CUDA also of the kernels) to `path`, a `.json.gz`."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
     with profile(activities=activities, record_shapes=True) as trace:
         yield
     path.parent.mkdir(parents=True, exist_ok=True)

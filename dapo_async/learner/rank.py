@@ -13,9 +13,22 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dapo_async.algorithm import policy_loss, proximal_from, second_moment_mask, sequence_mean_weights, step_metrics
+from dapo_async.algorithm import (
+    policy_loss,
+    proximal_from,
+    second_moment_mask,
+    sequence_mean_weights,
+    step_metrics,
+)
 from dapo_async.config import Algorithm, Learner
-from dapo_async.learner.batching import Microbatch, Row, filler, rows_of, split_microbatches, split_minibatches
+from dapo_async.learner.batching import (
+    Microbatch,
+    Row,
+    filler,
+    rows_of,
+    split_microbatches,
+    split_minibatches,
+)
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.mismatch import mismatch_metrics
 from dapo_async.learner.optimizer import ShardedAdamW, warmed_up
@@ -47,11 +60,21 @@ class LearnerRank:
         decoder.recompute(learner.recompute_layers)
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
         self._optimizer = ShardedAdamW(
-            decoder, lr=learner.lr, weight_decay=learner.weight_decay, betas=(learner.beta1, learner.beta2), offload=learner.offload_optimizer
+            decoder,
+            lr=learner.lr,
+            weight_decay=learner.weight_decay,
+            betas=(learner.beta1, learner.beta2),
+            offload=learner.offload_optimizer,
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh
 
-    def step(self, groups: Sequence[Group], *, positions: Sequence[int] | None = None, num_groups: int | None = None) -> StepMetrics:
+    def step(
+        self,
+        groups: Sequence[Group],
+        *,
+        positions: Sequence[int] | None = None,
+        num_groups: int | None = None,
+    ) -> StepMetrics:
         """Trains on one batch of groups: proximal logprobs, masks from batch statistics, then one update per minibatch.
 
         With several data-parallel ranks `groups` is this one's share: `positions` in the batch of `num_groups`. The metrics are then those of the
@@ -61,23 +84,42 @@ class LearnerRank:
         the whole step has changed nothing (`skipped` 1).
         """
         algorithm, learner = self._algorithm, self._learner
-        rows = rows_of(groups, normalize_std=algorithm.normalize_std, overlong_filtering=algorithm.overlong_filtering, positions=positions)
+        rows = rows_of(
+            groups,
+            normalize_std=algorithm.normalize_std,
+            overlong_filtering=algorithm.overlong_filtering,
+            positions=positions,
+        )
         num_rows = None if num_groups is None else num_groups * len(groups[0].rollouts)
-        minibatches = self._pack(split_minibatches(rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows), rows)
+        minibatches = self._pack(
+            split_minibatches(
+                rows, learner.num_minibatches, seed=(self._seed, self.version), num_rows=num_rows
+            ),
+            rows,
+        )
         recomputed = self._recompute([batch for minibatch in minibatches for batch in minibatch])
         kept = self._keep_masks(minibatches, recomputed)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        metrics = rollout_metrics(groups, learner_version=self.version) + self._imbalance(minibatches)
+        metrics = rollout_metrics(groups, learner_version=self.version) + self._imbalance(
+            minibatches
+        )
         non_finite, updates = False, 0
         for minibatch in minibatches:
-            update, non_finite = self._update(minibatch, recomputed, kept, lr=lr, first=updates == 0)
+            update, non_finite = self._update(
+                minibatch, recomputed, kept, lr=lr, first=updates == 0
+            )
             metrics = metrics + update
             if non_finite:
                 break
             updates += 1
         self.version += 1
-        flags = {"non_finite": float(non_finite), "skipped": float(updates == 0)}  # the same on all ranks, counted once
-        return metrics + StepMetrics(maxima={"lr": lr}, totals=flags if self._mesh.dp.rank == 0 else {})
+        flags = {
+            "non_finite": float(non_finite),
+            "skipped": float(updates == 0),
+        }  # the same on all ranks, counted once
+        return metrics + StepMetrics(
+            maxima={"lr": lr}, totals=flags if self._mesh.dp.rank == 0 else {}
+        )
 
     def freeze(self) -> FrozenState:
         """Copies of this rank's weights and moments in the host's memory, for `save_state`."""
@@ -87,31 +129,50 @@ class LearnerRank:
         """Goes on exactly where the ranks stood whose states `save_state` wrote into `folder`, however many they were."""
         self.version = load_state(self.decoder, self._optimizer, folder)
 
-    def _pack(self, minibatches: Sequence[Sequence[Row]], rows: Sequence[Row]) -> list[list[Microbatch]]:
+    def _pack(
+        self, minibatches: Sequence[Sequence[Row]], rows: Sequence[Row]
+    ) -> list[list[Microbatch]]:
         """Microbatches of each minibatch: as many as the data-parallel rank with the most has, so that whatever passes exchange finds all ranks.
 
         Whoever has fewer splits finer, for all wait for the fullest one of each pass; where there are not rows enough, fillers follow.
         """
         limit, device = self._learner.microbatch_tokens, self._device
         packed = [split_microbatches(minibatch, limit, device=device) for minibatch in minibatches]
-        most = self._mesh.dp.max(torch.tensor([len(batches) for batches in packed], device=device)).tolist()
+        most = self._mesh.dp.max(
+            torch.tensor([len(batches) for batches in packed], device=device)
+        ).tolist()
         for number, count in enumerate(most):
             if len(packed[number]) < count:
                 finer = split_microbatches(minibatches[number], limit, parts=count, device=device)
                 packed[number] = finer if len(finer) <= count else packed[number]
-            packed[number] += [filler(rows, device=device) for _ in range(count - len(packed[number]))]
+            packed[number] += [
+                filler(rows, device=device) for _ in range(count - len(packed[number]))
+            ]
         return packed
 
     def _imbalance(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepMetrics:
         """Tokens that the ranks would have had time for over those that they have: each pass takes as long as the fullest one of it."""
-        tokens = torch.tensor([len(batch.token_ids) for minibatch in minibatches for batch in minibatch], dtype=torch.float64, device=self._device)
-        total, fullest = self._mesh.dp.sum(tokens.sum()), self._mesh.dp.max(tokens.clone()).sum() * self._mesh.dp.size
+        tokens = torch.tensor(
+            [len(batch.token_ids) for minibatch in minibatches for batch in minibatch],
+            dtype=torch.float64,
+            device=self._device,
+        )
+        total, fullest = (
+            self._mesh.dp.sum(tokens.sum()),
+            self._mesh.dp.max(tokens.clone()).sum() * self._mesh.dp.size,
+        )
         return StepMetrics(maxima={"imbalance": float(fullest / total)})
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, device=self._device)
-        of_responses = {"predictors": batch.predictors, "targets": batch.targets, "temperatures": batch.temperatures}
-        logprobs, entropies = self.decoder.score(batch.token_ids, attention.positions, attention, **of_responses)
+        of_responses = {
+            "predictors": batch.predictors,
+            "targets": batch.targets,
+            "temperatures": batch.temperatures,
+        }
+        logprobs, entropies = self.decoder.score(
+            batch.token_ids, attention.positions, attention, **of_responses
+        )
         return logprobs, entropies
 
     @record_function("proximal pass")
@@ -122,14 +183,22 @@ class LearnerRank:
             return {}
         return {id(batch): self._forward(batch)[0] for batch in batches}
 
-    def _keep_masks(self, minibatches: Sequence[Sequence[Microbatch]], recomputed: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _keep_masks(
+        self, minibatches: Sequence[Sequence[Microbatch]], recomputed: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
         """M2PO's mask over the whole step, before the first minibatch (law 4); empty when it is off."""
         if self._algorithm.second_moment is None:
             return {}
         batches, dp = [batch for minibatch in minibatches for batch in minibatch], self._mesh.dp
 
         def whole(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat(dp.gather(torch.cat([torch.zeros(0, device=self._device), *(part.float() for part in parts)])))
+            return torch.cat(
+                dp.gather(
+                    torch.cat(
+                        [torch.zeros(0, device=self._device), *(part.float() for part in parts)]
+                    )
+                )
+            )
 
         keep = second_moment_mask(
             whole([recomputed[id(batch)] for batch in batches]),
@@ -139,26 +208,56 @@ class LearnerRank:
             threshold=self._algorithm.second_moment,
         )
         counts = [len(batch.targets) for batch in batches]
-        before = sum(len(part) for part in dp.gather(torch.zeros(sum(counts), device=self._device))[: dp.rank])
+        before = sum(
+            len(part)
+            for part in dp.gather(torch.zeros(sum(counts), device=self._device))[: dp.rank]
+        )
         parts = keep[before : before + sum(counts)].split(counts) if counts else ()
         return {id(batch): part for batch, part in zip(batches, parts, strict=True)}
 
     @record_function("minibatch")
     def _update(
-        self, minibatch: Sequence[Microbatch], recomputed: dict[int, Tensor], kept: dict[int, Tensor], *, lr: float, first: bool
+        self,
+        minibatch: Sequence[Microbatch],
+        recomputed: dict[int, Tensor],
+        kept: dict[int, Tensor],
+        *,
+        lr: float,
+        first: bool,
     ) -> tuple[StepMetrics, bool]:
         """Accumulates the gradient of every microbatch over the minibatch's token count, then one optimizer step, or none if not finite."""
-        counts = [float(sum(int(batch.mask.sum()) for batch in minibatch)), float(sum(batch.num_sequences for batch in minibatch))]
-        num_tokens, num_sequences = (max(1.0, count) for count in sum_numbers(counts, self._mesh, self._device))
+        counts = [
+            float(sum(int(batch.mask.sum()) for batch in minibatch)),
+            float(sum(batch.num_sequences for batch in minibatch)),
+        ]
+        num_tokens, num_sequences = (
+            max(1.0, count) for count in sum_numbers(counts, self._mesh, self._device)
+        )
         metrics = StepMetrics()
         total_loss = 0.0
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
-            loss, diagnostics = self._loss(batch, logprobs, entropies, recomputed.get(id(batch)), kept.get(id(batch)), num_tokens, num_sequences)
+            loss, diagnostics = self._loss(
+                batch,
+                logprobs,
+                entropies,
+                recomputed.get(id(batch)),
+                kept.get(id(batch)),
+                num_tokens,
+                num_sequences,
+            )
             loss.backward()
             total_loss += float(loss.detach())
-            metrics = metrics + step_metrics(diagnostics) + token_metrics(batch, logprobs.detach(), entropies.detach(), learner_version=self.version)
-            metrics = metrics + self._mismatch(batch, recomputed.get(id(batch), logprobs.detach() if first else None))
+            metrics = (
+                metrics
+                + step_metrics(diagnostics)
+                + token_metrics(
+                    batch, logprobs.detach(), entropies.detach(), learner_version=self.version
+                )
+            )
+            metrics = metrics + self._mismatch(
+                batch, recomputed.get(id(batch), logprobs.detach() if first else None)
+            )
         sum_gradients(self.decoder, self._mesh)
         norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
         (total_loss,) = sum_numbers([total_loss], self._mesh, self._device)
@@ -175,7 +274,11 @@ class LearnerRank:
             return StepMetrics()
         algorithm = self._algorithm
         return mismatch_metrics(
-            batch, proximal_logprobs, learner_version=self.version, cap=algorithm.correction_cap, floor=algorithm.correction_floor
+            batch,
+            proximal_logprobs,
+            learner_version=self.version,
+            cap=algorithm.correction_cap,
+            floor=algorithm.correction_floor,
         )
 
     def _loss(
@@ -199,7 +302,12 @@ class LearnerRank:
         )
         weights = None
         if algorithm.loss_mean == "sequence":
-            weights = sequence_mean_weights(batch.mask, sequence_ids=batch.sequence_ids, num_tokens=num_tokens, num_sequences=num_sequences)
+            weights = sequence_mean_weights(
+                batch.mask,
+                sequence_ids=batch.sequence_ids,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+            )
         return policy_loss(
             logprobs,
             proximal_logprobs=proximal,
@@ -224,7 +332,9 @@ class LearnerRank:
 
 
 @torch.no_grad()
-def token_metrics(batch: Microbatch, logprobs: Tensor, entropies: Tensor, *, learner_version: int) -> StepMetrics:
+def token_metrics(
+    batch: Microbatch, logprobs: Tensor, entropies: Tensor, *, learner_version: int
+) -> StepMetrics:
     """Entropy (nats), probability of the chosen tokens and staleness (versions) over the tokens in the loss."""
     mask, count = batch.mask, float(batch.mask.sum())
     staleness = (learner_version - batch.behaviour_versions)[mask]
@@ -245,8 +355,18 @@ def rollout_metrics(groups: Sequence[Group], *, learner_version: int) -> StepMet
         "accuracy": sum(rollout.accuracy for rollout in rollouts),
         "response_tokens": sum(rollout.num_tokens for rollout in rollouts),
         "truncated": sum(rollout.truncated for rollout in rollouts),
-        "mixed_versions": sum(len(set(rollout.completion.weight_versions.tolist())) > 1 for rollout in rollouts),
+        "mixed_versions": sum(
+            len(set(rollout.completion.weight_versions.tolist())) > 1 for rollout in rollouts
+        ),
     }
     oldest = max(learner_version - group.oldest_version for group in groups)
-    totals = {"groups": float(len(groups)), "rollouts": count, "tokens": float(sum(rollout.num_tokens for rollout in rollouts))}
-    return StepMetrics({name: (float(total), count) for name, total in sums.items()}, {"group_staleness_max": float(oldest)}, totals)
+    totals = {
+        "groups": float(len(groups)),
+        "rollouts": count,
+        "tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
+    }
+    return StepMetrics(
+        {name: (float(total), count) for name, total in sums.items()},
+        {"group_staleness_max": float(oldest)},
+        totals,
+    )

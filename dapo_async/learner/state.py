@@ -16,9 +16,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dapo_async.learner.optimizer import ShardedAdamW
@@ -48,7 +57,9 @@ class Part:
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         (chunk,) = self.__create_chunk_list__()
         data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.tensor), self.shape)
-        return [WriteItem(MetadataIndex(name, self._offsets), WriteItemType.SHARD, tensor_data=data)]
+        return [
+            WriteItem(MetadataIndex(name, self._offsets), WriteItemType.SHARD, tensor_data=data)
+        ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(self._offsets, self.tensor.shape)]
@@ -64,7 +75,12 @@ class SavePlanner(DefaultSavePlanner):
 class LoadPlanner(DefaultLoadPlanner):
     """torch's, finding the tensor in a `Part`."""
 
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
         """Takes the targets as they are: torch's own would drop whatever is no tensor."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
@@ -85,15 +101,24 @@ class FrozenState:
 @torch.no_grad()
 def freeze(decoder: Decoder, optimizer: ShardedAdamW, *, version: int) -> FrozenState:
     """Copies this rank's parts; needs no other rank."""
-    copies = {key: Part(part.tensor.to("cpu", copy=True), part.place, part.shape) for key, part in _parts(decoder, optimizer).items()}
+    copies = {
+        key: Part(part.tensor.to("cpu", copy=True), part.place, part.shape)
+        for key, part in _parts(decoder, optimizer).items()
+    }
     return FrozenState(version, optimizer.updates, copies)
 
 
 def _parts(decoder: Decoder, optimizer: ShardedAdamW) -> dict[str, Part]:
     """What this rank holds, without copies."""
     parameters = dict(decoder.named_parameters())
-    parts = {WEIGHTS + name: Part.of(parameter, shard_of(parameter)) for name, parameter in parameters.items()}
-    return parts | {f"{moment}.{name}": Part.of(parameters[name], tensor) for moment, name, tensor in optimizer.moments()}
+    parts = {
+        WEIGHTS + name: Part.of(parameter, shard_of(parameter))
+        for name, parameter in parameters.items()
+    }
+    return parts | {
+        f"{moment}.{name}": Part.of(parameters[name], tensor)
+        for moment, name, tensor in optimizer.moments()
+    }
 
 
 def save_state(state: FrozenState, folder: Path, mesh: Mesh) -> None:
@@ -103,7 +128,9 @@ def save_state(state: FrozenState, folder: Path, mesh: Mesh) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     alone = mesh.every.size == 1
-    filled = {key: part for key, part in state.parts.items() if part.tensor.numel()}  # with more ranks than rows some have none of a tensor
+    filled = {
+        key: part for key, part in state.parts.items() if part.tensor.numel()
+    }  # with more ranks than rows some have none of a tensor
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(
@@ -114,10 +141,17 @@ def save_state(state: FrozenState, folder: Path, mesh: Mesh) -> None:
             no_dist=alone,
         )
     except CheckpointException as error:  # a BaseException, which nobody above would count
-        raise RuntimeError(f"the learner's state can't be written to {folder}: {_last_line(error)}") from error
+        raise RuntimeError(
+            f"the learner's state can't be written to {folder}: {_last_line(error)}"
+        ) from error
     if mesh.is_first:
         files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        (folder / COUNTS_FILE).write_text(json.dumps({"version": state.version, "updates": state.updates, "files": files}, indent=1) + "\n")
+        (folder / COUNTS_FILE).write_text(
+            json.dumps(
+                {"version": state.version, "updates": state.updates, "files": files}, indent=1
+            )
+            + "\n"
+        )
 
 
 @torch.no_grad()
@@ -130,7 +164,10 @@ def load_state(decoder: Decoder, optimizer: ShardedAdamW, folder: Path) -> int:
     if counts["updates"]:
         optimizer.make_moments(counts["updates"])
     parts = {key: part for key, part in _parts(decoder, optimizer).items() if part.tensor.numel()}
-    read = {key: Part(torch.full_like(part.tensor, torch.nan, device="cpu"), part.place, part.shape) for key, part in parts.items()}
+    read = {
+        key: Part(torch.full_like(part.tensor, torch.nan, device="cpu"), part.place, part.shape)
+        for key, part in parts.items()
+    }
     _load(read, folder)
     for key, part in parts.items():
         part.tensor.copy_(read[key].tensor)
@@ -159,12 +196,16 @@ def _checked(folder: Path) -> dict[str, Any]:
     try:
         counts: dict[str, Any] = json.loads((folder / COUNTS_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / COUNTS_FILE} can't be read ({error}); copy the checkpoint whole, or take another one") from error
+        raise ValueError(
+            f"{folder / COUNTS_FILE} can't be read ({error}); copy the checkpoint whole, or take another one"
+        ) from error
     for name, size in counts["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-            raise ValueError(f"{path} {found}, was written with {size}; copy the checkpoint whole, or take another one")
+            raise ValueError(
+                f"{path} {found}, was written with {size}; copy the checkpoint whole, or take another one"
+            )
     return counts
 
 
@@ -178,7 +219,9 @@ def _load(tensors: dict[str, Any], folder: Path) -> None:
             no_dist=True,
         )
     except CheckpointException as error:  # a BaseException, which nobody above would count
-        raise ValueError(f"the learner's state in {folder} can't be read: {_last_line(error)}") from error
+        raise ValueError(
+            f"the learner's state in {folder} can't be read: {_last_line(error)}"
+        ) from error
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,9 +9,25 @@ from dapo_async.model.buckets import buckets
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.gather import gather_weights
-from dapo_async.model.hf import build_decoder, check_weights, export_folder, fill, load_decoder, read_weights, save_weights
+from dapo_async.model.hf import (
+    build_decoder,
+    check_weights,
+    export_folder,
+    fill,
+    load_decoder,
+    read_weights,
+    save_weights,
+)
 from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.mesh import ALONE, Axis, Mesh, build_mesh, join_store, open_store, process_group
+from dapo_async.model.mesh import (
+    ALONE,
+    Axis,
+    Mesh,
+    build_mesh,
+    join_store,
+    open_store,
+    process_group,
+)
 from dapo_async.model.parallel import is_split, part_of, shard_of
 from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 

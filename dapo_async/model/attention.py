@@ -28,7 +28,9 @@ class PackedAttention:
         self.lengths = tuple(lengths)
         self.device = torch.device(device)
         if self.device.type == "cuda":
-            self._offsets = torch.tensor([0, *lengths], device=self.device).cumsum(0, dtype=torch.int32)
+            self._offsets = torch.tensor([0, *lengths], device=self.device).cumsum(
+                0, dtype=torch.int32
+            )
             self._max_length = max(lengths, default=0)
 
     @property
@@ -38,15 +40,21 @@ class PackedAttention:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.device.type == "cuda" and value.dtype is not torch.float32:  # the kernels know half precision only
+        if (
+            self.device.type == "cuda" and value.dtype is not torch.float32
+        ):  # the kernels know half precision only
             return self._varlen(query, key, value)
         outputs, start = [], 0
         for length, run in groupby(self.lengths):
             count = len(list(run))
             end = start + count * length
             shape = (count, length, -1, query.shape[-1])
-            q, k, v = (tensor[start:end].view(shape).transpose(1, 2) for tensor in (query, key, value))
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+            q, k, v = (
+                tensor[start:end].view(shape).transpose(1, 2) for tensor in (query, key, value)
+            )
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1]
+            )
             outputs.append(out.transpose(1, 2).reshape(end - start, *query.shape[1:]))
             start = end
         return torch.cat(outputs)
@@ -56,18 +64,34 @@ class PackedAttention:
             from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  # the extra [flash]
 
             offsets, longest = self._offsets, self._max_length
-            out: Tensor = flash_attn_varlen_func(query, key, value, offsets, offsets, longest, longest, causal=True)
+            out: Tensor = flash_attn_varlen_func(
+                query, key, value, offsets, offsets, longest, longest, causal=True
+            )
             return out
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: has no CPU backend
 
         # Its arguments changed from one torch to the next.
         known = inspect.signature(varlen_attn).parameters
-        causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        causal: dict[str, Any] = (
+            {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        )
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1 and "enable_gqa" in known:
             causal["enable_gqa"] = True
         elif repeats > 1:
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        packed = varlen_attn(query, key, value, self._offsets, self._offsets, self._max_length, self._max_length, **causal)
+            key, value = (
+                key.repeat_interleave(repeats, dim=1),
+                value.repeat_interleave(repeats, dim=1),
+            )
+        packed = varlen_attn(
+            query,
+            key,
+            value,
+            self._offsets,
+            self._offsets,
+            self._max_length,
+            self._max_length,
+            **causal,
+        )
         assert isinstance(packed, Tensor)
         return packed

@@ -9,7 +9,9 @@ T = TypeVar("T")
 BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32
 
 
-def buckets(items: Iterable[T], size: Callable[[T], int], *, limit: int = BUCKET_ELEMENTS) -> Iterator[list[T]]:
+def buckets(
+    items: Iterable[T], size: Callable[[T], int], *, limit: int = BUCKET_ELEMENTS
+) -> Iterator[list[T]]:
     """Runs of neighbours whose sizes together are at most `limit`; a larger item is alone."""
     bucket: list[T] = []
     filled = 0

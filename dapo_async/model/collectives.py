@@ -10,5 +10,9 @@ import torch.distributed as dist
 Collective = Callable[..., Any]
 
 # (output, input, group=…): the ranks' tensors, one after the other along the first dimension; and of their sum one part for each rank.
-all_gather_single: Collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single: Collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single: Collective = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+reduce_scatter_single: Collective = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)

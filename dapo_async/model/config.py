@@ -39,19 +39,31 @@ class ModelConfig:
         """
         listed = ", ".join(f"{name} {size}" for name, size in self._split_sizes().items())
         if not self._splits(tensor_parallel):
-            works = ", ".join(str(size) for size in range(1, self.num_heads + 1) if self._splits(size))
+            works = ", ".join(
+                str(size) for size in range(1, self.num_heads + 1) if self._splits(size)
+            )
             raise ValueError(
                 f"learner.tensor_parallel ({tensor_parallel}) must divide the model's {listed} "
                 f"(num_key_value_heads may divide it instead); set it to one of {works}"
             )
 
     def _split_sizes(self) -> dict[str, int]:
-        return {"num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "intermediate_size": self.intermediate_size}
+        return {
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "intermediate_size": self.intermediate_size,
+        }
 
     def _splits(self, ranks: int) -> bool:
         kv_heads = self.num_kv_heads % ranks == 0 or ranks % self.num_kv_heads == 0
-        vocabulary = (ranks - 1) * -(-self.vocab_size // ranks) < self.vocab_size  # every rank has a share
-        return self.num_heads % ranks == self.intermediate_size % ranks == 0 and kv_heads and vocabulary
+        vocabulary = (ranks - 1) * -(
+            -self.vocab_size // ranks
+        ) < self.vocab_size  # every rank has a share
+        return (
+            self.num_heads % ranks == self.intermediate_size % ranks == 0
+            and kv_heads
+            and vocabulary
+        )
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -64,9 +76,13 @@ class ModelConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); copy the config.json of the base model") from error
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); copy the config.json of the base model"
+            ) from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not an object; copy the config.json of the base model")
+            raise ValueError(
+                f"{path} holds a {type(values).__name__}, not an object; copy the config.json of the base model"
+            )
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -77,13 +93,19 @@ class ModelConfig:
         """From the content of a `config.json`. Raises ValueError naming what is supported, or the key that is missing or no number."""
         family = values.get("model_type", "")
         if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+            )
         known = FAMILIES[family]
         for switch in known.refused:
             if values.get(switch):
-                raise ValueError(f"{switch}: {values[switch]!r} is not supported for {family}; use a model without it")
+                raise ValueError(
+                    f"{switch}: {values[switch]!r} is not supported for {family}; use a model without it"
+                )
         if values.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported; supported is silu")
+            raise ValueError(
+                f"hidden_act {values['hidden_act']!r} is not supported; supported is silu"
+            )
         heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
         kv_heads = _size(values, "num_key_value_heads", default=heads)
         head_dim = _size(values, "head_dim", default=hidden_size // heads)
@@ -95,7 +117,9 @@ class ModelConfig:
         eos = values.get("eos_token_id")
         eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if not all(isinstance(token_id, int) for token_id in eos_token_ids):
-            raise ValueError(f"eos_token_id ({eos!r}) must be a token's number or a list of such; copy the config.json of the base model")
+            raise ValueError(
+                f"eos_token_id ({eos!r}) must be a token's number or a list of such; copy the config.json of the base model"
+            )
         return cls(
             family=family,
             vocab_size=_size(values, "vocab_size"),
@@ -118,7 +142,9 @@ class ModelConfig:
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
     if not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key} ({'missing' if value is None else repr(value)}) must be a positive number; copy the config.json of the base model")
+        raise ValueError(
+            f"{key} ({'missing' if value is None else repr(value)}) must be a positive number; copy the config.json of the base model"
+        )
     return value
 
 
@@ -129,5 +155,7 @@ def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) ->
         return default
     if not isinstance(value, int) or value < 1:
         given = "missing" if value is None else repr(value)
-        raise ValueError(f"{key} ({given}) must be a whole number of at least 1; copy the config.json of the base model")
+        raise ValueError(
+            f"{key} ({given}) must be a whole number of at least 1; copy the config.json of the base model"
+        )
     return value

@@ -68,7 +68,9 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """`[V, D]`, or this rank's rows of it: the embedding's own weight where the two are tied."""
-        return local(self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight)
+        return local(
+            self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        )
 
     def fuse(self) -> None:
         """Lays the weights that share an input side by side, for inference only: fewer and larger products. Done once, it outlives updates."""
@@ -81,7 +83,9 @@ class Decoder(nn.Module):
     def recompute(self, num_layers: int) -> None:
         """So many layers keep their input only while gradients are asked for, and compute the rest again (activation checkpointing). Called once."""
         for block in [*self.model.layers][:num_layers]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`; the same on every rank of the `tp` axis."""
@@ -93,7 +97,14 @@ class Decoder(nn.Module):
         return gather_tokens(self.model.norm(x), self.tp, len(token_ids))
 
     def score(
-        self, token_ids: Tensor, positions: Tensor, attention: Attention, *, predictors: Tensor, targets: Tensor, temperatures: Tensor
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        *,
+        predictors: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """log-softmax(logits / temperature) of `targets [N]`, each predicted by the token at `predictors [N]`, and the entropies, float32 `[N]`.
 
@@ -107,4 +118,8 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` in float32 whatever the weights' dtype (ScaleRL: a float32 head is worth 0.52 → 0.61 in pass rate)."""
         weight = self.head_weight
-        return float_matmul(hidden, weight.t()) if weight.is_cuda else product(hidden.float(), weight.float())
+        return (
+            float_matmul(hidden, weight.t())
+            if weight.is_cuda
+            else product(hidden.float(), weight.float())
+        )

@@ -13,7 +13,11 @@ class Family:
 
     qkv_bias: bool = False  # biases on the query, key and value projections
     qk_norm: bool = False  # RMS norms over each head's query and key
-    refused: tuple[str, ...] = ("use_sliding_window", "mlp_bias", "attention_bias")  # switches of its config that would change the layer
+    refused: tuple[str, ...] = (
+        "use_sliding_window",
+        "mlp_bias",
+        "attention_bias",
+    )  # switches of its config that would change the layer
     block: type[Block] = Block
 
 

@@ -14,7 +14,9 @@ from dapo_async.model.parallel import is_split, part_of, shard_of
 
 
 @torch.no_grad()
-def gather_weights(decoder: Decoder, mesh: Mesh, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def gather_weights(
+    decoder: Decoder, mesh: Mesh, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Copies of all weights, whole and in `dtype`, on the first rank; every rank of `mesh` calls it, the others get none.
 
     A rank alone keeps them where they are; with others the first one has them in its host's memory, for its device has room for shards only.
@@ -22,13 +24,20 @@ def gather_weights(decoder: Decoder, mesh: Mesh, dtype: torch.dtype = torch.floa
     """
     parameters = dict(decoder.named_parameters())
     if mesh.every.size == 1:
-        return {name: parameter.detach().to(dtype, copy=True) for name, parameter in parameters.items()}
+        return {
+            name: parameter.detach().to(dtype, copy=True) for name, parameter in parameters.items()
+        }
     device = decoder.rope_cos.device
-    parts = mesh.every.stack(torch.tensor([_edges(parameter, mesh) for parameter in parameters.values()], device=device)).tolist()
+    parts = mesh.every.stack(
+        torch.tensor([_edges(parameter, mesh) for parameter in parameters.values()], device=device)
+    ).tolist()
     whole: dict[str, Tensor] = {}
     for bucket in buckets(enumerate(parameters.items()), lambda item: item[1][1].numel()):
         sizes = [[_numel(edges[number]) for number, _ in bucket] for edges in parts]  # of each rank
-        mine = [shard_of(parameter).to(dtype).reshape(-1)[:size] for (_, (_, parameter)), size in zip(bucket, sizes[mesh.every.rank], strict=True)]
+        mine = [
+            shard_of(parameter).to(dtype).reshape(-1)[:size]
+            for (_, (_, parameter)), size in zip(bucket, sizes[mesh.every.rank], strict=True)
+        ]
         flats = mesh.every.collect(torch.cat(mine), [sum(each) for each in sizes])
         if not mesh.is_first:
             continue
@@ -37,7 +46,11 @@ def gather_weights(decoder: Decoder, mesh: Mesh, dtype: torch.dtype = torch.floa
         for edges, flat, each in zip(parts, flats, sizes, strict=True):
             for (number, (name, _)), piece in zip(bucket, flat.split(each), strict=True):
                 if piece.numel():
-                    target = whole[name][tuple(slice(start, stop) for start, stop in edges[number][: whole[name].ndim])]
+                    target = whole[name][
+                        tuple(
+                            slice(start, stop) for start, stop in edges[number][: whole[name].ndim]
+                        )
+                    ]
                     target.copy_(piece.view(target.shape))
     return whole
 

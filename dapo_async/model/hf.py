@@ -56,25 +56,42 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+                shapes.update(
+                    {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
+                )
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); copy it once more from the base model") from error
+            raise ValueError(
+                f"{path} is no readable safetensors file ({error}); copy it once more from the base model"
+            ) from error
     if config.tie_embeddings:
         shapes.pop("lm_head.weight", None)
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
-    missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
-    wrong = [f"{name} {shapes[name]} instead of {shape}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+        wanted = {
+            name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()
+        }
+    missing, unexpected = (
+        sorted(wanted.keys() - shapes.keys()),
+        sorted(shapes.keys() - wanted.keys()),
+    )
+    wrong = [
+        f"{name} {shapes[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if shapes.get(name, shape) != shape
+    ]
     if missing or unexpected or wrong:
         named = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         listed = ", ".join(f"{what} {names[:3]}" for what, names in named if names)
-        raise ValueError(f"weights of {folder} do not fit their config.json: {listed}; take both from one model")
+        raise ValueError(
+            f"weights of {folder} do not fit their config.json: {listed}; take both from one model"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise ValueError(f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, so convert them first")
+        raise ValueError(
+            f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, so convert them first"
+        )
     return paths
 
 
@@ -98,7 +115,9 @@ def build_decoder(
         shard_decoder(decoder, mesh, dtype=activations or dtype)
     decoder.to_empty(device=device)
     # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
-    decoder.rope_cos, decoder.rope_sin = (table.to(device) for table in config.rope.tables(config.head_dim, config.max_positions))
+    decoder.rope_cos, decoder.rope_sin = (
+        table.to(device) for table in config.rope.tables(config.head_dim, config.max_positions)
+    )
     return decoder
 
 
@@ -107,7 +126,9 @@ def fill(decoder: Decoder, read: Callable[[str, tuple[slice, ...]], Tensor]) -> 
     """Gives every parameter its values: `read(name, part)` is asked for this rank's part of each only."""
     for name, parameter in decoder.named_parameters():
         mine, given = shard_of(parameter), read(name, part_of(parameter))
-        assert mine.shape == given.shape, f"{name}: this rank has {tuple(mine.shape)}, was given {tuple(given.shape)}"
+        assert mine.shape == given.shape, (
+            f"{name}: this rank has {tuple(mine.shape)}, was given {tuple(given.shape)}"
+        )
         mine.copy_(given)
 
 
@@ -129,7 +150,9 @@ def load_decoder(
     check_weights(folder, config)
     decoder = build_decoder(config, mesh=mesh, dtype=dtype, activations=activations, device=device)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
+        files = [
+            stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)
+        ]
         holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
         fill(decoder, lambda name, part: holders[name].get_slice(name)[part])
     return decoder
@@ -138,7 +161,11 @@ def load_decoder(
 def save_weights(weights: Mapping[str, Tensor], folder: Path, *, name: str = WEIGHTS_FILE) -> None:
     """Writes `folder/name` atomically: whole or not at all, even when the machine stops."""
     path, partial = Path(folder) / name, Path(folder) / (name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        partial,
+        metadata={"format": "pt"},
+    )
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path)
@@ -169,8 +196,14 @@ def export_folder(
     files = [*buckets(sizes, sizes.__getitem__, limit=file_bytes)]
     places: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        file = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_weights({name: tensor.to(dtype) for name, tensor in read(names).items()}, out, name=file)
+        file = (
+            WEIGHTS_FILE
+            if len(files) == 1
+            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        )
+        save_weights(
+            {name: tensor.to(dtype) for name, tensor in read(names).items()}, out, name=file
+        )
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

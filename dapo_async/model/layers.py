@@ -50,21 +50,32 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
         self.fused: Fused | None = None
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        query_size, kv_size = (
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
         if config.num_kv_heads < tp.size:
-            first = tp.rank * config.num_kv_heads // tp.size * config.head_dim  # of the one head that this rank's queries need
+            first = (
+                tp.rank * config.num_kv_heads // tp.size * config.head_dim
+            )  # of the one head that this rank's queries need
             self.k_proj.rows = self.v_proj.rows = slice(first, first + config.head_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = gather_tokens(x, self.tp, len(cos))
         heads = (x.shape[0], -1, self.head_dim)
-        projected = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        projected = (
+            self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
         query, key, value = (part.view(heads) for part in projected)
         both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
         query, key = both.split((query.shape[1], key.shape[1]), dim=1)

@@ -17,7 +17,12 @@ _ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup of about 10 µs costs mor
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [N, in] @ weight [out, in]ᵀ + bias [out]`."""
-    if torch.is_inference_mode_enabled() and not x.is_cuda and 2 * len(x) * weight.numel() > _ONEDNN_FLOPS and torch.backends.mkldnn.is_available():
+    if (
+        torch.is_inference_mode_enabled()
+        and not x.is_cuda
+        and 2 * len(x) * weight.numel() > _ONEDNN_FLOPS
+        and torch.backends.mkldnn.is_available()
+    ):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return linear(x, weight, bias)
 

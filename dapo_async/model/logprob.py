@@ -17,7 +17,14 @@ CUDA_CHUNK_NUMBERS = 2**28  # 1 GiB: for each chunk the whole weight is read aga
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, *, chunk_tokens: int | None = None, tp: Axis = ALONE, vocab_start: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    tp: Axis = ALONE,
+    vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution; gradients flow through both.
 
@@ -27,8 +34,12 @@ def token_logprobs(
     numbers per token in the forward pass and none in the backward pass, however many chunks there are. The gradient of `hidden` is this rank's
     share of it then: whoever gathered the hidden states adds the shares up (`gather_tokens`).
     """
-    chunk_tokens = chunk_tokens or max(1, (CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS) // len(weight))
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp)
+    chunk_tokens = chunk_tokens or max(
+        1, (CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS) // len(weight)
+    )
+    logprobs, entropies = _TokenLogprobs.apply(
+        hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp
+    )
     return logprobs, entropies
 
 
@@ -42,9 +53,22 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int, tp: Axis) -> tuple[Tensor, Tensor]:
-        parts = [_statistics(logits, targets[rows]) for rows, logits in _chunks(hidden, _factor(weight), temperature, chunk_tokens)]
-        tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(1)  # each [ranks, N]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: Tensor,
+        chunk_tokens: int,
+        tp: Axis,
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            _statistics(logits, targets[rows])
+            for rows, logits in _chunks(hidden, _factor(weight), temperature, chunk_tokens)
+        ]
+        tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(
+            1
+        )  # each [ranks, N]
         top = tops.amax(0)
         share = (tops - top).exp()
         total = (share * sums).sum(0)
@@ -57,9 +81,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, temperature, log_z, entropies = ctx.saved_tensors
-        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        of_hidden, of_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight, dtype=torch.float32),
+        )
         factor = _factor(weight)
         for rows, logits in _chunks(hidden, factor, temperature, ctx.chunk_tokens):
             log_p = logits.sub_(log_z[rows, None])
@@ -87,7 +116,9 @@ def _factor(weight: Tensor) -> Tensor:
     return weight if weight.is_cuda else weight.float()
 
 
-def _chunks(hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Which tokens, and their logits / temperature `[n, V]` in float32; without any token one empty chunk."""
     for start in range(0, max(1, len(hidden)), chunk_tokens):
         rows = slice(start, start + chunk_tokens)

@@ -22,7 +22,9 @@ SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 def chunk(whole: slice, *, rank: int, size: int) -> slice:
     """The part of `rank` among `size` ranks, as torch.chunk cuts: equal ones, the last ones shorter or empty where it does not divide."""
     part = -(-(whole.stop - whole.start) // size)
-    return slice(min(whole.stop, whole.start + rank * part), min(whole.stop, whole.start + (rank + 1) * part))
+    return slice(
+        min(whole.stop, whole.start + rank * part), min(whole.stop, whole.start + (rank + 1) * part)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class Axis:
         if self.size == 1:
             return [tensor]
         lengths = self.stack(torch.tensor(len(tensor), device=tensor.device)).tolist()
-        padded = torch.cat((tensor, tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:]))))
+        padded = torch.cat(
+            (tensor, tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:])))
+        )
         return [part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)]
 
     def collect(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -110,15 +114,26 @@ def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
     port = listener.getsockname()[1]
     # The store takes over the socket: binding by ourselves is the only way not to listen on every interface.
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_store(address: tuple[str, int], *, timeout_s: float) -> dist.TCPStore:
     """A connection to the rendezvous that `open_store` opened elsewhere."""
-    return dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return dist.TCPStore(
+        *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
-def process_group(store: dist.Store, *, rank: int, size: int, host: str, device: torch.device, timeout_s: float) -> Any:
+def process_group(
+    store: dist.Store, *, rank: int, size: int, host: str, device: torch.device, timeout_s: float
+) -> Any:
     """A group of `size` ranks, apart from torch's default one: a rank that dies makes the others fail, one that hangs within `timeout_s`."""
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
@@ -133,7 +148,15 @@ def process_group(store: dist.Store, *, rank: int, size: int, host: str, device:
 
 
 def build_mesh(
-    store: dist.Store, *, rank: int, dp: int, tp: int, host: str, device: torch.device, timeout_s: float, save_timeout_s: float | None = None
+    store: dist.Store,
+    *,
+    rank: int,
+    dp: int,
+    tp: int,
+    host: str,
+    device: torch.device,
+    timeout_s: float,
+    save_timeout_s: float | None = None,
 ) -> Mesh:
     """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index; makes torch's default group. Blocks until all have come.
 
@@ -152,16 +175,24 @@ def build_mesh(
 
     # Every rank makes all groups, in one order.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    columns = [dist.new_group(column.tolist(), backend=backend, timeout=timeout) for column in grid.t()]
+    columns = [
+        dist.new_group(column.tolist(), backend=backend, timeout=timeout) for column in grid.t()
+    ]
     rows = [dist.new_group(row.tolist(), backend=backend, timeout=timeout) for row in grid]
     dp_group, tp_group = columns[tp_rank], rows[dp_rank]
-    saving = dist.new_group(grid.flatten().tolist(), backend="gloo", timeout=timedelta(seconds=save_timeout_s or timeout_s))
+    saving = dist.new_group(
+        grid.flatten().tolist(),
+        backend="gloo",
+        timeout=timedelta(seconds=save_timeout_s or timeout_s),
+    )
     return Mesh(
         dp=Axis(dp_rank, dp, dp_group),
         tp=Axis(tp_rank, tp, tp_group),
         every=Axis(rank, dp * tp, dist.group.WORLD),
         saving=Axis(rank, dp * tp, saving),
-        devices=DeviceMesh.from_group([dp_group, tp_group], device.type, mesh=grid, mesh_dim_names=("dp", "tp")),
+        devices=DeviceMesh.from_group(
+            [dp_group, tp_group], device.type, mesh=grid, mesh_dim_names=("dp", "tp")
+        ),
     )
 
 
@@ -171,10 +202,14 @@ def interface_of(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(
+                    probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
+                )
             except OSError:
                 continue  # an interface without an address
             seen.append(f"{name} {socket.inet_ntoa(answer[20:24])}")
             if seen[-1] == f"{name} {address}":
                 return name
-    raise ValueError(f"no network interface has the address {address} of {host}; there are {', '.join(seen)}")
+    raise ValueError(
+        f"no network interface has the address {address} of {host}; there are {', '.join(seen)}"
+    )

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dapo_async.model.collectives import all_gather_single, reduce_scatter_single
@@ -28,7 +33,17 @@ if TYPE_CHECKING:
     from dapo_async.model.decoder import Decoder
 
 # Dimension along which a parameter is split, by the last module in its name; all others are whole on every rank.
-SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "embed_tokens": 0, "lm_head": 0, "o_proj": 1, "down_proj": 1}
+SPLIT = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "embed_tokens": 0,
+    "lm_head": 0,
+    "o_proj": 1,
+    "down_proj": 1,
+}
 OF_KV_HEADS = ("k_proj", "v_proj")
 
 
@@ -55,14 +70,20 @@ def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
     tp = mesh.devices["tp"]
     for name, parameter in [*decoder.named_parameters()]:
         dim = split_dim(name, tp=mesh.tp.size, num_kv_heads=decoder.config.num_kv_heads)
-        part = parameter.detach() if dim is None else parameter.detach()[(slice(None),) * dim + (mesh.tp.share(parameter.shape[dim]),)]
+        part = (
+            parameter.detach()
+            if dim is None
+            else parameter.detach()[(slice(None),) * dim + (mesh.tp.share(parameter.shape[dim]),)]
+        )
         placement = Replicate() if dim is None else Shard(dim)
         sharded = nn.Parameter(_dtensor(part.contiguous(), tp, (placement,), whole=parameter))
         setattr(decoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], sharded)
     for part in (*decoder.model.layers, decoder):
         # Embeddings and head are gathered in float32, for a token's gradients add up over thousands of places; they are used rounded to `dtype`.
         gathered = torch.float32 if part is decoder else dtype
-        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         fully_shard(part, mesh=mesh.devices["dp"], mp_policy=policy)
         # The loss is over the global token count: gradients are added up, not averaged.
         part.set_gradient_divide_factor(1.0)
@@ -91,8 +112,13 @@ def part_of(parameter: Tensor) -> tuple[slice, ...]:
     parts = [slice(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
         return tuple(parts)
-    assert parameter.device_mesh.ndim == 2, f"gathered for a pass, the parameter {tuple(parameter.shape)} does not rest: release the decoder first"
-    (dp_rank, tp_rank), (dp, tp) = parameter.device_mesh.get_coordinate() or (0, 0), parameter.device_mesh.shape
+    assert parameter.device_mesh.ndim == 2, (
+        f"gathered for a pass, the parameter {tuple(parameter.shape)} does not rest: release the decoder first"
+    )
+    (dp_rank, tp_rank), (dp, tp) = (
+        parameter.device_mesh.get_coordinate() or (0, 0),
+        parameter.device_mesh.shape,
+    )
     if isinstance(placement := parameter.placements[-1], Shard):
         parts[placement.dim] = chunk(parts[placement.dim], rank=tp_rank, size=tp)
     parts[0] = chunk(parts[0], rank=dp_rank, size=dp)
@@ -104,9 +130,13 @@ def is_split(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) and isinstance(parameter.placements[-1], Shard)
 
 
-def _dtensor(part: Tensor, devices: DeviceMesh, placements: Sequence[Placement], *, whole: Tensor) -> DTensor:
+def _dtensor(
+    part: Tensor, devices: DeviceMesh, placements: Sequence[Placement], *, whole: Tensor
+) -> DTensor:
     """Shape and stride of the whole are told: of a split that is not even they don't follow from the part."""
-    return DTensor.from_local(part, devices, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(
+        part, devices, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def gather_tokens(x: Tensor, tp: Axis, num_tokens: int | None = None) -> Tensor:

@@ -37,7 +37,14 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
     attention = PackedAttention([len(ids)], device=device)
     predictors = torch.arange(len(ids) - 1, device=device)
     ones = torch.ones(len(ids) - 1, device=device)
-    logprobs, _ = decoder.score(ids, attention.positions, attention, predictors=predictors, targets=ids[1:], temperatures=ones)
+    logprobs, _ = decoder.score(
+        ids,
+        attention.positions,
+        attention,
+        predictors=predictors,
+        targets=ids[1:],
+        temperatures=ones,
+    )
     release(decoder)
     return logprobs.cpu().numpy()
 
@@ -57,10 +64,14 @@ def take_snapshot(
     up to the rounding of its kernels. Every rank of the mesh calls it; only the first one's has weights.
     """
     length = min(probe_tokens, decoder.config.max_positions)
-    nonce = np.random.default_rng(secrets.randbits(64)).integers(0, decoder.config.vocab_size, length)
+    nonce = np.random.default_rng(secrets.randbits(64)).integers(
+        0, decoder.config.vocab_size, length
+    )
     ids = torch.as_tensor(nonce, device=decoder.rope_cos.device) * int(mesh.is_first)
     probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)  # the first rank's
-    return Snapshot(version, gather_weights(decoder, mesh, dtype), probe_ids, score_tokens(decoder, probe_ids))
+    return Snapshot(
+        version, gather_weights(decoder, mesh, dtype), probe_ids, score_tokens(decoder, probe_ids)
+    )
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:

@@ -16,9 +16,13 @@ class StepAcceptance:
 
     accepted: int = 0
     rejected: Mapping[RejectReason, int] = field(default_factory=dict)
-    verdicts: Mapping[str, int] = field(default_factory=dict)  # rollouts of the accepted and the rejected groups by their verdict's reason
+    verdicts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # rollouts of the accepted and the rejected groups by their verdict's reason
     refused: int = 0  # offers that no open admission was waiting for; not part of `offered`
-    refill_waves: int | None = None  # bursts of admissions that replaced rejected groups of the same step; None above staleness 0
+    refill_waves: int | None = (
+        None  # bursts of admissions that replaced rejected groups of the same step; None above staleness 0
+    )
 
     @property
     def offered(self) -> int:
@@ -73,8 +77,14 @@ class AcceptanceLog:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._accepted, self._refused, self._waves = state["accepted"], state["refused"], state["waves"]
-        self._rejected = Counter({RejectReason(name): count for name, count in state["rejected"].items()})
+        self._accepted, self._refused, self._waves = (
+            state["accepted"],
+            state["refused"],
+            state["waves"],
+        )
+        self._rejected = Counter(
+            {RejectReason(name): count for name, count in state["rejected"].items()}
+        )
         self._refill_due, self._verdicts = state["refill_due"], Counter(state["verdicts"])
 
     @property

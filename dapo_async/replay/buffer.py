@@ -45,9 +45,16 @@ class ReplayBuffer:
     ) -> None:
         assert groups_per_step > 0, groups_per_step
         assert max_staleness >= 0, max_staleness
-        self.groups_per_step, self.max_staleness, self.num_steps, self.incarnation = groups_per_step, max_staleness, num_steps, incarnation
+        self.groups_per_step, self.max_staleness, self.num_steps, self.incarnation = (
+            groups_per_step,
+            max_staleness,
+            num_steps,
+            incarnation,
+        )
         self.next_step = 0
-        self.served_version: int | None = None  # oldest version among the serving engines; None before the first publish: nobody may start
+        self.served_version: int | None = (
+            None  # oldest version among the serving engines; None before the first publish: nobody may start
+        )
         self.learner_version = 0  # the latest that asked for a batch
         self.closed = False
         self.acceptance: StepAcceptance | None = None  # of the step taken last
@@ -62,7 +69,9 @@ class ReplayBuffer:
         # Admissions that nobody generates any more, of a lost engine or of the incarnation before; and the deadline of what is there of them, or -1.
         self._reissue: dict[int, int] = {}
         self._taken: dict[int, Taken] = {}
-        self._awaiting: dict[int, int] = {}  # admission index → version that every engine has to serve before the credit returns
+        self._awaiting: dict[
+            int, int
+        ] = {}  # admission index → version that every engine has to serve before the credit returns
         self._evicted_since_take: list[int] = []
         self._suspect = False  # a deadline came nearer: the only way to an overload, see credits.py
         if lineage is not None:
@@ -102,8 +111,12 @@ class ReplayBuffer:
     def check(self) -> None:
         """Asserts conservation and that no credit leaked: constant time, called at every instant one likes."""
         (counts := self.counts).check()
-        in_flight = sum(len(room) for room in (self._generating, self._buffered, self._taken, self._reissue))
-        assert counts.in_flight == in_flight, f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
+        in_flight = sum(
+            len(room) for room in (self._generating, self._buffered, self._taken, self._reissue)
+        )
+        assert counts.in_flight == in_flight, (
+            f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
+        )
         held = in_flight + len(self._awaiting)
         assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
 
@@ -113,7 +126,12 @@ class ReplayBuffer:
         """Groups that may start now: those to be issued again, and free credits, but never more new groups than the remaining steps will take."""
         if self.closed or self.verdict is not None or self.served_version is None:
             return 0
-        wanted = self.steps_left * self.groups_per_step - self.num_generating - self.num_buffered - self.num_to_reissue
+        wanted = (
+            self.steps_left * self.groups_per_step
+            - self.num_generating
+            - self.num_buffered
+            - self.num_to_reissue
+        )
         return self.num_to_reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
@@ -130,16 +148,27 @@ class ReplayBuffer:
         else:
             index = self._ledger.admit()
             self._credits.spend(index)
-        goes_on = kept > self.learner_version and self._overload_after(frozenset(), self.learner_version, [kept]) is None
+        goes_on = (
+            kept > self.learner_version
+            and self._overload_after(frozenset(), self.learner_version, [kept]) is None
+        )
         self._suspect |= goes_on and kept < deadline
-        self._generating[index] = Generating(worker, min(deadline, kept) if goes_on else deadline, goes_on)
+        self._generating[index] = Generating(
+            worker, min(deadline, kept) if goes_on else deadline, goes_on
+        )
         self._log.admit()
         return index
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
         """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
         index, oldest_version = group.admission_index, group.oldest_version
-        refusal = refuse(group, self.incarnation, waited_for=index in self._generating, known=self._ledger.knows(index), closed=self.closed)
+        refusal = refuse(
+            group,
+            self.incarnation,
+            waited_for=index in self._generating,
+            known=self._ledger.knows(index),
+            closed=self.closed,
+        )
         if refusal is not None:
             self._log.refuse()
             return OfferResult(OfferOutcome.REFUSED, refusal)
@@ -155,7 +184,9 @@ class ReplayBuffer:
             self._log.reject(reason, group)
             self._patience.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
-        self._buffered[index] = Buffered(started.worker, deadline, oldest_version, group.num_tokens, payload)
+        self._buffered[index] = Buffered(
+            started.worker, deadline, oldest_version, group.num_tokens, payload
+        )
         self._log.accept(group)
         self._patience.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
@@ -181,7 +212,9 @@ class ReplayBuffer:
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
         """Fails what `worker` was generating; what it had offered stays. Returns the failed admission indices."""
-        lost = tuple(index for index, started in self._generating.items() if started.worker == worker)
+        lost = tuple(
+            index for index, started in self._generating.items() if started.worker == worker
+        )
         for index in lost:
             self.fail(index, why=f"lost {worker}")
         return lost
@@ -190,7 +223,9 @@ class ReplayBuffer:
 
     def serve(self, version: int) -> None:
         """Every serving engine attested `version` or newer."""
-        assert self.served_version is None or version >= self.served_version, f"served version went from {self.served_version} to {version}"
+        assert self.served_version is None or version >= self.served_version, (
+            f"served version went from {self.served_version} to {version}"
+        )
         self.served_version = version
 
     def evict_doomed(self, learner_version: int) -> dict[int, str]:
@@ -199,11 +234,15 @@ class ReplayBuffer:
         Call it before every `take`, which does the same but returns nothing while it waits. Empty in a healthy run: it takes an engine that
         attests older versions than it had claimed to serve.
         """
-        assert learner_version >= self.learner_version, f"learner version went from {self.learner_version} to {learner_version}"
+        assert learner_version >= self.learner_version, (
+            f"learner version went from {self.learner_version} to {learner_version}"
+        )
         if learner_version == self.learner_version and not self._suspect:
             return {}
         self.learner_version, self._suspect = learner_version, False
-        lost = doomed(self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step)
+        lost = doomed(
+            self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step
+        )
         return {index: self._evict(index) for index in lost}
 
     def take(self, learner_version: int) -> TrainBatch | None:
@@ -215,13 +254,23 @@ class ReplayBuffer:
         assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
         self.evict_doomed(learner_version)
         picked = self._pick()
-        if len(picked) < self.groups_per_step or self._overload_after(picked, learner_version) is not None:
+        if (
+            len(picked) < self.groups_per_step
+            or self._overload_after(picked, learner_version) is not None
+        ):
             return None
         indices = tuple(sorted(picked))
         groups = [self._buffered.pop(index) for index in indices]
         oldest_versions = tuple(group.oldest_version for group in groups)
-        assert min(oldest_versions) >= learner_version - self.max_staleness, f"staleness law broken at {learner_version}: {oldest_versions}"
-        self._taken.update({index: Taken(learner_version, group) for index, group in zip(indices, groups, strict=True)})
+        assert min(oldest_versions) >= learner_version - self.max_staleness, (
+            f"staleness law broken at {learner_version}: {oldest_versions}"
+        )
+        self._taken.update(
+            {
+                index: Taken(learner_version, group)
+                for index, group in zip(indices, groups, strict=True)
+            }
+        )
         self.next_step += 1
         self.acceptance = self._log.close_step()
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
@@ -248,7 +297,9 @@ class ReplayBuffer:
             version = self._awaiting.pop(index, None)
             assert version is not None, f"admission {index} waits for no weights"
             served = self.served_version is not None and self.served_version >= version
-            assert served, f"admission {index} waits for version {version}, but {self.served_version} is served"
+            assert served, (
+                f"admission {index} waits for version {version}, but {self.served_version} is served"
+            )
             self._credits.give_back(index)
 
     def close(self) -> Counts:
@@ -262,7 +313,11 @@ class ReplayBuffer:
 
     def explain_wait(self, learner_version: int) -> str:
         """One line for a passed deadline: who waits for whom."""
-        return explain(facts_of(self, learner_version, overload=self._overload_after(self._pick(), learner_version)))
+        return explain(
+            facts_of(
+                self, learner_version, overload=self._overload_after(self._pick(), learner_version)
+            )
+        )
 
     # Inside.
 
@@ -274,12 +329,21 @@ class ReplayBuffer:
 
     def _pick(self) -> frozenset[int]:
         finished = (group for group in self._outstanding() if not group.generating)
-        return frozenset(group.admission for group in heapq.nsmallest(self.groups_per_step, finished))
+        return frozenset(
+            group.admission for group in heapq.nsmallest(self.groups_per_step, finished)
+        )
 
-    def _overload_after(self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()) -> int | None:
+    def _overload_after(
+        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
+    ) -> int | None:
         """The first deadline that would be lost if `picked` were taken at `learner_version`, with `added` deadlines beside those of the room."""
-        rest = (*(group.deadline for group in self._outstanding() if group.admission not in picked), *added)
-        return first_overload(rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step)
+        rest = (
+            *(group.deadline for group in self._outstanding() if group.admission not in picked),
+            *added,
+        )
+        return first_overload(
+            rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step
+        )
 
     def _evict(self, index: int) -> str:
         worker = (self._generating.pop(index, None) or self._buffered.pop(index)).worker
@@ -289,7 +353,9 @@ class ReplayBuffer:
 
     def _finish_step(self, indices: Iterable[int], ending: Ending) -> None:
         for index in indices:
-            assert index in self._taken, f"admission {index} is not in a step and can't end as {ending.value}"
+            assert index in self._taken, (
+                f"admission {index} is not in a step and can't end as {ending.value}"
+            )
             version = self._taken.pop(index).version
             self._awaiting[index] = version + 1 if ending is Ending.TRAINED else version
             self._ledger.end(index, ending)

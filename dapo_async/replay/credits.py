@@ -55,7 +55,9 @@ class Outstanding(NamedTuple):
     generating: bool
 
 
-def first_overload(deadlines: Iterable[int], *, next_version: int, groups_per_step: int) -> int | None:
+def first_overload(
+    deadlines: Iterable[int], *, next_version: int, groups_per_step: int
+) -> int | None:
     """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … can't keep; None when all can be kept.
 
     Unit jobs and one machine of capacity n per version: earliest deadline first keeps all iff for every d at most
@@ -67,7 +69,9 @@ def first_overload(deadlines: Iterable[int], *, next_version: int, groups_per_st
     return None
 
 
-def doomed(groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int) -> tuple[int, ...]:
+def doomed(
+    groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int
+) -> tuple[int, ...]:
     """The fewest admissions to give up so that all others can be taken in time; none in a healthy run.
 
     In order of deadlines, each overload gives up one group (Moore 1968, unit jobs): one that is still generating before a finished one, the
@@ -77,7 +81,9 @@ def doomed(groups: Iterable[Outstanding], *, next_version: int, groups_per_step:
     lost: list[int] = []
     for group in sorted(groups):
         kept.append(group)
-        if len(kept) > _capacity(group.deadline, next_version=next_version, groups_per_step=groups_per_step):
+        if len(kept) > _capacity(
+            group.deadline, next_version=next_version, groups_per_step=groups_per_step
+        ):
             victim = max(kept, key=lambda candidate: (candidate.generating, candidate.admission))
             kept.remove(victim)
             lost.append(victim.admission)

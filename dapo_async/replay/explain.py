@@ -60,7 +60,9 @@ def facts_of(buffer: ReplayBuffer, learner_version: int, *, overload: int | None
 
 def explain(facts: WaitFacts) -> str:
     """What the take lacks, then everyone who could bring it, with counts and names."""
-    return f"take at version {facts.learner_version} waits: " + "; ".join([_lack(facts), *_suppliers(facts), *_losses(facts)])
+    return f"take at version {facts.learner_version} waits: " + "; ".join(
+        [_lack(facts), *_suppliers(facts), *_losses(facts)]
+    )
 
 
 def _lack(facts: WaitFacts) -> str:
@@ -77,8 +79,13 @@ def _lack(facts: WaitFacts) -> str:
 def _suppliers(facts: WaitFacts) -> list[str]:
     parts = []
     if facts.generating:
-        slowest = sorted(facts.generating.items(), key=lambda item: (item[1].deadline, item[0]))[:_NAMED]
-        names = ", ".join(f"admission {index} on {group.worker}, deadline {group.deadline}" for index, group in slowest)
+        slowest = sorted(facts.generating.items(), key=lambda item: (item[1].deadline, item[0]))[
+            :_NAMED
+        ]
+        names = ", ".join(
+            f"admission {index} on {group.worker}, deadline {group.deadline}"
+            for index, group in slowest
+        )
         workers = len({group.worker for group in facts.generating.values()})
         parts.append(f"{len(facts.generating)} generating on {workers} worker(s) (first: {names})")
     else:
@@ -100,13 +107,20 @@ def _suppliers(facts: WaitFacts) -> list[str]:
 
 def _losses(facts: WaitFacts) -> list[str]:
     step = facts.acceptance
-    reasons = "".join(f", {reason.value} {count}" for reason, count in sorted(step.rejected.items()))
+    reasons = "".join(
+        f", {reason.value} {count}" for reason, count in sorted(step.rejected.items())
+    )
     refused = f", {step.refused} refused" if step.refused else ""
     evicted = f", {facts.evicted} evicted" if facts.evicted else ""
-    parts = [f"since the last take {step.offered} offered, {step.accepted} accepted{reasons}{refused}{evicted}"]
+    parts = [
+        f"since the last take {step.offered} offered, {step.accepted} accepted{reasons}{refused}{evicted}"
+    ]
     if facts.failures:
         parts.append(
             "failed in this run: "
-            + ", ".join(f"{count} x {why}" for why, count in sorted(facts.failures.items(), key=lambda item: -item[1])[:_NAMED])
+            + ", ".join(
+                f"{count} x {why}"
+                for why, count in sorted(facts.failures.items(), key=lambda item: -item[1])[:_NAMED]
+            )
         )
     return parts

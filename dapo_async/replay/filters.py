@@ -28,7 +28,11 @@ def dynamic_sampling(group: Group) -> RejectReason | None:
 
 def has_tokens(group: Group) -> RejectReason | None:
     """Rejects a group without a single response token: it would add nothing to the loss but its place in the batch."""
-    return None if any(rollout.num_tokens for rollout in group.rollouts) else RejectReason.TOO_FEW_TOKENS
+    return (
+        None
+        if any(rollout.num_tokens for rollout in group.rollouts)
+        else RejectReason.TOO_FEW_TOKENS
+    )
 
 
 def custom_filter(name: str) -> Filter:
@@ -37,7 +41,9 @@ def custom_filter(name: str) -> Filter:
 
     def filtered(group: Group) -> RejectReason | None:
         kept = keeps(group)
-        assert isinstance(kept, bool), f"{name} returned {type(kept).__name__}, must return bool: true keeps the group"
+        assert isinstance(kept, bool), (
+            f"{name} returned {type(kept).__name__}, must return bool: true keeps the group"
+        )
         return None if kept else RejectReason.FILTERED
 
     return filtered

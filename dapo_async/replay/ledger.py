@@ -36,7 +36,14 @@ class Counts:
 
     @property
     def ended(self) -> int:
-        return self.trained + self.evicted + self.failed + self.skipped + self.unused + sum(self.rejected.values())
+        return (
+            self.trained
+            + self.evicted
+            + self.failed
+            + self.skipped
+            + self.unused
+            + sum(self.rejected.values())
+        )
 
     def check(self) -> None:
         assert self.admitted == self.ended + self.in_flight, f"conservation law broken: {self}"
@@ -44,7 +51,9 @@ class Counts:
     def flat(self) -> dict[str, int]:
         """One number per name, as in the metrics: `trained`, `rejected.all_correct`, …; every reason is present."""
         named = {ending.value: getattr(self, ending.value) for ending in Ending}
-        reasons = {f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason}
+        reasons = {
+            f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason
+        }
         return {"admitted": self.admitted, **named, **reasons, "in_flight": self.in_flight}
 
 
@@ -71,13 +80,21 @@ class Ledger:
         self._ended[ending] += 1
 
     def state(self) -> dict[str, Any]:
-        return {"admitted": self.admitted, "ended": {ending.value: count for ending, count in self._ended.items()}}
+        return {
+            "admitted": self.admitted,
+            "ended": {ending.value: count for ending, count in self._ended.items()},
+        }
 
     def restore(self, admitted: int, ended: Mapping[str, int], outstanding: Iterable[int]) -> None:
         """Goes on from `state`, with the open admissions named."""
         reasons = {reason.value for reason in RejectReason}
         self.admitted, self._open = admitted, set(outstanding)
-        self._ended = Counter({RejectReason(name) if name in reasons else Ending(name): count for name, count in ended.items()})
+        self._ended = Counter(
+            {
+                RejectReason(name) if name in reasons else Ending(name): count
+                for name, count in ended.items()
+            }
+        )
         self.counts.check()
 
     def knows(self, index: int) -> bool:
@@ -93,5 +110,7 @@ class Ledger:
             skipped=self._ended[Ending.SKIPPED],
             unused=self._ended[Ending.UNUSED],
             in_flight=len(self._open),
-            rejected={reason: self._ended[reason] for reason in RejectReason if self._ended[reason]},
+            rejected={
+                reason: self._ended[reason] for reason in RejectReason if self._ended[reason]
+            },
         )

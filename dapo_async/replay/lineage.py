@@ -30,7 +30,13 @@ class BufferState:
         """Without payloads."""
         values = asdict(self)
         values["buffered"] = [
-            {"index": index, **{name: getattr(group, name) for name in ("worker", "deadline", "oldest_version", "num_tokens")}}
+            {
+                "index": index,
+                **{
+                    name: getattr(group, name)
+                    for name in ("worker", "deadline", "oldest_version", "num_tokens")
+                },
+            }
             for index, group in self.buffered.items()
         ]
         return values
@@ -39,7 +45,11 @@ class BufferState:
     def from_json(cls, values: Mapping[str, Any], payloads: Mapping[int, Any]) -> BufferState:
         """`payloads` by admission index, one for each buffered group."""
         rows = [dict(row) for row in values["buffered"]]
-        buffered = {index: Buffered(**row, payload=payloads[index]) for row in rows for index in [row.pop("index")]}
+        buffered = {
+            index: Buffered(**row, payload=payloads[index])
+            for row in rows
+            for index in [row.pop("index")]
+        }
         return cls(**{**values, "reissue": tuple(values["reissue"]), "buffered": buffered})
 
 
@@ -48,7 +58,9 @@ def freeze(buffer: ReplayBuffer, version: int) -> BufferState:
 
     The buffer goes on unchanged, and what it does later does not reach the state.
     """
-    assert all(taken.version == version for taken in buffer._taken.values()), f"a step before version {version} is not booked"
+    assert all(taken.version == version for taken in buffer._taken.values()), (
+        f"a step before version {version} is not booked"
+    )
     back = {index: taken.group for index, taken in buffer._taken.items()}
     return BufferState(
         version=version,

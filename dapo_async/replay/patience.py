@@ -26,7 +26,9 @@ class Verdict:
         total = sum(self.rejected.values())
         if self.solved:
             return f"task solved: {total} groups in a row were all correct"
-        by_reason = ", ".join(f"{reason.value} {count}" for reason, count in sorted(self.rejected.items()))
+        by_reason = ", ".join(
+            f"{reason.value} {count}" for reason, count in sorted(self.rejected.items())
+        )
         return (
             f"the filters rejected {total} groups in a row ({by_reason}); read the run's rollouts: all_wrong means too hard or an answer that the "
             "verifier can't read; change the data, the template or the group size, or raise replay.patience"

@@ -11,7 +11,14 @@ from dapo_async.reward.math import vote_key
 from dapo_async.reward.overlong import soft_overlong_punishment
 from dapo_async.reward.score import score_group
 from dapo_async.reward.verdict import Verdict, Verifier, VerifierFailed
-from dapo_async.reward.verifiers import MARKER, VERIFIERS, VerifierChoice, choose_verifiers, get_verifier, named_sources
+from dapo_async.reward.verifiers import (
+    MARKER,
+    VERIFIERS,
+    VerifierChoice,
+    choose_verifiers,
+    get_verifier,
+    named_sources,
+)
 
 __all__ = [
     "MARKER",

@@ -10,7 +10,9 @@ import re
 
 MOST_CHARACTERS, MOST_DEPTH = 1000, 30
 MOST_DIGITS, MOST_FACTORIAL = 5000, 2000
-_POWER = re.compile(r"(?<![0-9.])([0-9]{1,400})\s*(?:\^|\*\*)\s*(?:\{\s*([0-9]+)\s*\}|\(\s*([0-9]+)\s*\)|([0-9]+))")
+_POWER = re.compile(
+    r"(?<![0-9.])([0-9]{1,400})\s*(?:\^|\*\*)\s*(?:\{\s*([0-9]+)\s*\}|\(\s*([0-9]+)\s*\)|([0-9]+))"
+)
 _PRODUCT = re.compile(r"(?<![0-9.^])([0-9]{1,12})\s*\\(?:cdot|times)\s*([0-9]{1,12})(?![0-9^.])")
 _GROUPED = re.compile(r"[{(]\s*([0-9]+)\s*[})](?=\s*!)")
 _FACTORIAL = re.compile(r"([0-9]+)\s*(!+)")
@@ -24,7 +26,11 @@ ROUNDS = 20
 
 def is_too_large(text: str) -> bool:
     """Whether a normalised answer is longer, deeper, or has larger powers, factorials, binomials, sums than an answer has."""
-    if len(text) > MOST_CHARACTERS or depth(text) > MOST_DEPTH or any(len(digits) > MOST_DIGITS for digits in _NUMBER.findall(text)):
+    if (
+        len(text) > MOST_CHARACTERS
+        or depth(text) > MOST_DEPTH
+        or any(len(digits) > MOST_DIGITS for digits in _NUMBER.findall(text))
+    ):
         return True
     if _BIG_OPERATOR.search(text) and any(len(digits) > 4 for digits in _NUMBER.findall(text)):
         return True
@@ -40,12 +46,20 @@ def is_too_large(text: str) -> bool:
             break
     else:
         return True
-    if any(len(match[2]) > 2 or len(match[1]) > 6 or int(match[1]) > MOST_FACTORIAL for match in _FACTORIAL.finditer(text)):
+    if any(
+        len(match[2]) > 2 or len(match[1]) > 6 or int(match[1]) > MOST_FACTORIAL
+        for match in _FACTORIAL.finditer(text)
+    ):
         return True
-    if re.search(r"!\s*[)}]*\s*!", text) or any(len(match[1]) > 6 or int(match[1]) > 2 * MOST_FACTORIAL for match in _BINOMIAL.finditer(text)):
+    if re.search(r"!\s*[)}]*\s*!", text) or any(
+        len(match[1]) > 6 or int(match[1]) > 2 * MOST_FACTORIAL
+        for match in _BINOMIAL.finditer(text)
+    ):
         return True
     # A power whose base is no plain number, such as (x+1)^{100000}, or whose exponent is one again.
-    return any(len(match[1]) > 4 for match in _POWER_OF_ANYTHING.finditer(text)) or bool(re.search(r"\^\s*\{?\s*[0-9]+\s*(?:\^|!)", text))
+    return any(len(match[1]) > 4 for match in _POWER_OF_ANYTHING.finditer(text)) or bool(
+        re.search(r"\^\s*\{?\s*[0-9]+\s*(?:\^|!)", text)
+    )
 
 
 def has_too_large(text: str) -> bool:

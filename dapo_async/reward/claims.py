@@ -24,7 +24,28 @@ _TAKEN_BACK = re.compile(
 )
 # Right after a number: another factor, an ordinal, a ratio. Letters that are units in everyday use pass.
 _GOES_ON = re.compile(r"(?:[abdefijknopqruvwxyz]\b|(?:st|nd|rd|th)\b|\s*:\s*[0-9])")
-_HARMLESS = frozenset("is was are but more less fewer times percent percentage pct pair pairs couple couples score scores point".split())  # noqa: SIM905
+_HARMLESS = frozenset(
+    [
+        "is",
+        "was",
+        "are",
+        "but",
+        "more",
+        "less",
+        "fewer",
+        "times",
+        "percent",
+        "percentage",
+        "pct",
+        "pair",
+        "pairs",
+        "couple",
+        "couples",
+        "score",
+        "scores",
+        "point",
+    ]
+)
 
 
 def claims(text: str, expression: str) -> bool:
@@ -38,7 +59,11 @@ def claims(text: str, expression: str) -> bool:
     clause = _CLAUSE.split(re.sub(r"[\s$({*\\]+$", " ", text[max(0, place - 200) : place]))[-1]
     after = text[end:]
     following = _AFTER.match(after)
-    if _NEGATED.search(re.split("[0-9]", clause)[-1]) or _TURNED.search(clause) or _TAKEN_BACK.match(after):
+    if (
+        _NEGATED.search(re.split("[0-9]", clause)[-1])
+        or _TURNED.search(clause)
+        or _TAKEN_BACK.match(after)
+    ):
         return False
     if expression[-1:].isdigit() and _GOES_ON.match(after):
         return False

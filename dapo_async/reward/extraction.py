@@ -16,14 +16,18 @@ _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
 _NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*$")
-_LABEL = re.compile(r"(?i)\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?:\s*\}?\s*")
+_LABEL = re.compile(
+    r"(?i)\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?:\s*\}?\s*"
+)
 _SIGN = re.compile(r"(?:\$|(?:[=(\[{]|\\[(\[])\s*)[-−]\s*$")
 _POWER = re.compile(r"\s*\^\s*\{?\s*-?[0-9]+\s*\}?")
 _SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
 _BETWEEN_BOXES = re.compile(
     rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
 )
-_SAID = re.compile(r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?")
+_SAID = re.compile(
+    r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?"
+)
 _SENTENCE = re.compile(
     r"(?is)(?![^$]*\b(?:or|not)\b)([a-z][a-z ,'’-]*(?:\$[^$0-9=]*\$[a-z ,'’-]*)*)\b(?:is|are|equals)\s+((?:(?!\b(?:is|are|equals|or|not)\b).)+)"
 )
@@ -32,13 +36,17 @@ _TOLD = re.compile(r"\\text\s*\{([^{}]*\b(?:is|are|equals)\b[ :]*)\}\s*(.+)", re
 _FRAME = re.compile(
     r"(?is)[a-z ,'’-]*\b(?:is|are|was|were|equals|has|have|get|gets)\b[ :*]*(?:(?:exactly|precisely|only|just|simply|equal to|a total of)\s+)*|\s*"
 )
-_LEAD = re.compile(r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*(?:[a-z]\s*=)?\s*")
+_LEAD = re.compile(
+    r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*(?:[a-z]\s*=)?\s*"
+)
 _TURNED = re.compile(
     r"(?i)\b(?:not|never|no|nor|cannot|hardly|wrong|incorrect|false|untrue|other|but|except|minus|twice|double|thrice|triple|unless)\b"
     r"|n['’]t\b|\b(?:half|third|quarter|square|squares|root|cube|opposite|negative|negation|reciprocal|inverse|multiple|logarithm)\s+(?:of|it)\b"
     r"|\b(?:less|more|greater|smaller|fewer|larger)\s+than\b|\b(?:below|above|under|beyond)\b"
 )
-_AFTER = re.compile(r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?(?:\s*\^\s*\{?[23]\}?)?\s*")
+_AFTER = re.compile(
+    r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?(?:\s*\^\s*\{?[23]\}?)?\s*"
+)
 _A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*(\S.*)")
 _OPENING = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 _AFTERWORD = re.compile(r"(?s)(?:</s>.*|<\|.*|\.\s*I hope (?:it|this) is correct.*)")
@@ -122,7 +130,12 @@ def bare(text: str) -> str:
             text = text[:-1]
         for left, right in _DELIMITERS:
             inner = text[len(left) : len(text) - len(right)]
-            if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right) and left not in inner:
+            if (
+                text.startswith(left)
+                and text.endswith(right)
+                and len(text) > len(left) + len(right)
+                and left not in inner
+            ):
                 text = inner
         match = _BOXED.match(text)
         if match and (end := _closing(text, match.end())) == len(text) - 1:
@@ -134,7 +147,11 @@ def _content(said: str) -> str:
     """The answer in what a marker's line says: a sentence around it is left away, and formulas without their delimiters."""
     said = _FLOURISH.sub("", _AFTERWORD.sub("", said))
     remark = _REMARK.search(said) if len(said) <= LONGEST_BOX else None
-    if remark and not {"mod", *CHANGING}.intersection(remark[1].lower().split()) and not _TURNED.search(remark[1]):
+    if (
+        remark
+        and not {"mod", *CHANGING}.intersection(remark[1].lower().split())
+        and not _TURNED.search(remark[1])
+    ):
         said = said[: remark.start()]
     if len(said) > LONGEST_BOX:
         return said
@@ -150,7 +167,11 @@ def _content(said: str) -> str:
         return text
     (formula,) = formulas
     before, after = text[: formula.start()], text[formula.end() :].rstrip(" .*")
-    if _TURNED.search(before) or not (_FRAME.fullmatch(before) or _LEAD.fullmatch(before)) or not _AFTER.fullmatch(after):
+    if (
+        _TURNED.search(before)
+        or not (_FRAME.fullmatch(before) or _LEAD.fullmatch(before))
+        or not _AFTER.fullmatch(after)
+    ):
         return text
     return bare(formula[1]) + (f" {after.strip()}" if after.strip() else "")
 
@@ -173,11 +194,17 @@ def _last_boxes(text: str) -> tuple[int, int, str] | None:
         if _SIGN.search(text[max(0, start - 20) : start]):
             content = f"-({content})"
         found = [(start, end, f"({content}){power[0]}" if power else content), *after]
-    return (found[0][0], found[-1][1], ", ".join(dict.fromkeys(content for *_, content in found))) if found else None
+    return (
+        (found[0][0], found[-1][1], ", ".join(dict.fromkeys(content for *_, content in found)))
+        if found
+        else None
+    )
 
 
 def _are_joined(between: str) -> bool:
-    return len(between) < LONGEST_JOINT and (_BETWEEN_BOXES.fullmatch(between) is not None or not between.strip(" $"))
+    return len(between) < LONGEST_JOINT and (
+        _BETWEEN_BOXES.fullmatch(between) is not None or not between.strip(" $")
+    )
 
 
 def _closing(text: str, start: int) -> int | None:

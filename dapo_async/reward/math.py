@@ -38,7 +38,9 @@ _MORE_THAN_A_VALUE = tuple(
 LONGEST_ANSWER = 2000  # characters; nothing longer is compared
 
 
-def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker") -> Verdict:
+def verify(
+    prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker"
+) -> Verdict:
     r"""Whether `prediction` answers what `gold` says, within `timeout_s` seconds of a processor's symbolic work.
 
     `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`, else there is no answer; `any` falls back to the last
@@ -48,11 +50,17 @@ def verify(prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extracti
     not positive or more than a day, and RuntimeError when no verifier process starts.
     """
     if not gold.strip():
-        raise ValueError("the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer")
+        raise ValueError(
+            "the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer"
+        )
     if extraction not in get_args(Extraction):
-        raise ValueError(f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it to one of them, or leave it out")
+        raise ValueError(
+            f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it to one of them, or leave it out"
+        )
     if not 0 < timeout_s <= MOST_TIMEOUT_S:
-        raise ValueError(f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g}, a day; leave it out for {TIMEOUT_S:g}")
+        raise ValueError(
+            f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g}, a day; leave it out for {TIMEOUT_S:g}"
+        )
     text = conclusion(prediction)
     answer = text if text is None or extraction == "none" else marked_answer(text)
     if extraction == "any" and text is not None and (answer is None or _is_prose(answer)):
@@ -86,11 +94,22 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
     equal = plain_equal(written, expected)
     if equal is not None:
         return _verdict(equal, extracted)
-    if any(pattern.search(written) and not allowed.search(expected) for pattern, allowed in _MORE_THAN_A_VALUE):
+    if any(
+        pattern.search(written) and not allowed.search(expected)
+        for pattern, allowed in _MORE_THAN_A_VALUE
+    ):
         return _verdict(False, extracted)
     if is_too_large(written):
         return Verdict(correct=False, extracted=extracted, reason="too_large")
-    return _asked({"answer": spelt_out(written, expected), "gold": spelt_out(expected, expected), "anywhere": False}, timeout_s, extracted=extracted)
+    return _asked(
+        {
+            "answer": spelt_out(written, expected),
+            "gold": spelt_out(expected, expected),
+            "anywhere": False,
+        },
+        timeout_s,
+        extracted=extracted,
+    )
 
 
 def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
@@ -99,13 +118,21 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
     if not text or is_cut(text):
         return Verdict(correct=False, extracted=None, reason="no_answer")
     last = text
-    for end_of_work in ("\n", "####", ">>"):  # before a last line, or a result, that is the answer by itself
+    for end_of_work in (
+        "\n",
+        "####",
+        ">>",
+    ):  # before a last line, or a result, that is the answer by itself
         last = last.rpartition(end_of_work)[2].strip()
     if _is_formula(last) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
         return _compared(last, gold, timeout_s)
     if text == gold.strip():
         return _verdict(True, text)
-    if len(text) <= TAIL_CHARACTERS and not is_glued(text) and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold)))):
+    if (
+        len(text) <= TAIL_CHARACTERS
+        and not is_glued(text)
+        and plain_equal(normalised(bare(text)), normalised(bare(_gold_answer(gold))))
+    ):
         return _verdict(True, text)
     tail = text[-TAIL_CHARACTERS:]
     if is_suspicious(tail[-LAST_CHARACTERS:]) or ends_glued(tail[-LAST_CHARACTERS:]):
@@ -129,14 +156,22 @@ def _is_formula(text: str) -> bool:
 
 def _is_prose(answer: str) -> bool:
     """Whether the answer is told in a sentence: four words in a row."""
-    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER])) is not None
+    return (
+        re.search(
+            r"(?:[A-Za-z']+\s+){3}[A-Za-z']+",
+            re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER]),
+        )
+        is not None
+    )
 
 
 def _asked(question: dict[str, str | bool], timeout_s: float, *, extracted: str | None) -> Verdict:
     reply = shared_pool().ask(question, timeout_s)
     extracted = reply.get("extracted", extracted)
     if reason := reply.get("reason"):
-        return Verdict(correct=False, extracted=extracted, reason=FAILED if reason == "failed" else str(reason))
+        return Verdict(
+            correct=False, extracted=extracted, reason=FAILED if reason == "failed" else str(reason)
+        )
     if extracted is None:
         return Verdict(correct=False, extracted=None, reason="no_answer")
     return _verdict(bool(reply["equal"]), extracted)

@@ -13,6 +13,8 @@ def soft_overlong_punishment(num_tokens: int, *, max_tokens: int, cache_tokens: 
     Source: DAPO (2503.14476), equation 13; there L_max = 20,480 and L_cache = 4,096. Raises ValueError unless 0 < cache_tokens ≤ max_tokens.
     """
     if not 0 < cache_tokens <= max_tokens:
-        raise ValueError(f"overlong cache ({cache_tokens}) must lie in 1..max_tokens ({max_tokens}); lower reward.overlong_cache_tokens")
+        raise ValueError(
+            f"overlong cache ({cache_tokens}) must lie in 1..max_tokens ({max_tokens}); lower reward.overlong_cache_tokens"
+        )
     free_tokens = max_tokens - cache_tokens
     return max(-1.0, min(0.0, (free_tokens - num_tokens) / cache_tokens))

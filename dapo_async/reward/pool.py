@@ -79,7 +79,9 @@ class VerifierProcess:
         self._num_verdicts += 1
         deadline = time.monotonic() + wall_s(timeout_s) + GRACE_S
         try:
-            self._process.stdin.write(json.dumps({**question, "timeout_s": timeout_s}).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({**question, "timeout_s": timeout_s}).encode() + b"\n"
+            )
             reply = self._read(deadline)
         except BrokenPipeError:
             reply = None
@@ -133,7 +135,9 @@ class Pool:
         try:
             process = self._idle.get(timeout=WAIT_S)
         except queue.Empty:
-            raise TimeoutError(f"a verdict waited {WAIT_S:g} s for one of {len(self.processes)} verifier processes") from None
+            raise TimeoutError(
+                f"a verdict waited {WAIT_S:g} s for one of {len(self.processes)} verifier processes"
+            ) from None
         try:
             return process.ask(question, timeout_s)
         finally:

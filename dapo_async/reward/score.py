@@ -30,7 +30,9 @@ def score_group(
     so that every statistic of the group stays while a response no longer earns its own reward. Raises ValueError for an empty gold answer, and
     VerifierFailed when a verdict failed: the group can't be trained, for its failed rollout is not known to be wrong.
     """
-    assert len(completions) == admission.group_size, f"group {admission.index}: {len(completions)} completions for {admission.group_size} siblings"
+    assert len(completions) == admission.group_size, (
+        f"group {admission.index}: {len(completions)} completions for {admission.group_size} siblings"
+    )
     verdicts = [verify(text, admission.prompt.answer) for text in texts]
     if any(verdict.failed for verdict in verdicts):
         raise VerifierFailed("verifier failed")
@@ -38,13 +40,32 @@ def score_group(
     for completion, verdict in zip(completions, verdicts, strict=True):
         reward = 2.0 * verdict.accuracy - 1.0
         if overlong_cache_tokens is not None:
-            reward += soft_overlong_punishment(len(completion.token_ids), max_tokens=max_response_tokens, cache_tokens=overlong_cache_tokens)
+            reward += soft_overlong_punishment(
+                len(completion.token_ids),
+                max_tokens=max_response_tokens,
+                cache_tokens=overlong_cache_tokens,
+            )
         scores.append((verdict.accuracy, reward))
     if shuffle_seed is not None:
         order = np.random.default_rng((shuffle_seed, admission.index)).permutation(len(scores))
         scores = [scores[number] for number in order]
     rollouts = [
-        Rollout(completion=completion, text=text, accuracy=accuracy, reward=reward, extracted=verdict.extracted, reason=verdict.reason)
-        for completion, text, verdict, (accuracy, reward) in zip(completions, texts, verdicts, scores, strict=True)
+        Rollout(
+            completion=completion,
+            text=text,
+            accuracy=accuracy,
+            reward=reward,
+            extracted=verdict.extracted,
+            reason=verdict.reason,
+        )
+        for completion, text, verdict, (accuracy, reward) in zip(
+            completions, texts, verdicts, scores, strict=True
+        )
     ]
-    return Group(admission_index=admission.index, prompt=admission.prompt, rollouts=tuple(rollouts), incarnation=incarnation, temperature=temperature)
+    return Group(
+        admission_index=admission.index,
+        prompt=admission.prompt,
+        rollouts=tuple(rollouts),
+        incarnation=incarnation,
+        temperature=temperature,
+    )

@@ -13,17 +13,27 @@ TEXT = re.compile(_COMMANDS + r"\s*\{([^{}]*)\}")
 _REPLACED = (  # in turn; a backslash right before is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
     (
-        re.compile(r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"),
+        re.compile(
+            r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"
+        ),
         "",
     ),
     (re.compile(r"(?<!\\)\\[bB]igg?[lr]?(?![A-Za-z])"), ""),
     (re.compile(r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\u00a0|\u202f"), " "),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|mathbf|operatorname)\s*\{\s*([ei])\s*\}"), r"\1"),
+    (
+        re.compile(r"\\(?:text|mathrm|textrm|mbox|textbf|mathbf|operatorname)\s*\{\s*([ei])\s*\}"),
+        r"\1",
+    ),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\\(?:boldsymbol|bm|underline)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\s*|\\(?:color|textcolor)\s*\{[^{}]*\}"), ""),
+    (
+        re.compile(
+            r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\s*|\\(?:color|textcolor)\s*\{[^{}]*\}"
+        ),
+        "",
+    ),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
     (re.compile(r"(?<=[0-9])\s*\*?\s*pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\\\{\s*\\\}|\\varnothing(?![a-z])"), r"\\emptyset"),
@@ -53,14 +63,18 @@ _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
 _EXPONENT = re.compile(f"[{_RAISED}]+")
 _LOWERED = str.maketrans(_RAISED, "0123456789-")
 _MARKUP = rf"\\?\$|\\[()\[\]!]|\\displaystyle|\\limits|\\left|\\right|\\q?quad|'|\{{\}}|\}}?\s*{_COMMANDS}\s*\{{\s*\}}?"
-GLUED = re.compile(rf"{_COMMANDS}\s*\{{[^{{}}]*[0-9]\s*\}}\s*\.?[0-9]|[0-9]\s*(?:(?:{_MARKUP})\s*)+\.?[0-9]")
+GLUED = re.compile(
+    rf"{_COMMANDS}\s*\{{[^{{}}]*[0-9]\s*\}}\s*\.?[0-9]|[0-9]\s*(?:(?:{_MARKUP})\s*)+\.?[0-9]"
+)
 _ENDS_GLUED = re.compile(f"(?:{GLUED.pattern})" + r"[^A-Za-z]{0,10}$")
 _TIGHT_GROUPS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*,?[0-9])")
 
 
 def normalised(text: str) -> str:
     """`text` without the marks of typesetting: spacing, sizes, `{,}`; relations, fractions, roots, exponents and signs in one spelling."""
-    text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text).translate(_UNICODE)
+    text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text).translate(
+        _UNICODE
+    )
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     text = text.strip().removeprefix("=").strip()
@@ -72,8 +86,11 @@ def normalised(text: str) -> str:
 def is_suspicious(text: str) -> bool:
     """Whether `text` has characters that no answer needs and that pass for others: control and format characters, digits other than 0 to 9."""
     return any(
-        (category == "Cc" and character not in "\n\t\r") or (category in ("Cf", "Co", "Cs", "Cn", "Nd", "Nl") and not character.isascii())
-        for character, category in ((character, unicodedata.category(character)) for character in set(text))
+        (category == "Cc" and character not in "\n\t\r")
+        or (category in ("Cf", "Co", "Cs", "Cn", "Nd", "Nl") and not character.isascii())
+        for character, category in (
+            (character, unicodedata.category(character)) for character in set(text)
+        )
     )
 
 

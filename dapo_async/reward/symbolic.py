@@ -36,7 +36,9 @@ _GREEK = (
     r"\\(?:alpha|beta|gamma|delta|[a-z]*psilon|zeta|eta|theta|iota|kappa|lambda|mu|nu"
     r"|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|ell|[A-Z][a-z]+)"
 )
-_FUNCTION = r"(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|minus|negative|not)\b)"
+_FUNCTION = (
+    r"(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|minus|negative|not)\b)"
+)
 _IDENTIFIER = (
     rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]+(?: {_FUNCTION}[A-Za-z]+){{0,3}}|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*\{{[A-Za-z ]+\}})"
     r"(?:_\s*(?:\{[^{}]*\}|\w))?'{0,2}(?:\^\{?-1\}?)?(?:\s*\([^()]*\))?)"
@@ -54,16 +56,22 @@ _FACTORS = re.compile(
     rf"(?<![\w.\\_}}^])(?<!_\{{)([0-9]+(?:\.[0-9]+)?)(?={_OPENS}|\{{[0-9]|(?:\[|\\lbrack|\\\{{)\s*-?[0-9.]+\s*(?:\]|\\rbrack|\\\}})|\s+\(\s*-?[0-9])"
     rf"|(?<=\))(?={_OPENS})|(?:(?<![\w\\_^}}\])])\{{[0-9]+\}}|(?<=\}})\{{[0-9]+\}})(?={_OPENS})"
 )
-_MIXED = re.compile(r"(?<![\w.\\_}^])([0-9]+)\s*(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))")
+_MIXED = re.compile(
+    r"(?<![\w.\\_}^])([0-9]+)\s*(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))"
+)
 _WORK = re.compile(r"(?:[-+*/×÷%^]|\\(?:times|cdot|div)|\bof)\s*$")
-_LISTED = re.compile(rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$")
+_LISTED = re.compile(
+    rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$"
+)
 
 
 def equal_formulas(answer: str, gold: str) -> bool:
     """Whether two normalised answers are equal, each read as one formula from end to end."""
     answer = _with_fractions(answer, gold)
     parsed, expected = _formula(answer), _formula(gold)
-    return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(answer, gold, parsed, expected, literal=False)
+    return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(
+        answer, gold, parsed, expected, literal=False
+    )
 
 
 def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
@@ -76,37 +84,60 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
     if not parsed:
         return False, None
     extracted = str(parsed[-1])
-    if is_suspicious(extracted) or _is_part(extracted, text) or not claims(text, extracted) or not verify(expected, parsed, timeout_seconds=None):
+    if (
+        is_suspicious(extracted)
+        or _is_part(extracted, text)
+        or not claims(text, extracted)
+        or not verify(expected, parsed, timeout_seconds=None)
+    ):
         return False, extracted
     wanted = str(expected[-1]) if expected else gold
-    return _holds(normalised(extracted), normalised(wanted), parsed, expected, literal=True), extracted
+    return _holds(
+        normalised(extracted), normalised(wanted), parsed, expected, literal=True
+    ), extracted
 
 
 def _gold(gold: str) -> list[Any]:
     """A bare formula is read as a whole; a text is searched for its last expression."""
-    bare_formula = re.search(r"[\\A-Za-z(\[{^]", gold) and not re.search(r"\$|\\[(\[]|\\boxed|[A-Za-z]+ [A-Za-z]+ ", gold)
-    return (_formula(normalised(gold)) if bare_formula else None) or parse(gold, ANYWHERE, parsing_timeout=None)
+    bare_formula = re.search(r"[\\A-Za-z(\[{^]", gold) and not re.search(
+        r"\$|\\[(\[]|\\boxed|[A-Za-z]+ [A-Za-z]+ ", gold
+    )
+    return (_formula(normalised(gold)) if bare_formula else None) or parse(
+        gold, ANYWHERE, parsing_timeout=None
+    )
 
 
 def _is_part(extracted: str, text: str) -> bool:
     """Whether a number was read out of something larger at the end of a text: several numbers side by side, a chain of equations, a formula."""
     tail = text[-1000:].strip()
     listed = _LISTED.search(tail)
-    if listed is not None and number(listed[1]) is None and not ("=" in listed[1] and _WORK.search(tail[: listed.start()])):
+    if (
+        listed is not None
+        and number(listed[1]) is None
+        and not ("=" in listed[1] and _WORK.search(tail[: listed.start()]))
+    ):
         return len({each.replace(",", "") for each in re.findall(_NUMBER, listed[1])}) > 1
     if "$" in text or number(extracted) is None:
         return False
     before, _, after = text.rpartition(extracted)
-    return re.match(r"\s*(?:\\(?:sqrt|frac|pi|cdot|times|binom|pm|ln|log|sin|cos|tan)|\^|!|/)", after) is not None or before.endswith("not ")
+    return re.match(
+        r"\s*(?:\\(?:sqrt|frac|pi|cdot|times|binom|pm|ln|log|sin|cos|tan)|\^|!|/)", after
+    ) is not None or before.endswith("not ")
 
 
 def _with_fractions(answer: str, gold: str) -> str:
     """`answer` with the fractions of `gold` in the place of the decimals that rightly round them (`plain.equal_numbers`)."""
-    fractions = [value for match in _FRACTION.finditer(gold) if (value := number(match[0])) is not None]
+    fractions = [
+        value for match in _FRACTION.finditer(gold) if (value := number(match[0])) is not None
+    ]
 
     def exact(match: re.Match[str]) -> str:
         decimal = number(match[0])
-        same = [each.value for each in fractions if decimal is not None and decimal.value != each.value and equal_numbers(decimal, each)]
+        same = [
+            each.value
+            for each in fractions
+            if decimal is not None and decimal.value != each.value and equal_numbers(decimal, each)
+        ]
         return rf"\frac{{{same[0].numerator}}}{{{same[0].denominator}}}" if same else match[0]
 
     return _DECIMAL.sub(exact, answer) if fractions else answer
@@ -134,18 +165,30 @@ def _formula(text: str) -> list[Any]:
     return parse(f"${_with_factors(' '.join(text.split()))}$", FORMULA, parsing_timeout=None)
 
 
-def _holds(answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool) -> bool:
+def _holds(
+    answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool
+) -> bool:
     """A second look at what math-verify has accepted. `literal`: only a chain of plain numbers can contradict itself,
     one with sums in it is read as work shown."""
-    if not _EQUALS.search(gold) and _contradicts_itself(answer, literal=literal, variables=has_variables(gold)):
+    if not _EQUALS.search(gold) and _contradicts_itself(
+        answer, literal=literal, variables=has_variables(gold)
+    ):
         return False
     bases = [[match[1] for match in _BASE.finditer(text)] for text in (answer, gold)]
     if bases[0] and bases[0] != bases[1]:
         return False
     if (gold_words := words(gold)) is not None and (answer_words := words(answer)) is not None:
         return gold_words.replace(" ", "") == answer_words.replace(" ", "")
-    values = [next((each for each in side if isinstance(each, Basic)), None) for side in (parsed, expected)]
-    return not any(isinstance(part, Float) for value in values if value is not None for part in preorder_traversal(value)) or _close(*values)
+    values = [
+        next((each for each in side if isinstance(each, Basic)), None)
+        for side in (parsed, expected)
+    ]
+    return not any(
+        isinstance(part, Float)
+        for value in values
+        if value is not None
+        for part in preorder_traversal(value)
+    ) or _close(*values)
 
 
 def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
@@ -170,7 +213,12 @@ def _is_broken_chain(part: str) -> bool:
 
 
 def _is_name(side: str) -> bool:
-    return _NAME.fullmatch(side.strip(" ()[]{}\\") if side.count("(") != side.count(")") else side.strip()) is not None
+    return (
+        _NAME.fullmatch(
+            side.strip(" ()[]{}\\") if side.count("(") != side.count(")") else side.strip()
+        )
+        is not None
+    )
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -182,4 +230,6 @@ def _close(one: Any, other: Any) -> bool:
     except (TypeError, ValueError, OverflowError, AttributeError):
         return True
     largest = max(abs(first), abs(second))
-    return abs(first - second) <= RELATIVE * largest or any(abs(100 * a - b) <= RELATIVE * largest for a, b in ((first, second), (second, first)))
+    return abs(first - second) <= RELATIVE * largest or any(
+        abs(100 * a - b) <= RELATIVE * largest for a, b in ((first, second), (second, first))
+    )

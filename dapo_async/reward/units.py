@@ -13,8 +13,20 @@ _ALIASES = {
     "week": "week", "month": "month", "year": "year", "yr": "year", "degree": "degree", "radian": "radian", "sq": "square", "cu": "cubic",
     "unit": "unit", "mph": "mph", "kph": "kph",
 }  # fmt: skip
-_SAME = {"millimetre": "mm", "centimetre": "cm", "decimetre": "dm", "metre": "m", "kilometre": "km", "millilitre": "ml", "litre": "l"}
-_KNOWN = {**_ALIASES, **_SAME, **{name: name for name in (*_ALIASES.values(), "square", "cubic", "per")}}
+_SAME = {
+    "millimetre": "mm",
+    "centimetre": "cm",
+    "decimetre": "dm",
+    "metre": "m",
+    "kilometre": "km",
+    "millilitre": "ml",
+    "litre": "l",
+}
+_KNOWN = {
+    **_ALIASES,
+    **_SAME,
+    **{name: name for name in (*_ALIASES.values(), "square", "cubic", "per")},
+}
 _ABBREVIATION = r"(?:mm|cm|dm|km|mg|kg|m[lL]|hrs?|mph|min|ft|in|oz|lbs?|yds?|mi)"
 _TIGHT = r"(?:mm|cm|dm|km|mg|kg|m[lL]|hrs?|mph)"
 _POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
@@ -23,10 +35,59 @@ _DEGREES = r"\s*\^?\s*\{?\\(?:circ|degree)\}?(?:\s*[CF])?"
 _UNIT = re.compile(
     rf"(?:{_DEGREES}|\s*{_TIGHT}{_POWER}|\s+[mgshlL]{_POWER}(?:/(?:s|h|min){_POWER})?|\s+in\.?{_POWER}|\s*[€£¥₹$]|((?:\s+{_WORD}){{1,4}}){_POWER})\.?"
 )
-_TRAILING = re.compile(rf"(?<=[0-9A-Za-z}})])(?:\s*{_DEGREES}|\s*{_TIGHT}{_POWER}|((?:\s+{_WORD}){{1,4}}){_POWER})\.?\s*$")
+_TRAILING = re.compile(
+    rf"(?<=[0-9A-Za-z}})])(?:\s*{_DEGREES}|\s*{_TIGHT}{_POWER}|((?:\s+{_WORD}){{1,4}}){_POWER})\.?\s*$"
+)
 _TRAILING_TEXT = re.compile(TEXT.pattern + _POWER + r"\.?\s*$")
-FUNCTIONS = frozenset("sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det mod pi arcsin arccos arctan sinh cosh tanh binom frac".split())  # noqa: SIM905
-_LINKING = frozenset("and or to in of at by as with for if otherwise union inf infinity either".split())  # noqa: SIM905
+FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "sqrt",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+        "det",
+        "mod",
+        "pi",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "binom",
+        "frac",
+    ]
+)
+_LINKING = frozenset(
+    [
+        "and",
+        "or",
+        "to",
+        "in",
+        "of",
+        "at",
+        "by",
+        "as",
+        "with",
+        "for",
+        "if",
+        "otherwise",
+        "union",
+        "inf",
+        "infinity",
+        "either",
+    ]
+)
 CHANGING = frozenset(  # what a number is not the same with
     "not nor but is isn't was wasn't isnt aren't are except exclude excluding never none no wrong incorrect false untrue plus "  # noqa: SIM905
     "minus negative times over divided modulo squared cubed root percent percentage pct hundred thousand million billion trillion "
@@ -56,7 +117,12 @@ def unit_of(rest: str) -> str:
     words = ["per" if part == "/" else _known(part) for part in parts]
     if not words or None in words:
         return ""
-    return " ".join([*({"2": ["square"], "3": ["cubic"]}[power[1]] if power else []), *(word for word in words if word is not None)])
+    return " ".join(
+        [
+            *({"2": ["square"], "3": ["cubic"]}[power[1]] if power else []),
+            *(word for word in words if word is not None),
+        ]
+    )
 
 
 def without_unit(text: str, *, symbols: bool) -> str:
@@ -78,20 +144,27 @@ def words_of(text: str) -> set[str]:
 
 def _words(text: str) -> set[str]:
     text = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b[A-Z]{2,4}\b", " ", text)
-    return {word for each in re.findall(r"[A-Za-z][A-Za-z']+", text) if (word := each.lower()) not in FUNCTIONS | _LINKING}
+    return {
+        word
+        for each in re.findall(r"[A-Za-z][A-Za-z']+", text)
+        if (word := each.lower()) not in FUNCTIONS | _LINKING
+    }
 
 
 def _are_things(said: str) -> bool:
     if re.search(r"\b[A-KM-Z]\b", said):  # 34 K, 34 M
         return False
     words = re.split(r"[\s-]+", said.strip().strip(".").lower())
-    return not set(words) & (CHANGING | FUNCTIONS | _LINKING) and all(_is_thing(word) for word in words)
+    return not set(words) & (CHANGING | FUNCTIONS | _LINKING) and all(
+        _is_thing(word) for word in words
+    )
 
 
 def _is_thing(word: str) -> bool:
     """Short words without a vowel are products of variables rather than things."""
     return all(
-        _known(part) is not None or (len(part) > 2 and re.search("[aeiouy]", part) is not None) for part in filter(None, re.split(r"[./']+", word))
+        _known(part) is not None or (len(part) > 2 and re.search("[aeiouy]", part) is not None)
+        for part in filter(None, re.split(r"[./']+", word))
     )
 
 

@@ -33,10 +33,16 @@ def verify_marker(response: str, gold: str) -> Verdict:
 def verify_exact(response: str, gold: str) -> Verdict:
     """Exact match of the whole response, but for surrounding whitespace. Raises ValueError for an empty gold answer."""
     gold, answer = _stripped(gold), response.strip()
-    return _compared(answer, gold) if answer else Verdict(correct=False, extracted=None, reason="no_answer")
+    return (
+        _compared(answer, gold)
+        if answer
+        else Verdict(correct=False, extracted=None, reason="no_answer")
+    )
 
 
-VERIFIERS: Mapping[str, Verifier] = MappingProxyType({"marker": verify_marker, "exact": verify_exact, "math": math.verify})
+VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
+    {"marker": verify_marker, "exact": verify_exact, "math": math.verify}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,9 @@ class VerifierChoice:
         return self.by_source.get(source, self.default)
 
 
-def get_verifier(name: str, *, timeout_s: float = math.TIMEOUT_S, knob: str = "reward.verifier") -> Verifier:
+def get_verifier(
+    name: str, *, timeout_s: float = math.TIMEOUT_S, knob: str = "reward.verifier"
+) -> Verifier:
     """A known verifier, or the user's `module:function` of `(response, gold)`. `timeout_s` is the deadline of `math`.
 
     Raises ValueError naming the nearest known one, or what is wrong with the function.
@@ -60,15 +68,21 @@ def get_verifier(name: str, *, timeout_s: float = math.TIMEOUT_S, knob: str = "r
         return _checked(load_function(name, knob=knob, parameters=("response", "gold")), name)
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{knob} {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function")
+        raise ValueError(
+            f"{knob} {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function"
+        )
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError(f"{knob}=math needs math-verify, which is not installed; pip install math-verify, or take another verifier")
+            raise ValueError(
+                f"{knob}=math needs math-verify, which is not installed; pip install math-verify, or take another verifier"
+            )
         return functools.partial(math.verify, timeout_s=timeout_s)
     return VERIFIERS[name]
 
 
-def choose_verifiers(verifier: str, by_source: str, *, timeout_s: float = math.TIMEOUT_S) -> VerifierChoice:
+def choose_verifiers(
+    verifier: str, by_source: str, *, timeout_s: float = math.TIMEOUT_S
+) -> VerifierChoice:
     """`reward.verifier` and `reward.by_source`, which is `source=verifier` with commas between. Raises ValueError for what is not of that form."""
     chosen: dict[str, Verifier] = {}
     for entry in filter(None, (part.strip() for part in by_source.split(","))):
@@ -93,8 +107,12 @@ def _checked(function: Verifier, name: str) -> Verifier:
     @functools.wraps(function)
     def verify(response: str, gold: str) -> Verdict:
         verdict = function(response, gold)
-        assert isinstance(verdict, Verdict), f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
-        assert 0.0 <= verdict.accuracy <= 1.0, f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
+        assert isinstance(verdict, Verdict), (
+            f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
+        )
+        assert 0.0 <= verdict.accuracy <= 1.0, (
+            f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
+        )
         return verdict
 
     return verify
@@ -108,5 +126,7 @@ def _compared(answer: str, gold: str) -> Verdict:
 def _stripped(gold: str) -> str:
     gold = gold.strip()
     if not gold:
-        raise ValueError("the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer")
+        raise ValueError(
+            "the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer"
+        )
     return gold

@@ -4,7 +4,16 @@
 decoder, on CPU and CUDA, is `engine_thread.ThreadedEngine(torch_engine.TorchEngine(...), clock)`.
 """
 
-from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.engine import (
+    Aborted,
+    Engine,
+    EngineFault,
+    GroupRequest,
+    SamplingParams,
+    SlotUse,
+    UpdateReport,
+    WeightUpdate,
+)
 
 __all__ = [
     "Aborted",

@@ -52,9 +52,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens ({self.max_tokens}) must be at least 1; ask for one token or more")
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must be at least 1; ask for one token or more"
+            )
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature ({self.temperature}) must be finite and not negative; 1.0 samples from the model, 0 is greedy")
+            raise ValueError(
+                f"temperature ({self.temperature}) must be finite and not negative; 1.0 samples from the model, 0 is greedy"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p ({self.top_p}) must lie in (0, 1]; 1.0 turns it off")
         if self.top_k is not None and self.top_k < 1:
@@ -69,7 +73,9 @@ class GroupRequest:
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
-    heads: tuple[Completion | None, ...] = ()  # see Admission: where a response is to be gone on with
+    heads: tuple[
+        Completion | None, ...
+    ] = ()  # see Admission: where a response is to be gone on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,9 @@ class UpdateReport:
     """What a weight swap did; the two probes let the publisher tell the new weights from the old (law 5)."""
 
     version: int
-    probe_before: NDArray[np.float32]  # [len(probe) - 1] logprobs of the probe prompt under the weights just before the swap
+    probe_before: NDArray[
+        np.float32
+    ]  # [len(probe) - 1] logprobs of the probe prompt under the weights just before the swap
     probe_after: NDArray[np.float32]  # the same just after
     pause_s: float  # how long no slot decoded: probes, copy and recomputation
     recomputed_tokens: int  # KV entries computed again under the new weights

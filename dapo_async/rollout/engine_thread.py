@@ -92,7 +92,9 @@ class ThreadedEngine:
         self._lock = threading.Lock()  # guards what decides whether the inbox is still read
         self._error: BaseException | None = None
         # A command is in one of these until it is answered, so that `_die` finds every waiter.
-        self._obeying: deque[tuple[_Command, _Waiter]] = deque()  # the rest of the turns that the thread has taken over
+        self._obeying: deque[tuple[_Command, _Waiter]] = (
+            deque()
+        )  # the rest of the turns that the thread has taken over
         self._generating: dict[int, _Waiter] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -119,7 +121,9 @@ class ThreadedEngine:
     async def abort(self, keys: Iterable[int]) -> None:
         await self._send(_Abort(tuple(keys)))
 
-    async def update_weights(self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]) -> UpdateReport:
+    async def update_weights(
+        self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]
+    ) -> UpdateReport:
         """See `Engine`. The tensors must not change until this returns."""
         report: UpdateReport = await self._send(_Update(weights, version, probe_ids))
         return report
@@ -139,7 +143,9 @@ class ThreadedEngine:
             self._send(_Close())
             await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
             if self._thread.is_alive():
-                raise TimeoutError(f"close waited {_CLOSE_TIMEOUT_S:.0f} s for the engine's decode step to end")
+                raise TimeoutError(
+                    f"close waited {_CLOSE_TIMEOUT_S:.0f} s for the engine's decode step to end"
+                )
 
     def _send(self, command: _Command) -> asyncio.Future[Any]:
         """Queues the command with the others of this turn of the loop."""
@@ -218,8 +224,12 @@ class ThreadedEngine:
         self._meter.spent(running=0, syncing=True)
         with self._clock.during("sync", f"version {update.version}"):
             try:
-                report = self._core.update_weights(update.weights, version=update.version, probe_ids=update.probe_ids)
-            except ValueError as error:  # the caller's to fix: the engine goes on with the weights it has
+                report = self._core.update_weights(
+                    update.weights, version=update.version, probe_ids=update.probe_ids
+                )
+            except (
+                ValueError
+            ) as error:  # the caller's to fix: the engine goes on with the weights it has
                 self._core.draining = False
                 waiter.fail(error)
             else:
@@ -231,7 +241,10 @@ class ThreadedEngine:
             self._error = error
         self._clock.enter("wait")
         self._meter.spent(running=0)
-        waiters = [*self._generating.values(), *(waiter for _, waiter in (*self._updates, *self._obeying))]
+        waiters = [
+            *self._generating.values(),
+            *(waiter for _, waiter in (*self._updates, *self._obeying)),
+        ]
         while not self._inbox.empty():
             waiters += [waiter for _, waiter in self._inbox.get()]
         for waiter in waiters:

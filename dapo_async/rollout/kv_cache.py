@@ -14,22 +14,40 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dapo_async.model import ModelConfig, PackedAttention
 
-_ROUND_TOKENS = 16  # key lengths are multiples of this: aligned masks for CUDA's kernels, and fewer shapes
+_ROUND_TOKENS = (
+    16  # key lengths are multiples of this: aligned masks for CUDA's kernels, and fewer shapes
+)
 
 
 class KVCache:
     """Keys and values of all layers and slots, and which of them each slot may attend to."""
 
-    def __init__(self, config: ModelConfig, *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         padded = -(-max_len // _ROUND_TOKENS) * _ROUND_TOKENS
         shape = (config.num_layers, 2, num_slots, config.num_kv_heads, padded, config.head_dim)
         # Zeros, not empty memory: masked entries get weight 0, and 0 · NaN would be NaN.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         # One index for both writes is half the work: all vectors of a layer in a row, and where those of each slot and head start.
-        self._vectors = [self.kv[layer].view(-1, config.head_dim) for layer in range(config.num_layers)]
-        self._starts = torch.arange(0, 2 * num_slots * config.num_kv_heads * padded, padded, device=device).view(2, num_slots, config.num_kv_heads)
-        self.layers = [(self.kv[layer, 0], self.kv[layer, 1]) for layer in range(config.num_layers)]  # each [S, KV, L, D]
-        self.mask = torch.full((num_slots, padded), float("-inf"), dtype=dtype, device=device)  # added to the scores: 0 where visible
+        self._vectors = [
+            self.kv[layer].view(-1, config.head_dim) for layer in range(config.num_layers)
+        ]
+        self._starts = torch.arange(
+            0, 2 * num_slots * config.num_kv_heads * padded, padded, device=device
+        ).view(2, num_slots, config.num_kv_heads)
+        self.layers = [
+            (self.kv[layer, 0], self.kv[layer, 1]) for layer in range(config.num_layers)
+        ]  # each [S, KV, L, D]
+        self.mask = torch.full(
+            (num_slots, padded), float("-inf"), dtype=dtype, device=device
+        )  # added to the scores: 0 where visible
 
     def entries(self, positions: Tensor) -> Tensor:
         """Where the tokens at `positions [n]` of the first n slots go: `[2 · n · KV]` for `write`."""
@@ -37,7 +55,9 @@ class KVCache:
 
     def write(self, layer: int, entries: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores one token per slot, `key, value [n, KV, D]`."""
-        self._vectors[layer].index_copy_(0, entries, torch.cat((key, value)).view(-1, key.shape[-1]))
+        self._vectors[layer].index_copy_(
+            0, entries, torch.cat((key, value)).view(-1, key.shape[-1])
+        )
 
     def fill(self, rows: slice, prefix: Tensor) -> None:
         """Starts the slots `rows` with the same entries: `prefix [layers, 2, KV, P, D]`."""
@@ -88,7 +108,10 @@ class DecodeAttention:
         num_rows, num_heads, head_dim = query.shape
         keys, values = (tensor[:num_rows, :, :length] for tensor in cache.layers[layer])
         # The query heads that share a key head stand in for query positions: no key is repeated.
-        heads, mask = query.view(num_rows, keys.shape[1], -1, head_dim), cache.mask[:num_rows, None, None, :length]
+        heads, mask = (
+            query.view(num_rows, keys.shape[1], -1, head_dim),
+            cache.mask[:num_rows, None, None, :length],
+        )
         if query.is_cuda:
             mixed = scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
         else:  # for so few queries plain products are 1.3 times as fast as SDPA's kernel

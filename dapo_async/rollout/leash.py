@@ -45,7 +45,12 @@ def hold() -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # What it leaves in its temporary files goes with it; its ranks meet over a file, where they would open a port to everybody.
-            env={**os.environ, "TMPDIR": folder, "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store", **order["environment"]},
+            env={
+                **os.environ,
+                "TMPDIR": folder,
+                "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store",
+                **order["environment"],
+            },
             start_new_session=True,
             preexec_fn=before_the_server,
         )

@@ -26,7 +26,9 @@ class Response:
     sent_version: int  # the newest version when it was sent
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)  # as far as they are known before the end: none is newer than the true one
+    versions: list[int] = field(
+        default_factory=list
+    )  # as far as they are known before the end: none is newer than the true one
     whole: Completion | None = None  # from its end on
     _next_version: int = -1
 
@@ -36,17 +38,30 @@ class Response:
         Raises WrongVersion where the server says that it serves weights of another run.
         """
         if read_version(chunk.weight_version)[0] != incarnation:
-            raise WrongVersion(f"serves {chunk.weight_version} in the midst of a response; this run is {incarnation}")
-        self.versions += [self.sent_version if self._next_version < 0 else self._next_version] * len(chunk.token_ids)
+            raise WrongVersion(
+                f"serves {chunk.weight_version} in the midst of a response; this run is {incarnation}"
+            )
+        self.versions += [
+            self.sent_version if self._next_version < 0 else self._next_version
+        ] * len(chunk.token_ids)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self._next_version = newest_version
 
     def head(self) -> Completion:
         """What there is of it before its end."""
-        return self._completion(np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT)
+        return self._completion(
+            np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT
+        )
 
-    def end(self, finish: Mapping[str, Any], spans: Sequence[Mapping[str, Any]], *, incarnation: str, keeps_kv: bool) -> None:
+    def end(
+        self,
+        finish: Mapping[str, Any],
+        spans: Sequence[Mapping[str, Any]],
+        *,
+        incarnation: str,
+        keeps_kv: bool,
+    ) -> None:
         """Makes `whole` of it, with the versions that the server attests. Raises WrongVersion where it attests none or another run's."""
         reason, count = FinishReason(finish["type"]), len(self.token_ids)
         if reason is FinishReason.ABORT:
@@ -61,11 +76,17 @@ class Response:
         if covered != count:
             raise WrongVersion(f"attests versions for {covered} of {count} tokens")
         first = int(versions[0]) if count else self.sent_version
-        self.whole = self._completion(versions, min(first, self.sent_version) if keeps_kv else first, reason)
+        self.whole = self._completion(
+            versions, min(first, self.sent_version) if keeps_kv else first, reason
+        )
 
-    def _completion(self, versions: np.ndarray, prefill_version: int, reason: FinishReason) -> Completion:
+    def _completion(
+        self, versions: np.ndarray, prefill_version: int, reason: FinishReason
+    ) -> Completion:
         logprobs = np.asarray(self.logprobs, dtype=np.float32)
-        return Completion(np.asarray(self.token_ids, dtype=np.int32), logprobs, versions, prefill_version, reason)
+        return Completion(
+            np.asarray(self.token_ids, dtype=np.int32), logprobs, versions, prefill_version, reason
+        )
 
 
 def joined(head: Completion | None, tail: Completion) -> Completion:

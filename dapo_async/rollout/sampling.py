@@ -33,8 +33,13 @@ def keyed_uniforms(seed: int, *, key: int, siblings: range, num_tokens: int) -> 
     words = np.zeros(1, np.uint64)
     for scalar in (seed, key):
         words = _mix(words + np.uint64(_GOLDEN * (scalar + 1) & _WORD))
-    words = _mix(words + np.arange(siblings.start + 1, siblings.stop + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
-    words = _mix(words[:, None] + np.arange(1, num_tokens + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    words = _mix(
+        words
+        + np.arange(siblings.start + 1, siblings.stop + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    )
+    words = _mix(
+        words[:, None] + np.arange(1, num_tokens + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    )
     return (words >> np.uint64(64 - _UNIFORM_BITS)).astype(np.float64) * 2.0**-_UNIFORM_BITS
 
 
@@ -50,7 +55,9 @@ def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     masses = blocks.sum(-1)
     ends = masses.cumsum(-1, dtype=torch.float64)
     block, target = _invert(ends, uniforms[:, None])
-    into = (target - ends.gather(-1, block)) / masses.gather(-1, block) + 1.0  # how far into its block the target lies, in [0, 1)
+    into = (target - ends.gather(-1, block)) / masses.gather(
+        -1, block
+    ) + 1.0  # how far into its block the target lies, in [0, 1)
     # Rounding may leave the interval; the largest uniform makes sure again that the search ends on a token.
     chosen = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK_TOKENS)).squeeze(1)
     within, _ = _invert(chosen.cumsum(-1, dtype=torch.float64), into.clamp_(0.0, _LARGEST_UNIFORM))
@@ -60,7 +67,9 @@ def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 def _invert(ends: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """First index whose `ends [N, M]` exceeds the target u · total, and the target; `[N, 1]` both."""
     target = uniforms * ends[:, -1:]
-    return torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1), target  # NaN leads past the end
+    return torch.searchsorted(ends, target, right=True).clamp_(
+        max=ends.shape[-1] - 1
+    ), target  # NaN leads past the end
 
 
 def truncate(probabilities: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:
@@ -69,7 +78,9 @@ def truncate(probabilities: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:
     The result is not normalised again. For evaluation only.
     """
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    ranked = ranked.masked_fill(torch.arange(ranked.shape[-1], device=ranked.device) >= top_k[:, None], 0.0)
+    ranked = ranked.masked_fill(
+        torch.arange(ranked.shape[-1], device=ranked.device) >= top_k[:, None], 0.0
+    )
     before = ranked.cumsum(-1) - ranked
     ranked = ranked.masked_fill(before >= top_p[:, None] * ranked.sum(-1, keepdim=True), 0.0)
     return torch.zeros_like(probabilities).scatter(-1, order, ranked)

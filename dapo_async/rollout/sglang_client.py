@@ -46,7 +46,9 @@ class SGLangClient:
         self.url, self._silence_s = url, silence_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=silence_s)
-        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(
+            headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+        )
 
     async def close(self) -> None:
         await self._session.close()
@@ -54,7 +56,9 @@ class SGLangClient:
     async def healthy(self) -> bool:
         """Whether it answers now."""
         try:
-            async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=HEALTH_S)) as answer:
+            async with self._session.get(
+                f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=HEALTH_S)
+            ) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -66,7 +70,9 @@ class SGLangClient:
                 while not await self.healthy():
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
-            raise EngineFault(f"{self.url} has not answered for {timeout_s:g} s; start the server there") from error
+            raise EngineFault(
+                f"{self.url} has not answered for {timeout_s:g} s; start the server there"
+            ) from error
 
     async def weight_version(self) -> str:
         """The name of the weights that it serves now."""
@@ -83,19 +89,29 @@ class SGLangClient:
         """One response, in chunks. Raises ValueError for a request that the server refuses as wrong, EngineFault for everything else."""
         self._check_open()
         try:
-            async with self._session.post(f"{self.url}/generate", json={**body, "stream": True, "return_logprob": True}) as answer:
+            async with self._session.post(
+                f"{self.url}/generate", json={**body, "stream": True, "return_logprob": True}
+            ) as answer:
                 if answer.status == 400:
-                    raise ValueError(f"{self.url} refuses the request: {_one_line(await answer.text())}")
+                    raise ValueError(
+                        f"{self.url} refuses the request: {_one_line(await answer.text())}"
+                    )
                 if answer.status != 200:
-                    raise EngineFault(f"{self.url} answers generate with {answer.status}: {_one_line(await answer.text())}")
+                    raise EngineFault(
+                        f"{self.url} answers generate with {answer.status}: {_one_line(await answer.text())}"
+                    )
                 async for event in _events(answer.content):
                     yield self._chunk(event)
         except TimeoutError as error:  # before ClientError: aiohttp's are both
-            raise EngineFault(f"{self.url} sent nothing for {self._silence_s:g} s while it generated (deadlines.silence_s)") from error
+            raise EngineFault(
+                f"{self.url} sent nothing for {self._silence_s:g} s while it generated (deadlines.silence_s)"
+            ) from error
         except aiohttp.ClientError as error:
             raise EngineFault(f"{self.url} broke off generate: {error!r}") from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise EngineFault(f"{self.url} sent something else than a piece of a response: {error!r}") from error
+            raise EngineFault(
+                f"{self.url} sent something else than a piece of a response: {error!r}"
+            ) from error
 
     def _chunk(self, event: Mapping[str, Any]) -> Chunk:
         if "error" in event:
@@ -106,9 +122,19 @@ class SGLangClient:
         meta, token_ids = event["meta_info"], list(event["output_ids"])
         entries = meta.get("output_token_logprobs") or []
         logprobs = [entry[0] for entry in entries]
-        if [entry[1] for entry in entries] != token_ids or not all(isinstance(each, float) and math.isfinite(each) for each in logprobs):
-            raise EngineFault(f"{self.url} gave {len(token_ids)} tokens without a finite logprob for each")
-        return Chunk(token_ids, logprobs, meta["finish_reason"], meta.get("weight_versions") or (), str(meta["weight_version"]))
+        if [entry[1] for entry in entries] != token_ids or not all(
+            isinstance(each, float) and math.isfinite(each) for each in logprobs
+        ):
+            raise EngineFault(
+                f"{self.url} gave {len(token_ids)} tokens without a finite logprob for each"
+            )
+        return Chunk(
+            token_ids,
+            logprobs,
+            meta["finish_reason"],
+            meta.get("weight_versions") or (),
+            str(meta["weight_version"]),
+        )
 
     async def prompt_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by a fresh forward pass: nothing cached is used."""
@@ -120,11 +146,15 @@ class SGLangClient:
         }
         answer = await self._ask("POST", "/generate", body)
         values = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
-        return np.asarray([math.nan if value is None else value for value in values], dtype=np.float32)
+        return np.asarray(
+            [math.nan if value is None else value for value in values], dtype=np.float32
+        )
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Ends these responses where they are. Unknown ones are ignored."""
-        await asyncio.gather(*(self._ask("POST", "/abort_request", {"rid": each}, text=True) for each in request_ids))
+        await asyncio.gather(
+            *(self._ask("POST", "/abort_request", {"rid": each}, text=True) for each in request_ids)
+        )
 
     async def pause(self, mode: str) -> None:
         """Nothing is generated until `resume`: `in_place` keeps the KV of what runs, `retract` gives it up."""
@@ -136,25 +166,48 @@ class SGLangClient:
     async def update_from_disk(self, folder: str, *, weight_version: str, flush: bool) -> None:
         """The weights in `folder` (safetensors) replace those served."""
         body = {"model_path": folder, "weight_version": weight_version, "flush_cache": flush}
-        self._check(await self._ask("POST", "/update_weights_from_disk", body), "update_weights_from_disk")
+        self._check(
+            await self._ask("POST", "/update_weights_from_disk", body), "update_weights_from_disk"
+        )
 
-    async def join_group(self, address: tuple[str, int], *, name: str, first_rank: int, world_size: int, backend: str) -> None:
+    async def join_group(
+        self, address: tuple[str, int], *, name: str, first_rank: int, world_size: int, backend: str
+    ) -> None:
         """Joins the weight group: its tensor-parallel ranks get the numbers from `first_rank` on. Returns when every member has joined."""
         host, port = address
-        body = {"master_address": host, "master_port": port, "rank_offset": first_rank, "world_size": world_size, "group_name": name}
-        self._check(await self._ask("POST", "/init_weights_update_group", {**body, "backend": backend}), "init_weights_update_group")
+        body = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": first_rank,
+            "world_size": world_size,
+            "group_name": name,
+        }
+        self._check(
+            await self._ask("POST", "/init_weights_update_group", {**body, "backend": backend}),
+            "init_weights_update_group",
+        )
 
     async def clear(self, group: str) -> None:
         """Undoes what a run that ended in the midst of something may have left: a pause, an update that was begun, its group."""
         await self.resume()
-        for path, body in (("/end_weight_update", {}), ("/destroy_weights_update_group", {"group_name": group})):
+        for path, body in (
+            ("/end_weight_update", {}),
+            ("/destroy_weights_update_group", {"group_name": group}),
+        ):
             with contextlib.suppress(EngineFault):  # nothing to undo
                 await self._ask("POST", path, body)
 
     async def leave_group(self, name: str) -> None:
         await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
-    async def receive(self, buckets: Sequence[Sequence[TensorLine]], *, group: str, weight_version: str, flush: bool) -> None:
+    async def receive(
+        self,
+        buckets: Sequence[Sequence[TensorLine]],
+        *,
+        group: str,
+        weight_version: str,
+        flush: bool,
+    ) -> None:
         """Takes part in the broadcast of these buckets, each as bytes; with the last one `weight_version` is what is served."""
         self._check(await self._ask("POST", "/begin_weight_update", {}), "begin_weight_update")
         for bucket in buckets:
@@ -169,7 +222,10 @@ class SGLangClient:
                 "flush_cache": flush and last,
                 "weight_version": weight_version if last else None,
             }
-            self._check(await self._ask("POST", "/update_weights_from_distributed", body), "update_weights_from_distributed")
+            self._check(
+                await self._ask("POST", "/update_weights_from_distributed", body),
+                "update_weights_from_distributed",
+            )
         self._check(await self._ask("POST", "/end_weight_update", {}), "end_weight_update")
 
     def _check_open(self) -> None:
@@ -178,18 +234,26 @@ class SGLangClient:
 
     def _check(self, answer: Mapping[str, Any], what: str) -> None:
         if not answer.get("success"):
-            raise EngineFault(f"{self.url} failed in {what}: {_one_line(str(answer.get('message')))}")
+            raise EngineFault(
+                f"{self.url} failed in {what}: {_one_line(str(answer.get('message')))}"
+            )
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, text: bool = False) -> dict[str, Any]:
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, text: bool = False
+    ) -> dict[str, Any]:
         self._check_open()
         try:
             async with self._session.request(method, f"{self.url}{path}", json=body) as answer:
                 told = await answer.text()
                 if answer.status != 200:
-                    raise EngineFault(f"{self.url} answers {path} with {answer.status}: {_one_line(told)}")
+                    raise EngineFault(
+                        f"{self.url} answers {path} with {answer.status}: {_one_line(told)}"
+                    )
                 return {} if text else dict(json.loads(told))
         except TimeoutError as error:  # before ClientError: aiohttp's are both
-            raise EngineFault(f"{self.url} did not answer {path} within {self._silence_s:g} s (deadlines.silence_s)") from error
+            raise EngineFault(
+                f"{self.url} did not answer {path} within {self._silence_s:g} s (deadlines.silence_s)"
+            ) from error
         except (aiohttp.ClientError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} can't be asked {path}: {error!r}") from error
 

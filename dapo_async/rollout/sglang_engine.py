@@ -25,7 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_async.clock import StateClock
-from dapo_async.rollout.engine import Aborted, EngineFault, GroupRequest, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.engine import (
+    Aborted,
+    EngineFault,
+    GroupRequest,
+    SlotUse,
+    UpdateReport,
+    WeightUpdate,
+)
 from dapo_async.rollout.responses import Response, WrongVersion, joined, read_version, sampling_body
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.slot_meter import SlotMeter
@@ -38,17 +45,32 @@ class _Running:
 
     siblings: list[asyncio.Task[Completion]]
     responses: dict[int, Response] = field(default_factory=dict)  # by sibling: those at the server
-    heads: dict[int, Completion] = field(default_factory=dict)  # by sibling: what there is of those that did not end there
+    heads: dict[int, Completion] = field(
+        default_factory=dict
+    )  # by sibling: what there is of those that did not end there
     aborted: bool = False
 
 
 class SGLangEngine:
     """One SGLang server as an engine. All calls are made from the one event loop that it was made in."""
 
-    def __init__(self, client: SGLangClient, clock: StateClock, *, num_slots: int, weight_update: WeightUpdate, incarnation: str) -> None:
+    def __init__(
+        self,
+        client: SGLangClient,
+        clock: StateClock,
+        *,
+        num_slots: int,
+        weight_update: WeightUpdate,
+        incarnation: str,
+    ) -> None:
         """`clock` follows it: generate, wait, sync. Versions are named `incarnation:number` at the server."""
         self.num_slots, self.version = num_slots, 0
-        self._client, self._clock, self._mode, self._incarnation = client, clock, weight_update, incarnation
+        self._client, self._clock, self._mode, self._incarnation = (
+            client,
+            clock,
+            weight_update,
+            incarnation,
+        )
         self._meter = SlotMeter(clock, slots=num_slots)
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
@@ -61,7 +83,10 @@ class SGLangEngine:
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
         self._ended = asyncio.Event()  # set whenever a response ends
-        self._nonce, self._serial = secrets.token_hex(4), itertools.count()  # names of requests that no other client of this server uses
+        self._nonce, self._serial = (
+            secrets.token_hex(4),
+            itertools.count(),
+        )  # names of requests that no other client of this server uses
         clock.enter("wait")
 
     async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
@@ -71,7 +96,10 @@ class SGLangEngine:
         self._running[request.key] = group
         try:
             async with asyncio.TaskGroup() as siblings:
-                group.siblings = [siblings.create_task(self._respond(group, request, sibling)) for sibling in range(request.num_siblings)]
+                group.siblings = [
+                    siblings.create_task(self._respond(group, request, sibling))
+                    for sibling in range(request.num_siblings)
+                ]
         except ExceptionGroup as errors:
             first = errors.exceptions[0]
             if isinstance(first, EngineFault) and not group.aborted:
@@ -90,12 +118,20 @@ class SGLangEngine:
         for group in groups:
             group.aborted = True
         with contextlib.suppress(EngineFault):  # a lost server: each stream tells of it by itself
-            await self._client.abort([response.request_id for group in groups for response in group.responses.values()])
+            await self._client.abort(
+                [response.request_id for group in groups for response in group.responses.values()]
+            )
         for group in groups:
             for task in group.siblings:
                 task.cancel()  # one that the abort came too early for ends with its connection
 
-    async def update(self, load: Callable[[str, bool], Awaitable[None]], *, version: int, probe_ids: NDArray[np.int32]) -> tuple[str, UpdateReport]:
+    async def update(
+        self,
+        load: Callable[[str, bool], Awaitable[None]],
+        *,
+        version: int,
+        probe_ids: NDArray[np.int32],
+    ) -> tuple[str, UpdateReport]:
         """Has the server `load(name of the version, whether its cache must be emptied)` while nothing is generated.
 
         Returns the incarnation that the server attests, and the report. After a failed load the server stays paused: its weights are not to be used.
@@ -109,7 +145,9 @@ class SGLangEngine:
         pause_s = time.monotonic() - start_s
         incarnation, self.version = read_version(await self._client.weight_version())
         after = await self._client.prompt_logprobs(probe_ids)
-        return incarnation, UpdateReport(self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed)
+        return incarnation, UpdateReport(
+            self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed
+        )
 
     async def reconnect(self, client: SGLangClient) -> None:
         """Goes on with another server, which serves none of the run's weights yet. What ran on the one before fails, if it has not failed already."""
@@ -117,7 +155,10 @@ class SGLangEngine:
         self._may_send.set()  # whatever waits to be sent fails as well
         await self._client.close()
         while self._running:
-            await asyncio.gather(*(sibling for group in self._running.values() for sibling in group.siblings), return_exceptions=True)
+            await asyncio.gather(
+                *(sibling for group in self._running.values() for sibling in group.siblings),
+                return_exceptions=True,
+            )
             await asyncio.sleep(0)
         self._client, self.version, self._trusted, self._gone = client, -1, True, False
 
@@ -135,19 +176,30 @@ class SGLangEngine:
         """What there is of each sibling, those that had ended included; of a server with wrong weights only what came from elsewhere."""
         if not self._trusted:
             return request.heads
-        ended = {place: task.result() for place, task in enumerate(group.siblings) if not (task.cancelled() or task.exception())}
+        ended = {
+            place: task.result()
+            for place, task in enumerate(group.siblings)
+            if not (task.cancelled() or task.exception())
+        }
         before = dict(enumerate(request.heads))
-        return tuple(ended.get(place) or group.heads.get(place) or before.get(place) for place in range(request.num_siblings))
+        return tuple(
+            ended.get(place) or group.heads.get(place) or before.get(place)
+            for place in range(request.num_siblings)
+        )
 
     async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
         head = request.heads[sibling] if request.heads else None
         if head is not None and head.finish_reason is not FinishReason.ABORT:
             return head
         async with self._slots:
-            while not self._may_send.is_set():  # it may have been cleared again before this task had its turn
+            while (
+                not self._may_send.is_set()
+            ):  # it may have been cleared again before this task had its turn
                 await self._may_send.wait()
             if self._gone:
-                raise EngineFault(f"{self._client.url} was lost before a response could be sent there")
+                raise EngineFault(
+                    f"{self._client.url} was lost before a response could be sent there"
+                )
             # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
             # aborts by beginnings.
             name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
@@ -163,7 +215,9 @@ class SGLangEngine:
                 self._count(-1)
                 self._ended.set()
 
-    async def _stream(self, request: GroupRequest, response: Response, head: Completion | None) -> Completion:
+    async def _stream(
+        self, request: GroupRequest, response: Response, head: Completion | None
+    ) -> Completion:
         """One response, from the end of its `head` on."""
         so_far = head.token_ids.tolist() if head is not None else []
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far))
@@ -176,16 +230,30 @@ class SGLangEngine:
         # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
         async for chunk in self._client.stream(body):
             try:
-                response.add(chunk, newest_version=max(self.version, response.sent_version), incarnation=self._incarnation)
+                response.add(
+                    chunk,
+                    newest_version=max(self.version, response.sent_version),
+                    incarnation=self._incarnation,
+                )
                 if chunk.finish is not None:
-                    response.end(chunk.finish, chunk.versions, incarnation=self._incarnation, keeps_kv=self._mode == "keep_kv")
+                    response.end(
+                        chunk.finish,
+                        chunk.versions,
+                        incarnation=self._incarnation,
+                        keeps_kv=self._mode == "keep_kv",
+                    )
             except EngineFault as fault:
                 self._trusted = self._trusted and not isinstance(fault, WrongVersion)
                 raise EngineFault(f"{self._client.url} {fault}") from None
         completion = response.whole
         if completion is None:
-            raise EngineFault(f"{self._client.url} ended response {response.request_id} without a reason")
-        if completion.finish_reason is FinishReason.LENGTH and len(completion.token_ids) < sampling.max_tokens:
+            raise EngineFault(
+                f"{self._client.url} ended response {response.request_id} without a reason"
+            )
+        if (
+            completion.finish_reason is FinishReason.LENGTH
+            and len(completion.token_ids) < sampling.max_tokens
+        ):
             raise ValueError(
                 f"{self._client.url} cut a response at {len(completion.token_ids)} of {sampling.max_tokens} tokens: the memory for its keys "
                 "and values, or the model's context, is too small; lower rollout.max_response_tokens or give the server more"

@@ -30,7 +30,9 @@ STREAM_TOKENS = 8  # tokens per streamed chunk: what a lost server can lose of e
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 CLOSE_S = 10.0
 LOG_TAIL_LINES = 3
-SPARE_SLOTS = 1  # beside the engine's slots: the handshake's probe never waits for a response to end
+SPARE_SLOTS = (
+    1  # beside the engine's slots: the handshake's probe never waits for a response to end
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,9 @@ class ServerOptions:
     host: str  # the interface that it listens on
     seed: int
     log: Path
-    overlap: bool = True  # on CUDA: the next decode step is launched before the last one's tokens are booked
+    overlap: bool = (
+        True  # on CUDA: the next decode step is launched before the last one's tokens are booked
+    )
     extra: tuple[str, ...] = ()  # further flags, which win over these
 
     def command(self, port: int) -> list[str]:
@@ -62,9 +66,16 @@ class ServerOptions:
             "stream-interval": STREAM_TOKENS,
             "log-level-http": "warning",
         }
-        switches = ["--skip-server-warmup", "--skip-tokenizer-init", "--incremental-streaming-output"]
+        switches = [
+            "--skip-server-warmup",
+            "--skip-tokenizer-init",
+            "--incremental-streaming-output",
+        ]
         if self.device == "cpu":
-            flags |= {"device": "cpu", "max-total-tokens": (self.num_slots + SPARE_SLOTS) * (self.max_len + 1)}
+            flags |= {
+                "device": "cpu",
+                "max-total-tokens": (self.num_slots + SPARE_SLOTS) * (self.max_len + 1),
+            }
             switches.append("--sleep-on-idle")  # an idle server would keep one core busy
         if self.device == "cpu" or not self.overlap:
             switches.append("--disable-overlap-schedule")
@@ -74,18 +85,30 @@ class ServerOptions:
     def environment(self) -> dict[str, str]:
         """What it needs beside its flags: the network interface, and on a CPU the cores of its ranks."""
         interface = interface_of(self.host)
-        network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+        network = (
+            {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+        )
         if self.device != "cpu":
             return network
         cores = sorted(os.sched_getaffinity(0))
         binding = "|".join(str(cores[rank % len(cores)]) for rank in range(self.tensor_parallel))
-        bound = {"SGLANG_CPU_OMP_THREADS_BIND": binding} if self.tensor_parallel > 1 else {}  # else it wants a NUMA node for each rank
+        bound = (
+            {"SGLANG_CPU_OMP_THREADS_BIND": binding} if self.tensor_parallel > 1 else {}
+        )  # else it wants a NUMA node for each rank
         return network | bound | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def interface_of(host: str) -> str | None:
     """The name of the network interface that has the address `host`: torch's process groups are told by name where to listen."""
-    return next((name for name, addresses in psutil.net_if_addrs().items() for each in addresses if each.address == host), None)
+    return next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            for each in addresses
+            if each.address == host
+        ),
+        None,
+    )
 
 
 def sglang_lack() -> str | None:
@@ -120,7 +143,10 @@ class SGLangServer:
             try:
                 return await self._wait_until_healthy(deadline_s, timeout_s)
             except EngineFault:
-                if not any("address already in use" in line for line in self._said()) or attempt == PORT_ATTEMPTS - 1:
+                if (
+                    not any("address already in use" in line for line in self._said())
+                    or attempt == PORT_ATTEMPTS - 1
+                ):
                     raise
         raise AssertionError("unreachable")
 
@@ -128,9 +154,19 @@ class SGLangServer:
         options = self.options
         options.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_begins = options.log.stat().st_size if options.log.exists() else 0
-        order = {"command": options.command(port), "environment": options.environment(), "secret": self.api_key, "log": str(options.log)}
+        order = {
+            "command": options.command(port),
+            "environment": options.environment(),
+            "secret": self.api_key,
+            "log": str(options.log),
+        }
         # A session of its own: what ends the actor's process group must not end the leash before the server.
-        self._leash = subprocess.Popen([sys.executable, "-I", leash.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self._leash = subprocess.Popen(
+            [sys.executable, "-I", leash.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert self._leash.stdin is not None
         self._leash.stdin.write(json.dumps(order).encode() + b"\n")
         self._leash.stdin.flush()
@@ -141,14 +177,18 @@ class SGLangServer:
         try:
             while time.monotonic() < deadline_s:
                 if (code := self.exit_code) is not None:
-                    raise EngineFault(f"the SGLang server ended with code {code} while it started; {self.options.log} ends with: {self._log_tail()}")
+                    raise EngineFault(
+                        f"the SGLang server ended with code {code} while it started; {self.options.log} ends with: {self._log_tail()}"
+                    )
                 if await client.healthy():
                     return
                 await asyncio.sleep(POLL_S)
         finally:
             await client.close()
         await self.close()
-        raise TimeoutError(f"waited {timeout_s:g} s for the SGLang server to answer; {self.options.log} ends with: {self._log_tail()}")
+        raise TimeoutError(
+            f"waited {timeout_s:g} s for the SGLang server to answer; {self.options.log} ends with: {self._log_tail()}"
+        )
 
     @property
     def exit_code(self) -> int | None:
@@ -159,7 +199,9 @@ class SGLangServer:
         assert self._leash is not None, "a server's exit code before its start"
         assert self._leash.stdout is not None
         if self._exit_code is None and select.select([self._leash.stdout], [], [], wait_s)[0]:
-            self._exit_code = int(self._leash.stdout.readline() or -signal.SIGKILL)  # nothing: somebody killed the leash
+            self._exit_code = int(
+                self._leash.stdout.readline() or -signal.SIGKILL
+            )  # nothing: somebody killed the leash
         return self._exit_code
 
     async def close(self) -> None:
@@ -178,7 +220,12 @@ class SGLangServer:
         """Lines of the log since the server was launched: an end may be told long before its last line."""
         if not self.options.log.exists():
             return []
-        return self.options.log.read_bytes()[self._log_begins :].decode(errors="replace").strip().splitlines()
+        return (
+            self.options.log.read_bytes()[self._log_begins :]
+            .decode(errors="replace")
+            .strip()
+            .splitlines()
+        )
 
 
 def free_port(host: str) -> int:

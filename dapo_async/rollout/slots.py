@@ -25,7 +25,9 @@ class RunningGroup:
     request: GroupRequest
     prompt_ids: Tensor  # [P] int64 on the engine's device
     num_started: int = 0
-    prefix: Tensor | None = None  # the prompt's keys and values, kept while siblings wait; dropped when the weights change
+    prefix: Tensor | None = (
+        None  # the prompt's keys and values, kept while siblings wait; dropped when the weights change
+    )
     hidden: Tensor | None = None  # [D] of the last prompt token, kept likewise
     completions: dict[int, Completion] = field(default_factory=dict)
 
@@ -46,7 +48,9 @@ class SlotTable:
         self.token_ids = table(max_len, dtype=torch.int64)
         self.logprobs = table(max_len, dtype=torch.float32)
         self.versions = table(max_len, dtype=torch.int32)
-        self.uniforms = table(max_len, dtype=torch.float64)  # the noise, drawn for the whole response when its slot starts
+        self.uniforms = table(
+            max_len, dtype=torch.float64
+        )  # the noise, drawn for the whole response when its slot starts
         self.temperatures = table(1, dtype=torch.float32)  # 1 where greedy
         # Columns: last token, length (tokens so far; the last one has no keys and values yet), length at which to truncate, stop tokens or −1.
         self._numbers = table(4, dtype=torch.int64)
@@ -72,14 +76,18 @@ class SlotTable:
         siblings = range(group.num_started, group.num_started + count)
         end = prompt_length + sampling.max_tokens
         self.token_ids[rows, :prompt_length] = group.prompt_ids
-        uniforms = keyed_uniforms(sampling.seed, key=group.request.key, siblings=siblings, num_tokens=sampling.max_tokens)
+        uniforms = keyed_uniforms(
+            sampling.seed, key=group.request.key, siblings=siblings, num_tokens=sampling.max_tokens
+        )
         self.uniforms[rows, prompt_length:end] = torch.from_numpy(uniforms)
         self.temperatures[rows] = sampling.temperature or 1.0
         missing = 3 + len(sampling.stop_token_ids) - self._numbers.shape[1]
         if missing > 0:
             self._numbers = torch.nn.functional.pad(self._numbers, (0, missing), value=-1)
         padding = (-1,) * -min(missing, 0)
-        self._numbers[rows] = torch.tensor((-1, prompt_length, end, *sampling.stop_token_ids, *padding)).to(self.device)
+        self._numbers[rows] = torch.tensor(
+            (-1, prompt_length, end, *sampling.stop_token_ids, *padding)
+        ).to(self.device)
         self.owners += [(group, sibling) for sibling in siblings]
         self._num_special += count * _is_special(sampling)
         group.num_started += count
@@ -96,14 +104,24 @@ class SlotTable:
         allowed = self._truncated(probabilities) if self._num_special else probabilities
         tokens = draw_tokens(allowed, self.uniforms[rows, lengths])
         logprobs = probabilities[rows, tokens].log()
-        self.token_ids[rows, lengths], self.logprobs[rows, lengths], self.versions[rows, lengths] = tokens, logprobs, version
+        (
+            self.token_ids[rows, lengths],
+            self.logprobs[rows, lengths],
+            self.versions[rows, lengths],
+        ) = tokens, logprobs, version
         self._numbers[:n, 0] = tokens
         lengths += 1
-        ended = (lengths >= self._numbers[:n, 2]) | (tokens[:, None] == self._numbers[:n, 3:]).any(-1)
+        ended = (lengths >= self._numbers[:n, 2]) | (tokens[:, None] == self._numbers[:n, 3:]).any(
+            -1
+        )
         flagged: list[int] = (ended | logprobs.isnan()).nonzero().squeeze(-1).tolist()
         if flagged and logprobs[flagged].isnan().any():
-            keys = sorted({self.owners[row][0].request.key for row in flagged if logprobs[row].isnan()})
-            raise RuntimeError(f"logits of version {version} are not finite for the groups {keys}; look at the last update's gradients")
+            keys = sorted(
+                {self.owners[row][0].request.key for row in flagged if logprobs[row].isnan()}
+            )
+            raise RuntimeError(
+                f"logits of version {version} are not finite for the groups {keys}; look at the last update's gradients"
+            )
         return flagged
 
     def _truncated(self, probabilities: Tensor) -> Tensor:
@@ -113,12 +131,21 @@ class SlotTable:
         return truncate(
             probabilities,
             top_p=torch.tensor([sampling.top_p for sampling in samplings], device=self.device),
-            top_k=torch.tensor([1 if sampling.temperature == 0 else sampling.top_k or whole for sampling in samplings], device=self.device),
+            top_k=torch.tensor(
+                [
+                    1 if sampling.temperature == 0 else sampling.top_k or whole
+                    for sampling in samplings
+                ],
+                device=self.device,
+            ),
         )
 
     def finish(self, rows: list[int]) -> list[RunningGroup]:
         """Hands each row's completion to its group, and returns these groups; the rows are still to be removed."""
-        tables, which = (self.token_ids, self.logprobs, self.versions, self.lengths), self._index(rows)
+        tables, which = (
+            (self.token_ids, self.logprobs, self.versions, self.lengths),
+            self._index(rows),
+        )
         tokens, logprobs, versions, lengths = (tensor[which].cpu().numpy() for tensor in tables)
         groups: dict[RunningGroup, None] = {}
         for index, row in enumerate(rows):
@@ -130,7 +157,9 @@ class SlotTable:
                 token_ids=token_ids,
                 behaviour_logprobs=logprobs[index, response].copy(),
                 weight_versions=versions[index, response].copy(),
-                prefill_version=int(versions[index, response.start]),  # the first token is sampled by the weights that read the prompt
+                prefill_version=int(
+                    versions[index, response.start]
+                ),  # the first token is sampled by the weights that read the prompt
                 finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
             )
             groups[group] = None
@@ -150,8 +179,18 @@ class SlotTable:
         source, target = self._index(sources), self._index(targets)
         if isinstance(source, slice) != isinstance(target, slice):
             # Torch refuses to write through an index what it reads through a view of the same tensor.
-            source, target = torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device)
-        for tensor in (self.token_ids, self.logprobs, self.versions, self.uniforms, self.temperatures, self._numbers):
+            source, target = (
+                torch.tensor(sources, device=self.device),
+                torch.tensor(targets, device=self.device),
+            )
+        for tensor in (
+            self.token_ids,
+            self.logprobs,
+            self.versions,
+            self.uniforms,
+            self.temperatures,
+            self._numbers,
+        ):
             tensor[target] = tensor[source]
         return source, target, int(self._numbers[target, 1].max())
 

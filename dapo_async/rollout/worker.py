@@ -58,8 +58,12 @@ class RolloutWorker:
         self._rolling = 0  # groups on the engine or about to be
         self._in_hand = 0  # groups that are not offered or given up yet, and the request for more
         self._put_down = asyncio.Event()  # set whenever one of these ends
-        self._wanted: set[int] = set()  # admitted and to be offered: taken out when offered, evicted or of wrong weights
-        self._doomed: set[int] = set()  # evicted since the last request: its admissions may come later than their eviction
+        self._wanted: set[int] = (
+            set()
+        )  # admitted and to be offered: taken out when offered, evicted or of wrong weights
+        self._doomed: set[int] = (
+            set()
+        )  # evicted since the last request: its admissions may come later than their eviction
         self._room = asyncio.Event()
         self._open = asyncio.Event()  # cleared while the engine is quarantined
         self._open.set()
@@ -71,7 +75,9 @@ class RolloutWorker:
         self._why_lost = ""
         self._unproved = False  # from a weight swap until its handshake, or that of the server that takes the place of a lost one
         self._losses = 0
-        self._settled = asyncio.Event()  # cleared from a weight swap until its handshake, or the loss of the engine
+        self._settled = (
+            asyncio.Event()
+        )  # cleared from a weight swap until its handshake, or the loss of the engine
         self._settled.set()
 
     async def run(self) -> None:
@@ -125,9 +131,13 @@ class RolloutWorker:
 
     async def _generate(self, admission: Admission) -> None:
         index = admission.index
-        request = GroupRequest(index, admission.prompt.token_ids, admission.group_size, self._sampling, admission.heads)
+        request = GroupRequest(
+            index, admission.prompt.token_ids, admission.group_size, self._sampling, admission.heads
+        )
         try:
-            await self._open.wait()  # the admission may have been on its way when the quarantine began
+            await (
+                self._open.wait()
+            )  # the admission may have been on its way when the quarantine began
             if index not in self._wanted:
                 return
             if not self._alive.is_set():
@@ -156,7 +166,9 @@ class RolloutWorker:
             await self._give_up(index, str(failure))
             return
         await self._settled.wait()
-        if unproved and losses != self._losses:  # lost before its weights were proved, which now never will be
+        if (
+            unproved and losses != self._losses
+        ):  # lost before its weights were proved, which now never will be
             await self._hand_back(index, admission.heads)
         elif index in self._wanted:
             self._wanted.remove(index)

@@ -17,7 +17,9 @@ import grpc
 from dapo_async.runtime.environment import LOCAL
 
 AUTO = "auto"
-PROBE_S = 5.0  # a live GCS answers in milliseconds; Ray itself would wait minutes for one that does not
+PROBE_S = (
+    5.0  # a live GCS answers in milliseconds; Ray itself would wait minutes for one that does not
+)
 CHECK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
@@ -40,13 +42,20 @@ def choose(address: str) -> Choice:
         return _join(address, named_by="ray.address")
     if named not in ("", AUTO):
         return _join(named, named_by="RAY_ADDRESS")
-    file = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    file = (
+        Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+        / "ray"
+        / "ray_current_cluster"
+    )
     # `ray start` writes it and only `ray stop` removes it: it may name a cluster that is gone.
     found = file.read_text().strip() if file.is_file() else LOCAL
     try:
         return _join(found, named_by=str(file))
     except Gone:
-        return Choice(LOCAL, f"the Ray cluster at {found}, which {file} names, is gone: this run uses a Ray of its own")
+        return Choice(
+            LOCAL,
+            f"the Ray cluster at {found}, which {file} names, is gone: this run uses a Ray of its own",
+        )
 
 
 def _join(address: str, *, named_by: str) -> Choice:
@@ -59,7 +68,9 @@ def _join(address: str, *, named_by: str) -> Choice:
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; set ray.address to one of them")
+        raise ValueError(
+            f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; set ray.address to one of them"
+        )
     if os.environ.get("RAY_USE_TLS") != "1":  # its certificates are Ray's own affair
         _probe(address, named_by)
     return Choice(address)
@@ -71,7 +82,11 @@ def _probe(address: str, named_by: str) -> None:
     # As Ray does it: no proxy between the nodes of a cluster.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(CHECK)(b"", timeout=PROBE_S, metadata=[("authorization", f"Bearer {token}")] if token else [])
+            channel.unary_unary(CHECK)(
+                b"",
+                timeout=PROBE_S,
+                metadata=[("authorization", f"Bearer {token}")] if token else [],
+            )
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
                 raise Gone(
@@ -89,4 +104,6 @@ def _token() -> str:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return ""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return (os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")).strip()
+    return (
+        os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")
+    ).strip()

@@ -37,9 +37,17 @@ class Checkpointer:
         """`in_evaluation`: the version that is being measured and may turn out the best."""
         self.folder = CheckpointFolder(run_dir.checkpoints)
         self.saved = self.skipped = 0
-        self.pause_s = self.write_s = 0.0  # sums over all checkpoints: on the step path, and beside the steps
+        self.pause_s = self.write_s = (
+            0.0  # sums over all checkpoints: on the step path, and beside the steps
+        )
         self.longest_write_s = 0.0
-        self._config, self._system, self._tracker, self._run_dir, self._driver_state = config, system, tracker, run_dir, driver_state
+        self._config, self._system, self._tracker, self._run_dir, self._driver_state = (
+            config,
+            system,
+            tracker,
+            run_dir,
+            driver_state,
+        )
         self._in_evaluation = in_evaluation
         self._writing: asyncio.Task[None] | None = None
 
@@ -49,7 +57,9 @@ class Checkpointer:
             self.skipped += 1
             return
         driver = await self._freeze(version)
-        self._writing = asyncio.create_task(self._write(version, driver), name=f"checkpoint of version {version}")
+        self._writing = asyncio.create_task(
+            self._write(version, driver), name=f"checkpoint of version {version}"
+        )
         # Whoever ends the run cancels what is in the background, but never a checkpoint half-way.
         self._system.in_background(_until_done(self._writing), self._writing.get_name())
 
@@ -63,17 +73,28 @@ class Checkpointer:
                 if version not in self.folder.versions():
                     await self._write(version, await self._freeze(version))
         except TimeoutError as error:
-            raise TimeoutError(f"the driver waited {deadline_s:g} s for learner and replay to be saved") from error
+            raise TimeoutError(
+                f"the driver waited {deadline_s:g} s for learner and replay to be saved"
+            ) from error
 
     def summary(self) -> dict[str, float]:
         """Counts of this incarnation, and seconds per checkpoint on the step path and beside it."""
         count = max(1, self.saved)
-        return {"saved": self.saved, "skipped": self.skipped, "pause_s": self.pause_s / count, "write_s": self.write_s / count}
+        return {
+            "saved": self.saved,
+            "skipped": self.skipped,
+            "pause_s": self.pause_s / count,
+            "write_s": self.write_s / count,
+        }
 
     async def _freeze(self, version: int) -> dict[str, Any]:
         began_s = self._tracker.clock.now_s()
-        frozen, _ = await asyncio.gather(self._system.learner.freeze(), self._system.replay.freeze(version))
-        assert frozen == version, f"the learner is at version {frozen}, the checkpoint is of {version}"
+        frozen, _ = await asyncio.gather(
+            self._system.learner.freeze(), self._system.replay.freeze(version)
+        )
+        assert frozen == version, (
+            f"the learner is at version {frozen}, the checkpoint is of {version}"
+        )
         self._tracker.checkpoint_pause_s += self._tracker.clock.now_s() - began_s
         self.pause_s += self._tracker.clock.now_s() - began_s
         return {"version": version, **self._driver_state()}
@@ -81,17 +102,24 @@ class Checkpointer:
     async def _write(self, version: int, driver: dict[str, Any]) -> None:
         began_s = self._tracker.clock.now_s()
         partial = await asyncio.to_thread(self.folder.begin, version)
-        await asyncio.gather(self._system.learner.save(partial), self._system.replay.save(partial / STATE))
+        await asyncio.gather(
+            self._system.learner.save(partial), self._system.replay.save(partial / STATE)
+        )
         (partial / STATE / DRIVER_FILE).write_text(json.dumps(driver, indent=2) + "\n")
         # A checkpoint never has a step whose row of metrics is not on disk.
         await self._tracker.written(version)
         await asyncio.to_thread(self.folder.commit, version)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s
-        self.write_s, self.longest_write_s = self.write_s + took_s, max(self.longest_write_s, took_s)
+        self.write_s, self.longest_write_s = (
+            self.write_s + took_s,
+            max(self.longest_write_s, took_s),
+        )
         wanted = (self._run_dir.best_version(self.folder.versions()), self._in_evaluation())
         spare = [each for each in wanted if each is not None]
-        await asyncio.to_thread(self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare)
+        await asyncio.to_thread(
+            self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare
+        )
 
 
 async def _until_done(task: asyncio.Task[None]) -> None:

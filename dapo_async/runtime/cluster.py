@@ -39,20 +39,38 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
     """What a run starts, in starting order; `--dry-run` prints it."""
     replay, rollout, learner = config.replay, config.rollout, config.learner
     credits = (replay.max_staleness + 1) * replay.groups_per_step
-    yield PlannedActor("replay", 0, 0, f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}")
+    yield PlannedActor(
+        "replay",
+        0,
+        0,
+        f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}",
+    )
     dp, tp = learner.data_parallel, learner.tensor_parallel
     share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
     for name in rank_names(config):
-        yield PlannedActor(name, learner.num_cpus, learner.num_gpus, f"{replay.groups_per_step} groups of {replay.group_size} per step{share}")
+        yield PlannedActor(
+            name,
+            learner.num_cpus,
+            learner.num_gpus,
+            f"{replay.groups_per_step} groups of {replay.group_size} per step{share}",
+        )
     for number in range(rollout.num_workers):
         yield PlannedActor(
-            f"rollout-{number}", rollout.num_cpus, rollout.num_gpus, f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}"
+            f"rollout-{number}",
+            rollout.num_cpus,
+            rollout.num_gpus,
+            f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}",
         )
     evaluation = config.evaluation
     if has_evaluator(config):
         dedicated = evaluation.engine == "dedicated"
         detail = f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts each {evaluation.every_steps} steps"
-        yield PlannedActor("evaluator", evaluation.num_cpus if dedicated else 0, evaluation.num_gpus if dedicated else 0, detail)
+        yield PlannedActor(
+            "evaluator",
+            evaluation.num_cpus if dedicated else 0,
+            evaluation.num_gpus if dedicated else 0,
+            detail,
+        )
 
 
 def has_evaluator(config: Config) -> bool:
@@ -68,7 +86,9 @@ def connect(config: Config) -> str:
     actors = list(planned_actors(config))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == LOCAL:
-        cpus = config.ray.num_cpus or max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
+        cpus = config.ray.num_cpus or max(
+            os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors))
+        )
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Its address is said: else Ray would look for a cluster beside it, and refuse num_cpus for that.
         with shielded():
@@ -83,11 +103,19 @@ def connect(config: Config) -> str:
             ) from error
     nodes = [node["Resources"] for node in _nodes()]
     for kind, knob in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        _check_resources({actor.name: getattr(actor, knob) for actor in actors}, [node.get(kind, 0.0) for node in nodes], kind=kind, knob=knob)
+        _check_resources(
+            {actor.name: getattr(actor, knob) for actor in actors},
+            [node.get(kind, 0.0) for node in nodes],
+            kind=kind,
+            knob=knob,
+        )
     if config.ray.address == LOCAL:
         return "started an own Ray"
     free, there = ray.available_resources(), ray.cluster_resources()
-    resources = ", ".join(f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)" for kind in ("CPU", "GPU"))
+    resources = ", ".join(
+        f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)"
+        for kind in ("CPU", "GPU")
+    )
     return f"joined the Ray cluster at {config.ray.address}: {len(nodes)} node{'s'[: len(nodes) > 1]}, {resources}"
 
 
@@ -105,10 +133,15 @@ def shielded() -> Iterator[None]:
 def _nodes() -> list[dict[str, Any]]:
     """The nodes that live, the driver's first."""
     own = ray.get_runtime_context().get_node_id()
-    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: bool(node["NodeID"] != own))
+    return sorted(
+        (node for node in ray.nodes() if node["Alive"]),
+        key=lambda node: bool(node["NodeID"] != own),
+    )
 
 
-def _check_resources(shares: Mapping[str, float], nodes: Sequence[float], *, kind: str, knob: str) -> None:
+def _check_resources(
+    shares: Mapping[str, float], nodes: Sequence[float], *, kind: str, knob: str
+) -> None:
     """All `shares` fit the sum of `nodes`, and each of them fits one node: else Ray would wait for a larger one without end."""
     wanted, there, largest = sum(shares.values()), sum(nodes), max(nodes)
     listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -125,7 +158,12 @@ def _check_resources(shares: Mapping[str, float], nodes: Sequence[float], *, kin
 def home(*, num_cpus: float, num_gpus: float) -> str:
     """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits its ranks."""
     nodes = _nodes()
-    fitting = [node for node in nodes if node["Resources"].get("CPU", 0.0) >= num_cpus and node["Resources"].get("GPU", 0.0) >= num_gpus]
+    fitting = [
+        node
+        for node in nodes
+        if node["Resources"].get("CPU", 0.0) >= num_cpus
+        and node["Resources"].get("GPU", 0.0) >= num_gpus
+    ]
     return str((fitting or nodes)[0]["NodeID"])
 
 

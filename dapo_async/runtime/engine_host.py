@@ -38,9 +38,13 @@ class EngineHost(ABC):
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
         self._tokenizer = load_tokenizer(Path(config.model.path))
         reward = config.reward
-        self.verifiers = choose_verifiers(reward.verifier, reward.by_source, timeout_s=reward.timeout_s)
+        self.verifiers = choose_verifiers(
+            reward.verifier, reward.by_source, timeout_s=reward.timeout_s
+        )
         model = ModelConfig.from_folder(Path(config.model.path))
-        self.max_len = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions)
+        self.max_len = min(
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
+        )
         self.stop_token_ids = model.eos_token_ids
 
     @abstractmethod
@@ -49,7 +53,9 @@ class EngineHost(ABC):
 
     async def restart(self) -> None:
         """Brings a lost engine up again, without any of the run's weights."""
-        raise AssertionError("only engines of servers are lost: others live and die with their actor")
+        raise AssertionError(
+            "only engines of servers are lost: others live and die with their actor"
+        )
 
     @abstractmethod
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
@@ -74,10 +80,16 @@ class EngineHost(ABC):
     async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
         """Greedy on every `num_parts`-th held-out prompt, from the `part`-th on."""
         config = self._config
-        prompts = (await asyncio.to_thread(load_set, config, config.data.heldout, self._tokenizer)).prompts
+        prompts = (
+            await asyncio.to_thread(load_set, config, config.data.heldout, self._tokenizer)
+        ).prompts
         share = prompts[: config.evaluation.num_prompts][part::num_parts]
         return await evaluate(
-            self.engine, share, judge=self._judge, max_tokens=config.rollout.max_response_tokens, stop_token_ids=self.stop_token_ids
+            self.engine,
+            share,
+            judge=self._judge,
+            max_tokens=config.rollout.max_response_tokens,
+            stop_token_ids=self.stop_token_ids,
         )
 
     def decode(self, completion: Completion) -> str:
@@ -94,18 +106,30 @@ class TorchHost(EngineHost):
 
     engine: ThreadedEngine
 
-    def __init__(self, config: Config, *, name: str, incarnation: str, device: str, clock: StateClock) -> None:
+    def __init__(
+        self, config: Config, *, name: str, incarnation: str, device: str, clock: StateClock
+    ) -> None:
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device = device
         self._group: WeightGroup | None = None
-        self._staged: dict[str, Tensor] = {}  # the newest weights that came while this engine was leased
+        self._staged: dict[
+            str, Tensor
+        ] = {}  # the newest weights that came while this engine was leased
 
     async def start(self) -> str:
         rollout = self._config.rollout
         decoder = await asyncio.to_thread(
-            load_decoder, Path(self._config.model.path), dtype=getattr(torch, self._config.model.dtype), device=self._device
+            load_decoder,
+            Path(self._config.model.path),
+            dtype=getattr(torch, self._config.model.dtype),
+            device=self._device,
         )
-        core = TorchEngine(decoder, num_slots=rollout.num_slots, max_len=self.max_len, weight_update=rollout.weight_update)
+        core = TorchEngine(
+            decoder,
+            num_slots=rollout.num_slots,
+            max_len=self.max_len,
+            weight_update=rollout.weight_update,
+        )
         self.engine = ThreadedEngine(core, self._clock)
         return f"torch engine, {rollout.num_slots} slots"
 
@@ -124,7 +148,10 @@ class TorchHost(EngineHost):
         return await self._swap(announcement, await self._broadcast(announcement))
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
-        return await self._swap(announcement, await asyncio.to_thread(read_version, Path(folder), version=announcement.version))
+        return await self._swap(
+            announcement,
+            await asyncio.to_thread(read_version, Path(folder), version=announcement.version),
+        )
 
     async def stage(self, announcement: Announcement) -> None:
         self._staged = await self._broadcast(announcement)
@@ -136,12 +163,18 @@ class TorchHost(EngineHost):
 
     async def _broadcast(self, announcement: Announcement) -> dict[str, Tensor]:
         assert self._group is not None, "receive before join"
-        return await asyncio.to_thread(self._group.receive, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+        return await asyncio.to_thread(
+            self._group.receive,
+            announcement.manifest,
+            bucket_bytes=self._config.weights.bucket_bytes,
+        )
 
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
         """The engine serves `weights` from its next decode step on, and says what it served before and serves now (law 5)."""
         before = await asyncio.to_thread(checksum, self.engine.weights())
-        report = await self.engine.update_weights(weights, version=announcement.version, probe_ids=announcement.probe_ids)
+        report = await self.engine.update_weights(
+            weights, version=announcement.version, probe_ids=announcement.probe_ids
+        )
         return Attestation(
             engine=self._name,
             incarnation=self._incarnation,

@@ -32,15 +32,21 @@ def run_root(run_dir: str, *, name: str) -> Path:
     """
     try:
         given = Path(run_dir).expanduser()
-        return (given if given.is_absolute() else _runs(run_dir) / (given if run_dir else name)).resolve()
+        return (
+            given if given.is_absolute() else _runs(run_dir) / (given if run_dir else name)
+        ).resolve()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"run_dir ({run_dir!r}) is no usable path: {error}; give another path") from error
+        raise ValueError(
+            f"run_dir ({run_dir!r}) is no usable path: {error}; give another path"
+        ) from error
 
 
 def _runs(run_dir: str) -> Path:
     if runs := os.environ.get(RUNS):
         if not os.path.isabs(runs):
-            raise ValueError(f"{RUNS} ({runs}) must be an absolute path; set it to the folder of all runs")
+            raise ValueError(
+                f"{RUNS} ({runs}) must be an absolute path; set it to the folder of all runs"
+            )
         return Path(runs)
     if JOB in os.environ:
         raise ValueError(

@@ -34,11 +34,20 @@ from dapo_async.weights.publisher import HandshakeError
 class Evaluations:
     """`rows` are those of this incarnation of the run; `num_skipped` fell due while the one before was still running, or lost their engine."""
 
-    def __init__(self, config: Config, *, system: System, run_dir: RunDir, audience: Audience) -> None:
+    def __init__(
+        self, config: Config, *, system: System, run_dir: RunDir, audience: Audience
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.num_skipped = 0
-        self._config, self._system, self._run_dir, self._audience = config, system, run_dir, audience
-        self._clock = StateClock(NAME, state="wait")  # the driver's view: what the evaluation in flight waits for
+        self._config, self._system, self._run_dir, self._audience = (
+            config,
+            system,
+            run_dir,
+            audience,
+        )
+        self._clock = StateClock(
+            NAME, state="wait"
+        )  # the driver's view: what the evaluation in flight waits for
         self._whom, self._version = "", 0
         self._running: asyncio.Task[None] | None = None
 
@@ -60,22 +69,34 @@ class Evaluations:
         None after the last step, whose version the final evaluation measures.
         """
         config, trained = self._config.evaluation, step + 1
-        if not config.during_training or trained % config.every_steps or trained == self._config.train.num_steps:
+        if (
+            not config.during_training
+            or trained % config.every_steps
+            or trained == self._config.train.num_steps
+        ):
             return
         if self._running is not None and not self._running.done():
             self._skip(trained, "the one before is still running")
             return
         lessees: list[Worker] = []
         if config.engine == "lease":
-            lessees = [worker for worker in self._system.workers if worker in self._system.publisher.present]
+            lessees = [
+                worker
+                for worker in self._system.workers
+                if worker in self._system.publisher.present
+            ]
             if len(lessees) < 2:
                 self._skip(trained, "there is no engine to lease beside the one that generates")
                 return
         announcement = self._system.publisher.newest
         assert announcement is not None, f"version {trained} is not published"
-        assert announcement.version == trained, f"version {announcement.version} is published, {trained} is due"
+        assert announcement.version == trained, (
+            f"version {announcement.version} is published, {trained} is due"
+        )
         self._version = trained
-        self._running = self._system.in_background(self._run(announcement, lessees[-1:]), f"evaluation of version {trained}")
+        self._running = self._system.in_background(
+            self._run(announcement, lessees[-1:]), f"evaluation of version {trained}"
+        )
 
     def _skip(self, version: int, why: str) -> None:
         self.num_skipped += 1
@@ -107,10 +128,14 @@ class Evaluations:
             async with asyncio.timeout(deadline_s) as limit:
                 evaluation: Evaluation | None
                 if self._system.evaluator is not None:
-                    evaluation = await self._evaluate_snapshot(self._system.evaluator, announcement, enter)
+                    evaluation = await self._evaluate_snapshot(
+                        self._system.evaluator, announcement, enter
+                    )
                 else:
                     (worker,), publisher = lessees, self._system.publisher
-                    evaluation = await evaluate_on_lease(worker, replay=self._system.replay, publisher=publisher, enter=enter)
+                    evaluation = await evaluate_on_lease(
+                        worker, replay=self._system.replay, publisher=publisher, enter=enter
+                    )
         except TimeoutError as error:
             if not limit.expired():
                 raise  # somebody else's deadline, which names who waited for whom
@@ -121,9 +146,17 @@ class Evaluations:
         if evaluation is None:
             self._skip(announcement.version, f"{self._whom} lost its engine over it")
         else:
-            self._book(evaluation, "evaluation", engine=self._config.evaluation.engine, began_s=began_s, waited_s=evaluate_from_s - began_s)
+            self._book(
+                evaluation,
+                "evaluation",
+                engine=self._config.evaluation.engine,
+                began_s=began_s,
+                waited_s=evaluate_from_s - began_s,
+            )
 
-    async def _evaluate_snapshot(self, evaluator: Evaluator, announcement: Announcement, enter: Callable[[str, str], None]) -> Evaluation:
+    async def _evaluate_snapshot(
+        self, evaluator: Evaluator, announcement: Announcement, enter: Callable[[str, str], None]
+    ) -> Evaluation:
         """The learner writes the snapshot that it publishes, the evaluator reads it and proves what it serves (law 5)."""
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
@@ -139,7 +172,9 @@ class Evaluations:
         enter("evaluate", evaluator.name)
         return await evaluator.evaluate()
 
-    def _book(self, evaluation: Evaluation, name: str, *, engine: str, began_s: float, waited_s: float) -> None:
+    def _book(
+        self, evaluation: Evaluation, name: str, *, engine: str, began_s: float, waited_s: float
+    ) -> None:
         (version,) = evaluation.weight_versions  # one model was measured, or this is no evaluation
         wall_s = self._clock.now_s() - began_s
         row = {
@@ -159,5 +194,6 @@ class Evaluations:
         self._audience.evaluation(row)
         self._audience.say(
             f"{name} of version {version}: accuracy {evaluation.accuracy:.3f}, length {evaluation.mean_response_tokens:.1f}, "
-            f"{evaluation.num_prompts} held-out prompts, greedy" + ("" if engine == "all" else f", {engine}, {wall_s:.1f} s")
+            f"{evaluation.num_prompts} held-out prompts, greedy"
+            + ("" if engine == "all" else f", {engine}, {wall_s:.1f} s")
         )

@@ -32,7 +32,13 @@ class EvaluatorActor:
         device = "cuda" if dedicated and evaluation.num_gpus > 0 else "cpu"
         self._clock = StateClock(NAME)
         # The engine's own states are told by nobody: seen from here they are parts of loading and of evaluating.
-        self._host = TorchHost(config, name=NAME, incarnation=incarnation, device=device, clock=StateClock(f"{NAME} engine"))
+        self._host = TorchHost(
+            config,
+            name=NAME,
+            incarnation=incarnation,
+            device=device,
+            clock=StateClock(f"{NAME} engine"),
+        )
 
     async def ready(self) -> ProcessInfo:
         detail = await self._host.start()

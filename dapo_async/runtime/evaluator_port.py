@@ -20,7 +20,9 @@ class Evaluator:
         self.remote, self.name, self._deadline_s = remote, remote.name, config.deadlines.evaluate_s
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
-        attestation: Attestation = await self.remote.call("read", announcement, folder, deadline_s=self._deadline_s)
+        attestation: Attestation = await self.remote.call(
+            "read", announcement, folder, deadline_s=self._deadline_s
+        )
         return attestation
 
     async def evaluate(self) -> Evaluation:
@@ -36,7 +38,9 @@ def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator
     """Starts the actor: with what it reserves when it is dedicated, else with nothing, on the learner's `node`, whose files are nearest."""
     evaluation, evaluator = config.evaluation, ray.remote(EvaluatorActor)
     if evaluation.engine == "dedicated":
-        evaluator = evaluator.options(num_cpus=evaluation.num_cpus, num_gpus=evaluation.num_gpus, scheduling_strategy=SPREAD)
+        evaluator = evaluator.options(
+            num_cpus=evaluation.num_cpus, num_gpus=evaluation.num_gpus, scheduling_strategy=SPREAD
+        )
     else:
         evaluator = evaluator.options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
     return Evaluator(Remote(NAME, evaluator.remote(config, incarnation=incarnation)), config)

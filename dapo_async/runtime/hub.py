@@ -26,7 +26,11 @@ def with_model_here(config: Config, *, download: bool) -> tuple[Config, Config]:
     try:
         folder = Path(
             snapshot_download(
-                source.hub, revision=source.revision, allow_patterns=list(FILES), ignore_patterns=["*/*"], local_files_only=not download
+                source.hub,
+                revision=source.revision,
+                allow_patterns=list(FILES),
+                ignore_patterns=["*/*"],
+                local_files_only=not download,
             )
         )
     except (OSError, ValueError) as error:

@@ -57,7 +57,9 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         correction_floor=algorithm.correction_floor,
         entropy_bonus=algorithm.entropy_bonus,
     )
-    choose_verifiers(config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s)
+    choose_verifiers(
+        config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s
+    )
     if config.replay.filter is not None:
         custom_filter(config.replay.filter)
     notes = []
@@ -65,20 +67,38 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         if not dry_run:
             raise ValueError(lack)
         notes.append(f"could not start on this machine: {lack}")
-    sources = [parse_source(text) for text in (config.data.train, config.data.heldout)] + parse_sources(config.data.check_against)
+    sources = [
+        parse_source(text) for text in (config.data.train, config.data.heldout)
+    ] + parse_sources(config.data.check_against)
     away = [source for source in sources if is_on_hub(source) and dry_run]
-    notes += [f"would load the data set {preset_of(source)[1].where} from the Hugging Face hub" for source in away]
+    notes += [
+        f"would load the data set {preset_of(source)[1].where} from the Hugging Face hub"
+        for source in away
+    ]
     if (source := parse_source(config.model.path)).hub is not None:
-        return Inputs(None, None, (*notes, f"would download the model {source.where} (safetensors, config and tokenizer), and check it then"))
+        return Inputs(
+            None,
+            None,
+            (
+                *notes,
+                f"would download the model {source.where} (safetensors, config and tokenizer), and check it then",
+            ),
+        )
     folder = Path(config.model.path)
     model = ModelConfig.from_folder(folder)
     check_weights(folder, model)
     model.check_split(config.learner.tensor_parallel)
     if not model.eos_token_ids:
-        raise ValueError(f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it")
+        raise ValueError(
+            f"model {config.model.path} has no eos_token_id in its config.json; a response could never stop: add it"
+        )
     tokenizer, found = usable_tokenizer(folder), []
     for text, training in ((config.data.train, True), (config.data.heldout, False)):
-        loaded = None if parse_source(text) in away else load_set(config, text, tokenizer, training=training, hub=not dry_run)
+        loaded = (
+            None
+            if parse_source(text) in away
+            else load_set(config, text, tokenizer, training=training, hub=not dry_run)
+        )
         if loaded:
             check_fit(loaded, model, folder=folder, max_response_tokens=rollout.max_response_tokens)
         found.append(loaded)

@@ -13,7 +13,12 @@ SAME_S = 0.5  # a wrapper may pass on what its whole process group has got alrea
 class Interrupts:
     """`first` is the signal that ended the run, None so far. `at_first` is called when it comes; `at_once`, for one more, must not return."""
 
-    def __init__(self, say: Callable[[str], None], at_first: Callable[[signal.Signals], None], at_once: Callable[[signal.Signals], None]) -> None:
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        at_first: Callable[[signal.Signals], None],
+        at_once: Callable[[signal.Signals], None],
+    ) -> None:
         self.first: signal.Signals | None = None
         self._say, self._at_first, self._at_once, self._first_s = say, at_first, at_once, 0.0
 

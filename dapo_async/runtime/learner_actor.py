@@ -42,16 +42,36 @@ STATE_FOLDER = "learner"  # in the checkpoint's state/
 class LearnerActor:
     """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
 
-    def __init__(self, config: Config, *, number: int, name: str, incarnation: str, run_dir: RunDir, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        number: int,
+        name: str,
+        incarnation: str,
+        run_dir: RunDir,
+        resume: Path | None = None,
+    ) -> None:
         """`number` in the mesh: the first rank, 0, publishes and writes. `resume`: the `state/` folder of the checkpoint to go on from."""
-        self._config, self._number, self.name, self._incarnation, self._run_dir, self._resume = config, number, name, incarnation, run_dir, resume
+        self._config, self._number, self.name, self._incarnation, self._run_dir, self._resume = (
+            config,
+            number,
+            name,
+            incarnation,
+            run_dir,
+            resume,
+        )
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
-        self._device = "cuda:0" if config.learner.num_gpus > 0 else "cpu"  # Ray shows an actor its own GPU alone
+        self._device = (
+            "cuda:0" if config.learner.num_gpus > 0 else "cpu"
+        )  # Ray shows an actor its own GPU alone
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._stepping: int | None = None  # the thread of the step that runs
-        self._between_steps = asyncio.Lock()  # held by a step, and by whoever reads what a step changes
+        self._between_steps = (
+            asyncio.Lock()
+        )  # held by a step, and by whoever reads what a step changes
         self._frozen_state: FrozenState | None = None
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
@@ -87,9 +107,13 @@ class LearnerActor:
                 timeout_s=config.deadlines.step_s,
                 save_timeout_s=config.deadlines.save_s,
             )
-        decoder = load_decoder(Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh)
+        decoder = load_decoder(
+            Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh
+        )
         self._mesh = mesh
-        self._rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh)
+        self._rank = LearnerRank(
+            decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh
+        )
         if self._resume is not None:
             self._rank.load(self._resume / STATE_FOLDER)
 
@@ -108,15 +132,25 @@ class LearnerActor:
             with self._clock.during("fetch", f"step {batch.learner_version}"):
                 groups: list[Group] = list(await asyncio.gather(*batch.references))
             version = self._rank.version
-            assert version == batch.learner_version, f"a batch for version {batch.learner_version} met the learner at {version}"
+            assert version == batch.learner_version, (
+                f"a batch for version {batch.learner_version} met the learner at {version}"
+            )
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(self._step, groups, positions, len(batch.admission_indices))
+                return await asyncio.to_thread(
+                    self._step, groups, positions, len(batch.admission_indices)
+                )
 
-    def _step(self, groups: Sequence[Group], positions: Sequence[int], num_groups: int) -> StepMetrics:
+    def _step(
+        self, groups: Sequence[Group], positions: Sequence[int], num_groups: int
+    ) -> StepMetrics:
         version, self._stepping = self._rank.version, threading.get_ident()
         wanted = self._config.learner.profile and version in PROFILED_STEPS
         try:
-            with profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz") if wanted else nullcontext():
+            with (
+                profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz")
+                if wanted
+                else nullcontext()
+            ):
                 return self._rank.step(groups, positions=positions, num_groups=num_groups)
         finally:
             self._stepping = None
@@ -158,7 +192,13 @@ class LearnerActor:
         # A member that hangs is noticed while the publish can still do without it.
         host, timeout_s = own_host(self._config), self._config.deadlines.publish_s / 2
         self._group = await asyncio.to_thread(
-            WeightGroup, self._store, rank=SENDER, world_size=world_size, host=host, device=self._device, timeout_s=timeout_s
+            WeightGroup,
+            self._store,
+            rank=SENDER,
+            world_size=world_size,
+            host=host,
+            device=self._device,
+            timeout_s=timeout_s,
         )
 
     async def leave_group(self) -> None:
@@ -168,7 +208,12 @@ class LearnerActor:
     async def broadcast(self, announcement: Announcement) -> None:
         assert self._group is not None, "broadcast before join"
         weights = self._frozen(announcement.version).weights
-        await asyncio.to_thread(self._group.send, weights, announcement.manifest, bucket_bytes=self._config.weights.bucket_bytes)
+        await asyncio.to_thread(
+            self._group.send,
+            weights,
+            announcement.manifest,
+            bucket_bytes=self._config.weights.bucket_bytes,
+        )
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Writes the snapshot for engines that load from disk, into the run's folder of versions if not told otherwise; returns the folder."""
@@ -199,7 +244,10 @@ class LearnerActor:
         parts = folder / STATE / STATE_FOLDER
         save_state(state, parts, self._mesh)
         if self._mesh.is_first:
-            shapes = {name: tuple(parameter.shape) for name, parameter in self._rank.decoder.named_parameters()}
+            shapes = {
+                name: tuple(parameter.shape)
+                for name, parameter in self._rank.decoder.named_parameters()
+            }
             export_folder(
                 shapes,
                 lambda names: read_weights(parts, {name: shapes[name] for name in names}),
@@ -213,5 +261,7 @@ class LearnerActor:
 
     def _frozen(self, version: int) -> Snapshot:
         assert self._snapshot is not None, f"version {version} asked for before any snapshot"
-        assert self._snapshot.version == version, f"version {version} asked for, the snapshot is of {self._snapshot.version}"
+        assert self._snapshot.version == version, (
+            f"version {version} asked for, the snapshot is of {self._snapshot.version}"
+        )
         return self._snapshot

@@ -33,15 +33,26 @@ class Learner:
     async def ready(self) -> list[ProcessInfo]:
         """Brings the ranks together and waits until each has its shard of the model."""
         deadline_s = self._deadlines.start_s
-        address = await self.first.call("open_mesh", deadline_s=deadline_s) if len(self.remotes) > 1 else None
+        address = (
+            await self.first.call("open_mesh", deadline_s=deadline_s)
+            if len(self.remotes) > 1
+            else None
+        )
         return await self._all("ready", [(address,)] * len(self.remotes), deadline_s=deadline_s)
 
     async def step(self, batch: TrainBatch) -> StepMetrics:
         """One step of all ranks; each data-parallel rank fetches only its share of the groups."""
         shares = share_groups(batch.num_tokens, self._dp)
-        parts = [replace(batch, references=tuple(batch.references[position] for position in share)) for share in shares]
-        arguments = [(parts[rank // self._tp], shares[rank // self._tp]) for rank in range(len(self.remotes))]
-        metrics: list[StepMetrics] = await self._all("step", arguments, deadline_s=self._deadlines.step_s)
+        parts = [
+            replace(batch, references=tuple(batch.references[position] for position in share))
+            for share in shares
+        ]
+        arguments = [
+            (parts[rank // self._tp], shares[rank // self._tp]) for rank in range(len(self.remotes))
+        ]
+        metrics: list[StepMetrics] = await self._all(
+            "step", arguments, deadline_s=self._deadlines.step_s
+        )
         # The ranks of one tensor-parallel axis saw the same groups: the first of each speaks for them.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
@@ -64,7 +75,9 @@ class Learner:
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Into the run's folder of versions, or into `folder`; returns which."""
-        written: str = await self.first.call("write", announcement, folder, deadline_s=self._deadlines.publish_s)
+        written: str = await self.first.call(
+            "write", announcement, folder, deadline_s=self._deadlines.publish_s
+        )
         return written
 
     async def version(self) -> int:
@@ -84,10 +97,15 @@ class Learner:
         """Every rank writes its parts of what was frozen."""
         await self._all("save", [(folder,)] * len(self.remotes), deadline_s=self._deadlines.save_s)
 
-    async def _all(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, deadline_s: float) -> list[Any]:
+    async def _all(
+        self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, deadline_s: float
+    ) -> list[Any]:
         """`method` on every rank at once, each with its `arguments`: the ranks wait for each other, so none may be asked after another."""
         each = arguments or [()] * len(self.remotes)
-        calls = (remote.call(method, *own, deadline_s=deadline_s) for remote, own in zip(self.remotes, each, strict=True))
+        calls = (
+            remote.call(method, *own, deadline_s=deadline_s)
+            for remote, own in zip(self.remotes, each, strict=True)
+        )
         try:
             return await asyncio.gather(*calls)
         except (TimeoutError, ActorFailed) as error:
@@ -100,13 +118,23 @@ class Learner:
         Those that are still in their step say where, for the reader to see which of them is not where the others wait for it.
         """
         pings = (remote.call("ping", deadline_s=PING_S) for remote in self.remotes)
-        answers = dict(zip(self.remotes, await asyncio.gather(*pings, return_exceptions=True), strict=True))
+        answers = dict(
+            zip(self.remotes, await asyncio.gather(*pings, return_exceptions=True), strict=True)
+        )
         for answer in answers.values():
             if isinstance(answer, ActorDied):
                 raise answer from error
-        if silent := [remote.name for remote, answer in answers.items() if isinstance(answer, TimeoutError)]:
-            raise TimeoutError(f"{' and '.join(silent)} gave no sign of life for {PING_S:g} s; before, {error}") from error
-        if stepping := [f"{remote.name} in {answer}" for remote, answer in answers.items() if isinstance(answer, str)]:
+        if silent := [
+            remote.name for remote, answer in answers.items() if isinstance(answer, TimeoutError)
+        ]:
+            raise TimeoutError(
+                f"{' and '.join(silent)} gave no sign of life for {PING_S:g} s; before, {error}"
+            ) from error
+        if stepping := [
+            f"{remote.name} in {answer}"
+            for remote, answer in answers.items()
+            if isinstance(answer, str)
+        ]:
             raise type(error)(f"{error}; still in their step: {', '.join(stepping)}") from error
 
 

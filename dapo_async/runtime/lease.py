@@ -32,7 +32,9 @@ class LeasedWorker(Receiver, Protocol):
 
     async def drained(self) -> None: ...  # nothing is in hand any more
 
-    async def evaluate(self) -> Evaluation | None: ...  # on all held-out prompts; None: its engine was lost over it
+    async def evaluate(
+        self,
+    ) -> Evaluation | None: ...  # on all held-out prompts; None: its engine was lost over it
 
 
 class Room(Protocol):
@@ -41,7 +43,9 @@ class Room(Protocol):
     async def lease(self, worker: str, on: bool) -> None: ...
 
 
-async def evaluate_on_lease(worker: LeasedWorker, *, replay: Room, publisher: Publisher, enter: Callable[[str, str], None]) -> Evaluation | None:
+async def evaluate_on_lease(
+    worker: LeasedWorker, *, replay: Room, publisher: Publisher, enter: Callable[[str, str], None]
+) -> Evaluation | None:
     """See the module's order of events. `enter(state, whom)` is told what is being waited for. A failure ends the run: nothing is undone here.
 
     None when the engine was lost before all was answered.

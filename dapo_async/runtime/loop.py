@@ -23,14 +23,25 @@ class TrainingStopped(RuntimeError):
 
 
 async def train_loop(
-    system: System, tracker: Tracker, checkpointer: Checkpointer, evaluations: Evaluations, *, config: Config, first_step: int = 0
+    system: System,
+    tracker: Tracker,
+    checkpointer: Checkpointer,
+    evaluations: Evaluations,
+    *,
+    config: Config,
+    first_step: int = 0,
 ) -> Verdict | None:
     """Trains until the last step (None) or until the filters have had enough (their verdict).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
       ▲                                              └──credits, once every engine serves them──▶ replay
     """
-    replay, learner, publisher, clock = system.replay, system.learner, system.publisher, tracker.clock
+    replay, learner, publisher, clock = (
+        system.replay,
+        system.learner,
+        system.publisher,
+        tracker.clock,
+    )
     skipped_in_a_row = 0
     for step in range(first_step, config.train.num_steps):
         clock.enter("wait for batch", f"step {step}")
@@ -38,9 +49,13 @@ async def train_loop(
         if isinstance(batch, Verdict):
             return batch
         clock.enter("wait for step", f"step {step}")
-        metrics = await unbroken(train(system, tracker, step, batch), deadline_s=config.deadlines.step_s)
+        metrics = await unbroken(
+            train(system, tracker, step, batch), deadline_s=config.deadlines.step_s
+        )
         clock.enter("wait for publish", f"step {step}")
-        await publisher.start(learner.snapshot(), on_served=partial(release, system, batch.admission_indices))
+        await publisher.start(
+            learner.snapshot(), on_served=partial(release, system, batch.admission_indices)
+        )
         evaluations.start_if_due(step)
         if (step + 1) % config.train.checkpoint_every_steps == 0:
             clock.enter("freeze", f"step {step}")
@@ -56,7 +71,11 @@ async def train_loop(
 async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
     """One step of the learner, booked: what a checkpoint has either all of or nothing."""
     metrics = await system.learner.step(batch)
-    await system.replay.trained(batch, skipped=bool(metrics.totals["skipped"]), non_finite=bool(metrics.totals["non_finite"]))
+    await system.replay.trained(
+        batch,
+        skipped=bool(metrics.totals["skipped"]),
+        non_finite=bool(metrics.totals["non_finite"]),
+    )
     system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
     return metrics
 

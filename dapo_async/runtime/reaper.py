@@ -30,14 +30,22 @@ class Reaper:
     def __init__(self) -> None:
         # A session of its own: what ends the driver's process group must not end the reaper.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dapo_async.runtime.reaper"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+            [sys.executable, "-m", "dapo_async.runtime.reaper"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
         self._watched: list[psutil.Process] = []
 
     def watch(self) -> None:
         """Names every process that descends from this one."""
         assert self._process.stdin is not None
-        self._watched = [child for child in psutil.Process().children(recursive=True) if child.pid != self._process.pid]
+        self._watched = [
+            child
+            for child in psutil.Process().children(recursive=True)
+            if child.pid != self._process.pid
+        ]
         for child in self._watched:
             self._process.stdin.write(f"{child.pid} {child.create_time()}\n")
         self._process.stdin.flush()
@@ -76,7 +84,9 @@ def _is_asked_to_end(process: psutil.Process) -> bool:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:  # gone
         return False
-    waiting = next((line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:")), "0")
+    waiting = next(
+        (line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:")), "0"
+    )
     return bool(int(waiting, 16) >> (signal.SIGTERM - 1) & 1)
 
 

@@ -38,9 +38,13 @@ class Remote:
         except TimeoutError as error:
             if isinstance(error, RayTaskError):
                 raise TimeoutError(str(_original(error))) from error
-            raise TimeoutError(f"the driver waited {deadline_s:g} s for {self.name} to finish {method}") from error
+            raise TimeoutError(
+                f"the driver waited {deadline_s:g} s for {self.name} to finish {method}"
+            ) from error
         except RayActorError as error:
-            raise ActorDied(self.name, f"died while the driver waited for {method}: {_exit_detail(error)}") from error
+            raise ActorDied(
+                self.name, f"died while the driver waited for {method}: {_exit_detail(error)}"
+            ) from error
         except RayTaskError as error:
             raise ActorFailed(f"{self.name} failed in {method}: {_original(error)!r}") from error
 

@@ -51,13 +51,20 @@ def read_state(folder: Path) -> BufferState:
 class ReplayActor:
     """Waits are condition waits on the one buffer; every change wakes them."""
 
-    def __init__(self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None
+    ) -> None:
         """`resume`: the `state/` folder of the checkpoint to go on from."""
         self._config, self._run_dir = config, run_dir
         self._clock = StateClock("replay")
-        self._prompts = load_set(config, config.data.train, load_tokenizer(Path(config.model.path)), training=True)
+        self._prompts = load_set(
+            config, config.data.train, load_tokenizer(Path(config.model.path)), training=True
+        )
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
-        filters: list[Filter] = [has_tokens, *([dynamic_sampling] if config.replay.dynamic_sampling else [])]
+        filters: list[Filter] = [
+            has_tokens,
+            *([dynamic_sampling] if config.replay.dynamic_sampling else []),
+        ]
         if config.replay.filter is not None:
             filters.append(custom_filter(config.replay.filter))
         self._buffer = ReplayBuffer(
@@ -70,9 +77,14 @@ class ReplayActor:
             lineage=read_state(resume) if resume else None,
         )
         self._frozen: BufferState | None = None
-        self._in_training: tuple[int, Sequence[Group]] = (-1, ())  # the step that the newest batch is for
+        self._in_training: tuple[int, Sequence[Group]] = (
+            -1,
+            (),
+        )  # the step that the newest batch is for
         self._changed = asyncio.Condition()
-        self._heads: dict[int, tuple[Completion | None, ...]] = {}  # of groups that were handed back, until they are admitted again
+        self._heads: dict[
+            int, tuple[Completion | None, ...]
+        ] = {}  # of groups that were handed back, until they are admitted again
         self._leased: set[str] = set()  # workers that are admitted nothing
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
@@ -90,7 +102,10 @@ class ReplayActor:
         """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without, or once it is leased."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: worker in self._leased or self._may_admit()), POLL_S)
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: worker in self._leased or self._may_admit()),
+                    POLL_S,
+                )
             except TimeoutError:
                 return []
             if worker in self._leased:
@@ -99,13 +114,22 @@ class ReplayActor:
                 if self._first_admission_s is None:
                     self._first_admission_s = self._clock.now_s()
                 # In lockstep a wave is admitted whole: how full the engine is at this moment must not matter.
-                count = self._buffer.admissible() if self._config.replay.lockstep else min(num_groups, self._buffer.admissible())
+                count = (
+                    self._buffer.admissible()
+                    if self._config.replay.lockstep
+                    else min(num_groups, self._buffer.admissible())
+                )
                 indices = [self._buffer.admit(worker) for _ in range(count)]
                 return [self._admission(index) for index in indices]
 
     def _admission(self, index: int) -> Admission:
         heads = self._heads.pop(index, ())
-        return Admission(index, self._stream[index], self._config.replay.group_size, heads if self._buffer.goes_on(index) else ())
+        return Admission(
+            index,
+            self._stream[index],
+            self._config.replay.group_size,
+            heads if self._buffer.goes_on(index) else (),
+        )
 
     async def lease(self, worker: str, on: bool) -> None:
         """On: `worker` is admitted nothing from this moment on, whatever it has asked for, since its engine will not follow what is served."""
@@ -114,7 +138,9 @@ class ReplayActor:
             self._changed.notify_all()
 
     def _may_admit(self) -> bool:
-        return self._buffer.admissible() > 0 and not (self._config.replay.lockstep and self._buffer.num_generating)
+        return self._buffer.admissible() > 0 and not (
+            self._config.replay.lockstep and self._buffer.num_generating
+        )
 
     async def offer(self, group: Group) -> OfferOutcome:
         async with self._changed:
@@ -127,7 +153,9 @@ class ReplayActor:
         """Groups of `worker` that were evicted while it generates them, as soon as there is one; none after `POLL_S` without."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: bool(self._aborts[worker])), POLL_S)
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: bool(self._aborts[worker])), POLL_S
+                )
             except TimeoutError:
                 return []
             return self._aborts.pop(worker)
@@ -142,8 +170,13 @@ class ReplayActor:
     async def hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
         """A group whose engine was lost: whoever asks next generates it, from where `heads` end."""
         async with self._changed:
-            oldest_version = min((head.oldest_version for head in heads if head is not None), default=None)
-            if self._buffer.hand_back(index, oldest_version=oldest_version) and oldest_version is not None:
+            oldest_version = min(
+                (head.oldest_version for head in heads if head is not None), default=None
+            )
+            if (
+                self._buffer.hand_back(index, oldest_version=oldest_version)
+                and oldest_version is not None
+            ):
                 self._heads[index] = heads
             self._changed.notify_all()
 
@@ -164,7 +197,9 @@ class ReplayActor:
                         return self._buffer.verdict
                     await self._changed.wait()
         except TimeoutError as error:
-            raise TimeoutError(f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}") from error
+            raise TimeoutError(
+                f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}"
+            ) from error
 
     async def _hand_over(self, batch: TrainBatch) -> TrainBatch:
         """Writes the step's samples and puts each group where the learner's ranks can fetch it; this actor owns the objects."""
@@ -174,8 +209,17 @@ class ReplayActor:
         self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
         groups: Sequence[Group] = batch.references
         # The samples are those that asynchrony touched most: generated under the most weight versions, then under the oldest.
-        telling = sorted(groups, key=lambda group: (-len(group.weight_versions), group.oldest_version, group.admission_index))
-        write_rollouts(self._run_dir.rollouts, step=step, groups=telling[: self._config.train.sample_groups])
+        telling = sorted(
+            groups,
+            key=lambda group: (
+                -len(group.weight_versions),
+                group.oldest_version,
+                group.admission_index,
+            ),
+        )
+        write_rollouts(
+            self._run_dir.rollouts, step=step, groups=telling[: self._config.train.sample_groups]
+        )
         if self._config.train.record:
             await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
         self._in_training = (step, groups)

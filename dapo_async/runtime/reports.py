@@ -27,14 +27,22 @@ class ProcessInfo:
     @classmethod
     def own(cls, name: str, detail: str) -> Self:
         """Of the calling actor."""
-        return cls(name, os.getpid(), ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), detail)
+        return cls(
+            name,
+            os.getpid(),
+            ray.util.get_node_ip_address(),
+            ray.get_runtime_context().get_node_id(),
+            detail,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
     spans: tuple[Span, ...]
     counts: Counts
-    acceptance: Mapping[int, StepAcceptance]  # by learner version of the take: the newest few, since a report may come after the next take
+    acceptance: Mapping[
+        int, StepAcceptance
+    ]  # by learner version of the take: the newest few, since a report may come after the next take
     verdict: Verdict | None
     first_admission_s: float | None  # seconds since the epoch
     buffered: int

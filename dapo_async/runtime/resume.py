@@ -42,7 +42,9 @@ def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
     """The saved config with `overrides`. Raises ValueError where there is no run, or when an override would make it another run."""
     saved = RunDir(root).config
     if not saved.is_file():
-        raise ValueError(f"--resume {root}: there is no config.yaml, so this is no run directory; give the folder that a run has printed")
+        raise ValueError(
+            f"--resume {root}: there is no config.yaml, so this is no run directory; give the folder that a run has printed"
+        )
     before = knobs.load(saved)
     after = knobs.load(saved, overrides)
     for name, *_ in knobs.knobs():

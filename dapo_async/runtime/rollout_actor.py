@@ -54,15 +54,31 @@ class RayReplay:
             async with asyncio.timeout(ANSWER_S):
                 return await getattr(self._handle, method).remote(*args)
         except TimeoutError as error:
-            raise TimeoutError(f"{self._name} waited {ANSWER_S:g} s for replay to answer {method}") from error
+            raise TimeoutError(
+                f"{self._name} waited {ANSWER_S:g} s for replay to answer {method}"
+            ) from error
 
 
 class RolloutActor:
     """`ready` first. An engine that is lost (an SGLang server) is told by `lost`; then `restart`, weights, `revive`."""
 
-    def __init__(self, config: Config, *, number: int, incarnation: str, replay: ActorHandle, logs: Path, outer_key: str = "") -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        number: int,
+        incarnation: str,
+        replay: ActorHandle,
+        logs: Path,
+        outer_key: str = "",
+    ) -> None:
         """`logs`: folder for what SGLang's servers print. `outer_key`: the API key of servers that run already."""
-        self.name, self._number, self._config, self._incarnation = f"rollout-{number}", number, config, incarnation
+        self.name, self._number, self._config, self._incarnation = (
+            f"rollout-{number}",
+            number,
+            config,
+            incarnation,
+        )
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
         self._replay = RayReplay(self.name, replay)
@@ -80,7 +96,9 @@ class RolloutActor:
                 outer_key=outer_key,
             )
         else:
-            self._host = TorchHost(config, name=self.name, incarnation=incarnation, device=device, clock=self._clock)
+            self._host = TorchHost(
+                config, name=self.name, incarnation=incarnation, device=device, clock=self._clock
+            )
 
     async def ready(self) -> ProcessInfo:
         """Brings the engine up."""
@@ -93,7 +111,12 @@ class RolloutActor:
             seed=config.seed,
         )
         self._worker = RolloutWorker(
-            self.name, self._host.engine, replay=self._replay, score=self._score, sampling=sampling, group_size=config.replay.group_size
+            self.name,
+            self._host.engine,
+            replay=self._replay,
+            score=self._score,
+            sampling=sampling,
+            group_size=config.replay.group_size,
         )
         return ProcessInfo.own(self.name, detail)
 
@@ -133,7 +156,9 @@ class RolloutActor:
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         """A server that is too late is lost before the whole publish is."""
         self._worker.hold(True)
-        limit_s = UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restartable else None
+        limit_s = (
+            UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restartable else None
+        )
         try:
             async with asyncio.timeout(limit_s) as limit:
                 return await update
@@ -142,7 +167,9 @@ class RolloutActor:
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._worker.lose(f"{self.name}'s server did not serve new weights within {limit_s:g} s")
+            self._worker.lose(
+                f"{self.name}'s server did not serve new weights within {limit_s:g} s"
+            )
         return None
 
     async def stage(self, announcement: Announcement) -> None:
@@ -180,7 +207,9 @@ class RolloutActor:
             return None
 
     async def report(self) -> WorkerReport:
-        return WorkerReport(tuple(self._clock.take_spans()), self._host.engine.slot_use(), self._host.engine.version)
+        return WorkerReport(
+            tuple(self._clock.take_spans()), self._host.engine.slot_use(), self._host.engine.version
+        )
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
         reward = self._config.reward

@@ -25,7 +25,16 @@ class SGLangHost(EngineHost):
     restartable = True
 
     def __init__(
-        self, config: Config, *, name: str, number: int, incarnation: str, device: str, clock: StateClock, logs: Path, outer_key: str
+        self,
+        config: Config,
+        *,
+        name: str,
+        number: int,
+        incarnation: str,
+        device: str,
+        clock: StateClock,
+        logs: Path,
+        outer_key: str,
     ) -> None:
         """`outer_key`: the API key of servers that run already."""
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
@@ -37,7 +46,11 @@ class SGLangHost(EngineHost):
         rollout = self._config.rollout
         self._client = await self._connect()
         self.engine = SGLangEngine(
-            self._client, self._clock, num_slots=rollout.num_slots, weight_update=rollout.weight_update, incarnation=self._incarnation
+            self._client,
+            self._clock,
+            num_slots=rollout.num_slots,
+            weight_update=rollout.weight_update,
+            incarnation=self._incarnation,
         )
         return f"SGLang at {self._client.url}, {rollout.num_slots} slots"
 
@@ -79,11 +92,15 @@ class SGLangHost(EngineHost):
         return self._server.url, self._server.api_key
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
-        backend = "nccl" if self._config.learner.num_gpus > 0 else "gloo"  # the learner's: it opened the group
+        backend = (
+            "nccl" if self._config.learner.num_gpus > 0 else "gloo"
+        )  # the learner's: it opened the group
         if self._joined:
             await self._client.leave_group(NAME)
         self._joined = True
-        await self._client.join_group(address, name=NAME, first_rank=first_rank, world_size=world_size, backend=backend)
+        await self._client.join_group(
+            address, name=NAME, first_rank=first_rank, world_size=world_size, backend=backend
+        )
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
@@ -92,26 +109,38 @@ class SGLangHost(EngineHost):
         lines = [[spec.line for spec in bucket] for bucket in buckets]
 
         async def load(weight_version: str, flush: bool) -> None:
-            await self._client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
+            await self._client.receive(
+                lines, group=NAME, weight_version=weight_version, flush=flush
+            )
 
         return await self._update(announcement, load)
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         async def load(weight_version: str, flush: bool) -> None:
             path = version_folder(Path(folder), announcement.version)
-            await self._client.update_from_disk(str(path), weight_version=weight_version, flush=flush)
+            await self._client.update_from_disk(
+                str(path), weight_version=weight_version, flush=flush
+            )
 
         return await self._update(announcement, load)
 
     async def stage(self, announcement: Announcement) -> None:
-        raise AssertionError("a config check refuses leased SGLang engines by broadcast: a server can't keep weights beside those that it serves")
+        raise AssertionError(
+            "a config check refuses leased SGLang engines by broadcast: a server can't keep weights beside those that it serves"
+        )
 
     async def swap_staged(self, announcement: Announcement) -> Attestation:
         raise AssertionError("swap_staged without stage")
 
-    async def _update(self, announcement: Announcement, load: Callable[[str, bool], Awaitable[None]]) -> Attestation:
-        incarnation, report = await self.engine.update(load, version=announcement.version, probe_ids=announcement.probe_ids)
-        checksum = await self._client.checksum() if self._device == "cuda" else None  # SGLang computes none on a CPU
+    async def _update(
+        self, announcement: Announcement, load: Callable[[str, bool], Awaitable[None]]
+    ) -> Attestation:
+        incarnation, report = await self.engine.update(
+            load, version=announcement.version, probe_ids=announcement.probe_ids
+        )
+        checksum = (
+            await self._client.checksum() if self._device == "cuda" else None
+        )  # SGLang computes none on a CPU
         return Attestation(
             engine=self._name,
             incarnation=incarnation,

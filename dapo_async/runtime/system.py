@@ -32,7 +32,9 @@ Report = ReplayReport | LearnerReport | WorkerReport
 REPORT_S = 60.0  # a report is a moment's work: an actor that does not answer for so long hangs
 DEATH_NEWS_S = 2.0  # within which Ray tells of a death
 PATIENCE_S = 20.0  # after which a start that lasts is spoken of, again and again
-START_MARGIN_S = 30.0  # the actor, who can say why, is the first to notice a server that does not start
+START_MARGIN_S = (
+    30.0  # the actor, who can say why, is the first to notice a server that does not start
+)
 TAKE_MARGIN_S = 10.0  # the replay actor, who can say why, is the first to notice a late batch
 
 
@@ -43,11 +45,15 @@ class Worker:
         self.remote, self.name, self._deadlines = remote, remote.name, config.deadlines
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
-        attestation: Attestation | None = await self.remote.call("receive", announcement, deadline_s=self._deadlines.publish_s)
+        attestation: Attestation | None = await self.remote.call(
+            "receive", announcement, deadline_s=self._deadlines.publish_s
+        )
         return attestation
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
-        attestation: Attestation | None = await self.remote.call("read", announcement, folder, deadline_s=self._deadlines.publish_s)
+        attestation: Attestation | None = await self.remote.call(
+            "read", announcement, folder, deadline_s=self._deadlines.publish_s
+        )
         return attestation
 
     async def quarantine(self, on: bool) -> None:
@@ -60,7 +66,9 @@ class Worker:
         await self.remote.call("stage", announcement, deadline_s=self._deadlines.publish_s)
 
     async def swap_staged(self, announcement: Announcement) -> Attestation | None:
-        attestation: Attestation | None = await self.remote.call("swap_staged", announcement, deadline_s=self._deadlines.publish_s)
+        attestation: Attestation | None = await self.remote.call(
+            "swap_staged", announcement, deadline_s=self._deadlines.publish_s
+        )
         return attestation
 
     async def lease(self, on: bool) -> None:
@@ -81,10 +89,14 @@ class Worker:
 
     async def back(self) -> None:
         deadlines = self._deadlines
-        await self.remote.call("back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.publish_s)
+        await self.remote.call(
+            "back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.publish_s
+        )
 
     async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation | None:
-        evaluation: Evaluation | None = await self.remote.call("evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s)
+        evaluation: Evaluation | None = await self.remote.call(
+            "evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s
+        )
         return evaluation
 
 
@@ -92,14 +104,26 @@ class Replay:
     """The replay room as the loop sees it."""
 
     def __init__(self, remote: Remote, config: Config) -> None:
-        self.remote, self._take_s, self._save_s = remote, config.deadlines.take_s, config.deadlines.save_s
+        self.remote, self._take_s, self._save_s = (
+            remote,
+            config.deadlines.take_s,
+            config.deadlines.save_s,
+        )
 
     async def take(self, learner_version: int) -> TrainBatch | Verdict:
-        taken: TrainBatch | Verdict = await self.remote.call("take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S)
+        taken: TrainBatch | Verdict = await self.remote.call(
+            "take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S
+        )
         return taken
 
     async def trained(self, batch: TrainBatch, *, skipped: bool, non_finite: bool) -> None:
-        await self.remote.call("trained", batch.admission_indices, skipped=skipped, non_finite=non_finite, deadline_s=REPORT_S)
+        await self.remote.call(
+            "trained",
+            batch.admission_indices,
+            skipped=skipped,
+            non_finite=non_finite,
+            deadline_s=REPORT_S,
+        )
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)
@@ -123,7 +147,15 @@ class Replay:
 class System:
     """One run's actors. `start` makes them; `kill` ends them."""
 
-    def __init__(self, config: Config, run_dir: RunDir, *, incarnation: str, say: Callable[[str], None], resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        *,
+        incarnation: str,
+        say: Callable[[str], None],
+        resume: Path | None = None,
+    ) -> None:
         """`resume`: the `state/` folder of the checkpoint to go on from. `say`: what the person at the terminal has to know."""
         self._config, self._say, self.started = config, say, False
         self.restarts: Counter[str] = Counter()  # of lost engines, by worker
@@ -131,23 +163,53 @@ class System:
         # num_cpus=0 and no restarts: the driver decides what a death means.
         names = rank_names(config)
         node = home(num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * learner.num_gpus)
-        room = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=near(node, reserves=False))
+        room = ray.remote(ReplayActor).options(
+            num_cpus=0, scheduling_strategy=near(node, reserves=False)
+        )
         replay = room.remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
         near_replay = near(node, reserves=True)
-        rank = ray.remote(LearnerActor).options(num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay)
+        rank = ray.remote(LearnerActor).options(
+            num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay
+        )
         self.replay = Replay(Remote("replay", replay), config)
         ranks = [
-            Remote(name, rank.remote(config, number=number, name=name, incarnation=incarnation, run_dir=run_dir, resume=resume))
+            Remote(
+                name,
+                rank.remote(
+                    config,
+                    number=number,
+                    name=name,
+                    incarnation=incarnation,
+                    run_dir=run_dir,
+                    resume=resume,
+                ),
+            )
             for number, name in enumerate(names)
         ]
         self.learner = Learner(ranks, config)
-        worker = ray.remote(RolloutActor).options(num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD)
-        place = {"incarnation": incarnation, "replay": replay, "logs": run_dir.engines, "outer_key": os.environ.get(SERVER_KEY, "")}
+        worker = ray.remote(RolloutActor).options(
+            num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD
+        )
+        place = {
+            "incarnation": incarnation,
+            "replay": replay,
+            "logs": run_dir.engines,
+            "outer_key": os.environ.get(SERVER_KEY, ""),
+        }
         self.workers = [
-            Worker(Remote(f"rollout-{number}", worker.remote(config, number=number, **place)), config) for number in range(rollout.num_workers)
+            Worker(
+                Remote(f"rollout-{number}", worker.remote(config, number=number, **place)), config
+            )
+            for number in range(rollout.num_workers)
         ]
-        self.evaluator = start_evaluator(config, incarnation=incarnation, node=node) if has_evaluator(config) else None
-        self.background: set[asyncio.Task[Any]] = set()  # checkpoints and reports on their way, none of which the next step waits for
+        self.evaluator = (
+            start_evaluator(config, incarnation=incarnation, node=node)
+            if has_evaluator(config)
+            else None
+        )
+        self.background: set[asyncio.Task[Any]] = (
+            set()
+        )  # checkpoints and reports on their way, none of which the next step waits for
         self.publisher = Publisher(
             self.learner,
             self.workers,
@@ -160,19 +222,31 @@ class System:
     @property
     def remotes(self) -> list[Remote]:
         evaluators = [self.evaluator.remote] if self.evaluator else []
-        return [self.replay.remote, *self.learner.remotes, *(worker.remote for worker in self.workers), *evaluators]
+        return [
+            self.replay.remote,
+            *self.learner.remotes,
+            *(worker.remote for worker in self.workers),
+            *evaluators,
+        ]
 
     async def start(self) -> list[ProcessInfo]:
         """Waits until every actor is up, and says whom it waits for when that takes long."""
         start_s, began_s = self._config.deadlines.start_s, time.monotonic()
         others = [remote for remote in self.remotes if remote not in self.learner.remotes]
         up: dict[str, asyncio.Task[Any]] = {"learner": asyncio.create_task(self.learner.ready())}
-        up |= {remote.name: asyncio.create_task(remote.call("ready", deadline_s=start_s + START_MARGIN_S)) for remote in others}
+        up |= {
+            remote.name: asyncio.create_task(
+                remote.call("ready", deadline_s=start_s + START_MARGIN_S)
+            )
+            for remote in others
+        }
         everybody = asyncio.gather(*up.values())
         try:
             while not (await asyncio.wait([everybody], timeout=PATIENCE_S))[0]:
                 slow = ", ".join(name for name, task in up.items() if not task.done())
-                self._say(f"still waiting for {slow} to start, {time.monotonic() - began_s:.0f} s by now (deadlines.start_s is {start_s:g})")
+                self._say(
+                    f"still waiting for {slow} to start, {time.monotonic() - began_s:.0f} s by now (deadlines.start_s is {start_s:g})"
+                )
             ranks, *infos = await everybody
         finally:
             for task in up.values():
@@ -188,7 +262,10 @@ class System:
         size = 1 + len(members) * tp
         address = await self.learner.first.call("open_group", deadline_s=deadline_s)
         joins = [self.learner.first.call("join", size, deadline_s=deadline_s)]
-        joins += [worker.remote.call("join", address, 1 + place * tp, size, deadline_s=deadline_s) for place, worker in enumerate(members)]
+        joins += [
+            worker.remote.call("join", address, 1 + place * tp, size, deadline_s=deadline_s)
+            for place, worker in enumerate(members)
+        ]
         await asyncio.gather(*joins)
 
     def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -205,18 +282,28 @@ class System:
     async def watched(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Runs `main` for as long as every actor lives and every background publish goes well; the first failure ends it (law 8)."""
         task = asyncio.create_task(main, name="main")
-        watches = [asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes]
+        watches = [
+            asyncio.create_task(self._watch(remote), name=remote.name) for remote in self.remotes
+        ]
         if self._config.rollout.engine == "sglang":
-            watches += [asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers]
+            watches += [
+                asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers
+            ]
         try:
             while not task.done():
                 # What runs in the background changes from step to step: look again at least once a second.
-                running = {each for each in (*self.background, self.publisher.in_flight) if each is not None}
+                running = {
+                    each
+                    for each in (*self.background, self.publisher.in_flight)
+                    if each is not None
+                }
                 for done in [each for each in running if each.done()]:
                     done.result()
                     self.background.discard(done)
                     running.discard(done)
-                await asyncio.wait({task, *watches, *running}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {task, *watches, *running}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+                )
                 for watch in watches:
                     if watch.done() and not task.done():
                         watch.result()
@@ -246,8 +333,12 @@ class System:
             self.restarts[worker.name] += 1
             count, most = self.restarts[worker.name], self._config.rollout.max_restarts
             if count > most:
-                raise ActorFailed(f"{worker.name} lost its engine {count} times, rollout.max_restarts is {most}; the last time: {why}")
-            self._say(f"{worker.name} lost its engine: {why}; it is started anew ({count} of {most})")
+                raise ActorFailed(
+                    f"{worker.name} lost its engine {count} times, rollout.max_restarts is {most}; the last time: {why}"
+                )
+            self._say(
+                f"{worker.name} lost its engine: {why}; it is started anew ({count} of {most})"
+            )
             await self.replay.lease(worker.name, True)
             self.publisher.lose(worker)
             await worker.restart()
@@ -264,13 +355,22 @@ class System:
                 await worker.back()
             return evaluation
 
-        first, *others = await asyncio.gather(*(evaluate(worker, part) for part, worker in enumerate(self.workers)))
+        first, *others = await asyncio.gather(
+            *(evaluate(worker, part) for part, worker in enumerate(self.workers))
+        )
         return sum(others, start=first)
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | Exception]:
         """By actor: its report, or why there is none. The evaluator is not asked: on idle CPU time it may take long to answer."""
-        asked = [remote for remote in self.remotes if self.evaluator is None or remote is not self.evaluator.remote]
-        answers: list[Any] = await asyncio.gather(*(remote.call("report", deadline_s=deadline_s) for remote in asked), return_exceptions=True)
+        asked = [
+            remote
+            for remote in self.remotes
+            if self.evaluator is None or remote is not self.evaluator.remote
+        ]
+        answers: list[Any] = await asyncio.gather(
+            *(remote.call("report", deadline_s=deadline_s) for remote in asked),
+            return_exceptions=True,
+        )
         return dict(zip((remote.name for remote in asked), answers, strict=True))
 
     def kill(self) -> None:

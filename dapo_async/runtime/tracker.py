@@ -49,9 +49,13 @@ class Tracker:
         self.clock, self.timeline, self.totals = clock, Timeline(), totals
         self._system, self._run_dir, self._show = system, run_dir, show
         self._one_at_a_time = asyncio.Lock()
-        self._pending: dict[int, tuple[StepMetrics, TrainBatch, float]] = {}  # steps whose row is not written yet, and when they ended
+        self._pending: dict[
+            int, tuple[StepMetrics, TrainBatch, float]
+        ] = {}  # steps whose row is not written yet, and when they ended
         self._next_row, self._row_written = first_step, asyncio.Event()
-        self._slots: dict[str, SlotUse] = {}  # by worker: the newest, at the start of training, at the end of the step before
+        self._slots: dict[
+            str, SlotUse
+        ] = {}  # by worker: the newest, at the start of training, at the end of the step before
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
         self._step_end_s = clock.now_s()
@@ -116,11 +120,23 @@ class Tracker:
             self._row_written.set()
             self._row_written = asyncio.Event()
 
-    def _write(self, step: int, metrics: StepMetrics, batch: TrainBatch, now_s: float, *, rollout_idle: Mapping[str, float]) -> None:
+    def _write(
+        self,
+        step: int,
+        metrics: StepMetrics,
+        batch: TrainBatch,
+        now_s: float,
+        *,
+        rollout_idle: Mapping[str, float],
+    ) -> None:
         assert self.replay is not None
         values = summarise(metrics)
         counts = self.replay.counts.flat()
-        start_s, acceptance, publisher = self._step_end_s, self.replay.acceptance.get(batch.learner_version), self._system.publisher
+        start_s, acceptance, publisher = (
+            self._step_end_s,
+            self.replay.acceptance.get(batch.learner_version),
+            self._system.publisher,
+        )
         row: dict[str, Any] = {
             "step": step,
             "version": step + 1,
@@ -128,10 +144,24 @@ class Tracker:
             "step_s": now_s - start_s,
             "tokens_per_s": values["tokens"] / (now_s - start_s),
             **values,
-            **({"acceptance": acceptance.rate, "offered": acceptance.offered} if acceptance else {}),
-            **({"refill_waves": acceptance.refill_waves} if acceptance and acceptance.refill_waves is not None else {}),
-            **({f"rejected.{reason.value}": count for reason, count in acceptance.rejected.items()} if acceptance else {}),
-            **({f"verdicts.{reason}": count for reason, count in acceptance.verdicts.items()} if acceptance else {}),
+            **(
+                {"acceptance": acceptance.rate, "offered": acceptance.offered} if acceptance else {}
+            ),
+            **(
+                {"refill_waves": acceptance.refill_waves}
+                if acceptance and acceptance.refill_waves is not None
+                else {}
+            ),
+            **(
+                {f"rejected.{reason.value}": count for reason, count in acceptance.rejected.items()}
+                if acceptance
+                else {}
+            ),
+            **(
+                {f"verdicts.{reason}": count for reason, count in acceptance.verdicts.items()}
+                if acceptance
+                else {}
+            ),
             **{f"groups.{name}": count for name, count in counts.items()},
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,
@@ -141,7 +171,9 @@ class Tracker:
             "evicted": len(batch.evicted),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
-            "probe_gap": max((verdict.probe_gap for verdict in publisher.last_verdicts), default=0.0),
+            "probe_gap": max(
+                (verdict.probe_gap for verdict in publisher.last_verdicts), default=0.0
+            ),
             **{f"handshake.{name}": count for name, count in publisher.outcomes.items()},
         }
         self.checkpoint_pause_s = 0.0
@@ -168,7 +200,10 @@ class Tracker:
     def _learner_idle(self, start_s: float, end_s: float) -> float:
         """The mean over all ranks."""
         ranks = [remote.name for remote in self._system.learner.remotes]
-        return sum(self.timeline.idle_share(rank, LEARNER_BUSY, start_s=start_s, end_s=end_s) for rank in ranks) / len(ranks)
+        return sum(
+            self.timeline.idle_share(rank, LEARNER_BUSY, start_s=start_s, end_s=end_s)
+            for rank in ranks
+        ) / len(ranks)
 
     @property
     def train_s(self) -> float:
@@ -180,7 +215,10 @@ class Tracker:
 def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
     """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6); nothing where no time has passed."""
     spent = {
-        item.name: sum(getattr(new, item.name) - getattr(old, item.name) for old, new in ((before[worker], after[worker]) for worker in before))
+        item.name: sum(
+            getattr(new, item.name) - getattr(old, item.name)
+            for old, new in ((before[worker], after[worker]) for worker in before)
+        )
         for item in fields(SlotUse)
         if item.name not in ("slots", "elapsed_s")
     }

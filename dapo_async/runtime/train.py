@@ -65,7 +65,9 @@ class Run:
     interrupts: Interrupts = field(init=False)
     # Ray's thread lives as long as the run: Ray's processes die with the thread that started them. Not the loop's own executor, which would be
     # waited for without end when Ray's start hangs.
-    ray_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ray"))
+    ray_thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="ray")
+    )
     connecting: asyncio.Future[str] | None = None
     reaper: Reaper | None = None  # of an own Ray
 
@@ -87,14 +89,24 @@ class Run:
         except asyncio.CancelledError:
             if self.out_of_time:
                 limit = f"train.max_wall_s ({self.config.train.max_wall_s:g}) would have passed within the next step"
-                self.ending = Ending(Status.OUT_OF_TIME, f"{limit}; go on with dapo-async train --resume {self.run_dir.root}")
+                self.ending = Ending(
+                    Status.OUT_OF_TIME,
+                    f"{limit}; go on with dapo-async train --resume {self.run_dir.root}",
+                )
             elif self.interrupts.first is None:  # before the signals were listened for
                 self._note(signal.SIGINT)
         except Exception as error:  # noqa: BLE001 (the supervisor: every failure becomes a status, a reason and an orderly end)
             self.caught[type(error).__name__] += 1
-            self.lost, self.hangs = error.actor if isinstance(error, ActorDied) else None, isinstance(error, TimeoutError)
-            reason = (" ".join(str(error).split()) or repr(error)) + (self._unpublished() if isinstance(error, TimeoutError) else "")
-            self.ending = Ending(Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1)
+            self.lost, self.hangs = (
+                error.actor if isinstance(error, ActorDied) else None,
+                isinstance(error, TimeoutError),
+            )
+            reason = (" ".join(str(error).split()) or repr(error)) + (
+                self._unpublished() if isinstance(error, TimeoutError) else ""
+            )
+            self.ending = Ending(
+                Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1
+            )
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
         wall.cancel()
         self.clock.enter("stop")
@@ -116,13 +128,17 @@ class Run:
     def _end_at_once(self, number: signal.Signals) -> NoReturn:
         """Ends the process. What remains of an own Ray is the reaper's; a cluster ends its actors with the driver that they belong to."""
         self.ending = Ending(
-            Status.INTERRUPTED, f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost", 128 + number
+            Status.INTERRUPTED,
+            f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost",
+            128 + number,
         )
         try:
             if self.reaper is not None:
                 self.reaper.watch()
             self._write_summary()
-            self.say(f"{number.name} again: ended at once; go on with  dapo-async train --resume {self.run_dir.root}")
+            self.say(
+                f"{number.name} again: ended at once; go on with  dapo-async train --resume {self.run_dir.root}"
+            )
         finally:
             os._exit(self.ending.exit_code)
 
@@ -154,7 +170,13 @@ class Run:
             task = asyncio.current_task()
             assert task is not None
             self.interrupts.listen(task)
-            self.system = System(self.config, self.run_dir, incarnation=self.incarnation, say=self.say, resume=self.resume.state)
+            self.system = System(
+                self.config,
+                self.run_dir,
+                incarnation=self.incarnation,
+                say=self.say,
+                resume=self.resume.state,
+            )
             self.tracker = Tracker(
                 self.system,
                 self.run_dir,
@@ -163,7 +185,9 @@ class Run:
                 totals=Totals(**self.resume.driver.get("totals", {})),
                 first_step=self.resume.version,
             )
-            self.held_out = held_out = Evaluations(self.config, system=self.system, run_dir=self.run_dir, audience=self.audience)
+            self.held_out = held_out = Evaluations(
+                self.config, system=self.system, run_dir=self.run_dir, audience=self.audience
+            )
             self.checkpointer = Checkpointer(
                 self.config,
                 system=self.system,
@@ -173,7 +197,11 @@ class Run:
                 in_evaluation=lambda: held_out.in_flight,
             )
             for info in await self.system.start():
-                node = info.node if self.config.ray.address == LOCAL else f"{info.node} (node {info.node_id})"
+                node = (
+                    info.node
+                    if self.config.ray.address == LOCAL
+                    else f"{info.node} (node {info.node_id})"
+                )
                 self.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
             self.audience.start()
         await self.system.watched(self._train(self.system, self.tracker))
@@ -183,14 +211,18 @@ class Run:
             self.reaper = Reaper()
         try:
             async with asyncio.timeout(self.config.deadlines.start_s):
-                self.connecting = asyncio.get_running_loop().run_in_executor(self.ray_thread, connect, self.config)
+                self.connecting = asyncio.get_running_loop().run_in_executor(
+                    self.ray_thread, connect, self.config
+                )
                 self.say(await asyncio.shield(self.connecting))
             if self.reaper is not None:
                 self.reaper.watch()
         except ValueError as error:
             raise WrongInput(str(error)) from error
         except TimeoutError as error:
-            raise TimeoutError(f"the driver waited {self.config.deadlines.start_s:g} s for Ray to start") from error
+            raise TimeoutError(
+                f"the driver waited {self.config.deadlines.start_s:g} s for Ray to start"
+            ) from error
 
     async def _disconnect(self) -> None:
         """Ends Ray. A start that was interrupted goes to its end first, for half a Ray can't be shut down; one that hangs is left alone."""
@@ -213,12 +245,23 @@ class Run:
         await system.replay.serve(first_step)
         assert self.checkpointer is not None
         assert self.held_out is not None
-        verdict = await train_loop(system, tracker, self.checkpointer, self.held_out, config=self.config, first_step=first_step)
+        verdict = await train_loop(
+            system,
+            tracker,
+            self.checkpointer,
+            self.held_out,
+            config=self.config,
+            first_step=first_step,
+        )
         self.clock.enter("wait for publish")
         await system.settle()
         await self.checkpointer.save(deadline_s=self.config.deadlines.save_s)
         if verdict is not None:
-            self.ending = Ending(Status.SOLVED, verdict.reason) if verdict.solved else Ending(Status.FAILED, verdict.reason, 1)
+            self.ending = (
+                Ending(Status.SOLVED, verdict.reason)
+                if verdict.solved
+                else Ending(Status.FAILED, verdict.reason, 1)
+            )
         await system.replay.close()
         await self._evaluate("final")
 
@@ -238,15 +281,28 @@ class Run:
             if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
                 await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))
                 # Of the newest step: at most what was generated since is lost. Without learner or replay room the newest periodic one has to do.
-                if self.checkpointer is not None and self.lost != "replay" and not (self.lost or "").startswith("learner"):
-                    await self._attempt("a last checkpoint", self.checkpointer.save(deadline_s=save_s), within_s=save_s)
+                if (
+                    self.checkpointer is not None
+                    and self.lost != "replay"
+                    and not (self.lost or "").startswith("learner")
+                ):
+                    await self._attempt(
+                        "a last checkpoint",
+                        self.checkpointer.save(deadline_s=save_s),
+                        within_s=save_s,
+                    )
             if self.lost is not None:
                 await self._attempt("the lost groups", self.system.replay.lose_worker(self.lost))
             await self._attempt("the last counts", self.system.replay.close())
             if self.system.started:
-                await self._attempt("the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s))
+                await self._attempt(
+                    "the last reports", self.tracker.collect(deadline_s=0.8 * deadline_s)
+                )
             if self.held_out is not None and self.lost != "evaluator":
-                await self._attempt("the evaluator's spans", self.held_out.collect(self.tracker.timeline, deadline_s=0.8 * deadline_s))
+                await self._attempt(
+                    "the evaluator's spans",
+                    self.held_out.collect(self.tracker.timeline, deadline_s=0.8 * deadline_s),
+                )
             await self._attempt("the timeline", self._write_timeline(self.tracker))
             self.system.kill()
             if self.held_out is not None:
@@ -263,7 +319,9 @@ class Run:
             "incarnation": self.incarnation,
             "wall_s": self.resume.driver.get("wall_s", 0.0) + self.clock.now_s() - self.began_s,
             "totals": asdict(self.tracker.totals) | {"train_s": self.tracker.train_s},
-            "evaluations": {name: evaluation.to_json() for name, evaluation in self.evaluations.items()},
+            "evaluations": {
+                name: evaluation.to_json() for name, evaluation in self.evaluations.items()
+            },
             "train_data": self.train_data,
         }
 
@@ -275,7 +333,9 @@ class Run:
         finally:
             self.seconds[name] = self.clock.now_s() - began_s
 
-    async def _attempt(self, what: str, awaitable: Awaitable[Any], *, within_s: float | None = None) -> None:
+    async def _attempt(
+        self, what: str, awaitable: Awaitable[Any], *, within_s: float | None = None
+    ) -> None:
         try:
             await asyncio.wait_for(awaitable, within_s or self.config.deadlines.stop_s)
         except Exception as error:  # noqa: BLE001 (an orderly end goes on without what can't be had any more, and says so)
@@ -287,13 +347,23 @@ async def _nobody(version: int) -> None:
     """The first publish: there is no group whose credit could return."""
 
 
-def train(config: Config, *, run_dir: RunDir, progress: Progress, resume: ResumePoint = START, train_data: str) -> int:
+def train(
+    config: Config,
+    *,
+    run_dir: RunDir,
+    progress: Progress,
+    resume: ResumePoint = START,
+    train_data: str,
+) -> int:
     """Trains `config` into `run_dir`; returns the process's exit code. Raises ValueError for what the user has to change.
 
     `train_data`: fingerprint of the training prompts, kept for a resume.
     """
     run = Run(config, run_dir, Audience(config, run_dir, progress), resume, train_data=train_data)
-    run.evaluations |= {name: Evaluation.from_json(values) for name, values in resume.driver.get("evaluations", {}).items()}
+    run.evaluations |= {
+        name: Evaluation.from_json(values)
+        for name, values in resume.driver.get("evaluations", {}).items()
+    }
     code = asyncio.run(run.live())
     if code == EXIT_WRONG_INPUT:
         raise ValueError(run.ending.reason)

@@ -19,7 +19,9 @@ class Audience:
         self._progress, self._deadline_s = progress, config.deadlines.tracking_s
         self._mlflow: MlflowStore | None = None
         if config.tracking.mlflow is not None:
-            self._mlflow = MlflowStore(config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir))
+            self._mlflow = MlflowStore(
+                config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir)
+            )
         self.say = progress.say
 
     def start(self) -> None:

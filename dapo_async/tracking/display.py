@@ -23,14 +23,18 @@ STEPS_FOR_PACE = 10  # the remaining time is told from the median of so many new
 class LiveProgress(Progress):
     """Lines go above the display; the last state stays on the terminal."""
 
-    def __init__(self, out: Outlet, *, num_steps: int, max_staleness: int, console: Console | None = None) -> None:
+    def __init__(
+        self, out: Outlet, *, num_steps: int, max_staleness: int, console: Console | None = None
+    ) -> None:
         super().__init__(out, num_steps=num_steps, max_staleness=max_staleness)
         self._console = console or Console(file=cast(IO[str], out), force_terminal=True)
         self._began_s = self._row_s = time.monotonic()
         self._row: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._paces_s: deque[float] = deque(maxlen=STEPS_FOR_PACE)
-        self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=REFRESHES_PER_S)
+        self._live = Live(
+            get_renderable=self.render, console=self._console, refresh_per_second=REFRESHES_PER_S
+        )
         self._live.start()
         # rich hides the cursor until it stops; a run that is killed must not leave a terminal without one.
         self._console.show_cursor(True)
@@ -56,7 +60,9 @@ class LiveProgress(Progress):
         table.add_row("", ProgressBar(total=self._num_steps, completed=done))
         for name, *parts in self._lines():
             table.add_row(name, "   ".join(parts))
-        return Panel(table, title=f"step {done}/{self._num_steps}", subtitle=self._times(), padding=(0, 1))
+        return Panel(
+            table, title=f"step {done}/{self._num_steps}", subtitle=self._times(), padding=(0, 1)
+        )
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
         """A name and what there is to say of it."""
@@ -68,12 +74,24 @@ class LiveProgress(Progress):
             f"entropy {number(row, 'entropy', '.3f')}",
         )
         bound = f"(max {number(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
-        yield "responses", f"length {number(row, 'response_tokens', '.1f')}", f"staleness {number(row, 'staleness', '.2f')} {bound}"
+        yield (
+            "responses",
+            f"length {number(row, 'response_tokens', '.1f')}",
+            f"staleness {number(row, 'staleness', '.2f')} {bound}",
+        )
         yield "groups", *groups(row)
         speed = f"{number(row, 'tokens_per_s', ',.0f')} tok/s"
-        yield "speed", speed, f"idle learner {number(row, 'idle.learner', '.0%')}", f"rollout {number(row, 'idle.rollout', '.0%')}"
+        yield (
+            "speed",
+            speed,
+            f"idle learner {number(row, 'idle.learner', '.0%')}",
+            f"rollout {number(row, 'idle.rollout', '.0%')}",
+        )
         if evaluation:
-            accuracy, length = number(evaluation, "accuracy", ".3f"), number(evaluation, "mean_response_tokens", ".1f")
+            accuracy, length = (
+                number(evaluation, "accuracy", ".3f"),
+                number(evaluation, "mean_response_tokens", ".1f"),
+            )
             yield f"held-out v{evaluation['version']}", f"accuracy {accuracy}", f"length {length}"
 
     def _times(self) -> str:
@@ -81,7 +99,9 @@ class LiveProgress(Progress):
         elapsed = f"{clock(now_s - self._began_s)} elapsed"
         if not self._paces_s:
             return elapsed
-        left_s = (self._num_steps - self._row["version"]) * statistics.median(self._paces_s) - (now_s - self._row_s)
+        left_s = (self._num_steps - self._row["version"]) * statistics.median(self._paces_s) - (
+            now_s - self._row_s
+        )
         return f"{elapsed}, about {clock(max(0.0, left_s))} of training left"
 
 
@@ -100,7 +120,9 @@ def groups(row: Mapping[str, Any]) -> list[str]:
     for name in sorted(row):
         if name.startswith("groups.rejected.") and row[name]:
             reason = name.removeprefix("groups.rejected.")
-            parts.append(f"rejected {row.get(f'rejected.{reason}', 0)} {reason} ({row[name]} in all)")
+            parts.append(
+                f"rejected {row.get(f'rejected.{reason}', 0)} {reason} ({row[name]} in all)"
+            )
     return parts
 
 

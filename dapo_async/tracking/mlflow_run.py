@@ -32,7 +32,9 @@ class Description:
     uri: str  # of the store
     experiment: str
     name: str
-    artifacts: Path | None  # where the artifacts of a new experiment go; None: where the server wants them
+    artifacts: (
+        Path | None
+    )  # where the artifacts of a new experiment go; None: where the server wants them
     parameters: Mapping[str, str]
     tags: Mapping[str, str]
 
@@ -45,7 +47,11 @@ def prepare_environment() -> None:
 
 def store_uri(mlflow: str, runs: Path) -> tuple[str, Path | None]:
     """The tracking URI of the knob `tracking.mlflow` and the folder of its artifacts; `runs` is the folder of the run directories."""
-    return (f"sqlite:///{runs / 'mlflow.db'}", runs / "mlartifacts") if mlflow == LOCAL else (mlflow, None)
+    return (
+        (f"sqlite:///{runs / 'mlflow.db'}", runs / "mlartifacts")
+        if mlflow == LOCAL
+        else (mlflow, None)
+    )
 
 
 def flat_parameters(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -54,7 +60,10 @@ def flat_parameters(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
         if isinstance(value, Mapping):
             yield from flat_parameters(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, ("null" if value is None else str(value))[:MAX_PARAMETER_CHARACTERS]
+            yield (
+                prefix + name,
+                ("null" if value is None else str(value))[:MAX_PARAMETER_CHARACTERS],
+            )
 
 
 def finite_numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -62,7 +71,9 @@ def finite_numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]
     return {
         prefix + name: float(value)
         for name, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value) and name not in ("step", "version")
+        if isinstance(value, int | float)
+        and math.isfinite(value)
+        and name not in ("step", "version")
     }
 
 
@@ -90,7 +101,11 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(description.experiment)
         if found is None:
             try:
-                return str(self._client.create_experiment(description.experiment, artifact_location=artifacts))
+                return str(
+                    self._client.create_experiment(
+                        description.experiment, artifact_location=artifacts
+                    )
+                )
             except MlflowException:
                 # Another run has made it meanwhile; else the error is the one to tell.
                 if (found := self._client.get_experiment_by_name(description.experiment)) is None:
@@ -114,7 +129,13 @@ class MlflowRun:
         new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for start in range(0, len(new), MAX_PARAMETERS):
             self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMETERS])
-        self.tag({f"resumed.{name}": value for name, value in wanted.items() if known.get(name, value) != value})
+        self.tag(
+            {
+                f"resumed.{name}": value
+                for name, value in wanted.items()
+                if known.get(name, value) != value
+            }
+        )
 
     def tag(self, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
@@ -124,7 +145,10 @@ class MlflowRun:
         """One batch of metrics; the same batch twice is one."""
         from mlflow.entities import Metric
 
-        self._client.log_batch(self.run_id, metrics=[Metric(name, value, time_ms, step) for name, value in values.items()])
+        self._client.log_batch(
+            self.run_id,
+            metrics=[Metric(name, value, time_ms, step) for name, value in values.items()],
+        )
 
     def add_file(self, path: Path, folder: str | None = None) -> None:
         """Adds a copy of `path` to the artifacts; a file that is not there is passed over."""
@@ -140,4 +164,9 @@ def is_refusal(error: Exception) -> bool:
     """Whether the store answered and took no offence at anything but this one request: to send it again would change nothing."""
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404, 409, 413)
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (
+        400,
+        404,
+        409,
+        413,
+    )

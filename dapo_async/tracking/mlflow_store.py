@@ -18,12 +18,23 @@ from threading import Event, Thread
 from typing import Any
 
 from dapo_async.config import Config, redacted
-from dapo_async.tracking.mlflow_run import Description, MlflowRun, finite_numbers, flat_parameters, is_refusal, prepare_environment, store_uri
+from dapo_async.tracking.mlflow_run import (
+    Description,
+    MlflowRun,
+    finite_numbers,
+    flat_parameters,
+    is_refusal,
+    prepare_environment,
+    store_uri,
+)
 from dapo_async.tracking.run_dir import RunDir
 
 RETRY_S = 15.0
 MAX_WAITING = 10_000  # calls that the queue holds; further rows stay in the run directory alone
-NUM_ROLLOUT_FILES, NEWEST_ROLLOUT_FILES = 10, 3  # of rollouts/: at even intervals along the run, and at its end
+NUM_ROLLOUT_FILES, NEWEST_ROLLOUT_FILES = (
+    10,
+    3,
+)  # of rollouts/: at even intervals along the run, and at its end
 CLOSED = {"failed": "FAILED", "interrupted": "KILLED"}  # by the run's status; FINISHED otherwise
 
 Call = Callable[[MlflowRun], None]
@@ -64,14 +75,24 @@ class MlflowStore:
     def log_step(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl: its numbers at its step, and now and then the step's rollouts."""
         step = int(row["step"])
-        self._put(partial(_log, step=step, values=finite_numbers(row), time_ms=int(time.time() * 1000)))
+        self._put(
+            partial(_log, step=step, values=finite_numbers(row), time_ms=int(time.time() * 1000))
+        )
         if step % self._every == 0:
-            self._put(partial(_add_files, paths=[self._run_dir.rollouts / f"step_{step:06d}.jsonl"], folder="rollouts"))
+            self._put(
+                partial(
+                    _add_files,
+                    paths=[self._run_dir.rollouts / f"step_{step:06d}.jsonl"],
+                    folder="rollouts",
+                )
+            )
 
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
         """One evaluation: its numbers as `evaluation.NAME`, at the weight version that was measured."""
         values = finite_numbers(row, prefix="evaluation.")
-        self._put(partial(_log, step=int(row["version"]), values=values, time_ms=int(time.time() * 1000)))
+        self._put(
+            partial(_log, step=int(row["version"]), values=values, time_ms=int(time.time() * 1000))
+        )
 
     def finish(self, status: str, reason: str, *, deadline_s: float) -> None:
         """Sends the artifacts and closes the MLflow run. Returns at the latest after `deadline_s`; what is not sent by then is given up."""
@@ -80,13 +101,19 @@ class MlflowStore:
         run_dir = self._run_dir
         newest = sorted(run_dir.rollouts.glob("step_*.jsonl"))[-NEWEST_ROLLOUT_FILES:]
         self._queue.put(partial(_add_files, paths=newest, folder="rollouts"))
-        self._queue.put(partial(_add_files, paths=[run_dir.config, run_dir.summary, run_dir.picture, run_dir.error]))
+        self._queue.put(
+            partial(
+                _add_files, paths=[run_dir.config, run_dir.summary, run_dir.picture, run_dir.error]
+            )
+        )
         self._queue.put(partial(_close, status=status, reason=redacted(reason)))
         self._queue.put(None)
         self._ending.set()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
-            self._tell("late", f"has not taken everything within {deadline_s:g} s (deadlines.tracking_s)")
+            self._tell(
+                "late", f"has not taken everything within {deadline_s:g} s (deadlines.tracking_s)"
+            )
 
     def _put(self, call: Call) -> None:
         if self._queue.qsize() < MAX_WAITING:
@@ -110,14 +137,21 @@ class MlflowStore:
         try:
             call(self._run or self._open())
         except Exception as error:  # noqa: BLE001 (tracking's network edge: whatever a store, its drivers or the network raise is counted and told)
-            self._tell(type(error).__name__, f"can't be used: {' '.join(str(error).split())[:300] or repr(error)}")
+            self._tell(
+                type(error).__name__,
+                f"can't be used: {' '.join(str(error).split())[:300] or repr(error)}",
+            )
             return self._run is not None and is_refusal(error)
         return True
 
     def _open(self) -> MlflowRun:
         self._run = run = self._open_run(self._description, self._known_run_id)
         uri, experiment = redacted(self._description.uri), self._description.experiment
-        self._run_dir.write(self._run_dir.mlflow, json.dumps({"uri": uri, "experiment": experiment, "run_id": run.run_id}, indent=2) + "\n")
+        self._run_dir.write(
+            self._run_dir.mlflow,
+            json.dumps({"uri": uri, "experiment": experiment, "run_id": run.run_id}, indent=2)
+            + "\n",
+        )
         self.run_id = run.run_id
         return run
 
@@ -126,16 +160,29 @@ class MlflowStore:
         self.caught[f"mlflow: {what}"] += 1
         if not self._told:
             self._told = True
-            self._say(redacted(f"MLflow at {self._description.uri} {why}; the run goes on, and {self._run_dir.root} has everything"))
+            self._say(
+                redacted(
+                    f"MLflow at {self._description.uri} {why}; the run goes on, and {self._run_dir.root} has everything"
+                )
+            )
 
 
 def describe(config: Config, run_dir: RunDir) -> Description:
     """The MLflow run that belongs to `run_dir`."""
     assert config.tracking.mlflow is not None, "tracking.mlflow is off"
     uri, artifacts = store_uri(config.tracking.mlflow, run_dir.root.parent)
-    shown = replace(config, tracking=replace(config.tracking, mlflow=redacted(config.tracking.mlflow)))
+    shown = replace(
+        config, tracking=replace(config.tracking, mlflow=redacted(config.tracking.mlflow))
+    )
     tags = {"status": "running", "run_dir": str(run_dir.root)}
-    return Description(uri, config.tracking.experiment, run_dir.root.name, artifacts, dict(flat_parameters(asdict(shown))), tags)
+    return Description(
+        uri,
+        config.tracking.experiment,
+        run_dir.root.name,
+        artifacts,
+        dict(flat_parameters(asdict(shown))),
+        tags,
+    )
 
 
 def known_run_id(config: Config, run_dir: RunDir) -> str | None:

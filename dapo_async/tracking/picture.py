@@ -42,7 +42,16 @@ def draw_dynamics(run_dir: RunDir) -> bool:
             _draw(panel, rows, "step", name, label=name.rpartition(".")[2], linewidth=1.6)
         if evaluated:
             # Version v is what the steps before step v have made.
-            _draw(panel, evaluations, "version", evaluated, label="held-out", marker="o", linestyle="--", linewidth=1.0)
+            _draw(
+                panel,
+                evaluations,
+                "version",
+                evaluated,
+                label="held-out",
+                marker="o",
+                linestyle="--",
+                linewidth=1.0,
+            )
         panel.set_title(title, fontsize=11)
         panel.grid(alpha=0.3)
         if len(panel.lines) > 1:
@@ -58,7 +67,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], across: str, name: str, **style: Any) -> None:
+def _draw(
+    panel: Any, rows: Sequence[Mapping[str, Any]], across: str, name: str, **style: Any
+) -> None:
     """One curve of the rows that have a number for it."""
     points = [(row[across], row[name]) for row in rows if row.get(name) is not None]
     if points:

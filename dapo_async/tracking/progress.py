@@ -85,7 +85,12 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -103,7 +108,11 @@ def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
 
 def step_line(row: Mapping[str, Any], *, num_steps: int, max_staleness: int) -> str:
     """One line that fits a terminal: where the run is, whether it learns, whether it is healthy."""
-    rejected = " ".join(f"-{row[name]} {name.removeprefix('rejected.')}" for name in sorted(row) if name.startswith("rejected."))
+    rejected = " ".join(
+        f"-{row[name]} {name.removeprefix('rejected.')}"
+        for name in sorted(row)
+        if name.startswith("rejected.")
+    )
     entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
     return (
         f"step {row['step'] + 1:>3}/{num_steps} {row['time_s']:6.1f} s  accuracy {row['accuracy']:.2f}  length {row['response_tokens']:5.1f}  "

@@ -44,15 +44,49 @@ PANELS = (
         "accuracy",
     ),
     Panel("Reward", ("reward",), "Mean shaped reward of the trained rollouts."),
-    Panel("Response length (tokens)", ("response_tokens",), "Mean over the trained rollouts, and held out.", "mean_response_tokens"),
-    Panel("Truncated responses (share)", ("truncated",), "Cut at rollout.max_response_tokens.", "truncated"),
-    Panel("Entropy (nats)", ("entropy",), "Mean over the tokens in the loss; near 0 nothing is tried any more."),
-    Panel("Mean probability of the chosen tokens", ("probability",), "What the learner gives to the tokens that were sampled."),
-    Panel("Clip fractions (share of tokens)", ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction"), "Tokens that a clip silences."),
-    Panel("Staleness (versions)", ("staleness", "group_staleness_max"), "Mean over the tokens, and the largest of any group: what law 1 bounds."),
-    Panel("Rejected groups (per step)", (REJECTED,), "By reason: all_correct has nothing left to learn, all_wrong nothing to learn from."),
+    Panel(
+        "Response length (tokens)",
+        ("response_tokens",),
+        "Mean over the trained rollouts, and held out.",
+        "mean_response_tokens",
+    ),
+    Panel(
+        "Truncated responses (share)",
+        ("truncated",),
+        "Cut at rollout.max_response_tokens.",
+        "truncated",
+    ),
+    Panel(
+        "Entropy (nats)",
+        ("entropy",),
+        "Mean over the tokens in the loss; near 0 nothing is tried any more.",
+    ),
+    Panel(
+        "Mean probability of the chosen tokens",
+        ("probability",),
+        "What the learner gives to the tokens that were sampled.",
+    ),
+    Panel(
+        "Clip fractions (share of tokens)",
+        ("clip_low_fraction", "clip_high_fraction", "dual_clip_fraction"),
+        "Tokens that a clip silences.",
+    ),
+    Panel(
+        "Staleness (versions)",
+        ("staleness", "group_staleness_max"),
+        "Mean over the tokens, and the largest of any group: what law 1 bounds.",
+    ),
+    Panel(
+        "Rejected groups (per step)",
+        (REJECTED,),
+        "By reason: all_correct has nothing left to learn, all_wrong nothing to learn from.",
+    ),
     Panel("Acceptance (share of groups)", ("acceptance",), "Of the groups that the filters saw."),
-    Panel("Idle shares", ("idle.learner", "idle.rollout"), "Of the learner's time and of the engines' slots."),
+    Panel(
+        "Idle shares",
+        ("idle.learner", "idle.rollout"),
+        "Of the learner's time and of the engines' slots.",
+    ),
     Panel(
         "Idle slots by cause (share)",
         ("idle.rollout.no_credit", "idle.rollout.tail", "idle.rollout.sync"),
@@ -61,8 +95,16 @@ PANELS = (
     Panel("Seconds per step", ("step_s",), "From the end of the step before, waiting included."),
     Panel("Throughput (trained tokens/s)", ("tokens_per_s",), "Tokens of a step over its seconds."),
     Panel("Gradient norm", ("grad_norm",), "Before clipping, mean over the updates of a step."),
-    Panel("KL of behaviour and proximal policy (nats)", ("behaviour_kl_k3", "mismatch_k3"), "What staleness, and rounding alone, make of it."),
-    Panel("Effective sample size (share)", ("behaviour_ess", "behaviour_weight_ess"), "Of the importance ratios before and after the correction."),
+    Panel(
+        "KL of behaviour and proximal policy (nats)",
+        ("behaviour_kl_k3", "mismatch_k3"),
+        "What staleness, and rounding alone, make of it.",
+    ),
+    Panel(
+        "Effective sample size (share)",
+        ("behaviour_ess", "behaviour_weight_ess"),
+        "Of the importance ratios before and after the correction.",
+    ),
 )
 
 
@@ -79,8 +121,12 @@ def _literal_text() -> Iterator[None]:
 def draw_panel(panel: Panel, runs: Sequence[RunRecord]) -> Figure | None:
     """None where no run has any number for it."""
     panel = _spelt_out(panel, runs)
-    shown = [column for column in panel.columns if any(column in row for run in runs for row in run.rows)]
-    held_out = panel.evaluated is not None and any(panel.evaluated in row for run in runs for row in run.evaluations)
+    shown = [
+        column for column in panel.columns if any(column in row for run in runs for row in run.rows)
+    ]
+    held_out = panel.evaluated is not None and any(
+        panel.evaluated in row for run in runs for row in run.evaluations
+    )
     if not shown and not held_out:
         return None
     figure, axes = _figure(6.4, 3.3)
@@ -97,9 +143,20 @@ def draw_panel(panel: Panel, runs: Sequence[RunRecord]) -> Figure | None:
             axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=4, **style)
         if held_out:
             assert panel.evaluated is not None
-            points = [(row["version"], row[panel.evaluated]) for row in run.evaluations if panel.evaluated in row]
+            points = [
+                (row["version"], row[panel.evaluated])
+                for row in run.evaluations
+                if panel.evaluated in row
+            ]
             colour = colours[number] if len(runs) > 1 else "C3"
-            axes.plot(*(zip(*points, strict=True) if points else ((), ())), color=colour, marker="o", markersize=4.5, linestyle=":", linewidth=1)
+            axes.plot(
+                *(zip(*points, strict=True) if points else ((), ())),
+                color=colour,
+                marker="o",
+                markersize=4.5,
+                linestyle=":",
+                linewidth=1,
+            )
     axes.set_xlabel("learner step")
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
@@ -115,7 +172,9 @@ def draw_pass_rates(rates: PassRates, *, across: str) -> Figure | None:
     import matplotlib as mpl
 
     lines, size = heat_lines(rates)
-    figure, axes = _figure(max(6.4, min(13.0, 2.5 + 0.4 * len(rates.evaluations))), min(6.0, 1.8 + 0.05 * len(lines)))
+    figure, axes = _figure(
+        max(6.4, min(13.0, 2.5 + 0.4 * len(rates.evaluations))), min(6.0, 1.8 + 0.05 * len(lines))
+    )
     colours = mpl.colormaps["YlGnBu"].with_extremes(bad="0.75")
     image = axes.imshow(lines, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap=colours)
     every = -(-len(rates.evaluations) // MOST_TICKS)
@@ -124,7 +183,10 @@ def draw_pass_rates(rates: PassRates, *, across: str) -> Figure | None:
     slanted: dict[str, Any] = {"rotation": 25, "ha": "right"} if max(map(len, labels)) > 8 else {}
     axes.set_xticks(list(ticks), labels, **slanted)
     axes.set_xlabel(across)
-    axes.set_ylabel(f"{len(rates.problems)} problems, hardest on top" + (f"; {size} per line" if size > 1 else ""))
+    axes.set_ylabel(
+        f"{len(rates.problems)} problems, hardest on top"
+        + (f"; {size} per line" if size > 1 else "")
+    )
     axes.set_yticks([])
     figure.colorbar(image, label="pass rate")
     return figure
@@ -135,7 +197,10 @@ def heat_lines(rates: PassRates) -> tuple[list[list[float]], int]:
     ordered = sorted(rates.values, key=lambda values: mean_known(values, without=-1.0))
     size = -(-len(ordered) // MOST_LINES)
     blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [[mean_known(column, without=math.nan) for column in zip(*block, strict=True)] for block in blocks], size
+    return [
+        [mean_known(column, without=math.nan) for column in zip(*block, strict=True)]
+        for block in blocks
+    ], size
 
 
 def mean_known(values: Iterable[float], *, without: float) -> float:
@@ -170,14 +235,30 @@ def series(rows: Sequence[Mapping[str, float]], column: str) -> tuple[list[float
 def has_lonely(values: Sequence[float]) -> bool:
     """Whether a value stands between gaps: no line leads to it, so that only a mark can be seen."""
     known = [False, *(not math.isnan(value) for value in values), False]
-    return any(here and not before and not after for before, here, after in zip(known, known[1:], known[2:], strict=False))
+    return any(
+        here and not before and not after
+        for before, here, after in zip(known, known[1:], known[2:], strict=False)
+    )
 
 
 def _spelt_out(panel: Panel, runs: Sequence[RunRecord]) -> Panel:
     """With the reasons that occurred."""
     if panel.columns != (REJECTED,):
         return panel
-    return replace(panel, columns=tuple(sorted({name for run in runs for row in run.rows for name in row if name.startswith(REJECTED)})))
+    return replace(
+        panel,
+        columns=tuple(
+            sorted(
+                {
+                    name
+                    for run in runs
+                    for row in run.rows
+                    for name in row
+                    if name.startswith(REJECTED)
+                }
+            )
+        ),
+    )
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -193,13 +274,37 @@ def _legend(axes: Axes, runs: Sequence[str], columns: Sequence[str], *, held_out
 
     entries: list[tuple[Any, str]] = []
     if len(runs) > 1:
-        entries += [(Line2D([], [], color=colour), name) for colour, name in zip(run_colours(len(runs)), runs, strict=True)]
+        entries += [
+            (Line2D([], [], color=colour), name)
+            for colour, name in zip(run_colours(len(runs)), runs, strict=True)
+        ]
     if len(columns) > 1 or (columns and held_out):
         for place, column in enumerate(columns):
-            style: dict[str, Any] = {"color": f"C{place}"} if len(runs) == 1 else {"color": "0.3", "linestyle": LINE_STYLES[place % len(LINE_STYLES)]}
-            entries.append((Line2D([], [], **style), column.removeprefix(REJECTED) if not held_out else "trained"))
+            style: dict[str, Any] = (
+                {"color": f"C{place}"}
+                if len(runs) == 1
+                else {"color": "0.3", "linestyle": LINE_STYLES[place % len(LINE_STYLES)]}
+            )
+            entries.append(
+                (
+                    Line2D([], [], **style),
+                    column.removeprefix(REJECTED) if not held_out else "trained",
+                )
+            )
     if held_out:
-        entries.append((Line2D([], [], color="C3" if len(runs) == 1 else "0.3", marker="o", linestyle=":", markersize=4.5), "held out"))
+        entries.append(
+            (
+                Line2D(
+                    [],
+                    [],
+                    color="C3" if len(runs) == 1 else "0.3",
+                    marker="o",
+                    linestyle=":",
+                    markersize=4.5,
+                ),
+                "held out",
+            )
+        )
     if entries:
         handles, labels = zip(*entries, strict=True)
         axes.legend(handles, labels, fontsize=8, framealpha=0.7)

@@ -32,7 +32,9 @@ def page(title: str, sections: Iterable[str]) -> bytes:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width"><title>{text(title)}</title><style>{STYLE}</style></head><body>'
     )
-    return "\n".join([head, f"<h1>{text(title)}</h1>", *sections, "</body></html>", ""]).encode("utf-8", "replace")
+    return "\n".join([head, f"<h1>{text(title)}</h1>", *sections, "</body></html>", ""]).encode(
+        "utf-8", "replace"
+    )
 
 
 def text(value: Any) -> str:
@@ -40,7 +42,9 @@ def text(value: Any) -> str:
     whole = "none" if value is None else str(value)
     rest = len(whole) - MOST_CHARACTERS
     shown = escape(whole[:MOST_CHARACTERS])
-    shown = "".join(letter if letter >= " " or letter in "\n\t" else "\N{SYMBOL FOR NULL}" for letter in shown)
+    shown = "".join(
+        letter if letter >= " " or letter in "\n\t" else "\N{SYMBOL FOR NULL}" for letter in shown
+    )
     return f"{shown} [{rest} characters more]" if rest > 0 else shown
 
 
@@ -95,7 +99,10 @@ def group(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     head = ("sibling", "reward", "accuracy", "answer read", "tokens", "versions", "response")
-    return details(summary, f"<p>prompt</p><pre>{text(first.get('prompt'))}</pre><p>gold answer: {text(first.get('gold'))}</p>{table(head, cells)}")
+    return details(
+        summary,
+        f"<p>prompt</p><pre>{text(first.get('prompt'))}</pre><p>gold answer: {text(first.get('gold'))}</p>{table(head, cells)}",
+    )
 
 
 def _versions(spans: Any) -> str:

@@ -15,7 +15,11 @@ from typing import Any
 from dapo_async.tracking.run_dir import RunDir
 
 LARGEST = 1e300  # of a number that can be drawn
-MARKS = ("config.yaml", "metrics.jsonl", "summary.json")  # one of them makes a folder a run directory
+MARKS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+)  # one of them makes a folder a run directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,9 @@ class RunRecord:
 
     name: str
     root: Path
-    rows: list[dict[str, float]]  # metrics.jsonl, ascending in `step`; what is no number is left out
+    rows: list[
+        dict[str, float]
+    ]  # metrics.jsonl, ascending in `step`; what is no number is left out
     evaluations: list[dict[str, float]]  # evaluations.jsonl, ascending in `version`
     pass_rates: PassRates
     summary: dict[str, Any]
@@ -64,13 +70,26 @@ def rollout_file(root: Path, step: int) -> Path:
 def read_run(root: Path, name: str) -> RunRecord:
     """Raises ValueError for a folder that is no run directory."""
     if not any((root / mark).is_file() for mark in MARKS):
-        raise ValueError(f"{root} is no run directory: it has none of {', '.join(MARKS)}; give the folder that a run has printed")
+        raise ValueError(
+            f"{root} is no run directory: it has none of {', '.join(MARKS)}; give the folder that a run has printed"
+        )
     run_dir, notes = RunDir(root), list[str]()
-    rows = _numbers(_json_lines(run_dir.metrics, notes), by="step", notes=notes, name=run_dir.metrics.name)
+    rows = _numbers(
+        _json_lines(run_dir.metrics, notes), by="step", notes=notes, name=run_dir.metrics.name
+    )
     if not rows:
         notes.append("no step has been written yet")
-    evaluations = _numbers(_json_lines(run_dir.evaluations, notes), by="version", notes=notes, name=run_dir.evaluations.name)
-    steps = sorted(int(path.stem.removeprefix("step_")) for path in run_dir.rollouts.glob("step_*.jsonl") if path.stem[5:].isdecimal())
+    evaluations = _numbers(
+        _json_lines(run_dir.evaluations, notes),
+        by="version",
+        notes=notes,
+        name=run_dir.evaluations.name,
+    )
+    steps = sorted(
+        int(path.stem.removeprefix("step_"))
+        for path in run_dir.rollouts.glob("step_*.jsonl")
+        if path.stem[5:].isdecimal()
+    )
     return RunRecord(
         name=name,
         root=root,
@@ -89,10 +108,15 @@ def read_evaluation(path: Path) -> EvalRecord:
     try:
         result = json.loads(path.read_bytes())
         # A problem over all of whose responses the verifier failed has no rate: nan.
-        rates = {int(each["row"]): number(each["accuracy"] if each.get("num_judged") != 0 else None) for each in result["problems"]}
+        rates = {
+            int(each["row"]): number(each["accuracy"] if each.get("num_judged") != 0 else None)
+            for each in result["problems"]
+        }
         settings, totals = dict(result["settings"]), dict(result["totals"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is neither a run directory nor the result of dapo-async eval ({error!r}); give one of them") from error
+        raise ValueError(
+            f"{path} is neither a run directory nor the result of dapo-async eval ({error!r}); give one of them"
+        ) from error
     return EvalRecord(path.stem, settings, totals, rates)
 
 
@@ -113,11 +137,32 @@ def _pass_rates(folder: Path, notes: list[str]) -> PassRates:
     for path in folder.glob("version_*.json"):
         values = _json_object(path, notes)
         rows, accuracies = values.get("rows"), values.get("accuracies")
-        if not (isinstance(values.get("version"), int) and isinstance(rows, list) and isinstance(accuracies, list) and len(rows) == len(accuracies)):
-            notes.append(f"evaluations/{path.name} does not say which problems were solved; it is left out")
+        if not (
+            isinstance(values.get("version"), int)
+            and isinstance(rows, list)
+            and isinstance(accuracies, list)
+            and len(rows) == len(accuracies)
+        ):
+            notes.append(
+                f"evaluations/{path.name} does not say which problems were solved; it is left out"
+            )
             continue
-        found.append((values["version"], {row: number(accuracy) for row, accuracy in zip(rows, accuracies, strict=True) if isinstance(row, int)}))
-    return _arrange([(str(version), accuracies) for version, accuracies in sorted(found, key=lambda pair: pair[0])])
+        found.append(
+            (
+                values["version"],
+                {
+                    row: number(accuracy)
+                    for row, accuracy in zip(rows, accuracies, strict=True)
+                    if isinstance(row, int)
+                },
+            )
+        )
+    return _arrange(
+        [
+            (str(version), accuracies)
+            for version, accuracies in sorted(found, key=lambda pair: pair[0])
+        ]
+    )
 
 
 def _arrange(columns: Sequence[tuple[str, Mapping[int, float]]]) -> PassRates:
@@ -126,12 +171,16 @@ def _arrange(columns: Sequence[tuple[str, Mapping[int, float]]]) -> PassRates:
     return PassRates(problems, [name for name, _ in columns], values)
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]], *, by: str, notes: list[str], name: str) -> list[dict[str, float]]:
+def _numbers(
+    rows: Sequence[Mapping[str, Any]], *, by: str, notes: list[str], name: str
+) -> list[dict[str, float]]:
     """The numbers of each row, one row per `by`, the last of equals."""
     known: dict[float, dict[str, float]] = {}
     for row in rows:
         if not math.isnan(place := number(row.get(by))):
-            known[place] = {key: value for key, each in row.items() if not math.isnan(value := number(each))}
+            known[place] = {
+                key: value for key, each in row.items() if not math.isnan(value := number(each))
+            }
     if (lost := sum(math.isnan(number(row.get(by))) for row in rows)) > 0:
         notes.append(f"{name}: {lost} of {len(rows)} rows have no {by}; they are left out")
     return [known[place] for place in sorted(known)]
@@ -146,7 +195,9 @@ def _json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         else:
             broken.append(total)
     if broken:
-        notes.append(f"{path.name}: {len(broken)} of {total} lines are no JSON objects, the first is line {broken[0]}; they are left out")
+        notes.append(
+            f"{path.name}: {len(broken)} of {total} lines are no JSON objects, the first is line {broken[0]}; they are left out"
+        )
     return rows
 
 

@@ -28,11 +28,15 @@ class RunDir:
             if root.exists() and not root.is_dir():
                 raise ValueError(f"run_dir {root} is a file; choose another run_dir")
             if root.exists() and any(root.iterdir()):
-                raise ValueError(f"run_dir {root} is not empty; go on with train --resume {root}, choose another run_dir, or remove it")
+                raise ValueError(
+                    f"run_dir {root} is not empty; go on with train --resume {root}, choose another run_dir, or remove it"
+                )
             for name in ("rollouts", "checkpoints"):
                 (root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:  # below a file, no permission, a name too long, …
-            raise ValueError(f"run_dir {root} can't be made: {error.strerror}; choose another run_dir") from error
+            raise ValueError(
+                f"run_dir {root} can't be made: {error.strerror}; choose another run_dir"
+            ) from error
         return cls(root)
 
     def reopen(self, version: int) -> None:
@@ -61,11 +65,17 @@ class RunDir:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(folder)
-            raise ValueError(f"the run in {self.root} is still going on in another process; wait for its end, or end it first") from error
+            raise ValueError(
+                f"the run in {self.root} is still going on in another process; wait for its end, or end it first"
+            ) from error
 
     def best_version(self, versions: Sequence[int]) -> int | None:
         """Of these versions the one with the best evaluation, the later of equals; None when none was evaluated."""
-        rows = [json.loads(line) for line in self.evaluations.read_text().splitlines()] if self.evaluations.exists() else []
+        rows = (
+            [json.loads(line) for line in self.evaluations.read_text().splitlines()]
+            if self.evaluations.exists()
+            else []
+        )
         known = [(row["accuracy"], row["version"]) for row in rows if row["version"] in versions]
         return max(known)[1] if known else None
 
@@ -163,8 +173,14 @@ class RunDir:
         _append_row(self.evaluations, values)
         self.problems.mkdir(exist_ok=True)
         rows = sorted(accuracies)
-        solved = {"version": values["version"], "rows": rows, "accuracies": [accuracies[row] for row in rows]}
-        self.write(self.problems / f"version_{values['version']:06d}.json", json.dumps(solved) + "\n")
+        solved = {
+            "version": values["version"],
+            "rows": rows,
+            "accuracies": [accuracies[row] for row in rows],
+        }
+        self.write(
+            self.problems / f"version_{values['version']:06d}.json", json.dumps(solved) + "\n"
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of every step so far."""
@@ -181,7 +197,10 @@ class RunDir:
 
 
 def _append_row(path: Path, values: Mapping[str, Any]) -> None:
-    known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
     with path.open("a") as file:
         file.write(json.dumps(known, allow_nan=False) + "\n")
 
@@ -190,7 +209,11 @@ def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrites a file of JSON rows atomically; a last line that a kill left unfinished goes too."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and wanted(json.loads(line))]
+    kept = [
+        line
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n") and wanted(json.loads(line))
+    ]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)

@@ -12,4 +12,12 @@ from dapo_async.weights.collective import WeightGroup
 from dapo_async.weights.handshake import Verdict, judge
 from dapo_async.weights.publisher import Publisher
 
-__all__ = ["Announcement", "Attestation", "Manifest", "Publisher", "Verdict", "WeightGroup", "judge"]
+__all__ = [
+    "Announcement",
+    "Attestation",
+    "Manifest",
+    "Publisher",
+    "Verdict",
+    "WeightGroup",
+    "judge",
+]

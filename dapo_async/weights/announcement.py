@@ -45,7 +45,12 @@ class Manifest:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Manifest:
-        return cls(tuple(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in weights.items()))
+        return cls(
+            tuple(
+                TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                for name, tensor in weights.items()
+            )
+        )
 
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
         """Runs of neighbours of one dtype of at most `bucket_bytes` together; a larger tensor is a bucket of its own."""
@@ -81,8 +86,12 @@ class Attestation:
     version: int
     probe_before: NDArray[np.float32]  # [P - 1] under the weights that were replaced
     probe_after: NDArray[np.float32]  # [P - 1] under the weights now served
-    checksum_before: str | None = None  # None: this engine's layout cannot be compared with the learner's
+    checksum_before: str | None = (
+        None  # None: this engine's layout cannot be compared with the learner's
+    )
     checksum_after: str | None = None
-    own_checksum: str | None = None  # of the weights as this engine lays them out: to be compared between engines of one layout only
+    own_checksum: str | None = (
+        None  # of the weights as this engine lays them out: to be compared between engines of one layout only
+    )
     pause_s: float = 0.0  # how long generation stood still
     recomputed_tokens: int = 0

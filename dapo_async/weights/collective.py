@@ -24,16 +24,47 @@ NAME = "dapo_async weights"
 class WeightGroup:
     """One rank of the group. Building it blocks until every rank has joined, at most `timeout_s`."""
 
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int, host: str, device: torch.device | str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        host: str,
+        device: torch.device | str,
+        timeout_s: float,
+    ) -> None:
         self.device = torch.device(device)
-        for prefix in (NAME, f"{NAME}/", f"{self.device.type}/"):  # as torch.distributed.distributed_c10d nests them
+        for prefix in (
+            NAME,
+            f"{NAME}/",
+            f"{self.device.type}/",
+        ):  # as torch.distributed.distributed_c10d nests them
             store = dist.PrefixStore(prefix, store)
-        self._group = process_group(store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s)
+        self._group = process_group(
+            store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s
+        )
 
     @classmethod
-    def join(cls, address: tuple[str, int], *, rank: int, world_size: int, host: str, device: torch.device | str, timeout_s: float) -> WeightGroup:
+    def join(
+        cls,
+        address: tuple[str, int],
+        *,
+        rank: int,
+        world_size: int,
+        host: str,
+        device: torch.device | str,
+        timeout_s: float,
+    ) -> WeightGroup:
         """As an engine: connects to the learner's store at `address` from the interface of `host`."""
-        return cls(join_store(address, timeout_s=timeout_s), rank=rank, world_size=world_size, host=host, device=device, timeout_s=timeout_s)
+        return cls(
+            join_store(address, timeout_s=timeout_s),
+            rank=rank,
+            world_size=world_size,
+            host=host,
+            device=device,
+            timeout_s=timeout_s,
+        )
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], manifest: Manifest, *, bucket_bytes: int) -> None:
@@ -47,8 +78,14 @@ class WeightGroup:
         """As an engine: the weights of one publish, staged beside those being served, so that generation goes on while they arrive."""
         weights = {}
         for bucket in manifest.buckets(bucket_bytes):
-            flat = torch.empty(sum(spec.num_elements for spec in bucket), dtype=bucket[0].torch_dtype, device=self.device)
+            flat = torch.empty(
+                sum(spec.num_elements for spec in bucket),
+                dtype=bucket[0].torch_dtype,
+                device=self.device,
+            )
             self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
-            for spec, part in zip(bucket, flat.split([spec.num_elements for spec in bucket]), strict=True):
+            for spec, part in zip(
+                bucket, flat.split([spec.num_elements for spec in bucket]), strict=True
+            ):
                 weights[spec.name] = part.view(spec.shape)
         return weights

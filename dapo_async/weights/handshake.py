@@ -24,7 +24,13 @@ class Verdict:
     probe_gap: float  # largest |logprob difference| between engine and learner
 
 
-def judge(announced: Announcement, attested: Attestation, *, tolerance: float, peer: Attestation | None = None) -> Verdict:
+def judge(
+    announced: Announcement,
+    attested: Attestation,
+    *,
+    tolerance: float,
+    peer: Attestation | None = None,
+) -> Verdict:
     """Compares what was announced with what the engine attests, and that with `peer`: an engine of the same layout that has proved this version.
 
     Version and checksum (where the layouts are equal) must be equal, the probe's logprobs within `tolerance` (nats). The answer counts as `passed`
@@ -49,10 +55,22 @@ def judge(announced: Announcement, attested: Attestation, *, tolerance: float, p
         sums = f"{attested.engine} serves weights {(attested.own_checksum or 'unknown')[:12]}, {peer.engine} {(peer.own_checksum or 'unknown')[:12]}"
         return verdict(Outcome.MISMATCH, f"{sums}, both as version {announced.version}")
     if not gap <= tolerance:  # nan is a mismatch too
-        worst = int(np.nanargmax(np.abs(attested.probe_after - announced.probe_logprobs))) if np.isfinite(gap) else 0
+        worst = (
+            int(np.nanargmax(np.abs(attested.probe_after - announced.probe_logprobs)))
+            if np.isfinite(gap)
+            else 0
+        )
         values = f"{attested.probe_after[worst]:.6f} against the learner's {announced.probe_logprobs[worst]:.6f}"
-        return verdict(Outcome.MISMATCH, f"{attested.engine} answers the probe of version {announced.version} with {values} (tolerance {tolerance})")
-    told_by_checksum = attested.checksum_before is not None and attested.checksum_before != announced.checksum
+        return verdict(
+            Outcome.MISMATCH,
+            f"{attested.engine} answers the probe of version {announced.version} with {values} (tolerance {tolerance})",
+        )
+    told_by_checksum = (
+        attested.checksum_before is not None and attested.checksum_before != announced.checksum
+    )
     if told_by_checksum or not gap_before <= tolerance:
         return verdict(Outcome.PASSED, f"version {announced.version}, probe gap {gap:.1e}")
-    return verdict(Outcome.INCONCLUSIVE, f"version {announced.version}: the weights before answer alike (gap {gap_before:.1e})")
+    return verdict(
+        Outcome.INCONCLUSIVE,
+        f"version {announced.version}: the weights before answer alike (gap {gap_before:.1e})",
+    )

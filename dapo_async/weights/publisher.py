@@ -25,7 +25,9 @@ from dapo_async.weights.handshake import Outcome, Verdict, judge
 class Source(Protocol):
     """The learner's side. Both send the snapshot that the announcement belongs to, whatever the learner trains meanwhile."""
 
-    async def broadcast(self, announcement: Announcement) -> str | None: ...  # why it broke off, where receivers can be lost
+    async def broadcast(
+        self, announcement: Announcement
+    ) -> str | None: ...  # why it broke off, where receivers can be lost
 
     async def write(self, announcement: Announcement) -> str: ...  # returns the folder of versions
 
@@ -35,17 +37,27 @@ class Receiver(Protocol):
 
     name: str
 
-    async def receive(self, announcement: Announcement) -> Attestation | None: ...  # None: its engine was lost over it
+    async def receive(
+        self, announcement: Announcement
+    ) -> Attestation | None: ...  # None: its engine was lost over it
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None: ...
 
-    async def stage(self, announcement: Announcement) -> None: ...  # by broadcast, beside the weights that it goes on to serve
+    async def stage(
+        self, announcement: Announcement
+    ) -> None: ...  # by broadcast, beside the weights that it goes on to serve
 
-    async def swap_staged(self, announcement: Announcement) -> Attestation | None: ...  # serves what it staged last
+    async def swap_staged(
+        self, announcement: Announcement
+    ) -> Attestation | None: ...  # serves what it staged last
 
-    async def quarantine(self, on: bool) -> None: ...  # on: nothing is generated there, and what was is given up
+    async def quarantine(
+        self, on: bool
+    ) -> None: ...  # on: nothing is generated there, and what was is given up
 
-    async def confirm(self) -> None: ...  # its weights are proved: what they generated since the update may be offered
+    async def confirm(
+        self,
+    ) -> None: ...  # its weights are proved: what they generated since the update may be offered
 
 
 class HandshakeError(RuntimeError):
@@ -70,20 +82,26 @@ class Publisher:
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a taking back
-        self._lent: dict[str, Announcement | None] = {}  # by receiver: the newest version that it was passed over with
+        self._lent: dict[
+            str, Announcement | None
+        ] = {}  # by receiver: the newest version that it was passed over with
         self._regroup = regroup
         self._members: tuple[str, ...] = ()  # receivers in the group of a broadcast
         self._lost: set[str] = set()
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
-        self._waiting_for: set[str] = set()  # receivers of the publish in flight that have not proved themselves
+        self._waiting_for: set[str] = (
+            set()
+        )  # receivers of the publish in flight that have not proved themselves
         self._written: asyncio.Task[str] | None = None  # its version on disk
         self._proved: Attestation | None = None  # the first of the newest version that was right
         self.num_served = 0  # versions that every receiver has served
         self.last_verdicts: tuple[Verdict, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
 
-    async def start(self, snapshot: Awaitable[Announcement], *, on_served: Callable[[int], Awaitable[None]]) -> None:
+    async def start(
+        self, snapshot: Awaitable[Announcement], *, on_served: Callable[[int], Awaitable[None]]
+    ) -> None:
         """Waits for the publish before this one, takes the snapshot, then lets its publish run beside the learner's next step.
 
         In this order: the publish before may still need the snapshot that this one replaces.
@@ -95,7 +113,9 @@ class Publisher:
         except BaseException:
             self._turn.release()
             raise
-        self._in_flight = asyncio.create_task(self._publish_in_turn(announcement, on_served), name=f"publish {announcement.version}")
+        self._in_flight = asyncio.create_task(
+            self._publish_in_turn(announcement, on_served), name=f"publish {announcement.version}"
+        )
 
     async def finish(self) -> None:
         """Waits for the publish in flight; raises what it raised."""
@@ -108,7 +128,9 @@ class Publisher:
 
         A lost one is not lent, and one that is lost later is no longer: `is_lent` tells.
         """
-        assert len(self._lent) < len(self._receivers) - 1, "the last engine that serves can't be lent out"
+        assert len(self._lent) < len(self._receivers) - 1, (
+            "the last engine that serves can't be lent out"
+        )
         if receiver.name not in self._lost:
             self._lent[receiver.name] = None
         if self._in_flight is not None:
@@ -126,7 +148,9 @@ class Publisher:
             missed = self._lent.get(receiver.name)
             if missed is not None:
                 self._waiting_for = {receiver.name}
-                async with self._deadline(f"taking back of {receiver.name} with version {missed.version}"):
+                async with self._deadline(
+                    f"taking back of {receiver.name} with version {missed.version}"
+                ):
                     attested = await self._swap_staged(receiver, missed)
                     if attested is None:
                         self.lose(receiver)
@@ -154,9 +178,14 @@ class Publisher:
         async with self._turn:
             if self.newest is not None:
                 self._waiting_for = {receiver.name}
-                async with self._deadline(f"return of {receiver.name} with version {self.newest.version}"):
+                async with self._deadline(
+                    f"return of {receiver.name} with version {self.newest.version}"
+                ):
                     attested = await receiver.read(self.newest, await self._write(self.newest))
-                    if attested is None or await self._settle(receiver, self.newest, attested) is None:
+                    if (
+                        attested is None
+                        or await self._settle(receiver, self.newest, attested) is None
+                    ):
                         return False
             self._lost.discard(receiver.name)
             return True
@@ -165,12 +194,16 @@ class Publisher:
     def in_flight(self) -> asyncio.Task[None] | None:
         return self._in_flight
 
-    async def publish(self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]) -> None:
+    async def publish(
+        self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]
+    ) -> None:
         """One whole publish, in its turn. Raises HandshakeError, or TimeoutError naming who waited for whom."""
         async with self._turn:
             await self._publish(announcement, on_served)
 
-    async def _publish(self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]) -> None:
+    async def _publish(
+        self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]
+    ) -> None:
         self.newest = announcement
         present = self.present
         lent = [receiver for receiver in present if receiver.name in self._lent]
@@ -183,17 +216,25 @@ class Publisher:
                 if self.is_lent(receiver):
                     self._lent[receiver.name] = announcement
                 self._waiting_for.discard(receiver.name)
-            pairs = [(receiver, attested) for receiver, attested in zip(serving, attestations, strict=True) if attested is not None]
+            pairs = [
+                (receiver, attested)
+                for receiver, attested in zip(serving, attestations, strict=True)
+                if attested is not None
+            ]
             for receiver, attested in zip(serving, attestations, strict=True):
                 if attested is None:
                     self.lose(receiver)
             self.last_pause_s = max((attested.pause_s for _, attested in pairs), default=0.0)
-            verdicts = await asyncio.gather(*(self._settle(receiver, announcement, attested) for receiver, attested in pairs))
+            verdicts = await asyncio.gather(
+                *(self._settle(receiver, announcement, attested) for receiver, attested in pairs)
+            )
             self.last_verdicts = tuple(verdict for verdict in verdicts if verdict is not None)
             self.num_served += 1
             await on_served(announcement.version)
 
-    async def _publish_in_turn(self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]) -> None:
+    async def _publish_in_turn(
+        self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]
+    ) -> None:
         try:
             await self._publish(announcement, on_served)
         finally:
@@ -208,13 +249,19 @@ class Publisher:
             if not limit.expired():
                 raise  # somebody else's deadline, which names who waited for whom
             names = ", ".join(sorted(self._waiting_for)) or "the replay room"
-            raise TimeoutError(f"{what}: the learner waited {self._deadline_s:g} s for {names}") from error
+            raise TimeoutError(
+                f"{what}: the learner waited {self._deadline_s:g} s for {names}"
+            ) from error
 
-    async def _deliver(self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]) -> list[Attestation | None]:
+    async def _deliver(
+        self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]
+    ) -> list[Attestation | None]:
         """Returns the attestations of those that are `serving`."""
         if self._transport == "disk":
             folder = await self._write(announcement)
-            return await asyncio.gather(*(receiver.read(announcement, folder) for receiver in serving))
+            return await asyncio.gather(
+                *(receiver.read(announcement, folder) for receiver in serving)
+            )
         members = tuple(sorted(receiver.name for receiver in (*serving, *lent)))
         if not members:
             return []
@@ -223,14 +270,20 @@ class Publisher:
             await self._regroup(members)
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in serving))
         staging = asyncio.gather(*(receiver.stage(announcement) for receiver in lent))
-        broken, attestations, _ = await asyncio.gather(self._source.broadcast(announcement), receiving, staging)
+        broken, attestations, _ = await asyncio.gather(
+            self._source.broadcast(announcement), receiving, staging
+        )
         if broken is not None:
             self._members = ()
             if None not in attestations:
-                raise RuntimeError(f"the broadcast of version {announcement.version} broke off, though every engine took part: {broken}")
+                raise RuntimeError(
+                    f"the broadcast of version {announcement.version} broke off, though every engine took part: {broken}"
+                )
         return attestations
 
-    async def _swap_staged(self, receiver: Receiver, announcement: Announcement) -> Attestation | None:
+    async def _swap_staged(
+        self, receiver: Receiver, announcement: Announcement
+    ) -> Attestation | None:
         if self._transport == "disk":
             return await receiver.read(announcement, await self._write(announcement))
         return await receiver.swap_staged(announcement)
@@ -241,7 +294,9 @@ class Publisher:
             self._written = asyncio.create_task(self._source.write(announcement))
         return await self._written
 
-    async def _settle(self, receiver: Receiver, announcement: Announcement, attested: Attestation) -> Verdict | None:
+    async def _settle(
+        self, receiver: Receiver, announcement: Announcement, attested: Attestation
+    ) -> Verdict | None:
         """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
         verdict = self._judge(announcement, attested)
         if verdict.outcome is Outcome.MISMATCH:
@@ -256,14 +311,20 @@ class Publisher:
 
     def _judge(self, announcement: Announcement, attested: Attestation) -> Verdict:
         """The first engine that proves a version is the one that the others are held against."""
-        peer = self._proved if self._proved is not None and self._proved.version == announcement.version else None
+        peer = (
+            self._proved
+            if self._proved is not None and self._proved.version == announcement.version
+            else None
+        )
         verdict = judge(announcement, attested, tolerance=self._tolerance, peer=peer)
         self.outcomes[verdict.outcome] += 1
         if peer is None and verdict.outcome is not Outcome.MISMATCH:
             self._proved = attested
         return verdict
 
-    async def _reload(self, receiver: Receiver, announcement: Announcement, verdict: Verdict) -> Verdict | None:
+    async def _reload(
+        self, receiver: Receiver, announcement: Announcement, verdict: Verdict
+    ) -> Verdict | None:
         """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
         await receiver.quarantine(True)
         attested = await receiver.read(announcement, await self._write(announcement))
@@ -272,6 +333,8 @@ class Publisher:
             return None
         again = self._judge(announcement, attested)
         if again.outcome is Outcome.MISMATCH:
-            raise HandshakeError(f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}")
+            raise HandshakeError(
+                f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}"
+            )
         await receiver.quarantine(False)
         return again

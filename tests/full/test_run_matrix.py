@@ -9,7 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import COMMAND, QUICKSTART, TINY, Finished, check_conservation, environment, finished, running
+from run_support import (
+    COMMAND,
+    QUICKSTART,
+    TINY,
+    Finished,
+    check_conservation,
+    environment,
+    finished,
+    running,
+)
 from test_run_learning import check_learning
 from test_run_ranks import RANKS
 
@@ -17,17 +26,28 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_nothing_is_learned_from_shuffled_verdicts(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", "seed=0", "reward.shuffle=true", "train.num_steps=20", timeout_s=400.0)
+    run = finished(
+        tmp_path / "run", "seed=0", "reward.shuffle=true", "train.num_steps=20", timeout_s=400.0
+    )
     assert run.exit_code == 0, run.output
     assert run.summary["final_accuracy"] < 0.4
     with pytest.raises(AssertionError):
         check_learning(run.summary)
 
 
-def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(tmp_path: Path) -> None:
+def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "run"
     shell = f"{COMMAND} train {QUICKSTART} {' '.join(TINY)} run_dir={root} | head -n 4; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    ran = subprocess.run(
+        ["bash", "-c", shell],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert (ran.returncode, ran.stdout.count("\n"), ran.stderr) == (0, 4, "")
     summary = Finished(root, ran.returncode, ran.stdout).summary
     assert (summary["status"], summary["steps"], summary["caught"]) == ("done", 6, {"display": 1})
@@ -38,7 +58,11 @@ def test_death_of_the_evaluator_ends_the_run_in_its_name(tmp_path: Path) -> None
     with running(tmp_path / "run", *TINY, *often) as live:
         live.wait_for(r"^evaluation of version \d+: ")
         evaluator = live.pid("evaluator")
-        engine = [thread.id for thread in psutil.Process(evaluator).threads() if os.getpriority(os.PRIO_PROCESS, thread.id) == 19]
+        engine = [
+            thread.id
+            for thread in psutil.Process(evaluator).threads()
+            if os.getpriority(os.PRIO_PROCESS, thread.id) == 19
+        ]
         assert engine, "no thread of the evaluator is of the lowest priority"
         os.kill(evaluator, signal.SIGKILL)
         run = live.finish(timeout_s=60.0)
@@ -65,5 +89,7 @@ def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=20.0)
     assert run.exit_code == 1, run.output
-    assert run.summary["reason"].startswith("learner-1 gave no sign of life for 2 s; before, "), run.summary["reason"]
+    assert run.summary["reason"].startswith("learner-1 gave no sign of life for 2 s; before, "), (
+        run.summary["reason"]
+    )
     check_conservation(run.summary["groups"])

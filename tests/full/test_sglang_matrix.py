@@ -8,7 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import TINY, check_checkpoint, check_conservation, check_staleness, finished, running
+from run_support import (
+    TINY,
+    check_checkpoint,
+    check_conservation,
+    check_staleness,
+    finished,
+    running,
+)
 from sglang_run_support import CONFIG, SERVERS, check_restarts, hang, kill, replaced, starve
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -19,7 +26,12 @@ FAULTS = (kill, hang, starve)
 @pytest.mark.parametrize("mode", ["recompute", "keep_kv", "drain"])
 def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: str) -> None:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.sample_groups=4")
-    knobs = (f"rollout.weight_update={mode}", f"weights.transport={transport}", "deadlines.silence_s=6", "deadlines.publish_s=6")
+    knobs = (
+        f"rollout.weight_update={mode}",
+        f"weights.transport={transport}",
+        "deadlines.silence_s=6",
+        "deadlines.publish_s=6",
+    )
     session = []
     with running(tmp_path / "run", *TINY, *SERVERS, *steps, *knobs) as live:
         live.wait_for(r"^step +4/")
@@ -29,25 +41,45 @@ def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: s
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     summary = run.summary
-    assert (run.exit_code, summary["status"], summary["engine_restarts"]) == (143, "interrupted", len(FAULTS)), run.output
+    assert (run.exit_code, summary["status"], summary["engine_restarts"]) == (
+        143,
+        "interrupted",
+        len(FAULTS),
+    ), run.output
     assert not psutil.wait_procs(session, timeout=5.0)[1]
     check_conservation(summary["groups"])
-    assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (0, 0, {})
+    assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (
+        0,
+        0,
+        {},
+    )
     assert summary["groups"]["trained"] == 4 * summary["steps"]
     assert "mismatch" not in summary["handshake"]
     for step in range(summary["steps"]):
         check_staleness(run.rollouts(step), max_staleness=2)
-    worst = {name: max((row[name] for row in run.metrics if name in row), default=0.0) for name in ("mismatch_max", "kv_gap_max")}
+    worst = {
+        name: max((row[name] for row in run.metrics if name in row), default=0.0)
+        for name in ("mismatch_max", "kv_gap_max")
+    }
     assert 0 < worst["mismatch_max"] <= 1e-4
-    if mode != "keep_kv":  # whose gap, a few tokens of such a short run, is held against an independent computation in test_sglang_engine.py
+    if (
+        mode != "keep_kv"
+    ):  # whose gap, a few tokens of such a short run, is held against an independent computation in test_sglang_engine.py
         assert worst["kv_gap_max"] <= 1e-4
     check_checkpoint(Path(summary["checkpoint"]))
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
 def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: str) -> None:
-    steps = ("rollout.num_workers=2", "train.num_steps=5000", "train.checkpoint_every_steps=500", f"weights.transport={transport}")
-    with running(tmp_path / "run", *TINY, *SERVERS, *steps, "deadlines.silence_s=6", "deadlines.publish_s=6") as live:
+    steps = (
+        "rollout.num_workers=2",
+        "train.num_steps=5000",
+        "train.checkpoint_every_steps=500",
+        f"weights.transport={transport}",
+    )
+    with running(
+        tmp_path / "run", *TINY, *SERVERS, *steps, "deadlines.silence_s=6", "deadlines.publish_s=6"
+    ) as live:
         live.wait_for(r"^step +4/")
         for name, fault in (("rollout-0", kill), ("rollout-1", hang)):
             replaced(live, name, fault)
@@ -62,7 +94,14 @@ def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: 
 
 def test_server_without_room_for_all_responses_gives_right_logprobs(tmp_path: Path) -> None:
     """A third of the memory for keys and values that its slots may need: it takes responses back and computes them anew."""
-    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.server_flags=--max-total-tokens 520", "train.num_steps=40", "learner.lr=1e-5")
+    run = finished(
+        tmp_path / "run",
+        *TINY,
+        *SERVERS,
+        "rollout.server_flags=--max-total-tokens 520",
+        "train.num_steps=40",
+        "learner.lr=1e-5",
+    )
     assert run.exit_code == 0, run.output
     worst = [row["mismatch_max"] for row in run.metrics if "mismatch_max" in row]
     assert worst
