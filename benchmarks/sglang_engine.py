@@ -28,7 +28,6 @@ from engine import NEW_TOKENS, PROMPT_TOKENS, SHAPE, commit, hardware, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dapo_async.clock import StateClock
 from dapo_async.model import load_decoder, open_store, read_weights
 from dapo_async.rollout import Engine, GroupRequest, SamplingParams
 from dapo_async.rollout.engine_thread import ThreadedEngine
@@ -36,6 +35,7 @@ from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
 from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
 from dapo_async.weights.collective import NAME
 from dapo_async.weights.disk import version_folder, write_version

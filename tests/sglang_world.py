@@ -20,12 +20,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from dapo_async.clock import StateClock
 from dapo_async.model import open_store, read_weights
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
 from dapo_async.weights.collective import NAME
 

@@ -204,7 +204,7 @@ def test_the_house_gives_no_reason_to_complain(check):
             import_complaints,
             "types.py",
             "from dapo_async import clock",
-            "types.py (level 0) imports dapo_async.clock (level 0)",
+            "types.py (level 0) imports dapo_async.utils.state_clock (level 0)",
         ),
         (
             import_complaints,
@@ -233,8 +233,8 @@ def test_the_house_gives_no_reason_to_complain(check):
         (
             import_complaints,
             "config_checks.py",
-            "from dapo_async.clock import StateClock",
-            "(level 0) imports dapo_async.clock.StateClock (level 0)",
+            "from dapo_async.utils.state_clock import StateClock",
+            "(level 0) imports dapo_async.utils.state_clock.StateClock (level 0)",
         ),
         (
             import_complaints,

@@ -9,7 +9,6 @@ from test_inputs import refusal
 from test_reward import completion
 from worker_world import play, settled
 
-from dapo_async.custom import load_function
 from dapo_async.learner.batching import pack, rows_of
 from dapo_async.replay import custom_filter
 from dapo_async.reward import (
@@ -21,6 +20,7 @@ from dapo_async.reward import (
     score_group,
 )
 from dapo_async.types import Admission, FinishReason, Group, Prompt, RejectReason, Rollout
+from dapo_async.utils.plugins import load_function
 
 
 def halves(response, gold):

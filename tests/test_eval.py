@@ -23,7 +23,6 @@ from test_torch_engine import tiny_decoder
 
 from dapo_async import config as knobs
 from dapo_async.cli import main
-from dapo_async.clock import StateClock
 from dapo_async.evaluate.command import Options, prepare, summarise
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all, judged
@@ -32,6 +31,7 @@ from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Prompt
+from dapo_async.utils.state_clock import StateClock
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=1.0, stop_token_ids=(9,), seed=5, top_p=0.8)
 SETTINGS = {"checkpoint": "/a", "weights_sha256": "1", "k": 2}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_torch_engine import packed_logprobs, tiny_decoder
 
-from dapo_async.clock import StateClock
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Prompt
+from dapo_async.utils.state_clock import StateClock
 
 
 def prompt(row, ids=(1, 2)):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from test_torch_engine import group, naive_tokens, run, tiny_decoder, tiny_engine
 
-from dapo_async.clock import StateClock
 from dapo_async.rollout import Aborted
 from dapo_async.rollout.engine import SlotUse
 from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.slot_meter import SlotMeter
+from dapo_async.utils.state_clock import StateClock
 
 PROBE = np.arange(1, 6, dtype=np.int32)
 

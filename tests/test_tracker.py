@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from dapo_async.clock import Span, StateClock
 from dapo_async.replay import Counts
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.reports import LearnerReport, ReplayReport, WorkerReport
 from dapo_async.runtime.tracker import Totals, Tracker
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.utils.state_clock import Span, StateClock
 
 METRICS = StepMetrics(
     sums={"staleness": (30.0, 20.0), "accuracy": (2.0, 4.0), "response_tokens": (20.0, 4.0)},

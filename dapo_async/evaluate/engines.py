@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.model import load_decoder
 from dapo_async.rollout import Engine
@@ -27,6 +26,7 @@ from dapo_async.rollout.sglang_client import SERVER_KEY, SGLangClient
 from dapo_async.rollout.sglang_engine import SGLangEngine
 from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, sglang_lack
 from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.utils.state_clock import StateClock
 
 LOOPBACK = "127.0.0.1"
 PROBE = np.arange(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dapo_async.custom import load_function
 from dapo_async.types import Group, RejectReason
+from dapo_async.utils.plugins import load_function
 
 Filter = Callable[[Group], RejectReason | None]
 

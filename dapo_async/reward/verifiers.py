@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dapo_async.custom import is_custom, load_function
 from dapo_async.reward import math
 from dapo_async.reward.extraction import conclusion
 from dapo_async.reward.verdict import Verdict, Verifier
+from dapo_async.utils.plugins import is_custom, load_function
 
 MARKER = "####"  # GSM8K's convention: the final answer stands after it
 

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dapo_async.clock import StateClock
 from dapo_async.rollout.engine import Aborted, GroupRequest, SlotUse, UpdateReport
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion
+from dapo_async.utils.state_clock import StateClock
 
 _CLOSE_TIMEOUT_S = 60.0  # one decode step or one swap at most has to end first
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_async.clock import StateClock
 from dapo_async.rollout.engine import (
     Aborted,
     EngineFault,
@@ -37,6 +36,7 @@ from dapo_async.rollout.responses import Response, WrongVersion, joined, read_ve
 from dapo_async.rollout.sglang_client import SGLangClient
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
+from dapo_async.utils.state_clock import StateClock
 
 
 @dataclass(slots=True)

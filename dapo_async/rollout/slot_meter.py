@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 
-from dapo_async.clock import StateClock
 from dapo_async.rollout.engine import SlotUse
+from dapo_async.utils.state_clock import StateClock
 
 
 class SlotMeter:

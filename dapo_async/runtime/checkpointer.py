@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dapo_async.checkpoints import STATE, CheckpointFolder
 from dapo_async.config import Config
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Tracker
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
 DRIVER_FILE = "driver.json"
 

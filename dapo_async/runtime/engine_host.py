@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import load_set, load_tokenizer
 from dapo_async.evaluate import Evaluation, evaluate
@@ -24,6 +23,7 @@ from dapo_async.rollout.engine_thread import ThreadedEngine
 from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.runtime.cluster import own_host
 from dapo_async.types import Completion, Prompt
+from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation, WeightGroup
 from dapo_async.weights.disk import read_version
 

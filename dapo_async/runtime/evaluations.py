@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.evaluator_actor import NAME
@@ -26,6 +25,7 @@ from dapo_async.runtime.system import System, Worker
 from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
+from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, judge
 from dapo_async.weights.handshake import Outcome
 from dapo_async.weights.publisher import HandshakeError

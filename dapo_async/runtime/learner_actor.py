@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dapo_async.checkpoints import STATE
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.learner import FrozenState, LearnerRank, profiled, read_weights, save_state
 from dapo_async.model import (
@@ -28,9 +26,11 @@ from dapo_async.model import (
 )
 from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.reports import LearnerReport, ProcessInfo
-from dapo_async.runtime.whereabouts import whereabouts
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
+from dapo_async.utils.checkpoint_dir import STATE
+from dapo_async.utils.state_clock import StateClock
+from dapo_async.utils.thread_stack import whereabouts
 from dapo_async.weights import Announcement, Manifest, WeightGroup
 from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version

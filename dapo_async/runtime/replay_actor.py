@@ -11,7 +11,6 @@ from pathlib import Path
 
 import ray
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_set, load_tokenizer
 from dapo_async.group_files import read_groups, write_groups
@@ -30,6 +29,7 @@ from dapo_async.replay import (
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Completion, Group, TrainBatch
+from dapo_async.utils.state_clock import StateClock
 
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way

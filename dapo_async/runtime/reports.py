@@ -9,9 +9,9 @@ from typing import Self
 
 import ray
 
-from dapo_async.clock import Span
 from dapo_async.replay import Counts, StepAcceptance, Verdict
 from dapo_async.rollout import SlotUse
+from dapo_async.utils.state_clock import Span
 
 
 @dataclass(frozen=True, slots=True)

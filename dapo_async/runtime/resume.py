@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async import config as knobs
-from dapo_async.checkpoints import STATE, CheckpointFolder
 from dapo_async.config import Config
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
 # What may change when a run goes on: how much of it, where and how fast it runs. Everything else is what the run is.
 SAFE = (

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from ray.actor import ActorHandle
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
@@ -20,6 +19,7 @@ from dapo_async.runtime.engine_host import EngineHost, TorchHost
 from dapo_async.runtime.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.sglang_host import SGLangHost
 from dapo_async.types import Admission, Completion, Group
+from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
 
 UPDATE_SHARE = 0.8  # of deadlines.publish_s, for one engine's part

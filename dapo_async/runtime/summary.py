@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dapo_async.checkpoints import CheckpointFolder
 from dapo_async.replay import Counts
 from dapo_async.runtime.tracker import Totals
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
 if TYPE_CHECKING:
     from dapo_async.runtime.train import Run

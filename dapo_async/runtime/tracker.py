@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dapo_async.algorithm import summarise
-from dapo_async.clock import StateClock
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.system import REPORT_S, System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.utils.state_clock import StateClock
 
 LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint")
 

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import psutil
 
-from dapo_async.clock import StateClock
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.checkpointer import Checkpointer
@@ -37,6 +36,7 @@ from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.picture import draw_dynamics
 from dapo_async.tracking.progress import Progress
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.state_clock import StateClock
 
 
 @dataclass(slots=True)

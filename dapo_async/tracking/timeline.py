@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from dapo_async.clock import Span
+from dapo_async.utils.state_clock import Span
 
 
 class Timeline:
