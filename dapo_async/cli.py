@@ -269,7 +269,7 @@ def _replay(options: argparse.Namespace) -> int:
         raise ValueError(
             f"replay takes no overrides ({' '.join(options.overrides)}): it repeats the run as it was; leave them away"
         )
-    from dapo_async.rerun import recorded_steps, rerun, tolerance_for
+    from dapo_async.learner.rerun import recorded_steps, rerun, tolerance_for
     from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
     config = knobs.load(run_dir.config)

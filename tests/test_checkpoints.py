@@ -18,10 +18,10 @@ from learner_world import rank_of, synthetic_groups, tiny_decoder
 from replay_world import make_buffer, make_group
 from safetensors.torch import load_file, save_file
 
-from dapo_async.group_files import read_groups, write_groups
 from dapo_async.learner import read_state, save_state
 from dapo_async.model import Mesh
 from dapo_async.replay import BufferState, freeze
+from dapo_async.replay.group_io import read_groups, write_groups
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 

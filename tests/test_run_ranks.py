@@ -23,7 +23,7 @@ from run_support import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.rerun import rerun
+from dapo_async.learner.rerun import rerun
 
 REL = 1e-3  # over the run's six steps, in float32
 RANKS = ("learner.num_cpus=0.5", "train.checkpoint_every_steps=2")

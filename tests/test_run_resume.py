@@ -29,8 +29,8 @@ from run_support import (
 from tracking_world import check_history
 
 from dapo_async import config as knobs
-from dapo_async.group_files import read_groups
 from dapo_async.learner import read_state
+from dapo_async.replay.group_io import read_groups
 
 LOCKSTEP = (
     *TINY, "replay.dynamic_sampling=true", "replay.lockstep=true", "replay.max_staleness=0", "rollout.num_slots=32", "train.num_steps=28",

@@ -13,7 +13,6 @@ import ray
 
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_set, load_tokenizer
-from dapo_async.group_files import read_groups, write_groups
 from dapo_async.replay import (
     BufferState,
     Filter,
@@ -26,6 +25,7 @@ from dapo_async.replay import (
     freeze,
     has_tokens,
 )
+from dapo_async.replay.group_io import read_groups, write_groups
 from dapo_async.runtime.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Completion, Group, TrainBatch

@@ -16,9 +16,9 @@ import torch
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Config
-from dapo_async.group_files import read_groups
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
+from dapo_async.replay.group_io import read_groups
 
 OF_THE_LAYOUT = ("imbalance",)  # says how a batch fell on the ranks
 SEVERAL_RANKS = 1e-2  # relative: rounding, amplified by every step in between
