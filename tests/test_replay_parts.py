@@ -8,7 +8,7 @@ from replay_world import WRONG, make_group
 from dapo_async.replay import Counts, dynamic_sampling, has_tokens
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
 from dapo_async.replay.filters import first_reason
-from dapo_async.replay.patience import Patience
+from dapo_async.replay.stop_rule import Patience
 from dapo_async.types import RejectReason
 
 # Filters.

@@ -10,13 +10,13 @@ lineage.py     what of all this survives a resume
 explain.py     one line on who waits for whom
 """
 
-from dapo_async.replay.acceptance import StepAcceptance
 from dapo_async.replay.buffer import ReplayBuffer
 from dapo_async.replay.filters import Filter, custom_filter, dynamic_sampling, has_tokens
 from dapo_async.replay.ledger import Counts, Ending
 from dapo_async.replay.lineage import BufferState, freeze
 from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
-from dapo_async.replay.patience import Verdict
+from dapo_async.replay.step_stats import StepAcceptance
+from dapo_async.replay.stop_rule import Verdict
 
 __all__ = [
     "BufferState",

@@ -17,15 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dapo_async.replay.acceptance import AcceptanceLog, StepAcceptance
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
-from dapo_async.replay.explain import explain, facts_of
 from dapo_async.replay.filters import Filter, first_reason
 from dapo_async.replay.ledger import Counts, Ending, Ledger
 from dapo_async.replay.lineage import BufferState, thaw
 from dapo_async.replay.offers import OfferOutcome, OfferResult, refuse
-from dapo_async.replay.patience import Patience, Verdict
-from dapo_async.replay.states import Buffered, Generating, Taken
+from dapo_async.replay.stall_report import explain, facts_of
+from dapo_async.replay.state import Buffered, Generating, Taken
+from dapo_async.replay.step_stats import AcceptanceLog, StepAcceptance
+from dapo_async.replay.stop_rule import Patience, Verdict
 from dapo_async.types import Group, RejectReason, TrainBatch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dapo_async.replay.states import Buffered
+from dapo_async.replay.state import Buffered
 
 if TYPE_CHECKING:
     from dapo_async.replay.buffer import ReplayBuffer

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dapo_async.replay.acceptance import StepAcceptance
-from dapo_async.replay.patience import Verdict
-from dapo_async.replay.states import Generating
+from dapo_async.replay.state import Generating
+from dapo_async.replay.step_stats import StepAcceptance
+from dapo_async.replay.stop_rule import Verdict
 
 if TYPE_CHECKING:
     from dapo_async.replay.buffer import ReplayBuffer
