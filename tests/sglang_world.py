@@ -22,9 +22,9 @@ from transformers import (
 
 from dapo_async.model import open_store, read_weights
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.sglang_client import SGLangClient
-from dapo_async.rollout.sglang_engine import SGLangEngine
-from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.engine import SGLangEngine
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
 from dapo_async.weights.collective import NAME

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dapo_async.rollout import leash
-from dapo_async.rollout.sglang_server import interface_of
+from dapo_async.rollout.sglang import supervisor as leash
+from dapo_async.rollout.sglang.server import interface_of
 
 SECRET = "0123456789abcdef"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dapo_async.rollout import EngineFault
-from dapo_async.rollout.responses import Response, WrongVersion, joined, read_version
-from dapo_async.rollout.sglang_client import Chunk
+from dapo_async.rollout.sglang.client import Chunk
+from dapo_async.rollout.sglang.stream import Response, WrongVersion, joined, read_version
 from dapo_async.types import Completion, FinishReason
 
 

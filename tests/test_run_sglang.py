@@ -35,7 +35,7 @@ from sglang_run_support import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 
 pytestmark = pytest.mark.sglang
 

@@ -13,9 +13,9 @@ from sglang_proxy import BREAK_OFF, GARBAGE, STALL, proxy
 from sglang_world import NUM_SLOTS, PROBE, World, forward_logprobs, from_disk, request
 
 from dapo_async.rollout import Aborted, EngineFault
-from dapo_async.rollout.sglang_client import SGLangClient
-from dapo_async.rollout.sglang_engine import SGLangEngine
-from dapo_async.rollout.sglang_server import free_port
+from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.engine import SGLangEngine
+from dapo_async.rollout.sglang.server import free_port
 from dapo_async.types import FinishReason
 from dapo_async.utils.state_clock import StateClock
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dapo_async.rollout import EngineFault, sglang_server
-from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer, free_port
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, free_port
 
 STAND_IN = """
 import http.server, sys

@@ -17,7 +17,7 @@ from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
-from dapo_async.rollout.sglang_server import sglang_lack
+from dapo_async.rollout.sglang.server import sglang_lack
 from dapo_async.runtime.cluster import planned_actors
 
 

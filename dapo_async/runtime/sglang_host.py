@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from dapo_async.config import Config
-from dapo_async.rollout.sglang_client import SGLangClient
-from dapo_async.rollout.sglang_engine import SGLangEngine
-from dapo_async.rollout.sglang_server import ServerOptions, SGLangServer
+from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.engine import SGLangEngine
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.runtime.cluster import own_host
 from dapo_async.runtime.engine_host import EngineHost
 from dapo_async.utils.state_clock import StateClock

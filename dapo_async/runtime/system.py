@@ -15,7 +15,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
-from dapo_async.rollout.sglang_client import SERVER_KEY
+from dapo_async.rollout.sglang.client import SERVER_KEY
 from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.evaluator_port import start_evaluator
 from dapo_async.runtime.learner_actor import LearnerActor

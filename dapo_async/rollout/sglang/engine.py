@@ -32,8 +32,14 @@ from dapo_async.rollout.engine import (
     UpdateReport,
     WeightUpdate,
 )
-from dapo_async.rollout.responses import Response, WrongVersion, joined, read_version, sampling_body
-from dapo_async.rollout.sglang_client import SGLangClient
+from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.stream import (
+    Response,
+    WrongVersion,
+    joined,
+    read_version,
+    sampling_body,
+)
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
 from dapo_async.utils.state_clock import StateClock

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dapo_async.rollout.engine import EngineFault, SamplingParams
-from dapo_async.rollout.sglang_client import Chunk
+from dapo_async.rollout.sglang.client import Chunk
 from dapo_async.types import Completion, FinishReason
 
 

@@ -22,9 +22,9 @@ from typing import Literal
 
 import psutil
 
-from dapo_async.rollout import leash
 from dapo_async.rollout.engine import EngineFault
-from dapo_async.rollout.sglang_client import POLL_S, SGLangClient
+from dapo_async.rollout.sglang import supervisor as leash
+from dapo_async.rollout.sglang.client import POLL_S, SGLangClient
 
 STREAM_TOKENS = 8  # tokens per streamed chunk: what a lost server can lose of each response, against the cost of a chunk
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
