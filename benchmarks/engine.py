@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.model import load_decoder
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 
 PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 32, 64, 512
 SHAPE: dict[str, Any] = {

@@ -34,7 +34,7 @@ from dapo_async.model import (
     shard_of,
 )
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 QWEN = {

@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.model import load_decoder, open_store, read_weights
 from dapo_async.rollout import Engine, GroupRequest, SamplingParams
-from dapo_async.rollout.engine_thread import ThreadedEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
-from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
 from dapo_async.weights.collective import NAME

@@ -28,8 +28,8 @@ from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all, judged
 from dapo_async.reward import Verdict
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.engine_thread import ThreadedEngine
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.types import Completion, FinishReason, Prompt
 from dapo_async.utils.state_clock import StateClock
 

@@ -9,8 +9,8 @@ import pytest
 from test_torch_engine import packed_logprobs, tiny_decoder
 
 from dapo_async.evaluate import Evaluation, evaluate
-from dapo_async.rollout.engine_thread import ThreadedEngine
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.types import Completion, FinishReason, Prompt
 from dapo_async.utils.state_clock import StateClock
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async import algorithm, learner, model, replay, rollout
 from dapo_async.config import Algorithm, Learner
-from dapo_async.rollout import torch_engine
+from dapo_async.rollout.native import engine as torch_engine
 from dapo_async.types import Group, Prompt, Rollout
 
 sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)

@@ -7,7 +7,7 @@ from test_torch_engine import FAMILIES, group, run, tiny_decoder
 from dapo_async.algorithm import summarise
 from dapo_async.config import Algorithm, Learner
 from dapo_async.learner import LearnerRank
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Group, Prompt, Rollout
 
 BOUND = 1e-5  # of |log π_learner − log π_engine|, float32 on CPU

@@ -6,8 +6,8 @@ import torch
 
 from dapo_async.model import Decoder, ModelConfig, PackedAttention
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.sampling import keyed_uniforms
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.sampling import keyed_uniforms
 from dapo_async.types import FinishReason
 
 FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # tied embeddings or not
@@ -290,7 +290,7 @@ def test_a_request_that_can_never_fit_is_refused_with_its_remedy():
 
 
 def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
-    monkeypatch.setattr("dapo_async.rollout.torch_engine.PASS_TOKENS", 12)
+    monkeypatch.setattr("dapo_async.rollout.native.engine.PASS_TOKENS", 12)
     engine = tiny_engine()
     requests = [group(key, [key + 1] * 8) for key in range(3)]
     finished = run(engine, *requests)

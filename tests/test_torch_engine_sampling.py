@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dapo_async.rollout import SamplingParams
-from dapo_async.rollout.sampling import draw_tokens, keyed_uniforms, truncate
+from dapo_async.rollout.native.sampling import draw_tokens, keyed_uniforms, truncate
 
 WORD = (1 << 64) - 1
 LARGEST = 1 - 2.0**-52

@@ -13,7 +13,7 @@ from test_torch_engine import group, naive_tokens, run, tiny_decoder, tiny_engin
 
 from dapo_async.rollout import Aborted
 from dapo_async.rollout.engine import SlotUse
-from dapo_async.rollout.engine_thread import ThreadedEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.utils.state_clock import StateClock
 

@@ -13,7 +13,7 @@ from test_torch_engine import (
     tiny_engine,
 )
 
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 
 PROBE = np.arange(1, 9, dtype=np.int32)
 REQUESTS = (

@@ -18,7 +18,7 @@ from dapo_async.model import checksum, load_decoder, take_snapshot
 from dapo_async.replay import Counts, OfferOutcome, ReplayBuffer, dynamic_sampling, has_tokens
 from dapo_async.reward import Verdict, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Admission, RejectReason
 from dapo_async.weights import Announcement, Attestation, Manifest, judge
 from dapo_async.weights.disk import read_version, write_version

@@ -22,7 +22,7 @@ from dapo_async.model import load_decoder
 from dapo_async.replay import ReplayBuffer, dynamic_sampling, has_tokens
 from dapo_async.reward import get_verifier, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Admission, Completion, Group, Prompt
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"

@@ -21,11 +21,11 @@ from dapo_async.config import Config
 from dapo_async.model import load_decoder
 from dapo_async.rollout import Engine
 from dapo_async.rollout.engine import EngineFault
-from dapo_async.rollout.engine_thread import ThreadedEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.sglang.client import SERVER_KEY, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, sglang_lack
-from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.utils.state_clock import StateClock
 
 LOOPBACK = "127.0.0.1"

@@ -1,6 +1,6 @@
 """One decoder for the learner and the torch engine (L1): Hugging Face weights in and out, packed and cached attention, token logprobs.
 
-In: token ids and an attention strategy. Out: hidden states, logprobs, entropies. Called by `learner/` and `rollout/torch_engine.py`.
+In: token ids and an attention strategy. Out: hidden states, logprobs, entropies. Called by `learner/` and `rollout/native/engine.py`.
 Sharing the decoder is what makes the importance ratio 1 up to rounding at staleness 0 (law 3).
 """
 

@@ -19,8 +19,8 @@ from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import ModelConfig, checksum, load_decoder
 from dapo_async.reward import choose_verifiers
 from dapo_async.rollout import Engine
-from dapo_async.rollout.engine_thread import ThreadedEngine
-from dapo_async.rollout.torch_engine import TorchEngine
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.cluster import own_host
 from dapo_async.types import Completion, Prompt
 from dapo_async.utils.state_clock import StateClock

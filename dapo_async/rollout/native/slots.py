@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dapo_async.rollout.engine import GroupRequest, SamplingParams
-from dapo_async.rollout.sampling import draw_tokens, keyed_uniforms, truncate
+from dapo_async.rollout.native.sampling import draw_tokens, keyed_uniforms, truncate
 from dapo_async.types import Completion, FinishReason
 
 Rows = slice | Tensor  # neighbours, or any rows by number

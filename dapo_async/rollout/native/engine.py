@@ -20,8 +20,13 @@ from torch import Tensor
 
 from dapo_async.model import Decoder, PackedAttention, token_logprobs
 from dapo_async.rollout.engine import WEIGHT_UPDATES, GroupRequest, UpdateReport, WeightUpdate
-from dapo_async.rollout.kv_cache import DecodeAttention, KVCache, MixedAttention, PrefillAttention
-from dapo_async.rollout.slots import RunningGroup, SlotTable
+from dapo_async.rollout.native.kv_cache import (
+    DecodeAttention,
+    KVCache,
+    MixedAttention,
+    PrefillAttention,
+)
+from dapo_async.rollout.native.slots import RunningGroup, SlotTable
 from dapo_async.types import Completion
 
 PASS_TOKENS = 8192  # prompt tokens read in one pass: bounds its activations

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_async.rollout.engine import Aborted, GroupRequest, SlotUse, UpdateReport
+from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.slot_meter import SlotMeter
-from dapo_async.rollout.torch_engine import TorchEngine
 from dapo_async.types import Completion
 from dapo_async.utils.state_clock import StateClock
 
