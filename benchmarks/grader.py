@@ -19,8 +19,8 @@ from typing import Any
 
 from engine import commit, hardware
 
-from dapo_async.reward.math import verify
-from dapo_async.reward.pool import NUM_PROCESSES
+from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
+from dapo_async.reward.math_verifier.verify import verify
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 VECTORS = SHARED / "data" / "grader_vectors"

@@ -310,8 +310,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _grade(options: argparse.Namespace) -> int:
     """Exit code 0 when every row has a verdict, 1 when one failed: its verifier died."""
-    from dapo_async.grade import grade
-    from dapo_async.reward.math import MOST_TIMEOUT_S
+    from dapo_async.reward.grading import grade
+    from dapo_async.reward.math_verifier.verify import MOST_TIMEOUT_S
     from dapo_async.reward.verdict import FAILED
 
     if options.overrides:

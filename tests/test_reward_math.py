@@ -3,8 +3,8 @@ r"""Verdicts on mathematical answers against literal texts: what counts as the a
 import pytest
 
 from dapo_async.reward import Verdict, get_verifier
-from dapo_async.reward import math as verifier
-from dapo_async.reward.math import verify
+from dapo_async.reward.math_verifier import verify as verifier
+from dapo_async.reward.math_verifier.verify import verify
 
 
 class NoEngine:

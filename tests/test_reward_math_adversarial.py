@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from adversarial import responses
 
-from dapo_async.reward.math import verify
+from dapo_async.reward.math_verifier.verify import verify
 
 
 def judged(pairs, extraction):

@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from dapo_async.reward import Verdict
-from dapo_async.reward import math as verifier
-from dapo_async.reward import pool as pools
-from dapo_async.reward.blowup import is_too_large
-from dapo_async.reward.math import verify
-from dapo_async.reward.pool import Pool
+from dapo_async.reward.math_verifier import pool as pools
+from dapo_async.reward.math_verifier import verify as verifier
+from dapo_async.reward.math_verifier.pool import Pool
+from dapo_async.reward.math_verifier.size_limits import is_too_large
+from dapo_async.reward.math_verifier.verify import verify
 
 HANGS = [
     r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}", r"\sum_{k=1}^{10^9}\frac{1}{k^3}", r"\prod_{k=1}^{100000}k", "9!!!!",
@@ -153,7 +153,7 @@ def test_a_process_is_recycled_after_its_share(monkeypatch):
 
 def test_no_process_outlives_a_parent_that_is_killed():
     script = (
-        "from dapo_async.reward.pool import Pool; import threading, time; pool = Pool(1)\n"
+        "from dapo_async.reward.math_verifier.pool import Pool; import threading, time; pool = Pool(1)\n"
         "pool.ask({'answer': 'x+1', 'gold': 'x', 'anywhere': False}, 30)\n"
         f"threading.Thread(target=pool.ask, args=({{'answer': {SLOW[0]!r}, 'gold': '42', 'anywhere': False}}, 60), daemon=True).start()\n"
         "print(pool.processes[0].pid, flush=True); time.sleep(60)"

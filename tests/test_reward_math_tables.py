@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dapo_async.reward.math import verify, vote_key
+from dapo_async.reward.math_verifier.verify import verify, vote_key
 
 # fmt: off
 RIGHT = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_async.reward.math import verify
+from dapo_async.reward.math_verifier.verify import verify
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 VECTORS = SHARED / "data" / "grader_vectors"

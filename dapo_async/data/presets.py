@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from dapo_async.config import Source, parse_source
-from dapo_async.reward.plain import number
-from dapo_async.reward.spelling import normalised
+from dapo_async.reward.math_verifier.normalize import normalised
+from dapo_async.reward.math_verifier.numeric import number
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
 END_OF_FORMULA = re.compile(r"(?<!\\)\$|\\[\])]|\\\\|\\end\b|\n")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dapo_async.reward.plain import plain_equal
-from dapo_async.reward.spelling import normalised
+from dapo_async.reward.math_verifier.normalize import normalised
+from dapo_async.reward.math_verifier.numeric import plain_equal
 
 NUM_NAMED = 3  # rows that are named of each reason
 NO_WORD = re.compile(r"[\W_]+")

@@ -7,7 +7,7 @@ overlong   DAPO's soft punishment of long responses
 score      verdicts and punishments of a whole group as rewards
 """
 
-from dapo_async.reward.math import vote_key
+from dapo_async.reward.math_verifier.verify import vote_key
 from dapo_async.reward.overlong import soft_overlong_punishment
 from dapo_async.reward.score import score_group
 from dapo_async.reward.verdict import Verdict, Verifier, VerifierFailed

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dapo_async.reward import math
-from dapo_async.reward.extraction import conclusion
+from dapo_async.reward.math_verifier import verify as math
+from dapo_async.reward.math_verifier.extract import conclusion
 from dapo_async.reward.verdict import Verdict, Verifier
 from dapo_async.utils.plugins import is_custom, load_function
 

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dapo_async.reward.verifier_process import wall_s
+from dapo_async.reward.math_verifier.worker import wall_s
 
 NUM_PROCESSES = 2
 RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its own anyway
 START_S = 120.0  # importing the engine takes seconds, on a busy machine many
 GRACE_S = 2.0  # beyond the outer deadline, for a process that has to kill its child
 WAIT_S = 600.0  # for a process to be free
-COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.verifier_process")
+COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.math_verifier.worker")
 CHUNK = 65_536
 FAILED: dict[str, Any] = {"reason": "failed"}
 

@@ -62,7 +62,7 @@ class Requests:
 def main() -> None:
     """Says ready, then answers until stdin ends."""
     try:
-        from dapo_async.reward import symbolic
+        from dapo_async.reward.math_verifier import symbolic
     except ImportError as error:
         _say({"error": f"{error}; pip install math-verify"})
         return
@@ -136,7 +136,7 @@ def _judge_and_exit(request: dict[str, Any], writing: int) -> None:
 def _judge(request: dict[str, Any]) -> dict[str, Any]:
     from sympy.core.random import seed
 
-    from dapo_async.reward import symbolic
+    from dapo_async.reward.math_verifier import symbolic
 
     seed(0)
     if request["anywhere"]:

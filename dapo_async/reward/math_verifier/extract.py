@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from dapo_async.reward.units import CHANGING
+from dapo_async.reward.math_verifier.units import CHANGING
 
 WHITE = " \t\r\n"  # the white space that may stand around an answer
 THINK, END_OF_THINKING = "<think>", "</think>"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from dapo_async.reward.units import CHANGING
+from dapo_async.reward.math_verifier.units import CHANGING
 
 MOST_CHARACTERS = 100
 _CLAUSE = re.compile(r"[.;!?\n,:]|\b(?:so|but|thus|hence|therefore)\b")

@@ -9,8 +9,15 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dapo_async.reward.spelling import TEXT, is_suspicious
-from dapo_async.reward.units import CHANGING, FUNCTIONS, is_unit, unit_of, without_unit, words_of
+from dapo_async.reward.math_verifier.normalize import TEXT, is_suspicious
+from dapo_async.reward.math_verifier.units import (
+    CHANGING,
+    FUNCTIONS,
+    is_unit,
+    unit_of,
+    without_unit,
+    words_of,
+)
 
 MOST_DIGITS, MOST_EXPONENT = 2000, 300
 ROUNDED_DECIMALS = 4  # so many, rightly rounded, stand for a fraction whose decimals never end

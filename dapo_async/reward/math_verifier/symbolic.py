@@ -17,9 +17,15 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, Float, preorder_traversal
 
-from dapo_async.reward.claims import claims
-from dapo_async.reward.plain import ROUNDED_DECIMALS, equal_numbers, has_variables, number, words
-from dapo_async.reward.spelling import is_suspicious, normalised
+from dapo_async.reward.math_verifier.hedging import claims
+from dapo_async.reward.math_verifier.normalize import is_suspicious, normalised
+from dapo_async.reward.math_verifier.numeric import (
+    ROUNDED_DECIMALS,
+    equal_numbers,
+    has_variables,
+    number,
+    words,
+)
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)

@@ -14,11 +14,16 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from dapo_async.reward.blowup import has_too_large, is_too_large
-from dapo_async.reward.extraction import WHITE, bare, conclusion, is_cut, marked_answer
-from dapo_async.reward.plain import choice, number, plain_equal, spelt_out, words
-from dapo_async.reward.pool import shared_pool
-from dapo_async.reward.spelling import ends_glued, is_glued, is_suspicious, normalised
+from dapo_async.reward.math_verifier.extract import WHITE, bare, conclusion, is_cut, marked_answer
+from dapo_async.reward.math_verifier.normalize import (
+    ends_glued,
+    is_glued,
+    is_suspicious,
+    normalised,
+)
+from dapo_async.reward.math_verifier.numeric import choice, number, plain_equal, spelt_out, words
+from dapo_async.reward.math_verifier.pool import shared_pool
+from dapo_async.reward.math_verifier.size_limits import has_too_large, is_too_large
 from dapo_async.reward.verdict import FAILED, Verdict
 
 Extraction = Literal["marker", "any", "none"]

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from dapo_async.reward.math import TIMEOUT_S, Extraction, verify
-from dapo_async.reward.pool import NUM_PROCESSES
+from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
+from dapo_async.reward.math_verifier.verify import TIMEOUT_S, Extraction, verify
 
 CHUNK_ROWS = 1000
 

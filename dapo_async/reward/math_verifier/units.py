@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dapo_async.reward.spelling import TEXT
+from dapo_async.reward.math_verifier.normalize import TEXT
 
 _ALIASES = {
     "millimeter": "mm", "centimeter": "cm", "decimeter": "dm", "meter": "m", "kilometer": "km", "milligram": "mg", "gram": "g", "kilogram": "kg",
