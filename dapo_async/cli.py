@@ -181,8 +181,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.train import train
-    from dapo_async.tracking.progress import open_progress
     from dapo_async.tracking.run_dir import RunDir
+    from dapo_async.tracking.terminal import open_progress
 
     run_dir = RunDir(root) if options.resume else RunDir.create(root)
     run_dir.lock()

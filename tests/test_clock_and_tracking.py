@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dapo_async.tracking.picture import PANELS, draw_dynamics
+from dapo_async.tracking.plot import PANELS, draw_dynamics
 from dapo_async.tracking.run_dir import RunDir, version_spans, write_rollouts
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout

@@ -22,8 +22,8 @@ from dapo_async.runtime.evaluator_actor import NAME
 from dapo_async.runtime.evaluator_port import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.system import System, Worker
-from dapo_async.tracking.audience import Audience
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.sinks import Audience
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, judge

@@ -32,10 +32,10 @@ from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
 from dapo_async.runtime.tracker import Totals, Tracker
-from dapo_async.tracking.audience import Audience
-from dapo_async.tracking.picture import draw_dynamics
-from dapo_async.tracking.progress import Progress
+from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.sinks import Audience
+from dapo_async.tracking.terminal import Progress
 from dapo_async.utils.state_clock import StateClock
 
 

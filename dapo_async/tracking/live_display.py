@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from dapo_async.tracking.progress import Outlet, Progress
+from dapo_async.tracking.terminal import Outlet, Progress
 
 REFRESHES_PER_S = 2
 STEPS_FOR_PACE = 10  # the remaining time is told from the median of so many newest steps

@@ -8,8 +8,8 @@ from typing import Any
 
 from dapo_async.config import Config
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
-from dapo_async.tracking.progress import Progress
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.terminal import Progress
 
 
 class Audience:

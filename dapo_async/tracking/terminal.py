@@ -99,7 +99,7 @@ def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
     out = Outlet(sys.stdout)
     if not out.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         return Progress(out, num_steps=num_steps, max_staleness=max_staleness)
-    from dapo_async.tracking.display import LiveProgress  # rich, only for those who see it
+    from dapo_async.tracking.live_display import LiveProgress  # rich, only for those who see it
 
     # A terminal that is closed takes the display with it, not the run; the actors inherit this.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
