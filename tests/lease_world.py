@@ -15,8 +15,8 @@ from dapo_async.evaluate import evaluate
 from dapo_async.reward import Verdict, score_group
 from dapo_async.rollout import EngineFault
 from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.lease import evaluate_on_lease
-from dapo_async.runtime.replay_actor import ReplayActor
 from dapo_async.types import Completion, FinishReason, Prompt
 from dapo_async.weights import Announcement, Attestation, Manifest, Publisher
 

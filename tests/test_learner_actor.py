@@ -10,7 +10,7 @@ from typing import Any
 from run_support import QUICKSTART
 
 from dapo_async import config as knobs
-from dapo_async.runtime.learner_actor import LearnerActor
+from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import StepMetrics, TrainBatch
 
@@ -102,6 +102,6 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
     assert (before, after) == (None, None)
     assert during is not None
     place, _, innermost = during.partition(" > ")
-    assert place.startswith("runtime/learner_actor.py:")
+    assert place.startswith("runtime/actors/learner.py:")
     assert place.endswith(" _step")
     assert innermost == "wait"

@@ -8,7 +8,7 @@ from worker_world import settled
 
 from dapo_async.rollout import EngineFault
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.replay_actor import ReplayActor
+from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.weights import Publisher
 from dapo_async.weights.publisher import HandshakeError

@@ -11,7 +11,7 @@ from run_support import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.replay.group_io import read_groups
-from dapo_async.runtime import replay_actor
+from dapo_async.runtime.actors import replay as replay_actor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import TrainBatch
 

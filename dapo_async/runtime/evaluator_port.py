@@ -6,8 +6,8 @@ import ray
 
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.actors.evaluator import NAME, EvaluatorActor
 from dapo_async.runtime.cluster import SPREAD, near
-from dapo_async.runtime.evaluator_actor import NAME, EvaluatorActor
 from dapo_async.runtime.remote import Remote
 from dapo_async.utils.state_clock import Span
 from dapo_async.weights import Announcement, Attestation

@@ -10,8 +10,8 @@ from typing import Any
 
 from dapo_async.config import Config
 from dapo_async.learner.batching import share_groups
+from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
-from dapo_async.runtime.reports import ProcessInfo
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement
 

@@ -16,14 +16,14 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.replay import Verdict
 from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.runtime.actors.learner import LearnerActor
+from dapo_async.runtime.actors.replay import ReplayActor
+from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.actors.rollout import RolloutActor
 from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.evaluator_port import start_evaluator
-from dapo_async.runtime.learner_actor import LearnerActor
 from dapo_async.runtime.learner_port import Learner, rank_names
 from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
-from dapo_async.runtime.replay_actor import ReplayActor
-from dapo_async.runtime.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
-from dapo_async.runtime.rollout_actor import RolloutActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher

@@ -10,7 +10,7 @@ from typing import Any
 
 from dapo_async.algorithm import summarise
 from dapo_async.rollout import SlotUse
-from dapo_async.runtime.reports import ReplayReport, WorkerReport
+from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.system import REPORT_S, System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline

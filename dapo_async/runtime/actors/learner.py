@@ -24,8 +24,8 @@ from dapo_async.model import (
     open_store,
     take_snapshot,
 )
+from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster import own_host
-from dapo_async.runtime.reports import LearnerReport, ProcessInfo
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import STATE

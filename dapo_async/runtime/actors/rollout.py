@@ -15,9 +15,9 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.runtime.engine_host import EngineHost, TorchHost
-from dapo_async.runtime.reports import ProcessInfo, WorkerReport
-from dapo_async.runtime.sglang_host import SGLangHost
+from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
+from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
+from dapo_async.runtime.actors.sglang_host import SGLangHost
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation

@@ -9,8 +9,8 @@ import torch
 
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.engine_host import TorchHost
-from dapo_async.runtime.reports import ProcessInfo
+from dapo_async.runtime.actors.engine_host import TorchHost
+from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.utils.state_clock import Span, StateClock
 from dapo_async.weights import Announcement, Attestation
 

@@ -26,7 +26,7 @@ from dapo_async.replay import (
     has_tokens,
 )
 from dapo_async.replay.group_io import read_groups, write_groups
-from dapo_async.runtime.reports import ProcessInfo, ReplayReport
+from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
 from dapo_async.types import Admission, Completion, Group, TrainBatch
 from dapo_async.utils.state_clock import StateClock
