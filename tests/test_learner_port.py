@@ -9,9 +9,9 @@ import pytest
 from run_support import QUICKSTART
 
 from dapo_async import config as knobs
-from dapo_async.runtime import learner_port
-from dapo_async.runtime.learner_port import Learner
-from dapo_async.runtime.remote import ActorDied, ActorFailed
+from dapo_async.runtime.handles import learner as learner_port
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.learner import Learner
 from dapo_async.types import StepMetrics, TrainBatch
 
 BATCH = TrainBatch(

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.environment import LOCAL
-from dapo_async.runtime.learner_port import rank_names
+from dapo_async.runtime.handles.learner import rank_names
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"

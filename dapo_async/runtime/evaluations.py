@@ -19,7 +19,7 @@ from typing import Any
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.evaluator import NAME
-from dapo_async.runtime.evaluator_port import Evaluator
+from dapo_async.runtime.handles.evaluator import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.system import System, Worker
 from dapo_async.tracking.run_dir import RunDir

@@ -21,9 +21,9 @@ from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.actors.rollout import RolloutActor
 from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
-from dapo_async.runtime.evaluator_port import start_evaluator
-from dapo_async.runtime.learner_port import Learner, rank_names
-from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
+from dapo_async.runtime.handles.evaluator import start_evaluator
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, Remote
+from dapo_async.runtime.handles.learner import Learner, rank_names
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation, Publisher

@@ -11,7 +11,7 @@ from typing import Any
 from dapo_async.config import Config
 from dapo_async.learner.batching import share_groups
 from dapo_async.runtime.actors.reports import ProcessInfo
-from dapo_async.runtime.remote import ActorDied, ActorFailed, Remote
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, Remote
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement
 
