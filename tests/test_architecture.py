@@ -351,6 +351,6 @@ def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library(
 
 
 def test_the_runtime_itself_shows_that_the_blocker_blocks():
-    ran = run_without(["ray"], "import dapo_async.runtime.cluster")
+    ran = run_without(["ray"], "import dapo_async.runtime.cluster.connect")
     assert ran.returncode == 1
     assert "ImportError: ray is not installed here" in ran.stderr

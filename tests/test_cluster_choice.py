@@ -16,7 +16,7 @@ from run_support import QUICKSTART, command
 
 from dapo_async.runtime import address
 from dapo_async.runtime.address import CHECK, Choice, Gone, choose
-from dapo_async.runtime.cluster import _check_resources
+from dapo_async.runtime.cluster.connect import _check_resources
 from dapo_async.runtime.environment import JOB, RUNS, prepare, run_root
 
 

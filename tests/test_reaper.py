@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dapo_async.runtime.cluster import shielded
+from dapo_async.runtime.cluster.connect import shielded
 from dapo_async.runtime.reaper import Reaper
 
 

@@ -20,7 +20,7 @@ from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.runtime.cluster import SPREAD, has_evaluator, home, near
+from dapo_async.runtime.cluster.connect import SPREAD, has_evaluator, home, near
 from dapo_async.runtime.handles.evaluator import start_evaluator
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.handles.learner import Learner, rank_names

@@ -20,7 +20,7 @@ import psutil
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.checkpointer import Checkpointer
-from dapo_async.runtime.cluster import connect, disconnect
+from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
 from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.evaluations import Evaluations

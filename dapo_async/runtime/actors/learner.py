@@ -25,7 +25,7 @@ from dapo_async.model import (
     take_snapshot,
 )
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import STATE

@@ -11,7 +11,7 @@ from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.runtime.actors.engine_host import EngineHost
-from dapo_async.runtime.cluster import own_host
+from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
 from dapo_async.weights.collective import NAME

@@ -7,7 +7,7 @@ import ray
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.evaluator import NAME, EvaluatorActor
-from dapo_async.runtime.cluster import SPREAD, near
+from dapo_async.runtime.cluster.connect import SPREAD, near
 from dapo_async.runtime.handles.handle import Remote
 from dapo_async.utils.state_clock import Span
 from dapo_async.weights import Announcement, Attestation
