@@ -140,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dapo_async.runtime.address import choose
-    from dapo_async.runtime.environment import prepare, run_root
+    from dapo_async.runtime.cluster.address import choose
+    from dapo_async.runtime.cluster.environment import prepare, run_root
     from dapo_async.runtime.resume import START, find_resume_point, resumed_config
 
     if options.resume:

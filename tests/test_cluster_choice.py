@@ -14,10 +14,10 @@ import grpc
 import pytest
 from run_support import QUICKSTART, command
 
-from dapo_async.runtime import address
-from dapo_async.runtime.address import CHECK, Choice, Gone, choose
+from dapo_async.runtime.cluster import address
+from dapo_async.runtime.cluster.address import CHECK, Choice, Gone, choose
 from dapo_async.runtime.cluster.connect import _check_resources
-from dapo_async.runtime.environment import JOB, RUNS, prepare, run_root
+from dapo_async.runtime.cluster.environment import JOB, RUNS, prepare, run_root
 
 
 class FakeGcs(grpc.GenericRpcHandler):

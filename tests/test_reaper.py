@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from dapo_async.runtime.cluster.connect import shielded
-from dapo_async.runtime.reaper import Reaper
+from dapo_async.runtime.cluster.orphan_reaper import Reaper
 
 
 @pytest.fixture

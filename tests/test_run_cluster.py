@@ -33,7 +33,7 @@ from run_support import (
     running,
 )
 
-from dapo_async.runtime.environment import RUNS
+from dapo_async.runtime.cluster.environment import RUNS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -21,13 +21,13 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.cluster.connect import connect, disconnect
+from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.orphan_reaper import Reaper
 from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
-from dapo_async.runtime.environment import LOCAL
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.interrupts import Interrupts
 from dapo_async.runtime.loop import train_loop
-from dapo_async.runtime.reaper import Reaper
 from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System

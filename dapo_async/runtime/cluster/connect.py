@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
-from dapo_async.runtime.environment import LOCAL
+from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.handles.learner import rank_names
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ class Reaper:
     def __init__(self) -> None:
         # A session of its own: what ends the driver's process group must not end the reaper.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dapo_async.runtime.reaper"],
+            [sys.executable, "-m", "dapo_async.runtime.cluster.orphan_reaper"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 
-from dapo_async.runtime.environment import LOCAL
+from dapo_async.runtime.cluster.environment import LOCAL
 
 AUTO = "auto"
 PROBE_S = (
