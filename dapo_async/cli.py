@@ -166,7 +166,7 @@ def _train(options: argparse.Namespace) -> int:
     # The run knows where it is; a resumed one decides anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
     prepare(choice.address)
-    from dapo_async.runtime.inputs import (
+    from dapo_async.runtime.preflight import (
         check_inputs,
     )  # torch, transformers and Ray take seconds to import: only for those who train
 
@@ -180,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
         _say(f"held-out   {inputs.heldout.summary}")
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
-    from dapo_async.runtime.train import train
+    from dapo_async.runtime.run import train
     from dapo_async.tracking.run_dir import RunDir
     from dapo_async.tracking.terminal import open_progress
 

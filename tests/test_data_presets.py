@@ -26,7 +26,7 @@ from dapo_async.data import (
 )
 from dapo_async.data.presets import answer_of
 from dapo_async.data.screening import fingerprint
-from dapo_async.runtime.inputs import check_inputs
+from dapo_async.runtime.preflight import check_inputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

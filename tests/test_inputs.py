@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapo_async import config as knobs
-from dapo_async.runtime.inputs import check_inputs
+from dapo_async.runtime.preflight import check_inputs
 from dapo_async.tracking.run_dir import RunDir
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -29,8 +29,8 @@ from run_support import (
 
 from dapo_async import config as knobs
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
-from dapo_async.runtime.interrupts import SAME_S, Interrupts
 from dapo_async.runtime.loop import unbroken
+from dapo_async.runtime.signals import SAME_S, Interrupts
 from dapo_async.runtime.system import System
 
 END_S = 20.0  # from a death to the end of the run

@@ -255,7 +255,7 @@ def test_what_can_not_be_resumed_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
-    from dapo_async.runtime.inputs import check_inputs
+    from dapo_async.runtime.preflight import check_inputs
     from dapo_async.runtime.resume import find_resume_point, resumed_config
 
     root, data = (

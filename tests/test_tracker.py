@@ -13,7 +13,7 @@ import pytest
 from dapo_async.replay import Counts
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import LearnerReport, ReplayReport, WorkerReport
-from dapo_async.runtime.tracker import Totals, Tracker
+from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.utils.state_clock import Span, StateClock

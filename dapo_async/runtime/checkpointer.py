@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
-from dapo_async.runtime.tracker import Tracker
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 

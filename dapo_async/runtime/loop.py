@@ -11,8 +11,8 @@ from dapo_async.config import Config
 from dapo_async.replay import Verdict
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
-from dapo_async.runtime.tracker import Tracker
 from dapo_async.types import StepMetrics, TrainBatch
 
 T = TypeVar("T")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dapo_async.replay import Counts
-from dapo_async.runtime.tracker import Totals
+from dapo_async.runtime.step_metrics import Totals
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
 if TYPE_CHECKING:
-    from dapo_async.runtime.train import Run
+    from dapo_async.runtime.run import Run
 
 
 def summarise_run(run: Run, wall_s: float) -> dict[str, Any]:

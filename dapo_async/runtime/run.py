@@ -23,15 +23,15 @@ from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
-from dapo_async.runtime.ending import EXIT_WRONG_INPUT, Ending, Status, WrongInput
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.handles.handle import ActorDied
-from dapo_async.runtime.interrupts import Interrupts
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START, ResumePoint
+from dapo_async.runtime.signals import Interrupts
+from dapo_async.runtime.status import EXIT_WRONG_INPUT, Ending, Status, WrongInput
+from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
-from dapo_async.runtime.tracker import Totals, Tracker
 from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Audience
