@@ -1,5 +1,5 @@
 """`python -m dapo_async` is `dapo-async`."""
 
-from dapo_async.cli import console
+from dapo_async.cli.main import console
 
 console()

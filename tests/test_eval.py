@@ -22,7 +22,7 @@ from test_evaluate import prompt
 from test_torch_engine import tiny_decoder
 
 from dapo_async import config as knobs
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 from dapo_async.evaluate.command import Options, prepare, summarise
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import Problem, answer_all, judged
@@ -320,7 +320,7 @@ def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:
 def test_checkpoint_of_the_command_line_is_measured_without_ray(tmp_path: Path) -> None:
     out = tmp_path / "base.json"
     arguments = [*BASE, "--k", "4", "--max-problems", "12", "--json", str(out), "seed=3"]
-    script = f"from dapo_async.cli import main\nraise SystemExit(main({arguments!r}))"
+    script = f"from dapo_async.cli.main import main\nraise SystemExit(main({arguments!r}))"
     ended = run_without(["ray", "mlflow", "sglang"], script)
     assert (ended.returncode, ended.stderr) == (0, "")
     result = json.loads(out.read_text())

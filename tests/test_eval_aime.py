@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED", Path(__file__).parents[2] / "shared"))
 AIME = SHARED / "data" / "aime24" / "data.jsonl"

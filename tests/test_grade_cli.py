@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 
 
 def graded(tmp_path, rows, *options):

@@ -138,7 +138,7 @@ def test_a_stream_of_few_letters_gets_question_marks() -> None:
 
 def test_the_command_line_starts_without_what_only_runs_need() -> None:
     names = "mlflow rich ray torch"
-    script = f"import sys\nfrom dapo_async.cli import main\ncode = main(sys.argv[1:])\nassert not {{*'{names}'.split()}} & {{*sys.modules}}, 'heavy'\n"
+    script = f"import sys\nfrom dapo_async.cli.main import main\ncode = main(sys.argv[1:])\nassert not {{*'{names}'.split()}} & {{*sys.modules}}, 'heavy'\n"
     ran = subprocess.run(
         [sys.executable, "-c", script, "config", "--explain"],
         capture_output=True,

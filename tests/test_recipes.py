@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dapo_async import config as knobs
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from tracking_world import run_dir_with
 
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 from dapo_async.tracking.report import write_report
 from dapo_async.tracking.report_charts import (
     PANELS,

@@ -23,7 +23,7 @@ from run_support import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.cli import main
+from dapo_async.cli.main import main
 from dapo_async.data import PromptStream, load_tokenizer
 
 TRAIN = ("train", str(QUICKSTART))

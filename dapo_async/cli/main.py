@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from dapo_async import cli_measure
 from dapo_async import config as knobs
+from dapo_async.cli import evaluate as cli_measure
 
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
