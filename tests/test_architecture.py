@@ -227,8 +227,8 @@ def test_the_house_gives_no_reason_to_complain(check):
         (
             import_complaints,
             "cli.py",
-            "from dapo_async.config_checks import check",
-            "imports dapo_async.config_checks.check; its door is config",
+            "from dapo_async.config.validate import check",
+            "imports dapo_async.config.validate.check; its door is config",
         ),
         (
             import_complaints,

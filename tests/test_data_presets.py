@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dapo_async import config as knobs
 from dapo_async.config import Source, parse_source
-from dapo_async.config_checks import TEMPLATES as NAMES
+from dapo_async.config.validate import TEMPLATES as NAMES
 from dapo_async.data import (
     PRESETS,
     TEMPLATES,

@@ -1,21 +1,13 @@
-"""Every knob of the system: one typed tree, one line each. OmegaConf loads, merges and type-checks; `config_checks.py` has the rules.
+"""Every knob of the system: one typed tree of frozen dataclasses, one line of explanation each.
 
-Arrives: a YAML file and dotted overrides. Leaves: a frozen `Config`. Called by `cli.py`; algorithms are handed plain values, never this tree.
+`load.py` builds a `Config` from a YAML file and overrides; `validate.py` has the rules between knobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
-
-from dapo_async.config_checks import check
-from dapo_async.config_files import read_file, read_overrides, resolve_paths
-from dapo_async.config_sources import Source as Source
-from dapo_async.config_sources import parse_source as parse_source
-from dapo_async.config_sources import parse_sources as parse_sources
-from dapo_async.config_text import literal, one_line, redacted
 
 
 def knob(default: Any, line: str, *, path: str = "") -> Any:
@@ -360,35 +352,3 @@ def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any
             yield from knobs(group, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item.default, item.metadata["line"], item.metadata["path"]
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with dotted overrides (`learner.lr=1e-4`) on top, checked. Raises ValueError with one clear line."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = Path(path)
-    try:
-        names, paths = (
-            [name for name, *_ in knobs()],
-            {name: kind for name, _, _, kind in knobs() if kind},
-        )
-        file, dotted = read_file(path, names), read_overrides(overrides, names)
-        resolve_paths(file, path.resolve().parent, paths)
-        resolve_paths(dotted, Path.cwd(), paths)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
-    except OmegaConfBaseException as error:
-        raise ValueError(one_line(error, names)) from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config, every knob written out; `load` reads it back to an equal one, but for the password of a tracking URI."""
-    from omegaconf import OmegaConf
-
-    tracking = replace(
-        config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow)
-    )
-    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))

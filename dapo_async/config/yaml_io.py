@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dapo_async.config_sources import resolved
-from dapo_async.config_text import literal
+from dapo_async.config.sources import resolved
+from dapo_async.config.text import literal
 
 if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of the tree of knobs run without OmegaConf
     from omegaconf import DictConfig

@@ -9,12 +9,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dapo_async.config_sources import Source, parse_source, parse_sources
-
-if TYPE_CHECKING:  # only the type: config.py imports this module
-    from dapo_async.config import Config
+from dapo_async.config.schema import Config
+from dapo_async.config.sources import Source, parse_source, parse_sources
 
 Rule = tuple[bool, str]  # whether it holds, and the line for when it does not
 

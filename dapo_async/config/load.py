@@ -1,0 +1,48 @@
+"""From a YAML file and dotted overrides to a checked `Config`, and back to YAML.
+
+OmegaConf loads, merges and checks types. It is imported on first use: rooms that only need the
+types of a `Config` run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dapo_async.config.schema import Config, knobs
+from dapo_async.config.text import literal, one_line, redacted
+from dapo_async.config.validate import check
+from dapo_async.config.yaml_io import read_file, read_overrides, resolve_paths
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with dotted overrides (`learner.lr=1e-4`) on top, checked. Raises ValueError with one clear line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    try:
+        names, paths = (
+            [name for name, *_ in knobs()],
+            {name: kind for name, _, _, kind in knobs() if kind},
+        )
+        file, dotted = read_file(path, names), read_overrides(overrides, names)
+        resolve_paths(file, path.resolve().parent, paths)
+        resolve_paths(dotted, Path.cwd(), paths)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
+    except OmegaConfBaseException as error:
+        raise ValueError(one_line(error, names)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every knob written out; `load` reads it back to an equal one, but for the password of a tracking URI."""
+    from omegaconf import OmegaConf
+
+    tracking = replace(
+        config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow)
+    )
+    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))
