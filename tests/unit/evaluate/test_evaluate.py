@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_torch_engine import packed_logprobs, tiny_decoder
+from test_native_engine import packed_logprobs, tiny_decoder
 
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.rollout.native.engine import TorchEngine

@@ -64,8 +64,8 @@ def test_server_and_what_it_started_end_when_they_are_let_go(tmp_path):
 
 def test_server_ends_with_whoever_held_it(tmp_path):
     script = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; import test_leash, pathlib, time; "
-        f"held = test_leash.hold(pathlib.Path({str(tmp_path)!r}), 'sleep 100 & echo $$ $! > {tmp_path}/pids; wait'); time.sleep(100)"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; import test_supervisor, pathlib, time; "
+        f"held = test_supervisor.hold(pathlib.Path({str(tmp_path)!r}), 'sleep 100 & echo $$ $! > {tmp_path}/pids; wait'); time.sleep(100)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     pids = [int(pid) for pid in wait_for(tmp_path, "pids").split()]

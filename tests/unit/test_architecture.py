@@ -1,4 +1,4 @@
-"""The house as its plan says: imports go down only, big libraries stay in their rooms, files are short, words are one per thing.
+"""The source keeps its structure: imports go down only and form no circle.
 
 Each check reads source as text, so the same check is shown a small bad source and must complain.
 """
@@ -7,48 +7,37 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-HOUSE = {
-    PurePosixPath(path.relative_to(ROOT / "dapo_async").as_posix()): path.read_text(
-        encoding="utf-8"
-    )
+SOURCES = {
+    PurePosixPath(path.relative_to(ROOT / "dapo_async").as_posix()): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "dapo_async").rglob("*.py"))
 }
 LEVELS = (
-    {"config", "types", "clock", "checkpoints", "custom"},
-    {"algorithm", "reward", "model", "replay", "group_files"},
+    {"config", "types", "utils"},
+    {"algorithm", "reward", "model", "replay"},
     {"data", "rollout", "learner", "planner"},
-    {"weights", "evaluate", "grade", "tracking", "rerun"},
+    {"weights", "evaluate", "tracking"},
     {"runtime"},
     {"cli"},
     {"__main__"},
 )
-LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-ROOM_MATES = {
-    "config_checks": "config",
-    "config_files": "config",
-    "config_sources": "config",
-    "config_text": "config",
-    "cli_measure": "cli",
-}  # a file at the top that belongs to another one's room, whose door is the other one
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 OWNERS = {
-    "ray": {"runtime"}, "mlflow": {"tracking"}, "sglang": set(), "omegaconf": {"config"}, "datasets": {"data"}, "pyarrow": {"data"},
-    "huggingface_hub": {"data", "runtime"},
-}  # fmt: skip
-WITHOUT = (
-    "ray",
-    "sglang",
-    "mlflow",
-    "omegaconf",
-    "datasets",
-    "pyarrow",
-    "matplotlib",
-)  # what these rooms must do without
-LIGHT_ROOMS = (
+    "ray": {"runtime"},
+    "mlflow": {"tracking"},
+    "sglang": set(),
+    "omegaconf": {"config"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "huggingface_hub": {"data", "model"},
+}
+# What the packages below the runtime must run without.
+WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "pyarrow", "matplotlib")
+LIGHT_PACKAGES = (
     "algorithm",
     "reward",
     "model",
@@ -77,13 +66,9 @@ FORBIDDEN = {
 }
 
 
-def room_of(path):
-    """`replay/buffer.py` is in room replay; `evaluate.py` is a room of its own; the top `__init__.py` is in none."""
-    return room_named(path.parts[0] if len(path.parts) > 1 else path.stem)
-
-
-def room_named(name):
-    return ROOM_MATES.get(name, name)
+def package_of(path):
+    """`replay/buffer.py` is in the package replay; `types.py` is one of its own."""
+    return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
 def imported(source):
@@ -99,23 +84,71 @@ def imported(source):
 
 
 def import_complaints(path, source):
-    """Imports go down only; rooms of one level never meet; a big library stays with its owner; the maths (L1) never sees a config."""
-    room = room_of(path)
+    """Imports go down only. Packages of one level never import each other.
+
+    A big library stays with its owner. The mathematics (level 1) never sees a config.
+    """
+    package = package_of(path)
     for name in imported(source):
         library, _, rest = name.partition(".")
-        other = room_named(rest.partition(".")[0])
-        if library in OWNERS and room not in OWNERS[library]:
-            yield f"{path} imports {name}; {library} belongs to {sorted(OWNERS[library]) or 'nobody'}"
-        if rest.partition(".")[0] in ROOM_MATES and room != other:
-            yield f"{path} imports {name}; its door is {other}"
-        if library != "dapo_async" or other == room or room == "__init__":
+        other = rest.partition(".")[0]
+        if library in OWNERS and package not in OWNERS[library]:
+            owners = sorted(OWNERS[library]) or "nobody"
+            yield f"{path} imports {name}; {library} belongs to {owners}"
+        if library != "dapo_async" or other == package or package == "__init__":
             continue
         if other not in LEVEL_OF:
-            yield f"{path} imports {name}, which is in no room"
-        elif LEVEL_OF[other] >= LEVEL_OF[room]:
-            yield f"{path} (level {LEVEL_OF[room]}) imports {name} (level {LEVEL_OF[other]})"
-        elif LEVEL_OF[room] == 1 and other == "config":
+            yield f"{path} imports {name}, which is in no package"
+        elif LEVEL_OF[other] >= LEVEL_OF[package]:
+            yield (
+                f"{path} (level {LEVEL_OF[package]}) imports {name} (level {LEVEL_OF[other]})"
+            )
+        elif LEVEL_OF[package] == 1 and other == "config":
             yield f"{path} imports {name}: algorithms take floats, never a config"
+
+
+def module_of(path):
+    """`replay/buffer.py` is `replay.buffer`; `replay/__init__.py` is `replay`."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(sources):
+    """Module -> the modules that it imports, lazily or for types included."""
+    modules = {module_of(path) for path in sources}
+    graph = {}
+    for path, source in sources.items():
+        edges = graph.setdefault(module_of(path), set())
+        for name in imported(source):
+            target = name.removeprefix("dapo_async.")
+            if target == name:
+                continue
+            while target and target not in modules:
+                target = target.rpartition(".")[0]
+            edges.update({target} - {module_of(path), ""})
+    return graph
+
+
+def circles(sources):
+    """Every group of modules that import each other in a circle, as sorted lists."""
+    graph = import_graph(sources)
+
+    def reached(start):
+        seen, pending = set(), [start]
+        while pending:
+            for target in graph.get(pending.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    pending.append(target)
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in reach[module] if module in reach[other]))
+        for module in graph
+        if module in reach[module]
+    }
+    return sorted(list(group) for group in groups)
 
 
 def functions(tree):
@@ -128,7 +161,7 @@ def docstring_complaints(path, source):
     """Modules, public functions and classes say what they are. Records (their fields do), torch's modules, `forward` and small methods need not."""
     tree = ast.parse(source)
     if not ast.get_docstring(tree):
-        yield f"{path} does not say its place in the walk"
+        yield f"{path} has no module docstring"
     for node in tree.body:
         if not isinstance(
             node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -167,22 +200,29 @@ def word_complaints(path, source):
 CHECKS = (import_complaints, docstring_complaints, word_complaints)
 
 
-def test_every_room_has_a_level():
-    rooms = {room_of(path) for path in HOUSE} - {"__init__"}
-    assert rooms <= LEVEL_OF.keys()
-    assert {
-        "algorithm",
-        "replay",
-        "learner",
-        "rollout",
-        "runtime",
-        "cli",
-    } <= rooms  # the source was found at all
+def test_every_package_has_a_level():
+    packages = {package_of(path) for path in SOURCES} - {"__init__"}
+    assert packages <= LEVEL_OF.keys()
+    assert {"algorithm", "replay", "learner", "rollout", "runtime", "cli"} <= packages
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(SOURCES) == []
+
+
+def test_a_circle_is_found_through_packages_lazy_imports_and_type_checking():
+    sources = {
+        PurePosixPath("a/__init__.py"): "from dapo_async.a.one import f",
+        PurePosixPath("a/one.py"): "def f():\n    from dapo_async.b import g",
+        PurePosixPath("b.py"): "if TYPE_CHECKING:\n    from dapo_async.a import f",
+        PurePosixPath("c.py"): "import dapo_async.a.one",
+    }
+    assert circles(sources) == [["a", "a.one", "b"]]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_house_gives_no_reason_to_complain(check):
-    assert [complaint for path, source in HOUSE.items() for complaint in check(path, source)] == []
+def test_the_source_keeps_every_rule(check):
+    assert [complaint for path, source in SOURCES.items() for complaint in check(path, source)] == []
 
 
 @pytest.mark.parametrize(
@@ -203,8 +243,8 @@ def test_the_house_gives_no_reason_to_complain(check):
         (
             import_complaints,
             "types.py",
-            "from dapo_async import clock",
-            "types.py (level 0) imports dapo_async.utils.state_clock (level 0)",
+            "from dapo_async.utils import files",
+            "types.py (level 0) imports dapo_async.utils.files (level 0)",
         ),
         (
             import_complaints,
@@ -222,17 +262,11 @@ def test_the_house_gives_no_reason_to_complain(check):
             import_complaints,
             "data/stream.py",
             "from dapo_async.attic import x",
-            "dapo_async.attic.x, which is in no room",
+            "dapo_async.attic.x, which is in no package",
         ),
         (
             import_complaints,
-            "cli.py",
-            "from dapo_async.config.validate import check",
-            "imports dapo_async.config.validate.check; its door is config",
-        ),
-        (
-            import_complaints,
-            "config_checks.py",
+            "config/validate.py",
             "from dapo_async.utils.state_clock import StateClock",
             "(level 0) imports dapo_async.utils.state_clock.StateClock (level 0)",
         ),
@@ -344,7 +378,7 @@ sys.meta_path.insert(0, Blocker())
 
 def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library():
     imports = "".join(
-        f"import dapo_async.{module}\n" for module in (*LIGHT_ROOMS, "rollout.torch_engine")
+        f"import dapo_async.{module}\n" for module in (*LIGHT_PACKAGES, "rollout.native.engine")
     )
     ran = run_without(WITHOUT, imports)
     assert (ran.returncode, ran.stderr) == (0, "")

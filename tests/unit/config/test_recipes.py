@@ -1,15 +1,14 @@
 """Recipes: each passes --dry-run and has the published values; the rungs of the ladder are complete and differ by one knob each."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from paths import CONFIGS
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")
 LADDER = (
     "1_grpo",

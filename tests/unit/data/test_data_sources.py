@@ -11,6 +11,7 @@ import httpx
 import huggingface_hub
 import pyarrow
 import pytest
+from paths import QUICKSTART
 from pyarrow import parquet
 
 from dapo_async import config as knobs
@@ -21,7 +22,6 @@ from dapo_async.runtime.hub import with_model_here
 ROWS = [
     {"prompt": f"problem {row}", "answer": str(row), "extra": {"level": row}} for row in range(5)
 ]
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def write(path, rows=ROWS):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
+from paths import ROOT
 
 from dapo_async.reward import Verdict
 from dapo_async.reward.math_verifier import pool as pools
@@ -158,7 +158,7 @@ def test_no_process_outlives_a_parent_that_is_killed():
         f"threading.Thread(target=pool.ask, args=({{'answer': {SLOW[0]!r}, 'gold': '42', 'anywhere': False}}, 60), daemon=True).start()\n"
         "print(pool.processes[0].pid, flush=True); time.sleep(60)"
     )
-    path = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     with subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,

@@ -3,10 +3,10 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow
 import pytest
+from paths import CONFIGS
 from pyarrow import parquet
 from shared_data import DATA, EVALUATION_SETS, needs_data
 from transformers import AutoTokenizer
@@ -28,7 +28,6 @@ from dapo_async.data.presets import answer_of
 from dapo_async.data.screening import fingerprint
 from dapo_async.runtime.preflight import check_inputs
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 

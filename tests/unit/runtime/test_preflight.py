@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import QUICKSTART
 from safetensors.torch import load_file, save_file
 
 from dapo_async import config as knobs
 from dapo_async.runtime.preflight import check_inputs
 from dapo_async.tracking.run_dir import RunDir
-
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture

@@ -3,16 +3,15 @@
 import importlib.util
 import json
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+from paths import CONFIGS
 
 from dapo_async.data import load_prompts, load_tokenizer
 from dapo_async.model import PackedAttention, load_decoder
 from dapo_async.reward import get_verifier
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDER, DATA = CONFIGS / "base" / "quickstart", CONFIGS / "data" / "quickstart"
 
 

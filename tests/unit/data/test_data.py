@@ -4,16 +4,16 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import CONFIGS
 from transformers import AutoTokenizer
 
 from dapo_async.data import PromptStream, load_prompts, load_tokenizer
 from dapo_async.types import Prompt
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "base" / "quickstart"
+QUICKSTART = CONFIGS / "base" / "quickstart"
 
 
 class CharacterTokenizer:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from paths import ROOT
 
 from dapo_async.config import Config, Tracking, Train
 from dapo_async.tracking.run_dir import RunDir
 
-ROOM = Path(__file__).resolve().parent.parent / "dapo_async"
+ROOM = ROOT / "dapo_async"
 
 
 def config_with(mlflow: str | None, *, num_steps: int = 4, experiment: str = "sums") -> Config:

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_inputs import refusal
+from test_preflight import refusal
 from test_reward import completion
 from worker_world import play, settled
 

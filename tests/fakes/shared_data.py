@@ -1,11 +1,8 @@
 """Real data sets beside the checkout, read where they lie; a test of theirs is skipped where they are absent."""
 
-import os
-from pathlib import Path
-
 import pytest
+from paths import SHARED
 
-SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import QUICKSTART
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Algorithm, Config, Learner, load
@@ -210,7 +211,7 @@ class House:
 
 @pytest.fixture
 def house(tmp_path):
-    config = load(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+    config = load(QUICKSTART)
     base, data = Path(config.model.path), config.data
     tokenizer = load_tokenizer(base)
     train_set = load_prompts(

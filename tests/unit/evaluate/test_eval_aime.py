@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from paths import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from dapo_async.cli.main import main
 
-SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED", Path(__file__).parents[2] / "shared"))
 AIME = SHARED / "data" / "aime24" / "data.jsonl"
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,

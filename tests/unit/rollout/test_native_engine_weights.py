@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_torch_engine import (
+from test_native_engine import (
     FAMILIES,
     chosen,
     group,

@@ -1,19 +1,15 @@
 """Recorded verdicts, of math-verify's own tests and of GSM8K's recorded responses: every disagreement is listed with its reason."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from paths import ROOT, SHARED
 
 from dapo_async.reward.math_verifier.verify import verify
 
-SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED") or Path(__file__).parents[2] / "shared")
 VECTORS = SHARED / "data" / "grader_vectors"
-LISTED = json.loads(
-    (Path(__file__).parents[1] / "benchmarks" / "grader_disagreements.json").read_text()
-)
+LISTED = json.loads((ROOT / "benchmarks" / "grader_disagreements.json").read_text())
 needs_vectors = pytest.mark.skipif(
     not VECTORS.is_dir(),
     reason="the vectors, shared/data/grader_vectors beside the checkout, are absent",

@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+from paths import QUICKSTART
+
 COMMAND = str(Path(sys.executable).with_name("dapo-async"))
 MARKER = "DAPO_ASYNC_TEST_RUN"  # every process of a run inherits it, Ray's own included
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

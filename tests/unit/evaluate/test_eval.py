@@ -19,7 +19,7 @@ import pytest
 from run_support import QUICKSTART, environment
 from test_architecture import run_without
 from test_evaluate import prompt
-from test_torch_engine import tiny_decoder
+from test_native_engine import tiny_decoder
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_torch_engine import FAMILIES, group, run, tiny_decoder
+from test_native_engine import FAMILIES, group, run, tiny_decoder
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import Algorithm, Learner

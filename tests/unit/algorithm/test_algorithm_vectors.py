@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from paths import SHARED
 from torch import Tensor
 
 from dapo_async.algorithm import group_advantages, policy_loss, step_metrics, summarise
 
-VECTORS = Path(__file__).parents[2] / "shared" / "reference" / "loss_vectors.json"
+VECTORS = SHARED / "reference" / "loss_vectors.json"
 BATCHES: list[dict[str, Any]] = (
     json.loads(VECTORS.read_text())["batches"] if VECTORS.exists() else []
 )

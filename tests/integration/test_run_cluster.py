@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from paths import ROOT
 from run_support import (
     MARKER,
     TINY,
@@ -35,7 +36,7 @@ from run_support import (
 
 from dapo_async.runtime.cluster.environment import RUNS
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = ROOT
 RAY = str(Path(sys.executable).with_name("ray"))
 NODES = ("127.0.0.2", "127.0.0.3")  # each node has an interface of its own, as on two machines
 TRAIN = ("dapo-async", "train", "configs/quickstart.yaml", *TINY, "rollout.num_workers=2")

@@ -1,11 +1,11 @@
 """Bad input is one clear line: rule, values, remedy."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import CONFIGS
 
 from dapo_async import config as knobs
 
@@ -126,7 +126,7 @@ def test_every_knob_has_its_line():
 
 
 def test_every_config_in_the_repository_loads():
-    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml"):
+    for path in CONFIGS.rglob("*.yaml"):
         knobs.load(path)
 
 
