@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from quickstart import CONFIG, QUICK, environment
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, save_state
 from dapo_async.model import Decoder, Mesh, ModelConfig, checksum, take_snapshot
 
@@ -63,7 +63,9 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
             "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         }
     )  # fmt: skip
-    rank = LearnerRank(Decoder(config), algorithm=Algorithm(), learner=Learner(), seed=0)
+    rank = LearnerRank(
+        Decoder(config), algorithm=AlgorithmConfig(), learner=LearnerConfig(), seed=0
+    )
     for parameter in rank.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=1e-6)  # so that there are moments to save

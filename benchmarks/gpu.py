@@ -21,7 +21,7 @@ from engine import SHAPE, commit, hardware
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import (
@@ -178,8 +178,8 @@ def own_step(
     decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations, mesh=mesh)
     rank = LearnerRank(
         decoder,
-        algorithm=Algorithm(proximal="current"),
-        learner=Learner(**KNOBS, microbatch_tokens=tokens),
+        algorithm=AlgorithmConfig(proximal="current"),
+        learner=LearnerConfig(**KNOBS, microbatch_tokens=tokens),
         seed=0,
         mesh=mesh,
     )

@@ -26,7 +26,7 @@ from engine import SHAPE, VOCABULARY, commit, hardware
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import rows_of, split_microbatches
 from dapo_async.learner.optimizer import ShardedAdamW
@@ -49,7 +49,7 @@ SHAPES = {
 }  # and groups of rollouts per step
 GROUP_SIZE, PROMPT_TOKENS, SHORTEST, LONGEST = 8, 32, 16, 160
 LENGTHS = ("even", "different")
-KNOBS = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
+KNOBS = LearnerConfig(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
 HEAD = {"vocabulary": 151_936, "tokens": 4096, "size": 256}
 QUICK_HEAD = {"vocabulary": 20_000, "tokens": 512, "size": 64}
 
@@ -80,7 +80,7 @@ def rollouts(num_groups: int, *, even: bool) -> list[Group]:
 
 def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], None]:
     rank = LearnerRank(
-        load_decoder(folder), algorithm=Algorithm(proximal=proximal), learner=KNOBS, seed=0
+        load_decoder(folder), algorithm=AlgorithmConfig(proximal=proximal), learner=KNOBS, seed=0
     )
 
     def step() -> None:

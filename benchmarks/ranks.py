@@ -19,7 +19,7 @@ import torch
 from engine import commit, hardware
 from learner import SHAPES, rollouts
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import share_groups
 from dapo_async.model import (
@@ -64,9 +64,9 @@ def rank_process(
     )
     for parameter in map(shard_of, decoder.parameters()):
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    knobs = Learner(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
+    knobs = LearnerConfig(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
     rank = LearnerRank(
-        decoder, algorithm=Algorithm(proximal="current"), learner=knobs, seed=0, mesh=mesh
+        decoder, algorithm=AlgorithmConfig(proximal="current"), learner=knobs, seed=0, mesh=mesh
     )
     groups = rollouts(num_groups, even=False)
     positions = share_groups([group.num_tokens for group in groups], dp)[mesh.dp.rank]

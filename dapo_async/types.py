@@ -29,7 +29,7 @@ class Prompt:
 class Admission:
     """One credit spent: the right to generate one group of `group_size` rollouts."""
 
-    index: int  # admission index: 0, 1, 2, … along the run; names the group everywhere
+    index: int  # group id: 0, 1, 2, … along the run; names the group everywhere
     prompt: Prompt
     group_size: int
     heads: tuple[
@@ -94,7 +94,7 @@ class Rollout:
 class Group:
     """The G siblings of one prompt: the unit of admission, filtering, credit and advantage."""
 
-    admission_index: int
+    group_id: int
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     incarnation: str  # the run's incarnation whose weights generated it; others are refused
@@ -138,7 +138,7 @@ class TrainBatch:
     """The ticket of one learner step: ids, counts and references; never the tokens."""
 
     learner_version: int  # the learner's weight version when the batch was taken
-    admission_indices: tuple[int, ...]
+    group_ids: tuple[int, ...]
     oldest_versions: tuple[int, ...]  # per group
     num_tokens: tuple[int, ...]  # per group, prompt and response
     references: tuple[

@@ -99,13 +99,13 @@ class InProcess:
                 ),
                 "generated": float(self.generated - before),
             }
-            self.replay.trained(batch.admission_indices)
+            self.replay.trained(batch.group_ids)
             weights = {
                 name: parameter.detach() for name, parameter in self.rank.decoder.named_parameters()
             }
             self.engine.update_weights(weights, version=step + 1, probe_ids=PROBE)
             self.replay.serve(step + 1)
-            self.replay.release(batch.admission_indices)
+            self.replay.release(batch.group_ids)
             curves.rows.append(metrics)
             if (step + 1) % EVALUATE_EVERY == 0:
                 curves.held_out.append((step + 1, self.accuracy()))

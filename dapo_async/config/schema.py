@@ -16,7 +16,7 @@ def knob(default: Any, line: str, *, path: str = "") -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class BaseModelConfig:
     path: str = knob(
         "",
         "base model: Hugging Face folder (config.json, *.safetensors, tokenizer.json), or OWNER/NAME[@REVISION] on the hub",
@@ -29,7 +29,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
+class DataConfig:
     train: str = knob(
         "",
         "training problems: [PRESET=]PATH (JSONL, Parquet or folder) | hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET",
@@ -76,7 +76,7 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reward:
+class RewardConfig:
     verifier: str = knob(
         "marker",
         "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function",
@@ -99,7 +99,7 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Algorithm:
+class AlgorithmConfig:
     objective: str = knob(
         "dapo", "policy objective: dapo | gspo | cispo, or another of algorithm/objectives.py"
     )
@@ -140,7 +140,7 @@ class Algorithm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
+class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
         "torch", "what generates: the learner's own decoder | an SGLang server per worker"
     )
@@ -177,7 +177,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
+class ReplayConfig:
     groups_per_step: int = knob(16, "groups that one learner step consumes")
     group_size: int = knob(16, "rollouts per group (G)")
     max_staleness: int = knob(
@@ -200,7 +200,7 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learner:
+class LearnerConfig:
     data_parallel: int = knob(1, "ranks that train on different groups of a batch")
     tensor_parallel: int = knob(
         1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all"
@@ -233,7 +233,7 @@ class Learner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class WeightsConfig:
     transport: Literal["broadcast", "disk"] = knob(
         "broadcast",
         "how weights reach the engines: collective broadcast (gloo or NCCL) or safetensors on disk",
@@ -246,7 +246,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class EvaluationConfig:
     num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: nothing is evaluated")
     every_steps: int = knob(
         0, "evaluate each so many steps, beside training; 0: only before and after it"
@@ -266,7 +266,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Train:
+class TrainConfig:
     num_steps: int = knob(100, "learner steps")
     max_wall_s: float | None = knob(
         None,
@@ -281,7 +281,7 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tracking:
+class TrackingConfig:
     mlflow: str | None = knob(
         "local",
         "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off",
@@ -290,7 +290,7 @@ class Tracking:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
+class DeadlinesConfig:
     start_s: float = knob(120.0, "actors up, models loaded")
     take_s: float = knob(600.0, "the learner's wait for a batch")
     step_s: float = knob(1800.0, "one learner step")
@@ -311,7 +311,7 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class ClusterConfig:
     address: str = knob(
         "auto",
         "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one",
@@ -329,19 +329,19 @@ class Config:
         "",
         "where the run writes; empty: runs/NAME-TIME; relative: in the folder DAPO_ASYNC_RUNS or else in the current one",
     )
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    reward: Reward = field(default_factory=Reward)
-    algorithm: Algorithm = field(default_factory=Algorithm)
-    rollout: Rollout = field(default_factory=Rollout)
-    replay: Replay = field(default_factory=Replay)
-    learner: Learner = field(default_factory=Learner)
-    weights: Weights = field(default_factory=Weights)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    train: Train = field(default_factory=Train)
-    tracking: Tracking = field(default_factory=Tracking)
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    ray: Cluster = field(default_factory=Cluster)
+    model: BaseModelConfig = field(default_factory=BaseModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
+    ray: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:

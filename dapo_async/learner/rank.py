@@ -20,7 +20,7 @@ from dapo_async.algorithm import (
     sequence_mean_weights,
     step_metrics,
 )
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner.batching import (
     Microbatch,
     Row,
@@ -44,8 +44,8 @@ class LearnerRank:
         self,
         decoder: Decoder,
         *,
-        algorithm: Algorithm,
-        learner: Learner,
+        algorithm: AlgorithmConfig,
+        learner: LearnerConfig,
         seed: int,
         version: int = 0,
         mesh: Mesh = Mesh(),  # noqa: B008 (frozen)

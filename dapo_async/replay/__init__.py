@@ -12,23 +12,23 @@ explain.py     one line on who waits for whom
 
 from dapo_async.replay.buffer import ReplayBuffer
 from dapo_async.replay.filters import Filter, custom_filter, dynamic_sampling, has_tokens
-from dapo_async.replay.ledger import Counts, Ending
+from dapo_async.replay.ledger import Counts, GroupOutcome
 from dapo_async.replay.lineage import BufferState, freeze
 from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
 from dapo_async.replay.step_stats import StepAcceptance
-from dapo_async.replay.stop_rule import Verdict
+from dapo_async.replay.stop_rule import StopReason
 
 __all__ = [
     "BufferState",
     "Counts",
-    "Ending",
     "Filter",
+    "GroupOutcome",
     "OfferOutcome",
     "OfferResult",
     "Refusal",
     "ReplayBuffer",
     "StepAcceptance",
-    "Verdict",
+    "StopReason",
     "custom_filter",
     "dynamic_sampling",
     "freeze",

@@ -19,13 +19,13 @@ from typing import Any
 
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
 from dapo_async.replay.filters import Filter, first_reason
-from dapo_async.replay.ledger import Counts, Ending, Ledger
+from dapo_async.replay.ledger import Counts, GroupOutcome, Ledger
 from dapo_async.replay.lineage import BufferState, thaw
 from dapo_async.replay.offers import OfferOutcome, OfferResult, refuse
 from dapo_async.replay.stall_report import explain, facts_of
 from dapo_async.replay.state import Buffered, Generating, Taken
 from dapo_async.replay.step_stats import AcceptanceLog, StepAcceptance
-from dapo_async.replay.stop_rule import Patience, Verdict
+from dapo_async.replay.stop_rule import Patience, StopReason
 from dapo_async.types import Group, RejectReason, TrainBatch
 
 
@@ -71,7 +71,7 @@ class ReplayBuffer:
         self._taken: dict[int, Taken] = {}
         self._awaiting: dict[
             int, int
-        ] = {}  # admission index → version that every engine has to serve before the credit returns
+        ] = {}  # group id → version that every engine has to serve before the credit returns
         self._evicted_since_take: list[int] = []
         self._suspect = False  # a deadline came nearer: the only way to an overload, see credits.py
         if lineage is not None:
@@ -100,7 +100,7 @@ class ReplayBuffer:
         return self._credits.held
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> StopReason | None:
         """Set for good after `patience` consecutive rejects: solved or stuck. Admission has stopped."""
         return self._patience.verdict
 
@@ -135,7 +135,7 @@ class ReplayBuffer:
         return self.num_to_reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
-        """Spends a credit for `worker`; returns the admission index. The deadline counts from the served version until the offer attests better.
+        """Spends a credit for `worker`; returns the group id. The deadline counts from the served version until the offer attests better.
 
         One that is issued again goes on with what is there of it (`goes_on`), under its deadline, if that can still be kept.
         """
@@ -161,7 +161,7 @@ class ReplayBuffer:
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
         """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
-        index, oldest_version = group.admission_index, group.oldest_version
+        index, oldest_version = group.group_id, group.oldest_version
         refusal = refuse(
             group,
             self.incarnation,
@@ -195,7 +195,7 @@ class ReplayBuffer:
         """Gives up a generating group; False when it had ended already (a late report)."""
         if self._generating.pop(index, None) is None:
             return False
-        self._end(index, Ending.FAILED)
+        self._end(index, GroupOutcome.FAILED)
         self.failures[why] += 1
         return True
 
@@ -211,7 +211,7 @@ class ReplayBuffer:
         return self._generating[index].goes_on
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
-        """Fails what `worker` was generating; what it had offered stays. Returns the failed admission indices."""
+        """Fails what `worker` was generating; what it had offered stays. Returns the failed group ids."""
         lost = tuple(
             index for index, started in self._generating.items() if started.worker == worker
         )
@@ -229,7 +229,7 @@ class ReplayBuffer:
         self.served_version = version
 
     def evict_doomed(self, learner_version: int) -> dict[int, str]:
-        """Evicts the fewest groups without which all other deadlines can be kept; returns admission index → worker, for aborts.
+        """Evicts the fewest groups without which all other deadlines can be kept; returns group id → worker, for aborts.
 
         Call it before every `take`, which does the same but returns nothing while it waits. Empty in a healthy run: it takes an engine that
         attests older versions than it had claimed to serve.
@@ -248,7 +248,7 @@ class ReplayBuffer:
     def take(self, learner_version: int) -> TrainBatch | None:
         """The finished groups with the earliest deadlines; None: wait, for more groups or for a straggler whose deadline would be lost.
 
-        The batch is ordered by admission index. `TrainBatch.evicted` are all evictions since the take before.
+        The batch is ordered by group id. `TrainBatch.evicted` are all evictions since the take before.
         """
         assert not self.closed, "take after close"
         assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
@@ -276,7 +276,7 @@ class ReplayBuffer:
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
         return TrainBatch(
             learner_version=learner_version,
-            admission_indices=indices,
+            group_ids=indices,
             oldest_versions=oldest_versions,
             num_tokens=tuple(group.num_tokens for group in groups),
             references=tuple(group.payload for group in groups),
@@ -285,11 +285,11 @@ class ReplayBuffer:
 
     def trained(self, indices: Iterable[int]) -> None:
         """The step of these groups is done; their credits wait for `release`."""
-        self._finish_step(indices, Ending.TRAINED)
+        self._finish_step(indices, GroupOutcome.TRAINED)
 
     def skipped(self, indices: Iterable[int]) -> None:
         """The step of these groups was non-finite. If it made a version all the same, their credits wait until that is served."""
-        self._finish_step(indices, Ending.SKIPPED)
+        self._finish_step(indices, GroupOutcome.SKIPPED)
 
     def release(self, indices: Iterable[int]) -> None:
         """Every serving engine has the weights that these groups trained: their credits return. After `serve`, also after `close`."""
@@ -306,7 +306,7 @@ class ReplayBuffer:
         """The run ends: all that is in flight ends unused, later offers are refused."""
         for room in (self._generating, self._buffered, self._taken, self._reissue):
             for index in room:
-                self._end(index, Ending.UNUSED)
+                self._end(index, GroupOutcome.UNUSED)
             room.clear()
         self.closed = True
         return self.counts
@@ -347,20 +347,20 @@ class ReplayBuffer:
 
     def _evict(self, index: int) -> str:
         worker = (self._generating.pop(index, None) or self._buffered.pop(index)).worker
-        self._end(index, Ending.EVICTED)
+        self._end(index, GroupOutcome.EVICTED)
         self._evicted_since_take.append(index)
         return worker
 
-    def _finish_step(self, indices: Iterable[int], ending: Ending) -> None:
+    def _finish_step(self, indices: Iterable[int], ending: GroupOutcome) -> None:
         for index in indices:
             assert index in self._taken, (
                 f"admission {index} is not in a step and can't end as {ending.value}"
             )
             version = self._taken.pop(index).version
-            self._awaiting[index] = version + 1 if ending is Ending.TRAINED else version
+            self._awaiting[index] = version + 1 if ending is GroupOutcome.TRAINED else version
             self._ledger.end(index, ending)
 
-    def _end(self, index: int, ending: Ending | RejectReason) -> None:
+    def _end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         """An ending that trained nothing: the credit returns at once."""
         self._ledger.end(index, ending)
         self._credits.give_back(index)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 
 class Credits:
-    """`total` rights to have a group out; each is held by one admission index."""
+    """`total` rights to have a group out; each is held by one group id."""
 
     def __init__(self, total: int) -> None:
         assert total > 0, total

@@ -64,7 +64,7 @@ def read_groups(path: Path) -> list[Group]:
             start = end
         groups.append(
             Group(
-                row["admission_index"],
+                row["group_id"],
                 prompt,
                 tuple(rollouts),
                 row["incarnation"],
@@ -78,7 +78,7 @@ def read_groups(path: Path) -> list[Group]:
 def _row(group: Group) -> dict[str, Any]:
     prompt = group.prompt
     return {
-        "admission_index": group.admission_index,
+        "group_id": group.group_id,
         "incarnation": group.incarnation,
         "temperature": group.temperature,
         "prompt": {

@@ -11,7 +11,7 @@ from typing import Any
 from dapo_async.types import RejectReason
 
 
-class Ending(StrEnum):
+class GroupOutcome(StrEnum):
     """How an admitted group ends, besides being rejected for a `RejectReason`."""
 
     TRAINED = "trained"
@@ -50,7 +50,7 @@ class Counts:
 
     def flat(self) -> dict[str, int]:
         """One number per name, as in the metrics: `trained`, `rejected.all_correct`, …; every reason is present."""
-        named = {ending.value: getattr(self, ending.value) for ending in Ending}
+        named = {ending.value: getattr(self, ending.value) for ending in GroupOutcome}
         reasons = {
             f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason
         }
@@ -66,7 +66,7 @@ class Ledger:
     def __init__(self) -> None:
         self.admitted = 0
         self._open: set[int] = set()
-        self._ended: Counter[Ending | RejectReason] = Counter()
+        self._ended: Counter[GroupOutcome | RejectReason] = Counter()
 
     def admit(self) -> int:
         index = self.admitted
@@ -74,7 +74,7 @@ class Ledger:
         self._open.add(index)
         return index
 
-    def end(self, index: int, ending: Ending | RejectReason) -> None:
+    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         assert index in self._open, f"admission {index} is not open and can't end as {ending.value}"
         self._open.remove(index)
         self._ended[ending] += 1
@@ -91,7 +91,7 @@ class Ledger:
         self.admitted, self._open = admitted, set(outstanding)
         self._ended = Counter(
             {
-                RejectReason(name) if name in reasons else Ending(name): count
+                RejectReason(name) if name in reasons else GroupOutcome(name): count
                 for name, count in ended.items()
             }
         )
@@ -104,11 +104,11 @@ class Ledger:
     def counts(self) -> Counts:
         return Counts(
             admitted=self.admitted,
-            trained=self._ended[Ending.TRAINED],
-            evicted=self._ended[Ending.EVICTED],
-            failed=self._ended[Ending.FAILED],
-            skipped=self._ended[Ending.SKIPPED],
-            unused=self._ended[Ending.UNUSED],
+            trained=self._ended[GroupOutcome.TRAINED],
+            evicted=self._ended[GroupOutcome.EVICTED],
+            failed=self._ended[GroupOutcome.FAILED],
+            skipped=self._ended[GroupOutcome.SKIPPED],
+            unused=self._ended[GroupOutcome.UNUSED],
             in_flight=len(self._open),
             rejected={
                 reason: self._ended[reason] for reason in RejectReason if self._ended[reason]

@@ -23,8 +23,8 @@ class BufferState:
     failures: Mapping[str, int]
     streak: Mapping[str, int]  # consecutive rejects by reason
     acceptance: Mapping[str, Any]  # of the step that is being filled
-    reissue: tuple[int, ...]  # admission indices, ascending
-    buffered: Mapping[int, Buffered]  # by admission index, in the order of their offers
+    reissue: tuple[int, ...]  # group ids, ascending
+    buffered: Mapping[int, Buffered]  # by group id, in the order of their offers
 
     def to_json(self) -> dict[str, Any]:
         """Without payloads."""
@@ -43,7 +43,7 @@ class BufferState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], payloads: Mapping[int, Any]) -> BufferState:
-        """`payloads` by admission index, one for each buffered group."""
+        """`payloads` by group id, one for each buffered group."""
         rows = [dict(row) for row in values["buffered"]]
         buffered = {
             index: Buffered(**row, payload=payloads[index])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dapo_async.replay.state import Generating
 from dapo_async.replay.step_stats import StepAcceptance
-from dapo_async.replay.stop_rule import Verdict
+from dapo_async.replay.stop_rule import StopReason
 
 if TYPE_CHECKING:
     from dapo_async.replay.buffer import ReplayBuffer
@@ -33,7 +33,7 @@ class WaitFacts:
     acceptance: StepAcceptance  # since the last take
     evicted: int  # since the last take
     failures: Mapping[str, int]  # of the whole run, by what the worker said
-    verdict: Verdict | None
+    verdict: StopReason | None
     closed: bool
 
 

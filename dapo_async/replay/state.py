@@ -1,4 +1,4 @@
-"""The states of an admitted group: the buffer keeps one of these per admission index until the group's credit waits for weights or is free."""
+"""The states of an admitted group: the buffer keeps one of these per group id until the group's credit waits for weights or is free."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dapo_async.types import RejectReason
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class StopReason:
     """Why admission stopped for good."""
 
     rejected: Mapping[RejectReason, int]  # the consecutive rejects that led here
@@ -42,7 +42,7 @@ class Patience:
         assert limit > 0, limit
         self._limit = limit
         self._streak: Counter[RejectReason] = Counter()
-        self.verdict: Verdict | None = None
+        self.verdict: StopReason | None = None
 
     def accept(self) -> None:
         self._streak.clear()
@@ -60,4 +60,4 @@ class Patience:
 
     def _judge(self) -> None:
         if self.verdict is None and self._streak.total() >= self._limit:
-            self.verdict = Verdict(dict(self._streak))
+            self.verdict = StopReason(dict(self._streak))

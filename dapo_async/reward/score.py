@@ -26,7 +26,7 @@ def score_group(
     """Judges each sibling's text: accuracy in [0, 1] as the verifier says, reward = 2 · accuracy − 1 + soft overlong punishment (None: off).
 
     ±1 for right and wrong is DAPO's (2503.14476, equation 7). A truncated response is judged like any other: without an answer it is wrong.
-    `shuffle_seed` makes the control experiment: (accuracy, reward) pairs are permuted within the group, keyed by (shuffle_seed, admission index),
+    `shuffle_seed` makes the control experiment: (accuracy, reward) pairs are permuted within the group, keyed by (shuffle_seed, group id),
     so that every statistic of the group stays while a response no longer earns its own reward. Raises ValueError for an empty gold answer, and
     VerifierFailed when a verdict failed: the group can't be trained, for its failed rollout is not known to be wrong.
     """
@@ -63,7 +63,7 @@ def score_group(
         )
     ]
     return Group(
-        admission_index=admission.index,
+        group_id=admission.index,
         prompt=admission.prompt,
         rollouts=tuple(rollouts),
         incarnation=incarnation,

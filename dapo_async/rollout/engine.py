@@ -69,7 +69,7 @@ class SamplingParams:
 class GroupRequest:
     """One prompt to be answered `num_siblings` times."""
 
-    key: int  # the admission index: names the group and keys its noise
+    key: int  # the group id: names the group and keys its noise
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams

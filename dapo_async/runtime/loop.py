@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from dapo_async.config import Config
-from dapo_async.replay import Verdict
+from dapo_async.replay import StopReason
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.step_metrics import Tracker
@@ -30,7 +30,7 @@ async def train_loop(
     *,
     config: Config,
     first_step: int = 0,
-) -> Verdict | None:
+) -> StopReason | None:
     """Trains until the last step (None) or until the filters have had enough (their verdict).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
@@ -46,7 +46,7 @@ async def train_loop(
     for step in range(first_step, config.train.num_steps):
         clock.enter("wait for batch", f"step {step}")
         batch = await replay.take(step)
-        if isinstance(batch, Verdict):
+        if isinstance(batch, StopReason):
             return batch
         clock.enter("wait for step", f"step {step}")
         metrics = await unbroken(
@@ -54,7 +54,7 @@ async def train_loop(
         )
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(
-            learner.snapshot(), on_served=partial(release, system, batch.admission_indices)
+            learner.snapshot(), on_served=partial(release, system, batch.group_ids)
         )
         evaluations.start_if_due(step)
         if (step + 1) % config.train.checkpoint_every_steps == 0:

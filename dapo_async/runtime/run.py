@@ -28,7 +28,7 @@ from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.signals import Interrupts
-from dapo_async.runtime.status import EXIT_WRONG_INPUT, Ending, Status, WrongInput
+from dapo_async.runtime.status import EXIT_WRONG_INPUT, RunOutcome, Status, WrongInput
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
@@ -49,7 +49,7 @@ class Run:
     resume: ResumePoint = START
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     clock: StateClock = field(default_factory=lambda: StateClock("driver"))
-    ending: Ending = field(default_factory=Ending)
+    ending: RunOutcome = field(default_factory=RunOutcome)
     seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     train_data: str = ""  # fingerprint of the training prompts
@@ -89,7 +89,7 @@ class Run:
         except asyncio.CancelledError:
             if self.out_of_time:
                 limit = f"train.max_wall_s ({self.config.train.max_wall_s:g}) would have passed within the next step"
-                self.ending = Ending(
+                self.ending = RunOutcome(
                     Status.OUT_OF_TIME,
                     f"{limit}; go on with dapo-async train --resume {self.run_dir.root}",
                 )
@@ -104,7 +104,7 @@ class Run:
             reason = (" ".join(str(error).split()) or repr(error)) + (
                 self._unpublished() if isinstance(error, TimeoutError) else ""
             )
-            self.ending = Ending(
+            self.ending = RunOutcome(
                 Status.FAILED, reason, EXIT_WRONG_INPUT if isinstance(error, WrongInput) else 1
             )
             self.run_dir.error.write_text("".join(traceback.format_exception(error)))
@@ -122,12 +122,12 @@ class Run:
 
     def _note(self, number: signal.Signals) -> None:
         """At once, before the step that runs is waited for: whoever interrupts may kill before the end, `ray job stop` leaves three seconds."""
-        self.ending = Ending(Status.INTERRUPTED, f"{number.name} received", 128 + number)
+        self.ending = RunOutcome(Status.INTERRUPTED, f"{number.name} received", 128 + number)
         self._write_summary()
 
     def _end_at_once(self, number: signal.Signals) -> NoReturn:
         """Ends the process. What remains of an own Ray is the reaper's; a cluster ends its actors with the driver that they belong to."""
-        self.ending = Ending(
+        self.ending = RunOutcome(
             Status.INTERRUPTED,
             f"{number.name} received while the run was ending: what its newest checkpoint lacks is lost",
             128 + number,
@@ -258,9 +258,9 @@ class Run:
         await self.checkpointer.save(deadline_s=self.config.deadlines.save_s)
         if verdict is not None:
             self.ending = (
-                Ending(Status.SOLVED, verdict.reason)
+                RunOutcome(Status.SOLVED, verdict.reason)
                 if verdict.solved
-                else Ending(Status.FAILED, verdict.reason, 1)
+                else RunOutcome(Status.FAILED, verdict.reason, 1)
             )
         await system.replay.close()
         await self._evaluate("final")

@@ -21,7 +21,7 @@ class Status(StrEnum):
 
 
 @dataclass(slots=True)
-class Ending:
+class RunOutcome:
     """How a run ended; `exit_code` is that of the process."""
 
     status: Status = Status.DONE

@@ -14,7 +14,7 @@ import ray
 
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.replay import Verdict
+from dapo_async.replay import StopReason
 from dapo_async.rollout.sglang.client import SERVER_KEY
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
@@ -110,8 +110,8 @@ class Replay:
             config.deadlines.save_s,
         )
 
-    async def take(self, learner_version: int) -> TrainBatch | Verdict:
-        taken: TrainBatch | Verdict = await self.remote.call(
+    async def take(self, learner_version: int) -> TrainBatch | StopReason:
+        taken: TrainBatch | StopReason = await self.remote.call(
             "take", learner_version, self._take_s, deadline_s=self._take_s + TAKE_MARGIN_S
         )
         return taken
@@ -119,7 +119,7 @@ class Replay:
     async def trained(self, batch: TrainBatch, *, skipped: bool, non_finite: bool) -> None:
         await self.remote.call(
             "trained",
-            batch.admission_indices,
+            batch.group_ids,
             skipped=skipped,
             non_finite=non_finite,
             deadline_s=REPORT_S,

@@ -9,15 +9,15 @@ publisher     the order of it all: one publish in flight, overlapping the next s
 
 from dapo_async.weights.announcement import Announcement, Attestation, Manifest
 from dapo_async.weights.collective import WeightGroup
-from dapo_async.weights.handshake import Verdict, judge
+from dapo_async.weights.handshake import HandshakeResult, judge
 from dapo_async.weights.publisher import Publisher
 
 __all__ = [
     "Announcement",
     "Attestation",
+    "HandshakeResult",
     "Manifest",
     "Publisher",
-    "Verdict",
     "WeightGroup",
     "judge",
 ]

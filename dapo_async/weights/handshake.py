@@ -17,7 +17,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HandshakeResult:
     outcome: Outcome
     engine: str
     detail: str  # both values, for the log and for the error that stops the run
@@ -30,7 +30,7 @@ def judge(
     *,
     tolerance: float,
     peer: Attestation | None = None,
-) -> Verdict:
+) -> HandshakeResult:
     """Compares what was announced with what the engine attests, and that with `peer`: an engine of the same layout that has proved this version.
 
     Version and checksum (where the layouts are equal) must be equal, the probe's logprobs within `tolerance` (nats). The answer counts as `passed`
@@ -39,8 +39,8 @@ def judge(
     gap = float(np.abs(attested.probe_after - announced.probe_logprobs).max())
     gap_before = float(np.abs(attested.probe_before - announced.probe_logprobs).max())
 
-    def verdict(outcome: Outcome, detail: str) -> Verdict:
-        return Verdict(outcome, attested.engine, detail, gap)
+    def verdict(outcome: Outcome, detail: str) -> HandshakeResult:
+        return HandshakeResult(outcome, attested.engine, detail, gap)
 
     if (attested.incarnation, attested.version) != (announced.incarnation, announced.version):
         return verdict(

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
 from dapo_async.weights.announcement import Announcement, Attestation
-from dapo_async.weights.handshake import Outcome, Verdict, judge
+from dapo_async.weights.handshake import HandshakeResult, Outcome, judge
 
 
 class Source(Protocol):
@@ -96,7 +96,7 @@ class Publisher:
         self._written: asyncio.Task[str] | None = None  # its version on disk
         self._proved: Attestation | None = None  # the first of the newest version that was right
         self.num_served = 0  # versions that every receiver has served
-        self.last_verdicts: tuple[Verdict, ...] = ()
+        self.last_verdicts: tuple[HandshakeResult, ...] = ()
         self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
 
     async def start(
@@ -296,7 +296,7 @@ class Publisher:
 
     async def _settle(
         self, receiver: Receiver, announcement: Announcement, attested: Attestation
-    ) -> Verdict | None:
+    ) -> HandshakeResult | None:
         """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
         verdict = self._judge(announcement, attested)
         if verdict.outcome is Outcome.MISMATCH:
@@ -309,7 +309,7 @@ class Publisher:
         self._waiting_for.discard(receiver.name)
         return verdict
 
-    def _judge(self, announcement: Announcement, attested: Attestation) -> Verdict:
+    def _judge(self, announcement: Announcement, attested: Attestation) -> HandshakeResult:
         """The first engine that proves a version is the one that the others are held against."""
         peer = (
             self._proved
@@ -323,8 +323,8 @@ class Publisher:
         return verdict
 
     async def _reload(
-        self, receiver: Receiver, announcement: Announcement, verdict: Verdict
-    ) -> Verdict | None:
+        self, receiver: Receiver, announcement: Announcement, verdict: HandshakeResult
+    ) -> HandshakeResult | None:
         """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
         await receiver.quarantine(True)
         attested = await receiver.read(announcement, await self._write(announcement))

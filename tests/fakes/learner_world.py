@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dapo_async.algorithm import summarise
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import Decoder, ModelConfig
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
@@ -80,8 +80,8 @@ def rank_of(
     decoder.activations = activations
     return kind(
         decoder,
-        algorithm=Algorithm(**(algorithm or {})),
-        learner=Learner(**knobs),
+        algorithm=AlgorithmConfig(**(algorithm or {})),
+        learner=LearnerConfig(**knobs),
         seed=0,
         version=version,
     )

@@ -162,9 +162,7 @@ class RoomPort:
         return admissions
 
     async def offer(self, group):
-        self._world.events.append(
-            ("offered", self._host.name, group.admission_index, self._host.proved)
-        )
+        self._world.events.append(("offered", self._host.name, group.group_id, self._host.proved))
         await self._world.room.offer(group)
 
     async def fail(self, indices, why):
@@ -214,11 +212,11 @@ class World:
         buffer = self.room._buffer
         batch = buffer.take(self.version)
         assert batch is not None, buffer.explain_wait(self.version)
-        buffer.trained(batch.admission_indices)
+        buffer.trained(batch.group_ids)
         self.version += 1
         await self.publisher.start(
             self.snapshot(),
-            on_served=lambda version: self.room.serve(version, batch.admission_indices),
+            on_served=lambda version: self.room.serve(version, batch.group_ids),
         )
 
     async def mend(self, host):

@@ -7,7 +7,7 @@ from typing import Any
 
 from replay_world import World
 
-from dapo_async.replay import Ending, ReplayBuffer
+from dapo_async.replay import GroupOutcome, ReplayBuffer
 from dapo_async.replay.ledger import Ledger
 from dapo_async.types import RejectReason
 
@@ -18,7 +18,7 @@ class DropsARelease(ReplayBuffer):
 
 
 class LosesTheCreditOfARejectedGroup(ReplayBuffer):
-    def _end(self, index: int, ending: Ending | RejectReason) -> None:
+    def _end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         self._ledger.end(index, ending)
 
 
@@ -44,18 +44,18 @@ class AdmitsPastTheEnd(ReplayBuffer):
 
 
 class EndsTwice(Ledger):
-    def end(self, index: int, ending: Ending | RejectReason) -> None:
+    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         super().end(index, ending)
-        self._ended[ending] += ending is Ending.TRAINED
+        self._ended[ending] += ending is GroupOutcome.TRAINED
 
 
 class ForgetsAnEnding(Ledger):
-    def end(self, index: int, ending: Ending | RejectReason) -> None:
+    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         self._open.remove(index)
 
 
 class ForgetsToCloseAnAdmission(Ledger):
-    def end(self, index: int, ending: Ending | RejectReason) -> None:
+    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
         self._ended[ending] += 1
 
 
@@ -81,4 +81,4 @@ class SkipsAPublish(World):
 class ReleasesBeforeServing(World):
     def finish_publish(self) -> None:
         assert self.publishing is not None
-        self.buffer.release(self.publishing.admission_indices)
+        self.buffer.release(self.publishing.group_ids)

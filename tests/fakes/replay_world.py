@@ -73,9 +73,7 @@ class World:
         self.healthy = healthy  # nothing may be evicted
         self.version = 0  # of the learner
         self.engine_versions = dict.fromkeys(workers, 0)
-        self.generating: dict[
-            int, tuple[str, int]
-        ] = {}  # admission index → worker, version at its start
+        self.generating: dict[int, tuple[str, int]] = {}  # group id → worker, version at its start
         self.oldest: dict[int, int] = {}  # of every offered group
         self.training: TrainBatch | None = None
         self.publishing: TrainBatch | None = None  # its weights are on their way
@@ -138,11 +136,11 @@ class World:
         batch = self.buffer.take(self.version)
         if batch is None:
             return False
-        for index, payload in zip(batch.admission_indices, batch.references, strict=True):
+        for index, payload in zip(batch.group_ids, batch.references, strict=True):
             assert payload == f"payload-{index}"
             staleness = self.version - self.oldest[index]
             assert staleness <= self.buffer.max_staleness, f"trained at staleness {staleness}"
-        assert len(batch.admission_indices) == self.buffer.groups_per_step
+        assert len(batch.group_ids) == self.buffer.groups_per_step
         self.training = batch
         return True
 
@@ -150,8 +148,8 @@ class World:
         """The next version exists; it goes out as soon as the one before is served."""
         assert self.training is not None
         assert self.publishing is None
-        (self.buffer.trained if finite else self.buffer.skipped)(self.training.admission_indices)
-        self.endings["trained" if finite else "skipped"] += len(self.training.admission_indices)
+        (self.buffer.trained if finite else self.buffer.skipped)(self.training.group_ids)
+        self.endings["trained" if finite else "skipped"] += len(self.training.group_ids)
         self.publishing, self.training = self.training, None
         self.version += 1
         self.steps += 1
@@ -166,7 +164,7 @@ class World:
         for worker in self.engine_versions:
             self.update_engine(worker)
         self.buffer.serve(self.version)
-        self.buffer.release(self.publishing.admission_indices)
+        self.buffer.release(self.publishing.group_ids)
         self.publishing = None
 
     def resume(self) -> None:
@@ -200,7 +198,7 @@ class World:
         assert not (self.healthy and counts.evicted), (
             f"evicted {counts.evicted} groups of a healthy run"
         )
-        in_training = len(self.training.admission_indices) if self.training else 0
+        in_training = len(self.training.group_ids) if self.training else 0
         expected = {
             **dict.fromkeys(("trained", "skipped", "failed", "evicted", "rejected"), 0),
             **self.endings,
@@ -218,7 +216,7 @@ class World:
         )
         assert self.buffer.num_generating == len(self.generating)
         total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
-        unpublished = len(self.publishing.admission_indices) if self.publishing else 0
+        unpublished = len(self.publishing.group_ids) if self.publishing else 0
         held = counts.in_flight + unpublished
         assert self.buffer.credits_held == held <= total, (
             f"{self.buffer.credits_held} credits are held by {held} groups"

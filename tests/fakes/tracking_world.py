@@ -20,7 +20,7 @@ from typing import Any
 from mlflow import MlflowClient
 from paths import ROOT
 
-from dapo_async.config import Config, Tracking, Train
+from dapo_async.config import Config, TrackingConfig, TrainConfig
 from dapo_async.tracking.run_dir import RunDir
 
 ROOM = ROOT / "dapo_async"
@@ -29,8 +29,8 @@ ROOM = ROOT / "dapo_async"
 def config_with(mlflow: str | None, *, num_steps: int = 4, experiment: str = "sums") -> Config:
     return replace(
         Config(),
-        tracking=Tracking(mlflow=mlflow, experiment=experiment),
-        train=Train(num_steps=num_steps),
+        tracking=TrackingConfig(mlflow=mlflow, experiment=experiment),
+        train=TrainConfig(num_steps=num_steps),
     )
 
 

@@ -74,7 +74,7 @@ class FakeReplay:
             return [Admission(index, PROMPT, 3) for index in range(first, first + count)]
 
     async def offer(self, group):
-        self.offered.append(group.admission_index)
+        self.offered.append(group.group_id)
 
     async def fail(self, indices, why):
         self.failed.append((list(indices), why))
@@ -102,7 +102,7 @@ class FakeReplay:
 
 async def score(admission, completions):
     assert len(completions) == admission.group_size
-    return SimpleNamespace(admission_index=admission.index)
+    return SimpleNamespace(group_id=admission.index)
 
 
 def hold_scoring(worker):

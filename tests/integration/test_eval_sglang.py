@@ -10,7 +10,7 @@ import pytest
 import torch
 from sglang_world import NUM_SLOTS, request
 
-from dapo_async.config import Config, Model, Rollout
+from dapo_async.config import BaseModelConfig, Config, RolloutConfig
 from dapo_async.evaluate.engines import open_engines
 
 pytestmark = pytest.mark.sglang
@@ -41,8 +41,8 @@ def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(
     assert expected != base[0, len(PROMPT) :].tolist()  # which the running server may serve
     monkeypatch.setenv("SGLANG_API_KEY", world.server.api_key)
     config = Config(
-        model=Model(path=str(world.folder)),
-        rollout=Rollout(engine="sglang", num_slots=NUM_SLOTS, servers=world.server.url),
+        model=BaseModelConfig(path=str(world.folder)),
+        rollout=RolloutConfig(engine="sglang", num_slots=NUM_SLOTS, servers=world.server.url),
     )
     assert greedy_tokens(config, world.other_folder, tmp_path / "unused.log") == expected
     own = replace(config, rollout=replace(config.rollout, servers=""))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from dapo_async.algorithm import summarise
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_state, save_state
 from dapo_async.learner.batching import rows_of, share_groups, split_microbatches
 from dapo_async.learner.gradients import sum_gradients
@@ -216,11 +216,11 @@ def rank_on(
     model: dict[str, Any] | None = None,
     **learner: Any,
 ) -> LearnerRank:
-    knobs = Learner(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
+    knobs = LearnerConfig(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
     decoder = decoder_of(replace(CONFIG, **(model or {})), mesh, activations=activations)
     return LearnerRank(
         decoder,
-        algorithm=Algorithm(**(algorithm or {})),
+        algorithm=AlgorithmConfig(**(algorithm or {})),
         learner=knobs,
         seed=0,
         version=VERSION,
@@ -549,7 +549,11 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
     for name, parameter in decoder.named_parameters():
         assert torch.equal(shard_of(parameter), dense[name][part_of(parameter)]), name
     rank = LearnerRank(
-        decoder, algorithm=Algorithm(), learner=Learner(lr=LR, warmup_steps=0), seed=0, mesh=mesh
+        decoder,
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(lr=LR, warmup_steps=0),
+        seed=0,
+        mesh=mesh,
     )
     for parameter in decoder.parameters():
         parameter.grad = torch.ones_like(parameter)

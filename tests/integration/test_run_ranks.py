@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rank_layouts import RANKS
 from run_support import (
     TINY,
     Finished,
@@ -26,7 +27,6 @@ from dapo_async import config as knobs
 from dapo_async.learner.rerun import rerun
 
 REL = 1e-3  # over the run's six steps, in float32
-RANKS = ("learner.num_cpus=0.5", "train.checkpoint_every_steps=2")
 
 
 def check_same_as_one_rank(run: Finished, *, rel: float) -> None:

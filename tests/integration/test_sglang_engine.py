@@ -19,7 +19,7 @@ from sglang_world import (
     request,
 )
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
 from dapo_async.rollout import Aborted
@@ -190,8 +190,8 @@ def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
     ]
     rank = LearnerRank(
         load_decoder(world.other_folder),
-        algorithm=Algorithm(),
-        learner=Learner(),
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(),
         seed=0,
         version=5,
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from learning_checks import check_learning
+from rank_layouts import RANKS
 from run_support import (
     COMMAND,
     QUICKSTART,
@@ -19,8 +21,6 @@ from run_support import (
     finished,
     running,
 )
-from test_run_learning import check_learning
-from test_run_ranks import RANKS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -5,15 +5,16 @@ Each check reads source as text, so the same check is shown a small bad source a
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import PurePosixPath
 
 import pytest
+from blocked_imports import run_without
 from paths import ROOT
 
 SOURCES = {
-    PurePosixPath(path.relative_to(ROOT / "dapo_async").as_posix()): path.read_text(encoding="utf-8")
+    PurePosixPath(path.relative_to(ROOT / "dapo_async").as_posix()): path.read_text(
+        encoding="utf-8"
+    )
     for path in sorted((ROOT / "dapo_async").rglob("*.py"))
 }
 LEVELS = (
@@ -100,9 +101,7 @@ def import_complaints(path, source):
         if other not in LEVEL_OF:
             yield f"{path} imports {name}, which is in no package"
         elif LEVEL_OF[other] >= LEVEL_OF[package]:
-            yield (
-                f"{path} (level {LEVEL_OF[package]}) imports {name} (level {LEVEL_OF[other]})"
-            )
+            yield (f"{path} (level {LEVEL_OF[package]}) imports {name} (level {LEVEL_OF[other]})")
         elif LEVEL_OF[package] == 1 and other == "config":
             yield f"{path} imports {name}: algorithms take floats, never a config"
 
@@ -222,7 +221,9 @@ def test_a_circle_is_found_through_packages_lazy_imports_and_type_checking():
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_source_keeps_every_rule(check):
-    assert [complaint for path, source in SOURCES.items() for complaint in check(path, source)] == []
+    assert [
+        complaint for path, source in SOURCES.items() for complaint in check(path, source)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -353,27 +354,6 @@ def test_each_check_complains_when_its_rule_is_broken(check, path, source, compl
 )
 def test_no_check_complains_about_what_is_right(check, path, source):
     assert list(check(PurePosixPath(path), source)) == []
-
-
-def run_without(names, script):
-    """Runs `script` in a Python where importing any of `names` fails."""
-    blocker = f"""
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {tuple(names)!r}:
-            raise ImportError(name + " is not installed here")
-
-sys.meta_path.insert(0, Blocker())
-"""
-    return subprocess.run(
-        [sys.executable, "-c", blocker + script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library():

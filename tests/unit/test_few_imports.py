@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async import algorithm, learner, model, replay, rollout
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.rollout.native import engine as torch_engine
 from dapo_async.types import Group, Prompt, Rollout
 
@@ -33,7 +33,7 @@ sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_lay
 with tempfile.TemporaryDirectory() as folder:
     AutoModelForCausalLM.from_config(Qwen2Config(**sizes, max_position_embeddings=64)).save_pretrained(folder)
     engine = torch_engine.TorchEngine(model.load_decoder(Path(folder)), num_slots=4, max_len=16, weight_update="recompute")
-    rank = learner.LearnerRank(model.load_decoder(Path(folder)), algorithm=Algorithm(), learner=Learner(), seed=0)
+    rank = learner.LearnerRank(model.load_decoder(Path(folder)), algorithm=AlgorithmConfig(), learner=LearnerConfig(), seed=0)
 prompt = Prompt(0, "", np.arange(3, dtype=np.int32), "")
 sampling = rollout.SamplingParams(max_tokens=8, temperature=1.0, stop_token_ids=(), seed=0)
 engine.submit(rollout.GroupRequest(0, prompt.token_ids, 4, sampling))

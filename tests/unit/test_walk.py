@@ -12,7 +12,7 @@ import pytest
 from paths import QUICKSTART
 
 from dapo_async.algorithm import summarise
-from dapo_async.config import Algorithm, Config, Learner, load
+from dapo_async.config import AlgorithmConfig, Config, LearnerConfig, load
 from dapo_async.data import PromptStream, Tokenizer, load_prompts, load_tokenizer
 from dapo_async.learner import LearnerRank
 from dapo_async.model import checksum, load_decoder, take_snapshot
@@ -45,7 +45,7 @@ def test_one_group_walks_through_the_whole_house(house):
     # The next prompt gives a mixed group. Every token carries the version that sampled it and the logprob that it had.
     group = roll(house, [RIGHT, WRONG, RIGHT, WRONG])
     assert (
-        group.admission_index,
+        group.group_id,
         group.accuracies,
         [rollout.reward for rollout in group.rollouts],
     ) == (1, (1, 0, 1, 0), [1, -1, 1, -1])
@@ -56,19 +56,19 @@ def test_one_group_walks_through_the_whole_house(house):
 
     # replay.take -> learner: a ticket for one group. It trains, and the weights become version 1.
     batch = replay.take(learner_version=0)
-    assert (batch.admission_indices, batch.oldest_versions, batch.references) == (
+    assert (batch.group_ids, batch.oldest_versions, batch.references) == (
         (1,),
         (0,),
         (group,),
     )
     assert_trains(learner, group)
-    replay.trained(batch.admission_indices)
+    replay.trained(batch.group_ids)
     assert replay.credits_held == 1  # not yet: no engine has what this group taught
 
     # learner -> weights -> engine: version 1 is published and proves itself; only now the credit returns, and nothing is left in flight.
     publish(house)
     replay.serve(1)
-    replay.release(batch.admission_indices)
+    replay.release(batch.group_ids)
     assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (
         1,
         0,
@@ -239,8 +239,8 @@ def house(tmp_path):
     )
     learner = LearnerRank(
         load_decoder(base),
-        algorithm=Algorithm(),
-        learner=Learner(lr=1e-3, warmup_steps=0),
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(lr=1e-3, warmup_steps=0),
         seed=config.seed,
     )
     return House(

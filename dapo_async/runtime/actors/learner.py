@@ -136,9 +136,7 @@ class LearnerActor:
                 f"a batch for version {batch.learner_version} met the learner at {version}"
             )
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(
-                    self._step, groups, positions, len(batch.admission_indices)
-                )
+                return await asyncio.to_thread(self._step, groups, positions, len(batch.group_ids))
 
     def _step(
         self, groups: Sequence[Group], positions: Sequence[int], num_groups: int

@@ -19,7 +19,7 @@ from dapo_async.replay import (
     OfferOutcome,
     ReplayBuffer,
     StepAcceptance,
-    Verdict,
+    StopReason,
     custom_filter,
     dynamic_sampling,
     freeze,
@@ -44,7 +44,7 @@ def write_state(folder: Path, state: BufferState) -> None:
 
 def read_state(folder: Path) -> BufferState:
     """What `write_state` wrote."""
-    groups = {group.admission_index: group for group in read_groups(folder / GROUPS_FILE)}
+    groups = {group.group_id: group for group in read_groups(folder / GROUPS_FILE)}
     return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), groups)
 
 
@@ -180,7 +180,7 @@ class ReplayActor:
                 self._heads[index] = heads
             self._changed.notify_all()
 
-    async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | Verdict:
+    async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | StopReason:
         """The batch of the learner's next step, or the verdict that ends the run. Raises TimeoutError that says who waits for whom."""
         try:
             async with asyncio.timeout(deadline_s), self._changed:
@@ -214,7 +214,7 @@ class ReplayActor:
             key=lambda group: (
                 -len(group.weight_versions),
                 group.oldest_version,
-                group.admission_index,
+                group.group_id,
             ),
         )
         write_rollouts(

@@ -9,7 +9,7 @@ from typing import Self
 
 import ray
 
-from dapo_async.replay import Counts, StepAcceptance, Verdict
+from dapo_async.replay import Counts, StepAcceptance, StopReason
 from dapo_async.rollout import SlotUse
 from dapo_async.utils.state_clock import Span
 
@@ -43,7 +43,7 @@ class ReplayReport:
     acceptance: Mapping[
         int, StepAcceptance
     ]  # by learner version of the take: the newest few, since a report may come after the next take
-    verdict: Verdict | None
+    verdict: StopReason | None
     first_admission_s: float | None  # seconds since the epoch
     buffered: int
     generating: int

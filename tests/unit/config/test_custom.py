@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from test_preflight import refusal
-from test_reward import completion
+from completions import completion
+from refusals import refusal
 from worker_world import play, settled
 
 from dapo_async.learner.batching import pack, rows_of
@@ -45,7 +45,7 @@ async def later(response, gold):
 
 
 def even_admissions(group):
-    return group.admission_index % 2 == 0
+    return group.group_id % 2 == 0
 
 
 def says_nothing(group):

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blocked_imports import run_without
+from native_engine_world import tiny_decoder
+from prompts import prompt
 from run_support import QUICKSTART, environment
-from test_architecture import run_without
-from test_evaluate import prompt
-from test_native_engine import tiny_decoder
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main

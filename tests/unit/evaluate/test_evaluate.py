@@ -6,17 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_native_engine import packed_logprobs, tiny_decoder
+from native_engine_world import packed_logprobs, tiny_decoder
+from prompts import prompt
 
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
-from dapo_async.types import Completion, FinishReason, Prompt
+from dapo_async.types import Completion, FinishReason
 from dapo_async.utils.state_clock import StateClock
-
-
-def prompt(row, ids=(1, 2)):
-    return Prompt(row, f"problem {row}", np.array(ids, np.int32), str(row))
 
 
 class FakeEngine:

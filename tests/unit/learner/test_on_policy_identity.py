@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from test_native_engine import FAMILIES, group, run, tiny_decoder
+from native_engine_world import FAMILIES, group, run, tiny_decoder
 
 from dapo_async.algorithm import summarise
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Group, Prompt, Rollout
@@ -19,8 +19,8 @@ def learner_on(decoder):
     # microbatches of 70 tokens: packed with other neighbours than the engine's slots had
     return LearnerRank(
         decoder,
-        algorithm=Algorithm(),
-        learner=Learner(lr=1e-2, warmup_steps=0, microbatch_tokens=70),
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(lr=1e-2, warmup_steps=0, microbatch_tokens=70),
         seed=0,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gloo import on_ranks
 
-from dapo_async.config import Algorithm, Learner
+from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.model import Mesh, ModelConfig, PackedAttention, build_decoder, shard_of
 
@@ -116,8 +116,8 @@ def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
     decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
     rank = LearnerRank(
         decoder,
-        algorithm=Algorithm(),
-        learner=Learner(offload_optimizer=offload),
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(offload_optimizer=offload),
         seed=0,
         mesh=mesh,
     )

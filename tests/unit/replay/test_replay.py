@@ -109,7 +109,7 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
     for index in (first, second):
         assert buffer.offer(make_group(index), None).outcome is OfferOutcome.ACCEPTED
     assert not buffer.hand_back(first)
-    assert buffer.take(0).admission_indices == (first, second)
+    assert buffer.take(0).group_ids == (first, second)
 
 
 def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
@@ -130,7 +130,7 @@ def test_group_begins_anew_when_what_is_there_of_it_is_too_old_to_be_trained() -
     late, other = buffer.admit("worker-0"), buffer.admit("worker-1")
     buffer.offer(make_group(other), None)
     buffer.hand_back(late, oldest_version=0)
-    assert buffer.take(0).admission_indices == (other,)
+    assert buffer.take(0).group_ids == (other,)
     buffer.trained([other])
     buffer.serve(1)
     buffer.release([other])
@@ -163,7 +163,7 @@ def test_a_take_is_a_ticket_in_admission_order_and_surplus_is_kept() -> None:
         buffer.offer(make_group(index, num_tokens=3 + index), f"payload-{index}")
     batch = buffer.take(0)
     assert batch is not None
-    assert (batch.learner_version, batch.admission_indices, batch.oldest_versions) == (
+    assert (batch.learner_version, batch.group_ids, batch.oldest_versions) == (
         0,
         (0, 1),
         (0, 0),
@@ -180,7 +180,7 @@ def test_a_take_prefers_the_earliest_deadline_to_the_earliest_admission() -> Non
     admit_and_offer(buffer, version=1)
     batch = buffer.take(2)
     assert batch is not None
-    assert batch.admission_indices == (1,)
+    assert batch.group_ids == (1,)
 
 
 def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> None:
@@ -198,7 +198,7 @@ def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> 
     buffer.offer(make_group(straggler), None)
     batch = buffer.take(2)
     assert batch is not None
-    assert batch.admission_indices == (straggler,)
+    assert batch.group_ids == (straggler,)
 
 
 def test_credits_of_a_step_return_when_its_weights_are_served_and_not_before() -> None:
@@ -312,9 +312,9 @@ def test_acceptance_counts_one_step_and_its_refill_waves_at_staleness_zero() -> 
     )
     assert buffer.acceptance == expected
     assert (expected.offered, expected.rate) == (6, 0.5)
-    buffer.trained(batch.admission_indices)
+    buffer.trained(batch.group_ids)
     buffer.serve(1)
-    buffer.release(batch.admission_indices)
+    buffer.release(batch.group_ids)
     for _ in range(3):
         admit_and_offer(buffer, version=1)
     buffer.take(1)

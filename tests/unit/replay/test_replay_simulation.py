@@ -35,7 +35,7 @@ def simulate(
     groups_per_step: int = 8,
     num_steps: int = 40,
 ) -> Outcome:
-    """One run; a group's length and whether dynamic sampling keeps it depend on its admission index only, so rules meet the same load."""
+    """One run; a group's length and whether dynamic sampling keeps it depend on its group id only, so rules meet the same load."""
     buffer = make_buffer(
         kind, groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps
     )
@@ -65,7 +65,7 @@ def simulate(
             training = buffer.take(version)
             if training is not None:
                 outcome.staleness += [version - oldest for oldest in training.oldest_versions]
-                outcome.trained.update(lengths[index] for index in training.admission_indices)
+                outcome.trained.update(lengths[index] for index in training.group_ids)
                 after(STEP_S, "step")
         if not events:
             break
@@ -83,12 +83,12 @@ def simulate(
             outcome.accepted[lengths[index]] += result.outcome is not OfferOutcome.REJECTED
         elif name == "step":
             assert training is not None
-            buffer.trained(training.admission_indices)
+            buffer.trained(training.group_ids)
             training, waiting_publish, version = None, training, version + 1
         else:
             assert publishing is not None
             buffer.serve(version if waiting_publish is None else version - 1)
-            buffer.release(publishing.admission_indices)
+            buffer.release(publishing.group_ids)
             publishing = None
         buffer.check()
     assert buffer.steps_left == 0, buffer.explain_wait(version)

@@ -4,19 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from completions import completion
 
 from dapo_async.reward import get_verifier, score_group, soft_overlong_punishment
-from dapo_async.types import Admission, Completion, FinishReason, Prompt
-
-
-def completion(num_tokens, finish_reason=FinishReason.STOP):
-    return Completion(
-        token_ids=np.zeros(num_tokens, np.int32),
-        behaviour_logprobs=np.zeros(num_tokens, np.float32),
-        weight_versions=np.zeros(num_tokens, np.int32),
-        prefill_version=0,
-        finish_reason=finish_reason,
-    )
+from dapo_async.types import Admission, FinishReason, Prompt
 
 
 def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, **options):
@@ -133,7 +124,7 @@ def test_a_group_is_scored_rollout_by_rollout():
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 1.0, -1.0, -1.0]
     assert [rollout.extracted for rollout in group.rollouts] == ["4", "4", "3", None]
     assert [rollout.text for rollout in group.rollouts] == ["####4", "41####4", "####3", "412"]
-    assert (group.admission_index, group.prompt.answer, group.incarnation, group.temperature) == (
+    assert (group.group_id, group.prompt.answer, group.incarnation, group.temperature) == (
         17,
         "4",
         "run-0",

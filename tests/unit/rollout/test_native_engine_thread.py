@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_native_engine import group, naive_tokens, run, tiny_decoder, tiny_engine
+from native_engine_world import group, naive_tokens, run, tiny_decoder, tiny_engine
 
 from dapo_async.rollout import Aborted
 from dapo_async.rollout.engine import SlotUse

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_native_engine import (
+from native_engine_world import (
     FAMILIES,
     chosen,
     group,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dapo_async.rollout import EngineFault, sglang_server
+from dapo_async.rollout import EngineFault
+from dapo_async.rollout.sglang import server as sglang_server
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, free_port
 
 STAND_IN = """

@@ -56,7 +56,7 @@ def check_usable(folder: CheckpointFolder) -> int:
     assert json.loads((folder.newest / "config.json").read_text()) == {"version": version}
     assert (load_file(folder.newest / "model.safetensors")["weights"] == version).all()
     assert [
-        group.admission_index for group in read_groups(folder.newest / STATE / "groups.safetensors")
+        group.group_id for group in read_groups(folder.newest / STATE / "groups.safetensors")
     ] == [version]
     assert json.loads((folder.newest / STATE / "driver.json").read_text()) == {"version": version}
     return version

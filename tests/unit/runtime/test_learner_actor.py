@@ -43,7 +43,7 @@ def actor(number: int, folder: Path) -> LearnerActor:
 def batch_of(groups: Any) -> TrainBatch:
     return TrainBatch(
         learner_version=5,
-        admission_indices=(0,),
+        group_ids=(0,),
         oldest_versions=(5,),
         num_tokens=(1,),
         references=(groups,),

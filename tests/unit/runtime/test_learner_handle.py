@@ -16,7 +16,7 @@ from dapo_async.types import StepMetrics, TrainBatch
 
 BATCH = TrainBatch(
     learner_version=4,
-    admission_indices=(10, 11, 12),
+    group_ids=(10, 11, 12),
     oldest_versions=(3, 3, 4),
     num_tokens=(5, 9, 3),
     references=("ten", "eleven", "twelve"),
@@ -80,9 +80,7 @@ def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_
     assert [(part.references, share) for ((part, share),) in (rank.asked for rank in ranks)] == [
         (("eleven",), [1])
     ] * 2 + [(("ten", "twelve"), [0, 2])] * 2
-    assert all(
-        part.admission_indices == (10, 11, 12) for ((part, _),) in (rank.asked for rank in ranks)
-    )
+    assert all(part.group_ids == (10, 11, 12) for ((part, _),) in (rank.asked for rank in ranks))
     assert metrics == StepMetrics({"loss": (2.0, 2.0)}, {"top": 2.0}, {"tokens": 101.0})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import QUICKSTART
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from dapo_async import config as knobs
@@ -18,14 +19,6 @@ from dapo_async.tracking.run_dir import RunDir
 def folder(tmp_path):
     """A copy of the quickstart's model."""
     return Path(shutil.copytree(knobs.load(QUICKSTART).model.path, tmp_path / "model"))
-
-
-def refusal(*overrides):
-    """The one line of the input check."""
-    with pytest.raises(ValueError) as error:
-        check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *overrides]))
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def change_config(folder, **changes):

@@ -32,7 +32,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(tmp_path, monkeypat
         await room.offer(make_group(admission.index, incarnation="first"))
         batch = await room.take(0, 5.0)
         assert isinstance(batch, TrainBatch)
-        await room.trained(batch.admission_indices, skipped=True, non_finite=non_finite)
+        await room.trained(batch.group_ids, skipped=True, non_finite=non_finite)
         return batch
 
     batch = asyncio.run(step())
@@ -40,7 +40,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(tmp_path, monkeypat
     assert kept.exists() == non_finite
     if non_finite:
         (group,) = read_groups(kept)
-        assert group.admission_index == batch.admission_indices[0]
+        assert group.group_id == batch.group_ids[0]
         assert (
             group.rollouts[0].completion.token_ids.tolist()
             == batch.references[0].rollouts[0].completion.token_ids.tolist()

@@ -25,7 +25,7 @@ from tracking_world import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.config import Config, Learner, redacted
+from dapo_async.config import Config, LearnerConfig, redacted
 from dapo_async.tracking import mlflow_store
 from dapo_async.tracking.mlflow_run import MAX_PARAMETER_CHARACTERS, flat_parameters
 from dapo_async.tracking.mlflow_store import NEWEST_ROLLOUT_FILES, MlflowStore, known_run_id
@@ -157,7 +157,7 @@ def test_resumed_run_goes_on_in_the_same_mlflow_run_whatever_ended_it(
     client, rows = client_of(run_dir), run_dir.rows()
     first = track(config_with("local"), run_dir, rows[:3], status=status)
     assert client.get_run(str(first.run_id)).info.status == closed
-    longer = replace(config_with("local", num_steps=6), learner=Learner(lr=2e-6))
+    longer = replace(config_with("local", num_steps=6), learner=LearnerConfig(lr=2e-6))
     again = track(
         longer, run_dir, rows[2:]
     )  # step 2 came after the checkpoint: it is trained and logged once more

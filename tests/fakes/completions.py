@@ -1,0 +1,15 @@
+"""Completions made of numbers."""
+
+import numpy as np
+
+from dapo_async.types import Completion, FinishReason
+
+
+def completion(num_tokens, finish_reason=FinishReason.STOP):
+    return Completion(
+        token_ids=np.zeros(num_tokens, np.int32),
+        behaviour_logprobs=np.zeros(num_tokens, np.float32),
+        weight_versions=np.zeros(num_tokens, np.int32),
+        prefill_version=0,
+        finish_reason=finish_reason,
+    )
