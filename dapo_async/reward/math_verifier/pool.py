@@ -42,7 +42,7 @@ class VerifierProcess:
     def start(self) -> None:
         """Returns at once; the process reports by itself when it is ready."""
         self.stop()
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[3])
         path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
         self._process = subprocess.Popen(
             COMMAND,

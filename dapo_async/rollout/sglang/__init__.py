@@ -1,0 +1,8 @@
+"""The engine that drives an SGLang server over HTTP; SGLang itself is never imported.
+
+engine      the `Engine` protocol on top of the client
+client      calls to the server, each with a deadline
+server      starts and stops the server process
+stream      reads the tokens of a response as they come
+supervisor  ends the server when its owner has died
+"""
