@@ -134,7 +134,7 @@ def dense_logprobs(decoder, prompt_ids, response_ids, temperature):
 class Naive:
     """The same step from its formulas: rollouts one by one, a mean over all tokens, torch's AdamW."""
 
-    def __init__(self, *, algorithm=None, **learner):
+    def __init__(self, *, algorithm=None, **learner) -> None:
         rank = rank_of(algorithm=algorithm, **learner)
         self.algorithm, self.learner, self.decoder = rank._algorithm, rank._learner, rank.decoder
         matrices = [parameter for parameter in self.decoder.parameters() if parameter.ndim == 2]
@@ -197,7 +197,7 @@ class Naive:
             self.decoder, group.prompt.token_ids, rollout.completion.token_ids, group.temperature
         )
 
-    def in_loss(self, rollout):
+    def in_loss(self, rollout) -> bool:
         return not (
             self.algorithm.overlong_filtering
             and rollout.completion.finish_reason is FinishReason.LENGTH

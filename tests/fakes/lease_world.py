@@ -35,7 +35,7 @@ class VersionedEngine(FakeEngine):
 
     version = -1
 
-    def __init__(self, num_slots):
+    def __init__(self, num_slots) -> None:
         super().__init__(num_slots)
         self.began = {}
 
@@ -43,7 +43,7 @@ class VersionedEngine(FakeEngine):
         self.began[request.key] = self.version
         return await super().generate(request)
 
-    def finish(self, key):
+    def finish(self, key) -> None:
         versions = np.array([self.began[key], self.version], np.int32)
         completion = Completion(
             np.array([3, 4], np.int32),
@@ -58,7 +58,7 @@ class VersionedEngine(FakeEngine):
 class Host:
     """A rollout worker with its engine, in place of its Ray actor."""
 
-    def __init__(self, name, world):
+    def __init__(self, name, world) -> None:
         self.name, self.world, self.engine = name, world, VersionedEngine(num_slots=2)
         self.worker = RolloutWorker(
             name,
@@ -79,7 +79,7 @@ class Host:
     async def read(self, announcement, folder):
         return await self._swap(announcement)
 
-    async def stage(self, announcement):
+    async def stage(self, announcement) -> None:
         self.staged = announcement
 
     async def swap_staged(self, announcement):
@@ -108,19 +108,19 @@ class Host:
             announcement.probe_logprobs,
         )
 
-    async def quarantine(self, on):
+    async def quarantine(self, on) -> None:
         self.world.events.append(("quarantine", self.name, on))
         await self.worker.quarantine(on)
 
-    async def confirm(self):
+    async def confirm(self) -> None:
         self.proved = True
         self.worker.hold(False)
 
-    async def lease(self, on):
+    async def lease(self, on) -> None:
         self.world.events.append(("leased" if on else "returned", self.name))
         self.worker.lease(on)
 
-    async def drained(self):
+    async def drained(self) -> None:
         await self.worker.drained()
 
     async def evaluate(self):
@@ -149,7 +149,7 @@ class Host:
 class RoomPort:
     """What the worker sees of the replay actor; tells the events what was admitted and offered, and in which state of its engine."""
 
-    def __init__(self, world, host):
+    def __init__(self, world, host) -> None:
         self._world, self._host = world, host
 
     async def admit(self, worker, num_groups):
@@ -161,14 +161,14 @@ class RoomPort:
             )
         return admissions
 
-    async def offer(self, group):
+    async def offer(self, group) -> None:
         self._world.events.append(("offered", self._host.name, group.group_id, self._host.proved))
         await self._world.room.offer(group)
 
-    async def fail(self, indices, why):
+    async def fail(self, indices, why) -> None:
         await self._world.room.fail(indices, why)
 
-    async def hand_back(self, index, heads):
+    async def hand_back(self, index, heads) -> None:
         await self._world.room.hand_back(index, heads)
 
     async def doomed(self, worker):
@@ -178,7 +178,7 @@ class RoomPort:
 class World:
     """`lease` and `finish` are what a scene needs; the learner trains on whatever is finished."""
 
-    def __init__(self, run_dir, *, transport="broadcast", publisher=Publisher):
+    def __init__(self, run_dir, *, transport="broadcast", publisher=Publisher) -> None:
         config = knobs.load(QUICKSTART)
         few = replace(config.data, train=config.data.heldout)
         small = replace(
@@ -196,10 +196,10 @@ class World:
 
     # The learner's side of a publish.
 
-    async def broadcast(self, announcement):
+    async def broadcast(self, announcement) -> None:
         pass
 
-    async def write(self, announcement):
+    async def write(self, announcement) -> str:
         return "folder"
 
     async def snapshot(self):
@@ -207,7 +207,7 @@ class World:
         self.events.append(("snapshot", self.version))
         return announce(self.version)
 
-    async def step(self):
+    async def step(self) -> None:
         """Takes what is finished, trains it and starts its publish."""
         buffer = self.room._buffer
         batch = buffer.take(self.version)
@@ -219,7 +219,7 @@ class World:
             on_served=lambda version: self.room.serve(version, batch.group_ids),
         )
 
-    async def mend(self, host):
+    async def mend(self, host) -> None:
         """What a run does about a lost engine."""
         await host.worker.lost()
         await self.room.lease(host.name, True)
@@ -245,7 +245,7 @@ def play(scene, run_dir, **world):
     async def main():
         made = World(run_dir, **world)
 
-        async def nobody(version):
+        async def nobody(version) -> None:
             pass
 
         async with asyncio.timeout(PATIENCE_S):
@@ -264,7 +264,7 @@ def play(scene, run_dir, **world):
     return asyncio.run(main())
 
 
-def check_lease(events):
+def check_lease(events) -> None:
     """Law 1 and law 5 of a leased engine. Raises unless every admission finds an engine as new as what is served, while it is not leased, and
     every offer finds it proved."""
     leased = set()

@@ -21,7 +21,7 @@ COMPLETION = Completion(
 class FakeEngine:
     """Generates until the test finishes, aborts or breaks a group."""
 
-    def __init__(self, num_slots):
+    def __init__(self, num_slots) -> None:
         self.num_slots, self.requests, self.aborted, self.hungry = num_slots, [], [], []
         self._running = {}
 
@@ -34,16 +34,16 @@ class FakeEngine:
         future = self._running[request.key] = asyncio.get_running_loop().create_future()
         return await future
 
-    def starving(self, on):
+    def starving(self, on) -> None:
         self.hungry.append(on)
 
-    def finish(self, key):
+    def finish(self, key) -> None:
         self._running.pop(key).set_result((COMPLETION,) * self.requests[0].num_siblings)
 
-    def fail(self, key, error):
+    def fail(self, key, error) -> None:
         self._running.pop(key).set_exception(error)
 
-    async def abort(self, keys):
+    async def abort(self, keys) -> None:
         for key in keys:
             self.aborted.append(key)
             if key in self._running:
@@ -53,7 +53,7 @@ class FakeEngine:
 class FakeReplay:
     """Grants `credits` admissions; a failed group gives its credit back."""
 
-    def __init__(self, credits):
+    def __init__(self, credits) -> None:
         self.credits, self.asked, self.offered, self.failed, self.next_index = (
             credits,
             [],
@@ -73,17 +73,17 @@ class FakeReplay:
             first, self.next_index = self.next_index, self.next_index + count
             return [Admission(index, PROMPT, 3) for index in range(first, first + count)]
 
-    async def offer(self, group):
+    async def offer(self, group) -> None:
         self.offered.append(group.group_id)
 
-    async def fail(self, indices, why):
+    async def fail(self, indices, why) -> None:
         self.failed.append((list(indices), why))
         await self.give(len(indices))
 
-    async def hand_back(self, index, heads):
+    async def hand_back(self, index, heads) -> None:
         self.handed_back.append((index, heads))
 
-    async def give(self, credits):
+    async def give(self, credits) -> None:
         async with self._changed:
             self.credits += credits
             self._changed.notify_all()
@@ -94,7 +94,7 @@ class FakeReplay:
             doomed, self._doomed = self._doomed, []
             return doomed
 
-    async def evict(self, index):
+    async def evict(self, index) -> None:
         async with self._changed:
             self._doomed.append(index)
             self._changed.notify_all()
@@ -117,16 +117,16 @@ def hold_scoring(worker):
     return gate
 
 
-async def settled():
+async def settled() -> None:
     """Lets every task run until all of them wait."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
-def play(scene, *, num_slots=6, credits=100, ends_with=None):
+def play(scene, *, num_slots=6, credits=100, ends_with=None) -> None:
     """Runs `scene(worker, engine, replay)` beside the worker's own `run`, which goes on to the scene's end or raises `ends_with`."""
 
-    async def main():
+    async def main() -> None:
         engine, replay = FakeEngine(num_slots), FakeReplay(credits)
         worker = RolloutWorker(
             "rollout-0", engine, replay=replay, score=score, sampling=SAMPLING, group_size=3

@@ -32,7 +32,7 @@ def greedy_tokens(config: Config, checkpoint: Path, log: Path) -> list[int]:
 
 @pytest.mark.parametrize("world", ["qwen3"], indirect=True)
 def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(
-    world, tmp_path, monkeypatch
+    world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.no_grad():
         ids = world.other.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)

@@ -35,7 +35,7 @@ PROMPT = (7, 11, 13, 17, 19, 23)
 LONG = 300  # tokens: long enough for an update in their midst
 
 
-async def some_tokens(engine, *, least=20):
+async def some_tokens(engine, *, least=20) -> None:
     """Waits until every response at the server has told of so many tokens."""
     async with asyncio.timeout(30):
         while True:
@@ -50,7 +50,7 @@ async def some_tokens(engine, *, least=20):
 
 
 @pytest.mark.parametrize("world", CONFIGS, indirect=True)
-def test_behaviour_logprobs_are_those_of_the_model_at_the_temperature(world):
+def test_behaviour_logprobs_are_those_of_the_model_at_the_temperature(world) -> None:
     async def generate():
         async with world.engine() as engine:
             greedy = request(2, PROMPT, max_tokens=12, temperature=0.0)
@@ -79,7 +79,7 @@ def test_behaviour_logprobs_are_those_of_the_model_at_the_temperature(world):
 
 
 @on_one_family
-def test_response_ends_with_its_stop_token(world):
+def test_response_ends_with_its_stop_token(world) -> None:
     async def generate():
         async with world.engine() as engine:
             every = tuple(range(VOCABULARY // 2))
@@ -96,7 +96,7 @@ def test_response_ends_with_its_stop_token(world):
 @on_one_family
 @pytest.mark.parametrize("transport", ["disk", "broadcast"])
 @pytest.mark.parametrize("mode", ["recompute", "keep_kv", "drain"])
-def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transport):
+def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transport) -> None:
     async def generate():
         async with world.engine(mode) as engine:
             running = asyncio.create_task(
@@ -159,7 +159,7 @@ def test_weights_change_while_it_generates_as_the_mode_says(world, mode, transpo
 
 
 @on_one_family
-def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
+def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world) -> None:
     """Gap of old KV and mismatch of fresh tokens, by the learner's step on what the server generated, against Hugging Face in float64."""
 
     async def generate():
@@ -219,7 +219,7 @@ def test_metrics_of_the_learner_are_those_of_an_independent_forward_pass(world):
 
 
 @on_one_family
-def test_aborted_group_leaves_and_the_others_go_on(world):
+def test_aborted_group_leaves_and_the_others_go_on(world) -> None:
     async def generate():
         async with world.engine() as engine:
             groups = [
@@ -245,7 +245,7 @@ def test_aborted_group_leaves_and_the_others_go_on(world):
 
 
 @on_one_family
-def test_group_may_come_again_at_once(world):
+def test_group_may_come_again_at_once(world) -> None:
     async def generate():
         async with world.engine() as engine:
             return [
@@ -258,7 +258,7 @@ def test_group_may_come_again_at_once(world):
 
 
 @on_one_family
-def test_request_that_never_fits_is_the_callers_fault(world):
+def test_request_that_never_fits_is_the_callers_fault(world) -> None:
     async def generate():
         async with world.engine() as engine:
             with pytest.raises(ValueError, match="refuses the request"):

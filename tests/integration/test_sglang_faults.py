@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections import Counter
 from dataclasses import replace
+from typing import Never
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
     async def generate():
         async with world.engine("drain") as engine:
 
-            async def fail(weight_version, flush):
+            async def fail(weight_version, flush) -> Never:
                 raise EngineFault("killed")
 
             running = asyncio.create_task(
@@ -254,7 +255,7 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
 def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_than_a_fault(
     world: World,
 ) -> None:
-    async def ask():
+    async def ask() -> None:
         async with world.engine() as engine:
             running = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
             await asyncio.sleep(0.1)

@@ -199,17 +199,17 @@ def word_complaints(path, source):
 CHECKS = (import_complaints, docstring_complaints, word_complaints)
 
 
-def test_every_package_has_a_level():
+def test_every_package_has_a_level() -> None:
     packages = {package_of(path) for path in SOURCES} - {"__init__"}
     assert packages <= LEVEL_OF.keys()
     assert {"algorithm", "replay", "learner", "rollout", "runtime", "cli"} <= packages
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(SOURCES) == []
 
 
-def test_a_circle_is_found_through_packages_lazy_imports_and_type_checking():
+def test_a_circle_is_found_through_packages_lazy_imports_and_type_checking() -> None:
     sources = {
         PurePosixPath("a/__init__.py"): "from dapo_async.a.one import f",
         PurePosixPath("a/one.py"): "def f():\n    from dapo_async.b import g",
@@ -220,7 +220,7 @@ def test_a_circle_is_found_through_packages_lazy_imports_and_type_checking():
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_source_keeps_every_rule(check):
+def test_the_source_keeps_every_rule(check) -> None:
     assert [
         complaint for path, source in SOURCES.items() for complaint in check(path, source)
     ] == []
@@ -322,7 +322,7 @@ def test_the_source_keeps_every_rule(check):
         ),
     ],
 )
-def test_each_check_complains_when_its_rule_is_broken(check, path, source, complaint):
+def test_each_check_complains_when_its_rule_is_broken(check, path, source, complaint) -> None:
     complaints = list(check(PurePosixPath(path), source))
     assert any(complaint in said for said in complaints), complaints
 
@@ -352,11 +352,11 @@ def test_each_check_complains_when_its_rule_is_broken(check, path, source, compl
         ),
     ],
 )
-def test_no_check_complains_about_what_is_right(check, path, source):
+def test_no_check_complains_about_what_is_right(check, path, source) -> None:
     assert list(check(PurePosixPath(path), source)) == []
 
 
-def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library():
+def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library() -> None:
     imports = "".join(
         f"import dapo_async.{module}\n" for module in (*LIGHT_PACKAGES, "rollout.native.engine")
     )
@@ -364,7 +364,7 @@ def test_the_rooms_below_the_runtime_need_neither_ray_nor_any_other_big_library(
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_the_runtime_itself_shows_that_the_blocker_blocks():
+def test_the_runtime_itself_shows_that_the_blocker_blocks() -> None:
     ran = run_without(["ray"], "import dapo_async.runtime.cluster.connect")
     assert ran.returncode == 1
     assert "ImportError: ray is not installed here" in ran.stderr

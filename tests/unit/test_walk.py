@@ -27,7 +27,7 @@ from dapo_async.weights.disk import read_version, write_version
 RIGHT, WRONG = Verdict(True, "42", "correct"), Verdict(False, "41", "wrong")
 
 
-def test_one_group_walks_through_the_whole_house(house):
+def test_one_group_walks_through_the_whole_house(house) -> None:
     replay, learner = house.replay, house.learner
 
     # Before the first publish nobody may generate; then every engine serves version 0 and both credits are free.
@@ -140,7 +140,7 @@ def score(house, admission, completions, verdicts):
     )
 
 
-def assert_trains(learner, group):
+def assert_trains(learner, group) -> None:
     """The learner's room: advantages, the loss over all tokens, one update."""
     metrics = summarise(learner.step([group]))
     # Rewards 1, -1, 1, -1 have mean 0 and unbiased standard deviation sqrt(4 / 3): advantages of +-0.866.
@@ -164,7 +164,7 @@ def assert_trains(learner, group):
     assert learner.version == 1
 
 
-def publish(house):
+def publish(house) -> None:
     """The weights' way to an engine, here by disk: a frozen snapshot, a file, a swap between two tokens, and the handshake (law 5)."""
     snapshot = take_snapshot(house.learner.decoder, version=1, probe_tokens=16)
     manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)

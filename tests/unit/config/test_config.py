@@ -1,6 +1,7 @@
 """Bad input is one clear line: rule, values, remedy."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,8 +23,8 @@ def file(tmp_path):
 
 
 def test_paths_in_a_file_resolve_against_its_folder_and_overrides_against_the_current_one(
-    file, tmp_path, monkeypatch
-):
+    file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir("/")
     config = knobs.load(file, ["data.heldout=etc/passwd"])
     assert config.model.path == str(tmp_path / "model")
@@ -31,7 +32,7 @@ def test_paths_in_a_file_resolve_against_its_folder_and_overrides_against_the_cu
     assert config.learner.lr == 1e-4
 
 
-def test_the_resolved_config_reads_back_equal(file, tmp_path):
+def test_the_resolved_config_reads_back_equal(file, tmp_path: Path) -> None:
     config = knobs.load(file, ["replay.max_staleness=1", "algorithm.dual_clip=3"])
     (tmp_path / "saved.yaml").write_text(knobs.to_yaml(config))
     assert knobs.load(tmp_path / "saved.yaml") == config
@@ -105,14 +106,14 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path):
         ("data.template=solve", "must contain {problem}"),
     ],
 )
-def test_bad_input_is_one_line_with_rule_values_and_remedy(file, override, line):
+def test_bad_input_is_one_line_with_rule_values_and_remedy(file, override, line) -> None:
     with pytest.raises(ValueError) as error:
         knobs.load(file, [override])
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_and_a_broken_file_are_named(tmp_path):
+def test_a_missing_and_a_broken_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing.yaml does not exist"):
         knobs.load(tmp_path / "nothing.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
@@ -120,12 +121,12 @@ def test_a_missing_and_a_broken_file_are_named(tmp_path):
         knobs.load(tmp_path / "broken.yaml")
 
 
-def test_every_knob_has_its_line():
+def test_every_knob_has_its_line() -> None:
     assert all(line for _, _, line, _ in knobs.knobs())
     assert len({name for name, *_ in knobs.knobs()}) == len(list(knobs.knobs()))
 
 
-def test_every_config_in_the_repository_loads():
+def test_every_config_in_the_repository_loads() -> None:
     for path in CONFIGS.rglob("*.yaml"):
         knobs.load(path)
 
@@ -171,13 +172,13 @@ def test_every_config_in_the_repository_loads():
         ),
     ],
 )
-def test_what_does_not_fit_the_engine_is_one_clear_line(file, overrides, line):
+def test_what_does_not_fit_the_engine_is_one_clear_line(file, overrides, line) -> None:
     with pytest.raises(ValueError) as error:
         knobs.load(file, overrides)
     assert line in str(error.value)
 
 
-def test_layout_of_engines_is_derived_from_the_knobs(file):
+def test_layout_of_engines_is_derived_from_the_knobs(file) -> None:
     rollout = knobs.load(
         file,
         [
@@ -195,7 +196,7 @@ def test_layout_of_engines_is_derived_from_the_knobs(file):
     "name", [name for name, default, *_ in knobs.knobs() if isinstance(default, float)]
 )
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
-def test_no_knob_takes_what_is_not_a_finite_number(file, name, value):
+def test_no_knob_takes_what_is_not_a_finite_number(file, name, value) -> None:
     with pytest.raises(ValueError, match=rf"{name} \((nan|inf|-inf)\) must be a finite number"):
         knobs.load(file, [f"{name}={value}"])
 
@@ -203,20 +204,20 @@ def test_no_knob_takes_what_is_not_a_finite_number(file, name, value):
 @pytest.mark.parametrize(
     "content", ["replay: 3", "replay:", "5", "[a]", "1: 2", "seed: [1", "seed: 1\nseed: 2", "a: *b"]
 )
-def test_a_file_that_is_no_tree_of_knobs_is_one_line(tmp_path, content):
+def test_a_file_that_is_no_tree_of_knobs_is_one_line(tmp_path: Path, content) -> None:
     (tmp_path / "odd.yaml").write_text(content)
     with pytest.raises(ValueError) as error:
         knobs.load(tmp_path / "odd.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("run_dir: Schlüssel".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.yaml is not valid YAML"):
         knobs.load(tmp_path / "latin.yaml")
 
 
-def test_a_literal_dollar_brace_in_a_file_is_escaped_and_reads_back(file, tmp_path):
+def test_a_literal_dollar_brace_in_a_file_is_escaped_and_reads_back(file, tmp_path: Path) -> None:
     file.write_text(
         file.read_text().replace("heldout:", r"template: 'for \${x} {problem}', heldout:")
     )
@@ -236,7 +237,7 @@ def test_a_literal_dollar_brace_in_a_file_is_escaped_and_reads_back(file, tmp_pa
         max_size=12,
     )
 )
-def test_every_template_and_path_reads_back_as_it_was(file, tmp_path, text):
+def test_every_template_and_path_reads_back_as_it_was(file, tmp_path: Path, text) -> None:
     config = knobs.load(file)
     config = replace(
         config, run_dir="/runs/${a}", data=replace(config.data, template=text + "{problem}")

@@ -32,7 +32,7 @@ def number_of_three(response, gold):
     return Verdict(correct=3.0, extracted=None, reason="three")
 
 
-def says_true(response, gold):
+def says_true(response, gold) -> bool:
     return True
 
 
@@ -48,7 +48,7 @@ def even_admissions(group):
     return group.group_id % 2 == 0
 
 
-def says_nothing(group):
+def says_nothing(group) -> None:
     return None
 
 
@@ -65,7 +65,7 @@ def group(index, finish=FinishReason.STOP, length=3):
     )
 
 
-def test_an_own_verifier_is_called_with_response_and_gold():
+def test_an_own_verifier_is_called_with_response_and_gold() -> None:
     verify = get_verifier(f"{HERE}:halves")
     assert (verify("a", "a").accuracy, verify("a", "b").accuracy, verify("a", "b").reason) == (
         1.0,
@@ -78,7 +78,7 @@ def test_an_own_verifier_is_called_with_response_and_gold():
     ("name", "says"),
     [("number_of_three", "accuracy 3.0, which must lie in [0, 1]"), ("says_true", "returned bool")],
 )
-def test_what_an_own_verifier_returns_is_checked(name, says):
+def test_what_an_own_verifier_returns_is_checked(name, says) -> None:
     with pytest.raises(AssertionError, match=re.escape(says)):
         get_verifier(f"{HERE}:{name}")("a", "b")
 
@@ -99,7 +99,7 @@ def test_what_an_own_verifier_returns_is_checked(name, says):
         ("module:", "write for example"),
     ],
 )
-def test_what_is_no_such_function_is_refused_in_one_line(name, says):
+def test_what_is_no_such_function_is_refused_in_one_line(name, says) -> None:
     with pytest.raises(ValueError) as error:
         load_function(name, knob="reward.verifier", parameters=("response", "gold"))
     assert str(error.value).startswith(
@@ -109,7 +109,7 @@ def test_what_is_no_such_function_is_refused_in_one_line(name, says):
     assert "\n" not in str(error.value)
 
 
-def test_rows_choose_their_verifier_by_their_source():
+def test_rows_choose_their_verifier_by_their_source() -> None:
     chosen = choose_verifiers("marker", f"gsm8k=exact, own = {HERE}:halves,")
     assert [
         chosen.of(source)("#### 4", "4").accuracy for source in ("", "unnamed", "gsm8k", "own")
@@ -118,12 +118,12 @@ def test_rows_choose_their_verifier_by_their_source():
 
 
 @pytest.mark.parametrize("text", ["gsm8k", "gsm8k=", "=math", "a=exact,a=marker"])
-def test_a_choice_that_is_not_of_the_form_is_refused(text):
+def test_a_choice_that_is_not_of_the_form_is_refused(text) -> None:
     with pytest.raises(ValueError, match="must be source=verifier with commas between"):
         choose_verifiers("marker", text)
 
 
-def test_the_check_of_the_inputs_refuses_wrong_verifiers_sources_and_filters():
+def test_the_check_of_the_inputs_refuses_wrong_verifiers_sources_and_filters() -> None:
     assert "reward.verifier 'maths' is unknown; did you mean 'math'?" in refusal(
         "reward.verifier=maths"
     )
@@ -139,14 +139,14 @@ def test_the_check_of_the_inputs_refuses_wrong_verifiers_sources_and_filters():
     assert "reward.timeout_s (0.0) must be positive" in refusal("reward.timeout_s=0")
 
 
-def test_an_own_filter_rejects_with_a_reason_of_its_own():
+def test_an_own_filter_rejects_with_a_reason_of_its_own() -> None:
     keeps = custom_filter(f"{HERE}:even_admissions")
     assert [keeps(group(index)) for index in (0, 1)] == [None, RejectReason.FILTERED]
     with pytest.raises(AssertionError, match="returned NoneType, must return bool"):
         custom_filter(f"{HERE}:says_nothing")(group(0))
 
 
-def test_a_failed_verdict_fails_its_group_and_trains_nothing():
+def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
     def dying(response, gold):
         return Verdict(
             correct=False, extracted=None, reason="failed" if response == "c" else "wrong"
@@ -165,8 +165,8 @@ def test_a_failed_verdict_fails_its_group_and_trains_nothing():
     assert [rollout.reason for rollout in scored.rollouts] == ["wrong"] * 3
 
 
-def test_a_worker_reports_such_a_group_as_failed_and_goes_on():
-    async def scene(worker, engine, replay):
+def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:
+    async def scene(worker, engine, replay) -> None:
         score = worker._score
 
         async def dying(admission, completions):
@@ -186,7 +186,7 @@ def test_a_worker_reports_such_a_group_as_failed_and_goes_on():
     play(scene)
 
 
-def test_overlong_filtering_masks_what_was_cut_at_the_limit_and_nothing_that_ended_there():
+def test_overlong_filtering_masks_what_was_cut_at_the_limit_and_nothing_that_ended_there() -> None:
     """L_max = 20: 19 and 20 tokens that end with a stop token count, 20 that were cut do not; the advantages see them all."""
     lengths = (
         (19, FinishReason.STOP),

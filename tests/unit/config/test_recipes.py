@@ -45,7 +45,7 @@ def rungs():
     return [values_of(f"ladder/{name}.yaml") for name in LADDER]
 
 
-def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing():
+def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing() -> None:
     steps = [differences(below, above) for below, above in zip(rungs(), rungs()[1:], strict=False)]
     assert steps == [
         {"algorithm.overlong_filtering": (False, True)},
@@ -56,7 +56,9 @@ def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing():
     ]
 
 
-def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_for_the_filtering_of_the_table():
+def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_for_the_filtering_of_the_table() -> (
+    None
+):
     lowest, highest = rungs()[0], rungs()[-1]
     assert (lowest["algorithm.clip_low"], lowest["algorithm.clip_high"]) == (0.2, 0.2)
     assert differences(highest, values_of("dapo_qwen2.5_32b.yaml")) == {
@@ -64,14 +66,14 @@ def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_f
     }
 
 
-def test_a_second_difference_between_rungs_would_be_seen():
+def test_a_second_difference_between_rungs_would_be_seen() -> None:
     one, two = rungs()[:2]
     assert len(differences(one, two | {"learner.lr": 2e-6})) == 2
     with pytest.raises(AssertionError):
         differences(one, {name: value for name, value in two.items() if name != "learner.lr"})
 
 
-def test_the_recipe_of_the_paper_has_its_values():
+def test_the_recipe_of_the_paper_has_its_values() -> None:
     values = values_of("dapo_qwen2.5_32b.yaml")
     paper = {
         "algorithm.clip_low": 0.2, "algorithm.clip_high": 0.28, "algorithm.loss_mean": "token", "reward.overlong_cache_tokens": 4096,
@@ -93,7 +95,9 @@ def test_the_recipe_of_the_paper_has_its_values():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(file, capsys):
+def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
+    file, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(CONFIGS / file), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     config = knobs.load(CONFIGS / file)
@@ -110,7 +114,7 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(file, c
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_not_run(file):
+def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_not_run(file) -> None:
     text = (CONFIGS / file).read_text()
     head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     config = knobs.load(CONFIGS / file)
@@ -128,6 +132,6 @@ def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_no
     assert config.data.contamination == "drop"
 
 
-def test_the_7b_recipe_fits_the_positions_of_its_model():
+def test_the_7b_recipe_fits_the_positions_of_its_model() -> None:
     config = knobs.load(CONFIGS / "dapo_qwen2.5_7b_math.yaml")
     assert config.data.max_prompt_tokens + config.rollout.max_response_tokens == 4096

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,14 +52,14 @@ def prompts(count):
     return [Prompt(row, f"problem {row}", np.array([row], np.int32), "1") for row in range(count)]
 
 
-def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load):
+def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load) -> None:
     (prompt,) = load({"prompt": "a{b}", "answer": "7"}, template="Q: {problem} {x}=").prompts
     assert (prompt.row, prompt.text, prompt.answer) == (0, "Q: a{b} {x}=", "7")
     assert prompt.token_ids.tolist() == [81, 58, 32, 97, 123, 98, 125, 32, 123, 120, 125, 61]
     assert prompt.token_ids.dtype == np.int32
 
 
-def test_the_source_of_a_row_is_read_where_it_has_one(load):
+def test_the_source_of_a_row_is_read_where_it_has_one(load) -> None:
     sources = [
         prompt.source
         for prompt in load(
@@ -68,14 +69,16 @@ def test_the_source_of_a_row_is_read_where_it_has_one(load):
     assert sources == ["gsm8k", ""]
 
 
-def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load):
+def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load) -> None:
     (prompt,) = load(
         {"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold"
     ).prompts
     assert (prompt.text, prompt.answer) == ("6*7", "42")
 
 
-def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_their_row_number(load):
+def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_their_row_number(
+    load,
+) -> None:
     rows = [
         {"prompt": "four", "answer": "1"},
         {"prompt": "fives", "answer": "1"},
@@ -136,13 +139,13 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         ),
     ],
 )
-def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line):
+def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line) -> None:
     with pytest.raises(ValueError, match=re.escape(line)) as error:
         load(*rows)
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(load):
+def test_a_byte_order_mark_is_no_part_of_the_first_row(load) -> None:
     assert [
         prompt.text
         for prompt in load(
@@ -151,7 +154,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(load):
     ] == ["x", "y"]
 
 
-def test_a_number_that_is_none_is_empty(load):
+def test_a_number_that_is_none_is_empty(load) -> None:
     loaded = load(
         '{"prompt": "x", "answer": NaN}',
         '{"prompt": "y", "answer": 1e999}',
@@ -162,7 +165,7 @@ def test_a_number_that_is_none_is_empty(load):
     assert loaded.left_out.counts == {"empty": 3}
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.jsonl does not exist; give the path"):
         load_prompts(
             tmp_path / "nowhere.jsonl",
@@ -174,12 +177,14 @@ def test_a_missing_file_is_named(tmp_path):
         )
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
-def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decoded_text(tmp_path):
+def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decoded_text(
+    tmp_path: Path,
+) -> None:
     tokenizer = load_tokenizer(QUICKSTART)
     (tmp_path / "one.jsonl").write_text('{"prompt": "314", "answer": "1"}\n')
     loaded = load_prompts(
@@ -194,7 +199,7 @@ def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decode
     assert tokenizer.decode([3, 4, 1, 11, 1, 12], skip_special_tokens=True) == "341####1"
 
 
-def test_generic_tokenizer_is_the_one_that_transformers_would_choose():
+def test_generic_tokenizer_is_the_one_that_transformers_would_choose() -> None:
     chosen, own = (
         AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True),
         load_tokenizer(QUICKSTART),
@@ -204,14 +209,14 @@ def test_generic_tokenizer_is_the_one_that_transformers_would_choose():
     assert own(["31#4="]) == chosen(["31#4="])
 
 
-def test_every_epoch_of_the_stream_is_another_shuffle_of_all_prompts():
+def test_every_epoch_of_the_stream_is_another_shuffle_of_all_prompts() -> None:
     stream = PromptStream(prompts(7), seed=3)
     epochs = [[stream[7 * epoch + offset].row for offset in range(7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_every_position_of_the_stream_has_one_prompt_in_whatever_order_they_are_asked_for():
+def test_every_position_of_the_stream_has_one_prompt_in_whatever_order_they_are_asked_for() -> None:
     whole = PromptStream(prompts(7), seed=5)
     rows = [whole[position].row for position in range(30)]
     resumed = PromptStream(prompts(7), seed=5)
@@ -224,7 +229,7 @@ def test_every_position_of_the_stream_has_one_prompt_in_whatever_order_they_are_
     ]
 
 
-def test_another_seed_gives_another_order():
+def test_another_seed_gives_another_order() -> None:
     first, second = (
         [stream[position].row for position in range(20)]
         for stream in (PromptStream(prompts(20), seed=seed) for seed in (0, 1))
@@ -232,16 +237,16 @@ def test_another_seed_gives_another_order():
     assert first != second
 
 
-def test_a_stream_without_prompts_is_refused():
+def test_a_stream_without_prompts_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one prompt"):
         PromptStream([], seed=0)
 
 
-def test_importing_the_data_room_does_not_import_transformers():
+def test_importing_the_data_room_does_not_import_transformers() -> None:
     code = "import sys, dapo_async.data; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-def test_a_single_prompt_repeats_for_ever():
+def test_a_single_prompt_repeats_for_ever() -> None:
     stream = PromptStream(prompts(1), seed=0)
     assert [stream[position].row for position in range(5)] == [0] * 5

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -75,7 +76,9 @@ def published_row(problem, answer):
     }
 
 
-def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_answers(tmp_path):
+def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_answers(
+    tmp_path: Path,
+) -> None:
     rows = [
         published_row(f"What is ${number} + {number}$?", str(2 * number)) for number in range(40)
     ] * 100
@@ -110,7 +113,7 @@ def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_ans
         (("x + 1", "1 + x"), []),  # only the symbolic engine could tell
     ],
 )
-def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path, answers, kept):
+def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path: Path, answers, kept) -> None:
     loaded = load(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer} for answer in (*answers, answers[0])] + [{"prompt": "y", "answer": "0"}],
                   deduplicate=True)  # fmt: skip
     assert [answer for _, text, answer in pairs(loaded) if text == "x"] == kept
@@ -118,7 +121,7 @@ def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path, answers, kept)
     assert loaded.left_out.counts == {reason: len(answers) + (not kept)}
 
 
-def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_path):
+def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_path: Path) -> None:
     rows = [published_row("Find $x+1$.", "1"), published_row("Find $y$.", "1")]
     against = {
         "one": frozenset({fingerprint("find x 1")}),
@@ -147,7 +150,7 @@ def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_p
     ).summary.endswith("left out: none")
 
 
-def test_languages_are_told_by_chinese_characters(tmp_path):
+def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Find x.", "answer": "1"},
         {"prompt": "求 x。", "answer": "1"},
@@ -185,14 +188,14 @@ def test_languages_are_told_by_chinese_characters(tmp_path):
     ],
 )
 def test_a_preset_finds_problem_and_answer_in_each_published_form(
-    tmp_path, preset, row, text, answer
-):
+    tmp_path: Path, preset, row, text, answer
+) -> None:
     assert pairs(load(tmp_path / "a.jsonl", [row], preset=preset)) == [
         (0, TEMPLATES[text].replace("{problem}", "How many?"), answer)
     ]
 
 
-def test_knobs_that_are_set_win_over_the_preset(tmp_path):
+def test_knobs_that_are_set_win_over_the_preset(tmp_path: Path) -> None:
     rows = [{"question": "a", "answer": "1 #### 2", "gold": "3", "other": "b"}] * 2
     given = {"prompt_key": "other", "answer_key": "gold", "template": "{problem}!"}
     assert pairs(load(tmp_path / "a.jsonl", rows, preset="gsm8k", deduplicate=True, **given)) == [
@@ -207,7 +210,7 @@ def test_knobs_that_are_set_win_over_the_preset(tmp_path):
     )
 
 
-def test_nested_columns_are_named_with_dots(tmp_path):
+def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
     rows = [{"chat": [{"text": "a"}], "gold": {"value": 1}}, {"chat": [], "gold": {"value": 1}}]
     with pytest.raises(ValueError, match=re.escape("row 1 of")) as error:
         load(tmp_path / "a.jsonl", rows, prompt_key="chat.0.text", answer_key="gold.value")
@@ -219,7 +222,7 @@ def test_nested_columns_are_named_with_dots(tmp_path):
     ) == [(0, "a", "1")]
 
 
-def test_an_answer_that_the_form_does_not_find_is_empty():
+def test_an_answer_that_the_form_does_not_find_is_empty() -> None:
     assert [answer_of(text, "boxed") for text in ("none", r"\boxed{1", r"\boxed {a{b}}}")] == [
         "",
         "",
@@ -246,11 +249,11 @@ def test_an_answer_that_the_form_does_not_find_is_empty():
         (r"\boxedsymbol 5", ""),
     ],
 )
-def test_boxes_without_braces_and_framed_boxes_are_boxes(solution, answer):
+def test_boxes_without_braces_and_framed_boxes_are_boxes(solution, answer) -> None:
     assert answer_of(solution, "boxed") == answer
 
 
-def test_hub_and_a_preset_name_it_where_it_was_published():
+def test_hub_and_a_preset_name_it_where_it_was_published() -> None:
     preset, source = preset_of(parse_source("hub:gsm8k"))
     assert (preset, source.where, source.name) == (
         PRESETS["gsm8k"],
@@ -268,7 +271,7 @@ def test_hub_and_a_preset_name_it_where_it_was_published():
         preset_of(parse_source("gsm8=/a"))
 
 
-def test_every_preset_has_a_source_and_a_template_and_every_name_of_a_template_a_text():
+def test_every_preset_has_a_source_and_a_template_and_every_name_of_a_template_a_text() -> None:
     for preset in PRESETS.values():
         assert re.fullmatch(r"hub:[\w-]+/[\w.-]+(/\w+)?:(train|test)", preset.hub)
         assert preset.template in TEMPLATES
@@ -299,8 +302,8 @@ def chatting(tmp_path):
     ],
 )
 def test_the_chat_template_of_the_tokenizer_stands_around_with_and_without_system_text(
-    tmp_path, chatting, template, system, text
-):
+    tmp_path: Path, chatting, template, system, text
+) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
     (prompt,) = load_prompts(
         source, tokenizer=chatting, template=template, system=system, max_prompt_tokens=99
@@ -311,7 +314,7 @@ def test_the_chat_template_of_the_tokenizer_stands_around_with_and_without_syste
     ]
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
     with pytest.raises(
         ValueError,
@@ -325,7 +328,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         )
 
 
-def test_system_text_needs_a_chat_template():
+def test_system_text_needs_a_chat_template() -> None:
     with pytest.raises(
         ValueError, match=r"data.system needs a chat template \(data.template is '\{problem\}='\)"
     ):
@@ -333,7 +336,9 @@ def test_system_text_needs_a_chat_template():
     assert knobs.load(QUICKSTART, ["data.system=x", "data.template=chat+boxed"]).data.system == "x"
 
 
-def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_screened(tmp_path):
+def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_screened(
+    tmp_path: Path,
+) -> None:
     train = write(
         tmp_path / "train.jsonl",
         [{"question": "11", "answer": "#### 1"}, {"question": "12", "answer": "#### 1"}],
@@ -364,7 +369,9 @@ def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_s
     assert (training.contaminated, held_out.contaminated) == ({"math500": 1}, {})
 
 
-def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_prompts(tmp_path):
+def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_prompts(
+    tmp_path: Path,
+) -> None:
     train = write(
         tmp_path / "train.jsonl", [{"prompt": "11", "answer": "1"}, {"prompt": "12", "answer": "1"}]
     )
@@ -385,7 +392,7 @@ def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_pro
 
 
 @needs_data
-def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells():
+def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
     against = {
         name: load_fingerprints(Source(preset=name, path=path))
@@ -419,7 +426,7 @@ def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells()
 
 
 @needs_data
-def test_of_dapo_math_screening_leaves_what_the_recipes_say():
+def test_of_dapo_math_screening_leaves_what_the_recipes_say() -> None:
     against = {
         name: load_fingerprints(Source(preset=name, path=path))
         for name, path in EVALUATION_SETS.items()
@@ -438,7 +445,7 @@ def test_of_dapo_math_screening_leaves_what_the_recipes_say():
 
 
 @needs_data
-def test_languages_of_dapo_math_are_those_of_its_column_lang():
+def test_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
     languages = [json.loads(line)["lang"] for line in file.read_text().splitlines()]
     source = Source(preset="dapo_math_17k", path=file)
@@ -455,7 +462,7 @@ def test_languages_of_dapo_math_are_those_of_its_column_lang():
 
 @needs_data
 @pytest.mark.parametrize("name", EVALUATION_SETS)
-def test_every_evaluation_set_here_loads_whole_by_its_preset(name):
+def test_every_evaluation_set_here_loads_whole_by_its_preset(name) -> None:
     source = Source(preset=name, path=EVALUATION_SETS[name])
     loaded = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6)
     assert (len(loaded.prompts), str(loaded.left_out)) == (

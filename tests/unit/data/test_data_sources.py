@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Never
 
 import datasets
 import httpx
@@ -45,7 +46,9 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("name", ["one.jsonl", "one.parquet"])
-def test_a_file_and_a_folder_of_files_give_their_rows_in_order_of_the_names(tmp_path, name):
+def test_a_file_and_a_folder_of_files_give_their_rows_in_order_of_the_names(
+    tmp_path: Path, name
+) -> None:
     file = write(tmp_path / name)
     assert rows_of(file) == ROWS
     suffix = file.suffix
@@ -55,7 +58,9 @@ def test_a_file_and_a_folder_of_files_give_their_rows_in_order_of_the_names(tmp_
     assert rows_of(tmp_path / "folder") == ROWS
 
 
-def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_named(tmp_path):
+def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_named(
+    tmp_path: Path,
+) -> None:
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(str(tmp_path / "one"))
     assert rows_of(tmp_path / "one") == ROWS
@@ -69,8 +74,8 @@ def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_nam
 
 
 def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them_for_the_error_of_a_missing_one(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     file = write(tmp_path / "one.parquet")
     assert rows_of(file, columns=("prompt", "extra.level"))[4] == {
         "prompt": "problem 4",
@@ -100,21 +105,21 @@ def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them
         ),
     ],
 )
-def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, files, line):
+def test_a_folder_that_is_no_data_set_is_one_line(tmp_path: Path, files, line) -> None:
     (tmp_path / "set").mkdir()
     for name, rows in files.items():
         write(tmp_path / "set" / name, rows)
     assert line in refusal(tmp_path / "set")
 
 
-def test_a_broken_parquet_file_is_named(tmp_path):
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
     assert refusal(tmp_path / "broken.parquet").startswith(
         f"data file {tmp_path}/broken.parquet is no readable Parquet file ("
     )
 
 
-def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path):
+def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path: Path) -> None:
     write(tmp_path / "set" / "a.jsonl")
     (tmp_path / "set" / "a.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     assert rows_of(tmp_path / "set") == ROWS
@@ -142,13 +147,13 @@ def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path):
         ),
     ],
 )
-def test_the_grammar_of_a_source(text, source, name):
+def test_the_grammar_of_a_source(text, source, name) -> None:
     parsed = parse_source(text)
     assert (parsed, parsed.name) == (source, name)
     assert text.endswith(parsed.where)
 
 
-def test_a_list_of_sources_and_a_hub_name_that_is_none():
+def test_a_list_of_sources_and_a_hub_name_that_is_none() -> None:
     assert parse_sources(" /a, hub:b ,") == [Source(path=Path("/a")), Source(hub="b")]
     with pytest.raises(
         ValueError, match=re.escape("hub:a b is no name of the hub; write hub:OWNER/NAME")
@@ -156,7 +161,7 @@ def test_a_list_of_sources_and_a_hub_name_that_is_none():
         parse_source("hub:a b")
 
 
-def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path):
+def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path: Path) -> None:
     for name in ("t.jsonl", "h.jsonl", "e.jsonl"):
         write(tmp_path / "data" / name)
     (tmp_path / "run.yaml").write_text(
@@ -181,8 +186,8 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_and_by_nothing_that_runs_code(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def load_dataset(*names, **options):
@@ -206,8 +211,8 @@ def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_an
 
 
 @pytest.mark.parametrize("source", ["hub:nobody/nothing", "hub:nobody/nothing/x@y:test"])
-def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch):
-    def dataset_info(self, name, **options):
+def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dataset_info(self, name, **options) -> Never:
         raise httpx.ConnectError("no network\nand more about it")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
@@ -227,8 +232,8 @@ def hub_config(name="Qwen/Qwen2.5-32B@v1"):
 
 
 def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_remembers_its_revision(
-    tmp_path, monkeypatch
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def snapshot_download(name, **options):
@@ -257,14 +262,14 @@ def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_r
     assert with_model_here(untouched, download=True) == (untouched, untouched)
 
 
-def test_a_dry_run_downloads_no_model(tmp_path, monkeypatch):
+def test_a_dry_run_downloads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     config = hub_config("nobody/nothing")
     assert with_model_here(config, download=False) == (config, config)
 
 
-def test_a_model_that_can_not_be_had_is_one_line(monkeypatch):
-    def snapshot_download(name, **options):
+def test_a_model_that_can_not_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(name, **options) -> Never:
         raise huggingface_hub.errors.LocalEntryNotFoundError(
             "Got: ConnectError: no network\nAn error happened while trying to locate the files"
         )
@@ -278,7 +283,7 @@ def test_a_model_that_can_not_be_had_is_one_line(monkeypatch):
     )
 
 
-def test_reading_jsonl_imports_neither_datasets_nor_pyarrow(tmp_path):
+def test_reading_jsonl_imports_neither_datasets_nor_pyarrow(tmp_path: Path) -> None:
     file = write(tmp_path / "one.jsonl")
     code = f"""
 import sys

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def decoder():
     return load_decoder(FOLDER)
 
 
-def test_corpus_training_and_heldout_problems_are_disjoint():
+def test_corpus_training_and_heldout_problems_are_disjoint() -> None:
     heldout, train = set(committed_problems("heldout")), set(committed_problems("train"))
     corpus = set(islice(make.problems("corpus", seed=0), 100_000))
     assert len(heldout) == 1024
@@ -55,13 +56,15 @@ def test_corpus_training_and_heldout_problems_are_disjoint():
     )
 
 
-def test_committed_data_is_what_the_script_writes(tmp_path):
+def test_committed_data_is_what_the_script_writes(tmp_path: Path) -> None:
     for split, count in (("heldout", 1024), ("train", 4096)):
         make.write_problems(split, tmp_path / "made.jsonl", count=count, seed=0)
         assert (tmp_path / "made.jsonl").read_bytes() == (DATA / f"{split}.jsonl").read_bytes()
 
 
-def test_committed_folder_is_what_the_script_writes_but_for_the_weights(tmp_path, decoder):
+def test_committed_folder_is_what_the_script_writes_but_for_the_weights(
+    tmp_path: Path, decoder
+) -> None:
     make.write_folder(decoder, tmp_path)
     for path in sorted(tmp_path.iterdir()):
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name
@@ -70,12 +73,12 @@ def test_committed_folder_is_what_the_script_writes_but_for_the_weights(tmp_path
     )
 
 
-def test_gold_answers_are_the_digit_sums_modulo_7():
+def test_gold_answers_are_the_digit_sums_modulo_7() -> None:
     for row in rows("heldout")[:200] + rows("train")[:200]:
         assert int(row["answer"]) == sum(int(digit) for digit in row["prompt"]) % 7
 
 
-def test_corpus_responses_end_in_the_gold_answer_in_both_styles():
+def test_corpus_responses_end_in_the_gold_answer_in_both_styles() -> None:
     assert make.response_to("52841", step_by_step=True) == "50156####6"
     assert make.response_to("52841", step_by_step=False) == "####6"
     assert all(
@@ -84,12 +87,12 @@ def test_corpus_responses_end_in_the_gold_answer_in_both_styles():
     )
 
 
-def test_folder_is_smaller_than_a_megabyte_and_the_data_than_half_of_one():
+def test_folder_is_smaller_than_a_megabyte_and_the_data_than_half_of_one() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1_000_000
     assert sum(path.stat().st_size for path in DATA.iterdir()) < 500_000
 
 
-def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder):
+def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder) -> None:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
@@ -103,7 +106,7 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder):
     )
 
 
-def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder):
+def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder) -> None:
     tokenizer = load_tokenizer(FOLDER)
     for text in ("0123456789=", "52841=50156####6"):
         assert tokenizer([text])["input_ids"] == [make.encode(text)]
@@ -111,7 +114,7 @@ def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder):
     assert len(make.VOCABULARY) == decoder.config.vocab_size
 
 
-def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder):
+def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder) -> None:
     loaded = load_prompts(
         DATA / "train.jsonl",
         tokenizer=load_tokenizer(FOLDER),
@@ -128,7 +131,9 @@ def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder
     assert decoder.config.max_positions >= 48
 
 
-def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rarer_the_longer_the_sum():
+def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rarer_the_longer_the_sum() -> (
+    None
+):
     assert [make.step_share(size, progress=0.5) for size in (4, 20)] == pytest.approx([0.7, 0.7])
     assert [make.step_share(size, progress=1.0) for size in (4, 20)] == pytest.approx(
         [0.12, 0.0003]
@@ -138,7 +143,7 @@ def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rare
     assert make.step_share(12, progress=0.7) == pytest.approx((0.7 + 0.00636) / 2, abs=1e-5)
 
 
-def test_base_mostly_guesses_and_is_right_when_it_thinks(decoder):
+def test_base_mostly_guesses_and_is_right_when_it_thinks(decoder) -> None:
     problems = committed_problems("heldout")
     verify = get_verifier("marker")
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from dapo_async.utils.state_clock import StateClock
 class FakeEngine:
     """Answers prompt [row, …] with `row` tokens, truncated from 4 on, sampled by `versions` in turn."""
 
-    def __init__(self, *versions):
+    def __init__(self, *versions) -> None:
         self.versions, self.requests = versions, []
 
     async def generate(self, request):
@@ -39,7 +39,7 @@ def evaluated(engine, prompts, judge=lambda prompt, completion: float(prompt.row
     return asyncio.run(evaluate(engine, prompts, judge=judge, max_tokens=4, stop_token_ids=(9,)))
 
 
-def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_has():
+def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_has() -> None:
     engine = FakeEngine(7)
     evaluated(engine, [prompt(row, [row, 5]) for row in range(1, 7)])
     assert [request.key for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
@@ -51,7 +51,7 @@ def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_ha
     assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 4, (9,))
 
 
-def test_the_sums_are_of_what_the_judge_and_the_engine_say():
+def test_the_sums_are_of_what_the_judge_and_the_engine_say() -> None:
     result = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
     accuracies = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0, 6: 0.0}
     assert result == Evaluation(
@@ -65,7 +65,7 @@ def test_the_sums_are_of_what_the_judge_and_the_engine_say():
     assert (result.accuracy, result.mean_response_tokens) == (0.5, 3.0)
 
 
-def test_the_parts_of_several_engines_add_up_to_the_whole():
+def test_the_parts_of_several_engines_add_up_to_the_whole() -> None:
     prompts = [prompt(row, [row, 5]) for row in range(1, 8)]
     whole = evaluated(FakeEngine(7), prompts)
     parts = [evaluated(FakeEngine(7), prompts[number::3]) for number in range(3)]
@@ -75,30 +75,30 @@ def test_the_parts_of_several_engines_add_up_to_the_whole():
     assert sum(part.accuracy for part in parts) / 3 == pytest.approx(5 / 9)
 
 
-def test_an_evaluation_of_more_than_one_model_shows_it():
+def test_an_evaluation_of_more_than_one_model_shows_it() -> None:
     assert evaluated(FakeEngine(7, 8), [prompt(3, [3])]).weight_versions == {7, 8}
     assert (
         evaluated(FakeEngine(7), [prompt(3, [3])]) + evaluated(FakeEngine(9), [prompt(3, [3])])
     ).weight_versions == {7, 9}
 
 
-def test_an_evaluation_survives_a_walk_through_a_json_file():
+def test_an_evaluation_survives_a_walk_through_a_json_file() -> None:
     whole = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
     assert Evaluation.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
 
-def test_an_engine_that_has_nothing_to_evaluate_adds_nothing():
+def test_an_engine_that_has_nothing_to_evaluate_adds_nothing() -> None:
     whole = evaluated(FakeEngine(7), [prompt(1, [1])])
     assert evaluated(FakeEngine(7), []) + whole == whole
 
 
-def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it_says():
+def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it_says() -> None:
     prompts, seen = (
         [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])],
         SimpleNamespace(completions={}),
     )
 
-    def judge(asked, completion):
+    def judge(asked, completion) -> float:
         seen.completions[asked.row] = completion
         return 1.0
 
@@ -125,7 +125,7 @@ def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it
         )
 
 
-def test_a_failed_verdict_is_neither_right_nor_wrong():
+def test_a_failed_verdict_is_neither_right_nor_wrong() -> None:
     result = evaluated(
         FakeEngine(7),
         [prompt(row, [row, 5]) for row in range(1, 5)],

@@ -48,7 +48,7 @@ STALE_FORMS = [  # with several minibatches the clips act
 ]
 
 
-def assert_same(one, other):
+def assert_same(one, other) -> None:
     assert one.metrics == pytest.approx(other.metrics, rel=2e-5, abs=1e-6)
     for ours, theirs in zip(one.first_moments, other.first_moments, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
@@ -72,7 +72,7 @@ def assert_equals_the_naive_step(rank, naive, groups):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_order(form):
+def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_order(form) -> None:
     groups = synthetic_groups()
     at_once = outcome(rank_of(algorithm=form), groups)
     for tokens in CUTS:
@@ -83,7 +83,7 @@ def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_orde
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(form):
+def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(form) -> None:
     done = assert_equals_the_naive_step(
         rank_of(algorithm=form, microbatch_tokens=40), Naive(algorithm=form), synthetic_groups()
     )
@@ -91,7 +91,7 @@ def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(
     assert done.metrics["loss_tokens"] == NUM_TOKENS - masked
 
 
-def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch):
+def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     def reinforce(terms):
         return Surrogate(terms.advantage * terms.current, {})
 
@@ -122,7 +122,7 @@ class AveragesMicrobatchMeans(LearnerRank):
         )
 
 
-def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is():
+def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> None:
     groups = synthetic_groups()
     at_once = outcome(rank_of(), groups)
     broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=40)
@@ -143,7 +143,7 @@ def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is():
         )
 
 
-def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone():
+def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone() -> None:
     rows = rows_of(synthetic_groups(), normalize_std=True, overlong_filtering=False)
     lengths = sorted(row.num_tokens for row in rows)
     assert lengths == [3, 5, 6, 7, 8, 11, 11, 11, 11, 13, 15, 16]
@@ -172,7 +172,7 @@ def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alo
 @pytest.mark.parametrize("form", STALE_FORMS, ids=str)
 def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_start(
     form, num_minibatches
-):
+) -> None:
     knobs = {"algorithm": form, "num_minibatches": num_minibatches}
     done = assert_equals_the_naive_step(
         rank_of(**knobs, microbatch_tokens=30), Naive(**knobs), synthetic_groups()
@@ -183,7 +183,7 @@ def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_star
     assert done.metrics["clip_low_fraction"] + done.metrics["clip_high_fraction"] > 0
 
 
-def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen():
+def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen() -> None:
     """The named break: `current` is a proximal policy that moves along with the minibatches."""
     with pytest.raises(AssertionError):
         assert_equals_the_naive_step(
@@ -193,7 +193,7 @@ def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen():
         )
 
 
-def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes():
+def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes() -> None:
     results, passes = {}, {}
     for mode in ("current", "recompute"):
         rank, counted = rank_of(algorithm={"proximal": mode}, microbatch_tokens=40), []
@@ -208,7 +208,7 @@ def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes():
     assert results["current"].metrics["current_log_ratio_max"] == 0.0
 
 
-def test_metrics_are_token_means_of_what_the_dense_policy_says():
+def test_metrics_are_token_means_of_what_the_dense_policy_says() -> None:
     groups, decoder = synthetic_groups(), tiny_decoder()
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
     tables = [
@@ -269,7 +269,7 @@ def spoilt(groups, *, behaviour=None, reward=None):
     "bad", [{"behaviour": np.nan}, {"reward": np.inf}, {"reward": np.nan}], ids=str
 )
 @pytest.mark.parametrize("proximal", ["recompute", "current", "interpolate", "behaviour"])
-def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, proximal):
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, proximal) -> None:
     groups, before = synthetic_groups(), tiny_decoder().state_dict()
     rank = rank_of(algorithm={"proximal": proximal}, microbatch_tokens=40)
     metrics = rank.step(spoilt(groups, **bad))
@@ -283,7 +283,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, pro
     assert_same(outcome(rank, groups), outcome(fresh, groups))
 
 
-def test_garbage_in_a_filtered_rollout_skips_nothing():
+def test_garbage_in_a_filtered_rollout_skips_nothing() -> None:
     form = {"overlong_filtering": True}
     groups = synthetic_groups()
     clean, rollout = outcome(rank_of(algorithm=form), groups), groups[0].rollouts[1]
@@ -295,7 +295,7 @@ def test_garbage_in_a_filtered_rollout_skips_nothing():
     assert_same(outcome(rank_of(algorithm=form), groups), clean)
 
 
-def test_a_bad_second_minibatch_keeps_the_update_of_the_first():
+def test_a_bad_second_minibatch_keeps_the_update_of_the_first() -> None:
     groups = synthetic_groups()
     order = np.random.default_rng((0, VERSION)).permutation(12)
     assert (
@@ -314,7 +314,7 @@ def test_a_bad_second_minibatch_keeps_the_update_of_the_first():
         )
 
 
-def test_a_bad_first_minibatch_skips_the_others_too():
+def test_a_bad_first_minibatch_skips_the_others_too() -> None:
     version, before = VERSION + 1, tiny_decoder().state_dict()
     assert 11 in np.random.default_rng((0, version)).permutation(12)[:6]  # now it is in the first
     rank = rank_of(num_minibatches=2, version=version)
@@ -338,7 +338,7 @@ def saved_bytes(rank, groups):
     return held, done
 
 
-def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit():
+def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit() -> None:
     held, done = saved_bytes(rank_of(), synthetic_groups())
     for layers in (1, 9):  # one of two, and all
         less, same = saved_bytes(rank_of(recompute_layers=layers), synthetic_groups())
@@ -348,7 +348,7 @@ def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit():
         held = less
 
 
-def test_the_learning_rate_warms_up_linearly_from_the_first_step_on():
+def test_the_learning_rate_warms_up_linearly_from_the_first_step_on() -> None:
     assert [warmed_up(1.0, step=step, warmup_steps=4) for step in range(6)] == [
         0.25,
         0.5,
@@ -365,7 +365,7 @@ def test_the_learning_rate_warms_up_linearly_from_the_first_step_on():
     } == {0.2}
 
 
-def test_without_any_advantage_only_weight_decay_moves_and_only_matrices():
+def test_without_any_advantage_only_weight_decay_moves_and_only_matrices() -> None:
     groups = [
         replace(group, rollouts=tuple(replace(rollout, reward=0.25) for rollout in group.rollouts))
         for group in synthetic_groups()
@@ -378,7 +378,7 @@ def test_without_any_advantage_only_weight_decay_moves_and_only_matrices():
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
 
 
-def test_the_global_gradient_norm_is_clipped_and_reported_as_it_was_before():
+def test_the_global_gradient_norm_is_clipped_and_reported_as_it_was_before() -> None:
     def clipped(limit):
         done = outcome(rank_of(grad_clip=limit), synthetic_groups())
         # exp_avg is 0.1 of the first gradient that AdamW saw
@@ -391,7 +391,7 @@ def test_the_global_gradient_norm_is_clipped_and_reported_as_it_was_before():
     assert clipped(free / 4) == pytest.approx((free, free / 4), rel=1e-5)
 
 
-def test_bfloat16_activations_train_float32_master_weights():
+def test_bfloat16_activations_train_float32_master_weights() -> None:
     groups = synthetic_groups()
     exact, half = rank_of(), rank_of(activations=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in half.decoder.state_dict().items()}

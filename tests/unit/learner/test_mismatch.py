@@ -30,7 +30,7 @@ def row(
     )
 
 
-def test_each_token_counts_where_its_versions_put_it():
+def test_each_token_counts_where_its_versions_put_it() -> None:
     batch = pack(
         [
             row(0, versions=[4, 4], prefill=4, behaviour=[-1.0, -2.0]),
@@ -52,7 +52,7 @@ def test_each_token_counts_where_its_versions_put_it():
     }
 
 
-def test_floor_of_the_band_counts_too():
+def test_floor_of_the_band_counts_too() -> None:
     batch = pack([row(0, versions=[4, 4], prefill=4, behaviour=[-1.0, -1.0])])
     metrics = mismatch_metrics(
         batch, torch.tensor([-1.0, -2.0]), learner_version=4, cap=2.0, floor=0.5
@@ -60,7 +60,7 @@ def test_floor_of_the_band_counts_too():
     assert metrics.flat()["mismatch_outside_fraction"] == pytest.approx(0.5)  # 1/e < 0.5
 
 
-def test_tokens_of_older_versions_say_nothing():
+def test_tokens_of_older_versions_say_nothing() -> None:
     batch = pack([row(0, versions=[3, 3], prefill=3, behaviour=[-1.0, -1.0])])
     assert (
         mismatch_metrics(

@@ -65,7 +65,7 @@ def worst_log_ratio(learner, groups):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(family, temperature):
+def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(family, temperature) -> None:
     engine = TorchEngine(tiny_decoder(family), num_slots=3, max_len=64)
     groups = generated(engine, temperature=temperature)
     lengths = {rollout.num_tokens for group_ in groups for rollout in group_.rollouts}
@@ -73,7 +73,7 @@ def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(family, te
     assert worst_log_ratio(learner_on(tiny_decoder(family)), groups) <= BOUND
 
 
-def test_the_next_version_agrees_again_once_its_weights_are_swapped_in():
+def test_the_next_version_agrees_again_once_its_weights_are_swapped_in() -> None:
     engine, learner = (
         TorchEngine(tiny_decoder(), num_slots=3, max_len=64),
         learner_on(tiny_decoder()),
@@ -94,7 +94,7 @@ def test_the_next_version_agrees_again_once_its_weights_are_swapped_in():
         )
 
 
-def test_an_engine_at_another_temperature_than_the_group_says_breaks_the_identity():
+def test_an_engine_at_another_temperature_than_the_group_says_breaks_the_identity() -> None:
     """The named break: the engine samples at 0.7, the group travels with 1.0."""
     engine = TorchEngine(tiny_decoder(), num_slots=3, max_len=64)
     assert (
@@ -103,7 +103,7 @@ def test_an_engine_at_another_temperature_than_the_group_says_breaks_the_identit
     )
 
 
-def test_weights_that_were_published_but_not_swapped_in_break_the_identity():
+def test_weights_that_were_published_but_not_swapped_in_break_the_identity() -> None:
     """The named break: the engine takes the new version's number but goes on with its old weights."""
     engine, learner = (
         TorchEngine(tiny_decoder(), num_slots=3, max_len=64),
@@ -118,7 +118,7 @@ def test_weights_that_were_published_but_not_swapped_in_break_the_identity():
     assert worst_log_ratio(learner, groups) > 1000 * BOUND
 
 
-def test_a_prompt_prefilled_under_older_weights_breaks_the_identity():
+def test_a_prompt_prefilled_under_older_weights_breaks_the_identity() -> None:
     """The named break: `keep_kv` with a swap in the middle of a response; the tokens after it are of the new version in name only."""
     engine, learner = (
         TorchEngine(tiny_decoder(), num_slots=3, max_len=64, weight_update="keep_kv"),

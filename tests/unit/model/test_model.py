@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,9 @@ def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk_tokens", [1024, 5])
-def test_packed_logprobs_and_gradients_equal_transformers(family, chunk_tokens, tmp_path, seeded):
+def test_packed_logprobs_and_gradients_equal_transformers(
+    family, chunk_tokens, tmp_path: Path, seeded
+) -> None:
     model = hugging_face(family, tmp_path)
     decoder = load_decoder(tmp_path)
     sequences = [
@@ -98,7 +101,7 @@ def test_packed_logprobs_and_gradients_equal_transformers(family, chunk_tokens, 
         )
 
 
-def test_entropy_is_that_of_the_tempered_distribution(tmp_path, seeded):
+def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path, seeded) -> None:
     model = hugging_face("qwen3", tmp_path)
     ids = torch.randint(0, 61, (9,), generator=seeded)
     _, entropies = own_logprobs(load_decoder(tmp_path), [ids], 0.7)
@@ -111,8 +114,8 @@ def test_entropy_is_that_of_the_tempered_distribution(tmp_path, seeded):
 @pytest.mark.parametrize("file_bytes", [2**30, 3000])  # one file, and many with an index
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_folder_loads_in_transformers_with_equal_logits(
-    family, file_bytes, tmp_path, seeded
-):
+    family, file_bytes, tmp_path: Path, seeded
+) -> None:
     hugging_face(family, tmp_path / "base")
     decoder = load_decoder(tmp_path / "base")
     with torch.no_grad():
@@ -179,8 +182,8 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context(
-    name, tmp_path, seeded
-):
+    name, tmp_path: Path, seeded
+) -> None:
     family, parameters = SCALINGS[name]
     config = type(FAMILIES[family])(**SIZES, rope_parameters={"rope_theta": 500.0, **parameters})
     torch.manual_seed(1)
@@ -219,7 +222,7 @@ def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is not supported"),
     ],
 )
-def test_rotary_embeddings_that_are_not_supported_are_told_in_one_line(rope, line):
+def test_rotary_embeddings_that_are_not_supported_are_told_in_one_line(rope, line) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
         ModelConfig.from_dict({**FAMILIES["llama"].to_dict(), "rope_parameters": rope})
 
@@ -244,8 +247,8 @@ class Halved(Block):
     ids=["as Llama", "a layer of its own"],
 )
 def test_family_is_an_entry_and_where_its_layer_is_another_a_class(
-    config, family, monkeypatch, tmp_path, seeded
-):
+    config, family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeded
+) -> None:
     monkeypatch.setitem(families.FAMILIES, config.model_type, family)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
@@ -259,14 +262,14 @@ def test_family_is_an_entry_and_where_its_layer_is_another_a_class(
     )
 
 
-def test_unknown_architecture_names_what_is_supported():
+def test_unknown_architecture_names_what_is_supported() -> None:
     with pytest.raises(
         ValueError, match="'gpt2' is not supported; supported are llama, qwen2, qwen3"
     ):
         ModelConfig.from_dict({"model_type": "gpt2"})
 
 
-def test_weights_that_do_not_fit_their_config_are_named(tmp_path):
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
     hugging_face("llama", tmp_path)
     config = (
         (tmp_path / "config.json")

@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,9 @@ def graded(tmp_path, rows, *options):
     return code, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
-def test_rows_pass_through_with_their_verdicts(tmp_path, capsys):
+def test_rows_pass_through_with_their_verdicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         {"id": 7, "prediction": "Answer: 34", "gold": "34", "tags": ["a"]},
         {"prediction": "I think 34", "gold": "34"},
@@ -63,8 +66,8 @@ def test_rows_pass_through_with_their_verdicts(tmp_path, capsys):
     ],
 )
 def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_it_was(
-    tmp_path, capsys, line, says
-):
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line, says
+) -> None:
     (tmp_path / "in.jsonl").write_text('{"prediction": "3", "gold": "3"}\n\n' + line + "\n")
     (tmp_path / "out.jsonl").write_text("from before\n")
     assert (
@@ -116,8 +119,12 @@ def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_
     ],
 )
 def test_files_and_options_that_can_not_be_used_are_one_line(
-    tmp_path, capsys, monkeypatch, arguments, says
-):
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments,
+    says,
+) -> None:
     monkeypatch.chdir(tmp_path)
     row = '{"prediction": "3", "gold": "3"}\n'
     for name in ("in.jsonl", "before.jsonl", "out.jsonl.partial"):
@@ -135,7 +142,7 @@ def test_files_and_options_that_can_not_be_used_are_one_line(
     )
 
 
-def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_written_as_it_is(tmp_path):
+def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out.jsonl").symlink_to("real/out.jsonl")
     code, (row,) = graded(tmp_path, [{"prediction": "Answer: 3", "gold": "3"}])

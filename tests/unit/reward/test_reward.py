@@ -47,7 +47,9 @@ def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, *
         ("<think>####3</think> ####4", "4", True, "4", "correct"),
     ],
 )
-def test_marker_reads_what_follows_the_last_marker(response, gold, correct, extracted, reason):
+def test_marker_reads_what_follows_the_last_marker(
+    response, gold, correct, extracted, reason
+) -> None:
     verdict = get_verifier("marker")(response, gold)
     assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
 
@@ -61,19 +63,21 @@ def test_marker_reads_what_follows_the_last_marker(response, gold, correct, extr
         (" ", "4", False, None, "no_answer"),
     ],
 )
-def test_exact_reads_the_whole_response(response, gold, correct, extracted, reason):
+def test_exact_reads_the_whole_response(response, gold, correct, extracted, reason) -> None:
     verdict = get_verifier("exact")(response, gold)
     assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
 
 
 @pytest.mark.parametrize("name", ["marker", "exact"])
 @pytest.mark.parametrize("gold", ["", " \n"])
-def test_an_empty_gold_answer_is_refused_instead_of_making_an_empty_response_right(name, gold):
+def test_an_empty_gold_answer_is_refused_instead_of_making_an_empty_response_right(
+    name, gold
+) -> None:
     with pytest.raises(ValueError, match="gold answer is empty"):
         get_verifier(name)("####", gold)
 
 
-def test_an_unknown_verifier_names_the_nearest_one():
+def test_an_unknown_verifier_names_the_nearest_one() -> None:
     with pytest.raises(
         ValueError,
         match=re.escape(
@@ -97,11 +101,11 @@ def test_an_unknown_verifier_names_the_nearest_one():
         (1_000_000, -1.0),
     ],
 )
-def test_soft_overlong_punishment_at_the_edges_of_the_paper(num_tokens, punishment):
+def test_soft_overlong_punishment_at_the_edges_of_the_paper(num_tokens, punishment) -> None:
     assert soft_overlong_punishment(num_tokens, max_tokens=20_480, cache_tokens=4_096) == punishment
 
 
-def test_a_cache_as_long_as_the_response_punishes_from_the_first_token():
+def test_a_cache_as_long_as_the_response_punishes_from_the_first_token() -> None:
     assert [soft_overlong_punishment(n, max_tokens=4, cache_tokens=4) for n in (0, 1, 2, 4)] == [
         0.0,
         -0.25,
@@ -111,14 +115,14 @@ def test_a_cache_as_long_as_the_response_punishes_from_the_first_token():
 
 
 @pytest.mark.parametrize("cache_tokens", [0, -1, 11])
-def test_a_cache_outside_the_response_is_refused(cache_tokens):
+def test_a_cache_outside_the_response_is_refused(cache_tokens) -> None:
     with pytest.raises(
         ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"
     ):
         soft_overlong_punishment(5, max_tokens=10, cache_tokens=cache_tokens)
 
 
-def test_a_group_is_scored_rollout_by_rollout():
+def test_a_group_is_scored_rollout_by_rollout() -> None:
     group = score(["####4", "41####4", "####3", "412"], index=17)
     assert [rollout.accuracy for rollout in group.rollouts] == [1.0, 1.0, 0.0, 0.0]
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 1.0, -1.0, -1.0]
@@ -132,7 +136,7 @@ def test_a_group_is_scored_rollout_by_rollout():
     )
 
 
-def test_the_punishment_shapes_the_reward_and_leaves_the_accuracy_alone():
+def test_the_punishment_shapes_the_reward_and_leaves_the_accuracy_alone() -> None:
     group = score(
         ["####4", "####4", "####3", "412"],
         lengths=[15, 18, 18, 20],
@@ -143,7 +147,7 @@ def test_the_punishment_shapes_the_reward_and_leaves_the_accuracy_alone():
     assert [rollout.reward for rollout in group.rollouts] == pytest.approx([1.0, 0.4, -1.6, -2.0])
 
 
-def test_a_truncated_response_without_an_answer_is_wrong():
+def test_a_truncated_response_without_an_answer_is_wrong() -> None:
     admission = Admission(0, Prompt(0, "1+3=", np.array([1], np.int32), "4"), 1)
     (rollout,) = score_group(
         admission,
@@ -162,7 +166,7 @@ def test_a_truncated_response_without_an_answer_is_wrong():
     )
 
 
-def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index():
+def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index() -> None:
     texts = ["####4"] * 5 + ["####3"] * 11
 
     def accuracies(seed, index):
@@ -174,7 +178,7 @@ def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index():
     assert accuracies(1, 7) == accuracies(1, 7)
 
 
-def test_shuffled_scores_say_nothing_about_the_response_that_bears_them():
+def test_shuffled_scores_say_nothing_about_the_response_that_bears_them() -> None:
     shares = np.mean(
         [
             score(["####4"] * 4 + ["####3"] * 12, index=index, shuffle_seed=0).accuracies
@@ -185,7 +189,7 @@ def test_shuffled_scores_say_nothing_about_the_response_that_bears_them():
     assert shares == pytest.approx(np.full(16, 0.25), abs=0.04)  # four standard errors
 
 
-def test_shuffling_moves_the_shaped_reward_with_its_accuracy():
+def test_shuffling_moves_the_shaped_reward_with_its_accuracy() -> None:
     options = {"lengths": [20, 5, 5, 5], "overlong_cache_tokens": 5}
     plain, shuffled = (
         score(["####4", "####4", "####3", "####3"], index=3, shuffle_seed=seed, **options)

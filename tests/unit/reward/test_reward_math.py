@@ -1,5 +1,7 @@
 r"""Verdicts on mathematical answers against literal texts: what counts as the answer, what equals it, what only looks like it."""
 
+from typing import Never
+
 import pytest
 
 from dapo_async.reward import Verdict, get_verifier
@@ -8,12 +10,12 @@ from dapo_async.reward.math_verifier.verify import verify
 
 
 class NoEngine:
-    def ask(self, question, timeout_s):
+    def ask(self, question, timeout_s) -> Never:
         raise AssertionError(f"the symbolic engine was asked {question}")
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def plain(monkeypatch) -> None:
     """Without a symbolic engine: whatever asks it fails."""
     monkeypatch.setattr(verifier, "shared_pool", NoEngine)
 
@@ -50,7 +52,7 @@ def plain(monkeypatch):
         ("Answer: 1 Answer: 34", "1 Answer: 34"),
     ],
 )
-def test_the_last_marker_after_the_thinking_holds_the_answer(response, extracted):
+def test_the_last_marker_after_the_thinking_holds_the_answer(response, extracted) -> None:
     assert verify(response, "7,8,9", timeout_s=5).extracted == extracted
 
 
@@ -60,11 +62,11 @@ def test_the_last_marker_after_the_thinking_holds_the_answer(response, extracted
      r"\boxed{34", r"\boxed{\frac{3", r"\boxed{}", "Answer:", "Answer:\n ", "Answer: **", "<think>Answer: 34", "answer 34",
      "<think>a</think><think>Answer: 34", "Answer: 34</think>", "\\boxed"],
 )  # fmt: skip
-def test_without_a_whole_marker_there_is_no_answer(plain, response):
+def test_without_a_whole_marker_there_is_no_answer(plain, response) -> None:
     assert verify(response, "34") == Verdict(correct=False, extracted=None, reason="no_answer")
 
 
-def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain):
+def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain) -> None:
     assert (
         verify("Let me see: 30 + 4 = 34, so the answer must be 34" * 50, "34").reason == "no_answer"
     )
@@ -85,7 +87,7 @@ def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain):
         (r"\text{no solution}", ("No solution",)),
     ],
 )  # fmt: skip
-def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, answers):
+def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, answers) -> None:
     wrong = [answer for answer in answers if not verify(answer, gold, extraction="none").correct]
     assert wrong == []
 
@@ -105,7 +107,7 @@ def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, ans
         (r"\text{east}", ("seat", "west", "34")),
     ],
 )  # fmt: skip
-def test_plain_answers_that_only_look_alike_are_wrong(plain, gold, answers):
+def test_plain_answers_that_only_look_alike_are_wrong(plain, gold, answers) -> None:
     accepted = [answer for answer in answers if verify(answer, gold, extraction="none").correct]
     assert accepted == []
 
@@ -131,12 +133,12 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
-def test_answers_are_equal_by_algebra(gold, answer):
+def test_answers_are_equal_by_algebra(gold, answer) -> None:
     assert verify(rf"So \boxed{{{answer}}}.", gold).correct
 
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
-def test_answers_differ_by_algebra_though_an_engine_may_take_them_for_equal(gold, answer):
+def test_answers_differ_by_algebra_though_an_engine_may_take_them_for_equal(gold, answer) -> None:
     verdict = verify(rf"So \boxed{{{answer}}}.", gold)
     assert (verdict.correct, verdict.reason) == (False, "wrong")
 
@@ -158,11 +160,11 @@ def test_answers_differ_by_algebra_though_an_engine_may_take_them_for_equal(gold
         (r"so it is $\boxed{34", "34", False),
     ],
 )
-def test_any_falls_back_to_the_last_expression(text, gold, correct):
+def test_any_falls_back_to_the_last_expression(text, gold, correct) -> None:
     assert verify(text, gold, extraction="any").correct == correct
 
 
-def test_the_same_question_has_the_same_verdict():
+def test_the_same_question_has_the_same_verdict() -> None:
     questions = [
         (r"\boxed{\frac{x}{7}+\frac{2}{7}}", r"\frac{x+2}{7}"),
         (r"\boxed{\{b,a\}}", r"\{a,b\}"),
@@ -171,7 +173,7 @@ def test_the_same_question_has_the_same_verdict():
     assert len({tuple(verify(*question) for question in questions) for _ in range(3)}) == 1
 
 
-def test_an_empty_gold_an_unknown_extraction_and_no_deadline_are_refused():
+def test_an_empty_gold_an_unknown_extraction_and_no_deadline_are_refused() -> None:
     with pytest.raises(ValueError, match="the gold answer is empty"):
         verify("Answer: 3", " \n")
     with pytest.raises(ValueError, match=r"extraction \('all'\) must be one of marker, any, none"):
@@ -180,7 +182,9 @@ def test_an_empty_gold_an_unknown_extraction_and_no_deadline_are_refused():
         verify("Answer: 3", "3", timeout_s=0)
 
 
-def test_the_verifier_is_known_by_its_name_and_hands_its_deadline_on(monkeypatch):
+def test_the_verifier_is_known_by_its_name_and_hands_its_deadline_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     class Late:

@@ -17,7 +17,7 @@ def judged(pairs, extraction):
         )
 
 
-def test_a_thousand_adversarial_responses_are_never_accepted():
+def test_a_thousand_adversarial_responses_are_never_accepted() -> None:
     pairs = list(responses(1000))
     verdicts = judged(pairs, "marker")
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct] == []
@@ -28,7 +28,7 @@ def test_a_thousand_adversarial_responses_are_never_accepted():
     )  # they are of many kinds
 
 
-def test_nor_where_the_whole_response_is_taken_for_the_answer():
+def test_nor_where_the_whole_response_is_taken_for_the_answer() -> None:
     pairs = list(responses(200, seed=1))
     assert [
         pair
@@ -37,7 +37,7 @@ def test_nor_where_the_whole_response_is_taken_for_the_answer():
     ] == []
 
 
-def test_nor_where_the_last_expression_is_looked_for():
+def test_nor_where_the_last_expression_is_looked_for() -> None:
     pairs = [pair for pair in responses(600, seed=2) if "Answer:" in pair[0] or len(pair[0]) < 60]
     # Unmarked, the last of several expressions is taken at its word; contradictions and lists are for the other two.
     verdicts = judged(pairs, "any")
@@ -70,7 +70,7 @@ def test_nor_where_the_last_expression_is_looked_for():
         "is ",
     ],
 )
-def test_a_megabyte_is_judged_in_a_moment(unit, extraction):
+def test_a_megabyte_is_judged_in_a_moment(unit, extraction) -> None:
     text = unit * (2**20 // len(unit))
     began_s = time.monotonic()
     verdict = verify("Answer: " + text, "34", extraction=extraction, timeout_s=1)

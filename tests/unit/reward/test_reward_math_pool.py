@@ -38,7 +38,7 @@ def pool():
 
 
 @pytest.fixture(autouse=True)
-def own_pool(pool, monkeypatch):
+def own_pool(pool, monkeypatch) -> None:
     monkeypatch.setattr(verifier, "shared_pool", lambda: pool)
 
 
@@ -53,7 +53,7 @@ def child_of(process):
 
 @pytest.mark.parametrize("extraction", ["marker", "any", "none"])
 @pytest.mark.parametrize("text", HANGS)
-def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction):
+def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction) -> None:
     began_s = time.monotonic()
     verdict = verify(
         {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction],
@@ -78,12 +78,12 @@ def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction):
         r"7\cdot10^{30}",
     ],
 )
-def test_what_an_answer_may_be_is_not_too_large(text):
+def test_what_an_answer_may_be_is_not_too_large(text) -> None:
     assert not is_too_large(text)
 
 
 @pytest.mark.parametrize("text", SLOW)
-def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(pool, text):
+def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(pool, text) -> None:
     for process in pool.processes:
         process.wait_ready()
     began_s = time.monotonic()
@@ -97,7 +97,7 @@ def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(po
 
 
 @pytest.mark.parametrize("whom", ["process", "child"])
-def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom):
+def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom) -> None:
     alone = Pool(1)
     (process,) = alone.processes
     question = {"answer": SLOW[0], "gold": "42", "anywhere": False}
@@ -115,7 +115,7 @@ def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom
     alone.stop()
 
 
-def test_a_process_that_died_between_two_verdicts_fails_none(pool):
+def test_a_process_that_died_between_two_verdicts_fails_none(pool) -> None:
     for process in pool.processes:
         if process.pid:
             os.kill(process.pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_a_process_that_died_between_two_verdicts_fails_none(pool):
     assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reason == "correct"
 
 
-def test_a_failed_reply_makes_a_failed_verdict(monkeypatch):
+def test_a_failed_reply_makes_a_failed_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead:
         def ask(self, question, timeout_s):
             return {"reason": "failed"}
@@ -134,14 +134,14 @@ def test_a_failed_reply_makes_a_failed_verdict(monkeypatch):
     assert not verify("Answer: 3", "4").failed
 
 
-def test_any_number_of_threads_get_their_own_answers(pool):
+def test_any_number_of_threads_get_their_own_answers(pool) -> None:
     questions = [(rf"\boxed{{x+{number}}}", f"{number % 3}+x") for number in range(24)]
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda question: verify(*question, timeout_s=30), questions))
     assert [verdict.correct for verdict in verdicts] == [number < 3 for number in range(24)]
 
 
-def test_a_process_is_recycled_after_its_share(monkeypatch):
+def test_a_process_is_recycled_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "RECYCLE_AFTER", 2)
     alone, pids = Pool(1), []
     for _ in range(3):
@@ -151,7 +151,7 @@ def test_a_process_is_recycled_after_its_share(monkeypatch):
     assert pids[0] == pids[1] != pids[2]
 
 
-def test_no_process_outlives_a_parent_that_is_killed():
+def test_no_process_outlives_a_parent_that_is_killed() -> None:
     script = (
         "from dapo_async.reward.math_verifier.pool import Pool; import threading, time; pool = Pool(1)\n"
         "pool.ask({'answer': 'x+1', 'gold': 'x', 'anywhere': False}, 30)\n"
@@ -172,7 +172,7 @@ def test_no_process_outlives_a_parent_that_is_killed():
     assert (len(gone), alive) == (2, [])
 
 
-def test_an_engine_that_does_not_start_is_said_clearly(monkeypatch):
+def test_an_engine_that_does_not_start_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pools, "COMMAND", (sys.executable, "-c", 'print(\'{"error": "no engine here"}\')')
     )

@@ -199,16 +199,16 @@ def judged(table, expected):
     ]
 
 
-def test_responses_that_claim_the_gold_answer_are_right():
+def test_responses_that_claim_the_gold_answer_are_right() -> None:
     assert judged(RIGHT, True) == []
 
 
-def test_responses_that_only_look_like_it_are_wrong():
+def test_responses_that_only_look_like_it_are_wrong() -> None:
     assert judged(WRONG, False) == []
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan"), 1e12, 86_401])
-def test_a_deadline_that_is_none_is_refused(timeout_s):
+def test_a_deadline_that_is_none_is_refused(timeout_s) -> None:
     with pytest.raises(ValueError, match="must be positive and at most 86400, a day"):
         verify("Answer: 3", "3", timeout_s=timeout_s)
 
@@ -218,5 +218,5 @@ def test_a_deadline_that_is_none_is_refused(timeout_s):
     [("0.5", r"\frac{1}{2}", True), ("x = 34", "34.0", True), ("1,024", "$1024$", True), ("(C)", "C", True), ("x+1", "x + 1", True),
      ("34", "35", False), ("28%", "28", False), ("x+1", "x+2", False)],
 )  # fmt: skip
-def test_spellings_of_one_answer_vote_together(one, other, same):
+def test_spellings_of_one_answer_vote_together(one, other, same) -> None:
     assert (vote_key(one) == vote_key(other)) == same

@@ -33,7 +33,9 @@ def read(name):
 
 
 @needs_vectors
-def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_others_are_listed():
+def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_others_are_listed() -> (
+    None
+):
     rows = read("math_verify.jsonl")
     others = disagreements(
         rows, lambda row: verify(row["prediction"], row["gold"], extraction="any", timeout_s=30)
@@ -48,7 +50,7 @@ def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_othe
 
 
 @needs_vectors
-def test_all_recorded_responses_to_gsm8k_are_judged_as_recorded():
+def test_all_recorded_responses_to_gsm8k_are_judged_as_recorded() -> None:
     rows = read("gsm8k_model_outputs.jsonl")
     assert len(rows) == 300
     assert disagreements(rows, lambda row: verify(row["prediction"], row["gold"])) == {}
@@ -67,7 +69,7 @@ def test_all_recorded_responses_to_gsm8k_are_judged_as_recorded():
     )
 
 
-def test_every_listed_disagreement_has_a_reason():
+def test_every_listed_disagreement_has_a_reason() -> None:
     assert {entry["kind"] for entry in LISTED.values()} <= {
         "false accept",
         "false reject",
@@ -80,7 +82,7 @@ def test_every_listed_disagreement_has_a_reason():
     not (SHARED / "data" / "math500").is_dir(),
     reason="shared/data/math500 beside the checkout is absent",
 )
-def test_gold_answers_of_math500_equal_themselves_in_every_dress_and_no_other():
+def test_gold_answers_of_math500_equal_themselves_in_every_dress_and_no_other() -> None:
     golds = [
         json.loads(line)["answer"]
         for line in (SHARED / "data" / "math500" / "data.jsonl").read_text().splitlines()

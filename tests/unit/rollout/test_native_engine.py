@@ -19,7 +19,7 @@ from dapo_async.types import FinishReason
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family):
+def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family) -> None:
     engine, decoder = tiny_engine(family, num_slots=3), tiny_decoder(family)
     requests = [
         group(7, [5, 6, 7], siblings=3, temperature=0.8),
@@ -39,7 +39,7 @@ def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family):
             assert completion.finish_reason is FinishReason.LENGTH
 
 
-def test_on_policy_identity_holds_where_generation_and_learning_use_different_kernels():
+def test_on_policy_identity_holds_where_generation_and_learning_use_different_kernels() -> None:
     sizes = {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -64,7 +64,7 @@ def test_on_policy_identity_holds_where_generation_and_learning_use_different_ke
     assert worst <= 1e-5
 
 
-def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot():
+def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot() -> None:
     engine = tiny_engine(num_slots=3)
     finished = run(engine, group(0, range(10, 20), siblings=8))
     assert engine.prefilled_tokens == 10
@@ -75,7 +75,7 @@ def test_siblings_share_one_prefill_even_when_some_wait_for_a_slot():
         )
 
 
-def test_a_finished_slot_is_refilled_at_the_next_decode_step():
+def test_a_finished_slot_is_refilled_at_the_next_decode_step() -> None:
     engine = tiny_engine(num_slots=2)
     for key, max_tokens in enumerate((2, 5, 4)):
         engine.submit(group(key, [3, 4], max_tokens=max_tokens))
@@ -88,7 +88,7 @@ def test_a_finished_slot_is_refilled_at_the_next_decode_step():
     assert drawn == [2, 2, 2, 2, 2, 1]
 
 
-def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order():
+def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order() -> None:
     requests = [group(key, [key + 1, 2, 3], siblings=2, max_tokens=4 + key) for key in range(5)]
     alone = {
         request.key: run(tiny_engine(num_slots=1), request)[request.key] for request in requests
@@ -99,7 +99,7 @@ def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order
             assert one.token_ids.tolist() == other.token_ids.tolist()
 
 
-def test_another_seed_key_or_sibling_draws_other_tokens():
+def test_another_seed_key_or_sibling_draws_other_tokens() -> None:
     one = run(tiny_engine(), group(3, [1, 2], siblings=2, max_tokens=12))[3]
     other_seed = run(tiny_engine(), group(3, [1, 2], max_tokens=12, seed=1))[3]
     other_key = run(tiny_engine(), group(4, [1, 2], max_tokens=12))[4]
@@ -107,7 +107,7 @@ def test_another_seed_key_or_sibling_draws_other_tokens():
     assert len(texts) == 4
 
 
-def test_the_same_calls_between_the_same_steps_repeat_bit_for_bit_on_a_used_engine():
+def test_the_same_calls_between_the_same_steps_repeat_bit_for_bit_on_a_used_engine() -> None:
     requests = [group(key, range(1, 4 + key), siblings=3, max_tokens=5 + key) for key in range(4)]
     engine = tiny_engine(num_slots=5)
     run(engine, *(group(100 + key, [7] * 30, siblings=2, max_tokens=20) for key in range(3)))
@@ -117,7 +117,7 @@ def test_the_same_calls_between_the_same_steps_repeat_bit_for_bit_on_a_used_engi
             assert one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()
 
 
-def test_a_stop_token_ends_its_response_and_is_kept():
+def test_a_stop_token_ends_its_response_and_is_kept() -> None:
     free = run(tiny_engine(), group(0, [5, 6], max_tokens=30))[0][0].token_ids.tolist()
     stop = free[4]
     completion = run(
@@ -129,7 +129,7 @@ def test_a_stop_token_ends_its_response_and_is_kept():
     assert completion.finish_reason is FinishReason.STOP
 
 
-def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone():
+def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone() -> None:
     engine = tiny_engine(num_slots=4)
     requests = [
         group(0, [1, 2], siblings=3, max_tokens=9),
@@ -151,7 +151,7 @@ def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone():
     )
 
 
-def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_one():
+def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_one() -> None:
     completion = run(
         tiny_engine(), group(0, [5, 6], temperature=0.0), group(1, [5, 6], temperature=0.5)
     )[0][0]
@@ -162,7 +162,7 @@ def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_one():
     )
 
 
-def test_truncated_sampling_draws_from_the_few_but_reports_the_full_distribution():
+def test_truncated_sampling_draws_from_the_few_but_reports_the_full_distribution() -> None:
     plain = group(1, [5, 6], siblings=4, max_tokens=8)
     finished = run(
         tiny_engine(num_slots=8), group(0, [5, 6], siblings=4, max_tokens=8, top_k=2), plain
@@ -178,7 +178,7 @@ def test_truncated_sampling_draws_from_the_few_but_reports_the_full_distribution
         assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), plain, sibling)
 
 
-def test_logits_that_are_not_finite_name_the_group():
+def test_logits_that_are_not_finite_name_the_group() -> None:
     engine = tiny_engine()
     engine.weights()["model.embed_tokens.weight"][13] = float("nan")
     engine.weights()["model.norm.weight"][0] = float("nan")
@@ -187,7 +187,7 @@ def test_logits_that_are_not_finite_name_the_group():
         engine.step()
 
 
-def test_a_request_that_can_never_fit_is_refused_with_its_remedy():
+def test_a_request_that_can_never_fit_is_refused_with_its_remedy() -> None:
     engine = tiny_engine(max_len=16)
     with pytest.raises(
         ValueError,
@@ -203,7 +203,7 @@ def test_a_request_that_can_never_fit_is_refused_with_its_remedy():
         engine.submit(group(0, [1]))
 
 
-def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
+def test_a_long_prompt_waits_for_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dapo_async.rollout.native.engine.PASS_TOKENS", 12)
     engine = tiny_engine()
     requests = [group(key, [key + 1] * 8) for key in range(3)]
@@ -214,7 +214,7 @@ def test_a_long_prompt_waits_for_the_next_pass(monkeypatch):
         )
 
 
-def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens():
+def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens() -> None:
     # Random stops empty neighbouring and scattered slots at once: each way of moving the last ones into the holes is taken.
     stop = tuple(range(12))
     requests = [

@@ -22,7 +22,7 @@ def reference_uniform(*scalars):
     return (word >> 12) / 2**52
 
 
-def test_noise_equals_a_plain_integer_reference():
+def test_noise_equals_a_plain_integer_reference() -> None:
     noise = keyed_uniforms(7, key=123456789, siblings=range(2, 5), num_tokens=4)
     expected = [
         [reference_uniform(7, 123456789, sibling, token) for token in range(4)]
@@ -32,7 +32,9 @@ def test_noise_equals_a_plain_integer_reference():
     assert 0 <= keyed_uniforms(-3, key=2**63, siblings=range(1), num_tokens=1)[0, 0] < 1
 
 
-def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblings_and_tokens():
+def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblings_and_tokens() -> (
+    None
+):
     noise = np.stack(
         [
             [keyed_uniforms(seed, key=key, siblings=range(16), num_tokens=64) for key in range(32)]
@@ -53,7 +55,7 @@ def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblin
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 300])
-def test_draws_follow_the_distribution(vocabulary):
+def test_draws_follow_the_distribution(vocabulary) -> None:
     probabilities = (
         torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
     )
@@ -70,13 +72,13 @@ def test_draws_follow_the_distribution(vocabulary):
     assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_draws_invert_the_distribution_function():
+def test_draws_invert_the_distribution_function() -> None:
     probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25]).expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST], dtype=torch.float64)
     assert draw_tokens(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
     probabilities = torch.zeros(1000, 200)
     rows = torch.arange(1000)
     first, second = rows % 200, (rows * 7 + 3) % 200
@@ -86,7 +88,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
         assert bool(((tokens == first) | (tokens == second)).all())
 
 
-def test_top_k_comes_before_top_p_which_keeps_the_fewest_tokens_that_hold_its_share():
+def test_top_k_comes_before_top_p_which_keeps_the_fewest_tokens_that_hold_its_share() -> None:
     probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).expand(5, -1)
     top_p, top_k = torch.tensor([1.0, 1.0, 0.65, 0.75, 1e-9]), torch.tensor([4, 2, 4, 3, 4])
     kept = truncate(probabilities, top_p=top_p, top_k=top_k)
@@ -110,7 +112,7 @@ def test_top_k_comes_before_top_p_which_keeps_the_fewest_tokens_that_hold_its_sh
         ({"top_k": 0}, "at least 1"),
     ],
 )
-def test_sampling_that_makes_no_sense_is_refused(wrong, message):
+def test_sampling_that_makes_no_sense_is_refused(wrong, message) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(
             **{"max_tokens": 1, "temperature": 1.0, "stop_token_ids": (), "seed": 0, **wrong}

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import Never
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def threaded(**options):
     return ThreadedEngine(tiny_engine(**options), clock), clock
 
 
-def slowly(engine):
+def slowly(engine) -> None:
     """Its decode steps take long enough for a busy machine's event loop to find it generating."""
     step = engine._core.step
 
@@ -36,13 +37,15 @@ def slowly(engine):
     engine._core.step = slow_step
 
 
-async def until(condition, timeout_s=10.0):
+async def until(condition, timeout_s=10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_told_apart():
+def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_told_apart() -> (
+    None
+):
     async def main():
         engine, clock = threaded()
         await until(lambda: clock.state == "wait")
@@ -68,7 +71,7 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_
     assert without_waits == ["generate", "sync", "generate"]
 
 
-def test_a_crash_reaches_pending_and_later_calls_with_its_original_error():
+def test_a_crash_reaches_pending_and_later_calls_with_its_original_error() -> None:
     async def main():
         engine, _ = threaded(num_slots=1)
         engine.weights()["model.norm.weight"][0] = float("nan")
@@ -86,11 +89,11 @@ def test_a_crash_reaches_pending_and_later_calls_with_its_original_error():
     assert all("not finite for the groups [0]" in str(error) for error in errors)
 
 
-def out_of_memory(*_, **__):
+def out_of_memory(*_, **__) -> Never:
     raise RuntimeError("out of memory")
 
 
-async def assert_all_say_out_of_memory(engine, *calls):
+async def assert_all_say_out_of_memory(engine, *calls) -> None:
     """The calls, made in one turn, and any later one raise the thread's own error; nobody hangs."""
     async with asyncio.timeout(10):
         errors = await asyncio.gather(*calls, return_exceptions=True)
@@ -100,8 +103,8 @@ async def assert_all_say_out_of_memory(engine, *calls):
         await engine.close()
 
 
-def test_an_update_that_breaks_the_engine_reaches_everybody():
-    async def main():
+def test_an_update_that_breaks_the_engine_reaches_everybody() -> None:
+    async def main() -> None:
         engine, _ = threaded()
         engine._core.update_weights = out_of_memory
         updates = [
@@ -114,8 +117,8 @@ def test_an_update_that_breaks_the_engine_reaches_everybody():
     asyncio.run(main())
 
 
-def test_a_submit_that_breaks_the_engine_reaches_everybody():
-    async def main():
+def test_a_submit_that_breaks_the_engine_reaches_everybody() -> None:
+    async def main() -> None:
         engine, _ = threaded()
         engine._core.submit = out_of_memory
         calls = [engine.generate(group(key, [1, 2])) for key in range(2)]
@@ -126,8 +129,8 @@ def test_a_submit_that_breaks_the_engine_reaches_everybody():
     asyncio.run(main())
 
 
-def test_an_abort_that_breaks_the_engine_reaches_everybody():
-    async def main():
+def test_an_abort_that_breaks_the_engine_reaches_everybody() -> None:
+    async def main() -> None:
         engine, _ = threaded()
         engine._core.abort = out_of_memory
         await assert_all_say_out_of_memory(
@@ -137,7 +140,7 @@ def test_an_abort_that_breaks_the_engine_reaches_everybody():
     asyncio.run(main())
 
 
-def test_an_aborted_and_a_cancelled_group_leave_the_engine():
+def test_an_aborted_and_a_cancelled_group_leave_the_engine() -> None:
     async def main():
         engine, clock = threaded(max_len=120)
         slowly(engine)
@@ -162,8 +165,10 @@ def test_an_aborted_and_a_cancelled_group_leave_the_engine():
     assert completions[1].token_ids.tolist() == naive_tokens(tiny_decoder(), request, 1)
 
 
-def test_a_request_or_an_update_that_does_not_fit_is_the_callers_error_and_the_engine_goes_on():
-    async def main():
+def test_a_request_or_an_update_that_does_not_fit_is_the_callers_error_and_the_engine_goes_on() -> (
+    None
+):
+    async def main() -> None:
         engine, _ = threaded(max_len=16, weight_update="drain")
         with pytest.raises(ValueError, match="max_len"):
             await engine.generate(group(0, range(16)))
@@ -176,8 +181,8 @@ def test_a_request_or_an_update_that_does_not_fit_is_the_callers_error_and_the_e
     asyncio.run(main())
 
 
-def test_close_fails_what_is_pending_and_ends_the_thread():
-    async def main():
+def test_close_fails_what_is_pending_and_ends_the_thread() -> None:
+    async def main() -> None:
         engine, clock = threaded(max_len=120)
         slowly(engine)
         task = asyncio.create_task(engine.generate(group(0, [1], max_tokens=100)))
@@ -191,7 +196,7 @@ def test_close_fails_what_is_pending_and_ends_the_thread():
     assert not any(thread.name == "engine" for thread in threading.enumerate())
 
 
-def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it():
+def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it() -> None:
     async def main():
         engine, _ = threaded(max_len=120)
         before, after = (
@@ -208,11 +213,11 @@ def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it
     assert [str(error) for error in (first, *others)] == ["the engine is closed"] * 3
 
 
-def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited():
+def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -> None:
     now = SimpleNamespace(s=100.0)
     meter = SlotMeter(SimpleNamespace(now_s=lambda: now.s), slots=256)
 
-    def after(seconds):
+    def after(seconds) -> None:
         now.s += seconds
 
     after(1)  # nothing was asked for yet: 256 of tail
@@ -241,7 +246,7 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited():
     assert use.occupied + use.no_credit + use.tail + use.sync == 256 * 64
 
 
-def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart():
+def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> None:
     async def main():
         engine, _ = threaded(num_slots=4, max_len=120)
         engine.starving(True)
@@ -271,7 +276,7 @@ def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart():
         )
 
 
-def test_the_room_imports_without_ray_and_the_other_heavy_ones():
+def test_the_room_imports_without_ray_and_the_other_heavy_ones() -> None:
     heavy = ("ray", "sglang", "mlflow", "omegaconf", "transformers")
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import dapo_async.rollout"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -37,7 +37,9 @@ def stepped(engine, steps):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampled_it(family):
+def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampled_it(
+    family,
+) -> None:
     engine = tiny_engine(family, num_slots=5)
     for request in REQUESTS:
         engine.submit(request)
@@ -64,7 +66,7 @@ def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampl
     assert finished[0][0].weight_versions.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_siblings_that_start_after_a_swap_read_their_prompt_again():
+def test_siblings_that_start_after_a_swap_read_their_prompt_again() -> None:
     engine = tiny_engine(num_slots=2)
     engine.submit(group(0, range(10), siblings=4, max_tokens=3))
     engine.step()
@@ -79,7 +81,7 @@ def test_siblings_that_start_after_a_swap_read_their_prompt_again():
     )
 
 
-def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_near():
+def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_near() -> None:
     engine = tiny_engine(weight_update="keep_kv")
     engine.submit(group(0, [5, 6, 7], max_tokens=8))
     stepped(engine, 4)
@@ -101,7 +103,7 @@ def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_
     assert 1e-4 < errors.max() < 0.5
 
 
-def test_draining_starts_nothing_until_the_running_sequences_have_ended():
+def test_draining_starts_nothing_until_the_running_sequences_have_ended() -> None:
     engine = tiny_engine(num_slots=3, weight_update="drain")
     engine.submit(group(0, [5, 6, 7], siblings=2, max_tokens=3))
     engine.submit(group(1, [4, 4], siblings=3, max_tokens=3))  # one of them starts, two wait
@@ -119,7 +121,7 @@ def test_draining_starts_nothing_until_the_running_sequences_have_ended():
     ]
 
 
-def test_the_probes_are_the_logprobs_of_the_weights_before_and_after():
+def test_the_probes_are_the_logprobs_of_the_weights_before_and_after() -> None:
     engine = tiny_engine()
     report = swap(engine, seed=2, version=7)
     for seed, probe in ((1, report.probe_before), (2, report.probe_after)):
@@ -133,7 +135,7 @@ def test_the_probes_are_the_logprobs_of_the_weights_before_and_after():
     assert engine.version == 7
 
 
-def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_nothing():
+def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_nothing() -> None:
     engine = tiny_engine()
     halves = {name: tensor.bfloat16() for name, tensor in tiny_decoder(seed=2).state_dict().items()}
     engine.update_weights(halves, version=1, probe_ids=PROBE)
@@ -149,7 +151,7 @@ def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap():
+def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap() -> None:
     engine = TorchEngine(
         tiny_decoder(head_dim=16).cuda(), num_slots=4, max_len=64
     )  # CUDA's varlen kernels want multiples of 8

@@ -54,7 +54,7 @@ def assert_gone(pids: list[int]) -> None:
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_server_and_what_it_started_end_when_they_are_let_go(tmp_path):
+def test_server_and_what_it_started_end_when_they_are_let_go(tmp_path: Path) -> None:
     held = hold(tmp_path, f"sleep 100 & echo $$ $! > {tmp_path}/pids; wait")
     pids = [int(pid) for pid in wait_for(tmp_path, "pids").split()]
     held.stdin.close()
@@ -62,7 +62,7 @@ def test_server_and_what_it_started_end_when_they_are_let_go(tmp_path):
     assert_gone(pids)
 
 
-def test_server_ends_with_whoever_held_it(tmp_path):
+def test_server_ends_with_whoever_held_it(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; import test_supervisor, pathlib, time; "
         f"held = test_supervisor.hold(pathlib.Path({str(tmp_path)!r}), 'sleep 100 & echo $$ $! > {tmp_path}/pids; wait'); time.sleep(100)"
@@ -78,13 +78,13 @@ def test_server_ends_with_whoever_held_it(tmp_path):
     assert_gone(pids + leashes)
 
 
-def test_end_of_the_server_is_told_with_its_code_and_leaves_nothing(tmp_path):
+def test_end_of_the_server_is_told_with_its_code_and_leaves_nothing(tmp_path: Path) -> None:
     held = hold(tmp_path, f"sleep 100 & echo $! > {tmp_path}/pids; exit 7")
     assert held.stdout.read() == b"7\n"
     assert_gone([int(wait_for(tmp_path, "pids"))])
 
 
-def test_secret_is_in_a_private_file_for_the_server_and_nowhere_else(tmp_path):
+def test_secret_is_in_a_private_file_for_the_server_and_nowhere_else(tmp_path: Path) -> None:
     held = hold(
         tmp_path,
         f'echo "$@" > {tmp_path}/flags; stat -c %a $2; cat $2; echo; echo $MARK; sleep 0.2; tr "\\0" " " < /proc/$$/cmdline; echo',
@@ -99,11 +99,11 @@ def test_secret_is_in_a_private_file_for_the_server_and_nowhere_else(tmp_path):
 
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "lo"), ("192.0.2.254", None)])
-def test_interface_is_found_by_its_address(host, name):
+def test_interface_is_found_by_its_address(host, name) -> None:
     assert interface_of(host) == name
 
 
-def test_server_ends_with_its_leash(tmp_path):
+def test_server_ends_with_its_leash(tmp_path: Path) -> None:
     held = hold(tmp_path, f"echo $$ > {tmp_path}/pids; sleep 100")
     server = int(wait_for(tmp_path, "pids"))
     psutil.Process(psutil.Process(server).ppid()).kill()

@@ -1,6 +1,7 @@
 """The rollout worker keeps its engine full, one task per group, and gives up what must not be trained."""
 
 import asyncio
+from typing import Never
 
 import pytest
 from worker_world import COMPLETION, SAMPLING, hold_scoring, play, settled
@@ -9,8 +10,8 @@ from dapo_async.rollout import EngineFault
 
 
 @pytest.mark.parametrize(("num_slots", "groups"), [(6, 3), (7, 4), (3, 2), (1, 2)])
-def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, groups):
-    async def scene(worker, engine, replay):
+def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, groups) -> None:
+    async def scene(worker, engine, replay) -> None:
         assert engine.keys == list(range(groups))
         assert replay.asked == [groups]
         request = engine.requests[0]
@@ -20,8 +21,8 @@ def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, group
     play(scene, num_slots=num_slots)
 
 
-def test_a_slow_group_holds_nobody_back():
-    async def scene(worker, engine, replay):
+def test_a_slow_group_holds_nobody_back() -> None:
+    async def scene(worker, engine, replay) -> None:
         for key in range(1, 20):  # group 0 never ends
             engine.finish(key)
             await settled()
@@ -35,8 +36,8 @@ def test_a_slow_group_holds_nobody_back():
     play(scene)
 
 
-def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one():
-    async def scene(worker, engine, replay):
+def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one() -> None:
+    async def scene(worker, engine, replay) -> None:
         assert engine.keys == [0]
         assert replay.asked == [3, 2]
         await replay.give(1)
@@ -46,8 +47,8 @@ def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one():
     play(scene, credits=1)
 
 
-def test_doomed_groups_are_aborted_offered_never_and_replaced():
-    async def scene(worker, engine, replay):
+def test_doomed_groups_are_aborted_offered_never_and_replaced() -> None:
+    async def scene(worker, engine, replay) -> None:
         await replay.evict(1)
         await settled()
         assert engine.aborted == [1]
@@ -60,8 +61,8 @@ def test_doomed_groups_are_aborted_offered_never_and_replaced():
     play(scene)
 
 
-def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered():
-    async def scene(worker, engine, replay):
+def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered() -> None:
+    async def scene(worker, engine, replay) -> None:
         gate = hold_scoring(worker)
         engine.finish(0)
         engine.finish(1)
@@ -75,8 +76,8 @@ def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered():
     play(scene)
 
 
-def test_a_group_that_is_doomed_before_its_generation_is_never_generated():
-    async def scene(worker, engine, replay):
+def test_a_group_that_is_doomed_before_its_generation_is_never_generated() -> None:
+    async def scene(worker, engine, replay) -> None:
         await worker.quarantine(True)
         await replay.give(
             2
@@ -92,8 +93,10 @@ def test_a_group_that_is_doomed_before_its_generation_is_never_generated():
     play(scene, credits=1)
 
 
-def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine_and_is_forgotten():
-    async def scene(worker, engine, replay):
+def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine_and_is_forgotten() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         await replay.evict(1)  # the replay room's answer with group 1 is still on its way
         await settled()
         await replay.give(2)
@@ -110,15 +113,19 @@ def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine
     play(scene, credits=1)
 
 
-def test_a_group_that_this_worker_did_not_take_off_ends_the_run_instead_of_losing_its_credit():
-    async def scene(worker, engine, replay):
+def test_a_group_that_this_worker_did_not_take_off_ends_the_run_instead_of_losing_its_credit() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         await engine.abort([1])
 
     play(scene, ends_with="group 1 was taken off the engine")
 
 
-def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admission_until_it_is_lifted():
-    async def scene(worker, engine, replay):
+def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admission_until_it_is_lifted() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         await worker.quarantine(True)
         assert engine.aborted == [0, 1, 2]
         assert replay.failed == [([0, 1, 2], "quarantine of rollout-0")]
@@ -136,8 +143,8 @@ def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admissio
     play(scene)
 
 
-def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_offered():
-    async def scene(worker, engine, replay):
+def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_offered() -> None:
+    async def scene(worker, engine, replay) -> None:
         gate = hold_scoring(worker)
         engine.finish(0)  # is being scored when the quarantine begins
         await settled()
@@ -153,8 +160,8 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
     play(scene)
 
 
-def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end():
-    async def scene(worker, engine, replay):
+def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end() -> None:
+    async def scene(worker, engine, replay) -> None:
         assert engine.keys == [0]
         await worker.quarantine(
             True
@@ -168,8 +175,8 @@ def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its
     play(scene, credits=1)
 
 
-def test_a_quarantine_that_follows_another_at_once_starts_nothing():
-    async def scene(worker, engine, replay):
+def test_a_quarantine_that_follows_another_at_once_starts_nothing() -> None:
+    async def scene(worker, engine, replay) -> None:
         await worker.quarantine(True)
         await settled()  # group 1 waits for the end of the quarantine
         await worker.quarantine(False)
@@ -181,8 +188,8 @@ def test_a_quarantine_that_follows_another_at_once_starts_nothing():
     play(scene, credits=1)
 
 
-def test_the_engine_is_told_exactly_when_an_admission_is_awaited():
-    async def scene(worker, engine, replay):
+def test_the_engine_is_told_exactly_when_an_admission_is_awaited() -> None:
+    async def scene(worker, engine, replay) -> None:
         assert engine.hungry == [True, False, True]  # one group was there, then none
         await replay.give(2)
         await settled()
@@ -200,11 +207,13 @@ def test_the_engine_is_told_exactly_when_an_admission_is_awaited():
 
 
 @pytest.mark.parametrize("place", ["engine", "score", "offer", "admit", "doomed"])
-def test_an_error_anywhere_ends_the_run_with_that_error(place, monkeypatch):
-    async def broken(*_):
+def test_an_error_anywhere_ends_the_run_with_that_error(
+    place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_) -> Never:
         raise RuntimeError(f"{place} is broken")
 
-    async def scene(worker, engine, replay):
+    async def scene(worker, engine, replay) -> None:
         match place:
             case "engine":
                 engine.fail(1, RuntimeError("engine is broken"))
@@ -221,8 +230,8 @@ def test_an_error_anywhere_ends_the_run_with_that_error(place, monkeypatch):
     play(scene, ends_with=f"{place} is broken")
 
 
-def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdict():
-    async def scene(worker, engine, replay):
+def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdict() -> None:
+    async def scene(worker, engine, replay) -> None:
         worker.hold(True)
         engine.finish(0)
         await settled()
@@ -234,8 +243,8 @@ def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdic
     play(scene, credits=1)
 
 
-def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offered():
-    async def scene(worker, engine, replay):
+def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offered() -> None:
+    async def scene(worker, engine, replay) -> None:
         worker.hold(True)
         engine.finish(0)
         await settled()
@@ -248,8 +257,10 @@ def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offe
     play(scene, credits=1)
 
 
-def test_a_leased_worker_asks_for_nothing_finishes_what_it_has_and_asks_again_when_it_is_returned():
-    async def scene(worker, engine, replay):
+def test_a_leased_worker_asks_for_nothing_finishes_what_it_has_and_asks_again_when_it_is_returned() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         worker.lease(True)
         drained = asyncio.create_task(worker.drained())
         engine.finish(0)
@@ -268,8 +279,10 @@ def test_a_leased_worker_asks_for_nothing_finishes_what_it_has_and_asks_again_wh
     play(scene)
 
 
-def test_a_leased_worker_is_drained_only_when_its_request_is_answered_and_what_it_brought_is_offered():
-    async def scene(worker, engine, replay):
+def test_a_leased_worker_is_drained_only_when_its_request_is_answered_and_what_it_brought_is_offered() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         worker.lease(True)
         drained = asyncio.create_task(worker.drained())
         engine.finish(0)
@@ -289,8 +302,8 @@ def test_a_leased_worker_is_drained_only_when_its_request_is_answered_and_what_i
     play(scene, credits=1)
 
 
-def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease():
-    async def scene(worker, engine, replay):
+def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease() -> None:
+    async def scene(worker, engine, replay) -> None:
         worker.lease(True)
         await worker.quarantine(True)
         await worker.quarantine(False)
@@ -307,8 +320,10 @@ def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease():
     play(scene)
 
 
-def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_it_is_back():
-    async def scene(worker, engine, replay):
+def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_it_is_back() -> (
+    None
+):
+    async def scene(worker, engine, replay) -> None:
         telling = asyncio.create_task(worker.lost())
         asked = len(replay.asked)
         engine.fail(1, EngineFault("connection refused"))
@@ -332,8 +347,8 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
     play(scene)
 
 
-def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_handed_on():
-    async def scene(worker, engine, replay):
+def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_handed_on() -> None:
+    async def scene(worker, engine, replay) -> None:
         worker.hold(True)
         engine.fail(0, EngineFault("killed", (COMPLETION, None, None)))
         await settled()
@@ -342,8 +357,8 @@ def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_han
     play(scene)
 
 
-def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered():
-    async def scene(worker, engine, replay):
+def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered() -> None:
+    async def scene(worker, engine, replay) -> None:
         worker.hold(True)
         engine.finish(0)
         await settled()
@@ -361,8 +376,8 @@ def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered():
     play(scene)
 
 
-def test_engine_that_is_lost_again_before_it_is_back_stays_shut():
-    async def scene(worker, engine, replay):
+def test_engine_that_is_lost_again_before_it_is_back_stays_shut() -> None:
+    async def scene(worker, engine, replay) -> None:
         engine.fail(0, EngineFault("killed"))
         await settled()
         worker.started_anew()
@@ -375,8 +390,8 @@ def test_engine_that_is_lost_again_before_it_is_back_stays_shut():
     play(scene)
 
 
-def test_evicted_group_of_a_lost_engine_is_not_handed_back():
-    async def scene(worker, engine, replay):
+def test_evicted_group_of_a_lost_engine_is_not_handed_back() -> None:
+    async def scene(worker, engine, replay) -> None:
         engine.fail(0, EngineFault("killed"))
         worker._wanted.discard(0)
         await settled()

@@ -35,7 +35,7 @@ class Evaluator:
 
     name = "evaluator"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.gate, self.version, self.versions, self.attests_wrongly = (
             asyncio.Event(),
             None,
@@ -67,7 +67,7 @@ def measured(*versions):
 
 
 class System:
-    def __init__(self):
+    def __init__(self) -> None:
         self.evaluator, self.learner, self.background = Evaluator(), Learner(), []
         self.publisher = SimpleNamespace(newest=None)
 
@@ -108,7 +108,7 @@ def play(scene, root, *overrides):
     return said, asyncio.run(main())
 
 
-async def steps(evaluations, system, count, *, wait=True):
+async def steps(evaluations, system, count, *, wait=True) -> None:
     for step in range(count):
         system.publisher.newest = announce(step + 1)
         evaluations.start_if_due(step)
@@ -116,8 +116,8 @@ async def steps(evaluations, system, count, *, wait=True):
             await asyncio.gather(*system.background)
 
 
-def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path):
-    async def scene(evaluations, system):
+def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path: Path) -> None:
+    async def scene(evaluations, system) -> None:
         await steps(evaluations, system, 8)
         assert system.evaluator.versions == [2, 4, 6]  # the final evaluation measures 8
 
@@ -139,8 +139,8 @@ def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path):
 
 
 @pytest.mark.parametrize("off", ["evaluation.every_steps=0", "evaluation.num_prompts=0"])
-def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path, off):
-    async def scene(evaluations, system):
+def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path: Path, off) -> None:
+    async def scene(evaluations, system) -> None:
         await steps(evaluations, system, 8)
 
     assert play(scene, tmp_path, off)[1].rows == []
@@ -148,8 +148,10 @@ def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path, 
     assert "evaluator" not in [actor.name for actor in planned_actors(config)]
 
 
-def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(tmp_path):
-    async def scene(evaluations, system):
+def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
+    tmp_path: Path,
+) -> None:
+    async def scene(evaluations, system) -> None:
         system.evaluator.gate.clear()
         await steps(evaluations, system, 5, wait=False)
         assert len(system.background) == 1
@@ -165,12 +167,12 @@ def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
 
 
 def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_counted(
-    tmp_path, monkeypatch
-):
-    async def lost(worker, **ports):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(worker, **ports) -> None:
         ports["enter"]("drain", worker.name)
 
-    async def scene(evaluations, system):
+    async def scene(evaluations, system) -> None:
         monkeypatch.setattr(evaluations_module, "evaluate_on_lease", lost)
         system.evaluator, system.workers = (
             None,
@@ -196,8 +198,8 @@ def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_c
     ]
 
 
-def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path):
-    async def scene(evaluations, system):
+def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path: Path) -> None:
+    async def scene(evaluations, system) -> None:
         assert (await evaluations.measure_all("initial")).accuracy == 0.75
 
     said, evaluations = play(scene, tmp_path)
@@ -211,8 +213,8 @@ def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path):
     ) == ("all", [0], 0.0)
 
 
-def test_an_evaluation_of_two_versions_is_none(tmp_path):
-    async def scene(evaluations, system):
+def test_an_evaluation_of_two_versions_is_none(tmp_path: Path) -> None:
+    async def scene(evaluations, system) -> None:
         async def mixed():
             return measured(2, 3)
 
@@ -224,8 +226,8 @@ def test_an_evaluation_of_two_versions_is_none(tmp_path):
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
-def test_a_passed_deadline_says_who_waited_for_whom(tmp_path):
-    async def scene(evaluations, system):
+def test_a_passed_deadline_says_who_waited_for_whom(tmp_path: Path) -> None:
+    async def scene(evaluations, system) -> None:
         system.evaluator.gate.clear()
         await steps(evaluations, system, 2)
 
@@ -236,8 +238,10 @@ def test_a_passed_deadline_says_who_waited_for_whom(tmp_path):
         play(scene, tmp_path, "deadlines.evaluate_s=0.2")
 
 
-def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(tmp_path):
-    async def scene(evaluations, system):
+def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(
+    tmp_path: Path,
+) -> None:
+    async def scene(evaluations, system) -> None:
         system.evaluator.attests_wrongly = True
         await steps(evaluations, system, 2)
 
@@ -249,11 +253,11 @@ def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(tm
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
-def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path):
-    async def scene(evaluations, system):
+def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path: Path) -> None:
+    async def scene(evaluations, system) -> None:
         reading = asyncio.Event()
 
-        async def hang(announcement, folder):
+        async def hang(announcement, folder) -> None:
             reading.set()
             await asyncio.Event().wait()
 
@@ -271,8 +275,8 @@ def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path):
 
 
 def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_its_checkpoint(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     run_dir = RunDir(tmp_path)
     (run_dir.evaluated / "version_000004").mkdir(parents=True)
     for version in (0, 2, 4):
@@ -294,7 +298,7 @@ def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_i
 @pytest.mark.parametrize(
     ("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 0.25)), ("lease", None)]
 )
-def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share):
+def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> None:
     more = ["evaluation.num_cpus=0.5", "evaluation.num_gpus=0.25", "rollout.num_workers=2"]
     config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
     found = [
@@ -320,6 +324,6 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share):
         ("evaluation.num_cpus=0.00001", r"evaluation.num_cpus \(1e-05\) must be 0 or at least"),
     ],
 )
-def test_wrong_knobs_are_one_clear_line(override, line):
+def test_wrong_knobs_are_one_clear_line(override, line) -> None:
     with pytest.raises(ValueError, match=line):
         knobs.load(QUICKSTART, [override])

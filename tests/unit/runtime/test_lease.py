@@ -34,7 +34,7 @@ async def lease_during_a_publish(world):
     return lease
 
 
-async def evaluation_scene(world):
+async def evaluation_scene(world) -> None:
     """An evaluation of version 1, during which versions 2 and 3 are published."""
     first, second = (host.engine for host in world.hosts)
     lease = await lease_during_a_publish(world)
@@ -58,14 +58,16 @@ async def evaluation_scene(world):
     await settled()
 
 
-def finish_all(world):
+def finish_all(world) -> None:
     for host in world.hosts:
         for key in host.engine.keys:
             host.engine.finish(key)
 
 
 @TRANSPORTS
-def test_a_leased_engine_measures_one_version_and_comes_back_with_the_newest(run_dir, transport):
+def test_a_leased_engine_measures_one_version_and_comes_back_with_the_newest(
+    run_dir, transport
+) -> None:
     world = play(evaluation_scene, run_dir, transport=transport)
     check_lease(world.events)
     assert world.evaluation.weight_versions == {1}
@@ -92,8 +94,8 @@ def test_a_leased_engine_measures_one_version_and_comes_back_with_the_newest(run
 
 
 @TRANSPORTS
-def test_every_group_ends_once_and_keeps_its_staleness_through_a_lease(run_dir, transport):
-    async def scene(world):
+def test_every_group_ends_once_and_keeps_its_staleness_through_a_lease(run_dir, transport) -> None:
+    async def scene(world) -> None:
         await evaluation_scene(world)
         for _ in range(4):
             finish_all(world)
@@ -109,18 +111,20 @@ def test_every_group_ends_once_and_keeps_its_staleness_through_a_lease(run_dir, 
     assert world.room._buffer.credits_held <= 3
 
 
-async def nothing(*_):
+async def nothing(*_) -> None:
     """In place of a step that is left out."""
 
 
-async def yes(*_):
+async def yes(*_) -> bool:
     """In place of one that claims to have been done."""
     return True
 
 
 @TRANSPORTS
-def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, transport):
-    async def scene(world):
+def test_lease_check_notices_a_room_that_goes_on_granting(
+    run_dir, monkeypatch: pytest.MonkeyPatch, transport
+) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(
             world
         )  # the credit of group 0 goes to rollout-0, which is full then
@@ -137,7 +141,9 @@ def test_lease_check_notices_a_room_that_goes_on_granting(run_dir, monkeypatch, 
 
 
 @TRANSPORTS
-def test_lease_check_notices_an_engine_that_comes_back_as_it_went(run_dir, monkeypatch, transport):
+def test_lease_check_notices_an_engine_that_comes_back_as_it_went(
+    run_dir, monkeypatch: pytest.MonkeyPatch, transport
+) -> None:
     monkeypatch.setattr(Publisher, "take_back", yes)
     world = play(evaluation_scene, run_dir, transport=transport)
     with pytest.raises(
@@ -147,15 +153,19 @@ def test_lease_check_notices_an_engine_that_comes_back_as_it_went(run_dir, monke
 
 
 @TRANSPORTS
-def test_an_engine_that_is_not_lent_measures_more_than_one_version(run_dir, monkeypatch, transport):
+def test_an_engine_that_is_not_lent_measures_more_than_one_version(
+    run_dir, monkeypatch: pytest.MonkeyPatch, transport
+) -> None:
     monkeypatch.setattr(Publisher, "lend", nothing)
     monkeypatch.setattr(Publisher, "is_lent", lambda *_: True)
     monkeypatch.setattr(Publisher, "take_back", yes)
     assert play(evaluation_scene, run_dir, transport=transport).evaluation.weight_versions == {1, 3}
 
 
-def test_lease_check_notices_an_offer_under_a_version_that_is_not_proved(run_dir, monkeypatch):
-    async def scene(world):
+def test_lease_check_notices_an_offer_under_a_version_that_is_not_proved(
+    run_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(world) -> None:
         world.hosts[0].engine.finish(0)
         await settled()
         world.hosts[0].gate.clear()
@@ -174,8 +184,8 @@ def test_lease_check_notices_an_offer_under_a_version_that_is_not_proved(run_dir
 
 
 @TRANSPORTS
-def test_an_engine_with_wrong_weights_is_reloaded_before_it_comes_back(run_dir, transport):
-    async def scene(world):
+def test_an_engine_with_wrong_weights_is_reloaded_before_it_comes_back(run_dir, transport) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
@@ -201,8 +211,10 @@ def test_an_engine_with_wrong_weights_is_reloaded_before_it_comes_back(run_dir, 
     assert world.publisher.outcomes["mismatch"] == 1
 
 
-def test_an_engine_with_wrong_weights_twice_ends_the_lease_and_is_never_admitted_anything(run_dir):
-    async def scene(world):
+def test_an_engine_with_wrong_weights_twice_ends_the_lease_and_is_never_admitted_anything(
+    run_dir,
+) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
@@ -220,7 +232,7 @@ def test_an_engine_with_wrong_weights_twice_ends_the_lease_and_is_never_admitted
     assert "returned" not in {event[0] for event in world.events}
 
 
-async def step_while_an_engine_is_taken_back(world):
+async def step_while_an_engine_is_taken_back(world) -> None:
     lease = await lease_during_a_publish(world)
     world.hosts[1].engine.finish(2)
     await settled()
@@ -238,7 +250,7 @@ async def step_while_an_engine_is_taken_back(world):
     await asyncio.gather(step, lease)
 
 
-def check_turns(events):
+def check_turns(events) -> None:
     """The learner keeps the snapshot that an engine is being brought to: wrong weights are reloaded from it."""
     assert events.index(("swapped", "rollout-1", 2)) < events.index(("snapshot", 3)), (
         "the snapshot was replaced while an engine was taken back to it"
@@ -246,19 +258,19 @@ def check_turns(events):
 
 
 @TRANSPORTS
-def test_the_next_snapshot_waits_until_the_engine_is_back(run_dir, transport):
+def test_the_next_snapshot_waits_until_the_engine_is_back(run_dir, transport) -> None:
     world = play(step_while_an_engine_is_taken_back, run_dir, transport=transport)
     check_turns(world.events)
     check_lease(world.events)
     assert world.hosts[1].engine.version == 3  # it takes part in the publish that waited for it
 
 
-def test_turn_check_notices_a_publisher_that_does_not_wait(run_dir):
+def test_turn_check_notices_a_publisher_that_does_not_wait(run_dir) -> None:
     class Everybody:
-        async def acquire(self):
+        async def acquire(self) -> None:
             pass
 
-        def release(self):
+        def release(self) -> None:
             pass
 
         async def __aenter__(self):
@@ -268,7 +280,7 @@ def test_turn_check_notices_a_publisher_that_does_not_wait(run_dir):
             pass
 
     class Hasty(Publisher):
-        def __init__(self, *args, **kwargs):
+        def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             self._turn = Everybody()
 
@@ -277,8 +289,8 @@ def test_turn_check_notices_a_publisher_that_does_not_wait(run_dir):
         check_turns(world.events)
 
 
-def test_an_engine_is_taken_back_only_after_the_publish_in_flight(run_dir):
-    async def scene(world):
+def test_an_engine_is_taken_back_only_after_the_publish_in_flight(run_dir) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
@@ -295,8 +307,8 @@ def test_an_engine_is_taken_back_only_after_the_publish_in_flight(run_dir):
     check_lease(play(scene, run_dir).events)
 
 
-def test_an_engine_that_missed_nothing_comes_back_without_a_swap(run_dir):
-    async def scene(world):
+def test_an_engine_that_missed_nothing_comes_back_without_a_swap(run_dir) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
@@ -310,8 +322,8 @@ def test_an_engine_that_missed_nothing_comes_back_without_a_swap(run_dir):
     assert [event[2] for event in world.events if event[:2] == ("swap", "rollout-1")] == [0, 1]
 
 
-def test_a_late_engine_is_named_when_it_is_taken_back(run_dir):
-    async def scene(world):
+def test_a_late_engine_is_named_when_it_is_taken_back(run_dir) -> None:
+    async def scene(world) -> None:
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
@@ -330,8 +342,8 @@ def test_a_late_engine_is_named_when_it_is_taken_back(run_dir):
     play(scene, run_dir)
 
 
-def test_the_last_engine_that_serves_cannot_be_lent(run_dir):
-    async def scene(world):
+def test_the_last_engine_that_serves_cannot_be_lent(run_dir) -> None:
+    async def scene(world) -> None:
         await world.publisher.lend(world.hosts[0])
         with pytest.raises(AssertionError, match="the last engine that serves"):
             await world.publisher.lend(world.hosts[1])
@@ -340,8 +352,8 @@ def test_the_last_engine_that_serves_cannot_be_lent(run_dir):
 
 
 @pytest.mark.parametrize("when", ["drain", "evaluate", "take back"])
-def test_engine_that_is_lost_during_a_lease_comes_back_as_any_other(run_dir, when):
-    async def scene(world):
+def test_engine_that_is_lost_during_a_lease_comes_back_as_any_other(run_dir, when) -> None:
+    async def scene(world) -> None:
         second, engine = world.hosts[1], world.hosts[1].engine
         lease = await lease_during_a_publish(world)
         mending = asyncio.create_task(world.mend(second))

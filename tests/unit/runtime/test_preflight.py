@@ -21,20 +21,20 @@ def folder(tmp_path):
     return Path(shutil.copytree(knobs.load(QUICKSTART).model.path, tmp_path / "model"))
 
 
-def change_config(folder, **changes):
+def change_config(folder, **changes) -> None:
     values = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(
         json.dumps({name: value for name, value in values.items() if value is not None})
     )
 
 
-def change_weights(folder, change):
+def change_weights(folder, change) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
 
 
-def test_unknown_objective_and_what_an_objective_does_not_take_are_refused():
+def test_unknown_objective_and_what_an_objective_does_not_take_are_refused() -> None:
     assert (
         refusal("algorithm.objective=ppo")
         == "objective ('ppo') is unknown; set one of dapo, gspo, cispo"
@@ -44,7 +44,7 @@ def test_unknown_objective_and_what_an_objective_does_not_take_are_refused():
     )
 
 
-def test_the_untouched_copy_is_accepted(folder):
+def test_the_untouched_copy_is_accepted(folder) -> None:
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 
 
@@ -82,7 +82,7 @@ def test_the_untouched_copy_is_accepted(folder):
         ),
     ],
 )
-def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes, line):
+def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes, line) -> None:
     change_config(folder, **changes)
     said = refusal(f"model.path={folder}")
     assert line in said
@@ -90,12 +90,12 @@ def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[1]"])
-def test_a_config_json_that_is_no_json_object_is_named(folder, content):
+def test_a_config_json_that_is_no_json_object_is_named(folder, content) -> None:
     (folder / "config.json").write_bytes(content)
     assert refusal(f"model.path={folder}").startswith(f"{folder / 'config.json'} ")
 
 
-def test_missing_misshapen_and_broken_weights_are_named(folder):
+def test_missing_misshapen_and_broken_weights_are_named(folder) -> None:
     change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
     assert "missing ['model.norm.weight']; take both from one model" in refusal(
         f"model.path={folder}"
@@ -114,7 +114,7 @@ def test_missing_misshapen_and_broken_weights_are_named(folder):
     )
 
 
-def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work():
+def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work() -> None:
     line = refusal("learner.tensor_parallel=3")
     assert line.startswith(
         "learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size "
@@ -122,14 +122,14 @@ def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_t
     assert line.endswith("; set it to one of 1, 2, 4")
 
 
-def test_a_broken_tokenizer_is_named(folder):
+def test_a_broken_tokenizer_is_named(folder) -> None:
     (folder / "tokenizer.json").write_text("{")
     assert refusal(f"model.path={folder}").startswith(
         f"the tokenizer of {folder} can't be loaded: "
     )
 
 
-def test_a_tokenizer_of_a_larger_model_is_refused(folder):
+def test_a_tokenizer_of_a_larger_model_is_refused(folder) -> None:
     change_weights(
         folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
     )
@@ -140,7 +140,7 @@ def test_a_tokenizer_of_a_larger_model_is_refused(folder):
     )
 
 
-def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path):
+def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "latin.jsonl"
     file.write_bytes(
         b'{"prompt": "1+1", "answer": "2"}\n' + '{"prompt": "ü", "answer": "2"}\n'.encode("latin-1")
@@ -151,7 +151,9 @@ def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path):
     )
 
 
-def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypatch):
+def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     line = refusal("learner.num_gpus=1", "rollout.num_gpus=0.5")
     assert line.startswith(
@@ -165,13 +167,13 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(monkeypa
     check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=4", "ray.address=10.0.0.1:6379"]))
 
 
-def test_more_cpus_than_an_own_ray_is_given_are_refused():
+def test_more_cpus_than_an_own_ray_is_given_are_refused() -> None:
     assert refusal("ray.num_cpus=1").startswith(
         "the run reserves 2 CPUs (replay 0, learner 1, rollout-0 1, evaluator 0), ray.num_cpus is 1; raise it"
     )
 
 
-def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path):
+def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(
         ValueError, match=r"notes.txt/run can't be made: Not a directory; choose another run_dir"

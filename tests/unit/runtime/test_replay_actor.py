@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from replay_world import make_group
@@ -17,7 +18,9 @@ from dapo_async.types import TrainBatch
 
 
 @pytest.mark.parametrize("non_finite", [True, False])
-def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(tmp_path, monkeypatch, non_finite):
+def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, non_finite
+) -> None:
     config = knobs.load(QUICKSTART)
     small = replace(config.replay, groups_per_step=1, group_size=2, dynamic_sampling=False)
     (tmp_path / "rollouts").mkdir()

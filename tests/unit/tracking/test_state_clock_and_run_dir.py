@@ -4,6 +4,8 @@ import json
 import os
 import threading
 from itertools import pairwise
+from pathlib import Path
+from typing import Never
 
 import numpy as np
 import pytest
@@ -32,13 +34,13 @@ def states(spans):
     return [(span.state, span.end_s - span.start_s) for span in spans]
 
 
-def assert_adds_up(spans):
+def assert_adds_up(spans) -> None:
     """Disjoint, without gaps, and their sum is the elapsed time to the last bit: near one epoch second differences of floats are exact."""
     assert all(before.end_s == after.start_s for before, after in pairwise(spans))
     assert sum(span.end_s - span.start_s for span in spans) == spans[-1].end_s - spans[0].start_s
 
 
-def test_each_span_is_handed_over_once_and_the_running_one_is_cut_and_goes_on():
+def test_each_span_is_handed_over_once_and_the_running_one_is_cut_and_goes_on() -> None:
     clock = Stopwatch("learner")
     clock.after(2).enter("train", "step 0")
     first = clock.after(3).take_spans()
@@ -48,7 +50,7 @@ def test_each_span_is_handed_over_once_and_the_running_one_is_cut_and_goes_on():
     assert clock.take_spans() == [Span("train", 109.0, 110.0, "step 0"), Span("wait", 110.0, 110.0)]
 
 
-def test_entering_the_state_one_is_in_changes_nothing_but_a_new_detail_does():
+def test_entering_the_state_one_is_in_changes_nothing_but_a_new_detail_does() -> None:
     clock = Stopwatch("learner", state="train")
     clock.after(1).enter("train")
     clock.after(1).enter("train", "step 1")
@@ -59,11 +61,11 @@ def test_entering_the_state_one_is_in_changes_nothing_but_a_new_detail_does():
     ]
 
 
-def test_a_stay_returns_to_the_state_before_even_when_it_fails():
+def test_a_stay_returns_to_the_state_before_even_when_it_fails() -> None:
     clock = Stopwatch("rollout-0", state="generate")
     clock.enter("generate", "group 7")
 
-    def swap():
+    def swap() -> Never:
         with clock.during("sync", "version 3"):
             clock.after(5)
             with clock.during("save"):
@@ -83,15 +85,15 @@ def test_a_stay_returns_to_the_state_before_even_when_it_fails():
     ]
 
 
-def test_states_of_several_threads_add_up_exactly_and_no_span_is_lost_or_doubled():
+def test_states_of_several_threads_add_up_exactly_and_no_span_is_lost_or_doubled() -> None:
     clock, taken, done = StateClock("rollout-0"), [], threading.Event()
 
-    def busy(name):
+    def busy(name) -> None:
         for number in range(500):
             with clock.during(name, f"turn {number}"):
                 pass
 
-    def collect():
+    def collect() -> None:
         while not done.is_set():
             taken.extend(clock.take_spans())
 
@@ -111,12 +113,12 @@ def test_states_of_several_threads_add_up_exactly_and_no_span_is_lost_or_doubled
 class RacyClock(StateClock):
     """The named break: the end of one span and the start of the next are two looks at the time."""
 
-    def enter(self, state, detail=""):
+    def enter(self, state, detail="") -> None:
         super().enter(state, detail)
         self._since_s = self.now_s()
 
 
-def test_a_clock_that_looks_twice_is_seen():
+def test_a_clock_that_looks_twice_is_seen() -> None:
     clock = RacyClock("learner")
     for number in range(100):
         clock.enter("train", f"step {number}")
@@ -124,7 +126,7 @@ def test_a_clock_that_looks_twice_is_seen():
         assert_adds_up(clock.take_spans())
 
 
-def test_the_timeline_joins_what_was_cut_and_drops_what_took_no_time():
+def test_the_timeline_joins_what_was_cut_and_drops_what_took_no_time() -> None:
     timeline = Timeline()
     timeline.add("learner", [Span("train", 0.0, 2.0, "step 0"), Span("wait", 2.0, 2.0)])
     timeline.add("learner", [Span("train", 2.0, 5.0, "step 0"), Span("train", 5.0, 6.0, "step 1")])
@@ -134,14 +136,14 @@ def test_the_timeline_joins_what_was_cut_and_drops_what_took_no_time():
     ]
 
 
-def test_a_report_that_was_lost_leaves_a_gap_that_no_state_is_given():
+def test_a_report_that_was_lost_leaves_a_gap_that_no_state_is_given() -> None:
     timeline = Timeline()
     timeline.add("learner", [Span("train", 0.0, 2.0)])
     timeline.add("learner", [Span("train", 7.0, 8.0)])
     assert timeline.totals("learner") == {"train": 3.0}
 
 
-def test_totals_and_idle_shares_are_of_the_window_alone():
+def test_totals_and_idle_shares_are_of_the_window_alone() -> None:
     timeline = Timeline()
     timeline.add(
         "learner",
@@ -180,7 +182,7 @@ def test_totals_and_idle_shares_are_of_the_window_alone():
     assert timeline.idle_share("unheard", ("train",), start_s=0.0, end_s=5.0) == 1.0
 
 
-def test_the_trace_has_one_row_per_actor_in_microseconds(tmp_path):
+def test_the_trace_has_one_row_per_actor_in_microseconds(tmp_path: Path) -> None:
     timeline = Timeline()
     timeline.add(
         "rollout-0",
@@ -207,14 +209,14 @@ def test_the_trace_has_one_row_per_actor_in_microseconds(tmp_path):
     ]
 
 
-def test_versions_per_token_become_spans():
+def test_versions_per_token_become_spans() -> None:
     assert version_spans([7, 7, 8]) == [[7, 0, 2], [8, 2, 3]]
     assert version_spans([3]) == [[3, 0, 1]]
     assert version_spans([1, 2, 1]) == [[1, 0, 1], [2, 1, 2], [1, 2, 3]]
     assert version_spans([]) == []
 
 
-def test_readable_rollouts_say_where_each_came_from(tmp_path):
+def test_readable_rollouts_say_where_each_came_from(tmp_path: Path) -> None:
     completion = Completion(
         np.array([4, 5, 6], np.int32),
         np.zeros(3, np.float32),
@@ -239,7 +241,7 @@ def test_readable_rollouts_say_where_each_came_from(tmp_path):
     assert (rows[1]["sibling"], rows[1]["extracted"], rows[1]["reward"]) == (1, None, -1.0)
 
 
-def test_a_run_never_writes_over_another(tmp_path):
+def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path / "runs" / "first")
     assert sorted(path.name for path in run_dir.root.iterdir()) == ["checkpoints", "rollouts"]
     with pytest.raises(ValueError, match=r"first is not empty; go on with train --resume"):
@@ -251,12 +253,12 @@ def test_a_run_never_writes_over_another(tmp_path):
     assert RunDir.create(tmp_path / "empty").checkpoints == tmp_path / "empty" / "checkpoints"
 
 
-def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path):
+def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path)
     run_dir.log_step({"step": 0, "loss": 0.25})
     run_dir.log_step({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
 
-    def refuse(constant):
+    def refuse(constant) -> Never:
         raise AssertionError(f"{constant} is not JSON")
 
     rows = [
@@ -265,11 +267,13 @@ def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path):
     assert rows == [{"step": 0, "loss": 0.25}, {"step": 1, "loss": None, "grad_norm": None}]
 
 
-def test_the_summary_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_the_summary_is_replaced_as_a_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = RunDir.create(tmp_path)
     run_dir.write_summary({"status": "running"})
 
-    def dies(*_):
+    def dies(*_) -> Never:
         raise OSError("the machine stops before the rename")
 
     with monkeypatch.context() as patched:
@@ -282,7 +286,7 @@ def test_the_summary_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_picture_is_drawn_from_the_metrics_and_only_when_there_are_any(tmp_path):
+def test_the_picture_is_drawn_from_the_metrics_and_only_when_there_are_any(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     assert not draw_dynamics(run_dir)
     run_dir.metrics.write_text("")

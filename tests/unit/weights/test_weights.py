@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,14 +44,14 @@ def announce(model, version):
 class Learner:
     """Holds the snapshot and sends it; `sends` lets a test send something else than was announced."""
 
-    def __init__(self, model, folder):
+    def __init__(self, model, folder) -> None:
         self.model, self.folder, self.sends = model, folder, None
 
     def announce(self, version):
         self.snapshot, announcement = announce(self.model, version)
         return announcement
 
-    async def broadcast(self, announcement):
+    async def broadcast(self, announcement) -> None:
         self.wire = self.sends or {
             name: tensor.clone() for name, tensor in self.snapshot.weights.items()
         }
@@ -61,7 +62,7 @@ class Learner:
 
 
 class Engine:
-    def __init__(self, learner, seed=99):
+    def __init__(self, learner, seed=99) -> None:
         self.name, self.learner, self.model, self.version, self.quarantined = (
             "rollout-0",
             learner,
@@ -96,17 +97,17 @@ class Engine:
     async def read(self, announcement, folder):
         return self._load(announcement, read_version(folder, version=announcement.version))
 
-    async def quarantine(self, on):
+    async def quarantine(self, on) -> None:
         self.quarantined.append(on)
 
-    async def confirm(self):
+    async def confirm(self) -> None:
         self.confirmed.append(self.version)
 
 
 def publish(publisher, announcement):
     served = []
 
-    async def on_served(version):
+    async def on_served(version) -> None:
         served.append(version)
 
     asyncio.run(publisher.publish(announcement, on_served=on_served))
@@ -118,7 +119,7 @@ def publisher_of(learner, engine, transport="broadcast"):
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
-def test_published_weights_are_served_and_pass_the_handshake(transport, tmp_path):
+def test_published_weights_are_served_and_pass_the_handshake(transport, tmp_path: Path) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
     publisher = publisher_of(learner, engine, transport)
@@ -127,14 +128,16 @@ def test_published_weights_are_served_and_pass_the_handshake(transport, tmp_path
     assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
 
 
-def test_publishing_the_same_weights_again_is_inconclusive_never_passed(tmp_path):
+def test_publishing_the_same_weights_again_is_inconclusive_never_passed(tmp_path: Path) -> None:
     learner = Learner(decoder(0), tmp_path)
     publisher = publisher_of(learner, Engine(learner, seed=0))
     publish(publisher, learner.announce(1))
     assert publisher.outcomes == {"inconclusive": 1}
 
 
-def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk(tmp_path):
+def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk(
+    tmp_path: Path,
+) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
     learner.sends = dict(
@@ -148,7 +151,9 @@ def test_an_engine_that_skipped_the_update_is_quarantined_and_reloaded_from_disk
     assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
 
 
-def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(tmp_path):
+def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(
+    tmp_path: Path,
+) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
     wrong = {name: tensor + 1 for name, tensor in engine.model.state_dict().items()}
@@ -165,7 +170,7 @@ def test_a_second_mismatch_stops_the_run_with_both_values_and_serves_nothing(tmp
     assert engine.confirmed == []
 
 
-def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_can():
+def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_can() -> None:
     learner = Learner(decoder(0), None)
     announcement = learner.announce(4)
     before = announcement.probe_logprobs + np.float32(0.5)
@@ -192,7 +197,9 @@ def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_c
     )
 
 
-def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_version(tmp_path):
+def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_version(
+    tmp_path: Path,
+) -> None:
     learner = Learner(decoder(0), tmp_path)
     engines = [Engine(learner, seed) for seed in (1, 2, 3)]
     sums = {
@@ -223,7 +230,7 @@ def test_engines_of_one_layout_are_held_against_the_first_that_proved_the_versio
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 10**9])
-def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
+def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes) -> None:
     weights = dict(decoder(0).state_dict()) | {"half": torch.arange(5, dtype=torch.bfloat16)}
     manifest = Manifest.of(weights)
     assert all(
@@ -233,7 +240,7 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
     store = open_store("127.0.0.1", timeout_s=20)
     received = {}
 
-    def engine(rank):
+    def engine(rank) -> None:
         address = ("127.0.0.1", store.port)
         group = WeightGroup.join(
             address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20
@@ -252,17 +259,17 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes):
     )
 
 
-def test_an_engine_that_never_joins_fails_the_broadcast_within_the_deadline():
+def test_an_engine_that_never_joins_fails_the_broadcast_within_the_deadline() -> None:
     store = open_store("127.0.0.1", timeout_s=2)
     with pytest.raises(RuntimeError):
         WeightGroup(store, rank=0, world_size=2, host="127.0.0.1", device="cpu", timeout_s=2)
 
 
-def test_a_late_engine_is_named_by_the_deadline(tmp_path):
+def test_a_late_engine_is_named_by_the_deadline(tmp_path: Path) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
 
-    async def never(announcement):
+    async def never(announcement) -> None:
         await asyncio.sleep(60)
 
     engine.receive = never
@@ -273,14 +280,14 @@ def test_a_late_engine_is_named_by_the_deadline(tmp_path):
         publish(publisher, learner.announce(7))
 
 
-def test_only_the_newest_versions_stay_on_disk(tmp_path):
+def test_only_the_newest_versions_stay_on_disk(tmp_path: Path) -> None:
     for version in range(4):
         write_version({"w": torch.tensor([float(version)])}, tmp_path, version=version)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000002", "version_000003"]
     assert read_version(tmp_path, version=3)["w"].item() == 3.0
 
 
-def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
+def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path: Path) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Engine(learner)
     publisher = publisher_of(learner, engine)
@@ -295,10 +302,10 @@ def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
         events.append(f"snapshot {version}")
         return learner.announce(version)
 
-    async def on_served(version):
+    async def on_served(version) -> None:
         events.append(f"served {version}")
 
-    async def two_steps():
+    async def two_steps() -> None:
         await publisher.start(snapshot(1), on_served=on_served)
         events.append("step")
         await publisher.start(snapshot(2), on_served=on_served)
@@ -320,7 +327,7 @@ def test_a_snapshot_is_taken_only_when_the_publish_before_it_is_done(tmp_path):
 class Fragile(Engine):
     """An engine whose server may be gone: it answers None then."""
 
-    def __init__(self, learner, name):
+    def __init__(self, learner, name) -> None:
         super().__init__(learner)
         self.name, self.gone = name, False
 
@@ -336,24 +343,26 @@ class Fragile(Engine):
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
-def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(transport, tmp_path):
+def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(
+    transport, tmp_path: Path
+) -> None:
     learner, groups = Learner(decoder(0), tmp_path), []
     first, second = Fragile(learner, "rollout-0"), Fragile(learner, "rollout-1")
 
-    async def regroup(names):
+    async def regroup(names) -> None:
         groups.append(tuple(names))
 
     publisher = Publisher(
         learner, [first, second], transport=transport, tolerance=1e-3, deadline_s=5, regroup=regroup
     )
 
-    async def play():
+    async def play() -> None:
         served = []
 
-        async def on_served(version):
+        async def on_served(version) -> None:
             served.append(version)
 
-        async def publish(version):
+        async def publish(version) -> None:
             announcement = learner.announce(version)
 
             async def snapshot():
@@ -380,11 +389,13 @@ def test_lost_engine_is_passed_over_until_it_has_proved_the_newest_version(trans
     assert publisher.outcomes["mismatch"] == 0
 
 
-def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_group_anew(tmp_path):
+def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_group_anew(
+    tmp_path: Path,
+) -> None:
     learner, groups = Learner(decoder(0), tmp_path), []
     engine = Fragile(learner, "rollout-0")
 
-    async def regroup(names):
+    async def regroup(names) -> None:
         groups.append(tuple(names))
 
     publisher = Publisher(
@@ -401,8 +412,8 @@ def test_engine_that_was_lost_and_came_back_between_two_publishes_joins_the_grou
 
 
 def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_starts_with_it(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     learner = Learner(decoder(0), tmp_path)
     engine = Fragile(learner, "rollout-0")
     publisher = Publisher(learner, [engine], transport="broadcast", tolerance=1e-3, deadline_s=5)
@@ -412,7 +423,9 @@ def test_version_is_served_though_every_engine_is_lost_and_the_returning_one_sta
     assert publisher.last_pause_s == 0.0
 
 
-def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_back(tmp_path):
+def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_back(
+    tmp_path: Path,
+) -> None:
     learner = Learner(decoder(0), tmp_path)
     first, second, gate = (
         Fragile(learner, "rollout-0"),
@@ -425,7 +438,7 @@ def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_bac
         await gate.wait()
         return await receive(announcement)
 
-    async def nobody(version):
+    async def nobody(version) -> None:
         pass
 
     async def play():
@@ -449,15 +462,17 @@ def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_bac
     assert asyncio.run(play()) == (first, second)
 
 
-def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_only_then(tmp_path):
+def test_broadcast_that_broke_off_is_borne_when_an_engine_was_lost_in_it_and_only_then(
+    tmp_path: Path,
+) -> None:
     learner, groups = Learner(decoder(0), tmp_path), []
     engine = Fragile(learner, "rollout-0")
 
-    async def broken(announcement):
+    async def broken(announcement) -> str:
         await Learner.broadcast(learner, announcement)
         return "connection closed by peer"
 
-    async def regroup(names):
+    async def regroup(names) -> None:
         groups.append(tuple(names))
 
     publisher = Publisher(
