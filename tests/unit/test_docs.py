@@ -1,0 +1,80 @@
+"""README.md and docs/ are true: what they name exists, and the commands that need no Ray run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from snippets import PAGES, check_syntax, run, snippets, workplace, write_file
+
+from dapo_async.config import knobs
+
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+CODE = re.compile(r"`(?P<code>[^`\n]+)`")
+SOURCE = re.compile(
+    r"^(?:dapo_async|tests|configs|benchmarks|cluster|docs|\.ci)/[\w./-]*\w(?:::(?P<test>\w+))?$"
+)
+SECTIONS = {name.partition(".")[0] for name, *_ in knobs() if "." in name}
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def test_readme_is_at_most_8_kb():
+    assert len((ROOT / "README.md").read_bytes()) <= 8 * 1024
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_relative_link_has_a_target(page: Path):
+    for match in LINK.finditer(prose(page)):
+        target = match["target"].partition("#")[0]
+        if target and "://" not in target:
+            assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_source_file_and_test_that_a_page_names_exists(page: Path):
+    for match in CODE.finditer(prose(page)):
+        if not (named := SOURCE.match(match["code"])):
+            continue
+        path, _, test = match["code"].partition("::")
+        assert (ROOT / path).exists(), f"{page_id(page)} names {path}"
+        if test:
+            assert f"def {named['test']}(" in (ROOT / path).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_knob_that_a_page_names_exists(page: Path):
+    known = {name for name, *_ in knobs()}
+    for match in CODE.finditer(prose(page)):
+        if named := re.match(r"(\w+)\.(\w+)(?:=\S*)?$", match["code"]):
+            name = f"{named[1]}.{named[2]}"
+            if named[1] in SECTIONS and named[2] not in ("py", "json", "yaml", "md"):
+                assert name in known, f"{page_id(page)} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_can_be_read_in_its_language(page: Path):
+    for snippet in snippets(page):
+        check_syntax(snippet)
+        assert snippet.how not in ("dry-run", "example") or snippet.detail, snippet.where
+        if snippet.how == "covered":
+            path, _, test = snippet.detail.partition("::")
+            assert (ROOT / path).exists(), f"{snippet.where} is covered by {path}"
+            assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path):
+    folder = workplace(tmp_path / "checkout")
+    for snippet in snippets(page):
+        if snippet.file:
+            write_file(snippet, folder)
+        elif snippet.how in ("run", "dry-run"):
+            run(snippet, folder)
