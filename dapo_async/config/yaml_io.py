@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part o
 
 def read_file(path: Path, names: Sequence[str]) -> DictConfig:
     """The tree of a YAML file. Raises ValueError where there is none, and what OmegaConf raises."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from omegaconf import DictConfig, OmegaConf
 
     if not path.is_file():

@@ -225,7 +225,7 @@ def _parsed(text: bytes) -> Any:
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     """Read as it stands: the files that it names need not be here."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         tree = yaml.safe_load(b"\n".join(_lines(path, notes)))
