@@ -25,7 +25,6 @@ STILL = (
     "learner.weight_decay=0",
     "replay.dynamic_sampling=false",
     "rollout.num_workers=2",
-    "train.sample_groups=0",
 )
 Window = tuple[float, float]
 

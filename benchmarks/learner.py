@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import rows_of, split_microbatches
-from dapo_async.learner.optimizer import ShardedAdamW
+from dapo_async.learner.optimizer import BETAS, ShardedAdamW
 from dapo_async.model import load_decoder, token_logprobs
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -92,9 +92,7 @@ def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], N
 def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     """Padded on the right; policy gradient with a clip, over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = ShardedAdamW(
-        model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=(KNOBS.beta1, KNOBS.beta2)
-    )
+    optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=BETAS)
     batches = split_microbatches(
         rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens
     )

@@ -10,10 +10,8 @@ os.environ["RAY_ADDRESS"] = "local"
 
 import pytest
 import torch
-from run_support import QUICKSTART, Finished, finished
+from run_support import Finished, finished
 from sglang_world import World, start_world
-
-from dapo_async import config as knobs
 
 torch.set_num_threads(1)
 
@@ -28,11 +26,7 @@ def seeded() -> torch.Generator:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The main job as it is, but for all of its groups being written down: one run for all tests that look at it."""
     root = tmp_path_factory.mktemp("quickstart") / "run"
-    return finished(
-        root,
-        f"train.sample_groups={knobs.load(QUICKSTART).replay.groups_per_step}",
-        timeout_s=500.0,
-    )
+    return finished(root, "train.record=true", timeout_s=500.0)
 
 
 @pytest.fixture(scope="session")

@@ -238,9 +238,10 @@ def _memory_line(config: knobs.Config) -> str:
     from dapo_async.learner import predict_memory
     from dapo_async.model import ModelConfig
 
-    learner = config.learner
+    learner, cuda = config.learner, config.model.torch_device == "cuda"
+    model = ModelConfig.from_folder(Path(config.model.path))
     memory = predict_memory(
-        ModelConfig.from_folder(Path(config.model.path)),
+        model,
         num_tokens=max(
             learner.microbatch_tokens,
             config.data.max_prompt_tokens + config.rollout.max_response_tokens,
@@ -248,9 +249,9 @@ def _memory_line(config: knobs.Config) -> str:
         dp=learner.data_parallel,
         tp=learner.tensor_parallel,
         activations=getattr(torch, config.model.dtype),
-        recompute_layers=learner.recompute_layers,
-        offload_optimizer=learner.offload_optimizer and learner.num_gpus > 0,
-        cuda=learner.num_gpus > 0,
+        recompute_layers=model.num_layers if learner.recompute else 0,
+        offload_optimizer=learner.offload_optimizer and cuda,
+        cuda=cuda,
     )
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.parts().items())
     return f"each learner rank would hold up to {memory.on_device / 2**20:,.0f} MiB, and {memory.host / 2**20:,.0f} in its host's memory: {parts}"

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+SHARED = 0.5  # of one GPU, for the learner and for the engine that share it
+
 
 def knob(default: Any, line: str, *, path: str = "") -> Any:
     """A field with its line; a `path` (model, data or data list) resolves against the file's folder, in an override against the current folder."""
@@ -24,8 +26,25 @@ class BaseModelConfig:
     )
     dtype: Literal["float32", "bfloat16"] = knob(
         "float32",
-        "dtype of the engines and of the learner's activations; its master weights are float32 always",
+        "dtype of the engines and of the learner's activations; master weights are always float32",
     )
+    device: Literal["cpu", "cuda", "shared_cuda"] = knob(
+        "cpu",
+        "where learner and engines compute: cuda: one GPU per learner rank, rollout.tensor_parallel "
+        "GPUs per engine | shared_cuda: one rank and one engine share one GPU",
+    )
+
+    @property
+    def torch_device(self) -> Literal["cpu", "cuda"]:
+        return "cpu" if self.device == "cpu" else "cuda"
+
+    @property
+    def probe_tolerance(self) -> float:
+        """Largest difference of a probe logprob, in nats, between learner and engine.
+
+        bfloat16 rounds to eight bits, and a probe of random tokens has large logits.
+        """
+        return 1e-3 if self.dtype == "float32" else 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +65,6 @@ class DataConfig:
         None,
         "column of the gold answer, likewise (reward_model.ground_truth); null: the preset's, or answer",
     )
-    source_key: str = knob(
-        "data_source",
-        "column of a row's source, by which reward.by_source chooses; rows may lack it",
-    )
     template: str | None = knob(
         None,
         "prompt template: dapo | boxed | chat | chat+dapo | chat+boxed | text with {problem}; null: the training preset's",
@@ -58,10 +73,6 @@ class DataConfig:
     language: Literal["en", "zh"] | None = knob(
         None,
         "keep the training problems of this language only (zh: with Chinese characters); null: all",
-    )
-    deduplicate: bool | None = knob(
-        None,
-        "train on equal problems once, and on none whose answers differ; null: as the preset has it, or false",
     )
     contamination: Literal["drop", "warn", "off"] = knob(
         "warn",
@@ -79,15 +90,9 @@ class DataConfig:
 class RewardConfig:
     verifier: str = knob(
         "marker",
-        "marker: text after the last ####; exact: all; math: Answer: line or \\boxed{}; or an own module:function",
-    )
-    by_source: str = knob(
-        "",
-        "verifiers of the rows of some sources, such as gsm8k=math,reverse=exact; all other rows: verifier",
-    )
-    timeout_s: float = knob(
-        5.0,
-        "processor time of one symbolic comparison of the verifier math; passed, the response is wrong",
+        "marker: text after the last #### | exact: the whole text | math: Answer: line or \\boxed{} | "
+        "an own module:function; SOURCE=VERIFIER after a comma is for the rows of that source: "
+        "marker, gsm8k=math",
     )
     overlong_cache_tokens: int | None = knob(
         None,
@@ -145,8 +150,7 @@ class RolloutConfig:
         "torch", "what generates: the learner's own decoder | an SGLang server per worker"
     )
     num_workers: int = knob(1, "RolloutWorker actors, one engine each")
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves per worker")
-    num_gpus: float = knob(0.0, "GPUs that Ray reserves per worker; 0: the engine runs on CPU")
+    num_cpus: float = knob(1.0, "CPUs that Ray reserves per worker, and threads of its engine")
     tensor_parallel: int = knob(1, "GPUs that share one SGLang engine's copy of the model")
     servers: str = knob(
         "",
@@ -194,8 +198,8 @@ class ReplayConfig:
         False,
         "admit in waves, each when the one before has ended: a run repeats bit for bit; needs staleness 0 and one worker",
     )
-    patience: int = knob(
-        512, "so many rejected groups in a row end the run (solved when all were all_correct)"
+    max_rejected_in_a_row: int = knob(
+        512, "this many rejected groups in a row end the run (solved if all were all_correct)"
     )
 
 
@@ -205,22 +209,19 @@ class LearnerConfig:
     tensor_parallel: int = knob(
         1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all"
     )
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves per learner rank")
-    num_gpus: float = knob(0.0, "GPUs that Ray reserves per learner rank; 0: it runs on CPU")
+    num_cpus: float = knob(1.0, "CPUs that Ray reserves per learner rank, and its threads")
     lr: float = knob(1e-6, "AdamW learning rate after warm-up")
     warmup_steps: int = knob(10, "steps of linear warm-up")
     weight_decay: float = knob(0.1, "AdamW weight decay on matrices")
-    beta1: float = knob(0.9, "AdamW first-moment decay")
-    beta2: float = knob(0.999, "AdamW second-moment decay")
     grad_clip: float = knob(1.0, "global gradient norm is clipped to this")
     num_minibatches: int = knob(1, "optimizer updates per step")
     microbatch_tokens: int = knob(
         16_384,
         "most tokens per forward and backward pass; a longer sequence gets a pass of its own",
     )
-    recompute_layers: int = knob(
-        0,
-        "activation checkpointing: so many layers keep their input only, and the backward pass computes the rest of them again",
+    recompute: bool = knob(
+        False,
+        "activation checkpointing: each layer keeps its input only and is computed again backwards",
     )
     offload_optimizer: bool = knob(
         False,
@@ -229,7 +230,6 @@ class LearnerConfig:
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
     )
-    max_skipped_steps: int = knob(3, "so many non-finite steps in a row end the run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,11 +237,6 @@ class WeightsConfig:
     transport: Literal["broadcast", "disk"] = knob(
         "broadcast",
         "how weights reach the engines: collective broadcast (gloo or NCCL) or safetensors on disk",
-    )
-    bucket_bytes: int = knob(64 * 2**20, "most bytes in flight per bucket of a broadcast")
-    probe_tokens: int = knob(16, "length of the handshake's probe prompt")
-    probe_tolerance: float = knob(
-        1e-3, "largest difference of a probe logprob between learner and engine that still passes"
     )
 
 
@@ -253,11 +248,8 @@ class EvaluationConfig:
     )
     engine: Literal["snapshot", "dedicated", "lease"] = knob(
         "snapshot",
-        "where: an own process on idle CPU time | one with reserved num_cpus and num_gpus | a rollout worker's engine, taken for that long",
-    )
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves for a dedicated evaluator")
-    num_gpus: float = knob(
-        0.0, "GPUs that Ray reserves for a dedicated evaluator; 0: its engine runs on CPU"
+        "where: an own process on idle CPU time | one with reserved rollout.num_cpus and, with "
+        "cuda, one GPU",
     )
 
     @property
@@ -276,8 +268,10 @@ class TrainConfig:
         20, "save a checkpoint each so many steps, beside the steps; one more at every end"
     )
     keep_checkpoints: int = knob(3, "the newest so many are kept, and the best by evaluation")
-    sample_groups: int = knob(2, "groups per step written to rollouts/ as readable text")
-    record: bool = knob(False, "write every batch to recorded/, for dapo-async replay")
+    record: bool = knob(
+        False,
+        "write every batch to recorded/, for dapo-async rerun, and all of its groups to rollouts/",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,27 +280,20 @@ class TrackingConfig:
         "local",
         "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off",
     )
-    experiment: str = knob("dapo-async", "MLflow experiment that the run belongs to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlinesConfig:
-    start_s: float = knob(120.0, "actors up, models loaded")
-    take_s: float = knob(600.0, "the learner's wait for a batch")
-    step_s: float = knob(1800.0, "one learner step")
-    publish_s: float = knob(120.0, "one publish, handshake included")
-    silence_s: float = knob(
-        120.0, "an SGLang server's silence, while it generates or is asked something"
+    start_s: float = knob(120.0, "the start: Ray, actors, SGLang servers, models loaded")
+    work_s: float = knob(
+        1800.0, "one piece of work: a batch, a learner step, an evaluation or a checkpoint"
     )
-    evaluate_s: float = knob(600.0, "one evaluation")
-    save_s: float = knob(600.0, "one checkpoint")
+    answer_s: float = knob(
+        120.0, "one publish with its handshake, and the silence of a busy SGLang server"
+    )
     stop_s: float = knob(
         10.0,
-        "the actors' orderly end, before they are killed; the last checkpoint has save_s, unless something hangs",
-    )
-    tracking_s: float = knob(
-        10.0,
-        "the end's wait for what MLflow has not taken yet; a store that is away is not waited for",
+        "the orderly end of the actors before they are killed, and what MLflow still has to take",
     )
 
 
@@ -315,10 +302,6 @@ class ClusterConfig:
     address: str = knob(
         "auto",
         "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one",
-    )
-    num_cpus: int | None = knob(
-        None,
-        "CPUs of an own Ray; null: those of this machine, or as many as the actors reserve where that is more",
     )
 
 
@@ -342,6 +325,24 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     ray: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def gpus_per_rank(self) -> float:
+        """What Ray reserves for one learner rank."""
+        return {"cpu": 0.0, "cuda": 1.0, "shared_cuda": SHARED}[self.model.device]
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """What Ray reserves for one rollout worker; servers that run already have their own."""
+        if self.rollout.server_urls:
+            return 0.0
+        shares = {"cpu": 0.0, "cuda": float(self.rollout.tensor_parallel), "shared_cuda": SHARED}
+        return shares[self.model.device]
+
+    @property
+    def gpus_of_evaluator(self) -> float:
+        """What Ray reserves for a dedicated evaluator."""
+        return float(self.model.device == "cuda" and self.evaluation.engine == "dedicated")
 
 
 def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:

@@ -22,27 +22,17 @@ AT_LEAST = {
     "seed": 0, "data.max_prompt_tokens": 1,
     "rollout.num_workers": 1, "rollout.tensor_parallel": 1, "rollout.num_slots": 1, "rollout.max_response_tokens": 1,
     "rollout.max_restarts": 0,
-    "rollout.num_cpus": 0, "rollout.num_gpus": 0,
-    "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.patience": 1,
+    "rollout.num_cpus": 0,
+    "replay.groups_per_step": 1, "replay.max_staleness": 0, "replay.max_rejected_in_a_row": 1,
     "learner.data_parallel": 1, "learner.tensor_parallel": 1,
-    "learner.num_cpus": 0, "learner.num_gpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.beta1": 0,
-    "learner.beta2": 0, "learner.num_minibatches": 1, "learner.microbatch_tokens": 1, "learner.max_skipped_steps": 1,
-    "learner.recompute_layers": 0,
-    "weights.bucket_bytes": 1, "weights.probe_tokens": 2, "weights.probe_tolerance": 0, "evaluation.num_prompts": 0,
-    "evaluation.every_steps": 0, "evaluation.num_cpus": 0, "evaluation.num_gpus": 0,
-    "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1, "train.sample_groups": 0, "ray.num_cpus": 1,
+    "learner.num_cpus": 0, "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0,
+    "learner.num_minibatches": 1, "learner.microbatch_tokens": 1,
+    "evaluation.num_prompts": 0, "evaluation.every_steps": 0,
+    "train.num_steps": 1, "train.checkpoint_every_steps": 1, "train.keep_checkpoints": 1,
 }  # fmt: skip
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
-POSITIVE = ("algorithm.second_moment", "learner.grad_clip", "reward.timeout_s")
-DAY_S = 86_400  # a longer deadline is none
-SHARES = (
-    "rollout.num_cpus",
-    "rollout.num_gpus",
-    "learner.num_cpus",
-    "learner.num_gpus",
-    "evaluation.num_cpus",
-    "evaluation.num_gpus",
-)
+POSITIVE = ("algorithm.second_moment", "learner.grad_clip")
+SHARES = ("rollout.num_cpus", "learner.num_cpus")
 
 
 def check(config: Config) -> None:
@@ -55,6 +45,7 @@ def check(config: Config) -> None:
         _cross_rules(config),
         _engine_rules(config),
         _learner_rules(config),
+        _shared_gpu_rules(config),
         _evaluation_rules(config),
     ):
         if not holds:
@@ -90,15 +81,6 @@ def _bound_rules(values: Mapping[str, Any]) -> Iterator[Rule]:
         yield (
             values[name] is None or values[name] > 0,
             f"{name} ({values[name]}) must be positive; set {name}=1.0{off}",
-        )
-    yield (
-        values["reward.timeout_s"] <= DAY_S,
-        f"reward.timeout_s ({values['reward.timeout_s']}) must be at most {DAY_S}, a day; set reward.timeout_s=5",
-    )
-    for name in ("learner.beta1", "learner.beta2"):
-        yield (
-            values[name] < 1,
-            f"{name} ({values[name]}) must lie in [0, 1); set {name}=0.9 or another decay below 1",
         )
     for name in SHARES:
         yield (
@@ -162,9 +144,11 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         ),
     )
     yield (
-        replay.patience >= replay.groups_per_step,
+        replay.max_rejected_in_a_row >= replay.groups_per_step,
         (
-            f"replay.patience ({replay.patience}) must be at least replay.groups_per_step ({replay.groups_per_step}); set replay.patience higher"
+            f"replay.max_rejected_in_a_row ({replay.max_rejected_in_a_row}) must be at least "
+            f"replay.groups_per_step ({replay.groups_per_step}); "
+            f"set replay.max_rejected_in_a_row={replay.groups_per_step} or more"
         ),
     )
     yield (
@@ -188,10 +172,6 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         f"tracking.mlflow ({uri!r}) must be local, a tracking URI such as http://HOST:5000 or sqlite:///FILE, or null; set it to one of them",
     )
     yield (
-        bool(config.tracking.experiment.strip()),
-        "tracking.experiment is empty; give the MLflow experiment a name, such as tracking.experiment=dapo-async",
-    )
-    yield (
         rollout.temperature > 0,
         f"rollout.temperature ({rollout.temperature}) must be positive: greedy rollouts have no behaviour logprobs; set it to 1.0",
     )
@@ -205,7 +185,7 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
 
 
 def _engine_rules(config: Config) -> Iterator[Rule]:
-    rollout, tp = config.rollout, config.rollout.tensor_parallel
+    rollout = config.rollout
     if rollout.engine == "torch":
         for name, off in (("tensor_parallel", 1), ("servers", ""), ("server_flags", "")):
             value = getattr(rollout, name)
@@ -223,21 +203,6 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
     yield (
         not own,
         f"rollout.server_flags has {own[0] if own else ''}, which each worker sets for its own server; leave it out",
-    )
-    silence_s, publish_s = config.deadlines.silence_s, config.deadlines.publish_s
-    yield (
-        silence_s >= publish_s,
-        (
-            f"deadlines.silence_s ({silence_s:g}) must be at least deadlines.publish_s ({publish_s:g}): while weights come, a healthy server is "
-            f"silent; set deadlines.silence_s={publish_s:g} or more"
-        ),
-    )
-    yield (
-        bool(urls) or rollout.num_gpus in (0, tp),
-        (
-            f"rollout.num_gpus ({rollout.num_gpus:g}) must be rollout.tensor_parallel ({tp}), or 0 for a server on CPU; "
-            f"set rollout.num_gpus={tp} or rollout.tensor_parallel={max(1, int(rollout.num_gpus))}"
-        ),
     )
     yield (
         not urls or len(set(urls)) == rollout.num_workers,
@@ -276,13 +241,6 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         ),
     )
     yield (
-        learner.num_gpus in (0, 1) or learner.data_parallel * learner.tensor_parallel == 1,
-        (
-            f"learner.num_gpus ({learner.num_gpus:g}) must be 1, or 0 for ranks on CPU, where there are several ranks: each has a device of its "
-            "own; set learner.num_gpus=1"
-        ),
-    )
-    yield (
         replay.groups_per_step >= learner.data_parallel,
         (
             f"learner.data_parallel ({learner.data_parallel}) must be at most replay.groups_per_step ({replay.groups_per_step}): each rank trains "
@@ -296,6 +254,45 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
             "has left the start of the step; set algorithm.proximal=recompute"
         ),
     )
+
+
+def _shared_gpu_rules(config: Config) -> Iterator[Rule]:
+    """One rank and one engine on one GPU: what else would need a GPU of its own is refused."""
+    if config.model.device != "shared_cuda":
+        return
+    rollout, learner = config.rollout, config.learner
+    sizes = {
+        "learner.data_parallel": learner.data_parallel,
+        "learner.tensor_parallel": learner.tensor_parallel,
+        "rollout.num_workers": rollout.num_workers,
+        "rollout.tensor_parallel": rollout.tensor_parallel,
+    }
+    for name, size in sizes.items():
+        yield (
+            size == 1,
+            f"model.device=shared_cuda needs {name}=1 (it is {size}): one learner rank and one "
+            "engine share the GPU; set it, or model.device=cuda",
+        )
+    for name, value, wanted, why in (
+        ("rollout.servers", rollout.servers, "", "a server elsewhere shares no GPU"),
+        (
+            "weights.transport",
+            config.weights.transport,
+            "disk",
+            "NCCL refuses two processes on one GPU",
+        ),
+        (
+            "evaluation.engine",
+            config.evaluation.engine,
+            "snapshot",
+            "a dedicated evaluator needs a GPU of its own",
+        ),
+    ):
+        yield (
+            value == wanted,
+            f"model.device=shared_cuda needs {name}={wanted} (it is {value}): {why}; "
+            "set it, or model.device=cuda",
+        )
 
 
 def _evaluation_rules(config: Config) -> Iterator[Rule]:

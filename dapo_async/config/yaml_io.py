@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dapo_async.config.replaced import refuse_replaced
 from dapo_async.config.sources import resolved
 from dapo_async.config.text import literal
 
@@ -36,7 +37,7 @@ def read_file(path: Path, names: Sequence[str]) -> DictConfig:
         raise ValueError(
             f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml"
         )
-    _refuse_value_of_group(tree, names)
+    _check_names(tree, names)
     return tree
 
 
@@ -58,15 +59,16 @@ def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig
             raise ValueError(
                 f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'"
             ) from error
-    _refuse_value_of_group(tree, names)
+    _check_names(tree, names)
     return tree
 
 
-def _refuse_value_of_group(tree: DictConfig, names: Sequence[str]) -> None:
+def _check_names(tree: DictConfig, names: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(values, dict)
+    refuse_replaced({str(key): value for key, value in values.items()})
     for name in names:
         group, dot, _ = name.partition(".")
         if dot and group in values and not isinstance(values[group], dict):

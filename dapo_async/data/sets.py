@@ -29,7 +29,6 @@ def load_set(
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
-        source_key=data.source_key,
         template=data.template
         or (preset.template if preset else "{problem}"),  # evaluation asks as training does
         system=data.system,
@@ -47,7 +46,7 @@ def _screening(config: Config, *, hub: bool) -> Screening:
                 against[source.where if source.name in against else source.name] = (
                     load_fingerprints(source, prompt_key=data.prompt_key)
                 )
-    return Screening(data.language, data.deduplicate, data.contamination, against)
+    return Screening(data.language, None, data.contamination, against)
 
 
 def is_on_hub(source: Source) -> bool:

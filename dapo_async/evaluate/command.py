@@ -158,8 +158,6 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "data": config.data.heldout,
         "problems_sha256": _digest_of(prompts),
         "verifier": config.reward.verifier,
-        "by_source": config.reward.by_source,
-        "verifier_timeout_s": config.reward.timeout_s,
         "engine": config.rollout.engine,
         "dtype": config.model.dtype,
         "max_response_tokens": sampling.max_tokens,
@@ -169,9 +167,7 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "top_p": sampling.top_p,
         "seed": seed,
     }
-    verifiers = choose_verifiers(
-        config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s
-    )
+    verifiers = choose_verifiers(config.reward.verifier)
 
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
         return verifiers.of(prompt.source)(

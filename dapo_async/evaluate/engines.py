@@ -39,9 +39,9 @@ def check_engines(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
         raise ValueError(lack)
-    if rollout.num_gpus > 0 and not torch.cuda.is_available():
+    if config.model.torch_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"rollout.num_gpus ({rollout.num_gpus:g}) asks for a GPU, and this machine has no CUDA device; set rollout.num_gpus=0"
+            f"model.device ({config.model.device}) asks for a GPU, and this machine has no CUDA device; set model.device=cpu"
         )
 
 
@@ -72,7 +72,7 @@ async def open_engines(
 def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEngine:
     rollout = config.rollout
     torch.set_num_threads(max(1, int(rollout.num_cpus)))
-    device = "cuda" if rollout.num_gpus > 0 else "cpu"
+    device = config.model.torch_device
     decoder = load_decoder(checkpoint, dtype=getattr(torch, config.model.dtype), device=device)
     return ThreadedEngine(
         TorchEngine(decoder, num_slots=rollout.num_slots, max_len=max_len), StateClock("evaluation")
@@ -88,7 +88,7 @@ async def _own_server(
     options = ServerOptions(
         model=checkpoint,
         dtype=config.model.dtype,
-        device="cuda" if rollout.num_gpus > 0 else "cpu",
+        device=config.model.torch_device,
         tensor_parallel=rollout.tensor_parallel,
         num_slots=rollout.num_slots,
         max_len=max_len,
@@ -101,7 +101,7 @@ async def _own_server(
     try:
         await server.start(timeout_s=config.deadlines.start_s)
         client = SGLangClient(
-            server.url, api_key=server.api_key, silence_s=config.deadlines.silence_s
+            server.url, api_key=server.api_key, silence_s=config.deadlines.answer_s
         )
         async with _engine(config, client, incarnation="") as engine:
             yield engine
@@ -114,7 +114,7 @@ async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIter
     """The server reads the checkpoint from the path that it has here, and attests its name."""
     incarnation = f"evaluation-{secrets.token_hex(4)}"
     client = SGLangClient(
-        url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.silence_s
+        url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.answer_s
     )
 
     async def load(weight_version: str, flush: bool) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dapo_async.model import buckets, shard_of
 
+BETAS = (0.9, 0.999)  # decay of the first and second moment: those of Adam's paper
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -31,7 +31,7 @@ from dapo_async.learner.batching import (
 )
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.mismatch import mismatch_metrics
-from dapo_async.learner.optimizer import ShardedAdamW, warmed_up
+from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
 from dapo_async.learner.state import FrozenState, freeze, load_state
 from dapo_async.model import Decoder, Mesh, PackedAttention
 from dapo_async.types import Group, StepMetrics
@@ -57,13 +57,13 @@ class LearnerRank:
         precisions = {parameter.dtype for parameter in decoder.parameters()}
         assert precisions == {torch.float32}, f"master weights are float32, these are {precisions}"
         self.decoder, self.version = decoder, version
-        decoder.recompute(learner.recompute_layers)
+        decoder.recompute(decoder.config.num_layers if learner.recompute else 0)
         self._algorithm, self._learner, self._seed = algorithm, learner, seed
         self._optimizer = ShardedAdamW(
             decoder,
             lr=learner.lr,
             weight_decay=learner.weight_decay,
-            betas=(learner.beta1, learner.beta2),
+            betas=BETAS,
             offload=learner.offload_optimizer,
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh

@@ -156,11 +156,10 @@ def build_mesh(
     host: str,
     device: torch.device,
     timeout_s: float,
-    save_timeout_s: float | None = None,
 ) -> Mesh:
     """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index; makes torch's default group. Blocks until all have come.
 
-    A rank that hangs makes the others fail within `timeout_s`, or `save_timeout_s` (None: the same) where parts are written beside the steps. One
+    A rank that hangs makes the others fail within `timeout_s`, also where parts are written beside the steps. One
     that dies does so at once on gloo.
     """
     timeout = timedelta(seconds=timeout_s)
@@ -183,7 +182,7 @@ def build_mesh(
     saving = dist.new_group(
         grid.flatten().tolist(),
         backend="gloo",
-        timeout=timedelta(seconds=save_timeout_s or timeout_s),
+        timeout=timedelta(seconds=timeout_s),
     )
     return Mesh(
         dp=Axis(dp_rank, dp, dp_group),

@@ -31,7 +31,7 @@ class StopReason:
         )
         return (
             f"the filters rejected {total} groups in a row ({by_reason}); read the run's rollouts: all_wrong means too hard or an answer that the "
-            "verifier can't read; change the data, the template or the group size, or raise replay.patience"
+            "verifier can't read; change the data, the template or the group size, or raise replay.max_rejected_in_a_row"
         )
 
 

@@ -57,48 +57,68 @@ class VerifierChoice:
         return self.by_source.get(source, self.default)
 
 
-def get_verifier(
-    name: str, *, timeout_s: float = math.TIMEOUT_S, knob: str = "reward.verifier"
-) -> Verifier:
+def get_verifier(name: str, *, timeout_s: float = math.TIMEOUT_S) -> Verifier:
     """A known verifier, or the user's `module:function` of `(response, gold)`. `timeout_s` is the deadline of `math`.
 
     Raises ValueError naming the nearest known one, or what is wrong with the function.
     """
     if is_custom(name):
-        return _checked(load_function(name, knob=knob, parameters=("response", "gold")), name)
+        return _checked(
+            load_function(name, knob="reward.verifier", parameters=("response", "gold")), name
+        )
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{knob} {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function"
+            f"reward.verifier {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function"
         )
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(
-                f"{knob}=math needs math-verify, which is not installed; pip install math-verify, or take another verifier"
+                "reward.verifier=math needs math-verify, which is not installed; pip install math-verify, or take another verifier"
             )
         return functools.partial(math.verify, timeout_s=timeout_s)
     return VERIFIERS[name]
 
 
-def choose_verifiers(
-    verifier: str, by_source: str, *, timeout_s: float = math.TIMEOUT_S
-) -> VerifierChoice:
-    """`reward.verifier` and `reward.by_source`, which is `source=verifier` with commas between. Raises ValueError for what is not of that form."""
+def choose_verifiers(text: str) -> VerifierChoice:
+    """The verifiers of `reward.verifier`, such as `marker, gsm8k=math`.
+
+    One entry is the default; `source=verifier` is for the rows of that source. Raises ValueError.
+    """
     chosen: dict[str, Verifier] = {}
-    for entry in filter(None, (part.strip() for part in by_source.split(","))):
-        source, equals, name = (part.strip() for part in entry.partition("="))
-        if not equals or not source or not name or source in chosen:
+    for source, name in _entries(text):
+        if not name or source in chosen:
+            what = f"the source {source!r}" if source else "the default"
             raise ValueError(
-                f"reward.by_source ({by_source!r}) must be source=verifier with commas between, each source once; correct {entry!r}, for example "
-                "gsm8k=math,reverse=exact"
+                f"reward.verifier ({text!r}) must name one default verifier, and one for each "
+                f"source=verifier; correct {what}, for example marker,gsm8k=math"
             )
-        chosen[source] = get_verifier(name, timeout_s=timeout_s, knob="reward.by_source")
-    return VerifierChoice(get_verifier(verifier, timeout_s=timeout_s), MappingProxyType(chosen))
+        chosen[source] = get_verifier(name)
+    if "" not in chosen:
+        raise ValueError(
+            f"reward.verifier ({text!r}) has no default verifier, for the rows of other sources; "
+            "add one, for example marker,gsm8k=math"
+        )
+    return VerifierChoice(chosen.pop(""), MappingProxyType(chosen))
 
 
-def named_sources(by_source: str) -> tuple[str, ...]:
-    """The sources that `reward.by_source` names."""
-    return tuple(entry.partition("=")[0].strip() for entry in by_source.split(",") if entry.strip())
+def named_sources(text: str) -> tuple[str, ...]:
+    """The sources that `reward.verifier` names."""
+    return tuple(source for source, _ in _entries(text) if source)
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
+    """(source, verifier) of each entry; the default has the source ""."""
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        source, equals, name = (part.strip() for part in entry.partition("="))
+        if equals and not source:
+            raise ValueError(
+                f"reward.verifier ({text!r}) has {entry!r}, which names no source; "
+                "write source=verifier, for example gsm8k=math"
+            )
+        found.append((source, name) if equals else ("", source))
+    return found
 
 
 def _checked(function: Verifier, name: str) -> Verifier:

@@ -114,7 +114,7 @@ class Evaluations:
         shutil.rmtree(self._run_dir.evaluated, ignore_errors=True)
 
     async def _run(self, announcement: Announcement, lessees: Sequence[Worker]) -> None:
-        deadline_s, began_s = self._config.deadlines.evaluate_s, self._clock.now_s()
+        deadline_s, began_s = self._config.deadlines.work_s, self._clock.now_s()
         evaluate_from_s = began_s
 
         def enter(state: str, whom: str) -> None:
@@ -166,7 +166,7 @@ class Evaluations:
             attestation = await evaluator.read(announcement, str(folder))
         finally:
             await asyncio.to_thread(self.clear)
-        verdict = judge(announcement, attestation, tolerance=self._config.weights.probe_tolerance)
+        verdict = judge(announcement, attestation, tolerance=self._config.model.probe_tolerance)
         if verdict.outcome is Outcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {verdict.detail}")
         enter("evaluate", evaluator.name)

@@ -16,6 +16,7 @@ from dapo_async.runtime.system import System
 from dapo_async.types import StepMetrics, TrainBatch
 
 T = TypeVar("T")
+MAX_SKIPPED_STEPS = 3  # this many non-finite steps in a row end the run
 
 
 class TrainingStopped(RuntimeError):
@@ -50,7 +51,7 @@ async def train_loop(
             return batch
         clock.enter("wait for step", f"step {step}")
         metrics = await unbroken(
-            train(system, tracker, step, batch), deadline_s=config.deadlines.step_s
+            train(system, tracker, step, batch), deadline_s=config.deadlines.work_s
         )
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(
@@ -61,9 +62,9 @@ async def train_loop(
             clock.enter("freeze", f"step {step}")
             await checkpointer.start(step + 1)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
-        if skipped_in_a_row >= config.learner.max_skipped_steps:
+        if skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise TrainingStopped(
-                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_skipped_steps); lower learner.lr, read non_finite/"
+                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; lower learner.lr, read non_finite/"
             )
     return None
 

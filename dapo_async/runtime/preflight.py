@@ -57,9 +57,7 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         correction_floor=algorithm.correction_floor,
         entropy_bonus=algorithm.entropy_bonus,
     )
-    choose_verifiers(
-        config.reward.verifier, config.reward.by_source, timeout_s=config.reward.timeout_s
-    )
+    choose_verifiers(config.reward.verifier)
     if config.replay.filter is not None:
         custom_filter(config.replay.filter)
     notes = []
@@ -108,12 +106,12 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
 
 
 def _check_sources(config: Config, sets: Sequence[PromptSet], *, complete: bool) -> None:
-    """Raises ValueError for a name in `reward.by_source` that no row has; not if some rows are still on the hub."""
+    """Raises ValueError for a source in `reward.verifier` that no row has; not if some rows are still on the hub."""
     sources = {prompt.source for prompts in sets for prompt in prompts.prompts}
-    unknown = [source for source in named_sources(config.reward.by_source) if source not in sources]
+    unknown = [source for source in named_sources(config.reward.verifier) if source not in sources]
     if unknown and complete:
         raise ValueError(
-            f"reward.by_source names {unknown[0]}, which no row has in its column {config.data.source_key} (data.source_key); the rows have "
+            f"reward.verifier names the source {unknown[0]}, which no row has in its column data_source; the rows have "
             f"{', '.join(sorted(filter(None, sources))) or 'no such column'}: correct the name"
         )
 
@@ -126,13 +124,10 @@ def _lacks(config: Config) -> Iterator[str]:
     if config.ray.address != "local":
         return
     actors = list(planned_actors(config))
-    devices, cpus = torch.cuda.device_count(), config.ray.num_cpus
+    devices = torch.cuda.device_count()
     if (wanted := sum(actor.num_gpus for actor in actors)) > devices:
         shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
         yield (
             f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA devices; "
-            "set learner.num_gpus=0, rollout.num_gpus=0 and evaluation.num_gpus=0, or ray.address to a cluster that has them"
+            "set model.device=cpu, or model.device=shared_cuda for one GPU, or ray.address to a cluster that has them"
         )
-    if cpus is not None and (wanted := sum(actor.num_cpus for actor in actors)) > cpus:
-        shares = ", ".join(f"{actor.name} {actor.num_cpus:g}" for actor in actors)
-        yield f"the run reserves {wanted:g} CPUs ({shares}), ray.num_cpus is {cpus}; raise it, or set ray.num_cpus=null"

@@ -15,10 +15,10 @@ from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 # What may change when a run goes on: how much of it, where and how fast it runs. Everything else is what the run is.
 SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
-    "rollout.num_workers", "rollout.num_cpus", "rollout.num_gpus", "rollout.num_slots",
+    "model.device", "rollout.num_workers", "rollout.num_cpus", "rollout.num_slots",
     "rollout.engine", "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
-    "learner.num_cpus", "learner.num_gpus", "learner.tensor_parallel", "learner.data_parallel", "learner.microbatch_tokens",
-    "learner.max_skipped_steps", "learner.recompute_layers", "learner.offload_optimizer", "learner.profile",
+    "learner.num_cpus", "learner.tensor_parallel", "learner.data_parallel", "learner.microbatch_tokens",
+    "learner.recompute", "learner.offload_optimizer", "learner.profile",
 )  # fmt: skip
 
 

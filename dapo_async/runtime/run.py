@@ -255,7 +255,7 @@ class Run:
         )
         self.clock.enter("wait for publish")
         await system.settle()
-        await self.checkpointer.save(deadline_s=self.config.deadlines.save_s)
+        await self.checkpointer.save(deadline_s=self.config.deadlines.work_s)
         if verdict is not None:
             self.ending = (
                 RunOutcome(Status.SOLVED, verdict.reason)
@@ -276,7 +276,7 @@ class Run:
         """Checkpoint, last reports, timeline, then the end of every actor; what can't be had any more is counted and left out."""
         deadline_s = self.config.deadlines.stop_s
         # Where nothing is known to hang: whoever has no time for a checkpoint interrupts once more.
-        save_s = deadline_s if self.hangs else max(deadline_s, self.config.deadlines.save_s)
+        save_s = deadline_s if self.hangs else max(deadline_s, self.config.deadlines.work_s)
         if self.system is not None and self.tracker is not None:
             if self.ending.status in (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME):
                 await self._attempt("the last rows of metrics", self.tracker.flush(deadline_s=1.0))

@@ -46,13 +46,13 @@ class Worker:
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
         attestation: Attestation | None = await self.remote.call(
-            "receive", announcement, deadline_s=self._deadlines.publish_s
+            "receive", announcement, deadline_s=self._deadlines.answer_s
         )
         return attestation
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
         attestation: Attestation | None = await self.remote.call(
-            "read", announcement, folder, deadline_s=self._deadlines.publish_s
+            "read", announcement, folder, deadline_s=self._deadlines.answer_s
         )
         return attestation
 
@@ -63,11 +63,11 @@ class Worker:
         await self.remote.call("confirm", deadline_s=REPORT_S)
 
     async def stage(self, announcement: Announcement) -> None:
-        await self.remote.call("stage", announcement, deadline_s=self._deadlines.publish_s)
+        await self.remote.call("stage", announcement, deadline_s=self._deadlines.answer_s)
 
     async def swap_staged(self, announcement: Announcement) -> Attestation | None:
         attestation: Attestation | None = await self.remote.call(
-            "swap_staged", announcement, deadline_s=self._deadlines.publish_s
+            "swap_staged", announcement, deadline_s=self._deadlines.answer_s
         )
         return attestation
 
@@ -75,7 +75,7 @@ class Worker:
         await self.remote.call("lease", on, deadline_s=REPORT_S)
 
     async def drained(self) -> None:
-        await self.remote.call("drained", deadline_s=self._deadlines.evaluate_s)
+        await self.remote.call("drained", deadline_s=self._deadlines.work_s)
 
     async def lost(self) -> str:
         why: str = await self.remote.call("lost", deadline_s=None)
@@ -90,12 +90,12 @@ class Worker:
     async def back(self) -> None:
         deadlines = self._deadlines
         await self.remote.call(
-            "back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.publish_s
+            "back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.answer_s
         )
 
     async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation | None:
         evaluation: Evaluation | None = await self.remote.call(
-            "evaluate", part, num_parts, deadline_s=self._deadlines.evaluate_s
+            "evaluate", part, num_parts, deadline_s=self._deadlines.work_s
         )
         return evaluation
 
@@ -106,8 +106,8 @@ class Replay:
     def __init__(self, remote: Remote, config: Config) -> None:
         self.remote, self._take_s, self._save_s = (
             remote,
-            config.deadlines.take_s,
-            config.deadlines.save_s,
+            config.deadlines.work_s,
+            config.deadlines.work_s,
         )
 
     async def take(self, learner_version: int) -> TrainBatch | StopReason:
@@ -162,14 +162,18 @@ class System:
         learner, rollout = config.learner, config.rollout
         # num_cpus=0 and no restarts: the driver decides what a death means.
         names = rank_names(config)
-        node = home(num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * learner.num_gpus)
+        node = home(
+            num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * config.gpus_per_rank
+        )
         room = ray.remote(ReplayActor).options(
             num_cpus=0, scheduling_strategy=near(node, reserves=False)
         )
         replay = room.remote(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
         near_replay = near(node, reserves=True)
         rank = ray.remote(LearnerActor).options(
-            num_cpus=learner.num_cpus, num_gpus=learner.num_gpus, scheduling_strategy=near_replay
+            num_cpus=learner.num_cpus,
+            num_gpus=config.gpus_per_rank,
+            scheduling_strategy=near_replay,
         )
         self.replay = Replay(Remote("replay", replay), config)
         ranks = [
@@ -188,7 +192,7 @@ class System:
         ]
         self.learner = Learner(ranks, config)
         worker = ray.remote(RolloutActor).options(
-            num_cpus=rollout.num_cpus, num_gpus=rollout.num_gpus, scheduling_strategy=SPREAD
+            num_cpus=rollout.num_cpus, num_gpus=config.gpus_per_worker, scheduling_strategy=SPREAD
         )
         place = {
             "incarnation": incarnation,
@@ -214,8 +218,8 @@ class System:
             self.learner,
             self.workers,
             transport=config.weights.transport,
-            tolerance=config.weights.probe_tolerance,
-            deadline_s=config.deadlines.publish_s,
+            tolerance=config.model.probe_tolerance,
+            deadline_s=config.deadlines.answer_s,
             regroup=self._regroup,
         )
 
@@ -257,7 +261,7 @@ class System:
 
     async def _regroup(self, names: Sequence[str]) -> None:
         """Forms the weight group of the learner, its rank 0, and the workers named, each of which brings the ranks of its engine."""
-        deadline_s, tp = self._config.deadlines.publish_s, self._config.rollout.tensor_parallel
+        deadline_s, tp = self._config.deadlines.answer_s, self._config.rollout.tensor_parallel
         members = [worker for worker in self.workers if worker.name in names]
         size = 1 + len(members) * tp
         address = await self.learner.first.call("open_group", deadline_s=deadline_s)

@@ -7,6 +7,7 @@ The run directory has everything anyway, so that nothing here is ever worth stop
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from dapo_async.tracking.mlflow_run import (
 )
 from dapo_async.tracking.run_dir import RunDir
 
+EXPERIMENT = "dapo-async"  # unless MLflow's own variable MLFLOW_EXPERIMENT_NAME names another
 RETRY_S = 15.0
 MAX_WAITING = 10_000  # calls that the queue holds; further rows stay in the run directory alone
 NUM_ROLLOUT_FILES, NEWEST_ROLLOUT_FILES = (
@@ -112,7 +114,7 @@ class MlflowStore:
         self._thread.join(deadline_s)
         if self._thread.is_alive():
             self._tell(
-                "late", f"has not taken everything within {deadline_s:g} s (deadlines.tracking_s)"
+                "late", f"has not taken everything within {deadline_s:g} s (deadlines.stop_s)"
             )
 
     def _put(self, call: Call) -> None:
@@ -177,7 +179,7 @@ def describe(config: Config, run_dir: RunDir) -> Description:
     tags = {"status": "running", "run_dir": str(run_dir.root)}
     return Description(
         uri,
-        config.tracking.experiment,
+        os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
         run_dir.root.name,
         artifacts,
         dict(flat_parameters(asdict(shown))),

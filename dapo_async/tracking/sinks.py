@@ -13,10 +13,10 @@ from dapo_async.tracking.terminal import Progress
 
 
 class Audience:
-    """Hands on what the run tells. Nothing here raises or waits, but `finish` for up to `deadlines.tracking_s`."""
+    """Hands on what the run tells. Nothing here raises or waits, but `finish` for up to `deadlines.stop_s`."""
 
     def __init__(self, config: Config, run_dir: RunDir, progress: Progress) -> None:
-        self._progress, self._deadline_s = progress, config.deadlines.tracking_s
+        self._progress, self._deadline_s = progress, config.deadlines.stop_s
         self._mlflow: MlflowStore | None = None
         if config.tracking.mlflow is not None:
             self._mlflow = MlflowStore(

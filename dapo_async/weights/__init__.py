@@ -7,12 +7,13 @@ handshake     the verdict on an engine's attestation: passed, inconclusive or mi
 publisher     the order of it all: one publish in flight, overlapping the next step
 """
 
-from dapo_async.weights.announcement import Announcement, Attestation, Manifest
+from dapo_async.weights.announcement import BUCKET_BYTES, Announcement, Attestation, Manifest
 from dapo_async.weights.collective import WeightGroup
 from dapo_async.weights.handshake import HandshakeResult, judge
 from dapo_async.weights.publisher import Publisher
 
 __all__ = [
+    "BUCKET_BYTES",
     "Announcement",
     "Attestation",
     "HandshakeResult",

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receivers split alike
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

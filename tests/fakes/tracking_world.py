@@ -26,10 +26,10 @@ from dapo_async.tracking.run_dir import RunDir
 ROOM = ROOT / "dapo_async"
 
 
-def config_with(mlflow: str | None, *, num_steps: int = 4, experiment: str = "sums") -> Config:
+def config_with(mlflow: str | None, *, num_steps: int = 4) -> Config:
     return replace(
         Config(),
-        tracking=TrackingConfig(mlflow=mlflow, experiment=experiment),
+        tracking=TrackingConfig(mlflow=mlflow),
         train=TrainConfig(num_steps=num_steps),
     )
 

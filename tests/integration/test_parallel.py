@@ -56,7 +56,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 CONFIG = replace(TINY, num_kv_heads=2)
 FORMS = (
     {"learner": {}},
-    {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute_layers": 1}},
+    {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute": True}},
     {
         "learner": {"num_minibatches": 2, "offload_optimizer": True},
         "algorithm": {"second_moment": 0.04, "overlong_filtering": True},

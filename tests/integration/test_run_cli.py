@@ -83,7 +83,7 @@ def test_missing_config_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
             ["algorithm.objective=gspo", "algorithm.correction_level=token"],
             "objective gspo does not take correction_level token; ",
         ),
-        (["deadlines.take_s=0"], "deadlines.take_s (0.0) must be positive; "),
+        (["deadlines.work_s=0"], "deadlines.work_s (0.0) must be positive; "),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(
@@ -326,7 +326,7 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
     small = (
         "replay.groups_per_step=2",
         "replay.group_size=4",
-        "replay.patience=12",
+        "replay.max_rejected_in_a_row=12",
         "rollout.num_slots=16",
     )
     run = finished(tmp_path / "run", f"data.train={data}", f"data.heldout={data}", *clear, *small)
@@ -358,7 +358,7 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
         "seed=0",
         "replay.groups_per_step=2",
         "replay.group_size=16",
-        "replay.patience=30",
+        "replay.max_rejected_in_a_row=30",
         "rollout.num_slots=32",
         "evaluation.num_prompts=8",
     )

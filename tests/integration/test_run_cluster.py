@@ -331,7 +331,6 @@ def test_own_ray_starts_beside_a_running_cluster(
         "train.num_steps=1",
         "evaluation.num_prompts=0",
         "ray.address=local",
-        "ray.num_cpus=3",
     )
     assert (run.exit_code, run.summary["status"]) == (0, "done"), run.output
     assert "\nstarted an own Ray\n" in run.output

@@ -170,7 +170,7 @@ def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path
         "replay.max_staleness=0",
         "replay.groups_per_step=16",
         "rollout.num_slots=8",
-        "deadlines.take_s=5",
+        "deadlines.work_s=5",
         "deadlines.stop_s=5",
     )
     with running(tmp_path / "run", *TINY, *LONG, *slow) as live:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 NUM_STEPS, EVERY = 12, 3
 # Groups large enough for steps that last longer than an evaluation takes to begin.
 SMALL = (
-    "replay.groups_per_step=16", "replay.group_size=8", "replay.dynamic_sampling=false", "train.sample_groups=16", f"train.num_steps={NUM_STEPS}",
+    "replay.groups_per_step=16", "replay.group_size=8", "replay.dynamic_sampling=false", "train.record=true", f"train.num_steps={NUM_STEPS}",
     f"train.checkpoint_every_steps={EVERY}", f"evaluation.every_steps={EVERY}", "evaluation.num_prompts=512",
 )  # fmt: skip
 

@@ -37,7 +37,7 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     small = (
         "replay.groups_per_step=8",
         "replay.group_size=4",
-        "train.sample_groups=8",
+        "train.record=true",
         "evaluation.num_prompts=0",
     )
     return finished(root, "replay.max_staleness=0", "train.num_steps=8", *small)
@@ -59,7 +59,7 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
         "dynamics.png",
         "mlflow.json",
     }
-    assert files == {*written, "rollouts", "checkpoints", "evaluations"}
+    assert files == {*written, "rollouts", "recorded", "checkpoints", "evaluations"}
     assert {path.name for path in (quickstart.root / "rollouts").iterdir()} == {
         f"step_{step:06d}.jsonl" for step in range(NUM_STEPS)
     }

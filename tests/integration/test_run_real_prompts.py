@@ -34,11 +34,11 @@ def test_real_prompts_that_a_random_model_never_solves_end_by_patience_with_a_cl
         )
     )
     small = (
-        "replay.patience=16",
+        "replay.max_rejected_in_a_row=16",
         "evaluation.num_prompts=4",
         "tracking.mlflow=null",
         "rollout.max_response_tokens=8",
-        "train.sample_groups=8",
+        "train.record=true",
     )
     run = finished(
         tmp_path / "run",

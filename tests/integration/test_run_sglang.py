@@ -48,7 +48,7 @@ LISTENING: set[str] = set()  # addresses that they listened on
 def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Two servers, weights by broadcast, everything written down; one of them is killed on the way."""
     root = tmp_path_factory.mktemp("two") / "run"
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.sample_groups=4")
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.record=true")
     with running(root, *TINY, *SERVERS, "rollout.num_workers=2", *steps) as live:
         live.wait_for(r"^step +8/")
         for name in ("rollout-0", "rollout-1"):
@@ -121,8 +121,7 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         "train.num_steps=5000",
         "train.checkpoint_every_steps=500",
         "weights.transport=disk",
-        "deadlines.silence_s=6",
-        "deadlines.publish_s=6",
+        "deadlines.answer_s=6",
     )
     with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
         live.wait_for(r"^step +4/")

@@ -81,7 +81,7 @@ FAULTS = {
     "broken off": (later(lambda told: BREAK_OFF), "broke off generate"),
     "silent": (
         later(lambda told: STALL),
-        r"sent nothing for 1 s while it generated \(deadlines.silence_s\)",
+        r"sent nothing for 1 s while it generated \(deadlines.answer_s\)",
     ),
     "garbage": (later(lambda told: GARBAGE), "sent something else than a piece of a response"),
 }

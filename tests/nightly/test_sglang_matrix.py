@@ -25,12 +25,11 @@ FAULTS = (kill, hang, starve)
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
 @pytest.mark.parametrize("mode", ["recompute", "keep_kv", "drain"])
 def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: str) -> None:
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.sample_groups=4")
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.record=true")
     knobs = (
         f"rollout.weight_update={mode}",
         f"weights.transport={transport}",
-        "deadlines.silence_s=6",
-        "deadlines.publish_s=6",
+        "deadlines.answer_s=6",
     )
     session = []
     with running(tmp_path / "run", *TINY, *SERVERS, *steps, *knobs) as live:
@@ -77,9 +76,7 @@ def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: 
         "train.checkpoint_every_steps=500",
         f"weights.transport={transport}",
     )
-    with running(
-        tmp_path / "run", *TINY, *SERVERS, *steps, "deadlines.silence_s=6", "deadlines.publish_s=6"
-    ) as live:
+    with running(tmp_path / "run", *TINY, *SERVERS, *steps, "deadlines.answer_s=6") as live:
         live.wait_for(r"^step +4/")
         for name, fault in (("rollout-0", kill), ("rollout-1", hang)):
             replaced(live, name, fault)

@@ -104,7 +104,7 @@ class SGLangClient:
                     yield self._chunk(event)
         except TimeoutError as error:  # before ClientError: aiohttp's are both
             raise EngineFault(
-                f"{self.url} sent nothing for {self._silence_s:g} s while it generated (deadlines.silence_s)"
+                f"{self.url} sent nothing for {self._silence_s:g} s while it generated (deadlines.answer_s)"
             ) from error
         except aiohttp.ClientError as error:
             raise EngineFault(f"{self.url} broke off generate: {error!r}") from error
@@ -252,7 +252,7 @@ class SGLangClient:
                 return {} if text else dict(json.loads(told))
         except TimeoutError as error:  # before ClientError: aiohttp's are both
             raise EngineFault(
-                f"{self.url} did not answer {path} within {self._silence_s:g} s (deadlines.silence_s)"
+                f"{self.url} did not answer {path} within {self._silence_s:g} s (deadlines.answer_s)"
             ) from error
         except (aiohttp.ClientError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} can't be asked {path}: {error!r}") from error

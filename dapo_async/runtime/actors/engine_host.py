@@ -24,7 +24,7 @@ from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.types import Completion, Prompt
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import Announcement, Attestation, WeightGroup
+from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, WeightGroup
 from dapo_async.weights.disk import read_version
 
 
@@ -37,10 +37,7 @@ class EngineHost(ABC):
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
         self._tokenizer = load_tokenizer(Path(config.model.path))
-        reward = config.reward
-        self.verifiers = choose_verifiers(
-            reward.verifier, reward.by_source, timeout_s=reward.timeout_s
-        )
+        self.verifiers = choose_verifiers(config.reward.verifier)
         model = ModelConfig.from_folder(Path(config.model.path))
         self.max_len = min(
             config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
@@ -141,7 +138,7 @@ class TorchHost(EngineHost):
             world_size=world_size,
             host=own_host(self._config),
             device=self._device,
-            timeout_s=self._config.deadlines.publish_s,
+            timeout_s=self._config.deadlines.answer_s,
         )
 
     async def receive(self, announcement: Announcement) -> Attestation:
@@ -166,7 +163,7 @@ class TorchHost(EngineHost):
         return await asyncio.to_thread(
             self._group.receive,
             announcement.manifest,
-            bucket_bytes=self._config.weights.bucket_bytes,
+            bucket_bytes=BUCKET_BYTES,
         )
 
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:

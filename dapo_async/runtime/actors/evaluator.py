@@ -23,13 +23,12 @@ class EvaluatorActor:
 
     def __init__(self, config: Config, *, incarnation: str) -> None:
         self._config = config
-        evaluation = config.evaluation
-        dedicated = evaluation.engine == "dedicated"
+        dedicated = config.evaluation.engine == "dedicated"
         if not dedicated:
             # Linux counts niceness per thread: this comes before the threads that do the work.
             os.nice(LOWEST_PRIORITY)
-        torch.set_num_threads(max(1, int(evaluation.num_cpus)) if dedicated else 1)
-        device = "cuda" if dedicated and evaluation.num_gpus > 0 else "cpu"
+        torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if dedicated else 1)
+        device = config.model.torch_device if dedicated else "cpu"
         self._clock = StateClock(NAME)
         # The engine's own states are told by nobody: seen from here they are parts of loading and of evaluating.
         self._host = TorchHost(

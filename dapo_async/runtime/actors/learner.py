@@ -31,10 +31,11 @@ from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import STATE
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import whereabouts
-from dapo_async.weights import Announcement, Manifest, WeightGroup
+from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest, WeightGroup
 from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
 
+PROBE_TOKENS = 16  # length of the handshake's probe prompt
 PROFILED_STEPS = (3, 4, 5)  # past the first ones, which allocate and warm up
 STATE_FOLDER = "learner"  # in the checkpoint's state/
 
@@ -65,7 +66,7 @@ class LearnerActor:
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
         self._device = (
-            "cuda:0" if config.learner.num_gpus > 0 else "cpu"
+            "cuda:0" if config.model.torch_device == "cuda" else "cpu"
         )  # Ray shows an actor its own GPU alone
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._stepping: int | None = None  # the thread of the step that runs
@@ -104,8 +105,7 @@ class LearnerActor:
                 tp=config.learner.tensor_parallel,
                 host=own_host(config),
                 device=torch.device(self._device),
-                timeout_s=config.deadlines.step_s,
-                save_timeout_s=config.deadlines.save_s,
+                timeout_s=config.deadlines.work_s,
             )
         decoder = load_decoder(
             Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh
@@ -161,7 +161,7 @@ class LearnerActor:
                     take_snapshot,
                     self._rank.decoder,
                     version=self._rank.version,
-                    probe_tokens=self._config.weights.probe_tokens,
+                    probe_tokens=PROBE_TOKENS,
                     dtype=self._dtype,
                     mesh=self._mesh,
                 )
@@ -181,14 +181,14 @@ class LearnerActor:
         """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
         host = own_host(self._config)
         self._group = None  # the one before, whose members have changed
-        self._store = open_store(host, timeout_s=self._config.deadlines.publish_s)
+        self._store = open_store(host, timeout_s=self._config.deadlines.answer_s)
         return host, self._store.port
 
     async def join(self, world_size: int) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
         # A member that hangs is noticed while the publish can still do without it.
-        host, timeout_s = own_host(self._config), self._config.deadlines.publish_s / 2
+        host, timeout_s = own_host(self._config), self._config.deadlines.answer_s / 2
         self._group = await asyncio.to_thread(
             WeightGroup,
             self._store,
@@ -210,7 +210,7 @@ class LearnerActor:
             self._group.send,
             weights,
             announcement.manifest,
-            bucket_bytes=self._config.weights.bucket_bytes,
+            bucket_bytes=BUCKET_BYTES,
         )
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:

@@ -32,6 +32,7 @@ from dapo_async.types import Admission, Completion, Group, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
+SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence tells it that this actor hangs
 
@@ -72,7 +73,7 @@ class ReplayActor:
             max_staleness=config.replay.max_staleness,
             num_steps=config.train.num_steps,
             filters=filters,
-            patience=config.replay.patience,
+            patience=config.replay.max_rejected_in_a_row,
             incarnation=incarnation,
             lineage=read_state(resume) if resume else None,
         )
@@ -217,10 +218,10 @@ class ReplayActor:
                 group.group_id,
             ),
         )
-        write_rollouts(
-            self._run_dir.rollouts, step=step, groups=telling[: self._config.train.sample_groups]
-        )
-        if self._config.train.record:
+        record = self._config.train.record
+        shown = telling if record else telling[:SAMPLE_GROUPS]
+        write_rollouts(self._run_dir.rollouts, step=step, groups=shown)
+        if record:
             await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
         self._in_training = (step, groups)
         return replace(batch, references=tuple(ray.put(group) for group in groups))

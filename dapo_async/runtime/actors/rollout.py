@@ -22,7 +22,7 @@ from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
 
-UPDATE_SHARE = 0.8  # of deadlines.publish_s, for one engine's part
+UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part
 ANSWER_S = 60.0  # far above any answer of a healthy replay actor
 
 
@@ -82,7 +82,7 @@ class RolloutActor:
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
         self._replay = RayReplay(self.name, replay)
-        device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
+        device = config.model.torch_device
         self._host: EngineHost
         if config.rollout.engine == "sglang":
             self._host = SGLangHost(
@@ -156,9 +156,7 @@ class RolloutActor:
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         """A server that is too late is lost before the whole publish is."""
         self._worker.hold(True)
-        limit_s = (
-            UPDATE_SHARE * self._config.deadlines.publish_s if self._host.restartable else None
-        )
+        limit_s = UPDATE_SHARE * self._config.deadlines.answer_s if self._host.restartable else None
         try:
             async with asyncio.timeout(limit_s) as limit:
                 return await update

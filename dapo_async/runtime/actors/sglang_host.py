@@ -13,7 +13,7 @@ from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import Announcement, Attestation
+from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation
 from dapo_async.weights.collective import NAME
 from dapo_async.weights.disk import version_folder
 
@@ -65,7 +65,7 @@ class SGLangHost(EngineHost):
         """To a server that answers: one of its own, or the one that runs already."""
         urls, deadlines = self._config.rollout.server_urls, self._config.deadlines
         url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
-        client = SGLangClient(url, api_key=key, silence_s=deadlines.silence_s)
+        client = SGLangClient(url, api_key=key, silence_s=deadlines.answer_s)
         if urls:
             await client.wait_until_healthy(timeout_s=deadlines.start_s)
             await client.clear(NAME)
@@ -93,7 +93,7 @@ class SGLangHost(EngineHost):
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
         backend = (
-            "nccl" if self._config.learner.num_gpus > 0 else "gloo"
+            "nccl" if self._config.model.torch_device == "cuda" else "gloo"
         )  # the learner's: it opened the group
         if self._joined:
             await self._client.leave_group(NAME)
@@ -105,7 +105,7 @@ class SGLangHost(EngineHost):
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
 
-        buckets = announcement.manifest.buckets(self._config.weights.bucket_bytes)
+        buckets = announcement.manifest.buckets(BUCKET_BYTES)
         lines = [[spec.line for spec in bucket] for bucket in buckets]
 
         async def load(weight_version: str, flush: bool) -> None:

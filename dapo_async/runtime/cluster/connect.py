@@ -51,14 +51,14 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
         yield PlannedActor(
             name,
             learner.num_cpus,
-            learner.num_gpus,
+            config.gpus_per_rank,
             f"{replay.groups_per_step} groups of {replay.group_size} per step{share}",
         )
     for number in range(rollout.num_workers):
         yield PlannedActor(
             f"rollout-{number}",
             rollout.num_cpus,
-            rollout.num_gpus,
+            config.gpus_per_worker,
             f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}",
         )
     evaluation = config.evaluation
@@ -67,8 +67,8 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
         detail = f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts each {evaluation.every_steps} steps"
         yield PlannedActor(
             "evaluator",
-            evaluation.num_cpus if dedicated else 0,
-            evaluation.num_gpus if dedicated else 0,
+            rollout.num_cpus if dedicated else 0,
+            config.gpus_of_evaluator,
             detail,
         )
 
@@ -86,9 +86,7 @@ def connect(config: Config) -> str:
     actors = list(planned_actors(config))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == LOCAL:
-        cpus = config.ray.num_cpus or max(
-            os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors))
-        )
+        cpus = max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Its address is said: else Ray would look for a cluster beside it, and refuse num_cpus for that.
         with shielded():

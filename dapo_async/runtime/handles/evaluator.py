@@ -17,7 +17,7 @@ class Evaluator:
     """One version in from disk, its evaluation out."""
 
     def __init__(self, remote: Remote, config: Config) -> None:
-        self.remote, self.name, self._deadline_s = remote, remote.name, config.deadlines.evaluate_s
+        self.remote, self.name, self._deadline_s = remote, remote.name, config.deadlines.work_s
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         attestation: Attestation = await self.remote.call(
@@ -39,7 +39,9 @@ def start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluator
     evaluation, evaluator = config.evaluation, ray.remote(EvaluatorActor)
     if evaluation.engine == "dedicated":
         evaluator = evaluator.options(
-            num_cpus=evaluation.num_cpus, num_gpus=evaluation.num_gpus, scheduling_strategy=SPREAD
+            num_cpus=config.rollout.num_cpus,
+            num_gpus=config.gpus_of_evaluator,
+            scheduling_strategy=SPREAD,
         )
     else:
         evaluator = evaluator.options(num_cpus=0, scheduling_strategy=near(node, reserves=False))

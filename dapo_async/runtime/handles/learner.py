@@ -51,42 +51,42 @@ class Learner:
             (parts[rank // self._tp], shares[rank // self._tp]) for rank in range(len(self.remotes))
         ]
         metrics: list[StepMetrics] = await self._all(
-            "step", arguments, deadline_s=self._deadlines.step_s
+            "step", arguments, deadline_s=self._deadlines.work_s
         )
         # The ranks of one tensor-parallel axis saw the same groups: the first of each speaks for them.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
 
     async def snapshot(self) -> Announcement:
-        announcement, *_ = await self._all("snapshot", deadline_s=self._deadlines.publish_s)
+        announcement, *_ = await self._all("snapshot", deadline_s=self._deadlines.answer_s)
         assert isinstance(announcement, Announcement)
         return announcement
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Where engines are servers, which may be lost: why it broke off. What the others took of it is worthless, so they are let go."""
         try:
-            await self.first.call("broadcast", announcement, deadline_s=self._deadlines.publish_s)
+            await self.first.call("broadcast", announcement, deadline_s=self._deadlines.answer_s)
         except ActorFailed as error:
             if not self._tolerant:
                 raise
-            await self.first.call("leave_group", deadline_s=self._deadlines.publish_s)
+            await self.first.call("leave_group", deadline_s=self._deadlines.answer_s)
             return str(error)
         return None
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Into the run's folder of versions, or into `folder`; returns which."""
         written: str = await self.first.call(
-            "write", announcement, folder, deadline_s=self._deadlines.publish_s
+            "write", announcement, folder, deadline_s=self._deadlines.answer_s
         )
         return written
 
     async def version(self) -> int:
         """That of the weights; a step that runs is waited for."""
-        return self._same(await self._all("version", deadline_s=self._deadlines.save_s))
+        return self._same(await self._all("version", deadline_s=self._deadlines.work_s))
 
     async def freeze(self) -> int:
         """Copies the whole state between two steps; returns its version."""
-        return self._same(await self._all("freeze", deadline_s=self._deadlines.save_s))
+        return self._same(await self._all("freeze", deadline_s=self._deadlines.work_s))
 
     @staticmethod
     def _same(versions: Sequence[int]) -> int:
@@ -95,7 +95,7 @@ class Learner:
 
     async def save(self, folder: Path) -> None:
         """Every rank writes its parts of what was frozen."""
-        await self._all("save", [(folder,)] * len(self.remotes), deadline_s=self._deadlines.save_s)
+        await self._all("save", [(folder,)] * len(self.remotes), deadline_s=self._deadlines.work_s)
 
     async def _all(
         self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, *, deadline_s: float

@@ -1,5 +1,6 @@
 """Bad input is one clear line: rule, values, remedy."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from paths import CONFIGS
 
 from dapo_async import config as knobs
+from dapo_async.config.replaced import REPLACED, REPLACED_VALUES
 
 
 @pytest.fixture
@@ -71,21 +73,19 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path: Path) -> None:
             "algorithm.second_moment (0.0) must be positive; set algorithm.second_moment=1.0 or null (off)",
         ),
         ("learner.grad_clip=-1", "learner.grad_clip (-1.0) must be positive"),
-        ("weights.probe_tolerance=-1e-3", "weights.probe_tolerance (-0.001) must be at least 0"),
-        ("learner.beta1=2", "learner.beta1 (2.0) must lie in [0, 1)"),
-        ("learner.beta2=1", "learner.beta2 (1.0) must lie in [0, 1)"),
-        ("learner.beta2=-0.1", "learner.beta2 (-0.1) must be at least 0"),
         ("seed=-1", "seed (-1) must be at least 0"),
         (
             "seed=9223372036854775808",
             "seed (9223372036854775808) must be a finite number, below 2^63",
         ),
         ("rollout.num_cpus=-1", "rollout.num_cpus (-1.0) must be at least 0"),
-        ("rollout.num_gpus=-1", "rollout.num_gpus (-1.0) must be at least 0"),
         ("learner.num_cpus=-1", "learner.num_cpus (-1.0) must be at least 0"),
-        ("learner.num_gpus=-0.5", "learner.num_gpus (-0.5) must be at least 0"),
-        ("learner.num_gpus=0.00001", "learner.num_gpus (1e-05) must be 0 or at least 0.0001"),
-        ("ray.num_cpus=0", "ray.num_cpus (0) must be at least 1"),
+        ("learner.num_cpus=0.00001", "learner.num_cpus (1e-05) must be 0 or at least 0.0001"),
+        ("model.device=gpu", "model.device: Invalid value 'gpu', expected one of"),
+        (
+            "replay.max_rejected_in_a_row=3",
+            "replay.max_rejected_in_a_row (3) must be at least replay.groups_per_step (16)",
+        ),
         (
             "replay=3",
             "replay (3) is a group of knobs and has no value of its own; set one of its knobs, such as replay.groups_per_step",
@@ -102,7 +102,7 @@ def test_the_resolved_config_reads_back_equal(file, tmp_path: Path) -> None:
             r"data.template: Interpolation key 'price' not found; write \${ for a literal ${",
         ),
         ("model.path=~no_such_user/base", "model.path ('~no_such_user/base') is no usable path"),
-        ("deadlines.take_s=0", "deadlines.take_s (0.0) must be positive"),
+        ("deadlines.work_s=0", "deadlines.work_s (0.0) must be positive"),
         ("data.template=solve", "must contain {problem}"),
     ],
 )
@@ -145,14 +145,6 @@ def test_every_config_in_the_repository_loads() -> None:
             "rollout.server_flags has --port=3, which each worker sets",
         ),
         (
-            ["rollout.engine=sglang", "deadlines.silence_s=60"],
-            "deadlines.silence_s (60) must be at least deadlines.publish_s (120)",
-        ),
-        (
-            ["rollout.engine=sglang", "rollout.num_gpus=0.5"],
-            "rollout.num_gpus (0.5) must be rollout.tensor_parallel (1), or 0 for a server on CPU",
-        ),
-        (
             ["rollout.engine=sglang", "rollout.servers='http://a:1, http://b:1/'"],
             "names 2 servers for rollout.num_workers=1",
         ),
@@ -178,18 +170,85 @@ def test_what_does_not_fit_the_engine_is_one_clear_line(file, overrides, line) -
     assert line in str(error.value)
 
 
-def test_layout_of_engines_is_derived_from_the_knobs(file) -> None:
-    rollout = knobs.load(
-        file,
-        [
-            "rollout.engine=sglang",
-            "rollout.num_workers=2",
-            "rollout.num_gpus=4",
-            "rollout.tensor_parallel=4",
-            "rollout.servers='http://a:1/,http://b:2'",
-        ],
-    ).rollout
-    assert rollout.server_urls == ("http://a:1", "http://b:2")
+SERVERS = ["rollout.engine=sglang", "rollout.num_workers=2", "rollout.tensor_parallel=4"]
+SHARED = ["model.device=shared_cuda", "weights.transport=disk"]
+
+
+def test_urls_of_servers_are_read_from_one_text(file: Path) -> None:
+    config = knobs.load(file, [*SERVERS, "rollout.servers='http://a:1/,http://b:2'"])
+    assert config.rollout.server_urls == ("http://a:1", "http://b:2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        ([], (0.0, 0.0, 0.0)),
+        (["model.device=cuda"], (1.0, 1.0, 0.0)),
+        (["model.device=cuda", *SERVERS], (1.0, 4.0, 0.0)),
+        (["model.device=cuda", *SERVERS, "rollout.servers='http://a,http://b'"], (1.0, 0.0, 0.0)),
+        (["model.device=cuda", "evaluation.engine=dedicated"], (1.0, 1.0, 1.0)),
+        (["evaluation.engine=dedicated"], (0.0, 0.0, 0.0)),
+        (SHARED, (0.5, 0.5, 0.0)),
+    ],
+)
+def test_gpus_of_rank_worker_and_evaluator_follow_from_the_device(
+    file: Path, overrides: list[str], gpus: tuple[float, float, float]
+) -> None:
+    config = knobs.load(file, overrides)
+    assert (config.gpus_per_rank, config.gpus_per_worker, config.gpus_of_evaluator) == gpus
+    assert config.model.torch_device == ("cuda" if gpus[0] else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "learner.data_parallel=2",
+            "model.device=shared_cuda needs learner.data_parallel=1 (it is 2)",
+        ),
+        ("rollout.num_workers=3", "model.device=shared_cuda needs rollout.num_workers=1 (it is 3)"),
+        (
+            "weights.transport=broadcast",
+            "needs weights.transport=disk (it is broadcast): NCCL refuses two processes on one GPU",
+        ),
+        ("evaluation.engine=dedicated", "needs evaluation.engine=snapshot (it is dedicated)"),
+    ],
+)
+def test_a_shared_gpu_takes_one_rank_and_one_engine(file: Path, override: str, line: str) -> None:
+    with pytest.raises(ValueError) as error:
+        knobs.load(file, [*SHARED, override])
+    assert line in str(error.value)
+
+
+def test_tolerance_of_the_probe_follows_from_the_dtype(file: Path) -> None:
+    assert knobs.load(file).model.probe_tolerance == 1e-3
+    assert knobs.load(file, ["model.dtype=bfloat16"]).model.probe_tolerance == 0.5
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_every_old_knob_is_one_line_that_names_what_replaced_it(file: Path, name: str) -> None:
+    for value in ("1", "null", "text"):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(name)} (was replaced|is no knob)"
+        ) as error:
+            knobs.load(file, [f"{name}={value}"])
+        assert "\n" not in str(error.value)
+    section, _, key = name.partition(".")
+    file.write_text(file.read_text().replace(f"{section}: {{", f"{section}: {{{key}: 1, "))
+    if section not in ("data", "learner"):
+        file.write_text(file.read_text() + f"{section}:\n  {key}: 1\n")
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} "):
+        knobs.load(file)
+
+
+def test_replacements_name_knobs_that_are_there() -> None:
+    """A remedy is no old name, and no old name is a knob again."""
+    names = {name for name, *_ in knobs.knobs()}
+    assert not names & set(REPLACED)
+    for line in [*REPLACED.values(), *REPLACED_VALUES.values()]:
+        assert not {old for old in REPLACED if re.search(rf"\b{re.escape(old)}\b", line)}
+        if "was replaced" in line and "environment" not in line:
+            assert [name for name in names if name in line], line
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_no
     config = knobs.load(CONFIGS / file)
     rollout, learner = config.rollout, config.learner
     ranks = learner.data_parallel * learner.tensor_parallel
-    num_gpus = int(rollout.num_workers * rollout.num_gpus + ranks * learner.num_gpus)
+    num_gpus = int(rollout.num_workers * config.gpus_per_worker + ranks * config.gpus_per_rank)
     assert re.search(rf"\b{num_gpus} GPUs", head)
-    assert f"{rollout.num_workers} engines x {rollout.num_gpus:g} GPU" in head
+    assert f"{rollout.num_workers} engines x {config.gpus_per_worker:g} GPU" in head
     assert f"{learner.data_parallel} x {learner.tensor_parallel} ranks" in head
     assert f"num_slots {rollout.num_slots}" in head
     assert "Not run. Derived:" in head

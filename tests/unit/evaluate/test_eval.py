@@ -425,7 +425,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert refused(capsys, "--data", str(tmp_path / "none.jsonl")).startswith(
         f"data.heldout ({tmp_path}/none.jsonl) does not exist; "
     )
-    assert refused(capsys, "rollout.num_gpus=1").startswith("rollout.num_gpus (1) asks for a GPU, ")
+    assert refused(capsys, "model.device=cuda").startswith("model.device (cuda) asks for a GPU, ")
     assert "the model's" in refused(capsys, "rollout.max_response_tokens=100000")
 
 

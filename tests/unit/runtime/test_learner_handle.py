@@ -56,7 +56,7 @@ def learner_of(*ranks: Any, dp: int = 1, tp: int = 1) -> Learner:
             [
                 f"learner.data_parallel={dp}",
                 f"learner.tensor_parallel={tp}",
-                "deadlines.step_s=0.1",
+                "deadlines.work_s=0.1",
             ],
         ),
     )

@@ -155,22 +155,14 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    line = refusal("learner.num_gpus=1", "rollout.num_gpus=0.5")
-    assert line.startswith(
-        "the run reserves 1.5 GPUs (replay 0, learner 1, rollout-0 0.5, evaluator 0), this machine has 1 CUDA devices; set "
+    assert refusal("model.device=cuda") == (
+        "the run reserves 2 GPUs (replay 0, learner 1, rollout-0 1, evaluator 0), "
+        "this machine has 1 CUDA devices; set model.device=cpu, or model.device=shared_cuda for "
+        "one GPU, or ray.address to a cluster that has them"
     )
-    check_inputs(
-        knobs.load(
-            QUICKSTART, ["ray.address=local", "learner.num_gpus=0.5", "rollout.num_gpus=0.5"]
-        )
-    )
-    check_inputs(knobs.load(QUICKSTART, ["learner.num_gpus=4", "ray.address=10.0.0.1:6379"]))
-
-
-def test_more_cpus_than_an_own_ray_is_given_are_refused() -> None:
-    assert refusal("ray.num_cpus=1").startswith(
-        "the run reserves 2 CPUs (replay 0, learner 1, rollout-0 1, evaluator 0), ray.num_cpus is 1; raise it"
-    )
+    shared = ["model.device=shared_cuda", "weights.transport=disk"]
+    check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *shared]))
+    check_inputs(knobs.load(QUICKSTART, ["model.device=cuda", "ray.address=10.0.0.1:6379"]))
 
 
 def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:

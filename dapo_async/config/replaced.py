@@ -1,0 +1,67 @@
+"""Knobs and values of earlier versions: each gives one line that names what replaced it.
+
+`yaml_io` looks up every key of a config file and of the overrides here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ALWAYS = "is no knob any more: it is always {}"
+_USE = "was replaced: set {}"
+
+# Old dotted name → what to say about it.
+REPLACED: Mapping[str, str] = {
+    "data.source_key": _ALWAYS.format("the column data_source, or that of the preset"),
+    "data.deduplicate": "is no knob any more: the preset of the data set decides; "
+    "set data.train=PRESET=PATH for the deduplication of a preset",
+    "reward.by_source": _USE.format("reward.verifier=DEFAULT,SOURCE=VERIFIER"),
+    "reward.timeout_s": _ALWAYS.format("5"),
+    "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
+    "replay.patience": _USE.format("replay.max_rejected_in_a_row"),
+    "learner.num_gpus": _USE.format("model.device=cuda"),
+    "learner.beta1": _ALWAYS.format("0.9"),
+    "learner.beta2": _ALWAYS.format("0.999"),
+    "learner.recompute_layers": _USE.format("learner.recompute=true"),
+    "learner.max_skipped_steps": _ALWAYS.format("3"),
+    "weights.bucket_bytes": _ALWAYS.format("64 MiB"),
+    "weights.probe_tokens": _ALWAYS.format("16"),
+    "weights.probe_tolerance": "is no knob any more: it follows from model.dtype",
+    "evaluation.num_cpus": _USE.format("rollout.num_cpus, which a dedicated evaluator takes too"),
+    "evaluation.num_gpus": _USE.format("model.device=cuda and evaluation.engine=dedicated"),
+    "train.sample_groups": "is no knob any more: it is always 2; "
+    "set train.record=true for all groups",
+    "tracking.experiment": "was replaced: set the environment variable MLFLOW_EXPERIMENT_NAME",
+    "deadlines.take_s": _USE.format("deadlines.work_s"),
+    "deadlines.step_s": _USE.format("deadlines.work_s"),
+    "deadlines.evaluate_s": _USE.format("deadlines.work_s"),
+    "deadlines.save_s": _USE.format("deadlines.work_s"),
+    "deadlines.publish_s": _USE.format("deadlines.answer_s"),
+    "deadlines.silence_s": _USE.format("deadlines.answer_s"),
+    "deadlines.tracking_s": _USE.format("deadlines.stop_s"),
+    "ray.num_cpus": "is no knob any more: an own Ray has the CPUs of this machine, "
+    "or as many as the actors reserve where that is more",
+}
+
+# (name, old value) → what to say about it.
+REPLACED_VALUES: Mapping[tuple[str, str], str] = {}
+
+
+def refuse_replaced(tree: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first key of the nested `tree`, or value, that was replaced."""
+    for name, value in _leaves(tree):
+        if name in REPLACED:
+            raise ValueError(f"{name} {REPLACED[name]}")
+        if (name, str(value)) in REPLACED_VALUES:
+            raise ValueError(f"{name}={value} {REPLACED_VALUES[name, str(value)]}")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
