@@ -25,7 +25,7 @@ from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.sglang.client import SERVER_KEY, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
-from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, sglang_lack
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, missing_sglang
 from dapo_async.utils.state_clock import StateClock
 
 LOOPBACK = "127.0.0.1"
@@ -37,7 +37,7 @@ PROBE = np.arange(
 def check_engines(config: Config) -> None:
     """Raises ValueError for what this machine does not have."""
     rollout = config.rollout
-    if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
+    if rollout.engine == "sglang" and not rollout.server_urls and (lack := missing_sglang()):
         raise ValueError(lack)
     if config.model.torch_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(

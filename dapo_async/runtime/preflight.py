@@ -17,7 +17,7 @@ from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
-from dapo_async.rollout.sglang.server import sglang_lack
+from dapo_async.rollout.sglang.server import missing_sglang
 from dapo_async.runtime.cluster.connect import planned_actors
 
 
@@ -119,7 +119,7 @@ def _check_sources(config: Config, sets: Sequence[PromptSet], *, complete: bool)
 def _lacks(config: Config) -> Iterator[str]:
     """What would keep the run from starting here, each with its remedy. An own Ray has what it is told to have: only here is that compared."""
     rollout = config.rollout
-    if rollout.engine == "sglang" and not rollout.server_urls and (lack := sglang_lack()):
+    if rollout.engine == "sglang" and not rollout.server_urls and (lack := missing_sglang()):
         yield lack
     if config.ray.address != "local":
         return

@@ -37,7 +37,7 @@ def starve(server: psutil.Process) -> None:
 
 
 def server_of(root: Path, name: str) -> psutil.Process:
-    """The main process of an engine's server: the child of the leash, which alone writes that log."""
+    """The main process of an engine's server: the child of the supervisor, which alone writes that log."""
     log = str(root / "engines" / f"{name}.log")
     for process in psutil.process_iter():
         try:

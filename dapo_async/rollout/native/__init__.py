@@ -1,8 +1,10 @@
-"""The engine on the learner's own decoder, on CPU and CUDA.
+"""The native engine (`rollout.engine=torch`): generates with the learner's own decoder.
 
-engine    weights and group requests in, completions out
-thread    the engine in a thread of its own, behind the `Engine` protocol
-slots     which sequence is in which slot
-kv_cache  keys and values of the running sequences
-sampling  tokens from logits, with noise keyed by position
+It runs on CPU and CUDA.
+
+engine    TorchEngine: continuous batching, one decode step per call, no threads
+thread    ThreadedEngine: a TorchEngine in a thread of its own, behind the `Engine` protocol
+slots     the table of running sequences, one row per slot
+kv_cache  keys and values of the running sequences, and attention over them
+sampling  tokens from probabilities, with noise keyed by (seed, group, sibling, token)
 """

@@ -1,7 +1,7 @@
-"""Static key/value slots and the attention strategies on them that the torch engine hands to the decoder.
+"""Keys and values in static slots, and the attention over them that the native engine uses.
 
-One slot holds one sequence; the engine keeps running slots at the front, so that decoding reads one contiguous view `[:n, :, :longest]` and
-idle slots cost nothing.
+One slot holds one sequence. The engine keeps the running slots at the front: decoding reads one
+contiguous view `[:n, :, :longest]`, and idle slots cost nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dapo_async.model import ModelConfig, PackedAttention
 
-_ROUND_TOKENS = (
-    16  # key lengths are multiples of this: aligned masks for CUDA's kernels, and fewer shapes
-)
+# Key lengths are multiples of this: aligned masks for CUDA's kernels, and fewer shapes.
+_ROUND_TOKENS = 16
 
 
 class KVCache:
@@ -35,29 +34,26 @@ class KVCache:
         shape = (config.num_layers, 2, num_slots, config.num_kv_heads, padded, config.head_dim)
         # Zeros, not empty memory: masked entries get weight 0, and 0 · NaN would be NaN.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        # One index for both writes is half the work: all vectors of a layer in a row, and where those of each slot and head start.
-        self._vectors = [
-            self.kv[layer].view(-1, config.head_dim) for layer in range(config.num_layers)
-        ]
-        self._starts = torch.arange(
-            0, 2 * num_slots * config.num_kv_heads * padded, padded, device=device
-        ).view(2, num_slots, config.num_kv_heads)
-        self.layers = [
-            (self.kv[layer, 0], self.kv[layer, 1]) for layer in range(config.num_layers)
-        ]  # each [S, KV, L, D]
-        self.mask = torch.full(
-            (num_slots, padded), float("-inf"), dtype=dtype, device=device
-        )  # added to the scores: 0 where visible
+        self.layers = [(layer[0], layer[1]) for layer in self.kv]  # each [S, KV, L, D]
+        # One index writes keys and values at once, which halves the work: all vectors of a layer
+        # in one row, and where the vectors of each slot and head start in it.
+        self._vectors = [layer.view(-1, config.head_dim) for layer in self.kv]
+        starts = torch.arange(0, self._vectors[0].shape[0], padded, device=device)
+        self._starts = starts.view(2, num_slots, config.num_kv_heads)
+        # Added to the scores: 0 where visible, else -inf.
+        self.mask = torch.full((num_slots, padded), float("-inf"), dtype=dtype, device=device)
 
     def entries(self, positions: Tensor) -> Tensor:
-        """Where the tokens at `positions [n]` of the first n slots go: `[2 · n · KV]` for `write`."""
+        """The index that `write` needs for tokens at `positions [n]` of slots 0 … n − 1.
+
+        Shape `[2 · n · KV]`.
+        """
         return (self._starts[:, : len(positions)] + positions[:, None]).view(-1)
 
     def write(self, layer: int, entries: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores one token per slot, `key, value [n, KV, D]`."""
-        self._vectors[layer].index_copy_(
-            0, entries, torch.cat((key, value)).view(-1, key.shape[-1])
-        )
+        vectors = torch.cat((key, value)).view(-1, key.shape[-1])
+        self._vectors[layer].index_copy_(0, entries, vectors)
 
     def fill(self, rows: slice, prefix: Tensor) -> None:
         """Starts the slots `rows` with the same entries: `prefix [layers, 2, KV, P, D]`."""
@@ -73,7 +69,7 @@ class KVCache:
 
 
 class PrefillAttention:
-    """Causal attention within packed sequences that also keeps their keys and values."""
+    """Causal attention within packed sequences; keeps their keys and values."""
 
     def __init__(self, cache: KVCache, *, lengths: Sequence[int]) -> None:
         """Equally long neighbours share a kernel call."""
@@ -88,14 +84,18 @@ class PrefillAttention:
 
     def prefixes(self) -> list[Tensor]:
         """Keys and values of each sequence, `[layers, 2, KV, length, D]`, after the pass."""
-        return [part.transpose(2, 3) for part in self._kv.split(self._packed.lengths, dim=2)]
+        parts = torch.split(self._kv, list(self._packed.lengths), dim=2)
+        return [part.transpose(2, 3) for part in parts]
 
 
 class DecodeAttention:
-    """One query token for each of the first slots, over all that these slots hold, itself included."""
+    """One query token for each of the first slots, over all entries of its slot and itself."""
 
     def __init__(self, cache: KVCache, *, positions: Tensor, longest: int) -> None:
-        """`positions [n]` of the new tokens of slots 0 … n − 1; the longest slot holds `longest` entries with its new one."""
+        """`positions [n]`: of the new tokens of slots 0 … n − 1.
+
+        `longest`: entries of the longest of these slots, its new token included.
+        """
         self._cache = cache
         self.positions = positions
         self._entries = cache.entries(positions)
@@ -107,21 +107,19 @@ class DecodeAttention:
         cache.write(layer, self._entries, key, value)
         num_rows, num_heads, head_dim = query.shape
         keys, values = (tensor[:num_rows, :, :length] for tensor in cache.layers[layer])
-        # The query heads that share a key head stand in for query positions: no key is repeated.
-        heads, mask = (
-            query.view(num_rows, keys.shape[1], -1, head_dim),
-            cache.mask[:num_rows, None, None, :length],
-        )
+        # Query heads that share a key head take the place of query positions: no key is repeated.
+        heads = query.view(num_rows, keys.shape[1], -1, head_dim)
+        mask = cache.mask[:num_rows, None, None, :length]
         if query.is_cuda:
             mixed = scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
-        else:  # for so few queries plain products are 1.3 times as fast as SDPA's kernel
+        else:  # with so few queries plain products are 1.3 times as fast as SDPA's kernel
             scores = (heads * head_dim**-0.5) @ keys.transpose(2, 3)
             mixed = scores.add_(mask).softmax(-1) @ values
         return mixed.reshape(num_rows, num_heads, head_dim)
 
 
 class MixedAttention:
-    """Several strategies side by side in one pass through the decoder: the first tokens belong to the first one, and so on."""
+    """Several attentions in one pass: the first tokens belong to the first part, and so on."""
 
     def __init__(self, parts: Sequence[DecodeAttention | PrefillAttention]) -> None:
         self._parts = parts
@@ -129,5 +127,6 @@ class MixedAttention:
         self.positions = torch.cat([part.positions for part in parts])
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens = zip(*(tensor.split(self._sizes) for tensor in (query, key, value)), strict=True)
+        split = (torch.split(tensor, self._sizes) for tensor in (query, key, value))
+        tokens = zip(*split, strict=True)
         return torch.cat([part(layer, *own) for part, own in zip(self._parts, tokens, strict=True)])

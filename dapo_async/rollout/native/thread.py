@@ -1,7 +1,8 @@
-"""The torch engine behind the `Engine` protocol: one daemon thread decodes, callers await on their event loops (L2).
+"""The native engine behind the `Engine` protocol: one daemon thread decodes, callers await.
 
-Commands queue up and are obeyed between two decode steps; with nothing to decode the thread blocks on the queue. All calls made in one turn of
-an event loop (`asyncio.gather`) reach the engine before the same step: so a wave in lockstep gives the same tokens bit for bit (law 7).
+Commands wait in a queue and are executed between two decode steps. With nothing to decode the
+thread blocks on the queue. All calls made in one turn of an event loop (`asyncio.gather`) reach the
+engine before the same step, so that a lockstep run repeats its tokens bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion
 from dapo_async.utils.state_clock import StateClock
 
-_CLOSE_TIMEOUT_S = 60.0  # one decode step or one swap at most has to end first
+_CLOSE_TIMEOUT_S = 60.0  # at most one decode step or one weight update has to end first
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ _Command = _Generate | _Abort | _Update | _Close
 
 
 class _Waiter:
-    """The future of a command; answered from the thread, it resolves on the loop that awaits it."""
+    """The future of a command: set from the thread, resolved on the caller's event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self.future = loop, loop.create_future()
@@ -66,35 +67,34 @@ class _Waiter:
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
         def settle() -> None:
-            if self.future.done():  # cancelled meanwhile
+            if self.future.done():  # the caller was cancelled
                 return
             if error is None:
                 self.future.set_result(result)
             else:
                 self.future.set_exception(error)
 
-        if not self._loop.is_closed():  # else nobody waits any more
+        if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(settle)
 
 
 class ThreadedEngine:
-    """`Engine` on a `TorchEngine`. The clock is in state `generate`, `wait` (nothing to decode) or `sync` (weights are swapped).
+    """The engine of `rollout.engine=torch` in a run: an `Engine` on a `TorchEngine`.
 
-    When the thread dies, every pending and every later call raises its original error: nobody waits for ever (law 8).
+    The clock is in state `generate`, `wait` (nothing to decode) or `sync` (a weight update). When
+    the thread dies, every pending and every later call raises its original error (no silent death).
     """
 
     def __init__(self, core: TorchEngine, clock: StateClock) -> None:
-        """The core belongs to the thread from now on."""
+        """From now on only the thread may use `core`."""
         self._core, self._clock = core, clock
         self._meter = SlotMeter(clock, slots=core.num_slots)
         self._inbox: queue.SimpleQueue[list[tuple[_Command, _Waiter]]] = queue.SimpleQueue()
         self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
-        self._lock = threading.Lock()  # guards what decides whether the inbox is still read
+        self._lock = threading.Lock()  # guards `_error`: whether the inbox is still read
         self._error: BaseException | None = None
-        # A command is in one of these until it is answered, so that `_die` finds every waiter.
-        self._obeying: deque[tuple[_Command, _Waiter]] = (
-            deque()
-        )  # the rest of the turns that the thread has taken over
+        # A command is in one of these three until it is answered: `_die` finds every waiter there.
+        self._taken: deque[tuple[_Command, _Waiter]] = deque()  # from the inbox, to be executed
         self._generating: dict[int, _Waiter] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -148,7 +148,7 @@ class ThreadedEngine:
                 )
 
     def _send(self, command: _Command) -> asyncio.Future[Any]:
-        """Queues the command with the others of this turn of the loop."""
+        """Queues the command with the other commands of this turn of the loop."""
         loop = asyncio.get_running_loop()
         waiter, turn = _Waiter(loop), self._turns.setdefault(loop, [])
         if not turn:
@@ -169,33 +169,36 @@ class ThreadedEngine:
         try:
             while self._serve():
                 pass
-        except BaseException as error:  # noqa: BLE001 (not swallowed: every waiter raises it)
+        except BaseException as error:  # noqa: BLE001 (every waiter raises it)
             self._die(error)
         else:
             self._die(RuntimeError("the engine is closed"))
 
     def _serve(self) -> bool:
-        """One turn of the thread: commands, a swap if one is due, a decode step. False when it is to end."""
+        """One turn of the thread: commands, an update if one waits, a decode step.
+
+        Returns False when the thread has to end.
+        """
         core = self._core
         idle = not core.has_work and not self._updates
         if idle:
             self._clock.enter("wait")
             self._meter.spent(running=0)
-        if idle or not self._inbox.empty():  # nobody else takes from it
-            self._obeying.extend(self._inbox.get())
+        if idle or not self._inbox.empty():  # only this thread takes from the inbox
+            self._taken.extend(self._inbox.get())
         if idle:
             self._meter.spent(running=0)
-        while self._obeying:
-            command, waiter = self._obeying[0]
+        while self._taken:
+            command, waiter = self._taken[0]
             if isinstance(command, _Close):
                 waiter.answer(None)
                 return False
-            self._obey(command, waiter)
-            self._obeying.popleft()
+            self._execute(command, waiter)
+            self._taken.popleft()
         if self._updates:
             core.draining = core.weight_update == "drain"
             if not (core.draining and core.num_running):
-                self._swap(*self._updates[0])
+                self._update(*self._updates[0])
                 self._updates.popleft()
         if core.has_work:
             self._clock.enter("generate")
@@ -204,12 +207,12 @@ class ThreadedEngine:
             self._meter.spent(running=core.num_drawn)
         return True
 
-    def _obey(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
+    def _execute(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
         match command:
             case _Generate(request):
                 try:
                     self._core.submit(request)
-                except ValueError as error:  # the caller's to fix: the engine goes on
+                except ValueError as error:  # the caller's error: the engine goes on
                     waiter.fail(error)
                 else:
                     self._generating[request.key] = waiter
@@ -220,16 +223,14 @@ class ThreadedEngine:
             case _Update():
                 self._updates.append((command, waiter))
 
-    def _swap(self, update: _Update, waiter: _Waiter) -> None:
+    def _update(self, update: _Update, waiter: _Waiter) -> None:
         self._meter.spent(running=0, syncing=True)
         with self._clock.during("sync", f"version {update.version}"):
             try:
                 report = self._core.update_weights(
                     update.weights, version=update.version, probe_ids=update.probe_ids
                 )
-            except (
-                ValueError
-            ) as error:  # the caller's to fix: the engine goes on with the weights it has
+            except ValueError as error:  # the caller's error: the engine keeps its weights
                 self._core.draining = False
                 waiter.fail(error)
             else:
@@ -241,10 +242,8 @@ class ThreadedEngine:
             self._error = error
         self._clock.enter("wait")
         self._meter.spent(running=0)
-        waiters = [
-            *self._generating.values(),
-            *(waiter for _, waiter in (*self._updates, *self._obeying)),
-        ]
+        waiters = list(self._generating.values())
+        waiters += [waiter for _, waiter in (*self._updates, *self._taken)]
         while not self._inbox.empty():
             waiters += [waiter for _, waiter in self._inbox.get()]
         for waiter in waiters:

@@ -1,6 +1,7 @@
-"""The SGLang server of one engine: its command line, its start, its end (L2). SGLang is never imported: it is a process with an HTTP API.
+"""Starts and stops the SGLang server of one engine.
 
-In: the model folder and sizes. Out: a URL and a key. Called by the rollout actor, which talks to it through `sglang_client.py`.
+In: the model folder and sizes. Out: a URL and an API key for `client.py`. Called by the rollout
+actor. SGLang is a process with an HTTP API; it is never imported.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from typing import Literal
 import psutil
 
 from dapo_async.rollout.engine import EngineFault
-from dapo_async.rollout.sglang import supervisor as leash
+from dapo_async.rollout.sglang import supervisor
 from dapo_async.rollout.sglang.client import POLL_S, SGLangClient
 
-STREAM_TOKENS = 8  # tokens per streamed chunk: what a lost server can lose of each response, against the cost of a chunk
+# Tokens per streamed chunk. A lost server loses at most one chunk of each response; each chunk
+# costs time.
+STREAM_TOKENS = 8
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 CLOSE_S = 10.0
 LOG_TAIL_LINES = 3
-SPARE_SLOTS = (
-    1  # beside the engine's slots: the handshake's probe never waits for a response to end
-)
+# Beside the engine's slots, so that the handshake's probe never waits for a response to end.
+SPARE_SLOTS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """What one server is started with."""
+    """The settings of one server."""
 
     model: Path
     dtype: str
@@ -48,13 +50,11 @@ class ServerOptions:
     host: str  # the interface that it listens on
     seed: int
     log: Path
-    overlap: bool = (
-        True  # on CUDA: the next decode step is launched before the last one's tokens are booked
-    )
-    extra: tuple[str, ...] = ()  # further flags, which win over these
+    overlap: bool = True  # on CUDA: launch a decode step before the last step's tokens are handled
+    extra: tuple[str, ...] = ()  # further flags, which override the flags above
 
     def command(self, port: int) -> list[str]:
-        """What starts it. It needs no tokenizer: ids go in and come out."""
+        """The command line. The server needs no tokenizer: token ids go in and come out."""
         flags: dict[str, object] = {
             "model-path": self.model,
             "host": self.host,
@@ -83,57 +83,57 @@ class ServerOptions:
         return [sys.executable, "-m", "sglang.launch_server", *options, *switches, *self.extra]
 
     def environment(self) -> dict[str, str]:
-        """What it needs beside its flags: the network interface, and on a CPU the cores of its ranks."""
+        """Environment variables: the network interface, and on a CPU the cores of the ranks."""
         interface = interface_of(self.host)
-        network = (
-            {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-        )
+        variables: dict[str, str] = {}
+        if interface:
+            variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         if self.device != "cpu":
-            return network
-        cores = sorted(os.sched_getaffinity(0))
-        binding = "|".join(str(cores[rank % len(cores)]) for rank in range(self.tensor_parallel))
-        bound = (
-            {"SGLANG_CPU_OMP_THREADS_BIND": binding} if self.tensor_parallel > 1 else {}
-        )  # else it wants a NUMA node for each rank
-        return network | bound | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+            return variables
+        variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        if self.tensor_parallel > 1:  # without a binding SGLang wants a NUMA node for each rank
+            cores = sorted(os.sched_getaffinity(0))
+            bound = [str(cores[rank % len(cores)]) for rank in range(self.tensor_parallel)]
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+        return variables
 
 
 def interface_of(host: str) -> str | None:
-    """The name of the network interface that has the address `host`: torch's process groups are told by name where to listen."""
-    return next(
-        (
-            name
-            for name, addresses in psutil.net_if_addrs().items()
-            for each in addresses
-            if each.address == host
-        ),
-        None,
-    )
+    """The name of the network interface with the address `host`; torch's process groups need it."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == host for each in addresses):
+            return name
+    return None
 
 
-def sglang_lack() -> str | None:
-    """Why no server can be started here, with the remedy; None where one can."""
+def missing_sglang() -> str | None:
+    """Why no server can be started here, with the remedy; None where a server can be started."""
     if importlib.util.find_spec("sglang") is not None:
         return None
     return (
-        "rollout.engine=sglang needs SGLang, which is not installed; pip install 'dapo-async[sglang]' on a GPU machine, run "
-        "cluster/sglang_cpu/install.sh on a CPU machine, or name running servers in rollout.servers"
+        "rollout.engine=sglang needs SGLang, which is not installed; on a GPU machine run "
+        "pip install -c constraints.txt 'dapo-async[sglang]', on a CPU machine run "
+        "bash cluster/sglang_cpu/install.sh, or name running servers in rollout.servers"
     )
 
 
 class SGLangServer:
-    """One server process on a leash. `start`, then `url` and `api_key` are its own; `close` ends it."""
+    """One server process under a supervisor. After `start`, use `url` and `api_key`."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self._leash: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
-        self._log_begins = 0  # bytes; lives before this one wrote into the same log
+        self._log_start = 0  # bytes: servers before this one wrote into the same log
         self.api_key = secrets.token_hex(32)
         self.url = ""
 
     async def start(self, *, timeout_s: float) -> None:
-        """Returns when it answers. Raises EngineFault with the end of its log when it ends instead, TimeoutError when it does neither."""
+        """Returns when the server answers.
+
+        Raises EngineFault with the end of its log when it ends instead, TimeoutError when it does
+        neither within `timeout_s`.
+        """
         deadline_s = time.monotonic() + timeout_s
         for attempt in range(PORT_ATTEMPTS):
             self._exit_code = None
@@ -143,34 +143,32 @@ class SGLangServer:
             try:
                 return await self._wait_until_healthy(deadline_s, timeout_s)
             except EngineFault:
-                if (
-                    not any("address already in use" in line for line in self._said())
-                    or attempt == PORT_ATTEMPTS - 1
-                ):
+                port_taken = any("address already in use" in line for line in self._log_lines())
+                if not port_taken or attempt == PORT_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
     def _launch(self, port: int) -> None:
         options = self.options
         options.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_begins = options.log.stat().st_size if options.log.exists() else 0
+        self._log_start = options.log.stat().st_size if options.log.exists() else 0
         order = {
             "command": options.command(port),
             "environment": options.environment(),
             "secret": self.api_key,
             "log": str(options.log),
         }
-        # A session of its own: what ends the actor's process group must not end the leash before the server.
-        self._leash = subprocess.Popen(
-            [sys.executable, "-I", leash.__file__],
+        # In a session of its own: a signal to the actor's process group must not reach it.
+        self._supervisor = subprocess.Popen(
+            [sys.executable, "-I", supervisor.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        assert self._leash.stdin is not None
-        self._leash.stdin.write(json.dumps(order).encode() + b"\n")
-        self._leash.stdin.flush()
-        self._leash.wait()  # what goes on is nobody's child
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.write(json.dumps(order).encode() + b"\n")
+        self._supervisor.stdin.flush()
+        self._supervisor.wait()  # it forks; the process that goes on is no child of this one
 
     async def _wait_until_healthy(self, deadline_s: float, timeout_s: float) -> None:
         client = SGLangClient(self.url, api_key=self.api_key)
@@ -178,7 +176,8 @@ class SGLangServer:
             while time.monotonic() < deadline_s:
                 if (code := self.exit_code) is not None:
                     raise EngineFault(
-                        f"the SGLang server ended with code {code} while it started; {self.options.log} ends with: {self._log_tail()}"
+                        f"the SGLang server ended with code {code} while it started; "
+                        f"{self._log_tail()}"
                     )
                 if await client.healthy():
                     return
@@ -187,49 +186,46 @@ class SGLangServer:
             await client.close()
         await self.close()
         raise TimeoutError(
-            f"waited {timeout_s:g} s for the SGLang server to answer; {self.options.log} ends with: {self._log_tail()}"
+            f"waited {timeout_s:g} s for the SGLang server to answer; {self._log_tail()}"
         )
 
     @property
     def exit_code(self) -> int | None:
-        """None while it lives."""
+        """None while the server runs."""
         return self._read_exit_code(wait_s=0.0)
 
     def _read_exit_code(self, *, wait_s: float) -> int | None:
-        assert self._leash is not None, "a server's exit code before its start"
-        assert self._leash.stdout is not None
-        if self._exit_code is None and select.select([self._leash.stdout], [], [], wait_s)[0]:
-            self._exit_code = int(
-                self._leash.stdout.readline() or -signal.SIGKILL
-            )  # nothing: somebody killed the leash
+        assert self._supervisor is not None, "a server's exit code before its start"
+        output = self._supervisor.stdout
+        assert output is not None
+        if self._exit_code is None and select.select([output], [], [], wait_s)[0]:
+            # Nothing to read: somebody killed the supervisor, and so the server.
+            self._exit_code = int(output.readline() or -signal.SIGKILL)
         return self._exit_code
 
     async def close(self) -> None:
-        """Ends the server and everything that it started; returns when all is gone."""
-        if self._leash is None:
+        """Ends the server and everything that it started; returns when all of it is gone."""
+        if self._supervisor is None:
             return
-        assert self._leash.stdin is not None
-        self._leash.stdin.close()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
         if await asyncio.to_thread(self._read_exit_code, wait_s=CLOSE_S) is None:
             raise TimeoutError(f"waited {CLOSE_S:g} s for the SGLang server at {self.url} to end")
 
     def _log_tail(self) -> str:
-        return " | ".join(self._said()[-LOG_TAIL_LINES:])
+        lines = self._log_lines()[-LOG_TAIL_LINES:]
+        return f"{self.options.log} ends with: {' | '.join(lines)}"
 
-    def _said(self) -> list[str]:
-        """Lines of the log since the server was launched: an end may be told long before its last line."""
+    def _log_lines(self) -> list[str]:
+        """All lines of the log since this launch: the reason may stand long before the end."""
         if not self.options.log.exists():
             return []
-        return (
-            self.options.log.read_bytes()[self._log_begins :]
-            .decode(errors="replace")
-            .strip()
-            .splitlines()
-        )
+        output = self.options.log.read_bytes()[self._log_start :]
+        return output.decode(errors="replace").strip().splitlines()
 
 
 def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on just now."""
+    """A port of `host` on which nobody listens now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

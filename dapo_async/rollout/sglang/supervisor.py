@@ -1,14 +1,18 @@
-"""Holds an engine's server on a leash: it ends with whoever started it, however that ended, and with everything that it started itself.
+"""A process between a rollout actor and its SGLang server: ends the server when its owner has died.
 
-A small process of its own between the rollout actor and the server. It runs as a file, so that it imports nothing of this package:
+It runs as a script, so it imports nothing of this package. `server.py` starts it.
 
-    one line of JSON on standard input {command, environment, secret, log} ─▶ the server, in a session of its own
-    the end of standard input (close, or the death of whoever held it)    ─▶ SIGKILL to its whole process group: it has nothing to save
-    the end of the server, whatever ended it                             ─▶ the rest of its group is killed; its exit code on standard output
-    the end of the leash itself                                          ─▶ the server is killed by the kernel
+    one line of JSON on standard input          starts the server in a session of its own;
+    {command, environment, secret, log}         its output goes to the file `log`
+    standard input ends: the owner closed it    sends SIGKILL to the server's process group;
+    or died                                     a server has nothing to save
+    the server ends, for whatever reason        kills the rest of its process group and
+                                                writes the exit code to standard output
+    the supervisor itself ends                  the kernel kills the server
 
-It is nobody's child: Ray's workers kill theirs when they exit, and nothing would hold the server then. The server's output goes to `log`, line by
-line, without `secret`: servers print their arguments.
+The supervisor detaches from its parent: a Ray worker kills its children when it exits, and then
+nothing would end the server. It removes `secret` from the log, because servers print their
+arguments.
 """
 
 from __future__ import annotations
@@ -23,68 +27,76 @@ import sys
 import tempfile
 import threading
 
-PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent ends
-LOG_S = 2.0  # for what it printed last
+PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
+LOG_S = 2.0  # for copying the server's last output
 
 
-def hold() -> int:
-    """Starts what standard input orders; returns its exit code when everything of it is gone."""
+def supervise() -> int:
+    """Runs the server that standard input describes; returns its exit code when it has ended."""
     order = json.loads(sys.stdin.readline())
     secret: str = order["secret"]
     with tempfile.TemporaryDirectory(prefix="dapo-async-") as folder:
         command = list(order["command"])
-        if secret:
-            # In a file that only this user can read: a command line is everybody's to see.
-            config = os.path.join(folder, "secret.yaml")
-            with open(os.open(config, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                json.dump({"api-key": secret}, file)
-            command += ["--config", config]
+        if secret:  # in a file that only this user can read: every user can read command lines
+            command += ["--config", write_secret(secret, folder)]
+        environment = {
+            **os.environ,
+            "TMPDIR": folder,  # the server's temporary files are removed with it
+            # Its ranks meet over a file: a port would be open to everybody.
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store",
+            **order["environment"],
+        }
         server = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # What it leaves in its temporary files goes with it; its ranks meet over a file, where they would open a port to everybody.
-            env={
-                **os.environ,
-                "TMPDIR": folder,
-                "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/store",
-                **order["environment"],
-            },
+            env=environment,
             start_new_session=True,
-            preexec_fn=before_the_server,
+            preexec_fn=prepare_server_process,
         )
-        log = threading.Thread(target=copy, args=(server, order["log"], secret.encode()))
+        log = threading.Thread(target=copy_output, args=(server, order["log"], secret.encode()))
         log.start()
-        threading.Thread(target=end, args=(server,), daemon=True).start()
+        threading.Thread(target=kill_when_input_ends, args=(server,), daemon=True).start()
         code = server.wait()
-        kill(server)
+        kill_group(server)
         log.join(LOG_S)
     return code
 
 
-def before_the_server() -> None:
-    """In the server's process: it ends with the leash, and heeds SIGTERM, from which Ray's processes are shielded."""
+def write_secret(secret: str, folder: str) -> str:
+    """Writes the API key as a config file of SGLang; returns its path."""
+    path = os.path.join(folder, "secret.yaml")
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        json.dump({"api-key": secret}, file)
+    return path
+
+
+def prepare_server_process() -> None:
+    """Runs in the server's process: it dies with the supervisor and accepts SIGTERM.
+
+    Ray blocks SIGTERM in its processes, and children inherit that.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def copy(server: subprocess.Popen[bytes], path: str, secret: bytes) -> None:
-    """The server's output into the file `path`."""
+def copy_output(server: subprocess.Popen[bytes], path: str, secret: bytes) -> None:
+    """Appends the server's output to the file `path`, line by line, without `secret`."""
     assert server.stdout is not None
     with open(path, "ab", buffering=0) as log:
         for line in server.stdout:
             log.write(line.replace(secret, b"***") if secret else line)
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
-    """Waits for the end of standard input, then ends the server."""
+def kill_when_input_ends(server: subprocess.Popen[bytes]) -> None:
+    """Waits until standard input ends, then kills the server."""
     sys.stdin.read()
-    kill(server)
+    kill_group(server)
 
 
-def kill(server: subprocess.Popen[bytes]) -> None:
-    """Everything in the server's process group, which it leads."""
+def kill_group(server: subprocess.Popen[bytes]) -> None:
+    """Kills every process of the server's process group."""
     try:
         os.killpg(server.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -93,7 +105,7 @@ def kill(server: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     if os.fork() == 0:
-        code = hold()
-        with contextlib.suppress(BrokenPipeError):  # whoever held it may be gone
+        code = supervise()
+        with contextlib.suppress(BrokenPipeError):  # the owner may have died
             print(code, flush=True)
-        os._exit(0)  # at once, though the thread that reads standard input still waits
+        os._exit(0)  # at once: a thread may still be reading standard input

@@ -1,4 +1,7 @@
-"""The start of a server, with a stand-in that fails as SGLang does when somebody else has taken its port: long before the end of its log."""
+"""The start of a server whose port is taken.
+
+The stand-in fails as SGLang does: it names the reason long before the end of its log.
+"""
 
 from __future__ import annotations
 
@@ -37,23 +40,22 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
     monkeypatch.setattr(
         ServerOptions, "command", lambda self, port: [sys.executable, "-c", STAND_IN, str(port)]
     )
-    return SGLangServer(
-        ServerOptions(
-            model=tmp_path,
-            dtype="float32",
-            device="cpu",
-            tensor_parallel=1,
-            num_slots=1,
-            max_len=8,
-            host="127.0.0.1",
-            seed=0,
-            log=tmp_path / "log",
-        )
+    options = ServerOptions(
+        model=tmp_path,
+        dtype="float32",
+        device="cpu",
+        tensor_parallel=1,
+        num_slots=1,
+        max_len=8,
+        host="127.0.0.1",
+        seed=0,
+        log=tmp_path / "log",
     )
+    return SGLangServer(options)
 
 
 def started(server: SGLangServer, ports: list[int]) -> str:
-    """The address at which it answers when it is given these ports in turn."""
+    """Starts the server, which tries these ports in turn; returns the URL at which it answers."""
 
     async def start() -> str:
         try:
@@ -67,13 +69,13 @@ def started(server: SGLangServer, ports: list[int]) -> str:
         return asyncio.run(start())
 
 
-def test_server_whose_port_was_taken_is_started_on_another_one(server: SGLangServer) -> None:
+def test_server_whose_port_is_taken_starts_on_another_port(server: SGLangServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken, free = other.getsockname()[1], free_port("127.0.0.1")
         assert started(server, [taken, free]) == f"http://127.0.0.1:{free}"
 
 
-def test_lives_before_do_not_excuse_another_end(server: SGLangServer) -> None:
+def test_log_lines_of_an_earlier_server_cause_no_retry(server: SGLangServer) -> None:
     server.options.log.write_text("address already in use\n")
     with pytest.raises(EngineFault, match="ended with code 1 while it started"):
         started(server, [-1, -1, -1])
