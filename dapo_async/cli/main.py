@@ -182,7 +182,7 @@ def _train(options: argparse.Namespace) -> int:
         return _dry_run(config, root, first_step=point.version)
     from dapo_async.runtime.run import train
     from dapo_async.tracking.run_dir import RunDir
-    from dapo_async.tracking.terminal import open_progress
+    from dapo_async.tracking.sinks import open_progress
 
     run_dir = RunDir(root) if options.resume else RunDir.create(root)
     run_dir.lock()

@@ -23,7 +23,7 @@ from dapo_async.runtime.handles.evaluator import Evaluator
 from dapo_async.runtime.lease import evaluate_on_lease
 from dapo_async.runtime.system import System, Worker
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.tracking.sinks import Audience
+from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, judge
@@ -34,16 +34,14 @@ from dapo_async.weights.publisher import HandshakeError
 class Evaluations:
     """`rows` are those of this incarnation of the run; `num_skipped` fell due while the one before was still running, or lost their engine."""
 
-    def __init__(
-        self, config: Config, *, system: System, run_dir: RunDir, audience: Audience
-    ) -> None:
+    def __init__(self, config: Config, *, system: System, run_dir: RunDir, sinks: Sinks) -> None:
         self.rows: list[dict[str, Any]] = []
         self.num_skipped = 0
-        self._config, self._system, self._run_dir, self._audience = (
+        self._config, self._system, self._run_dir, self._sinks = (
             config,
             system,
             run_dir,
-            audience,
+            sinks,
         )
         self._clock = StateClock(
             NAME, state="wait"
@@ -100,7 +98,7 @@ class Evaluations:
 
     def _skip(self, version: int, why: str) -> None:
         self.num_skipped += 1
-        self._audience.say(f"evaluation of version {version} skipped: {why}")
+        self._sinks.say(f"evaluation of version {version} skipped: {why}")
 
     async def collect(self, timeline: Timeline, *, deadline_s: float) -> None:
         """Adds the evaluator's row, once, at the end: as the evaluator tells it, or as the driver saw a leased engine."""
@@ -191,8 +189,8 @@ class Evaluations:
         }
         self.rows.append(row)
         self._run_dir.log_evaluation(row, accuracies=evaluation.accuracies)
-        self._audience.evaluation(row)
-        self._audience.say(
+        self._sinks.evaluation(row)
+        self._sinks.say(
             f"{name} of version {version}: accuracy {evaluation.accuracy:.3f}, length {evaluation.mean_response_tokens:.1f}, "
             f"{evaluation.num_prompts} held-out prompts, greedy"
             + ("" if engine == "all" else f", {engine}, {wall_s:.1f} s")

@@ -34,7 +34,7 @@ from dapo_async.runtime.summary import summarise_run
 from dapo_async.runtime.system import System
 from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.tracking.sinks import Audience
+from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Progress
 from dapo_async.utils.state_clock import StateClock
 
@@ -45,7 +45,7 @@ class Run:
 
     config: Config
     run_dir: RunDir
-    audience: Audience
+    sinks: Sinks
     resume: ResumePoint = START
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     clock: StateClock = field(default_factory=lambda: StateClock("driver"))
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def say(self) -> Callable[[str], None]:
-        return self.audience.say
+        return self.sinks.say
 
     async def live(self) -> int:
         """Runs to the end and writes the summary; the supervisor of law 8. Returns the exit code."""
@@ -116,7 +116,7 @@ class Run:
             # Before Ray's end, which may take this process with it when a signal to the whole process group has ended Ray already.
             self._write_summary()
         await asyncio.gather(self._disconnect(), asyncio.to_thread(draw_dynamics, self.run_dir))
-        await asyncio.to_thread(self.audience.finish, self.ending.status.value, self.ending.reason)
+        await asyncio.to_thread(self.sinks.finish, self.ending.status.value, self.ending.reason)
         self._write_summary()  # once more, with what tracking has come to
         return self.ending.exit_code
 
@@ -181,12 +181,12 @@ class Run:
                 self.system,
                 self.run_dir,
                 self.clock,
-                show=self.audience.step,
+                show=self.sinks.step,
                 totals=Totals(**self.resume.driver.get("totals", {})),
                 first_step=self.resume.version,
             )
             self.held_out = held_out = Evaluations(
-                self.config, system=self.system, run_dir=self.run_dir, audience=self.audience
+                self.config, system=self.system, run_dir=self.run_dir, sinks=self.sinks
             )
             self.checkpointer = Checkpointer(
                 self.config,
@@ -203,7 +203,7 @@ class Run:
                     else f"{info.node} (node {info.node_id})"
                 )
                 self.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
-            self.audience.start()
+            self.sinks.start()
         await self.system.watched(self._train(self.system, self.tracker))
 
     async def _connect(self) -> None:
@@ -359,7 +359,7 @@ def train(
 
     `train_data`: fingerprint of the training prompts, kept for a resume.
     """
-    run = Run(config, run_dir, Audience(config, run_dir, progress), resume, train_data=train_data)
+    run = Run(config, run_dir, Sinks(config, run_dir, progress), resume, train_data=train_data)
     run.evaluations |= {
         name: Evaluation.from_json(values)
         for name, values in resume.driver.get("evaluations", {}).items()

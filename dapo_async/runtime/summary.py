@@ -67,9 +67,9 @@ def summarise_run(run: Run, wall_s: float) -> dict[str, Any]:
         }
         if tracker
         else {},
-        "mlflow_run_id": run.audience.mlflow_run_id,
+        "mlflow_run_id": run.sinks.mlflow_run_id,
         "engine_restarts": sum(run.system.restarts.values()) if run.system else 0,
-        "caught": dict(run.caught + run.audience.caught),
+        "caught": dict(run.caught + run.sinks.caught),
         "failures": dict(tracker.replay.failures) if tracker and tracker.replay else {},
         "seed": run.config.seed,
         "incarnation": run.incarnation,

@@ -1,4 +1,8 @@
-"""The live display of a run (library rich): the newest step, its groups, who was idle, how long it takes. Made by `progress.open_progress`."""
+"""The live display of a run on a terminal, by the library rich.
+
+In: rows of metrics and evaluations, through `Progress`. Out: a panel with the newest step, its
+groups, the idle shares and the remaining time. Made by `sinks.open_progress`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,12 @@ from rich.table import Table
 from dapo_async.tracking.terminal import Outlet, Progress
 
 REFRESHES_PER_S = 2
-STEPS_FOR_PACE = 10  # the remaining time is told from the median of so many newest steps
+STEPS_FOR_PACE = 10  # the remaining time uses the median of the newest 10 steps
+REJECTED_SO_FAR = "groups.rejected."
 
 
 class LiveProgress(Progress):
-    """Lines go above the display; the last state stays on the terminal."""
+    """Other lines are printed above the display; its last state stays on the terminal."""
 
     def __init__(
         self, out: Outlet, *, num_steps: int, max_staleness: int, console: Console | None = None
@@ -36,7 +41,7 @@ class LiveProgress(Progress):
             get_renderable=self.render, console=self._console, refresh_per_second=REFRESHES_PER_S
         )
         self._live.start()
-        # rich hides the cursor until it stops; a run that is killed must not leave a terminal without one.
+        # rich hides the cursor until it stops. A killed run would leave the terminal without one.
         self._console.show_cursor(True)
 
     def say(self, line: str) -> None:
@@ -53,20 +58,20 @@ class LiveProgress(Progress):
         self._live.stop()
 
     def render(self) -> RenderableType:
-        """The display now."""
-        done, table = self._row.get("version", 0), Table.grid(padding=(0, 3, 0, 0), expand=True)
+        """The display as it is now."""
+        done = self._row.get("version", 0)
+        table = Table.grid(padding=(0, 3, 0, 0), expand=True)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(ratio=1)
         table.add_row("", ProgressBar(total=self._num_steps, completed=done))
-        for name, *parts in self._lines():
-            table.add_row(name, "   ".join(parts))
-        return Panel(
-            table, title=f"step {done}/{self._num_steps}", subtitle=self._times(), padding=(0, 1)
-        )
+        for name, *facts in self._lines():
+            table.add_row(name, "   ".join(facts))
+        title = f"step {done}/{self._num_steps}"
+        return Panel(table, title=title, subtitle=self._times(), padding=(0, 1))
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
-        """A name and what there is to say of it."""
-        row, evaluation = self._row, self._evaluation
+        """A name and its facts, per line of the display."""
+        row = self._row
         yield (
             "learning",
             f"accuracy {number(row, 'accuracy', '.3f')}",
@@ -80,50 +85,51 @@ class LiveProgress(Progress):
             f"staleness {number(row, 'staleness', '.2f')} {bound}",
         )
         yield "groups", *groups(row)
-        speed = f"{number(row, 'tokens_per_s', ',.0f')} tok/s"
         yield (
             "speed",
-            speed,
+            f"{number(row, 'tokens_per_s', ',.0f')} tok/s",
             f"idle learner {number(row, 'idle.learner', '.0%')}",
             f"rollout {number(row, 'idle.rollout', '.0%')}",
         )
-        if evaluation:
-            accuracy, length = (
-                number(evaluation, "accuracy", ".3f"),
-                number(evaluation, "mean_response_tokens", ".1f"),
+        if evaluation := self._evaluation:
+            yield (
+                f"held-out v{evaluation['version']}",
+                f"accuracy {number(evaluation, 'accuracy', '.3f')}",
+                f"length {number(evaluation, 'mean_response_tokens', '.1f')}",
             )
-            yield f"held-out v{evaluation['version']}", f"accuracy {accuracy}", f"length {length}"
 
     def _times(self) -> str:
         now_s = time.monotonic()
         elapsed = f"{clock(now_s - self._began_s)} elapsed"
         if not self._paces_s:
             return elapsed
-        left_s = (self._num_steps - self._row["version"]) * statistics.median(self._paces_s) - (
-            now_s - self._row_s
-        )
+        steps_left = self._num_steps - self._row["version"]
+        left_s = steps_left * statistics.median(self._paces_s) - (now_s - self._row_s)
         return f"{elapsed}, about {clock(max(0.0, left_s))} of training left"
 
 
 def number(row: Mapping[str, Any], name: str, form: str) -> str:
-    """`row[name]` in this form; a dash where a step has no such number."""
+    """`row[name]` in the given format; a dash where the row has no such number."""
     value = row.get(name)
     return "–" if value is None else format(value, form)
 
 
 def groups(row: Mapping[str, Any]) -> list[str]:
-    """What became of the groups: accepted of those offered for this step, rejected by reason in this step and since the run began."""
+    """How many groups were accepted and rejected.
+
+    Accepted: out of the groups offered for this step. Rejected: per reason, in this step and since
+    the start of the run.
+    """
     if not row:
         return ["–"]
     offered = row.get("offered", 0)
-    parts = [f"accepted {row.get('acceptance', 1.0) * offered:.0f} of {offered}"]
+    facts = [f"accepted {row.get('acceptance', 1.0) * offered:.0f} of {offered}"]
     for name in sorted(row):
-        if name.startswith("groups.rejected.") and row[name]:
-            reason = name.removeprefix("groups.rejected.")
-            parts.append(
-                f"rejected {row.get(f'rejected.{reason}', 0)} {reason} ({row[name]} in all)"
-            )
-    return parts
+        if name.startswith(REJECTED_SO_FAR) and row[name]:
+            reason = name.removeprefix(REJECTED_SO_FAR)
+            now = row.get(f"rejected.{reason}", 0)
+            facts.append(f"rejected {now} {reason} ({row[name]} in all)")
+    return facts
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,14 @@
-"""Whoever looks at a run while it goes on: the person before the terminal, and MLflow where it is on. Told by the driver of `runtime/`."""
+"""Everything that shows a run while it goes on: the progress output and MLflow.
+
+In: rows of metrics and of evaluations, and lines, from the driver in `runtime/`. Out: the same rows
+on the terminal and, where `tracking.mlflow` is set, in an MLflow run.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +16,26 @@ from typing import Any
 from dapo_async.config import Config
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.tracking.terminal import Progress
+from dapo_async.tracking.terminal import Outlet, Progress
 
 
-class Audience:
-    """Hands on what the run tells. Nothing here raises or waits, but `finish` for up to `deadlines.stop_s`."""
+def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
+    """The live display if standard output is a terminal that can move its cursor, else lines."""
+    out = Outlet(sys.stdout)
+    if not out.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return Progress(out, num_steps=num_steps, max_staleness=max_staleness)
+    from dapo_async.tracking.live_display import LiveProgress  # imports rich
+
+    # Closing the terminal must end the display and not the run. The actors inherit this.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return LiveProgress(out, num_steps=num_steps, max_staleness=max_staleness)
+
+
+class Sinks:
+    """Passes rows and lines on. No method raises or waits, except `finish`.
+
+    `finish` waits for MLflow for at most `deadlines.stop_s`.
+    """
 
     def __init__(self, config: Config, run_dir: RunDir, progress: Progress) -> None:
         self._progress, self._deadline_s = progress, config.deadlines.stop_s
@@ -25,32 +47,36 @@ class Audience:
         self.say = progress.say
 
     def start(self) -> None:
+        """Opens the MLflow run in the background."""
         if self._mlflow is not None:
             self._mlflow.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+        """Takes one row of metrics.jsonl."""
         self._progress.step(row)
         if self._mlflow is not None:
             self._mlflow.log_step(row)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """One row of evaluations.jsonl: `version`, `accuracy`, `mean_response_tokens` and whatever else was measured."""
+        """Takes one row of evaluations.jsonl.
+
+        It has `version`, `accuracy`, `mean_response_tokens` and any further measured number.
+        """
         self._progress.evaluation(row)
         if self._mlflow is not None:
             self._mlflow.log_evaluation(row)
 
     def finish(self, status: str, reason: str) -> None:
-        """The last word: everything is written, the summary included."""
+        """Ends the MLflow run; call it when the run directory is complete, summary included."""
         if self._mlflow is not None:
             self._mlflow.finish(status, reason, deadline_s=self._deadline_s)
 
     @property
     def caught(self) -> Counter[str]:
-        """The troubles that the run did not hear of, by name."""
+        """Errors of the sinks, by name, that did not reach the run."""
         return self._progress.caught + (self._mlflow.caught if self._mlflow else Counter())
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """None while the store has not answered, and where MLflow is off."""
+        """None until MLflow has answered, and where MLflow is off."""
         return self._mlflow.run_id if self._mlflow else None

@@ -1,12 +1,13 @@
-"""What a person sees of a run: one line per step, or on a terminal a live display with all other lines above it.
+"""Plain progress output: one line per step, and every other line of a run.
 
-Rows of metrics arrive from the tracker, lines from everybody. Whatever happens to the terminal, the run goes on.
+In: rows of metrics from the driver, lines from every part of the runtime. Out: text on standard
+output. A closed pipe or terminal never ends the run. `sinks.open_progress` chooses between this
+and the live display.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +16,10 @@ from typing import Any, Self, TextIO
 
 
 class Outlet:
-    """A text stream that outlives its reader: when the pipe or terminal behind it is closed, the rest goes nowhere, and `lost` says so."""
+    """A text stream that never raises when the pipe or terminal behind it is closed.
+
+    Later output then goes to the null device, and `lost` is True.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file, self.lost = file, False
@@ -23,18 +27,18 @@ class Outlet:
     def write(self, text: str) -> int:
         try:
             return self._file.write(text)
-        except UnicodeEncodeError:  # a terminal of few letters
+        except UnicodeEncodeError:  # the stream's encoding lacks a character
             encoding = self._file.encoding or "ascii"
             return self._file.write(text.encode(encoding, "replace").decode(encoding))
         except OSError:
-            self._let_go()
+            self._redirect_to_null()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._file.flush()
         except OSError:
-            self._let_go()
+            self._redirect_to_null()
 
     def isatty(self) -> bool:
         return self._file.isatty()
@@ -46,8 +50,11 @@ class Outlet:
     def encoding(self) -> str:
         return self._file.encoding or "ascii"
 
-    def _let_go(self) -> None:
-        """What is written from now on, by whomever, goes to the null device: a buffer that can't be emptied would raise again at the exit."""
+    def _redirect_to_null(self) -> None:
+        """Redirects the file descriptor itself.
+
+        Python would otherwise raise again at exit, when it flushes the stream's buffer.
+        """
         self.lost = True
         null = os.open(os.devnull, os.O_WRONLY)
         for stream in (self._file, sys.stderr):
@@ -57,29 +64,32 @@ class Outlet:
 
 
 class Progress:
-    """Lines, wherever standard output goes: a file, a pipe, a job's log."""
+    """Plain lines, for standard output that is a file, a pipe or a job's log."""
 
     def __init__(self, out: Outlet, *, num_steps: int, max_staleness: int) -> None:
         self._out, self._num_steps, self._max_staleness = out, num_steps, max_staleness
 
     def say(self, line: str) -> None:
-        """One line, at once."""
+        """Prints one line and flushes it."""
         self._out.write(line + "\n")
         self._out.flush()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+        """Shows one row of metrics.jsonl."""
         self.say(step_line(row, num_steps=self._num_steps, max_staleness=self._max_staleness))
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """One evaluation, `version`, `accuracy` and `mean_response_tokens` at least: for a display; its line is said by the run."""
+        """Takes one evaluation: at least `version`, `accuracy` and `mean_response_tokens`.
+
+        Only the live display shows it; the runtime prints the line of an evaluation itself.
+        """
 
     def close(self) -> None:
-        """Nothing moves any more; `say` still works."""
+        """Stops a live display; `say` still works afterwards."""
 
     @property
     def caught(self) -> Counter[str]:
-        """The troubles that the run did not hear of."""
+        """Errors of the output, by name, that did not reach the run."""
         return Counter({"display": 1} if self._out.lost else {})
 
     def __enter__(self) -> Self:
@@ -94,28 +104,21 @@ class Progress:
         self.close()
 
 
-def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
-    """The live display where standard output is a terminal that can move its cursor, else plain lines."""
-    out = Outlet(sys.stdout)
-    if not out.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
-        return Progress(out, num_steps=num_steps, max_staleness=max_staleness)
-    from dapo_async.tracking.live_display import LiveProgress  # rich, only for those who see it
-
-    # A terminal that is closed takes the display with it, not the run; the actors inherit this.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    return LiveProgress(out, num_steps=num_steps, max_staleness=max_staleness)
-
-
 def step_line(row: Mapping[str, Any], *, num_steps: int, max_staleness: int) -> str:
-    """One line that fits a terminal: where the run is, whether it learns, whether it is healthy."""
-    rejected = " ".join(
+    """One line for one row of metrics.jsonl; steps are counted from 1."""
+    entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
+    parts = [
+        f"step {row['version']:>3}/{num_steps} {row['time_s']:6.1f} s",
+        f"accuracy {row['accuracy']:.2f}",
+        f"length {row['response_tokens']:5.1f}",
+        f"entropy {entropy:.2f}",
+        f"staleness {staleness:.2f} (max {row['group_staleness_max']:.0f}/{max_staleness})",
+        f"{row['tokens_per_s']:6.0f} tok/s",
+        f"idle learner {row['idle.learner']:4.0%} rollout {row['idle.rollout']:4.0%}",
+    ]
+    rejected = [
         f"-{row[name]} {name.removeprefix('rejected.')}"
         for name in sorted(row)
         if name.startswith("rejected.")
-    )
-    entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
-    return (
-        f"step {row['step'] + 1:>3}/{num_steps} {row['time_s']:6.1f} s  accuracy {row['accuracy']:.2f}  length {row['response_tokens']:5.1f}  "
-        f"entropy {entropy:.2f}  staleness {staleness:.2f} (max {row['group_staleness_max']:.0f}/{max_staleness})  "
-        f"{row['tokens_per_s']:6.0f} tok/s  idle learner {row['idle.learner']:4.0%} rollout {row['idle.rollout']:4.0%}  {rejected}"
-    ).rstrip()
+    ]
+    return "  ".join([*parts, " ".join(rejected)]).rstrip()

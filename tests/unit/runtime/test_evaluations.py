@@ -98,7 +98,7 @@ def play(scene, root, *overrides):
             config,
             system=system,
             run_dir=RunDir(root),
-            audience=SimpleNamespace(say=said.append, evaluation=lambda row: None),
+            sinks=SimpleNamespace(say=said.append, evaluation=lambda row: None),
         )
         async with asyncio.timeout(20):
             await scene(evaluations, system)

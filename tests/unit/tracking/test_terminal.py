@@ -14,7 +14,8 @@ from rich.console import Console
 from tracking_world import step_row
 
 from dapo_async.tracking.live_display import LiveProgress, clock, groups, number
-from dapo_async.tracking.terminal import Outlet, Progress, open_progress, step_line
+from dapo_async.tracking.sinks import open_progress
+from dapo_async.tracking.terminal import Outlet, Progress, step_line
 
 MIDDLE = {"version": 10, "accuracy": 0.875, "mean_response_tokens": 14.5}
 
