@@ -29,10 +29,10 @@ class Prompt:
 class Admission:
     """One credit spent: the right to generate one group of `group_size` rollouts."""
 
-    index: int  # group id: 0, 1, 2, … along the run; names the group everywhere
+    group_id: int  # group id: 0, 1, 2, … along the run; names the group everywhere
     prompt: Prompt
     group_size: int
-    heads: tuple[
+    partial_completions: tuple[
         Completion | None, ...
     ] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
 

@@ -115,10 +115,12 @@ class InProcess:
         """Generates whatever may be generated."""
         admissions, size = [], self.config.replay.group_size
         while self.replay.admissible():
-            index = self.replay.admit("rollout-0")
+            group_id = self.replay.admit("rollout-0")
             admissions.append(
                 Admission(
-                    index, self.prompts[self.order[index % len(self.prompts)]], group_size=size
+                    group_id,
+                    self.prompts[self.order[group_id % len(self.prompts)]],
+                    group_size=size,
                 )
             )
         limit = self.config.rollout.max_response_tokens
@@ -126,11 +128,14 @@ class InProcess:
             max_tokens=limit, temperature=1.0, stop_token_ids=self.stop, seed=self.seed
         )
         answers = self.generate(
-            [GroupRequest(each.index, each.prompt.token_ids, size, sampling) for each in admissions]
+            [
+                GroupRequest(each.group_id, each.prompt.token_ids, size, sampling)
+                for each in admissions
+            ]
         )
         self.generated += len(admissions)
         for admission in admissions:
-            completions = answers[admission.index]
+            completions = answers[admission.group_id]
             group = score_group(
                 admission,
                 completions,

@@ -78,7 +78,7 @@ async def evaluate(
     greedy = SamplingParams(
         max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0
     )
-    # Negative keys can't meet an group id.
+    # Negative ids never meet the id of a training group.
     requests = [
         GroupRequest(-1 - number, prompt.token_ids, 1, greedy)
         for number, prompt in enumerate(prompts)

@@ -87,7 +87,7 @@ async def answer_all(
 
     async def serve(engine: Engine, group: asyncio.TaskGroup) -> None:
         for prompt in waiting:  # shared by all who serve
-            # Negative keys: other noise than that of training with the same seed.
+            # Negative ids: other noise than that of training with the same seed.
             completions = await engine.generate(
                 GroupRequest(-1 - prompt.row, prompt.token_ids, num_siblings, sampling)
             )

@@ -5,7 +5,7 @@
                   ├─ rejected, failed  └─ evicted          these give the credit back at once
                   └─ evicted
 
-A resumed run starts from a `BufferState` (lineage.py): finished groups are buffered again, generating ones wait for `admit` with their index.
+A resumed run starts from a `BufferState` (lineage.py): finished groups are buffered again, generating ones wait for `admit` with their group id.
 `serve(v)` tells which weights every serving engine has. It comes before the `release` of the batch that made v: a group that is admitted with the
 returned credit must not count as started under older weights (credits.py proves from this that a healthy run evicts nothing and never blocks).
 """
@@ -143,30 +143,30 @@ class ReplayBuffer:
         assert self.served_version is not None
         deadline, kept = self.served_version + self.max_staleness, -1
         if self._reissue:
-            index = next(iter(self._reissue))
-            kept = self._reissue.pop(index)
+            group_id = next(iter(self._reissue))
+            kept = self._reissue.pop(group_id)
         else:
-            index = self._ledger.admit()
-            self._credits.spend(index)
+            group_id = self._ledger.admit()
+            self._credits.spend(group_id)
         goes_on = (
             kept > self.learner_version
             and self._overload_after(frozenset(), self.learner_version, [kept]) is None
         )
         self._suspect |= goes_on and kept < deadline
-        self._generating[index] = Generating(
+        self._generating[group_id] = Generating(
             worker, min(deadline, kept) if goes_on else deadline, goes_on
         )
         self._log.admit()
-        return index
+        return group_id
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
         """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
-        index, oldest_version = group.group_id, group.oldest_version
+        group_id, oldest_version = group.group_id, group.oldest_version
         refusal = refuse(
             group,
             self.incarnation,
-            waited_for=index in self._generating,
-            known=self._ledger.knows(index),
+            waited_for=group_id in self._generating,
+            known=self._ledger.knows(group_id),
             closed=self.closed,
         )
         if refusal is not None:
@@ -174,49 +174,51 @@ class ReplayBuffer:
             return OfferResult(OfferOutcome.REFUSED, refusal)
         deadline = oldest_version + self.max_staleness
         if deadline < self.learner_version:
-            self._evict(index)
+            self._evict(group_id)
             return OfferResult(OfferOutcome.EVICTED)
         reason = first_reason(group, self._filters)
-        started = self._generating.pop(index)
+        started = self._generating.pop(group_id)
         self._suspect |= deadline < started.deadline
         if reason is not None:
-            self._end(index, reason)
+            self._end(group_id, reason)
             self._log.reject(reason, group)
             self._patience.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
-        self._buffered[index] = Buffered(
+        self._buffered[group_id] = Buffered(
             started.worker, deadline, oldest_version, group.num_tokens, payload
         )
         self._log.accept(group)
         self._patience.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
 
-    def fail(self, index: int, *, why: str) -> bool:
+    def fail(self, group_id: int, *, why: str) -> bool:
         """Gives up a generating group; False when it had ended already (a late report)."""
-        if self._generating.pop(index, None) is None:
+        if self._generating.pop(group_id, None) is None:
             return False
-        self._end(index, GroupOutcome.FAILED)
+        self._end(group_id, GroupOutcome.FAILED)
         self.failures[why] += 1
         return True
 
-    def hand_back(self, index: int, *, oldest_version: int | None = None) -> bool:
+    def hand_back(self, group_id: int, *, oldest_version: int | None = None) -> bool:
         """A generating group of a lost engine keeps its credit, waits for `admit`; False when it had ended. `oldest_version` of what is there."""
-        if self._generating.pop(index, None) is None:
+        if self._generating.pop(group_id, None) is None:
             return False
-        self._reissue[index] = -1 if oldest_version is None else oldest_version + self.max_staleness
+        self._reissue[group_id] = (
+            -1 if oldest_version is None else oldest_version + self.max_staleness
+        )
         return True
 
-    def goes_on(self, index: int) -> bool:
+    def goes_on(self, group_id: int) -> bool:
         """Whether the group, just admitted once more, goes on with what is there of it, or begins anew."""
-        return self._generating[index].goes_on
+        return self._generating[group_id].goes_on
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
         """Fails what `worker` was generating; what it had offered stays. Returns the failed group ids."""
         lost = tuple(
-            index for index, started in self._generating.items() if started.worker == worker
+            group_id for group_id, started in self._generating.items() if started.worker == worker
         )
-        for index in lost:
-            self.fail(index, why=f"lost {worker}")
+        for group_id in lost:
+            self.fail(group_id, why=f"lost {worker}")
         return lost
 
     # From the learner and the publisher.
@@ -243,7 +245,7 @@ class ReplayBuffer:
         lost = doomed(
             self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step
         )
-        return {index: self._evict(index) for index in lost}
+        return {group_id: self._evict(group_id) for group_id in lost}
 
     def take(self, learner_version: int) -> TrainBatch | None:
         """The finished groups with the earliest deadlines; None: wait, for more groups or for a straggler whose deadline would be lost.
@@ -259,16 +261,16 @@ class ReplayBuffer:
             or self._overload_after(picked, learner_version) is not None
         ):
             return None
-        indices = tuple(sorted(picked))
-        groups = [self._buffered.pop(index) for index in indices]
+        group_ids = tuple(sorted(picked))
+        groups = [self._buffered.pop(group_id) for group_id in group_ids]
         oldest_versions = tuple(group.oldest_version for group in groups)
         assert min(oldest_versions) >= learner_version - self.max_staleness, (
             f"staleness law broken at {learner_version}: {oldest_versions}"
         )
         self._taken.update(
             {
-                index: Taken(learner_version, group)
-                for index, group in zip(indices, groups, strict=True)
+                group_id: Taken(learner_version, group)
+                for group_id, group in zip(group_ids, groups, strict=True)
             }
         )
         self.next_step += 1
@@ -276,37 +278,37 @@ class ReplayBuffer:
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
         return TrainBatch(
             learner_version=learner_version,
-            group_ids=indices,
+            group_ids=group_ids,
             oldest_versions=oldest_versions,
             num_tokens=tuple(group.num_tokens for group in groups),
             references=tuple(group.payload for group in groups),
             evicted=evicted,
         )
 
-    def trained(self, indices: Iterable[int]) -> None:
+    def trained(self, group_ids: Iterable[int]) -> None:
         """The step of these groups is done; their credits wait for `release`."""
-        self._finish_step(indices, GroupOutcome.TRAINED)
+        self._finish_step(group_ids, GroupOutcome.TRAINED)
 
-    def skipped(self, indices: Iterable[int]) -> None:
+    def skipped(self, group_ids: Iterable[int]) -> None:
         """The step of these groups was non-finite. If it made a version all the same, their credits wait until that is served."""
-        self._finish_step(indices, GroupOutcome.SKIPPED)
+        self._finish_step(group_ids, GroupOutcome.SKIPPED)
 
-    def release(self, indices: Iterable[int]) -> None:
+    def release(self, group_ids: Iterable[int]) -> None:
         """Every serving engine has the weights that these groups trained: their credits return. After `serve`, also after `close`."""
-        for index in indices:
-            version = self._awaiting.pop(index, None)
-            assert version is not None, f"admission {index} waits for no weights"
+        for group_id in group_ids:
+            version = self._awaiting.pop(group_id, None)
+            assert version is not None, f"group {group_id} waits for no weights"
             served = self.served_version is not None and self.served_version >= version
             assert served, (
-                f"admission {index} waits for version {version}, but {self.served_version} is served"
+                f"group {group_id} waits for version {version}, but {self.served_version} is served"
             )
-            self._credits.give_back(index)
+            self._credits.give_back(group_id)
 
     def close(self) -> Counts:
         """The run ends: all that is in flight ends unused, later offers are refused."""
         for room in (self._generating, self._buffered, self._taken, self._reissue):
-            for index in room:
-                self._end(index, GroupOutcome.UNUSED)
+            for group_id in room:
+                self._end(group_id, GroupOutcome.UNUSED)
             room.clear()
         self.closed = True
         return self.counts
@@ -322,15 +324,15 @@ class ReplayBuffer:
     # Inside.
 
     def _outstanding(self) -> Iterable[Outstanding]:
-        for index, started in self._generating.items():
-            yield Outstanding(started.deadline, index, generating=True)
-        for index, group in self._buffered.items():
-            yield Outstanding(group.deadline, index, generating=False)
+        for group_id, started in self._generating.items():
+            yield Outstanding(started.deadline, group_id, generating=True)
+        for group_id, group in self._buffered.items():
+            yield Outstanding(group.deadline, group_id, generating=False)
 
     def _pick(self) -> frozenset[int]:
         finished = (group for group in self._outstanding() if not group.generating)
         return frozenset(
-            group.admission for group in heapq.nsmallest(self.groups_per_step, finished)
+            group.group_id for group in heapq.nsmallest(self.groups_per_step, finished)
         )
 
     def _overload_after(
@@ -338,29 +340,29 @@ class ReplayBuffer:
     ) -> int | None:
         """The first deadline that would be lost if `picked` were taken at `learner_version`, with `added` deadlines beside those of the room."""
         rest = (
-            *(group.deadline for group in self._outstanding() if group.admission not in picked),
+            *(group.deadline for group in self._outstanding() if group.group_id not in picked),
             *added,
         )
         return first_overload(
             rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step
         )
 
-    def _evict(self, index: int) -> str:
-        worker = (self._generating.pop(index, None) or self._buffered.pop(index)).worker
-        self._end(index, GroupOutcome.EVICTED)
-        self._evicted_since_take.append(index)
+    def _evict(self, group_id: int) -> str:
+        worker = (self._generating.pop(group_id, None) or self._buffered.pop(group_id)).worker
+        self._end(group_id, GroupOutcome.EVICTED)
+        self._evicted_since_take.append(group_id)
         return worker
 
-    def _finish_step(self, indices: Iterable[int], ending: GroupOutcome) -> None:
-        for index in indices:
-            assert index in self._taken, (
-                f"admission {index} is not in a step and can't end as {ending.value}"
+    def _finish_step(self, group_ids: Iterable[int], ending: GroupOutcome) -> None:
+        for group_id in group_ids:
+            assert group_id in self._taken, (
+                f"group {group_id} is not in a step and can't end as {ending.value}"
             )
-            version = self._taken.pop(index).version
-            self._awaiting[index] = version + 1 if ending is GroupOutcome.TRAINED else version
-            self._ledger.end(index, ending)
+            version = self._taken.pop(group_id).version
+            self._awaiting[group_id] = version + 1 if ending is GroupOutcome.TRAINED else version
+            self._ledger.end(group_id, ending)
 
-    def _end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
+    def _end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
         """An ending that trained nothing: the credit returns at once."""
-        self._ledger.end(index, ending)
-        self._credits.give_back(index)
+        self._ledger.end(group_id, ending)
+        self._credits.give_back(group_id)

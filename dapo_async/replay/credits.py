@@ -37,21 +37,21 @@ class Credits:
     def held(self) -> int:
         return len(self._holders)
 
-    def spend(self, index: int) -> None:
-        assert self.free > 0, f"admission {index}: all {self.total} credits are held"
-        assert index not in self._holders, f"admission {index} holds a credit already"
-        self._holders.add(index)
+    def spend(self, group_id: int) -> None:
+        assert self.free > 0, f"group {group_id}: all {self.total} credits are held"
+        assert group_id not in self._holders, f"group {group_id} holds a credit already"
+        self._holders.add(group_id)
 
-    def give_back(self, index: int) -> None:
-        assert index in self._holders, f"admission {index} holds no credit"
-        self._holders.remove(index)
+    def give_back(self, group_id: int) -> None:
+        assert group_id in self._holders, f"group {group_id} holds no credit"
+        self._holders.remove(group_id)
 
 
 class Outstanding(NamedTuple):
     """A group that is generating or finished and not yet taken, in the order of takes: earliest deadline, then earliest admission."""
 
     deadline: int  # last learner version that may take it
-    admission: int  # its index
+    group_id: int
     generating: bool
 
 
@@ -84,9 +84,9 @@ def doomed(
         if len(kept) > _capacity(
             group.deadline, next_version=next_version, groups_per_step=groups_per_step
         ):
-            victim = max(kept, key=lambda candidate: (candidate.generating, candidate.admission))
+            victim = max(kept, key=lambda candidate: (candidate.generating, candidate.group_id))
             kept.remove(victim)
-            lost.append(victim.admission)
+            lost.append(victim.group_id)
     return tuple(sorted(lost))
 
 

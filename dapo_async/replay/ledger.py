@@ -60,7 +60,7 @@ class Counts:
 class Ledger:
     """Numbers admissions 0, 1, 2, … and books one ending for each.
 
-    It remembers only the open ones: an index below `admitted` that is not open has ended.
+    It remembers only the open ones: an id below `admitted` that is not open has ended.
     """
 
     def __init__(self) -> None:
@@ -69,14 +69,16 @@ class Ledger:
         self._ended: Counter[GroupOutcome | RejectReason] = Counter()
 
     def admit(self) -> int:
-        index = self.admitted
+        group_id = self.admitted
         self.admitted += 1
-        self._open.add(index)
-        return index
+        self._open.add(group_id)
+        return group_id
 
-    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
-        assert index in self._open, f"admission {index} is not open and can't end as {ending.value}"
-        self._open.remove(index)
+    def end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
+        assert group_id in self._open, (
+            f"group {group_id} is not open and can't end as {ending.value}"
+        )
+        self._open.remove(group_id)
         self._ended[ending] += 1
 
     def state(self) -> dict[str, Any]:
@@ -97,8 +99,8 @@ class Ledger:
         )
         self.counts.check()
 
-    def knows(self, index: int) -> bool:
-        return 0 <= index < self.admitted
+    def knows(self, group_id: int) -> bool:
+        return 0 <= group_id < self.admitted
 
     @property
     def counts(self) -> Counts:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BufferState:
-    """The buffer between two steps. Nobody generates after a resume: those groups, in `reissue`, keep index and credit and are admitted once more."""
+    """The buffer between two steps. Nobody generates after a resume: those groups, in `reissue`, keep their id and credit and are admitted once more."""
 
     version: int  # of the learner
     next_step: int
@@ -31,13 +31,13 @@ class BufferState:
         values = asdict(self)
         values["buffered"] = [
             {
-                "index": index,
+                "group_id": group_id,
                 **{
                     name: getattr(group, name)
                     for name in ("worker", "deadline", "oldest_version", "num_tokens")
                 },
             }
-            for index, group in self.buffered.items()
+            for group_id, group in self.buffered.items()
         ]
         return values
 
@@ -46,9 +46,9 @@ class BufferState:
         """`payloads` by group id, one for each buffered group."""
         rows = [dict(row) for row in values["buffered"]]
         buffered = {
-            index: Buffered(**row, payload=payloads[index])
+            group_id: Buffered(**row, payload=payloads[group_id])
             for row in rows
-            for index in [row.pop("index")]
+            for group_id in [row.pop("group_id")]
         }
         return cls(**{**values, "reissue": tuple(values["reissue"]), "buffered": buffered})
 
@@ -61,7 +61,7 @@ def freeze(buffer: ReplayBuffer, version: int) -> BufferState:
     assert all(taken.version == version for taken in buffer._taken.values()), (
         f"a step before version {version} is not booked"
     )
-    back = {index: taken.group for index, taken in buffer._taken.items()}
+    back = {group_id: taken.group for group_id, taken in buffer._taken.items()}
     return BufferState(
         version=version,
         next_step=buffer.next_step - bool(back),
@@ -85,5 +85,5 @@ def thaw(buffer: ReplayBuffer, state: BufferState) -> None:
     buffer._log.restore(state.acceptance)
     buffer.failures.update(state.failures)
     buffer._suspect = True  # the next take looks at every deadline
-    for index in outstanding:
-        buffer._credits.spend(index)
+    for group_id in outstanding:
+        buffer._credits.spend(group_id)

@@ -35,7 +35,7 @@ class OfferResult:
 def refuse(
     group: Group, incarnation: str, *, waited_for: bool, known: bool, closed: bool
 ) -> Refusal | None:
-    """Why nobody waits for `group`; None when somebody does. `known`: its index was admitted once."""
+    """Why nobody waits for `group`; None when somebody does. `known`: its group id was admitted once."""
     if closed:
         return Refusal.CLOSED
     if group.incarnation != incarnation:

@@ -83,8 +83,8 @@ def _suppliers(facts: WaitFacts) -> list[str]:
             :_NAMED
         ]
         names = ", ".join(
-            f"admission {index} on {group.worker}, deadline {group.deadline}"
-            for index, group in slowest
+            f"group {group_id} on {group.worker}, deadline {group.deadline}"
+            for group_id, group in slowest
         )
         workers = len({group.worker for group in facts.generating.values()})
         parts.append(f"{len(facts.generating)} generating on {workers} worker(s) (first: {names})")

@@ -31,7 +31,7 @@ def score_group(
     VerifierFailed when a verdict failed: the group can't be trained, for its failed rollout is not known to be wrong.
     """
     assert len(completions) == admission.group_size, (
-        f"group {admission.index}: {len(completions)} completions for {admission.group_size} siblings"
+        f"group {admission.group_id}: {len(completions)} completions for {admission.group_size} siblings"
     )
     verdicts = [verify(text, admission.prompt.answer) for text in texts]
     if any(verdict.failed for verdict in verdicts):
@@ -47,7 +47,7 @@ def score_group(
             )
         scores.append((verdict.accuracy, reward))
     if shuffle_seed is not None:
-        order = np.random.default_rng((shuffle_seed, admission.index)).permutation(len(scores))
+        order = np.random.default_rng((shuffle_seed, admission.group_id)).permutation(len(scores))
         scores = [scores[number] for number in order]
     rollouts = [
         Rollout(
@@ -63,7 +63,7 @@ def score_group(
         )
     ]
     return Group(
-        group_id=admission.index,
+        group_id=admission.group_id,
         prompt=admission.prompt,
         rollouts=tuple(rollouts),
         incarnation=incarnation,

@@ -27,12 +27,14 @@ class Aborted(Exception):
 class EngineFault(RuntimeError):
     """An engine that cannot be used as it is: its server is gone, silent or wrong. A group that raises it may be generated elsewhere.
 
-    `heads` per sibling: what was told of it before, whole or with the reason ABORT; None: nothing. Empty: nothing of any.
+    `partial_completions` per sibling: what was told of it before, whole or with the reason ABORT; None: nothing. Empty: nothing of any.
     """
 
-    def __init__(self, message: str, heads: tuple[Completion | None, ...] = ()) -> None:
+    def __init__(
+        self, message: str, partial_completions: tuple[Completion | None, ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.heads = heads
+        self.partial_completions = partial_completions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class SamplingParams:
     max_tokens: int  # response tokens, the stop token included
     temperature: float
     stop_token_ids: tuple[int, ...]
-    seed: int  # of the run: noise is keyed by (seed, request key, sibling, token)
+    seed: int  # of the run: noise is keyed by (seed, group_id, sibling, token)
     top_p: float = 1.0
     top_k: int | None = None  # None: off
 
@@ -69,11 +71,11 @@ class SamplingParams:
 class GroupRequest:
     """One prompt to be answered `num_siblings` times."""
 
-    key: int  # the group id: names the group and keys its noise
+    group_id: int  # names the group and keys its noise
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
-    heads: tuple[
+    partial_completions: tuple[
         Completion | None, ...
     ] = ()  # see Admission: where a response is to be gone on with
 
@@ -120,8 +122,8 @@ class Engine(Protocol):
         """One completion per sibling. Raises Aborted, ValueError for a request that can never fit, or whatever stopped the engine."""
         ...
 
-    async def abort(self, keys: Iterable[int]) -> None:
-        """Takes groups off the engine; their `generate` raises Aborted. Unknown keys are ignored: they may just have finished."""
+    async def abort(self, group_ids: Iterable[int]) -> None:
+        """Takes groups off the engine; their `generate` raises Aborted. Unknown ids are ignored: they may just have finished."""
         ...
 
     def starving(self, on: bool) -> None:

@@ -93,6 +93,6 @@ async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
         raise
 
 
-async def release(system: System, indices: Sequence[int], version: int) -> None:
+async def release(system: System, group_ids: Sequence[int], version: int) -> None:
     """Every engine serves `version`: the credits of the groups that made it return."""
-    await system.replay.serve(version, indices)
+    await system.replay.serve(version, group_ids)

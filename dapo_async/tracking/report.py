@@ -231,7 +231,7 @@ def _rollouts(runs: Sequence[RunRecord], shown: Mapping[str, Sequence[int]]) -> 
             rows = run.rollouts(step)
             groups = [
                 list(siblings)
-                for _, siblings in groupby(rows, key=lambda row: str(row.get("admission")))
+                for _, siblings in groupby(rows, key=lambda row: str(row.get("group_id")))
             ]
             yield details(
                 f"step {step}: {len(groups)} groups, {len(rows)} rollouts",

@@ -85,7 +85,7 @@ def group(rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     correct = sum(number(row.get("accuracy")) == 1.0 for row in rows)
     start = text(str(first.get("prompt"))[:80])
-    summary = f"group {text(first.get('admission'))}: {correct} of {len(rows)} correct <span class=faint>{start}</span>"
+    summary = f"group {text(first.get('group_id'))}: {correct} of {len(rows)} correct <span class=faint>{start}</span>"
     cells = [
         (
             text(row.get("sibling")),

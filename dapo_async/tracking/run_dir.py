@@ -226,7 +226,7 @@ def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:
             for sibling, rollout in enumerate(group.rollouts):
                 row = {
                     "step": step,
-                    "admission": group.group_id,
+                    "group_id": group.group_id,
                     "sibling": sibling,
                     "prompt": group.prompt.text,
                     "response": rollout.text,

@@ -40,19 +40,19 @@ class VersionedEngine(FakeEngine):
         self.began = {}
 
     async def generate(self, request):
-        self.began[request.key] = self.version
+        self.began[request.group_id] = self.version
         return await super().generate(request)
 
-    def finish(self, key) -> None:
-        versions = np.array([self.began[key], self.version], np.int32)
+    def finish(self, group_id) -> None:
+        versions = np.array([self.began[group_id], self.version], np.int32)
         completion = Completion(
             np.array([3, 4], np.int32),
             np.zeros(2, np.float32),
             versions,
-            self.began[key],
+            self.began[group_id],
             FinishReason.STOP,
         )
-        self._running.pop(key).set_result((completion,) * (1 if key < 0 else 2))
+        self._running.pop(group_id).set_result((completion,) * (1 if group_id < 0 else 2))
 
 
 class Host:
@@ -157,7 +157,7 @@ class RoomPort:
         admissions = await room.admit(worker, num_groups)
         for admission in admissions:
             self._world.events.append(
-                ("admitted", worker, admission.index, self._host.engine.version - served())
+                ("admitted", worker, admission.group_id, self._host.engine.version - served())
             )
         return admissions
 
@@ -165,11 +165,11 @@ class RoomPort:
         self._world.events.append(("offered", self._host.name, group.group_id, self._host.proved))
         await self._world.room.offer(group)
 
-    async def fail(self, indices, why) -> None:
-        await self._world.room.fail(indices, why)
+    async def fail(self, group_ids, why) -> None:
+        await self._world.room.fail(group_ids, why)
 
-    async def hand_back(self, index, heads) -> None:
-        await self._world.room.hand_back(index, heads)
+    async def hand_back(self, group_id, partial_completions) -> None:
+        await self._world.room.hand_back(group_id, partial_completions)
 
     async def doomed(self, worker):
         return await self._world.room.doomed(worker)
@@ -274,13 +274,13 @@ def check_lease(events) -> None:
         elif what == "returned":
             leased.discard(about[0])
         elif what == "admitted":
-            worker, index, ahead = about
+            worker, group_id, ahead = about
             assert worker not in leased, (
-                f"group {index} was admitted to {worker} while its engine was leased"
+                f"group {group_id} was admitted to {worker} while its engine was leased"
             )
             assert ahead >= 0, (
-                f"group {index} was admitted to {worker}, whose engine is {-ahead} versions behind what is served"
+                f"group {group_id} was admitted to {worker}, whose engine is {-ahead} versions behind what is served"
             )
         elif what == "offered":
-            worker, index, proved = about
-            assert proved, f"{worker} offered group {index} under a version that is not proved"
+            worker, group_id, proved = about
+            assert proved, f"{worker} offered group {group_id} under a version that is not proved"

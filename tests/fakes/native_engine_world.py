@@ -44,15 +44,17 @@ def tiny_engine(family="qwen2", *, num_slots=4, max_len=64, **options):
     return TorchEngine(tiny_decoder(family), num_slots=num_slots, max_len=max_len, **options)
 
 
-def group(key, prompt, *, siblings=1, max_tokens=6, temperature=1.0, stop=(), seed=0, **truncation):
+def group(
+    group_id, prompt, *, siblings=1, max_tokens=6, temperature=1.0, stop=(), seed=0, **truncation
+):
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation
     )
-    return GroupRequest(key, np.array(prompt, dtype=np.int32), siblings, sampling)
+    return GroupRequest(group_id, np.array(prompt, dtype=np.int32), siblings, sampling)
 
 
 def run(engine, *requests):
-    """All requests to their end: completions per key."""
+    """All requests to their end: completions per group id."""
     for request in requests:
         engine.submit(request)
     finished = {}
@@ -76,7 +78,7 @@ def naive_tokens(decoder, request, sibling):
     sampling, response = request.sampling, []
     uniforms = keyed_uniforms(
         sampling.seed,
-        key=request.key,
+        group_id=request.group_id,
         siblings=range(sibling, sibling + 1),
         num_tokens=sampling.max_tokens,
     )[0]

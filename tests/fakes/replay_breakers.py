@@ -13,13 +13,13 @@ from dapo_async.types import RejectReason
 
 
 class DropsARelease(ReplayBuffer):
-    def release(self, indices: Iterable[int]) -> None:
+    def release(self, group_ids: Iterable[int]) -> None:
         pass
 
 
 class LosesTheCreditOfARejectedGroup(ReplayBuffer):
-    def _end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
-        self._ledger.end(index, ending)
+    def _end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
+        self._ledger.end(group_id, ending)
 
 
 class TakesWithoutLeavingRoomForStragglers(ReplayBuffer):
@@ -44,18 +44,18 @@ class AdmitsPastTheEnd(ReplayBuffer):
 
 
 class EndsTwice(Ledger):
-    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
-        super().end(index, ending)
+    def end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
+        super().end(group_id, ending)
         self._ended[ending] += ending is GroupOutcome.TRAINED
 
 
 class ForgetsAnEnding(Ledger):
-    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
-        self._open.remove(index)
+    def end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
+        self._open.remove(group_id)
 
 
 class ForgetsToCloseAnAdmission(Ledger):
-    def end(self, index: int, ending: GroupOutcome | RejectReason) -> None:
+    def end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
         self._ended[ending] += 1
 
 

@@ -28,7 +28,7 @@ MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 
 
 def make_group(
-    index: int,
+    group_id: int,
     *,
     accuracies: Sequence[float] = MIXED,
     version: int = 0,
@@ -44,7 +44,7 @@ def make_group(
         tokens, logprobs, versions, prefill_version=version, finish_reason=FinishReason.STOP
     )
     rollouts = tuple(Rollout(completion, "2", accuracy, accuracy, "2") for accuracy in accuracies)
-    return Group(index, PROMPT, rollouts, incarnation, temperature=1.0)
+    return Group(group_id, PROMPT, rollouts, incarnation, temperature=1.0)
 
 
 def make_buffer(kind: type[ReplayBuffer] = ReplayBuffer, **overrides: Any) -> ReplayBuffer:
@@ -77,7 +77,7 @@ class World:
         self.oldest: dict[int, int] = {}  # of every offered group
         self.training: TrainBatch | None = None
         self.publishing: TrainBatch | None = None  # its weights are on their way
-        self.heads: dict[
+        self.partial_completions: dict[
             int, int
         ] = {}  # groups of lost engines: the version of what is there of them
         self.endings: Counter[str] = Counter()
@@ -89,56 +89,58 @@ class World:
         return self.steps == self.buffer.num_steps
 
     def admit(self, worker: str) -> None:
-        index = self.buffer.admit(worker)
+        group_id = self.buffer.admit(worker)
         started = self.engine_versions[worker]
-        if index in self.heads and self.buffer.goes_on(index):
-            started = min(started, self.heads[index])
-        self.heads.pop(index, None)
-        self.generating[index] = (worker, started)
+        if group_id in self.partial_completions and self.buffer.goes_on(group_id):
+            started = min(started, self.partial_completions[group_id])
+        self.partial_completions.pop(group_id, None)
+        self.generating[group_id] = (worker, started)
 
     def offer(
-        self, index: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0
+        self, group_id: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0
     ) -> OfferOutcome:
         """`newer`: versions by which a recomputed prefill made the group fresher than at its start."""
-        worker, started = self.generating.pop(index)
-        self.oldest[index] = min(started + newer, max(started, self.engine_versions[worker]))
+        worker, started = self.generating.pop(group_id)
+        self.oldest[group_id] = min(started + newer, max(started, self.engine_versions[worker]))
         result = self.buffer.offer(
-            make_group(index, accuracies=accuracies, version=self.oldest[index]),
-            payload=f"payload-{index}",
+            make_group(group_id, accuracies=accuracies, version=self.oldest[group_id]),
+            payload=f"payload-{group_id}",
         )
         if result.outcome in (OfferOutcome.REJECTED, OfferOutcome.EVICTED):
             self.endings[result.outcome.value] += 1
         return result.outcome
 
-    def fail(self, index: int) -> None:
-        del self.generating[index]
-        assert self.buffer.fail(index, why="engine out of memory")
+    def fail(self, group_id: int) -> None:
+        del self.generating[group_id]
+        assert self.buffer.fail(group_id, why="engine out of memory")
         self.endings["failed"] += 1
 
-    def hand_back(self, index: int, *, with_heads: bool) -> None:
-        _, started = self.generating.pop(index)
-        assert self.buffer.hand_back(index, oldest_version=started if with_heads else None)
-        self.heads[index] = started
+    def hand_back(self, group_id: int, *, with_partial_completions: bool) -> None:
+        _, started = self.generating.pop(group_id)
+        assert self.buffer.hand_back(
+            group_id, oldest_version=started if with_partial_completions else None
+        )
+        self.partial_completions[group_id] = started
 
     def lose_worker(self, worker: str) -> None:
-        mine = {index for index, (owner, _) in self.generating.items() if owner == worker}
+        mine = {group_id for group_id, (owner, _) in self.generating.items() if owner == worker}
         assert set(self.buffer.lose_worker(worker)) == mine
-        for index in mine:
-            del self.generating[index]
+        for group_id in mine:
+            del self.generating[group_id]
         self.endings["failed"] += len(mine)
 
     def take(self) -> bool:
         assert self.training is None
         assert not self.done
-        for index in self.buffer.evict_doomed(self.version):
-            self.generating.pop(index, None)
+        for group_id in self.buffer.evict_doomed(self.version):
+            self.generating.pop(group_id, None)
             self.endings["evicted"] += 1
         batch = self.buffer.take(self.version)
         if batch is None:
             return False
-        for index, payload in zip(batch.group_ids, batch.references, strict=True):
-            assert payload == f"payload-{index}"
-            staleness = self.version - self.oldest[index]
+        for group_id, payload in zip(batch.group_ids, batch.references, strict=True):
+            assert payload == f"payload-{group_id}"
+            staleness = self.version - self.oldest[group_id]
             assert staleness <= self.buffer.max_staleness, f"trained at staleness {staleness}"
         assert len(batch.group_ids) == self.buffer.groups_per_step
         self.training = batch
@@ -172,7 +174,7 @@ class World:
         state = freeze(self.buffer, self.version)
         written = json.loads(json.dumps(state.to_json()))
         lineage = BufferState.from_json(
-            written, {index: group.payload for index, group in state.buffered.items()}
+            written, {group_id: group.payload for group_id, group in state.buffered.items()}
         )
         before = self.buffer
         self.buffer = type(before)(
@@ -237,8 +239,8 @@ class World:
             if self.training is not None:
                 self.finish_step()
                 moved = True
-            for index in tuple(self.generating):
-                self.offer(index)
+            for group_id in tuple(self.generating):
+                self.offer(group_id)
                 moved = True
             if not self.done and self.training is None:
                 moved |= self.take()
@@ -260,18 +262,18 @@ def wander(world: World, rng: random.Random, *, num_events: int, resumes: bool =
         if world.buffer.admissible():
             events.append((3, lambda: world.admit(rng.choice(workers))))
         if world.generating:
-            index = rng.choice(tuple(world.generating))
+            group_id = rng.choice(tuple(world.generating))
             events.append(
                 (
                     2,
-                    lambda index=index: world.offer(
-                        index,
+                    lambda group_id=group_id: world.offer(
+                        group_id,
                         accuracies=rng.choice((MIXED, MIXED, RIGHT, WRONG)),
                         newer=rng.randrange(3),
                     ),
                 )
             )
-            events.append((0.2, lambda index=index: world.fail(index)))
+            events.append((0.2, lambda group_id=group_id: world.fail(group_id)))
         if world.training is None and not world.done:
             events.append((1, world.take))
         if world.training is not None and world.publishing is None:

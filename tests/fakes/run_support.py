@@ -294,7 +294,7 @@ def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]])
         "accuracy": sum(rollout["accuracy"] for rollout in rollouts) / len(rollouts),
         "reward": sum(rollout["reward"] for rollout in rollouts) / len(rollouts),
         "response_tokens": num_tokens / len(rollouts),
-        "groups": len({rollout["admission"] for rollout in rollouts}),
+        "groups": len({rollout["group_id"] for rollout in rollouts}),
         "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts)
         / len(rollouts),
         "mixed_versions": sum(len(rollout["weight_versions"]) > 1 for rollout in rollouts)

@@ -72,7 +72,7 @@ def forward_logprobs(
 
 
 def request(
-    key: int,
+    group_id: int,
     prompt: Sequence[int],
     *,
     siblings: int = 1,
@@ -86,7 +86,7 @@ def request(
         temperature=temperature,
         **{"stop_token_ids": (), "seed": 0, **sampling},
     )
-    return GroupRequest(key, np.asarray(prompt, dtype=np.int32), siblings, sampled)
+    return GroupRequest(group_id, np.asarray(prompt, dtype=np.int32), siblings, sampled)
 
 
 @dataclass(frozen=True, slots=True)

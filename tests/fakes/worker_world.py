@@ -26,28 +26,28 @@ class FakeEngine:
         self._running = {}
 
     @property
-    def keys(self):
+    def group_ids(self):
         return sorted(self._running)
 
     async def generate(self, request):
         self.requests.append(request)
-        future = self._running[request.key] = asyncio.get_running_loop().create_future()
+        future = self._running[request.group_id] = asyncio.get_running_loop().create_future()
         return await future
 
     def starving(self, on) -> None:
         self.hungry.append(on)
 
-    def finish(self, key) -> None:
-        self._running.pop(key).set_result((COMPLETION,) * self.requests[0].num_siblings)
+    def finish(self, group_id) -> None:
+        self._running.pop(group_id).set_result((COMPLETION,) * self.requests[0].num_siblings)
 
-    def fail(self, key, error) -> None:
-        self._running.pop(key).set_exception(error)
+    def fail(self, group_id, error) -> None:
+        self._running.pop(group_id).set_exception(error)
 
-    async def abort(self, keys) -> None:
-        for key in keys:
-            self.aborted.append(key)
-            if key in self._running:
-                self.fail(key, Aborted(f"group {key} was taken off the engine"))
+    async def abort(self, group_ids) -> None:
+        for group_id in group_ids:
+            self.aborted.append(group_id)
+            if group_id in self._running:
+                self.fail(group_id, Aborted(f"group {group_id} was taken off the engine"))
 
 
 class FakeReplay:
@@ -71,17 +71,17 @@ class FakeReplay:
             count = min(num_groups, self.credits)
             self.credits -= count
             first, self.next_index = self.next_index, self.next_index + count
-            return [Admission(index, PROMPT, 3) for index in range(first, first + count)]
+            return [Admission(group_id, PROMPT, 3) for group_id in range(first, first + count)]
 
     async def offer(self, group) -> None:
         self.offered.append(group.group_id)
 
-    async def fail(self, indices, why) -> None:
-        self.failed.append((list(indices), why))
-        await self.give(len(indices))
+    async def fail(self, group_ids, why) -> None:
+        self.failed.append((list(group_ids), why))
+        await self.give(len(group_ids))
 
-    async def hand_back(self, index, heads) -> None:
-        self.handed_back.append((index, heads))
+    async def hand_back(self, group_id, partial_completions) -> None:
+        self.handed_back.append((group_id, partial_completions))
 
     async def give(self, credits) -> None:
         async with self._changed:
@@ -94,15 +94,15 @@ class FakeReplay:
             doomed, self._doomed = self._doomed, []
             return doomed
 
-    async def evict(self, index) -> None:
+    async def evict(self, group_id) -> None:
         async with self._changed:
-            self._doomed.append(index)
+            self._doomed.append(group_id)
             self._changed.notify_all()
 
 
 async def score(admission, completions):
     assert len(completions) == admission.group_size
-    return SimpleNamespace(group_id=admission.index)
+    return SimpleNamespace(group_id=admission.group_id)
 
 
 def hold_scoring(worker):

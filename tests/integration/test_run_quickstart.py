@@ -294,7 +294,7 @@ def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quickstart: F
         ("tokens", 1000),
         ("finish_reason", "length"),
         ("weight_versions", [[0, 0, 9]]),
-        ("admission", -1),
+        ("group_id", -1),
     ],
 )
 def test_recomputed_metrics_notice_one_changed_response(

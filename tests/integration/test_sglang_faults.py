@@ -107,7 +107,7 @@ def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(
             with pytest.raises(EngineFault, match=line) as told:
                 await engine.generate(request(1, PROMPT, siblings=4))
             assert url in str(told.value)
-            assert bool(told.value.heads) == (
+            assert bool(told.value.partial_completions) == (
                 "version" not in fault and "weights" not in fault
             )  # of wrong weights nothing is handed on
             right = SGLangClient(world.server.url, api_key=world.server.api_key)
@@ -152,16 +152,22 @@ def test_response_goes_on_elsewhere_from_where_the_lost_server_had_told_of_it(wo
                 await lossy.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
             await lossy.close()
             whole = request(1, PROMPT, siblings=4, max_tokens=LONG)
-            return fault.value.heads, await engine.generate(replace(whole, heads=fault.value.heads))
+            return fault.value.partial_completions, await engine.generate(
+                replace(whole, partial_completions=fault.value.partial_completions)
+            )
 
-    heads, completions = asyncio.run(generate())
-    assert [head.finish_reason for head in heads if head is not None] == [FinishReason.ABORT] * 4
-    assert len(heads[3].token_ids) == 1 + 2 * 8
-    for head, completion in zip(heads, completions, strict=True):
-        length = len(head.token_ids)
+    partials, completions = asyncio.run(generate())
+    assert [partial.finish_reason for partial in partials if partial is not None] == [
+        FinishReason.ABORT
+    ] * 4
+    assert len(partials[3].token_ids) == 1 + 2 * 8
+    for partial, completion in zip(partials, completions, strict=True):
+        length = len(partial.token_ids)
         assert 0 < length < LONG
-        assert completion.token_ids[:length].tolist() == head.token_ids.tolist()
-        assert completion.behaviour_logprobs[:length].tolist() == head.behaviour_logprobs.tolist()
+        assert completion.token_ids[:length].tolist() == partial.token_ids.tolist()
+        assert (
+            completion.behaviour_logprobs[:length].tolist() == partial.behaviour_logprobs.tolist()
+        )
         assert (len(completion.token_ids), completion.finish_reason) == (LONG, FinishReason.LENGTH)
         assert completion.weight_versions.tolist() == [0] * LONG
         np.testing.assert_allclose(
@@ -179,7 +185,9 @@ def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
             first, second = await engine.generate(request(1, PROMPT, siblings=2))
             return (
                 first,
-                await engine.generate(replace(request(2, PROMPT, siblings=2), heads=(first, None))),
+                await engine.generate(
+                    replace(request(2, PROMPT, siblings=2), partial_completions=(first, None))
+                ),
                 second,
             )
 
@@ -208,13 +216,16 @@ def test_response_that_had_ended_when_its_server_was_lost_is_whole(world: World)
             with pytest.raises(EngineFault) as fault:
                 await lossy.generate(request(1, PROMPT, max_tokens=5))
             await lossy.close()
-            return fault.value.heads, await engine.generate(
-                replace(request(1, PROMPT, max_tokens=5), heads=fault.value.heads)
+            return fault.value.partial_completions, await engine.generate(
+                replace(
+                    request(1, PROMPT, max_tokens=5),
+                    partial_completions=fault.value.partial_completions,
+                )
             )
 
-    (head,), (completion,) = asyncio.run(generate())
-    assert head.finish_reason is FinishReason.LENGTH
-    assert completion is head
+    (partial,), (completion,) = asyncio.run(generate())
+    assert partial.finish_reason is FinishReason.LENGTH
+    assert completion is partial
 
 
 @on_one_family
@@ -242,12 +253,13 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
                 await running
             await engine.update(from_disk(right, world.folder), version=2, probe_ids=PROBE)
             again = replace(
-                request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG), heads=fault.value.heads
+                request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG),
+                partial_completions=fault.value.partial_completions,
             )
-            return fault.value.heads, await engine.generate(again)
+            return fault.value.partial_completions, await engine.generate(again)
 
-    heads, completions = asyncio.run(generate())
-    assert [head is None for head in heads] == [False] * NUM_SLOTS + [True] * 4
+    partials, completions = asyncio.run(generate())
+    assert [partial is None for partial in partials] == [False] * NUM_SLOTS + [True] * 4
     assert all(len(completion.token_ids) == LONG for completion in completions)
 
 

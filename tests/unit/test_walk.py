@@ -97,8 +97,8 @@ def test_one_group_walks_through_the_whole_house(house) -> None:
 
 def roll(house, verdicts):
     """From the prompt to the scored group; the credit that it costs was free before."""
-    index = house.replay.admit("rollout-0")
-    admission = Admission(index, house.prompts[index], group_size=4)
+    group_id = house.replay.admit("rollout-0")
+    admission = Admission(group_id, house.prompts[group_id], group_size=4)
     return score(house, admission, generate(house, admission), verdicts)
 
 
@@ -111,13 +111,13 @@ def generate(house, admission):
         seed=house.config.seed,
     )
     house.engine.submit(
-        GroupRequest(admission.index, admission.prompt.token_ids, admission.group_size, sampling)
+        GroupRequest(admission.group_id, admission.prompt.token_ids, admission.group_size, sampling)
     )
     finished = []
     while house.engine.has_work:
         finished += house.engine.step()
     ((key, completions),) = finished
-    assert key == admission.index
+    assert key == admission.group_id
     assert len(completions) == 4
     return completions
 

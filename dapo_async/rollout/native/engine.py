@@ -100,14 +100,14 @@ class TorchEngine:
     def submit(self, request: GroupRequest) -> None:
         """Queues a group. Raises ValueError, changing nothing, for one that can never be served."""
         # Partial completions come from lost engines; a native engine is lost only with its actor.
-        assert not request.heads, "the native engine takes no partial completions"
+        assert not request.partial_completions, "the native engine takes no partial completions"
         self._check(request)
         prompt_ids = torch.from_numpy(request.prompt_ids.astype(np.int64)).to(self._device)
-        self._groups[request.key] = group = RunningGroup(request, prompt_ids)
+        self._groups[request.group_id] = group = RunningGroup(request, prompt_ids)
         self._waiting.append(group)
 
     def _check(self, request: GroupRequest) -> None:
-        name, length = f"group {request.key}", len(request.prompt_ids)
+        name, length = f"group {request.group_id}", len(request.prompt_ids)
         max_tokens, vocab_size = request.sampling.max_tokens, self._decoder.config.vocab_size
         if length < 1 or request.num_siblings < 1:
             raise ValueError(
@@ -125,26 +125,26 @@ class TorchEngine:
                 f"{name} has token ids outside the model's vocabulary of {vocab_size}; "
                 "use the model's own tokenizer"
             )
-        if request.key in self._groups:
-            raise ValueError(f"{name} is already on the engine; give each group its own key")
+        if request.group_id in self._groups:
+            raise ValueError(f"{name} is already on the engine; give each group its own id")
 
     @torch.inference_mode()
-    def abort(self, keys: Iterable[int]) -> list[int]:
-        """Removes groups and frees their slots; returns those keys that were on the engine."""
-        aborted = [key for key in dict.fromkeys(keys) if key in self._groups]
-        for key in aborted:
-            group = self._groups.pop(key)
+    def abort(self, group_ids: Iterable[int]) -> list[int]:
+        """Removes groups and frees their slots; returns those ids that were on the engine."""
+        aborted = [each for each in dict.fromkeys(group_ids) if each in self._groups]
+        for group_id in aborted:
+            group = self._groups.pop(group_id)
             if group.num_waiting:
                 self._waiting.remove(group)
         owners = enumerate(self._table.owners)
-        self._vacate([row for row, (group, _) in owners if group.request.key in aborted])
+        self._vacate([row for row, (group, _) in owners if group.request.group_id in aborted])
         return aborted
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, tuple[Completion, ...]]]:
         """Starts what fits and draws one token in every running slot.
 
-        Returns `(key, completions)` of the groups whose last sibling ended.
+        Returns `(group_id, completions)` of the groups whose last sibling ended.
         """
         num_decoding = len(self._table)
         started = self._admit()
@@ -157,11 +157,11 @@ class TorchEngine:
             return []
         finished = []
         for group in self._table.finish(ended):
-            key, num_siblings = group.request.key, group.request.num_siblings
+            group_id, num_siblings = group.request.group_id, group.request.num_siblings
             if len(group.completions) == num_siblings:
-                del self._groups[key]
+                del self._groups[group_id]
                 completions = tuple(group.completions[sibling] for sibling in range(num_siblings))
-                finished.append((key, completions))
+                finished.append((group_id, completions))
         self._vacate(ended)
         return finished
 

@@ -26,16 +26,18 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
-def keyed_uniforms(seed: int, *, key: int, siblings: range, num_tokens: int) -> NDArray[np.float64]:
+def keyed_uniforms(
+    seed: int, *, group_id: int, siblings: range, num_tokens: int
+) -> NDArray[np.float64]:
     """Uniforms in [0, 1) with 52 bits, `[len(siblings), num_tokens]`.
 
-    Row i, column t is keyed by (seed, key, siblings[i], t):
-    h ← mix(h + golden · (x + 1)) modulo 2⁶⁴ for x = seed, key, sibling, token in turn, where mix is
+    Row i, column t is keyed by (seed, group_id, siblings[i], t):
+    h ← mix(h + golden · (x + 1)) modulo 2⁶⁴ for x = seed, group_id, sibling, token in turn, where mix is
     the finaliser of SplitMix64 (Steele et al. 2014).
     """
     golden = np.uint64(_GOLDEN)
     words = np.zeros(1, np.uint64)
-    for scalar in (seed, key):
+    for scalar in (seed, group_id):
         words = _mix(words + np.uint64(_GOLDEN * (scalar + 1) & _WORD))
     sibling_words = np.arange(siblings.start + 1, siblings.stop + 1, dtype=np.uint64) * golden
     token_words = np.arange(1, num_tokens + 1, dtype=np.uint64) * golden

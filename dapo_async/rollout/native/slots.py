@@ -77,7 +77,10 @@ class SlotTable:
         end = prompt_length + sampling.max_tokens
         self.token_ids[rows, :prompt_length] = group.prompt_ids
         uniforms = keyed_uniforms(
-            sampling.seed, key=group.request.key, siblings=siblings, num_tokens=sampling.max_tokens
+            sampling.seed,
+            group_id=group.request.group_id,
+            siblings=siblings,
+            num_tokens=sampling.max_tokens,
         )
         self.uniforms[rows, prompt_length:end] = torch.from_numpy(uniforms)
         self.temperatures[rows] = sampling.temperature or 1.0
@@ -115,9 +118,9 @@ class SlotTable:
         flagged: list[int] = (cut | stopped | logprobs.isnan()).nonzero().squeeze(-1).tolist()
         if flagged and logprobs[flagged].isnan().any():
             wrong = [self.owners[row][0] for row in flagged if logprobs[row].isnan()]
-            keys = sorted({group.request.key for group in wrong})
+            group_ids = sorted({group.request.group_id for group in wrong})
             raise RuntimeError(
-                f"logits of version {version} are not finite for the groups {keys}; "
+                f"logits of version {version} are not finite for the groups {group_ids}; "
                 "look at the last update's gradients"
             )
         return flagged

@@ -35,7 +35,7 @@ class _Generate:
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
-    keys: tuple[int, ...]
+    group_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,12 @@ class ThreadedEngine:
         try:
             completions: tuple[Completion, ...] = await call
         except asyncio.CancelledError:
-            self._send(_Abort((request.key,)))
+            self._send(_Abort((request.group_id,)))
             raise
         return completions
 
-    async def abort(self, keys: Iterable[int]) -> None:
-        await self._send(_Abort(tuple(keys)))
+    async def abort(self, group_ids: Iterable[int]) -> None:
+        await self._send(_Abort(tuple(group_ids)))
 
     async def update_weights(
         self, weights: Mapping[str, Tensor], *, version: int, probe_ids: NDArray[np.int32]
@@ -202,8 +202,8 @@ class ThreadedEngine:
                 self._updates.popleft()
         if core.has_work:
             self._clock.enter("generate")
-            for key, completions in core.step():
-                self._generating.pop(key).answer(completions)
+            for group_id, completions in core.step():
+                self._generating.pop(group_id).answer(completions)
             self._meter.spent(running=core.num_drawn)
         return True
 
@@ -215,10 +215,12 @@ class ThreadedEngine:
                 except ValueError as error:  # the caller's error: the engine goes on
                     waiter.fail(error)
                 else:
-                    self._generating[request.key] = waiter
-            case _Abort(keys):
-                for key in self._core.abort(keys):
-                    self._generating.pop(key).fail(Aborted(f"group {key} was taken off the engine"))
+                    self._generating[request.group_id] = waiter
+            case _Abort(group_ids):
+                for group_id in self._core.abort(group_ids):
+                    self._generating.pop(group_id).fail(
+                        Aborted(f"group {group_id} was taken off the engine")
+                    )
                 waiter.answer(None)
             case _Update():
                 self._updates.append((command, waiter))

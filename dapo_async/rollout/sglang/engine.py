@@ -51,7 +51,7 @@ class _Running:
 
     siblings: list[asyncio.Task[Completion]]
     responses: dict[int, Response] = field(default_factory=dict)  # by sibling: those at the server
-    heads: dict[int, Completion] = field(
+    partial_completions: dict[int, Completion] = field(
         default_factory=dict
     )  # by sibling: what there is of those that did not end there
     aborted: bool = False
@@ -97,9 +97,11 @@ class SGLangEngine:
 
     async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
         """See `Engine`. A cancelled call takes its group off the engine. Raises EngineFault when the server can't be used."""
-        assert request.key not in self._running, f"group {request.key} is on the engine already"
+        assert request.group_id not in self._running, (
+            f"group {request.group_id} is on the engine already"
+        )
         group = _Running([])
-        self._running[request.key] = group
+        self._running[request.group_id] = group
         try:
             async with asyncio.TaskGroup() as siblings:
                 group.siblings = [
@@ -113,14 +115,14 @@ class SGLangEngine:
             if not group.aborted:
                 raise first from None
         finally:
-            del self._running[request.key]
+            del self._running[request.group_id]
         if group.aborted:
-            raise Aborted(f"group {request.key} was taken off the engine")
+            raise Aborted(f"group {request.group_id} was taken off the engine")
         return tuple(sibling.result() for sibling in group.siblings)
 
-    async def abort(self, keys: Iterable[int]) -> None:
+    async def abort(self, group_ids: Iterable[int]) -> None:
         """See `Engine`."""
-        groups = [self._running[key] for key in keys if key in self._running]
+        groups = [self._running[each] for each in group_ids if each in self._running]
         for group in groups:
             group.aborted = True
         with contextlib.suppress(EngineFault):  # a lost server: each stream tells of it by itself
@@ -181,22 +183,22 @@ class SGLangEngine:
     def _heads(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
         """What there is of each sibling, those that had ended included; of a server with wrong weights only what came from elsewhere."""
         if not self._trusted:
-            return request.heads
+            return request.partial_completions
         ended = {
             place: task.result()
             for place, task in enumerate(group.siblings)
             if not (task.cancelled() or task.exception())
         }
-        before = dict(enumerate(request.heads))
+        before = dict(enumerate(request.partial_completions))
         return tuple(
-            ended.get(place) or group.heads.get(place) or before.get(place)
+            ended.get(place) or group.partial_completions.get(place) or before.get(place)
             for place in range(request.num_siblings)
         )
 
     async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
-        head = request.heads[sibling] if request.heads else None
-        if head is not None and head.finish_reason is not FinishReason.ABORT:
-            return head
+        partial = request.partial_completions[sibling] if request.partial_completions else None
+        if partial is not None and partial.finish_reason is not FinishReason.ABORT:
+            return partial
         async with self._slots:
             while (
                 not self._may_send.is_set()
@@ -208,24 +210,26 @@ class SGLangEngine:
                 )
             # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
             # aborts by beginnings.
-            name = f"{self._nonce}.{next(self._serial)}.{request.key}.{sibling}."
+            name = f"{self._nonce}.{next(self._serial)}.{request.group_id}.{sibling}."
             response = Response(name, len(request.prompt_ids), self._newest_version)
             group.responses[sibling] = response
             self._count(+1)
             try:
-                return await self._stream(request, response, head)
+                return await self._stream(request, response, partial)
             finally:
                 del group.responses[sibling]
                 if response.token_ids:
-                    group.heads[sibling] = joined(head, response.whole or response.head())
+                    group.partial_completions[sibling] = joined(
+                        partial, response.whole or response.partial()
+                    )
                 self._count(-1)
                 self._ended.set()
 
     async def _stream(
-        self, request: GroupRequest, response: Response, head: Completion | None
+        self, request: GroupRequest, response: Response, partial: Completion | None
     ) -> Completion:
-        """One response, from the end of its `head` on."""
-        so_far = head.token_ids.tolist() if head is not None else []
+        """One response, from the end of its `partial` on."""
+        so_far = partial.token_ids.tolist() if partial is not None else []
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far))
         body = {
             "input_ids": request.prompt_ids.tolist() + so_far,
@@ -264,7 +268,7 @@ class SGLangEngine:
                 f"{self._client.url} cut a response at {len(completion.token_ids)} of {sampling.max_tokens} tokens: the memory for its keys "
                 "and values, or the model's context, is too small; lower rollout.max_response_tokens or give the server more"
             )
-        return joined(head, completion)
+        return joined(partial, completion)
 
     @asynccontextmanager
     async def _standstill(self) -> AsyncIterator[float]:

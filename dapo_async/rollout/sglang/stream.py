@@ -1,4 +1,4 @@
-"""One response of an SGLang server as it comes: chunks in, a whole completion or the head of one out (L2). Used by `sglang_engine.py`."""
+"""One response of an SGLang server as it comes: chunks in, a whole or a partial completion out (L2). Used by `sglang_engine.py`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Response:
         self.logprobs += chunk.logprobs
         self._next_version = newest_version
 
-    def head(self) -> Completion:
+    def partial(self) -> Completion:
         """What there is of it before its end."""
         return self._completion(
             np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT
@@ -89,15 +89,15 @@ class Response:
         )
 
 
-def joined(head: Completion | None, tail: Completion) -> Completion:
+def joined(partial: Completion | None, tail: Completion) -> Completion:
     """One response whose end another engine generated, on KV of its own."""
-    if head is None:
+    if partial is None:
         return tail
     return Completion(
-        token_ids=np.concatenate([head.token_ids, tail.token_ids]),
-        behaviour_logprobs=np.concatenate([head.behaviour_logprobs, tail.behaviour_logprobs]),
-        weight_versions=np.concatenate([head.weight_versions, tail.weight_versions]),
-        prefill_version=min(head.prefill_version, tail.prefill_version),
+        token_ids=np.concatenate([partial.token_ids, tail.token_ids]),
+        behaviour_logprobs=np.concatenate([partial.behaviour_logprobs, tail.behaviour_logprobs]),
+        weight_versions=np.concatenate([partial.weight_versions, tail.weight_versions]),
+        prefill_version=min(partial.prefill_version, tail.prefill_version),
         finish_reason=tail.finish_reason,
     )
 

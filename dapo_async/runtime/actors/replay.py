@@ -83,7 +83,7 @@ class ReplayActor:
             (),
         )  # the step that the newest batch is for
         self._changed = asyncio.Condition()
-        self._heads: dict[
+        self._partial_completions: dict[
             int, tuple[Completion | None, ...]
         ] = {}  # of groups that were handed back, until they are admitted again
         self._leased: set[str] = set()  # workers that are admitted nothing
@@ -120,16 +120,16 @@ class ReplayActor:
                     if self._config.replay.lockstep
                     else min(num_groups, self._buffer.admissible())
                 )
-                indices = [self._buffer.admit(worker) for _ in range(count)]
-                return [self._admission(index) for index in indices]
+                group_ids = [self._buffer.admit(worker) for _ in range(count)]
+                return [self._admission(group_id) for group_id in group_ids]
 
-    def _admission(self, index: int) -> Admission:
-        heads = self._heads.pop(index, ())
+    def _admission(self, group_id: int) -> Admission:
+        partial_completions = self._partial_completions.pop(group_id, ())
         return Admission(
-            index,
-            self._stream[index],
+            group_id,
+            self._stream[group_id],
             self._config.replay.group_size,
-            heads if self._buffer.goes_on(index) else (),
+            partial_completions if self._buffer.goes_on(group_id) else (),
         )
 
     async def lease(self, worker: str, on: bool) -> None:
@@ -161,24 +161,27 @@ class ReplayActor:
                 return []
             return self._aborts.pop(worker)
 
-    async def fail(self, indices: Sequence[int], why: str) -> None:
+    async def fail(self, group_ids: Sequence[int], why: str) -> None:
         """Groups that their worker gave up: their credits return."""
         async with self._changed:
-            for index in indices:
-                self._buffer.fail(index, why=why)
+            for group_id in group_ids:
+                self._buffer.fail(group_id, why=why)
             self._changed.notify_all()
 
-    async def hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
-        """A group whose engine was lost: whoever asks next generates it, from where `heads` end."""
+    async def hand_back(
+        self, group_id: int, partial_completions: tuple[Completion | None, ...]
+    ) -> None:
+        """A group whose engine was lost: whoever asks next generates it, from where `partial_completions` end."""
         async with self._changed:
             oldest_version = min(
-                (head.oldest_version for head in heads if head is not None), default=None
+                (partial.oldest_version for partial in partial_completions if partial is not None),
+                default=None,
             )
             if (
-                self._buffer.hand_back(index, oldest_version=oldest_version)
+                self._buffer.hand_back(group_id, oldest_version=oldest_version)
                 and oldest_version is not None
             ):
-                self._heads[index] = heads
+                self._partial_completions[group_id] = partial_completions
             self._changed.notify_all()
 
     async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | StopReason:
@@ -187,8 +190,8 @@ class ReplayActor:
             async with asyncio.timeout(deadline_s), self._changed:
                 while True:
                     with self._clock.during("take", f"version {learner_version}"):
-                        for index, worker in self._buffer.evict_doomed(learner_version).items():
-                            self._aborts[worker].append(index)
+                        for group_id, worker in self._buffer.evict_doomed(learner_version).items():
+                            self._aborts[worker].append(group_id)
                             self._changed.notify_all()
                         batch = self._buffer.take(learner_version)
                         if batch is not None:
@@ -226,13 +229,13 @@ class ReplayActor:
         self._in_training = (step, groups)
         return replace(batch, references=tuple(ray.put(group) for group in groups))
 
-    async def trained(self, indices: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
+    async def trained(self, group_ids: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
         """Books the batch that was taken last; one whose loss or gradient was not finite is kept on disk, to be looked at."""
         step, groups = self._in_training
         if non_finite:
             await asyncio.to_thread(write_groups, self._run_dir.non_finite_step(step), groups)
         async with self._changed:
-            (self._buffer.skipped if skipped else self._buffer.trained)(indices)
+            (self._buffer.skipped if skipped else self._buffer.trained)(group_ids)
             self._changed.notify_all()
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:

@@ -39,15 +39,17 @@ class RayReplay:
     async def offer(self, group: Group) -> None:
         await self._call("offer", group)
 
-    async def fail(self, indices: Sequence[int], why: str) -> None:
-        await self._call("fail", indices, why)
+    async def fail(self, group_ids: Sequence[int], why: str) -> None:
+        await self._call("fail", group_ids, why)
 
-    async def hand_back(self, index: int, heads: tuple[Completion | None, ...]) -> None:
-        await self._call("hand_back", index, heads)
+    async def hand_back(
+        self, group_id: int, partial_completions: tuple[Completion | None, ...]
+    ) -> None:
+        await self._call("hand_back", group_id, partial_completions)
 
     async def doomed(self, worker: str) -> Sequence[int]:
-        indices: list[int] = await self._call("doomed", worker)
-        return indices
+        group_ids: list[int] = await self._call("doomed", worker)
+        return group_ids
 
     async def _call(self, method: str, *args: Any) -> Any:
         try:

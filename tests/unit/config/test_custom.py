@@ -180,7 +180,7 @@ def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:
         score = worker._score
 
         async def dying(admission, completions):
-            if admission.index == 1:
+            if admission.group_id == 1:
                 raise VerifierFailed("verifier failed")
             return await score(admission, completions)
 

@@ -77,7 +77,7 @@ class FakeEngine:
         self.requests.append(request)
         self.here += 1
         self.most = max(self.most, self.here)
-        await asyncio.sleep(60 if -1 - request.key in self.never else 0.001)
+        await asyncio.sleep(60 if -1 - request.group_id in self.never else 0.001)
         self.here -= 1
         return tuple(completion(3) for _ in range(request.num_siblings))
 
@@ -161,7 +161,9 @@ def test_every_prompt_is_asked_once_under_a_key_of_its_row_and_an_engine_is_neve
     assert sorted(done) == list(range(3, 23))
     assert [row for row, each in done.items() if each.num_correct] == [4]
     requests = [request for engine in engines for request in engine.requests]
-    assert sorted(request.key for request in requests) == sorted(-1 - row for row in range(3, 23))
+    assert sorted(request.group_id for request in requests) == sorted(
+        -1 - row for row in range(3, 23)
+    )
     assert {request.sampling.top_p for request in requests} == {0.8}
     assert [engine.most for engine in engines] == [
         3,

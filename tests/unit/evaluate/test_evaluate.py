@@ -42,7 +42,7 @@ def evaluated(engine, prompts, judge=lambda prompt, completion: float(prompt.row
 def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_has() -> None:
     engine = FakeEngine(7)
     evaluated(engine, [prompt(row, [row, 5]) for row in range(1, 7)])
-    assert [request.key for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
+    assert [request.group_id for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
     assert [request.prompt_ids.tolist() for request in engine.requests] == [
         [row, 5] for row in range(1, 7)
     ]

@@ -37,12 +37,12 @@ def generated(engine, *, temperature, told=None):
         # any rewards will do: the ratio is measured before the first update
         rollouts = tuple(
             Rollout(completion, "", 0.0, float(number), None)
-            for number, completion in enumerate(finished[request.key])
+            for number, completion in enumerate(finished[request.group_id])
         )
         groups.append(
             Group(
-                request.key,
-                Prompt(request.key, "", request.prompt_ids, ""),
+                request.group_id,
+                Prompt(request.group_id, "", request.prompt_ids, ""),
                 rollouts,
                 "first",
                 told or temperature,

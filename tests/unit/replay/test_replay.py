@@ -27,9 +27,11 @@ def serving(**overrides: Any) -> ReplayBuffer:
 def admit_and_offer(
     buffer: ReplayBuffer, *, version: int = 0, accuracies: tuple[float, ...] = MIXED
 ) -> int:
-    index = buffer.admit("worker-0")
-    buffer.offer(make_group(index, accuracies=accuracies, version=version), f"payload-{index}")
-    return index
+    group_id = buffer.admit("worker-0")
+    buffer.offer(
+        make_group(group_id, accuracies=accuracies, version=version), f"payload-{group_id}"
+    )
+    return group_id
 
 
 # Admission.
@@ -66,8 +68,8 @@ def test_admission_stops_when_outstanding_groups_cover_the_remaining_steps() -> 
 
 def test_rejected_group_releases_its_credit_at_once() -> None:
     buffer = serving()
-    index = buffer.admit("worker-0")
-    result = buffer.offer(make_group(index, accuracies=WRONG), None)
+    group_id = buffer.admit("worker-0")
+    result = buffer.offer(make_group(group_id, accuracies=WRONG), None)
     assert result == OfferResult(OfferOutcome.REJECTED, RejectReason.ALL_WRONG)
     assert buffer.admissible() == 1
     assert buffer.counts == Counts(admitted=1, rejected={RejectReason.ALL_WRONG: 1})
@@ -106,22 +108,22 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
     )  # nobody waits for what the lost engine may still say
     assert buffer.admit("worker-1") == first
     assert buffer.admissible() == 0
-    for index in (first, second):
-        assert buffer.offer(make_group(index), None).outcome is OfferOutcome.ACCEPTED
+    for group_id in (first, second):
+        assert buffer.offer(make_group(group_id), None).outcome is OfferOutcome.ACCEPTED
     assert not buffer.hand_back(first)
     assert buffer.take(0).group_ids == (first, second)
 
 
 def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
     buffer = serving(groups_per_step=1, max_staleness=2)
-    index = buffer.admit("worker-0")
-    assert not buffer.goes_on(index)
-    buffer.hand_back(index, oldest_version=0)
+    group_id = buffer.admit("worker-0")
+    assert not buffer.goes_on(group_id)
+    buffer.hand_back(group_id, oldest_version=0)
     buffer.serve(1)
-    assert buffer.admit("worker-1") == index
-    assert buffer.goes_on(index)
-    assert buffer._generating[index].deadline == 2  # not 3: its oldest tokens are of version 0
-    assert buffer.offer(make_group(index, version=0), None).outcome is OfferOutcome.ACCEPTED
+    assert buffer.admit("worker-1") == group_id
+    assert buffer.goes_on(group_id)
+    assert buffer._generating[group_id].deadline == 2  # not 3: its oldest tokens are of version 0
+    assert buffer.offer(make_group(group_id, version=0), None).outcome is OfferOutcome.ACCEPTED
     buffer.check()
 
 
@@ -158,9 +160,9 @@ def test_a_lost_worker_fails_what_it_generates_and_keeps_what_it_offered() -> No
 
 def test_a_take_is_a_ticket_in_admission_order_and_surplus_is_kept() -> None:
     buffer = serving(groups_per_step=2, max_staleness=1)
-    indices = [buffer.admit("worker-0") for _ in range(3)]
-    for index in reversed(indices):
-        buffer.offer(make_group(index, num_tokens=3 + index), f"payload-{index}")
+    group_ids = [buffer.admit("worker-0") for _ in range(3)]
+    for group_id in reversed(group_ids):
+        buffer.offer(make_group(group_id, num_tokens=3 + group_id), f"payload-{group_id}")
     batch = buffer.take(0)
     assert batch is not None
     assert (batch.learner_version, batch.group_ids, batch.oldest_versions) == (
@@ -187,9 +189,9 @@ def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> 
     buffer = serving(groups_per_step=1, max_staleness=2)
     straggler = buffer.admit("worker-1")  # deadline 2
     for version in (0, 1):  # at both versions a place for the straggler is left
-        index = admit_and_offer(buffer)
+        group_id = admit_and_offer(buffer)
         assert buffer.take(version) is not None
-        buffer.trained([index])
+        buffer.trained([group_id])
     buffer.serve(2)
     buffer.release([1, 2])
     admit_and_offer(buffer, version=2)
@@ -203,27 +205,27 @@ def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> 
 
 def test_credits_of_a_step_return_when_its_weights_are_served_and_not_before() -> None:
     buffer = serving(groups_per_step=2)
-    indices = [admit_and_offer(buffer) for _ in range(2)]
+    group_ids = [admit_and_offer(buffer) for _ in range(2)]
     assert buffer.take(0) is not None
-    buffer.trained(indices)
+    buffer.trained(group_ids)
     assert buffer.admissible() == 0
     assert buffer.counts == Counts(admitted=2, trained=2)
     with pytest.raises(AssertionError, match="waits for version 1, but 0 is served"):
-        buffer.release(indices[:1])
+        buffer.release(group_ids[:1])
     buffer.serve(1)
-    buffer.release(indices[1:])
+    buffer.release(group_ids[1:])
     assert buffer.admissible() == 1
     with pytest.raises(AssertionError, match="waits for no weights"):
-        buffer.release(indices[1:])
+        buffer.release(group_ids[1:])
 
 
 def test_a_skipped_step_ends_its_groups_and_its_credits_return_without_a_new_version() -> None:
     buffer = serving()
-    index = admit_and_offer(buffer)
+    group_id = admit_and_offer(buffer)
     assert buffer.take(0) is not None
-    buffer.skipped([index])
+    buffer.skipped([group_id])
     assert buffer.counts == Counts(admitted=1, skipped=1)
-    buffer.release([index])
+    buffer.release([group_id])
     admit_and_offer(buffer)
     assert buffer.take(0) is not None
 
@@ -293,9 +295,9 @@ def test_other_rejects_mean_stuck_with_the_counts_per_reason() -> None:
 
 def test_acceptance_counts_one_step_and_its_refill_waves_at_staleness_zero() -> None:
     buffer = serving(groups_per_step=3)
-    indices = [buffer.admit("worker-0") for _ in range(3)]
-    for index, accuracies in zip(indices, (WRONG, MIXED, RIGHT), strict=True):
-        buffer.offer(make_group(index, accuracies=accuracies), None)
+    group_ids = [buffer.admit("worker-0") for _ in range(3)]
+    for group_id, accuracies in zip(group_ids, (WRONG, MIXED, RIGHT), strict=True):
+        buffer.offer(make_group(group_id, accuracies=accuracies), None)
     admit_and_offer(buffer, accuracies=WRONG)  # one wave of two: this group and the next
     buffer.admit("worker-0")
     buffer.admit("worker-0")
@@ -358,7 +360,7 @@ def test_the_wait_message_names_who_waits_for_whom() -> None:
     admit_and_offer(buffer, accuracies=WRONG)
     buffer.lose_worker("worker-2")
     assert buffer.explain_wait(1) == (
-        "take at version 1 waits: 1 of 3 groups finished; 1 generating on 1 worker(s) (first: admission 4 on worker-1, deadline 1); "
+        "take at version 1 waits: 1 of 3 groups finished; 1 generating on 1 worker(s) (first: group 4 on worker-1, deadline 1); "
         "3 credits held by trained groups whose weights are not on every engine (served version 0); room for 1 more but no worker asks; "
         "since the last take 2 offered, 1 accepted, all_wrong 1"
     )

@@ -60,28 +60,31 @@ class Interleavings(RuleBasedStateMachine):
     )
     def offer(self, pick: int, burst: int, accuracies: tuple[float, ...], newer: int) -> None:
         for _ in range(min(burst, len(self.world.generating))):
-            indices = tuple(self.world.generating)
-            self.world.offer(indices[pick % len(indices)], accuracies=accuracies, newer=newer)
+            group_ids = tuple(self.world.generating)
+            self.world.offer(group_ids[pick % len(group_ids)], accuracies=accuracies, newer=newer)
 
-    @rule(index=st.integers(-1, 40))
-    def offer_of_nobody_is_refused(self, index: int) -> None:
-        if index not in self.world.generating:
+    @rule(group_id=st.integers(-1, 40))
+    def offer_of_nobody_is_refused(self, group_id: int) -> None:
+        if group_id not in self.world.generating:
             assert (
-                self.world.buffer.offer(make_group(index), "junk").outcome is OfferOutcome.REFUSED
+                self.world.buffer.offer(make_group(group_id), "junk").outcome
+                is OfferOutcome.REFUSED
             )
 
     @precondition(lambda self: self.world.generating)
     @rule(pick=st.integers(0))
     def fail(self, pick: int) -> None:
-        indices = tuple(self.world.generating)
-        self.world.fail(indices[pick % len(indices)])
+        group_ids = tuple(self.world.generating)
+        self.world.fail(group_ids[pick % len(group_ids)])
 
     @precondition(lambda self: self.world.generating)
-    @rule(pick=st.integers(0), burst=st.integers(1, 8), with_heads=st.booleans())
-    def hand_back(self, pick: int, burst: int, with_heads: bool) -> None:
+    @rule(pick=st.integers(0), burst=st.integers(1, 8), with_partial_completions=st.booleans())
+    def hand_back(self, pick: int, burst: int, with_partial_completions: bool) -> None:
         for _ in range(min(burst, len(self.world.generating))):
-            indices = tuple(self.world.generating)
-            self.world.hand_back(indices[pick % len(indices)], with_heads=with_heads)
+            group_ids = tuple(self.world.generating)
+            self.world.hand_back(
+                group_ids[pick % len(group_ids)], with_partial_completions=with_partial_completions
+            )
 
     @rule(worker=st.sampled_from(WORKERS))
     def lose_worker(self, worker: str) -> None:
@@ -175,8 +178,8 @@ class LyingEngines(World):
 
     def admit(self, worker: str) -> None:
         super().admit(worker)
-        index, (_, version) = self.generating.popitem()
-        self.generating[index] = (worker, max(0, version - self.rng.choice((0, 0, 1, 3))))
+        group_id, (_, version) = self.generating.popitem()
+        self.generating[group_id] = (worker, max(0, version - self.rng.choice((0, 0, 1, 3))))
 
 
 def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_progress() -> None:

@@ -46,18 +46,18 @@ def simulate(
     lengths: dict[int, str] = {}
     training, waiting_publish, publishing = None, None, None
 
-    def after(delay_s: float, name: str, index: int = -1) -> None:
-        heapq.heappush(events, (now_s + delay_s, len(started), name, index))
+    def after(delay_s: float, name: str, group_id: int = -1) -> None:
+        heapq.heappush(events, (now_s + delay_s, len(started), name, group_id))
 
     while True:
         while buffer.admissible():
-            index = buffer.admit("worker-0")
-            duration_s = random.Random(f"{seed}/{index}").paretovariate(1.4)
-            started[index], lengths[index] = (
+            group_id = buffer.admit("worker-0")
+            duration_s = random.Random(f"{seed}/{group_id}").paretovariate(1.4)
+            started[group_id], lengths[group_id] = (
                 buffer.served_version or 0,
                 "long" if duration_s > LONG_S else "short",
             )
-            after(duration_s, "finish", index)
+            after(duration_s, "finish", group_id)
         if waiting_publish is not None and publishing is None:
             publishing, waiting_publish = waiting_publish, None
             after(PUBLISH_S, "serve")
@@ -65,22 +65,22 @@ def simulate(
             training = buffer.take(version)
             if training is not None:
                 outcome.staleness += [version - oldest for oldest in training.oldest_versions]
-                outcome.trained.update(lengths[index] for index in training.group_ids)
+                outcome.trained.update(lengths[group_id] for group_id in training.group_ids)
                 after(STEP_S, "step")
         if not events:
             break
-        now_s, _, name, index = heapq.heappop(events)
+        now_s, _, name, group_id = heapq.heappop(events)
         if name == "finish":
-            rejected = random.Random(-seed * 10_000 - index).random() < REJECT_SHARE
+            rejected = random.Random(-seed * 10_000 - group_id).random() < REJECT_SHARE
             result = buffer.offer(
                 make_group(
-                    index,
-                    accuracies=(RIGHT, WRONG)[index % 2] if rejected else MIXED,
-                    version=started[index],
+                    group_id,
+                    accuracies=(RIGHT, WRONG)[group_id % 2] if rejected else MIXED,
+                    version=started[group_id],
                 ),
-                index,
+                group_id,
             )
-            outcome.accepted[lengths[index]] += result.outcome is not OfferOutcome.REJECTED
+            outcome.accepted[lengths[group_id]] += result.outcome is not OfferOutcome.REJECTED
         elif name == "step":
             assert training is not None
             buffer.trained(training.group_ids)

@@ -166,7 +166,7 @@ def test_a_truncated_response_without_an_answer_is_wrong() -> None:
     )
 
 
-def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_admission_index() -> None:
+def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_group_id() -> None:
     texts = ["####4"] * 5 + ["####3"] * 11
 
     def accuracies(seed, index):

@@ -28,7 +28,7 @@ def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family) -> No
     ]
     finished = run(engine, *requests)
     for request in requests:
-        for sibling, completion in enumerate(finished[request.key]):
+        for sibling, completion in enumerate(finished[request.group_id]):
             assert completion.token_ids.tolist() == naive_tokens(decoder, request, sibling)
             expected = packed_logprobs(
                 decoder, request.prompt_ids, completion.token_ids, request.sampling.temperature
@@ -55,7 +55,7 @@ def test_on_policy_identity_holds_where_generation_and_learning_use_different_ke
     finished = run(engine, *requests)
     worst = 0.0
     for request in requests:
-        for completion in finished[request.key]:
+        for completion in finished[request.group_id]:
             expected = packed_logprobs(decoder, request.prompt_ids, completion.token_ids)
             worst = max(
                 worst,
@@ -91,7 +91,8 @@ def test_a_finished_slot_is_refilled_at_the_next_decode_step() -> None:
 def test_a_completion_depends_on_its_key_and_not_on_slots_or_neighbours_or_order() -> None:
     requests = [group(key, [key + 1, 2, 3], siblings=2, max_tokens=4 + key) for key in range(5)]
     alone = {
-        request.key: run(tiny_engine(num_slots=1), request)[request.key] for request in requests
+        request.group_id: run(tiny_engine(num_slots=1), request)[request.group_id]
+        for request in requests
     }
     crowded = run(tiny_engine(num_slots=7), *reversed(requests))
     for key, completions in alone.items():
@@ -144,7 +145,7 @@ def test_an_aborted_group_frees_its_slots_and_leaves_the_others_alone() -> None:
     finished = run(engine)
     assert sorted(finished) == [1, 2]
     for request in requests[1:]:
-        for sibling, completion in enumerate(finished[request.key]):
+        for sibling, completion in enumerate(finished[request.group_id]):
             assert completion.token_ids.tolist() == naive_tokens(tiny_decoder(), request, sibling)
     assert run(engine, requests[0])[0][2].token_ids.tolist() == naive_tokens(
         tiny_decoder(), requests[0], 2
@@ -209,7 +210,7 @@ def test_a_long_prompt_waits_for_the_next_pass(monkeypatch: pytest.MonkeyPatch) 
     requests = [group(key, [key + 1] * 8) for key in range(3)]
     finished = run(engine, *requests)
     for request in requests:
-        assert finished[request.key][0].token_ids.tolist() == naive_tokens(
+        assert finished[request.group_id][0].token_ids.tolist() == naive_tokens(
             tiny_decoder(), request, 0
         )
 
@@ -223,5 +224,7 @@ def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens() -> None
     ]
     crowded = run(tiny_engine(num_slots=48), *requests)
     for request in requests:
-        for sibling, alone in enumerate(run(tiny_engine(num_slots=8), request)[request.key]):
-            np.testing.assert_array_equal(crowded[request.key][sibling].token_ids, alone.token_ids)
+        for sibling, alone in enumerate(run(tiny_engine(num_slots=8), request)[request.group_id]):
+            np.testing.assert_array_equal(
+                crowded[request.group_id][sibling].token_ids, alone.token_ids
+            )

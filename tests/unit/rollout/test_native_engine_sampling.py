@@ -23,13 +23,13 @@ def reference_uniform(*scalars):
 
 
 def test_noise_equals_a_plain_integer_reference() -> None:
-    noise = keyed_uniforms(7, key=123456789, siblings=range(2, 5), num_tokens=4)
+    noise = keyed_uniforms(7, group_id=123456789, siblings=range(2, 5), num_tokens=4)
     expected = [
         [reference_uniform(7, 123456789, sibling, token) for token in range(4)]
         for sibling in range(2, 5)
     ]
     assert noise.tolist() == expected
-    assert 0 <= keyed_uniforms(-3, key=2**63, siblings=range(1), num_tokens=1)[0, 0] < 1
+    assert 0 <= keyed_uniforms(-3, group_id=2**63, siblings=range(1), num_tokens=1)[0, 0] < 1
 
 
 def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblings_and_tokens() -> (
@@ -37,7 +37,10 @@ def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblin
 ):
     noise = np.stack(
         [
-            [keyed_uniforms(seed, key=key, siblings=range(16), num_tokens=64) for key in range(32)]
+            [
+                keyed_uniforms(seed, group_id=group_id, siblings=range(16), num_tokens=64)
+                for group_id in range(32)
+            ]
             for seed in range(4)
         ]
     )
@@ -60,7 +63,7 @@ def test_draws_follow_the_distribution(vocabulary) -> None:
         torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
     )
     uniforms = torch.from_numpy(
-        keyed_uniforms(0, key=0, siblings=range(20), num_tokens=1000).ravel()
+        keyed_uniforms(0, group_id=0, siblings=range(20), num_tokens=1000).ravel()
     )
     tokens = draw_tokens(probabilities.expand(len(uniforms), -1), uniforms)
     expected = probabilities.double() * len(uniforms)

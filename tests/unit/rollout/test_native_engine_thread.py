@@ -63,7 +63,7 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_
     requests, answers, states = asyncio.run(main())
     expected = run(tiny_engine(), *requests)
     for request, completions in zip(requests, answers, strict=True):
-        for one, other in zip(completions, expected[request.key], strict=True):
+        for one, other in zip(completions, expected[request.group_id], strict=True):
             assert (
                 one.behaviour_logprobs.tobytes() == other.behaviour_logprobs.tobytes()
             )  # one gather is one wave: bit for bit

@@ -52,7 +52,7 @@ def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampl
     finished |= run(engine)
     decoders = [tiny_decoder(family, seed=seed) for seed in (1, 2, 3)]
     for request in REQUESTS:
-        for completion in finished[request.key]:
+        for completion in finished[request.group_id]:
             logprobs = torch.stack(
                 [
                     packed_logprobs(decoder, request.prompt_ids, completion.token_ids)
@@ -162,7 +162,7 @@ def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap() -> No
     engine.update_weights(swapped.state_dict(), version=1, probe_ids=PROBE)
     finished |= run(engine)
     for request in REQUESTS:
-        for completion in finished[request.key]:
+        for completion in finished[request.group_id]:
             new = completion.weight_versions == 1
             expected = chosen(
                 packed_logprobs(swapped, request.prompt_ids, completion.token_ids), completion

@@ -22,14 +22,14 @@ def test_tokens_that_may_have_been_under_way_at_an_update_count_as_older() -> No
         chunk(2, 3), newest_version=5, incarnation="run"
     )  # came after the update to 5, may have been sampled before it
     response.add(chunk(4), newest_version=5, incarnation="run")
-    head = response.head()
-    assert head.weight_versions.tolist() == [4, 4, 4, 5]
-    assert (head.token_ids.tolist(), head.prefill_version, head.finish_reason) == (
+    partial = response.partial()
+    assert partial.weight_versions.tolist() == [4, 4, 4, 5]
+    assert (partial.token_ids.tolist(), partial.prefill_version, partial.finish_reason) == (
         [1, 2, 3, 4],
         4,
         FinishReason.ABORT,
     )
-    assert head.oldest_version == 4
+    assert partial.oldest_version == 4
 
 
 SPANS = ({"version": "run:4", "start": 0, "end": 2}, {"version": "run:6", "start": 2, "end": 3})
@@ -75,7 +75,7 @@ def test_tokens_under_weights_of_nobody_s_giving_are_not_taken() -> None:
         WrongVersion, match="serves another:4 in the midst of a response; this run is run"
     ):
         response.add(chunk(2, weight_version="another:4"), newest_version=4, incarnation="run")
-    assert response.head().token_ids.tolist() == [1]
+    assert response.partial().token_ids.tolist() == [1]
 
 
 def test_head_and_tail_are_one_response() -> None:

@@ -12,10 +12,10 @@ from dapo_async.rollout import EngineFault
 @pytest.mark.parametrize(("num_slots", "groups"), [(6, 3), (7, 4), (3, 2), (1, 2)])
 def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, groups) -> None:
     async def scene(worker, engine, replay) -> None:
-        assert engine.keys == list(range(groups))
+        assert engine.group_ids == list(range(groups))
         assert replay.asked == [groups]
         request = engine.requests[0]
-        assert (request.key, request.num_siblings, request.sampling) == (0, 3, SAMPLING)
+        assert (request.group_id, request.num_siblings, request.sampling) == (0, 3, SAMPLING)
         assert request.prompt_ids.tolist() == [1, 2]
 
     play(scene, num_slots=num_slots)
@@ -23,12 +23,12 @@ def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, group
 
 def test_a_slow_group_holds_nobody_back() -> None:
     async def scene(worker, engine, replay) -> None:
-        for key in range(1, 20):  # group 0 never ends
-            engine.finish(key)
+        for group_id in range(1, 20):  # group 0 never ends
+            engine.finish(group_id)
             await settled()
-            assert replay.offered[-1] == key
-            assert len(engine.keys) == 3
-        assert engine.keys == [0, 20, 21]
+            assert replay.offered[-1] == group_id
+            assert len(engine.group_ids) == 3
+        assert engine.group_ids == [0, 20, 21]
         engine.finish(0)
         await settled()
         assert replay.offered == [*range(1, 20), 0]
@@ -38,11 +38,11 @@ def test_a_slow_group_holds_nobody_back() -> None:
 
 def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one() -> None:
     async def scene(worker, engine, replay) -> None:
-        assert engine.keys == [0]
+        assert engine.group_ids == [0]
         assert replay.asked == [3, 2]
         await replay.give(1)
         await settled()
-        assert engine.keys == [0, 1]
+        assert engine.group_ids == [0, 1]
 
     play(scene, credits=1)
 
@@ -52,9 +52,9 @@ def test_doomed_groups_are_aborted_offered_never_and_replaced() -> None:
         await replay.evict(1)
         await settled()
         assert engine.aborted == [1]
-        assert engine.keys == [0, 2, 3]
-        for key in engine.keys:
-            engine.finish(key)
+        assert engine.group_ids == [0, 2, 3]
+        for group_id in engine.group_ids:
+            engine.finish(group_id)
         await settled()
         assert replay.offered == [0, 2, 3]
 
@@ -87,8 +87,8 @@ def test_a_group_that_is_doomed_before_its_generation_is_never_generated() -> No
         await settled()
         await worker.quarantine(False)
         await settled()
-        assert [request.key for request in engine.requests] == [0, 2, 3]
-        assert engine.keys == [2, 3]
+        assert [request.group_id for request in engine.requests] == [0, 2, 3]
+        assert engine.group_ids == [2, 3]
 
     play(scene, credits=1)
 
@@ -101,7 +101,7 @@ def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine
         await settled()
         await replay.give(2)
         await settled()
-        assert engine.keys == [0, 2]
+        assert engine.group_ids == [0, 2]
         assert replay.asked == [3, 2, 1]
         assert worker._doomed == set()
         engine.finish(0)
@@ -130,13 +130,13 @@ def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admissio
         assert engine.aborted == [0, 1, 2]
         assert replay.failed == [([0, 1, 2], "quarantine of rollout-0")]
         await settled()
-        assert engine.keys == []
+        assert engine.group_ids == []
         assert replay.asked == [3]
         await worker.quarantine(False)
         await settled()
-        assert engine.keys == [3, 4, 5]
-        for key in (3, 4, 5):
-            engine.finish(key)
+        assert engine.group_ids == [3, 4, 5]
+        for group_id in (3, 4, 5):
+            engine.finish(group_id)
         await settled()
         assert replay.offered == [3, 4, 5]
 
@@ -162,15 +162,15 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
 
 def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end() -> None:
     async def scene(worker, engine, replay) -> None:
-        assert engine.keys == [0]
+        assert engine.group_ids == [0]
         await worker.quarantine(
             True
         )  # while the replay room is being asked: what group 0 held comes back as group 1
         await settled()
-        assert engine.keys == []
+        assert engine.group_ids == []
         await worker.quarantine(False)
         await settled()
-        assert engine.keys == [1]
+        assert engine.group_ids == [1]
 
     play(scene, credits=1)
 
@@ -182,8 +182,8 @@ def test_a_quarantine_that_follows_another_at_once_starts_nothing() -> None:
         await worker.quarantine(False)
         await worker.quarantine(True)
         await settled()
-        assert [request.key for request in engine.requests] == [0]
-        assert [indices for indices, _ in replay.failed] == [[0], [1]]
+        assert [request.group_id for request in engine.requests] == [0]
+        assert [group_ids for group_ids, _ in replay.failed] == [[0], [1]]
 
     play(scene, credits=1)
 
@@ -252,7 +252,7 @@ def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offe
         worker.hold(False)
         await settled()
         assert replay.offered == []
-        assert [indices for indices, _ in replay.failed] == [[0]]
+        assert [group_ids for group_ids, _ in replay.failed] == [[0]]
 
     play(scene, credits=1)
 
@@ -267,14 +267,14 @@ def test_a_leased_worker_asks_for_nothing_finishes_what_it_has_and_asks_again_wh
         engine.finish(1)
         await settled()
         assert replay.offered == [0, 1]
-        assert (engine.keys, replay.asked, drained.done()) == ([2], [3], False)
+        assert (engine.group_ids, replay.asked, drained.done()) == ([2], [3], False)
         engine.finish(2)
         await settled()
         assert replay.offered == [0, 1, 2]
         assert (replay.asked, drained.done()) == ([3], True)
         worker.lease(False)
         await settled()
-        assert engine.keys == [3, 4, 5]
+        assert engine.group_ids == [3, 4, 5]
 
     play(scene)
 
@@ -290,7 +290,7 @@ def test_a_leased_worker_is_drained_only_when_its_request_is_answered_and_what_i
         assert (replay.offered, drained.done()) == ([0], False)  # it has asked before
         await replay.give(1)
         await settled()
-        assert (engine.keys, drained.done()) == ([1], False)
+        assert (engine.group_ids, drained.done()) == ([1], False)
         gate = hold_scoring(worker)
         engine.finish(1)
         await settled()
@@ -308,14 +308,14 @@ def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease() -> None:
         await worker.quarantine(True)
         await worker.quarantine(False)
         await settled()
-        assert (engine.keys, replay.asked) == ([], [3])
+        assert (engine.group_ids, replay.asked) == ([], [3])
         await worker.quarantine(True)
         worker.lease(False)
         await settled()
-        assert (engine.keys, replay.asked) == ([], [3])
+        assert (engine.group_ids, replay.asked) == ([], [3])
         await worker.quarantine(False)
         await settled()
-        assert engine.keys == [3, 4, 5]
+        assert engine.group_ids == [3, 4, 5]
 
     play(scene)
 
@@ -329,8 +329,8 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
         engine.fail(1, EngineFault("connection refused"))
         await settled()
         assert await telling == "connection refused"
-        for key in (0, 2):
-            engine.fail(key, EngineFault("broken off", (COMPLETION, None, None)))
+        for group_id in (0, 2):
+            engine.fail(group_id, EngineFault("broken off", (COMPLETION, None, None)))
         await settled()
         assert replay.handed_back == [
             (1, ()),
@@ -341,7 +341,7 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
         worker.started_anew()
         worker.revive()
         await settled()
-        assert engine.keys == [3, 4, 5]
+        assert engine.group_ids == [3, 4, 5]
         assert not worker._lost.is_set()
 
     play(scene)
@@ -385,7 +385,7 @@ def test_engine_that_is_lost_again_before_it_is_back_stays_shut() -> None:
         worker.revive()
         await settled()
         assert await worker.lost() == "killed again, over its first weights"
-        assert engine.keys == [1, 2]
+        assert engine.group_ids == [1, 2]
 
     play(scene)
 

@@ -38,13 +38,13 @@ async def evaluation_scene(world) -> None:
     """An evaluation of version 1, during which versions 2 and 3 are published."""
     first, second = (host.engine for host in world.hosts)
     lease = await lease_during_a_publish(world)
-    assert (second.keys, second.version) == (
+    assert (second.group_ids, second.version) == (
         [2],
         1,
     )  # what it was granted goes on, under the version that was being published
     second.finish(2)
     await settled()
-    assert second.keys == [-2, -1]
+    assert second.group_ids == [-2, -1]
     await world.step()
     await settled()
     first.finish(1)
@@ -52,16 +52,16 @@ async def evaluation_scene(world) -> None:
     await world.step()
     await settled()
     assert world.room._buffer.served_version == 3  # nobody waited for the leased engine
-    for key in (-1, -2):
-        second.finish(key)
+    for group_id in (-1, -2):
+        second.finish(group_id)
     world.evaluation = await lease
     await settled()
 
 
 def finish_all(world) -> None:
     for host in world.hosts:
-        for key in host.engine.keys:
-            host.engine.finish(key)
+        for group_id in host.engine.group_ids:
+            host.engine.finish(group_id)
 
 
 @TRANSPORTS
@@ -192,8 +192,8 @@ def test_an_engine_with_wrong_weights_is_reloaded_before_it_comes_back(run_dir, 
         await world.step()
         await settled()
         world.hosts[1].attests_wrongly = 1
-        for key in (-1, -2):
-            world.hosts[1].engine.finish(key)
+        for group_id in (-1, -2):
+            world.hosts[1].engine.finish(group_id)
         await lease
         await settled()
 
@@ -221,8 +221,8 @@ def test_an_engine_with_wrong_weights_twice_ends_the_lease_and_is_never_admitted
         await world.step()
         await settled()
         world.hosts[1].attests_wrongly = 2
-        for key in (-1, -2):
-            world.hosts[1].engine.finish(key)
+        for group_id in (-1, -2):
+            world.hosts[1].engine.finish(group_id)
         with pytest.raises(HandshakeError, match="wrong weights twice"):
             await lease
         await settled()
@@ -239,8 +239,8 @@ async def step_while_an_engine_is_taken_back(world) -> None:
     await world.step()
     await settled()
     world.hosts[1].gate.clear()  # its swap takes long
-    for key in (-1, -2):
-        world.hosts[1].engine.finish(key)
+    for group_id in (-1, -2):
+        world.hosts[1].engine.finish(group_id)
     world.hosts[0].engine.finish(1)
     await settled()
     step = asyncio.create_task(world.step())
@@ -296,8 +296,8 @@ def test_an_engine_is_taken_back_only_after_the_publish_in_flight(run_dir) -> No
         await settled()
         world.hosts[0].gate.clear()
         await world.step()  # version 2 takes long to reach rollout-0
-        for key in (-1, -2):
-            world.hosts[1].engine.finish(key)
+        for group_id in (-1, -2):
+            world.hosts[1].engine.finish(group_id)
         await settled()
         assert (world.hosts[1].engine.version, lease.done()) == (1, False)
         world.hosts[0].gate.set()
@@ -312,8 +312,8 @@ def test_an_engine_that_missed_nothing_comes_back_without_a_swap(run_dir) -> Non
         lease = await lease_during_a_publish(world)
         world.hosts[1].engine.finish(2)
         await settled()
-        for key in (-1, -2):
-            world.hosts[1].engine.finish(key)
+        for group_id in (-1, -2):
+            world.hosts[1].engine.finish(group_id)
         await lease
         await settled()
 
@@ -331,8 +331,8 @@ def test_a_late_engine_is_named_when_it_is_taken_back(run_dir) -> None:
         await settled()
         world.hosts[1].gate.clear()
         world.publisher._deadline_s = 0.1
-        for key in (-1, -2):
-            world.hosts[1].engine.finish(key)
+        for group_id in (-1, -2):
+            world.hosts[1].engine.finish(group_id)
         with pytest.raises(
             TimeoutError,
             match=r"taking back of rollout-1 with version 2: the learner waited 0.1 s for rollout-1",
@@ -368,8 +368,8 @@ def test_engine_that_is_lost_during_a_lease_comes_back_as_any_other(run_dir, whe
             second.lost_over_swap = when == "take back"
             if when == "evaluate":
                 engine.fail(-1, EngineFault("killed"))
-            for key in [key for key in engine.keys if key < 0]:
-                engine.finish(key)
+            for group_id in [group_id for group_id in engine.group_ids if group_id < 0]:
+                engine.finish(group_id)
         world.evaluation = await lease
         await mending
         await settled()

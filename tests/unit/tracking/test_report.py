@@ -78,7 +78,7 @@ def a_run(root: Path, *, num_steps: int = 4) -> RunDir:
 
 def rollout(step: int, sibling: int, response: str) -> dict[str, object]:
     return {
-        "step": step, "admission": 10 + step, "sibling": sibling, "prompt": "1+1=", "response": response, "gold": "2", "extracted": None,
+        "step": step, "group_id": 10 + step, "sibling": sibling, "prompt": "1+1=", "response": response, "gold": "2", "extracted": None,
         "accuracy": float(sibling), "reward": 2.0 * sibling - 1, "tokens": 3, "finish_reason": "stop", "weight_versions": [[3, 0, 2], [4, 2, 3]],
     }  # fmt: skip
 
@@ -151,7 +151,7 @@ def test_whatever_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
         {
             **rollout(0, 0, EVIL),
             **dict.fromkeys(
-                ("prompt", "gold", "extracted", "finish_reason", "admission", "sibling"), EVIL
+                ("prompt", "gold", "extracted", "finish_reason", "group_id", "sibling"), EVIL
             ),
         }
     ]

@@ -235,7 +235,7 @@ def test_readable_rollouts_say_where_each_came_from(tmp_path: Path) -> None:
         for line in (tmp_path / "step_000012.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert rows[0] == {
-        "step": 12, "admission": 31, "sibling": 0, "prompt": "12 + 30 =", "response": "#### 42 – quod erat", "gold": "42", "extracted": "42",
+        "step": 12, "group_id": 31, "sibling": 0, "prompt": "12 + 30 =", "response": "#### 42 – quod erat", "gold": "42", "extracted": "42",
         "accuracy": 1.0, "reward": 1.0, "tokens": 3, "finish_reason": "stop", "weight_versions": [[7, 0, 2], [8, 2, 3]], "prefill_version": 6,
     }  # fmt: skip
     assert (rows[1]["sibling"], rows[1]["extracted"], rows[1]["reward"]) == (1, None, -1.0)
