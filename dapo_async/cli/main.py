@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="deadline of one symbolic comparison (5)",
     )
+    grade.add_argument(
+        "--verifier",
+        default="math",
+        metavar="NAME",
+        help="math (the default), marker, exact, or your own module:function",
+    )
     grade.set_defaults(run=_grade, overrides=[])
     config = commands.add_parser(
         "config", help="print a resolved config, or every knob with --explain"
@@ -310,25 +316,23 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _grade(options: argparse.Namespace) -> int:
-    """Exit code 0 when every row has a verdict, 1 when one failed: its verifier died."""
+    """Exit code 0 when every row has a verdict, 1 when the verifier died over one."""
     from dapo_async.reward.grading import grade
     from dapo_async.reward.math_verifier.verify import MOST_TIMEOUT_S
-    from dapo_async.reward.verdict import FAILED
 
     if options.overrides:
-        raise ValueError(
-            f"grade takes no overrides ({' '.join(options.overrides)}); leave them away"
-        )
+        raise ValueError(f"grade takes no overrides ({' '.join(options.overrides)}); remove them")
     if not 0 < options.timeout_s <= MOST_TIMEOUT_S:
         raise ValueError(
-            f"--timeout-s ({options.timeout_s:g}) must be positive and at most {MOST_TIMEOUT_S:g}, a day: leave it out for 5"
+            f"--timeout-s ({options.timeout_s:g}) must be positive and at most "
+            f"{MOST_TIMEOUT_S:g} (a day); leave it out for 5"
         )
-    counts = grade(options.input, options.output, timeout_s=options.timeout_s)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    _say(
-        f"{counts.total()} rows: {reasons or 'none'}; accuracy {counts['correct'] / max(1, counts.total()):.4f}"
+    grades = grade(
+        options.input, options.output, verifier=options.verifier, timeout_s=options.timeout_s
     )
-    return int(counts[FAILED] > 0)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in grades.reasons.most_common())
+    _say(f"{grades.num_rows} rows: {reasons or 'none'}; accuracy {grades.accuracy:.4f}")
+    return int(grades.num_failed > 0)
 
 
 def _config(options: argparse.Namespace) -> int:

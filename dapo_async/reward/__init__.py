@@ -1,10 +1,14 @@
-"""The reward room (L1): decoded responses of one group come in, a scored group leaves. The rollout worker calls `score_group`; see README.md.
+"""Rewards: the decoded responses of one group come in, a scored group leaves.
 
-verdict    what every verifier answers
-verifiers  how a response is judged, by name and by source
-math       the verifier of mathematical answers, behind it: extraction, spelling, plain, units, blowup, symbolic, claims, pool, verifier_process
-overlong   DAPO's soft punishment of long responses
-score      verdicts and punishments of a whole group as rewards
+The rollout worker calls `score_group`. docs/rewards.md is the user's page.
+
+verdict        the answer of every verifier
+verifiers      verifiers by name and by data source
+math_verifier  the verifier of mathematical answers
+math           its public name for other projects
+overlong       DAPO's soft punishment of long responses
+score          verdicts and punishments of a group become rewards
+grading        verdicts for a file of rows, `dapo-async grade`
 """
 
 from dapo_async.reward.math_verifier.verify import vote_key

@@ -1,4 +1,7 @@
-"""One group's completions and texts come in, the scored group leaves for `replay.offer`. Called by the rollout worker."""
+"""The completions and texts of one group come in, the scored group leaves for `replay.offer`.
+
+The rollout worker calls it.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,23 @@ def score_group(
     incarnation: str,
     temperature: float,
 ) -> Group:
-    """Judges each sibling's text: accuracy in [0, 1] as the verifier says, reward = 2 · accuracy − 1 + soft overlong punishment (None: off).
+    """Judges the text of each sibling; its accuracy is the verifier's, in [0, 1].
 
-    ±1 for right and wrong is DAPO's (2503.14476, equation 7). A truncated response is judged like any other: without an answer it is wrong.
-    `shuffle_seed` makes the control experiment: (accuracy, reward) pairs are permuted within the group, keyed by (shuffle_seed, group id),
-    so that every statistic of the group stays while a response no longer earns its own reward. Raises ValueError for an empty gold answer, and
-    VerifierFailed when a verdict failed: the group can't be trained, for its failed rollout is not known to be wrong.
+        reward = 2 · accuracy − 1 + soft overlong punishment
+
+    The rewards ±1 for right and wrong are DAPO's (2503.14476, equation 7). There is no punishment
+    when `overlong_cache_tokens` is None. A truncated response is judged like any other: without an
+    answer it is wrong.
+
+    `shuffle_seed` is for a control experiment: the (accuracy, reward) pairs are permuted within the
+    group, keyed by (shuffle_seed, group id). All statistics of the group stay the same, but a
+    response no longer gets its own reward.
+
+    Raises ValueError for an empty gold answer. Raises VerifierFailed when one verdict failed: the
+    response may be right, so the group can't be trained.
     """
     assert len(completions) == admission.group_size, (
-        f"group {admission.group_id}: {len(completions)} completions for {admission.group_size} siblings"
+        f"group {admission.group_id}: {len(completions)} completions, {admission.group_size} siblings"
     )
     verdicts = [verify(text, admission.prompt.answer) for text in texts]
     if any(verdict.failed for verdict in verdicts):

@@ -1,20 +1,20 @@
-"""What every verifier answers; evaluation and training judge by the same one."""
+"""The answer of every verifier. Training, evaluation and `dapo-async grade` use the same type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-FAILED = "failed"  # the reason of a verdict that is none: the verifier died over it
+FAILED = "failed"  # the reason when the verifier died, so that nothing is known about the response
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """On one response."""
+    """The judgement of one response."""
 
     correct: bool | float  # a float in [0, 1] gives partial credit
-    extracted: str | None  # the answer that was read; None: no answer found
-    reason: str  # one word to count by: "correct", "wrong", "no_answer", …
+    extracted: str | None  # the answer that the verifier read; None: it found none
+    reason: str  # one word, which is counted: "correct", "wrong", "no_answer", …
 
     @property
     def accuracy(self) -> float:
@@ -22,13 +22,16 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Nothing is known about the response: it must not count as wrong."""
+        """The verifier died over the response, which must not count as wrong."""
         return self.reason == FAILED
 
 
 class VerifierFailed(Exception):
-    """A group has a verdict that failed, so it can't be trained: it ends as failed, which is counted by this text."""
+    """One verdict of a group failed, so the group can't be trained; its text is counted."""
 
 
 Verifier = Callable[[str, str], Verdict]
-"""`verify(response, gold) -> Verdict`; raises ValueError for an empty gold answer, which would make an empty response right."""
+"""`verify(response, gold) -> Verdict`.
+
+It raises ValueError for an empty gold answer, which would make an empty response correct.
+"""

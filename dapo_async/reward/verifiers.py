@@ -1,4 +1,6 @@
-"""Verifiers by name, and by the source of a row: a response and its gold answer come in, a verdict leaves. `score.py` and evaluation call them."""
+"""Verifiers by name, and by the data source of a row: a response and its gold answer come in, a
+verdict leaves. `score.py`, evaluation and `grading.py` call them.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dapo_async.reward.math_verifier import verify as math
 from dapo_async.reward.math_verifier.extract import conclusion
+from dapo_async.reward.math_verifier.verify import TIMEOUT_S
+from dapo_async.reward.math_verifier.verify import verify as verify_math
 from dapo_async.reward.verdict import Verdict, Verifier
 from dapo_async.utils.plugins import is_custom, load_function
 
-MARKER = "####"  # GSM8K's convention: the final answer stands after it
+MARKER = "####"  # GSM8K writes the final answer after it
+
+
+class WrongVerdict(AssertionError):
+    """The user's function returned something else than a `Verdict` with an accuracy in [0, 1]."""
 
 
 def verify_marker(response: str, gold: str) -> Verdict:
-    """Exact match, but for surrounding whitespace, of what follows the last `####`; one within the thinking, closed or not, does not count.
+    """Exact match of the text after the last `####`, without the whitespace around it.
 
+    A marker within `<think>…</think>`, or after a `<think>` that is never closed, does not count.
     Raises ValueError for an empty gold answer.
     """
     gold = _stripped(gold)
@@ -31,52 +39,56 @@ def verify_marker(response: str, gold: str) -> Verdict:
 
 
 def verify_exact(response: str, gold: str) -> Verdict:
-    """Exact match of the whole response, but for surrounding whitespace. Raises ValueError for an empty gold answer."""
+    """Exact match of the whole response, without the whitespace around it.
+
+    Raises ValueError for an empty gold answer.
+    """
     gold, answer = _stripped(gold), response.strip()
-    return (
-        _compared(answer, gold)
-        if answer
-        else Verdict(correct=False, extracted=None, reason="no_answer")
-    )
+    if not answer:
+        return Verdict(correct=False, extracted=None, reason="no_answer")
+    return _compared(answer, gold)
 
 
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
-    {"marker": verify_marker, "exact": verify_exact, "math": math.verify}
+    {"marker": verify_marker, "exact": verify_exact, "math": verify_math}
 )
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierChoice:
-    """Which verifier judges the rows of which source."""
+    """The verifier for each data source."""
 
     default: Verifier
     by_source: Mapping[str, Verifier]
 
     def of(self, source: str) -> Verifier:
-        """The verifier of a row with this `data_source`; the default one for sources that are not named, and for rows without."""
+        """The verifier of a row with this `data_source`.
+
+        Rows without a source, and rows of a source that is not named, get the default.
+        """
         return self.by_source.get(source, self.default)
 
 
-def get_verifier(name: str, *, timeout_s: float = math.TIMEOUT_S) -> Verifier:
-    """A known verifier, or the user's `module:function` of `(response, gold)`. `timeout_s` is the deadline of `math`.
+def get_verifier(
+    name: str, *, timeout_s: float = TIMEOUT_S, knob: str = "reward.verifier"
+) -> Verifier:
+    """A built-in verifier, or the user's `module:function` with parameters `(response, gold)`.
 
-    Raises ValueError naming the nearest known one, or what is wrong with the function.
+    `timeout_s` is the deadline of `math`; `knob` is where `name` comes from, for messages. Raises
+    ValueError for an unknown name, a missing math-verify, or a function that can't be used.
     """
     if is_custom(name):
-        return _checked(
-            load_function(name, knob="reward.verifier", parameters=("response", "gold")), name
-        )
+        return _checked(load_function(name, knob=knob, parameters=("response", "gold")), name)
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"reward.verifier {name!r} is unknown; did you mean {near!r}? Known are {', '.join(VERIFIERS)}, and module:function"
+            f"{knob} {name!r} is unknown; did you mean {near!r}? "
+            f"Known are {', '.join(VERIFIERS)}, and module:function"
         )
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError(
-                "reward.verifier=math needs math-verify, which is not installed; pip install math-verify, or take another verifier"
-            )
-        return functools.partial(math.verify, timeout_s=timeout_s)
+            raise ValueError(f"{knob}=math needs math-verify; pip install math-verify")
+        return functools.partial(verify_math, timeout_s=timeout_s)
     return VERIFIERS[name]
 
 
@@ -96,7 +108,7 @@ def choose_verifiers(text: str) -> VerifierChoice:
         chosen[source] = get_verifier(name)
     if "" not in chosen:
         raise ValueError(
-            f"reward.verifier ({text!r}) has no default verifier, for the rows of other sources; "
+            f"reward.verifier ({text!r}) has no default verifier for the rows of other sources; "
             "add one, for example marker,gsm8k=math"
         )
     return VerifierChoice(chosen.pop(""), MappingProxyType(chosen))
@@ -122,17 +134,19 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def _checked(function: Verifier, name: str) -> Verifier:
-    """The user's function, whose every answer must be a `Verdict` with an accuracy in [0, 1]; an AssertionError says so otherwise."""
+    """The user's function; raises WrongVerdict when its answer can't be used."""
 
     @functools.wraps(function)
     def verify(response: str, gold: str) -> Verdict:
         verdict = function(response, gold)
-        assert isinstance(verdict, Verdict), (
-            f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
-        )
-        assert 0.0 <= verdict.accuracy <= 1.0, (
-            f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
-        )
+        if not isinstance(verdict, Verdict):
+            raise WrongVerdict(
+                f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
+            )
+        if not 0.0 <= verdict.accuracy <= 1.0:
+            raise WrongVerdict(
+                f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
+            )
         return verdict
 
     return verify
@@ -146,7 +160,5 @@ def _compared(answer: str, gold: str) -> Verdict:
 def _stripped(gold: str) -> str:
     gold = gold.strip()
     if not gold:
-        raise ValueError(
-            "the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer"
-        )
+        raise ValueError("the gold answer is empty; fill it in or remove the problem")
     return gold

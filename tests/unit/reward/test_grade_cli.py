@@ -1,16 +1,22 @@
-"""`dapo-async grade`: rows in, the same rows with their verdicts out; what is no such row is one line."""
+"""`dapo-async grade`: rows come in, the same rows leave with verdicts; errors are one line."""
 
 import json
 import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dapo_async.cli.main import main
 
 
-def graded(tmp_path, rows, *options):
+def graded(
+    tmp_path: Path, rows: Sequence[Mapping[str, Any]], *options: str
+) -> tuple[int, list[dict[str, Any]]]:
+    """The exit code and the rows of the output."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code = main(
         [
@@ -28,7 +34,7 @@ def graded(tmp_path, rows, *options):
 def test_rows_pass_through_with_their_verdicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": 7, "prediction": "Answer: 34", "gold": "34", "tags": ["a"]},
         {"prediction": "I think 34", "gold": "34"},
         {"prediction": "I think 34", "gold": "34", "extraction": "any"},
@@ -65,8 +71,8 @@ def test_rows_pass_through_with_their_verdicts(
         ),
     ],
 )
-def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], line, says
+def test_a_wrong_row_is_one_line_with_its_number_and_the_output_is_unchanged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, says: str
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prediction": "3", "gold": "3"}\n\n' + line + "\n")
     (tmp_path / "out.jsonl").write_text("from before\n")
@@ -101,29 +107,29 @@ def test_what_is_no_row_is_one_line_that_names_its_line_and_the_output_stays_as_
             "absent.jsonl can't be used: No such file",
         ),
         (["--input", "in.jsonl", "--output", "."], "can't be used"),
-        (["--input", "in.jsonl", "--output", "hard.jsonl"], "must be another file"),
-        (["--input", "in.jsonl", "--output", "soft.jsonl"], "must be another file"),
-        (["--input", "out.jsonl.partial", "--output", "out.jsonl"], "must be another file"),
+        (["--input", "in.jsonl", "--output", "hard.jsonl"], "must not be the --input"),
+        (["--input", "in.jsonl", "--output", "soft.jsonl"], "must not be the --input"),
+        (["--input", "out.jsonl.partial", "--output", "out.jsonl"], "must not be the --input"),
         (["--input", "in.jsonl", "--output", "no/such/out.jsonl"], "can't be used"),
-        (["--input", "in.jsonl", "--output", "in.jsonl"], "must be another file"),
+        (["--input", "in.jsonl", "--output", "in.jsonl"], "must not be the --input"),
         (
             ["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "0"],
             "--timeout-s (0) must be positive",
         ),
         (
             ["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "inf"],
-            "--timeout-s (inf) must be positive and at most 86400, a day",
+            "--timeout-s (inf) must be positive and at most 86400 (a day)",
         ),
         (["--input", "in.jsonl", "--output", "out.jsonl", "seed=1"], "grade takes no overrides"),
         (["--input", "in.jsonl"], "--output"),
     ],
 )
-def test_files_and_options_that_can_not_be_used_are_one_line(
+def test_files_and_options_that_cannot_be_used_are_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    arguments,
-    says,
+    arguments: list[str],
+    says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     row = '{"prediction": "3", "gold": "3"}\n'
@@ -142,7 +148,83 @@ def test_files_and_options_that_can_not_be_used_are_one_line(
     )
 
 
-def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
+OWN_VERIFIERS = """
+from dapo_async.reward import Verdict
+
+def judge(response, gold):
+    return Verdict(correct=0.5 if response else 0.0, extracted=response or None, reason="half")
+
+def breaks(response, gold):
+    return Verdict(correct=1 / (len(response) - 3), extracted=response, reason="odd")
+
+def says_true(response, gold):
+    return True
+
+def dies(response, gold):
+    return Verdict(correct=False, extracted=None, reason="failed")
+"""
+
+
+@pytest.fixture
+def own_verifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module `own_verifiers` that can be imported."""
+    (tmp_path / "own_verifiers.py").write_text(OWN_VERIFIERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("own_verifiers", None)
+
+
+def test_rows_are_judged_by_the_verifier_that_is_named(
+    tmp_path: Path, own_verifiers: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prediction": "#### 3", "gold": "3"}, {"prediction": "", "gold": "3"}]
+    code, out = graded(tmp_path, rows, "--verifier", "marker")
+    assert (code, [row["correct"] for row in out]) == (0, [True, False])
+    assert capsys.readouterr().out == "2 rows: 1 correct, 1 no_answer; accuracy 0.5000\n"
+    code, out = graded(tmp_path, rows, "--verifier", "own_verifiers:judge")
+    assert (code, [row["correct"] for row in out]) == (0, [0.5, 0.0])
+    assert capsys.readouterr().out == "2 rows: 2 half; accuracy 0.2500\n"
+
+
+def test_a_row_over_which_the_verifier_died_makes_the_exit_code_1(
+    tmp_path: Path, own_verifiers: None
+) -> None:
+    code, out = graded(
+        tmp_path, [{"prediction": "", "gold": "3"}], "--verifier", "own_verifiers:dies"
+    )
+    assert (code, out[0]["reason"]) == (1, "failed")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "says"),
+    [
+        ("maths", "--verifier 'maths' is unknown; did you mean 'math'?"),
+        ("own_verifiers:absent", "--verifier ('own_verifiers:absent') must be module:function"),
+        ("own_verifiers:breaks", "own_verifiers:breaks raised ZeroDivisionError: "),
+        ("own_verifiers:breaks", "own_verifiers.py:8); correct the function"),
+        ("own_verifiers:says_true", "own_verifiers:says_true returned bool, must return"),
+        ("exact", "extraction is for --verifier math, which this is not (exact); leave it out"),
+    ],
+)
+def test_a_verifier_that_cannot_be_used_is_one_line_and_nothing_is_written(
+    tmp_path: Path,
+    own_verifiers: None,
+    capsys: pytest.CaptureFixture[str],
+    verifier: str,
+    says: str,
+) -> None:
+    row = {"prediction": "abc", "gold": "3"} | (
+        {"extraction": "any"} if verifier == "exact" else {}
+    )
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["grade", *files, "--verifier", verifier]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert says in said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out.jsonl").symlink_to("real/out.jsonl")
     code, (row,) = graded(tmp_path, [{"prediction": "Answer: 3", "gold": "3"}])
