@@ -3,6 +3,7 @@
 A comment directly above a block says how it is tested; without one the block is run as it stands.
 
     <!-- snippet: ray -->                         run by the integration test, which has a finished run
+    <!-- snippet: cluster -->                     run by the integration test that starts Ray nodes
     <!-- snippet: dry-run, REASON -->             every `dapo-async train` in it is run with --dry-run
     <!-- snippet: covered by PATH[::TEST] -->     that test or script runs it
     <!-- snippet: example, REASON -->             only its syntax is checked
@@ -42,7 +43,7 @@ class Snippet:
     line: int
     language: str
     code: str
-    how: str  # run | ray | dry-run | covered | example
+    how: str  # run | ray | cluster | dry-run | covered | example
     detail: str = ""
 
     @property
@@ -64,7 +65,7 @@ def snippets(page: Path) -> list[Snippet]:
         if match["language"] in ("", "text"):
             continue
         how, _, detail = re.sub(r"^covered by ", "covered, ", match["how"] or "run").partition(", ")
-        assert how in ("run", "ray", "dry-run", "covered", "example"), f"{page}: {how}"
+        assert how in ("run", "ray", "cluster", "dry-run", "covered", "example"), f"{page}: {how}"
         line = text.count("\n", 0, match.start("code")) + 1
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         found.append(Snippet(page, line, match["language"], code, how, detail))
