@@ -165,9 +165,9 @@ def _train(options: argparse.Namespace) -> int:
         name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         root = run_root(config.run_dir, name=name)
         config = replace(config, run_dir=str(root))
-    from dapo_async.runtime.hub import with_model_here
+    from dapo_async.runtime.local_model import with_local_model
 
-    config, saved = with_model_here(config, download=not options.dry_run)
+    config, saved = with_local_model(config, download=not options.dry_run)
     choice = choose(config.ray.address)
     # The run knows where it is; a resumed one decides anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))

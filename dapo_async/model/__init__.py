@@ -1,14 +1,26 @@
-"""One decoder for the learner and the torch engine (L1): Hugging Face weights in and out, packed and cached attention, token logprobs.
+"""One decoder for the learner and the native engine, and its weights in Hugging Face folders.
 
-In: token ids and an attention strategy. Out: hidden states, logprobs, entropies. Called by `learner/` and `rollout/native/engine.py`.
-Sharing the decoder is what makes the importance ratio 1 up to rounding at staleness 0 (law 3).
+In: token ids and an attention strategy. Out: hidden states, logprobs, entropies. Called by
+`learner/`, `rollout/native/` and `weights/`. Because learner and engine share the decoder, the
+importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
+
+    config           sizes and switches of a model; the supported families
+    decoder, layers, linear, rotary, attention
+                     the forward pass on packed tokens
+    logprob          logprobs and entropies from hidden states, chunk by chunk
+    mesh             ranks, process groups, collectives
+    tensor_parallel  token exchange inside a layer
+    parallel         parameters split over the mesh
+    gather           whole weights from the ranks' shards; buckets
+    snapshot         weights and probe of one version, as they are published
+    hf, download     folders of models, the Hugging Face hub
 """
 
 from dapo_async.model.attention import PackedAttention
-from dapo_async.model.buckets import buckets
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.gather import gather_weights
+from dapo_async.model.download import download_model
+from dapo_async.model.gather import buckets, gather_weights
 from dapo_async.model.hf import (
     build_decoder,
     check_weights,
@@ -44,6 +56,7 @@ __all__ = [
     "build_mesh",
     "check_weights",
     "checksum",
+    "download_model",
     "export_folder",
     "fill",
     "gather_weights",

@@ -1,6 +1,7 @@
-"""The decoder: embeddings, the layers of its family, the head; parameters carry their Hugging Face names and orientation.
+"""The decoder: embeddings, the layers of its family, and the head.
 
-It works on packed tokens `[T]` and knows nothing of sequences: an attention strategy does (`PackedAttention`, the engine's cached one).
+Parameters have their Hugging Face names and orientation. The decoder works on packed tokens `[T]`;
+only the attention strategy knows the sequences (`PackedAttention`, or the engine's KV cache).
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
-from dapo_async.model.config import ModelConfig
-from dapo_async.model.families import FAMILIES
-from dapo_async.model.layers import MLP, Attention, RMSNorm, SelfAttention
+from dapo_async.model.config import FAMILIES, ModelConfig
+from dapo_async.model.layers import MLP, Attention, Block, RMSNorm, SelfAttention
 from dapo_async.model.linear import Fused, Linear, float_matmul, product
 from dapo_async.model.logprob import token_logprobs
 from dapo_async.model.mesh import ALONE, Axis
-from dapo_async.model.parallel import gather_tokens, local, scatter_tokens
+from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
 
 
 class Embedding(nn.Embedding):
-    """torch's, of this rank's share of the vocabulary; tokens of other ranks' shares add nothing here. Gives this rank's tokens."""
+    """The embedding of this rank's share of the vocabulary.
+
+    Returns the embeddings of this rank's tokens: each rank looks up the tokens in its share, and
+    the results are summed over the ranks.
+    """
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         self.tp, self.share = tp, tp.share(config.vocab_size)
@@ -33,31 +37,34 @@ class Embedding(nn.Embedding):
         if self.tp.size == 1:
             return embedding(token_ids, weight)
         mine = (token_ids >= self.share.start) & (token_ids < self.share.stop)
-        of_share = embedding((token_ids - self.share.start).masked_fill(~mine, 0), weight)
-        return scatter_tokens(of_share * mine[:, None], self.tp)
+        rows = (token_ids - self.share.start).masked_fill(~mine, 0)
+        return scatter_tokens(embedding(rows, weight) * mine[:, None], self.tp)
 
 
 class Backbone(nn.Module):
-    """Everything below the head; named `model` in the state dict, as Hugging Face does."""
+    """Everything below the head. Its name in the state dict is `model`, as in Hugging Face's."""
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config, tp)
-        block = FAMILIES[config.family].block
+        block = FAMILIES[config.family].block or Block
         self.layers = nn.ModuleList(block(config, layer, tp) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed tokens; with a `tp` axis, this rank's part of one, once `shard_decoder` has split its parameters."""
+    """A causal language model on packed tokens.
+
+    With a `tp` axis it is this rank's part of one, after `shard_decoder` has split its parameters.
+    """
 
     rope_cos: Tensor  # [max_positions, 1, head_dim], float32
-    rope_sin: Tensor  # with the first half negated, as `rotate` wants it
+    rope_sin: Tensor  # the same shape, with the first half negated as `rotate` expects
 
     def __init__(self, config: ModelConfig, tp: Axis = ALONE) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.activations: torch.dtype | None = None  # None: in the weights' own precision
+        self.activations: torch.dtype | None = None  # None: the dtype of the weights
         self.model = Backbone(config, tp)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -67,13 +74,15 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[V, D]`, or this rank's rows of it: the embedding's own weight where the two are tied."""
-        return local(
-            self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-        )
+        """`[V, D]`, or this rank's rows of it. A tied head uses the weight of the embedding."""
+        tied = self.config.tie_embeddings
+        return local(self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def fuse(self) -> None:
-        """Lays the weights that share an input side by side, for inference only: fewer and larger products. Done once, it outlives updates."""
+        """Joins weights that share an input, for inference only: fewer and larger products.
+
+        Call it once; later in-place updates of the weights stay visible.
+        """
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.fused = Fused(module.q_proj, module.k_proj, module.v_proj)
@@ -81,14 +90,20 @@ class Decoder(nn.Module):
                 module.fused = Fused(module.gate_proj, module.up_proj)
 
     def recompute(self, num_layers: int) -> None:
-        """So many layers keep their input only while gradients are asked for, and compute the rest again (activation checkpointing). Called once."""
+        """Turns on activation checkpointing for the first `num_layers` layers. Call it once.
+
+        These layers keep only their input for the backward pass and compute the rest again.
+        """
         for block in [*self.model.layers][:num_layers]:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, `[T, D]`, of packed `token_ids [T]` at `positions [T]`; the same on every rank of the `tp` axis."""
+        """Hidden states `[T, D]` after the last norm, of packed `token_ids [T]` at `positions [T]`.
+
+        Every rank of the `tp` axis gets the same.
+        """
         x = self.model.embed_tokens(token_ids)
         x = x if self.activations is None else x.to(self.activations)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
@@ -106,9 +121,10 @@ class Decoder(nn.Module):
         targets: Tensor,
         temperatures: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """log-softmax(logits / temperature) of `targets [N]`, each predicted by the token at `predictors [N]`, and the entropies, float32 `[N]`.
+        """Logprobs and entropies, float32 `[N]`, of log-softmax(logits / temperature).
 
-        With a `tp` axis every rank of it gets the same; called by all ranks of the mesh alike.
+        `targets [N]` are token ids; `predictors [N]` are the positions of the tokens whose hidden
+        states predict them. All ranks of the mesh call it; ranks of one `tp` axis get the same.
         """
         hidden = Decoder.forward(self, token_ids, positions, attention)[predictors]
         weight = self.head_weight.to(hidden.dtype)
@@ -116,10 +132,11 @@ class Decoder(nn.Module):
         return token_logprobs(hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[N, V]` in float32 whatever the weights' dtype (ScaleRL: a float32 head is worth 0.52 → 0.61 in pass rate)."""
+        """`[N, V]` in float32 for any dtype of the weights.
+
+        ScaleRL measured what a float32 head gains: pass rate 0.52 → 0.61.
+        """
         weight = self.head_weight
-        return (
-            float_matmul(hidden, weight.t())
-            if weight.is_cuda
-            else product(hidden.float(), weight.float())
-        )
+        if weight.is_cuda:
+            return float_matmul(hidden, weight.t())
+        return product(hidden.float(), weight.float())

@@ -1,4 +1,8 @@
-"""Plain Hugging Face folders in and out: names are the identity, a tied head is not written."""
+"""Reads and writes plain Hugging Face folders.
+
+Weights keep their Hugging Face names, and a tied head is not written. Called by the learner and the
+engines to load a decoder, by checkpoints to export one, and by preflight to check a folder.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo_async.model.buckets import buckets
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
+from dapo_async.model.gather import buckets
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import part_of, shard_decoder, shard_of
 
 WEIGHTS_FILE = "model.safetensors"
-FILE_BYTES = 4 * 2**30  # of one file of an exported model
-# What a folder needs besides its weights to be loaded by transformers and by SGLang.
+FILE_BYTES = 4 * 2**30  # size limit of one file of an exported model
+# What transformers and SGLang read from a folder besides its weights.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,7 +43,10 @@ COMPANION_FILES = (
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's safetensors files, on CPU, in their own dtype. Raises ValueError when there is no such file."""
+    """All tensors of the folder's safetensors files, on CPU, in their own dtype.
+
+    Raises ValueError if there is no such file.
+    """
     weights = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
@@ -48,49 +55,54 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compares names and shapes with what the config asks for; reads the files' headers, no tensor.
+    """Compares the names and shapes of the weights with those that the config needs.
 
-    Raises ValueError for a folder without safetensors files, a broken file, and tensors missing, left over or of another shape.
+    Reads only the files' headers. Raises ValueError for a folder without safetensors files, for a
+    broken file, and for missing, unexpected or wrongly shaped tensors.
     """
+    found = _shapes_in(folder)
+    if config.tie_embeddings:
+        found.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    listed = ", ".join(f"{what} {names[:3]}" for what, names in problems.items() if names)
+    if listed:
+        raise ValueError(
+            f"weights of {folder} do not fit their config.json: {listed}; take both from one model"
+        )
+
+
+def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update(
-                    {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
-                )
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is no readable safetensors file ({error}); copy it once more from the base model"
+                f"{path} is no readable safetensors file ({error}); "
+                "copy it again from the base model"
             ) from error
-    if config.tie_embeddings:
-        shapes.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        wanted = {
-            name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()
-        }
-    missing, unexpected = (
-        sorted(wanted.keys() - shapes.keys()),
-        sorted(shapes.keys() - wanted.keys()),
-    )
-    wrong = [
-        f"{name} {shapes[name]} instead of {shape}"
-        for name, shape in wanted.items()
-        if shapes.get(name, shape) != shape
-    ]
-    if missing or unexpected or wrong:
-        named = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        listed = ", ".join(f"{what} {names[:3]}" for what, names in named if names)
-        raise ValueError(
-            f"weights of {folder} do not fit their config.json: {listed}; take both from one model"
-        )
+    return shapes
 
 
 def _weight_files(folder: Path) -> list[Path]:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise ValueError(
-            f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, so convert them first"
+            f"model folder {folder} has no *.safetensors file, and pickled weights are never loaded; "
+            "convert them to safetensors"
         )
     return paths
 
@@ -103,9 +115,10 @@ def build_decoder(
     activations: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """A decoder without values (see `fill`), or this rank's part of one; it computes in `activations` (None: in `dtype`, that of its weights).
+    """A decoder, or this rank's part of one, whose parameters have no values yet (see `fill`).
 
-    Raises ValueError for a size that the mesh's tensor-parallel axis does not divide.
+    It computes in `activations` (None: in `dtype`, the dtype of its weights). Raises ValueError for
+    a size that the mesh's tensor-parallel axis does not divide.
     """
     config.check_split(mesh.tp.size)
     with torch.device("meta"):
@@ -115,19 +128,18 @@ def build_decoder(
         shard_decoder(decoder, mesh, dtype=activations or dtype)
     decoder.to_empty(device=device)
     # The rotary tables stay in float32: positions beyond 256 are not exact in bfloat16.
-    decoder.rope_cos, decoder.rope_sin = (
-        table.to(device) for table in config.rope.tables(config.head_dim, config.max_positions)
-    )
+    cos, sin = config.rope.tables(config.head_dim, config.max_positions)
+    decoder.rope_cos, decoder.rope_sin = cos.to(device), sin.to(device)
     return decoder
 
 
 @torch.no_grad()
 def fill(decoder: Decoder, read: Callable[[str, tuple[slice, ...]], Tensor]) -> None:
-    """Gives every parameter its values: `read(name, part)` is asked for this rank's part of each only."""
+    """Sets every parameter; `read(name, part)` returns this rank's part of one parameter."""
     for name, parameter in decoder.named_parameters():
         mine, given = shard_of(parameter), read(name, part_of(parameter))
         assert mine.shape == given.shape, (
-            f"{name}: this rank has {tuple(mine.shape)}, was given {tuple(given.shape)}"
+            f"{name}: this rank has {tuple(mine.shape)}, read {tuple(given.shape)}"
         )
         mine.copy_(given)
 
@@ -140,9 +152,10 @@ def load_decoder(
     device: torch.device | str = "cpu",
     mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
 ) -> Decoder:
-    """Builds the decoder of a plain Hugging Face folder with its weights, or this rank's part of it: only that is read.
+    """Builds the decoder of a plain Hugging Face folder, or this rank's part of it, with weights.
 
-    Raises ValueError for tensors missing, left over or of another shape, and for a size that the mesh does not divide.
+    Reads only this rank's part. Raises ValueError for missing, unexpected or wrongly shaped
+    tensors, and for a size that the mesh does not divide.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
@@ -150,16 +163,16 @@ def load_decoder(
     check_weights(folder, config)
     decoder = build_decoder(config, mesh=mesh, dtype=dtype, activations=activations, device=device)
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)
-        ]
-        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        fill(decoder, lambda name, part: holders[name].get_slice(name)[part])
+        files = {}
+        for path in _weight_files(folder):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            files.update(dict.fromkeys(file.keys(), file))
+        fill(decoder, lambda name, part: files[name].get_slice(name)[part])
     return decoder
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path, *, name: str = WEIGHTS_FILE) -> None:
-    """Writes `folder/name` atomically: whole or not at all, even when the machine stops."""
+    """Writes `folder/name` atomically: the file is whole or absent, even if the machine stops."""
     path, partial = Path(folder) / name, Path(folder) / (name + ".partial")
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
@@ -180,30 +193,28 @@ def export_folder(
     out: Path,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Makes `out` a plain Hugging Face folder with the base folder's config and tokenizer: the weights of `shapes` in `dtype`.
+    """Makes `out` a plain Hugging Face folder with the weights of `shapes` in `dtype`.
 
-    `read(names)` gives them whole, in any precision, for one file after the other: at most `file_bytes` in `dtype` at once, or one weight.
+    Config and tokenizer come from the folder `base`. `read(names)` returns whole weights in any
+    precision. It is called for one file after the other: each time for at most `file_bytes` in
+    `dtype`, or for one weight.
     """
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANION_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     config = json.loads((out / "config.json").read_text())
-    config.pop("torch_dtype", None)  # as transformers 4 called it
+    config.pop("torch_dtype", None)  # its name in transformers 4
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files = [*buckets(sizes, sizes.__getitem__, limit=file_bytes)]
     places: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        file = (
-            WEIGHTS_FILE
-            if len(files) == 1
-            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        )
-        save_weights(
-            {name: tensor.to(dtype) for name, tensor in read(names).items()}, out, name=file
-        )
+        numbered = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file = numbered if len(files) > 1 else WEIGHTS_FILE
+        weights = {name: tensor.to(dtype) for name, tensor in read(names).items()}
+        save_weights(weights, out, name=file)
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

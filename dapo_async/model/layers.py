@@ -1,29 +1,33 @@
-"""One layer of the decoder, or this rank's shard of it: rotary attention, SwiGLU, RMS norms. Parameters carry their Hugging Face names."""
+"""One layer of the decoder, or this rank's shard of it: rotary attention, SwiGLU, RMS norms.
+
+Parameters have their Hugging Face names.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.linear import Fused, Linear
 from dapo_async.model.mesh import Axis
-from dapo_async.model.parallel import gather_tokens, local, scatter_tokens
-
-if TYPE_CHECKING:
-    from dapo_async.model.config import ModelConfig
+from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
 
 
 class Attention(Protocol):
-    """Mixes tokens: `(layer, query [T, H, D], key [T, KV, D], value [T, KV, D]) -> [T, H, D]`; queries and keys are already rotated."""
+    """Mixes tokens: `(layer, query [T, H, D], key [T, KV, D], value [T, KV, D]) -> [T, H, D]`.
+
+    Queries and keys are already rotated.
+    """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in the precision of its input (the sum of squares in float32)."""
+    """RMS norm over the last dimension in the input's precision; squares are summed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,31 +48,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Of this rank's heads: queries are split over the ranks, keys and values too where there are enough of them."""
+    """Attention over this rank's heads.
+
+    Query heads are split over the ranks. Key-value heads are split too if there are enough of them;
+    otherwise each rank computes the one head that its queries need.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
         self.fused: Fused | None = None
-        query_size, kv_size = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = (
-            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
+        self.q_norm = _head_norm(config)
+        self.k_norm = _head_norm(config)
         if config.num_kv_heads < tp.size:
-            first = (
-                tp.rank * config.num_kv_heads // tp.size * config.head_dim
-            )  # of the one head that this rank's queries need
-            self.k_proj.rows = self.v_proj.rows = slice(first, first + config.head_dim)
+            head = tp.rank * config.num_kv_heads // tp.size
+            rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+            self.k_proj.rows = self.v_proj.rows = rows
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = gather_tokens(x, self.tp, len(cos))
@@ -83,8 +84,12 @@ class SelfAttention(nn.Module):
         return scatter_tokens(self.o_proj(mixed.reshape(x.shape[0], -1)), self.tp)
 
 
+def _head_norm(config: ModelConfig) -> nn.Module:
+    return RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+
 class MLP(nn.Module):
-    """SwiGLU, its inner dimension split over the ranks."""
+    """SwiGLU with its inner dimension split over the ranks."""
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
@@ -101,7 +106,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: this rank's tokens `x [⌈T / tp⌉, D]` in and out; `cos, sin [T, 1, D]` of all tokens."""
+    """One layer. In and out: this rank's tokens `x [⌈T / tp⌉, D]`.
+
+    `cos, sin [T, 1, D]` are those of all tokens.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()

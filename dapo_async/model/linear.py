@@ -1,7 +1,9 @@
-"""Matrix products of the decoder: torch's own while gradients may be asked for, oneDNN's for generation on a CPU.
+"""Matrix products of the decoder: torch's own for training, oneDNN's for generation on a CPU.
 
-MKL, which torch's own uses, stays with AVX2 on AMD processors; oneDNN takes AVX-512 there and is twice as fast, elsewhere it is about equal.
-Only inference mode takes it: the learner's proximal and current logprobs come from the same kernels and so are equal where the weights are.
+Torch uses MKL, which runs AVX2 code on AMD processors. oneDNN runs AVX-512 code there and is twice
+as fast; on other processors both are about equal. Only inference mode uses oneDNN. The learner's
+proximal and current logprobs therefore come from the same kernels, and equal weights give equal
+logprobs.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dapo_async.model.parallel import local
+from dapo_async.model.tensor_parallel import local
 
-_ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup of about 10 µs costs more than it saves
+_ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup time of about 10 µs exceeds its gain
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,19 +30,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def float_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a [N, K] @ b [K, M]` in float32. On CUDA a bfloat16 `b` is multiplied as it is, and `a` rounded to it: products are added up in float32."""
+    """`a [N, K] @ b [K, M]` in float32.
+
+    On CUDA with a bfloat16 `b`, `a` is rounded to bfloat16 and products are summed in float32.
+    """
     if b.is_cuda and b.dtype is torch.bfloat16:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 class Linear(nn.Linear):
-    """torch's linear layer on `product`, or this rank's part of one; it computes in the precision of its input.
+    """A linear layer, or this rank's part of one. It computes in the precision of its input."""
 
-    `rows`: of the local weight's outputs only these.
-    """
-
-    rows: slice | None = None
+    rows: slice | None = None  # None: all outputs of the local weight; else only these
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
@@ -50,9 +52,10 @@ class Linear(nn.Linear):
 
 
 class Fused:
-    """Several linear layers of one input as a single product, for inference.
+    """Several linear layers with one input, computed as a single product. For inference only.
 
-    Their parameters become views of one tensor: names, shapes and later in-place updates are as before.
+    The layers' parameters become views of one tensor. Their names and shapes stay, and later
+    in-place updates take effect here too.
     """
 
     def __init__(self, *layers: Linear) -> None:

@@ -1,4 +1,7 @@
-"""Log-probabilities and entropy of chosen tokens, without holding all logits at once; the vocabulary may be split over ranks."""
+"""Logprobs and entropies of chosen tokens, computed in chunks so that all logits never exist at once.
+
+The vocabulary may be split over ranks. Called by `Decoder.score`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dapo_async.model.linear import float_matmul
 from dapo_async.model.mesh import ALONE, Axis
 
 CHUNK_NUMBERS = 2**24  # 64 MiB of float32
-CUDA_CHUNK_NUMBERS = 2**28  # 1 GiB: for each chunk the whole weight is read again
+CUDA_CHUNK_NUMBERS = 2**28  # 1 GiB: larger, because each chunk reads the whole weight again
 
 
 def token_logprobs(
@@ -26,17 +29,21 @@ def token_logprobs(
     tp: Axis = ALONE,
     vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropy of each distribution; gradients flow through both.
+    """log-softmax(hidden @ weightᵀ / temperature) at the targets, and the entropies.
 
-    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`, `entropies [N]` in nats, float32. Logits exist for
-    `chunk_tokens` at once (None: as many as make 2^24 numbers, on CUDA 2^28), in two buffers: the backward pass computes them again, chunk by chunk.
-    With a `tp` axis `weight` has this rank's rows, from `vocab_start` on, and the results are the same on every rank of it, for one exchange of four
-    numbers per token in the forward pass and none in the backward pass, however many chunks there are. The gradient of `hidden` is this rank's
-    share of it then: whoever gathered the hidden states adds the shares up (`gather_tokens`).
+    `hidden [N, D]`, `weight [V, D]`, `targets [N]`, `temperature [N]` > 0 → `logprobs [N]`,
+    `entropies [N]` in nats, float32. Gradients flow through both.
+
+    Logits exist for `chunk_tokens` tokens at once (None: as many as make 2^24 numbers, on CUDA
+    2^28), in two buffers. The backward pass computes them again, chunk by chunk.
+
+    With a `tp` axis, `weight` has this rank's rows, which start at `vocab_start`. Every rank gets
+    the same results. The forward pass exchanges four numbers per token once, for any number of
+    chunks; the backward pass exchanges nothing. The gradient of `hidden` is then this rank's share:
+    `gather_tokens`, which gathered the hidden states, sums the shares.
     """
-    chunk_tokens = chunk_tokens or max(
-        1, (CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS) // len(weight)
-    )
+    numbers = CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS
+    chunk_tokens = chunk_tokens or max(1, numbers // len(weight))
     logprobs, entropies = _TokenLogprobs.apply(
         hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp
     )
@@ -44,12 +51,15 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """With logits l, their maximum m, S = Σ exp(l − m) and log Z = m + log S over the whole vocabulary, p = exp(l − log Z):
+    """The formulas, with logits l over the whole vocabulary.
+
+    m = max l, S = Σ exp(l − m), log Z = m + log S, p = exp(l − log Z):
 
         logprob = l_target − log Z          ∂/∂l_v = [v = target] − p_v
         entropy = log S − Σ p·(l − m)       ∂/∂l_v = −p_v (log p_v + entropy)
 
-    Of each shard m, S, Σ exp(l − m)·(l − m) and l_target (0 where another shard has it) are enough to know all of it.
+    Four numbers of each shard determine both: m, S, Σ exp(l − m)·(l − m), and l_target (0 if
+    another shard has the target).
     """
 
     @staticmethod
@@ -62,13 +72,9 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         tp: Axis,
     ) -> tuple[Tensor, Tensor]:
-        parts = [
-            _statistics(logits, targets[rows])
-            for rows, logits in _chunks(hidden, _factor(weight), temperature, chunk_tokens)
-        ]
-        tops, sums, weighted, chosen = tp.stack(torch.cat(parts, dim=1)).unbind(
-            1
-        )  # each [ranks, N]
+        chunks = _chunks(hidden, _factor(weight), temperature, chunk_tokens)
+        own = torch.cat([_statistics(logits, targets[rows]) for rows, logits in chunks], dim=1)
+        tops, sums, weighted, chosen = tp.stack(own).unbind(1)  # each [ranks, N]
         top = tops.amax(0)
         share = (tops - top).exp()
         total = (share * sums).sum(0)
@@ -85,15 +91,13 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, temperature, log_z, entropies = ctx.saved_tensors
-        of_hidden, of_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight, dtype=torch.float32),
-        )
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
         factor = _factor(weight)
         for rows, logits in _chunks(hidden, factor, temperature, ctx.chunk_tokens):
             log_p = logits.sub_(log_z[rows, None])
             p = log_p.exp()
-            gradient = log_p  # its buffer
+            gradient = log_p  # reuses its buffer
             if of_entropies is None:
                 gradient.zero_()
             else:
@@ -112,21 +116,27 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _factor(weight: Tensor) -> Tensor:
-    """As `float_matmul` wants it, converted once for all chunks."""
+    """The weight as `float_matmul` takes it, converted once for all chunks."""
     return weight if weight.is_cuda else weight.float()
 
 
 def _chunks(
     hidden: Tensor, weight: Tensor, temperature: Tensor, chunk_tokens: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which tokens, and their logits / temperature `[n, V]` in float32; without any token one empty chunk."""
+    """Yields the rows of a chunk and their logits / temperature `[n, V]` in float32.
+
+    Without any token there is one empty chunk.
+    """
     for start in range(0, max(1, len(hidden)), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         yield rows, float_matmul(hidden[rows], weight.t()).div_(temperature[rows, None])
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[4, n]` of this rank's columns: m, Σ exp(l − m), Σ exp(l − m)·(l − m), and the target's logit or 0. Overwrites the logits."""
+    """`[4, n]` of this rank's columns: m, Σ exp(l − m), Σ exp(l − m)·(l − m), l_target or 0.
+
+    Overwrites the logits.
+    """
     top = logits.amax(-1)
     mine, index = _mine(targets, logits)
     chosen = logits.gather(1, index).masked_fill(~mine, 0.0).squeeze(1)
@@ -136,6 +146,6 @@ def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mine(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`[n, 1]` each: whether this rank has the target's column, and which one (0 where it has not)."""
+    """`[n, 1]` each: whether this rank has the target's column, and its index (0 if it has not)."""
     mine = ((targets >= 0) & (targets < logits.shape[-1]))[:, None]
     return mine, targets[:, None].masked_fill(~mine, 0)

@@ -1,4 +1,8 @@
-"""The ranks of one learner as a mesh of two axes, and how they find each other (L1). gloo on CPU; NCCL on GPU (written, not yet run on one)."""
+"""The ranks of one learner as a mesh of two axes, and how they connect to each other.
+
+In: the address of a rendezvous, rank and sizes. Out: a `Mesh` with process groups: gloo on CPU,
+NCCL on GPU (not yet run on a GPU). Called by the learner actor; `weights/` uses the groups too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,31 +22,44 @@ from torch.distributed.device_mesh import DeviceMesh
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
+# Torch 2.13 renamed these two. Arguments: (output, input, group=…).
+Collective = Callable[..., Any]
+# The output holds the tensors of all ranks, one after the other along the first dimension.
+all_gather_single: Collective = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+# The output holds this rank's part of the sum over all ranks.
+reduce_scatter_single: Collective = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
 
 def chunk(whole: slice, *, rank: int, size: int) -> slice:
-    """The part of `rank` among `size` ranks, as torch.chunk cuts: equal ones, the last ones shorter or empty where it does not divide."""
+    """The part of `rank` among `size` ranks, cut as torch.chunk does.
+
+    Parts are equal. If the length does not divide, the last parts are shorter or empty.
+    """
     part = -(-(whole.stop - whole.start) // size)
-    return slice(
-        min(whole.stop, whole.start + rank * part), min(whole.stop, whole.start + (rank + 1) * part)
-    )
+    start = min(whole.stop, whole.start + rank * part)
+    return slice(start, min(whole.stop, start + part))
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """This rank's place among `size` ranks, and the process group in which they talk (None when it is alone)."""
+    """This rank's position among `size` ranks, and their process group (None for a single rank)."""
 
     rank: int = 0
     size: int = 1
     group: Any = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Adds up over the axis, in place; the same bits on every rank."""
+        """Sums over the axis in place; every rank gets the same bits."""
         if self.size > 1 and tensor.numel():
             self.group.allreduce([tensor]).wait()
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest over the axis, in place."""
+        """The maximum over the axis, in place."""
         if self.size > 1 and tensor.numel():
             options = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
@@ -50,7 +67,7 @@ class Axis:
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
-        """`[size, …]`: every rank's tensor, all of one shape."""
+        """`[size, …]`: the tensors of all ranks, which have equal shapes."""
         if self.size == 1:
             return tensor[None]
         parts = tensor.new_empty((self.size, *tensor.shape))
@@ -58,17 +75,19 @@ class Axis:
         return parts
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in the order of ranks; they may differ in length."""
+        """The tensors of all ranks in rank order; their lengths may differ."""
         if self.size == 1:
             return [tensor]
         lengths = self.stack(torch.tensor(len(tensor), device=tensor.device)).tolist()
-        padded = torch.cat(
-            (tensor, tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:])))
-        )
+        padding = tensor.new_empty((max(lengths) - len(tensor), *tensor.shape[1:]))
+        padded = torch.cat((tensor, padding))
         return [part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)]
 
     def collect(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """On the first rank every rank's `tensor [lengths[rank]]`, in the order of ranks; on the others, who only send, nothing."""
+        """On the first rank: the tensors `[lengths[rank]]` of all ranks in rank order.
+
+        The other ranks send theirs and get an empty list.
+        """
         if self.rank > 0:
             if len(tensor):
                 self.group.send([tensor], 0, 0).wait()
@@ -80,7 +99,7 @@ class Axis:
         return [tensor, *parts]
 
     def share(self, length: int) -> slice:
-        """This rank's part of `length` neighbours: equal ones, the last ranks' shorter or empty where it does not divide."""
+        """This rank's part of `length` elements, as `chunk` cuts them."""
         return chunk(slice(0, length), rank=self.rank, size=self.size)
 
 
@@ -89,17 +108,13 @@ ALONE = Axis()
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks of one learner: those of one `dp` axis train on different groups, those of one `tp` axis share one copy of the model.
+    """The ranks of one learner."""
 
-    `every`: all of them, in the order dp index · tp size + tp index. `devices`: the same as a DeviceMesh ("dp", "tp"); None for a rank alone.
-    `saving`: all of them on CPU, with a group of its own for what runs beside the steps.
-    """
-
-    dp: Axis = ALONE
-    tp: Axis = ALONE
-    every: Axis = ALONE
-    saving: Axis = ALONE
-    devices: DeviceMesh | None = None
+    dp: Axis = ALONE  # ranks that train on different groups
+    tp: Axis = ALONE  # ranks that share one copy of the model
+    every: Axis = ALONE  # all ranks, in the order dp index · tp size + tp index
+    saving: Axis = ALONE  # all ranks on CPU, in a group of its own for work beside the steps
+    devices: DeviceMesh | None = None  # `every` as ("dp", "tp"); None for a single rank
 
     @property
     def is_first(self) -> bool:
@@ -107,12 +122,15 @@ class Mesh:
 
 
 def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
-    """The rendezvous of a group, listening on the interface of `host` only, on a free port (`store.port`)."""
+    """Opens the rendezvous of a group on the interface of `host` only, at a free port.
+
+    The port is `store.port`.
+    """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
     listener.listen()
     port = listener.getsockname()[1]
-    # The store takes over the socket: binding by ourselves is the only way not to listen on every interface.
+    # The store takes over this socket. Without a bound socket it listens on every interface.
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(
         host,
@@ -125,7 +143,7 @@ def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
 
 
 def join_store(address: tuple[str, int], *, timeout_s: float) -> dist.TCPStore:
-    """A connection to the rendezvous that `open_store` opened elsewhere."""
+    """Connects to a rendezvous that another process opened with `open_store`."""
     return dist.TCPStore(
         *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
     )
@@ -134,13 +152,16 @@ def join_store(address: tuple[str, int], *, timeout_s: float) -> dist.TCPStore:
 def process_group(
     store: dist.Store, *, rank: int, size: int, host: str, device: torch.device, timeout_s: float
 ) -> Any:
-    """A group of `size` ranks, apart from torch's default one: a rank that dies makes the others fail, one that hangs within `timeout_s`."""
+    """A group of `size` ranks beside torch's default group.
+
+    A rank that dies makes the others fail at once on gloo; a rank that hangs, within `timeout_s`.
+    """
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, nccl)
-    # The options carry the interface: left alone, gloo would listen wherever the host's name resolves to.
+    # Without an explicit device gloo listens on whatever address the host's name resolves to.
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = timeout
@@ -157,14 +178,14 @@ def build_mesh(
     device: torch.device,
     timeout_s: float,
 ) -> Mesh:
-    """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index; makes torch's default group. Blocks until all have come.
+    """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index.
 
-    A rank that hangs makes the others fail within `timeout_s`, also where parts are written beside the steps. One
-    that dies does so at once on gloo.
+    Also makes torch's default group. Blocks until every rank has joined. A rank that dies makes the
+    others fail at once on gloo; a rank that hangs, within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Left alone, they would listen wherever the host's name resolves to.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(host)
+    # Without these two variables both backends listen on what the host's name resolves to.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = network_interface(host)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -195,8 +216,11 @@ def build_mesh(
     )
 
 
-def interface_of(host: str) -> str:
-    """The name of this machine's network interface with the IPv4 address of `host`, such as `lo` for 127.0.0.1. Raises ValueError without one."""
+def network_interface(host: str) -> str:
+    """The name of this machine's network interface that has the IPv4 address of `host`.
+
+    For example `lo` for 127.0.0.1. Raises ValueError if no interface has it.
+    """
     address, seen = socket.gethostbyname(host), []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -210,5 +234,6 @@ def interface_of(host: str) -> str:
             if seen[-1] == f"{name} {address}":
                 return name
     raise ValueError(
-        f"no network interface has the address {address} of {host}; there are {', '.join(seen)}"
+        f"no network interface of this machine has the address {address} of {host}; "
+        f"the interfaces are {', '.join(seen)}"
     )

@@ -1,4 +1,7 @@
-"""Rotary position embeddings of the supported families, with the scalings that their configs name: numbers in, tables of cosines and sines out."""
+"""Rotary position embeddings and their scalings for long contexts.
+
+In: the rotary section of a `config.json`. Out: tables of cosines and sines for the decoder.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ import torch
 from torch import Tensor
 
 Scaling = Literal["default", "linear", "llama3", "yarn"]
-FIX = "copy the config.json of the base model"
+REMEDY = "copy the config.json of the base model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
     """Frequencies θ^(-2i/d), scaled for contexts `factor` times as long as `original_positions`.
 
-    - `linear`: all divided by the factor (2306.15595).
-    - `llama3`: those that turn fewer than `low` times over the original context divided, more than `high` times kept, in between interpolated.
-    - `yarn` (2309.00071): the same between `low` and `high` turns, linearly in the dimension; cosines and sines times `magnitude`.
+    - `linear` (2306.15595): divides all frequencies by the factor.
+    - `llama3`: divides frequencies that turn fewer than `low` times over the original context,
+      keeps those that turn more than `high` times, and interpolates in between.
+    - `yarn` (2309.00071): as llama3, but interpolates linearly in the dimension, and multiplies
+      cosines and sines by `magnitude`.
     """
 
     theta: float
@@ -30,73 +35,75 @@ class Rope:
     low: float = 0.0
     high: float = 0.0
     magnitude: float = 1.0
-    truncate: bool = True  # yarn: the two dimensions of its ramp are whole numbers
+    truncate: bool = True  # yarn: the ramp starts and ends at whole dimensions
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rope:
-        """From a `config.json` of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`). Raises ValueError in one line."""
+        """From a `config.json` of transformers 4 or 5.
+
+        Version 4 has `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. Raises
+        ValueError, in one line, for what is not supported and for wrong numbers.
+        """
         section = {**_section(values, "rope_scaling"), **_section(values, "rope_parameters")}
         scaling: Any = section.get("rope_type") or section.get("type") or "default"
         if scaling not in get_args(Scaling):
+            supported = ", ".join(get_args(Scaling))
             raise ValueError(
-                f"rope scaling {scaling!r} is not supported; supported are {', '.join(get_args(Scaling))}"
+                f"rope scaling {scaling!r} is not supported; supported are {supported}"
             )
-
-        def number(key: str, default: float | None = None) -> float:
-            value = default if section.get(key) is None else section[key]
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(
-                    f"{key} ({'missing' if value is None else repr(value)}) must be a positive number; {FIX}"
-                )
-            return float(value)
-
-        if (
-            partial := section.get("partial_rotary_factor")
-            or values.get("partial_rotary_factor")
-            or 1.0
-        ) != 1.0:
+        key = "partial_rotary_factor"
+        if (partial := section.get(key) or values.get(key) or 1.0) != 1.0:
             raise ValueError(
-                f"partial_rotary_factor ({partial}) is not supported; use a model whose heads are rotated whole"
+                f"{key} ({partial}) is not supported; use a model that rotates whole heads"
             )
-        theta = number("rope_theta", values.get("rope_theta") or 10_000.0)
+        theta = _positive(section, "rope_theta", values.get("rope_theta") or 10_000.0)
         if scaling == "default":
             return cls(theta=theta)
-        factor = number("factor")
+        factor = _positive(section, "factor")
         if scaling == "linear":
             return cls(theta=theta, scaling=scaling, factor=factor)
-        original = number("original_max_position_embeddings", values.get("max_position_embeddings"))
+        context = values.get("max_position_embeddings")
+        original = _positive(section, "original_max_position_embeddings", context)
         if scaling == "llama3":
-            low, high = number("low_freq_factor"), number("high_freq_factor")
-            if not low < high:
-                raise ValueError(
-                    f"low_freq_factor ({low:g}) must be below high_freq_factor ({high:g}); {FIX}"
-                )
-            return cls(
-                theta=theta,
-                scaling=scaling,
-                factor=factor,
-                original_positions=original,
-                low=low,
-                high=high,
-            )
-        if section.get("mscale") or section.get("mscale_all_dim"):
+            return cls._llama3(section, theta=theta, factor=factor, original=original)
+        return cls._yarn(section, theta=theta, factor=factor, original=original)
+
+    @classmethod
+    def _llama3(
+        cls, section: Mapping[str, Any], *, theta: float, factor: float, original: float
+    ) -> Rope:
+        low, high = _positive(section, "low_freq_factor"), _positive(section, "high_freq_factor")
+        if not low < high:
             raise ValueError(
-                f"yarn with mscale is not supported: none of the supported families has it; {FIX}"
+                f"low_freq_factor ({low:g}) must be below high_freq_factor ({high:g}); {REMEDY}"
             )
         return cls(
             theta=theta,
-            scaling=scaling,
+            scaling="llama3",
             factor=factor,
             original_positions=original,
-            low=number("beta_slow", 1.0),
-            high=number("beta_fast", 32.0),
-            magnitude=number(
-                "attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-            ),
+            low=low,
+            high=high,
+        )
+
+    @classmethod
+    def _yarn(
+        cls, section: Mapping[str, Any], *, theta: float, factor: float, original: float
+    ) -> Rope:
+        if section.get("mscale") or section.get("mscale_all_dim"):
+            raise ValueError(
+                "yarn with mscale is not supported: none of the supported families has it; "
+                f"{REMEDY}"
+            )
+        default_magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return cls(
+            theta=theta,
+            scaling="yarn",
+            factor=factor,
+            original_positions=original,
+            low=_positive(section, "beta_slow", 1.0),
+            high=_positive(section, "beta_fast", 32.0),
+            magnitude=_positive(section, "attention_factor", default_magnitude),
             truncate=bool(section.get("truncate", True)),
         )
 
@@ -109,7 +116,7 @@ class Rope:
         return kept / powers + (1.0 - kept) / (self.factor * powers)
 
     def _kept(self, frequencies: Tensor, head_dim: int) -> Tensor:
-        """How much of each frequency stays as it is, 0 to 1; the rest of it is divided by the factor."""
+        """The share of each frequency that is kept, 0 to 1; the rest is divided by the factor."""
         if self.scaling == "linear":
             return torch.zeros_like(frequencies)
         if self.scaling == "llama3":
@@ -117,34 +124,39 @@ class Rope:
             return ((turns - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
 
         def dimension(turns: float) -> float:
-            return (
-                head_dim
-                * math.log(self.original_positions / (turns * 2 * math.pi))
-                / (2 * math.log(self.theta))
-            )
+            period = self.original_positions / (turns * 2 * math.pi)
+            return head_dim * math.log(period) / (2 * math.log(self.theta))
 
         first, last = dimension(self.high), dimension(self.low)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
-        ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / (
-            (last - first) or 0.001
-        )
+        dimensions = torch.arange(head_dim // 2, dtype=torch.float32)
+        ramp = (dimensions - first) / ((last - first) or 0.001)
         return 1.0 - ramp.clamp(0.0, 1.0)
 
     def tables(self, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[num_positions, 1, head_dim]` in float32, the sines of the first half negated."""
-        angles = torch.outer(
-            torch.arange(num_positions, dtype=torch.float32), self.frequencies(head_dim)
-        ).repeat(1, 2)
+        """Cosines and sines `[num_positions, 1, head_dim]`, float32.
+
+        The first half of the sines is negated.
+        """
+        positions = torch.arange(num_positions, dtype=torch.float32)
+        angles = torch.outer(positions, self.frequencies(head_dim)).repeat(1, 2)[:, None, :]
         signs = torch.ones(head_dim).index_fill(0, torch.arange(head_dim // 2), -1.0)
-        return (angles.cos() * self.magnitude)[:, None, :], (angles.sin() * signs * self.magnitude)[
-            :, None, :
-        ]
+        return angles.cos() * self.magnitude, angles.sin() * signs * self.magnitude
+
+
+def _positive(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = default if section.get(key) is None else section[key]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or not is_number or not 0 < value < math.inf:
+        given = "missing" if value is None else repr(value)
+        raise ValueError(f"{key} ({given}) must be a positive number; {REMEDY}")
+    return float(value)
 
 
 def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = values.get(key) or {}
     if not isinstance(section, Mapping):
-        raise ValueError(f"{key} ({section!r}) must be an object; {FIX}")
+        raise ValueError(f"{key} ({section!r}) must be an object; {REMEDY}")
     return section

@@ -1,4 +1,8 @@
-"""What the learner publishes: one version of the weights, frozen, with a probe that an engine must answer alike (law 5)."""
+"""What the learner publishes: one version of the weights, and a probe for the handshake.
+
+An engine with the same weights must give the learner's answer to the probe. The learner takes
+snapshots; `weights/` sends them.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +20,25 @@ from dapo_async.model.attention import PackedAttention
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.gather import gather_weights
 from dapo_async.model.mesh import Mesh
-from dapo_async.model.parallel import release
+from dapo_async.model.parallel import reshard
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Weights that no later step changes. `probe_logprobs [P - 1]` are the learner's for the tokens of `probe_ids [P]` after the first."""
+    """Copies of the weights, which no later step changes, and the learner's answer to a probe."""
 
     version: int
     weights: Mapping[str, Tensor]
-    probe_ids: NDArray[np.int32]
-    probe_logprobs: NDArray[np.float32]
+    probe_ids: NDArray[np.int32]  # [P]
+    probe_logprobs: NDArray[np.float32]  # [P - 1] of every probe token after the first
 
 
 @torch.no_grad()
 def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by one fresh forward pass; on all ranks of its mesh alike."""
+    """log-softmax(logits) of each token after the first, `[P] -> [P - 1]`, by one forward pass.
+
+    All ranks of the decoder's mesh call it and get the same.
+    """
     device = decoder.rope_cos.device
     ids = torch.as_tensor(token_ids, dtype=torch.long, device=device)
     attention = PackedAttention([len(ids)], device=device)
@@ -45,7 +52,7 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
         targets=ids[1:],
         temperatures=ones,
     )
-    release(decoder)
+    reshard(decoder)
     return logprobs.cpu().numpy()
 
 
@@ -58,24 +65,24 @@ def take_snapshot(
     dtype: torch.dtype = torch.float32,
     mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
 ) -> Snapshot:
-    """Copies the weights, whole and in the engines' dtype (`gather_weights`), and answers a probe prompt of random tokens, seen by nobody before.
+    """Copies the weights, whole and in the engines' dtype, and answers a new random probe prompt.
 
-    The answer is that of the learner's own policy, which computes with its weights rounded to that dtype: an engine with the same weights gives it
-    up to the rounding of its kernels. Every rank of the mesh calls it; only the first one's has weights.
+    The learner computes with weights rounded to that dtype, so an engine with the same weights
+    gives the same answer up to the rounding of its kernels. Every rank of the mesh calls it; only
+    the snapshot of the first rank has weights.
     """
     length = min(probe_tokens, decoder.config.max_positions)
-    nonce = np.random.default_rng(secrets.randbits(64)).integers(
-        0, decoder.config.vocab_size, length
-    )
-    ids = torch.as_tensor(nonce, device=decoder.rope_cos.device) * int(mesh.is_first)
-    probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)  # the first rank's
-    return Snapshot(
-        version, gather_weights(decoder, mesh, dtype), probe_ids, score_tokens(decoder, probe_ids)
-    )
+    random = np.random.default_rng(secrets.randbits(64))
+    drawn = random.integers(0, decoder.config.vocab_size, length)
+    # Every rank draws; the sum keeps the ids of the first rank.
+    ids = torch.as_tensor(drawn, device=decoder.rope_cos.device) * int(mesh.is_first)
+    probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)
+    weights = gather_weights(decoder, mesh, dtype)
+    return Snapshot(version, weights, probe_ids, score_tokens(decoder, probe_ids))
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: equal exactly when every bit of every weight is."""
+    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dapo_async.model import buckets
+
 BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receivers split alike
 
 
@@ -56,15 +58,13 @@ class Manifest:
 
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
         """Runs of neighbours of one dtype of at most `bucket_bytes` together; a larger tensor is a bucket of its own."""
-        bucket: list[TensorSpec] = []
-        for spec in self.tensors:
-            filled = sum(member.num_bytes for member in bucket)
-            if bucket and (filled + spec.num_bytes > bucket_bytes or bucket[0].dtype != spec.dtype):
-                yield tuple(bucket)
-                bucket = []
-            bucket.append(spec)
-        if bucket:
-            yield tuple(bucket)
+        runs = buckets(
+            self.tensors,
+            lambda spec: spec.num_bytes,
+            limit=bucket_bytes,
+            kind=lambda spec: spec.dtype,
+        )
+        return map(tuple, runs)
 
 
 @dataclass(frozen=True, slots=True)

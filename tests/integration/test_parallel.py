@@ -29,6 +29,7 @@ from dapo_async.model import (
     Mesh,
     ModelConfig,
     PackedAttention,
+    buckets,
     build_decoder,
     fill,
     gather_weights,
@@ -40,7 +41,6 @@ from dapo_async.model import (
     shard_of,
     token_logprobs,
 )
-from dapo_async.model.buckets import buckets
 from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo
@@ -183,15 +183,15 @@ def test_four_ranks_share_two_heads_of_keys_and_values() -> None:
 def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dapo_async.model import parallel
+    from dapo_async.model import tensor_parallel
 
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
 
     # The reverse of gathering forgets the other ranks' shares.
     def own(ctx, gradient):
-        return parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None
+        return tensor_parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None
 
-    monkeypatch.setattr(parallel._GatherTokens, "backward", staticmethod(own))
+    monkeypatch.setattr(tensor_parallel._GatherTokens, "backward", staticmethod(own))
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
     name = "model.layers.0.input_layernorm.weight"
     assert (theirs[name] - gradients[name]).abs().max() > 1e-3
@@ -533,7 +533,7 @@ def test_first_rank_gathers_the_whole_weights_and_the_others_none(
     dp: int, tp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        buckets, "__kwdefaults__", {"limit": 500}
+        buckets, "__kwdefaults__", {**(buckets.__kwdefaults__ or {}), "limit": 500}
     )  # many collectives, some tensors alone
     first, *others = on_ranks(gathered, dp=dp, tp=tp)
     alone = gathered(Mesh())

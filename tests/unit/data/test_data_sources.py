@@ -12,13 +12,11 @@ import httpx
 import huggingface_hub
 import pyarrow
 import pytest
-from paths import QUICKSTART
 from pyarrow import parquet
 
 from dapo_async import config as knobs
 from dapo_async.config import Source, parse_source, parse_sources
 from dapo_async.data.sources import read_rows
-from dapo_async.runtime.hub import with_model_here
 
 ROWS = [
     {"prompt": f"problem {row}", "answer": str(row), "extra": {"level": row}} for row in range(5)
@@ -224,62 +222,6 @@ def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch: pytest.M
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(
         "set HF_HUB_OFFLINE=1 to use what was downloaded before, or give a local file"
-    )
-
-
-def hub_config(name="Qwen/Qwen2.5-32B@v1"):
-    return knobs.load(QUICKSTART, [f"model.path={name}"])
-
-
-def test_a_model_of_the_hub_is_downloaded_without_pickles_and_code_and_the_run_remembers_its_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def snapshot_download(name, **options):
-        asked.append((name, options))
-        return str(tmp_path / "0123abc")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    here, saved = with_model_here(hub_config(), download=True)
-    assert (here.model.path, saved.model.path) == (
-        str(tmp_path / "0123abc"),
-        "hub:Qwen/Qwen2.5-32B@0123abc",
-    )
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    assert asked == [
-        (
-            "Qwen/Qwen2.5-32B",
-            {
-                "revision": "v1",
-                "allow_patterns": patterns,
-                "ignore_patterns": ["*/*"],
-                "local_files_only": False,
-            },
-        ),
-    ]
-    untouched = knobs.load(QUICKSTART)
-    assert with_model_here(untouched, download=True) == (untouched, untouched)
-
-
-def test_a_dry_run_downloads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    config = hub_config("nobody/nothing")
-    assert with_model_here(config, download=False) == (config, config)
-
-
-def test_a_model_that_can_not_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(name, **options) -> Never:
-        raise huggingface_hub.errors.LocalEntryNotFoundError(
-            "Got: ConnectError: no network\nAn error happened while trying to locate the files"
-        )
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError) as error:
-        with_model_here(hub_config("nobody/nothing"), download=True)
-    assert str(error.value) == (
-        "model.path: there is no folder nobody/nothing here, and hub:nobody/nothing can't be had from the Hugging Face hub: Got: ConnectError: no "
-        "network; check name and network, or give the folder of a model"
     )
 
 

@@ -19,11 +19,11 @@ from dapo_async.model import (
     ModelConfig,
     PackedAttention,
     export_folder,
-    families,
     load_decoder,
     token_logprobs,
 )
-from dapo_async.model.families import Family
+from dapo_async.model import config as model_config
+from dapo_async.model.config import Family
 from dapo_async.model.layers import Block
 
 SIZES = {
@@ -249,7 +249,7 @@ class Halved(Block):
 def test_family_is_an_entry_and_where_its_layer_is_another_a_class(
     config, family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeded
 ) -> None:
-    monkeypatch.setitem(families.FAMILIES, config.model_type, family)
+    monkeypatch.setitem(model_config.FAMILIES, config.model_type, family)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
