@@ -18,7 +18,7 @@ from typing import Any
 
 from quickstart import CONFIG, QUICK, environment
 
-ENGINES = ("snapshot", "dedicated", "lease")
+ENGINES = ("snapshot", "dedicated")
 EVERY_STEPS, NUM_STEPS, WARM_UP_STEPS = 4, 40, 3
 STILL = (
     "learner.lr=0",
@@ -44,7 +44,7 @@ def train(run_dir: Path, *overrides: str) -> Path:
 
 
 def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list[Window]]:
-    """Of each step as the driver saw it, from its wait for a batch to the next one's; and of each evaluation, from its load or drain to its end."""
+    """Of each step as the driver saw it, from its wait for a batch to the next one's; and of each evaluation, from its load to its end."""
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     spans = sorted((event for event in trace if event["ph"] == "X"), key=lambda event: event["ts"])
     begun = {

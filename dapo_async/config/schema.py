@@ -246,7 +246,7 @@ class EvaluationConfig:
     every_steps: int = knob(
         0, "evaluate each so many steps, beside training; 0: only before and after it"
     )
-    engine: Literal["snapshot", "dedicated", "lease"] = knob(
+    engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
         "where: an own process on idle CPU time | one with reserved rollout.num_cpus and, with "
         "cuda, one GPU",

@@ -219,15 +219,6 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
         not config.replay.lockstep,
         "replay.lockstep needs rollout.engine=torch: an SGLang server draws its noise by itself; set it, or replay.lockstep=false",
     )
-    yield (
-        config.evaluation.engine != "lease"
-        or config.evaluation.every_steps == 0
-        or config.weights.transport == "disk",
-        (
-            "evaluation.engine=lease needs weights.transport=disk with SGLang engines: a server can't keep broadcast weights beside those that it "
-            "serves; set it, or evaluation.engine=snapshot"
-        ),
-    )
 
 
 def _learner_rules(config: Config) -> Iterator[Rule]:
@@ -302,13 +293,5 @@ def _evaluation_rules(config: Config) -> Iterator[Rule]:
         (
             f"evaluation.every_steps ({every}) must be a multiple of train.checkpoint_every_steps ({saved}), so that the best of what is evaluated "
             f"can be kept; set evaluation.every_steps={-(-every // saved) * saved} or train.checkpoint_every_steps={every}"
-        ),
-    )
-    workers = config.rollout.num_workers
-    yield (
-        every == 0 or config.evaluation.engine != "lease" or workers >= 2,
-        (
-            f"evaluation.engine=lease needs rollout.num_workers >= 2 (it is {workers}): the others generate while one evaluates; "
-            "set rollout.num_workers=2 or evaluation.engine=snapshot"
         ),
     )

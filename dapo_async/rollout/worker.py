@@ -58,8 +58,6 @@ class RolloutWorker:
         self._replay, self._score, self._sampling = replay, score, sampling
         self._capacity = -(-engine.num_slots // group_size) + 1
         self._rolling = 0  # groups on the engine or about to be
-        self._in_hand = 0  # groups that are not offered or given up yet, and the request for more
-        self._put_down = asyncio.Event()  # set whenever one of these ends
         self._wanted: set[int] = (
             set()
         )  # admitted and to be offered: taken out when offered, evicted or of wrong weights
@@ -69,8 +67,6 @@ class RolloutWorker:
         self._room = asyncio.Event()
         self._open = asyncio.Event()  # cleared while the engine is quarantined
         self._open.set()
-        self._own = asyncio.Event()  # cleared while the engine is leased
-        self._own.set()
         self._alive = asyncio.Event()  # cleared while the engine is lost
         self._alive.set()
         self._lost = asyncio.Event()
@@ -87,9 +83,8 @@ class RolloutWorker:
         async with asyncio.TaskGroup() as groups:
             groups.create_task(self._abort_doomed(), name="doomed")
             while True:
-                if not (self._open.is_set() and self._own.is_set() and self._alive.is_set()):
+                if not (self._open.is_set() and self._alive.is_set()):
                     await self._open.wait()
-                    await self._own.wait()
                     await self._alive.wait()
                     continue
                 if self._rolling >= self._capacity:
@@ -98,20 +93,19 @@ class RolloutWorker:
                     continue
                 for admission in await self._admit(self._capacity - self._rolling):
                     self._rolling += 1
-                    self._in_hand += 1
                     self._wanted.add(admission.group_id)
-                    groups.create_task(self._roll(admission), name=f"group {admission.group_id}")
+                    groups.create_task(
+                        self._generate(admission), name=f"group {admission.group_id}"
+                    )
 
     async def _admit(self, num_groups: int) -> list[Admission]:
         """Asks for groups; what is idle on the engine meanwhile is without credit."""
         self._doomed.clear()
-        self._in_hand += 1
         self.engine.starving(True)
         try:
             admissions = await self._replay.admit(self.name, num_groups)
         finally:
             self.engine.starving(False)
-            self._lay_down()
         return [admission for admission in admissions if admission.group_id not in self._doomed]
 
     async def _abort_doomed(self) -> None:
@@ -120,16 +114,6 @@ class RolloutWorker:
             self._doomed.update(doomed)
             self._wanted.difference_update(doomed)
             await self.engine.abort(doomed)
-
-    async def _roll(self, admission: Admission) -> None:
-        try:
-            await self._generate(admission)
-        finally:
-            self._lay_down()
-
-    def _lay_down(self) -> None:
-        self._in_hand -= 1
-        self._put_down.set()
 
     async def _generate(self, admission: Admission) -> None:
         group_id = admission.group_id
@@ -234,19 +218,6 @@ class RolloutWorker:
     async def back(self) -> None:
         """Waits until the engine is not lost."""
         await self._alive.wait()
-
-    def lease(self, on: bool) -> None:
-        """On: the engine is lent out, so no group is asked for; what is in hand goes on to its end. Off: admission goes on."""
-        if on:
-            self._own.clear()
-        else:
-            self._own.set()
-
-    async def drained(self) -> None:
-        """After `lease`: returns when nothing is in hand, the request for groups on its way and what it brings included."""
-        while self._in_hand:
-            self._put_down.clear()
-            await self._put_down.wait()
 
     async def quarantine(self, on: bool) -> None:
         """On: the engine's weights are wrong, so nothing new is admitted or started here, and what was generated is given up.

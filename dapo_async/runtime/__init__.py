@@ -11,7 +11,7 @@ replay_actor    owns the prompt cursor, the replay buffer and the payloads
 rollout_actor   one engine and its worker
 evaluator_actor an engine of its own for evaluations beside training
 engine_host     what worker and evaluator share
-evaluations     when, where and of which version; lease: on a worker's engine
+evaluations     when, where and of which version
 learner_actor   one learner rank and the sender's side of a publish; whereabouts: where its step is
 remote          calls with a deadline that names who waits for whom
 system          all actors of one run, and what watches over them

@@ -20,7 +20,7 @@ from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.runtime.cluster.connect import SPREAD, has_evaluator, home, near
+from dapo_async.runtime.cluster.connect import SPREAD, home, near
 from dapo_async.runtime.handles.evaluator import start_evaluator
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, Remote
 from dapo_async.runtime.handles.learner import Learner, rank_names
@@ -62,21 +62,6 @@ class Worker:
     async def confirm(self) -> None:
         await self.remote.call("confirm", deadline_s=REPORT_S)
 
-    async def stage(self, announcement: Announcement) -> None:
-        await self.remote.call("stage", announcement, deadline_s=self._deadlines.answer_s)
-
-    async def swap_staged(self, announcement: Announcement) -> Attestation | None:
-        attestation: Attestation | None = await self.remote.call(
-            "swap_staged", announcement, deadline_s=self._deadlines.answer_s
-        )
-        return attestation
-
-    async def lease(self, on: bool) -> None:
-        await self.remote.call("lease", on, deadline_s=REPORT_S)
-
-    async def drained(self) -> None:
-        await self.remote.call("drained", deadline_s=self._deadlines.work_s)
-
     async def lost(self) -> str:
         why: str = await self.remote.call("lost", deadline_s=None)
         return why
@@ -93,7 +78,7 @@ class Worker:
             "back", deadline_s=deadlines.start_s + START_MARGIN_S + deadlines.answer_s
         )
 
-    async def evaluate(self, part: int = 0, num_parts: int = 1) -> Evaluation | None:
+    async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
         evaluation: Evaluation | None = await self.remote.call(
             "evaluate", part, num_parts, deadline_s=self._deadlines.work_s
         )
@@ -128,8 +113,8 @@ class Replay:
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         await self.remote.call("serve", version, release, deadline_s=REPORT_S)
 
-    async def lease(self, worker: str, on: bool) -> None:
-        await self.remote.call("lease", worker, on, deadline_s=REPORT_S)
+    async def suspend(self, worker: str, on: bool) -> None:
+        await self.remote.call("suspend", worker, on, deadline_s=REPORT_S)
 
     async def freeze(self, version: int) -> None:
         await self.remote.call("freeze", version, deadline_s=REPORT_S)
@@ -208,7 +193,7 @@ class System:
         ]
         self.evaluator = (
             start_evaluator(config, incarnation=incarnation, node=node)
-            if has_evaluator(config)
+            if config.evaluation.during_training
             else None
         )
         self.background: set[asyncio.Task[Any]] = (
@@ -343,11 +328,11 @@ class System:
             self._say(
                 f"{worker.name} lost its engine: {why}; it is started anew ({count} of {most})"
             )
-            await self.replay.lease(worker.name, True)
+            await self.replay.suspend(worker.name, True)
             self.publisher.lose(worker)
             await worker.restart()
             if await self.publisher.restore(worker):
-                await self.replay.lease(worker.name, False)
+                await self.replay.suspend(worker.name, False)
                 await worker.revive()
                 self._say(f"{worker.name} generates again")
 

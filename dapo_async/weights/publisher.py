@@ -1,11 +1,8 @@
 """The order of a publish: announce, send, receive, attest, judge, release. One in flight, overlapping the learner's next step.
 
-A receiver whose engine is lent out (`lend`) is passed over from the next publish on: by broadcast it still takes part and stages what it gets, by
-disk it reads nothing; nobody waits for it to serve. `take_back` brings it to the newest published version and has it prove that. Publishes
-and takings back never overlap, and the learner keeps the snapshot of the newest publish until both are done: each waits for its turn.
-
-A receiver whose engine is lost (`lose`, or an answer of None instead of an attestation) is passed over too, takes no part in a broadcast and is not
-waited for; `restore` has it read the newest version from disk and prove it. The group of a broadcast is formed anew whenever its members change.
+A receiver whose engine is lost (`lose`, or an answer of None instead of an attestation) is left out: it takes no part in a broadcast and nothing
+waits for it. `restore` has it read the newest version from disk and prove it. Publishes and restores never overlap, so the learner keeps the snapshot
+of the newest publish until both are done. The group of a broadcast is formed anew whenever its members change.
 
 Called by the loop; the learner and the engines are ports (their Ray actors in a run, plain objects in tests).
 """
@@ -43,14 +40,6 @@ class Receiver(Protocol):
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None: ...
 
-    async def stage(
-        self, announcement: Announcement
-    ) -> None: ...  # by broadcast, beside the weights that it goes on to serve
-
-    async def swap_staged(
-        self, announcement: Announcement
-    ) -> Attestation | None: ...  # serves what it staged last
-
     async def quarantine(
         self, on: bool
     ) -> None: ...  # on: nothing is generated there, and what was is given up
@@ -81,10 +70,7 @@ class Publisher:
         self._source, self._receivers, self._transport = source, receivers, transport
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._in_flight: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a taking back
-        self._lent: dict[
-            str, Announcement | None
-        ] = {}  # by receiver: the newest version that it was passed over with
+        self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a restore
         self._regroup = regroup
         self._members: tuple[str, ...] = ()  # receivers in the group of a broadcast
         self._lost: set[str] = set()
@@ -123,44 +109,6 @@ class Publisher:
             task, self._in_flight = self._in_flight, None
             await task
 
-    async def lend(self, receiver: Receiver) -> None:
-        """Passes `receiver` over from the next publish on. Returns when the publish in flight, which still reaches it, is done.
-
-        A lost one is not lent, and one that is lost later is no longer: `is_lent` tells.
-        """
-        assert len(self._lent) < len(self._receivers) - 1, (
-            "the last engine that serves can't be lent out"
-        )
-        if receiver.name not in self._lost:
-            self._lent[receiver.name] = None
-        if self._in_flight is not None:
-            await asyncio.wait([self._in_flight])
-
-    def is_lent(self, receiver: Receiver) -> bool:
-        return receiver.name in self._lent
-
-    async def take_back(self, receiver: Receiver) -> bool:
-        """Brings a lent `receiver` to the newest published version; it takes part in every later publish. Raises as `publish` does.
-
-        False when it is not lent any more, or was lost over that.
-        """
-        async with self._turn:
-            missed = self._lent.get(receiver.name)
-            if missed is not None:
-                self._waiting_for = {receiver.name}
-                async with self._deadline(
-                    f"taking back of {receiver.name} with version {missed.version}"
-                ):
-                    attested = await self._swap_staged(receiver, missed)
-                    if attested is None:
-                        self.lose(receiver)
-                    else:
-                        await self._settle(receiver, missed, attested)
-            if not self.is_lent(receiver):
-                return False
-            del self._lent[receiver.name]
-            return True
-
     @property
     def present(self) -> tuple[Receiver, ...]:
         """Those whose engine is not lost."""
@@ -169,7 +117,6 @@ class Publisher:
     def lose(self, receiver: Receiver) -> None:
         """Passes `receiver` over, and waits for it no longer, until `restore`. The engine that comes back is a new member of the group."""
         self._lost.add(receiver.name)
-        self._lent.pop(receiver.name, None)
         self._members = ()
         self._waiting_for.discard(receiver.name)
 
@@ -206,22 +153,16 @@ class Publisher:
     ) -> None:
         self.newest = announcement
         present = self.present
-        lent = [receiver for receiver in present if receiver.name in self._lent]
-        serving = [receiver for receiver in present if receiver.name not in self._lent]
         self._waiting_for = {receiver.name for receiver in present}
         self._written = None
         async with self._deadline(f"publish of version {announcement.version}"):
-            attestations = await self._deliver(announcement, serving, lent)
-            for receiver in lent:
-                if self.is_lent(receiver):
-                    self._lent[receiver.name] = announcement
-                self._waiting_for.discard(receiver.name)
+            attestations = await self._deliver(announcement, present)
             pairs = [
                 (receiver, attested)
-                for receiver, attested in zip(serving, attestations, strict=True)
+                for receiver, attested in zip(present, attestations, strict=True)
                 if attested is not None
             ]
-            for receiver, attested in zip(serving, attestations, strict=True):
+            for receiver, attested in zip(present, attestations, strict=True):
                 if attested is None:
                     self.lose(receiver)
             self.last_pause_s = max((attested.pause_s for _, attested in pairs), default=0.0)
@@ -254,25 +195,22 @@ class Publisher:
             ) from error
 
     async def _deliver(
-        self, announcement: Announcement, serving: Sequence[Receiver], lent: Sequence[Receiver]
+        self, announcement: Announcement, receivers: Sequence[Receiver]
     ) -> list[Attestation | None]:
-        """Returns the attestations of those that are `serving`."""
+        """Sends the weights to `receivers`; returns the attestation of each."""
         if self._transport == "disk":
             folder = await self._write(announcement)
             return await asyncio.gather(
-                *(receiver.read(announcement, folder) for receiver in serving)
+                *(receiver.read(announcement, folder) for receiver in receivers)
             )
-        members = tuple(sorted(receiver.name for receiver in (*serving, *lent)))
+        members = tuple(sorted(receiver.name for receiver in receivers))
         if not members:
             return []
         if members != self._members and self._regroup is not None:
             self._members = members  # first: whoever is lost meanwhile makes it worthless
             await self._regroup(members)
-        receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in serving))
-        staging = asyncio.gather(*(receiver.stage(announcement) for receiver in lent))
-        broken, attestations, _ = await asyncio.gather(
-            self._source.broadcast(announcement), receiving, staging
-        )
+        receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in receivers))
+        broken, attestations = await asyncio.gather(self._source.broadcast(announcement), receiving)
         if broken is not None:
             self._members = ()
             if None not in attestations:
@@ -280,13 +218,6 @@ class Publisher:
                     f"the broadcast of version {announcement.version} broke off, though every engine took part: {broken}"
                 )
         return attestations
-
-    async def _swap_staged(
-        self, receiver: Receiver, announcement: Announcement
-    ) -> Attestation | None:
-        if self._transport == "disk":
-            return await receiver.read(announcement, await self._write(announcement))
-        return await receiver.swap_staged(announcement)
 
     async def _write(self, announcement: Announcement) -> str:
         """The folder of versions; each version is written once, however many engines ask for it."""

@@ -66,14 +66,6 @@ class EngineHost(ABC):
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         """The same from disk."""
 
-    @abstractmethod
-    async def stage(self, announcement: Announcement) -> None:
-        """Weights by broadcast, kept beside those being served, which do not change."""
-
-    @abstractmethod
-    async def swap_staged(self, announcement: Announcement) -> Attestation:
-        """What was staged last, the weights of `announcement`, is served."""
-
     async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
         """Greedy on every `num_parts`-th held-out prompt, from the `part`-th on."""
         config = self._config
@@ -109,9 +101,6 @@ class TorchHost(EngineHost):
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device = device
         self._group: WeightGroup | None = None
-        self._staged: dict[
-            str, Tensor
-        ] = {}  # the newest weights that came while this engine was leased
 
     async def start(self) -> str:
         rollout = self._config.rollout
@@ -142,28 +131,18 @@ class TorchHost(EngineHost):
         )
 
     async def receive(self, announcement: Announcement) -> Attestation:
-        return await self._swap(announcement, await self._broadcast(announcement))
+        assert self._group is not None, "receive before join"
+        weights = await asyncio.to_thread(
+            self._group.receive,
+            announcement.manifest,
+            bucket_bytes=BUCKET_BYTES,
+        )
+        return await self._swap(announcement, weights)
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         return await self._swap(
             announcement,
             await asyncio.to_thread(read_version, Path(folder), version=announcement.version),
-        )
-
-    async def stage(self, announcement: Announcement) -> None:
-        self._staged = await self._broadcast(announcement)
-
-    async def swap_staged(self, announcement: Announcement) -> Attestation:
-        assert self._staged, "swap_staged before stage"
-        staged, self._staged = self._staged, {}
-        return await self._swap(announcement, staged)
-
-    async def _broadcast(self, announcement: Announcement) -> dict[str, Tensor]:
-        assert self._group is not None, "receive before join"
-        return await asyncio.to_thread(
-            self._group.receive,
-            announcement.manifest,
-            bucket_bytes=BUCKET_BYTES,
         )
 
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:

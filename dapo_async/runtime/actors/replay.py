@@ -86,7 +86,7 @@ class ReplayActor:
         self._partial_completions: dict[
             int, tuple[Completion | None, ...]
         ] = {}  # of groups that were handed back, until they are admitted again
-        self._leased: set[str] = set()  # workers that are admitted nothing
+        self._suspended: set[str] = set()  # workers that are admitted nothing
         self._aborts: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
@@ -100,16 +100,16 @@ class ReplayActor:
         await asyncio.Event().wait()
 
     async def admit(self, worker: str, num_groups: int) -> list[Admission]:
-        """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without, or once it is leased."""
+        """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without, or once it is suspended."""
         async with self._changed:
             try:
                 await asyncio.wait_for(
-                    self._changed.wait_for(lambda: worker in self._leased or self._may_admit()),
+                    self._changed.wait_for(lambda: worker in self._suspended or self._may_admit()),
                     POLL_S,
                 )
             except TimeoutError:
                 return []
-            if worker in self._leased:
+            if worker in self._suspended:
                 return []
             with self._clock.during("admit"):
                 if self._first_admission_s is None:
@@ -132,10 +132,10 @@ class ReplayActor:
             partial_completions if self._buffer.goes_on(group_id) else (),
         )
 
-    async def lease(self, worker: str, on: bool) -> None:
-        """On: `worker` is admitted nothing from this moment on, whatever it has asked for, since its engine will not follow what is served."""
+    async def suspend(self, worker: str, on: bool) -> None:
+        """On: `worker` is admitted nothing from now on, requests under way included: its engine is lost, so it does not follow what is served."""
         async with self._changed:
-            (self._leased.add if on else self._leased.discard)(worker)
+            (self._suspended.add if on else self._suspended.discard)(worker)
             self._changed.notify_all()
 
     def _may_admit(self) -> bool:

@@ -172,14 +172,6 @@ class RolloutActor:
             )
         return None
 
-    async def stage(self, announcement: Announcement) -> None:
-        """While leased: weights by broadcast, kept beside those being served, which do not change."""
-        await self._host.stage(announcement)
-
-    async def swap_staged(self, announcement: Announcement) -> Attestation | None:
-        """What was staged last, the weights of `announcement`, is served."""
-        return await self._update(self._host.swap_staged(announcement))
-
     async def quarantine(self, on: bool) -> None:
         """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""
         await self._worker.quarantine(on)
@@ -187,14 +179,6 @@ class RolloutActor:
     async def confirm(self) -> None:
         """The weights are proved: what was generated since the swap may be offered."""
         self._worker.hold(False)
-
-    async def lease(self, on: bool) -> None:
-        """On: no group is asked for from now on. Off: admission goes on."""
-        self._worker.lease(on)
-
-    async def drained(self) -> None:
-        """Returns when nothing of what was admitted is left here."""
-        await self._worker.drained()
 
     async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
         """Greedy on one part of the held-out prompts. None when the engine is lost, or was lost over it."""

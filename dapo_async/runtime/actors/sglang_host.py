@@ -124,14 +124,6 @@ class SGLangHost(EngineHost):
 
         return await self._update(announcement, load)
 
-    async def stage(self, announcement: Announcement) -> None:
-        raise AssertionError(
-            "a config check refuses leased SGLang engines by broadcast: a server can't keep weights beside those that it serves"
-        )
-
-    async def swap_staged(self, announcement: Announcement) -> Attestation:
-        raise AssertionError("swap_staged without stage")
-
     async def _update(
         self, announcement: Announcement, load: Callable[[str, bool], Awaitable[None]]
     ) -> Attestation:

@@ -62,7 +62,7 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
             f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}",
         )
     evaluation = config.evaluation
-    if has_evaluator(config):
+    if evaluation.during_training:
         dedicated = evaluation.engine == "dedicated"
         detail = f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts each {evaluation.every_steps} steps"
         yield PlannedActor(
@@ -71,11 +71,6 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
             config.gpus_of_evaluator,
             detail,
         )
-
-
-def has_evaluator(config: Config) -> bool:
-    """Whether the run has an evaluator of its own."""
-    return config.evaluation.during_training and config.evaluation.engine != "lease"
 
 
 def connect(config: Config) -> str:

@@ -153,15 +153,6 @@ def test_every_config_in_the_repository_loads() -> None:
             ["rollout.engine=sglang", "replay.lockstep=true", "replay.max_staleness=0"],
             "replay.lockstep needs rollout.engine=torch",
         ),
-        (
-            [
-                "rollout.engine=sglang",
-                "rollout.num_workers=2",
-                "evaluation.engine=lease",
-                "evaluation.every_steps=20",
-            ],
-            "evaluation.engine=lease needs weights.transport=disk with SGLang engines",
-        ),
     ],
 )
 def test_what_does_not_fit_the_engine_is_one_clear_line(file, overrides, line) -> None:

@@ -257,69 +257,6 @@ def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offe
     play(scene, credits=1)
 
 
-def test_a_leased_worker_asks_for_nothing_finishes_what_it_has_and_asks_again_when_it_is_returned() -> (
-    None
-):
-    async def scene(worker, engine, replay) -> None:
-        worker.lease(True)
-        drained = asyncio.create_task(worker.drained())
-        engine.finish(0)
-        engine.finish(1)
-        await settled()
-        assert replay.offered == [0, 1]
-        assert (engine.group_ids, replay.asked, drained.done()) == ([2], [3], False)
-        engine.finish(2)
-        await settled()
-        assert replay.offered == [0, 1, 2]
-        assert (replay.asked, drained.done()) == ([3], True)
-        worker.lease(False)
-        await settled()
-        assert engine.group_ids == [3, 4, 5]
-
-    play(scene)
-
-
-def test_a_leased_worker_is_drained_only_when_its_request_is_answered_and_what_it_brought_is_offered() -> (
-    None
-):
-    async def scene(worker, engine, replay) -> None:
-        worker.lease(True)
-        drained = asyncio.create_task(worker.drained())
-        engine.finish(0)
-        await settled()
-        assert (replay.offered, drained.done()) == ([0], False)  # it has asked before
-        await replay.give(1)
-        await settled()
-        assert (engine.group_ids, drained.done()) == ([1], False)
-        gate = hold_scoring(worker)
-        engine.finish(1)
-        await settled()
-        assert not drained.done()
-        gate.set()
-        await settled()
-        assert (replay.offered, drained.done()) == ([0, 1], True)
-
-    play(scene, credits=1)
-
-
-def test_a_quarantine_that_ends_during_a_lease_does_not_end_the_lease() -> None:
-    async def scene(worker, engine, replay) -> None:
-        worker.lease(True)
-        await worker.quarantine(True)
-        await worker.quarantine(False)
-        await settled()
-        assert (engine.group_ids, replay.asked) == ([], [3])
-        await worker.quarantine(True)
-        worker.lease(False)
-        await settled()
-        assert (engine.group_ids, replay.asked) == ([], [3])
-        await worker.quarantine(False)
-        await settled()
-        assert engine.group_ids == [3, 4, 5]
-
-    play(scene)
-
-
 def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_it_is_back() -> (
     None
 ):

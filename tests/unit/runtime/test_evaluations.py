@@ -7,17 +7,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lease_world import announce
 from run_support import QUICKSTART, read_rows
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime import evaluations as evaluations_module
 from dapo_async.runtime.cluster.connect import planned_actors
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.weights import Attestation
+from dapo_async.weights import Announcement, Attestation, Manifest
 from dapo_async.weights.publisher import HandshakeError
+
+
+def announce(version: int) -> Announcement:
+    return Announcement(
+        "first", version, Manifest(()), "", np.arange(4, dtype=np.int32), np.zeros(3, np.float32)
+    )
 
 
 class Learner:
@@ -166,38 +170,6 @@ def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
     assert said[0] == "evaluation of version 4 skipped: the one before is still running"
 
 
-def test_lease_without_a_second_engine_or_with_one_that_is_lost_is_skipped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def lost(worker, **ports) -> None:
-        ports["enter"]("drain", worker.name)
-
-    async def scene(evaluations, system) -> None:
-        monkeypatch.setattr(evaluations_module, "evaluate_on_lease", lost)
-        system.evaluator, system.workers = (
-            None,
-            [SimpleNamespace(name="rollout-0"), SimpleNamespace(name="rollout-1")],
-        )
-        system.replay, system.publisher.present = None, (system.workers[1],)
-        await steps(evaluations, system, 2)
-        system.publisher.present = tuple(system.workers)
-        system.publisher.newest = announce(4)
-        evaluations.start_if_due(3)
-
-    said, evaluations = play(
-        scene,
-        tmp_path,
-        "evaluation.engine=lease",
-        "rollout.num_workers=2",
-        "weights.transport=disk",
-    )
-    assert (evaluations.rows, evaluations.num_skipped) == ([], 2)
-    assert said == [
-        "evaluation of version 2 skipped: there is no engine to lease beside the one that generates",
-        "evaluation of version 4 skipped: rollout-1 lost its engine over it",
-    ]
-
-
 def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path: Path) -> None:
     async def scene(evaluations, system) -> None:
         assert (await evaluations.measure_all("initial")).accuracy == 0.75
@@ -295,9 +267,7 @@ def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_i
     }
 
 
-@pytest.mark.parametrize(
-    ("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 1.0)), ("lease", None)]
-)
+@pytest.mark.parametrize(("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 1.0))])
 def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> None:
     more = ["rollout.num_cpus=0.5", "model.device=cuda", "rollout.num_workers=2"]
     config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
@@ -306,7 +276,7 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> No
         for actor in planned_actors(config)
         if actor.name == "evaluator"
     ]
-    assert found == ([share] if share else [])
+    assert found == [share]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +288,7 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> No
         ),
         (
             "evaluation.engine=lease",
-            r"evaluation.engine=lease needs rollout.num_workers >= 2 \(it is 1\).*set rollout.num_workers=2 or",
+            "evaluation.engine.*lease.*snapshot.*dedicated",
         ),
         ("evaluation.every_steps=-1", r"evaluation.every_steps \(-1\) must be at least 0"),
     ],
