@@ -214,7 +214,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(config: knobs.Config, root: Path, *, first_step: int) -> int:
-    from dapo_async.runtime.cluster.connect import planned_actors
+    from dapo_async.runtime.cluster.planned_actors import planned_actors
 
     _say(f"would write {root}")
     where = (

@@ -90,7 +90,7 @@ class Checkpointer:
     async def _freeze(self, version: int) -> dict[str, Any]:
         began_s = self._tracker.clock.now_s()
         frozen, _ = await asyncio.gather(
-            self._system.learner.freeze(), self._system.replay.freeze(version)
+            self._system.learner.capture_state(), self._system.replay.capture_state(version)
         )
         assert frozen == version, (
             f"the learner is at version {frozen}, the checkpoint is of {version}"

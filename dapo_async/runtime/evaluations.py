@@ -23,7 +23,7 @@ from typing import Any
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.evaluator import NAME
-from dapo_async.runtime.handles.evaluator import Evaluator
+from dapo_async.runtime.handles.actors import EvaluatorHandle
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
@@ -90,14 +90,14 @@ class Evaluations:
     async def collect(self, timeline: Timeline, *, deadline_s: float) -> None:
         """Adds the evaluator's spans to the timeline, once, at the end of the run."""
         if self._system.evaluator is not None:
-            timeline.add(NAME, await self._system.evaluator.take_spans(deadline_s=deadline_s))
+            timeline.add(NAME, await self._system.evaluator.within(deadline_s).take_spans())
 
     def clear(self) -> None:
         """Removes the version on disk. Call it again after the actors' end: a write that was given
         up may still have been under way."""
         shutil.rmtree(self._run_dir.evaluated, ignore_errors=True)
 
-    async def _run(self, evaluator: Evaluator, announcement: Announcement) -> None:
+    async def _run(self, evaluator: EvaluatorHandle, announcement: Announcement) -> None:
         deadline_s, began_s = self._config.deadlines.work_s, time.monotonic()
         try:
             async with asyncio.timeout(deadline_s) as limit:
@@ -120,7 +120,7 @@ class Evaluations:
             waited_s=loaded_s - began_s,
         )
 
-    async def _load(self, evaluator: Evaluator, announcement: Announcement) -> None:
+    async def _load(self, evaluator: EvaluatorHandle, announcement: Announcement) -> None:
         """The learner writes the published snapshot, the evaluator reads it and attests what it
         serves (handshake). Raises HandshakeError."""
         learner, folder = self._system.learner, self._run_dir.evaluated

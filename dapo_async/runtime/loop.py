@@ -73,7 +73,7 @@ async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) 
     """One step of the learner, booked: what a checkpoint has either all of or nothing."""
     metrics = await system.learner.step(batch)
     await system.replay.trained(
-        batch,
+        batch.group_ids,
         skipped=bool(metrics.totals["skipped"]),
         non_finite=bool(metrics.totals["non_finite"]),
     )

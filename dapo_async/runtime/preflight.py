@@ -18,7 +18,7 @@ from dapo_async.model import ModelConfig, check_weights
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang.server import missing_sglang
-from dapo_async.runtime.cluster.connect import planned_actors
+from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.handles.handle import ActorDied
+from dapo_async.runtime.launch import start_actors
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.signals import Interrupts
@@ -172,10 +173,13 @@ class Run:
             self.interrupts.listen(task)
             self.system = System(
                 self.config,
-                self.run_dir,
-                incarnation=self.incarnation,
+                start_actors(
+                    self.config,
+                    self.run_dir,
+                    incarnation=self.incarnation,
+                    resume=self.resume.state,
+                ),
                 say=self.say,
-                resume=self.resume.state,
             )
             self.tracker = Tracker(
                 self.system,

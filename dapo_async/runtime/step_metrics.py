@@ -11,7 +11,8 @@ from typing import Any
 from dapo_async.algorithm import summarise
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
-from dapo_async.runtime.system import REPORT_S, System
+from dapo_async.runtime.handles.actors import SHORT_S
+from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import StepMetrics, TrainBatch
@@ -63,11 +64,11 @@ class Tracker:
         self.longest_step_s = 0.0
         self.checkpoint_pause_s = 0.0  # how long a checkpoint held up the loop since the last row
 
-    async def collect(self, *, deadline_s: float = REPORT_S) -> None:
+    async def collect(self, *, deadline_s: float = SHORT_S) -> None:
         """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
         reports = await self._system.reports(deadline_s=deadline_s)
         for actor, report in reports.items():
-            if isinstance(report, Exception):
+            if isinstance(report, BaseException):
                 continue
             self.timeline.add(actor, report.spans)
             if isinstance(report, WorkerReport):
@@ -75,7 +76,7 @@ class Tracker:
             if isinstance(report, ReplayReport):
                 self.replay = report
         for report in reports.values():
-            if isinstance(report, Exception):
+            if isinstance(report, BaseException):
                 raise report
 
     async def start(self) -> None:
@@ -199,7 +200,7 @@ class Tracker:
 
     def _learner_idle(self, start_s: float, end_s: float) -> float:
         """The mean over all ranks."""
-        ranks = [remote.name for remote in self._system.learner.remotes]
+        ranks = [rank.name for rank in self._system.learner.ranks]
         return sum(
             self.timeline.idle_share(rank, LEARNER_BUSY, start_s=start_s, end_s=end_s)
             for rank in ranks

@@ -55,7 +55,7 @@ def replaced(
     server = server_of(live.root, name)
     session = [server, *server.children(recursive=True)]
     blow(server)
-    lost = rf"^{name} lost its engine: .*; it is started anew \({count} of {of}\)$"
+    lost = rf"^{name} lost its engine: .*; restarting it \({count} of {of}\)$"
     live.wait_for(lost, timeout_s=60.0)
     live.wait_for(rf"{lost}[\s\S]*?^{name} generates again$", timeout_s=120.0)
     steps = len(read_rows(live.root / "metrics.jsonl"))
@@ -67,7 +67,7 @@ def replaced(
 def check_restarts(run: Finished, **struck: int) -> None:
     """Each engine was lost as often as it was struck, or else over a broadcast that another one's loss broke off."""
     losses = re.findall(
-        r"^(rollout-\d) lost its engine: (.*); it is started anew", run.output, re.MULTILINE
+        r"^(rollout-\d) lost its engine: (.*); restarting it", run.output, re.MULTILINE
     )
     others = [
         (name, why)

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from fake_actors import fake_actor
+from ray.exceptions import RayActorError
 from run_support import (
     MARKER,
     QUICKSTART,
@@ -28,7 +28,9 @@ from run_support import (
 )
 
 from dapo_async import config as knobs
+from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.launch import Actors
 from dapo_async.runtime.loop import unbroken
 from dapo_async.runtime.signals import SAME_S, Interrupts
 from dapo_async.runtime.system import System
@@ -205,42 +207,35 @@ def test_search_for_processes_notices_one_that_is_left_behind(by_session: bool) 
     assert live.seconds_until_nothing_is_left(timeout_s=5.0) < 5.0
 
 
-class Watched:
-    """A port whose watch ends as told, in place of a Remote."""
-
-    def __init__(self, name: str, *, dies_after_s: float | None = None) -> None:
-        self.name, self._dies_after_s = name, dies_after_s
-
-    async def call(self, method: str, *, deadline_s: float | None) -> None:
-        if self._dies_after_s is None:
-            await asyncio.Event().wait()
-        else:
-            await asyncio.sleep(self._dies_after_s)
-            raise ActorDied(self.name, f"died while the driver waited for {method}")
-
-
 def watched_error(*, worker_dies_after_s: float | None) -> Exception:
-    """What ends a run whose learner feels a broken connection at once."""
-    system: Any = object.__new__(System)
-    system._config = knobs.load(QUICKSTART)
-    system.replay, system.learner = (
-        SimpleNamespace(remote=Watched("replay")),
-        SimpleNamespace(remotes=[Watched("learner")]),
-    )
-    system.workers = [
-        SimpleNamespace(remote=Watched("rollout-0", dies_after_s=worker_dies_after_s))
-    ]
-    system.publisher, system.background, system.evaluator = (
-        SimpleNamespace(in_flight=None),
-        set(),
+    """What ends a run whose learner notices a broken connection at once."""
+    config = knobs.load(QUICKSTART)
+
+    async def live() -> None:
+        await asyncio.Event().wait()
+
+    async def die() -> None:
+        if worker_dies_after_s is not None:
+            await asyncio.sleep(worker_dies_after_s)
+            raise RayActorError
+        await live()
+
+    actor = fake_actor(alive=live, run=die)
+    actors = Actors(
+        ReplayHandle("replay", actor, config.deadlines),
+        [LearnerHandle("learner", actor, config.deadlines)],
+        [WorkerHandle("rollout-0", actor, config.deadlines)],
         None,
     )
 
     async def main() -> None:
         raise ActorFailed("learner failed in broadcast: RuntimeError('Connection closed by peer')")
 
+    async def watch() -> None:
+        await System(config, actors, say=print).watched(main())
+
     with pytest.raises((ActorDied, ActorFailed)) as caught:
-        asyncio.run(system.watched(main()))
+        asyncio.run(watch())
     return caught.value
 
 

@@ -129,7 +129,7 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         os.kill(
             server_of(live.root, "rollout-0").pid, signal.SIGKILL
         )  # once more: rollout.max_restarts is not reached
-        live.wait_for(r"started anew \(2 of 3\)$", timeout_s=60.0)
+        live.wait_for(r"restarting it \(2 of 3\)$", timeout_s=60.0)
         os.kill(live.driver, signal.SIGKILL)
         assert not psutil.wait_procs(session, timeout=5.0)[1]
         live.seconds_until_nothing_is_left(timeout_s=30.0)

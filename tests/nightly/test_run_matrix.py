@@ -89,7 +89,7 @@ def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=20.0)
     assert run.exit_code == 1, run.output
-    assert run.summary["reason"].startswith("learner-1 gave no sign of life for 2 s; before, "), (
+    assert run.summary["reason"].startswith("learner-1 did not answer for 2 s; before that, "), (
         run.summary["reason"]
     )
     check_conservation(run.summary["groups"])

@@ -224,7 +224,7 @@ class LearnerActor:
         async with self._between_steps:
             return self._rank.version
 
-    async def freeze(self) -> int:
+    async def capture_state(self) -> int:
         """Copies this rank's weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
         async with self._between_steps:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
@@ -233,9 +233,9 @@ class LearnerActor:
             return self._rank.version
 
     async def save(self, folder: Path) -> None:
-        """Writes what `freeze` copied into the checkpoint `folder`, beside whatever the rank is doing; every rank its part, the first the export."""
+        """Writes the captured state into the checkpoint `folder`, beside whatever the rank is doing; every rank its part, the first the export."""
         state, self._frozen_state = self._frozen_state, None
-        assert state is not None, "save before freeze"
+        assert state is not None, "save before capture_state"
         await asyncio.to_thread(self._write_checkpoint, state, folder)
 
     def _write_checkpoint(self, state: FrozenState, folder: Path) -> None:

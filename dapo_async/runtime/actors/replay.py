@@ -184,8 +184,9 @@ class ReplayActor:
                 self._partial_completions[group_id] = partial_completions
             self._changed.notify_all()
 
-    async def take(self, learner_version: int, deadline_s: float) -> TrainBatch | StopReason:
+    async def take(self, learner_version: int) -> TrainBatch | StopReason:
         """The batch of the learner's next step, or the verdict that ends the run. Raises TimeoutError that says who waits for whom."""
+        deadline_s = self._config.deadlines.work_s
         try:
             async with asyncio.timeout(deadline_s), self._changed:
                 while True:
@@ -259,15 +260,15 @@ class ReplayActor:
             self._buffer.check()
             self._changed.notify_all()
 
-    async def freeze(self, version: int) -> None:
+    async def capture_state(self, version: int) -> None:
         """Holds on to the state of this moment, between two steps of the learner, for `save`."""
         async with self._changed:
             self._frozen = freeze(self._buffer, version)
 
     async def save(self, state: Path) -> None:
-        """Writes what `freeze` held on to into the folder `state`, beside everything else."""
+        """Writes the captured state into the folder `state`, beside everything else."""
         frozen, self._frozen = self._frozen, None
-        assert frozen is not None, "save before freeze"
+        assert frozen is not None, "save before capture_state"
         await asyncio.to_thread(write_state, state, frozen)
 
     async def report(self) -> ReplayReport:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from ray.actor import ActorHandle
 
-from dapo_async.config import Config
+from dapo_async.config import Config, DeadlinesConfig
 from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
+from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.actors.sglang_host import SGLangHost
+from dapo_async.runtime.handles.handle import Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
@@ -26,39 +27,18 @@ UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part
 ANSWER_S = 60.0  # far above any answer of a healthy replay actor
 
 
-class RayReplay:
-    """The worker's port to the replay actor, which answers each call at once or after `POLL_S`: a longer silence is a fault."""
+def _answer(_: DeadlinesConfig) -> float:
+    return ANSWER_S
 
-    def __init__(self, name: str, handle: ActorHandle) -> None:
-        self._name, self._handle = name, handle
 
-    async def admit(self, worker: str, num_groups: int) -> Sequence[Admission]:
-        admissions: list[Admission] = await self._call("admit", worker, num_groups)
-        return admissions
+class ReplayClient(Handle[ReplayActor]):
+    """The rollout worker's handle of the replay actor, which answers after `POLL_S` at the latest."""
 
-    async def offer(self, group: Group) -> None:
-        await self._call("offer", group)
-
-    async def fail(self, group_ids: Sequence[int], why: str) -> None:
-        await self._call("fail", group_ids, why)
-
-    async def hand_back(
-        self, group_id: int, partial_completions: tuple[Completion | None, ...]
-    ) -> None:
-        await self._call("hand_back", group_id, partial_completions)
-
-    async def doomed(self, worker: str) -> Sequence[int]:
-        group_ids: list[int] = await self._call("doomed", worker)
-        return group_ids
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return await getattr(self._handle, method).remote(*args)
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"{self._name} waited {ANSWER_S:g} s for replay to answer {method}"
-            ) from error
+    admit = remote(ReplayActor.admit, _answer)
+    offer = remote(ReplayActor.offer, _answer)
+    fail = remote(ReplayActor.fail, _answer)
+    hand_back = remote(ReplayActor.hand_back, _answer)
+    doomed = remote(ReplayActor.doomed, _answer)
 
 
 class RolloutActor:
@@ -83,7 +63,7 @@ class RolloutActor:
         )
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
-        self._replay = RayReplay(self.name, replay)
+        self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
         device = config.model.torch_device
         self._host: EngineHost
         if config.rollout.engine == "sglang":

@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -18,59 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
-from dapo_async.runtime.handles.learner import rank_names
+from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 SPREAD = "SPREAD"  # Ray's name for: rollout workers in turn on all nodes
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedActor:
-    """One actor of a run and what Ray reserves for it."""
-
-    name: str
-    num_cpus: float
-    num_gpus: float
-    detail: str
-
-
-def planned_actors(config: Config) -> Iterator[PlannedActor]:
-    """What a run starts, in starting order; `--dry-run` prints it."""
-    replay, rollout, learner = config.replay, config.rollout, config.learner
-    credits = (replay.max_staleness + 1) * replay.groups_per_step
-    yield PlannedActor(
-        "replay",
-        0,
-        0,
-        f"{credits} credits = (max_staleness {replay.max_staleness} + 1) x groups_per_step {replay.groups_per_step}",
-    )
-    dp, tp = learner.data_parallel, learner.tensor_parallel
-    share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
-    for name in rank_names(config):
-        yield PlannedActor(
-            name,
-            learner.num_cpus,
-            config.gpus_per_rank,
-            f"{replay.groups_per_step} groups of {replay.group_size} per step{share}",
-        )
-    for number in range(rollout.num_workers):
-        yield PlannedActor(
-            f"rollout-{number}",
-            rollout.num_cpus,
-            config.gpus_per_worker,
-            f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}",
-        )
-    evaluation = config.evaluation
-    if evaluation.during_training:
-        dedicated = evaluation.engine == "dedicated"
-        detail = f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts each {evaluation.every_steps} steps"
-        yield PlannedActor(
-            "evaluator",
-            rollout.num_cpus if dedicated else 0,
-            config.gpus_of_evaluator,
-            detail,
-        )
 
 
 def connect(config: Config) -> str:
@@ -148,8 +99,8 @@ def _check_resources(
         )
 
 
-def home(*, num_cpus: float, num_gpus: float) -> str:
-    """The id of the node for learner and replay room, which pass batches through its memory: the driver's, or the first that fits its ranks."""
+def node_for_learner(*, num_cpus: float, num_gpus: float) -> str:
+    """The id of the node for learner and replay actor: the driver's, or the first that fits all ranks."""
     nodes = _nodes()
     fitting = [
         node

@@ -1,6 +1,6 @@
-"""The actors as the driver sees them.
+"""Typed handles, through which the driver and the rollout workers call Ray actors.
 
-handle     one actor; every call has a deadline
-learner    all learner ranks as one
-evaluator  the evaluator
+handle         `Handle` of an actor class, and `remote`, which makes one of its methods
+actors         the driver's four handle classes: each method with its deadline
+learner_group  all learner ranks as one learner
 """

@@ -1,59 +1,106 @@
-"""Calls to actors: each has a deadline that names who waited for whom, and a dead actor is named as what it was."""
+"""Typed calls to Ray actors, each with a deadline.
+
+A handle class lists the methods of one actor class, and the deadline of each:
+
+    class ReplayHandle(Handle[ReplayActor]):
+        take = remote(ReplayActor.take, lambda deadlines: deadlines.work_s)
+
+`await replay.take(3)` then has the argument types and the result type of `ReplayActor.take`.
+Each call raises TimeoutError, ActorDied or ActorFailed; the message names actor and method.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import copy
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from dapo_async.config import DeadlinesConfig
+
+ActorClass = TypeVar("ActorClass")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Deadline = Callable[[DeadlinesConfig], float | None]  # seconds; None: wait without limit
+
 
 class ActorDied(RuntimeError):
-    """A part of the run is gone: `actor`; the message names it too."""
+    """The process of `actor` is gone."""
 
     def __init__(self, actor: str, message: str) -> None:
-        super().__init__(f"{actor} {message}")
+        super().__init__(actor, message)  # as given, so that the error can be pickled
         self.actor = actor
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
 
 
 class ActorFailed(RuntimeError):
-    """A part of the run raised; the message names it and has the original error, which is the cause."""
+    """An actor raised; the message names the actor, the method and the original error."""
 
 
-class Remote:
-    """One actor by its name in the run. `await remote.call("method", …, deadline_s=…)` is the only way to it."""
+class Handle(Generic[ActorClass]):
+    """One actor of a run by its name. Subclasses list its methods with `remote`."""
 
-    def __init__(self, name: str, handle: Any) -> None:
-        self.name, self.handle = name, handle
+    def __init__(
+        self, name: str, actor: Any, deadlines: DeadlinesConfig, *, caller: str = "the driver"
+    ) -> None:
+        """`actor`: Ray's handle. `caller`: who waits, as the messages name it."""
+        self.name = name
+        self._actor, self._deadlines, self._caller = actor, deadlines, caller
+        self._limit_s: float | None = None
 
-    async def call(self, method: str, *args: Any, deadline_s: float | None, **kwargs: Any) -> Any:
-        """The method's result. `deadline_s=None` is for watching an actor, whose every outcome is an end.
+    def within(self, limit_s: float) -> Self:
+        """The same actor with `limit_s` as the deadline of every call."""
+        handle = copy.copy(self)
+        handle._limit_s = limit_s
+        return handle
 
-        Raises TimeoutError, ActorDied or ActorFailed, each naming the actor and the method.
-        """
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+    async def _call(
+        self, method: str, deadline: Deadline, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        limit_s = self._limit_s if self._limit_s is not None else deadline(self._deadlines)
         try:
-            async with asyncio.timeout(deadline_s):
-                return await getattr(self.handle, method).remote(*args, **kwargs)
+            async with asyncio.timeout(limit_s):
+                return await getattr(self._actor, method).remote(*args, **kwargs)
         except TimeoutError as error:
-            if isinstance(error, RayTaskError):
+            if isinstance(error, RayTaskError):  # the actor itself gave up waiting
                 raise TimeoutError(str(_original(error))) from error
             raise TimeoutError(
-                f"the driver waited {deadline_s:g} s for {self.name} to finish {method}"
+                f"{self._caller} waited {limit_s:g} s for {self.name} to finish {method}"
             ) from error
         except RayActorError as error:
             raise ActorDied(
-                self.name, f"died while the driver waited for {method}: {_exit_detail(error)}"
+                self.name, f"died while {self._caller} waited for {method}: {_exit_detail(error)}"
             ) from error
         except RayTaskError as error:
             raise ActorFailed(f"{self.name} failed in {method}: {_original(error)!r}") from error
 
-    def kill(self) -> None:
-        ray.kill(self.handle)
+
+def remote(
+    method: Callable[Concatenate[ActorClass, Arguments], Coroutine[Any, Any, Result]],
+    deadline: Deadline,
+) -> Callable[Concatenate[Handle[ActorClass], Arguments], Coroutine[Any, Any, Result]]:
+    """A handle's method that calls `method` of the actor."""
+    name = method.__name__
+
+    async def call(
+        self: Handle[ActorClass], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        result: Result = await self._call(name, deadline, args, kwargs)
+        return result
+
+    return call
 
 
 def _original(error: RayTaskError) -> BaseException:
-    """What was raised in the actor, out of its wrappers and of exception groups with one member."""
+    """What was raised in the actor, without wrappers and exception groups of one member."""
     cause: BaseException = error.cause if isinstance(error.cause, BaseException) else error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
@@ -61,7 +108,7 @@ def _original(error: RayTaskError) -> BaseException:
 
 
 def _exit_detail(error: RayActorError) -> str:
-    """Ray's account of the death without its general advice: the exit type and detail, on one line."""
-    told = " ".join(str(error).split())
-    detail = told.partition("Worker exit type:")[2] or told
+    """The exit type and detail that Ray reports, on one line, without its general advice."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit type:")[2] or text
     return detail.partition("Some common causes")[0].strip() or "no reason given"

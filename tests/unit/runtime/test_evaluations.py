@@ -11,7 +11,7 @@ from run_support import QUICKSTART, read_rows
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.cluster.connect import planned_actors
+from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.weights import Announcement, Attestation, Manifest

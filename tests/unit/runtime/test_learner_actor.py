@@ -66,7 +66,7 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
     ]
     arrived[0].set()
     await asyncio.sleep(0.05)
-    frozen = [asyncio.create_task(rank.freeze()) for rank in ranks]
+    frozen = [asyncio.create_task(rank.capture_state()) for rank in ranks]
     await asyncio.sleep(0.05)
     arrived[1].set()
     await asyncio.gather(*steps)

@@ -33,7 +33,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
         await room.serve(0)
         (admission,) = await room.admit("rollout-0", 1)
         await room.offer(make_group(admission.group_id, incarnation="first"))
-        batch = await room.take(0, 5.0)
+        batch = await room.take(0)
         assert isinstance(batch, TrainBatch)
         await room.trained(batch.group_ids, skipped=True, non_finite=non_finite)
         return batch

@@ -39,7 +39,7 @@ class System:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._told_s = clock, 100.0
-        self.learner = SimpleNamespace(remotes=[SimpleNamespace(name="learner")])
+        self.learner = SimpleNamespace(ranks=[SimpleNamespace(name="learner")])
         self.publisher = SimpleNamespace(
             last_pause_s=0.0, last_verdicts=(), outcomes=Counter(passed=1)
         )

@@ -6,12 +6,15 @@ import asyncio
 from typing import Any
 
 import pytest
+from fake_actors import fake_actor
 from run_support import QUICKSTART
 
 from dapo_async import config as knobs
-from dapo_async.runtime.handles import learner as learner_port
+from dapo_async.config import DeadlinesConfig
+from dapo_async.runtime.handles import learner_group
+from dapo_async.runtime.handles.actors import LearnerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
-from dapo_async.runtime.handles.learner import Learner
+from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.types import StepMetrics, TrainBatch
 
 BATCH = TrainBatch(
@@ -28,41 +31,41 @@ class Rank:
     """A rank without a process: `step` and `ping` answer, raise, or never end."""
 
     def __init__(self, name: str, *, step: Any = None, ping: Any = None) -> None:
-        self.name, self._answers = name, {"step": step, "ping": ping}
+        self.name, self._step_answer, self._ping_answer = name, step, ping
         self.asked: list[tuple[Any, ...]] = []
 
-    async def call(self, method: str, *args: Any, deadline_s: float) -> Any:
-        answer = self._answers[method]
-        if method == "step":
-            self.asked.append(args)
-        if answer is asyncio.Event:
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await asyncio.Event().wait()
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"the driver waited {deadline_s:g} s for {self.name} to finish {method}"
-                ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    async def step(self, *args: Any) -> Any:
+        self.asked.append(args)
+        return await answer(self._step_answer)
+
+    async def ping(self) -> Any:
+        return await answer(self._ping_answer)
+
+    def handle(self, deadlines: DeadlinesConfig) -> LearnerHandle:
+        return LearnerHandle(self.name, fake_actor(step=self.step, ping=self.ping), deadlines)
 
 
-def learner_of(*ranks: Any, dp: int = 1, tp: int = 1) -> Learner:
-    return Learner(
-        ranks,
-        knobs.load(
-            QUICKSTART,
-            [
-                f"learner.data_parallel={dp}",
-                f"learner.tensor_parallel={tp}",
-                "deadlines.work_s=0.1",
-            ],
-        ),
+async def answer(given: Any) -> Any:
+    if given is asyncio.Event:
+        await asyncio.Event().wait()
+    if isinstance(given, Exception):
+        raise given
+    return given
+
+
+def learner_of(*ranks: Rank, dp: int = 1, tp: int = 1) -> LearnerGroup:
+    config = knobs.load(
+        QUICKSTART,
+        [
+            f"learner.data_parallel={dp}",
+            f"learner.tensor_parallel={tp}",
+            "deadlines.work_s=0.1",
+        ],
     )
+    return LearnerGroup([rank.handle(config.deadlines) for rank in ranks], config)
 
 
-def spoken(learner: Learner) -> Exception:
+def spoken(learner: LearnerGroup) -> Exception:
     with pytest.raises((ActorDied, ActorFailed, TimeoutError)) as caught:
         asyncio.run(learner.step(BATCH))
     return caught.value
@@ -87,7 +90,7 @@ def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_
 def test_rank_that_hangs_is_named_though_another_is_heard_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(learner_port, "PING_S", 0.1)
+    monkeypatch.setattr(learner_group, "PING_S", 0.1)
     late = learner_of(
         Rank("learner-0", step=asyncio.Event),
         Rank("learner-1", step=asyncio.Event, ping=asyncio.Event),
@@ -95,7 +98,7 @@ def test_rank_that_hangs_is_named_though_another_is_heard_first(
     )
     assert (
         str(spoken(late))
-        == "learner-1 gave no sign of life for 0.1 s; before, the driver waited 0.1 s for learner-0 to finish step"
+        == "learner-1 did not answer for 0.1 s; before that, the driver waited 0.1 s for learner-0 to finish step"
     )
     failed = learner_of(
         Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
@@ -104,7 +107,7 @@ def test_rank_that_hangs_is_named_though_another_is_heard_first(
     )
     assert (
         str(spoken(failed))
-        == f"learner-1 gave no sign of life for 0.1 s; before, learner-0 {BROKEN}"
+        == f"learner-1 did not answer for 0.1 s; before that, learner-0 {BROKEN}"
     )
 
 

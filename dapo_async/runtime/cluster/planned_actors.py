@@ -1,0 +1,59 @@
+"""Which actors a run starts and what Ray reserves for each. Imports no Ray: dry runs print it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dapo_async.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedActor:
+    """One actor of a run and what Ray reserves for it."""
+
+    name: str
+    num_cpus: float
+    num_gpus: float
+    detail: str
+
+
+def planned_actors(config: Config) -> Iterator[PlannedActor]:
+    """The actors of a run in starting order."""
+    replay, rollout, learner, evaluation = (
+        config.replay,
+        config.rollout,
+        config.learner,
+        config.evaluation,
+    )
+    credits = (replay.max_staleness + 1) * replay.groups_per_step
+    yield PlannedActor(
+        "replay",
+        0,
+        0,
+        f"{credits} credits = (max_staleness {replay.max_staleness} + 1) "
+        f"x groups_per_step {replay.groups_per_step}",
+    )
+    dp, tp = learner.data_parallel, learner.tensor_parallel
+    share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
+    detail = f"{replay.groups_per_step} groups of {replay.group_size} per step{share}"
+    for name in rank_names(config):
+        yield PlannedActor(name, learner.num_cpus, config.gpus_per_rank, detail)
+    detail = f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}"
+    for number in range(rollout.num_workers):
+        yield PlannedActor(f"rollout-{number}", rollout.num_cpus, config.gpus_per_worker, detail)
+    if evaluation.during_training:
+        dedicated = evaluation.engine == "dedicated"
+        yield PlannedActor(
+            "evaluator",
+            rollout.num_cpus if dedicated else 0,
+            config.gpus_of_evaluator,
+            f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts "
+            f"each {evaluation.every_steps} steps",
+        )
+
+
+def rank_names(config: Config) -> list[str]:
+    """`learner`, or `learner-0`, `learner-1`, … with several ranks."""
+    count = config.learner.data_parallel * config.learner.tensor_parallel
+    return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]

@@ -1,0 +1,115 @@
+"""The driver's handles: which methods of each actor it calls, and the deadline of each call.
+
+`watch` lasts as long as the actor: the driver watches it to learn of the actor's end.
+"""
+
+from __future__ import annotations
+
+from dapo_async.config import DeadlinesConfig
+from dapo_async.runtime.actors.evaluator import EvaluatorActor
+from dapo_async.runtime.actors.learner import LearnerActor
+from dapo_async.runtime.actors.replay import ReplayActor
+from dapo_async.runtime.actors.rollout import RolloutActor
+from dapo_async.runtime.handles.handle import Handle, remote
+
+SHORT_S = 60.0  # for calls that a healthy actor answers at once
+# An actor that gives up waiting by itself can say why, so it gets to do so first.
+START_MARGIN_S = 30.0
+TAKE_MARGIN_S = 10.0
+
+
+def _short(_: DeadlinesConfig) -> float:
+    return SHORT_S
+
+
+def _unlimited(_: DeadlinesConfig) -> None:
+    return None
+
+
+def _start(deadlines: DeadlinesConfig) -> float:
+    return deadlines.start_s
+
+
+def _start_with_margin(deadlines: DeadlinesConfig) -> float:
+    return deadlines.start_s + START_MARGIN_S
+
+
+def _answer(deadlines: DeadlinesConfig) -> float:
+    return deadlines.answer_s
+
+
+def _work(deadlines: DeadlinesConfig) -> float:
+    return deadlines.work_s
+
+
+def _take(deadlines: DeadlinesConfig) -> float:
+    return deadlines.work_s + TAKE_MARGIN_S
+
+
+def _return(deadlines: DeadlinesConfig) -> float:
+    """A lost engine starts again and reads the newest weights."""
+    return _start_with_margin(deadlines) + deadlines.answer_s
+
+
+class ReplayHandle(Handle[ReplayActor]):
+    """The replay actor."""
+
+    ready = remote(ReplayActor.ready, _start_with_margin)
+    watch = remote(ReplayActor.alive, _unlimited)
+    take = remote(ReplayActor.take, _take)
+    trained = remote(ReplayActor.trained, _short)
+    serve = remote(ReplayActor.serve, _short)
+    suspend = remote(ReplayActor.suspend, _short)
+    lose_worker = remote(ReplayActor.lose_worker, _short)
+    capture_state = remote(ReplayActor.capture_state, _short)
+    save = remote(ReplayActor.save, _work)
+    close = remote(ReplayActor.close, _short)
+    report = remote(ReplayActor.report, _short)
+
+
+class LearnerHandle(Handle[LearnerActor]):
+    """One learner rank. `LearnerGroup` calls all of them together."""
+
+    open_mesh = remote(LearnerActor.open_mesh, _start)
+    ready = remote(LearnerActor.ready, _start)
+    watch = remote(LearnerActor.alive, _unlimited)
+    ping = remote(LearnerActor.ping, _short)
+    step = remote(LearnerActor.step, _work)
+    snapshot = remote(LearnerActor.snapshot, _answer)
+    open_group = remote(LearnerActor.open_group, _answer)
+    join = remote(LearnerActor.join, _answer)
+    leave_group = remote(LearnerActor.leave_group, _answer)
+    broadcast = remote(LearnerActor.broadcast, _answer)
+    write = remote(LearnerActor.write, _answer)
+    version = remote(LearnerActor.version, _work)
+    capture_state = remote(LearnerActor.capture_state, _work)
+    save = remote(LearnerActor.save, _work)
+    report = remote(LearnerActor.report, _short)
+
+
+class WorkerHandle(Handle[RolloutActor]):
+    """One rollout worker; the publisher's `Receiver`."""
+
+    ready = remote(RolloutActor.ready, _start_with_margin)
+    watch = remote(RolloutActor.run, _unlimited)
+    lost = remote(RolloutActor.lost, _unlimited)
+    restart = remote(RolloutActor.restart, _start_with_margin)
+    revive = remote(RolloutActor.revive, _short)
+    back = remote(RolloutActor.back, _return)
+    join = remote(RolloutActor.join, _answer)
+    receive = remote(RolloutActor.receive, _answer)
+    read = remote(RolloutActor.read, _answer)
+    quarantine = remote(RolloutActor.quarantine, _short)
+    confirm = remote(RolloutActor.confirm, _short)
+    evaluate = remote(RolloutActor.evaluate, _work)
+    report = remote(RolloutActor.report, _short)
+
+
+class EvaluatorHandle(Handle[EvaluatorActor]):
+    """The evaluator, in runs that evaluate during training."""
+
+    ready = remote(EvaluatorActor.ready, _start_with_margin)
+    watch = remote(EvaluatorActor.alive, _unlimited)
+    read = remote(EvaluatorActor.read, _work)
+    evaluate = remote(EvaluatorActor.evaluate, _work)
+    take_spans = remote(EvaluatorActor.take_spans, _short)

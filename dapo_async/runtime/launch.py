@@ -1,0 +1,145 @@
+"""Starts the actors of a run, in the order of `planned_actors`, each on the node that suits it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+
+from dapo_async.config import Config
+from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.runtime.actors.evaluator import NAME as EVALUATOR
+from dapo_async.runtime.actors.evaluator import EvaluatorActor
+from dapo_async.runtime.actors.learner import LearnerActor
+from dapo_async.runtime.actors.replay import ReplayActor
+from dapo_async.runtime.actors.rollout import RolloutActor
+from dapo_async.runtime.cluster.connect import SPREAD, near, node_for_learner
+from dapo_async.runtime.cluster.planned_actors import rank_names
+from dapo_async.runtime.handles.actors import (
+    EvaluatorHandle,
+    LearnerHandle,
+    ReplayHandle,
+    WorkerHandle,
+)
+from dapo_async.tracking.run_dir import RunDir
+
+ActorClass = TypeVar("ActorClass")
+Arguments = ParamSpec("Arguments")
+AnyHandle = ReplayHandle | LearnerHandle | WorkerHandle | EvaluatorHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The handles of one run."""
+
+    replay: ReplayHandle
+    ranks: Sequence[LearnerHandle]
+    workers: Sequence[WorkerHandle]
+    evaluator: EvaluatorHandle | None  # None: nothing is evaluated during training
+
+    @property
+    def all(self) -> list[AnyHandle]:
+        evaluators = [self.evaluator] if self.evaluator is not None else []
+        return [self.replay, *self.ranks, *self.workers, *evaluators]
+
+
+def start_actors(
+    config: Config, run_dir: RunDir, *, incarnation: str, resume: Path | None
+) -> Actors:
+    """Returns at once; the actors start in the background, and `ready` of each waits for it.
+
+    `resume`: the `state/` folder of the checkpoint to resume from.
+    """
+    learner, rollout, deadlines = config.learner, config.rollout, config.deadlines
+    names = rank_names(config)
+    # Replay actor and learner pass batches through the memory of one node.
+    node = node_for_learner(
+        num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * config.gpus_per_rank
+    )
+    replay = _starter(ReplayActor, strategy=near(node, reserves=False))(
+        config, incarnation=incarnation, run_dir=run_dir, resume=resume
+    )
+    start_rank = _starter(
+        LearnerActor,
+        num_cpus=learner.num_cpus,
+        num_gpus=config.gpus_per_rank,
+        strategy=near(node, reserves=True),
+    )
+    ranks = [
+        LearnerHandle(
+            name,
+            start_rank(
+                config,
+                number=number,
+                name=name,
+                incarnation=incarnation,
+                run_dir=run_dir,
+                resume=resume,
+            ),
+            deadlines,
+        )
+        for number, name in enumerate(names)
+    ]
+    start_worker = _starter(
+        RolloutActor, num_cpus=rollout.num_cpus, num_gpus=config.gpus_per_worker, strategy=SPREAD
+    )
+    workers = [
+        WorkerHandle(
+            f"rollout-{number}",
+            start_worker(
+                config,
+                number=number,
+                incarnation=incarnation,
+                replay=replay,
+                logs=run_dir.engines,
+                outer_key=os.environ.get(SERVER_KEY, ""),
+            ),
+            deadlines,
+        )
+        for number in range(rollout.num_workers)
+    ]
+    return Actors(
+        ReplayHandle("replay", replay, deadlines),
+        ranks,
+        workers,
+        _start_evaluator(config, incarnation=incarnation, node=node),
+    )
+
+
+def _start_evaluator(config: Config, *, incarnation: str, node: str) -> EvaluatorHandle | None:
+    """A dedicated evaluator reserves what it needs; any other runs on the learner's `node`, which
+    writes the weights that it reads, and reserves nothing."""
+    evaluation = config.evaluation
+    if not evaluation.during_training:
+        return None
+    if evaluation.engine == "dedicated":
+        start = _starter(
+            EvaluatorActor,
+            num_cpus=config.rollout.num_cpus,
+            num_gpus=config.gpus_of_evaluator,
+            strategy=SPREAD,
+        )
+    else:
+        start = _starter(EvaluatorActor, strategy=near(node, reserves=False))
+    return EvaluatorHandle(EVALUATOR, start(config, incarnation=incarnation), config.deadlines)
+
+
+def _starter(
+    actor_class: Callable[Arguments, ActorClass],
+    *,
+    num_cpus: float = 0,
+    num_gpus: float = 0,
+    strategy: Any,
+) -> Callable[Arguments, Any]:
+    """Starts one actor per call, with the arguments of its class; returns Ray's handle.
+
+    Actors are not restarted by Ray: the driver decides what a death means.
+    """
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+    ray_class: Any = ray.remote(actor_class)  # Ray's own types know nothing of the arguments
+    start: Callable[Arguments, Any] = ray_class.options(**options).remote
+    return start
