@@ -37,6 +37,14 @@ class Admission:
     ] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
 
 
+@dataclass(frozen=True, slots=True)
+class AdmitReply:
+    """The replay actor's answer to a worker that asks for groups."""
+
+    admissions: tuple[Admission, ...]
+    evicted: tuple[int, ...] = ()  # groups of this worker whose generation is to be aborted
+
+
 class FinishReason(StrEnum):
     STOP = "stop"  # a stop token, which is the last of token_ids
     LENGTH = "length"  # max_response_tokens reached: truncated

@@ -8,7 +8,7 @@ import pytest
 
 from dapo_async.rollout import Aborted, SamplingParams
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.types import Admission, Completion, FinishReason, Prompt
+from dapo_async.types import Admission, AdmitReply, Completion, FinishReason, Prompt
 
 PATIENCE_S = 20.0  # nothing here takes that long: a test that waits for ever fails instead
 SAMPLING = SamplingParams(max_tokens=4, temperature=1.0, stop_token_ids=(), seed=0)
@@ -62,19 +62,36 @@ class FakeReplay:
             0,
         )
         self.handed_back = []
-        self._changed, self._doomed = asyncio.Condition(), []
+        self._changed, self._evicted = asyncio.Condition(), []
+        # Cleared: answers are on their way and do not arrive.
+        self.offers_answered, self.admissions_answered = asyncio.Event(), asyncio.Event()
+        self.offers_answered.set()
+        self.admissions_answered.set()
 
     async def admit(self, worker, num_groups):
         self.asked.append(num_groups)
         async with self._changed:
-            await self._changed.wait_for(lambda: self.credits > 0 or num_groups == 0)
+            await self._changed.wait_for(
+                lambda: self.credits > 0 or num_groups == 0 or self._evicted
+            )
             count = min(num_groups, self.credits)
             self.credits -= count
             first, self.next_index = self.next_index, self.next_index + count
-            return [Admission(group_id, PROMPT, 3) for group_id in range(first, first + count)]
+            admissions = tuple(
+                Admission(group_id, PROMPT, 3) for group_id in range(first, first + count)
+            )
+            reply = AdmitReply(admissions, self._take_evicted())
+        await self.admissions_answered.wait()
+        return reply
 
-    async def offer(self, group) -> None:
+    async def offer(self, worker, group):
         self.offered.append(group.group_id)
+        await self.offers_answered.wait()
+        return self._take_evicted()
+
+    def _take_evicted(self):
+        evicted, self._evicted = tuple(self._evicted), []
+        return evicted
 
     async def fail(self, group_ids, why) -> None:
         self.failed.append((list(group_ids), why))
@@ -88,15 +105,9 @@ class FakeReplay:
             self.credits += credits
             self._changed.notify_all()
 
-    async def doomed(self, worker):
-        async with self._changed:
-            await self._changed.wait_for(lambda: bool(self._doomed))
-            doomed, self._doomed = self._doomed, []
-            return doomed
-
     async def evict(self, group_id) -> None:
         async with self._changed:
-            self._doomed.append(group_id)
+            self._evicted.append(group_id)
             self._changed.notify_all()
 
 

@@ -16,7 +16,6 @@ from dapo_async.data import PromptStream, load_set, load_tokenizer
 from dapo_async.replay import (
     BufferState,
     Filter,
-    OfferOutcome,
     ReplayBuffer,
     StepAcceptance,
     StopReason,
@@ -28,7 +27,7 @@ from dapo_async.replay import (
 from dapo_async.replay.group_io import read_groups, write_groups
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir, write_rollouts
-from dapo_async.types import Admission, Completion, Group, TrainBatch
+from dapo_async.types import Admission, AdmitReply, Completion, Group, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
@@ -87,7 +86,8 @@ class ReplayActor:
             int, tuple[Completion | None, ...]
         ] = {}  # of groups that were handed back, until they are admitted again
         self._suspended: set[str] = set()  # workers that are admitted nothing
-        self._aborts: defaultdict[str, list[int]] = defaultdict(list)
+        # Worker → its groups that were evicted and are to be aborted: its next answer names them.
+        self._evicted: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
         self._clock.enter("wait")
@@ -99,18 +99,28 @@ class ReplayActor:
         """Never returns: the driver watches it, for it ends with the actor's life."""
         await asyncio.Event().wait()
 
-    async def admit(self, worker: str, num_groups: int) -> list[Admission]:
-        """Up to `num_groups` admissions for `worker` as soon as there is a credit; none after `POLL_S` without, or once it is suspended."""
+    async def admit(self, worker: str, num_groups: int) -> AdmitReply:
+        """Answers when there is a credit or an evicted group of `worker`, and after `POLL_S`.
+
+        A suspended worker is admitted nothing.
+        """
         async with self._changed:
             try:
                 await asyncio.wait_for(
-                    self._changed.wait_for(lambda: worker in self._suspended or self._may_admit()),
+                    self._changed.wait_for(
+                        lambda: (
+                            worker in self._suspended
+                            or worker in self._evicted
+                            or self._may_admit()
+                        )
+                    ),
                     POLL_S,
                 )
             except TimeoutError:
-                return []
-            if worker in self._suspended:
-                return []
+                return AdmitReply(())
+            evicted = tuple(self._evicted.pop(worker, ()))
+            if worker in self._suspended or not self._may_admit():
+                return AdmitReply((), evicted)
             with self._clock.during("admit"):
                 if self._first_admission_s is None:
                     self._first_admission_s = self._clock.now_s()
@@ -121,7 +131,8 @@ class ReplayActor:
                     else min(num_groups, self._buffer.admissible())
                 )
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
-                return [self._admission(group_id) for group_id in group_ids]
+                admissions = tuple(self._admission(group_id) for group_id in group_ids)
+                return AdmitReply(admissions, evicted)
 
     def _admission(self, group_id: int) -> Admission:
         partial_completions = self._partial_completions.pop(group_id, ())
@@ -143,23 +154,13 @@ class ReplayActor:
             self._config.replay.lockstep and self._buffer.num_generating
         )
 
-    async def offer(self, group: Group) -> OfferOutcome:
+    async def offer(self, worker: str, group: Group) -> tuple[int, ...]:
+        """Returns the groups of `worker` that were evicted since its last call."""
         async with self._changed:
             with self._clock.during("offer"):
-                outcome = self._buffer.offer(group, group).outcome
+                self._buffer.offer(group, group)
             self._changed.notify_all()
-            return outcome
-
-    async def doomed(self, worker: str) -> list[int]:
-        """Groups of `worker` that were evicted while it generates them, as soon as there is one; none after `POLL_S` without."""
-        async with self._changed:
-            try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: bool(self._aborts[worker])), POLL_S
-                )
-            except TimeoutError:
-                return []
-            return self._aborts.pop(worker)
+            return tuple(self._evicted.pop(worker, ()))
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
         """Groups that their worker gave up: their credits return."""
@@ -192,7 +193,7 @@ class ReplayActor:
                 while True:
                     with self._clock.during("take", f"version {learner_version}"):
                         for group_id, worker in self._buffer.evict_doomed(learner_version).items():
-                            self._aborts[worker].append(group_id)
+                            self._evicted[worker].append(group_id)
                             self._changed.notify_all()
                         batch = self._buffer.take(learner_version)
                         if batch is not None:
@@ -250,6 +251,7 @@ class ReplayActor:
         """`worker` is gone: what it was generating failed, its credits return."""
         async with self._changed:
             self._buffer.lose_worker(worker)
+            self._evicted.pop(worker, None)
             self._changed.notify_all()
 
     async def close(self) -> None:

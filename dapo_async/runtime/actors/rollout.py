@@ -38,7 +38,6 @@ class ReplayClient(Handle[ReplayActor]):
     offer = remote(ReplayActor.offer, _answer)
     fail = remote(ReplayActor.fail, _answer)
     hand_back = remote(ReplayActor.hand_back, _answer)
-    doomed = remote(ReplayActor.doomed, _answer)
 
 
 class RolloutActor:

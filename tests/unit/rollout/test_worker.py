@@ -47,21 +47,37 @@ def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one() -> None:
     play(scene, credits=1)
 
 
-def test_doomed_groups_are_aborted_offered_never_and_replaced() -> None:
+def test_full_worker_aborts_evicted_groups_after_its_next_offer_and_replaces_them() -> None:
     async def scene(worker, engine, replay) -> None:
         await replay.evict(1)
         await settled()
+        assert engine.aborted == []  # it holds all it can, so it asks for nothing
+        engine.finish(0)
+        await settled()
         assert engine.aborted == [1]
-        assert engine.group_ids == [0, 2, 3]
+        assert engine.group_ids == [2, 3, 4]
         for group_id in engine.group_ids:
             engine.finish(group_id)
         await settled()
-        assert replay.offered == [0, 2, 3]
+        assert replay.offered == [0, 2, 3, 4]
 
     play(scene)
 
 
-def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered() -> None:
+def test_worker_that_waits_for_a_credit_aborts_evicted_groups_at_once() -> None:
+    async def scene(worker, engine, replay) -> None:
+        await replay.evict(0)
+        await settled()
+        assert engine.aborted == [0]
+        assert engine.group_ids == [1]
+        engine.finish(1)
+        await settled()
+        assert replay.offered == [1]
+
+    play(scene, credits=2)
+
+
+def test_a_group_that_is_evicted_while_it_is_scored_is_not_offered() -> None:
     async def scene(worker, engine, replay) -> None:
         gate = hold_scoring(worker)
         engine.finish(0)
@@ -73,38 +89,43 @@ def test_a_group_that_is_doomed_while_it_is_scored_is_not_offered() -> None:
         await settled()
         assert replay.offered == [1]
 
-    play(scene)
+    play(scene, credits=2)
 
 
-def test_a_group_that_is_doomed_before_its_generation_is_never_generated() -> None:
+def test_a_group_that_is_evicted_before_its_generation_is_never_generated() -> None:
     async def scene(worker, engine, replay) -> None:
+        replay.offers_answered.clear()
+        engine.finish(0)  # its offer is not answered before the quarantine
+        await settled()
         await worker.quarantine(True)
-        await replay.give(
-            2
-        )  # the request on its way when the quarantine began is answered with groups 1 and 2
+        await replay.give(2)  # answers the request from before the quarantine: groups 1 and 2
         await settled()
         await replay.evict(1)
+        replay.offers_answered.set()
         await settled()
         await worker.quarantine(False)
         await settled()
-        assert [request.group_id for request in engine.requests] == [0, 2, 3]
-        assert engine.group_ids == [2, 3]
+        assert [request.group_id for request in engine.requests] == [0, 2]
+        assert engine.group_ids == [2]
 
     play(scene, credits=1)
 
 
-def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine_and_is_forgotten() -> (
-    None
-):
+def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine() -> None:
     async def scene(worker, engine, replay) -> None:
-        await replay.evict(1)  # the replay room's answer with group 1 is still on its way
-        await settled()
-        await replay.give(2)
-        await settled()
-        assert engine.group_ids == [0, 2]
-        assert replay.asked == [3, 2, 1]
-        assert worker._doomed == set()
+        replay.offers_answered.clear()
+        replay.admissions_answered.clear()
         engine.finish(0)
+        await replay.give(2)  # the answer with groups 1 and 2 is on its way
+        await settled()
+        await replay.evict(1)
+        replay.offers_answered.set()  # the answer to the offer names group 1
+        await settled()
+        replay.admissions_answered.set()
+        await settled()
+        assert engine.group_ids == [2]
+        assert replay.asked == [3, 2, 2]
+        assert worker._evicted == set()
         engine.finish(2)
         await settled()
         assert replay.offered == [0, 2]
@@ -206,7 +227,7 @@ def test_the_engine_is_told_exactly_when_an_admission_is_awaited() -> None:
     play(scene, credits=1)
 
 
-@pytest.mark.parametrize("place", ["engine", "score", "offer", "admit", "doomed"])
+@pytest.mark.parametrize("place", ["engine", "score", "offer", "admit"])
 def test_an_error_anywhere_ends_the_run_with_that_error(
     place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,9 +241,6 @@ def test_an_error_anywhere_ends_the_run_with_that_error(
             case "score":
                 worker._score = broken
                 engine.finish(0)
-            case "doomed":
-                replay.doomed = broken
-                await replay.evict(99)
             case _:
                 setattr(replay, place, broken)
                 engine.finish(0)
