@@ -61,8 +61,8 @@ def add_commands(commands: Any) -> None:
     )
     report.add_argument(
         "--steps",
-        metavar="0,10,20",
-        help="whose rollouts are shown (the first, middle and last ones)",
+        metavar="1,10,20",
+        help="steps whose rollouts are shown, counted from 1 (first, middle, last)",
     )
     report.set_defaults(run=_report, overrides=[])
 
@@ -94,7 +94,7 @@ def _report(options: argparse.Namespace) -> int:
         steps = None if options.steps is None else [int(step) for step in options.steps.split(",")]
     except ValueError as error:
         raise ValueError(
-            f"--steps ({options.steps}) must be numbers with commas between them, such as 0,10,20; write them so"
+            f"--steps ({options.steps}) must be numbers with commas between them, such as 1,10,20; write them so"
         ) from error
     for line in write_report(options.paths, out=options.out, steps=steps):
         _say(line)

@@ -1,76 +1,42 @@
-"""The training dynamics of one run as a picture: what the DAPO repository tells people to watch, and what asynchrony adds."""
+"""`dynamics.png`: the training dynamics of one run as a picture.
+
+In: metrics.jsonl and evaluations.jsonl of a run directory. Out: the PNG. Called at the end of a run.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
+from dapo_async.tracking.charts import draw, project_style, whole_steps
+from dapo_async.tracking.panels import in_picture, traces
+from dapo_async.tracking.report_reading import read_run
 from dapo_async.tracking.run_dir import RunDir
 
-# Title, curves of metrics.jsonl, and the points of evaluations.jsonl that belong beside them.
-PANELS = (
-    ("accuracy", ("accuracy",), "accuracy"),
-    ("reward", ("reward",), None),
-    ("response length (tokens)", ("response_tokens",), "mean_response_tokens"),
-    ("entropy (nats)", ("entropy",), None),
-    ("mean probability of the chosen tokens", ("probability",), None),
-    ("staleness (versions)", ("staleness", "staleness_max"), None),
-    ("clip fractions", ("clip_low_fraction", "clip_high_fraction"), None),
-    ("rejected groups", ("rejected.all_correct", "rejected.all_wrong"), None),
-    ("idle share", ("idle.learner", "idle.rollout"), None),
-)
 COLUMNS = 3
+DPI = 110
 
 
 def draw_dynamics(run_dir: RunDir) -> bool:
-    """Draws `metrics.jsonl`, and `evaluations.jsonl` where there is one, into `dynamics.png`; False, and no file, when there is no step yet."""
-    rows = run_dir.rows() if run_dir.metrics.exists() else []
-    if not rows:
+    """Draws the picture. Returns False, without a file, when the run has no step yet."""
+    if not run_dir.metrics.exists():
         return False
-    import matplotlib as mpl  # costs most of a second: only here, off the training path
+    run = read_run(run_dir.root, run_dir.root.name)
+    if not run.rows:
+        return False
+    from matplotlib.figure import Figure  # most of a second; not on the training path
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    evaluations = _rows(run_dir.evaluations)
-    lines = -(-len(PANELS) // COLUMNS)
-    figure, axes = pyplot.subplots(lines, COLUMNS, figsize=(15, 3 * lines), layout="constrained")
-    for panel, (title, names, evaluated) in zip(axes.flat, PANELS, strict=True):
-        for name in names:
-            _draw(panel, rows, "step", name, label=name.rpartition(".")[2], linewidth=1.6)
-        if evaluated:
-            # Version v is what the steps before step v have made.
-            _draw(
-                panel,
-                evaluations,
-                "version",
-                evaluated,
-                label="held-out",
-                marker="o",
-                linestyle="--",
-                linewidth=1.0,
-            )
-        panel.set_title(title, fontsize=11)
-        panel.grid(alpha=0.3)
-        if len(panel.lines) > 1:
-            panel.legend(fontsize=8)
-    figure.suptitle(run_dir.root.name, fontsize=12)
-    figure.supxlabel("learner step", fontsize=11)
-    figure.savefig(run_dir.picture, dpi=100)
-    pyplot.close(figure)
+    shown = [(panel, found) for panel in in_picture() if (found := traces(panel, [run]))]
+    lines = -(-len(shown) // COLUMNS)
+    with project_style():
+        figure = Figure(figsize=(13.5, 2.55 * lines + 0.4), layout="constrained")
+        grid = figure.subplots(lines, COLUMNS, squeeze=False, sharex=False)
+        for axes, (panel, found) in zip(grid.flat, shown, strict=False):
+            draw(axes, found, alone=True)
+            axes.set_title(panel.title)
+            whole_steps(axes)
+            if len(found) > 1:
+                axes.legend()
+        for axes in grid.flat[len(shown) :]:
+            axes.set_axis_off()
+        figure.suptitle(f"{run.name}: {len(run.rows)} learner steps", x=0.01, ha="left", size=12)
+        figure.supxlabel("learner step", size=9.5)
+        figure.savefig(run_dir.picture, dpi=DPI, facecolor="white")
     return True
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _draw(
-    panel: Any, rows: Sequence[Mapping[str, Any]], across: str, name: str, **style: Any
-) -> None:
-    """One curve of the rows that have a number for it."""
-    points = [(row[across], row[name]) for row in rows if row.get(name) is not None]
-    if points:
-        panel.plot(*zip(*points, strict=True), **style)

@@ -1,8 +1,9 @@
-"""The training dynamics of one or several runs, and results of `dapo-async eval`, as one HTML page that needs nothing else (L3).
+"""The training dynamics of one or several runs, and results of `dapo-async eval`, as one HTML file.
 
-    run directories ─▶ report_reading ─▶ records ─▶ report_charts: PNGs ─▶ report_page: one file, every picture and style within it
+    run directories ─▶ report_reading ─▶ records ─▶ panels, charts: SVG ─▶ report_page: one file
 
-Called by the command line.
+The file needs no network: charts, styles and the script for the pointer are in it. Called by the
+command line.
 """
 
 from __future__ import annotations
@@ -14,73 +15,58 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dapo_async.tracking.report_charts import (
-    PANELS,
-    draw_panel,
-    draw_pass_rates,
-    run_colours,
-    to_png,
-)
+from dapo_async.tracking.charts import SERIES, chart, legend, pass_rate_chart
+from dapo_async.tracking.panels import PANELS, traces
 from dapo_async.tracking.report_page import (
-    chart,
+    chart_figure,
+    colour_choice,
     details,
     figures,
-    group,
-    image,
     note,
     page,
+    plot,
+    response,
     table,
     text,
+    tiles,
 )
 from dapo_async.tracking.report_reading import (
     EvalRecord,
     PassRates,
     RunRecord,
+    number,
     rates_of,
     read_evaluation,
     read_run,
 )
+from dapo_async.tracking.rollout_tokens import TokenReader, advantages, spans_of
+from dapo_async.tracking.verdict import duration, part, verdict
 
-MOST_LISTED = 100  # problems by row
+MAX_LISTED = 100  # problems by row
 TOTALS = ("avg@{k}", "pass@1", "pass@{k}", "maj@{k}")
 
 
 def write_report(paths: Sequence[Path], *, out: Path, steps: Sequence[int] | None) -> list[str]:
-    """Writes the page; returns what is missing or broken, a line each. `steps`: whose rollouts are shown; None: the first, middle and last ones.
+    """Writes the page; returns a line for each thing that is missing or broken.
 
-    A path is a run directory or the result of an evaluation. Raises ValueError for anything else, and for an `out` that is no HTML file.
+    `paths`: run directories and results of evaluations. `steps`: whose rollouts are shown, counted
+    from 1; None means the first, middle and last ones. Raises ValueError for any other path, and
+    for an `out` that does not end with .html or can't be written.
     """
     if out.suffix not in (".html", ".htm"):
         raise ValueError(
-            f"--out {out} must end with .html, so that no other file is ever written over; give such a name"
+            f"--out {out} must end with .html, so that no other file is overwritten; "
+            "give such a name"
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out {out} can't be written: {error.strerror}; give another file"
-        ) from error
-    folders, files = (
-        [path for path in paths if path.is_dir()],
-        [path for path in paths if not path.is_dir()],
-    )
+    folders = [path for path in paths if path.is_dir()]
+    files = [path for path in paths if not path.is_dir()]
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     evaluations = [read_evaluation(file) for file in files]
-    shown = {run.name: _steps(run, steps) for run in runs}
-    sections: list[str] = []
-    if runs:
-        sections += [
-            *_overview(runs),
-            *_charts(runs),
-            *_solved(runs),
-            *_rollouts(runs, shown),
-            *_configs(runs),
-        ]
-    if evaluations:
-        sections += _evaluations(evaluations)
+    sections = [*_sections(runs, steps), *(_evaluations(evaluations) if evaluations else ())]
     notes = [f"{run.name}: {line}" for run in runs for line in run.notes]
     title = "Training dynamics: " + ", ".join(run.name for run in runs) if runs else "Evaluations"
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
         partial.write_bytes(page(title, [*map(note, notes), *sections]))
         os.replace(partial, out)
@@ -91,79 +77,80 @@ def write_report(paths: Sequence[Path], *, out: Path, steps: Sequence[int] | Non
     return notes
 
 
+def _sections(runs: Sequence[RunRecord], steps: Sequence[int] | None) -> Iterator[str]:
+    if runs:
+        yield from _overview(runs)
+        yield from _charts(runs)
+        yield from _solved(runs)
+        yield from _rollouts(runs, steps)
+        yield from _configs(runs)
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Short and different: the folder's own name, with a number in front where there are several."""
+    """The folder's own name; where there are several, a number in front keeps them apart."""
     names = [folder.resolve().name for folder in folders]
-    return (
-        names
-        if len(names) == 1
-        else [f"{number}: {name}" for number, name in enumerate(names, start=1)]
-    )
-
-
-def _steps(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
-    there = run.steps_with_rollouts
-    if steps is None:
-        return sorted({there[0], there[len(there) // 2], there[-1]}) if there else []
-    run.notes += [f"no rollouts of step {step} were written" for step in steps if step not in there]
-    return [step for step in steps if step in there]
+    if len(names) == 1:
+        return names
+    return [f"{place}: {name}" for place, name in enumerate(names, start=1)]
 
 
 def _overview(runs: Sequence[RunRecord]) -> Iterator[str]:
-    head = (
-        "run",
-        "status",
-        "steps",
-        "tokens",
-        "training",
-        "held-out accuracy",
-        "response length",
-        "staleness",
-        "idle",
-        "groups",
-    )
-    rows = []
-    for run, colour in zip(runs, run_colours(len(runs)), strict=True):
-        summary = run.summary
-        idle, staleness, groups = (_part(summary, name) for name in ("idle", "staleness", "groups"))
-        rejected = ", ".join(
-            f"{figures(count, '.0f')} {text(reason)}"
-            for reason, count in _part(groups, "rejected").items()
-            if count
-        )
-        rows.append(
-            (
-                f'<span class="chip" style="background:{colour}"></span>{text(run.name)}',
-                f"{text(summary['status'])}: {text(summary.get('reason'))}"
-                if "status" in summary
-                else "no summary: it has not ended, or was killed",
-                f"{len(run.rows)}",
-                figures(summary.get("tokens"), ",.0f"),
-                f"{figures(summary.get('train_s'), ',.0f')} s",
-                f"{figures(summary.get('initial_accuracy'), '.3f')} → {figures(summary.get('final_accuracy'), '.3f')}",
-                f"{figures(summary.get('initial_response_tokens'), '.1f')} → {figures(summary.get('final_response_tokens'), '.1f')}",
-                f"{figures(staleness.get('mean'), '.2f')} (max {figures(staleness.get('max'), '.0f')})",
-                f"learner {figures(idle.get('learner'), '.0%')}, rollout {figures(idle.get('rollout'), '.0%')}",
-                f"{figures(groups.get('trained'), '.0f')} trained; rejected: {rejected or 'none'}",
-            )
-        )
-    yield table(head, rows)
+    """Per run its verdict and the numbers of its summary."""
+    for place, run in enumerate(runs):
+        name = f"<h3>{text(run.name)}</h3>" if len(runs) > 1 else ""
+        said = f'<p class="verdict">{text(verdict(run.summary, run.rows))}</p>'
+        colour = f"--c:var(--s{place % len(SERIES)})"
+        yield f'<section class="run" style="{colour}">{name}{said}{tiles(_facts(run))}</section>'
 
 
-def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = values.get(name)
-    return part if isinstance(part, dict) else {}
+def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
+    summary = run.summary
+    idle, staleness, groups = (part(summary, name) for name in ("idle", "staleness", "groups"))
+    if "status" in summary:
+        yield "status", f"{text(summary['status'])}: {text(summary.get('reason'))}"
+    else:
+        yield "status", "no summary: it has not ended, or was killed"
+    yield "steps", str(len(run.rows))
+    yield "trained tokens", figures(summary.get("tokens"), ",.0f")
+    seconds = number(summary.get("train_s"))
+    yield "training time", "–" if math.isnan(seconds) else duration(seconds)
+    yield "held-out accuracy", _change(summary, "accuracy", ".3f")
+    yield "response length", _change(summary, "response_tokens", ".1f")
+    bound = f"(max {figures(staleness.get('max'), '.0f')})"
+    yield "staleness", f"{figures(staleness.get('mean'), '.2f')} {bound}"
+    yield "idle learner", figures(idle.get("learner"), ".0%")
+    yield "idle rollout slots", figures(idle.get("rollout"), ".0%")
+    yield "trained groups", figures(groups.get("trained"), ",.0f")
+    rejected = [
+        f"{figures(count, ',.0f')} {text(str(reason).replace('_', ' '))}"
+        for reason, count in part(groups, "rejected").items()
+        if count
+    ]
+    yield "rejected groups", ", ".join(rejected) or "none"
+
+
+def _change(summary: Mapping[str, Any], name: str, form: str) -> str:
+    first, last = (summary.get(f"{when}_{name}") for when in ("initial", "final"))
+    return f"{figures(first, form)} → {figures(last, form)}"
 
 
 def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield "<h2>Over the learner steps</h2>"
-    missing, charts = [], []
+    alone, missing, charts = len(runs) == 1, [], []
     for panel in PANELS:
-        figure = draw_panel(panel, runs)
-        if figure is None:
+        shown = traces(panel, runs)
+        if not shown:
             missing.append(panel.title)
-        else:
-            charts.append(chart(to_png(figure), panel.title, panel.line))
+            continue
+        keys = legend(shown, alone=alone)
+        charts.append(chart_figure(chart(shown, alone=alone), panel.title, panel.caption, keys))
+    if charts:
+        yield '<p class="faint">Point at a chart, or touch it, to read its values.</p>'
+    if any(trace.points.in_blocks for panel in PANELS for trace in traces(panel, runs)):
+        yield (
+            '<p class="faint">A long run is drawn in blocks of steps: '
+            "the line is their mean, the band their range.</p>"
+        )
     yield f'<div class="charts">{"".join(charts)}</div>'
     if missing:
         yield note(f"no numbers yet for: {', '.join(missing)}")
@@ -173,143 +160,165 @@ def _solved(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield "<h2>Held-out problems over training</h2>"
     yield '<div class="charts">'
     for run in runs:
-        figure = draw_pass_rates(
+        drawn = pass_rate_chart(
             run.pass_rates, across="weight version that was evaluated, greedily"
         )
-        drawn = (
-            image(to_png(figure), f"pass rate per problem of {run.name}")
-            if figure
-            else note("no evaluation has said which problems it solved")
-        )
-        yield f"<div><h3>{text(run.name)}</h3>{drawn}{_courses(run.pass_rates) if figure else ''}</div>"
+        body = note("no evaluation has said which problems it solved")
+        if drawn is not None:
+            body = plot(drawn) + _courses(run.pass_rates)
+        yield f"<div><h3>{text(run.name)}</h3>{body}</div>"
     yield "</div>"
 
 
 def _courses(rates: PassRates) -> str:
-    """How many problems went which way between the first and the last evaluation."""
-    named: dict[str, list[int]] = {
-        "solved first and last": [],
-        "learned": [],
-        "forgotten": [],
-        "solved only in between": [],
-        "never solved": [],
-    }
+    """How many problems changed between the first and the last evaluation, and how."""
+    names = ("solved first and last", "learned", "forgotten", "solved only in between")
+    problems: dict[str, list[int]] = {name: [] for name in (*names, "never solved")}
     for problem, values in zip(rates.problems, rates.values, strict=True):
-        first, last, ever = values[0] == 1.0, values[-1] == 1.0, 1.0 in values
-        course = (
-            "solved first and last"
-            if first and last
-            else "learned"
-            if last
-            else "forgotten"
-            if first
-            else None
-        )
-        named[course or ("solved only in between" if ever else "never solved")].append(problem)
+        problems[_course(values)].append(problem)
     rows = []
-    for course, problems in named.items():
-        listed = ", ".join(map(str, problems[:MOST_LISTED])) + (
-            ", …" if len(problems) > MOST_LISTED else ""
-        )
-        rows.append(
-            (
-                text(course),
-                str(len(problems)),
-                details("rows of the data set", f"<p>{listed}</p>") if problems else "",
-            )
-        )
+    for course, those in problems.items():
+        listed = ", ".join(map(str, those[:MAX_LISTED])) + (", …" if those[MAX_LISTED:] else "")
+        folded = details("rows of the data set", f"<p>{listed}</p>") if those else ""
+        rows.append((text(course), str(len(those)), folded))
     return table(("from first to last", "problems", ""), rows)
 
 
-def _rollouts(runs: Sequence[RunRecord], shown: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _course(values: Sequence[float]) -> str:
+    first, last = values[0] == 1.0, values[-1] == 1.0
+    if first and last:
+        return "solved first and last"
+    if last:
+        return "learned"
+    if first:
+        return "forgotten"
+    return "solved only in between" if 1.0 in values else "never solved"
+
+
+def _rollouts(runs: Sequence[RunRecord], steps: Sequence[int] | None) -> Iterator[str]:
     yield "<h2>Rollouts</h2>"
+    yield colour_choice()
     for run in runs:
         yield f"<h3>{text(run.name)}</h3>"
-        if not shown[run.name]:
+        shown = _steps(run, steps)
+        if not shown:
             yield note("none to show")
-        for step in shown[run.name]:
-            rows = run.rollouts(step)
-            groups = [
-                list(siblings)
-                for _, siblings in groupby(rows, key=lambda row: str(row.get("group_id")))
-            ]
-            yield details(
-                f"step {step}: {len(groups)} groups, {len(rows)} rollouts",
-                "".join(map(group, groups)),
+        uncoloured = 0
+        for step in shown:
+            rows, reader = run.rollouts(step), TokenReader(run, step)
+            groups = [list(each) for _, each in groupby(rows, key=_group_of)]
+            drawn = [_group(group, run, reader, step) for group in groups]
+            uncoloured += sum(count for _, count in drawn)
+            count = f"{len(groups)} groups, {len(rows)} rollouts"
+            yield details(f"step {step + 1}: {count}", "".join(html for html, _ in drawn))
+        if uncoloured:
+            yield note(
+                f"{uncoloured} responses were sampled by several weight versions and are shown "
+                "without their colours: that needs a run with train.record=true, "
+                "and the tokenizer in model.path"
             )
+
+
+def _steps(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
+    """As in metrics.jsonl, from 0; `steps` count from 1."""
+    there = run.steps_with_rollouts
+    if steps is None:
+        return sorted({there[0], there[len(there) // 2], there[-1]}) if there else []
+    wanted = [step - 1 for step in steps]
+    run.notes += [
+        f"no rollouts of step {step + 1} were written" for step in wanted if step not in there
+    ]
+    return [step for step in wanted if step in there]
+
+
+def _group_of(row: Mapping[str, Any]) -> str:
+    return str(row.get("group_id"))
+
+
+def _group(
+    rows: Sequence[Mapping[str, Any]], run: RunRecord, reader: TokenReader, step: int
+) -> tuple[str, int]:
+    """The siblings of one prompt, and how many of them lack the colours of their versions."""
+    first, uncoloured, parts = rows[0], 0, list[str]()
+    for row, advantage in zip(rows, advantages(rows, run.config), strict=True):
+        pieces = reader.pieces(row)
+        uncoloured += any(piece.version is None for piece in pieces)
+        parts.append(_sibling_facts(row, advantage))
+        parts.append(response(pieces, step=step, advantage=advantage))
+    correct = sum(number(row.get("accuracy")) == 1.0 for row in rows)
+    start = f'<span class="faint">{text(str(first.get("prompt"))[:80])}</span>'
+    summary = f"group {text(first.get('group_id'))}: {correct} of {len(rows)} correct {start}"
+    prompt = f"<p>prompt</p><pre>{text(first.get('prompt'))}</pre>"
+    gold = f"<p>gold answer: {text(first.get('gold'))}</p>"
+    return details(summary, prompt + gold + "".join(parts)), uncoloured
+
+
+def _sibling_facts(row: Mapping[str, Any], advantage: float) -> str:
+    versions = ", ".join(str(version) for version, _, _ in spans_of(row)) or "–"
+    facts = (
+        ("reward", figures(row.get("reward"), "+.3f")),
+        ("accuracy", figures(row.get("accuracy"), "g")),
+        ("advantage", figures(advantage, "+.2f")),
+        ("answer read", text(row.get("extracted"))),
+        ("tokens", f"{figures(row.get('tokens'), '.0f')} ({text(row.get('finish_reason'))})"),
+        ("versions", text(versions)),
+    )
+    said = " · ".join(f"{name} <b>{value}</b>" for name, value in facts)
+    return f'<p class="facts">sibling <b>{text(row.get("sibling"))}</b> · {said}</p>'
 
 
 def _configs(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield "<h2>Configuration</h2>"
     if len(runs) > 1:
-        knobs = [
-            knob
-            for knob in dict.fromkeys(name for run in runs for name in run.config)
-            if knob != "run_dir"
-        ]
+        knobs = dict.fromkeys(name for run in runs for name in run.config if name != "run_dir")
         differing = [
             knob for knob in knobs if len({repr(run.config.get(knob)) for run in runs}) > 1
         ]
         rows = [(text(knob), *(text(run.config.get(knob)) for run in runs)) for knob in differing]
-        yield (
-            table(("knob", *(run.name for run in runs)), rows)
-            if rows
-            else "<p>The runs differ in no knob.</p>"
-        )
+        names = [run.name for run in runs]
+        yield table(("knob", *names), rows) if rows else "<p>The runs differ in no knob.</p>"
     for run in runs:
-        yield details(
-            f"every knob of {text(run.name)}",
-            table(
-                ("knob", "value"), [(text(name), text(value)) for name, value in run.config.items()]
-            ),
-        )
+        rows = [(text(name), text(value)) for name, value in run.config.items()]
+        yield details(f"every knob of {text(run.name)}", table(("knob", "value"), rows))
+
+
+EVALUATION_HEAD = (
+    "result", "k", "avg@k", "pass@1", "pass@k", "maj@k", "length", "truncated", "how", "checkpoint",
+)  # fmt: skip
 
 
 def _evaluations(evaluations: Sequence[EvalRecord]) -> Iterator[str]:
     yield "<h2>Evaluations</h2>"
-    rows = []
-    for each in evaluations:
-        k = each.settings.get("k")
-        means = [_interval(each.totals.get(name.format(k=k))) for name in TOTALS]
-        how = f"{text(each.settings.get('engine'))}, temperature {text(each.settings.get('temperature'))}, top-p {text(each.settings.get('top_p'))}"
-        length, truncated = (
-            figures(each.totals.get("mean_response_tokens"), ".1f"),
-            figures(each.totals.get("truncated"), ".1%"),
-        )
-        rows.append(
-            (
-                text(each.name),
-                text(k),
-                *means,
-                length,
-                truncated,
-                how,
-                text(each.settings.get("checkpoint")),
-            )
-        )
-    yield table(
-        (
-            "result",
-            "k",
-            "avg@k",
-            "pass@1",
-            "pass@k",
-            "maj@k",
-            "length",
-            "truncated",
-            "how",
-            "checkpoint",
-        ),
-        rows,
+    yield table(EVALUATION_HEAD, [_evaluation_row(each) for each in evaluations])
+    yield (
+        '<p class="faint">In brackets: the interval that holds 95 % of the means of a bootstrap '
+        "over the problems.</p>"
     )
-    yield '<p class="faint">In brackets: 95 % of the means of a bootstrap over the problems.</p>'
-    for data, alike in groupby(sorted(evaluations, key=_data), key=_data):
-        figure = draw_pass_rates(
-            rates_of([each for each in evaluations if _data(each) == data]), across="result"
-        )
-        names = {str(each.settings.get("data")) for each in alike}
-        if figure is not None:
-            yield f"<h3>{text(', '.join(sorted(names)))}</h3>{image(to_png(figure), 'pass rate per problem of each result')}"
+    for _, alike in groupby(sorted(evaluations, key=_data), key=_data):
+        results = list(alike)
+        drawn = pass_rate_chart(rates_of(results), across="result")
+        names = sorted({str(each.settings.get("data")) for each in results})
+        if drawn is not None:
+            yield f"<h3>{text(', '.join(names))}</h3>"
+            yield f'<div class="charts">{plot(drawn)}</div>'
+
+
+def _evaluation_row(each: EvalRecord) -> tuple[str, ...]:
+    settings, totals = each.settings, each.totals
+    k = settings.get("k")
+    how = (
+        f"{text(settings.get('engine'))}, temperature {text(settings.get('temperature'))}, "
+        f"top-p {text(settings.get('top_p'))}"
+    )
+    return (
+        text(each.name),
+        text(k),
+        *(_interval(totals.get(name.format(k=k))) for name in TOTALS),
+        figures(totals.get("mean_response_tokens"), ".1f"),
+        figures(totals.get("truncated"), ".1%"),
+        how,
+        text(settings.get("checkpoint")),
+    )
 
 
 def _data(evaluation: EvalRecord) -> str:
@@ -318,6 +327,7 @@ def _data(evaluation: EvalRecord) -> str:
 
 def _interval(estimate: Any) -> str:
     values = estimate if isinstance(estimate, dict) else {}
-    if math.isnan(values.get("mean", math.nan)):
+    if math.isnan(number(values.get("mean"))):
         return "–"
-    return f"{figures(values['mean'], '.3f')} [{figures(values.get('low'), '.3f')}, {figures(values.get('high'), '.3f')}]"
+    low, high = (figures(values.get(name), ".3f") for name in ("low", "high"))
+    return f"{figures(values['mean'], '.3f')} [{low}, {high}]"

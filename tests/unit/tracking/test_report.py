@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -10,22 +12,29 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from tracking_world import run_dir_with
 
 from dapo_async.cli.main import main
-from dapo_async.tracking.report import write_report
-from dapo_async.tracking.report_charts import (
+from dapo_async.tracking.charts import (
+    chart,
+    colour_of,
+    dash_of,
+    heat_lines,
+    legend,
+    pass_rate_chart,
+)
+from dapo_async.tracking.panels import (
     PANELS,
     Panel,
-    draw_panel,
-    draw_pass_rates,
+    blocks,
     has_lonely,
-    heat_lines,
+    in_picture,
     series,
-    to_png,
+    traces,
 )
-from dapo_async.tracking.report_page import MOST_CHARACTERS, text
+from dapo_async.tracking.plot import draw_dynamics
+from dapo_async.tracking.report import write_report
+from dapo_async.tracking.report_page import DARK, LIGHT, MAX_CHARACTERS, SCRIPT, text
 from dapo_async.tracking.report_reading import PassRates, number, read_evaluation, read_run
 from dapo_async.tracking.run_dir import RunDir
 
@@ -93,56 +102,69 @@ def reported(*paths: Path, steps: Sequence[int] | None = None) -> tuple[Page, li
     return Page(out), notes
 
 
-def lines_of(figure: Figure | None) -> list[tuple[list[float], list[float]]]:
-    assert figure is not None
-    (axes, *_) = figure.axes
-    return [
-        ([*map(float, line.get_xdata())], [*map(float, line.get_ydata())])
-        for line in axes.get_lines()
-    ]
-
-
 def panel_of(title: str) -> Panel:
     return next(panel for panel in PANELS if panel.title.startswith(title))
 
 
-def test_page_has_every_picture_within_it_and_neither_fetches_nor_runs_anything(
-    tmp_path: Path,
-) -> None:
+def test_page_has_every_chart_within_it_and_fetches_nothing(tmp_path: Path) -> None:
     result = evaluation_file(tmp_path / "result.json", [0.5])
     page, notes = reported(
         a_run(tmp_path / "one", num_steps=6).root, result, a_run(tmp_path / "two").root
     )
     assert notes == []
-    assert (
-        page.tags.count("img") == 10 + 2 + 1
-    )  # charts that have numbers, a heat map per run, one of the result
+    # Charts that have numbers, a heat map per run, one of the result.
+    assert page.source.count('<svg class="plot"') == 10 + 2 + 1
     # The first, middle and last steps of a run.
-    assert [f"answer {step}.1" in page.said for step in range(6)] == [
-        True,
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
+    shown = [f"answer {step}.1" in page.said for step in range(6)]
+    assert shown == [True, False, True, True, False, True]
     assert "The runs differ in no knob." in page.said
-    assert "script" not in page.tags
-    assert "link" not in page.tags
-    sources = [
-        value
-        for name, value in page.attributes
-        if name in ("src", "href", "srcset", "data", "action")
-    ]
-    assert len(sources) > 10
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert "url(" not in page.source
-    assert (
-        "content",
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-    ) in page.attributes
+    assert {"link", "iframe", "object", "embed"}.isdisjoint(page.tags)
+    names = ("src", "href", "srcset", "data", "action")
+    sources = [value for name, value in page.attributes if name in names]
+    assert len(sources) > 3
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert set(re.findall(r"url\((.)", page.source)) <= {"#"}
     assert re.search(r"https?://", page.source) is None
+
+
+def test_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:
+    page, _ = reported(a_run(tmp_path / "run").root)
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page.source, re.DOTALL)
+    own = [body for attributes, body in scripts if not attributes]
+    assert own == [SCRIPT]
+    assert {attributes for attributes, _ in scripts} == {"", ' type="application/json"'}
+    digest = base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
+    assert ("content", policy) in page.attributes
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "innerHTML" not in SCRIPT
+
+
+def test_pointer_reads_the_step_and_the_value_of_each_curve(tmp_path: Path) -> None:
+    run = read_run(a_run(tmp_path / "run").root, "run")
+    drawn = chart(traces(panel_of("Accuracy"), [run]), alone=True)
+    hover = drawn.hover
+    assert hover["head"] == ["step 0", "step 1", "step 2", "step 3", "step 4"]
+    assert [(row["name"], row["values"]) for row in hover["rows"]] == [
+        ("trained", ["", "0", "0.25", "0.5", "0.75"]),
+        ("held out", ["0.4", "", "0.6", "", "0.4"]),
+    ]
+    assert hover["x"] == sorted(hover["x"])
+    # The places are those of the drawn points, in the units of the SVG.
+    path = re.findall(r'<path d="M ([\d.]+) [\d.]+ L [^"]*" [^>]*var\(--s0\)', drawn.svg)
+    assert [float(x) for x in path] == [hover["x"][1]]
+
+
+def test_charts_have_their_colours_from_the_page_in_light_and_dark(tmp_path: Path) -> None:
+    runs = [read_run(a_run(tmp_path / name).root, name) for name in ("one", "two")]
+    drawn = [chart(traces(panel, runs), alone=False).svg for panel in PANELS if traces(panel, runs)]
+    assert not re.findall(r"#[0-9a-f]{6}\b", "".join(drawn))
+    for name in set(re.findall(r"var\((--\w+)\)", "".join(drawn))):
+        assert f"{name}:" in LIGHT
+        assert f"{name}:" in DARK
 
 
 def test_whatever_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
@@ -170,10 +192,8 @@ def test_whatever_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
     )
     run_dir.config.write_text(json.dumps({"data": {"template": EVIL}, EVIL: 1}))
     page, _ = reported(run_dir.root)
-    assert "script" not in page.tags
-    assert [tag for tag in page.tags if tag == "img"] == ["img"] * len(
-        re.findall("data:image/png", page.source)
-    )
+    assert page.source.count("<script>") == 1
+    assert "img" not in page.tags
     assert (
         page.said.count(
             "</pre><script>alert(1)</script><img src=http://192.0.2.1/x onerror=alert(2)> &amp; ␀␀[31m ? ∑"
@@ -184,13 +204,13 @@ def test_whatever_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
 
 
 def test_text_that_is_too_long_is_cut_and_says_by_how_much() -> None:
-    assert text("<" * (MOST_CHARACTERS + 7)) == "&lt;" * MOST_CHARACTERS + " [7 characters more]"
-    assert text("a" * MOST_CHARACTERS) == "a" * MOST_CHARACTERS
+    assert text("<" * (MAX_CHARACTERS + 7)) == "&lt;" * MAX_CHARACTERS + " [7 characters more]"
+    assert text("a" * MAX_CHARACTERS) == "a" * MAX_CHARACTERS
 
 
 def test_rollouts_of_the_chosen_steps_are_shown_with_their_rewards(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "run", num_steps=6)
-    page, notes = reported(run_dir.root, steps=[2, 9])
+    page, notes = reported(run_dir.root, steps=[3, 10])
     assert [f"answer {step}.1" in page.said for step in range(6)] == [
         False,
         False,
@@ -199,12 +219,12 @@ def test_rollouts_of_the_chosen_steps_are_shown_with_their_rewards(tmp_path: Pat
         False,
         False,
     ]
-    assert notes == ["run: no rollouts of step 9 were written"]
+    assert notes == ["run: no rollouts of step 10 were written"]
     assert notes[0] in page.said
     assert "group 12: 1 of 2 correct" in page.said
     assert "+1.000" in page.said
     assert "-1.000" in page.said
-    assert "3, 4" in page.said  # versions
+    assert "versions 3, 4" in page.said
 
 
 def test_broken_rows_are_counted_and_the_others_drawn(tmp_path: Path) -> None:
@@ -245,7 +265,7 @@ def test_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert notes == ["run: no step has been written yet"]
     assert "no numbers yet for: Accuracy, Reward, " in page.said
     assert "no evaluation has said which problems it solved" in page.said
-    assert "img" not in page.tags
+    assert "svg" not in page.tags
 
 
 def test_gap_is_drawn_where_steps_or_numbers_are_missing() -> None:
@@ -256,7 +276,7 @@ def test_gap_is_drawn_where_steps_or_numbers_are_missing() -> None:
         {"step": 6.0, "loss": 4.0},
     ]
     steps, values = series(rows, "loss")
-    assert steps == [0.0, 1.0, 2.0, 3.0, 6.0]
+    assert steps == [1.0, 2.0, 3.0, 4.0, 7.0]
     assert str(values) == str([1.0, NAN, 3.0, NAN, 4.0])
     assert has_lonely(values)
     assert not has_lonely([1.0, 2.0, NAN, 3.0, 4.0])
@@ -282,26 +302,44 @@ def test_runs_share_each_chart_a_colour_each_and_a_line_per_curve(tmp_path: Path
         read_run(a_run(tmp_path / name, num_steps=num_steps).root, name)
         for name, num_steps in (("one", 4), ("two", 6))
     ]
-    figure = draw_panel(panel_of("Accuracy"), runs)
-    assert lines_of(figure) == [
-        ([0.0, 1.0, 2.0, 3.0], [0.0, 0.25, 0.5, 0.75]),
+    shown = traces(panel_of("Accuracy"), runs)
+    assert [(trace.points.steps, trace.points.values) for trace in shown] == [
+        ([1.0, 2.0, 3.0, 4.0], [0.0, 0.25, 0.5, 0.75]),
         ([0.0, 2.0, 4.0], [0.4, 0.6, 0.4]),
-        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]),
         ([0.0, 2.0, 4.0], [0.4, 0.6, 0.4]),
     ]
-    assert figure is not None
-    colours = [line.get_color() for line in figure.axes[0].get_lines()]
+    colours = [colour_of(trace, alone=False) for trace in shown]
     assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()] == [
-        "one",
-        "two",
-        "trained",
-        "held out",
-    ]
-    idle = draw_panel(panel_of("Idle shares"), runs)
-    assert idle is not None
-    assert [line.get_linestyle() for line in idle.axes[0].get_lines()] == ["-", "--", "-", "--"]
-    assert draw_panel(panel_of("Gradient norm"), runs) is None
+    names = [name for name, *_ in legend(shown, alone=False)]
+    assert names == ["one", "two", "trained", "held out"]
+    idle = traces(panel_of("Idle shares"), runs)
+    assert [dash_of(trace, alone=False) for trace in idle] == ["", "6 3", "", "6 3"]
+    assert traces(panel_of("Gradient norm"), runs) == []
+
+
+def test_long_series_is_drawn_as_means_and_ranges_of_blocks() -> None:
+    steps = [float(step) for step in range(1, 1001)]
+    points = blocks(steps, [step % 2 if step <= 998 else NAN for step in steps])
+    assert (len(points.steps), points.steps[:2], points.last_steps[:2]) == (334, [1, 4], [3, 6])
+    assert (points.values[0], points.low[0], points.high[0]) == (2 / 3, 0.0, 1.0)
+    assert (points.steps[-1], points.last_steps[-1]) == (1000, 1000)
+    assert math.isnan(points.values[-1])
+    assert points.in_blocks
+    assert not blocks(steps[:400], steps[:400]).in_blocks
+
+
+def test_picture_has_readable_names_and_counts_steps_from_one(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path / "run")
+    assert draw_dynamics(run_dir)
+    assert run_dir.picture.read_bytes().startswith(b"\x89PNG")
+    run = read_run(run_dir.root, "run")
+    titles = [panel.title for panel in in_picture()]
+    assert "Throughput (trained tokens/s)" in titles
+    assert [trace.label for trace in traces(panel_of("Accuracy"), [run])] == ["trained", "held out"]
+    rejected = traces(panel_of("Rejected"), [run])
+    assert [(trace.label, trace.points.steps[0]) for trace in rejected] == [("all wrong", 1.0)]
+    assert not draw_dynamics(RunDir.create(tmp_path / "new"))
 
 
 def test_differing_knobs_and_the_names_of_runs_are_told(tmp_path: Path) -> None:
@@ -343,11 +381,12 @@ def test_heat_map_has_the_hardest_problems_on_top_and_gaps_where_none_was_asked(
     assert (len(lines), size) == (200, 3)
     assert lines[0] == [0.0]
     assert lines[100] == [1.0]
-    figure = draw_pass_rates(rates, across="version")
-    assert figure is not None
-    assert figure.axes[0].get_ylabel() == "3 problems, hardest on top"
-    assert to_png(figure).startswith(b"\x89PNG")
-    assert draw_pass_rates(PassRates([], [], []), across="version") is None
+    drawn = pass_rate_chart(rates, across="version")
+    assert drawn is not None
+    assert "3 problems, hardest on top" in drawn.svg
+    assert drawn.hover["head"] == ["a", "b"]
+    assert drawn.hover["rows"][0]["values"] == ["75.0%", "62.5%"]
+    assert pass_rate_chart(PassRates([], [], []), across="version") is None
 
 
 def evaluation_file(path: Path, accuracies: Sequence[float], *, data: str = "d") -> Path:
@@ -379,7 +418,7 @@ def test_results_of_evaluations_may_stand_alone(tmp_path: Path) -> None:
     other = evaluation_file(tmp_path / "other.json", [1.0], data="e")
     page, notes = reported(first, second, other)
     assert notes == []
-    assert page.tags.count("img") == 2  # one heat map per data file
+    assert page.source.count('<svg class="plot"') == 2  # one heat map per data file
     assert page.said.count("0.500 [0.250, 0.750]") == 9
     assert "–" in page.said  # maj@2 is not there
     assert "/d.jsonl" in page.said
@@ -409,7 +448,7 @@ def test_wrong_input_is_one_line_and_no_other_file_is_written_over(
     )
     assert (
         refused(capsys, root, "--steps", "1,x")
-        == "--steps (1,x) must be numbers with commas between them, such as 0,10,20; write them so"
+        == "--steps (1,x) must be numbers with commas between them, such as 1,10,20; write them so"
     )
     assert refused(capsys, root, "--out", root / "config.yaml" / "x.html").startswith("--out ")
     assert refused(capsys).startswith("the following arguments are required: RUN_DIR; ")
@@ -420,7 +459,7 @@ def test_command_says_what_is_missing_and_where_the_page_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     root, out = a_run(tmp_path / "run").root, tmp_path / "new" / "page.html"
-    assert main(["report", str(root), "--out", str(out), "--steps", "1,7"]) == 0
+    assert main(["report", str(root), "--out", str(out), "--steps", "2,7"]) == 0
     assert capsys.readouterr().out == f"run: no rollouts of step 7 were written\nreport     {out}\n"
     assert "answer 1.0" in Page(out).said
 
@@ -434,3 +473,27 @@ def test_problem_over_which_the_verifier_failed_always_has_no_pass_rate(tmp_path
     path.write_text(json.dumps({"settings": {}, "totals": {}, "problems": problems}))
     accuracies = read_evaluation(path).accuracies
     assert (accuracies[0], math.isnan(accuracies[1]), accuracies[2]) == (0.5, True, 0.0)
+
+
+def test_picture_is_drawn_from_the_metrics_if_there_are_any(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert not draw_dynamics(run_dir)
+    run_dir.metrics.write_text("")
+    assert not draw_dynamics(run_dir)
+    assert not run_dir.picture.exists()
+    names = [curve.column for panel in in_picture() for curve in panel.curves]
+    names.append("rejected.all_wrong")
+    rows = [{"step": step, **dict.fromkeys(names, step * 0.1)} for step in range(3)]
+    rows[1] |= {"entropy": None}  # a skipped step
+    del rows[2]["rejected.all_wrong"]  # a step without such rejects
+    run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw_dynamics(run_dir)
+    without = run_dir.picture.read_bytes()
+    assert without.startswith(b"\x89PNG")
+    evaluations = (
+        {"version": 0, "accuracy": 0.5, "mean_response_tokens": 3.0},
+        {"version": 3, "accuracy": 0.75},
+    )
+    write_rows(run_dir.evaluations, evaluations)
+    assert draw_dynamics(run_dir)
+    assert run_dir.picture.read_bytes() != without

@@ -10,7 +10,6 @@ from typing import Never
 import numpy as np
 import pytest
 
-from dapo_async.tracking.plot import PANELS, draw_dynamics
 from dapo_async.tracking.run_dir import RunDir, version_spans, write_rollouts
 from dapo_async.tracking.timeline import Timeline
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
@@ -284,24 +283,3 @@ def test_the_summary_is_replaced_as_a_whole_or_not_at_all(
     run_dir.write_summary({"status": "done"})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "done"}
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_the_picture_is_drawn_from_the_metrics_and_only_when_there_are_any(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path)
-    assert not draw_dynamics(run_dir)
-    run_dir.metrics.write_text("")
-    assert not draw_dynamics(run_dir)
-    assert not run_dir.picture.exists()
-    names = [name for _, curves, _ in PANELS for name in curves]
-    rows = [{"step": step, **dict.fromkeys(names, step * 0.1)} for step in range(3)]
-    rows[1] |= {"entropy": None}  # of a skipped step
-    del rows[2]["rejected.all_wrong"]  # a step without such rejects
-    run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert draw_dynamics(run_dir)
-    without = run_dir.picture.read_bytes()
-    assert without.startswith(b"\x89PNG")
-    run_dir.evaluations.write_text(
-        '{"version": 0, "accuracy": 0.5, "mean_response_tokens": 3.0}\n{"version": 3, "accuracy": 0.75}\n'
-    )
-    assert draw_dynamics(run_dir)
-    assert run_dir.picture.read_bytes() != without

@@ -1,0 +1,99 @@
+"""One sentence on a run: what it reached, and what limited its speed. For the report and MLflow.
+
+In: `summary.json` and the rows of metrics.jsonl, as far as they exist. Out: plain text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dapo_async.tracking.report_reading import number
+
+IDLE = 0.1  # below this share neither side waits noticeably
+MANY_REJECTED, MANY_TRUNCATED = 0.5, 0.2
+SAME_ACCURACY = 0.005
+
+
+def verdict(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
+    """For example: "Trained 30 steps in 0:52; held-out accuracy rose from 0.14 to 1.00; …"."""
+    parts = [_outcome(summary, rows), _accuracy(summary), _limit(summary), _truncated(rows)]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping within a mapping; empty where it is missing or something else."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def duration(seconds: float) -> str:
+    """`234.2` as `3 min 54 s`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours} h {minute} min" if hours else f"{minute} min {second} s"
+
+
+def _outcome(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
+    count = number(summary.get("steps"))
+    steps = f"{len(rows) if math.isnan(count) else count:.0f} steps"
+    seconds = number(summary.get("train_s"))
+    took = "" if math.isnan(seconds) else f" in {duration(seconds)}"
+    status = summary.get("status")
+    if status is None:
+        return f"{steps} are written and there is no summary: the run goes on, or was killed"
+    if status == "done":
+        return f"Trained {steps}{took}"
+    reason = f" ({summary['reason']})" if summary.get("reason") else ""
+    names = {"solved": "Ended early", "out_of_time": "Ran out of time"}
+    return f"{names.get(status, str(status).capitalize())} after {steps}{took}{reason}"
+
+
+def _accuracy(summary: Mapping[str, Any]) -> str:
+    first, last = (number(summary.get(f"{name}_accuracy")) for name in ("initial", "final"))
+    if math.isnan(first) or math.isnan(last):
+        return ""
+    if abs(last - first) < SAME_ACCURACY:
+        return f"held-out accuracy stayed at {last:.3f}"
+    return f"held-out accuracy {'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
+
+
+def _limit(summary: Mapping[str, Any]) -> str:
+    idle = part(summary, "idle")
+    learner, rollout = number(idle.get("learner")), number(idle.get("rollout"))
+    if math.isnan(learner) or math.isnan(rollout) or not number(summary.get("steps")) > 0:
+        return ""
+    if max(learner, rollout) < IDLE:
+        return f"learner and rollout were both busy (idle {learner:.0%} and {rollout:.0%})"
+    if rollout > learner:
+        return (
+            f"the learner limited the speed (it was idle {learner:.0%} of the time, "
+            f"the rollout slots {rollout:.0%})"
+        )
+    text = (
+        f"generation limited the speed (the learner was idle {learner:.0%} of the time, "
+        f"the rollout slots {rollout:.0%})"
+    )
+    return text + _rejected(summary)
+
+
+def _rejected(summary: Mapping[str, Any]) -> str:
+    """Rejected groups have to be generated again: they make generation the limit."""
+    groups = part(summary, "groups")
+    counts = {name: number(count) for name, count in part(groups, "rejected").items()}
+    counts = {name: count for name, count in counts.items() if count > 0}
+    share = sum(counts.values()) / admitted if (admitted := number(groups.get("admitted"))) else 0.0
+    if not share >= MANY_REJECTED:
+        return ""
+    most = str(max(counts, key=lambda name: counts[name])).replace("_", " ")
+    return f", because the filters rejected {share:.0%} of the groups, most of them {most}"
+
+
+def _truncated(rows: Sequence[Mapping[str, float]]) -> str:
+    share = rows[-1].get("truncated", 0.0) if rows else 0.0
+    if share < MANY_TRUNCATED:
+        return ""
+    return f"{share:.0%} of the last step's responses were cut at rollout.max_response_tokens"
