@@ -337,8 +337,10 @@ def _grade(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     if options.explain:
-        for name, default, line, _ in knobs.knobs():
-            _say(f"{name} = {'null' if default is None else default!r}\n    {line}")
+        from dapo_async.config.explain import listing
+
+        for line in listing():
+            _say(line)
         return 0
     if options.config is None:
         raise ValueError(

@@ -1,11 +1,13 @@
 """The config: a YAML file and dotted overrides come in, a checked, frozen `Config` leaves.
 
-schema    every knob with its type, default and one line
+schema    every knob with its type, default, bounds and one line
 sources   the grammar of models and data sets: paths and names on the Hugging Face hub
-text      strings as OmegaConf reads them; texts without passwords
+text      strings as OmegaConf reads them, texts without passwords, near names
+replaced  knobs of earlier versions, and what replaced them
 yaml_io   reads files and overrides, resolves paths
-validate  the rules between knobs
+validate  bounds, and the rules between knobs
 load      joins them: `load` and `to_yaml`
+explain   every knob as text: `config --explain` and docs/configuration.md
 """
 
 from dapo_async.config.load import load, to_yaml

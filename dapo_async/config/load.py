@@ -1,6 +1,6 @@
 """From a YAML file and dotted overrides to a checked `Config`, and back to YAML.
 
-OmegaConf loads, merges and checks types. It is imported on first use: rooms that only need the
+OmegaConf loads, merges and checks types. It is imported on first use: packages that only need the
 types of a `Config` run without it.
 """
 
@@ -17,16 +17,17 @@ from dapo_async.config.yaml_io import read_file, read_overrides, resolve_paths
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with dotted overrides (`learner.lr=1e-4`) on top, checked. Raises ValueError with one clear line."""
+    """The checked config of a YAML file, with dotted overrides (`learner.lr=1e-4`) on top.
+
+    Raises ValueError with one line.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
+    names = [knob.name for knob in knobs()]
+    paths = {knob.name: knob.path for knob in knobs() if knob.path}
     try:
-        names, paths = (
-            [name for name, *_ in knobs()],
-            {name: kind for name, _, _, kind in knobs() if kind},
-        )
         file, dotted = read_file(path, names), read_overrides(overrides, names)
         resolve_paths(file, path.resolve().parent, paths)
         resolve_paths(dotted, Path.cwd(), paths)
@@ -39,10 +40,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every knob written out; `load` reads it back to an equal one, but for the password of a tracking URI."""
+    """The resolved config with every knob. `load` reads back an equal one, but for the password
+    of a tracking URI."""
     from omegaconf import OmegaConf
 
-    tracking = replace(
-        config.tracking, mlflow=config.tracking.mlflow and redacted(config.tracking.mlflow)
-    )
-    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(replace(config, tracking=tracking)))))
+    uri = config.tracking.mlflow
+    shown = replace(config, tracking=replace(config.tracking, mlflow=uri and redacted(uri)))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(shown))))

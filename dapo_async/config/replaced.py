@@ -45,7 +45,9 @@ REPLACED: Mapping[str, str] = {
 }
 
 # (name, old value) → what to say about it.
-REPLACED_VALUES: Mapping[tuple[str, str], str] = {}
+REPLACED_VALUES: Mapping[tuple[str, str], str] = {
+    ("evaluation.engine", "lease"): _USE.format("evaluation.engine=snapshot or dedicated"),
+}
 
 
 def refuse_replaced(tree: Mapping[str, Any]) -> None:

@@ -1,27 +1,82 @@
-"""Every knob of the system: one typed tree of frozen dataclasses, one line of explanation each.
+"""Every knob: a tree of frozen dataclasses with a default, bounds and one line of explanation each.
 
-`load.py` builds a `Config` from a YAML file and overrides; `validate.py` has the rules between knobs.
+`load.py` builds a `Config` from a YAML file and overrides, `validate.py` has the rules between
+knobs, and `explain.py` prints the knobs and writes docs/configuration.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_type_hints
 
-SHARED = 0.5  # of one GPU, for the learner and for the engine that share it
+SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
+DAYS_30 = 30 * 86_400
+PROCESS = "each one is a process"
+LONG = "no model has more positions"
 
 
-def knob(default: Any, line: str, *, path: str = "") -> Any:
-    """A field with its line; a `path` (model, data or data list) resolves against the file's folder, in an override against the current folder."""
-    return field(default=default, metadata={"line": line, "path": path})
+class Limit(NamedTuple):
+    """One end of what a number may be, and the reason where it is not obvious."""
+
+    value: float
+    why: str = ""
+
+
+class Bounds(NamedTuple):
+    """What a number may be; None: no limit at that end."""
+
+    least: Limit | None
+    above: Limit | None  # the value itself is not allowed
+    most: Limit | None
+
+
+class Knob(NamedTuple):
+    """One knob as it is listed. `path`: "", or what kind of path it is; `type`: its annotation."""
+
+    name: str  # dotted
+    default: Any
+    line: str
+    path: str
+    bounds: Bounds
+    type: Any
+
+
+def knob(
+    default: Any,
+    line: str,
+    *,
+    path: str = "",
+    least: float | tuple[float, str] | None = None,
+    above: float | tuple[float, str] | None = None,
+    most: tuple[float, str] | None = None,
+) -> Any:
+    """A field with its line and bounds, each of which may come with its reason.
+
+    `path` is "", "model", "data" or "data list". A path in a file is relative to the file's folder,
+    in an override to the current folder.
+    """
+    bounds = Bounds(_limit(least), _limit(above), _limit(most))
+    return field(default=default, metadata={"line": line, "path": path, "bounds": bounds})
+
+
+def _limit(given: float | tuple[float, str] | None) -> Limit | None:
+    if given is None:
+        return None
+    return Limit(*given) if isinstance(given, tuple) else Limit(given)
+
+
+def deadline(default: float, line: str) -> Any:
+    """A knob for a wait in seconds: every wait ends."""
+    return knob(default, line, above=0, most=(DAYS_30, "a longer wait is no deadline"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModelConfig:
     path: str = knob(
         "",
-        "base model: Hugging Face folder (config.json, *.safetensors, tokenizer.json), or OWNER/NAME[@REVISION] on the hub",
+        "base model: a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or "
+        "OWNER/NAME[@REVISION] on the hub",
         path="model",
     )
     dtype: Literal["float32", "bfloat16"] = knob(
@@ -30,8 +85,8 @@ class BaseModelConfig:
     )
     device: Literal["cpu", "cuda", "shared_cuda"] = knob(
         "cpu",
-        "where learner and engines compute: cuda: one GPU per learner rank, rollout.tensor_parallel "
-        "GPUs per engine | shared_cuda: one rank and one engine share one GPU",
+        "where learner and engines compute; cuda: one GPU per learner rank and "
+        "rollout.tensor_parallel GPUs per engine; shared_cuda: one rank and one engine on one GPU",
     )
 
     @property
@@ -51,92 +106,102 @@ class BaseModelConfig:
 class DataConfig:
     train: str = knob(
         "",
-        "training problems: [PRESET=]PATH (JSONL, Parquet or folder) | hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET",
+        "training problems: [PRESET=]PATH (JSONL, Parquet or a folder), "
+        "hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] or hub:PRESET",
         path="data",
     )
     heldout: str = knob(
-        "", "held-out problems for evaluation, in the grammar of data.train", path="data"
+        "", "held-out problems for evaluation, written like data.train", path="data"
     )
     prompt_key: str | None = knob(
         None,
-        "column of the problem's text, dots within nested ones (prompt.0.content); null: the preset's, or prompt",
+        "column of the problem, with dots for nested ones (prompt.0.content); null: that of the "
+        "preset, or prompt",
     )
     answer_key: str | None = knob(
-        None,
-        "column of the gold answer, likewise (reward_model.ground_truth); null: the preset's, or answer",
+        None, "column of the gold answer, with dots; null: that of the preset, or answer"
     )
     template: str | None = knob(
         None,
-        "prompt template: dapo | boxed | chat | chat+dapo | chat+boxed | text with {problem}; null: the training preset's",
+        "prompt template: dapo, boxed, chat, chat+dapo, chat+boxed, or a text with {problem}; "
+        "null: that of the training preset, or the problem alone",
     )
-    system: str | None = knob(None, "system text of a chat template; null: none of ours")
+    system: str | None = knob(None, "system text of a chat template; null: none is added")
     language: Literal["en", "zh"] | None = knob(
-        None,
-        "keep the training problems of this language only (zh: with Chinese characters); null: all",
+        None, "train on problems of this language only (zh: with Chinese characters); null: on all"
     )
     contamination: Literal["drop", "warn", "off"] = knob(
         "warn",
-        "training problems that are evaluation problems too are left out | counted | not looked for",
+        "training problems that are evaluation problems too are left out (drop), counted (warn) or "
+        "not looked for (off)",
     )
     check_against: str = knob(
         "",
-        "evaluation sets of that check beside data.heldout, in the grammar of data.train, with commas between",
+        "evaluation sets for data.contamination besides data.heldout, written like data.train and "
+        "separated by commas",
         path="data list",
     )
-    max_prompt_tokens: int = knob(2048, "longer prompts are left out and counted")
+    max_prompt_tokens: int = knob(
+        2048, "longer prompts are left out and counted", least=1, most=(10_000_000, LONG)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     verifier: str = knob(
         "marker",
-        "marker: text after the last #### | exact: the whole text | math: Answer: line or \\boxed{} | "
-        "an own module:function; SOURCE=VERIFIER after a comma is for the rows of that source: "
-        "marker, gsm8k=math",
+        "judges responses; marker: the text after the last ####; exact: the whole text; math: an "
+        "Answer: line or \\boxed{}; or your own module:function. Add SOURCE=VERIFIER for the rows "
+        "of one source, as in marker,gsm8k=math",
     )
     overlong_cache_tokens: int | None = knob(
         None,
-        "DAPO's soft overlong punishment over the last so many of max_response_tokens; null: off",
+        "DAPO's soft overlong punishment over this many tokens before max_response_tokens; null: "
+        "off",
     )
     shuffle: bool = knob(
-        False, "control experiment: permute the verdicts within each group; nothing may be learned"
+        False, "control experiment: permute the verdicts in each group; nothing can be learned"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
     objective: str = knob(
-        "dapo", "policy objective: dapo | gspo | cispo, or another of algorithm/objectives.py"
+        "dapo", "policy objective: dapo, gspo, cispo, or another of algorithm/objectives.py"
     )
     clip_low: float = knob(0.2, "lower clip range: ratios below 1 - clip_low are clipped")
     clip_high: float = knob(
         0.28, "upper clip range (Clip-Higher): ratios above 1 + clip_high are clipped"
     )
     dual_clip: float | None = knob(
-        None, "for A < 0 the loss per token is capped at -dual_clip * A; null: off"
+        None, "for A < 0 the loss of a token is at most -dual_clip * A; null: off"
     )
     proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
         "recompute",
-        "source of pi_prox: extra forward | stop-gradient of pi_theta | A-3PO | pi_beh (coupled PPO)",
+        "source of pi_prox: an extra forward pass (recompute), pi_theta without gradient (current), "
+        "A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
     )
     correction: Literal["truncate", "mask", "none"] = knob(
         "truncate", "what happens to behaviour weights pi_prox / pi_beh outside the band"
     )
     correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
-        None, "level of the ratio; null: token, or sequence for gspo"
+        None, "level of the behaviour weight; null: token, or sequence for gspo"
     )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
     second_moment: float | None = knob(
         None,
-        "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; null: off",
+        "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; "
+        "null: off",
+        above=0,
     )
     loss_mean: Literal["token", "sequence"] = knob(
         "token",
-        "mean over all tokens (DAPO) | over each response's tokens, then over responses (GRPO)",
+        "mean over all tokens (DAPO), or over the tokens of each response and then over responses "
+        "(GRPO)",
     )
     entropy_bonus: float = knob(
-        0.0, "the loss falls by so much per nat of mean entropy; 0: off, as DAPO has it"
+        0.0, "the loss falls by this much per nat of mean entropy; 0: off, as in DAPO"
     )
     normalize_std: bool = knob(
         True, "divide advantages by the group's standard deviation; false: Dr.GRPO"
@@ -147,32 +212,55 @@ class AlgorithmConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
-        "torch", "what generates: the learner's own decoder | an SGLang server per worker"
+        "torch", "what generates: the learner's own decoder, or one SGLang server per worker"
     )
-    num_workers: int = knob(1, "RolloutWorker actors, one engine each")
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves per worker, and threads of its engine")
-    tensor_parallel: int = knob(1, "GPUs that share one SGLang engine's copy of the model")
+    num_workers: int = knob(
+        1, "RolloutWorker actors with one engine each", least=1, most=(10_000, PROCESS)
+    )
+    num_cpus: float = knob(
+        1.0,
+        "CPUs that Ray reserves per worker, and threads of its engine",
+        least=0,
+        most=(10_000, "no machine has more CPUs"),
+    )
+    tensor_parallel: int = knob(
+        1,
+        "GPUs that share one SGLang engine's copy of the model",
+        least=1,
+        most=(1024, "no model has that many attention heads"),
+    )
     servers: str = knob(
         "",
-        "URLs of running SGLang servers, one per worker, with commas between them; empty: each worker starts its own",
+        "URLs of running SGLang servers, one per worker, separated by commas; empty: each worker "
+        "starts its own",
     )
     max_restarts: int = knob(
-        3,
-        "so many times a lost SGLang engine is started anew, per worker; the next loss ends the run",
+        3, "restarts of a lost SGLang engine, per worker; the next loss ends the run", least=0
     )
     server_flags: str = knob(
         "",
-        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the ones set here",
+        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the "
+        "flags that the run sets",
     )
-    num_slots: int = knob(64, "sequences that one engine generates at a time")
-    max_response_tokens: int = knob(256, "a response is truncated there")
+    num_slots: int = knob(
+        64,
+        "sequences that one engine generates at a time",
+        least=1,
+        most=(100_000, "the KV cache of each slot takes memory"),
+    )
+    max_response_tokens: int = knob(
+        256, "a response is truncated at this length", least=1, most=(10_000_000, LONG)
+    )
     temperature: float = knob(
         1.0,
-        "sampling temperature; training requires > 0 and the full distribution (no top-p, no top-k)",
+        "sampling temperature; training samples the full distribution (no top-p, no top-k)",
+        above=(0, "greedy rollouts have no behaviour logprobs"),
+        most=(1000, "the distribution is flat by then"),
     )
     weight_update: Literal["recompute", "keep_kv", "drain"] = knob(
         "recompute",
-        "running sequences at a weight update: KV computed anew | KV of the old weights kept | finished first",
+        "running sequences at a weight update: compute their KV cache anew (recompute), keep that "
+        "of the old weights (keep_kv), or finish them first (drain)",
     )
 
     @property
@@ -182,50 +270,81 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayConfig:
-    groups_per_step: int = knob(16, "groups that one learner step consumes")
-    group_size: int = knob(16, "rollouts per group (G)")
+    groups_per_step: int = knob(
+        16,
+        "groups that one learner step consumes",
+        least=1,
+        most=(1_000_000, "a batch has to fit into memory"),
+    )
+    group_size: int = knob(
+        16,
+        "rollouts per group (G)",
+        least=(2, "an advantage compares siblings"),
+        most=(100_000, "a group has to fit into the slots of one engine"),
+    )
     max_staleness: int = knob(
-        2, "law 1: a token trained by version v was generated by a version >= v - max_staleness"
+        2,
+        "staleness bound: weights of version v train on tokens of version v - max_staleness or "
+        "newer",
+        least=0,
+        most=(1000, "the credits, (max_staleness + 1) x groups_per_step, have to fit into memory"),
     )
     dynamic_sampling: bool = knob(
         True, "reject groups whose accuracies are all equal: they carry no gradient"
     )
     filter: str | None = knob(
         None,
-        "own module:function that keeps a group (true) or rejects it (false), after the other filters; null: off",
+        "your own module:function that keeps a group (true) or rejects it (false), after the other "
+        "filters; null: off",
     )
     lockstep: bool = knob(
         False,
-        "admit in waves, each when the one before has ended: a run repeats bit for bit; needs staleness 0 and one worker",
+        "admit groups in waves, so that a run repeats bit for bit; needs staleness 0, one worker "
+        "and the torch engine",
     )
     max_rejected_in_a_row: int = knob(
-        512, "this many rejected groups in a row end the run (solved if all were all_correct)"
+        512,
+        "this many rejected groups in a row end the run; it is solved if all were all_correct",
+        least=1,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    data_parallel: int = knob(1, "ranks that train on different groups of a batch")
-    tensor_parallel: int = knob(
-        1, "ranks that share one copy of the model; data_parallel x tensor_parallel ranks in all"
+    data_parallel: int = knob(
+        1, "ranks that train on different groups of a batch", least=1, most=(10_000, PROCESS)
     )
-    num_cpus: float = knob(1.0, "CPUs that Ray reserves per learner rank, and its threads")
-    lr: float = knob(1e-6, "AdamW learning rate after warm-up")
-    warmup_steps: int = knob(10, "steps of linear warm-up")
-    weight_decay: float = knob(0.1, "AdamW weight decay on matrices")
-    grad_clip: float = knob(1.0, "global gradient norm is clipped to this")
-    num_minibatches: int = knob(1, "optimizer updates per step")
+    tensor_parallel: int = knob(
+        1,
+        "ranks that share one copy of the model; there are data_parallel x tensor_parallel ranks",
+        least=1,
+        most=(1024, "no model has that many attention heads"),
+    )
+    num_cpus: float = knob(
+        1.0,
+        "CPUs that Ray reserves per learner rank, and its threads",
+        least=0,
+        most=(10_000, "no machine has more CPUs"),
+    )
+    lr: float = knob(1e-6, "AdamW learning rate after warm-up", least=0)
+    warmup_steps: int = knob(10, "steps of linear warm-up", least=0)
+    weight_decay: float = knob(0.1, "AdamW weight decay on matrices", least=0)
+    grad_clip: float = knob(1.0, "the global gradient norm is clipped to this", above=0)
+    num_minibatches: int = knob(1, "optimizer updates per step", least=1)
     microbatch_tokens: int = knob(
         16_384,
         "most tokens per forward and backward pass; a longer sequence gets a pass of its own",
+        least=1,
     )
     recompute: bool = knob(
         False,
-        "activation checkpointing: each layer keeps its input only and is computed again backwards",
+        "activation checkpointing: each layer keeps its input only, and the backward pass computes "
+        "the rest again",
     )
     offload_optimizer: bool = knob(
         False,
-        "AdamW's moments stay in the host's memory and visit the GPU bucket by bucket; on a CPU nothing changes",
+        "keep AdamW's moments in host memory and copy them to the GPU bucket by bucket; no effect "
+        "on a CPU",
     )
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
@@ -236,20 +355,23 @@ class LearnerConfig:
 class WeightsConfig:
     transport: Literal["broadcast", "disk"] = knob(
         "broadcast",
-        "how weights reach the engines: collective broadcast (gloo or NCCL) or safetensors on disk",
+        "how weights reach the engines: by collective broadcast (gloo or NCCL), or as safetensors "
+        "on disk",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: nothing is evaluated")
+    num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: no evaluation", least=0)
     every_steps: int = knob(
-        0, "evaluate each so many steps, beside training; 0: only before and after it"
+        0,
+        "steps between evaluations during training; 0: evaluate only before and after it",
+        least=0,
     )
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
-        "where: an own process on idle CPU time | one with reserved rollout.num_cpus and, with "
-        "cuda, one GPU",
+        "who evaluates during training: a process on idle CPU time (snapshot), or one with reserved "
+        "rollout.num_cpus and, with cuda, one GPU (dedicated)",
     )
 
     @property
@@ -259,15 +381,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    num_steps: int = knob(100, "learner steps")
+    num_steps: int = knob(100, "learner steps", least=1)
     max_wall_s: float | None = knob(
         None,
-        "end in time, with a checkpoint, before so many seconds have passed since the process began; null: off",
+        "end, with a checkpoint, before the process is this many seconds old; null: no limit",
     )
     checkpoint_every_steps: int = knob(
-        20, "save a checkpoint each so many steps, beside the steps; one more at every end"
+        20, "steps between checkpoints; every end of a run writes one more", least=1
     )
-    keep_checkpoints: int = knob(3, "the newest so many are kept, and the best by evaluation")
+    keep_checkpoints: int = knob(
+        3, "newest checkpoints that are kept, besides the best by evaluation", least=1
+    )
     record: bool = knob(
         False,
         "write every batch to recorded/, for dapo-async rerun, and all of its groups to rollouts/",
@@ -278,22 +402,22 @@ class TrainConfig:
 class TrackingConfig:
     mlflow: str | None = knob(
         "local",
-        "MLflow store: local = SQLite mlflow.db beside the run directory | a tracking URI | null: off",
+        "MLflow store: local (SQLite mlflow.db beside the run directory), or a tracking URI; null: "
+        "off",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlinesConfig:
-    start_s: float = knob(120.0, "the start: Ray, actors, SGLang servers, models loaded")
-    work_s: float = knob(
+    start_s: float = deadline(120.0, "the start: Ray, actors, SGLang servers, models loaded")
+    work_s: float = deadline(
         1800.0, "one piece of work: a batch, a learner step, an evaluation or a checkpoint"
     )
-    answer_s: float = knob(
+    answer_s: float = deadline(
         120.0, "one publish with its handshake, and the silence of a busy SGLang server"
     )
-    stop_s: float = knob(
-        10.0,
-        "the orderly end of the actors before they are killed, and what MLflow still has to take",
+    stop_s: float = deadline(
+        10.0, "the end: actors before they are killed, and what MLflow still has to take"
     )
 
 
@@ -301,16 +425,18 @@ class DeadlinesConfig:
 class ClusterConfig:
     address: str = knob(
         "auto",
-        "local: start an own Ray | HOST:PORT: join that cluster | auto: that of RAY_ADDRESS or this machine, else an own one",
+        "local: start an own Ray; HOST:PORT: join that cluster; auto: join the cluster of "
+        "RAY_ADDRESS or of this machine, else start an own Ray",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    seed: int = knob(0, "seeds data order, sampling noise and the handshake")
+    seed: int = knob(0, "seeds data order, sampling noise and the handshake", least=0)
     run_dir: str = knob(
         "",
-        "where the run writes; empty: runs/NAME-TIME; relative: in the folder DAPO_ASYNC_RUNS or else in the current one",
+        "folder that the run writes; empty: runs/NAME-TIME; a relative path is in the folder "
+        "DAPO_ASYNC_RUNS, or else in the current one",
     )
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -333,7 +459,7 @@ class Config:
 
     @property
     def gpus_per_worker(self) -> float:
-        """What Ray reserves for one rollout worker; servers that run already have their own."""
+        """What Ray reserves for one rollout worker. Servers that run already have their own GPUs."""
         if self.rollout.server_urls:
             return 0.0
         shares = {"cpu": 0.0, "cuda": float(self.rollout.tensor_parallel), "shared_cuda": SHARED}
@@ -345,11 +471,30 @@ class Config:
         return float(self.model.device == "cuda" and self.evaluation.engine == "dedicated")
 
 
-def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """Every knob as `(dotted name, default, line, kind of path)`, in file order."""
+def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[Knob]:
+    """Every knob, in file order."""
+    types = get_type_hints(tree)
     for item in fields(tree):
-        group = item.default_factory
-        if group is not MISSING and is_dataclass(group):
-            yield from knobs(group, f"{prefix}{item.name}.")
+        section = item.default_factory
+        if section is not MISSING and is_dataclass(section):
+            yield from knobs(section, f"{prefix}{item.name}.")
         else:
-            yield prefix + item.name, item.default, item.metadata["line"], item.metadata["path"]
+            about = item.metadata
+            yield Knob(
+                prefix + item.name,
+                item.default,
+                about["line"],
+                about["path"],
+                about["bounds"],
+                types[item.name],
+            )
+
+
+def values_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every knob of a config as (dotted name, value), in file order."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from values_of(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value

@@ -1,41 +1,44 @@
-"""A YAML file and dotted overrides as OmegaConf trees, paths made absolute. Part of the room config, whose door is `config`."""
+"""A YAML file and dotted overrides as OmegaConf trees, with paths made absolute."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapo_async.config.replaced import refuse_replaced
 from dapo_async.config.sources import resolved
 from dapo_async.config.text import literal
 
-if TYPE_CHECKING:  # imported where it is used, so that rooms that take a part of the tree of knobs run without OmegaConf
+if TYPE_CHECKING:  # imported on first use, as in load.py
     from omegaconf import DictConfig
+
+EXAMPLE = "configs/quickstart.yaml"
 
 
 def read_file(path: Path, names: Sequence[str]) -> DictConfig:
-    """The tree of a YAML file. Raises ValueError where there is none, and what OmegaConf raises."""
+    """The tree of a YAML file. Raises ValueError, and what OmegaConf raises."""
     import yaml
     from omegaconf import DictConfig, OmegaConf
 
-    if not path.is_file():
-        raise ValueError(
-            f"config file {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
-        )
+    if path.is_dir():
+        raise ValueError(f"config file {path} is a folder; give a YAML file, such as {EXAMPLE}")
+    if not path.exists():
+        raise ValueError(f"config file {path} does not exist; give a YAML file, such as {EXAMPLE}")
     try:
-        tree = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        tree = OmegaConf.create(text) if isinstance(yaml.safe_load(text), dict | None) else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())
         raise ValueError(
-            f"config file {path} is not valid YAML: {' '.join(str(error).split())}; correct it there"
+            f"config file {path} is not valid YAML: {what}; correct it there"
         ) from error
-    except OSError as error:  # also what OmegaConf raises for a file that holds a single number
-        raise ValueError(
-            f"config file {path} can't be read: {error}; give a YAML file such as configs/quickstart.yaml"
-        ) from error
+    except OSError as error:
+        raise ValueError(f"config file {path} can't be read: {error.strerror}") from error
     if not isinstance(tree, DictConfig):
         raise ValueError(
-            f"config file {path} must hold a mapping of knobs, not {type(tree).__name__}; see configs/quickstart.yaml"
+            f"config file {path} must hold sections of knobs, not a single value or a list; "
+            f"write it like {EXAMPLE}"
         )
     _check_names(tree, names)
     return tree
@@ -51,42 +54,47 @@ def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig
         key, equals, _ = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(
-                f"override {override!r} is not of the form key=value; write for example learner.lr=1e-4"
+                f"override {override!r} is not of the form key=value; "
+                "write for example learner.lr=1e-4"
             )
         try:
             tree.merge_with_dotlist([override])
         except yaml.YAMLError as error:
             raise ValueError(
-                f"the value of override {override!r} is not valid YAML; put it into quotes, such as {key}='\"...\"'"
+                f"the value of override {override!r} is not valid YAML; "
+                f"put it into quotes, such as {key}='\"...\"'"
             ) from error
     _check_names(tree, names)
     return tree
 
 
 def _check_names(tree: DictConfig, names: Sequence[str]) -> None:
+    """Raises ValueError for a knob that was replaced, and for a section that has a value."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(tree, resolve=False)
     refuse_replaced({str(key): value for key, value in values.items()})
     for name in names:
-        group, dot, _ = name.partition(".")
-        if dot and group in values and not isinstance(values[group], dict):
+        section, dot, _ = name.partition(".")
+        if dot and section in values and not isinstance(values[section], dict):
             raise ValueError(
-                f"{group} ({values[group]!r}) is a group of knobs and has no value of its own; set one of its knobs, such as {name}"
+                f"{section} ({values[section]!r}) is a section of knobs and has no value; "
+                f"set one of its knobs, such as {name}"
             )
 
 
 def resolve_paths(tree: DictConfig, folder: Path, kinds: Mapping[str, str]) -> None:
-    """Makes the paths of the knobs in `kinds` (name to kind) absolute. Raises ValueError for one that is none."""
+    """Makes the paths of the knobs in `kinds` (name to kind) absolute, in place.
+
+    Raises ValueError for a text that can't be a path.
+    """
     from omegaconf import OmegaConf
 
     for name, kind in kinds.items():
         value = OmegaConf.select(tree, name)
-        if isinstance(value, str) and value:
-            try:
-                OmegaConf.update(tree, name, literal(resolved(value, folder, kind=kind)))
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"{name} ({value!r}) is no usable path: {error}; give another path"
-                ) from error
+        if not isinstance(value, str) or not value:
+            continue
+        try:
+            OmegaConf.update(tree, name, literal(resolved(value, folder, kind=kind)))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} ({value!r}) can't be a path: {error}") from error
