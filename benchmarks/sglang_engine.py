@@ -37,7 +37,7 @@ from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
-from dapo_async.weights.collective import NAME
+from dapo_async.weights.collective import GROUP_NAME
 from dapo_async.weights.disk import version_folder, write_version
 
 HOST, MODES, TRANSPORTS = "127.0.0.1", ("recompute", "keep_kv", "drain"), ("broadcast", "disk")
@@ -139,7 +139,9 @@ async def transported(
         return
     store = open_store(HOST, timeout_s=60.0)
     joining = asyncio.create_task(
-        client.join_group((HOST, store.port), name=NAME, first_rank=1, world_size=2, backend="gloo")
+        client.join_group(
+            (HOST, store.port), name=GROUP_NAME, first_rank=1, world_size=2, backend="gloo"
+        )
     )
     group = await asyncio.to_thread(
         WeightGroup, store, rank=0, world_size=2, host=HOST, device="cpu", timeout_s=60.0
@@ -148,17 +150,17 @@ async def transported(
     manifest = Manifest.of(weights)
 
     async def by_broadcast(weight_version: str, flush: bool) -> None:
-        lines = [[spec.line for spec in bucket] for bucket in manifest.buckets(BUCKET_BYTES)]
+        lines = [[spec.header for spec in bucket] for bucket in manifest.buckets(BUCKET_BYTES)]
         sending = asyncio.create_task(
             asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
         )
-        await client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
+        await client.receive(lines, group=GROUP_NAME, weight_version=weight_version, flush=flush)
         await sending
 
     try:
         yield by_broadcast
     finally:
-        await client.leave_group(NAME)
+        await client.leave_group(GROUP_NAME)
 
 
 async def updates(

@@ -1,7 +1,12 @@
-"""Generation (L2): group requests and weights in, completions with behaviour logprobs and versions per token out.
+"""Generation: group requests and weights come in, completions leave.
 
-`engine.py` is what every engine promises, without torch, so that whoever only speaks of engines starts in a second. The one on the learner's own
-decoder, on CPU and CUDA, is `engine_thread.ThreadedEngine(torch_engine.TorchEngine(...), clock)`.
+Every token of a completion has a behaviour logprob and a weight version.
+
+engine      the `Engine` protocol, without torch, so that it imports fast
+native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
+sglang      the engine on an SGLang server
+slot_meter  the time of each slot: occupied, without credit, tail or sync
+worker      keeps an engine full as long as there are credits
 """
 
 from dapo_async.rollout.engine import (

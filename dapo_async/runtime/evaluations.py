@@ -28,8 +28,8 @@ from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.timeline import Timeline
-from dapo_async.weights import Announcement, judge
-from dapo_async.weights.handshake import Outcome
+from dapo_async.weights import Announcement, check_attestation
+from dapo_async.weights.handshake import HandshakeOutcome
 from dapo_async.weights.publisher import HandshakeError
 
 
@@ -131,8 +131,9 @@ class Evaluations:
             attestation = await evaluator.read(announcement, str(folder))
         finally:
             await asyncio.to_thread(self.clear)
-        result = judge(announcement, attestation, tolerance=self._config.model.probe_tolerance)
-        if result.outcome is Outcome.MISMATCH:
+        tolerance = self._config.model.probe_tolerance
+        result = check_attestation(announcement, attestation, tolerance=tolerance)
+        if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {result.detail}")
 
     def _book(

@@ -1,4 +1,4 @@
-"""What is said about weights without sending them: the learner's announcement and the engine's attestation."""
+"""The records of a publish: the learner's announcement and each engine's attestation."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receive
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
+    """Name, dtype and shape of one tensor."""
+
     name: str
     dtype: str  # such as "float32"
     shape: tuple[int, ...]
@@ -28,8 +30,8 @@ class TensorSpec:
         return dtype
 
     @property
-    def line(self) -> tuple[str, str, tuple[int, ...]]:
-        """As an engine is told over HTTP."""
+    def header(self) -> tuple[str, str, tuple[int, ...]]:
+        """The form in which an SGLang server gets it over HTTP."""
         return self.name, self.dtype, self.shape
 
     @property
@@ -43,18 +45,18 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Names, dtypes and shapes in sending order; both sides derive the same buckets from it."""
+    """The tensors in sending order; sender and receivers derive the same buckets from it."""
 
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Manifest:
-        return cls(
-            tuple(
-                TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-                for name, tensor in weights.items()
-            )
-        )
+        """The manifest of `weights`, in their order."""
+        specs = []
+        for name, tensor in weights.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
+        return cls(tuple(specs))
 
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
         """Runs of neighbours of one dtype of at most `bucket_bytes` together; a larger tensor is a bucket of its own."""
@@ -69,31 +71,29 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """One version about to be published. `probe_logprobs [P - 1]` are the learner's answer to the fresh prompt `probe_ids [P]`."""
+    """One version that the learner is about to publish."""
 
     incarnation: str
     version: int
     manifest: Manifest
     checksum: str  # of the weights as sent
-    probe_ids: NDArray[np.int32]
-    probe_logprobs: NDArray[np.float32]
+    probe_ids: NDArray[np.int32]  # [P] a prompt that no engine has seen before
+    probe_logprobs: NDArray[np.float32]  # [P - 1] the learner's logprobs of probe_ids[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class Attestation:
-    """What one engine says after an update: which version it serves, what its weights are, how it answered the probe before and after."""
+    """What one engine serves after an update."""
 
     engine: str
     incarnation: str
     version: int
     probe_before: NDArray[np.float32]  # [P - 1] under the weights that were replaced
-    probe_after: NDArray[np.float32]  # [P - 1] under the weights now served
-    checksum_before: str | None = (
-        None  # None: this engine's layout cannot be compared with the learner's
-    )
+    probe_after: NDArray[np.float32]  # [P - 1] under the weights that are served now
+    # Checksums that are comparable with the learner's; None: the engine has another layout.
+    checksum_before: str | None = None
     checksum_after: str | None = None
-    own_checksum: str | None = (
-        None  # of the weights as this engine lays them out: to be compared between engines of one layout only
-    )
-    pause_s: float = 0.0  # how long generation stood still
+    # A checksum that is comparable between engines of one layout only.
+    own_checksum: str | None = None
+    pause_s: float = 0.0  # how long generation was paused
     recomputed_tokens: int = 0

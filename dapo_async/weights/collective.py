@@ -1,9 +1,11 @@
-"""Transport 1: broadcast from the learner (rank 0) to every engine, in bounded buckets, over a process group of its own.
+"""Transport `broadcast`: from the learner (rank 0) to every engine, in bounded buckets.
 
-The group is apart from torch's default group, which belongs to the learner's ranks. gloo on CPU; NCCL on GPU (written, not yet run on one).
-Every rank runs the same buckets from the same manifest; a rank that dies makes the others fail within the deadline. Buckets travel as bytes and
-the ranks meet under the names that torch's own constructor of groups uses: so SGLang's servers are members like any other
-(`init_weights_update_group`, `load_format=flattened_bucket`).
+The process group is separate from torch's default group, which the learner's ranks use. It is gloo
+on CPU and NCCL on GPU (NCCL is written, but has not run yet). Every rank derives the same buckets
+from the same manifest. When a rank dies, the other ranks fail within the deadline.
+
+SGLang servers are members of the group (`init_weights_update_group`): so buckets are sent as bytes
+(`load_format=flattened_bucket`), and the store has the prefixes that torch's own constructor uses.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from torch import Tensor
 from dapo_async.model import join_store, process_group
 from dapo_async.weights.announcement import Manifest
 
-SENDER = 0
-NAME = "dapo_async weights"
+SENDER = 0  # the learner's rank
+GROUP_NAME = "dapo_async weights"
 
 
 class WeightGroup:
-    """One rank of the group. Building it blocks until every rank has joined, at most `timeout_s`."""
+    """One rank of the group. The constructor blocks until every rank has joined, or `timeout_s`."""
 
     def __init__(
         self,
@@ -35,11 +37,8 @@ class WeightGroup:
         timeout_s: float,
     ) -> None:
         self.device = torch.device(device)
-        for prefix in (
-            NAME,
-            f"{NAME}/",
-            f"{self.device.type}/",
-        ):  # as torch.distributed.distributed_c10d nests them
+        # As torch.distributed.distributed_c10d nests them.
+        for prefix in (GROUP_NAME, f"{GROUP_NAME}/", f"{self.device.type}/"):
             store = dist.PrefixStore(prefix, store)
         self._group = process_group(
             store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s
@@ -56,7 +55,7 @@ class WeightGroup:
         device: torch.device | str,
         timeout_s: float,
     ) -> WeightGroup:
-        """As an engine: connects to the learner's store at `address` from the interface of `host`."""
+        """For engines: connects to the learner's store at `address`, from `host`."""
         return cls(
             join_store(address, timeout_s=timeout_s),
             rank=rank,
@@ -68,24 +67,22 @@ class WeightGroup:
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], manifest: Manifest, *, bucket_bytes: int) -> None:
-        """As the learner: one flattened broadcast per bucket."""
+        """For the learner: one flattened broadcast per bucket."""
         for bucket in manifest.buckets(bucket_bytes):
             flat = torch.cat([weights[spec.name].to(self.device).reshape(-1) for spec in bucket])
             self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
 
     @torch.no_grad()
     def receive(self, manifest: Manifest, *, bucket_bytes: int) -> dict[str, Tensor]:
-        """As an engine: the weights of one publish, staged beside those being served, so that generation goes on while they arrive."""
+        """For engines: the weights of one publish, in new memory.
+
+        The weights that are served do not change, so generation continues meanwhile.
+        """
         weights = {}
         for bucket in manifest.buckets(bucket_bytes):
-            flat = torch.empty(
-                sum(spec.num_elements for spec in bucket),
-                dtype=bucket[0].torch_dtype,
-                device=self.device,
-            )
+            sizes = [spec.num_elements for spec in bucket]
+            flat = torch.empty(sum(sizes), dtype=bucket[0].torch_dtype, device=self.device)
             self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
-            for spec, part in zip(
-                bucket, flat.split([spec.num_elements for spec in bucket]), strict=True
-            ):
+            for spec, part in zip(bucket, torch.split(flat, sizes), strict=True):
                 weights[spec.name] = part.view(spec.shape)
         return weights

@@ -1,4 +1,7 @@
-"""Transport 2: weights through a shared folder. One file per version, visible by an atomic rename; the newest two are kept."""
+"""Transport `disk`: weights through a shared folder.
+
+One folder per version, whose file becomes visible by an atomic rename. The newest two are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ KEPT_VERSIONS = 2  # the one being served and the one being published
 
 
 def version_folder(folder: Path, version: int) -> Path:
-    """Where `version` lies, written or not."""
+    """The folder of `version`, which may not exist yet."""
     return Path(folder) / f"version_{version:06d}"
 
 
 def write_version(weights: Mapping[str, Tensor], folder: Path, *, version: int) -> Path:
-    """Writes one version and removes those that no engine can need any more. Returns its folder."""
+    """Writes one version, removes all but the newest two, and returns its folder."""
     target = version_folder(folder, version)
     target.mkdir(parents=True, exist_ok=True)
     save_weights(weights, target)
@@ -30,5 +33,5 @@ def write_version(weights: Mapping[str, Tensor], folder: Path, *, version: int) 
 
 
 def read_version(folder: Path, *, version: int) -> dict[str, Tensor]:
-    """Reads what `write_version` wrote. Raises ValueError when that version is not there."""
+    """Reads what `write_version` wrote. Raises ValueError when the version does not exist."""
     return read_weights(version_folder(folder, version))

@@ -1,4 +1,8 @@
-"""Law 5: after a publish each engine proves the version and the content that it serves."""
+"""The handshake: after a publish each engine proves the version and the weights that it serves.
+
+In: the learner's announcement and an engine's attestation. Out: a result with its reason. Called by
+the publisher, and by the runtime for evaluations.
+"""
 
 from __future__ import annotations
 
@@ -10,67 +14,88 @@ import numpy as np
 from dapo_async.weights.announcement import Announcement, Attestation
 
 
-class Outcome(StrEnum):
-    PASSED = "passed"  # the content is right, and it could be told from the content before
-    INCONCLUSIVE = "inconclusive"  # right, but the content before would have answered alike
-    MISMATCH = "mismatch"
+class HandshakeOutcome(StrEnum):
+    """The three outcomes of a handshake."""
+
+    PASSED = "passed"  # the weights are right, and the weights before would have answered otherwise
+    INCONCLUSIVE = "inconclusive"  # right, but the weights before would have answered alike
+    MISMATCH = "mismatch"  # wrong version or wrong weights
 
 
 @dataclass(frozen=True, slots=True)
 class HandshakeResult:
-    outcome: Outcome
+    """The outcome of one handshake."""
+
+    outcome: HandshakeOutcome
     engine: str
     detail: str  # both values, for the log and for the error that stops the run
-    probe_gap: float  # largest |logprob difference| between engine and learner
+    probe_gap: float  # largest |logprob difference| between engine and learner, in nats
 
 
-def judge(
+def check_attestation(
     announced: Announcement,
     attested: Attestation,
     *,
     tolerance: float,
     peer: Attestation | None = None,
 ) -> HandshakeResult:
-    """Compares what was announced with what the engine attests, and that with `peer`: an engine of the same layout that has proved this version.
+    """Compares an engine's attestation with the learner's announcement.
 
-    Version and checksum (where the layouts are equal) must be equal, the probe's logprobs within `tolerance` (nats). The answer counts as `passed`
-    only if the engine's answer before the update was another one: by checksum, or by more than the tolerance on the probe.
+    Version and checksum (where the layouts are equal) must be equal, and the probe's logprobs
+    within `tolerance` (nats). `peer` is an engine of the same layout that has proved this version:
+    its own checksum must be equal too. The outcome is `passed` only if the weights before the
+    update differed, by checksum or by more than the tolerance on the probe.
     """
     gap = float(np.abs(attested.probe_after - announced.probe_logprobs).max())
+    wrong = _mismatch(announced, attested, gap=gap, tolerance=tolerance, peer=peer)
+    if wrong is not None:
+        return HandshakeResult(HandshakeOutcome.MISMATCH, attested.engine, wrong, gap)
+    version = f"version {announced.version}"
     gap_before = float(np.abs(attested.probe_before - announced.probe_logprobs).max())
+    other_checksum = attested.checksum_before not in (None, announced.checksum)
+    if other_checksum or not gap_before <= tolerance:
+        outcome, detail = HandshakeOutcome.PASSED, f"{version}, probe gap {gap:.1e}"
+    else:
+        outcome = HandshakeOutcome.INCONCLUSIVE
+        detail = f"{version}: the weights before answer alike (gap {gap_before:.1e})"
+    return HandshakeResult(outcome, attested.engine, detail, gap)
 
-    def verdict(outcome: Outcome, detail: str) -> HandshakeResult:
-        return HandshakeResult(outcome, attested.engine, detail, gap)
 
+def _mismatch(
+    announced: Announcement,
+    attested: Attestation,
+    *,
+    gap: float,
+    tolerance: float,
+    peer: Attestation | None,
+) -> str | None:
+    """What is wrong, with both values; None where nothing is."""
+    engine, version = attested.engine, announced.version
     if (attested.incarnation, attested.version) != (announced.incarnation, announced.version):
-        return verdict(
-            Outcome.MISMATCH,
-            f"{attested.engine} serves version {attested.version} of {attested.incarnation}, "
-            f"the learner published version {announced.version} of {announced.incarnation}",
+        return (
+            f"{engine} serves version {attested.version} of {attested.incarnation}, "
+            f"the learner published version {version} of {announced.incarnation}"
         )
-    if attested.checksum_after is not None and attested.checksum_after != announced.checksum:
-        detail = f"{attested.engine} serves weights {attested.checksum_after[:12]}, the learner published {announced.checksum[:12]}"
-        return verdict(Outcome.MISMATCH, f"{detail} as version {announced.version}")
+    if attested.checksum_after not in (None, announced.checksum):
+        return (
+            f"{engine} serves weights {_short(attested.checksum_after)}, "
+            f"the learner published {_short(announced.checksum)} as version {version}"
+        )
     if peer is not None and attested.own_checksum != peer.own_checksum:
-        sums = f"{attested.engine} serves weights {(attested.own_checksum or 'unknown')[:12]}, {peer.engine} {(peer.own_checksum or 'unknown')[:12]}"
-        return verdict(Outcome.MISMATCH, f"{sums}, both as version {announced.version}")
-    if not gap <= tolerance:  # nan is a mismatch too
-        worst = (
-            int(np.nanargmax(np.abs(attested.probe_after - announced.probe_logprobs)))
-            if np.isfinite(gap)
-            else 0
+        return (
+            f"{engine} serves weights {_short(attested.own_checksum)}, "
+            f"{peer.engine} {_short(peer.own_checksum)}, both as version {version}"
         )
-        values = f"{attested.probe_after[worst]:.6f} against the learner's {announced.probe_logprobs[worst]:.6f}"
-        return verdict(
-            Outcome.MISMATCH,
-            f"{attested.engine} answers the probe of version {announced.version} with {values} (tolerance {tolerance})",
+    if not gap <= tolerance:  # also where gap is NaN
+        gaps = np.abs(attested.probe_after - announced.probe_logprobs)
+        worst = int(np.nanargmax(gaps)) if np.isfinite(gap) else 0
+        return (
+            f"{engine} answers the probe of version {version} with "
+            f"{attested.probe_after[worst]:.6f} against the learner's "
+            f"{announced.probe_logprobs[worst]:.6f} (tolerance {tolerance})"
         )
-    told_by_checksum = (
-        attested.checksum_before is not None and attested.checksum_before != announced.checksum
-    )
-    if told_by_checksum or not gap_before <= tolerance:
-        return verdict(Outcome.PASSED, f"version {announced.version}, probe gap {gap:.1e}")
-    return verdict(
-        Outcome.INCONCLUSIVE,
-        f"version {announced.version}: the weights before answer alike (gap {gap_before:.1e})",
-    )
+    return None
+
+
+def _short(checksum: str | None) -> str:
+    return (checksum or "unknown")[:12]

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
 from dapo_async.weights.announcement import Announcement, Attestation
-from dapo_async.weights.handshake import HandshakeResult, Outcome, judge
+from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
 
 
 class Source(Protocol):
@@ -230,7 +230,7 @@ class Publisher:
     ) -> HandshakeResult | None:
         """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
         verdict = self._judge(announcement, attested)
-        if verdict.outcome is Outcome.MISMATCH:
+        if verdict.outcome is HandshakeOutcome.MISMATCH:
             again = await self._reload(receiver, announcement, verdict)
             if again is None:
                 self.lose(receiver)
@@ -247,9 +247,9 @@ class Publisher:
             if self._proved is not None and self._proved.version == announcement.version
             else None
         )
-        verdict = judge(announcement, attested, tolerance=self._tolerance, peer=peer)
+        verdict = check_attestation(announcement, attested, tolerance=self._tolerance, peer=peer)
         self.outcomes[verdict.outcome] += 1
-        if peer is None and verdict.outcome is not Outcome.MISMATCH:
+        if peer is None and verdict.outcome is not HandshakeOutcome.MISMATCH:
             self._proved = attested
         return verdict
 
@@ -263,7 +263,7 @@ class Publisher:
             await receiver.quarantine(False)  # it is closed for being lost by now
             return None
         again = self._judge(announcement, attested)
-        if again.outcome is Outcome.MISMATCH:
+        if again.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(
                 f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}"
             )

@@ -1,4 +1,4 @@
-"""A small HTTP proxy in front of a real SGLang server, which passes everything on but for what a test tampers with."""
+"""An HTTP proxy in front of a real SGLang server that changes answers as a test wants."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import aiohttp
 from aiohttp import web
 
 Tamper = Callable[[str, Any], Any]
-"""`(path, JSON of an answer or of one event of a stream) -> what is passed on`, or BREAK_OFF, STALL or a number: that HTTP status instead."""
+"""`(path, JSON of an answer or of one event of a stream) → what the proxy passes on`.
+
+Instead of JSON it may return BREAK_OFF, STALL or GARBAGE for an event, or an HTTP status for an
+answer.
+"""
 BREAK_OFF, STALL, GARBAGE = object(), object(), object()
+STALL_S = 30.0
 
 
 @asynccontextmanager
 async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
-    """The proxy's URL, on loopback."""
+    """Yields the URL of a proxy for the server at `url`."""
     async with aiohttp.ClientSession() as session:
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -26,49 +31,20 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
                 "Authorization": request.headers["Authorization"],
                 "Content-Type": "application/json",
             }
+            target, body = f"{url}{request.path_qs}", await request.read()
             async with session.request(
-                request.method,
-                f"{url}{request.path_qs}",
-                headers=headers,
-                data=await request.read(),
+                request.method, target, headers=headers, data=body
             ) as answer:
-                if answer.content_type != "text/event-stream":
-                    told = tamper(request.path, json.loads(await answer.read() or b"null"))
-                    return (
-                        web.Response(status=told)
-                        if isinstance(told, int)
-                        else web.json_response(told, status=answer.status)
-                    )
-                response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-                with suppress(ConnectionResetError):  # whoever asked may be gone by now
-                    await _stream(request, response, answer.content)
-                return response
-
-        async def _stream(
-            request: web.Request, response: web.StreamResponse, lines: aiohttp.StreamReader
-        ) -> None:
-            await response.prepare(request)
-            async for line in lines:
-                data = line.removeprefix(b"data: ").strip()
-                told = (
-                    tamper(request.path, "[DONE]" if data == b"[DONE]" else json.loads(data))
-                    if data
-                    else None
-                )
-                if not data or told == "[DONE]":
-                    await response.write(line)
-                    continue
-                if told is BREAK_OFF:
-                    assert request.transport is not None
-                    request.transport.close()
-                    return
-                if told is STALL:
-                    await asyncio.sleep(30.0)
-                await response.write(
-                    b"data: {]\n"
-                    if told is GARBAGE
-                    else b"data: " + json.dumps(told).encode() + b"\n"
-                )
+                if answer.content_type == "text/event-stream":
+                    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                    with suppress(ConnectionResetError):  # the client has left
+                        await _pass_on_events(request, response, answer.content, tamper)
+                    return response
+                content = json.loads(await answer.read() or b"null")
+                changed = tamper(request.path, content)
+                if isinstance(changed, int):
+                    return web.Response(status=changed)
+                return web.json_response(changed, status=answer.status)
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handle)
@@ -80,3 +56,31 @@ async def proxy(url: str, tamper: Tamper) -> AsyncIterator[str]:
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
+
+
+async def _pass_on_events(
+    request: web.Request,
+    response: web.StreamResponse,
+    lines: aiohttp.StreamReader,
+    tamper: Tamper,
+) -> None:
+    await response.prepare(request)
+    async for line in lines:
+        data = line.removeprefix(b"data: ").strip()
+        if not data:
+            await response.write(line)
+            continue
+        event = "[DONE]" if data == b"[DONE]" else json.loads(data)
+        changed = tamper(request.path, event)
+        if changed == "[DONE]":
+            await response.write(line)
+        elif changed is BREAK_OFF:
+            assert request.transport is not None
+            request.transport.close()
+            return
+        elif changed is GARBAGE:
+            await response.write(b"data: {]\n")
+        elif changed is STALL:
+            await asyncio.sleep(STALL_S)
+        else:
+            await response.write(b"data: " + json.dumps(changed).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Runs on real SGLang servers: where a server's processes are, and what a test does to them."""
+"""For runs on real SGLang servers: finds a server's processes and harms them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ def hang(server: psutil.Process) -> None:
 
 
 def starve(server: psutil.Process) -> None:
-    """Its processes get no more memory; the next allocation of some size fails."""
+    """Limits the memory of its processes; the next allocation of some size fails."""
     for process in [server, *server.children(recursive=True)]:
         process.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
 
 
 def server_of(root: Path, name: str) -> psutil.Process:
-    """The main process of an engine's server: the child of the supervisor, which alone writes that log."""
+    """The main process of an engine's server.
+
+    It is the child of the supervisor, which is the only process that writes the server's log.
+    """
     log = str(root / "engines" / f"{name}.log")
     for process in psutil.process_iter():
         try:
@@ -49,12 +52,15 @@ def server_of(root: Path, name: str) -> psutil.Process:
 
 
 def replaced(
-    live: Live, name: str, blow: Callable[[psutil.Process], None], *, count: int = 1, of: int = 3
+    live: Live, name: str, harm: Callable[[psutil.Process], None], *, count: int = 1, of: int = 3
 ) -> list[psutil.Process]:
-    """Strikes an engine's server and waits until the run has replaced it and has trained on; returns what there was of the server."""
+    """Harms an engine's server and waits until the run has replaced it and goes on training.
+
+    Returns the processes of the server that was harmed.
+    """
     server = server_of(live.root, name)
     session = [server, *server.children(recursive=True)]
-    blow(server)
+    harm(server)
     lost = rf"^{name} lost its engine: .*; restarting it \({count} of {of}\)$"
     live.wait_for(lost, timeout_s=60.0)
     live.wait_for(rf"{lost}[\s\S]*?^{name} generates again$", timeout_s=120.0)
@@ -64,17 +70,17 @@ def replaced(
     return session
 
 
-def check_restarts(run: Finished, **struck: int) -> None:
-    """Each engine was lost as often as it was struck, or else over a broadcast that another one's loss broke off."""
-    losses = re.findall(
-        r"^(rollout-\d) lost its engine: (.*); restarting it", run.output, re.MULTILINE
-    )
-    others = [
-        (name, why)
-        for name, why in losses
-        if re.search(r"weight_update|weights_update|update_weights", why)
-    ]
+def check_restarts(run: Finished, **harmed: int) -> None:
+    """Each engine was lost as often as it was harmed.
+
+    It may also be lost in a broadcast that the loss of another engine broke off.
+    """
+    pattern = r"^(rollout-\d) lost its engine: (.*); restarting it"
+    losses = re.findall(pattern, run.output, re.MULTILINE)
     assert run.summary["engine_restarts"] == len(losses), run.output
-    lost, broken = Counter(name for name, _ in losses), Counter(name for name, _ in others)
-    for name in lost | Counter(struck):
-        assert struck.get(name, 0) <= lost[name] <= struck.get(name, 0) + broken[name], run.output
+    call = re.compile(r"weight_update|weights_update|update_weights")
+    lost = Counter(name for name, _ in losses)
+    in_broadcast = Counter(name for name, why in losses if call.search(why))
+    for name in lost | Counter(harmed):
+        least = harmed.get(name, 0)
+        assert least <= lost[name] <= least + in_broadcast[name], run.output

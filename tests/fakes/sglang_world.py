@@ -1,12 +1,16 @@
-"""Real SGLang servers for the tests marked `sglang`: one per model family for the whole session, brought back to its base weights, not restarted."""
+"""Real SGLang servers for the tests marked `sglang`: one per model family for the whole session.
+
+Between tests a server is not restarted; it gets its base weights again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +25,13 @@ from transformers import (
 )
 
 from dapo_async.model import open_store, read_weights
-from dapo_async.rollout import GroupRequest, SamplingParams
+from dapo_async.rollout import GroupRequest, SamplingParams, WeightUpdate
 from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
-from dapo_async.weights.collective import NAME
+from dapo_async.weights.collective import GROUP_NAME
 
 VOCABULARY = 97
 NUM_SLOTS = 16
@@ -35,40 +39,49 @@ MAX_LEN = 512
 INCARNATION = "test"
 BUCKET_BYTES = 200_000  # several buckets
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": MAX_LEN, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LEN,
+    "head_dim": 16,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 PROBE = np.arange(5, 17, dtype=np.int32)
+Load = Callable[[str, bool], Awaitable[None]]  # see SGLangEngine.update
 
 
 def make_model(family: str, folder: Path, *, seed: int) -> PreTrainedModel:
-    """A random model of the family as a Hugging Face folder, whose answers are neither flat nor certain."""
+    """A random model of the family, saved to `folder`; its distributions are not near uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32")
-    )
+    config = CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         model.lm_head.weight.mul_(4.0)
     model.save_pretrained(folder)
-    return model.eval()
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 @torch.no_grad()
 def forward_logprobs(
     model: PreTrainedModel,
-    prompt: NDArray[np.int32],
+    prompt: Sequence[int] | NDArray[np.int32],
     response: NDArray[np.int32],
     temperature: float = 1.0,
 ) -> NDArray[np.float32]:
-    """log-softmax(logits / temperature) of each response token, by one forward pass of Hugging Face's model."""
+    """log-softmax(logits / temperature) of each response token, by one forward pass."""
     ids = torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.long)
-    logprobs = (model(ids[None]).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(
-        -1
-    )
-    return logprobs.gather(-1, ids[len(prompt) :, None]).squeeze(-1).numpy()
+    logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].float() / temperature
+    chosen: Tensor = logits.log_softmax(-1).gather(-1, ids[len(prompt) :, None])
+    return chosen.squeeze(-1).numpy()
 
 
 def request(
@@ -78,20 +91,18 @@ def request(
     siblings: int = 1,
     max_tokens: int = 40,
     temperature: float = 1.0,
-    **sampling: object,
+    stop_token_ids: tuple[int, ...] = (),
 ) -> GroupRequest:
-    """It runs to `max_tokens` unless `stop_token_ids` are given: these models have no stop token of their own."""
+    """Runs to `max_tokens` without `stop_token_ids`: the models have no stop token of their own."""
     sampled = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        **{"stop_token_ids": (), "seed": 0, **sampling},
+        max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop_token_ids, seed=0
     )
     return GroupRequest(group_id, np.asarray(prompt, dtype=np.int32), siblings, sampled)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A server and the two models whose weights the tests give it: version 0, which it was started with, and another."""
+    """A server and two models: `base`, which it was started with, and `other`."""
 
     server: SGLangServer
     folder: Path
@@ -99,26 +110,40 @@ class World:
     other: PreTrainedModel
     other_folder: Path
 
-    @asynccontextmanager
-    async def engine(self, weight_update: str = "recompute") -> AsyncIterator[SGLangEngine]:
-        """An engine on the server, serving the base weights as version 0."""
-        client = SGLangClient(self.server.url, api_key=self.server.api_key, silence_s=30.0)
-        engine = SGLangEngine(
-            client,
-            StateClock("test"),
-            num_slots=NUM_SLOTS,
-            weight_update=weight_update,
-            incarnation=INCARNATION,
+    def client(self, url: str | None = None, *, silence_s: float = 120.0) -> SGLangClient:
+        """A client of the server, or of a proxy for it at `url`."""
+        return SGLangClient(
+            url or self.server.url, api_key=self.server.api_key, silence_s=silence_s
         )
+
+    @asynccontextmanager
+    async def engine(
+        self, weight_update: WeightUpdate = "recompute"
+    ) -> AsyncIterator[SGLangEngine]:
+        """An engine on the server that serves the base weights as version 0."""
+        client = self.client(silence_s=30.0)
+        engine = make_engine(client, weight_update)
         try:
-            await client.resume()  # whatever the test before left
+            await client.resume()  # the test before may have paused it
             await engine.update(from_disk(client, self.folder), version=0, probe_ids=PROBE)
             yield engine
         finally:
             await engine.close()
 
 
-def from_disk(client: SGLangClient, folder: Path):
+def make_engine(client: SGLangClient, weight_update: WeightUpdate = "recompute") -> SGLangEngine:
+    return SGLangEngine(
+        client,
+        StateClock("test"),
+        num_slots=NUM_SLOTS,
+        weight_update=weight_update,
+        incarnation=INCARNATION,
+    )
+
+
+def from_disk(client: SGLangClient, folder: Path) -> Load:
+    """Loads the weights in `folder`."""
+
     async def load(weight_version: str, flush: bool) -> None:
         await client.update_from_disk(str(folder), weight_version=weight_version, flush=flush)
 
@@ -126,12 +151,12 @@ def from_disk(client: SGLangClient, folder: Path):
 
 
 @asynccontextmanager
-async def broadcasting(client: SGLangClient, folder: Path):
-    """Joins the server to a weight group with this process as the learner; yields the load by broadcast of the weights in `folder`."""
+async def broadcasting(client: SGLangClient, folder: Path) -> AsyncIterator[Load]:
+    """Yields a load by broadcast of the weights in `folder`; this process is the learner."""
     store = open_store("127.0.0.1", timeout_s=30.0)
     joining = asyncio.create_task(
         client.join_group(
-            ("127.0.0.1", store.port), name=NAME, first_rank=1, world_size=2, backend="gloo"
+            ("127.0.0.1", store.port), name=GROUP_NAME, first_rank=1, world_size=2, backend="gloo"
         )
     )
     group = await asyncio.to_thread(
@@ -147,14 +172,14 @@ async def broadcasting(client: SGLangClient, folder: Path):
         sending = asyncio.create_task(
             asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
         )
-        lines = [[spec.line for spec in bucket] for bucket in buckets]
-        await client.receive(lines, group=NAME, weight_version=weight_version, flush=flush)
+        headers = [[spec.header for spec in bucket] for bucket in buckets]
+        await client.receive(headers, group=GROUP_NAME, weight_version=weight_version, flush=flush)
         await sending
 
     try:
         yield load
     finally:
-        await client.leave_group(NAME)
+        await client.leave_group(GROUP_NAME)
 
 
 def start_world(family: str, root: Path) -> World:

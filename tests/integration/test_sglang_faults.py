@@ -1,24 +1,33 @@
-"""What is wrong with a server's answers is a fault that says so, in front of the real server; nothing of such a response is returned."""
+"""Wrong answers of a server are faults that say what is wrong.
+
+A proxy in front of the real server makes the answers wrong. No such response is returned.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Never
+from typing import Any, Never
 
 import numpy as np
 import pytest
-from sglang_proxy import BREAK_OFF, GARBAGE, STALL, proxy
-from sglang_world import NUM_SLOTS, PROBE, World, forward_logprobs, from_disk, request
+from sglang_proxy import BREAK_OFF, GARBAGE, STALL, Tamper, proxy
+from sglang_world import (
+    NUM_SLOTS,
+    PROBE,
+    World,
+    forward_logprobs,
+    from_disk,
+    make_engine,
+    request,
+)
 
-from dapo_async.rollout import Aborted, EngineFault
-from dapo_async.rollout.sglang.client import SGLangClient
-from dapo_async.rollout.sglang.engine import SGLangEngine
+from dapo_async.rollout import Aborted, EngineFault, GroupRequest, SlotUse
 from dapo_async.rollout.sglang.server import free_port
-from dapo_async.types import FinishReason
-from dapo_async.utils.state_clock import StateClock
+from dapo_async.types import Completion, FinishReason
 
 pytestmark = pytest.mark.sglang
 on_one_family = pytest.mark.parametrize("world", ["qwen3"], indirect=True)
@@ -26,91 +35,80 @@ PROMPT = (7, 11, 13, 17, 19, 23)
 LONG = 200
 
 
-def later(change):
-    """Changes the second event of each response and those after it; the first one passes."""
+def later(change: Callable[[Any], Any]) -> Tamper:
+    """Changes all events of each response except the first."""
     seen = set()
 
-    def tamper(path, told):
-        if path != "/generate" or "output_ids" not in told:
-            return told
-        name = told["meta_info"]["id"]
+    def tamper(path: str, event: Any) -> Any:
+        if path != "/generate" or "output_ids" not in event:
+            return event
+        name = event["meta_info"]["id"]
         if name not in seen:
             seen.add(name)
-            return told
-        return change(copy.deepcopy(told))
+            return event
+        return change(copy.deepcopy(event))
 
     return tamper
 
 
-def without_a_number(told):
-    told["meta_info"]["output_token_logprobs"][-1][0] = None
-    return told
+def logprob_missing(event: Any) -> Any:
+    event["meta_info"]["output_token_logprobs"][-1][0] = None
+    return event
 
 
-def without_logprobs(told):
-    del told["meta_info"]["output_token_logprobs"]
-    return told
+def logprobs_missing(event: Any) -> Any:
+    del event["meta_info"]["output_token_logprobs"]
+    return event
 
 
-def of_another_run(told):
-    for span in told["meta_info"].get("weight_versions", ()):
+def attested_by_another_run(event: Any) -> Any:
+    for span in event["meta_info"].get("weight_versions", ()):
         span["version"] = "another:0"
-    return told
+    return event
 
 
-def under_foreign_weights(told):
-    told["meta_info"]["weight_version"] = "another:0"
-    return told
+def serving_another_run(event: Any) -> Any:
+    event["meta_info"]["weight_version"] = "another:0"
+    return event
 
 
-def of_no_version_at_the_end(told):
-    for span in told["meta_info"].get("weight_versions", ()):
+def last_version_missing(event: Any) -> Any:
+    for span in event["meta_info"].get("weight_versions", ()):
         span["end"] -= 1
-    return told
+    return event
 
 
 FAULTS = {
-    "nan": (later(without_a_number), "without a finite logprob for each"),
-    "no logprobs": (later(without_logprobs), "without a finite logprob for each"),
-    "foreign version": (later(of_another_run), "attests .*another:0.*; this run is test"),
+    "nan": (later(logprob_missing), "without a finite logprob for each"),
+    "no logprobs": (later(logprobs_missing), "without a finite logprob for each"),
+    "foreign version": (later(attested_by_another_run), "attests .*another:0.*; this run is test"),
     "foreign weights": (
-        later(under_foreign_weights),
-        "serves another:0 in the midst of a response; this run is test",
+        later(serving_another_run),
+        "serves another:0 during a response; this run is test",
     ),
-    "version missing": (later(of_no_version_at_the_end), "attests versions for 39 of 40 tokens"),
-    "broken off": (later(lambda told: BREAK_OFF), "broke off generate"),
-    "silent": (
-        later(lambda told: STALL),
-        r"sent nothing for 1 s while it generated \(deadlines.answer_s\)",
-    ),
-    "garbage": (later(lambda told: GARBAGE), "sent something else than a piece of a response"),
+    "version missing": (later(last_version_missing), "attests versions for 39 of 40 tokens"),
+    "broken off": (later(lambda event: BREAK_OFF), "broke off /generate"),
+    "silent": (later(lambda event: STALL), r"sent no token for 1 s \(deadlines.answer_s\)"),
+    "garbage": (later(lambda event: GARBAGE), "sent a malformed event"),
 }
 
 
 @on_one_family
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(
+def test_stream_fault_names_its_reason_and_the_engine_accepts_another_server(
     world: World, fault: str
 ) -> None:
     tamper, line = FAULTS[fault]
 
-    async def generate():
+    async def generate() -> tuple[tuple[Completion, ...], SlotUse]:
         async with world.engine() as prepared, proxy(world.server.url, tamper) as url:
-            client = SGLangClient(url, api_key=world.server.api_key, silence_s=1.0)
-            engine = SGLangEngine(
-                client,
-                StateClock("test"),
-                num_slots=NUM_SLOTS,
-                weight_update="recompute",
-                incarnation="test",
-            )
-            with pytest.raises(EngineFault, match=line) as told:
+            engine = make_engine(world.client(url, silence_s=1.0))
+            with pytest.raises(EngineFault, match=line) as raised:
                 await engine.generate(request(1, PROMPT, siblings=4))
-            assert url in str(told.value)
-            assert bool(told.value.partial_completions) == (
-                "version" not in fault and "weights" not in fault
-            )  # of wrong weights nothing is handed on
-            right = SGLangClient(world.server.url, api_key=world.server.api_key)
+            assert url in str(raised.value)
+            wrong_weights = "version" in fault or "weights" in fault
+            assert bool(raised.value.partial_completions) == (not wrong_weights)
+            right = world.client()
             await engine.reconnect(right)
             assert (engine.version, prepared.version) == (-1, 0)
             await engine.update(from_disk(right, world.folder), version=3, probe_ids=PROBE)
@@ -119,144 +117,105 @@ def test_fault_of_a_stream_is_told_and_the_engine_goes_on_with_another_server(
             return completions, engine.slot_use()
 
     completions, use = asyncio.run(generate())
-    assert {
-        version for completion in completions for version in completion.weight_versions.tolist()
-    } == {3}
-    assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(
-        NUM_SLOTS * use.elapsed_s
-    )
+    versions = np.concatenate([completion.weight_versions for completion in completions])
+    assert set(versions.tolist()) == {3}
+    slot_seconds = use.occupied + use.no_credit + use.tail + use.sync
+    assert slot_seconds == pytest.approx(NUM_SLOTS * use.elapsed_s)
+
+
+async def lose_and_continue(
+    world: World, tamper: Tamper, asked: GroupRequest
+) -> tuple[tuple[Completion | None, ...], tuple[Completion, ...]]:
+    """Loses the server of a first engine; a second engine continues from the partial completions.
+
+    Returns the partial completions and the completions.
+    """
+    async with world.engine() as second, proxy(world.server.url, tamper) as url:
+        first = make_engine(world.client(url))
+        with pytest.raises(EngineFault) as fault:
+            await first.generate(asked)
+        await first.close()
+        partials = fault.value.partial_completions
+        return partials, await second.generate(replace(asked, partial_completions=partials))
 
 
 @on_one_family
-def test_response_goes_on_elsewhere_from_where_the_lost_server_had_told_of_it(world: World) -> None:
-    counts = Counter()
+def test_response_continues_elsewhere_where_the_lost_server_stopped(world: World) -> None:
+    counts: Counter[int] = Counter()
 
-    def tamper(path, told):
-        if path != "/generate" or "output_ids" not in told:
-            return told
-        number = int(told["meta_info"]["id"].split(".")[3])
-        counts[number] += 1
-        return BREAK_OFF if number == 3 and counts[number] == 4 else told
+    def tamper(path: str, event: Any) -> Any:
+        if path != "/generate" or "output_ids" not in event:
+            return event
+        sibling = int(event["meta_info"]["id"].split(".")[3])
+        counts[sibling] += 1
+        return BREAK_OFF if sibling == 3 and counts[sibling] == 4 else event
 
-    async def generate():
-        async with world.engine() as engine, proxy(world.server.url, tamper) as url:
-            client = SGLangClient(url, api_key=world.server.api_key)
-            lossy = SGLangEngine(
-                client,
-                StateClock("test"),
-                num_slots=NUM_SLOTS,
-                weight_update="recompute",
-                incarnation="test",
-            )
-            with pytest.raises(EngineFault) as fault:
-                await lossy.generate(request(1, PROMPT, siblings=4, max_tokens=LONG))
-            await lossy.close()
-            whole = request(1, PROMPT, siblings=4, max_tokens=LONG)
-            return fault.value.partial_completions, await engine.generate(
-                replace(whole, partial_completions=fault.value.partial_completions)
-            )
-
-    partials, completions = asyncio.run(generate())
-    assert [partial.finish_reason for partial in partials if partial is not None] == [
-        FinishReason.ABORT
-    ] * 4
+    asked = request(1, PROMPT, siblings=4, max_tokens=LONG)
+    partials, completions = asyncio.run(lose_and_continue(world, tamper, asked))
+    assert partials[3] is not None
     assert len(partials[3].token_ids) == 1 + 2 * 8
     for partial, completion in zip(partials, completions, strict=True):
+        assert partial is not None
+        assert partial.finish_reason is FinishReason.ABORT
         length = len(partial.token_ids)
         assert 0 < length < LONG
         assert completion.token_ids[:length].tolist() == partial.token_ids.tolist()
-        assert (
-            completion.behaviour_logprobs[:length].tolist() == partial.behaviour_logprobs.tolist()
-        )
+        received = partial.behaviour_logprobs.tolist()
+        assert completion.behaviour_logprobs[:length].tolist() == received
         assert (len(completion.token_ids), completion.finish_reason) == (LONG, FinishReason.LENGTH)
         assert completion.weight_versions.tolist() == [0] * LONG
-        np.testing.assert_allclose(
-            completion.behaviour_logprobs,
-            forward_logprobs(world.base, PROMPT, completion.token_ids),
-            atol=1e-4,
-            rtol=0,
-        )
+        expected = forward_logprobs(world.base, PROMPT, completion.token_ids)
+        np.testing.assert_allclose(completion.behaviour_logprobs, expected, atol=1e-4, rtol=0)
 
 
 @on_one_family
-def test_sibling_that_was_whole_is_not_generated_again(world: World) -> None:
-    async def generate():
+def test_complete_sibling_is_not_generated_again(world: World) -> None:
+    async def generate() -> tuple[tuple[Completion, ...], tuple[Completion, ...]]:
         async with world.engine() as engine:
-            first, second = await engine.generate(request(1, PROMPT, siblings=2))
-            return (
-                first,
-                await engine.generate(
-                    replace(request(2, PROMPT, siblings=2), partial_completions=(first, None))
-                ),
-                second,
-            )
+            before = await engine.generate(request(1, PROMPT, siblings=2))
+            asked = request(2, PROMPT, siblings=2)
+            partials = (before[0], None)
+            return before, await engine.generate(replace(asked, partial_completions=partials))
 
-    first, (kept, anew), second = asyncio.run(generate())
+    (first, second), (kept, generated) = asyncio.run(generate())
     assert kept is first
-    assert anew.token_ids.tolist() != second.token_ids.tolist()
+    assert generated.token_ids.tolist() != second.token_ids.tolist()
 
 
 @on_one_family
-def test_response_that_had_ended_when_its_server_was_lost_is_whole(world: World) -> None:
-    async def generate():
-        async with (
-            world.engine() as engine,
-            proxy(
-                world.server.url, lambda path, told: BREAK_OFF if told == "[DONE]" else told
-            ) as url,
-        ):
-            client = SGLangClient(url, api_key=world.server.api_key)
-            lossy = SGLangEngine(
-                client,
-                StateClock("test"),
-                num_slots=NUM_SLOTS,
-                weight_update="recompute",
-                incarnation="test",
-            )
-            with pytest.raises(EngineFault) as fault:
-                await lossy.generate(request(1, PROMPT, max_tokens=5))
-            await lossy.close()
-            return fault.value.partial_completions, await engine.generate(
-                replace(
-                    request(1, PROMPT, max_tokens=5),
-                    partial_completions=fault.value.partial_completions,
-                )
-            )
+def test_response_that_ended_before_its_server_was_lost_is_complete(world: World) -> None:
+    def tamper(path: str, event: Any) -> Any:
+        return BREAK_OFF if event == "[DONE]" else event
 
-    (partial,), (completion,) = asyncio.run(generate())
+    asked = request(1, PROMPT, max_tokens=5)
+    (partial,), (completion,) = asyncio.run(lose_and_continue(world, tamper, asked))
+    assert partial is not None
     assert partial.finish_reason is FinishReason.LENGTH
     assert completion is partial
 
 
 @on_one_family
-def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(world: World) -> None:
-    """In `drain` nothing is sent meanwhile: what waits has no connection that could break."""
+def test_engine_lost_while_requests_wait_for_an_update_can_reconnect(world: World) -> None:
+    """With `drain` nothing is sent during an update: waiting requests have no connection."""
+    asked = request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG)
 
-    async def generate():
+    async def fail(weight_version: str, flush: bool) -> Never:
+        raise EngineFault("killed")
+
+    async def generate() -> tuple[tuple[Completion | None, ...], tuple[Completion, ...]]:
         async with world.engine("drain") as engine:
-
-            async def fail(weight_version, flush) -> Never:
-                raise EngineFault("killed")
-
-            running = asyncio.create_task(
-                engine.generate(request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG))
-            )
+            running = asyncio.create_task(engine.generate(asked))
             await asyncio.sleep(0.1)
             with pytest.raises(EngineFault, match="killed"):
                 await engine.update(fail, version=1, probe_ids=PROBE)
-            right = SGLangClient(world.server.url, api_key=world.server.api_key)
+            right = world.client()
             async with asyncio.timeout(10):
                 await engine.reconnect(right)
-            with pytest.raises(
-                EngineFault, match="was lost before a response could be sent there"
-            ) as fault:
+            with pytest.raises(EngineFault, match="was lost before a request was sent") as fault:
                 await running
             await engine.update(from_disk(right, world.folder), version=2, probe_ids=PROBE)
-            again = replace(
-                request(1, PROMPT, siblings=NUM_SLOTS + 4, max_tokens=LONG),
-                partial_completions=fault.value.partial_completions,
-            )
-            return fault.value.partial_completions, await engine.generate(again)
+            partials = fault.value.partial_completions
+            return partials, await engine.generate(replace(asked, partial_completions=partials))
 
     partials, completions = asyncio.run(generate())
     assert [partial is None for partial in partials] == [False] * NUM_SLOTS + [True] * 4
@@ -264,9 +223,7 @@ def test_engine_that_is_lost_while_responses_wait_for_an_update_can_be_mended(wo
 
 
 @on_one_family
-def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_than_a_fault(
-    world: World,
-) -> None:
+def test_calls_of_a_closed_client_raise_faults_only(world: World) -> None:
     async def ask() -> None:
         async with world.engine() as engine:
             running = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
@@ -282,61 +239,49 @@ def test_closed_client_and_abort_on_a_server_that_is_gone_raise_nothing_else_tha
 
 
 @on_one_family
-def test_server_that_is_not_there_or_fails_is_a_fault_of_every_call(world: World) -> None:
+def test_missing_or_failing_server_is_a_fault_of_every_call(world: World) -> None:
     async def ask(url: str) -> list[str]:
-        client = SGLangClient(url, api_key=world.server.api_key, silence_s=5.0)
-        engine = SGLangEngine(
-            client,
-            StateClock("test"),
-            num_slots=NUM_SLOTS,
-            weight_update="recompute",
-            incarnation="test",
-        )
-        lines = []
-        for call in (
+        client = world.client(url, silence_s=5.0)
+        engine = make_engine(client)
+        calls: list[Coroutine[Any, Any, object]] = [
             engine.generate(request(1, PROMPT, siblings=2)),
             engine.update(from_disk(client, world.folder), version=1, probe_ids=PROBE),
             client.weight_version(),
-        ):
-            with pytest.raises(EngineFault) as told:
+        ]
+        lines = []
+        for call in calls:
+            with pytest.raises(EngineFault) as raised:
                 await call
-            lines.append(str(told.value))
+            lines.append(str(raised.value))
         assert not await client.healthy()
         await engine.close()
         return lines
 
-    async def both():
-        gone = await ask(f"http://127.0.0.1:{free_port('127.0.0.1')}")
-        async with proxy(world.server.url, lambda path, told: 500) as url:
-            return gone, await ask(url)
+    async def ask_both() -> tuple[list[str], list[str]]:
+        missing = await ask(f"http://127.0.0.1:{free_port('127.0.0.1')}")
+        async with proxy(world.server.url, lambda path, answer: 500) as url:
+            return missing, await ask(url)
 
-    gone, failing = asyncio.run(both())
-    assert "broke off generate" in gone[0]
-    assert all("can't be asked" in line for line in gone[1:])
+    missing, failing = asyncio.run(ask_both())
+    assert "broke off /generate" in missing[0]
+    assert all("failed to answer" in line for line in missing[1:])
     assert "answers /generate with 500" in failing[1]
     assert "answers /model_info with 500" in failing[2]
 
 
 @on_one_family
-def test_version_that_the_server_names_is_told_as_it_is(world: World) -> None:
-    """The publisher judges it: see tests/test_weights.py for what a wrong one leads to."""
+def test_engine_reports_the_version_that_the_server_names(world: World) -> None:
+    """The publisher compares it: see tests/unit/weights/test_weights.py."""
 
-    def tamper(path, told):
-        return {**told, "weight_version": "test:4"} if path == "/model_info" else told
+    def tamper(path: str, answer: Any) -> Any:
+        return {**answer, "weight_version": "test:4"} if path == "/model_info" else answer
 
-    async def update():
+    async def update() -> tuple[str, int]:
         async with proxy(world.server.url, tamper) as url:
-            client = SGLangClient(url, api_key=world.server.api_key)
-            engine = SGLangEngine(
-                client,
-                StateClock("test"),
-                num_slots=NUM_SLOTS,
-                weight_update="recompute",
-                incarnation="test",
-            )
-            incarnation, report = await engine.update(
-                from_disk(client, world.folder), version=5, probe_ids=PROBE
-            )
+            client = world.client(url)
+            engine = make_engine(client)
+            load = from_disk(client, world.folder)
+            incarnation, report = await engine.update(load, version=5, probe_ids=PROBE)
             await engine.close()
             return incarnation, report.version
 
@@ -344,8 +289,8 @@ def test_version_that_the_server_names_is_told_as_it_is(world: World) -> None:
 
 
 @on_one_family
-def test_server_that_a_run_left_in_the_midst_of_an_update_can_be_used_again(world: World) -> None:
-    async def leave_and_come_back():
+def test_server_of_a_run_that_ended_during_an_update_can_be_used_again(world: World) -> None:
+    async def leave_and_come_back() -> tuple[Completion, ...]:
         async with world.engine() as engine:
             client = engine._client
             await client.pause("retract")

@@ -21,7 +21,7 @@ from dapo_async.reward import Verdict, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Admission, RejectReason
-from dapo_async.weights import Announcement, Attestation, Manifest, judge
+from dapo_async.weights import Announcement, Attestation, Manifest, check_attestation
 from dapo_async.weights.disk import read_version, write_version
 
 RIGHT, WRONG = Verdict(True, "42", "correct"), Verdict(False, "41", "wrong")
@@ -187,13 +187,13 @@ def publish(house) -> None:
         before,
         after,
     )
-    assert judge(announcement, attested, tolerance=1e-3).outcome == "passed"
+    assert check_attestation(announcement, attested, tolerance=1e-3).outcome == "passed"
 
     # An engine that says 1 but still has the old weights would not get through.
     pretender = Attestation(
         "rollout-0", "first life", 1, report.probe_before, report.probe_before, before, before
     )
-    assert judge(announcement, pretender, tolerance=1e-3).outcome == "mismatch"
+    assert check_attestation(announcement, pretender, tolerance=1e-3).outcome == "mismatch"
 
 
 @dataclass

@@ -32,7 +32,7 @@ def keyed_uniforms(
     """Uniforms in [0, 1) with 52 bits, `[len(siblings), num_tokens]`.
 
     Row i, column t is keyed by (seed, group_id, siblings[i], t):
-    h ← mix(h + golden · (x + 1)) modulo 2⁶⁴ for x = seed, group_id, sibling, token in turn, where mix is
+    h ← mix(h + golden · (x + 1)) modulo 2⁶⁴ for x = seed, group_id, sibling, token in turn; mix is
     the finaliser of SplitMix64 (Steele et al. 2014).
     """
     golden = np.uint64(_GOLDEN)

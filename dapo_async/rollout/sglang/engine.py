@@ -1,13 +1,16 @@
-"""The SGLang engine: the protocol of `engine.py` over HTTP (L2). Group requests in, completions out; weights swapped by the server itself.
+"""The `Engine` protocol over HTTP: group requests in, completions out; the server loads weights.
 
-Each sibling is one streamed request, and never more than `num_slots` are at the server: what waits, waits here, where it is seen. Siblings share
-their prompt's KV in the server's prefix cache, whose entries are named by the update before them, so that none is used under other weights.
+Each sibling is one streamed request. At most `num_slots` requests are at the server; the others
+wait here, where slot use is measured. Siblings share the KV of their prompt in the server's prefix
+cache. Cache entries carry the number of the update before them, so no other weights use them.
 
-    update:  probe ─▶ stand still (by `weight_update`) ─▶ `load` ─▶ go on ─▶ probe
+    update:  probe ─▶ pause (see `weight_update`) ─▶ `load` ─▶ resume ─▶ probe
 
-- `recompute`: running responses go back to the server's queue, the cache is emptied, their KV is computed anew under the new weights.
-- `keep_kv`: running responses stop where they are and go on with the KV they have: cheap, and their logprobs are those of no single version.
-- `drain`: nothing new is sent until what runs has ended.
+- `recompute`: running responses go back to the server's queue, the cache is emptied, and their KV
+  is computed again under the new weights.
+- `keep_kv`: running responses pause and continue with their KV. This is cheap, but the logprobs of
+  their later tokens are those of no single version.
+- `drain`: nothing new is sent until all running responses have ended.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from dapo_async.rollout.engine import (
     UpdateReport,
     WeightUpdate,
 )
-from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.client import Chunk, SGLangClient
 from dapo_async.rollout.sglang.stream import (
-    Response,
+    ResponseStream,
     WrongVersion,
     joined,
     read_version,
@@ -50,15 +53,14 @@ class _Running:
     """One group at the engine."""
 
     siblings: list[asyncio.Task[Completion]]
-    responses: dict[int, Response] = field(default_factory=dict)  # by sibling: those at the server
-    partial_completions: dict[int, Completion] = field(
-        default_factory=dict
-    )  # by sibling: what there is of those that did not end there
+    # By sibling: the requests at the server, and what was received of those that left it.
+    responses: dict[int, ResponseStream] = field(default_factory=dict)
+    partial_completions: dict[int, Completion] = field(default_factory=dict)
     aborted: bool = False
 
 
 class SGLangEngine:
-    """One SGLang server as an engine. All calls are made from the one event loop that it was made in."""
+    """One SGLang server as an `Engine`. Make and use it in one event loop."""
 
     def __init__(
         self,
@@ -69,37 +71,39 @@ class SGLangEngine:
         weight_update: WeightUpdate,
         incarnation: str,
     ) -> None:
-        """`clock` follows it: generate, wait, sync. Versions are named `incarnation:number` at the server."""
+        """`clock` gets the states generate, wait and sync.
+
+        The server knows versions as `incarnation:number`.
+        """
         self.num_slots, self.version = num_slots, 0
-        self._client, self._clock, self._mode, self._incarnation = (
-            client,
-            clock,
-            weight_update,
-            incarnation,
-        )
+        self._client, self._clock = client, clock
+        self._mode, self._incarnation = weight_update, incarnation
         self._meter = SlotMeter(clock, slots=num_slots)
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0
-        self._newest_version = 0  # of the weights whose load has begun: what is sent from then on meets them, or KV of those before
-        self._num_updates = 0  # names the prefix cache's entries: a version may be served twice, after wrong weights of that name
+        # Of the weights whose load has begun: a request sent after that meets them or older KV.
+        self._newest_version = 0
+        # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
+        # a second time.
+        self._num_updates = 0
         self._syncing = False
-        self._gone = False  # while another server takes its place
+        self._disconnected = False  # while another server takes this one's place
         self._trusted = True  # until the server names weights that it was not given
         self._may_send = asyncio.Event()  # cleared while running responses drain
         self._may_send.set()
         self._ended = asyncio.Event()  # set whenever a response ends
-        self._nonce, self._serial = (
-            secrets.token_hex(4),
-            itertools.count(),
-        )  # names of requests that no other client of this server uses
+        # Make request ids that no other client of this server uses.
+        self._nonce, self._serial = secrets.token_hex(4), itertools.count()
         clock.enter("wait")
 
     async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
-        """See `Engine`. A cancelled call takes its group off the engine. Raises EngineFault when the server can't be used."""
-        assert request.group_id not in self._running, (
-            f"group {request.group_id} is on the engine already"
-        )
+        """See `Engine`. A cancelled call takes its group off the engine.
+
+        Raises EngineFault, with the partial completions, when the server can't be used.
+        """
+        known = request.group_id in self._running
+        assert not known, f"group {request.group_id} is on the engine already"
         group = _Running([])
         self._running[request.group_id] = group
         try:
@@ -111,7 +115,7 @@ class SGLangEngine:
         except ExceptionGroup as errors:
             first = errors.exceptions[0]
             if isinstance(first, EngineFault) and not group.aborted:
-                raise EngineFault(str(first), self._heads(group, request)) from None
+                raise EngineFault(str(first), self._received(group, request)) from None
             if not group.aborted:
                 raise first from None
         finally:
@@ -125,13 +129,12 @@ class SGLangEngine:
         groups = [self._running[each] for each in group_ids if each in self._running]
         for group in groups:
             group.aborted = True
-        with contextlib.suppress(EngineFault):  # a lost server: each stream tells of it by itself
-            await self._client.abort(
-                [response.request_id for group in groups for response in group.responses.values()]
-            )
+        responses = [response for group in groups for response in group.responses.values()]
+        with contextlib.suppress(EngineFault):  # a lost server: each stream raises it itself
+            await self._client.abort([response.request_id for response in responses])
         for group in groups:
             for task in group.siblings:
-                task.cancel()  # one that the abort came too early for ends with its connection
+                task.cancel()  # a request that the server did not know yet ends here
 
     async def update(
         self,
@@ -140,12 +143,13 @@ class SGLangEngine:
         version: int,
         probe_ids: NDArray[np.int32],
     ) -> tuple[str, UpdateReport]:
-        """Has the server `load(name of the version, whether its cache must be emptied)` while nothing is generated.
+        """Calls `load(name of the version, whether to empty the cache)` while generation is paused.
 
-        Returns the incarnation that the server attests, and the report. After a failed load the server stays paused: its weights are not to be used.
+        Returns the incarnation that the server attests, and the report. After a failed load the
+        server stays paused: its weights must not be used.
         """
         before = await self._client.prompt_logprobs(probe_ids)
-        async with self._standstill() as start_s:
+        async with self._paused() as start_s:
             recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
             self._num_updates += 1
             self._newest_version = version
@@ -158,17 +162,19 @@ class SGLangEngine:
         )
 
     async def reconnect(self, client: SGLangClient) -> None:
-        """Goes on with another server, which serves none of the run's weights yet. What ran on the one before fails, if it has not failed already."""
-        self._gone = True
-        self._may_send.set()  # whatever waits to be sent fails as well
+        """Continues with another server, which serves none of the run's weights yet.
+
+        Groups that ran on the old server fail, if they have not failed already.
+        """
+        self._disconnected = True
+        self._may_send.set()  # requests that wait to be sent fail as well
         await self._client.close()
         while self._running:
-            await asyncio.gather(
-                *(sibling for group in self._running.values() for sibling in group.siblings),
-                return_exceptions=True,
-            )
+            siblings = [task for group in self._running.values() for task in group.siblings]
+            await asyncio.gather(*siblings, return_exceptions=True)
             await asyncio.sleep(0)
-        self._client, self.version, self._trusted, self._gone = client, -1, True, False
+        self._client, self.version = client, -1
+        self._trusted, self._disconnected = True, False
 
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
@@ -180,38 +186,32 @@ class SGLangEngine:
         """Closes the connections; pending calls fail."""
         await self._client.close()
 
-    def _heads(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
-        """What there is of each sibling, those that had ended included; of a server with wrong weights only what came from elsewhere."""
+    def _received(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
+        """Per sibling the tokens received so far, complete responses included; None: no token.
+
+        Tokens of a server with wrong weights are left out.
+        """
         if not self._trusted:
             return request.partial_completions
-        ended = {
-            place: task.result()
-            for place, task in enumerate(group.siblings)
-            if not (task.cancelled() or task.exception())
-        }
-        before = dict(enumerate(request.partial_completions))
-        return tuple(
-            ended.get(place) or group.partial_completions.get(place) or before.get(place)
-            for place in range(request.num_siblings)
-        )
+        received = dict(enumerate(request.partial_completions)) | group.partial_completions
+        for sibling, task in enumerate(group.siblings):
+            if not (task.cancelled() or task.exception()):
+                received[sibling] = task.result()
+        return tuple(received.get(sibling) for sibling in range(request.num_siblings))
 
     async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
         partial = request.partial_completions[sibling] if request.partial_completions else None
         if partial is not None and partial.finish_reason is not FinishReason.ABORT:
             return partial
         async with self._slots:
-            while (
-                not self._may_send.is_set()
-            ):  # it may have been cleared again before this task had its turn
+            while not self._may_send.is_set():  # it may be cleared again before this task runs
                 await self._may_send.wait()
-            if self._gone:
-                raise EngineFault(
-                    f"{self._client.url} was lost before a response could be sent there"
-                )
-            # Never the same twice, for an abort may come late; the last dot keeps one from being the beginning of another: the server
-            # aborts by beginnings.
+            if self._disconnected:
+                raise EngineFault(f"{self._client.url} was lost before a request was sent to it")
+            # Unique, because an abort may come late. With a dot at the end, because the server
+            # aborts all requests whose id begins with the given id.
             name = f"{self._nonce}.{next(self._serial)}.{request.group_id}.{sibling}."
-            response = Response(name, len(request.prompt_ids), self._newest_version)
+            response = ResponseStream(name, len(request.prompt_ids), self._newest_version)
             group.responses[sibling] = response
             self._count(+1)
             try:
@@ -219,16 +219,15 @@ class SGLangEngine:
             finally:
                 del group.responses[sibling]
                 if response.token_ids:
-                    group.partial_completions[sibling] = joined(
-                        partial, response.whole or response.partial()
-                    )
+                    received = response.completion or response.partial()
+                    group.partial_completions[sibling] = joined(partial, received)
                 self._count(-1)
                 self._ended.set()
 
     async def _stream(
-        self, request: GroupRequest, response: Response, partial: Completion | None
+        self, request: GroupRequest, response: ResponseStream, partial: Completion | None
     ) -> Completion:
-        """One response, from the end of its `partial` on."""
+        """One response, continued from the end of `partial`."""
         so_far = partial.token_ids.tolist() if partial is not None else []
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far))
         body = {
@@ -237,42 +236,44 @@ class SGLangEngine:
             "rid": response.request_id,
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
-        # To the very end of the stream: the server takes an earlier goodbye for a wish to abort.
+        # Read to the very end of the stream: the server aborts a request whose client leaves early.
         async for chunk in self._client.stream(body):
             try:
-                response.add(
-                    chunk,
-                    newest_version=max(self.version, response.sent_version),
-                    incarnation=self._incarnation,
-                )
-                if chunk.finish is not None:
-                    response.end(
-                        chunk.finish,
-                        chunk.versions,
-                        incarnation=self._incarnation,
-                        keeps_kv=self._mode == "keep_kv",
-                    )
+                self._receive(chunk, response)
             except EngineFault as fault:
                 self._trusted = self._trusted and not isinstance(fault, WrongVersion)
                 raise EngineFault(f"{self._client.url} {fault}") from None
-        completion = response.whole
+        completion = response.completion
         if completion is None:
             raise EngineFault(
                 f"{self._client.url} ended response {response.request_id} without a reason"
             )
-        if (
-            completion.finish_reason is FinishReason.LENGTH
-            and len(completion.token_ids) < sampling.max_tokens
-        ):
+        count, was_cut = len(completion.token_ids), completion.finish_reason is FinishReason.LENGTH
+        if was_cut and count < sampling.max_tokens:
             raise ValueError(
-                f"{self._client.url} cut a response at {len(completion.token_ids)} of {sampling.max_tokens} tokens: the memory for its keys "
-                "and values, or the model's context, is too small; lower rollout.max_response_tokens or give the server more"
+                f"{self._client.url} cut a response at {count} of {sampling.max_tokens} tokens: "
+                "its memory for keys and values, or the model's context, is too small; "
+                "lower rollout.max_response_tokens or give the server more memory"
             )
         return joined(partial, completion)
 
+    def _receive(self, chunk: Chunk, response: ResponseStream) -> None:
+        newest_version = max(self.version, response.sent_version)
+        response.add(chunk, newest_version=newest_version, incarnation=self._incarnation)
+        if chunk.finish is not None:
+            response.end(
+                chunk.finish,
+                chunk.versions,
+                incarnation=self._incarnation,
+                keeps_kv=self._mode == "keep_kv",
+            )
+
     @asynccontextmanager
-    async def _standstill(self) -> AsyncIterator[float]:
-        """Nothing is generated inside; yields since when. Left by an exception, nothing is generated afterwards either."""
+    async def _paused(self) -> AsyncIterator[float]:
+        """Generation is paused inside; yields the time of its start.
+
+        After an exception generation stays paused.
+        """
         start_s = time.monotonic()
         if self._mode == "drain":
             self._may_send.clear()
@@ -293,22 +294,22 @@ class SGLangEngine:
             await self._client.resume()
 
     def _known_tokens(self) -> Iterable[int]:
-        """Tokens of each response at the server, as far as it has told."""
+        """Tokens of each response at the server that were received, its prompt included."""
         for group in self._running.values():
             for response in group.responses.values():
                 yield response.prompt_tokens + len(response.token_ids)
 
     def _count(self, change: int) -> None:
-        self._book()
+        self._record_time()
         self._num_running += change
-        self._book()
+        self._record_time()
 
     def _sync(self, on: bool) -> None:
-        self._book()
+        self._record_time()
         self._syncing = on
-        self._book()
+        self._record_time()
 
-    def _book(self) -> None:
-        """Books the time until now, and says what is being done from now on."""
+    def _record_time(self) -> None:
+        """Adds the time until now to the slot meter and sets the state of the clock."""
         self._meter.spent(running=self._num_running, syncing=self._syncing)
         self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")

@@ -84,7 +84,7 @@ class ServerOptions:
 
     def environment(self) -> dict[str, str]:
         """Environment variables: the network interface, and on a CPU the cores of the ranks."""
-        interface = interface_of(self.host)
+        interface = find_interface(self.host)
         variables: dict[str, str] = {}
         if interface:
             variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -98,7 +98,7 @@ class ServerOptions:
         return variables
 
 
-def interface_of(host: str) -> str | None:
+def find_interface(host: str) -> str | None:
     """The name of the network interface with the address `host`; torch's process groups need it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == host for each in addresses):

@@ -1,4 +1,8 @@
-"""One response of an SGLang server as it comes: chunks in, a whole or a partial completion out (L2). Used by `sglang_engine.py`."""
+"""One response of an SGLang server while it is streamed.
+
+In: the chunks of one sibling. Out: its completion, or its partial completion when the server is
+lost. Used by `engine.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dapo_async.rollout.engine import EngineFault, SamplingParams
 from dapo_async.rollout.sglang.client import Chunk
@@ -14,45 +19,43 @@ from dapo_async.types import Completion, FinishReason
 
 
 class WrongVersion(EngineFault):
-    """The server's weights are not those that it was given: nothing that it told is of any use."""
+    """The server serves other weights than it was given; nothing that it returned may be used."""
 
 
 @dataclass(slots=True)
-class Response:
-    """What has come of one sibling. `request_id` names it at the server."""
+class ResponseStream:
+    """The tokens of one sibling so far."""
 
-    request_id: str
+    request_id: str  # its name at the server
     prompt_tokens: int
-    sent_version: int  # the newest version when it was sent
+    sent_version: int  # the newest version when the request was sent
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(
-        default_factory=list
-    )  # as far as they are known before the end: none is newer than the true one
-    whole: Completion | None = None  # from its end on
+    versions: list[int] = field(default_factory=list)  # a lower bound per token, until the end
+    completion: Completion | None = None  # after the end
     _next_version: int = -1
 
     def add(self, chunk: Chunk, *, newest_version: int, incarnation: str) -> None:
-        """Its tokens may have been under way when `newest_version` was in force: they count as of the one before, those of the next chunk as of it.
+        """Appends the tokens of a chunk.
 
-        Raises WrongVersion where the server says that it serves weights of another run.
+        Tokens may have been on their way when `newest_version` came into force. So these tokens
+        count as the version before, and those of the next chunk as `newest_version`. Raises
+        WrongVersion where the server says that it serves weights of another run.
         """
         if read_version(chunk.weight_version)[0] != incarnation:
             raise WrongVersion(
-                f"serves {chunk.weight_version} in the midst of a response; this run is {incarnation}"
+                f"serves {chunk.weight_version} during a response; this run is {incarnation}"
             )
-        self.versions += [
-            self.sent_version if self._next_version < 0 else self._next_version
-        ] * len(chunk.token_ids)
+        version = self.sent_version if self._next_version < 0 else self._next_version
+        self.versions += [version] * len(chunk.token_ids)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self._next_version = newest_version
 
     def partial(self) -> Completion:
-        """What there is of it before its end."""
-        return self._completion(
-            np.asarray(self.versions, dtype=np.int32), self.sent_version, FinishReason.ABORT
-        )
+        """The tokens so far, with finish reason ABORT."""
+        versions = np.asarray(self.versions, dtype=np.int32)
+        return self._completion(versions, self.sent_version, FinishReason.ABORT)
 
     def end(
         self,
@@ -62,10 +65,15 @@ class Response:
         incarnation: str,
         keeps_kv: bool,
     ) -> None:
-        """Makes `whole` of it, with the versions that the server attests. Raises WrongVersion where it attests none or another run's."""
+        """Sets `completion`, with the versions that the server attests in `spans`.
+
+        Raises WrongVersion where a token has no version or one of another run, EngineFault where
+        the server aborted the response.
+        """
         reason, count = FinishReason(finish["type"]), len(self.token_ids)
         if reason is FinishReason.ABORT:
-            raise EngineFault(f"gave up a response: {finish.get('message') or 'no reason given'}")
+            why = finish.get("message") or "no reason given"
+            raise EngineFault(f"gave up a response: {why}")
         versions, covered = np.empty(count, dtype=np.int32), 0
         for span in spans:
             owner, version = read_version(span["version"])
@@ -76,34 +84,36 @@ class Response:
         if covered != count:
             raise WrongVersion(f"attests versions for {covered} of {count} tokens")
         first = int(versions[0]) if count else self.sent_version
-        self.whole = self._completion(
-            versions, min(first, self.sent_version) if keeps_kv else first, reason
-        )
+        # With `keep_kv` the prompt may have been read before an update and sampled from after it.
+        prefill_version = min(first, self.sent_version) if keeps_kv else first
+        self.completion = self._completion(versions, prefill_version, reason)
 
     def _completion(
-        self, versions: np.ndarray, prefill_version: int, reason: FinishReason
+        self, versions: NDArray[np.int32], prefill_version: int, reason: FinishReason
     ) -> Completion:
+        token_ids = np.asarray(self.token_ids, dtype=np.int32)
         logprobs = np.asarray(self.logprobs, dtype=np.float32)
-        return Completion(
-            np.asarray(self.token_ids, dtype=np.int32), logprobs, versions, prefill_version, reason
-        )
+        return Completion(token_ids, logprobs, versions, prefill_version, reason)
 
 
-def joined(partial: Completion | None, tail: Completion) -> Completion:
-    """One response whose end another engine generated, on KV of its own."""
+def joined(partial: Completion | None, rest: Completion) -> Completion:
+    """A partial completion and its rest, which another engine generated, as one completion."""
     if partial is None:
-        return tail
+        return rest
     return Completion(
-        token_ids=np.concatenate([partial.token_ids, tail.token_ids]),
-        behaviour_logprobs=np.concatenate([partial.behaviour_logprobs, tail.behaviour_logprobs]),
-        weight_versions=np.concatenate([partial.weight_versions, tail.weight_versions]),
-        prefill_version=min(partial.prefill_version, tail.prefill_version),
-        finish_reason=tail.finish_reason,
+        token_ids=np.concatenate([partial.token_ids, rest.token_ids]),
+        behaviour_logprobs=np.concatenate([partial.behaviour_logprobs, rest.behaviour_logprobs]),
+        weight_versions=np.concatenate([partial.weight_versions, rest.weight_versions]),
+        prefill_version=min(partial.prefill_version, rest.prefill_version),
+        finish_reason=rest.finish_reason,
     )
 
 
 def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
-    """As SGLang names it. Its own stop tokens, those of the model's config, hold beside these; the seed is the server's."""
+    """The parameters by SGLang's names.
+
+    SGLang also stops at the stop tokens of the model's config. The seed is the server's own.
+    """
     return {
         "max_new_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -115,6 +125,6 @@ def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def read_version(name: str) -> tuple[str, int]:
-    """`incarnation:number` as a pair; of the weights that a server was started with, no incarnation and -1."""
+    """`incarnation:number` as a pair; ("", -1) for the weights that a server was started with."""
     incarnation, colon, number = name.rpartition(":")
     return (incarnation, int(number)) if colon and number.isdecimal() else ("", -1)

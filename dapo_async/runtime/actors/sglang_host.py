@@ -14,7 +14,7 @@ from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation
-from dapo_async.weights.collective import NAME
+from dapo_async.weights.collective import GROUP_NAME
 from dapo_async.weights.disk import version_folder
 
 
@@ -68,7 +68,7 @@ class SGLangHost(EngineHost):
         client = SGLangClient(url, api_key=key, silence_s=deadlines.answer_s)
         if urls:
             await client.wait_until_healthy(timeout_s=deadlines.start_s)
-            await client.clear(NAME)
+            await client.clear(GROUP_NAME)
         return client
 
     async def _start_server(self) -> tuple[str, str]:
@@ -96,21 +96,21 @@ class SGLangHost(EngineHost):
             "nccl" if self._config.model.torch_device == "cuda" else "gloo"
         )  # the learner's: it opened the group
         if self._joined:
-            await self._client.leave_group(NAME)
+            await self._client.leave_group(GROUP_NAME)
         self._joined = True
         await self._client.join_group(
-            address, name=NAME, first_rank=first_rank, world_size=world_size, backend=backend
+            address, name=GROUP_NAME, first_rank=first_rank, world_size=world_size, backend=backend
         )
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
 
         buckets = announcement.manifest.buckets(BUCKET_BYTES)
-        lines = [[spec.line for spec in bucket] for bucket in buckets]
+        lines = [[spec.header for spec in bucket] for bucket in buckets]
 
         async def load(weight_version: str, flush: bool) -> None:
             await self._client.receive(
-                lines, group=NAME, weight_version=weight_version, flush=flush
+                lines, group=GROUP_NAME, weight_version=weight_version, flush=flush
             )
 
         return await self._update(announcement, load)

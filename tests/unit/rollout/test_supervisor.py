@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from dapo_async.rollout.sglang import supervisor
-from dapo_async.rollout.sglang.server import interface_of
+from dapo_async.rollout.sglang.server import find_interface
 
 SECRET = "0123456789abcdef"
 OWNER = """
@@ -117,7 +117,7 @@ def test_secret_is_in_a_private_file_and_nowhere_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "lo"), ("192.0.2.254", None)])
 def test_network_interface_is_found_by_its_address(host: str, name: str | None) -> None:
-    assert interface_of(host) == name
+    assert find_interface(host) == name
 
 
 def test_server_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from dapo_async.model import Decoder, ModelConfig, checksum, open_store, score_tokens, take_snapshot
 from dapo_async.weights import Announcement, Attestation, Manifest, Publisher, WeightGroup
 from dapo_async.weights.disk import read_version, write_version
-from dapo_async.weights.handshake import Outcome, judge
+from dapo_async.weights.handshake import HandshakeOutcome, check_attestation
 from dapo_async.weights.publisher import HandshakeError
 
 TINY = ModelConfig.from_dict(
@@ -175,25 +175,29 @@ def test_the_judge_compares_versions_incarnations_and_probes_where_no_checksum_c
     announcement = learner.announce(4)
     before = announcement.probe_logprobs + np.float32(0.5)
     good = Attestation("rollout-0", "first", 4, before, announcement.probe_logprobs)
-    assert judge(announcement, good, tolerance=1e-3).outcome is Outcome.PASSED
+    assert check_attestation(announcement, good, tolerance=1e-3).outcome is HandshakeOutcome.PASSED
     assert (
-        judge(announcement, replace(good, probe_before=good.probe_after), tolerance=1e-3).outcome
-        is Outcome.INCONCLUSIVE
+        check_attestation(
+            announcement, replace(good, probe_before=good.probe_after), tolerance=1e-3
+        ).outcome
+        is HandshakeOutcome.INCONCLUSIVE
     )
     assert (
-        judge(announcement, replace(good, probe_after=before), tolerance=1e-3).outcome
-        is Outcome.MISMATCH
+        check_attestation(announcement, replace(good, probe_after=before), tolerance=1e-3).outcome
+        is HandshakeOutcome.MISMATCH
     )
     assert (
-        judge(announcement, replace(good, probe_after=before * np.nan), tolerance=1e-3).outcome
-        is Outcome.MISMATCH
+        check_attestation(
+            announcement, replace(good, probe_after=before * np.nan), tolerance=1e-3
+        ).outcome
+        is HandshakeOutcome.MISMATCH
     )
-    stale = judge(announcement, replace(good, version=3), tolerance=1e-3)
-    assert stale.outcome is Outcome.MISMATCH
+    stale = check_attestation(announcement, replace(good, version=3), tolerance=1e-3)
+    assert stale.outcome is HandshakeOutcome.MISMATCH
     assert "serves version 3 of first, the learner published version 4 of first" in stale.detail
     assert (
-        judge(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome
-        is Outcome.MISMATCH
+        check_attestation(announcement, replace(good, incarnation="other"), tolerance=1e-3).outcome
+        is HandshakeOutcome.MISMATCH
     )
 
 
