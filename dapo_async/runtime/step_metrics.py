@@ -172,9 +172,7 @@ class Tracker:
             "evicted": len(batch.evicted),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
-            "probe_gap": max(
-                (verdict.probe_gap for verdict in publisher.last_verdicts), default=0.0
-            ),
+            "probe_gap": max((result.probe_gap for result in publisher.last_results), default=0.0),
             **{f"handshake.{name}": count for name, count in publisher.outcomes.items()},
         }
         self.checkpoint_pause_s = 0.0

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dapo_async.model import join_store, process_group
 from dapo_async.weights.announcement import Manifest
@@ -28,7 +28,7 @@ class WeightGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         *,
         rank: int,
         world_size: int,
@@ -39,7 +39,7 @@ class WeightGroup:
         self.device = torch.device(device)
         # As torch.distributed.distributed_c10d nests them.
         for prefix in (GROUP_NAME, f"{GROUP_NAME}/", f"{self.device.type}/"):
-            store = dist.PrefixStore(prefix, store)
+            store = PrefixStore(prefix, store)
         self._group = process_group(
             store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s
         )

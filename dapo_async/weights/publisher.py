@@ -1,10 +1,13 @@
-"""The order of a publish: announce, send, receive, attest, judge, release. One in flight, overlapping the learner's next step.
+"""The order of a publish: announce, send, receive, attest, compare, release the credits.
 
-A receiver whose engine is lost (`lose`, or an answer of None instead of an attestation) is left out: it takes no part in a broadcast and nothing
-waits for it. `restore` has it read the newest version from disk and prove it. Publishes and restores never overlap, so the learner keeps the snapshot
-of the newest publish until both are done. The group of a broadcast is formed anew whenever its members change.
+In: a snapshot of the learner. Out: every engine serves it and has proved that. One publish is in
+flight at a time, beside the learner's next step. Called by the loop; the learner and the engines
+are Ray actors in a run, plain objects in tests.
 
-Called by the loop; the learner and the engines are ports (their Ray actors in a run, plain objects in tests).
+An engine is lost when `lose` says so, or when it answers None instead of an attestation. It takes
+no part in a broadcast, and nothing waits for it. `restore` has it read the newest version from disk
+and prove it. Publishes and restores never overlap, so the learner keeps the snapshot of the newest
+publish until both are done. The group of a broadcast is formed again when its members change.
 """
 
 from __future__ import annotations
@@ -18,35 +21,41 @@ from typing import Literal, Protocol
 from dapo_async.weights.announcement import Announcement, Attestation
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
 
-
-class Source(Protocol):
-    """The learner's side. Both send the snapshot that the announcement belongs to, whatever the learner trains meanwhile."""
-
-    async def broadcast(
-        self, announcement: Announcement
-    ) -> str | None: ...  # why it broke off, where receivers can be lost
-
-    async def write(self, announcement: Announcement) -> str: ...  # returns the folder of versions
+OnServed = Callable[[int], Awaitable[None]]
 
 
-class Receiver(Protocol):
-    """An engine's side. Both return when the engine serves the new weights."""
+class WeightSource(Protocol):
+    """The learner. Both methods send the snapshot of the announcement, whatever it trains now."""
+
+    async def broadcast(self, announcement: Announcement) -> str | None:
+        """Returns None, or why the broadcast broke off where receivers can be lost."""
+        ...
+
+    async def write(self, announcement: Announcement) -> str:
+        """Writes the version to disk; returns the folder of all versions."""
+        ...
+
+
+class WeightReceiver(Protocol):
+    """An engine. `receive` and `read` return when it serves the new weights, None when it is lost."""
 
     name: str
 
-    async def receive(
-        self, announcement: Announcement
-    ) -> Attestation | None: ...  # None: its engine was lost over it
+    async def receive(self, announcement: Announcement) -> Attestation | None:
+        """Takes part in the broadcast."""
+        ...
 
-    async def read(self, announcement: Announcement, folder: str) -> Attestation | None: ...
+    async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
+        """Reads the version from disk."""
+        ...
 
-    async def quarantine(
-        self, on: bool
-    ) -> None: ...  # on: nothing is generated there, and what was is given up
+    async def quarantine(self, on: bool) -> None:
+        """On: drops its groups and generates nothing, because its weights are wrong."""
+        ...
 
-    async def confirm(
-        self,
-    ) -> None: ...  # its weights are proved: what they generated since the update may be offered
+    async def confirm(self) -> None:
+        """Its weights are proved: groups that finished since the update may be offered."""
+        ...
 
 
 class HandshakeError(RuntimeError):
@@ -54,43 +63,52 @@ class HandshakeError(RuntimeError):
 
 
 class Publisher:
-    """Publishes announcements to every receiver and tells `on_served` when all of them serve a version."""
+    """Publishes versions to all receivers and calls `on_served` when all of them serve a version."""
 
     def __init__(
         self,
-        source: Source,
-        receivers: Sequence[Receiver],
+        source: WeightSource,
+        receivers: Sequence[WeightReceiver],
         *,
         transport: Literal["broadcast", "disk"],
         tolerance: float,
         deadline_s: float,
         regroup: Callable[[Sequence[str]], Awaitable[None]] | None = None,
     ) -> None:
-        """`regroup` forms the group of a broadcast, of the source and the receivers named; None where there is nothing to form."""
+        """`regroup` forms the process group of a broadcast from the source and the named receivers.
+
+        None: there is no group to form. `tolerance` is that of the handshake's probe, in nats.
+        """
         self._source, self._receivers, self._transport = source, receivers, transport
         self._tolerance, self._deadline_s = tolerance, deadline_s
-        self._in_flight: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()  # of a publish, its snapshot included, or of a restore
         self._regroup = regroup
-        self._members: tuple[str, ...] = ()  # receivers in the group of a broadcast
+        self._in_flight: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # held by a publish, its snapshot included, or by a restore
+        self._members: tuple[str, ...] = ()  # receivers in the process group of a broadcast
         self._lost: set[str] = set()
+        self._unproved: set[str] = set()  # receivers whose handshake is awaited
+        self._written: asyncio.Task[str] | None = None  # the newest version on disk
+        self._proved: Attestation | None = None  # the first right one of the newest version
         self.newest: Announcement | None = None  # of the publish that was started last
-        self.outcomes: Counter[str] = Counter()  # verdicts by outcome, over the run
-        self._waiting_for: set[str] = (
-            set()
-        )  # receivers of the publish in flight that have not proved themselves
-        self._written: asyncio.Task[str] | None = None  # its version on disk
-        self._proved: Attestation | None = None  # the first of the newest version that was right
+        self.outcomes: Counter[str] = Counter()  # of all handshakes of the run
         self.num_served = 0  # versions that every receiver has served
-        self.last_verdicts: tuple[HandshakeResult, ...] = ()
-        self.last_pause_s = 0.0  # the longest standstill of an engine in the newest publish
+        self.last_results: tuple[HandshakeResult, ...] = ()  # handshakes of the last publish
+        self.last_pause_s = 0.0  # the longest pause of an engine in the last publish
 
-    async def start(
-        self, snapshot: Awaitable[Announcement], *, on_served: Callable[[int], Awaitable[None]]
-    ) -> None:
-        """Waits for the publish before this one, takes the snapshot, then lets its publish run beside the learner's next step.
+    @property
+    def in_flight(self) -> asyncio.Task[None] | None:
+        """The publish that runs beside the learner's step, None after `finish`."""
+        return self._in_flight
 
-        In this order: the publish before may still need the snapshot that this one replaces.
+    @property
+    def serving(self) -> tuple[WeightReceiver, ...]:
+        """The receivers that are not lost."""
+        return tuple(receiver for receiver in self._receivers if receiver.name not in self._lost)
+
+    async def start(self, snapshot: Awaitable[Announcement], *, on_served: OnServed) -> None:
+        """Waits for the last publish, takes the snapshot and starts to publish it.
+
+        The last publish comes first, because it may need the snapshot that this one replaces.
         """
         await self.finish()
         await self._turn.acquire()
@@ -100,7 +118,8 @@ class Publisher:
             self._turn.release()
             raise
         self._in_flight = asyncio.create_task(
-            self._publish_in_turn(announcement, on_served), name=f"publish {announcement.version}"
+            self._publish_and_release_turn(announcement, on_served),
+            name=f"publish {announcement.version}",
         )
 
     async def finish(self) -> None:
@@ -109,77 +128,66 @@ class Publisher:
             task, self._in_flight = self._in_flight, None
             await task
 
-    @property
-    def present(self) -> tuple[Receiver, ...]:
-        """Those whose engine is not lost."""
-        return tuple(receiver for receiver in self._receivers if receiver.name not in self._lost)
+    async def publish(self, announcement: Announcement, *, on_served: OnServed) -> None:
+        """One whole publish.
 
-    def lose(self, receiver: Receiver) -> None:
-        """Passes `receiver` over, and waits for it no longer, until `restore`. The engine that comes back is a new member of the group."""
+        Raises HandshakeError, or TimeoutError that names the receivers that were not ready.
+        """
+        await self._turn.acquire()
+        await self._publish_and_release_turn(announcement, on_served)
+
+    def lose(self, receiver: WeightReceiver) -> None:
+        """Leaves `receiver` out until `restore`; its engine will be a new member of the group."""
         self._lost.add(receiver.name)
         self._members = ()
-        self._waiting_for.discard(receiver.name)
+        self._unproved.discard(receiver.name)
 
-    async def restore(self, receiver: Receiver) -> bool:
-        """Brings a lost `receiver`, whose engine runs again, to the newest published version; False when it was lost over that. Raises like it."""
+    async def restore(self, receiver: WeightReceiver) -> bool:
+        """Brings a lost `receiver`, whose engine runs again, to the newest version.
+
+        Returns False when it was lost again meanwhile. Raises as `publish` does.
+        """
         async with self._turn:
-            if self.newest is not None:
-                self._waiting_for = {receiver.name}
+            newest = self.newest
+            if newest is not None:
+                self._unproved = {receiver.name}
                 async with self._deadline(
-                    f"return of {receiver.name} with version {self.newest.version}"
+                    f"return of {receiver.name} with version {newest.version}"
                 ):
-                    attested = await receiver.read(self.newest, await self._write(self.newest))
-                    if (
-                        attested is None
-                        or await self._settle(receiver, self.newest, attested) is None
-                    ):
+                    attested = await receiver.read(newest, await self._write(newest))
+                    if attested is None:
+                        return False
+                    if await self._shake_hands(receiver, newest, attested) is None:
                         return False
             self._lost.discard(receiver.name)
             return True
 
-    @property
-    def in_flight(self) -> asyncio.Task[None] | None:
-        return self._in_flight
-
-    async def publish(
-        self, announcement: Announcement, *, on_served: Callable[[int], Awaitable[None]]
-    ) -> None:
-        """One whole publish, in its turn. Raises HandshakeError, or TimeoutError naming who waited for whom."""
-        async with self._turn:
-            await self._publish(announcement, on_served)
-
-    async def _publish(
-        self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]
-    ) -> None:
-        self.newest = announcement
-        present = self.present
-        self._waiting_for = {receiver.name for receiver in present}
-        self._written = None
-        async with self._deadline(f"publish of version {announcement.version}"):
-            attestations = await self._deliver(announcement, present)
-            pairs = [
-                (receiver, attested)
-                for receiver, attested in zip(present, attestations, strict=True)
-                if attested is not None
-            ]
-            for receiver, attested in zip(present, attestations, strict=True):
-                if attested is None:
-                    self.lose(receiver)
-            self.last_pause_s = max((attested.pause_s for _, attested in pairs), default=0.0)
-            verdicts = await asyncio.gather(
-                *(self._settle(receiver, announcement, attested) for receiver, attested in pairs)
-            )
-            self.last_verdicts = tuple(verdict for verdict in verdicts if verdict is not None)
-            self.num_served += 1
-            await on_served(announcement.version)
-
-    async def _publish_in_turn(
-        self, announcement: Announcement, on_served: Callable[[int], Awaitable[None]]
+    async def _publish_and_release_turn(
+        self, announcement: Announcement, on_served: OnServed
     ) -> None:
         try:
             await self._publish(announcement, on_served)
         finally:
             self._turn.release()
+
+    async def _publish(self, announcement: Announcement, on_served: OnServed) -> None:
+        self.newest, self._written = announcement, None
+        receivers = self.serving
+        self._unproved = {receiver.name for receiver in receivers}
+        async with self._deadline(f"publish of version {announcement.version}"):
+            attestations = await self._deliver(announcement, receivers)
+            pauses, handshakes = [], []
+            for receiver, attested in zip(receivers, attestations, strict=True):
+                if attested is None:
+                    self.lose(receiver)
+                else:
+                    pauses.append(attested.pause_s)
+                    handshakes.append(self._shake_hands(receiver, announcement, attested))
+            self.last_pause_s = max(pauses, default=0.0)
+            results = await asyncio.gather(*handshakes)
+            self.last_results = tuple(result for result in results if result is not None)
+            self.num_served += 1
+            await on_served(announcement.version)
 
     @asynccontextmanager
     async def _deadline(self, what: str) -> AsyncIterator[None]:
@@ -188,84 +196,87 @@ class Publisher:
                 yield
         except TimeoutError as error:
             if not limit.expired():
-                raise  # somebody else's deadline, which names who waited for whom
-            names = ", ".join(sorted(self._waiting_for)) or "the replay room"
+                raise  # another deadline, which has its own message
+            names = ", ".join(sorted(self._unproved)) or "the replay buffer"
             raise TimeoutError(
                 f"{what}: the learner waited {self._deadline_s:g} s for {names}"
             ) from error
 
     async def _deliver(
-        self, announcement: Announcement, receivers: Sequence[Receiver]
+        self, announcement: Announcement, receivers: Sequence[WeightReceiver]
     ) -> list[Attestation | None]:
         """Sends the weights to `receivers`; returns the attestation of each."""
         if self._transport == "disk":
             folder = await self._write(announcement)
-            return await asyncio.gather(
-                *(receiver.read(announcement, folder) for receiver in receivers)
-            )
+            reading = (receiver.read(announcement, folder) for receiver in receivers)
+            return await asyncio.gather(*reading)
         members = tuple(sorted(receiver.name for receiver in receivers))
         if not members:
             return []
         if members != self._members and self._regroup is not None:
-            self._members = members  # first: whoever is lost meanwhile makes it worthless
+            self._members = members  # before the await: `lose` during it must clear this
             await self._regroup(members)
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in receivers))
-        broken, attestations = await asyncio.gather(self._source.broadcast(announcement), receiving)
-        if broken is not None:
+        failure, attestations = await asyncio.gather(
+            self._source.broadcast(announcement), receiving
+        )
+        if failure is not None:
             self._members = ()
             if None not in attestations:
                 raise RuntimeError(
-                    f"the broadcast of version {announcement.version} broke off, though every engine took part: {broken}"
+                    f"the broadcast of version {announcement.version} broke off, though every "
+                    f"engine took part: {failure}"
                 )
         return attestations
 
     async def _write(self, announcement: Announcement) -> str:
-        """The folder of versions; each version is written once, however many engines ask for it."""
+        """The folder of versions; a version is written once, however many engines need it."""
         if self._written is None:
             self._written = asyncio.create_task(self._source.write(announcement))
         return await self._written
 
-    async def _settle(
-        self, receiver: Receiver, announcement: Announcement, attested: Attestation
+    async def _shake_hands(
+        self, receiver: WeightReceiver, announcement: Announcement, attested: Attestation
     ) -> HandshakeResult | None:
-        """Judges one engine; a mismatch is quarantined, reloaded from disk and judged once more. None when the engine was lost over that."""
-        verdict = self._judge(announcement, attested)
-        if verdict.outcome is HandshakeOutcome.MISMATCH:
-            again = await self._reload(receiver, announcement, verdict)
-            if again is None:
+        """The handshake of one engine, with one reload after a mismatch; None: it was lost."""
+        result = self._check(announcement, attested)
+        if result.outcome is HandshakeOutcome.MISMATCH:
+            reloaded = await self._reload(receiver, announcement, result)
+            if reloaded is None:
                 self.lose(receiver)
                 return None
-            verdict = again
+            result = reloaded
         await receiver.confirm()
-        self._waiting_for.discard(receiver.name)
-        return verdict
+        self._unproved.discard(receiver.name)
+        return result
 
-    def _judge(self, announcement: Announcement, attested: Attestation) -> HandshakeResult:
-        """The first engine that proves a version is the one that the others are held against."""
-        peer = (
-            self._proved
-            if self._proved is not None and self._proved.version == announcement.version
-            else None
-        )
-        verdict = check_attestation(announcement, attested, tolerance=self._tolerance, peer=peer)
-        self.outcomes[verdict.outcome] += 1
-        if peer is None and verdict.outcome is not HandshakeOutcome.MISMATCH:
+    def _check(self, announcement: Announcement, attested: Attestation) -> HandshakeResult:
+        """Also compares with the first engine that proved this version."""
+        first = self._proved
+        peer = first if first is not None and first.version == announcement.version else None
+        result = check_attestation(announcement, attested, tolerance=self._tolerance, peer=peer)
+        self.outcomes[result.outcome] += 1
+        if peer is None and result.outcome is not HandshakeOutcome.MISMATCH:
             self._proved = attested
-        return verdict
+        return result
 
     async def _reload(
-        self, receiver: Receiver, announcement: Announcement, verdict: HandshakeResult
+        self, receiver: WeightReceiver, announcement: Announcement, mismatch: HandshakeResult
     ) -> HandshakeResult | None:
-        """The remedy for wrong weights: nothing of that engine is kept, and the same version is read from disk, once."""
+        """After a mismatch: quarantines the engine, which reads the version from disk, once.
+
+        Raises HandshakeError after a second mismatch. None: the engine was lost.
+        """
         await receiver.quarantine(True)
         attested = await receiver.read(announcement, await self._write(announcement))
         if attested is None:
-            await receiver.quarantine(False)  # it is closed for being lost by now
+            await receiver.quarantine(False)  # a lost engine generates nothing anyway
             return None
-        again = self._judge(announcement, attested)
-        if again.outcome is HandshakeOutcome.MISMATCH:
+        result = self._check(announcement, attested)
+        if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(
-                f"wrong weights twice: first {verdict.detail}; after a reload from disk {again.detail}"
+                f"wrong weights twice: first {mismatch.detail}; "
+                f"after a reload from disk {result.detail}"
             )
         await receiver.quarantine(False)
-        return again
+        return result

@@ -88,7 +88,7 @@ class LearnerHandle(Handle[LearnerActor]):
 
 
 class WorkerHandle(Handle[RolloutActor]):
-    """One rollout worker; the publisher's `Receiver`."""
+    """One rollout worker; the publisher's `WeightReceiver`."""
 
     ready = remote(RolloutActor.ready, _start_with_margin)
     watch = remote(RolloutActor.run, _unlimited)

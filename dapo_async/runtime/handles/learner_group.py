@@ -25,7 +25,7 @@ PING_S = 2.0  # an actor answers while its rank computes: without an answer it h
 
 
 class LearnerGroup:
-    """All learner ranks; also the publisher's `Source`."""
+    """All learner ranks; also the publisher's `WeightSource`."""
 
     def __init__(self, ranks: Sequence[LearnerHandle], config: Config) -> None:
         self.ranks = list(ranks)

@@ -41,7 +41,7 @@ class System:
         self._clock, self._told_s = clock, 100.0
         self.learner = SimpleNamespace(ranks=[SimpleNamespace(name="learner")])
         self.publisher = SimpleNamespace(
-            last_pause_s=0.0, last_verdicts=(), outcomes=Counter(passed=1)
+            last_pause_s=0.0, last_results=(), outcomes=Counter(passed=1)
         )
         self.silent = False
 

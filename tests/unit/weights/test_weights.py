@@ -461,7 +461,7 @@ def test_engine_that_is_back_before_the_publish_that_lost_it_has_ended_stays_bac
         gate.set()
         await publishing
         assert await restoring
-        return publisher.present
+        return publisher.serving
 
     assert asyncio.run(play()) == (first, second)
 
