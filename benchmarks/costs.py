@@ -86,7 +86,7 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
         "copy_of_weights_s",
         lambda: [parameter.detach().clone() for parameter in rank.decoder.parameters()],
     )
-    state = timed("checkpoint_pause_s", rank.freeze)
+    state = timed("checkpoint_pause_s", rank.capture_state)
     timed("checkpoint_write_s", lambda: save_state(state, folder / "learner", Mesh()))
     snapshot = timed(
         "publish_snapshot_s", lambda: take_snapshot(rank.decoder, version=1, probe_tokens=16)

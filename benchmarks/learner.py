@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import rows_of, split_microbatches
+from dapo_async.learner.batching import split_microbatches, training_sequences
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW
 from dapo_async.model import load_decoder, token_logprobs
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
@@ -94,7 +94,8 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=BETAS)
     batches = split_microbatches(
-        rows_of(groups, normalize_std=True, overlong_filtering=False), KNOBS.microbatch_tokens
+        training_sequences(groups, normalize_std=True, overlong_filtering=False),
+        KNOBS.microbatch_tokens,
     )
     num_tokens = sum(len(batch.targets) for batch in batches)
 

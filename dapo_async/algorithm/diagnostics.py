@@ -1,16 +1,20 @@
-"""What the loss did, as sums: `policy_loss` fills one dict per microbatch, the learner turns each into a StepMetrics and adds them (law 4).
+"""What the loss did, as sums that add up over microbatches and ranks.
 
-The key says how an entry adds up:
+`microbatch_loss` fills one dict per microbatch. The learner turns each into a StepMetrics and adds
+them; they are divided once, at the end (token-mean exactness). The key says how an entry adds up:
 
-    num_tokens   the unmasked tokens: the count that everything else is divided by
-    X_tokens     how many of them a rule touched         ->  X_fraction
-    X_sum        a sum over them                         ->  X, the mean
-    X_max        a maximum over them                     ->  X_max
+    num_tokens   the unmasked tokens, the count that everything else is divided by
+    X_tokens     how many of them a rule touched   ->  X_fraction
+    X_sum        a sum over them                   ->  X, the mean
+    X_max        a maximum over them               ->  X_max
 
-Rules: clip_low, clip_high, dual_clip (the objective's clips); weight_truncated, weight_floored (truncate), weight_rejected (mask); dropped (`keep`).
-Values, with ρ = π_prox/π_beh and u = π_θ/π_prox per token: behaviour_kl_k1 = −log ρ, behaviour_kl_k3 = ρ − 1 − log ρ, behaviour_chi2 = ρ² − 1,
-behaviour_ratio = ρ; current_kl_k1 and current_kl_k3 the same of u; behaviour_weight = w after the correction; loss = the token's loss.
-Estimators: k1 and k3 after Schulman, "Approximating KL Divergence" (2020).
+Rules: clip_low, clip_high, dual_clip (the clips of the objective); weight_truncated, weight_floored
+(correction truncate); weight_rejected (correction mask); dropped (`keep`).
+
+Values, with ρ = π_prox/π_beh and u = π_θ/π_prox per token: behaviour_kl_k1 = −log ρ,
+behaviour_kl_k3 = ρ − 1 − log ρ, behaviour_chi2 = ρ² − 1, behaviour_ratio = ρ; current_kl_k1 and
+current_kl_k3 are the same of u; behaviour_weight is w after the correction; loss is the loss of the
+token. Estimators k1 and k3: Schulman, "Approximating KL Divergence" (2020).
 """
 
 from __future__ import annotations
@@ -37,20 +41,19 @@ def loss_diagnostics(
     live: Tensor,
     kept: Tensor,
 ) -> dict[str, Tensor]:
-    """Sums over the unmasked tokens of one microbatch, in two reductions whatever their number.
+    """Sums over the unmasked tokens of one microbatch, in two reductions for all of them.
 
-    drift = log π_θ/π_prox, mismatch = log π_prox/π_beh; `clips` the bool masks of the objective's rules; every tensor [T], finite where masked.
+    drift = log π_θ/π_prox, mismatch = log π_prox/π_beh; `clips` are the bool masks of the
+    objective's rules. Every tensor is [T] and finite where masked.
     """
     zero = torch.zeros_like(live)
     truncates, masks = correction == "truncate", correction == "mask"
+    rules = ("clip_low", "clip_high", "dual_clip")
     weight, log_rho, log_u = corrected.weight, bounded(mismatch), bounded(drift)
     rho, u = log_rho.exp(), log_u.exp()
     summed = {
         "num_tokens": live,
-        **{
-            f"{rule}_tokens": clips.get(rule, zero)
-            for rule in ("clip_low", "clip_high", "dual_clip")
-        },
+        **{f"{rule}_tokens": clips.get(rule, zero) for rule in rules},
         "weight_truncated_tokens": corrected.above_cap if truncates else zero,
         "weight_floored_tokens": corrected.below_floor if truncates else zero,
         "weight_rejected_tokens": corrected.above_cap | corrected.below_floor if masks else zero,
@@ -72,13 +75,13 @@ def loss_diagnostics(
     }
     unmasked = live.to(weight.dtype)
     sums = (torch.stack([row.to(weight.dtype) for row in summed.values()]) * unmasked).sum(1)
-    # Padded by one 0: the maximum over no token is 0.
+    # Padded by one 0, so that the maximum over no token is 0.
     maxima = torch.nn.functional.pad(torch.stack([*largest.values()]) * unmasked, (0, 1)).amax(1)
     return dict(zip([*summed, *largest], [*sums.unbind(), *maxima.unbind()], strict=True))
 
 
 def step_metrics(diagnostics: Mapping[str, Tensor]) -> StepMetrics:
-    """The diagnostics of one `policy_loss` as sums and counts, in one transfer from the device; call it after the step, not between microbatches."""
+    """The diagnostics of one microbatch as sums and counts, in one transfer from the device."""
     values = dict(zip(diagnostics, torch.stack([*diagnostics.values()]).tolist(), strict=True))
     num_tokens = values.pop("num_tokens")
     sums, maxima = {}, {}
@@ -93,10 +96,10 @@ def step_metrics(diagnostics: Mapping[str, Tensor]) -> StepMetrics:
 
 
 def summarise(metrics: StepMetrics) -> dict[str, float]:
-    """`metrics.flat()` and the effective sample sizes, which only the complete sums give.
+    """`metrics.flat()` and the effective sample sizes, which need the complete sums.
 
-    ESS = 1 / mean((x / mean x)²) = (mean x)² / mean x², in (0, 1]: `behaviour_ess` of the raw token ratio ρ, `behaviour_weight_ess` of the applied
-    weight w. Left out where it would be 0 / 0.
+    ESS = 1 / mean((x / mean x)²) = (mean x)² / mean x², in (0, 1]: `behaviour_ess` of the raw token
+    ratio ρ, `behaviour_weight_ess` of the applied weight w. An ESS of 0 / 0 is left out.
     """
     flat = metrics.flat()
     second_moments = {

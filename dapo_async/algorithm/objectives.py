@@ -1,4 +1,7 @@
-"""The objectives: what `policy_loss` weighs, negates and sums, per token. A new one is a function of `Terms` and an entry in `OBJECTIVES`."""
+"""The objectives, as values per token that the loss weights, negates and sums.
+
+A new objective is a function of `Terms` and an entry in `OBJECTIVES`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ CORRECTION_LEVELS = ("token", "sequence", "sequence_mean")
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What an objective is a function of; tensors [T], both logarithms with gradient."""
+    """The arguments of an objective. Tensors are [T]; both logarithms have gradients."""
 
     current: Tensor  # log π_θ
     drift: Tensor  # log π_θ/π_prox
     advantage: Tensor
-    sequences: Sequences | None  # which tokens belong together, where the objective asks for it
+    sequences: Sequences | None  # which tokens form a sequence, if the objective needs it
     clip_low: float
     clip_high: float
     dual_clip: float | None
@@ -28,21 +31,19 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """To be maximised, with gradient; and which tokens each clip acted on (bool). All [T]."""
+    """The value of an objective. All [T]."""
 
-    value: Tensor
-    clips: dict[str, Tensor]
+    value: Tensor  # to be maximised, with gradient
+    clips: dict[str, Tensor]  # bool: the tokens that each clip acted on
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """`surrogate` is the formula; the rest says with which options of the loss it makes sense."""
+    """A formula, and the options of the loss that it supports."""
 
     surrogate: Callable[[Terms], Surrogate]
-    correction_levels: tuple[str, ...] = (
-        CORRECTION_LEVELS  # of the behaviour ratio; the first is the default
-    )
-    of_sequences: bool = False  # needs to see each sequence whole
+    correction_levels: tuple[str, ...] = CORRECTION_LEVELS  # the first one is the default
+    of_sequences: bool = False  # needs whole sequences
     dual_clip: bool = True
 
 
@@ -52,14 +53,21 @@ def dapo(terms: Terms) -> Surrogate:
 
 
 def gspo(terms: Terms) -> Surrogate:
-    """The same of the token form sg(s)·π_θ/sg(π_θ) with s = exp(mean of log u over the sequence): each token has s, and a gradient of its own."""
-    assert terms.sequences is not None, "gspo needs sequences; policy_loss checks this"
+    """The same with sg(s)·π_θ/sg(π_θ) in place of u; s = exp(mean of log u over the sequence).
+
+    Each token has the value s and a gradient of its own.
+    """
+    assert terms.sequences is not None, "gspo needs sequences; the loss checks this"
     mean = terms.sequences.mean(terms.drift.detach())
     return _clipped(bounded(terms.current - terms.current.detach() + mean).exp(), terms)
 
 
 def cispo(terms: Terms) -> Surrogate:
-    """sg(clip(u))·A·log π_θ: the clip bounds a token's weight but never silences it, so it counts whatever the sign of A."""
+    """sg(clip(u))·A·log π_θ.
+
+    The clip bounds a token's weight but keeps its gradient. So the clip counts tokens of both signs
+    of A.
+    """
     ratio = bounded(terms.drift.detach()).exp()
     low, high = 1 - terms.clip_low, 1 + terms.clip_high
     return Surrogate(
@@ -69,7 +77,7 @@ def cispo(terms: Terms) -> Surrogate:
 
 
 def _clipped(ratio: Tensor, terms: Terms) -> Surrogate:
-    """min(r·A, clip(r)·A), and for A < 0 at least dual_clip·A."""
+    """min(r·A, clip(r)·A); for A < 0 at least dual_clip·A."""
     advantage, low, high = terms.advantage, 1 - terms.clip_low, 1 + terms.clip_high
     value = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     clips = {

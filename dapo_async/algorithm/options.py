@@ -1,76 +1,145 @@
-"""The names and ranges that the loss knows; checked before a run starts (by whoever reads the config) and again at every call."""
+"""The options of the loss and its input tensors, checked when they are built.
+
+`LossOptions` is built and checked once: by preflight before a run starts, and by the learner.
+`LossInputs` is built for every microbatch; its check compares shapes only.
+"""
 
 from __future__ import annotations
 
-from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES, Objective
 
 CORRECTIONS = ("truncate", "mask", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """What the loss computes; formulas and sources are at the top of loss.py.
+
+    Raises ValueError with rule, values and remedy for what the loss does not support.
+    """
+
+    objective: str = "dapo"  # a name in OBJECTIVES
+    clip_low: float  # the ratio is clipped below 1 - clip_low
+    clip_high: float  # the ratio is clipped above 1 + clip_high
+    dual_clip: float | None = None  # for A < 0 the loss per token is at most -dual_clip * A
+    correction: str = "truncate"  # of the behaviour weight: truncate | mask | none
+    correction_level: str | None = None  # None: the first level that the objective supports
+    correction_cap: float | None = 2.0
+    correction_floor: float | None = None
+    entropy_bonus: float = 0.0  # subtracts this times the mean entropy from the loss
+
+    def __post_init__(self) -> None:
+        check_name("objective", self.objective, tuple(OBJECTIVES))
+        check_name("correction", self.correction, CORRECTIONS)
+        check_name("correction_level", self.level, CORRECTION_LEVELS)
+        self._check_objective()
+        self._check_clips()
+        self._check_band()
+
+    @property
+    def level(self) -> str:
+        """The level of the behaviour ratio: token | sequence | sequence_mean."""
+        return self.correction_level or self.rules.correction_levels[0]
+
+    @property
+    def rules(self) -> Objective:
+        """The objective's formula and what it supports."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss has to know which tokens form a sequence."""
+        corrects_sequences = self.correction != "none" and self.level != "token"
+        return self.rules.of_sequences or corrects_sequences
+
+    def _check_objective(self) -> None:
+        if self.level not in self.rules.correction_levels:
+            allowed = " or ".join(self.rules.correction_levels)
+            raise ValueError(
+                f"objective {self.objective} does not take correction_level {self.level}; "
+                f"set it to {allowed}, or leave it unset"
+            )
+        if self.dual_clip is not None and not self.rules.dual_clip:
+            raise ValueError(
+                f"dual_clip ({self.dual_clip}) has no meaning for objective {self.objective}, "
+                "whose ratio is bounded on both sides; leave it unset"
+            )
+
+    def _check_clips(self) -> None:
+        # Negated comparisons, so that nan is refused as well.
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(
+                f"clip_low ({self.clip_low}) must be in (0, 1], because the ratio is clipped below "
+                "1 - clip_low; set 0.2, or 1 for no lower clip"
+            )
+        if not self.clip_high > 0:
+            raise ValueError(
+                f"clip_high ({self.clip_high}) must be positive, because the ratio is clipped "
+                "above 1 + clip_high; set 0.28"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(
+                f"dual_clip ({self.dual_clip}) must be greater than 1, the ratio of an unchanged "
+                "policy; set 3 or 10, or leave it unset"
+            )
+        if not 0 <= self.entropy_bonus < float("inf"):
+            raise ValueError(
+                f"entropy_bonus ({self.entropy_bonus}) must not be negative; "
+                "set 0.001, or 0 for none"
+            )
+
+    def _check_band(self) -> None:
+        cap, floor = self.correction_cap, self.correction_floor
+        if cap is not None and not cap > 0:
+            raise ValueError(
+                f"correction_cap ({cap}) must be positive, because it bounds the ratio, not its "
+                "logarithm; set 2, or leave it unset"
+            )
+        if floor is not None and not floor >= 0:
+            raise ValueError(
+                f"correction_floor ({floor}) must not be negative, because it bounds the ratio, "
+                "not its logarithm; set 0.5, or leave it unset"
+            )
+        if cap is not None and floor is not None and cap < floor:
+            raise ValueError(
+                f"correction_cap ({cap}) must not be below correction_floor ({floor}); swap them"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """The tensors of one packed microbatch, all [T]. Gradients flow into the first and `entropies`.
+
+    A token with `mask` 0 adds nothing to loss, gradient or diagnostics, even if its logprobs are
+    nan. Raises ValueError if the shapes differ.
+    """
+
+    current_logprobs: Tensor
+    proximal_logprobs: Tensor
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    sequence_ids: Tensor | None = None  # any integers; sequence forms need whole sequences
+    keep: Tensor | None = None  # bool: tokens that second_moment_mask keeps; None: all
+    entropies: Tensor | None = None  # of the current policy; an entropy bonus needs them
+    token_weights: Tensor | None = None  # multiply each token's loss and entropy; None: 1
+
+    def __post_init__(self) -> None:
+        shape = self.current_logprobs.shape
+        for field in fields(self):
+            values: Tensor | None = getattr(self, field.name)
+            if values is not None and (values.ndim != 1 or values.shape != shape):
+                raise ValueError(
+                    f"{field.name} {tuple(values.shape)} must have the shape [T] of "
+                    f"current_logprobs {tuple(shape)}; pack one entry per token"
+                )
 
 
 def check_name(rule: str, name: str, known: tuple[str, ...]) -> None:
     """Raises a ValueError that lists the known names."""
     if name not in known:
         raise ValueError(f"{rule} ({name!r}) is unknown; set one of {', '.join(known)}")
-
-
-def check_loss_options(
-    objective: str,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-    correction: str = "truncate",
-    correction_level: str | None = None,
-    correction_cap: float | None = 2.0,
-    correction_floor: float | None = None,
-    entropy_bonus: float = 0.0,
-) -> str:
-    """Refuses what `policy_loss` does not support, with rule, values and remedy in a ValueError; returns the level that it will use."""
-    check_name("objective", objective, tuple(OBJECTIVES))
-    check_name("correction", correction, CORRECTIONS)
-    known = OBJECTIVES[objective]
-    level = correction_level or known.correction_levels[0]
-    check_name("correction_level", level, CORRECTION_LEVELS)
-    if level not in known.correction_levels:
-        allowed = " or ".join(known.correction_levels)
-        raise ValueError(
-            f"objective {objective} does not take correction_level {level}; set it to {allowed}, or leave it unset"
-        )
-    # Negated comparisons, so that nan is refused as well.
-    if not 0 < clip_low <= 1:
-        raise ValueError(
-            f"clip_low ({clip_low}) must be in (0, 1]: the ratio is kept above 1 - clip_low; set 0.2, or 1 for no lower clip"
-        )
-    if not clip_high > 0:
-        raise ValueError(
-            f"clip_high ({clip_high}) must be positive: the ratio is kept below 1 + clip_high; set 0.28"
-        )
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(
-            f"dual_clip ({dual_clip}) must be greater than 1, the ratio of an unchanged policy; set 3 or 10, or leave it unset"
-        )
-    if dual_clip is not None and not known.dual_clip:
-        raise ValueError(
-            f"dual_clip ({dual_clip}) has no meaning for objective {objective}, whose ratio is bounded on both sides; leave it unset"
-        )
-    if not 0 <= entropy_bonus < float("inf"):
-        raise ValueError(
-            f"entropy_bonus ({entropy_bonus}) must not be negative: it rewards entropy; set 0.001, or 0 for none"
-        )
-    _check_band(cap=correction_cap, floor=correction_floor)
-    return level
-
-
-def _check_band(*, cap: float | None, floor: float | None) -> None:
-    if cap is not None and not cap > 0:
-        raise ValueError(
-            f"correction_cap ({cap}) must be positive: it bounds the ratio itself, not its logarithm; set 2, or leave it unset"
-        )
-    if floor is not None and not floor >= 0:
-        raise ValueError(
-            f"correction_floor ({floor}) must not be negative: it bounds the ratio itself, not its logarithm; set 0.5, or leave it unset"
-        )
-    if cap is not None and floor is not None and cap < floor:
-        raise ValueError(
-            f"correction_cap ({cap}) must not be below correction_floor ({floor}); swap them"
-        )

@@ -1,4 +1,7 @@
-"""Where π_prox comes from: the learner asks once per minibatch (once per step for `recompute`), and hands the answer to `policy_loss`."""
+"""The proximal policy π_prox.
+
+The learner calls `proximal_from` for every microbatch and passes the result to the loss.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,15 @@ def proximal_from(
 ) -> Tensor:
     """log π_prox [T], without gradient.
 
-    recompute    `recomputed_logprobs`: a forward pass of the learner before the first minibatch of the step
-    current      log π_θ itself: exact when the step has one minibatch, and the clip never acts
-    interpolate  A-3PO (2512.06547): log μ + α (log π_θ − log μ), α = clamp((v_θ − 1 − v_μ) / (v_θ − v_μ), 0, 1) with v_θ = `learner_version` and
-                 v_μ = `behaviour_versions` [T]; α = 0 where v_μ ≥ v_θ, whose tokens were sampled from the proximal policy itself
-    behaviour    log μ: the classic coupled ratio π_θ/μ, whose behaviour weight is 1
+    recompute    `recomputed_logprobs`: a forward pass before the first minibatch of the step
+    current      log π_θ: exact if the step has one minibatch; the clip never acts
+    interpolate  A-3PO (2512.06547): log μ + α (log π_θ − log μ) with
+                 α = clamp((v_θ − 1 − v_μ) / (v_θ − v_μ), 0, 1), v_θ = `learner_version` and
+                 v_μ = `behaviour_versions` [T]; α = 0 where v_μ ≥ v_θ, because the proximal policy
+                 itself has sampled these tokens
+    behaviour    log μ: the coupled ratio π_θ/μ of plain PPO, whose behaviour weight is 1
 
-    All tensors [T]. Raises ValueError on an unknown mode or when a mode lacks its input.
+    All tensors [T]. Raises ValueError on an unknown mode or a missing input.
     """
     check_name("proximal", mode, PROXIMAL_MODES)
     current, behaviour = current_logprobs.detach(), behaviour_logprobs.detach()
@@ -37,12 +42,14 @@ def proximal_from(
     if mode == "recompute":
         if recomputed_logprobs is None:
             raise ValueError(
-                "proximal recompute needs recomputed_logprobs; give the learner's logprobs from before the first minibatch"
+                "proximal recompute needs recomputed_logprobs; "
+                "give the learner's logprobs from before the first minibatch"
             )
         return recomputed_logprobs.detach()
     if learner_version is None or behaviour_versions is None:
         raise ValueError(
-            "proximal interpolate needs learner_version and behaviour_versions; give the weight version of every token"
+            "proximal interpolate needs learner_version and behaviour_versions; "
+            "give the weight version of every token"
         )
     staleness = learner_version - behaviour_versions.to(current.dtype)
     # A staleness of 0 (or less, where masked) gives −1/1, hence 0 after the clamp.

@@ -1,27 +1,34 @@
-"""The learner (L2): whole groups come in, updated weights and the sums and counts of one step leave. Driven by the learner actor in `runtime/`.
+"""The learner: trains on whole groups and returns the sums and counts of each step.
 
-batching   groups -> advantages -> rows -> minibatches of equal row counts -> packed microbatches
-optimizer  AdamW on this rank's parts of the parameters, warm-up
-rank       one rank's step: proximal logprobs, the loss of each microbatch, one update per minibatch
-gradients  summed over the ranks, clipped over all parts
-mismatch   how far the engine's logprobs are from the learner's where both mean the same weights
-state      what a checkpoint keeps: each rank its parts, for any number of ranks to go on from
-memory     what a rank will hold, by part, before it is started
-profiling  a profiler's trace of a step
+The learner actor in `runtime/` drives it.
+
+    batching   groups -> advantages -> training sequences -> minibatches -> packed microbatches
+    rank       one rank's step: proximal logprobs, losses, one update per minibatch
+    options    the options of the loss, from the config
+    optimizer  AdamW on this rank's parts of the parameters, warm-up
+    gradients  summed over the ranks, clipped by their global norm
+    metrics    metrics beside those of the loss
+    mismatch   how far the engine's logprobs are from the learner's for the same weights
+    state      the learner's part of a checkpoint: each rank writes its parts, any number reads them
+    memory     what a rank will hold in memory, predicted
+    profiling  a profiler's trace of a step
+    rerun      the learner alone on the recorded batches of a run
 """
 
-from dapo_async.learner.memory import Memory, predict_memory
+from dapo_async.learner.memory import RankMemory, predict_memory
+from dapo_async.learner.options import loss_options
 from dapo_async.learner.profiling import profiled
 from dapo_async.learner.rank import LearnerRank
-from dapo_async.learner.state import FrozenState, read_state, read_weights, save_state
+from dapo_async.learner.state import RankState, read_whole_state, read_whole_weights, save_state
 
 __all__ = [
-    "FrozenState",
     "LearnerRank",
-    "Memory",
+    "RankMemory",
+    "RankState",
+    "loss_options",
     "predict_memory",
     "profiled",
-    "read_state",
-    "read_weights",
+    "read_whole_state",
+    "read_whole_weights",
     "save_state",
 ]

@@ -1,4 +1,7 @@
-"""What the ranks do to a minibatch's gradient before the update. FSDP2 has summed it over the data-parallel axis by then."""
+"""Sums and clips the gradient of a minibatch before the update.
+
+FSDP2 has already summed it over the data-parallel axis. The learner rank calls these functions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from dapo_async.model import Decoder, Mesh, buckets, is_split, shard_of
 
 
 def sum_gradients(decoder: Decoder, mesh: Mesh) -> None:
-    """Adds up over the tensor-parallel axis what is whole on each of its ranks: each has the gradient of its own tokens, or heads, only."""
+    """Sums over the tensor-parallel axis the gradients of parameters that every rank has whole.
+
+    Before, each rank has the gradient of its own tokens or heads only.
+    """
     if mesh.tp.size == 1:
         return
     whole = [
@@ -21,14 +27,16 @@ def sum_gradients(decoder: Decoder, mesh: Mesh) -> None:
     ]
     for bucket in buckets(whole, Tensor.numel):
         flat = mesh.tp.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-        for gradient, part in zip(
-            bucket, flat.split([each.numel() for each in bucket]), strict=True
-        ):
+        parts = flat.split([each.numel() for each in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
 def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> float:
-    """Scales the gradient down to the global norm `max_norm`, as torch's own does; returns the norm before. Every part counts once."""
+    """Scales the gradient down to the global norm `max_norm`, and returns the norm before.
+
+    The same formula as torch's clip_grad_norm_; every part counts once.
+    """
     split: list[Tensor] = []
     whole: list[Tensor] = []
     for parameter in decoder.parameters():
@@ -43,13 +51,11 @@ def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> float:
 
 
 def sum_numbers(values: Sequence[float], mesh: Mesh, device: torch.device) -> list[float]:
-    """Plain numbers added up over the data-parallel axis, in float64."""
+    """Sums plain numbers over the data-parallel axis, in float64."""
     if mesh.dp.size == 1:
         return list(values)
-    total: list[float] = mesh.dp.sum(
-        torch.tensor(values, dtype=torch.float64, device=device)
-    ).tolist()
-    return total
+    total = mesh.dp.sum(torch.tensor(values, dtype=torch.float64, device=device))
+    return [float(each) for each in total.tolist()]
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a learner rank will hold in memory, by part, before it is started (`--dry-run`): sizes of model, mesh and microbatches in, bytes out."""
+"""Predicts the memory of a learner rank, by part, before it is started (`--dry-run`).
+
+In: sizes of the model, the mesh and the microbatches. Out: bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,27 @@ from dapo_async.model import Decoder, ModelConfig
 from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
 
-FLOAT32 = 4
+FLOAT32 = 4  # bytes
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of the first rank, which has the most; `host` in its machine's memory, the rest on its device (for a rank on CPU the same)."""
+class RankMemory:
+    """Bytes of the first rank, which needs the most.
+
+    `host` is in its machine's memory, the rest on its device (on a CPU the same memory).
+    """
 
     weights: int  # float32 master weights, this rank's parts
     gradients: int  # float32, of the same parts
     moments: int  # AdamW's two, of the same parts
-    gathered: int  # weights as the layers compute with them, where that is a copy: of all layers, or what FSDP has gathered at a time
-    activations: int  # what the forward pass of the largest microbatch keeps for its backward pass
-    recomputed: int  # the one layer whose activations are computed again at a time
-    head: int  # logits of one chunk, twice; the head's gradient, and what it is added up and handed on in
+    gathered: int  # copies of weights that the layers compute with: cast, or gathered by FSDP
+    activations: int  # what the forward pass of the largest microbatch keeps for the backward pass
+    recomputed: int  # activations of the one layer that is being computed again
+    head: int  # two buffers for a chunk of logits, and the gradient of the head
     tables: int  # rotary cosines and sines
-    snapshot: int  # the weights being published, and those before while they are taken
-    host: int  # in the host's memory: a checkpoint as it is copied and written; moments and snapshots where they are not on the device
+    snapshot: int  # the weights being published, and the previous ones while these are copied
+    host: int  # a checkpoint being written; moments and snapshots that are not on the device
 
     @property
     def on_device(self) -> int:
@@ -36,6 +43,76 @@ class Memory:
 
     def parts(self) -> Mapping[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The sizes that determine the activations of one forward pass."""
+
+    model: ModelConfig
+    num_tokens: int  # T, of the microbatch
+    num_targets: int  # N, response tokens among them
+    tp: int
+    width: int  # bytes of a number in the activations
+    cuda: bool
+
+    @property
+    def own_tokens(self) -> int:
+        """The tokens of this rank between two matrix products."""
+        return -(-self.num_tokens // self.tp)
+
+    def norm_bytes(self, size: int) -> int:
+        """Kept per token by one RMS norm: its input and one float32.
+
+        On a CPU without a fused kernel: input and unscaled result, both in float32.
+        """
+        return FLOAT32 + (size * self.width if self.cuda else 2 * size * FLOAT32)
+
+    def layer_bytes(self) -> int:
+        """What one layer keeps for its backward pass.
+
+        Per own token: what the two norms keep, which includes the layer's input. Per token of the
+        microbatch: the outputs of both norms, D each; queries and keys after rotation, and values;
+        the output of attention, once more in token order, and its float32 log-sum per head; gate,
+        up, silu(gate) and their product. With norms of heads: what these keep.
+        """
+        model = self.model
+        heads, kv_heads = model.num_heads // self.tp, max(1, model.num_kv_heads // self.tp)
+        query, key = heads * model.head_dim, kv_heads * model.head_dim
+        inner = model.intermediate_size // self.tp
+        per_token = 2 * model.hidden_size + query + 2 * key + 2 * query + 4 * inner
+        head_norms = (heads + kv_heads) * self.norm_bytes(model.head_dim) if model.qk_norm else 0
+        norms = 2 * self.norm_bytes(model.hidden_size)
+        per_token_bytes = per_token * self.width + heads * FLOAT32 + head_norms
+        return self.own_tokens * norms + self.num_tokens * per_token_bytes
+
+    def input_bytes(self) -> int:
+        """The input of one layer, which is all that a recomputed layer keeps."""
+        return self.own_tokens * self.model.hidden_size * self.width
+
+    def end_bytes(self) -> int:
+        """What embeddings, last norm, head and loss keep.
+
+        The input of the last norm; per target its hidden state and 24 float32 numbers: ids, index,
+        target, temperature, log Z, entropy, and some fifteen of the loss.
+        """
+        model = self.model
+        tables = 2 * self.num_tokens * model.head_dim * self.width
+        per_target = model.hidden_size * self.width + 24 * FLOAT32
+        norm = self.own_tokens * self.norm_bytes(model.hidden_size)
+        return norm + tables + self.num_targets * per_target
+
+    def head_bytes(self) -> int:
+        """Two chunks of logits and the gradient of the head.
+
+        The gradient is in float32; in half precision there are also the sum of a chunk in float32
+        and the result in half precision.
+        """
+        rows = -(-self.model.vocab_size // self.tp)
+        numbers = CUDA_CHUNK_NUMBERS if self.cuda else CHUNK_NUMBERS
+        chunk = min(max(1, numbers // rows), self.num_targets) * rows
+        gradient_width = FLOAT32 if self.width == FLOAT32 else 2 * FLOAT32 + self.width
+        return 2 * chunk * FLOAT32 + rows * self.model.hidden_size * gradient_width
 
 
 def predict_memory(
@@ -49,118 +126,63 @@ def predict_memory(
     recompute_layers: int = 0,
     offload_optimizer: bool = False,
     cuda: bool = False,
-) -> Memory:
-    """Of a rank that trains on microbatches of `num_tokens` (T), `num_targets` (N; None: all) of them response tokens."""
-    num_targets = num_tokens if num_targets is None else num_targets
+) -> RankMemory:
+    """The memory of a rank that trains on microbatches of `num_tokens`.
+
+    `num_targets` (None: all) of these are response tokens.
+    """
+    forward = Pass(
+        model=model,
+        num_tokens=num_tokens,
+        num_targets=num_tokens if num_targets is None else num_targets,
+        tp=tp,
+        width=activations.itemsize,
+        cuda=cuda,
+    )
     with torch.device("meta"):
-        sizes = {
-            name: tuple(parameter.shape) for name, parameter in Decoder(model).named_parameters()
-        }
+        shapes = {name: tuple(each.shape) for name, each in Decoder(model).named_parameters()}
     on_tp = {
         name: _part(shape, split_dim(name, tp=tp, num_kv_heads=model.num_kv_heads), tp)
-        for name, shape in sizes.items()
+        for name, shape in shapes.items()
     }
-    mine = sum(math.prod(_part(shape, 0, dp)) for shape in on_tp.values())
-    whole = sum(math.prod(shape) for shape in sizes.values())
-    width, alone = activations.itemsize, dp * tp == 1
+    own = sum(math.prod(_part(shape, 0, dp)) for shape in on_tp.values()) * FLOAT32
+    whole, alone = sum(math.prod(shape) for shape in shapes.values()), dp * tp == 1
     recomputed = min(recompute_layers, model.num_layers)
-    layer = layer_bytes(model, num_tokens=num_tokens, tp=tp, width=width, cuda=cuda)
-    kept = -(-num_tokens // tp) * model.hidden_size * width
-    head_rows = -(-model.vocab_size // tp)
-    chunk = (
-        min(max(1, (CUDA_CHUNK_NUMBERS if cuda else CHUNK_NUMBERS) // head_rows), num_targets)
-        * head_rows
-    )
-    # In float32; in half precision once more for the sum of a chunk, and as it is handed on.
-    head_gradient = (
-        head_rows * model.hidden_size * (FLOAT32 if width == FLOAT32 else 2 * FLOAT32 + width)
-    )
-    snapshots, moments = 2 * whole * width, 2 * mine * FLOAT32
-    checkpoint = 2 * (
-        mine * FLOAT32 + moments
-    )  # the copy, and the bytes of the file as they are put together
-    return Memory(
-        weights=mine * FLOAT32,
-        gradients=mine * FLOAT32,
+    layers = (model.num_layers - recomputed) * forward.layer_bytes()
+    snapshots, moments = 2 * whole * forward.width, 2 * own
+    checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
+    return RankMemory(
+        weights=own,
+        gradients=own,
         moments=0 if offload_optimizer else moments,
-        gathered=_gathered(on_tp, dp=dp, width=width, alone=alone),
-        activations=(model.num_layers - recomputed) * layer
-        + recomputed * kept
-        + end_bytes(
-            model, num_tokens=num_tokens, num_targets=num_targets, tp=tp, width=width, cuda=cuda
-        ),
-        recomputed=layer if recomputed else 0,
-        head=2 * chunk * FLOAT32 + head_gradient,
+        gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone),
+        activations=layers + recomputed * forward.input_bytes() + forward.end_bytes(),
+        recomputed=forward.layer_bytes() if recomputed else 0,
+        head=forward.head_bytes(),
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
         snapshot=snapshots if alone else 0,
         host=checkpoint + (moments if offload_optimizer else 0) + (0 if alone else snapshots),
     )
 
 
-def layer_bytes(model: ModelConfig, *, num_tokens: int, tp: int, width: int, cuda: bool) -> int:
-    """What one layer keeps for its backward pass; `width` bytes a number.
+def _gathered(on_tp: Mapping[str, Shape], *, dp: int, width: int, alone: bool) -> int:
+    """Copies of weights for the computation.
 
-    Per own token what the two norms keep (`norm_bytes`), the layer's input among it. Per token of the microbatch: both norms' outputs, D each;
-    queries and keys after rotation, values, the attention's output and that once more in the order of tokens, with its float32 log-sum per head;
-    gate, up, silu(gate) and their product. With norms of heads also what these keep.
+    A single rank casts all weights if it computes in another precision. FSDP gathers the weights
+    outside the layers, and two layers at a time.
     """
-    own = -(-num_tokens // tp)
-    heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
-    query, key, inner = (
-        heads * model.head_dim,
-        kv_heads * model.head_dim,
-        model.intermediate_size // tp,
-    )
-    per_token = 2 * model.hidden_size + query + 2 * key + 2 * query + 4 * inner
-    of_heads = (
-        (heads + kv_heads) * norm_bytes(model.head_dim, width=width, cuda=cuda)
-        if model.qk_norm
-        else 0
-    )
-    norms = 2 * norm_bytes(model.hidden_size, width=width, cuda=cuda)
-    return own * norms + num_tokens * (per_token * width + heads * FLOAT32 + of_heads)
-
-
-def norm_bytes(size: int, *, width: int, cuda: bool) -> int:
-    """Of one RMS norm: its input and one float32. On a CPU, where no kernel does it at once, input and result before the weight, in float32."""
-    return FLOAT32 + (size * width if cuda else 2 * size * FLOAT32)
-
-
-def end_bytes(
-    model: ModelConfig, *, num_tokens: int, num_targets: int, tp: int, width: int, cuda: bool
-) -> int:
-    """What embeddings, last norm, head and loss keep: the last norm's input; of each target its hidden state and a few float32 numbers."""
-    own = -(-num_tokens // tp)
-    tables = 2 * num_tokens * model.head_dim * width
-    loss = (
-        24 * FLOAT32
-    )  # ids, index, target, temperature, log Z, entropy, and some fifteen of the loss's own
-    return (
-        own * norm_bytes(model.hidden_size, width=width, cuda=cuda)
-        + tables
-        + num_targets * (model.hidden_size * width + loss)
-    )
-
-
-def _gathered(on_tp: Mapping[str, tuple[int, ...]], *, dp: int, width: int, alone: bool) -> int:
-    """A rank alone casts all weights where it computes in another precision; FSDP holds what is outside the layers, and two layers at a time."""
     if alone:
-        looked_up = (
-            "model.embed_tokens.weight" if "lm_head.weight" in on_tp else ""
-        )  # rows are cast, not the table
-        return (
-            0
-            if width == FLOAT32
-            else sum(math.prod(shape) for name, shape in on_tp.items() if name != looked_up) * width
-        )
+        # Of an embedding that is not the head too, only the looked-up rows are cast.
+        skipped = "model.embed_tokens.weight" if "lm_head.weight" in on_tp else ""
+        cast = sum(math.prod(shape) for name, shape in on_tp.items() if name != skipped)
+        return 0 if width == FLOAT32 else cast * width
     outside = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." not in name)
     layer = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers.0." in name)
     weights, gradients = outside * FLOAT32 + 2 * layer * width, outside * FLOAT32 + layer * width
-    return (
-        weights + gradients + ((outside + layer) * FLOAT32 if dp > 1 else 0)
-    )  # gradients once more as they are added up
+    summed = (outside + layer) * FLOAT32 if dp > 1 else 0  # a copy of gradients while they are sent
+    return weights + gradients + summed
 
 
-def _part(shape: tuple[int, ...], dim: int | None, ranks: int) -> tuple[int, ...]:
-    """Of the rank that has the largest share."""
+def _part(shape: Shape, dim: int | None, ranks: int) -> Shape:
+    """The part of the rank with the largest share."""
     return shape if dim is None else (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])

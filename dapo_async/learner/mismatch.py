@@ -1,4 +1,7 @@
-"""How far the engine's logprobs are from the learner's where both mean the same weights: what is left is kernels, precision and stale KV."""
+"""How far the engine's logprobs are from the learner's for the same weights.
+
+What differs are kernels, precision and stale KV. The learner rank calls it for every microbatch.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ def mismatch_metrics(
     cap: float,
     floor: float | None,
 ) -> StepMetrics:
-    """Over the tokens in the loss that were sampled by the learner's own version, in nats: `proximal_logprobs [N]` against the behaviour's.
+    """Compares `proximal_logprobs [N]` with the behaviour logprobs, in nats.
 
-    `mismatch*` are of rollouts that began under that version: d = log π_prox − log π_beh, mean and largest |d|, the k3 estimate of the KL divergence
-    (mean of e^d − d − 1, as π_beh sampled), and the share of ratios e^d outside the correction's band. `kv_gap*` are of rollouts that began under
-    older weights: their KV was computed anew, or (`keep_kv`) is still that of the older ones.
+    Only tokens in the loss count that the learner's own version has sampled.
+
+    `mismatch*` cover rollouts that began under this version, with d = log π_prox − log π_beh: the
+    mean and largest |d|, the k3 estimate of the KL divergence (mean of e^d − d − 1, as π_beh
+    sampled), and the share of ratios e^d outside the correction's band. `kv_gap*` cover rollouts
+    that began under older weights: their KV was computed anew, or (`keep_kv`) is still the old one.
     """
     fresh = batch.mask & (batch.behaviour_versions == learner_version)
     began_fresh = batch.prefill_versions == learner_version

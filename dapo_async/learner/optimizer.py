@@ -1,4 +1,7 @@
-"""AdamW on this rank's parts of the parameters, with linear warm-up: summed and clipped gradients come in, the weights change in place."""
+"""AdamW on this rank's parts of the parameters, and linear warm-up.
+
+In: summed and clipped gradients. The weights change in place.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamW:
-    """torch's AdamW over plain local tensors: over DTensors each step would cost several times the host time.
+    """Torch's AdamW over plain local tensors.
 
-    Weight decay on matrices only: norms and biases are left alone, as is usual for language models. With `offload` the moments stay in the host's
-    memory, and come to the device bucket by bucket while they are updated; on a CPU that is where they are anyhow.
+    Over DTensors each step would cost several times the host time. Weight decay applies to matrices
+    only, not to norms and biases, as is usual for language models. With `offload` the moments stay
+    in host memory and are moved to the device bucket by bucket for their update.
     """
 
     def __init__(
@@ -34,26 +38,25 @@ class ShardedAdamW:
             name: nn.Parameter(shard_of(parameter)) for name, parameter in self._parameters.items()
         }
         self._offload = offload
+        # With more ranks than rows, some ranks have an empty part of a parameter.
+        filled = [name for name, shard in self._shards.items() if shard.numel()]
+        parts = buckets(filled, lambda name: self._shards[name].numel()) if offload else [filled]
+        self._optimizers = [self._adamw(names, lr, weight_decay, betas) for names in parts]
+
+    def _adamw(
+        self, names: list[str], lr: float, weight_decay: float, betas: tuple[float, float]
+    ) -> torch.optim.AdamW:
+        matrices = [self._shards[name] for name in names if self._parameters[name].ndim >= 2]
+        vectors = [self._shards[name] for name in names if self._parameters[name].ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         fused = next(iter(self._shards.values())).is_cuda
-        filled = [
-            name for name, shard in self._shards.items() if shard.numel()
-        ]  # where there are more ranks than rows some have none
-        self._optimizers: list[torch.optim.AdamW] = []
-        for bucket in (
-            buckets(filled, lambda name: self._shards[name].numel()) if offload else [filled]
-        ):
-            matrices = [self._shards[name] for name in bucket if self._parameters[name].ndim >= 2]
-            vectors = [self._shards[name] for name in bucket if self._parameters[name].ndim < 2]
-            groups = [
-                {"params": matrices, "weight_decay": weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
-            self._optimizers.append(
-                torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=not fused, fused=fused)
-            )
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=not fused, fused=fused)
 
     def step(self, *, lr: float) -> None:
-        """One update by the parameters' gradients."""
+        """One update with the parameters' gradients."""
         for name, parameter in self._parameters.items():
             self._shards[name].grad = None if parameter.grad is None else shard_of(parameter.grad)
         for optimizer in self._optimizers:
@@ -71,30 +74,27 @@ class ShardedAdamW:
 
     @property
     def updates(self) -> int:
-        """So many steps were done: the same for every parameter."""
-        return next(
-            (
-                int(state["step"])
-                for optimizer in self._optimizers
-                for state in optimizer.state.values()
-            ),
-            0,
-        )
+        """The number of steps so far, equal for all parameters."""
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                return int(state["step"])
+        return 0
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Name of the moment, name of the parameter, and the moment's storage on this rank; none before the first update."""
-        if self.updates:
-            for name in self._parameters:
-                state = self._state_of(name)
-                for moment in MOMENTS:
-                    yield (
-                        moment,
-                        name,
-                        state[moment] if state else self._shards[name].detach(),
-                    )  # an empty part has no state: it is its own
+        """Name of the moment, name of the parameter, and the moment's storage on this rank.
+
+        Yields nothing before the first update.
+        """
+        if not self.updates:
+            return
+        for name, shard in self._shards.items():
+            state = self._state_of(name)
+            for moment in MOMENTS:
+                # An empty part has no state; it stands for its own moments.
+                yield moment, name, state[moment] if state else shard.detach()
 
     def make_moments(self, updates: int) -> None:
-        """Allocates the moments of `updates` steps, as zeros to be overwritten."""
+        """Allocates moments as after `updates` steps, with zeros to be overwritten."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for shard in group["params"]:
@@ -111,19 +111,22 @@ class ShardedAdamW:
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
         shard = self._shards[name]
-        return next(
-            (optimizer.state[shard] for optimizer in self._optimizers if shard in optimizer.state),
-            {},
-        )
+        for optimizer in self._optimizers:
+            if shard in optimizer.state:
+                return dict(optimizer.state[shard])
+        return {}
 
 
 def _move(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
-    """The moments to `device`; None: to where their parameters are."""
+    """Moves the moments to `device`; None: to the device of their parameters."""
     for shard, state in optimizer.state.items():
         for moment in MOMENTS:
             state[moment] = state[moment].to(device or shard.device)
 
 
 def warmed_up(lr: float, *, step: int, warmup_steps: int) -> float:
-    """Linear warm-up over `warmup_steps` learner steps, constant afterwards (DAPO, section 4.1); the first step (0) already moves."""
+    """Linear warm-up over `warmup_steps` learner steps, then constant (DAPO, section 4.1).
+
+    The first step (0) already has a learning rate above 0.
+    """
     return lr * min(1.0, (step + 1) / max(1, warmup_steps))

@@ -1,4 +1,4 @@
-"""A torch profiler trace of what a rank does: what is run inside comes in, a file for Perfetto or chrome://tracing goes out."""
+"""A torch profiler trace of a step, as a file for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 @contextmanager
 def profiled(path: Path) -> Iterator[None]:
-    """Writes the trace of this thread's operators (on CUDA also of the kernels) to `path`, a `.json.gz`."""
-    activities = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-    ]
+    """Traces this thread's operators, and on CUDA the kernels, into `path`, a `.json.gz`."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as trace:
         yield
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""The learner alone, once more on the recorded batches of a run (L3): does it come to the same numbers? Called by `dapo-async replay`.
+"""Trains the learner alone on the recorded batches of a run and compares the metrics.
 
-Recorded groups (`train.record`) and the rows of `metrics.jsonl` come in; one comparison per step leaves. One rank on the same machine with as many
-threads repeats a run's numbers bit for bit; several ranks add up in another order than the one here, so theirs are compared within `SEVERAL_RANKS`.
+In: recorded groups (`train.record`) and the rows of `metrics.jsonl`. Out: one comparison per step.
+Called by `dapo-async rerun`. With one rank, on the same machine and with as many threads, the
+numbers of the run repeat bit for bit. Several ranks add up in another order than the single rank
+here, so their numbers are compared within `SEVERAL_RANKS`.
 """
 
 from __future__ import annotations
@@ -20,55 +22,49 @@ from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 from dapo_async.replay.group_io import read_groups
 
-OF_THE_LAYOUT = ("imbalance",)  # says how a batch fell on the ranks
-SEVERAL_RANKS = 1e-2  # relative: rounding, amplified by every step in between
+LAYOUT_METRICS = ("imbalance",)  # describe how the batch was split over the ranks
+SEVERAL_RANKS = 1e-2  # relative tolerance: rounding that every step amplifies
 
 
 @dataclass(frozen=True, slots=True)
 class StepComparison:
-    """What the learner's own metrics of one step are now, and where they differ from the row of the run."""
+    """The learner's metrics of one step now, and those that differ from the run's."""
 
     step: int
     values: Mapping[str, float]
-    differing: Mapping[
-        str, tuple[float | None, float | None]
-    ]  # name → (in the run, now); None: not finite, or not there
+    # Name → (in the run, now). None: not finite, or absent.
+    differing: Mapping[str, tuple[float | None, float | None]]
 
     @property
     def largest(self) -> float:
-        """The largest relative difference; 0 when all are equal."""
-        pairs = [
-            (old, new)
+        """The largest relative difference; 0 if all are equal, infinite if one has no number."""
+        gaps = [
+            abs(old - new) / max(abs(old), abs(new), 1e-12)
             for old, new in self.differing.values()
             if old is not None and new is not None
         ]
-        gaps = [abs(old - new) / max(abs(old), abs(new), 1e-12) for old, new in pairs]
-        return math.inf if len(pairs) < len(self.differing) else max(gaps, default=0.0)
-
-
-def _equal(before: float | None, now: float | None, tolerance: float) -> bool:
-    if before is None or now is None:
-        return before is now
-    return before == now or abs(before - now) <= tolerance * max(abs(before), abs(now), 1e-3)
+        return math.inf if len(gaps) < len(self.differing) else max(gaps, default=0.0)
 
 
 def tolerance_for(config: Config) -> float:
-    """The relative difference that still counts as equal: none for a run of one rank."""
-    return (
-        0.0 if config.learner.data_parallel * config.learner.tensor_parallel == 1 else SEVERAL_RANKS
-    )
+    """The relative difference that still counts as equal; 0 for a run of one rank."""
+    num_ranks = config.learner.data_parallel * config.learner.tensor_parallel
+    return 0.0 if num_ranks == 1 else SEVERAL_RANKS
 
 
 def recorded_steps(folder: Path) -> list[int]:
-    """Steps with a recorded batch, ascending. Raises ValueError when there is none, or one is missing in between."""
-    steps = sorted(
-        int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.safetensors")
-    )
+    """Steps with a recorded batch, ascending.
+
+    Raises ValueError if there is none, or if one in between is missing.
+    """
+    names = [path.stem for path in folder.glob("step_*.safetensors")]
+    steps = sorted(int(name.removeprefix("step_")) for name in names)
     if not steps:
         raise ValueError(f"{folder} has no recorded batch; train with train.record=true")
     if steps != [*range(steps[0], steps[-1] + 1)]:
         raise ValueError(
-            f"{folder} lacks recorded batches between step {steps[0]} and {steps[-1]}; a replay needs every step"
+            f"{folder} lacks recorded batches between step {steps[0]} and step {steps[-1]}, but a "
+            "rerun needs every step; copy the folder whole"
         )
     return steps
 
@@ -80,7 +76,11 @@ def rerun(
     rows: Mapping[int, Mapping[str, Any]],
     state: Path | None = None,
 ) -> Iterator[StepComparison]:
-    """Trains on each recorded batch in turn, from the base model or from a checkpoint's folder of the learner's state; `rows` by step."""
+    """Trains on each recorded batch in turn.
+
+    Starts from the base model, or from `state`, a checkpoint's folder of the learner's state.
+    `rows` are the rows of `metrics.jsonl` by step.
+    """
     torch.set_num_threads(max(1, int(config.learner.num_cpus)))
     decoder = load_decoder(Path(config.model.path), activations=getattr(torch, config.model.dtype))
     rank = LearnerRank(
@@ -93,15 +93,22 @@ def rerun(
     rank.version = steps[0]
     for step in steps:
         values = summarise(rank.step(read_groups(recorded / f"step_{step:06d}.safetensors")))
-        now = {
-            name: value if math.isfinite(value) else None
-            for name, value in values.items()
-            if name not in OF_THE_LAYOUT
-        }
-        row = rows.get(step, {})
-        differing = {
-            name: (row.get(name), value)
-            for name, value in now.items()
-            if name not in row or not _equal(row[name], value, tolerance)
-        }
-        yield StepComparison(step, values, differing)
+        yield _compare(step, values, rows.get(step, {}), tolerance)
+
+
+def _compare(
+    step: int, values: Mapping[str, float], row: Mapping[str, Any], tolerance: float
+) -> StepComparison:
+    differing = {}
+    for name, value in values.items():
+        now = value if math.isfinite(value) else None
+        if name in LAYOUT_METRICS or (name in row and _equal(row[name], now, tolerance)):
+            continue
+        differing[name] = (row.get(name), now)
+    return StepComparison(step, values, differing)
+
+
+def _equal(before: float | None, now: float | None, tolerance: float) -> bool:
+    if before is None or now is None:
+        return before is now
+    return before == now or abs(before - now) <= tolerance * max(abs(before), abs(now), 1e-3)

@@ -1,9 +1,9 @@
 """Attention over packed sequences, used by the learner and by the native engine's prefill.
 
 On CUDA in half precision: flash-attn's varlen kernel if it is installed, else torch's own
-(`torch.nn.attention.varlen`). On CPU, and in float32: one SDPA call per run of neighbours with equal
-lengths, without padding or masks. Sort sequences by length, so that short ones share a call. The
-two CUDA paths have not run on a GPU yet.
+(`torch.nn.attention.varlen`); both have not run on a GPU yet. On CPU, and in float32: one SDPA call
+per run of neighbours with equal lengths, without padding or masks. Sort sequences by length, so
+that short ones share a call.
 """
 
 from __future__ import annotations

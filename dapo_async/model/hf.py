@@ -101,8 +101,8 @@ def _weight_files(folder: Path) -> list[Path]:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise ValueError(
-            f"model folder {folder} has no *.safetensors file, and pickled weights are never loaded; "
-            "convert them to safetensors"
+            f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, "
+            "so convert them to safetensors first"
         )
     return paths
 

@@ -27,7 +27,7 @@ class Attention(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last dimension in the input's precision; squares are summed in float32."""
+    """RMS norm over the last dimension in the input's precision; sums squares in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x [T, heads, D]` in the half-split layout of the Llama and Qwen families.
+    """Rotary embedding of `x [T, heads, D]` in the half-split layout of Llama and Qwen.
 
     `cos, sin [T, 1, D]`, with the sines of the first half negated.
     """
@@ -120,4 +120,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y

@@ -25,7 +25,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and 2 * len(x) * weight.numel() > _ONEDNN_FLOPS
         and torch.backends.mkldnn.is_available()
     ):
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        return fused
     return linear(x, weight, bias)
 
 
@@ -70,4 +71,5 @@ class Fused:
                 layer.bias.data = self.bias.split(self.sizes)[index]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return product(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        parts: tuple[Tensor, ...] = product(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return parts

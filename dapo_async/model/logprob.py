@@ -1,11 +1,11 @@
-"""Logprobs and entropies of chosen tokens, computed in chunks so that all logits never exist at once.
+"""Logprobs and entropies of chosen tokens, computed in chunks: all logits never exist at once.
 
 The vocabulary may be split over ranks. Called by `Decoder.score`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,10 +44,8 @@ def token_logprobs(
     """
     numbers = CUDA_CHUNK_NUMBERS if weight.is_cuda else CHUNK_NUMBERS
     chunk_tokens = chunk_tokens or max(1, numbers // len(weight))
-    logprobs, entropies = _TokenLogprobs.apply(
-        hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp
-    )
-    return logprobs, entropies
+    apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply
+    return apply(hidden, weight, targets - vocab_start, temperature, chunk_tokens, tp)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -13,6 +13,7 @@ Called by `layers.py`, `linear.py` and `decoder.py`. `parallel.py` splits the pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def gather_tokens(x: Tensor, tp: Axis, num_tokens: int | None = None) -> Tensor:
 
     `num_tokens` is T. None: rows of padding stay at the end.
     """
-    return x if tp.size == 1 else _GatherTokens.apply(x, tp, num_tokens)
+    return x if tp.size == 1 else _gather_tokens(x, tp, num_tokens)
 
 
 def scatter_tokens(x: Tensor, tp: Axis) -> Tensor:
@@ -44,7 +45,7 @@ def scatter_tokens(x: Tensor, tp: Axis) -> Tensor:
 
     The part of the last ranks may end in zeros as padding.
     """
-    return x if tp.size == 1 else _ScatterTokens.apply(x, tp)
+    return x if tp.size == 1 else _scatter_tokens(x, tp)
 
 
 def _padded(x: Tensor, tp: Axis) -> Tensor:
@@ -85,3 +86,7 @@ class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_gather(gradient, ctx.tp, ctx.num_tokens), None
+
+
+_gather_tokens: Callable[[Tensor, Axis, int | None], Tensor] = _GatherTokens.apply
+_scatter_tokens: Callable[[Tensor, Axis], Tensor] = _ScatterTokens.apply

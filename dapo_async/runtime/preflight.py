@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dapo_async.algorithm import check_loss_options
 from dapo_async.config import Config, parse_source, parse_sources
 from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of, usable_tokenizer
+from dapo_async.learner import loss_options
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
@@ -40,23 +40,13 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
 
     A `dry_run` downloads nothing, and what this machine lacks is a note: a cluster's run can be looked at on a laptop.
     """
-    algorithm, rollout = config.algorithm, config.rollout
+    rollout = config.rollout
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
             f"tracking.mlflow ({config.tracking.mlflow}) lacks its password, which is never written down; give tracking.mlflow=URI again, or leave "
             "it out of the URI and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-    check_loss_options(
-        algorithm.objective,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        correction=algorithm.correction,
-        correction_level=algorithm.correction_level,
-        correction_cap=algorithm.correction_cap,
-        correction_floor=algorithm.correction_floor,
-        entropy_bonus=algorithm.entropy_bonus,
-    )
+    loss_options(config.algorithm)  # raises for options that the loss does not support
     choose_verifiers(config.reward.verifier)
     if config.replay.filter is not None:
         custom_filter(config.replay.filter)

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner import LearnerRank, read_state, save_state
-from dapo_async.learner.batching import rows_of, share_groups, split_microbatches
+from dapo_async.learner import LearnerRank, read_whole_state, save_state
+from dapo_async.learner.batching import share_groups, split_microbatches, training_sequences
 from dapo_async.learner.gradients import sum_gradients
 from dapo_async.model import (
     Axis,
@@ -324,7 +324,7 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
 def tokens_of_passes(mesh: Mesh) -> list[int]:
     """Of two ranks, of which the second has one group and the first two."""
     rank, groups = rank_on(mesh, microbatch_tokens=40), uneven_groups()
-    rows = rows_of(
+    rows = training_sequences(
         [groups[1:3], groups[:1]][mesh.dp.rank], normalize_std=True, overlong_filtering=False
     )
     return [len(batch.token_ids) for batches in rank._pack([rows], rows) for batch in batches]
@@ -467,14 +467,14 @@ def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, Ste
             rank.decoder, np.arange(5, dtype=np.int32)
         )  # what was gathered for it is no longer true afterwards
         rank.load(load)
-    save_state(rank.freeze(), folder / "before", mesh)
+    save_state(rank.capture_state(), folder / "before", mesh)
     metrics = step_on(rank, mesh, uneven_groups())
-    save_state(rank.freeze(), folder / "after", mesh)
+    save_state(rank.capture_state(), folder / "after", mesh)
     return metrics, metrics
 
 
 def equal(one: Path, other: Path) -> bool:
-    ours, theirs = read_state(one), read_state(other)
+    ours, theirs = read_whole_state(one), read_whole_state(other)
     return ours.keys() == theirs.keys() and all(
         torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
     )
@@ -558,7 +558,7 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
     for parameter in decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=LR)
-    save_state(rank.freeze(), folder, mesh)
+    save_state(rank.capture_state(), folder, mesh)
     return {
         name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()
     }, gather_weights(decoder, mesh)

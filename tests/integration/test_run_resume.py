@@ -29,7 +29,7 @@ from run_support import (
 from tracking_world import check_history
 
 from dapo_async import config as knobs
-from dapo_async.learner import read_state
+from dapo_async.learner import read_whole_state
 from dapo_async.replay.group_io import read_groups
 
 LOCKSTEP = (
@@ -65,7 +65,7 @@ def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> Non
     ours, theirs = (
         each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other)
     )
-    first, second = read_state(ours / "learner"), read_state(theirs / "learner")
+    first, second = read_whole_state(ours / "learner"), read_whole_state(theirs / "learner")
     assert (ours / "learner" / "learner.json").read_text() == (
         theirs / "learner" / "learner.json"
     ).read_text()

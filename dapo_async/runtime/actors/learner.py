@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dapo_async.config import Config
-from dapo_async.learner import FrozenState, LearnerRank, profiled, read_weights, save_state
+from dapo_async.learner import LearnerRank, RankState, profiled, read_whole_weights, save_state
 from dapo_async.model import (
     Mesh,
     Snapshot,
@@ -73,7 +73,7 @@ class LearnerActor:
         self._between_steps = (
             asyncio.Lock()
         )  # held by a step, and by whoever reads what a step changes
-        self._frozen_state: FrozenState | None = None
+        self._frozen_state: RankState | None = None
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
         self._mesh_store: dist.Store | None = None
@@ -229,7 +229,7 @@ class LearnerActor:
         async with self._between_steps:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
                 self._frozen_state = None  # never two copies
-                self._frozen_state = await asyncio.to_thread(self._rank.freeze)
+                self._frozen_state = await asyncio.to_thread(self._rank.capture_state)
             return self._rank.version
 
     async def save(self, folder: Path) -> None:
@@ -238,7 +238,7 @@ class LearnerActor:
         assert state is not None, "save before capture_state"
         await asyncio.to_thread(self._write_checkpoint, state, folder)
 
-    def _write_checkpoint(self, state: FrozenState, folder: Path) -> None:
+    def _write_checkpoint(self, state: RankState, folder: Path) -> None:
         parts = folder / STATE / STATE_FOLDER
         save_state(state, parts, self._mesh)
         if self._mesh.is_first:
@@ -248,7 +248,7 @@ class LearnerActor:
             }
             export_folder(
                 shapes,
-                lambda names: read_weights(parts, {name: shapes[name] for name in names}),
+                lambda names: read_whole_weights(parts, {name: shapes[name] for name in names}),
                 dtype=self._dtype,
                 base=Path(self._config.model.path),
                 out=folder,

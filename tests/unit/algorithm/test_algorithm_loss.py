@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dapo_async.algorithm import (
-    check_loss_options,
+    LossInputs,
+    LossOptions,
+    microbatch_loss,
     policy_loss,
     proximal_from,
     step_metrics,
@@ -388,7 +390,18 @@ def test_an_unsupported_option_is_refused_with_its_value(
     with pytest.raises(ValueError, match=message):
         policy_loss(**on_policy(logs(1, 1)), **(CLIP | options))
     with pytest.raises(ValueError, match=message):
-        check_loss_options(**({"objective": "dapo"} | CLIP | options))
+        LossOptions(**(CLIP | options))
+
+
+def test_the_public_function_is_the_loss_of_its_options_and_inputs() -> None:
+    given = drawn(30, seed=8)
+    options: dict[str, Any] = {"dual_clip": 3.0, "correction": "mask"}
+    loss, diagnostics = policy_loss(**given, **CLIP, **options, num_tokens=100)
+    same, same_diagnostics = microbatch_loss(
+        LossInputs(**given), LossOptions(**CLIP, **options), num_tokens=100
+    )
+    assert loss.item() == same.item()
+    assert step_metrics(diagnostics) == step_metrics(same_diagnostics)
 
 
 def test_sequence_forms_without_sequence_ids_and_wrong_shapes_are_refused() -> None:

@@ -9,7 +9,7 @@ from completions import completion
 from refusals import refusal
 from worker_world import play, settled
 
-from dapo_async.learner.batching import pack, rows_of
+from dapo_async.learner.batching import pack, training_sequences
 from dapo_async.replay import custom_filter
 from dapo_async.reward import (
     Verdict,
@@ -209,10 +209,11 @@ def test_overlong_filtering_masks_what_was_cut_at_the_limit_and_nothing_that_end
         for (length, finish), reward in zip(lengths, (1, 1, -1, -1), strict=True)
     )
     groups = [Group(0, Prompt(0, "", np.array([1, 2], np.int32), "4"), rollouts, "run-0", 1.0)]
-    rows = rows_of(groups, normalize_std=False, overlong_filtering=True)
+    rows = training_sequences(groups, normalize_std=False, overlong_filtering=True)
     assert [row.in_loss for row in rows] == [True, True, False, False]
     assert [row.advantage for row in rows] == [1.0, 1.0, -1.0, -1.0]
     assert int(pack(rows).mask.sum()) == 39
     assert all(
-        row.in_loss for row in rows_of(groups, normalize_std=False, overlong_filtering=False)
+        row.in_loss
+        for row in training_sequences(groups, normalize_std=False, overlong_filtering=False)
     )

@@ -16,12 +16,14 @@ from learner_world import (
     synthetic_groups,
     tiny_decoder,
 )
+from torch import Tensor
 
 from dapo_async.algorithm import OBJECTIVES
 from dapo_async.algorithm.objectives import Objective, Surrogate
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import rows_of, split_microbatches
+from dapo_async.learner.batching import Microbatch, split_microbatches, training_sequences
 from dapo_async.learner.optimizer import warmed_up
+from dapo_async.learner.rank import MinibatchCounts, StepStart
 
 NUM_TOKENS = sum(map(sum, LENGTHS))  # 75 response tokens in 12 rollouts
 CUTS = (1, 20, 40, 10_000)  # tokens per microbatch: one sequence each … everything in one
@@ -110,16 +112,16 @@ class AveragesMicrobatchMeans(LearnerRank):
 
     num_microbatches = 0
 
-    def _loss(self, batch, logprobs, entropies, recomputed, keep, num_tokens, num_sequences):
-        return super()._loss(
-            batch,
-            logprobs,
-            entropies,
-            recomputed,
-            keep,
-            float(batch.mask.sum()) * self.num_microbatches,
-            num_sequences,
-        )
+    def _loss(
+        self,
+        batch: Microbatch,
+        logprobs: Tensor,
+        entropies: Tensor,
+        start: StepStart,
+        counts: MinibatchCounts,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        own = replace(counts, num_tokens=float(batch.mask.sum()) * self.num_microbatches)
+        return super()._loss(batch, logprobs, entropies, start, own)
 
 
 def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> None:
@@ -127,7 +129,9 @@ def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> Non
     at_once = outcome(rank_of(), groups)
     broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=40)
     broken.num_microbatches = len(
-        split_microbatches(rows_of(groups, normalize_std=True, overlong_filtering=False), 40)
+        split_microbatches(
+            training_sequences(groups, normalize_std=True, overlong_filtering=False), 40
+        )
     )
     assert broken.num_microbatches == 4
     done = outcome(broken, groups)
@@ -144,7 +148,7 @@ def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> Non
 
 
 def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone() -> None:
-    rows = rows_of(synthetic_groups(), normalize_std=True, overlong_filtering=False)
+    rows = training_sequences(synthetic_groups(), normalize_std=True, overlong_filtering=False)
     lengths = sorted(row.num_tokens for row in rows)
     assert lengths == [3, 5, 6, 7, 8, 11, 11, 11, 11, 13, 15, 16]
     assert [batch.lengths for batch in split_microbatches(rows, 14)] == [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_async.learner.batching import Row, pack
+from dapo_async.learner.batching import TrainingSequence, pack
 from dapo_async.learner.mismatch import mismatch_metrics
 from dapo_async.types import Completion, FinishReason
 
@@ -17,10 +17,10 @@ PROMPT = np.asarray([1, 2], dtype=np.int32)
 
 def row(
     number: int, *, versions: list[int], prefill: int, behaviour: list[float], in_loss: bool = True
-) -> Row:
+) -> TrainingSequence:
     ids = np.full(len(versions), 5, dtype=np.int32)
     arrays = np.asarray(behaviour, dtype=np.float32), np.asarray(versions, dtype=np.int32)
-    return Row(
+    return TrainingSequence(
         number,
         PROMPT,
         Completion(ids, *arrays, prefill, FinishReason.LENGTH),

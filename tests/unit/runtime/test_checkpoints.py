@@ -18,7 +18,7 @@ from learner_world import rank_of, synthetic_groups, tiny_decoder
 from replay_world import make_buffer, make_group
 from safetensors.torch import load_file, save_file
 
-from dapo_async.learner import read_state, save_state
+from dapo_async.learner import read_whole_state, save_state
 from dapo_async.model import Mesh
 from dapo_async.replay import BufferState, freeze
 from dapo_async.replay.group_io import read_groups, write_groups
@@ -178,15 +178,15 @@ def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
 def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     groups, rank = synthetic_groups(), rank_of(num_minibatches=2)
     rank.step(groups)
-    save_state(rank.freeze(), tmp_path / "learner", Mesh())
+    save_state(rank.capture_state(), tmp_path / "learner", Mesh())
     other = rank_of(num_minibatches=2)
     other.load(tmp_path / "learner")
     assert other.version == rank.version
     assert rank.step(groups) == other.step(groups)
-    whole = {name: part.tensor for name, part in rank.freeze().parts.items()}
+    whole = {name: part.tensor for name, part in rank.capture_state().parts.items()}
     assert len(whole) == 3 * len(rank.decoder.state_dict())
     for name, tensor in whole.items():
-        assert torch.equal(tensor, other.freeze().parts[name].tensor), name
+        assert torch.equal(tensor, other.capture_state().parts[name].tensor), name
     fresh = rank_of(
         num_minibatches=2, version=rank.version - 1
     )  # without the optimizer's memory the step is another one
@@ -194,17 +194,18 @@ def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
         for (name, parameter), _ in zip(
             fresh.decoder.named_parameters(), tiny_decoder().parameters(), strict=True
         ):
-            parameter.copy_(read_state(tmp_path / "learner")[f"weights.{name}"])
+            parameter.copy_(read_whole_state(tmp_path / "learner")[f"weights.{name}"])
     fresh.step(groups)
     assert any(
-        not torch.equal(tensor, fresh.freeze().parts[name].tensor) for name, tensor in whole.items()
+        not torch.equal(tensor, fresh.capture_state().parts[name].tensor)
+        for name, tensor in whole.items()
     )
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut"])
 def test_state_of_which_a_file_is_not_whole_is_refused_by_name(harm: str, tmp_path: Path) -> None:
     rank = rank_of()
-    save_state(rank.freeze(), tmp_path, Mesh())
+    save_state(rank.capture_state(), tmp_path, Mesh())
     (file,) = tmp_path.glob("*.safetensors")
     file.unlink() if harm == "missing" else file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(

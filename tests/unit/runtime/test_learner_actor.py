@@ -24,7 +24,7 @@ class Rank:
         self.version += 1
         return StepMetrics()
 
-    def freeze(self) -> int:
+    def capture_state(self) -> int:
         return self.version
 
 

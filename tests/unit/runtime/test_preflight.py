@@ -66,7 +66,7 @@ def test_the_untouched_copy_is_accepted(folder) -> None:
         ({"vocab_size": "13"}, "vocab_size ('13') must be a whole number"),
         ({"rms_norm_eps": None}, "rms_norm_eps (missing) must be a positive number"),
         ({"rope_parameters": [1]}, "rope_parameters ([1]) must be an object"),
-        ({"eos_token_id": "12"}, "eos_token_id ('12') must be a token's number or a list of such"),
+        ({"eos_token_id": "12"}, "eos_token_id ('12') must be a token id or a list of ids"),
         ({"eos_token_id": None}, "has no eos_token_id in its config.json"),
         (
             {"num_hidden_layers": 4},
