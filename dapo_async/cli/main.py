@@ -186,7 +186,7 @@ def _train(options: argparse.Namespace) -> int:
         _say(f"held-out   {inputs.heldout.summary}")
     if options.dry_run:
         return _dry_run(config, root, first_step=point.version)
-    from dapo_async.runtime.run import train
+    from dapo_async.runtime.run import run_training
     from dapo_async.tracking.run_dir import RunDir
     from dapo_async.tracking.sinks import open_progress
 
@@ -202,7 +202,7 @@ def _train(options: argparse.Namespace) -> int:
     with open_progress(
         num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
     ) as progress:
-        code = train(
+        code = run_training(
             config,
             run_dir=run_dir,
             progress=progress,

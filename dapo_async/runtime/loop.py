@@ -1,4 +1,5 @@
-"""THE loop. Everything asynchronous happens around it: workers generate, the publisher sends, versions are saved and evaluated."""
+"""The main loop. Everything asynchronous happens around it: workers generate, the publisher sends
+weights, evaluations and checkpoints run beside the steps."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ MAX_SKIPPED_STEPS = 3  # this many non-finite steps in a row end the run
 
 
 class TrainingStopped(RuntimeError):
-    """The run can't go on; the message says why and what to look at."""
+    """Training can't go on; the message has the reason and what to look at."""
 
 
 async def train_loop(
@@ -32,17 +33,13 @@ async def train_loop(
     config: Config,
     first_step: int = 0,
 ) -> StopReason | None:
-    """Trains until the last step (None) or until the filters have had enough (their verdict).
+    """Trains until the last step (None), or until the stop rule ends it (its reason).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
       ▲                                              └──credits, once every engine serves them──▶ replay
     """
-    replay, learner, publisher, clock = (
-        system.replay,
-        system.learner,
-        system.publisher,
-        tracker.clock,
-    )
+    replay, learner, publisher = system.replay, system.learner, system.publisher
+    clock = tracker.clock
     skipped_in_a_row = 0
     for step in range(first_step, config.train.num_steps):
         clock.enter("wait for batch", f"step {step}")
@@ -51,11 +48,11 @@ async def train_loop(
             return batch
         clock.enter("wait for step", f"step {step}")
         metrics = await unbroken(
-            train(system, tracker, step, batch), deadline_s=config.deadlines.work_s
+            train_step(system, tracker, step, batch), deadline_s=config.deadlines.work_s
         )
         clock.enter("wait for publish", f"step {step}")
         await publisher.start(
-            learner.snapshot(), on_served=partial(release, system, batch.group_ids)
+            learner.snapshot(), on_served=partial(return_credits, system, batch.group_ids)
         )
         evaluations.start_if_due(step)
         if (step + 1) % config.train.checkpoint_every_steps == 0:
@@ -64,13 +61,14 @@ async def train_loop(
         skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
         if skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise TrainingStopped(
-                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; lower learner.lr, read non_finite/"
+                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; "
+                "lower learner.lr, read non_finite/"
             )
     return None
 
 
-async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
-    """One step of the learner, booked: what a checkpoint has either all of or nothing."""
+async def train_step(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
+    """One step of the learner and its bookkeeping: a checkpoint has both or neither."""
     metrics = await system.learner.step(batch)
     await system.replay.trained(
         batch.group_ids,
@@ -82,7 +80,8 @@ async def train(system: System, tracker: Tracker, step: int, batch: TrainBatch) 
 
 
 async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
-    """The result of `work`, which a cancellation lets go on to its end, for `deadline_s` at most: what is trained is booked and saved."""
+    """The result of `work`. A cancellation lets it go on to its end, for `deadline_s` at most, so
+    that a trained step is counted and saved."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -93,6 +92,6 @@ async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
         raise
 
 
-async def release(system: System, group_ids: Sequence[int], version: int) -> None:
-    """Every engine serves `version`: the credits of the groups that made it return."""
+async def return_credits(system: System, group_ids: Sequence[int], version: int) -> None:
+    """Every engine serves `version`: the credits of the groups that it was trained on return."""
     await system.replay.serve(version, group_ids)

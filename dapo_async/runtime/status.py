@@ -1,15 +1,16 @@
-"""How a run ends: the status and the reason of its summary, and the exit code of its process."""
+"""How a run ends: status and reason for its summary, and the exit code of its process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 
 
 class WrongInput(Exception):
-    """What the user has to change is found out only with the cluster at hand: exit code 2."""
+    """The user has to change something that only the cluster could show: exit code 2."""
 
 
 class Status(StrEnum):
@@ -20,10 +21,12 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """How a run ended; `exit_code` is that of the process."""
+    """How a run ended, or would end if nothing else happened."""
 
     status: Status = Status.DONE
     reason: str = "all steps trained"
     exit_code: int = 0
+    lost_actor: str | None = None  # its death ended the run
+    hangs: bool = False  # a passed deadline ended the run: something may hang

@@ -2,76 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from dapo_async.replay import Counts
-from dapo_async.runtime.step_metrics import Totals
+from dapo_async.config import Config
+from dapo_async.evaluate import Evaluation
+from dapo_async.runtime.resume import ResumePoint
+from dapo_async.runtime.services import Measured
+from dapo_async.runtime.status import RunOutcome
+from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
-if TYPE_CHECKING:
-    from dapo_async.runtime.run import Run
+
+@dataclass(slots=True)
+class RunRecord:
+    """What a run has come to so far, besides what its services count."""
+
+    outcome: RunOutcome = field(default_factory=RunOutcome)
+    seconds: dict[str, float] = field(default_factory=dict)  # start_s, initial_evaluation_s, …
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)  # initial, final
+    caught: Counter[str] = field(default_factory=Counter)  # errors that did not end the run
 
 
-def summarise_run(run: Run, wall_s: float) -> dict[str, Any]:
-    """The fixed points of `summary.json`; 0 or null for what the run never came to."""
-    tracker, evaluations = run.tracker, run.evaluations
-    totals = tracker.totals if tracker else Totals()
-    counts = (tracker.replay.counts if tracker and tracker.replay else Counts(0)).flat()
-    rejected = {
-        name.removeprefix("rejected."): count
-        for name, count in counts.items()
-        if name.startswith("rejected.")
-    }
-    saved = CheckpointFolder(run.run_dir.checkpoints)
-    published = run.system.publisher if run.system else None
+def summarise_run(
+    record: RunRecord,
+    measured: Measured,
+    *,
+    config: Config,
+    run_dir: RunDir,
+    incarnation: str,
+    resume: ResumePoint,
+    wall_s: float,
+    mlflow_run_id: str | None,
+    caught: Counter[str],
+) -> dict[str, Any]:
+    """The content of `summary.json`; 0 or null for what the run never came to.
+
+    `wall_s`: of all incarnations. `caught`: errors that the sinks caught.
+    """
+    saved = CheckpointFolder(run_dir.checkpoints)
+    best = run_dir.best_version(saved.versions())
+    totals = measured.totals
+    staleness = totals.staleness_sum / totals.staleness_tokens if totals.staleness_tokens else 0.0
     return {
-        "status": run.ending.status.value,
-        "reason": run.ending.reason,
-        **{
-            f"{name}_accuracy": evaluations[name].accuracy if name in evaluations else None
-            for name in ("initial", "final")
-        },
-        **{
-            f"{name}_response_tokens": evaluations[name].mean_response_tokens
-            if name in evaluations
-            else None
-            for name in ("initial", "final")
-        },
-        "wall_s": run.resume.driver.get("wall_s", 0.0) + wall_s,
-        "train_s": tracker.train_s if tracker else 0.0,
-        **run.seconds,
+        "status": record.outcome.status.value,
+        "reason": record.outcome.reason,
+        **_evaluated(record.evaluations),
+        "wall_s": wall_s,
+        "train_s": measured.train_s,
+        **record.seconds,
         "steps": totals.steps,
         "tokens": int(totals.tokens),
-        "staleness": {
-            "mean": totals.staleness_sum / totals.staleness_tokens
-            if totals.staleness_tokens
-            else 0.0,
-            "max": totals.staleness_max,
-        },
-        "groups": {
-            name: count for name, count in counts.items() if not name.startswith("rejected.")
-        }
-        | {"rejected": rejected},
-        "idle": tracker.idle if tracker else {"rollout": 0.0, "learner": 0.0},
-        "weight_versions": published.num_served if published else 0,
-        "handshake": dict(published.outcomes) if published else {},
-        "checkpoint": str(saved.newest or run.config.model.path),
-        "best_checkpoint": str(saved.path(best))
-        if (best := run.run_dir.best_version(saved.versions())) is not None
-        else None,
-        "evaluations_skipped": run.held_out.num_skipped if run.held_out else 0,
-        "checkpoints": run.checkpointer.summary() if run.checkpointer else {},
-        "resumed_from": str(run.resume.checkpoint) if run.resume.checkpoint else None,
-        "seconds_by_state": {
-            actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans
-        }
-        if tracker
-        else {},
-        "mlflow_run_id": run.sinks.mlflow_run_id,
-        "engine_restarts": sum(run.system.restarts.values()) if run.system else 0,
-        "caught": dict(run.caught + run.sinks.caught),
-        "failures": dict(tracker.replay.failures) if tracker and tracker.replay else {},
-        "seed": run.config.seed,
-        "incarnation": run.incarnation,
-        "run_dir": str(run.run_dir.root),
+        "staleness": {"mean": staleness, "max": totals.staleness_max},
+        "groups": _groups(measured.counts),
+        "idle": dict(measured.idle),
+        "weight_versions": measured.weight_versions,
+        "handshake": dict(measured.handshake),
+        "checkpoint": str(saved.newest or config.model.path),
+        "best_checkpoint": str(saved.path(best)) if best is not None else None,
+        "evaluations_skipped": measured.evaluations_skipped,
+        "checkpoints": dict(measured.checkpoints),
+        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
+        "seconds_by_state": dict(measured.seconds_by_state),
+        "mlflow_run_id": mlflow_run_id,
+        "engine_restarts": measured.engine_restarts,
+        "caught": dict(record.caught + caught),
+        "failures": dict(measured.failures),
+        "seed": config.seed,
+        "incarnation": incarnation,
+        "run_dir": str(run_dir.root),
     }
+
+
+def _evaluated(evaluations: Mapping[str, Evaluation]) -> dict[str, float | None]:
+    initial, final = evaluations.get("initial"), evaluations.get("final")
+    return {
+        "initial_accuracy": initial.accuracy if initial else None,
+        "final_accuracy": final.accuracy if final else None,
+        "initial_response_tokens": initial.mean_response_tokens if initial else None,
+        "final_response_tokens": final.mean_response_tokens if final else None,
+    }
+
+
+def _groups(counts: Mapping[str, int]) -> dict[str, Any]:
+    """Flat counts such as `rejected.all_wrong`, with the rejections in a table of their own."""
+    prefix = "rejected."
+    groups: dict[str, Any] = {
+        name: count for name, count in counts.items() if not name.startswith(prefix)
+    }
+    groups["rejected"] = {
+        name.removeprefix(prefix): count
+        for name, count in counts.items()
+        if name.startswith(prefix)
+    }
+    return groups

@@ -131,6 +131,15 @@ class System:
             # What they raise now follows from the first failure, which is the one to report.
             await asyncio.gather(*others, return_exceptions=True)
 
+    def unserved(self) -> str:
+        """Which engines the publish in flight waits for, for the message of a passed deadline: a
+        hanging engine delays a batch through the credits of that publish."""
+        publish = self.publisher.in_flight
+        if publish is None or publish.done():
+            return ""
+        names = ", ".join(worker.name for worker in self.workers)
+        return f"; {publish.get_name()} still waited for {names}"
+
     def _running(self) -> set[asyncio.Task[Any]]:
         """Background work and publish in flight; what has ended raises its failure here."""
         publish = self.publisher.in_flight

@@ -2,12 +2,12 @@
 
 verify       the entry point, in the order of the steps below
 extract      which part of a response is its answer
-normalize    spellings of one thing made equal
-numeric      answers that are plain numbers, without a computer algebra system
-units        units and currencies around a number
-hedging      responses that claim several answers
-size_limits  expressions that would take for ever are refused
-symbolic     comparison by computer algebra
-pool         processes that compare, with a deadline each
-worker       what such a process runs
+normalize    one spelling for equal answers
+numeric      comparison of plain numbers and words, without computer algebra
+units        units and currencies beside a number
+hedging      texts that do not claim the expression that they end with
+size_limits  expressions that are too large to compare
+symbolic     comparison by computer algebra, in the worker processes
+pool         the worker processes, with a deadline for each question
+worker       the program of a worker process
 """

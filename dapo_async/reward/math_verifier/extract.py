@@ -1,7 +1,9 @@
-r"""Where an answer stands in a response: model text comes in, the answer's text or None leaves. Called by `math.py`; every search is linear.
+r"""The answer within a response: model text comes in, the answer's text or None leaves.
 
-conclusion     what follows the last </think>; nothing while the thinking is not closed
-marked_answer  the last \boxed{…} or Answer: line of it, whichever comes later; else a last line that is `A: …`
+`verify.py` calls it. Every search takes linear time.
+
+conclusion     the text after the last </think>; None while the thinking is not closed
+marked_answer  the last \boxed{…} or Answer: line, whichever comes later; else a last line `A: …`
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 
 from dapo_async.reward.math_verifier.units import CHANGING
 
-WHITE = " \t\r\n"  # the white space that may stand around an answer
+WHITE = " \t\r\n"  # whitespace that may surround an answer
 THINK, END_OF_THINKING = "<think>", "</think>"
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
@@ -23,29 +25,38 @@ _SIGN = re.compile(r"(?:\$|(?:[=(\[{]|\\[(\[])\s*)[-−]\s*$")
 _POWER = re.compile(r"\s*\^\s*\{?\s*-?[0-9]+\s*\}?")
 _SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
 _BETWEEN_BOXES = re.compile(
-    rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
+    rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}"
+    rf"(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}"
+    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
 )
 _SAID = re.compile(
-    r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?"
+    r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b"
+    r"\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?"
 )
 _SENTENCE = re.compile(
-    r"(?is)(?![^$]*\b(?:or|not)\b)([a-z][a-z ,'’-]*(?:\$[^$0-9=]*\$[a-z ,'’-]*)*)\b(?:is|are|equals)\s+((?:(?!\b(?:is|are|equals|or|not)\b).)+)"
+    r"(?is)(?![^$]*\b(?:or|not)\b)([a-z][a-z ,'’-]*(?:\$[^$0-9=]*\$[a-z ,'’-]*)*)"
+    r"\b(?:is|are|equals)\s+((?:(?!\b(?:is|are|equals|or|not)\b).)+)"
 )
-_TOLD = re.compile(r"\\text\s*\{([^{}]*\b(?:is|are|equals)\b[ :]*)\}\s*(.+)", re.DOTALL)
-# Words before the one formula of a sentence that say nothing but that it is the answer.
+_IS_IN_TEXT = re.compile(r"\\text\s*\{([^{}]*\b(?:is|are|equals)\b[ :]*)\}\s*(.+)", re.DOTALL)
+# Words before the only formula of a sentence that only introduce it as the answer.
 _FRAME = re.compile(
-    r"(?is)[a-z ,'’-]*\b(?:is|are|was|were|equals|has|have|get|gets)\b[ :*]*(?:(?:exactly|precisely|only|just|simply|equal to|a total of)\s+)*|\s*"
+    r"(?is)[a-z ,'’-]*\b(?:is|are|was|were|equals|has|have|get|gets)\b[ :*]*"
+    r"(?:(?:exactly|precisely|only|just|simply|equal to|a total of)\s+)*|\s*"
 )
 _LEAD = re.compile(
-    r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*(?:[a-z]\s*=)?\s*"
+    r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*"
+    r"(?:[a-z]\s*=)?\s*"
 )
 _TURNED = re.compile(
-    r"(?i)\b(?:not|never|no|nor|cannot|hardly|wrong|incorrect|false|untrue|other|but|except|minus|twice|double|thrice|triple|unless)\b"
-    r"|n['’]t\b|\b(?:half|third|quarter|square|squares|root|cube|opposite|negative|negation|reciprocal|inverse|multiple|logarithm)\s+(?:of|it)\b"
+    r"(?i)\b(?:not|never|no|nor|cannot|hardly|wrong|incorrect|false|untrue|other|but|except|minus"
+    r"|twice|double|thrice|triple|unless)\b|n['’]t\b"
+    r"|\b(?:half|third|quarter|square|squares|root|cube|opposite|negative|negation|reciprocal"
+    r"|inverse|multiple|logarithm)\s+(?:of|it)\b"
     r"|\b(?:less|more|greater|smaller|fewer|larger)\s+than\b|\b(?:below|above|under|beyond)\b"
 )
 _AFTER = re.compile(
-    r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?(?:\s*\^\s*\{?[23]\}?)?\s*"
+    r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?"
+    r"(?:\s*\^\s*\{?[23]\}?)?\s*"
 )
 _A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*(\S.*)")
 _OPENING = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
@@ -59,24 +70,30 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("__", 
 
 
 def conclusion(response: str) -> str | None:
-    """What follows the last `</think>`, or all of it where there is none; None for thinking that was opened and not closed: nothing is concluded."""
+    """The text after the last `</think>`; the whole text where there is none.
+
+    None for thinking that was opened and not closed.
+    """
     text = response.rpartition(END_OF_THINKING)[2]
     return None if THINK in text else text
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The content of the marker that comes last: an `Answer:` line, or a whole `\boxed{…}`; None without one, or with nothing in it.
+    r"""The content of the last marker: an `Answer:` line or a complete `\boxed{…}`.
 
-    Boxes with nothing but commas, `and` or `or` between them are one answer of several parts. A line is read from its first `Answer:` on, so that
-    several claims in one line are no answer; an empty one is continued by the next line that is not, and displayed mathematics to its end. A last box
-    that is cut off is no answer. Without either marker a last line `A: …`, GSM8K's, is one.
+    Returns None without a marker, for an empty marker, and when the last box is cut off.
+    - Boxes that are joined by commas, `and` or `or` are one answer of several parts.
+    - A line is read from its first `Answer:`, so several claims in one line are no answer.
+    - An empty `Answer:` continues on the next line that is not empty, and displayed mathematics
+      continues to its end.
+    - Without either marker, a last line `A: …`, as in GSM8K, is the answer.
     """
-    has_box, line = "box" in text, None  # most responses have none: spares three searches
+    has_box, line = "box" in text, None  # most responses have no box, which saves three searches
     if has_box:
         text = _NAKED_BOX.sub(r"\\boxed{\1}", text)
     box, cut = (_last_boxes(text), _last_cut(text)) if has_box else (None, None)
     for found in _ANSWER_LINE.finditer(text):
-        if box is None or not box[0] <= found.start() < box[1]:  # the words of a box are its own
+        if box is None or not box[0] <= found.start() < box[1]:  # not a line within the box
             line = found
     if cut is not None and (line is None or cut > line.start()):
         return None
@@ -94,7 +111,10 @@ def marked_answer(text: str) -> str | None:
 
 
 def _displayed(said: str, rest: str) -> str:
-    """`said`, continued by the lines of `rest` while it only opens displayed mathematics; what is never closed is empty."""
+    """`said`; where it opens displayed mathematics, with the lines of `rest` up to its end.
+
+    Displayed mathematics that is never closed gives an empty text.
+    """
     closing = _OPENING.get(said[:2])
     if closing is None or closing in said[2:]:
         return said
@@ -103,12 +123,12 @@ def _displayed(said: str, rest: str) -> str:
 
 
 def is_cut(text: str) -> bool:
-    """Whether the last box was never closed: a truncated response."""
+    """Whether the last box was never closed, as in a truncated response."""
     return _last_cut(text) is not None
 
 
 def _last_cut(text: str) -> int | None:
-    """Where the last box begins if it was never closed."""
+    """The start of the last box if it was never closed, else None."""
     last = None
     for last in _BOXED.finditer(text):  # noqa: B007 (the last one is wanted)
         pass
@@ -120,7 +140,11 @@ def _last_cut(text: str) -> int | None:
 
 
 def bare(text: str) -> str:
-    r"""`text` without what only surrounds it: white space, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a full stop or comma."""
+    r"""`text` without its outer marks.
+
+    These are whitespace, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a final full stop or
+    comma.
+    """
     before = None
     while before != text:
         before, text = text, text.strip(WHITE).strip('*`"')
@@ -144,7 +168,7 @@ def bare(text: str) -> str:
 
 
 def _content(said: str) -> str:
-    """The answer in what a marker's line says: a sentence around it is left away, and formulas without their delimiters."""
+    """The answer in the content of a marker, without a sentence or delimiters around it."""
     said = _FLOURISH.sub("", _AFTERWORD.sub("", said))
     remark = _REMARK.search(said) if len(said) <= LONGEST_BOX else None
     if (
@@ -156,8 +180,8 @@ def _content(said: str) -> str:
     if len(said) > LONGEST_BOX:
         return said
     text = bare(said)
-    if told := _TOLD.fullmatch(text):
-        text = f"{told[1]} {told[2]}"
+    if sentence := _IS_IN_TEXT.fullmatch(text):
+        text = f"{sentence[1]} {sentence[2]}"
     if said_so := _SAID.fullmatch(text):
         text = bare(said_so[1])
     elif (sentence := _SENTENCE.fullmatch(text)) and not _TURNED.search(sentence[1]):
@@ -177,9 +201,10 @@ def _content(said: str) -> str:
 
 
 def _last_boxes(text: str) -> tuple[int, int, str] | None:
-    """`(start, end, contents joined by commas)` of the last box and those right before it; None when there is none, or when the last is not closed.
+    """`(start, end, contents joined by commas)` of the last box and of boxes joined to it.
 
-    A sign right before a box, or a power right after it, within one formula are part of its content.
+    Returns None without a box and when the last box is not closed. A sign right before a box and a
+    power right after it, within one formula, are part of its content.
     """
     starts = [(match.start(), match.end()) for match in _BOXED.finditer(text)]
     found: list[tuple[int, int, str]] = []
@@ -187,7 +212,7 @@ def _last_boxes(text: str) -> tuple[int, int, str] | None:
         end = _closing(text, inside)
         if end is None:
             break
-        after = [box for box in found if box[0] > end]  # those within this one are part of it
+        after = [box for box in found if box[0] > end]  # boxes within this one are part of it
         if after and not _are_joined(text[end + 1 : after[0][0]]):
             break
         content, power = text[inside:end], _POWER.match(text, end + 1)
@@ -208,7 +233,7 @@ def _are_joined(between: str) -> bool:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one opened before `start`; escaped ones don't count."""
+    """The index of the brace that closes the one opened before `start`; escaped braces are skipped."""
     depth = 1
     for match in _BRACE.finditer(text, start, start + LONGEST_BOX):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

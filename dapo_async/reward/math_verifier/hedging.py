@@ -1,6 +1,6 @@
-r"""Whether a text claims the expression that it ends with: the text and the expression come in, what stands around it is read. By by `symbolic.py`.
+"""Whether a text claims the expression that it ends with. `symbolic.py` calls it.
 
-`It is not 34`, `at most 34`, `34 million` end with 34 and claim something else.
+`It is not 34`, `at most 34` and `34 million` end with 34 but claim another value.
 """
 
 from __future__ import annotations
@@ -13,44 +13,32 @@ MOST_CHARACTERS = 100
 _CLAUSE = re.compile(r"[.;!?\n,:]|\b(?:so|but|thus|hence|therefore)\b")
 _NEGATED = re.compile(r"(?i)\b(?:not|never|cannot|neither|nor|wrong|incorrect|hardly)\b|n['’]t\b")
 _TURNED = re.compile(
-    r"(?i)(?:\b(?:minus|negative|twice|double|triple|half|half of|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
+    r"(?i)(?:\b(?:minus|negative|twice|double|triple|half|half of"
+    r"|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
     r"|at most|at least|up to|nearly|almost|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
     r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through|times))"
     r"\s+(?:the\s+)?$"
 )
 _AFTER = re.compile(r"[\s$})*\\]*(?:\\?(?:text|mathrm)\s*\{\s*)?([A-Za-z][A-Za-z']*)")
 _TAKEN_BACK = re.compile(
-    r"(?i)[\s$})*\\]*(?:\\?text\s*\{\s*|\(\s*)?(?:(?:(?:is|was|are)\s+)?(?:not|wrong|incorrect|false|never)|or\s+(?:so|less|more|fewer|above|below))\b"
+    r"(?i)[\s$})*\\]*(?:\\?text\s*\{\s*|\(\s*)?"
+    r"(?:(?:(?:is|was|are)\s+)?(?:not|wrong|incorrect|false|never)"
+    r"|or\s+(?:so|less|more|fewer|above|below))\b"
 )
-# Right after a number: another factor, an ordinal, a ratio. Letters that are units in everyday use pass.
+# Right after a number: another factor, an ordinal, a ratio. Letters that are common units pass.
 _GOES_ON = re.compile(r"(?:[abdefijknopqruvwxyz]\b|(?:st|nd|rd|th)\b|\s*:\s*[0-9])")
 _HARMLESS = frozenset(
-    [
-        "is",
-        "was",
-        "are",
-        "but",
-        "more",
-        "less",
-        "fewer",
-        "times",
-        "percent",
-        "percentage",
-        "pct",
-        "pair",
-        "pairs",
-        "couple",
-        "couples",
-        "score",
-        "scores",
-        "point",
-    ]
+    "is was are but more less fewer times percent percentage pct pair pairs couple couples "  # noqa: SIM905
+    "score scores point".split()
 )
 
 
 def claims(text: str, expression: str) -> bool:
-    """Whether nothing around the last `expression` of `text` takes it back, turns it into another value or goes on with it."""
-    # The engine hands numbers back without their separators.
+    """Whether `text` claims its last `expression`.
+
+    It does not when the words around the expression deny it, change its value or continue it.
+    """
+    # math-verify returns numbers without their separators.
     spread = r"[\s,]?".join(map(re.escape, expression[:MOST_CHARACTERS]))
     places = [match.span() for match in re.finditer(spread, text)]
     if not places:

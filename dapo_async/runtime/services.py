@@ -1,0 +1,109 @@
+"""What drives a run once Ray is there: the actors, metrics, evaluations and checkpoints.
+
+`run` builds the services once; `loop` trains with them, `shutdown` ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dapo_async.config import Config
+from dapo_async.replay import Counts
+from dapo_async.runtime.checkpointer import Checkpointer
+from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.runtime.launch import start_actors
+from dapo_async.runtime.resume import ResumePoint
+from dapo_async.runtime.step_metrics import Totals, Tracker
+from dapo_async.runtime.system import System
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.sinks import Sinks
+from dapo_async.utils.state_clock import StateClock
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the services have counted; the defaults are those of a run that never started."""
+
+    totals: Totals = field(default_factory=Totals)
+    train_s: float = 0.0
+    counts: Mapping[str, int] = field(default_factory=lambda: Counts(0).flat())
+    failures: Mapping[str, int] = field(default_factory=dict)
+    idle: Mapping[str, float] = field(default_factory=lambda: {"rollout": 0.0, "learner": 0.0})
+    seconds_by_state: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    weight_versions: int = 0
+    handshake: Mapping[str, int] = field(default_factory=dict)
+    engine_restarts: int = 0
+    evaluations_skipped: int = 0
+    checkpoints: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """All services of one run."""
+
+    system: System
+    tracker: Tracker
+    evaluations: Evaluations
+    checkpointer: Checkpointer
+
+    @property
+    def longest_step_s(self) -> float:
+        """The longest step and the longest checkpoint so far: what one more step may take."""
+        return self.tracker.longest_step_s + self.checkpointer.longest_write_s
+
+    def measured(self) -> Measured:
+        tracker, publisher = self.tracker, self.system.publisher
+        report = tracker.replay
+        return Measured(
+            totals=tracker.totals,
+            train_s=tracker.train_s,
+            counts=(report.counts if report else Counts(0)).flat(),
+            failures=dict(report.failures) if report else {},
+            idle=tracker.idle,
+            seconds_by_state={
+                actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans
+            },
+            weight_versions=publisher.num_served,
+            handshake=dict(publisher.outcomes),
+            engine_restarts=self.system.restarts.total(),
+            evaluations_skipped=self.evaluations.num_skipped,
+            checkpoints=self.checkpointer.summary(),
+        )
+
+
+def build_services(
+    config: Config,
+    *,
+    run_dir: RunDir,
+    sinks: Sinks,
+    clock: StateClock,
+    incarnation: str,
+    resume: ResumePoint,
+    driver_state: Callable[[Tracker], dict[str, Any]],
+) -> Services:
+    """Starts the actors in the background; `system.start` waits for them.
+
+    `driver_state` returns what a resumed driver must know, for `driver.json` of a checkpoint.
+    """
+    actors = start_actors(config, run_dir, incarnation=incarnation, resume=resume.state)
+    system = System(config, actors, say=sinks.say)
+    tracker = Tracker(
+        system,
+        run_dir,
+        clock,
+        show=sinks.step,
+        totals=Totals(**resume.driver.get("totals", {})),
+        first_step=resume.version,
+    )
+    evaluations = Evaluations(config, system=system, run_dir=run_dir, sinks=sinks)
+    checkpointer = Checkpointer(
+        config,
+        system=system,
+        tracker=tracker,
+        run_dir=run_dir,
+        driver_state=lambda: driver_state(tracker),
+        in_evaluation=lambda: evaluations.in_flight,
+    )
+    return Services(system, tracker, evaluations, checkpointer)

@@ -1,0 +1,68 @@
+"""The orderly end of a run: last checkpoint, last reports, timeline, then the end of every actor."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from dapo_async.config import Config
+from dapo_async.runtime.services import Services
+from dapo_async.runtime.status import RunOutcome, Status
+
+UNFINISHED = (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME)
+REPORT_SHARE = 0.8  # of deadlines.stop_s, so that a late actor is named before the time is up
+LAST_ROWS_S = 1.0
+
+
+class Attempt(Protocol):
+    """Awaits one part of the end; a failure is counted and printed, and the end goes on."""
+
+    async def __call__(
+        self, what: str, awaitable: Awaitable[object], *, within_s: float | None = None
+    ) -> None: ...
+
+
+async def shut_down(
+    services: Services,
+    outcome: RunOutcome,
+    *,
+    config: Config,
+    attempt: Attempt,
+    write_timeline: Callable[[], Awaitable[None]],
+) -> None:
+    """Saves and collects what can still be had, then kills the actors."""
+    system, tracker = services.system, services.tracker
+    report_s = REPORT_SHARE * config.deadlines.stop_s
+    if outcome.status in UNFINISHED:
+        await attempt("the last rows of metrics", tracker.flush(deadline_s=LAST_ROWS_S))
+        await _save(services, outcome, config=config, attempt=attempt)
+    if outcome.lost_actor is not None:
+        await attempt("the lost groups", system.replay.lose_worker(outcome.lost_actor))
+    await attempt("the last counts", system.replay.close())
+    if system.started:
+        await attempt("the last reports", tracker.collect(deadline_s=report_s))
+    if outcome.lost_actor != "evaluator":
+        await attempt(
+            "the evaluator's spans",
+            services.evaluations.collect(tracker.timeline, deadline_s=report_s),
+        )
+    await attempt("the timeline", write_timeline())
+    system.kill()
+    services.evaluations.clear()
+
+
+async def _save(
+    services: Services, outcome: RunOutcome, *, config: Config, attempt: Attempt
+) -> None:
+    """A checkpoint of the newest step, so that only what was generated since is lost.
+
+    Without learner or replay actor the newest periodic checkpoint has to do. Where nothing is known
+    to hang it may take as long as any other checkpoint; a second signal ends the process sooner.
+    """
+    lost, stop_s = outcome.lost_actor or "", config.deadlines.stop_s
+    if lost == "replay" or lost.startswith("learner"):
+        return
+    save_s = stop_s if outcome.hangs else max(stop_s, config.deadlines.work_s)
+    await attempt(
+        "a last checkpoint", services.checkpointer.save(deadline_s=save_s), within_s=save_s
+    )
