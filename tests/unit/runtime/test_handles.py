@@ -1,0 +1,82 @@
+"""Typed handles: what a call sends, which deadline it has, and what its errors say."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+
+import pytest
+from fake_actors import fake_actor
+from ray.exceptions import RayActorError, RayTaskError
+from run_support import QUICKSTART
+
+from dapo_async import config as knobs
+from dapo_async.runtime.actors.rollout import ReplayClient
+from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+
+DEADLINES = knobs.load(QUICKSTART, ["deadlines.work_s=0.1"]).deadlines
+
+
+async def hang(*_: Any, **__: Any) -> None:
+    await asyncio.Event().wait()
+
+
+def raising(error: Exception) -> Any:
+    async def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
+
+
+def task_error(cause: Exception) -> Exception:
+    """As Ray raises what an actor's method raised."""
+    error: Exception = RayTaskError("method", "traceback", cause).as_instanceof_cause()
+    return error
+
+
+def test_a_call_passes_its_arguments_and_returns_the_actors_result() -> None:
+    async def evaluate(*args: Any) -> Any:
+        return args
+
+    worker = WorkerHandle("rollout-0", fake_actor(evaluate=evaluate), DEADLINES)
+    assert asyncio.run(worker.evaluate(1, 2)) == (1, 2)
+
+
+def test_a_passed_deadline_names_caller_actor_and_method() -> None:
+    learner = LearnerHandle("learner-1", fake_actor(version=hang), DEADLINES)
+    line = "the driver waited 0.1 s for learner-1 to finish version"
+    with pytest.raises(TimeoutError, match=f"^{line}$"):
+        asyncio.run(learner.version())
+
+
+def test_within_replaces_the_deadline_of_a_copy_only() -> None:
+    replay = ReplayClient("replay", fake_actor(admit=hang), DEADLINES, caller="rollout-0")
+    short = replay.within(0.05)
+    with pytest.raises(TimeoutError, match=r"^rollout-0 waited 0.05 s for replay to finish admit$"):
+        asyncio.run(short.admit("rollout-0", 1))
+    assert replay._limit_s is None
+
+
+def test_a_deadline_that_the_actor_noticed_is_reported_in_its_words() -> None:
+    error = task_error(TimeoutError("take waited 0.1 s: 3 groups are missing"))
+    replay = ReplayHandle("replay", fake_actor(take=raising(error)), DEADLINES)
+    with pytest.raises(TimeoutError, match=r"^take waited 0.1 s: 3 groups are missing$"):
+        asyncio.run(replay.take(3))
+
+
+def test_an_error_in_an_actor_names_actor_method_and_innermost_error() -> None:
+    error = task_error(ExceptionGroup("groups", [ValueError("wrong")]))
+    worker = WorkerHandle("rollout-0", fake_actor(run=raising(error)), DEADLINES)
+    with pytest.raises(ActorFailed, match=r"^rollout-0 failed in run: ValueError\('wrong'\)$"):
+        asyncio.run(worker.watch())
+
+
+def test_a_dead_actor_is_named_and_its_error_can_be_pickled() -> None:
+    worker = WorkerHandle("rollout-0", fake_actor(run=raising(RayActorError())), DEADLINES)
+    with pytest.raises(ActorDied) as caught:
+        asyncio.run(worker.watch())
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.actor, str(copy)) == ("rollout-0", str(caught.value))
+    assert str(copy).startswith("rollout-0 died while the driver waited for run: ")
