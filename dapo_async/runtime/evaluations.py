@@ -4,7 +4,7 @@
 `run` calls `measure_all` before and after training, `loop` calls `start_if_due` after each publish.
 Each evaluation writes one row of `evaluations.jsonl`, which belongs to exactly one weight version:
 
-    version, weight_versions [version], step    what was measured; step = learner steps trained by then
+    version, weight_versions [version], step    what was measured; step: learner steps by then
     accuracy, mean_response_tokens,
     truncated (share), num_prompts              the result, sampled greedily
     engine (all | snapshot | dedicated)         where
@@ -54,7 +54,7 @@ class Evaluations:
         return self._version if self._running is not None and not self._running.done() else None
 
     async def measure_all(self, name: str) -> Evaluation:
-        """The initial or the final evaluation: shared among all workers, which generate nothing else."""
+        """The initial or final evaluation, shared among all workers, which do nothing else."""
         began_s = time.monotonic()
         evaluation = await self._system.evaluate()
         self._book(evaluation, f"{name} evaluation", engine="all", began_s=began_s, waited_s=0.0)

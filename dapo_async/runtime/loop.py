@@ -36,7 +36,8 @@ async def train_loop(
     """Trains until the last step (None), or until the stop rule ends it (its reason).
 
     replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
-      ▲                                              └──credits, once every engine serves them──▶ replay
+      ▲                                                 │ once every engine serves them
+      └─────────────────── credits of the trained groups ┘
     """
     replay, learner, publisher = system.replay, system.learner, system.publisher
     clock = tracker.clock

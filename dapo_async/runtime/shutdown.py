@@ -1,4 +1,4 @@
-"""The orderly end of a run: last checkpoint, last reports, timeline, then the end of every actor."""
+"""The orderly end of a run: last checkpoint, reports, timeline, then the end of every actor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a run: the first ends its task, and with it the run, in order; one more ends the process."""
+"""SIGINT and SIGTERM: the first signal ends the run in order, one more ends the process at once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import signal
 import time
 from collections.abc import Callable
 
-SAME_S = 0.5  # a wrapper may pass on what its whole process group has got already: that is one Ctrl-C, not two
+# A wrapper may pass on a signal that the whole process group has received already: a second signal
+# within this time belongs to the same Ctrl-C.
+SAME_S = 0.5
 
 
 class Interrupts:
-    """`first` is the signal that ended the run, None so far. `at_first` is called when it comes; `at_once`, for one more, must not return."""
+    """`first` is the first signal, None before it.
+
+    `at_first` is called after the first signal; `at_once` after one more, and must not return.
+    """
 
     def __init__(
         self,
@@ -23,7 +28,7 @@ class Interrupts:
         self._say, self._at_first, self._at_once, self._first_s = say, at_first, at_once, 0.0
 
     def listen(self, task: asyncio.Task[None]) -> None:
-        """Takes both signals over, for `task` of the running loop."""
+        """Installs the handlers of both signals for `task`, in the running loop."""
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._receive, task, number)
 

@@ -1,6 +1,7 @@
-"""An engine with what it needs in a Ray actor: started from disk, weights in with an attestation, held-out prompts answered and judged.
+"""An engine in a Ray actor: starts from disk, attests new weights, answers held-out prompts.
 
-`TorchHost` here, `SGLangHost` beside it; shared by the rollout workers and by the evaluator.
+The base class and `TorchHost`; `SGLangHost` is in a module of its own. Rollout workers and the
+evaluator use them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from dapo_async.weights.disk import read_version
 
 
 class EngineHost(ABC):
-    """`start`, then everything else. `clock` follows the engine: generate, wait, sync."""
+    """Call `start` first. `clock` follows the engine: generate, wait, sync."""
 
     engine: Engine
-    restartable = False  # whether a lost engine can be brought up again
+    restartable = False  # whether a lost engine can be started again
 
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
@@ -46,13 +47,11 @@ class EngineHost(ABC):
 
     @abstractmethod
     async def start(self) -> str:
-        """Returns when the engine is up, with a line about it."""
+        """Starts the engine; returns a line about it."""
 
     async def restart(self) -> None:
-        """Brings a lost engine up again, without any of the run's weights."""
-        raise AssertionError(
-            "only engines of servers are lost: others live and die with their actor"
-        )
+        """Starts a lost engine again, without any of the run's weights."""
+        raise AssertionError("only servers can be lost: other engines end with their actor")
 
     @abstractmethod
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
@@ -60,14 +59,14 @@ class EngineHost(ABC):
 
     @abstractmethod
     async def receive(self, announcement: Announcement) -> Attestation:
-        """Weights by broadcast; returns when the engine serves them."""
+        """Receives weights by broadcast; returns when the engine serves them."""
 
     @abstractmethod
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
-        """The same from disk."""
+        """As `receive`, from disk."""
 
     async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
-        """Greedy on every `num_parts`-th held-out prompt, from the `part`-th on."""
+        """Greedy accuracy on every `num_parts`-th held-out prompt, from the `part`-th on."""
         config = self._config
         prompts = (
             await asyncio.to_thread(load_set, config, config.data.heldout, self._tokenizer)
@@ -91,7 +90,10 @@ class EngineHost(ABC):
 
 
 class TorchHost(EngineHost):
-    """The torch engine on the learner's own decoder. Broadcast weights arrive while generation goes on, and are swapped between two decode steps."""
+    """The native engine on the learner's decoder.
+
+    Broadcast weights arrive during generation and are swapped in between two decode steps.
+    """
 
     engine: ThreadedEngine
 
@@ -146,7 +148,8 @@ class TorchHost(EngineHost):
         )
 
     async def _swap(self, announcement: Announcement, weights: Mapping[str, Tensor]) -> Attestation:
-        """The engine serves `weights` from its next decode step on, and says what it served before and serves now (law 5)."""
+        """The engine serves `weights` from its next decode step on, and attests what it served
+        before and what it serves now (handshake)."""
         before = await asyncio.to_thread(checksum, self.engine.weights())
         report = await self.engine.update_weights(
             weights, version=announcement.version, probe_ids=announcement.probe_ids

@@ -1,4 +1,5 @@
-"""The evaluator as a Ray actor: an engine of its own that reads one published version from disk and answers the held-out prompts with it."""
+"""The evaluator as a Ray actor: an engine of its own that reads a published version from disk and
+answers the held-out prompts with it."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ LOWEST_PRIORITY = 19
 
 
 class EvaluatorActor:
-    """A `snapshot` evaluator takes the CPU time that is left over; a `dedicated` one has reserved what it needs."""
+    """A `snapshot` evaluator takes idle CPU time; a `dedicated` one reserves what it needs."""
 
     def __init__(self, config: Config, *, incarnation: str) -> None:
         self._config = config
         dedicated = config.evaluation.engine == "dedicated"
         if not dedicated:
-            # Linux counts niceness per thread: this comes before the threads that do the work.
+            # Linux counts niceness per thread, so set it before the working threads start.
             os.nice(LOWEST_PRIORITY)
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if dedicated else 1)
         device = config.model.torch_device if dedicated else "cpu"
         self._clock = StateClock(NAME)
-        # The engine's own states are told by nobody: seen from here they are parts of loading and of evaluating.
+        # The engine's own states are not reported: they are parts of loading and of evaluating.
         self._host = TorchHost(
             config,
             name=NAME,
@@ -45,16 +46,16 @@ class EvaluatorActor:
         return ProcessInfo.own(NAME, f"{detail}, {self._config.evaluation.engine}")
 
     async def alive(self) -> None:
-        """Never returns: the driver watches it, for it ends with the actor's life."""
+        """Never returns: the driver watches it to learn of the actor's end."""
         await asyncio.Event().wait()
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
-        """Loads the announced version from `folder` and says what is served now."""
+        """Loads the announced version from `folder` and attests what is served now."""
         with self._clock.during("load", f"version {announcement.version}"):
             return await self._host.read(announcement, folder)
 
     async def evaluate(self) -> Evaluation:
-        """Greedy on all held-out prompts, with the version that was loaded last."""
+        """Greedy accuracy on all held-out prompts, with the version that was loaded last."""
         with self._clock.during("evaluate", f"version {self._host.engine.version}"):
             return await self._host.evaluate(part=0, num_parts=1)
 

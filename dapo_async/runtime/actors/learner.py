@@ -1,4 +1,8 @@
-"""One learner rank as a Ray actor: batches in by reference, one step at a time; the first rank's snapshots out, sent while the next step runs."""
+"""One learner rank as a Ray actor.
+
+Batches come in by reference, one step at a time. The first rank's weight snapshots go out to the
+engines while the next step runs.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +40,12 @@ from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
 
 PROBE_TOKENS = 16  # length of the handshake's probe prompt
-PROFILED_STEPS = (3, 4, 5)  # past the first ones, which allocate and warm up
+PROFILED_STEPS = (3, 4, 5)  # after the first ones, which allocate and warm up
 STATE_FOLDER = "learner"  # in the checkpoint's state/
 
 
 class LearnerActor:
-    """The rank steps in a thread of its own, so that the actor answers while it trains and sends while it trains on."""
+    """The rank steps in a thread of its own, so that the actor answers and sends meanwhile."""
 
     def __init__(
         self,
@@ -53,26 +57,19 @@ class LearnerActor:
         run_dir: RunDir,
         resume: Path | None = None,
     ) -> None:
-        """`number` in the mesh: the first rank, 0, publishes and writes. `resume`: the `state/` folder of the checkpoint to go on from."""
-        self._config, self._number, self.name, self._incarnation, self._run_dir, self._resume = (
-            config,
-            number,
-            name,
-            incarnation,
-            run_dir,
-            resume,
-        )
+        """`number`: position in the mesh; rank 0 publishes and writes. `resume`: the `state/`
+        folder of the checkpoint to resume from."""
+        self.name, self._number, self._incarnation = name, number, incarnation
+        self._config, self._run_dir, self._resume = config, run_dir, resume
         torch.set_num_threads(max(1, int(config.learner.num_cpus)))
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
-        self._device = (
-            "cuda:0" if config.model.torch_device == "cuda" else "cpu"
-        )  # Ray shows an actor its own GPU alone
+        # Ray shows an actor its own GPU only.
+        self._device = "cuda:0" if config.model.torch_device == "cuda" else "cpu"
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._stepping: int | None = None  # the thread of the step that runs
-        self._between_steps = (
-            asyncio.Lock()
-        )  # held by a step, and by whoever reads what a step changes
+        # Held during a step, and while something is read that a step changes.
+        self._between_steps = asyncio.Lock()
         self._frozen_state: RankState | None = None
         self._snapshot: Snapshot | None = None
         self._store: dist.TCPStore | None = None
@@ -80,7 +77,7 @@ class LearnerActor:
         self._group: WeightGroup | None = None
 
     async def open_mesh(self) -> tuple[str, int]:
-        """As the first of several ranks: opens their rendezvous on this node's interface."""
+        """On the first of several ranks: opens their rendezvous on this node's interface."""
         host = own_host(self._config)
         store = open_store(host, timeout_s=self._config.deadlines.start_s)
         self._mesh_store = store
@@ -118,16 +115,18 @@ class LearnerActor:
             self._rank.load(self._resume / STATE_FOLDER)
 
     async def alive(self) -> None:
-        """Never returns: the driver watches it, for it ends with the actor's life."""
+        """Never returns: the driver watches it to learn of the actor's end."""
         await asyncio.Event().wait()
 
     async def ping(self) -> str | None:
-        """Answers at once: the process lives and its event loop runs. Returns where the thread of the step is, or None between steps."""
+        """Shows that the process lives and its event loop runs. Returns the current line of the
+        step's thread, or None between steps."""
         return whereabouts(self._stepping) if self._stepping is not None else None
 
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
-        """Fetches this rank's share of the batch, the groups at `positions` of it, and trains on them."""
-        # From the first on: whoever asks for a copy now gets it after the step, on every rank alike, though one may still be fetching.
+        """Fetches this rank's share, the groups at `positions` of the batch, and trains on them."""
+        # Locked before the fetch: a copy asked for now is taken after the step on every rank, even
+        # on one that still fetches.
         async with self._between_steps:
             with self._clock.during("fetch", f"step {batch.learner_version}"):
                 groups: list[Group] = list(await asyncio.gather(*batch.references))
@@ -154,7 +153,8 @@ class LearnerActor:
             self._stepping = None
 
     async def snapshot(self) -> Announcement | None:
-        """Freezes the current weights for the next publish and disk write; they replace the snapshot before. None but on the first rank."""
+        """Copies the current weights for the next publish; replaces the snapshot before.
+        Returns None on all ranks but the first."""
         async with self._between_steps:
             with self._clock.during("snapshot", f"version {self._rank.version}"):
                 snapshot = await asyncio.to_thread(
@@ -178,7 +178,8 @@ class LearnerActor:
         )
 
     async def open_group(self) -> tuple[str, int]:
-        """Opens the rendezvous of the weight group on this node's interface; the workers join at the returned address."""
+        """Opens the rendezvous of the weight group on this node's interface; returns the address at
+        which the workers join."""
         host = own_host(self._config)
         self._group = None  # the one before, whose members have changed
         self._store = open_store(host, timeout_s=self._config.deadlines.answer_s)
@@ -187,7 +188,7 @@ class LearnerActor:
     async def join(self, world_size: int) -> None:
         """Joins the weight group as its sender; returns when every worker has joined."""
         assert self._store is not None, "join before open_group"
-        # A member that hangs is noticed while the publish can still do without it.
+        # Half the deadline: the publish can still do without a member that hangs.
         host, timeout_s = own_host(self._config), self._config.deadlines.answer_s / 2
         self._group = await asyncio.to_thread(
             WeightGroup,
@@ -200,7 +201,7 @@ class LearnerActor:
         )
 
     async def leave_group(self) -> None:
-        """Its connections end, and with them the waiting of whoever was in it."""
+        """Closes the connections of the weight group, so that its members stop waiting."""
         self._group = None
 
     async def broadcast(self, announcement: Announcement) -> None:
@@ -214,18 +215,20 @@ class LearnerActor:
         )
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
-        """Writes the snapshot for engines that load from disk, into the run's folder of versions if not told otherwise; returns the folder."""
+        """Writes the snapshot for engines that read from disk; returns the folder, by default the
+        run's folder of versions."""
         snapshot, folder = self._frozen(announcement.version), folder or self._run_dir.weights
         await asyncio.to_thread(write_version, snapshot.weights, folder, version=snapshot.version)
         return str(folder)
 
     async def version(self) -> int:
-        """That of the weights between two steps: the step that runs is waited for."""
+        """The version of the weights; waits for a step in progress."""
         async with self._between_steps:
             return self._rank.version
 
     async def capture_state(self) -> int:
-        """Copies this rank's weights and optimizer state for `save`, between two steps: the one that runs is waited for. Returns their version."""
+        """Copies this rank's weights and optimizer state for `save`, between two steps; returns
+        their version."""
         async with self._between_steps:
             with self._clock.during("checkpoint", f"version {self._rank.version}"):
                 self._frozen_state = None  # never two copies
@@ -233,7 +236,8 @@ class LearnerActor:
             return self._rank.version
 
     async def save(self, folder: Path) -> None:
-        """Writes the captured state into the checkpoint `folder`, beside whatever the rank is doing; every rank its part, the first the export."""
+        """Writes this rank's part of the captured state into the checkpoint `folder`, while the
+        rank goes on; the first rank also exports the model."""
         state, self._frozen_state = self._frozen_state, None
         assert state is not None, "save before capture_state"
         await asyncio.to_thread(self._write_checkpoint, state, folder)
@@ -258,8 +262,8 @@ class LearnerActor:
         return LearnerReport(tuple(self._clock.take_spans()))
 
     def _frozen(self, version: int) -> Snapshot:
-        assert self._snapshot is not None, f"version {version} asked for before any snapshot"
+        assert self._snapshot is not None, f"version {version} was requested before any snapshot"
         assert self._snapshot.version == version, (
-            f"version {version} asked for, the snapshot is of {self._snapshot.version}"
+            f"version {version} was requested, the snapshot has {self._snapshot.version}"
         )
         return self._snapshot

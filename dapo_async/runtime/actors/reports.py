@@ -1,4 +1,4 @@
-"""What actors tell the driver once per step: plain numbers, and the spans of their state clocks."""
+"""What actors report to the driver once per step: plain numbers and spans of their state clocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dapo_async.utils.state_clock import Span
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """Where an actor lives: what the engineer needs to look at it."""
+    """The process of an actor, for a user who wants to look at it."""
 
     name: str
     pid: int
@@ -26,7 +26,7 @@ class ProcessInfo:
 
     @classmethod
     def own(cls, name: str, detail: str) -> Self:
-        """Of the calling actor."""
+        """The process of the calling actor."""
         return cls(
             name,
             os.getpid(),
@@ -40,9 +40,8 @@ class ProcessInfo:
 class ReplayReport:
     spans: tuple[Span, ...]
     counts: Counts
-    acceptance: Mapping[
-        int, StepAcceptance
-    ]  # by learner version of the take: the newest few, since a report may come after the next take
+    # By learner version of the take; the newest few, since a report may come after the next take.
+    acceptance: Mapping[int, StepAcceptance]
     verdict: StopReason | None
     first_admission_s: float | None  # seconds since the epoch
     buffered: int

@@ -1,4 +1,4 @@
-"""One rollout worker as a Ray actor: an engine, the worker that keeps it full, and the receiving side of a publish."""
+"""One rollout worker as a Ray actor: an engine, the worker that keeps it full, weight updates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _answer(_: DeadlinesConfig) -> float:
 
 
 class ReplayClient(Handle[ReplayActor]):
-    """The rollout worker's handle of the replay actor, which answers after `POLL_S` at the latest."""
+    """The worker's handle of the replay actor, which answers within `POLL_S`."""
 
     admit = remote(ReplayActor.admit, _answer)
     offer = remote(ReplayActor.offer, _answer)
@@ -41,7 +41,8 @@ class ReplayClient(Handle[ReplayActor]):
 
 
 class RolloutActor:
-    """`ready` first. An engine that is lost (an SGLang server) is told by `lost`; then `restart`, weights, `revive`."""
+    """Call `ready` first. Only SGLang servers can be lost: `lost` reports it, then the driver calls
+    `restart`, sends weights, and calls `revive`."""
 
     def __init__(
         self,
@@ -53,13 +54,10 @@ class RolloutActor:
         logs: Path,
         outer_key: str = "",
     ) -> None:
-        """`logs`: folder for what SGLang's servers print. `outer_key`: the API key of servers that run already."""
-        self.name, self._number, self._config, self._incarnation = (
-            f"rollout-{number}",
-            number,
-            config,
-            incarnation,
-        )
+        """`logs`: folder for the output of SGLang servers. `outer_key`: API key of the servers in
+        `rollout.servers`."""
+        self.name, self._number = f"rollout-{number}", number
+        self._config, self._incarnation = config, incarnation
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
         self._clock = StateClock(self.name)
         self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
@@ -82,7 +80,7 @@ class RolloutActor:
             )
 
     async def ready(self) -> ProcessInfo:
-        """Brings the engine up."""
+        """Starts the engine."""
         detail = await self._host.start()
         config = self._config
         sampling = SamplingParams(
@@ -102,7 +100,7 @@ class RolloutActor:
         return ProcessInfo.own(self.name, detail)
 
     async def run(self) -> None:
-        """Rolls groups for as long as the run lasts; the driver watches it."""
+        """Generates groups until the run ends; the driver watches it."""
         await self._worker.run()
 
     async def lost(self) -> str:
@@ -110,12 +108,12 @@ class RolloutActor:
         return await self._worker.lost()
 
     async def restart(self) -> None:
-        """Starts a lost engine anew; it serves nothing before `read` and `revive`."""
+        """Starts a lost engine again; it serves nothing before `read` and `revive`."""
         await self._host.restart()
         self._worker.started_anew()
 
     async def revive(self) -> None:
-        """The engine serves proved weights again: admission goes on."""
+        """The engine serves proved weights again, so the worker asks for groups again."""
         self._worker.revive()
 
     async def back(self) -> None:
@@ -127,15 +125,16 @@ class RolloutActor:
         await self._host.join(address, first_rank=first_rank, world_size=world_size)
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
-        """Weights by broadcast. What finishes from now on is held back until they are proved. None when the engine was lost over it."""
+        """Receives weights by broadcast. Groups that finish from now on are held back until the
+        weights are proved. None: the engine was lost meanwhile."""
         return await self._update(self._host.receive(announcement))
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
-        """The same from disk."""
+        """As `receive`, from disk."""
         return await self._update(self._host.read(announcement, folder))
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
-        """A server that is too late is lost before the whole publish is."""
+        """A late server counts as lost before the deadline of the whole publish passes."""
         self._worker.hold(True)
         limit_s = UPDATE_SHARE * self._config.deadlines.answer_s if self._host.restartable else None
         try:
@@ -152,15 +151,16 @@ class RolloutActor:
         return None
 
     async def quarantine(self, on: bool) -> None:
-        """On: the weights are wrong; what was generated is given up and nothing new is. Off: generation goes on."""
+        """On: the weights are wrong, so all groups in hand are given up and generation stops.
+        Off: generation goes on."""
         await self._worker.quarantine(on)
 
     async def confirm(self) -> None:
-        """The weights are proved: what was generated since the swap may be offered."""
+        """The weights are proved: groups that finished since the swap may be offered."""
         self._worker.hold(False)
 
     async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
-        """Greedy on one part of the held-out prompts. None when the engine is lost, or was lost over it."""
+        """Greedy accuracy on one part of the held-out prompts. None: the engine is lost."""
         if self._worker.is_lost:
             return None
         try:

@@ -1,4 +1,4 @@
-"""An SGLang engine in a Ray actor: its server, which fetches each version of the weights by itself, while nothing is generated."""
+"""An SGLang engine in a Ray actor: a server that fetches new weights while generation pauses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dapo_async.weights.disk import version_folder
 
 
 class SGLangHost(EngineHost):
-    """Starts a server of its own, or takes part of the one at `rollout.servers` that has this worker's number."""
+    """Starts a server, or uses the one of `rollout.servers` at this worker's number."""
 
     engine: SGLangEngine
     restartable = True
@@ -36,7 +36,7 @@ class SGLangHost(EngineHost):
         logs: Path,
         outer_key: str,
     ) -> None:
-        """`outer_key`: the API key of servers that run already."""
+        """`outer_key`: API key of the servers in `rollout.servers`."""
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device, self._number, self._logs, self._outer_key = device, number, logs, outer_key
         self._server: SGLangServer | None = None
@@ -62,7 +62,7 @@ class SGLangHost(EngineHost):
         await self.engine.reconnect(self._client)
 
     async def _connect(self) -> SGLangClient:
-        """To a server that answers: one of its own, or the one that runs already."""
+        """Returns a client of a server that answers, started here or running already."""
         urls, deadlines = self._config.rollout.server_urls, self._config.deadlines
         url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
         client = SGLangClient(url, api_key=key, silence_s=deadlines.answer_s)
@@ -83,7 +83,8 @@ class SGLangHost(EngineHost):
             host=own_host(config),
             seed=config.seed + self._number,  # engines with one seed would draw the same noise
             log=self._logs / f"{self._name}.log",
-            # A pause in place would book the token of the step under way, which the old weights sampled, under the new version.
+            # With overlap, a pause in place would count the token of the current decode step, which
+            # the old weights sampled, under the new version.
             overlap=config.rollout.weight_update != "keep_kv",
             extra=tuple(shlex.split(config.rollout.server_flags)),
         )
@@ -103,7 +104,8 @@ class SGLangHost(EngineHost):
         )
 
     async def receive(self, announcement: Announcement) -> Attestation:
-        """See `EngineHost`. The server takes each bucket as it comes: it has no room beside the weights that it serves."""
+        """See `EngineHost`. The server loads each bucket on arrival: it has no memory for a second
+        copy of the weights."""
 
         buckets = announcement.manifest.buckets(BUCKET_BYTES)
         lines = [[spec.header for spec in bucket] for bucket in buckets]

@@ -2,6 +2,8 @@
 
 address        which Ray: one of this run's own or a running cluster
 environment    what Ray reads from the environment when it is imported
-connect        joins or starts Ray; what a run would start
+planned_actors what a run starts and what Ray reserves for it
+connect        starts or joins Ray, checks its size, places actors on nodes
+connection     the driver's connection from its start to the end of Ray
 orphan_reaper  ends an own Ray whose driver was killed
 """

@@ -1,9 +1,12 @@
-"""Which Ray a run uses, decided before Ray is imported: from environment variables, Ray's address file and one call to the cluster's GCS.
+"""Decides which Ray a run uses, before Ray is imported.
+
+It reads environment variables, Ray's address file, and makes one call to the cluster's GCS.
 
 `ray.address`      joins
 local              nothing: an own Ray is started
 HOST:PORT          that cluster, or the run is refused
-auto               the cluster of RAY_ADDRESS (a Ray job has it set), else the one that `ray start` began on this machine, else nothing
+auto               the cluster of RAY_ADDRESS (which a Ray job sets), else the one that `ray start`
+                   began on this machine, else nothing
 """
 
 from __future__ import annotations
@@ -17,19 +20,18 @@ import grpc
 from dapo_async.runtime.cluster.environment import LOCAL
 
 AUTO = "auto"
-PROBE_S = (
-    5.0  # a live GCS answers in milliseconds; Ray itself would wait minutes for one that does not
-)
+PROBE_S = 5.0  # a live GCS answers in milliseconds; Ray would wait minutes for a dead one
 CHECK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
 class Gone(ValueError):
-    """Nothing answers at the address, or something that is no Ray."""
+    """No Ray answers at the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`address` is LOCAL for an own Ray, else HOST:PORT of a cluster that answers; `note` is what its user should know about the choice."""
+    """`address` is LOCAL for an own Ray, else HOST:PORT of a cluster that answers; `note` is a line
+    about the choice for the user."""
 
     address: str
     note: str = ""
@@ -47,14 +49,14 @@ def choose(address: str) -> Choice:
         / "ray"
         / "ray_current_cluster"
     )
-    # `ray start` writes it and only `ray stop` removes it: it may name a cluster that is gone.
+    # Only `ray stop` removes the file that `ray start` writes: it may name a cluster that is gone.
     found = file.read_text().strip() if file.is_file() else LOCAL
     try:
         return _join(found, named_by=str(file))
     except Gone:
         return Choice(
             LOCAL,
-            f"the Ray cluster at {found}, which {file} names, is gone: this run uses a Ray of its own",
+            f"the Ray cluster at {found}, which {file} names, is gone: this run starts its own Ray",
         )
 
 
@@ -63,23 +65,28 @@ def _join(address: str, *, named_by: str) -> Choice:
         return Choice(LOCAL)
     if "://" in address:
         raise ValueError(
-            f"{named_by} ({address}) must be HOST:PORT of the cluster's GCS, such as 10.0.0.1:6379; the URL of its dashboard is for ray job submit "
-            "--address, or for RAY_API_SERVER_ADDRESS"
+            f"{named_by} ({address}) must be HOST:PORT of the cluster's GCS, such as "
+            "10.0.0.1:6379; the URL of its dashboard is for ray job submit --address, or for "
+            "RAY_API_SERVER_ADDRESS"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(
-            f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; set ray.address to one of them"
+            f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; "
+            "set ray.address to one of them"
         )
-    if os.environ.get("RAY_USE_TLS") != "1":  # its certificates are Ray's own affair
+    if os.environ.get("RAY_USE_TLS") != "1":  # only Ray itself has the certificates
         _probe(address, named_by)
     return Choice(address)
 
 
 def _probe(address: str, named_by: str) -> None:
-    """Asks the GCS at `address` whether it lives. Raises Gone, or ValueError when it does not accept the token of this environment."""
+    """Asks the GCS at `address` whether it lives.
+
+    Raises Gone, or ValueError when it refuses the token of this environment.
+    """
     token = _token()
-    # As Ray does it: no proxy between the nodes of a cluster.
+    # No proxy between the nodes of a cluster, as in Ray.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(CHECK)(
@@ -90,17 +97,23 @@ def _probe(address: str, named_by: str) -> None:
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
                 raise Gone(
-                    f"{named_by} ({address}) can't be joined: no Ray cluster answered within {PROBE_S:g} s ({error.code().name}); start a cluster "
-                    "there, or set ray.address=local for a Ray of this run's own"
+                    f"{named_by} ({address}) can't be joined: no Ray cluster answered within "
+                    f"{PROBE_S:g} s ({error.code().name}); start a cluster there, or set "
+                    "ray.address=local for a Ray of this run's own"
                 ) from error
             raise ValueError(
-                f"{named_by} ({address}) can't be joined: the cluster asks for {'another token' if token else 'a token'}; export RAY_AUTH_MODE=token "
-                "and its RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local for a Ray of this run's own"
+                f"{named_by} ({address}) can't be joined: the cluster asks for "
+                f"{'another token' if token else 'a token'}; export RAY_AUTH_MODE=token and its "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local for a Ray of this "
+                "run's own"
             ) from error
 
 
 def _token() -> str:
-    """The token that Ray would show, empty without one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token."""
+    """The token that Ray would use, empty without one.
+
+    It is in RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token.
+    """
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return ""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

@@ -1,4 +1,4 @@
-"""An own Ray on this machine, or a running cluster; and what a run would start there."""
+"""Starts an own Ray or joins a running cluster, and says where actors go."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
-SPREAD = "SPREAD"  # Ray's name for: rollout workers in turn on all nodes
+SPREAD = "SPREAD"  # Ray's strategy that places actors on all nodes in turn
 
 
 def connect(config: Config) -> str:
-    """Starts an own Ray or joins the one at `ray.address`, which is LOCAL or HOST:PORT by now (`address.choose`); returns the line that says which.
+    """Starts an own Ray or joins the one at `ray.address`; returns a line about it.
 
-    Raises ValueError when it can't be joined or is too small.
+    `ray.address` is LOCAL or HOST:PORT here: `address.choose` has resolved auto. Raises ValueError
+    when Ray can't be joined or is too small for the run.
     """
     actors = list(planned_actors(config))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == LOCAL:
         cpus = max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
         gpus = ceil(sum(actor.num_gpus for actor in actors))
-        # Its address is said: else Ray would look for a cluster beside it, and refuse num_cpus for that.
+        # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         with shielded():
             ray.init(address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
     else:
@@ -43,7 +44,8 @@ def connect(config: Config) -> str:
         except (ConnectionError, RuntimeError, RayError) as error:
             first = str(error).strip().split("\n")[0]
             raise ValueError(
-                f"ray.address ({config.ray.address}) can't be joined: {first}; start a cluster there, or set ray.address=local"
+                f"ray.address ({config.ray.address}) can't be joined: {first}; "
+                "start a cluster there, or set ray.address=local"
             ) from error
     nodes = [node["Resources"] for node in _nodes()]
     for kind, knob in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
@@ -60,13 +62,17 @@ def connect(config: Config) -> str:
         f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)"
         for kind in ("CPU", "GPU")
     )
-    return f"joined the Ray cluster at {config.ray.address}: {len(nodes)} node{'s'[: len(nodes) > 1]}, {resources}"
+    count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    return f"joined the Ray cluster at {config.ray.address}: {count}, {resources}"
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """What this thread starts meanwhile gets no SIGTERM: batch queues send it to every process, and a raylet that gets it kills the actors before the
-    driver could save what they have. Ray itself shields its processes from SIGINT so."""
+    """Processes that this thread starts meanwhile get no SIGTERM.
+
+    Batch queues send it to every process, and a raylet that gets it kills the actors before the
+    driver can save a checkpoint. Ray shields its processes from SIGINT in the same way.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -75,7 +81,7 @@ def shielded() -> Iterator[None]:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """The nodes that live, the driver's first."""
+    """The live nodes, the driver's first."""
     own = ray.get_runtime_context().get_node_id()
     return sorted(
         (node for node in ray.nodes() if node["Alive"]),
@@ -86,21 +92,25 @@ def _nodes() -> list[dict[str, Any]]:
 def _check_resources(
     shares: Mapping[str, float], nodes: Sequence[float], *, kind: str, knob: str
 ) -> None:
-    """All `shares` fit the sum of `nodes`, and each of them fits one node: else Ray would wait for a larger one without end."""
+    """Raises ValueError unless all `shares` together fit the `nodes` and each fits one node: Ray
+    would wait for a larger node without end."""
     wanted, there, largest = sum(shares.values()), sum(nodes), max(nodes)
     listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
     if there < wanted:
         raise ValueError(
-            f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; lower rollout.num_workers or {knob}, or add nodes"
+            f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; "
+            f"lower rollout.num_workers or {knob}, or add nodes"
         )
     if largest < max(shares.values()):
         raise ValueError(
-            f"one actor needs all its {kind}s on one node ({listed}), the largest node has {largest:g}; lower {knob}, or add a larger node"
+            f"one actor needs all its {kind}s on one node ({listed}), the largest node has "
+            f"{largest:g}; lower {knob}, or add a larger node"
         )
 
 
 def node_for_learner(*, num_cpus: float, num_gpus: float) -> str:
-    """The id of the node for learner and replay actor: the driver's, or the first that fits all ranks."""
+    """The id of the node for learner and replay actor: the driver's, or the first one that fits all
+    ranks."""
     nodes = _nodes()
     fitting = [
         node
@@ -112,15 +122,19 @@ def node_for_learner(*, num_cpus: float, num_gpus: float) -> str:
 
 
 def near(node_id: str, *, reserves: bool) -> NodeAffinitySchedulingStrategy:
-    """On that node. What reserves something goes to another one while this is busy: waiting for it could take for ever.
+    """On that node; an actor that `reserves` something goes to another node while this one is busy,
+    instead of waiting without end.
 
-    For what reserves nothing there is always room, and Ray takes a mere wish of it (soft) for none.
+    An actor that reserves nothing always fits, and Ray ignores a soft preference for it.
     """
     return NodeAffinitySchedulingStrategy(node_id, soft=reserves, _spill_on_unavailable=reserves)
 
 
 def disconnect() -> None:
-    """Ends an own Ray or leaves a joined one. A Ray that is gone already is left alone: shutting it down would abort this process."""
+    """Ends an own Ray or leaves a joined one.
+
+    Does nothing when Ray is gone already: shutting it down would abort this process.
+    """
     if not ray.is_initialized():
         return
     host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
@@ -133,5 +147,6 @@ def disconnect() -> None:
 
 
 def own_host(config: Config) -> str:
-    """The interface that the calling actor binds its servers to: loopback for an own Ray, else its node's address in the cluster."""
+    """The interface to which the calling actor binds its servers: loopback for an own Ray, else its
+    node's address in the cluster."""
     return LOOPBACK if config.ray.address == LOCAL else str(ray.util.get_node_ip_address())

@@ -1,4 +1,7 @@
-"""What the environment of this process says and has to say before Ray is imported: the one module of this room that may not import Ray."""
+"""Environment variables that are read and set before Ray is imported.
+
+`cli` calls it first; this module must not import Ray.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,29 @@ RUNS = "DAPO_ASYNC_RUNS"
 
 
 def prepare(address: str) -> None:
-    """Sets the environment of this process, which every process of an own Ray inherits. Call it before anything imports Ray."""
-    # Nothing is reported to anybody.
+    """Sets the environment of this process, which every process of an own Ray inherits.
+
+    Call it before anything imports Ray.
+    """
+    # No usage statistics leave the machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray gives its workers niceness 15: any other busy process would starve them. The actors are the work here, not the background.
+    # Ray gives its workers niceness 15, so that any other busy process would starve the actors.
     os.environ.setdefault("RAY_worker_niceness", "0")
     if address == LOCAL:
-        # Ray listens on every interface, whatever address it is given: only who has this token, made for this run alone, gets in.
+        # Ray listens on every interface; only processes with the token of this run can connect.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        # Of the cluster whose job this may be: an own Ray knows neither its address nor its copy of the working directory.
+        # In a Ray job these name the cluster of the job and its copy of the working directory,
+        # which an own Ray does not know.
         for name in ("RAY_ADDRESS", JOB):
             os.environ.pop(name, None)
 
 
 def run_root(run_dir: str, *, name: str) -> Path:
-    """Where a run writes: `run_dir`, or `name` when that is empty. A relative one lies in the folder DAPO_ASYNC_RUNS, else in the current one.
+    """Where a run writes: `run_dir`, or `name` when that is empty.
 
-    Raises ValueError where the current one is Ray's copy of a job's working directory, which goes with the job.
+    A relative path lies in the folder DAPO_ASYNC_RUNS, else in the current folder. Raises
+    ValueError where the current folder is Ray's copy of a job's working directory, which Ray
+    deletes after the job.
     """
     try:
         given = Path(run_dir).expanduser()
@@ -50,7 +59,8 @@ def _runs(run_dir: str) -> Path:
         return Path(runs)
     if JOB in os.environ:
         raise ValueError(
-            f"run_dir ({run_dir or 'empty'}) must be an absolute path in a Ray job, for Ray deletes its copy of the working directory; set run_dir, "
-            f"or {RUNS} to the folder of all runs"
+            f"run_dir ({run_dir or 'empty'}) must be an absolute path in a Ray job, because Ray "
+            "deletes its copy of the working directory; set run_dir, or "
+            f"{RUNS} to the folder of all runs"
         )
     return Path.cwd() if run_dir else Path.cwd() / "runs"

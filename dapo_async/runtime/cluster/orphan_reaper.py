@@ -1,12 +1,16 @@
-"""Ends an own Ray whose driver was killed. Ray's agents outlive their raylet by up to a minute, which nothing sets; a killed driver can end nothing.
+"""Ends an own Ray whose driver was killed.
 
-    watcher = Reaper()        # before Ray starts: a small process in a session of its own
-    watcher.watch()           # once Ray runs: these are the processes that must not outlive the driver
-    with watcher.hasten():    # they are shielded from SIGTERM (`cluster.shielded`): Ray would wait a second for each of them in vain
+A killed driver can end nothing, and Ray's agents outlive their raylet by up to a minute.
+
+    reaper = Reaper()        # before Ray starts: a small process in a session of its own
+    reaper.watch()           # once Ray runs: these processes must not outlive the driver
+    with reaper.hasten():    # around the end of Ray, see below
         ray.shutdown()
-    watcher.dismiss()         # after Ray's orderly end
+    reaper.dismiss()         # after Ray's orderly end
 
-It imports neither Ray nor torch: it waits for the end of a pipe that only the driver holds, whatever ends the driver.
+Ray's processes are shielded from SIGTERM (`connect.shielded`), so `ray.shutdown` would wait one
+second for each of them in vain; `hasten` kills them instead. The reaper waits for the end of a
+pipe that only the driver holds, whatever ends the driver. It imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-GRACE_S = 8.0  # Ray's own end of an orphaned raylet and its workers takes 2 to 4 s; only what is left afterwards is killed
+GRACE_S = 8.0  # an orphaned raylet ends itself and its workers in 2 to 4 s; the rest is killed
 
 
 class Reaper:
@@ -52,7 +56,8 @@ class Reaper:
 
     @contextlib.contextmanager
     def hasten(self) -> Iterator[None]:
-        """Whatever is watched is killed once the first of it is sent SIGTERM, by which time this process has left Ray."""
+        """Kills the watched processes as soon as Ray sends the first of them SIGTERM; by then this
+        process has left Ray."""
         unasked = [process for process in self._watched if not _is_asked_to_end(process)]
         over = threading.Event()
 
@@ -73,13 +78,13 @@ class Reaper:
             killer.join()
 
     def dismiss(self) -> None:
-        """Everything has ended in order, or is left to Ray: the reaper goes."""
+        """Ends the reaper."""
         self._process.kill()
         self._process.wait()
 
 
 def _is_asked_to_end(process: psutil.Process) -> bool:
-    """Whether a SIGTERM waits for it, which it has blocked."""
+    """Whether the process, which blocks SIGTERM, has one pending."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:  # gone
@@ -91,7 +96,10 @@ def _is_asked_to_end(process: psutil.Process) -> bool:
 
 
 def reap() -> None:
-    """Waits for the end of standard input, then kills what was named on it and still lives. A pid that was given to another process is left alone."""
+    """Waits for the end of standard input, then kills the processes that were named on it.
+
+    The creation time tells them from new processes with the same pid.
+    """
     named = [line.split() for line in sys.stdin]
     watched = []
     for pid, created_s in named:

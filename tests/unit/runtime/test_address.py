@@ -98,7 +98,7 @@ def test_stale_address_file_is_said_and_an_own_ray_used(machine: Path) -> None:
     assert choice.address == "local"
     assert (
         choice.note
-        == f"the Ray cluster at {gone}, which {machine} names, is gone: this run uses a Ray of its own"
+        == f"the Ray cluster at {gone}, which {machine} names, is gone: this run starts its own Ray"
     )
 
 
@@ -187,7 +187,7 @@ def test_dead_ray_address_ends_the_command_with_2_and_one_line(
 
 def test_dry_run_says_which_ray_it_would_use(machine: Path) -> None:
     machine.write_text(closed_port())
-    assert "is gone: this run uses a Ray of its own\n" in (
+    assert "is gone: this run starts its own Ray\n" in (
         own := command("train", str(QUICKSTART), "--dry-run").stdout
     )
     assert " on an own Ray on this machine, " in own
