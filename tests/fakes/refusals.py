@@ -7,7 +7,7 @@ from dapo_async import config as knobs
 from dapo_async.runtime.preflight import check_inputs
 
 
-def refusal(*overrides):
+def refusal(*overrides: str) -> str:
     """The one line of the input check."""
     with pytest.raises(ValueError) as error:
         check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *overrides]))

@@ -58,7 +58,8 @@ class Finished:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.root / "summary.json").read_text())
+        summary: dict[str, Any] = json.loads((self.root / "summary.json").read_text())
+        return summary
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -70,7 +71,10 @@ class Finished:
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        return json.loads((self.root / "timeline.json").read_text())["traceEvents"]
+        trace: list[dict[str, Any]] = json.loads((self.root / "timeline.json").read_text())[
+            "traceEvents"
+        ]
+        return trace
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:
         return read_rows(self.root / "rollouts" / f"step_{step:06d}.jsonl")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import ray
 import torch
+from paths import QUICKSTART
 from run_support import (
-    QUICKSTART,
     check_conservation,
     command,
     environment,

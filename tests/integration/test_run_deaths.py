@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from fake_actors import fake_actor
+from paths import QUICKSTART
 from ray.exceptions import RayActorError
 from run_support import (
     MARKER,
-    QUICKSTART,
     RAY_AGENTS,
     TINY,
     Finished,
@@ -257,7 +257,7 @@ def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals], list[si
 
     async def main() -> None:
         interrupts = Interrupts(said.append, noted.append, at_once.append)
-        task = asyncio.create_task(asyncio.Event().wait())
+        task = asyncio.create_task(asyncio.sleep(60.0))
         interrupts.listen(task)
         for pause_s in pauses_s:
             await asyncio.sleep(pause_s)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from paths import QUICKSTART
 from run_support import (
-    QUICKSTART,
     Finished,
     check_asynchrony,
     check_checkpoint,

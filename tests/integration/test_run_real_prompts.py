@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_support import QUICKSTART, check_conservation, finished
+from paths import QUICKSTART
+from run_support import check_conservation, finished
 from shared_data import DATA, EVALUATION_SETS, needs_data
 
 from dapo_async import config as knobs

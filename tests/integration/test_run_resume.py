@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from paths import QUICKSTART
 from run_support import (
-    QUICKSTART,
     TINY,
     Finished,
     check_checkpoint,

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from paths import QUICKSTART
 from run_support import (
     COMMAND,
     MARKER,
-    QUICKSTART,
     TINY,
     Finished,
     environment,

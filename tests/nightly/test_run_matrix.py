@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 from learning_checks import check_learning
+from paths import QUICKSTART
 from rank_layouts import RANKS
 from run_support import (
     COMMAND,
-    QUICKSTART,
     TINY,
     Finished,
     check_conservation,

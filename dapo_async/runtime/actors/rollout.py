@@ -50,7 +50,7 @@ class RolloutActor:
         *,
         number: int,
         incarnation: str,
-        replay: ActorHandle,
+        replay: ActorHandle[ReplayActor],
         logs: Path,
         outer_key: str = "",
     ) -> None:

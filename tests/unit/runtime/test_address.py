@@ -12,7 +12,8 @@ from typing import Any
 
 import grpc
 import pytest
-from run_support import QUICKSTART, command
+from paths import QUICKSTART
+from run_support import command
 
 from dapo_async.runtime.cluster import address
 from dapo_async.runtime.cluster.address import CHECK, Choice, Gone, choose

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from run_support import QUICKSTART, read_rows
+from paths import QUICKSTART
+from run_support import read_rows
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
@@ -24,12 +27,15 @@ def announce(version: int) -> Announcement:
     )
 
 
+Scene = Callable[[Evaluations, "System"], Awaitable[None]]
+
+
 class Learner:
     """Writes nothing but a folder, as a sign."""
 
     first = SimpleNamespace(name="learner")
 
-    async def write(self, announcement, folder):
+    async def write(self, announcement: Announcement, folder: Path) -> str:
         (folder / f"version_{announcement.version:06d}").mkdir(parents=True)
         return str(folder)
 
@@ -40,27 +46,23 @@ class Evaluator:
     name = "evaluator"
 
     def __init__(self) -> None:
-        self.gate, self.version, self.versions, self.attests_wrongly = (
-            asyncio.Event(),
-            None,
-            [],
-            False,
-        )
+        self.gate, self.attests_wrongly = asyncio.Event(), False
+        self.versions: list[int] = []
         self.gate.set()
 
-    async def read(self, announcement, folder):
+    async def read(self, announcement: Announcement, folder: str) -> Attestation:
         assert (Path(folder) / f"version_{announcement.version:06d}").is_dir()
-        self.version = announcement.version
-        self.versions.append(self.version)
+        version = announcement.version
+        self.versions.append(version)
         after = announcement.probe_logprobs + np.float32(self.attests_wrongly)
-        return Attestation(self.name, "first", self.version, announcement.probe_logprobs + 2, after)
+        return Attestation(self.name, "first", version, announcement.probe_logprobs + 2, after)
 
-    async def evaluate(self):
+    async def evaluate(self) -> Evaluation:
         await self.gate.wait()
-        return measured(self.version)
+        return measured(self.versions[-1])
 
 
-def measured(*versions):
+def measured(*versions: int) -> Evaluation:
     return Evaluation(
         num_prompts=4,
         num_correct=3.0,
@@ -72,22 +74,23 @@ def measured(*versions):
 
 class System:
     def __init__(self) -> None:
-        self.evaluator, self.learner, self.background = Evaluator(), Learner(), []
+        self.evaluator: Any = Evaluator()
+        self.learner, self.background = Learner(), list[asyncio.Task[Any]]()
         self.publisher = SimpleNamespace(newest=None)
 
-    def in_background(self, work, name):
+    def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         self.background.append(asyncio.create_task(work, name=name))
         return self.background[-1]
 
-    async def evaluate(self):
+    async def evaluate(self) -> Evaluation:
         return measured(0)
 
 
-def play(scene, root, *overrides):
+def play(scene: Scene, root: Path, *overrides: str) -> tuple[list[str], Evaluations]:
     """Runs `scene(evaluations, system)`; returns what was said and the evaluations."""
-    said = []
+    said: list[str] = []
 
-    async def main():
+    async def main() -> Evaluations:
         config = knobs.load(
             QUICKSTART,
             [
@@ -97,7 +100,7 @@ def play(scene, root, *overrides):
                 *overrides,
             ],
         )
-        system = System()
+        system: Any = System()
         evaluations = Evaluations(
             config,
             system=system,
@@ -112,7 +115,7 @@ def play(scene, root, *overrides):
     return said, asyncio.run(main())
 
 
-async def steps(evaluations, system, count, *, wait=True) -> None:
+async def steps(evaluations: Evaluations, system: System, count: int, *, wait: bool = True) -> None:
     for step in range(count):
         system.publisher.newest = announce(step + 1)
         evaluations.start_if_due(step)
@@ -121,7 +124,7 @@ async def steps(evaluations, system, count, *, wait=True) -> None:
 
 
 def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path: Path) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         await steps(evaluations, system, 8)
         assert system.evaluator.versions == [2, 4, 6]  # the final evaluation measures 8
 
@@ -143,8 +146,10 @@ def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path: Pa
 
 
 @pytest.mark.parametrize("off", ["evaluation.every_steps=0", "evaluation.num_prompts=0"])
-def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path: Path, off) -> None:
-    async def scene(evaluations, system) -> None:
+def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(
+    tmp_path: Path, off: str
+) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         await steps(evaluations, system, 8)
 
     assert play(scene, tmp_path, off)[1].rows == []
@@ -155,7 +160,7 @@ def test_nothing_is_evaluated_beside_the_steps_unless_it_is_asked_for(tmp_path: 
 def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
     tmp_path: Path,
 ) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         system.evaluator.gate.clear()
         await steps(evaluations, system, 5, wait=False)
         assert len(system.background) == 1
@@ -171,7 +176,7 @@ def test_an_evaluation_that_falls_due_while_another_runs_is_skipped_and_counted(
 
 
 def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path: Path) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         assert (await evaluations.measure_all("initial")).accuracy == 0.75
 
     said, evaluations = play(scene, tmp_path)
@@ -186,8 +191,8 @@ def test_the_initial_and_the_final_evaluation_have_rows_too(tmp_path: Path) -> N
 
 
 def test_an_evaluation_of_two_versions_is_none(tmp_path: Path) -> None:
-    async def scene(evaluations, system) -> None:
-        async def mixed():
+    async def scene(evaluations: Evaluations, system: System) -> None:
+        async def mixed() -> Evaluation:
             return measured(2, 3)
 
         system.evaluator.evaluate = mixed
@@ -199,7 +204,7 @@ def test_an_evaluation_of_two_versions_is_none(tmp_path: Path) -> None:
 
 
 def test_a_passed_deadline_says_who_waited_for_whom(tmp_path: Path) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         system.evaluator.gate.clear()
         await steps(evaluations, system, 2)
 
@@ -213,7 +218,7 @@ def test_a_passed_deadline_says_who_waited_for_whom(tmp_path: Path) -> None:
 def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(
     tmp_path: Path,
 ) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         system.evaluator.attests_wrongly = True
         await steps(evaluations, system, 2)
 
@@ -226,10 +231,10 @@ def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(
 
 
 def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path: Path) -> None:
-    async def scene(evaluations, system) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
         reading = asyncio.Event()
 
-        async def hang(announcement, folder) -> None:
+        async def hang(*_: object) -> None:
             reading.set()
             await asyncio.Event().wait()
 
@@ -268,7 +273,9 @@ def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_i
 
 
 @pytest.mark.parametrize(("engine", "share"), [("snapshot", (0, 0)), ("dedicated", (0.5, 1.0))])
-def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> None:
+def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(
+    engine: str, share: tuple[float, float]
+) -> None:
     more = ["rollout.num_cpus=0.5", "model.device=cuda", "rollout.num_workers=2"]
     config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
     found = [
@@ -293,6 +300,6 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(engine, share) -> No
         ("evaluation.every_steps=-1", r"evaluation.every_steps \(-1\) must be at least 0"),
     ],
 )
-def test_wrong_knobs_are_one_clear_line(override, line) -> None:
+def test_wrong_knobs_are_one_clear_line(override: str, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         knobs.load(QUICKSTART, [override])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from fake_actors import fake_actor
+from paths import QUICKSTART
 from ray.exceptions import RayActorError, RayTaskError
-from run_support import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.runtime.actors.rollout import ReplayClient
@@ -32,7 +32,8 @@ def raising(error: Exception) -> Any:
 
 def task_error(cause: Exception) -> Exception:
     """As Ray raises what an actor's method raised."""
-    error: Exception = RayTaskError("method", "traceback", cause).as_instanceof_cause()
+    ray_error: Any = RayTaskError  # untyped
+    error: Exception = ray_error("method", "traceback", cause).as_instanceof_cause()
     return error
 
 
@@ -41,7 +42,8 @@ def test_a_call_passes_its_arguments_and_returns_the_actors_result() -> None:
         return args
 
     worker = WorkerHandle("rollout-0", fake_actor(evaluate=evaluate), DEADLINES)
-    assert asyncio.run(worker.evaluate(1, 2)) == (1, 2)
+    result: Any = asyncio.run(worker.evaluate(1, 2))
+    assert result == (1, 2)
 
 
 def test_a_passed_deadline_names_caller_actor_and_method() -> None:

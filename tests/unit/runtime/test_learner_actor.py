@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from run_support import QUICKSTART
+from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.runtime.actors.learner import LearnerActor

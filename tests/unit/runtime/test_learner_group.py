@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_actors import fake_actor
-from run_support import QUICKSTART
+from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.config import DeadlinesConfig

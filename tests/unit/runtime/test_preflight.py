@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +18,19 @@ from dapo_async.tracking.run_dir import RunDir
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """A copy of the quickstart's model."""
     return Path(shutil.copytree(knobs.load(QUICKSTART).model.path, tmp_path / "model"))
 
 
-def change_config(folder, **changes) -> None:
+def change_config(folder: Path, **changes: Any) -> None:
     values = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(
         json.dumps({name: value for name, value in values.items() if value is not None})
     )
 
 
-def change_weights(folder, change) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
@@ -44,7 +46,7 @@ def test_unknown_objective_and_what_an_objective_does_not_take_are_refused() -> 
     )
 
 
-def test_the_untouched_copy_is_accepted(folder) -> None:
+def test_the_untouched_copy_is_accepted(folder: Path) -> None:
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 
 
@@ -82,7 +84,9 @@ def test_the_untouched_copy_is_accepted(folder) -> None:
         ),
     ],
 )
-def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes, line) -> None:
+def test_a_config_json_that_does_not_say_what_is_needed_is_named(
+    folder: Path, changes: dict[str, Any], line: str
+) -> None:
     change_config(folder, **changes)
     said = refusal(f"model.path={folder}")
     assert line in said
@@ -90,12 +94,12 @@ def test_a_config_json_that_does_not_say_what_is_needed_is_named(folder, changes
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[1]"])
-def test_a_config_json_that_is_no_json_object_is_named(folder, content) -> None:
+def test_a_config_json_that_is_no_json_object_is_named(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     assert refusal(f"model.path={folder}").startswith(f"{folder / 'config.json'} ")
 
 
-def test_missing_misshapen_and_broken_weights_are_named(folder) -> None:
+def test_missing_misshapen_and_broken_weights_are_named(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
     assert "missing ['model.norm.weight']; take both from one model" in refusal(
         f"model.path={folder}"
@@ -122,14 +126,14 @@ def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_t
     assert line.endswith("; set it to one of 1, 2, 4")
 
 
-def test_a_broken_tokenizer_is_named(folder) -> None:
+def test_a_broken_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     assert refusal(f"model.path={folder}").startswith(
         f"the tokenizer of {folder} can't be loaded: "
     )
 
 
-def test_a_tokenizer_of_a_larger_model_is_refused(folder) -> None:
+def test_a_tokenizer_of_a_larger_model_is_refused(folder: Path) -> None:
     change_weights(
         folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
     )

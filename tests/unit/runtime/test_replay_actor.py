@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from paths import QUICKSTART
 from replay_world import make_group
-from run_support import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.replay.group_io import read_groups
@@ -23,7 +23,7 @@ def make_actor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int], replay_actor.ReplayActor]:
     """An actor for one group per step, by `max_staleness`, without Ray; takes wait for 0.1 s."""
-    monkeypatch.setattr(replay_actor.ray, "put", lambda group: group)
+    monkeypatch.setattr("ray.put", lambda group: group)
     (tmp_path / "rollouts").mkdir()
     config = knobs.load(QUICKSTART)
 

@@ -69,14 +69,11 @@ class System:
 
 
 def tracked(tmp_path: Path) -> tuple[Tracker, System, Clock, list[dict[str, Any]]]:
-    clock, rows = Clock("driver"), []
-    system = System(clock)
-    return (
-        Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals()),
-        system,
-        clock,
-        rows,
-    )  # type: ignore[arg-type]
+    clock = Clock("driver")
+    rows: list[dict[str, Any]] = []
+    system: Any = System(clock)
+    tracker = Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals())
+    return tracker, system, clock, rows
 
 
 def batch(version: int) -> TrainBatch:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from run_support import QUICKSTART
+from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
