@@ -56,16 +56,18 @@ def _number_rules(config: Config) -> Iterator[Rule]:
 
 
 def _bound_rules(knob: Knob, value: float) -> Iterator[Rule]:
-    bounds, or_null = knob.bounds, " or null" if knob.default is None else ""
-    for limit, holds, rule in (
-        (bounds.least, lambda least: value >= least, "at least {:g}"),
-        (bounds.above, lambda above: value > above, "positive"),
-        (bounds.most, lambda most: value <= most, "at most {:,.0f}"),
-    ):
-        if limit is not None:
-            why = f": {limit.why}" if limit.why else ""
-            must = rule.format(limit.value)
-            yield holds(limit.value), f"{knob.name} ({value}) must be {must}{or_null}{why}"
+    least, above, most = knob.bounds
+    or_null = " or null" if knob.default is None else ""
+    found = []
+    if least is not None:
+        found.append((value >= least.value, f"at least {least.value:g}", least.why))
+    if above is not None:
+        found.append((value > above.value, "positive", above.why))
+    if most is not None:
+        found.append((value <= most.value, f"at most {most.value:,.0f}", most.why))
+    for holds, must, why in found:
+        because = f": {why}" if why else ""
+        yield holds, f"{knob.name} ({value}) must be {must}{or_null}{because}"
 
 
 def _file_rules(config: Config) -> Iterator[Rule]:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dapo_async.evaluate.sampled import Problem
+from dapo_async.utils.reasons import unreadable
 
 NOT_COMPARED = ("checkpoint", "data")  # where they lie may change: what is in them is compared
 
@@ -102,7 +103,8 @@ class Record:
             self.done = {values["row"]: Problem(**values) for values in rest}
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{self.partial} is no evaluation that was begun ({error!r}); remove it, or give another --json"
+                f"{self.partial} is no evaluation that was begun: {unreadable(error)}; "
+                "remove it, or give another --json"
             ) from error
 
     def _read_result(self, out: Path) -> None:
@@ -112,7 +114,7 @@ class Record:
             self.done = {values["row"]: Problem(**values) for values in result["problems"]}
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise ValueError(
-                f"--json {out} exists and is no evaluation ({error!r}); give another file"
+                f"--json {out} exists and is no evaluation: {unreadable(error)}; give another file"
             ) from error
 
     def _check(self, before: Mapping[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.reasons import unreadable
 
 LARGEST = 1e300  # of a number that can be drawn
 MARKS = (
@@ -115,7 +116,8 @@ def read_evaluation(path: Path) -> EvalRecord:
         settings, totals = dict(result["settings"]), dict(result["totals"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ValueError(
-            f"{path} is neither a run directory nor the result of dapo-async eval ({error!r}); give one of them"
+            f"{path} is neither a run directory nor the result of dapo-async eval: "
+            f"{unreadable(error)}; give one of them"
         ) from error
     return EvalRecord(path.stem, settings, totals, rates)
 

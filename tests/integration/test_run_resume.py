@@ -118,7 +118,7 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     check_conservation(resumed.summary["groups"])
     assert_same_course(resumed, whole, num_steps=28)
     # The learner alone repeats every number of the run that had several lives; one changed digit is seen.
-    again = command("replay", str(resumed.root))
+    again = command("rerun", str(resumed.root))
     assert (again.returncode, again.stdout.splitlines()[-1]) == (
         0,
         "all 28 steps are equal, bit for bit",
@@ -126,7 +126,7 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     rows = resumed.metrics
     rows[7]["loss"] = math.nextafter(rows[7]["loss"], 1.0)
     write_rows(resumed.root / "metrics.jsonl", rows)
-    changed = command("replay", str(resumed.root))
+    changed = command("rerun", str(resumed.root))
     assert (changed.returncode, changed.stdout.splitlines()[-1]) == (1, "1 of 28 steps differ")
     assert [line[:9] for line in changed.stdout.splitlines() if "DIFFERS" in line] == ["step    8"]
 
@@ -243,7 +243,7 @@ def test_what_can_not_be_resumed_says_so_in_one_line(tmp_path: Path) -> None:
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "this is no run directory" in refused.stderr
     (root / "config.yaml").write_text(knobs.to_yaml(knobs.load(QUICKSTART)))
-    refused = command("replay", str(root))
+    refused = command("rerun", str(root))
     assert refused.returncode == 2
     assert "no recorded batch; train with train.record=true" in refused.stderr
     refused = command("train", "--resume", str(root), "learner.lr=0.1")

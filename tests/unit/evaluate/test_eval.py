@@ -284,12 +284,13 @@ def test_record_refuses_files_of_something_else_and_a_second_writer(tmp_path: Pa
     (tmp_path / "else.json").write_text('{"problems": []}')
     with pytest.raises(
         ValueError,
-        match=r"else.json exists and is no evaluation \(KeyError\('settings'\)\); give another file",
+        match=r"else.json exists and is no evaluation: it has no settings; give another file",
     ):
         Record(tmp_path / "else.json", SETTINGS)
     (tmp_path / "half.json.partial.jsonl").write_text("[]\n")
     with pytest.raises(
-        ValueError, match=r"half.json.partial.jsonl is no evaluation that was begun "
+        ValueError,
+        match=r"half.json.partial.jsonl is no evaluation that was begun: it is JSON of another form",
     ):
         Record(tmp_path / "half.json", SETTINGS)
     with (

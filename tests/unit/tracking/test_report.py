@@ -444,11 +444,11 @@ def test_wrong_input_is_one_line_and_no_other_file_is_written_over(
         f"{tmp_path} is no run directory: it has none of config.yaml, "
     )
     assert refused(capsys, tmp_path / "nowhere").startswith(
-        f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval "
+        f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval: no such file"
     )
     assert (
         refused(capsys, root, "--steps", "1,x")
-        == "--steps (1,x) must be numbers with commas between them, such as 1,10,20; write them so"
+        == "--steps (1,x) must be numbers separated by commas, such as 1,10,20"
     )
     assert refused(capsys, root, "--out", root / "config.yaml" / "x.html").startswith("--out ")
     assert refused(capsys).startswith("the following arguments are required: RUN_DIR; ")

@@ -148,4 +148,4 @@ def test_the_command_line_starts_without_what_only_runs_need() -> None:
         check=False,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "tracking.mlflow = 'local'" in ran.stdout
+    assert "tracking.mlflow = local" in ran.stdout

@@ -120,7 +120,10 @@ def test_a_wrong_row_is_one_line_with_its_number_and_the_output_is_unchanged(
             ["--input", "in.jsonl", "--output", "out.jsonl", "--timeout-s", "inf"],
             "--timeout-s (inf) must be positive and at most 86400 (a day)",
         ),
-        (["--input", "in.jsonl", "--output", "out.jsonl", "seed=1"], "grade takes no overrides"),
+        (
+            ["--input", "in.jsonl", "--output", "out.jsonl", "seed=1"],
+            "dapo-async grade does not take seed=1; leave it out",
+        ),
         (["--input", "in.jsonl"], "--output"),
     ],
 )

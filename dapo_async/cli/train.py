@@ -1,0 +1,208 @@
+"""`dapo-async train`: starts or resumes a run, or prints what would start (`--dry-run`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapo_async.cli.arguments import EXAMPLE, Parser, add_config, say
+from dapo_async.config import Config, load, parse_source, to_yaml
+
+if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
+    from dapo_async.runtime.preflight import Inputs
+
+HELP = "train a model; writes a run directory"
+MIB = 2**20
+RESUMABLE = ("interrupted", "out_of_time", "failed")  # statuses after which a run can go on
+
+
+def add_arguments(parser: Parser) -> None:
+    add_config(parser, needed=False)
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="continue the run in this folder with its own config; give no CONFIG",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would start, and start nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks everything, then trains. The exit code is that of the run."""
+    from dapo_async.runtime.cluster.address import choose
+    from dapo_async.runtime.cluster.environment import prepare
+    from dapo_async.runtime.local_model import with_local_model
+    from dapo_async.runtime.resume import START, find_resume_point
+
+    config, root = _config_and_root(options)
+    config, saved = with_local_model(config, download=not options.dry_run)
+    choice = choose(config.ray.address)
+    # The run gets the address that was chosen; `saved` keeps the knob, so a resumed run chooses anew.
+    config = replace(config, ray=replace(config.ray, address=choice.address))
+    prepare(choice.address)
+
+    from dapo_async.runtime.preflight import check_inputs
+
+    inputs = check_inputs(config, dry_run=options.dry_run)
+    point = find_resume_point(config, train_data=inputs.fingerprint) if options.resume else START
+    for line in (choice.note, *inputs.notes, *_data_lines(inputs, dry_run=options.dry_run)):
+        if line:
+            say(line)
+    if options.dry_run:
+        for line in _dry_run_lines(config, root, first_step=point.version):
+            say(line)
+        return 0
+
+    from dapo_async.runtime.run import run_training
+    from dapo_async.tracking.run_dir import RunDir
+    from dapo_async.tracking.sinks import open_progress
+
+    run_dir = RunDir(root) if options.resume else RunDir.create(root)
+    run_dir.lock()
+    if options.resume:
+        run_dir.reopen(point.version)
+        begin = point.checkpoint or "the base model: there is no checkpoint yet"
+        say(f"resuming at step {point.version} from {begin}")
+    run_dir.write(run_dir.config, to_yaml(saved))
+    say(f"run directory {root}")
+    with open_progress(
+        num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
+    ) as progress:
+        code = run_training(
+            config,
+            run_dir=run_dir,
+            progress=progress,
+            resume=point,
+            train_data=inputs.fingerprint or "",
+        )
+    for line in closing_lines(root):
+        progress.say(line)
+    return code
+
+
+def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
+    """The config of a new or resumed run, and its run directory."""
+    from dapo_async.runtime.cluster.environment import run_root
+    from dapo_async.runtime.resume import resumed_config
+
+    if options.resume:
+        if options.config is not None:
+            raise ValueError(
+                f"--resume uses the config of the run; leave out {options.config}, and give "
+                "changes as key=value"
+            )
+        root = options.resume.resolve()
+        return resumed_config(root, options.overrides), root
+    if options.config is None:
+        raise ValueError(f"which config? give a YAML file, such as {EXAMPLE}, or --resume RUN_DIR")
+    config = load(options.config, options.overrides)
+    name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    root = run_root(config.run_dir, name=name)
+    return replace(config, run_dir=str(root)), root
+
+
+def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
+    if inputs.train and dry_run:  # in a run the replay actor reports it
+        yield f"training   {inputs.train.summary}"
+    if inputs.heldout and (dry_run or inputs.heldout.left_out.counts):
+        yield f"held-out   {inputs.heldout.summary}"
+
+
+def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[str]:
+    from dapo_async.runtime.cluster.planned_actors import planned_actors
+
+    replay, rollout = config.replay, config.rollout
+    local = config.ray.address == "local"
+    where = "an own Ray on this machine" if local else f"the Ray cluster at {config.ray.address}"
+    actors = list(planned_actors(config))
+    yield f"would write {root}"
+    yield f"would start {len(actors)} actors, one process each, on {where}, and this driver:"
+    for actor in actors:
+        yield f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}"
+    if parse_source(config.model.path).hub is None:  # else there are no sizes yet
+        yield _memory_line(config)
+    yield (
+        f"would train {config.train.num_steps - first_step} steps of "
+        f"{replay.groups_per_step * replay.group_size} rollouts of at most "
+        f"{rollout.max_response_tokens} tokens"
+    )
+
+
+def _memory_line(config: Config) -> str:
+    """What a learner rank holds at most: the longest microbatch, all of it response."""
+    import torch
+
+    from dapo_async.learner import predict_memory
+    from dapo_async.model import ModelConfig
+
+    learner, cuda = config.learner, config.model.torch_device == "cuda"
+    model = ModelConfig.from_folder(Path(config.model.path))
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    memory = predict_memory(
+        model,
+        num_tokens=max(learner.microbatch_tokens, longest),
+        dp=learner.data_parallel,
+        tp=learner.tensor_parallel,
+        activations=getattr(torch, config.model.dtype),
+        recompute_layers=model.num_layers if learner.recompute else 0,
+        offload_optimizer=learner.offload_optimizer and cuda,
+        cuda=cuda,
+    )
+    parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.parts().items())
+    return (
+        f"each learner rank would hold up to {memory.on_device / MIB:,.0f} MiB, and "
+        f"{memory.host / MIB:,.0f} in its host's memory: {parts}"
+    )
+
+
+def closing_lines(root: Path) -> Iterator[str]:
+    """What a run has come to, from its summary.json, and the files that it has written."""
+    summary = json.loads((root / "summary.json").read_text())
+    yield f"\n{summary['status']}: {summary['reason']}"
+    if summary["final_accuracy"] is not None:
+        yield (
+            f"held-out accuracy {summary['initial_accuracy']:.3f} -> "
+            f"{summary['final_accuracy']:.3f}, length {summary['initial_response_tokens']:.1f} -> "
+            f"{summary['final_response_tokens']:.1f}, in {summary['train_s']:.1f} s of training"
+        )
+    groups = _group_counts(summary["groups"])
+    yield f"{summary['steps']} steps, {summary['tokens']} tokens; groups: {groups}"
+    idle, staleness = summary["idle"], summary["staleness"]
+    yield (
+        f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; "
+        f"idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
+    )
+    yield f"{'checkpoint':<10} {summary['checkpoint']}"
+    for what, name in (
+        ("summary", "summary.json"),
+        ("metrics", "metrics.jsonl"),
+        ("timeline", "timeline.json"),
+        ("picture", "dynamics.png"),
+        ("rollouts", "rollouts"),
+        ("traceback", "error.txt"),
+    ):
+        if (root / name).exists():
+            yield f"{what:<10} {root / name}"
+    if summary["status"] in RESUMABLE:
+        yield f"{'continue':<10} dapo-async train --resume {root}"
+    if (root / "mlflow.json").exists():
+        yield _mlflow_line(json.loads((root / "mlflow.json").read_text()))
+
+
+def _group_counts(groups: dict[str, Any]) -> str:
+    counts = {name: count for name, count in groups.items() if name != "rejected"}
+    counts |= {f"rejected {reason}": count for reason, count in groups["rejected"].items()}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
+
+
+def _mlflow_line(mlflow: dict[str, str]) -> str:
+    uri = mlflow["uri"]
+    how = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+    return f"{'MLflow':<10} {how}  (run {mlflow['run_id']})"
