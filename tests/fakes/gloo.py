@@ -1,4 +1,7 @@
-"""Several processes on gloo for one test: each runs the same module-level function with its mesh; what they return comes back in order of ranks."""
+"""Several gloo processes for one test.
+
+Each process calls the same module-level function with its mesh. Results come back in rank order.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,9 @@ def _rank(
             device=torch.device("cpu"),
             timeout_s=TIMEOUT_S,
         )
-        # Plain pickle: multiprocessing's own would hand tensors over by files that end with this process.
+        # Plain pickle: multiprocessing's own would pass tensors in files that this process deletes.
         pipe.send_bytes(pickle.dumps((True, work(mesh, *arguments))))
-    except BaseException:  # noqa: BLE001 (told to the test, which raises it)
+    except BaseException:  # noqa: BLE001 (sent to the test, which raises it)
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         os._exit(1)
 
@@ -45,12 +48,13 @@ def _rank(
 def on_ranks(
     work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1, dying: Collection[int] = ()
 ) -> list[Any]:
-    """`work(mesh, *arguments)` on dp × tp processes; None for the ranks that are `dying`.
+    """`work(mesh, *arguments)` on dp × tp processes; None for the ranks in `dying`.
 
-    Raises AssertionError with the first rank's traceback, or when one takes too long.
+    Raises AssertionError with the traceback of the first failing rank, or if a rank takes too long.
     """
-    # Forked, so that what a test has patched is patched there too. The first rank opens the rendezvous, not this process: a store has a thread, and a
-    # lock that a thread holds while another rank is forked stays locked in that rank for ever.
+    # Forked, so that the patches of a test hold there too. The first rank opens the rendezvous, not
+    # this process: a store has a thread, and a lock that this thread holds during a fork would stay
+    # locked in the new process.
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(dp * tp):
@@ -65,7 +69,7 @@ def on_ranks(
         port = pipes[0].recv_bytes()
         for pipe in pipes[1:]:
             pipe.send_bytes(port)
-        results = []
+        results: list[Any] = []
         for rank, pipe in enumerate(pipes):
             if rank in dying:
                 results.append(None)

@@ -1,10 +1,19 @@
-"""Synthetic groups for a tiny random decoder, and the learner's step written down naively: one dense forward per rollout, nothing packed or cut."""
+"""Synthetic groups for a tiny random decoder, and a naive form of the learner's step.
+
+The naive form runs one dense forward pass per rollout: nothing is packed or cut.
+"""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
@@ -13,37 +22,51 @@ from dapo_async.model import Decoder, ModelConfig
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 TINY_JSON = {
-    "model_type": "qwen2", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 TINY = ModelConfig.from_dict(TINY_JSON)
 VERSION = 3  # of the learner before the step
 LR = 0.01
-LENGTHS = ((1, 9, 4), (12, 2, 5), (7, 7, 3), (6, 11, 8))  # response tokens per group and rollout
-REWARDS = (
-    (1.0, -1.0, -1.0),
-    (0.5, 0.5, 0.5),
-    (1.0, 1.0, -1.0),
-    (-1.0, 1.0, -1.3),
-)  # the second group has nothing to compare
+LENGTHS = ((1, 9, 4), (12, 2, 5), (7, 7, 3), (6, 11, 8))  # response tokens by group and rollout
+# All rewards of the second group are equal.
+REWARDS = ((1.0, -1.0, -1.0), (0.5, 0.5, 0.5), (1.0, 1.0, -1.0), (-1.0, 1.0, -1.3))
 TEMPERATURES = (1.0, 0.7, 1.3, 0.7)
 TRUNCATED = ((0, 1), (3, 1))  # group and rollout
 
 
-def tiny_decoder(seed=0):
+def randomise(decoder: Decoder) -> None:
     """Weights large enough that the logits differ from token to token."""
-    torch.manual_seed(seed)
-    decoder = Decoder(TINY)
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.add_(
-                torch.randn_like(parameter) * 0.1
-            )
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def tiny_decoder(seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    decoder = Decoder(TINY)
+    randomise(decoder)
     return decoder
 
 
-def synthetic_groups(*, noise=0.4, versions=(0, 4)):
-    """Random tokens; behaviour logprobs are those of the decoder but for `noise`, versions per token from a range up to the learner's."""
+def synthetic_groups(*, noise: float = 0.4, versions: tuple[int, int] = (0, 4)) -> list[Group]:
+    """Groups of random tokens.
+
+    Behaviour logprobs are those of the decoder plus `noise`; the versions of the tokens are drawn
+    from the range `versions`.
+    """
     decoder, random = tiny_decoder(), np.random.default_rng(5)
     groups = []
     for index, (lengths, rewards, temperature) in enumerate(
@@ -54,27 +77,28 @@ def synthetic_groups(*, noise=0.4, versions=(0, 4)):
         for sibling, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
             ids = random.integers(0, 23, length, dtype=np.int32)
             logprobs, _ = dense_logprobs(decoder, prompt.token_ids, ids, temperature)
-            behaviour = logprobs.detach().numpy() + noise * random.standard_normal(length).astype(
-                np.float32
-            )
+            gap = noise * random.standard_normal(length).astype(np.float32)
             token_versions = np.sort(random.integers(*versions, length, dtype=np.int32))
-            finish = FinishReason.LENGTH if (index, sibling) in TRUNCATED else FinishReason.STOP
-            rollouts.append(
-                Rollout(
-                    Completion(ids, behaviour, token_versions, int(token_versions[0]), finish),
-                    "",
-                    float(reward > 0),
-                    reward,
-                    None,
-                )
+            completion = Completion(
+                ids,
+                logprobs.detach().numpy() + gap,
+                token_versions,
+                int(token_versions[0]),
+                FinishReason.LENGTH if (index, sibling) in TRUNCATED else FinishReason.STOP,
             )
+            rollouts.append(Rollout(completion, "", float(reward > 0), reward, None))
         groups.append(Group(index, prompt, tuple(rollouts), "first", temperature))
     return groups
 
 
 def rank_of(
-    *, algorithm=None, kind=LearnerRank, version=VERSION, activations=torch.float32, **learner
-):
+    *,
+    algorithm: Mapping[str, Any] | None = None,
+    kind: type[LearnerRank] = LearnerRank,
+    version: int = VERSION,
+    activations: torch.dtype = torch.float32,
+    **learner: Any,
+) -> LearnerRank:
     knobs = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.1, "grad_clip": 0.5} | learner
     decoder = tiny_decoder()
     decoder.activations = activations
@@ -88,53 +112,52 @@ def rank_of(
 
 
 @dataclass
-class Outcome:
-    """All that a step leaves behind."""
+class StepOutcome:
+    """What a step leaves behind."""
 
     metrics: dict[str, float]
-    weights: dict[str, torch.Tensor]
-    first_moments: list[
-        torch.Tensor
-    ]  # AdamW's: (1 - beta1) x the clipped gradient after the first update
+    weights: dict[str, Tensor]
+    # AdamW's: after the first update (1 - beta1) times the clipped gradient.
+    first_moments: list[Tensor]
 
 
-def outcome(rank, groups):
+def outcome(rank: LearnerRank, groups: Sequence[Group]) -> StepOutcome:
     metrics = summarise(rank.step(groups))
-    weights = {
-        name: parameter.detach().clone() for name, parameter in rank.decoder.named_parameters()
-    }
-    return Outcome(
+    parameters = dict(rank.decoder.named_parameters())
+    return StepOutcome(
         metrics,
-        weights,
+        {name: parameter.detach().clone() for name, parameter in parameters.items()},
         [tensor for moment, _, tensor in rank._optimizer.moments() if moment == "exp_avg"],
     )
 
 
-def dense_attention(layer, query, key, value):
-    """Plain causal softmax attention over one sequence: `[T, H, D]`, with shared key and value heads spelt out."""
-    key, value = (
-        tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
-        for tensor in (key, value)
-    )
+def dense_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Plain causal softmax attention over one sequence, `[T, H, D]`."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -math.inf).softmax(-1), value)
 
 
-def dense_logprobs(decoder, prompt_ids, response_ids, temperature):
+def dense_logprobs(
+    decoder: Decoder,
+    prompt_ids: NDArray[np.int32],
+    response_ids: NDArray[np.int32],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     """log-softmax(logits / T) of each response token, and the entropies."""
     ids = torch.tensor([*prompt_ids, *response_ids])
     hidden = decoder(ids, torch.arange(len(ids)), dense_attention)
     table = (decoder.logits(hidden) / temperature).log_softmax(-1)[len(prompt_ids) - 1 : -1]
-    return table[torch.arange(len(response_ids)), ids[len(prompt_ids) :]], -(
-        table.exp() * table
-    ).sum(-1)
+    chosen = table[torch.arange(len(response_ids)), ids[len(prompt_ids) :]]
+    return chosen, -(table.exp() * table).sum(-1)
 
 
 class Naive:
-    """The same step from its formulas: rollouts one by one, a mean over all tokens, torch's AdamW."""
+    """The step from its formulas: rollouts one by one, a mean over all tokens, torch's AdamW."""
 
-    def __init__(self, *, algorithm=None, **learner) -> None:
+    def __init__(self, *, algorithm: Mapping[str, Any] | None = None, **learner: Any) -> None:
         rank = rank_of(algorithm=algorithm, **learner)
         self.algorithm, self.learner, self.decoder = rank._algorithm, rank._learner, rank.decoder
         matrices = [parameter for parameter in self.decoder.parameters() if parameter.ndim == 2]
@@ -145,71 +168,82 @@ class Naive:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999))
 
-    def step(self, groups, *, kept_minibatches=None):
-        """Trains; `kept_minibatches`: only the first so many. Returns loss and gradient norm as the metrics have them."""
+    def step(
+        self, groups: Sequence[Group], *, kept_minibatches: int | None = None
+    ) -> dict[str, float]:
+        """Trains, and returns loss and gradient norm as the metrics have them.
+
+        `kept_minibatches`: trains on the first so many minibatches only.
+        """
         rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
         advantages = [advantage for group in groups for advantage in self.advantages(group)]
-        proximal = [
-            self.logprobs(*pair)[0].detach() for pair in rollouts
-        ]  # before the first minibatch
+        # Before the first minibatch.
+        proximal = [self.logprobs(*pair)[0].detach() for pair in rollouts]
         keep = self.keep(rollouts, advantages, proximal)
         order, num_minibatches = np.arange(len(rollouts)), self.learner.num_minibatches
         if num_minibatches > 1:
-            order = np.random.default_rng((0, VERSION)).permutation(
-                len(rollouts)
-            )  # keyed by seed and step
+            order = np.random.default_rng((0, VERSION)).permutation(len(rollouts))
         losses, norms, num_tokens = 0.0, [], 0
         for part in np.split(order, num_minibatches)[:kept_minibatches]:
-            live = [index for index in part if self.in_loss(rollouts[index][1])]
+            live = [int(index) for index in part if self.in_loss(rollouts[index][1])]
             count = sum(rollouts[index][1].num_tokens for index in live)
-            # Summed over tokens and divided by their count; or the mean over rollouts of each one's own mean, which only has to be scaled alike.
-            shares = dict.fromkeys(live, 1.0)
-            if self.algorithm.loss_mean == "sequence":
-                shares = {
-                    index: count / len(live) / rollouts[index][1].num_tokens for index in live
-                }
-            parts = [
-                shares[index]
-                * self.rollout_loss(
+            total, bonus = torch.zeros(()), torch.zeros(())
+            for index in live:
+                share = self.share(rollouts[index][1], count, len(live))
+                total = total + share * self.rollout_loss(
                     *rollouts[index], advantages[index], proximal[index], keep[index]
                 )
-                for index in live
-            ]
-            bonus = self.algorithm.entropy_bonus * sum(
-                shares[index] * self.logprobs(*rollouts[index])[1].sum() for index in live
-            )
-            ((sum(parts) - bonus) / count).backward()
-            gradients = [parameter.grad for parameter in self.decoder.parameters()]
-            norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))
-            for gradient in gradients:
-                gradient.mul_(min(1.0, self.learner.grad_clip / max(norms[-1], 1e-6)))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses, num_tokens = losses + float(sum(parts).detach()), num_tokens + count
+                bonus = bonus + share * self.logprobs(*rollouts[index])[1].sum()
+            ((total - self.algorithm.entropy_bonus * bonus) / count).backward()
+            norms.append(self.update())
+            losses, num_tokens = losses + float(total.detach()), num_tokens + count
         return {
             "loss": losses / num_tokens,
             "grad_norm": sum(norms) / len(norms),
             "loss_tokens": num_tokens,
         }
 
-    def logprobs(self, group, rollout):
+    def share(self, rollout: Rollout, num_tokens: int, num_rollouts: int) -> float:
+        """What the tokens of a rollout weigh: 1, or so that all rollouts weigh the same."""
+        if self.algorithm.loss_mean == "token":
+            return 1.0
+        return num_tokens / num_rollouts / rollout.num_tokens
+
+    def update(self) -> float:
+        """Clips the gradient and updates; returns the gradient's norm before clipping."""
+        gradients = [each.grad for each in self.decoder.parameters() if each.grad is not None]
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        for gradient in gradients:
+            gradient.mul_(min(1.0, self.learner.grad_clip / max(norm, 1e-6)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def logprobs(self, group: Group, rollout: Rollout) -> tuple[Tensor, Tensor]:
         return dense_logprobs(
             self.decoder, group.prompt.token_ids, rollout.completion.token_ids, group.temperature
         )
 
-    def in_loss(self, rollout) -> bool:
-        return not (
-            self.algorithm.overlong_filtering
-            and rollout.completion.finish_reason is FinishReason.LENGTH
-        )
+    def in_loss(self, rollout: Rollout) -> bool:
+        truncated = rollout.completion.finish_reason is FinishReason.LENGTH
+        return not (self.algorithm.overlong_filtering and truncated)
 
-    def advantages(self, group):
+    def advantages(self, group: Group) -> list[float]:
         rewards = np.array([rollout.reward for rollout in group.rollouts])
         scale = rewards.std(ddof=1) + 1e-6 if self.algorithm.normalize_std else 1.0
-        return (rewards - rewards.mean()) / scale
+        return [float(each) for each in (rewards - rewards.mean()) / scale]
 
-    def keep(self, rollouts, advantages, proximal):
-        """M2PO: of the tokens that moved the way of their advantage, the largest squared log ratios go until the mean of the rest fits."""
+    def keep(
+        self,
+        rollouts: Sequence[tuple[Group, Rollout]],
+        advantages: Sequence[float],
+        proximal: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """M2PO's mask.
+
+        Of the tokens that moved in the direction of their advantage, drops the largest squared log
+        ratios until the mean of the rest fits.
+        """
         ratios = [
             near.numpy() - rollout.completion.behaviour_logprobs
             for (_, rollout), near in zip(rollouts, proximal, strict=True)
@@ -224,15 +258,15 @@ class Naive:
             if ratio[token] * advantage > 0 and self.in_loss(rollouts[number][1])
         ]
         moved.sort()
-        while (
-            moved
-            and sum(square for square, *_ in moved) / len(moved) > self.algorithm.second_moment
-        ):
+        limit = self.algorithm.second_moment
+        while moved and sum(square for square, *_ in moved) / len(moved) > limit:
             _, number, token = moved.pop()
             keep[number][token] = False
         return keep
 
-    def proximal(self, current, start, behaviour, versions):
+    def proximal(
+        self, current: Tensor, start: Tensor, behaviour: Tensor, versions: NDArray[np.int32]
+    ) -> Tensor:
         match self.algorithm.proximal:
             case "recompute":
                 return start
@@ -241,21 +275,20 @@ class Naive:
             case "behaviour":
                 return behaviour
         staleness = np.maximum(VERSION - versions, 1)
-        return behaviour + torch.tensor((staleness - 1) / staleness).float() * (
-            current.detach() - behaviour
-        )
+        share = torch.tensor((staleness - 1) / staleness).float()
+        return behaviour + share * (current.detach() - behaviour)
 
-    def rollout_loss(self, group, rollout, advantage, start, keep):
-        """Sum over the tokens of one rollout."""
+    def rollout_loss(
+        self, group: Group, rollout: Rollout, advantage: float, start: Tensor, keep: Tensor
+    ) -> Tensor:
+        """The sum over the tokens of one rollout."""
         knobs, current = self.algorithm, self.logprobs(group, rollout)[0]
         behaviour = torch.from_numpy(rollout.completion.behaviour_logprobs)
         proximal = self.proximal(current, start, behaviour, rollout.completion.weight_versions)
         mismatch, drift = proximal - behaviour, current - proximal
         if knobs.objective == "gspo":
-            mismatch, drift = (
-                mismatch.sum().expand(len(behaviour)),
-                drift.mean().expand(len(behaviour)),
-            )
+            mismatch = mismatch.sum().expand(len(behaviour))
+            drift = drift.mean().expand(len(behaviour))
         weight, ratio = mismatch.exp().clamp(max=knobs.correction_cap), drift.exp()
         clipped = ratio.clamp(1 - knobs.clip_low, 1 + knobs.clip_high)
         gain = torch.minimum(ratio * advantage, clipped * advantage)

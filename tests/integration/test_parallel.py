@@ -1,10 +1,15 @@
-"""Law 4 over ranks: tensor- and data-parallel gloo processes come to the single process's losses, gradients and weights; float32."""
+"""Token-mean exactness over ranks.
+
+Tensor- and data-parallel gloo processes get the losses, gradients and weights of one process, in
+float32.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,12 @@ from torch.distributed.tensor import DTensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_whole_state, save_state
-from dapo_async.learner.batching import share_groups, split_microbatches, training_sequences
+from dapo_async.learner.batching import (
+    Microbatch,
+    share_groups,
+    split_microbatches,
+    training_sequences,
+)
 from dapo_async.learner.gradients import sum_gradients
 from dapo_async.model import (
     Axis,
@@ -45,8 +55,8 @@ from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo
 MESHES = ((1, 2), (2, 1), (2, 2))  # dp, tp
-# Odd sizes: 23 tokens of vocabulary on two ranks are 12 and 11; every family's extras: biases, norms of queries and keys, an untied head; one head of
-# keys and values for both ranks.
+# Sizes do not divide: 23 tokens of vocabulary are 12 and 11 on two ranks. The extras of the families
+# are biases, norms of queries and keys, an untied head, and one key-value head for both ranks.
 EXTRAS: dict[str, dict[str, Any]] = {
     "tied with biases": {},
     "norms of heads": {"family": "qwen3", "qkv_bias": False, "qk_norm": True},
@@ -54,7 +64,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "fewer heads of keys than ranks": {"num_kv_heads": 1},
 }
 CONFIG = replace(TINY, num_kv_heads=2)
-FORMS = (
+FORMS: tuple[dict[str, Any], ...] = (
     {"learner": {}},
     {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute": True}},
     {
@@ -70,16 +80,19 @@ FORMS = (
         "learner": {"num_minibatches": 2},
         "algorithm": {"loss_mean": "sequence", "overlong_filtering": True},
     },
-    # One rollout per minibatch: with dp = 2 one rank has nothing but fillers in it. Where the rollout is truncated nobody has a token in the loss.
+    # One rollout per minibatch: with dp = 2 one rank has only fillers. If the rollout is truncated,
+    # no rank has a token in the loss.
     {"learner": {"num_minibatches": 12}, "algorithm": {"overlong_filtering": True}},
-    # One rollout per microbatch: those of the truncated ones have no token in the loss, and the ranks have different numbers of them.
+    # One rollout per microbatch: truncated ones have no token in the loss, and the ranks have
+    # different numbers of microbatches.
     {
         "learner": {"microbatch_tokens": 1},
         "algorithm": {"overlong_filtering": True},
         "model": {"tie_embeddings": False},
     },
 )
-REL = 2e-5  # of losses, gradient norms and all other metrics in float32, over three steps; relative, or absolute where they are below 1
+# Tolerance of all metrics in float32 over three steps: relative, or absolute for values below 1.
+REL = 2e-5
 
 
 def dense_decoder(config: ModelConfig) -> Decoder:
@@ -105,7 +118,7 @@ def decoder_of(
 
 
 def uneven_groups() -> list[Group]:
-    """Non-symmetric data: lengths from 1 to 12, one group whose rollouts are all truncated, so that overlong filtering leaves it without a token."""
+    """Lengths from 1 to 12; overlong filtering leaves one group without a token in the loss."""
     groups = synthetic_groups()
     silent = tuple(
         replace(rollout, completion=replace(rollout.completion, finish_reason=FinishReason.LENGTH))
@@ -153,7 +166,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
-def test_decoder_split_over_ranks_has_the_logprobs_entropies_and_gradients_of_the_whole(
+def test_a_split_decoder_has_the_logprobs_entropies_and_gradients_of_the_whole(
     dp: int, tp: int, extra: str
 ) -> None:
     config = replace(CONFIG, **EXTRAS[extra])
@@ -180,15 +193,15 @@ def test_four_ranks_share_two_heads_of_keys_and_values() -> None:
             )
 
 
-def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(
+def test_a_gradient_of_gathered_tokens_without_the_sum_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dapo_async.model import tensor_parallel
 
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
 
-    # The reverse of gathering forgets the other ranks' shares.
-    def own(ctx, gradient):
+    # The backward pass of gathering drops the other ranks' shares.
+    def own(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return tensor_parallel._padded(gradient, ctx.tp).chunk(ctx.tp.size)[ctx.tp.rank], None, None
 
     monkeypatch.setattr(tensor_parallel._GatherTokens, "backward", staticmethod(own))
@@ -197,7 +210,7 @@ def test_gradient_of_tokens_that_are_gathered_without_a_sum_is_seen(
     assert (theirs[name] - gradients[name]).abs().max() > 1e-3
 
 
-def test_gradient_of_own_tokens_only_in_a_whole_parameter_is_seen(
+def test_a_gradient_of_own_tokens_only_in_a_whole_parameter_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
@@ -256,7 +269,7 @@ def three_steps(mesh: Mesh, form: dict[str, Any]) -> Trained:
 
 
 def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
-    """Bit for bit: the gradient norm and what all have put together; and the flags of a step are counted once."""
+    """Ranks agree bit for bit in gradient norm and weights, and count the flags of a step once."""
     for number, rank in enumerate(ranks):
         assert [each.sums.get("grad_norm", (0, 0))[0] for each in rank.steps] == [
             each.sums.get("grad_norm", (0, 0))[0] for each in ranks[0].steps
@@ -308,11 +321,14 @@ def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
 
 def count_passes(mesh: Mesh) -> list[int]:
     """Microbatches of each minibatch, as the rank would run them."""
-    rank, counts = rank_on(mesh, num_minibatches=12, algorithm={"proximal": "behaviour"}), []
-    rank._update = lambda minibatch, *_, **__: (
-        counts.append(len(minibatch)),
-        (StepMetrics(), False),
-    )[1]  # type: ignore[method-assign]
+    counts: list[int] = []
+    rank = rank_on(mesh, num_minibatches=12, algorithm={"proximal": "behaviour"})
+
+    def update(minibatch: Sequence[Microbatch], *_: Any, **__: Any) -> tuple[StepMetrics, bool]:
+        counts.append(len(minibatch))
+        return StepMetrics(), False
+
+    setattr(rank, "_update", update)  # noqa: B010 (mypy refuses to assign a method)
     step_on(rank, mesh, uneven_groups())
     return counts
 
@@ -322,7 +338,7 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
 
 
 def tokens_of_passes(mesh: Mesh) -> list[int]:
-    """Of two ranks, of which the second has one group and the first two."""
+    """The sizes of this rank's microbatches; the first rank has two groups, the second one."""
     rank, groups = rank_on(mesh, microbatch_tokens=40), uneven_groups()
     rows = training_sequences(
         [groups[1:3], groups[:1]][mesh.dp.rank], normalize_std=True, overlong_filtering=False
@@ -352,7 +368,7 @@ def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(
 
 
 def one_bad_rank(mesh: Mesh) -> tuple[StepMetrics, bool]:
-    """A step with one behaviour logprob that is not a number, and whether it left every weight alone."""
+    """A step with one behaviour logprob that is nan, and whether it changed no weight."""
     groups = uneven_groups()
     completion = groups[3].rollouts[2].completion
     bad = replace(
@@ -382,7 +398,7 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted_once(
     assert "grad_norm" not in (first + second).sums
 
 
-def test_rank_that_only_looks_at_its_own_numbers_would_train_on(
+def test_a_rank_that_checks_only_its_own_numbers_would_train_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dapo_async.learner import rank
@@ -406,7 +422,7 @@ def test_bfloat16_activations_cross_the_ranks() -> None:
 
 
 def often_seen_row(mesh: Mesh, activations: torch.dtype) -> torch.Tensor:
-    """The embedding's gradient at a token that stands at 1,500 places, each with a weight of its own in the objective."""
+    """The embedding's gradient of a token at 1,500 positions, each with its own weight."""
     decoder = decoder_of(replace(CONFIG, tie_embeddings=False), mesh, activations=activations)
     lengths = (30,) * 50
     ids, attention = torch.full((1500,), 5), PackedAttention(lengths)
@@ -425,7 +441,7 @@ def often_seen_row(mesh: Mesh, activations: torch.dtype) -> torch.Tensor:
     return whole(gradient)[5].float()
 
 
-def test_gradients_of_an_often_seen_token_add_up_in_float32_on_ranks_as_they_do_alone() -> None:
+def test_gradients_of_a_frequent_token_add_up_in_float32_on_ranks_too() -> None:
     exact = often_seen_row(Mesh(), torch.float32)
 
     def error(gradient: torch.Tensor) -> float:
@@ -439,7 +455,7 @@ def test_gradients_of_an_often_seen_token_add_up_in_float32_on_ranks_as_they_do_
     assert error(ranks) < 1.5 * alone
 
 
-def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(
+def test_a_loss_divided_by_the_tokens_of_each_rank_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dapo_async.learner import rank
@@ -447,7 +463,7 @@ def test_gradient_of_each_rank_over_its_own_tokens_only_is_seen(
     alone = three_steps(Mesh(), FORMS[0])
     monkeypatch.setattr(
         rank, "sum_numbers", lambda values, mesh, device: list(values)
-    )  # law 4 broken: the denominator is local
+    )  # the denominator is local
     first, _ = on_ranks(three_steps, FORMS[0], dp=2)
     assert summarise(first.steps[0])["grad_norm"] != pytest.approx(
         summarise(alone.steps[0])["grad_norm"], rel=1e-2
@@ -458,7 +474,10 @@ State = dict[str, torch.Tensor]
 
 
 def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, StepMetrics]:
-    """A step, or a loaded state in its place; saves into `folder`/before; the metrics of the step after; saves into `folder`/after."""
+    """A first step, or a loaded state instead; then a second step, whose metrics are returned.
+
+    Saves the state into `folder`/before and `folder`/after the second step.
+    """
     rank = rank_on(mesh, num_minibatches=2)
     if load is None:
         step_on(rank, mesh, uneven_groups())
@@ -497,7 +516,7 @@ def test_ranks_that_load_a_state_go_on_bit_for_bit_as_those_that_gave_it(
     for file in (tmp_path / "gave" / "before").glob("*.safetensors"):  # one moment lost is seen
         with safe_open(file, framework="pt") as parts:
             tensors, notes = (
-                {name: parts.get_tensor(name) for name in parts.keys()},  # noqa: SIM118 (safe_open has no __iter__)
+                {name: parts.get_tensor(name) for name in parts.keys()},  # noqa: SIM118
                 parts.metadata(),
             )
         tensors = {
@@ -543,7 +562,7 @@ def test_first_rank_gathers_the_whole_weights_and_the_others_none(
 
 
 def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, int], State]:
-    """How many rows each tensor has here; the whole weights, gathered; `folder` then has the state of it."""
+    """The rows of each tensor on this rank, and the whole weights; saves the state in `folder`."""
     config = replace(CONFIG, vocab_size=vocab_size)
     decoder, dense = decoder_of(config, mesh), dict(dense_decoder(config).named_parameters())
     for name, parameter in decoder.named_parameters():
@@ -565,7 +584,7 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
 
 
 @pytest.mark.parametrize(("vocab_size", "dp", "tp"), [(13, 3, 2), (23, 4, 1)])
-def test_parts_that_do_not_come_out_even_are_loaded_gathered_and_saved_as_they_lie(
+def test_uneven_parts_are_loaded_gathered_and_saved(
     vocab_size: int, dp: int, tp: int, tmp_path: Path
 ) -> None:
     _, alone = uneven_parts(Mesh(), tmp_path / "alone", vocab_size)
@@ -636,7 +655,10 @@ def test_ranks_read_their_parts_of_a_folder_and_no_more(
 def exchanges(
     mesh: Mesh, chunk_tokens: int
 ) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How often a forward and backward pass of the head talks to the other ranks; logprobs, entropies and the gradient of hidden states."""
+    """The number of collectives of the head's two passes, logprobs, entropies, and the gradient.
+
+    The gradient is that of the hidden states.
+    """
     calls: list[str] = []
 
     class Group:
@@ -666,7 +688,7 @@ def exchanges(
     return len(calls), logprobs.detach(), entropies.detach(), hidden.grad
 
 
-def test_head_of_four_uneven_shards_talks_as_often_whatever_the_number_of_chunks() -> None:
+def test_a_head_of_four_uneven_shards_communicates_once_for_any_number_of_chunks() -> None:
     _, logprobs, entropies, gradient = exchanges(Mesh(), 100)
     for chunk_tokens in (2, 100):
         ranks = on_ranks(exchanges, chunk_tokens, tp=4)
@@ -680,7 +702,7 @@ def test_head_of_four_uneven_shards_talks_as_often_whatever_the_number_of_chunks
 
 
 def vanish(mesh: Mesh) -> float:
-    """The second rank ends without a word; how many seconds the first one waits for it."""
+    """The second rank exits; returns how many seconds the first one waits for it."""
     began_s = time.monotonic()
     if mesh.tp.rank == 1:
         os._exit(7)
@@ -688,7 +710,7 @@ def vanish(mesh: Mesh) -> float:
         mesh.tp.sum(torch.ones(4))
     except RuntimeError:
         return time.monotonic() - began_s
-    raise AssertionError("nobody was there to add up with")
+    raise AssertionError("the sum succeeded without the second rank")
 
 
 def test_rank_that_dies_fails_the_others_long_before_the_deadline() -> None:
@@ -696,7 +718,7 @@ def test_rank_that_dies_fails_the_others_long_before_the_deadline() -> None:
     assert waited_s < TIMEOUT_S / 2
 
 
-def test_groups_are_shared_by_tokens_and_everybody_gets_one() -> None:
+def test_groups_are_shared_by_tokens_and_every_rank_gets_one() -> None:
     assert share_groups([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
     assert share_groups([4, 4, 4, 4], 2) == [[0, 2], [1, 3]]
     assert share_groups([9, 1], 2) == [[0], [1]]
@@ -708,7 +730,7 @@ def test_sizes_that_do_not_split_name_those_that_do() -> None:
     config.check_split(8)  # two ranks to a head of keys and values
     with pytest.raises(
         ValueError,
-        match=r"learner.tensor_parallel \(3\) must divide .*num_key_value_heads 4.*set it to one of 1, 2, 4, 8",
+        match=r"tensor_parallel \(3\) must divide .*num_key_value_heads 4.*one of 1, 2, 4, 8",
     ):
         config.check_split(3)
     with pytest.raises(ValueError, match=r"set it to one of 1, 2$"):

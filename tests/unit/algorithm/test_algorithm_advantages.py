@@ -9,7 +9,8 @@ from dapo_async.algorithm import group_advantages
 
 
 def test_advantages_are_centred_and_divided_by_the_unbiased_std_of_their_group() -> None:
-    # Group 9: mean 2, deviations −2, 0, 2, unbiased variance 8 / 2. Group 4: mean 5, deviations ±1, variance 2.
+    # Group 9: mean 2, deviations −2, 0, 2, unbiased variance 8 / 2.
+    # Group 4: mean 5, deviations ±1, variance 2.
     rewards, group_ids = torch.tensor([0.0, 4.0, 2.0, 6.0, 4.0]), torch.tensor([9, 4, 9, 4, 9])
     assert group_advantages(rewards, group_ids, eps=0.0).tolist() == pytest.approx(
         [-1.0, -0.70710678, 0.0, 0.70710678, 1.0]
@@ -35,8 +36,8 @@ def test_a_group_of_one_has_advantage_zero() -> None:
     assert advantages.tolist() == pytest.approx([0.0, -0.70710678, 0.70710678])
 
 
-def test_equal_rewards_have_advantage_zero_and_rounding_is_not_blown_up() -> None:
-    # In float32 the mean of these is off by 7e-9, which 1 / (std + 1e-6) would turn into an advantage of 0.007.
+def test_equal_rewards_have_advantage_zero_and_rounding_is_not_amplified() -> None:
+    # In float32 their mean is off by 7e-9, which 1 / (std + 1e-6) would turn into 0.007.
     assert (
         group_advantages(torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int64))
         .abs()
@@ -50,7 +51,7 @@ def test_equal_rewards_have_advantage_zero_and_rounding_is_not_blown_up() -> Non
     )
 
 
-def test_integer_rewards_and_no_rewards_at_all_are_fine() -> None:
+def test_integer_rewards_and_empty_rewards_are_accepted() -> None:
     assert group_advantages(torch.tensor([1, -1]), torch.tensor([0, 0])).tolist() == pytest.approx(
         [0.70710628, -0.70710628]
     )

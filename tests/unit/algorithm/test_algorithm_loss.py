@@ -1,4 +1,4 @@
-"""The loss against hand-computed numbers and naive loops; garbage behind the mask; what is refused."""
+"""The loss against hand-computed numbers and naive loops, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def logs(*ratios: float) -> Tensor:
 
 
 def drawn(num_tokens: int, *, seed: int) -> dict[str, Any]:
-    """Random logprobs whose ratios leave the clip range often, four interleaved sequences, one token in four masked."""
+    """Random logprobs whose ratios often leave the clip range.
+
+    Four interleaved sequences; one token in four is masked.
+    """
     generator = torch.Generator().manual_seed(seed)
     normal = [torch.randn(num_tokens, generator=generator, dtype=torch.float64) for _ in range(4)]
     proximal = -1.5 + 0.5 * normal[0]
@@ -82,8 +85,9 @@ def test_entropy_bonus_rewards_the_mean_entropy_of_the_tokens_in_the_loss() -> N
         policy_loss(**given, **CLIP, entropies=entropies, entropy_bonus=-1)
 
 
-def test_the_clip_holds_gains_and_the_dual_clip_holds_losses() -> None:
-    # u: 1.5 and 0.5 with A = 2 → min(3, 2.56), min(1, 1.6); u: 0.5 and 8 with A = −1 → −0.8 and −8, or −3 under the dual clip.
+def test_the_clip_bounds_gains_and_the_dual_clip_bounds_losses() -> None:
+    # u = 1.5 and 0.5 with A = 2: min(3, 2.56) and min(1, 1.6).
+    # u = 0.5 and 8 with A = −1: −0.8 and −8, or −3 under the dual clip.
     given = on_policy(logs(1, 1, 1, 1)) | {
         "current_logprobs": logs(1.5, 0.5, 0.5, 8.0),
         "advantages": torch.tensor([2.0, 2.0, -1.0, -1.0], dtype=torch.float64),
@@ -122,7 +126,8 @@ def test_the_clip_holds_gains_and_the_dual_clip_holds_losses() -> None:
             [4, 1, 0, 0.5],
             {"weight_rejected_fraction": 0.25},
         ),
-        # Sequence 7 holds the ratios 4 and 0.25, sequence −1 holds 1 and 0.5: products 1 and 0.5, geometric means 1 and 0.7071.
+        # Sequence 7 has the ratios 4 and 0.25: product 1, geometric mean 1.
+        # Sequence −1 has the ratios 1 and 0.5: product 0.5, geometric mean 0.7071.
         ({"correction_level": "sequence"}, [1, 0.5, 1, 0.5], {}),
         (
             {"correction_level": "sequence", "correction_cap": 0.75},
@@ -174,17 +179,18 @@ def test_a_band_bounds_the_ratio_itself_and_not_its_inverse() -> None:
 
 
 def test_masked_tokens_do_not_enter_the_ratio_of_their_sequence() -> None:
-    """Only unmasked tokens enter a sequence's ratio: 4 alone has the geometric mean 4, with its masked sibling it would have 1."""
+    """The ratio 4 alone has the geometric mean 4; with the masked token it would be 1."""
     given = on_policy(logs(4, 0.25), sequence_ids=torch.tensor([0, 0])) | {
         "mask": torch.tensor([1, 0])
     }
     loss, gradient = loss_and_gradient(given, correction_level="sequence_mean", correction_cap=3.0)
-    assert (loss, gradient) == (pytest.approx(-3.0), pytest.approx([-3.0, 0.0]))
+    assert loss == pytest.approx(-3.0)
+    assert gradient == pytest.approx([-3.0, 0.0])
 
 
 @pytest.mark.parametrize("objective", ["dapo", "gspo", "cispo"])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_garbage_behind_the_mask_changes_neither_loss_nor_gradient_nor_diagnostics(
+def test_values_of_masked_tokens_change_neither_loss_gradient_nor_diagnostics(
     objective: str, garbage: float
 ) -> None:
     given = drawn(40, seed=1)
@@ -220,7 +226,10 @@ def test_a_filler_microbatch_has_loss_zero_and_gradient_zero(objective: str) -> 
 
 
 def naive(given: dict[str, Any], objective: str) -> tuple[float, list[float]]:
-    """gspo and cispo from their formulas, one token at a time, gradient by hand; truncated at 2 (gspo: the product over the sequence)."""
+    """gspo and cispo from their formulas, one token at a time, with the gradient by hand.
+
+    The behaviour weight is truncated at 2 (gspo: the product over the sequence).
+    """
     current, proximal, behaviour, advantage = (
         given[name].tolist()
         for name in ("current_logprobs", "proximal_logprobs", "behaviour_logprobs", "advantages")
@@ -267,7 +276,8 @@ def test_gspo_and_cispo_equal_a_naive_loop(objective: str, seed: int) -> None:
 def test_a_token_dropped_by_keep_stays_in_the_denominator() -> None:
     given = on_policy(logs(1, 1, 1, 1), keep=torch.tensor([True, False, True, True]))
     loss, gradient = loss_and_gradient(given)
-    assert (loss, gradient) == (pytest.approx(-0.75), pytest.approx([-0.25, 0.0, -0.25, -0.25]))
+    assert loss == pytest.approx(-0.75)
+    assert gradient == pytest.approx([-0.25, 0.0, -0.25, -0.25])
     assert policy_loss(**given, **CLIP)[1]["dropped_tokens"].item() == 1
 
 
@@ -292,7 +302,7 @@ def test_a_broken_logprob_in_an_unmasked_token_is_never_hidden(correction: str) 
         )
 
 
-def test_half_precision_logprobs_are_worked_on_in_float32() -> None:
+def test_half_precision_logprobs_are_computed_in_float32() -> None:
     given = {
         name: value.bfloat16() if value.is_floating_point() else value
         for name, value in drawn(20, seed=6).items()
@@ -307,7 +317,7 @@ def test_half_precision_logprobs_are_worked_on_in_float32() -> None:
 
 @pytest.mark.parametrize("correction", ["truncate", "none"])
 def test_the_current_policy_as_its_own_proximal_gives_the_policy_gradient(correction: str) -> None:
-    """Handing `current_logprobs` itself over as proximal must not cancel the gradient, nor send one through the weight."""
+    """No gradient flows through the proximal logprobs, so it neither cancels nor changes."""
     current = torch.tensor([0.0, 2.0], requires_grad=True)
     given = on_policy(torch.zeros(2)) | {
         "current_logprobs": current,

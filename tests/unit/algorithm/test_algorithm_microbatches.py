@@ -1,4 +1,7 @@
-"""Law 4 in this room: loss, gradient and diagnostics do not depend on how a minibatch is cut, packed or padded; M2PO's mask neither."""
+"""Token-mean exactness of the loss.
+
+Loss, gradient, diagnostics and M2PO's mask do not depend on cuts, packing or padding.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def of_sequences(whole: dict[str, Any], sequences: Sequence[int]) -> Tensor:
 
 
 def padded(part: dict[str, Any], num_padding: int) -> dict[str, Any]:
-    """Masked nan after the last token."""
+    """Adds masked tokens with nan after the last token."""
     fill: dict[str, Any] = {
         "mask": False,
         "sequence_ids": -1,
@@ -125,7 +128,7 @@ def test_loss_gradient_and_diagnostics_are_the_same_for_any_cut_into_microbatche
         )
 
 
-def test_a_mean_over_responses_is_had_by_weights_of_tokens_and_does_not_depend_on_the_cut() -> None:
+def test_token_weights_give_the_mean_over_responses_for_any_cut() -> None:
     whole, num_tokens = minibatch(), float(minibatch()["mask"].sum())
     current = whole["current_logprobs"].clone().requires_grad_()
     means = []  # of each response over its own unmasked tokens, one call per response
@@ -173,8 +176,8 @@ def test_weights_of_a_mean_over_responses() -> None:
     assert nothing.tolist() == []
 
 
-def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> None:
-    """The named break: each microbatch divides by its own tokens, then the microbatches are averaged."""
+def test_averaging_the_means_of_microbatches_is_detected() -> None:
+    """A broken sum: each microbatch divides by its own tokens, then all are averaged."""
     whole = minibatch()
     at_once = accumulated(whole, [torch.arange(sum(LENGTHS))], num_tokens=None)
     loss, gradient, metrics = accumulated(
@@ -185,7 +188,7 @@ def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> Non
 
 
 def test_the_effective_sample_size_of_a_step_is_not_the_mean_of_its_microbatches() -> None:
-    """It needs Σρ and Σρ² of the whole: ratios 1, 1 and 3, 3 each have ESS 1, together 2² / 5."""
+    """It needs Σρ and Σρ² of the whole: ratios 1, 1 and 3, 3 have ESS 1 each, together 2² / 5."""
     ratios = torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64)
     zeros, ones = torch.zeros_like(ratios), torch.ones_like(ratios)
     metrics = StepMetrics()
@@ -218,7 +221,7 @@ def test_the_effective_sample_size_of_a_step_is_not_the_mean_of_its_microbatches
 
 
 def second_moment_case() -> dict[str, Any]:
-    """log ρ and A; candidates (same sign) are the squares 0.01, 0.04, 0.09, 0.25 at 0, 2, 3 and 5."""
+    """log ρ and A; the candidates 0, 2, 3, 5 have the squares 0.01, 0.04, 0.09, 0.25."""
     log_ratio = torch.tensor([0.1, -0.9, -0.2, 0.3, 0.8, 0.5, 2.0], dtype=torch.float64)
     return {
         "proximal_logprobs": log_ratio - 1,
@@ -272,9 +275,7 @@ def test_equal_squares_at_the_cut_are_dropped_together() -> None:
     assert keep.tolist() == [False, True, False]
 
 
-def test_the_second_moment_mask_ignores_garbage_behind_the_mask_and_refuses_a_threshold_of_zero() -> (
-    None
-):
+def test_the_second_moment_mask_ignores_masked_tokens_and_refuses_a_zero_threshold() -> None:
     whole = second_moment_case()
     keep = second_moment_mask(**whole)
     for garbage in (torch.nan, torch.inf):

@@ -1,4 +1,7 @@
-"""Loss, gradient, advantages and diagnostics against what public implementations computed on the same inputs (verl 0.9.1, AReaL 4aef98d)."""
+"""Loss, gradient, advantages and diagnostics against public implementations on the same inputs.
+
+The reference vectors are from verl 0.9.1 and AReaL 4aef98d.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CASES = [
 
 pytestmark = pytest.mark.skipif(
     not BATCHES,
-    reason="the reference vectors, shared/reference/loss_vectors.json beside the checkout, are absent",
+    reason="shared/reference/loss_vectors.json is not beside the checkout",
 )
 
 

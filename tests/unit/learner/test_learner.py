@@ -1,6 +1,13 @@
-"""The learner's step against its formulas: token-mean exactness (law 4), minibatches, proximal modes, steps that are skipped, the optimizer."""
+"""The learner's step against its formulas.
 
+Token-mean exactness, minibatches, proximal modes, skipped steps, the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ from learner_world import (
     LR,
     VERSION,
     Naive,
+    StepOutcome,
     dense_logprobs,
     outcome,
     rank_of,
@@ -19,15 +27,17 @@ from learner_world import (
 from torch import Tensor
 
 from dapo_async.algorithm import OBJECTIVES
-from dapo_async.algorithm.objectives import Objective, Surrogate
+from dapo_async.algorithm.objectives import Objective, Surrogate, Terms
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import Microbatch, split_microbatches, training_sequences
 from dapo_async.learner.optimizer import warmed_up
 from dapo_async.learner.rank import MinibatchCounts, StepStart
+from dapo_async.types import Group
 
 NUM_TOKENS = sum(map(sum, LENGTHS))  # 75 response tokens in 12 rollouts
 CUTS = (1, 20, 40, 10_000)  # tokens per microbatch: one sequence each … everything in one
-FORMS = [
+Form = dict[str, Any]  # knobs of the section algorithm
+FORMS: list[Form] = [
     {},
     {"overlong_filtering": True},
     {"objective": "gspo"},
@@ -40,7 +50,7 @@ FORMS = [
     {"loss_mean": "sequence"},
     {"loss_mean": "sequence", "entropy_bonus": 0.3, "overlong_filtering": True},
 ]
-STALE_FORMS = [  # with several minibatches the clips act
+STALE_FORMS: list[Form] = [  # with several minibatches the clips act
     {},
     {"overlong_filtering": True, "second_moment": 0.04},
     {"proximal": "interpolate"},
@@ -50,18 +60,21 @@ STALE_FORMS = [  # with several minibatches the clips act
 ]
 
 
-def assert_same(one, other) -> None:
+def assert_same(one: StepOutcome, other: StepOutcome) -> None:
     assert one.metrics == pytest.approx(other.metrics, rel=2e-5, abs=1e-6)
     for ours, theirs in zip(one.first_moments, other.first_moments, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
     for name, ours in one.weights.items():
-        # AdamW divides a gradient by its own size: where it is almost 0 the rounding of float32 shows, at most as a small part of the step LR.
+        # AdamW divides a gradient by its own size. Rounding of gradients near 0 therefore changes a
+        # weight, by at most a small part of LR.
         torch.testing.assert_close(ours, other.weights[name], rtol=0, atol=0.01 * LR, msg=name)
 
 
-def assert_equals_the_naive_step(rank, naive, groups):
+def assert_equals_the_naive_step(
+    rank: LearnerRank, naive: Naive, groups: Sequence[Group]
+) -> StepOutcome:
     expected, done = naive.step(groups), outcome(rank, groups)
-    # Each update hands the rounding described above on to the next minibatch, which sees other weights.
+    # Each update passes the rounding described above on to the next minibatch.
     amplified = 1 if naive.learner.num_minibatches == 1 else 20
     assert {name: done.metrics[name] for name in expected} == pytest.approx(
         expected, rel=2e-5 * amplified, abs=1e-6 * amplified
@@ -74,7 +87,9 @@ def assert_equals_the_naive_step(rank, naive, groups):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_order(form) -> None:
+def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_order(
+    form: Form,
+) -> None:
     groups = synthetic_groups()
     at_once = outcome(rank_of(algorithm=form), groups)
     for tokens in CUTS:
@@ -85,7 +100,7 @@ def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_orde
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(form) -> None:
+def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(form: Form) -> None:
     done = assert_equals_the_naive_step(
         rank_of(algorithm=form, microbatch_tokens=40), Naive(algorithm=form), synthetic_groups()
     )
@@ -93,8 +108,8 @@ def test_a_step_equals_one_dense_forward_per_rollout_and_a_mean_over_all_tokens(
     assert done.metrics["loss_tokens"] == NUM_TOKENS - masked
 
 
-def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reinforce(terms):
+def test_an_own_objective_is_a_function_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reinforce(terms: Terms) -> Surrogate:
         return Surrogate(terms.advantage * terms.current, {})
 
     monkeypatch.setitem(OBJECTIVES, "reinforce", Objective(reinforce, dual_clip=False))
@@ -108,7 +123,7 @@ def test_objective_of_ones_own_is_a_function_and_an_entry(monkeypatch: pytest.Mo
 
 
 class AveragesMicrobatchMeans(LearnerRank):
-    """The named break: each microbatch divides by its own tokens, then the microbatches are averaged."""
+    """A broken learner: each microbatch divides by its own tokens, then all are averaged."""
 
     num_microbatches = 0
 
@@ -124,10 +139,11 @@ class AveragesMicrobatchMeans(LearnerRank):
         return super()._loss(batch, logprobs, entropies, start, own)
 
 
-def test_averaging_the_means_of_microbatches_is_seen_as_the_break_it_is() -> None:
+def test_averaging_the_means_of_microbatches_is_detected() -> None:
     groups = synthetic_groups()
     at_once = outcome(rank_of(), groups)
     broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=40)
+    assert isinstance(broken, AveragesMicrobatchMeans)
     broken.num_microbatches = len(
         split_microbatches(
             training_sequences(groups, normalize_std=True, overlong_filtering=False), 40
@@ -163,7 +179,7 @@ def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alo
         (15,),
         (16,),
     ]
-    # 117 tokens need 3 microbatches of at most 40: cut where their fair share of 39 is reached, never beyond 40
+    # 117 tokens need 3 microbatches of at most 40: each ends at its share of 39, never beyond 40.
     assert [batch.lengths for batch in split_microbatches(rows, 40)] == [
         (3, 5, 6, 7, 8, 11),
         (11, 11, 11),
@@ -175,9 +191,9 @@ def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alo
 @pytest.mark.parametrize("num_minibatches", [2, 4])
 @pytest.mark.parametrize("form", STALE_FORMS, ids=str)
 def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_start(
-    form, num_minibatches
+    form: Form, num_minibatches: int
 ) -> None:
-    knobs = {"algorithm": form, "num_minibatches": num_minibatches}
+    knobs: dict[str, Any] = {"algorithm": form, "num_minibatches": num_minibatches}
     done = assert_equals_the_naive_step(
         rank_of(**knobs, microbatch_tokens=30), Naive(**knobs), synthetic_groups()
     )
@@ -187,8 +203,8 @@ def test_minibatches_are_sequential_updates_with_the_proximal_policy_of_the_star
     assert done.metrics["clip_low_fraction"] + done.metrics["clip_high_fraction"] > 0
 
 
-def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen() -> None:
-    """The named break: `current` is a proximal policy that moves along with the minibatches."""
+def test_a_proximal_policy_taken_before_each_minibatch_is_detected() -> None:
+    """A broken setting: the proximal policy `current` moves with the minibatches."""
     with pytest.raises(AssertionError):
         assert_equals_the_naive_step(
             rank_of(algorithm={"proximal": "current"}, num_minibatches=2),
@@ -200,7 +216,8 @@ def test_a_proximal_policy_taken_before_each_minibatch_would_be_seen() -> None:
 def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes() -> None:
     results, passes = {}, {}
     for mode in ("current", "recompute"):
-        rank, counted = rank_of(algorithm={"proximal": mode}, microbatch_tokens=40), []
+        counted: list[int] = []
+        rank = rank_of(algorithm={"proximal": mode}, microbatch_tokens=40)
         rank.decoder.model.norm.register_forward_hook(lambda *_, counted=counted: counted.append(1))
         results[mode], passes[mode] = outcome(rank, synthetic_groups()), len(counted)
     assert passes == {"current": 4, "recompute": 8}
@@ -212,7 +229,7 @@ def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes() -> None
     assert results["current"].metrics["current_log_ratio_max"] == 0.0
 
 
-def test_metrics_are_token_means_of_what_the_dense_policy_says() -> None:
+def test_metrics_are_token_means_of_the_dense_policy() -> None:
     groups, decoder = synthetic_groups(), tiny_decoder()
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
     tables = [
@@ -256,8 +273,10 @@ def test_metrics_are_token_means_of_what_the_dense_policy_says() -> None:
     assert 0 < done["weight_truncated_fraction"] < 1
 
 
-def spoilt(groups, *, behaviour=None, reward=None):
-    """The groups with one bad number: in a behaviour logprob, or in a reward, of the last rollout."""
+def with_a_bad_number(
+    groups: Sequence[Group], *, behaviour: float | None = None, reward: float | None = None
+) -> list[Group]:
+    """The groups with one bad number in the last rollout: a behaviour logprob or the reward."""
     rollout = groups[3].rollouts[2]
     logprobs = rollout.completion.behaviour_logprobs.copy()
     logprobs[1] = logprobs[1] if behaviour is None else behaviour
@@ -273,10 +292,12 @@ def spoilt(groups, *, behaviour=None, reward=None):
     "bad", [{"behaviour": np.nan}, {"reward": np.inf}, {"reward": np.nan}], ids=str
 )
 @pytest.mark.parametrize("proximal", ["recompute", "current", "interpolate", "behaviour"])
-def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(bad, proximal) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing_behind(
+    bad: dict[str, float], proximal: str
+) -> None:
     groups, before = synthetic_groups(), tiny_decoder().state_dict()
     rank = rank_of(algorithm={"proximal": proximal}, microbatch_tokens=40)
-    metrics = rank.step(spoilt(groups, **bad))
+    metrics = rank.step(with_a_bad_number(groups, **bad))
     assert metrics.totals["skipped"] == 1.0
     assert "grad_norm" not in metrics.sums
     assert rank.version == VERSION + 1
@@ -302,12 +323,10 @@ def test_garbage_in_a_filtered_rollout_skips_nothing() -> None:
 def test_a_bad_second_minibatch_keeps_the_update_of_the_first() -> None:
     groups = synthetic_groups()
     order = np.random.default_rng((0, VERSION)).permutation(12)
-    assert (
-        11 in order[6:]
-    )  # the spoilt rollout, the last of all, is in the second of two minibatches
+    assert 11 in order[6:]  # the bad rollout, the last of all, is in the second of two minibatches
     rank, naive = rank_of(num_minibatches=2), Naive(num_minibatches=2)
     naive.step(groups, kept_minibatches=1)
-    totals = rank.step(spoilt(groups, behaviour=np.nan)).totals
+    totals = rank.step(with_a_bad_number(groups, behaviour=np.nan)).totals
     assert totals["non_finite"] == 1.0
     assert (
         totals["skipped"] == 0.0
@@ -322,17 +341,19 @@ def test_a_bad_first_minibatch_skips_the_others_too() -> None:
     version, before = VERSION + 1, tiny_decoder().state_dict()
     assert 11 in np.random.default_rng((0, version)).permutation(12)[:6]  # now it is in the first
     rank = rank_of(num_minibatches=2, version=version)
-    assert rank.step(spoilt(synthetic_groups(), behaviour=np.nan)).totals["skipped"] == 1.0
+    assert (
+        rank.step(with_a_bad_number(synthetic_groups(), behaviour=np.nan)).totals["skipped"] == 1.0
+    )
     assert all(
         torch.equal(weight, before[name]) for name, weight in rank.decoder.state_dict().items()
     )
 
 
-def saved_bytes(rank, groups):
-    """Bytes that the graph of one step's forward passes holds for its backward passes, weights aside."""
+def saved_bytes(rank: LearnerRank, groups: Sequence[Group]) -> tuple[int, StepOutcome]:
+    """Bytes that the forward passes of one step keep for the backward passes, without weights."""
     weights, held = {parameter.data_ptr() for parameter in rank.decoder.parameters()}, 0
 
-    def pack(tensor):
+    def pack(tensor: Tensor) -> Tensor:
         nonlocal held
         held += 0 if tensor.data_ptr() in weights else tensor.untyped_storage().nbytes()
         return tensor
@@ -342,7 +363,7 @@ def saved_bytes(rank, groups):
     return held, done
 
 
-def test_layers_that_are_computed_again_hold_less_and_change_not_a_bit() -> None:
+def test_recomputed_layers_keep_less_and_change_no_bit() -> None:
     held, done = saved_bytes(rank_of(), synthetic_groups())
     one_of_two = rank_of()
     one_of_two.decoder.recompute(1)
@@ -385,7 +406,7 @@ def test_without_any_advantage_only_weight_decay_moves_and_only_matrices() -> No
 
 
 def test_the_global_gradient_norm_is_clipped_and_reported_as_it_was_before() -> None:
-    def clipped(limit):
+    def clipped(limit: float) -> tuple[float, float]:
         done = outcome(rank_of(grad_clip=limit), synthetic_groups())
         # exp_avg is 0.1 of the first gradient that AdamW saw
         return done.metrics["grad_norm"], 10 * float(

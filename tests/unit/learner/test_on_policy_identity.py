@@ -1,4 +1,11 @@
-"""Law 3: at staleness 0 the learner finds on every token what the torch engine recorded, so that the importance ratio is 1 up to rounding."""
+"""On-policy identity: at staleness 0 the learner's logprobs equal those of the native engine.
+
+The importance ratio is then 1 up to rounding on every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -7,6 +14,7 @@ from native_engine_world import FAMILIES, group, run, tiny_decoder
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
+from dapo_async.model import Decoder
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Group, Prompt, Rollout
 
@@ -15,8 +23,8 @@ PROMPTS = ([5, 6, 7], [1], list(range(40, 59)), [9, 9], [30, 2, 11, 4, 4])
 STOPS = tuple(range(50, 61))  # eleven of 61 tokens end a response: ragged lengths
 
 
-def learner_on(decoder):
-    # microbatches of 70 tokens: packed with other neighbours than the engine's slots had
+def learner_on(decoder: Decoder) -> LearnerRank:
+    # Microbatches of 70 tokens: sequences have other neighbours than in the engine's slots.
     return LearnerRank(
         decoder,
         algorithm=AlgorithmConfig(),
@@ -25,8 +33,13 @@ def learner_on(decoder):
     )
 
 
-def generated(engine, *, temperature, told=None):
-    """Five groups of four on three slots, so that slots are refilled within groups; the groups say `told`, if given, for the temperature."""
+def generated(
+    engine: TorchEngine, *, temperature: float, recorded: float | None = None
+) -> list[Group]:
+    """Five groups of four on three slots, so that slots are refilled within groups.
+
+    `recorded`: another temperature that the groups carry.
+    """
     requests = [
         group(key, prompt, siblings=4, max_tokens=25, temperature=temperature, stop=STOPS)
         for key, prompt in enumerate(PROMPTS)
@@ -34,7 +47,7 @@ def generated(engine, *, temperature, told=None):
     finished = run(engine, *requests)
     groups = []
     for request in requests:
-        # any rewards will do: the ratio is measured before the first update
+        # Any rewards will do: the ratio is measured before the first update.
         rollouts = tuple(
             Rollout(completion, "", 0.0, float(number), None)
             for number, completion in enumerate(finished[request.group_id])
@@ -45,27 +58,29 @@ def generated(engine, *, temperature, told=None):
                 Prompt(request.group_id, "", request.prompt_ids, ""),
                 rollouts,
                 "first",
-                told or temperature,
+                recorded or temperature,
             )
         )
     return groups
 
 
-def worst_log_ratio(learner, groups):
-    """Largest |log π_prox − log π_beh| over all tokens of a step, after checks that it saw them all."""
+def worst_log_ratio(learner: LearnerRank, groups: Sequence[Group]) -> float:
+    """Largest |log π_prox − log π_beh| over all tokens of a step."""
     metrics = summarise(learner.step(groups))
     assert metrics["loss_tokens"] == sum(
         rollout.num_tokens for group_ in groups for rollout in group_.rollouts
     )
     assert (
         metrics["current_log_ratio_max"] == 0.0
-    )  # before the first update the current policy is the proximal one, bit for bit
+    )  # before the first update the current policy is the proximal policy, bit for bit
     return metrics["behaviour_log_ratio_max"]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(family, temperature) -> None:
+def test_the_learner_agrees_with_the_engine_on_every_token_it_sampled(
+    family: str, temperature: float
+) -> None:
     engine = TorchEngine(tiny_decoder(family), num_slots=3, max_len=64)
     groups = generated(engine, temperature=temperature)
     lengths = {rollout.num_tokens for group_ in groups for rollout in group_.rollouts}
@@ -94,17 +109,19 @@ def test_the_next_version_agrees_again_once_its_weights_are_swapped_in() -> None
         )
 
 
-def test_an_engine_at_another_temperature_than_the_group_says_breaks_the_identity() -> None:
-    """The named break: the engine samples at 0.7, the group travels with 1.0."""
+def test_an_engine_at_another_temperature_than_its_group_breaks_the_identity() -> None:
+    """The engine samples at 0.7, the group carries 1.0."""
     engine = TorchEngine(tiny_decoder(), num_slots=3, max_len=64)
     assert (
-        worst_log_ratio(learner_on(tiny_decoder()), generated(engine, temperature=0.7, told=1.0))
+        worst_log_ratio(
+            learner_on(tiny_decoder()), generated(engine, temperature=0.7, recorded=1.0)
+        )
         > 1000 * BOUND
     )
 
 
-def test_weights_that_were_published_but_not_swapped_in_break_the_identity() -> None:
-    """The named break: the engine takes the new version's number but goes on with its old weights."""
+def test_weights_that_were_published_but_not_loaded_break_the_identity() -> None:
+    """The engine takes the number of the new version and keeps its old weights."""
     engine, learner = (
         TorchEngine(tiny_decoder(), num_slots=3, max_len=64),
         learner_on(tiny_decoder()),
@@ -119,7 +136,7 @@ def test_weights_that_were_published_but_not_swapped_in_break_the_identity() -> 
 
 
 def test_a_prompt_prefilled_under_older_weights_breaks_the_identity() -> None:
-    """The named break: `keep_kv` with a swap in the middle of a response; the tokens after it are of the new version in name only."""
+    """`keep_kv` with an update inside a response: later tokens still use the KV of old weights."""
     engine, learner = (
         TorchEngine(tiny_decoder(), num_slots=3, max_len=64, weight_update="keep_kv"),
         learner_on(tiny_decoder()),

@@ -1,4 +1,4 @@
-"""The head never has the logits of all tokens at once: the largest tensor that its passes make, held beside what the naive form makes."""
+"""The head never holds the logits of all tokens: the largest tensor of its passes is a chunk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WORDS, TOKENS, WIDTH = 40_000, 1024, 4
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has that is made meanwhile."""
+    """Counts the numbers in the largest tensor made inside."""
 
-    numbers = 0
+    numbers: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -46,7 +46,8 @@ def largest_of(head: Callable[..., tuple[Tensor, Tensor]]) -> int:
         for rows in (TOKENS, WORDS)
     )
     targets = torch.randint(WORDS, (TOKENS,), generator=generator)
-    with Largest() as largest:
+    largest = Largest()
+    with largest:
         logprobs, entropies = head(hidden, weight, targets, torch.ones(TOKENS))
         (logprobs.sum() + entropies.sum()).backward()
     return largest.numbers

@@ -1,4 +1,4 @@
-"""The prediction of a learner rank's memory, held against the storage that it really has on a CPU."""
+"""The predicted memory of a learner rank against its real storage on a CPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.model import Mesh, ModelConfig, PackedAttention, build_decoder, shard_of
 
 SIZES = {
-    "model_type": "qwen2", "vocab_size": 500, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": 500,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 FORMS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"model_type": "qwen3"},
@@ -32,7 +41,7 @@ WITHIN = 0.05
 
 
 def kept_bytes(mesh: Mesh, values: dict[str, Any], activations: torch.dtype, recompute: int) -> int:
-    """Storage that the forward pass of one microbatch keeps for the backward pass, apart from the weights themselves."""
+    """Storage that one forward pass keeps for the backward pass, without the weights."""
     decoder = build_decoder(ModelConfig.from_dict(values), mesh=mesh, activations=activations)
     decoder.recompute(recompute)
     num_tokens, attention = sum(LENGTHS), PackedAttention(LENGTHS)
@@ -67,9 +76,9 @@ def kept_bytes(mesh: Mesh, values: dict[str, Any], activations: torch.dtype, rec
 
 
 def gathered_parameters(decoder: torch.nn.Module) -> list[torch.Tensor]:
-    """What FSDP has gathered for the pass: weights, not activations."""
-    states = [
-        module._get_fsdp_state()
+    """The weights that FSDP has gathered for the pass."""
+    states: list[Any] = [
+        getattr(module, "_get_fsdp_state")()  # noqa: B009
         for module in decoder.modules()
         if hasattr(module, "_get_fsdp_state")
     ]
@@ -95,7 +104,7 @@ def test_predicted_activations_are_what_a_forward_pass_keeps(
         activations=activations,
         recompute_layers=recompute,
     )
-    # The copies of weights in the precision of the layers that are computed again go with them.
+    # Recomputed layers do not keep their cast weights.
     copies = memory.gathered * (3 - recompute) / 3 if recompute else memory.gathered
     assert memory.activations + copies == pytest.approx(
         kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN

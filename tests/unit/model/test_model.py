@@ -1,21 +1,28 @@
-"""The decoder against its oracle, transformers: logprobs and gradients of tiny random models of each family."""
+"""Logprobs and gradients of tiny random models of each family, against transformers."""
+
+from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from dapo_async.model import (
+    Decoder,
     ModelConfig,
     PackedAttention,
     export_folder,
@@ -24,9 +31,9 @@ from dapo_async.model import (
 )
 from dapo_async.model import config as model_config
 from dapo_async.model.config import Family
-from dapo_async.model.layers import Block
+from dapo_async.model.layers import Attention, Block
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -37,26 +44,25 @@ SIZES = {
     "head_dim": 8,
     "eos_token_id": 3,
 }
-FAMILIES = {
+FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
 }
 
 
-def hugging_face(family, folder):
+def hugging_face(family: str, folder: Path) -> Any:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
-    with (
-        torch.no_grad()
-    ):  # every norm and bias away from its neutral value, so that leaving one out shows
+    # Moves every norm and bias away from its neutral value, so that a missing one shows.
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model
 
 
-def oracle_logprobs(model, sequences, temperature):
+def oracle_logprobs(model: Any, sequences: Sequence[Tensor], temperature: float) -> Tensor:
     logprobs = []
     for ids in sequences:
         logits = model(ids[None]).logits[0, :-1].float() / temperature
@@ -64,9 +70,11 @@ def oracle_logprobs(model, sequences, temperature):
     return torch.cat(logprobs)
 
 
-def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
+def own_logprobs(
+    decoder: Decoder, sequences: Sequence[Tensor], temperature: float, chunk_tokens: int = 1024
+) -> tuple[Tensor, Tensor]:
     attention = PackedAttention([len(ids) for ids in sequences])
-    hidden = decoder(torch.cat(sequences), attention.positions, attention)
+    hidden = decoder(torch.cat([*sequences]), attention.positions, attention)
     keep = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in sequences])
     targets = torch.cat([ids[1:] for ids in sequences])
     return token_logprobs(
@@ -81,7 +89,7 @@ def own_logprobs(decoder, sequences, temperature, chunk_tokens=1024):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk_tokens", [1024, 5])
 def test_packed_logprobs_and_gradients_equal_transformers(
-    family, chunk_tokens, tmp_path: Path, seeded
+    family: str, chunk_tokens: int, tmp_path: Path, seeded: torch.Generator
 ) -> None:
     model = hugging_face(family, tmp_path)
     decoder = load_decoder(tmp_path)
@@ -101,7 +109,9 @@ def test_packed_logprobs_and_gradients_equal_transformers(
         )
 
 
-def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path, seeded) -> None:
+def test_entropy_is_that_of_the_tempered_distribution(
+    tmp_path: Path, seeded: torch.Generator
+) -> None:
     model = hugging_face("qwen3", tmp_path)
     ids = torch.randint(0, 61, (9,), generator=seeded)
     _, entropies = own_logprobs(load_decoder(tmp_path), [ids], 0.7)
@@ -114,7 +124,7 @@ def test_entropy_is_that_of_the_tempered_distribution(tmp_path: Path, seeded) ->
 @pytest.mark.parametrize("file_bytes", [2**30, 3000])  # one file, and many with an index
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_folder_loads_in_transformers_with_equal_logits(
-    family, file_bytes, tmp_path: Path, seeded
+    family: str, file_bytes: int, tmp_path: Path, seeded: torch.Generator
 ) -> None:
     hugging_face(family, tmp_path / "base")
     decoder = load_decoder(tmp_path / "base")
@@ -123,9 +133,9 @@ def test_exported_folder_loads_in_transformers_with_equal_logits(
             parameter.mul_(1.1)
     weights = decoder.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    asked = []
+    asked: list[list[str]] = []
 
-    def read(names):
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
         asked.append(list(names))
         return {name: weights[name] for name in names}
 
@@ -152,7 +162,7 @@ def test_exported_folder_loads_in_transformers_with_equal_logits(
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
 
 
-SCALINGS = {
+SCALINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", {"rope_type": "linear", "factor": 2.0}),
     "llama3": (
         "llama",
@@ -182,10 +192,11 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context(
-    name, tmp_path: Path, seeded
+    name: str, tmp_path: Path, seeded: torch.Generator
 ) -> None:
     family, parameters = SCALINGS[name]
-    config = type(FAMILIES[family])(**SIZES, rope_parameters={"rope_theta": 500.0, **parameters})
+    kind: Any = type(FAMILIES[family])
+    config = kind(**SIZES, rope_parameters={"rope_theta": 500.0, **parameters})
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
@@ -222,17 +233,20 @@ def test_scaled_rotary_embeddings_equal_transformers_beyond_the_original_context
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is not supported"),
     ],
 )
-def test_rotary_embeddings_that_are_not_supported_are_told_in_one_line(rope, line) -> None:
+def test_unsupported_rotary_embeddings_are_refused_in_one_line(
+    rope: dict[str, Any], line: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
         ModelConfig.from_dict({**FAMILIES["llama"].to_dict(), "rope_parameters": rope})
 
 
 class Halved(Block):
-    """Granite's: what a layer adds counts half."""
+    """Granite's layer: half of what it computes is added."""
 
-    def forward(self, x, cos, sin, attention):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = x + 0.5 * self.self_attn(self.input_layernorm(x), cos, sin, attention)
-        return x + 0.5 * self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = x + 0.5 * self.mlp(self.post_attention_layernorm(x))
+        return y
 
 
 @pytest.mark.parametrize(
@@ -246,8 +260,12 @@ class Halved(Block):
     ],
     ids=["as Llama", "a layer of its own"],
 )
-def test_family_is_an_entry_and_where_its_layer_is_another_a_class(
-    config, family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeded
+def test_a_new_family_is_an_entry_with_its_own_layer_class_if_needed(
+    config: PreTrainedConfig,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    seeded: torch.Generator,
 ) -> None:
     monkeypatch.setitem(model_config.FAMILIES, config.model_type, family)
     torch.manual_seed(1)
