@@ -1,4 +1,6 @@
-"""What a checkpoint and a publish cost the step: one run of the quickstart that saves every other step, and the copying and writing of larger models.
+"""What a checkpoint and a publish cost a step.
+
+One run of the quickstart that saves every other step; copying and writing of larger models.
 
 python benchmarks/costs.py [--json OUT] [--quick]
 """
@@ -55,14 +57,25 @@ def of_a_run(folder: Path, overrides: tuple[str, ...]) -> dict[str, float]:
 
 
 def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
-    """Seconds of one rank in this process: the copies on the step path, the files beside it, and one copy of the weights to compare with."""
+    """Seconds of one rank in this process.
+
+    Times the copies on the step path, the files beside it, and one copy of the weights to compare.
+    """
     hidden, layers, vocabulary = shape
     config = ModelConfig.from_dict(
         {
-            "model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+            "model_type": "qwen2",
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": 4 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
         }
-    )  # fmt: skip
+    )
     rank = LearnerRank(
         Decoder(config), algorithm=AlgorithmConfig(), learner=LearnerConfig(), seed=0
     )
@@ -102,7 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a tiny run: shows that the benchmark works, measures nothing",
+        help="a tiny run: shows that the benchmark works, without meaningful numbers",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,7 +135,8 @@ def main() -> None:
         "publish_engine_pause_s",
     ):
         print(
-            f"| {name.removesuffix('_s')} | {1000 * run[name]:.1f} | {run[name] / run['step_s']:.1%} |"
+            f"| {name.removesuffix('_s')} | {1000 * run[name]:.1f} "
+            f"| {run[name] / run['step_s']:.1%} |"
         )
     for name, times in models.items():
         copy = times["copy_of_weights_s"]

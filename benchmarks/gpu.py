@@ -1,8 +1,10 @@
-"""On a GPU: the learner's model FLOPs utilisation and memory at 8 k packed tokens, tokens/s beside Hugging Face, the torch engine's decoding.
+"""On a GPU: the learner's utilisation, memory and speed, and the decoding of the native engine.
 
-Random weights in the shapes of Qwen2.5-0.5B and 1.5B, bfloat16 activations, float32 masters. FLOPs are the model's: 6 per weight and token that
-multiplies, and causal attention; what is computed again (logits of the head, activation checkpointing) is not counted. `--quick` is its CPU form: a
-tiny shape in float32, without utilisation.
+Measures model FLOPs utilisation and memory at 8 k packed tokens, and tokens/s beside Hugging Face.
+Random weights in the shapes of Qwen2.5-0.5B and 1.5B, bfloat16 activations, float32 masters. FLOPs
+are those of the model: 6 per weight and token for matrices, and causal attention. Recomputation
+(logits of the head, activation checkpointing) is not counted. `--quick` is the CPU form: a tiny
+shape in float32, without utilisation.
 """
 
 from __future__ import annotations
@@ -38,9 +40,15 @@ from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 QWEN = {
-    "vocab_size": 151_936, "num_key_value_heads": 2, "max_position_embeddings": 32_768, "tie_word_embeddings": True, "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 151_936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5 B": {
         **QWEN,
@@ -57,14 +65,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
     },
 }
-PEAK_FLOPS = {
-    "H100": 989.5e12,
-    "H200": 989.5e12,
-    "A100": 312e12,
-}  # dense bfloat16, by the maker's data sheets
+# Dense bfloat16, from the data sheets.
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 HOST, TIMEOUT_S, ALONE = "127.0.0.1", 600.0, Mesh()
 LENGTH, NUM_ROLLOUTS, PROMPT_TOKENS = 2048, 4, 64
-KNOBS = {"lr": 1e-6, "warmup_steps": 0}
+KNOBS: dict[str, Any] = {"lr": 1e-6, "warmup_steps": 0}
 
 
 def model_config(shape: dict[str, Any]) -> ModelConfig:
@@ -88,7 +93,7 @@ def random_decoder(
 
 
 def mesh_of_one(device: str) -> Mesh:
-    """FSDP, DTensors and the collectives of a rank among others, as far as one device can show them."""
+    """A mesh of one rank, with the FSDP, DTensors and collectives of a rank among others."""
     store = open_store(HOST, timeout_s=TIMEOUT_S)
     return build_mesh(
         store, rank=0, dp=1, tp=1, host=HOST, device=torch.device(device), timeout_s=TIMEOUT_S
@@ -96,7 +101,7 @@ def mesh_of_one(device: str) -> Mesh:
 
 
 def one_group(length: int, vocabulary: int) -> list[Group]:
-    """Rollouts that fill one microbatch; half of them right."""
+    """Rollouts that fill one microbatch; half of them are correct."""
     random = np.random.default_rng(0)
     prompt = Prompt(0, "", random.integers(0, vocabulary, PROMPT_TOKENS, dtype=np.int32), "")
     rollouts = []
@@ -124,9 +129,8 @@ def step_flops(shape: dict[str, Any], length: int) -> float:
         )
     tokens, targets = NUM_ROLLOUTS * length, NUM_ROLLOUTS * (length - PROMPT_TOKENS)
     head = config.vocab_size * config.hidden_size * targets
-    attention = (
-        config.num_layers * config.num_heads * config.head_dim * tokens * length
-    )  # scores and values, half of them masked
+    # Scores and values, half of them masked.
+    attention = config.num_layers * config.num_heads * config.head_dim * tokens * length
     return 6.0 * (matrices * tokens + head + attention)
 
 
@@ -145,7 +149,7 @@ def seconds(work: Callable[[], None], device: str, *, rounds: int) -> float:
 def hugging_face_step(
     shape: dict[str, Any], device: str, activations: torch.dtype, length: int
 ) -> Callable[[], None]:
-    """The same tokens as a batch without padding, by torch's scaled dot product attention, with the same optimizer."""
+    """The same tokens as a batch without padding, with torch's SDPA and the same optimizer."""
     model = AutoModelForCausalLM.from_config(Qwen2Config(**shape), attn_implementation="sdpa").to(
         device, torch.float32
     )
@@ -172,7 +176,7 @@ def hugging_face_step(
 def own_step(
     shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh = ALONE
 ) -> tuple[float, dict[str, Any]]:
-    """Seconds, and what is known of the memory."""
+    """Seconds of a step, and the predicted and measured memory."""
     activations = torch.bfloat16 if device == "cuda" else torch.float32
     tokens, groups = NUM_ROLLOUTS * length, one_group(length, shape["vocab_size"])
     decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations, mesh=mesh)
@@ -210,10 +214,8 @@ def learner(
     took_s, report = own_step(shape, device, length=length, rounds=rounds)
     among_others_s, _ = own_step(shape, device, length=length, rounds=rounds, mesh=mesh)
     report["mesh_of_one_over_alone"] = round(took_s / among_others_s, 2)
-    activations, tokens = (
-        torch.bfloat16 if device == "cuda" else torch.float32,
-        NUM_ROLLOUTS * length,
-    )
+    activations = torch.bfloat16 if device == "cuda" else torch.float32
+    tokens = NUM_ROLLOUTS * length
     if device == "cuda":
         peak = next(
             (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()),
@@ -231,7 +233,7 @@ def learner(
 
 
 def decoding(shape: dict[str, Any], device: str, *, batch: int, new_tokens: int) -> int:
-    """Tokens/s of the torch engine with `batch` slots, all of one prompt length, until all have ended."""
+    """Tokens/s of the native engine with `batch` slots and prompts of one length."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     decoder = random_decoder(shape, device, dtype=dtype, activations=dtype)
     engine = TorchEngine(

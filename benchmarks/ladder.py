@@ -1,8 +1,9 @@
-"""DAPO's ladder in small: the six configurations of configs/ladder on the quickstart's task, on policy, with the same seeds.
+"""DAPO's ladder on a small task: the six configurations of configs/ladder, on policy, same seeds.
 
-Each rung takes from its config the knobs that the ladder is about; model, data and sizes are small (support/in_process.py), sixteen updates per
-step as published. Responses may have 20 tokens where a solution that adds up step by step takes 11 to 25: some are truncated. Soft punishment
-begins 4 tokens before the limit, a fifth of it as published.
+Each rung takes from its config the knobs that the ladder varies. Model, data and sizes are those of
+the quickstart (support/in_process.py), with sixteen updates per step as published. A response may
+have 20 tokens, and a step-by-step solution has 11 to 25, so some are truncated. The soft punishment
+begins 4 tokens before the limit: a fifth of the limit, as published.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CURVE = (
     "clip_low_fraction",
     "grad_norm",
 )
-TAIL = 15  # steps that the table's columns are means over, but for entropy: the run's second half
+TAIL = 15  # the table shows means over the last steps; for entropy over the second half
 
 
 def small(path: Path) -> Config:
@@ -84,7 +85,7 @@ def measure(rung: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def row(mine: list[dict[str, Any]]) -> dict[str, str]:
-    """Of one rung: means over the seeds, and the lowest and highest accuracy and entropy."""
+    """One rung: means over the seeds, and the lowest and highest accuracy and entropy."""
     end = slice(-TAIL, None)
     return {
         "rung": mine[0]["rung"][2:].replace("_", " "),

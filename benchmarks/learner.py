@@ -1,9 +1,12 @@
-"""The learner's step against Hugging Face's model, and the head's logprobs and entropies against whole logits, on this machine.
+"""The learner's step against Hugging Face's model; the head against whole logits.
 
-- Steps: the same rollouts, of different lengths and all of one length, the same AdamW, clipping and microbatches, in alternation, one thread.
-  Hugging Face pads each microbatch of rollouts of similar length; the learner packs them, and also measures entropies and all its diagnostics.
-  `recompute` has a second forward pass for the proximal logprobs, `current` none. A ratio is the median of the ratios within each round.
-- Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a process of its own; `extra_mb` is by how much its peak memory grew.
+- Steps: the same rollouts (different lengths, or all of one length), the same AdamW, clipping and
+  microbatches, one thread. The forms alternate. Hugging Face pads each microbatch of rollouts of
+  similar length; the learner packs them, and also computes entropies and all its diagnostics.
+  `recompute` has a second forward pass for the proximal logprobs, `current` has none. A ratio is
+  the median of the ratios of the rounds.
+- Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a new process.
+  `extra_mb` is the growth of its peak memory.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ QUICK_HEAD = {"vocabulary": 20_000, "tokens": 512, "size": 64}
 
 
 def rollouts(num_groups: int, *, even: bool) -> list[Group]:
-    """`even`: all of one length, about the mean of the others, so that nobody pads."""
+    """`even`: all of one length, about the mean of the other form, so that no form pads."""
     random = np.random.default_rng(0)
     groups = []
     for index in range(num_groups):
@@ -90,7 +93,7 @@ def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], N
 
 
 def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
-    """Padded on the right; policy gradient with a clip, over all response tokens."""
+    """Right padding; the clipped policy gradient over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=BETAS)
     batches = split_microbatches(
@@ -101,10 +104,8 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
 
     def logprobs_of(batch: Any) -> Tensor:
         count, longest = len(batch.lengths), max(batch.lengths)
-        ids, live = (
-            torch.zeros(count, longest, dtype=torch.long),
-            torch.zeros(count, longest, dtype=torch.long),
-        )
+        ids = torch.zeros(count, longest, dtype=torch.long)
+        live = torch.zeros_like(ids)
         for row, part in enumerate(batch.token_ids.split(batch.lengths)):
             ids[row, : len(part)], live[row, : len(part)] = part, 1
         logits = model(input_ids=ids, attention_mask=live).logits[:, :-1].float()
@@ -172,20 +173,16 @@ def head(form: str, sizes: dict[str, int]) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden = torch.randn(sizes["tokens"], sizes["size"], requires_grad=True)
     weight = (torch.randn(sizes["vocabulary"], sizes["size"]) * 0.02).requires_grad_()
-    targets, temperature = (
-        torch.randint(0, sizes["vocabulary"], (sizes["tokens"],)),
-        torch.ones(sizes["tokens"]),
-    )
+    targets = torch.randint(0, sizes["vocabulary"], (sizes["tokens"],))
+    temperature = torch.ones(sizes["tokens"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start_s = time.perf_counter()
     if form == "chunked":
         logprobs, entropies = token_logprobs(hidden, weight, targets, temperature)
     else:
         table = ((hidden @ weight.t()) / temperature[:, None]).log_softmax(-1)
-        logprobs, entropies = (
-            table.gather(-1, targets[:, None]).squeeze(-1),
-            -(table.exp() * table).sum(-1),
-        )
+        logprobs = table.gather(-1, targets[:, None]).squeeze(-1)
+        entropies = -(table.exp() * table).sum(-1)
     (logprobs.sum() + 0.1 * entropies.sum()).backward()
     took_s = time.perf_counter() - start_s
     assert weight.grad is not None

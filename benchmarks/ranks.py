@@ -1,7 +1,8 @@
-"""The learner's step on several ranks of this machine against one, gloo, one thread each: what the layouts cost and save.
+"""The learner's step on several ranks of this machine against one: what a layout costs and saves.
 
-The same rollouts for all; a speedup is the time of one process over that of the ranks, the median of the ratios within each round: two ranks could at
-best take half the time. Memory is the storage of weights, gradients and moments, as each rank really has it.
+gloo, one thread per rank, the same rollouts for all. A speedup is the time of one process divided
+by that of the ranks, as the median of the ratios of the rounds; for two ranks it is at most 2.
+Memory is the storage of weights, gradients and moments of one rank.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp
 def rank_process(
     pipe: Connection, shape: dict[str, Any], num_groups: int, dp: int, tp: int, number: int
 ) -> None:
-    """Answers each message by one step: its seconds. First of all tells the port of its rendezvous, or is told it; then its bytes of state."""
+    """Answers each message with the seconds of one step.
+
+    Before that the first rank sends the port of its rendezvous, the other ranks receive it, and
+    each rank sends its bytes of state.
+    """
     torch.set_num_threads(1)
     mesh = Mesh()
     if dp * tp > 1:
@@ -80,7 +85,7 @@ def rank_process(
 
 
 class Layout:
-    """Processes that wait for their next step."""
+    """The processes of one layout, which wait for their next step."""
 
     def __init__(self, shape: dict[str, Any], num_groups: int, dp: int, tp: int) -> None:
         context = multiprocessing.get_context("spawn")

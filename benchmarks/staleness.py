@@ -1,9 +1,12 @@
-"""What staleness costs, and what each correction saves of it: the quickstart's task with every trained group exactly S versions old.
+"""What staleness costs, and how much of that each correction saves.
 
-The system without its runtime (support/in_process.py): after the first S steps each trained token is exactly S versions old.
+The quickstart's task, without the runtime (support/in_process.py). After the first S steps, every
+trained group is exactly S versions old.
 
-- `truncate`: decoupled, behaviour weights cut at 2 (the default)        - `mask`: decoupled, tokens with a weight outside [0.5, 2] dropped
-- `off`: coupled PPO, the clip is around the behaviour policy            - `m2po`: coupled, with M2PO's second-moment mask at 0.04
+- `truncate`: proximal policy, behaviour weights truncated at 2 (the default)
+- `mask`: proximal policy, tokens with a weight outside [0.5, 2] dropped
+- `off`: coupled PPO, clipped around the behaviour policy
+- `m2po`: coupled PPO with M2PO's second-moment mask at 0.04
 """
 
 from __future__ import annotations
@@ -59,12 +62,11 @@ def measure(form: str, staleness: int, seed: int, steps: int) -> dict[str, Any]:
     curves = InProcess(config, staleness=staleness, seed=seed, steps=steps).run()
     for step, row in enumerate(curves.rows):
         assert row["oldest"] == row["newest"] == min(step, staleness), (
-            "a group is not as old as it was to be"
+            "a group has another staleness than planned"
         )
-        # Of the policy that trains against the one that sampled: the coupled forms have no other proximal policy than that.
-        row["kl"] = row[
-            "current_kl_k3" if config.algorithm.proximal == "behaviour" else "behaviour_kl_k3"
-        ]
+        # The KL divergence to the behaviour policy, which is the proximal policy of coupled PPO.
+        coupled = config.algorithm.proximal == "behaviour"
+        row["kl"] = row["current_kl_k3" if coupled else "behaviour_kl_k3"]
     head = {
         "form": form,
         "S": staleness,
@@ -75,15 +77,20 @@ def measure(form: str, staleness: int, seed: int, steps: int) -> dict[str, Any]:
     return {**head, **curves.of(CURVE)}
 
 
+def best(run: dict[str, Any]) -> float:
+    """The highest held-out accuracy of a run."""
+    return max(float(value) for _, value in run["held_out"])
+
+
 def row(mine: list[dict[str, Any]]) -> dict[str, str]:
-    """Of one form and staleness: means over the seeds, and the lowest and highest accuracy."""
+    """One form and staleness: means over the seeds, and the lowest and highest accuracy."""
     last = slice(-max(1, mine[0]["steps"] // 4), None)
     return {
         "form": mine[0]["form"],
         "S": str(mine[0]["S"]),
         "steps": str(mine[0]["steps"]),
         "accuracy": accuracy(mine),
-        "best": f"{statistics.mean(max(value for _, value in run['held_out']) for run in mine):.3f}",
+        "best": f"{statistics.mean(best(run) for run in mine):.3f}",
         "KL, last quarter": f"{mean(mine, 'kl', last):.2g}",
         "effective samples": f"{mean(mine, 'behaviour_ess', last):.2f}",
         "entropy": f"{mean(mine, 'entropy', last):.3f}",

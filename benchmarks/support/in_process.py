@@ -1,7 +1,9 @@
-"""The system without its runtime, in one process, for studies of what is learned: the loop of a run with every wait taken out.
+"""The loop of a run in one process, without the runtime and its waits, for studies of learning.
 
-Before each step whatever credits there are is generated, all of it under the newest weights, so that the buffer holds `staleness` batches beside the
-one that is taken, the oldest: from step `staleness` on each trained group is exactly so many versions old, unless filters reject some.
+Before each step all free credits are used, and everything is generated with the newest weights. The
+buffer then holds `staleness` batches beside the one that is taken, which is the oldest. So from
+step `staleness` on, each trained group is exactly `staleness` versions old, unless filters reject
+some groups.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ PROBE = np.arange(8, dtype=np.int32)
 
 @dataclass
 class Curves:
-    """The metrics of each step, and (step, greedy accuracy on held-out prompts) each `EVALUATE_EVERY` of them."""
+    """What a study records."""
 
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)  # the metrics of each step
+    # (step, greedy accuracy on held-out prompts), every `EVALUATE_EVERY` steps.
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def of(self, names: Sequence[str]) -> dict[str, Any]:
@@ -45,7 +48,7 @@ class Curves:
 
 
 class InProcess:
-    """One run of `config`'s task by its knobs of algorithm, learner, reward and replay."""
+    """One run of `config`'s task with its knobs of algorithm, learner, reward and replay."""
 
     def __init__(self, config: Config, *, staleness: int, seed: int, steps: int) -> None:
         base = Path(config.model.path)
@@ -112,7 +115,7 @@ class InProcess:
         return curves
 
     def fill(self) -> None:
-        """Generates whatever may be generated."""
+        """Generates a group for every free credit."""
         admissions, size = [], self.config.replay.group_size
         while self.replay.admissible():
             group_id = self.replay.admit("rollout-0")
@@ -157,7 +160,7 @@ class InProcess:
         return done
 
     def accuracy(self) -> float:
-        """Greedy, on the held-out prompts."""
+        """Greedy accuracy on the held-out prompts."""
         greedy = SamplingParams(
             max_tokens=self.config.rollout.max_response_tokens,
             temperature=0.0,
@@ -184,5 +187,5 @@ class InProcess:
 
 
 def has_gradient(group: Group) -> bool:
-    """Whether its rewards (punishment included) differ: else all of its advantages are 0."""
+    """Whether its rewards differ (punishment included). Otherwise all its advantages are 0."""
     return len({rollout.reward for rollout in group.rollouts}) > 1

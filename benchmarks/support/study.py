@@ -1,4 +1,7 @@
-"""What the studies share: runs in processes of their own, a table over seeds, every curve as JSON, a picture."""
+"""What the studies share.
+
+Each run has its own process. The results are a table over seeds, all curves as JSON, and a plot.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ from typing import Any
 
 from engine import commit, hardware
 
-LAST = 4  # evaluations that a table's accuracy is the mean of
+LAST = 4  # a table's accuracy is the mean over so many last evaluations
 Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """`measure` is called with each of `jobs(quick)`; runs that agree in `keys` but not in their seed are one row of the table."""
+    """`measure` is called with each of `jobs(quick)`.
+
+    Runs with equal `keys` and different seeds are one row of the table.
+    """
 
     name: str
     doc: str
@@ -52,15 +58,15 @@ class Study:
         ) as pool:
             for future in as_completed([pool.submit(self.measure, *job) for job in jobs]):
                 runs.append(future.result())
-                told = ", ".join(f"{key} {runs[-1][key]}" for key in (*self.keys, "seed"))
+                name = ", ".join(f"{key} {runs[-1][key]}" for key in (*self.keys, "seed"))
                 print(
-                    f"{len(runs)} of {len(jobs)}: {told}, {runs[-1]['seconds']} s", file=sys.stderr
+                    f"{len(runs)} of {len(jobs)}: {name}, {runs[-1]['seconds']} s", file=sys.stderr
                 )
         runs.sort(key=self.order)
-        alike = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
+        distinct = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
         rows = [
             self.row([run for run in runs if tuple(run[key] for key in self.keys) == same])
-            for same in alike
+            for same in distinct
         ]
         print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
@@ -78,12 +84,12 @@ class Study:
 
 
 def accuracy(runs: Sequence[Run]) -> str:
-    """Held out, of the last evaluations: mean over the seeds, and the lowest and highest."""
+    """Held-out accuracy of the last evaluations: mean over the seeds, lowest and highest."""
     return _spread([statistics.mean(value for _, value in run["held_out"][-LAST:]) for run in runs])
 
 
 def spread(runs: Sequence[Run], name: str, part: slice = slice(None)) -> str:
-    """Of a curve's steps in `part`: mean over the seeds, and the lowest and highest."""
+    """A curve over the steps in `part`: mean over the seeds, lowest and highest."""
     return _spread([statistics.mean(run[name][part]) for run in runs])
 
 
@@ -92,5 +98,5 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def mean(runs: Sequence[Run], name: str, part: slice = slice(None)) -> float:
-    """Of a curve's steps in `part`, over all seeds."""
-    return statistics.mean(value for run in runs for value in run[name][part])
+    """The mean of a curve over the steps in `part` and all seeds."""
+    return statistics.mean(float(value) for run in runs for value in run[name][part])

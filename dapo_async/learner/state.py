@@ -136,7 +136,7 @@ def _not_empty(parts: Mapping[str, Part]) -> dict[str, Part]:
 def save_state(state: RankState, folder: Path, mesh: Mesh) -> None:
     """Writes this rank's parts into `folder`; returns when the parts of all ranks are there.
 
-    All ranks of the mesh call it. They communicate in a process group of its own, so a step may run
+    All ranks of the mesh call it. They communicate in a separate process group, so a step may run
     at the same time. Raises RuntimeError if the state cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ class Mesh:
     dp: Axis = ALONE  # ranks that train on different groups
     tp: Axis = ALONE  # ranks that share one copy of the model
     every: Axis = ALONE  # all ranks, in the order dp index · tp size + tp index
-    saving: Axis = ALONE  # all ranks on CPU, in a group of its own for work beside the steps
+    saving: Axis = ALONE  # all ranks on CPU, in a separate group for work beside the steps
     devices: DeviceMesh | None = None  # `every` as ("dp", "tp"); None for a single rank
 
     @property

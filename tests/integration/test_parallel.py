@@ -55,8 +55,8 @@ from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo
 MESHES = ((1, 2), (2, 1), (2, 2))  # dp, tp
-# Sizes do not divide: 23 tokens of vocabulary are 12 and 11 on two ranks. The extras of the families
-# are biases, norms of queries and keys, an untied head, and one key-value head for both ranks.
+# Sizes do not divide: 23 tokens of vocabulary are 12 and 11 on two ranks. The families differ in
+# biases, norms of queries and keys, an untied head, and one key-value head for both ranks.
 EXTRAS: dict[str, dict[str, Any]] = {
     "tied with biases": {},
     "norms of heads": {"family": "qwen3", "qkv_bias": False, "qk_norm": True},

@@ -19,16 +19,12 @@ WORDS, TOKENS, WIDTH = 40_000, 1024, 4
 class Largest(TorchDispatchMode):
     """Counts the numbers in the largest tensor made inside."""
 
-    numbers: int = 0
+    numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.numbers = max(
-            [
-                self.numbers,
-                *(each.numel() for each in tree_leaves(made) if isinstance(each, Tensor)),
-            ]
-        )
+        tensors = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
+        self.numbers = max([self.numbers, *(tensor.numel() for tensor in tensors)])
         return made
 
 
@@ -46,7 +42,8 @@ def largest_of(head: Callable[..., tuple[Tensor, Tensor]]) -> int:
         for rows in (TOKENS, WORDS)
     )
     targets = torch.randint(WORDS, (TOKENS,), generator=generator)
-    largest = Largest()
+    make: Callable[[], Largest] = Largest  # torch's constructor has no types
+    largest = make()
     with largest:
         logprobs, entropies = head(hidden, weight, targets, torch.ones(TOKENS))
         (logprobs.sum() + entropies.sum()).backward()
