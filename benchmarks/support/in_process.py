@@ -81,7 +81,7 @@ class InProcess:
             filters=(has_tokens, dynamic_sampling)
             if config.replay.dynamic_sampling
             else (has_tokens,),
-            patience=10**9,
+            max_rejected_in_a_row=10**9,
             incarnation="study",
         )
 

@@ -1,20 +1,23 @@
-"""The replay room: who may generate, which groups are kept, and when the learner may take them. Pure state machines without a clock.
+"""The replay buffer: who may generate, which groups are kept, when the learner may take them.
 
-credits.py     law 1: how many groups may be out, and which deadlines a take must leave room for
-ledger.py      law 2: every admitted group ends exactly once, and the counts add up at every instant
-filters.py     dynamic sampling and the user's own filter: keep a group or say why not
-patience.py    nothing but rejects: the task is solved, or the run is stuck
-acceptance.py  what was offered, kept and rejected per step
-buffer.py      `ReplayBuffer` joins them; the replay actor drives it
-lineage.py     what of all this survives a resume
-explain.py     one line on who waits for whom
+Workers ask for admissions and offer scored groups; the learner takes batches. Everything here is a
+pure state machine without a clock; `runtime/actors/replay.py` drives it.
+
+buffer.py        `ReplayBuffer`, which joins the parts below
+state.py         the states of a group, the answers to an offer, the snapshot for a checkpoint
+credits.py       staleness bound: how many groups may be out, which deadlines a take must keep
+ledger.py        conservation: every admitted group ends exactly once
+filters.py       dynamic sampling and the user's own filter
+stop_rule.py     stops the run after many consecutive rejects: solved or stuck
+step_stats.py    what was offered, accepted and rejected per step
+stall_report.py  one line on what a take waits for
+group_io.py      groups in a safetensors file
 """
 
 from dapo_async.replay.buffer import ReplayBuffer
 from dapo_async.replay.filters import Filter, custom_filter, dynamic_sampling, has_tokens
 from dapo_async.replay.ledger import Counts, GroupOutcome
-from dapo_async.replay.lineage import BufferState, freeze
-from dapo_async.replay.offers import OfferOutcome, OfferResult, Refusal
+from dapo_async.replay.state import BufferState, OfferOutcome, OfferResult, Refusal
 from dapo_async.replay.step_stats import StepAcceptance
 from dapo_async.replay.stop_rule import StopReason
 
@@ -31,6 +34,5 @@ __all__ = [
     "StopReason",
     "custom_filter",
     "dynamic_sampling",
-    "freeze",
     "has_tokens",
 ]

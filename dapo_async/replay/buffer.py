@@ -1,13 +1,16 @@
-"""The replay buffer: admissions and scored groups arrive from rollout workers, train batches leave to the learner. The replay actor drives it.
+"""The replay buffer: workers ask for admissions and offer scored groups; the learner takes batches.
 
-    admit ──▶ generating ──offer──▶ buffered ──take──▶ taken ──trained | skipped──▶ awaiting ──release──▶ credit free
-                  │                    │
-                  ├─ rejected, failed  └─ evicted          these give the credit back at once
-                  └─ evicted
+    admit ──▶ generating ──offer──▶ buffered ──take──▶ taken ──trained | skipped──▶ awaiting
+                  │                    │                                                │
+                  ├─ rejected, failed  └─ evicted                                    release
+                  └─ evicted                                                            ▼
+                                                                                   credit free
 
-A resumed run starts from a `BufferState` (lineage.py): finished groups are buffered again, generating ones wait for `admit` with their group id.
-`serve(v)` tells which weights every serving engine has. It comes before the `release` of the batch that made v: a group that is admitted with the
-returned credit must not count as started under older weights (credits.py proves from this that a healthy run evicts nothing and never blocks).
+A rejected, failed or evicted group gives its credit back at once. The replay actor calls all
+methods. `serve(v)` says that all serving engines have the weights of version v. It must come before
+the `release` of the batch that made v: a group that is admitted with a returned credit must not
+count as started under older weights. credits.py proves from this order that a healthy run evicts
+nothing and never blocks.
 """
 
 from __future__ import annotations
@@ -15,22 +18,31 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
 from dapo_async.replay.filters import Filter, first_reason
 from dapo_async.replay.ledger import Counts, GroupOutcome, Ledger
-from dapo_async.replay.lineage import BufferState, thaw
-from dapo_async.replay.offers import OfferOutcome, OfferResult, refuse
-from dapo_async.replay.stall_report import explain, facts_of
-from dapo_async.replay.state import Buffered, Generating, Taken
+from dapo_async.replay.stall_report import WaitFacts, explain
+from dapo_async.replay.state import (
+    Buffered,
+    BufferState,
+    Generating,
+    OfferOutcome,
+    OfferResult,
+    Refusal,
+    Taken,
+)
 from dapo_async.replay.step_stats import AcceptanceLog, StepAcceptance
-from dapo_async.replay.stop_rule import Patience, StopReason
+from dapo_async.replay.stop_rule import RejectStreak, StopReason
 from dapo_async.types import Group, RejectReason, TrainBatch
 
 
 class ReplayBuffer:
-    """Law 1 and law 2 in one machine; see the module's diagram. Methods assert their caller's order and raise nothing else."""
+    """Keeps the staleness bound and conservation; the module docstring has the diagram.
+
+    Methods assert that they are called in a valid order and raise nothing else.
+    """
 
     def __init__(
         self,
@@ -39,45 +51,100 @@ class ReplayBuffer:
         max_staleness: int,
         num_steps: int,
         filters: Sequence[Filter],
-        patience: int,
+        max_rejected_in_a_row: int,
         incarnation: str,
-        lineage: BufferState | None = None,
     ) -> None:
+        """`max_rejected_in_a_row`: consecutive rejects after which admission stops for good."""
         assert groups_per_step > 0, groups_per_step
         assert max_staleness >= 0, max_staleness
-        self.groups_per_step, self.max_staleness, self.num_steps, self.incarnation = (
-            groups_per_step,
-            max_staleness,
-            num_steps,
-            incarnation,
-        )
+        self.groups_per_step = groups_per_step
+        self.max_staleness = max_staleness
+        self.num_steps = num_steps
+        self.incarnation = incarnation
         self.next_step = 0
-        self.served_version: int | None = (
-            None  # oldest version among the serving engines; None before the first publish: nobody may start
-        )
-        self.learner_version = 0  # the latest that asked for a batch
+        # Oldest version that a serving engine has. None before the first publish: no admissions.
+        self.served_version: int | None = None
+        self.learner_version = 0  # of the latest take
         self.closed = False
-        self.acceptance: StepAcceptance | None = None  # of the step taken last
+        self.acceptance: StepAcceptance | None = None  # of the step that was taken last
+        self.failures: Counter[str] = Counter()  # failed groups by the worker's reason
+
         self._filters = tuple(filters)
         self._credits = Credits((max_staleness + 1) * groups_per_step)
         self._ledger = Ledger()
-        self._patience = Patience(patience)
+        self._streak = RejectStreak(max_rejected_in_a_row)
         self._log = AcceptanceLog(count_waves=max_staleness == 0)
-        self.failures: Counter[str] = Counter()  # failed groups by what their worker said
         self._generating: dict[int, Generating] = {}
         self._buffered: dict[int, Buffered] = {}
-        # Admissions that nobody generates any more, of a lost engine or of the incarnation before; and the deadline of what is there of them, or -1.
+        # Groups to be admitted again, of a lost engine or of the incarnation before → deadline of
+        # their partial completions, or -1 without.
         self._reissue: dict[int, int] = {}
         self._taken: dict[int, Taken] = {}
-        self._awaiting: dict[
-            int, int
-        ] = {}  # group id → version that every engine has to serve before the credit returns
+        # Trained or skipped groups → version that all engines must serve before the credit returns.
+        self._awaiting: dict[int, int] = {}
         self._evicted_since_take: list[int] = []
-        self._suspect = False  # a deadline came nearer: the only way to an overload, see credits.py
-        if lineage is not None:
-            thaw(self, lineage)
+        # A deadline came nearer since the last check: only then can there be an overload.
+        self._suspect = False
 
-    # What is known.
+    @classmethod
+    def from_snapshot(
+        cls,
+        state: BufferState,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        num_steps: int,
+        filters: Sequence[Filter],
+        max_rejected_in_a_row: int,
+        incarnation: str,
+    ) -> Self:
+        """The buffer of a resumed run.
+
+        Credits of trained groups are free: every engine starts with the learner's newest weights.
+        """
+        assert state.next_step <= num_steps, (state.next_step, num_steps)
+        buffer = cls(
+            groups_per_step=groups_per_step,
+            max_staleness=max_staleness,
+            num_steps=num_steps,
+            filters=filters,
+            max_rejected_in_a_row=max_rejected_in_a_row,
+            incarnation=incarnation,
+        )
+        buffer.next_step, buffer.learner_version = state.next_step, state.version
+        buffer.failures.update(state.failures)
+        buffer._buffered = dict(state.buffered)
+        buffer._reissue = dict.fromkeys(state.reissue, -1)
+        outstanding = [*state.buffered, *state.reissue]
+        for group_id in outstanding:
+            buffer._credits.spend(group_id)
+        buffer._ledger.restore(state.admitted, state.ended, outstanding)
+        buffer._streak.restore(state.streak)
+        buffer._log.restore(state.acceptance)
+        buffer._suspect = True  # the next take checks every deadline
+        return buffer
+
+    def snapshot(self, version: int) -> BufferState:
+        """What a resume needs when the learner is at `version`; later changes do not reach it.
+
+        A batch that was taken and is not trained counts as finished groups.
+        """
+        assert all(taken.version == version for taken in self._taken.values()), (
+            f"a step before version {version} is not booked"
+        )
+        returned = {group_id: taken.group for group_id, taken in self._taken.items()}
+        return BufferState(
+            version=version,
+            next_step=self.next_step - bool(returned),
+            **self._ledger.state(),
+            failures=dict(self.failures),
+            streak=self._streak.state(),
+            acceptance=self._log.state(),
+            reissue=tuple(sorted([*self._reissue, *self._generating])),
+            buffered={**returned, **self._buffered},
+        )
+
+    # State that callers read.
 
     @property
     def steps_left(self) -> int:
@@ -100,31 +167,36 @@ class ReplayBuffer:
         return self._credits.held
 
     @property
-    def verdict(self) -> StopReason | None:
-        """Set for good after `patience` consecutive rejects: solved or stuck. Admission has stopped."""
-        return self._patience.verdict
+    def stop_reason(self) -> StopReason | None:
+        """Set for good after `max_rejected_in_a_row` rejects; admission has stopped then."""
+        return self._streak.stop_reason
 
     @property
     def counts(self) -> Counts:
         return self._ledger.counts
 
     def check(self) -> None:
-        """Asserts conservation and that no credit leaked: constant time, called at every instant one likes."""
-        (counts := self.counts).check()
-        in_flight = sum(
-            len(room) for room in (self._generating, self._buffered, self._taken, self._reissue)
+        """Asserts conservation and that no credit leaked, in constant time; valid at any moment."""
+        counts = self.counts
+        counts.check()
+        in_flight = (
+            len(self._generating) + len(self._buffered) + len(self._taken) + len(self._reissue)
         )
         assert counts.in_flight == in_flight, (
-            f"{counts.in_flight} admissions are open, {in_flight} groups are in the room"
+            f"{counts.in_flight} admissions are open, the buffer has {in_flight} groups"
         )
         held = in_flight + len(self._awaiting)
         assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
 
-    # From the workers.
+    # Calls on behalf of the workers.
 
     def admissible(self) -> int:
-        """Groups that may start now: those to be issued again, and free credits, but never more new groups than the remaining steps will take."""
-        if self.closed or self.verdict is not None or self.served_version is None:
+        """How many groups may start now.
+
+        These are the groups to be admitted again, and one new group per free credit, but never more
+        new groups than the remaining steps can take.
+        """
+        if self.closed or self.stop_reason is not None or self.served_version is None:
             return 0
         wanted = (
             self.steps_left * self.groups_per_step
@@ -135,9 +207,11 @@ class ReplayBuffer:
         return self.num_to_reissue + max(0, min(self._credits.free, wanted))
 
     def admit(self, worker: str) -> int:
-        """Spends a credit for `worker`; returns the group id. The deadline counts from the served version until the offer attests better.
+        """Spends a credit for `worker` and returns the group id.
 
-        One that is issued again goes on with what is there of it (`goes_on`), under its deadline, if that can still be kept.
+        The deadline counts from the served version until the offer attests a later one. A group
+        that is admitted again continues its partial completions (`continues`) under their deadline,
+        if that deadline can still be kept.
         """
         assert self.admissible() > 0, f"{worker} was admitted without a free credit"
         assert self.served_version is not None
@@ -148,30 +222,26 @@ class ReplayBuffer:
         else:
             group_id = self._ledger.admit()
             self._credits.spend(group_id)
-        goes_on = (
+        continues = (
             kept > self.learner_version
             and self._overload_after(frozenset(), self.learner_version, [kept]) is None
         )
-        self._suspect |= goes_on and kept < deadline
-        self._generating[group_id] = Generating(
-            worker, min(deadline, kept) if goes_on else deadline, goes_on
-        )
+        if continues and kept < deadline:
+            deadline, self._suspect = kept, True
+        self._generating[group_id] = Generating(worker, deadline, continues)
         self._log.admit()
         return group_id
 
     def offer(self, group: Group, payload: Any) -> OfferResult:
-        """Ends the generation of `group`: kept with `payload` (opaque; what the batch refers to), rejected, evicted or refused."""
-        group_id, oldest_version = group.group_id, group.oldest_version
-        refusal = refuse(
-            group,
-            self.incarnation,
-            waited_for=group_id in self._generating,
-            known=self._ledger.knows(group_id),
-            closed=self.closed,
-        )
+        """Ends the generation of `group`: accepted, rejected, evicted or refused.
+
+        `payload` is opaque; the train batch refers to it.
+        """
+        refusal = self._refusal(group)
         if refusal is not None:
             self._log.refuse()
             return OfferResult(OfferOutcome.REFUSED, refusal)
+        group_id, oldest_version = group.group_id, group.oldest_version
         deadline = oldest_version + self.max_staleness
         if deadline < self.learner_version:
             self._evict(group_id)
@@ -182,13 +252,13 @@ class ReplayBuffer:
         if reason is not None:
             self._end(group_id, reason)
             self._log.reject(reason, group)
-            self._patience.reject(reason)
+            self._streak.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
         self._buffered[group_id] = Buffered(
             started.worker, deadline, oldest_version, group.num_tokens, payload
         )
         self._log.accept(group)
-        self._patience.accept()
+        self._streak.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
 
     def fail(self, group_id: int, *, why: str) -> bool:
@@ -200,7 +270,11 @@ class ReplayBuffer:
         return True
 
     def hand_back(self, group_id: int, *, oldest_version: int | None = None) -> bool:
-        """A generating group of a lost engine keeps its credit, waits for `admit`; False when it had ended. `oldest_version` of what is there."""
+        """A generating group of a lost engine keeps its credit and is to be admitted again.
+
+        `oldest_version`: of its partial completions; None without. Returns False when the group had
+        ended already.
+        """
         if self._generating.pop(group_id, None) is None:
             return False
         self._reissue[group_id] = (
@@ -208,12 +282,12 @@ class ReplayBuffer:
         )
         return True
 
-    def goes_on(self, group_id: int) -> bool:
-        """Whether the group, just admitted once more, goes on with what is there of it, or begins anew."""
-        return self._generating[group_id].goes_on
+    def continues(self, group_id: int) -> bool:
+        """Whether the group, just admitted again, continues its partial completions."""
+        return self._generating[group_id].continues
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
-        """Fails what `worker` was generating; what it had offered stays. Returns the failed group ids."""
+        """Fails the groups that `worker` generates and returns their ids; its offers stay."""
         lost = tuple(
             group_id for group_id, started in self._generating.items() if started.worker == worker
         )
@@ -221,20 +295,21 @@ class ReplayBuffer:
             self.fail(group_id, why=f"lost {worker}")
         return lost
 
-    # From the learner and the publisher.
+    # Calls on behalf of the learner and the publisher.
 
     def serve(self, version: int) -> None:
-        """Every serving engine attested `version` or newer."""
+        """Every serving engine attested `version` or a newer one."""
         assert self.served_version is None or version >= self.served_version, (
             f"served version went from {self.served_version} to {version}"
         )
         self.served_version = version
 
     def evict_doomed(self, learner_version: int) -> dict[int, str]:
-        """Evicts the fewest groups without which all other deadlines can be kept; returns group id → worker, for aborts.
+        """Evicts the fewest groups so that all others can be taken in time.
 
-        Call it before every `take`, which does the same but returns nothing while it waits. Empty in a healthy run: it takes an engine that
-        attests older versions than it had claimed to serve.
+        Returns group id → worker, for aborts. Call it before every `take`, which evicts too but
+        does not return the groups while it waits. A healthy run evicts nothing: evictions need an
+        engine that attests versions older than the one it served.
         """
         assert learner_version >= self.learner_version, (
             f"learner version went from {self.learner_version} to {learner_version}"
@@ -248,31 +323,27 @@ class ReplayBuffer:
         return {group_id: self._evict(group_id) for group_id in lost}
 
     def take(self, learner_version: int) -> TrainBatch | None:
-        """The finished groups with the earliest deadlines; None: wait, for more groups or for a straggler whose deadline would be lost.
+        """The finished groups with the earliest deadlines, in the order of their ids.
 
-        The batch is ordered by group id. `TrainBatch.evicted` are all evictions since the take before.
+        None means wait: for more groups, or for a straggler whose deadline would be lost.
+        `TrainBatch.evicted` has all evictions since the take before.
         """
         assert not self.closed, "take after close"
         assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
         self.evict_doomed(learner_version)
         picked = self._pick()
-        if (
-            len(picked) < self.groups_per_step
-            or self._overload_after(picked, learner_version) is not None
-        ):
+        if len(picked) < self.groups_per_step:
+            return None
+        if self._overload_after(picked, learner_version) is not None:
             return None
         group_ids = tuple(sorted(picked))
         groups = [self._buffered.pop(group_id) for group_id in group_ids]
         oldest_versions = tuple(group.oldest_version for group in groups)
         assert min(oldest_versions) >= learner_version - self.max_staleness, (
-            f"staleness law broken at {learner_version}: {oldest_versions}"
+            f"staleness bound broken at {learner_version}: {oldest_versions}"
         )
-        self._taken.update(
-            {
-                group_id: Taken(learner_version, group)
-                for group_id, group in zip(group_ids, groups, strict=True)
-            }
-        )
+        for group_id, group in zip(group_ids, groups, strict=True):
+            self._taken[group_id] = Taken(learner_version, group)
         self.next_step += 1
         self.acceptance = self._log.close_step()
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
@@ -290,38 +361,64 @@ class ReplayBuffer:
         self._finish_step(group_ids, GroupOutcome.TRAINED)
 
     def skipped(self, group_ids: Iterable[int]) -> None:
-        """The step of these groups was non-finite. If it made a version all the same, their credits wait until that is served."""
+        """The step of these groups was not finite; their credits wait for `release`."""
         self._finish_step(group_ids, GroupOutcome.SKIPPED)
 
     def release(self, group_ids: Iterable[int]) -> None:
-        """Every serving engine has the weights that these groups trained: their credits return. After `serve`, also after `close`."""
+        """Returns the credits: every serving engine has the weights that these groups trained.
+
+        Call it after `serve`; it is valid after `close` too.
+        """
         for group_id in group_ids:
             version = self._awaiting.pop(group_id, None)
             assert version is not None, f"group {group_id} waits for no weights"
-            served = self.served_version is not None and self.served_version >= version
-            assert served, (
+            assert self.served_version is not None
+            assert self.served_version >= version, (
                 f"group {group_id} waits for version {version}, but {self.served_version} is served"
             )
             self._credits.give_back(group_id)
 
     def close(self) -> Counts:
-        """The run ends: all that is in flight ends unused, later offers are refused."""
-        for room in (self._generating, self._buffered, self._taken, self._reissue):
-            for group_id in room:
+        """The run ends: groups in flight end unused, later offers are refused."""
+        for groups in (self._generating, self._buffered, self._taken, self._reissue):
+            for group_id in groups:
                 self._end(group_id, GroupOutcome.UNUSED)
-            room.clear()
+            groups.clear()
         self.closed = True
         return self.counts
 
     def explain_wait(self, learner_version: int) -> str:
-        """One line for a passed deadline: who waits for whom."""
-        return explain(
-            facts_of(
-                self, learner_version, overload=self._overload_after(self._pick(), learner_version)
-            )
+        """One line for a passed deadline: what a take at `learner_version` waits for."""
+        facts = WaitFacts(
+            learner_version=learner_version,
+            served_version=self.served_version,
+            groups_per_step=self.groups_per_step,
+            finished=self.num_buffered,
+            generating=self._generating,
+            in_training=len(self._taken),
+            unpublished=len(self._awaiting),
+            admissible=self.admissible(),
+            credits_free=self._credits.free,
+            overload=self._overload_after(self._pick(), learner_version),
+            acceptance=self._log.step,
+            evicted=len(self._evicted_since_take),
+            failures=self.failures,
+            stop_reason=self.stop_reason,
+            closed=self.closed,
         )
+        return explain(facts)
 
-    # Inside.
+    # Internal steps.
+
+    def _refusal(self, group: Group) -> Refusal | None:
+        """Why `group` belongs to no open admission; None when it does."""
+        if self.closed:
+            return Refusal.CLOSED
+        if group.incarnation != self.incarnation:
+            return Refusal.FOREIGN_INCARNATION
+        if group.group_id in self._generating:
+            return None
+        return Refusal.ENDED if self._ledger.knows(group.group_id) else Refusal.UNKNOWN
 
     def _outstanding(self) -> Iterable[Outstanding]:
         for group_id, started in self._generating.items():
@@ -330,39 +427,41 @@ class ReplayBuffer:
             yield Outstanding(group.deadline, group_id, generating=False)
 
     def _pick(self) -> frozenset[int]:
+        """The finished groups with the earliest deadlines, as many as a step takes."""
         finished = (group for group in self._outstanding() if not group.generating)
-        return frozenset(
-            group.group_id for group in heapq.nsmallest(self.groups_per_step, finished)
-        )
+        first = heapq.nsmallest(self.groups_per_step, finished)
+        return frozenset(group.group_id for group in first)
 
     def _overload_after(
         self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
     ) -> int | None:
-        """The first deadline that would be lost if `picked` were taken at `learner_version`, with `added` deadlines beside those of the room."""
-        rest = (
-            *(group.deadline for group in self._outstanding() if group.group_id not in picked),
-            *added,
-        )
+        """The first deadline that a take of `picked` at `learner_version` would lose.
+
+        `added`: deadlines beside those of the outstanding groups.
+        """
+        rest = [group.deadline for group in self._outstanding() if group.group_id not in picked]
         return first_overload(
-            rest, next_version=learner_version + 1, groups_per_step=self.groups_per_step
+            [*rest, *added], next_version=learner_version + 1, groups_per_step=self.groups_per_step
         )
 
     def _evict(self, group_id: int) -> str:
-        worker = (self._generating.pop(group_id, None) or self._buffered.pop(group_id)).worker
+        """Ends the group; returns its worker."""
+        group = self._generating.pop(group_id, None) or self._buffered.pop(group_id)
         self._end(group_id, GroupOutcome.EVICTED)
         self._evicted_since_take.append(group_id)
-        return worker
+        return group.worker
 
-    def _finish_step(self, group_ids: Iterable[int], ending: GroupOutcome) -> None:
+    def _finish_step(self, group_ids: Iterable[int], outcome: GroupOutcome) -> None:
         for group_id in group_ids:
             assert group_id in self._taken, (
-                f"group {group_id} is not in a step and can't end as {ending.value}"
+                f"group {group_id} is not in a step and can't end as {outcome.value}"
             )
             version = self._taken.pop(group_id).version
-            self._awaiting[group_id] = version + 1 if ending is GroupOutcome.TRAINED else version
-            self._ledger.end(group_id, ending)
+            # A skipped step changed no weights: its groups wait for no newer version.
+            self._awaiting[group_id] = version + 1 if outcome is GroupOutcome.TRAINED else version
+            self._ledger.end(group_id, outcome)
 
-    def _end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
-        """An ending that trained nothing: the credit returns at once."""
-        self._ledger.end(group_id, ending)
+    def _end(self, group_id: int, outcome: GroupOutcome | RejectReason) -> None:
+        """The group trained nothing: its credit returns at once."""
+        self._ledger.end(group_id, outcome)
         self._credits.give_back(group_id)

@@ -1,18 +1,23 @@
-"""Law 1, staleness: credits bound how many groups are out; a take must leave every outstanding deadline reachable. Called by the buffer.
+"""The staleness bound: credits limit how many groups are out; a take must keep every deadline.
 
-With n groups per step and a bound of S versions there are (S + 1)·n credits. A group that starts when every engine serves at least version s
-has no token older than s, so its deadline is s + S: the last learner version that may take it.
+Called by the buffer. With n groups per step and a bound of S versions there are (S + 1)·n credits.
+A group that starts when every engine serves at least version s has no token older than s, so its
+deadline is s + S: the last learner version that may take it.
 
-**Why a healthy run evicts nothing.** Say the learner stands before the take at version t ≥ s. The batches that make versions s + 1 … t are not
-served yet, so (t − s)·n credits are with them, and at most (S + 1 − (t − s))·n groups are outstanding (generating or finished, not taken). This
-is what the takes at t … s + S can carry. So at the last admission with deadline d, and until the next take, no more than (d − t + 1)·n
-outstanding groups have a deadline of d or earlier; a take at t is allowed only if it leaves at most (d − t)·n of them, which is the same statement
-for t + 1. Hence it holds for every d for ever, and for d = t − 1 it says that no deadline is missed. Groups that end early, and engines that are
-ahead of the version that all serve, only help.
+**Why a healthy run evicts nothing.** Let the learner be before the take at version t ≥ s. The
+batches that make versions s + 1 … t are not served yet, so they hold (t − s)·n credits, and at most
+(S + 1 − (t − s))·n groups are outstanding (generating or finished, not taken). The takes at
+t … s + S have room for as many. So at the last admission with deadline d, and until the next take,
+at most (d − t + 1)·n outstanding groups have a deadline of d or earlier. A take at t is allowed
+only if it leaves at most (d − t)·n of them, which is the same statement for t + 1. Hence it holds
+for every d at every later version, and for d = t − 1 it says that no deadline is missed. Groups
+that end early, and engines that are ahead of the version that all serve, only lower these counts.
 
-**Why a take never blocks for good.** When nothing generates any more and n groups are finished, the n earliest deadlines leave
-max(0, N(d) − n) ≤ (d − t)·n for every d: the take is allowed. When fewer than n are finished, publishing ends, its credits return, at most n − 1
-of at least n credits are held, and admission goes on. At S = 0 this is the whole story: n groups start at version t and are the batch at t.
+**Why a take never blocks for good.** When nothing generates any more and n groups are finished, the
+n earliest deadlines leave max(0, N(d) − n) ≤ (d − t)·n for every d, where N(d) counts the
+outstanding groups with a deadline of d or earlier: the take is allowed. When fewer than n are
+finished, publishing ends and its credits return; then at most n − 1 of at least n credits are held,
+and admission goes on. At S = 0, n groups start at version t and are the batch at t.
 """
 
 from __future__ import annotations
@@ -48,7 +53,10 @@ class Credits:
 
 
 class Outstanding(NamedTuple):
-    """A group that is generating or finished and not yet taken, in the order of takes: earliest deadline, then earliest admission."""
+    """A group that is generating or finished and not yet taken.
+
+    Sorts in the order of takes: earliest deadline first, then earliest admission.
+    """
 
     deadline: int  # last learner version that may take it
     group_id: int
@@ -58,10 +66,11 @@ class Outstanding(NamedTuple):
 def first_overload(
     deadlines: Iterable[int], *, next_version: int, groups_per_step: int
 ) -> int | None:
-    """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … can't keep; None when all can be kept.
+    """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … lose.
 
-    Unit jobs and one machine of capacity n per version: earliest deadline first keeps all iff for every d at most
-    max(0, d − next_version + 1)·n deadlines are ≤ d (Jackson 1955).
+    None when all can be kept. These are unit jobs on one machine of capacity n per version:
+    earliest deadline first keeps all iff for every d at most max(0, d − next_version + 1)·n
+    deadlines are ≤ d (Jackson 1955).
     """
     for count, deadline in enumerate(sorted(deadlines), start=1):
         if count > _capacity(deadline, next_version=next_version, groups_per_step=groups_per_step):
@@ -72,10 +81,11 @@ def first_overload(
 def doomed(
     groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int
 ) -> tuple[int, ...]:
-    """The fewest admissions to give up so that all others can be taken in time; none in a healthy run.
+    """The fewest groups to give up so that all others can be taken in time.
 
-    In order of deadlines, each overload gives up one group (Moore 1968, unit jobs): one that is still generating before a finished one, the
-    latest admitted first, so that the least work is lost.
+    Empty in a healthy run. In order of deadlines, each overload gives up one group (Moore 1968,
+    unit jobs). To lose the least work, a group that is still generating goes before a finished one,
+    and the latest admitted first.
     """
     kept: list[Outstanding] = []
     lost: list[int] = []

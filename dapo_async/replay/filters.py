@@ -1,4 +1,7 @@
-"""Dynamic sampling: a scored group arrives at `offer`, a reject reason or None leaves. Called by the buffer, once per group."""
+"""Filters of scored groups. The buffer calls each with every offered group.
+
+A filter returns the reason to reject the group, or None to keep it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ Filter = Callable[[Group], RejectReason | None]
 
 
 def dynamic_sampling(group: Group) -> RejectReason | None:
-    """Keeps a group iff its raw accuracies are not all equal: equal ones have no advantage and hence no gradient.
+    """Keeps a group iff its accuracies are not all equal: equal ones have no gradient.
 
-    Source: DAPO, arXiv 2503.14476, eq. 11 (0 < number of correct siblings < G). It reads the raw accuracy, never the shaped reward:
-    overlong shaping alone must not make a group of wrong answers worth training.
+    Source: DAPO, arXiv 2503.14476, eq. 11 (0 < number of correct siblings < G). It reads the raw
+    accuracy, not the shaped reward: a group of wrong answers that differ only in overlong shaping
+    is rejected.
     """
     lowest, highest = min(group.accuracies), max(group.accuracies)
     if lowest < highest:
@@ -27,7 +31,7 @@ def dynamic_sampling(group: Group) -> RejectReason | None:
 
 
 def has_tokens(group: Group) -> RejectReason | None:
-    """Rejects a group without a single response token: it would add nothing to the loss but its place in the batch."""
+    """Rejects a group without any response token: it adds nothing to the loss."""
     return (
         None
         if any(rollout.num_tokens for rollout in group.rollouts)
@@ -36,7 +40,10 @@ def has_tokens(group: Group) -> RejectReason | None:
 
 
 def custom_filter(name: str) -> Filter:
-    """The user's `module:function` of `(group: Group) -> bool`, true to keep. Raises ValueError when it is none."""
+    """The user's `module:function` of `(group: Group) -> bool`, true to keep.
+
+    Raises ValueError when there is no such function.
+    """
     keeps = load_function(name, knob="replay.filter", parameters=("group",))
 
     def filtered(group: Group) -> RejectReason | None:

@@ -1,6 +1,7 @@
-"""Whole groups in one safetensors file, read back bit for bit (L1): the buffered groups of a checkpoint, the recorded batches of a run.
+"""Groups in one safetensors file, read back bit for bit.
 
-The tokens lie in one array per field, rollout after rollout; everything else is JSON. Nothing is pickled.
+Used for the buffered groups of a checkpoint and for the recorded batches of a run. Each field of
+the tokens is one array, rollout after rollout; everything else is JSON. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from safetensors.numpy import load_file, save_file
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 JSON = "json"  # the tensor that holds the rest as UTF-8
+# Arrays with one entry per response token.
 FIELDS = {
     "token_ids": np.int32,
     "behaviour_logprobs": np.float32,
     "weight_versions": np.int32,
-}  # one entry per response token
+}
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
-    """Writes `groups` in order; the file is whole on disk when this returns."""
+    """Writes `groups` in order and flushes the file to disk."""
     completions = [rollout.completion for group in groups for rollout in group.rollouts]
     arrays: dict[str, NDArray[Any]] = {
         name: np.concatenate(
@@ -37,7 +39,7 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
     arrays["prompt_ids"] = np.concatenate(
         [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
     ).astype(np.int32)
-    text = json.dumps([_row(group) for group in groups]).encode()
+    text = json.dumps([_to_json(group) for group in groups]).encode()
     save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -46,36 +48,35 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
 def read_groups(path: Path) -> list[Group]:
     """What `write_groups` wrote."""
     arrays = load_file(path)
-    rows = json.loads(arrays[JSON].tobytes())
     prompt_start = start = 0
     groups = []
-    for row in rows:
-        prompt_end = prompt_start + row["prompt"].pop("num_tokens")
-        prompt = Prompt(token_ids=arrays["prompt_ids"][prompt_start:prompt_end], **row["prompt"])
+    for entry in json.loads(arrays[JSON].tobytes()):
+        prompt_end = prompt_start + entry["prompt"].pop("num_tokens")
+        prompt = Prompt(token_ids=arrays["prompt_ids"][prompt_start:prompt_end], **entry["prompt"])
+        prompt_start = prompt_end
         rollouts = []
-        for entry in row["rollouts"]:
-            end = start + entry.pop("num_tokens")
-            tokens = {name: arrays[name][start:end] for name in FIELDS}
-            reason = FinishReason(entry.pop("finish_reason"))
+        for values in entry["rollouts"]:
+            end = start + values.pop("num_tokens")
             completion = Completion(
-                **tokens, prefill_version=entry.pop("prefill_version"), finish_reason=reason
+                **{name: arrays[name][start:end] for name in FIELDS},
+                prefill_version=values.pop("prefill_version"),
+                finish_reason=FinishReason(values.pop("finish_reason")),
             )
-            rollouts.append(Rollout(completion=completion, **entry))
             start = end
+            rollouts.append(Rollout(completion=completion, **values))
         groups.append(
             Group(
-                row["group_id"],
+                entry["group_id"],
                 prompt,
                 tuple(rollouts),
-                row["incarnation"],
-                row["temperature"],
+                entry["incarnation"],
+                entry["temperature"],
             )
         )
-        prompt_start = prompt_end
     return groups
 
 
-def _row(group: Group) -> dict[str, Any]:
+def _to_json(group: Group) -> dict[str, Any]:
     prompt = group.prompt
     return {
         "group_id": group.group_id,

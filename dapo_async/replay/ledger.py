@@ -1,4 +1,7 @@
-"""Law 2, conservation: every admitted group ends exactly once. Admissions and endings arrive from the buffer, counts leave for the summary."""
+"""Conservation: every admitted group ends exactly once.
+
+The buffer books admissions and outcomes; the summary and the metrics read the counts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from dapo_async.types import RejectReason
 
 
 class GroupOutcome(StrEnum):
-    """How an admitted group ends, besides being rejected for a `RejectReason`."""
+    """How an admitted group ends, unless it is rejected for a `RejectReason`."""
 
     TRAINED = "trained"
     EVICTED = "evicted"  # its deadline could not be kept: a fault
@@ -31,7 +34,7 @@ class Counts:
     failed: int = 0
     skipped: int = 0
     unused: int = 0
-    in_flight: int = 0  # generating, buffered or in the learner's hands
+    in_flight: int = 0  # generating, buffered or in the learner's step
     rejected: Mapping[RejectReason, int] = field(default_factory=dict)
 
     @property
@@ -46,11 +49,11 @@ class Counts:
         )
 
     def check(self) -> None:
-        assert self.admitted == self.ended + self.in_flight, f"conservation law broken: {self}"
+        assert self.admitted == self.ended + self.in_flight, f"conservation broken: {self}"
 
     def flat(self) -> dict[str, int]:
-        """One number per name, as in the metrics: `trained`, `rejected.all_correct`, …; every reason is present."""
-        named = {ending.value: getattr(self, ending.value) for ending in GroupOutcome}
+        """One number per metric name: `trained`, `rejected.all_correct`, …; has every reason."""
+        named = {outcome.value: getattr(self, outcome.value) for outcome in GroupOutcome}
         reasons = {
             f"rejected.{reason.value}": self.rejected.get(reason, 0) for reason in RejectReason
         }
@@ -58,9 +61,9 @@ class Counts:
 
 
 class Ledger:
-    """Numbers admissions 0, 1, 2, … and books one ending for each.
+    """Numbers the admitted groups 0, 1, 2, … and books one outcome for each.
 
-    It remembers only the open ones: an id below `admitted` that is not open has ended.
+    It stores the open groups only: an id below `admitted` that is not open has ended.
     """
 
     def __init__(self) -> None:
@@ -74,21 +77,21 @@ class Ledger:
         self._open.add(group_id)
         return group_id
 
-    def end(self, group_id: int, ending: GroupOutcome | RejectReason) -> None:
+    def end(self, group_id: int, outcome: GroupOutcome | RejectReason) -> None:
         assert group_id in self._open, (
-            f"group {group_id} is not open and can't end as {ending.value}"
+            f"group {group_id} is not open and can't end as {outcome.value}"
         )
         self._open.remove(group_id)
-        self._ended[ending] += 1
+        self._ended[outcome] += 1
 
     def state(self) -> dict[str, Any]:
         return {
             "admitted": self.admitted,
-            "ended": {ending.value: count for ending, count in self._ended.items()},
+            "ended": {outcome.value: count for outcome, count in self._ended.items()},
         }
 
     def restore(self, admitted: int, ended: Mapping[str, int], outstanding: Iterable[int]) -> None:
-        """Goes on from `state`, with the open admissions named."""
+        """Continues from `state`; `outstanding`: the ids of the open groups."""
         reasons = {reason.value for reason in RejectReason}
         self.admitted, self._open = admitted, set(outstanding)
         self._ended = Counter(

@@ -1,19 +1,15 @@
-"""One line on who waits for whom: facts arrive from the buffer, a sentence leaves for the message of a passed deadline."""
+"""One line on what a take waits for, for the message of a passed deadline. Called by the buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dapo_async.replay.state import Generating
 from dapo_async.replay.step_stats import StepAcceptance
 from dapo_async.replay.stop_rule import StopReason
 
-if TYPE_CHECKING:
-    from dapo_async.replay.buffer import ReplayBuffer
-
-_NAMED = 3  # stragglers named one by one; the rest is a number
+NUM_NAMED = 3  # stragglers and failures that the line names one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +20,7 @@ class WaitFacts:
     served_version: int | None
     groups_per_step: int
     finished: int
-    generating: Mapping[int, Generating]
+    generating: Mapping[int, Generating]  # by group id
     in_training: int
     unpublished: int  # trained, their weights not yet served by every engine
     admissible: int
@@ -32,72 +28,43 @@ class WaitFacts:
     overload: int | None  # the deadline that a take now would lose
     acceptance: StepAcceptance  # since the last take
     evicted: int  # since the last take
-    failures: Mapping[str, int]  # of the whole run, by what the worker said
-    verdict: StopReason | None
+    failures: Mapping[str, int]  # of the whole run, by the worker's reason
+    stop_reason: StopReason | None
     closed: bool
 
 
-def facts_of(buffer: ReplayBuffer, learner_version: int, *, overload: int | None) -> WaitFacts:
-    """`overload`: the first deadline that would be lost by taking what is finished."""
-    return WaitFacts(
-        learner_version=learner_version,
-        served_version=buffer.served_version,
-        groups_per_step=buffer.groups_per_step,
-        finished=buffer.num_buffered,
-        generating=buffer._generating,
-        in_training=len(buffer._taken),
-        unpublished=len(buffer._awaiting),
-        admissible=buffer.admissible(),
-        credits_free=buffer._credits.free,
-        overload=overload,
-        acceptance=buffer._log.step,
-        evicted=len(buffer._evicted_since_take),
-        failures=buffer.failures,
-        verdict=buffer.verdict,
-        closed=buffer.closed,
-    )
-
-
 def explain(facts: WaitFacts) -> str:
-    """What the take lacks, then everyone who could bring it, with counts and names."""
-    return f"take at version {facts.learner_version} waits: " + "; ".join(
-        [_lack(facts), *_suppliers(facts), *_losses(facts)]
-    )
+    """What the take lacks, where the missing groups are, and what was lost, with counts."""
+    parts = [_lack(facts), *_sources(facts), *_losses(facts)]
+    return f"take at version {facts.learner_version} waits: " + "; ".join(parts)
 
 
 def _lack(facts: WaitFacts) -> str:
     have = f"{facts.finished} of {facts.groups_per_step} groups finished"
     if facts.closed:
         return f"{have}, but replay is closed"
-    if facts.verdict is not None:
-        return f"{have}, but {facts.verdict.reason}"
+    if facts.stop_reason is not None:
+        return f"{have}, but {facts.stop_reason.reason}"
     if facts.finished >= facts.groups_per_step and facts.overload is not None:
-        return f"{have}, but taking them would lose deadline {facts.overload} of a group that still generates"
+        return (
+            f"{have}, but taking them would lose deadline {facts.overload} of a group that is "
+            "still generating"
+        )
     return have
 
 
-def _suppliers(facts: WaitFacts) -> list[str]:
-    parts = []
-    if facts.generating:
-        slowest = sorted(facts.generating.items(), key=lambda item: (item[1].deadline, item[0]))[
-            :_NAMED
-        ]
-        names = ", ".join(
-            f"group {group_id} on {group.worker}, deadline {group.deadline}"
-            for group_id, group in slowest
-        )
-        workers = len({group.worker for group in facts.generating.values()})
-        parts.append(f"{len(facts.generating)} generating on {workers} worker(s) (first: {names})")
-    else:
-        parts.append("none generating")
+def _sources(facts: WaitFacts) -> list[str]:
+    """The places from which the missing groups or their credits can come."""
+    parts = [_generating(facts.generating)]
     if facts.in_training:
         parts.append(f"{facts.in_training} in the learner's step")
     if facts.unpublished:
         parts.append(
-            f"{facts.unpublished} credits held by trained groups whose weights are not on every engine (served version {facts.served_version})"
+            f"{facts.unpublished} credits held by trained groups whose weights are not on every "
+            f"engine (served version {facts.served_version})"
         )
     if facts.admissible:
-        parts.append(f"room for {facts.admissible} more but no worker asks")
+        parts.append(f"{facts.admissible} more could start, but no worker asks")
     elif facts.served_version is None:
         parts.append("no engine has attested a version yet, so none may start")
     else:
@@ -105,22 +72,28 @@ def _suppliers(facts: WaitFacts) -> list[str]:
     return parts
 
 
+def _generating(groups: Mapping[int, Generating]) -> str:
+    if not groups:
+        return "none generating"
+    by_deadline = sorted(groups.items(), key=lambda item: (item[1].deadline, item[0]))
+    first = ", ".join(
+        f"group {group_id} on {group.worker}, deadline {group.deadline}"
+        for group_id, group in by_deadline[:NUM_NAMED]
+    )
+    num_workers = len({group.worker for group in groups.values()})
+    return f"{len(groups)} generating on {num_workers} worker(s) (first: {first})"
+
+
 def _losses(facts: WaitFacts) -> list[str]:
     step = facts.acceptance
-    reasons = "".join(
-        f", {reason.value} {count}" for reason, count in sorted(step.rejected.items())
-    )
-    refused = f", {step.refused} refused" if step.refused else ""
-    evicted = f", {facts.evicted} evicted" if facts.evicted else ""
-    parts = [
-        f"since the last take {step.offered} offered, {step.accepted} accepted{reasons}{refused}{evicted}"
-    ]
+    counts = [f"{step.offered} offered", f"{step.accepted} accepted"]
+    counts += [f"{reason.value} {count}" for reason, count in sorted(step.rejected.items())]
+    if step.refused:
+        counts.append(f"{step.refused} refused")
+    if facts.evicted:
+        counts.append(f"{facts.evicted} evicted")
+    parts = ["since the last take " + ", ".join(counts)]
     if facts.failures:
-        parts.append(
-            "failed in this run: "
-            + ", ".join(
-                f"{count} x {why}"
-                for why, count in sorted(facts.failures.items(), key=lambda item: -item[1])[:_NAMED]
-            )
-        )
+        most = sorted(facts.failures.items(), key=lambda item: -item[1])[:NUM_NAMED]
+        parts.append("failed in this run: " + ", ".join(f"{count} x {why}" for why, count in most))
     return parts

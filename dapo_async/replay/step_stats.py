@@ -1,4 +1,7 @@
-"""What dynamic sampling kept between two takes: events arrive from the buffer, one `StepAcceptance` per step leaves for the metrics."""
+"""Offers between two takes, counted per step.
+
+The buffer reports events; the metrics read one `StepAcceptance` per step.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,33 @@ from dapo_async.types import Group, RejectReason
 
 @dataclass(frozen=True, slots=True)
 class StepAcceptance:
-    """Offers since the take before; at staleness 0 also how often admission had to go round again for this step."""
+    """The offers since the take before, counted in groups unless said otherwise."""
 
     accepted: int = 0
     rejected: Mapping[RejectReason, int] = field(default_factory=dict)
-    verdicts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # rollouts of the accepted and the rejected groups by their verdict's reason
-    refused: int = 0  # offers that no open admission was waiting for; not part of `offered`
-    refill_waves: int | None = (
-        None  # bursts of admissions that replaced rejected groups of the same step; None above staleness 0
-    )
+    # Rollouts of the accepted and the rejected groups, by the reason of their verdict.
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+    refused: int = 0  # offers without an open admission; not part of `offered`
+    # Bursts of admissions that replaced rejected groups of the same step; None above staleness 0.
+    refill_waves: int | None = None
 
     @property
     def offered(self) -> int:
-        """Groups that the filters saw."""
+        """Groups that the filters judged."""
         return self.accepted + sum(self.rejected.values())
 
     @property
     def rate(self) -> float:
-        """Accepted / offered; 1 when nothing was offered: no reject was seen."""
+        """Accepted / offered; 1 when nothing was offered."""
         return self.accepted / self.offered if self.offered else 1.0
 
 
 class AcceptanceLog:
-    """Counts one step at a time; `count_waves` at staleness 0, where no surplus hides a reject and each wave lengthens the step."""
+    """Counts one step at a time.
+
+    `count_waves`: at staleness 0 no surplus of groups hides a reject, and each wave of admissions
+    lengthens the step.
+    """
 
     def __init__(self, *, count_waves: bool) -> None:
         self._count_waves = count_waves
@@ -49,11 +54,11 @@ class AcceptanceLog:
         self._refill_due = False
 
     def accept(self, group: Group) -> None:
-        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
+        self._count_verdicts(group)
         self._accepted += 1
 
     def reject(self, reason: RejectReason, group: Group) -> None:
-        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
+        self._count_verdicts(group)
         self._rejected[reason] += 1
         self._refill_due = True
 
@@ -61,15 +66,14 @@ class AcceptanceLog:
         self._refused += 1
 
     def admit(self) -> None:
-        """The first admission after a reject opens a wave; those right behind it belong to the same burst."""
+        """The first admission after a reject opens a wave; the next ones belong to it."""
         self._waves += self._refill_due
         self._refill_due = False
 
     def state(self) -> dict[str, Any]:
-        rejected = {reason.value: count for reason, count in self._rejected.items()}
         return {
             "accepted": self._accepted,
-            "rejected": rejected,
+            "rejected": {reason.value: count for reason, count in self._rejected.items()},
             "verdicts": dict(self._verdicts),
             "refused": self._refused,
             "waves": self._waves,
@@ -77,19 +81,18 @@ class AcceptanceLog:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._accepted, self._refused, self._waves = (
-            state["accepted"],
-            state["refused"],
-            state["waves"],
-        )
+        self._accepted = state["accepted"]
         self._rejected = Counter(
             {RejectReason(name): count for name, count in state["rejected"].items()}
         )
-        self._refill_due, self._verdicts = state["refill_due"], Counter(state["verdicts"])
+        self._verdicts = Counter(state["verdicts"])
+        self._refused = state["refused"]
+        self._waves = state["waves"]
+        self._refill_due = state["refill_due"]
 
     @property
     def step(self) -> StepAcceptance:
-        """The step so far."""
+        """The current step so far."""
         return StepAcceptance(
             accepted=self._accepted,
             rejected=dict(self._rejected),
@@ -99,7 +102,10 @@ class AcceptanceLog:
         )
 
     def close_step(self) -> StepAcceptance:
-        """The finished step; the next one starts from zero."""
+        """Returns the finished step; the next one starts from zero."""
         step = self.step
         self._reset()
         return step
+
+    def _count_verdicts(self, group: Group) -> None:
+        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)

@@ -18,7 +18,6 @@ from dapo_async.replay import (
     OfferOutcome,
     ReplayBuffer,
     dynamic_sampling,
-    freeze,
     has_tokens,
 )
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout, TrainBatch
@@ -53,7 +52,7 @@ def make_buffer(kind: type[ReplayBuffer] = ReplayBuffer, **overrides: Any) -> Re
         "groups_per_step": 1,
         "max_staleness": 0,
         "num_steps": 4,
-        "patience": 10**9,
+        "max_rejected_in_a_row": 10**9,
         "incarnation": "life-1",
     }
     return kind(filters=(has_tokens, dynamic_sampling), **{**knobs, **overrides})
@@ -91,7 +90,7 @@ class World:
     def admit(self, worker: str) -> None:
         group_id = self.buffer.admit(worker)
         started = self.engine_versions[worker]
-        if group_id in self.partial_completions and self.buffer.goes_on(group_id):
+        if group_id in self.partial_completions and self.buffer.continues(group_id):
             started = min(started, self.partial_completions[group_id])
         self.partial_completions.pop(group_id, None)
         self.generating[group_id] = (worker, started)
@@ -171,20 +170,20 @@ class World:
 
     def resume(self) -> None:
         """The run is killed and goes on from a checkpoint of this instant, which went through JSON; all engines start with the newest weights."""
-        state = freeze(self.buffer, self.version)
+        state = self.buffer.snapshot(self.version)
         written = json.loads(json.dumps(state.to_json()))
-        lineage = BufferState.from_json(
+        read = BufferState.from_json(
             written, {group_id: group.payload for group_id, group in state.buffered.items()}
         )
         before = self.buffer
-        self.buffer = type(before)(
+        self.buffer = type(before).from_snapshot(
+            read,
             groups_per_step=before.groups_per_step,
             max_staleness=before.max_staleness,
             num_steps=before.num_steps,
             filters=(has_tokens, dynamic_sampling),
-            patience=10**9,
+            max_rejected_in_a_row=10**9,
             incarnation=before.incarnation,
-            lineage=lineage,
         )
         self.generating.clear()
         self.training = self.publishing = None

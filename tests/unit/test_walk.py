@@ -228,7 +228,7 @@ def house(tmp_path):
         max_staleness=1,
         num_steps=2,
         filters=(has_tokens, dynamic_sampling),
-        patience=10,
+        max_rejected_in_a_row=10,
         incarnation="first life",
     )
     # Engine and learner own a copy of the same decoder each: the same code, the same weights.

@@ -1,4 +1,8 @@
-"""The replay actor: drives the replay buffer, owns the prompt cursor and the payloads of all groups that are not yet trained."""
+"""The replay actor: drives the replay buffer and owns the groups that are not trained yet.
+
+Rollout workers call admit, offer, fail and hand_back; the driver calls the rest. The actor also
+owns the position in the prompt stream.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -21,7 +26,6 @@ from dapo_async.replay import (
     StopReason,
     custom_filter,
     dynamic_sampling,
-    freeze,
     has_tokens,
 )
 from dapo_async.replay.group_io import read_groups, write_groups
@@ -33,11 +37,11 @@ from dapo_async.utils.state_clock import StateClock
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
-POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence tells it that this actor hangs
+POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence means a hang
 
 
 def write_state(folder: Path, state: BufferState) -> None:
-    """The replay room's part of a checkpoint: the machine's state as JSON, the finished groups beside it."""
+    """The replay part of a checkpoint: the buffer's state as JSON, finished groups beside it."""
     write_groups(folder / GROUPS_FILE, [group.payload for group in state.buffered.values()])
     (folder / STATE_FILE).write_text(json.dumps(state.to_json()) + "\n")
 
@@ -48,45 +52,49 @@ def read_state(folder: Path) -> BufferState:
     return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), groups)
 
 
+def _filters(config: Config) -> list[Filter]:
+    filters: list[Filter] = [has_tokens]
+    if config.replay.dynamic_sampling:
+        filters.append(dynamic_sampling)
+    if config.replay.filter is not None:
+        filters.append(custom_filter(config.replay.filter))
+    return filters
+
+
 class ReplayActor:
-    """Waits are condition waits on the one buffer; every change wakes them."""
+    """All waits share one condition; every change of the buffer wakes them."""
 
     def __init__(
         self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None
     ) -> None:
-        """`resume`: the `state/` folder of the checkpoint to go on from."""
+        """`resume`: the `state/` folder of the checkpoint to continue from."""
         self._config, self._run_dir = config, run_dir
         self._clock = StateClock("replay")
         self._prompts = load_set(
             config, config.data.train, load_tokenizer(Path(config.model.path)), training=True
         )
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
-        filters: list[Filter] = [
-            has_tokens,
-            *([dynamic_sampling] if config.replay.dynamic_sampling else []),
-        ]
-        if config.replay.filter is not None:
-            filters.append(custom_filter(config.replay.filter))
-        self._buffer = ReplayBuffer(
+        new_buffer = (
+            partial(ReplayBuffer.from_snapshot, read_state(resume)) if resume else ReplayBuffer
+        )
+        self._buffer = new_buffer(
             groups_per_step=config.replay.groups_per_step,
             max_staleness=config.replay.max_staleness,
             num_steps=config.train.num_steps,
-            filters=filters,
-            patience=config.replay.max_rejected_in_a_row,
+            filters=_filters(config),
+            max_rejected_in_a_row=config.replay.max_rejected_in_a_row,
             incarnation=incarnation,
-            lineage=read_state(resume) if resume else None,
         )
-        self._frozen: BufferState | None = None
+        self._captured: BufferState | None = None
         self._in_training: tuple[int, Sequence[Group]] = (
             -1,
             (),
-        )  # the step that the newest batch is for
+        )  # step and groups of the last take
         self._changed = asyncio.Condition()
-        self._partial_completions: dict[
-            int, tuple[Completion | None, ...]
-        ] = {}  # of groups that were handed back, until they are admitted again
+        # By group id: of groups that were handed back, until they are admitted again.
+        self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
         self._suspended: set[str] = set()  # workers that are admitted nothing
-        # Worker → its groups that were evicted and are to be aborted: its next answer names them.
+        # Worker → its evicted groups, which the next answer to that worker names.
         self._evicted: defaultdict[str, list[int]] = defaultdict(list)
         self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
@@ -96,7 +104,7 @@ class ReplayActor:
         return ProcessInfo.own("replay", self._prompts.summary)
 
     async def alive(self) -> None:
-        """Never returns: the driver watches it, for it ends with the actor's life."""
+        """Never returns. The driver awaits it to notice the death of this actor."""
         await asyncio.Event().wait()
 
     async def admit(self, worker: str, num_groups: int) -> AdmitReply:
@@ -124,7 +132,7 @@ class ReplayActor:
             with self._clock.during("admit"):
                 if self._first_admission_s is None:
                     self._first_admission_s = self._clock.now_s()
-                # In lockstep a wave is admitted whole: how full the engine is at this moment must not matter.
+                # Lockstep admits a whole wave, whatever number of slots happens to be free.
                 count = (
                     self._buffer.admissible()
                     if self._config.replay.lockstep
@@ -140,11 +148,14 @@ class ReplayActor:
             group_id,
             self._stream[group_id],
             self._config.replay.group_size,
-            partial_completions if self._buffer.goes_on(group_id) else (),
+            partial_completions if self._buffer.continues(group_id) else (),
         )
 
     async def suspend(self, worker: str, on: bool) -> None:
-        """On: `worker` is admitted nothing from now on, requests under way included: its engine is lost, so it does not follow what is served."""
+        """On: `worker` is admitted nothing from now on, requests under way included.
+
+        Its engine is lost, so its weights do not follow the served version.
+        """
         async with self._changed:
             (self._suspended.add if on else self._suspended.discard)(worker)
             self._changed.notify_all()
@@ -163,7 +174,7 @@ class ReplayActor:
             return tuple(self._evicted.pop(worker, ()))
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
-        """Groups that their worker gave up: their credits return."""
+        """The worker gave these groups up: their credits return."""
         async with self._changed:
             for group_id in group_ids:
                 self._buffer.fail(group_id, why=why)
@@ -172,10 +183,10 @@ class ReplayActor:
     async def hand_back(
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
-        """A group whose engine was lost: whoever asks next generates it, from where `partial_completions` end."""
+        """The engine of this group was lost: the next worker that asks continues it."""
         async with self._changed:
             oldest_version = min(
-                (partial.oldest_version for partial in partial_completions if partial is not None),
+                (each.oldest_version for each in partial_completions if each is not None),
                 default=None,
             )
             if (
@@ -186,7 +197,10 @@ class ReplayActor:
             self._changed.notify_all()
 
     async def take(self, learner_version: int) -> TrainBatch | StopReason:
-        """The batch of the learner's next step, or the verdict that ends the run. Raises TimeoutError that says who waits for whom."""
+        """The batch of the learner's next step, or the reason that ends the run.
+
+        Raises TimeoutError after `deadlines.work_s`; its message says what the take waits for.
+        """
         deadline_s = self._config.deadlines.work_s
         try:
             async with asyncio.timeout(deadline_s), self._changed:
@@ -198,9 +212,10 @@ class ReplayActor:
                         batch = self._buffer.take(learner_version)
                         if batch is not None:
                             return await self._hand_over(batch)
-                    # Groups still on their way may yet fill a batch; only when nothing moves is the verdict the answer.
-                    if self._buffer.verdict is not None and self._buffer.num_generating == 0:
-                        return self._buffer.verdict
+                    # Groups that are still generating may fill a last batch.
+                    stop_reason = self._buffer.stop_reason
+                    if stop_reason is not None and self._buffer.num_generating == 0:
+                        return stop_reason
                     await self._changed.wait()
         except TimeoutError as error:
             raise TimeoutError(
@@ -208,23 +223,22 @@ class ReplayActor:
             ) from error
 
     async def _hand_over(self, batch: TrainBatch) -> TrainBatch:
-        """Writes the step's samples and puts each group where the learner's ranks can fetch it; this actor owns the objects."""
+        """Writes the step's samples and puts each group into Ray's store for the learner's ranks.
+
+        This actor owns the objects.
+        """
         step = batch.learner_version
         assert self._buffer.acceptance is not None
         self._acceptance[step] = self._buffer.acceptance
         self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
         groups: Sequence[Group] = batch.references
-        # The samples are those that asynchrony touched most: generated under the most weight versions, then under the oldest.
-        telling = sorted(
+        # Samples: the groups of the most weight versions first, then those of the oldest version.
+        by_asynchrony = sorted(
             groups,
-            key=lambda group: (
-                -len(group.weight_versions),
-                group.oldest_version,
-                group.group_id,
-            ),
+            key=lambda group: (-len(group.weight_versions), group.oldest_version, group.group_id),
         )
         record = self._config.train.record
-        shown = telling if record else telling[:SAMPLE_GROUPS]
+        shown = by_asynchrony if record else by_asynchrony[:SAMPLE_GROUPS]
         write_rollouts(self._run_dir.rollouts, step=step, groups=shown)
         if record:
             await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
@@ -232,7 +246,10 @@ class ReplayActor:
         return replace(batch, references=tuple(ray.put(group) for group in groups))
 
     async def trained(self, group_ids: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
-        """Books the batch that was taken last; one whose loss or gradient was not finite is kept on disk, to be looked at."""
+        """Books the batch that was taken last.
+
+        A batch whose loss or gradient was not finite is kept on disk for inspection.
+        """
         step, groups = self._in_training
         if non_finite:
             await asyncio.to_thread(write_groups, self._run_dir.non_finite_step(step), groups)
@@ -248,14 +265,14 @@ class ReplayActor:
             self._changed.notify_all()
 
     async def lose_worker(self, worker: str) -> None:
-        """`worker` is gone: what it was generating failed, its credits return."""
+        """`worker` is gone: the groups that it generated failed, their credits return."""
         async with self._changed:
             self._buffer.lose_worker(worker)
             self._evicted.pop(worker, None)
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """The run ends: what is in flight ends unused, offers are refused."""
+        """The run ends: groups in flight end unused, offers are refused."""
         async with self._changed:
             if not self._buffer.closed:
                 self._buffer.close()
@@ -263,15 +280,15 @@ class ReplayActor:
             self._changed.notify_all()
 
     async def capture_state(self, version: int) -> None:
-        """Holds on to the state of this moment, between two steps of the learner, for `save`."""
+        """Keeps the state of this moment, between two steps of the learner, for `save`."""
         async with self._changed:
-            self._frozen = freeze(self._buffer, version)
+            self._captured = self._buffer.snapshot(version)
 
     async def save(self, state: Path) -> None:
         """Writes the captured state into the folder `state`, beside everything else."""
-        frozen, self._frozen = self._frozen, None
-        assert frozen is not None, "save before capture_state"
-        await asyncio.to_thread(write_state, state, frozen)
+        captured, self._captured = self._captured, None
+        assert captured is not None, "save before capture_state"
+        await asyncio.to_thread(write_state, state, captured)
 
     async def report(self) -> ReplayReport:
         buffer = self._buffer
@@ -280,7 +297,6 @@ class ReplayActor:
             spans=tuple(self._clock.take_spans()),
             counts=buffer.counts,
             acceptance=dict(self._acceptance),
-            verdict=buffer.verdict,
             first_admission_s=self._first_admission_s,
             buffered=buffer.num_buffered,
             generating=buffer.num_generating,

@@ -9,7 +9,7 @@ from typing import Self
 
 import ray
 
-from dapo_async.replay import Counts, StepAcceptance, StopReason
+from dapo_async.replay import Counts, StepAcceptance
 from dapo_async.rollout import SlotUse
 from dapo_async.utils.state_clock import Span
 
@@ -42,7 +42,6 @@ class ReplayReport:
     counts: Counts
     # By learner version of the take; the newest few, since a report may come after the next take.
     acceptance: Mapping[int, StepAcceptance]
-    verdict: StopReason | None
     first_admission_s: float | None  # seconds since the epoch
     buffered: int
     generating: int

@@ -117,11 +117,11 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
 def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
     buffer = serving(groups_per_step=1, max_staleness=2)
     group_id = buffer.admit("worker-0")
-    assert not buffer.goes_on(group_id)
+    assert not buffer.continues(group_id)
     buffer.hand_back(group_id, oldest_version=0)
     buffer.serve(1)
     assert buffer.admit("worker-1") == group_id
-    assert buffer.goes_on(group_id)
+    assert buffer.continues(group_id)
     assert buffer._generating[group_id].deadline == 2  # not 3: its oldest tokens are of version 0
     assert buffer.offer(make_group(group_id, version=0), None).outcome is OfferOutcome.ACCEPTED
     buffer.check()
@@ -138,7 +138,7 @@ def test_group_begins_anew_when_what_is_there_of_it_is_too_old_to_be_trained() -
     buffer.release([other])
     assert buffer.take(1) is None
     assert buffer.admit("worker-1") == late
-    assert not buffer.goes_on(late)
+    assert not buffer.continues(late)
     assert buffer._generating[late].deadline == 2
     buffer.check()
 
@@ -266,28 +266,28 @@ def test_an_overload_is_evicted_while_it_is_generating_even_if_the_take_waits() 
     assert buffer.counts == Counts(admitted=2, evicted=1, in_flight=1)
 
 
-# Patience, acceptance, the end.
+# RejectStreak, acceptance, the end.
 
 
 def test_only_correct_answers_mean_solved() -> None:
-    buffer = serving(patience=3)
+    buffer = serving(max_rejected_in_a_row=3)
     for _ in range(3):
-        assert buffer.verdict is None
+        assert buffer.stop_reason is None
         admit_and_offer(buffer, accuracies=RIGHT)
-    assert buffer.verdict is not None
-    assert buffer.verdict.solved
-    assert buffer.verdict.reason == "task solved: 3 groups in a row were all correct"
+    assert buffer.stop_reason is not None
+    assert buffer.stop_reason.solved
+    assert buffer.stop_reason.reason == "task solved: 3 groups in a row were all correct"
     assert buffer.admissible() == 0
 
 
 def test_other_rejects_mean_stuck_with_the_counts_per_reason() -> None:
-    buffer = serving(patience=3)
+    buffer = serving(max_rejected_in_a_row=3)
     for accuracies in (RIGHT, WRONG, RIGHT):
         admit_and_offer(buffer, accuracies=accuracies)
-    assert buffer.verdict is not None
-    assert not buffer.verdict.solved
-    assert buffer.verdict.rejected == {RejectReason.ALL_CORRECT: 2, RejectReason.ALL_WRONG: 1}
-    assert buffer.verdict.reason.startswith(
+    assert buffer.stop_reason is not None
+    assert not buffer.stop_reason.solved
+    assert buffer.stop_reason.rejected == {RejectReason.ALL_CORRECT: 2, RejectReason.ALL_WRONG: 1}
+    assert buffer.stop_reason.reason.startswith(
         "the filters rejected 3 groups in a row (all_correct 2, all_wrong 1)"
     )
     assert "but the filters rejected 3 groups" in buffer.explain_wait(0)
@@ -361,7 +361,7 @@ def test_the_wait_message_names_who_waits_for_whom() -> None:
     buffer.lose_worker("worker-2")
     assert buffer.explain_wait(1) == (
         "take at version 1 waits: 1 of 3 groups finished; 1 generating on 1 worker(s) (first: group 4 on worker-1, deadline 1); "
-        "3 credits held by trained groups whose weights are not on every engine (served version 0); room for 1 more but no worker asks; "
+        "3 credits held by trained groups whose weights are not on every engine (served version 0); 1 more could start, but no worker asks; "
         "since the last take 2 offered, 1 accepted, all_wrong 1"
     )
     assert "no engine has attested a version yet" in make_buffer().explain_wait(0)

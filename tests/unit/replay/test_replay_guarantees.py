@@ -217,20 +217,20 @@ BREAKERS: dict[str, tuple[Callable[[int], object], str]] = {
     ),
     "order of completion": (
         lambda seed: healthy_run(seed, TakesInOrderOfCompletion),
-        "staleness law broken",
+        "staleness bound broken",
     ),
     "admission past the end": (lambda seed: healthy_run(seed, AdmitsPastTheEnd), "outstanding for"),
     "a group counted twice": (
         lambda seed: healthy_run(seed, with_ledger(EndsTwice)),
-        "conservation law broken",
+        "conservation broken",
     ),
     "a group never counted": (
         lambda seed: healthy_run(seed, with_ledger(ForgetsAnEnding)),
-        "conservation law broken",
+        "conservation broken",
     ),
     "an admission never closed": (
         lambda seed: healthy_run(seed, with_ledger(ForgetsToCloseAnAdmission)),
-        "conservation law broken",
+        "conservation broken",
     ),
     "a skipped publish": (lambda seed: healthy_run(seed, world_kind=SkipsAPublish), "evicted"),
     "a release before its weights": (

@@ -1,4 +1,4 @@
-"""The small parts of the replay room against literal numbers: filters, credits, deadlines, patience, counts."""
+"""The small parts of the replay room against literal numbers: filters, credits, deadlines, streak, counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from replay_world import WRONG, make_group
 from dapo_async.replay import Counts, dynamic_sampling, has_tokens
 from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
 from dapo_async.replay.filters import first_reason
-from dapo_async.replay.stop_rule import Patience
+from dapo_async.replay.stop_rule import RejectStreak
 from dapo_async.types import RejectReason
 
 # Filters.
@@ -86,22 +86,22 @@ def test_an_overload_gives_up_generating_groups_first_and_then_the_latest() -> N
     assert lost((5, 0, True), (6, 1, False), (6, 2, False), (6, 3, False)) == ()
 
 
-# Patience and counts.
+# Consecutive rejects and counts.
 
 
-def test_an_accepted_group_renews_the_patience_and_a_verdict_stands() -> None:
-    patience = Patience(2)
-    patience.reject(RejectReason.ALL_WRONG)
-    patience.accept()
-    patience.reject(RejectReason.ALL_CORRECT)
-    assert patience.verdict is None
-    patience.reject(RejectReason.ALL_CORRECT)
-    verdict = patience.verdict
-    patience.accept()
-    patience.reject(RejectReason.ALL_WRONG)
-    assert patience.verdict is verdict
-    assert verdict is not None
-    assert verdict.solved
+def test_an_accepted_group_restarts_the_streak_and_a_stop_reason_stands() -> None:
+    streak = RejectStreak(2)
+    streak.reject(RejectReason.ALL_WRONG)
+    streak.accept()
+    streak.reject(RejectReason.ALL_CORRECT)
+    assert streak.stop_reason is None
+    streak.reject(RejectReason.ALL_CORRECT)
+    stop_reason = streak.stop_reason
+    streak.accept()
+    streak.reject(RejectReason.ALL_WRONG)
+    assert streak.stop_reason is stop_reason
+    assert stop_reason is not None
+    assert stop_reason.solved
 
 
 def test_counts_flatten_to_the_summary_names() -> None:

@@ -133,7 +133,7 @@ def test_taking_by_deadline_is_faster_than_first_in_first_out() -> None:
 
 
 def test_taking_in_order_of_completion_breaks_the_bound() -> None:
-    with pytest.raises(AssertionError, match="staleness law broken"):
+    with pytest.raises(AssertionError, match="staleness bound broken"):
         simulate(TakesInOrderOfCompletion, seed=0, max_staleness=2)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo_async.learner import read_whole_state, save_state
 from dapo_async.model import Mesh
-from dapo_async.replay import BufferState, freeze
+from dapo_async.replay import BufferState, ReplayBuffer
 from dapo_async.replay.group_io import read_groups, write_groups
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
@@ -219,8 +219,16 @@ def test_state_that_lost_a_group_is_refused() -> None:
     buffer.serve(0)
     buffer.admit("worker-0")
     buffer.admit("worker-0")
-    state = freeze(buffer, 0)
+    state = buffer.snapshot(0)
     assert state.reissue == (0, 1)
-    with pytest.raises(AssertionError, match="conservation law broken"):
-        make_buffer(groups_per_step=2, lineage=replace(state, reissue=(0,)))
+    with pytest.raises(AssertionError, match="conservation broken"):
+        ReplayBuffer.from_snapshot(
+            replace(state, reissue=(0,)),
+            groups_per_step=2,
+            max_staleness=0,
+            num_steps=4,
+            filters=(),
+            max_rejected_in_a_row=10,
+            incarnation="life-1",
+        )
     assert BufferState.from_json(json.loads(json.dumps(state.to_json())), {}) == state
