@@ -1,7 +1,8 @@
-"""What every engine promises: a group request in, one completion per sibling out (L2). A call is per group, never per token.
+"""The `Engine` protocol: a group request in, one completion per sibling out.
 
-Called by `rollout/worker.py` and `evaluate/`; kept by `ThreadedEngine` (torch) and by `SGLangEngine`. How new weights come to an engine is its
-own affair, and that of its host in `runtime/`: the torch engine is handed tensors, SGLang's server fetches them itself.
+Called by `rollout/worker.py` and `evaluate/`; implemented by `ThreadedEngine` (native) and
+`SGLangEngine`. A call handles a group, never a token. Weight updates are not part of it: the native
+engine gets tensors, an SGLang server loads the weights itself (see `runtime/actors/`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from numpy.typing import NDArray
 from dapo_async.types import Completion
 
 WeightUpdate = Literal["recompute", "keep_kv", "drain"]
-"""What a swap does to running sequences: `recompute` their KV under the new weights, `keep_kv` of the old ones, or `drain`: finish them first."""
+"""What a weight update does to running sequences.
+
+`recompute` their KV under the new weights, `keep_kv` of the old weights, or `drain`: finish first.
+"""
 WEIGHT_UPDATES: tuple[str, ...] = get_args(WeightUpdate)
 
 
 class Aborted(Exception):
-    """Raised by `generate` of a group that was taken off the engine before its end."""
+    """Raised by `generate` when its group was taken off the engine before its end."""
 
 
 class EngineFault(RuntimeError):
-    """An engine that cannot be used as it is: its server is gone, silent or wrong. A group that raises it may be generated elsewhere.
+    """The engine can't be used: its server is gone, silent or wrong.
 
-    `partial_completions` per sibling: what was told of it before, whole or with the reason ABORT; None: nothing. Empty: nothing of any.
+    Another engine may generate the group. `partial_completions` has per sibling what was received:
+    a complete one, one with finish reason ABORT, or None. Empty: nothing was received.
     """
 
     def __init__(
@@ -41,8 +46,9 @@ class EngineFault(RuntimeError):
 class SamplingParams:
     """How the tokens of a group are drawn.
 
-    Behaviour logprobs are log-softmax(logits / temperature) over the full vocabulary, whatever `top_p` and `top_k` leave out. Temperature 0
-    is greedy; its logprobs are those at temperature 1. Greedy and truncated sampling are for evaluation only (law 3).
+    Behaviour logprobs are log-softmax(logits / temperature) over the full vocabulary, also where
+    `top_p` or `top_k` leave tokens out. Temperature 0 is greedy; its logprobs are those at
+    temperature 1. Greedy and truncated sampling are for evaluation only (on-policy identity).
     """
 
     max_tokens: int  # response tokens, the stop token included
@@ -59,7 +65,8 @@ class SamplingParams:
             )
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature ({self.temperature}) must be finite and not negative; 1.0 samples from the model, 0 is greedy"
+                f"temperature ({self.temperature}) must be finite and not negative; "
+                "1.0 samples from the model, 0 is greedy"
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p ({self.top_p}) must lie in (0, 1]; 1.0 turns it off")
@@ -75,38 +82,39 @@ class GroupRequest:
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
-    partial_completions: tuple[
-        Completion | None, ...
-    ] = ()  # see Admission: where a response is to be gone on with
+    # Per sibling what a lost engine returned, to be continued; see Admission. Empty: nothing.
+    partial_completions: tuple[Completion | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What a weight swap did; the two probes let the publisher tell the new weights from the old (law 5)."""
+    """What a weight update did; the handshake compares the two probes."""
 
     version: int
-    probe_before: NDArray[
-        np.float32
-    ]  # [len(probe) - 1] logprobs of the probe prompt under the weights just before the swap
-    probe_after: NDArray[np.float32]  # the same just after
+    # Logprobs of the probe prompt under the old and the new weights, [len(probe) - 1].
+    probe_before: NDArray[np.float32]
+    probe_after: NDArray[np.float32]
     pause_s: float  # how long no slot decoded: probes, copy and recomputation
     recomputed_tokens: int  # KV entries computed again under the new weights
 
 
 @dataclass(frozen=True, slots=True)
 class SlotUse:
-    """Law 6 in slot-seconds since the engine started: `occupied + no_credit + tail + sync = slots × elapsed_s`."""
+    """Slot-seconds since the engine started.
+
+    occupied + no_credit + tail + sync = slots × elapsed_s (time accounting).
+    """
 
     slots: int
     elapsed_s: float
     occupied: float
-    no_credit: float  # idle while an admission was being waited for, beside occupied slots or not
-    tail: float  # idle with nothing asked for: the last siblings of the groups held here still run, or nobody asks at all
-    sync: float  # all slots, while weights were swapped
+    no_credit: float  # idle while the worker waited for an admission
+    tail: float  # idle while the worker waited for none: the last siblings of its groups run
+    sync: float  # all slots, during weight updates
 
 
 class Engine(Protocol):
-    """A generator of groups with live weights. All calls may overlap; each is made from an event loop."""
+    """Generates groups with weights that change. Calls may overlap; each needs an event loop."""
 
     @property
     def num_slots(self) -> int:
@@ -115,22 +123,34 @@ class Engine(Protocol):
 
     @property
     def version(self) -> int:
-        """Version of the weights that the next token is sampled from."""
+        """Version of the weights that sample the next token."""
         ...
 
     async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
-        """One completion per sibling. Raises Aborted, ValueError for a request that can never fit, or whatever stopped the engine."""
+        """One completion per sibling.
+
+        Raises Aborted, ValueError for a request that can never fit, EngineFault, or the error that
+        stopped the engine.
+        """
         ...
 
     async def abort(self, group_ids: Iterable[int]) -> None:
-        """Takes groups off the engine; their `generate` raises Aborted. Unknown ids are ignored: they may just have finished."""
+        """Takes groups off the engine; their `generate` raises Aborted.
+
+        Unknown ids are ignored: the group may just have finished.
+        """
         ...
 
     def starving(self, on: bool) -> None:
-        """Tells the engine from when to when its caller waits for an admission: what is idle meanwhile is without credit, else tail (law 6)."""
+        """The caller starts (on) or stops waiting for an admission.
+
+        Slots that are idle meanwhile count as `no_credit`, other idle slots as `tail`.
+        """
         ...
 
-    def slot_use(self) -> SlotUse: ...
+    def slot_use(self) -> SlotUse:
+        """How the slots were used since the engine started."""
+        ...
 
     async def close(self) -> None:
         """Stops the engine; pending calls fail."""

@@ -1,6 +1,7 @@
-"""Law 6 for slots: every slot-second of an engine is occupied, without credit, tail or sync.
+"""Time accounting of slots: every slot-second of an engine is occupied, no_credit, tail or sync.
 
-The engine's thread books what its slots did, the rollout worker tells when it waits for an admission, the tracker reads.
+The engine records how many slots ran, the rollout worker records when it waits for an admission,
+and the run's metrics read the sums.
 """
 
 from __future__ import annotations
@@ -14,48 +15,52 @@ from dapo_async.utils.state_clock import StateClock
 class SlotMeter:
     """Integrates slot use over time; thread-safe.
 
-    How many slots a decode step occupies is known at its end, but hunger starts and ends in the midst of it: until a booking, hungry and other
-    seconds are counted apart.
+    The number of occupied slots is known only at the end of a decode step, but the worker may start
+    or stop waiting for an admission during it. So until a step is recorded, the seconds with and
+    without waiting are counted separately.
     """
 
     def __init__(self, clock: StateClock, *, slots: int) -> None:
         self._clock, self._slots, self._lock = clock, slots, threading.Lock()
         self._start_s = self._since_s = clock.now_s()
-        self._running, self._syncing, self._starving = 0, False, False
-        self._unbooked_s = {True: 0.0, False: 0.0}  # by whether an admission was being waited for
+        self._running, self._syncing, self._waiting = 0, False, False
+        self._unrecorded_s = {True: 0.0, False: 0.0}  # by `_waiting`
         self._sums = {"occupied": 0.0, "no_credit": 0.0, "tail": 0.0, "sync": 0.0}
 
     def spent(self, *, running: int, syncing: bool = False) -> None:
-        """Books the time since the last booking: `running` slots were occupied, or all waited for weights. `read` assumes that it goes on so."""
+        """Records the time since the last call: `running` slots were occupied, or all in sync.
+
+        `read` assumes that the same holds until now.
+        """
         with self._lock:
             self._running, self._syncing = running, syncing
-            self._book()
+            self._record()
 
     def starving(self, on: bool) -> None:
-        """From now on an admission is waited for, or none: what is idle is without credit, or tail."""
+        """From now on the worker waits for an admission (on), or not."""
         with self._lock:
             self._advance()
-            self._starving = on
+            self._waiting = on
 
     def read(self) -> SlotUse:
         """The sums up to now."""
         with self._lock:
-            self._book()
+            self._record()
             return SlotUse(slots=self._slots, elapsed_s=self._since_s - self._start_s, **self._sums)
 
     def _advance(self) -> None:
         now_s = self._clock.now_s()
-        self._unbooked_s[self._starving] += now_s - self._since_s
+        self._unrecorded_s[self._waiting] += now_s - self._since_s
         self._since_s = now_s
 
-    def _book(self) -> None:
+    def _record(self) -> None:
         self._advance()
-        starved_s, other_s = self._unbooked_s[True], self._unbooked_s[False]
-        self._unbooked_s = {True: 0.0, False: 0.0}
+        waiting_s, other_s = self._unrecorded_s[True], self._unrecorded_s[False]
+        self._unrecorded_s = {True: 0.0, False: 0.0}
         if self._syncing:
-            self._sums["sync"] += self._slots * (starved_s + other_s)
+            self._sums["sync"] += self._slots * (waiting_s + other_s)
             return
         idle = self._slots - self._running
-        self._sums["occupied"] += self._running * (starved_s + other_s)
-        self._sums["no_credit"] += idle * starved_s
+        self._sums["occupied"] += self._running * (waiting_s + other_s)
+        self._sums["no_credit"] += idle * waiting_s
         self._sums["tail"] += idle * other_s

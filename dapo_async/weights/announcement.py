@@ -59,7 +59,10 @@ class Manifest:
         return cls(tuple(specs))
 
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
-        """Runs of neighbours of one dtype of at most `bucket_bytes` together; a larger tensor is a bucket of its own."""
+        """Consecutive tensors of one dtype, at most `bucket_bytes` together.
+
+        A larger tensor is a bucket of its own.
+        """
         runs = buckets(
             self.tensors,
             lambda spec: spec.num_bytes,
