@@ -1,29 +1,35 @@
-"""dapo_async: an asynchronous off-policy actor–learner trainer for reasoning language models.
+"""dapo_async: asynchronous off-policy DAPO training of reasoning language models.
 
     data ──prompt──▶ replay.admit ──credit──▶ rollout worker ──▶ engine
-                                                   │ generate: tokens, behaviour logprobs, weight version per token
+                                                   │ tokens, logprobs, version per token
                                                    ▼
                                               reward.score
                                                    ▼
-                        replay.offer ◀── group of G rollouts ──▶ filters: accept | reject(reason)
+                        replay.offer ◀── group of G rollouts ──▶ filters: accept | reject
                              │
                              ▼
-                        replay.take ──▶ batching (advantages, packed) ──▶ learner.step ──▶ snapshot
-                                                                                              │
-         engines ◀── weights, while generating ─────── publish(version + 1) ◀─────────────────┘
-         replay  ◀── credits of the trained groups, when every engine serves those weights
+                        replay.take ──▶ batching ──▶ learner.step ──▶ snapshot
+                                                                        │
+         engines ◀── weights, while generating ── publish(version + 1) ◀┘
+         replay  ◀── credits of the trained groups, once every engine serves those weights
 
-The rooms, lowest first; imports go down only:
+Packages by level; imports go down only:
 
-    L0  config      every knob, one line each          L2  data      problems → prompts, a resumable stream
-        types       the currency between rooms             rollout   engine protocol, torch engine, worker
-        clock       each actor's time, state by state      learner   packed batches, AdamW, the step
-        checkpoints whole folders or none
-        custom      own functions, by name
-    L1  algorithm   advantages, loss, corrections      L3  weights   versioned publishing, the handshake
-        reward      verifiers, overlong, scoring           evaluate  accuracy through an engine; avg@k, pass@k
-        model       decoder, Hugging Face in and out       tracking  run directory, timeline, report
-        replay      credits, filters, buffer               rerun     the learner alone on recorded batches
-        group_files whole groups in one file           L4  runtime   Ray: actors, THE loop, the life of a run
-                                                       L5  cli       train, replay, config
+    0  config     a YAML file and overrides → a checked Config
+       types      the records that packages exchange
+       utils      state clocks, atomic files, user functions by name
+    1  algorithm  advantages, loss, corrections (pure torch)
+       reward     verifiers, overlong punishment, scoring of a group
+       model      the decoder, its parallelism, Hugging Face folders
+       replay     credits, deadlines, filters, buffer (pure state machines)
+    2  data       problems → a resumable stream of prompts
+       rollout    native and SGLang engine, worker
+       learner    packed batches, AdamW, the step, its state
+    3  weights    publishing and the handshake
+       evaluate   accuracy, avg@k, pass@k, maj@k through an engine
+       tracking   run directory, timeline, pictures, report, MLflow
+    4  runtime    Ray: actors, handles, the loop, start and end of a run
+    5  cli        the command line
+
+Start reading at `runtime/loop.py`. docs/architecture.md has the guarantees and the glossary.
 """

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from paths import ROOT
 
 
-def run_without(names, script):
+def run_without(names: Sequence[str], script: str) -> subprocess.CompletedProcess[str]:
     """Runs `script` in a Python where importing any of `names` fails."""
     blocker = f"""
 import sys

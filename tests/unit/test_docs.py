@@ -26,12 +26,12 @@ def prose(page: Path) -> str:
     return re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def test_readme_is_at_most_8_kb():
+def test_readme_is_at_most_8_kb() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 8 * 1024
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_relative_link_has_a_target(page: Path):
+def test_every_relative_link_has_a_target(page: Path) -> None:
     for match in LINK.finditer(prose(page)):
         target = match["target"].partition("#")[0]
         if target and "://" not in target:
@@ -39,7 +39,7 @@ def test_every_relative_link_has_a_target(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_source_file_and_test_that_a_page_names_exists(page: Path):
+def test_every_source_file_and_test_that_a_page_names_exists(page: Path) -> None:
     for match in CODE.finditer(prose(page)):
         if not (named := SOURCE.match(match["code"])):
             continue
@@ -50,7 +50,7 @@ def test_every_source_file_and_test_that_a_page_names_exists(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_knob_that_a_page_names_exists(page: Path):
+def test_every_knob_that_a_page_names_exists(page: Path) -> None:
     known = {name for name, *_ in knobs()}
     for match in CODE.finditer(prose(page)):
         if named := re.match(r"(\w+)\.(\w+)(?:=\S*)?$", match["code"]):
@@ -60,7 +60,7 @@ def test_every_knob_that_a_page_names_exists(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_block_can_be_read_in_its_language(page: Path):
+def test_every_block_can_be_read_in_its_language(page: Path) -> None:
     for snippet in snippets(page):
         check_syntax(snippet)
         assert snippet.how not in ("dry-run", "example") or snippet.detail, snippet.where
@@ -71,7 +71,7 @@ def test_every_block_can_be_read_in_its_language(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path):
+def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
     folder = workplace(tmp_path / "checkout")
     for snippet in snippets(page):
         if snippet.file:
