@@ -1,4 +1,8 @@
-"""One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower. No test joins a Ray that it did not start."""
+"""Settings and fixtures of all tests.
+
+One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower.
+No test joins a Ray that it did not start.
+"""
 
 import asyncio
 import importlib.util
@@ -24,7 +28,7 @@ def seeded() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The main job as it is, but for all of its groups being written down: one run for all tests that look at it."""
+    """One run of the main job for all tests that read its files; every group is recorded."""
     root = tmp_path_factory.mktemp("quickstart") / "run"
     return finished(root, "train.record=true", timeout_s=500.0)
 
@@ -33,7 +37,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """A real SGLang server of the family that the test is parametrised with: one for the whole session."""
+    """A real SGLang server of the family in the parameter, one for the whole session."""
     started = start_world(request.param, tmp_path_factory.mktemp(request.param))
     yield started
     asyncio.run(started.server.close())
