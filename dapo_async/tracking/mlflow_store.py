@@ -1,7 +1,8 @@
-"""MLflow off the training path: one daemon thread and a bounded queue, and whatever becomes of them, the run goes on.
+"""Sends a run to MLflow from one daemon thread with a bounded queue, so that training never waits.
 
-Rows arrive from the driver and are sent in order. A store that is away is tried again every `RETRY_S`; at the end of the run it is not waited for.
-The run directory has everything anyway, so that nothing here is ever worth stopping for: errors are counted in `caught` and told once.
+In: rows from the driver, in order. Out: calls of `mlflow_run.MlflowRun`. A store that does not
+answer is tried again every `RETRY_S`. Errors are counted in `caught`, and the first one is printed:
+the run directory has everything anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any
 
 from dapo_async.config import Config, redacted
 from dapo_async.tracking.mlflow_run import (
+    NOTE,
+    SOURCE,
+    SOURCE_TYPE,
     Description,
     MlflowRun,
     finite_numbers,
@@ -29,21 +33,23 @@ from dapo_async.tracking.mlflow_run import (
     store_uri,
 )
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.verdict import verdict
 
 EXPERIMENT = "dapo-async"  # unless MLflow's own variable MLFLOW_EXPERIMENT_NAME names another
 RETRY_S = 15.0
-MAX_WAITING = 10_000  # calls that the queue holds; further rows stay in the run directory alone
-NUM_ROLLOUT_FILES, NEWEST_ROLLOUT_FILES = (
-    10,
-    3,
-)  # of rollouts/: at even intervals along the run, and at its end
-CLOSED = {"failed": "FAILED", "interrupted": "KILLED"}  # by the run's status; FINISHED otherwise
+MAX_WAITING = 10_000  # calls in the queue; further rows are only in the run directory
+NUM_ROLLOUT_FILES = 10  # of rollouts/, at even intervals along the run
+NEWEST_ROLLOUT_FILES = 3  # of rollouts/, at the end of the run
+CLOSED = {"failed": "FAILED", "interrupted": "KILLED"}  # by the run's status, else FINISHED
 
 Call = Callable[[MlflowRun], None]
 
 
 class MlflowStore:
-    """The MLflow side of one run. `start`, then rows, then `finish`; none of them raises or waits for MLflow, but `finish` up to its deadline."""
+    """The MLflow side of one run: `start`, then rows, then `finish`.
+
+    No method raises or waits for MLflow, except that `finish` waits up to its deadline.
+    """
 
     def __init__(
         self,
@@ -55,94 +61,94 @@ class MlflowStore:
         open_run: Callable[[Description, str | None], MlflowRun] = MlflowRun,
         retry_s: float = RETRY_S,
     ) -> None:
-        """`run_id`: the MLflow run to go on with, if the store still has it."""
+        """`run_id`: the MLflow run to continue, if the store still has it."""
         assert config.tracking.mlflow is not None, "tracking.mlflow is off"
         prepare_environment()
         self.run_id: str | None = None  # known when the store has answered
         self.caught: Counter[str] = Counter()
-        self._run_dir, self._say, self._open_run, self._retry_s = run_dir, say, open_run, retry_s
+        self._config, self._run_dir, self._say = config, run_dir, say
+        self._open_run, self._retry_s = open_run, retry_s
         self._description = describe(config, run_dir)
         self._every = max(1, config.train.num_steps // NUM_ROLLOUT_FILES)
         self._known_run_id = run_id
         self._run: MlflowRun | None = None
         self._queue: SimpleQueue[Call | None] = SimpleQueue()  # None: the end
-        self._ending, self._told = Event(), False
+        self._ending, self._reported = Event(), False
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
-        """Opens the MLflow run in the background: seconds of a core for MLflow's import, so that it had better not be where others start as well."""
+        """Opens the MLflow run in the background. Importing MLflow takes seconds of a core."""
         self._queue.put(partial(_add_files, paths=[self._run_dir.config]))
         self._thread.start()
 
     def log_step(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl: its numbers at its step, and now and then the step's rollouts."""
+        """One row of metrics.jsonl, at its `version`: steps count from 1 in MLflow.
+
+        Every tenth of the run the rollouts of the step are sent, too.
+        """
+        self._log(int(row["version"]), finite_numbers(row))
         step = int(row["step"])
-        self._put(
-            partial(_log, step=step, values=finite_numbers(row), time_ms=int(time.time() * 1000))
-        )
         if step % self._every == 0:
-            self._put(
-                partial(
-                    _add_files,
-                    paths=[self._run_dir.rollouts / f"step_{step:06d}.jsonl"],
-                    folder="rollouts",
-                )
-            )
+            path = self._run_dir.rollouts / f"step_{step:06d}.jsonl"
+            self._put(partial(_add_files, paths=[path], folder="rollouts"))
 
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
-        """One evaluation: its numbers as `evaluation.NAME`, at the weight version that was measured."""
-        values = finite_numbers(row, prefix="evaluation.")
-        self._put(
-            partial(_log, step=int(row["version"]), values=values, time_ms=int(time.time() * 1000))
-        )
+        """One evaluation: its numbers as `evaluation/NAME`, at the weight version it measured."""
+        self._log(int(row["version"]), finite_numbers(row, prefix="evaluation."))
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self._put(partial(_log, step=step, values=values, time_ms=int(time.time() * 1000)))
 
     def finish(self, status: str, reason: str, *, deadline_s: float) -> None:
-        """Sends the artifacts and closes the MLflow run. Returns at the latest after `deadline_s`; what is not sent by then is given up."""
-        if self._thread.ident is None:  # the run ended before its actors were up
+        """Sends the artifacts and closes the MLflow run.
+
+        Returns after at most `deadline_s`; whatever is not sent by then is given up.
+        """
+        if self._thread.ident is None:  # the run ended before its actors had started
             self.start()
         run_dir = self._run_dir
         newest = sorted(run_dir.rollouts.glob("step_*.jsonl"))[-NEWEST_ROLLOUT_FILES:]
         self._queue.put(partial(_add_files, paths=newest, folder="rollouts"))
-        self._queue.put(
-            partial(
-                _add_files, paths=[run_dir.config, run_dir.summary, run_dir.picture, run_dir.error]
-            )
-        )
-        self._queue.put(partial(_close, status=status, reason=redacted(reason)))
+        files = [run_dir.config, run_dir.summary, run_dir.picture, run_dir.error]
+        self._queue.put(partial(_add_files, paths=files))
+        summary = json.loads(run_dir.summary.read_text()) if run_dir.summary.exists() else {}
+        tags = {
+            "status": status,
+            "reason": redacted(reason),
+            NOTE: redacted(note(self._config, run_dir, said=verdict(summary, []))),
+        }
+        self._queue.put(partial(_close, status=status, tags=tags))
         self._queue.put(None)
         self._ending.set()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
-            self._tell(
-                "late", f"has not taken everything within {deadline_s:g} s (deadlines.stop_s)"
-            )
+            why = f"has not taken everything within {deadline_s:g} s (deadlines.stop_s)"
+            self._report("late", why)
 
     def _put(self, call: Call) -> None:
         if self._queue.qsize() < MAX_WAITING:
             self._queue.put(call)
         else:
-            self._tell("queue full", f"has {MAX_WAITING} calls waiting")
+            self._report("queue full", f"has {MAX_WAITING} calls waiting")
 
     def _work(self) -> None:
-        """The thread: one call after another, each until it is done or refused."""
+        """The thread's loop: each call is repeated until it is done or refused."""
         last_attempt = False
         while (call := self._queue.get()) is not None:
             while not self._attempt(call):
-                # A store that was never there is not worth a last attempt at the end of the run; one that went away may be back.
+                # At the end of the run a store that answered before gets one last attempt.
                 if self._ending.wait(self._retry_s):
                     if last_attempt or self._run is None:
                         return
                     last_attempt = True
 
     def _attempt(self, call: Call) -> bool:
-        """False when the store is away and `call` has to be made again."""
+        """Returns False when the store did not answer and `call` has to be repeated."""
         try:
             call(self._run or self._open())
-        except Exception as error:  # noqa: BLE001 (tracking's network edge: whatever a store, its drivers or the network raise is counted and told)
-            self._tell(
-                type(error).__name__,
-                f"can't be used: {' '.join(str(error).split())[:300] or repr(error)}",
-            )
+        except Exception as error:  # noqa: BLE001 (a store, its driver or the network may raise anything)
+            why = " ".join(str(error).split())[:300] or repr(error)
+            self._report(type(error).__name__, f"can't be used: {why}")
             return self._run is not None and is_refusal(error)
         return True
 
@@ -157,38 +163,52 @@ class MlflowStore:
         self.run_id = run.run_id
         return run
 
-    def _tell(self, what: str, why: str) -> None:
-        """Counts each trouble, and says one line of the first."""
+    def _report(self, what: str, why: str) -> None:
+        """Counts each error, and prints a line for the first."""
         self.caught[f"mlflow: {what}"] += 1
-        if not self._told:
-            self._told = True
-            self._say(
-                redacted(
-                    f"MLflow at {self._description.uri} {why}; the run goes on, and {self._run_dir.root} has everything"
-                )
-            )
+        if not self._reported:
+            self._reported = True
+            has_all = f"the run goes on, and {self._run_dir.root} has everything"
+            self._say(redacted(f"MLflow at {self._description.uri} {why}; {has_all}"))
 
 
 def describe(config: Config, run_dir: RunDir) -> Description:
     """The MLflow run that belongs to `run_dir`."""
     assert config.tracking.mlflow is not None, "tracking.mlflow is off"
     uri, artifacts = store_uri(config.tracking.mlflow, run_dir.root.parent)
-    shown = replace(
-        config, tracking=replace(config.tracking, mlflow=redacted(config.tracking.mlflow))
-    )
-    tags = {"status": "running", "run_dir": str(run_dir.root)}
+    without_password = replace(config.tracking, mlflow=redacted(config.tracking.mlflow))
+    shown = replace(config, tracking=without_password)
     return Description(
-        uri,
-        os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
-        run_dir.root.name,
-        artifacts,
-        dict(flat_parameters(asdict(shown))),
-        tags,
+        uri=uri,
+        experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
+        name=run_dir.root.name,
+        artifacts=artifacts,
+        parameters=dict(flat_parameters(asdict(shown))),
+        tags={
+            "status": "running",
+            "run_dir": str(run_dir.root),
+            NOTE: note(config, run_dir, said="The run goes on."),
+            SOURCE: "dapo-async train",
+            SOURCE_TYPE: "LOCAL",
+        },
+    )
+
+
+def note(config: Config, run_dir: RunDir, *, said: str) -> str:
+    """The description of the run on MLflow's page, in Markdown: `said`, then what was trained."""
+    replay = config.replay
+    return (
+        f"{said}\n\n"
+        f"- model `{config.model.path}`, training data `{config.data.train}`\n"
+        f"- {config.train.num_steps} steps of {replay.groups_per_step} groups of "
+        f"{replay.group_size} rollouts, staleness at most {replay.max_staleness}, "
+        f"objective {config.algorithm.objective}, engine {config.rollout.engine}\n"
+        f"- run directory `{run_dir.root}`; draw it with `dapo-async report {run_dir.root}`\n"
     )
 
 
 def known_run_id(config: Config, run_dir: RunDir) -> str | None:
-    """The MLflow run that an earlier incarnation wrote to, if that was in the store of `config`."""
+    """The MLflow run of an earlier incarnation, if it was in the store of `config`."""
     if not run_dir.mlflow.exists():
         return None
     known, wanted = json.loads(run_dir.mlflow.read_text()), describe(config, run_dir)
@@ -205,6 +225,6 @@ def _add_files(run: MlflowRun, *, paths: list[Path], folder: str | None = None) 
         run.add_file(path, folder)
 
 
-def _close(run: MlflowRun, *, status: str, reason: str) -> None:
-    run.tag({"status": status, "reason": reason})
+def _close(run: MlflowRun, *, status: str, tags: Mapping[str, str]) -> None:
+    run.tag(tags)
     run.close(CLOSED.get(status, "FINISHED"))

@@ -181,11 +181,14 @@ def check_history(
     run_id: str,
     rows: Sequence[dict[str, Any]],
     *,
-    besides: str = "evaluation.",
+    besides: str = "evaluation/",
 ) -> None:
-    """Every number of every row is a metric of the same name at the same step, and nothing else is but what begins with `besides`."""
+    """Every number of every row is a metric at its version, named with `/` in place of `.`.
+
+    There is no other metric, except those that begin with `besides`.
+    """
     expected = {
-        (name, row["step"], float(value))
+        (name.replace(".", "/"), row["version"], float(value))
         for row in rows
         for name, value in row.items()
         if name not in ("step", "version") and value is not None

@@ -269,7 +269,7 @@ def test_mlflow_has_every_number_and_the_readable_files_of_the_run(quickstart: F
     check_history(client, run_id, quickstart.metrics)
     accuracies = {
         point.step: point.value
-        for point in client.get_metric_history(run_id, "evaluation.accuracy")
+        for point in client.get_metric_history(run_id, "evaluation/accuracy")
     }
     assert accuracies == {
         evaluation["version"]: evaluation["accuracy"] for evaluation in quickstart.evaluations

@@ -84,7 +84,7 @@ def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(
 
 def test_history_check_notices_one_wrong_number(local: tuple[MlflowStore, RunDir]) -> None:
     store, run_dir = local
-    with pytest.raises(AssertionError, match=r"only in the rows: \{\('accuracy', 7, 0\.9\)\}"):
+    with pytest.raises(AssertionError, match=r"only in the rows: \{\('accuracy', 8, 0\.9\)\}"):
         check_history(
             client_of(run_dir),
             str(store.run_id),
@@ -109,6 +109,10 @@ def test_parameters_are_the_dotted_knobs_and_the_tags_say_how_it_ended(
         str(run_dir.root),
     )
     assert not any("git" in name for name in run.data.tags)
+    assert run.data.tags["mlflow.source.name"] == "dapo-async train"
+    text = run.data.tags["mlflow.note.content"]
+    assert text.startswith("Trained 0 steps.\n\n- model `")
+    assert f"draw it with `dapo-async report {run_dir.root}`" in text
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
 
 
@@ -203,7 +207,7 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
             "metrics"
         ]
         assert [(point["step"], point["value"]) for point in history] == [
-            (step, 0.25 * step) for step in range(4)
+            (step + 1, 0.25 * step) for step in range(4)
         ]
         files = {
             item["path"] for item in ask(url, f"artifacts/list?run_id={remote.run_id}")["files"]
@@ -307,12 +311,12 @@ def test_a_server_that_comes_back_gets_every_step_in_order(tmp_path: Path) -> No
     while len(run.steps) < 5:
         time.sleep(0.01)
     store.finish("done", "", deadline_s=PATIENCE_S)
-    assert run.steps == [0, 1, 2, 3, 4]
+    assert run.steps == [1, 2, 3, 4, 5]
     assert (len(said), store.caught) == (1, {"mlflow: ConnectionError": 3})
 
 
 def test_a_server_that_went_away_gets_one_last_attempt_at_the_end(tmp_path: Path) -> None:
-    for failures, sent in ((1, [0, 1]), (3, [])):
+    for failures, sent in ((1, [1, 2]), (3, [])):
         run = Flaky(failures)
         store = flaky_store(tmp_path / str(failures), run, [], retry_s=600.0)
         store.log_step(step_row(0))
@@ -327,7 +331,7 @@ def test_what_the_store_refuses_is_counted_and_holds_up_nothing(tmp_path: Path) 
     for step in range(3):
         store.log_step(step_row(step, **({"bad": 1.0} if step == 1 else {})))
     store.finish("done", "", deadline_s=PATIENCE_S)
-    assert run.steps == [0, 2]
+    assert run.steps == [1, 3]
     assert (len(said), store.caught) == (1, {"mlflow: MlflowException": 1})
 
 
