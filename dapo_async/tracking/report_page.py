@@ -73,7 +73,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel);
   margin: .2rem 0; max-height: 30rem; overflow-y: auto; border-radius: .3rem; }}
 summary {{ cursor: pointer; overflow-wrap: anywhere; }} details {{ margin: .3rem 0; }}
 details > :not(summary) {{ margin-left: clamp(.2rem, 2vw, 1rem); }}
-.facts {{ margin: .7rem 0 .1rem; font-size: .88rem; color: var(--faint); overflow-wrap: anywhere; }}
+.facts {{ margin-top: .7rem; margin-bottom: .1rem; font-size: .88rem; color: var(--faint); overflow-wrap: anywhere; }}
 .facts b {{ color: var(--ink); font-weight: 600; }}
 .note {{ color: var(--warn); }} .faint {{ color: var(--faint); }}
 fieldset {{ border: 1px solid var(--grid); border-radius: .4rem; display: flex; flex-wrap: wrap;

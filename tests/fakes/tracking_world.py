@@ -23,7 +23,7 @@ from paths import ROOT
 from dapo_async.config import Config, TrackingConfig, TrainConfig
 from dapo_async.tracking.run_dir import RunDir
 
-ROOM = ROOT / "dapo_async"
+PACKAGE = ROOT / "dapo_async"
 
 
 def config_with(mlflow: str | None, *, num_steps: int = 4) -> Config:
@@ -128,18 +128,15 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def documented(file: str) -> dict[str, tuple[str, str]]:
-    """The rows of the table on `file` in the room's README: by name, module and function that compute it. `<x>` in a name stands for any one part."""
-    section = (
-        (ROOM / "tracking" / "README.md").read_text().split(f"## {file}\n")[1].split("\n## ")[0]
-    )
-    rows = re.findall(
-        r"^\| `([^`]+)` \| [^|]*(?:\\\|[^|]*)* \|[^|]*\| `([^`]+)` `([^`]+)` \|$",
-        section,
-        re.MULTILINE,
-    )
-    assert len(rows) == section.count("\n| `"), (
-        "a row of the table has another form than the others"
-    )
+    """The rows of the table on `file` in docs/metrics.md: name -> module and function.
+
+    `<x>` in a name stands for any one part.
+    """
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    section = text.split(f"## {file}\n")[1].split("\n## ")[0]
+    row = r"^\| `([^`]+)` \| [^|]*(?:\\\|[^|]*)* \|[^|]*\| `([^`]+)` `([^`]+)` \|$"
+    rows = re.findall(row, section, re.MULTILINE)
+    assert len(rows) == section.count("\n| `"), "a row of the table has another form"
     return {name: (module, function) for name, module, function in rows}
 
 

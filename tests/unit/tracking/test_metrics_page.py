@@ -1,25 +1,25 @@
-"""The tables of metrics: each row names a function that is there, and the check of the names fails both ways."""
+"""docs/metrics.md: each row names an existing function, and the check of names fails both ways."""
 
 from __future__ import annotations
 
 import ast
 
 import pytest
-from tracking_world import ROOM, check_documented, documented, summary_names
+from tracking_world import PACKAGE, check_documented, documented, summary_names
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json"])
-def test_every_row_names_a_function_that_is_there(file: str) -> None:
+def test_every_row_names_an_existing_function(file: str) -> None:
     rows = documented(file)
     assert len(rows) > 30
     for name, (module, function) in rows.items():
-        tree = ast.parse((ROOM / module).read_text())
-        there = {
+        tree = ast.parse((PACKAGE / module).read_text())
+        functions = {
             node.name
             for node in ast.walk(tree)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-        assert function in there, f"{name} is said to be computed by {function} of {module}"
+        assert function in functions, f"the row of {name} names {function} of {module}"
 
 
 def test_check_of_the_names_fails_both_ways() -> None:
@@ -35,7 +35,7 @@ def test_check_of_the_names_fails_both_ways() -> None:
         check_documented({"loss", "groups.rejected.all_wrong"}, names)
 
 
-def test_names_of_a_summary_are_flat_but_for_maps_of_actors_and_errors() -> None:
+def test_summary_names_are_flat_except_maps_of_actors_and_errors() -> None:
     summary = {
         "steps": 1,
         "groups": {"admitted": 1, "rejected": {"all_wrong": 0}},
