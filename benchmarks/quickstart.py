@@ -1,4 +1,4 @@
-"""The main job on several seeds: how far held-out accuracy and response length go, in how many seconds, and what the asynchrony costs.
+"""The quickstart on several seeds: held-out accuracy, response length, seconds and idle shares.
 
 python benchmarks/quickstart.py [--seeds 0 1 2] [--json OUT] [--quick]
 """
@@ -27,7 +27,10 @@ QUICK = (
 
 
 def run(seed: int, folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """One training run by the command line; returns its summary with the accuracy curve. Raises CalledProcessError when it fails."""
+    """Trains once by the command line; returns the summary and the curves of the run.
+
+    Raises CalledProcessError when the run fails.
+    """
     run_dir = folder / f"seed_{seed}"
     command = [
         sys.executable,
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one tiny run: shows that the benchmark works, measures nothing",
+        help="one tiny run: checks that the benchmark works, measures nothing",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""The run directory (L3): metrics per step, readable rollouts, the timeline, the summary and the picture of a run. Called by `runtime/`.
+"""What a run records and shows: metrics, rollouts, timeline, pictures, MLflow. Used by `runtime/`.
 
-run_dir       what is written where, and the summary of every exit
-timeline      the state clocks of all actors: totals, idle shares, a Chrome/Perfetto trace
-picture       the training dynamics as one PNG
-report        one page of one or several runs; report_reading, report_charts, report_page: its parts
-progress      one line per step; display: the live one of a terminal
-mlflow_store  the same run in MLflow, off the training path; mlflow_run: its calls
-audience      whoever looks at a run while it goes on: progress and MLflow
+run_dir         the files of a run directory
+timeline        the state clocks of all actors: totals, idle shares, a Chrome/Perfetto trace
+sinks           everything that shows a run while it goes on
+terminal        one line per step; live_display: the display of a terminal
+mlflow_store    the run in MLflow, off the training path; mlflow_run: its calls
+panels          what is drawn of a run; charts: how; plot: the picture dynamics.png
+report          the HTML page; report_reading, report_page, rollout_tokens, verdict: its parts
 
-README.md explains every metric.
+docs/metrics.md explains every number.
 """

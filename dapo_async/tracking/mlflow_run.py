@@ -16,8 +16,8 @@ from typing import Any
 LOCAL = "local"  # tracking.mlflow: SQLite beside the run directories
 MAX_PARAMETERS, MAX_PARAMETER_CHARACTERS, MAX_TAG_CHARACTERS = 100, 6000, 5000  # MLflow's limits
 NOTE, SOURCE, SOURCE_TYPE = "mlflow.note.content", "mlflow.source.name", "mlflow.source.type"
-# Without an answer a request costs 3 s. MLflow's default, 7 retries of 120 s, would delay the end of
-# a run by minutes.
+# A request without an answer ends after 3 s. MLflow's default, 7 retries of 120 s, would delay the
+# end of a run by minutes.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",

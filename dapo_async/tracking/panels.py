@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One chart. `held_out` names the column of evaluations.jsonl that belongs beside the curves."""
+    """One chart. `held_out` names the column of evaluations.jsonl that is drawn beside it."""
 
     title: str
     curves: tuple[Curve, ...]

@@ -1,6 +1,7 @@
 """`dynamics.png`: the training dynamics of one run as a picture.
 
-In: metrics.jsonl and evaluations.jsonl of a run directory. Out: the PNG. Called at the end of a run.
+In: metrics.jsonl and evaluations.jsonl of a run directory. Out: the PNG. The driver calls it at the
+end of a run.
 """
 
 from __future__ import annotations

@@ -38,6 +38,21 @@ DARK = (
     _variables("#e6ebf1", "#9aa7b6", "#333d49", "#14191f", "#1d242c", DARK_SERIES)
     + "--warn:#ffb86b"
 )
+
+
+def _shades() -> str:
+    """Rules for the staleness of a token: the classes v0 to v4."""
+    rule = (
+        "body:has(#by-version:checked) .v{place}, .key.v{place} "
+        "{{ background: color-mix(in srgb, var(--{colour}) {share}%, #0000); }}"
+    )
+    shades = (("s2", 30), ("s0", 30), ("s3", 34), ("s1", 36), ("s4", 40))
+    return "\n".join(
+        rule.format(place=place, colour=colour, share=share)
+        for place, (colour, share) in enumerate(shades)
+    )
+
+
 STYLE = f"""
 :root {{ color-scheme: light dark; {LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
@@ -73,17 +88,14 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel);
   margin: .2rem 0; max-height: 30rem; overflow-y: auto; border-radius: .3rem; }}
 summary {{ cursor: pointer; overflow-wrap: anywhere; }} details {{ margin: .3rem 0; }}
 details > :not(summary) {{ margin-left: clamp(.2rem, 2vw, 1rem); }}
-.facts {{ margin-top: .7rem; margin-bottom: .1rem; font-size: .88rem; color: var(--faint); overflow-wrap: anywhere; }}
+.facts {{ margin-top: .7rem; margin-bottom: .1rem; font-size: .88rem; color: var(--faint);
+  overflow-wrap: anywhere; }}
 .facts b {{ color: var(--ink); font-weight: 600; }}
 .note {{ color: var(--warn); }} .faint {{ color: var(--faint); }}
 fieldset {{ border: 1px solid var(--grid); border-radius: .4rem; display: flex; flex-wrap: wrap;
   gap: .2rem 1.2rem; font-size: .9rem; margin: .4rem 0; }}
 .key {{ padding: 0 .4em; border-radius: .2em; }}
-body:has(#by-version:checked) .v0, .key.v0 {{ background: color-mix(in srgb, var(--s2) 30%, #0000); }}
-body:has(#by-version:checked) .v1, .key.v1 {{ background: color-mix(in srgb, var(--s0) 30%, #0000); }}
-body:has(#by-version:checked) .v2, .key.v2 {{ background: color-mix(in srgb, var(--s3) 34%, #0000); }}
-body:has(#by-version:checked) .v3, .key.v3 {{ background: color-mix(in srgb, var(--s1) 36%, #0000); }}
-body:has(#by-version:checked) .v4, .key.v4 {{ background: color-mix(in srgb, var(--s4) 40%, #0000); }}
+{_shades()}
 body:has(#by-advantage:checked) .up, .key.up
   {{ background: color-mix(in srgb, var(--s2) calc(var(--a) * 1%), #0000); }}
 body:has(#by-advantage:checked) .down, .key.down
@@ -106,15 +118,17 @@ for (const holder of document.querySelectorAll(".holder")) {
     const box = plot.getBoundingClientRect(), scale = box.width / width;
     const x = (event.clientX - box.left) / scale;
     let near = 0;
-    data.x.forEach((each, n) => { if (Math.abs(each - x) < Math.abs(data.x[near] - x)) near = n; });
+    data.x.forEach((each, n) => {
+      if (Math.abs(each - x) < Math.abs(data.x[near] - x)) near = n;
+    });
     tip.replaceChildren();
     add(tip, "b", data.head[near]);
     for (const row of data.rows)
       if (row.values[near]) add(tip, "span", row.name + " " + row.values[near], row.colour);
     bar.hidden = tip.hidden = false;
-    const left = data.x[near] * scale;
+    const left = data.x[near] * scale, before = left - tip.offsetWidth - 8;
     bar.style.left = left + "px";
-    tip.style.left = Math.max(0, left > box.width / 2 ? left - tip.offsetWidth - 8 : left + 8) + "px";
+    tip.style.left = Math.max(0, left > box.width / 2 ? before : left + 8) + "px";
   };
   holder.addEventListener("pointermove", show);
   holder.addEventListener("pointerdown", show);
@@ -210,10 +224,8 @@ def colour_choice() -> str:
             ("nothing", "no colour", ""),
         )
     )
-    stale = " ".join(
-        f'<span class="key v{each}">{each}{" or more" if each == MAX_STALENESS_SHADE else ""}</span>'
-        for each in range(MAX_STALENESS_SHADE + 1)
-    )
+    names = [*map(str, range(MAX_STALENESS_SHADE)), f"{MAX_STALENESS_SHADE} or more"]
+    stale = " ".join(f'<span class="key v{each}">{name}</span>' for each, name in enumerate(names))
     return (
         f"<fieldset><legend>Colour tokens by</legend>{choices}</fieldset>"
         '<p class="faint">Weight version: versions between the sampling of a token and its '
@@ -236,7 +248,8 @@ def response(pieces: Sequence[Piece], *, step: int, advantage: float) -> str:
             spans.append(text(shown) + more)
             continue
         staleness = step - piece.version
-        title = f"weight version {piece.version}, {staleness} behind; tokens {piece.first} to {piece.end}"
+        tokens = f"tokens {piece.first} to {piece.end}"
+        title = f"weight version {piece.version}, {staleness} behind; {tokens}"
         shade = min(max(staleness, 0), MAX_STALENESS_SHADE)
         spans.append(f'<span class="v{shade}" title="{title}">{text(shown)}{more}</span>')
     return f'<pre class="{up}" style="--a:{strength}">{"".join(spans)}</pre>'

@@ -1,6 +1,7 @@
-"""What the report knows of a run or of an evaluation: files in, plain records out (L3). Whatever is broken or missing becomes a note, never an error.
+"""Reads runs and evaluations for the report: files in, plain records out.
 
-Called by `report.py`. A run may be going on, just begun or half copied; what its model wrote is text to be shown, and nothing else.
+Anything broken or missing becomes a note and never an error: a run may still go on, or be copied
+in part. Called by `report.py` and `plot.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,13 @@ from typing import Any
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.reasons import unreadable
 
-LARGEST = 1e300  # of a number that can be drawn
-MARKS = (
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
-)  # one of them makes a folder a run directory
+LARGEST = 1e300  # larger numbers can't be drawn
+MARKS = ("config.yaml", "metrics.jsonl", "summary.json")  # a run directory has at least one
 
 
 @dataclass(frozen=True, slots=True)
 class PassRates:
-    """Share of the problem's responses that are correct, `[problems, evaluations]`; nan where one was not asked."""
+    """Share of correct responses, `[problems, evaluations]`; nan where one was not measured."""
 
     problems: list[int]  # rows of the data set
     evaluations: list[str]  # what was measured, in order
@@ -38,10 +35,8 @@ class RunRecord:
 
     name: str
     root: Path
-    rows: list[
-        dict[str, float]
-    ]  # metrics.jsonl, ascending in `step`; what is no number is left out
-    evaluations: list[dict[str, float]]  # evaluations.jsonl, ascending in `version`
+    rows: list[dict[str, float]]  # the numbers of metrics.jsonl, ascending in `step`
+    evaluations: list[dict[str, float]]  # of evaluations.jsonl, ascending in `version`
     pass_rates: PassRates
     summary: dict[str, Any]
     config: dict[str, Any]  # by dotted knob
@@ -49,7 +44,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:
-        """The rows that were written of one step; broken ones become a note."""
+        """The rollouts that were written for one step; broken rows become a note."""
         return _json_lines(rollout_file(self.root, step), self.notes)
 
 
@@ -64,7 +59,7 @@ class EvalRecord:
 
 
 def rollout_file(root: Path, step: int) -> Path:
-    """Where a run writes readable samples of a step."""
+    """The file with the readable samples of a step."""
     return RunDir(root).rollouts / f"step_{step:06d}.jsonl"
 
 
@@ -72,7 +67,8 @@ def read_run(root: Path, name: str) -> RunRecord:
     """Raises ValueError for a folder that is no run directory."""
     if not any((root / mark).is_file() for mark in MARKS):
         raise ValueError(
-            f"{root} is no run directory: it has none of {', '.join(MARKS)}; give the folder that a run has printed"
+            f"{root} is no run directory: it has none of {', '.join(MARKS)}; "
+            "give the folder that a run has printed"
         )
     run_dir, notes = RunDir(root), list[str]()
     rows = _numbers(
@@ -108,7 +104,7 @@ def read_evaluation(path: Path) -> EvalRecord:
     """The `--json` of an evaluation. Raises ValueError for anything else."""
     try:
         result = json.loads(path.read_bytes())
-        # A problem over all of whose responses the verifier failed has no rate: nan.
+        # Where the verifier failed on all responses, the problem has no rate: nan.
         rates = {
             int(each["row"]): number(each["accuracy"] if each.get("num_judged") != 0 else None)
             for each in result["problems"]
@@ -128,43 +124,30 @@ def rates_of(evaluations: Sequence[EvalRecord]) -> PassRates:
 
 
 def number(value: Any) -> float:
-    """What can be drawn, else nan."""
+    """The value if it is a number that can be drawn, else nan."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return math.nan
     return float(value)
 
 
 def _pass_rates(folder: Path, notes: list[str]) -> PassRates:
-    found = []
+    found = list[tuple[int, dict[int, float]]]()
     for path in folder.glob("version_*.json"):
         values = _json_object(path, notes)
-        rows, accuracies = values.get("rows"), values.get("accuracies")
+        version, rows, accuracies = (values.get(n) for n in ("version", "rows", "accuracies"))
         if not (
-            isinstance(values.get("version"), int)
+            isinstance(version, int)
             and isinstance(rows, list)
             and isinstance(accuracies, list)
             and len(rows) == len(accuracies)
         ):
-            notes.append(
-                f"evaluations/{path.name} does not say which problems were solved; it is left out"
-            )
+            name = f"evaluations/{path.name}"
+            notes.append(f"{name} does not say which problems were solved; it is left out")
             continue
-        found.append(
-            (
-                values["version"],
-                {
-                    row: number(accuracy)
-                    for row, accuracy in zip(rows, accuracies, strict=True)
-                    if isinstance(row, int)
-                },
-            )
-        )
-    return _arrange(
-        [
-            (str(version), accuracies)
-            for version, accuracies in sorted(found, key=lambda pair: pair[0])
-        ]
-    )
+        pairs = zip(rows, accuracies, strict=True)
+        found.append((version, {row: number(each) for row, each in pairs if isinstance(row, int)}))
+    found.sort(key=lambda pair: pair[0])
+    return _arrange([(str(version), accuracies) for version, accuracies in found])
 
 
 def _arrange(columns: Sequence[tuple[str, Mapping[int, float]]]) -> PassRates:
@@ -176,7 +159,7 @@ def _arrange(columns: Sequence[tuple[str, Mapping[int, float]]]) -> PassRates:
 def _numbers(
     rows: Sequence[Mapping[str, Any]], *, by: str, notes: list[str], name: str
 ) -> list[dict[str, float]]:
-    """The numbers of each row, one row per `by`, the last of equals."""
+    """The numbers of each row, one row per value of `by`: the last one."""
     known: dict[float, dict[str, float]] = {}
     for row in rows:
         if not math.isnan(place := number(row.get(by))):
@@ -198,7 +181,8 @@ def _json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             broken.append(total)
     if broken:
         notes.append(
-            f"{path.name}: {len(broken)} of {total} lines are no JSON objects, the first is line {broken[0]}; they are left out"
+            f"{path.name}: {len(broken)} of {total} lines are no JSON objects, "
+            f"the first is line {broken[0]}; they are left out"
         )
     return rows
 
@@ -226,7 +210,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Read as it stands: the files that it names need not be here."""
+    """The knobs as they are written; the files that they name may be missing."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Stores and rows for the tests of tracking: configs that point somewhere, a run directory with something in it, ports that answer or do not."""
+"""Helpers for the tests of tracking: configs, rows, run directories, ports and MLflow servers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,28 @@ def config_with(mlflow: str | None, *, num_steps: int = 4) -> Config:
 
 
 def step_row(step: int, **more: float | None) -> dict[str, Any]:
-    """What a display and a store need of a row of metrics.jsonl."""
-    return {
-        "step": step, "version": step + 1, "time_s": 1.5 * (step + 1), "step_s": 1.5, "tokens_per_s": 1000.0, "accuracy": 0.25 * step, "reward": 0.5,
-        "response_tokens": 7.0, "entropy": 0.5, "staleness": 1.0, "group_staleness_max": 2.0, "idle.learner": 0.25, "idle.rollout": 0.5,
-        "offered": 8, "acceptance": 0.5, "rejected.all_wrong": 4, "groups.rejected.all_wrong": 4 * (step + 1), "groups.rejected.all_equal": 0, **more,
-    }  # fmt: skip
+    """The part of a row of metrics.jsonl that displays and stores read."""
+    row: dict[str, Any] = {
+        "step": step,
+        "version": step + 1,
+        "time_s": 1.5 * (step + 1),
+        "step_s": 1.5,
+        "tokens_per_s": 1000.0,
+        "accuracy": 0.25 * step,
+        "reward": 0.5,
+        "response_tokens": 7.0,
+        "entropy": 0.5,
+        "staleness": 1.0,
+        "group_staleness_max": 2.0,
+        "idle.learner": 0.25,
+        "idle.rollout": 0.5,
+        "offered": 8,
+        "acceptance": 0.5,
+        "rejected.all_wrong": 4,
+        "groups.rejected.all_wrong": 4 * (step + 1),
+        "groups.rejected.all_equal": 0,
+    }
+    return row | more
 
 
 def run_dir_with(root: Path, *, num_steps: int = 4) -> RunDir:
@@ -62,7 +78,7 @@ def free_port() -> int:
 
 @contextmanager
 def silent_port() -> Iterator[int]:
-    """Accepts every connection and never says a word."""
+    """A port that accepts every connection and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield int(server.getsockname()[1])
 
@@ -141,7 +157,7 @@ def documented(file: str) -> dict[str, tuple[str, str]]:
 
 
 def check_documented(written: set[str], names: Iterable[str]) -> None:
-    """Whatever is written has its row in the table, and no row is of something that never is."""
+    """Every written name has a row in the table, and every row names something written."""
     patterns = {
         name: re.compile(
             re.sub(r"<\w+>", "[^.]+", re.escape(name).replace(r"\<", "<").replace(r"\>", ">"))
@@ -163,7 +179,7 @@ def check_documented(written: set[str], names: Iterable[str]) -> None:
 
 
 def summary_names(summary: Mapping[str, Any]) -> set[str]:
-    """The keys of a summary; of its parts `a.b`, but for the maps whose keys are actors, outcomes or errors."""
+    """The keys of a summary, `a.b` for nested ones. Maps by actor, result or error stay whole."""
     names = set()
     for name, value in summary.items():
         whole = name in ("seconds_by_state", "handshake", "caught", "failures") or not isinstance(

@@ -1,4 +1,4 @@
-"""Real runs before a real terminal, before one that is closed, and beside a tracking server that never answers."""
+"""Real runs on a terminal, on a closed terminal, and with a tracking server without an answer."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from run_support import (
 from tracking_world import silent_port
 
 pytestmark = pytest.mark.ray
-# A terminal of its own, as a shell in a window has it: closing it sends SIGHUP.
+# The run gets a terminal of its own, like a shell in a window: closing it sends SIGHUP.
 LOGIN = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
 class Terminal:
-    """A run in a terminal window; `shown` is all that the window was sent."""
+    """A run in a terminal window; `shown` is all that was written to it."""
 
     def __init__(self, root: Path, *overrides: str) -> None:
         self.root, self._mark, self._shown = root, uuid.uuid4().hex, b""
@@ -72,7 +72,7 @@ class Terminal:
             except BlockingIOError:
                 time.sleep(0.01)
                 continue
-            except OSError:  # nobody holds the other side any more
+            except OSError:  # the other side is closed
                 return
             self._shown += part
 
@@ -119,12 +119,12 @@ def terminal(root: Path, *overrides: str) -> Iterator[Terminal]:
         window.destroy()
 
 
-def test_a_person_before_a_terminal_sees_the_display_and_lines_above_it(tmp_path: Path) -> None:
+def test_terminal_shows_the_display_and_lines_above_it(tmp_path: Path) -> None:
     with terminal(tmp_path / "run") as window:
         run = window.finish()
         raw = window.shown
     assert run.exit_code == 0, run.output
-    assert "\x1b[1A" in raw, "nothing ever moved"
+    assert "\x1b[1A" in raw, "the display never moved the cursor"
     for fact in (
         "step 6/6",
         "learner ",
@@ -142,7 +142,7 @@ def test_a_person_before_a_terminal_sees_the_display_and_lines_above_it(tmp_path
     assert run.summary["caught"] == {}
 
 
-def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(
+def test_closing_the_terminal_ends_the_display_and_not_the_run(
     tmp_path: Path,
 ) -> None:
     with terminal(tmp_path / "run", "train.num_steps=60") as window:
@@ -154,7 +154,7 @@ def test_a_terminal_that_is_closed_takes_the_display_with_it_and_not_the_run(
     assert run.summary["caught"] == {"display": 1}
 
 
-def test_run_whose_tracking_server_never_answers_says_so_once_and_ends_well(tmp_path: Path) -> None:
+def test_run_reports_a_silent_tracking_server_once_and_ends_well(tmp_path: Path) -> None:
     with silent_port() as port:
         run = finished(
             tmp_path / "run", *TINY, f"tracking.mlflow=http://me:secret@127.0.0.1:{port}"

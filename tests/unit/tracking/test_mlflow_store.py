@@ -1,4 +1,4 @@
-"""A run in MLflow: what real stores hold afterwards, what stores cost that are away, and that no password gets anywhere."""
+"""A run in MLflow: what stores hold, what a store without an answer costs, no password anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
@@ -27,12 +27,16 @@ from tracking_world import (
 from dapo_async import config as knobs
 from dapo_async.config import Config, LearnerConfig, redacted
 from dapo_async.tracking import mlflow_store
-from dapo_async.tracking.mlflow_run import MAX_PARAMETER_CHARACTERS, flat_parameters
+from dapo_async.tracking.mlflow_run import (
+    MAX_PARAMETER_CHARACTERS,
+    MlflowRun,
+    flat_parameters,
+)
 from dapo_async.tracking.mlflow_store import NEWEST_ROLLOUT_FILES, MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
 
-PATIENCE_S = 120.0  # for a store that works on a busy machine
-SERVER_AWAY_S = 5.0  # all that a server costs that does not answer, MLflow's import apart
+PATIENCE_S = 120.0  # deadline of a working store on a busy machine
+SERVER_AWAY_S = 5.0  # most that a server without an answer costs, after MLflow's import
 
 
 def track(
@@ -73,7 +77,7 @@ def client_of(run_dir: RunDir) -> MlflowClient:
     return MlflowClient(f"sqlite:///{run_dir.root.parent}/mlflow.db")
 
 
-def test_run_is_in_the_store_beside_its_directory_with_every_number_at_its_step(
+def test_store_beside_the_run_directory_has_every_number_at_its_step(
     local: tuple[MlflowStore, RunDir],
 ) -> None:
     store, run_dir = local
@@ -116,7 +120,7 @@ def test_parameters_are_the_dotted_knobs_and_the_tags_say_how_it_ended(
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
 
 
-def test_artifacts_are_the_readable_files_and_a_bounded_choice_of_rollouts(
+def test_artifacts_are_the_readable_files_and_some_rollouts(
     local: tuple[MlflowStore, RunDir],
 ) -> None:
     store, run_dir = local
@@ -133,7 +137,7 @@ def test_artifacts_are_the_readable_files_and_a_bounded_choice_of_rollouts(
     assert NEWEST_ROLLOUT_FILES == 3
 
 
-def test_mlflow_json_names_the_run_for_those_who_go_on(local: tuple[MlflowStore, RunDir]) -> None:
+def test_mlflow_json_names_the_run_for_a_resume(local: tuple[MlflowStore, RunDir]) -> None:
     store, run_dir = local
     uri = f"sqlite:///{run_dir.root.parent}/mlflow.db"
     assert json.loads(run_dir.mlflow.read_text()) == {
@@ -154,7 +158,7 @@ def test_mlflow_json_names_the_run_for_those_who_go_on(local: tuple[MlflowStore,
         ("solved", "FINISHED"),
     ],
 )
-def test_resumed_run_goes_on_in_the_same_mlflow_run_whatever_ended_it(
+def test_resumed_run_continues_its_mlflow_run_after_any_end(
     tmp_path: Path, status: str, closed: str
 ) -> None:
     run_dir = run_dir_with(tmp_path / "run", num_steps=4)
@@ -226,7 +230,7 @@ def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
-def test_a_server_that_is_away_costs_one_line_and_a_few_seconds_of_nobody_else(
+def test_server_without_an_answer_costs_one_line_and_no_training_time(
     tmp_path: Path, kind: str
 ) -> None:
     run_dir = run_dir_with(tmp_path / "run")
@@ -270,12 +274,13 @@ def test_end_of_a_run_waits_no_longer_than_its_deadline(tmp_path: Path) -> None:
 
 
 class Flaky:
-    """An MLflow run whose server goes away for `failures` calls, and refuses what is named `bad`."""
+    """An MLflow run whose server fails `failures` calls and refuses a metric `bad`."""
 
     run_id = "f" * 32
 
     def __init__(self, failures: int = 0) -> None:
-        self.failures, self.steps = failures, []
+        self.failures = failures
+        self.steps: list[int] = []
 
     def log(self, step: int, values: dict[str, float], *, time_ms: int) -> None:
         if self.failures:
@@ -297,13 +302,13 @@ def flaky_store(tmp_path: Path, run: Flaky, said: list[str], *, retry_s: float) 
         config_with("local"),
         run_dir_with(tmp_path / "run"),
         say=said.append,
-        open_run=lambda *_: run,
+        open_run=lambda *_: cast(MlflowRun, run),
         retry_s=retry_s,
-    )  # type: ignore[arg-type, return-value]
+    )
 
 
 def test_a_server_that_comes_back_gets_every_step_in_order(tmp_path: Path) -> None:
-    run, said = Flaky(failures=3), []
+    run, said = Flaky(failures=3), list[str]()
     store = flaky_store(tmp_path, run, said, retry_s=0.01)
     store.start()
     for step in range(5):
@@ -326,7 +331,7 @@ def test_a_server_that_went_away_gets_one_last_attempt_at_the_end(tmp_path: Path
 
 
 def test_what_the_store_refuses_is_counted_and_holds_up_nothing(tmp_path: Path) -> None:
-    run, said = Flaky(), []
+    run, said = Flaky(), list[str]()
     store = flaky_store(tmp_path, run, said, retry_s=600.0)
     for step in range(3):
         store.log_step(step_row(step, **({"bad": 1.0} if step == 1 else {})))

@@ -133,7 +133,7 @@ def test_advantages_are_those_of_the_learner(normalize_std: bool) -> None:
 
 
 def test_advantage_of_an_incomplete_group_is_unknown() -> None:
-    rows = [{"reward": 1.0}, {"reward": None}]
+    rows: list[dict[str, Any]] = [{"reward": 1.0}, {"reward": None}]
     assert all(map(math.isnan, advantages(rows, {})))
     assert all(map(math.isnan, advantages(rows[:1], {"replay.group_size": 2})))
     assert advantages(rows[:1], {}) == [0.0]

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines anywhere, a display on a terminal, and a run that goes on whatever happens to either."""
+"""Plain lines, the live display, and a run that goes on when either of them fails."""
 
 from __future__ import annotations
 
@@ -34,17 +34,31 @@ def frame(progress: LiveProgress) -> str:
 
 
 def check_frame(text: str) -> None:
-    """Everything that a person wants to know of a step, each with its value."""
-    for fact in (
-        "step 12/30", "accuracy 2.750", "reward 0.500", "entropy 0.500", "length 7.0", "staleness 1.00 (max 2/2)", "1,000 tok/s", "learner 25%",
-        "rollout 50%", "accepted 4 of 8", "rejected 4 all_wrong (48 in all)", "held-out v10", "accuracy 0.875", "length 14.5", "elapsed",
+    """The display has every fact of a step with its value."""
+    facts = (
+        "step 12/30",
+        "accuracy 2.750",
+        "reward 0.500",
+        "entropy 0.500",
+        "length 7.0",
+        "staleness 1.00 (max 2/2)",
+        "1,000 tok/s",
+        "learner 25%",
+        "rollout 50%",
+        "accepted 4 of 8",
+        "rejected 4 all_wrong (48 in all)",
+        "held-out v10",
+        "accuracy 0.875",
+        "length 14.5",
+        "elapsed",
         "about 0:00:27 of training left",
-    ):  # fmt: skip
+    )
+    for fact in facts:
         assert fact in text, f"the display lacks {fact!r}:\n{text}"
-    assert "all_equal" not in text, "what never happened is no news"
+    assert "all_equal" not in text, "a reason that did not occur is not shown"
 
 
-def test_display_shows_the_newest_step_its_groups_the_last_evaluation_and_the_time_left() -> None:
+def test_display_shows_the_newest_step_the_last_evaluation_and_the_time_left() -> None:
     progress, _, _ = live()
     for step in range(12):
         progress.step(step_row(step))
@@ -61,7 +75,7 @@ def test_display_check_notices_what_is_missing() -> None:
     progress.close()
 
 
-def test_display_has_a_dash_for_what_a_step_has_not_and_nothing_before_the_first() -> None:
+def test_display_has_a_dash_for_a_missing_number() -> None:
     progress, _, _ = live()
     assert "step 0/30" in frame(progress)
     assert "accuracy –" in frame(progress)
@@ -73,7 +87,7 @@ def test_display_has_a_dash_for_what_a_step_has_not_and_nothing_before_the_first
     assert (clock(59.6), clock(3725.2)) == ("0:01:00", "1:02:05")
 
 
-def test_lines_stand_above_the_display_as_they_are_and_the_last_frame_stays() -> None:
+def test_lines_are_printed_above_the_display_and_the_last_frame_stays() -> None:
     progress, _, file = live()
     progress.say("[bold]not markup[/bold] " + "x" * 200)
     progress.step(step_row(4))
@@ -94,7 +108,8 @@ def test_plain_progress_is_one_line_per_step(capsys: pytest.CaptureFixture[str])
         progress.evaluation(MIDDLE)
     assert capsys.readouterr().out.splitlines() == [
         "run directory runs/a",
-        "step   1/30    1.5 s  accuracy 0.00  length   7.0  entropy 0.50  staleness 1.00 (max 2/2)    1000 tok/s  idle learner  25% rollout  50%  "
+        "step   1/30    1.5 s  accuracy 0.00  length   7.0  entropy 0.50  "
+        "staleness 1.00 (max 2/2)    1000 tok/s  idle learner  25% rollout  50%  "
         "-3 all_correct -4 all_wrong",
     ]
     assert progress.caught == {}
@@ -106,7 +121,7 @@ def test_step_line_survives_a_skipped_step() -> None:
     assert "entropy nan  staleness nan" in step_line(row, num_steps=30, max_staleness=2)
 
 
-def test_a_reader_that_is_gone_takes_the_lines_with_it_and_nothing_else() -> None:
+def test_closed_pipe_loses_the_lines_and_nothing_else() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as file:
@@ -116,7 +131,7 @@ def test_a_reader_that_is_gone_takes_the_lines_with_it_and_nothing_else() -> Non
         assert progress.caught == {"display": 1}
 
 
-def test_a_display_on_a_terminal_that_was_closed_goes_on_for_nobody() -> None:
+def test_display_on_a_closed_terminal_raises_nothing() -> None:
     master, slave = os.openpty()
     with os.fdopen(slave, "w") as file:
         out = Outlet(file)
@@ -124,13 +139,13 @@ def test_a_display_on_a_terminal_that_was_closed_goes_on_for_nobody() -> None:
         progress = LiveProgress(out, num_steps=30, max_staleness=2, console=console)
         progress.step(step_row(0))
         os.close(master)
-        progress.say("who hears this?")
+        progress.say("a line after the end")
         progress.step(step_row(1))
         progress.close()
         assert progress.caught == {"display": 1}
 
 
-def test_a_stream_of_few_letters_gets_question_marks() -> None:
+def test_stream_that_lacks_a_character_gets_a_question_mark() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
     Progress(Outlet(file), num_steps=1, max_staleness=0).say("accuracy – 1")
@@ -139,7 +154,10 @@ def test_a_stream_of_few_letters_gets_question_marks() -> None:
 
 def test_the_command_line_starts_without_what_only_runs_need() -> None:
     names = "mlflow rich ray torch"
-    script = f"import sys\nfrom dapo_async.cli.main import main\ncode = main(sys.argv[1:])\nassert not {{*'{names}'.split()}} & {{*sys.modules}}, 'heavy'\n"
+    script = (
+        "import sys\nfrom dapo_async.cli.main import main\ncode = main(sys.argv[1:])\n"
+        f"assert not {{*'{names}'.split()}} & {{*sys.modules}}, 'heavy'\n"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", script, "config", "--explain"],
         capture_output=True,
