@@ -1,9 +1,10 @@
-"""Tokens per second of the torch engine against Hugging Face `generate`, in one process, in alternation.
+"""Tokens per second of the native engine against Hugging Face `generate`.
 
-Both get the same random Qwen2 of 0.85 M parameters, prompts of 32 tokens and 64 new tokens, sampled at temperature 1. Hugging Face runs whole
-batches, with the faster of its caches. The engine runs as many slots in its steady state: admission is ragged, a finished slot is refilled at
-the next decode step (prefill counts on both sides), and every token has its behaviour logprob and weight version. Once every prompt is
-answered 8 times, as a trainer of groups asks for it, where the siblings share a prefill; once every prompt is answered a single time.
+Both run in one process, in alternation, on the same random Qwen2 of 0.85 M parameters: prompts of
+32 tokens, 64 new tokens, temperature 1. Hugging Face runs whole batches with the faster of its
+caches. The engine runs as many slots in its steady state: a finished slot is refilled at the next
+decode step, and every token has its behaviour logprob and weight version. Prefill counts on both
+sides. Each prompt is answered 8 times (siblings share a prefill, as in training) or once.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def prompts(batch: int, *, seed: int = 0) -> np.ndarray:
 
 
 def hugging_face(model: Any, batch: int, cache: str | None) -> Callable[[], float]:
-    """A round: one batch to its end; returns tokens per second."""
+    """A round is one batch to its end; it returns tokens per second."""
     ids = torch.from_numpy(prompts(batch)).long()
 
     def measure() -> float:
@@ -75,18 +76,15 @@ def hugging_face(model: Any, batch: int, cache: str | None) -> Callable[[], floa
 
 
 def own_engine(folder: Path, batch: int, group_size: int) -> Callable[[], float]:
-    """A round: as many decode steps as tokens in a response, in the steady state; returns tokens per second."""
+    """A round is as many decode steps as a response has tokens; it returns tokens per second."""
     engine = TorchEngine(load_decoder(folder), num_slots=batch, max_len=PROMPT_TOKENS + NEW_TOKENS)
     texts = prompts(4096)
 
     def requests() -> Iterator[GroupRequest]:
         for key in count():
-            # The first wave ends one slot after the other, so that later slots are spread evenly over their lengths.
-            new_tokens = (
-                1 + key * group_size * NEW_TOKENS // batch
-                if key * group_size < batch
-                else NEW_TOKENS
-            )
+            # The first requests end one after the other, so that slots end evenly over time.
+            first = key * group_size
+            new_tokens = 1 + first * NEW_TOKENS // batch if first < batch else NEW_TOKENS
             sampling = SamplingParams(
                 max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0
             )
@@ -108,7 +106,10 @@ def own_engine(folder: Path, batch: int, group_size: int) -> Callable[[], float]
 
 
 def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
-    """Medians over `rounds` rounds in alternation, after one of warm-up; a ratio is the median of the ratios within each round."""
+    """Medians over `rounds` rounds in alternation, after one round of warm-up.
+
+    A ratio is the median of the ratios of each round.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     contenders = {
         "hugging_face_dynamic": hugging_face(model, batch, None),
@@ -126,12 +127,8 @@ def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
     baseline = max(("hugging_face_dynamic", "hugging_face_static"), key=medians.__getitem__)
 
     def ratio(name: str) -> float:
-        return round(
-            statistics.median(
-                own / theirs for own, theirs in zip(rates[name], rates[baseline], strict=True)
-            ),
-            3,
-        )
+        pairs = zip(rates[name], rates[baseline], strict=True)
+        return round(statistics.median(own / theirs for own, theirs in pairs), 3)
 
     return {
         "batch": batch,
@@ -144,16 +141,10 @@ def compare(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": model or platform.processor(),
+        "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -169,6 +160,23 @@ def commit() -> str:
         check=False,
     )
     return done.stdout.strip() or "unknown"
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Tokens per second, and the ratios to Hugging Face, as a table."""
+    columns = ("HF dynamic", "HF static", "groups of 8", "single", "groups/HF", "single/HF")
+    print(f"{'batch':>6}" + "".join(f"{column:>12}" for column in columns))
+    for result in results:
+        rates = result["tokens_per_s"]
+        names = (
+            "hugging_face_dynamic",
+            "hugging_face_static",
+            "engine_groups_of_8",
+            "engine_single",
+        )
+        cells = [f"{rates[name]:>12}" for name in names]
+        cells += [f"{result[name]:>12.2f}" for name in ("ratio_groups_of_8", "ratio_single")]
+        print(f"{result['batch']:>6}" + "".join(cells))
 
 
 def main() -> None:
@@ -195,15 +203,7 @@ def main() -> None:
         "new_tokens": NEW_TOKENS,
         "results": results,
     }
-    print(
-        f"{'batch':>6} {'HF dynamic':>11} {'HF static':>10} {'groups of 8':>12} {'single':>7} tokens/s   groups/HF  single/HF"
-    )
-    for result in results:
-        rates = result["tokens_per_s"]
-        print(
-            f"{result['batch']:>6} {rates['hugging_face_dynamic']:>11} {rates['hugging_face_static']:>10} {rates['engine_groups_of_8']:>12}"
-            f" {rates['engine_single']:>7} {'':>10} {result['ratio_groups_of_8']:>10.2f} {result['ratio_single']:>10.2f}"
-        )
+    show(results)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")

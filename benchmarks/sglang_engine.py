@@ -1,8 +1,10 @@
-"""SGLang engines on this machine: tokens per second beside the torch engine, and what new weights cost them, per transport and mode.
+"""SGLang engines on this machine: tokens per second, and the cost of weight updates.
 
-- Rates: 1, 16 and 64 different prompts of 32 tokens, 64 new tokens each, the two engines in alternation, one thread per process.
-- Updates: 16 responses are under way. `update` is the time from the decision to the proof by the probe, `standstill` the part in which nothing is
-  generated, as ratios to one copy of the weights in memory. `lost` is by how much one update makes these responses end later.
+- Rates: 1, 16 and 64 different prompts of 32 tokens with 64 new tokens each, beside the native
+  engine, in alternation, one thread per process.
+- Updates, per mode and transport, while 16 responses run: `update` is the time from the decision to
+  the proof by the probe, `standstill` the part of it without generation, also as a ratio to one copy
+  of the weights in memory. `lost` is how much later the responses end because of one update.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class WeightSource(Protocol):
 
 
 class WeightReceiver(Protocol):
-    """An engine. `receive` and `read` return when it serves the new weights, None when it is lost."""
+    """An engine. `receive` and `read` return when it serves the weights, None when it is lost."""
 
     name: str
 
@@ -63,7 +63,7 @@ class HandshakeError(RuntimeError):
 
 
 class Publisher:
-    """Publishes versions to all receivers and calls `on_served` when all of them serve a version."""
+    """Publishes versions to all receivers; calls `on_served` when all of them serve a version."""
 
     def __init__(
         self,

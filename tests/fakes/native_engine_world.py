@@ -50,7 +50,7 @@ def group(
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation
     )
-    return GroupRequest(group_id, np.array(prompt, dtype=np.int32), siblings, sampling)
+    return GroupRequest(group_id, np.array(list(prompt), dtype=np.int32), siblings, sampling)
 
 
 def run(engine, *requests):

@@ -1,4 +1,7 @@
-"""What takes too long for every change: each way to update an SGLang server, by each transport, with each fault in its midst. Run by `.ci/full`."""
+"""Every mode and transport of weight updates with faults of the SGLang servers.
+
+It takes too long for every change; `.ci/full` runs it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import psutil
 import pytest
 from run_support import (
     TINY,
+    Finished,
     check_checkpoint,
     check_conservation,
     check_staleness,
@@ -22,6 +26,11 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 FAULTS = (kill, hang, starve)
 
 
+def largest(run: Finished, name: str) -> float:
+    """The largest value of a metric; 0 where no step has it."""
+    return max((float(row[name]) for row in run.metrics if name in row), default=0.0)
+
+
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
 @pytest.mark.parametrize("mode", ["recompute", "keep_kv", "drain"])
 def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: str) -> None:
@@ -31,7 +40,7 @@ def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: s
         f"weights.transport={transport}",
         "deadlines.answer_s=6",
     )
-    session = []
+    session: list[psutil.Process] = []
     with running(tmp_path / "run", *TINY, *SERVERS, *steps, *knobs) as live:
         live.wait_for(r"^step +4/")
         for count, fault in enumerate(FAULTS, 1):
@@ -40,36 +49,24 @@ def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: s
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     summary = run.summary
-    assert (run.exit_code, summary["status"], summary["engine_restarts"]) == (
-        143,
-        "interrupted",
-        len(FAULTS),
-    ), run.output
+    assert (run.exit_code, summary["status"]) == (143, "interrupted"), run.output
+    assert summary["engine_restarts"] == len(FAULTS), run.output
     assert not psutil.wait_procs(session, timeout=5.0)[1]
     check_conservation(summary["groups"])
-    assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (
-        0,
-        0,
-        {},
-    )
+    assert (summary["groups"]["failed"], summary["groups"]["evicted"]) == (0, 0)
+    assert summary["failures"] == {}
     assert summary["groups"]["trained"] == 4 * summary["steps"]
     assert "mismatch" not in summary["handshake"]
     for step in range(summary["steps"]):
         check_staleness(run.rollouts(step), max_staleness=2)
-    worst = {
-        name: max((row[name] for row in run.metrics if name in row), default=0.0)
-        for name in ("mismatch_max", "kv_gap_max")
-    }
-    assert 0 < worst["mismatch_max"] <= 1e-4
-    if (
-        mode != "keep_kv"
-    ):  # whose gap, a few tokens of such a short run, is held against an independent computation in test_sglang_engine.py
-        assert worst["kv_gap_max"] <= 1e-4
+    assert 0 < largest(run, "mismatch_max") <= 1e-4
+    if mode != "keep_kv":  # test_sglang_engine.py checks its gap
+        assert largest(run, "kv_gap_max") <= 1e-4
     check_checkpoint(Path(summary["checkpoint"]))
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
-def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: str) -> None:
+def test_two_engines_are_replaced_when_each_fails_in_turn(tmp_path: Path, transport: str) -> None:
     steps = (
         "rollout.num_workers=2",
         "train.num_steps=5000",
@@ -90,7 +87,7 @@ def test_two_engines_of_which_each_is_struck_in_turn(tmp_path: Path, transport: 
 
 
 def test_server_without_room_for_all_responses_gives_right_logprobs(tmp_path: Path) -> None:
-    """A third of the memory for keys and values that its slots may need: it takes responses back and computes them anew."""
+    """It has a third of the KV memory that its slots may need, so it preempts responses."""
     run = finished(
         tmp_path / "run",
         *TINY,
@@ -100,9 +97,7 @@ def test_server_without_room_for_all_responses_gives_right_logprobs(tmp_path: Pa
         "learner.lr=1e-5",
     )
     assert run.exit_code == 0, run.output
-    worst = [row["mismatch_max"] for row in run.metrics if "mismatch_max" in row]
-    assert worst
-    assert 0 < max(worst) <= 1e-4
+    assert 0 < largest(run, "mismatch_max") <= 1e-4
 
 
 def test_quickstart_learns_its_task_on_a_server(tmp_path: Path) -> None:

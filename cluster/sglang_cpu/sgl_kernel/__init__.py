@@ -1,7 +1,8 @@
-"""Stands in for SGLang's compiled kernels, whose wheel on PyPI is for CUDA only, on a machine without a GPU.
+"""Replaces SGLang's compiled kernels on a machine without a GPU; their PyPI wheel is CUDA only.
 
-SGLang imports a few functions `*_cpu` from here and, where the processor has no AMX kernels, never calls them: plain torch does their work. Whoever
-does call one (speculative decoding, moving KV between pools) is told so, instead of getting a wrong result.
+SGLang imports a few functions `*_cpu` from here. Where the processor has no AMX kernels it never
+calls them and uses plain torch. A call (speculative decoding, moving KV between pools) raises an
+error instead of returning a wrong result.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,10 @@ LADDER = (
     "5_token_level_loss",
     "6_dynamic_sampling",
 )
-FILES = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
+DAPO = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
+
+GSM8K = ["gsm8k_0.5b_1gpu.yaml", "gsm8k_1.5b_2gpu.yaml"]
+FILES = DAPO + GSM8K
 
 
 def flat(tree, prefix=""):
@@ -105,12 +108,11 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
         f"would download the model {config.model.path} (safetensors, config and tokenizer)"
         in printed
     )
-    assert (
-        "would load the data set hub:BytedTsinghua-SIA/DAPO-Math-17k:train from the Hugging Face hub\n"
-        in printed
-    )
+    published = "openai/gsm8k/main" if file in GSM8K else "BytedTsinghua-SIA/DAPO-Math-17k"
+    assert f"would load the data set hub:{published}:train from the Hugging Face hub\n" in printed
     assert f"would train {config.train.num_steps} steps of " in printed
-    assert printed.count(" 1 GPU ") >= config.learner.data_parallel * config.learner.tensor_parallel
+    ranks = config.learner.data_parallel * config.learner.tensor_parallel
+    assert printed.count(f" {config.gpus_per_rank:g} GPU ") >= ranks
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -1,4 +1,7 @@
-"""The torch engine against a naive loop of packed forwards: tokens, logprobs, noise, refills, stops, aborts."""
+"""The native engine against a naive loop of packed forward passes.
+
+Tokens, logprobs, noise, refills, stop tokens, aborts.
+"""
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family) -> No
             assert completion.finish_reason is FinishReason.LENGTH
 
 
-def test_on_policy_identity_holds_where_generation_and_learning_use_different_kernels() -> None:
+def test_on_policy_identity_holds_when_engine_and_learner_use_other_kernels() -> None:
     sizes = {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -216,7 +219,7 @@ def test_a_long_prompt_waits_for_the_next_pass(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_slots_that_end_in_every_pattern_leave_the_others_their_tokens() -> None:
-    # Random stops empty neighbouring and scattered slots at once: each way of moving the last ones into the holes is taken.
+    # Random stops empty neighbouring and scattered slots at once: all ways of moving are taken.
     stop = tuple(range(12))
     requests = [
         group(key, [3, 4, 5 + key % 7], siblings=1 + key % 5, max_tokens=20, stop=stop)

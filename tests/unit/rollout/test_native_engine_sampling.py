@@ -1,4 +1,4 @@
-"""Noise and draws: a plain integer reference, uniformity, independence of neighbours, and the distribution that comes out."""
+"""Noise against a plain integer reference; uniformity, independence and distribution of draws."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,7 @@ def test_noise_equals_a_plain_integer_reference() -> None:
     assert 0 <= keyed_uniforms(-3, group_id=2**63, siblings=range(1), num_tokens=1)[0, 0] < 1
 
 
-def test_noise_is_uniform_and_independent_between_neighbouring_seeds_keys_siblings_and_tokens() -> (
-    None
-):
+def test_noise_is_uniform_and_independent_between_neighbouring_keys() -> None:
     noise = np.stack(
         [
             [

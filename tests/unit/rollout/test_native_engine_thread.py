@@ -1,4 +1,4 @@
-"""The engine's thread: awaiting callers, swaps on the way, a crash that everybody hears of, and slot use that adds up."""
+"""The engine's thread: awaited calls, weight updates, crashes, and slot use that adds up."""
 
 import asyncio
 import subprocess
@@ -43,9 +43,7 @@ async def until(condition, timeout_s=10.0) -> None:
             await asyncio.sleep(0.001)
 
 
-def test_awaited_groups_equal_the_synchronous_engine_and_the_threads_states_are_told_apart() -> (
-    None
-):
+def test_awaited_groups_equal_the_synchronous_engine_and_the_clock_follows() -> None:
     async def main():
         engine, clock = threaded()
         await until(lambda: clock.state == "wait")
@@ -165,9 +163,7 @@ def test_an_aborted_and_a_cancelled_group_leave_the_engine() -> None:
     assert completions[1].token_ids.tolist() == naive_tokens(tiny_decoder(), request, 1)
 
 
-def test_a_request_or_an_update_that_does_not_fit_is_the_callers_error_and_the_engine_goes_on() -> (
-    None
-):
+def test_request_or_update_that_does_not_fit_is_the_callers_error() -> None:
     async def main() -> None:
         engine, _ = threaded(max_len=16, weight_update="drain")
         with pytest.raises(ValueError, match="max_len"):
@@ -276,7 +272,7 @@ def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> N
         )
 
 
-def test_the_room_imports_without_ray_and_the_other_heavy_ones() -> None:
+def test_the_package_imports_without_ray_and_other_heavy_libraries() -> None:
     heavy = ("ray", "sglang", "mlflow", "omegaconf", "transformers")
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import dapo_async.rollout"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Weights swapped between two decode steps: which version sampled each token, and what its logprobs are checked against."""
+"""Weight updates between two decode steps: versions and logprobs of the tokens."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def stepped(engine, steps):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recompute_gives_every_token_the_exact_logprob_of_the_version_that_sampled_it(
+def test_recompute_gives_every_token_the_exact_logprob_of_its_version(
     family,
 ) -> None:
     engine = tiny_engine(family, num_slots=5)
@@ -81,7 +81,7 @@ def test_siblings_that_start_after_a_swap_read_their_prompt_again() -> None:
     )
 
 
-def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_so_only_comes_near() -> None:
+def test_keep_kv_samples_from_the_new_weights_on_the_old_keys_and_values() -> None:
     engine = tiny_engine(weight_update="keep_kv")
     engine.submit(group(0, [5, 6, 7], max_tokens=8))
     stepped(engine, 4)
@@ -135,7 +135,7 @@ def test_the_probes_are_the_logprobs_of_the_weights_before_and_after() -> None:
     assert engine.version == 7
 
 
-def test_weights_of_another_dtype_are_copied_and_weights_that_do_not_fit_change_nothing() -> None:
+def test_weights_of_another_dtype_are_copied_and_wrong_ones_change_nothing() -> None:
     engine = tiny_engine()
     halves = {name: tensor.bfloat16() for name, tensor in tiny_decoder(seed=2).state_dict().items()}
     engine.update_weights(halves, version=1, probe_ids=PROBE)
