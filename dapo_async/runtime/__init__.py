@@ -1,23 +1,21 @@
-"""The only room that imports Ray (L4): thin actors, the cluster, the life of a run, THE loop.
+"""The only package that imports Ray: it starts the actors of a run and drives the main loop.
 
-address         which Ray: an own one or a running cluster
-environment     what Ray reads when it is imported; where a run writes
-reaper          ends an own Ray whose driver was killed
-checkpointer    learner, replay room and driver at one instant, saved beside the steps
-resume          where a run goes on
-cluster         an own Ray or a running one; what a run would start
-inputs          what a run reads, checked before anything starts
-replay_actor    owns the prompt cursor, the replay buffer and the payloads
-rollout_actor   one engine and its worker
-evaluator_actor an engine of its own for evaluations beside training
-engine_host     what worker and evaluator share
-evaluations     when, where and of which version
-learner_actor   one learner rank and the sender's side of a publish; whereabouts: where its step is
-remote          calls with a deadline that names who waits for whom
-system          all actors of one run, and what watches over them
-loop            THE loop
-interrupts      SIGINT and SIGTERM, once and twice
-tracker         metrics of each step from every side
-ending, summary how a run ended, and what it came to
-train           the life of a run: start, evaluate, loop, end, summary
+In the order of a run:
+
+local_model   replaces a model of the Hugging Face hub by its local folder
+preflight     checks what the run reads, before anything starts
+resume        finds the checkpoint of `train --resume`
+run           one run from start to end; `status` and `summary` say how it ended
+signals       SIGINT and SIGTERM, once and twice
+cluster/      which Ray, its start and its end; which actors a run starts
+launch        starts the actors
+actors/       the Ray actors: replay, learner ranks, rollout workers, evaluator
+handles/      typed calls to the actors, each with a deadline
+system        the actors as the loop uses them, background work, and the watch over both
+services      what drives a run: system, metrics, evaluations, checkpoints
+loop          the main loop
+step_metrics  one row of metrics per step
+evaluations   evaluations before, during and after training
+checkpointer  checkpoints beside the steps
+shutdown      the orderly end
 """

@@ -1,4 +1,7 @@
-"""Runs of the real command line in a process of their own, and the laws that the files of a run must keep. Each law is a check that raises."""
+"""Runs of the real command line in processes of their own, and checks of what their files say.
+
+Each guarantee of a run is a check that raises AssertionError when the files break it.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,22 @@ from paths import QUICKSTART
 COMMAND = str(Path(sys.executable).with_name("dapo-async"))
 MARKER = "DAPO_ASYNC_TEST_RUN"  # every process of a run inherits it, Ray's own included
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-# The smallest run that is still the real system: without filters its course does not depend on what the base model can do.
+# The smallest run of the real system. Without filters it does not depend on the base model's skill.
 TINY = (
-    "replay.groups_per_step=4", "replay.group_size=8", "replay.dynamic_sampling=false", "rollout.num_slots=64", "learner.warmup_steps=1",
-    "evaluation.num_prompts=64", "evaluation.every_steps=0", "train.num_steps=6", "tracking.mlflow=null",
-)  # fmt: skip
+    "replay.groups_per_step=4",
+    "replay.group_size=8",
+    "replay.dynamic_sampling=false",
+    "rollout.num_slots=64",
+    "learner.warmup_steps=1",
+    "evaluation.num_prompts=64",
+    "evaluation.every_steps=0",
+    "train.num_steps=6",
+    "tracking.mlflow=null",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
-    # Without the last one SGLang's processes would overwrite their environment, by which they are found.
+    # Without the last one SGLang's processes overwrite their environment, by which we find them.
     return {**os.environ, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1", **more}
 
 
@@ -85,7 +95,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def processes_of(mark: str, *, session: int) -> dict[int, str]:
-    """Command lines of what lives with this MARKER or in this session, by pid: Ray's agents overwrite their environment with their title."""
+    """Command lines of live processes with this MARKER or in this session, by pid.
+
+    The session is needed for Ray's agents, which overwrite their environment with their title.
+    """
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -168,7 +181,7 @@ class Live:
 
 @contextmanager
 def running(root: Path, *overrides: str, config: Path | None = QUICKSTART) -> Iterator[Live]:
-    """Starts `dapo-async train`, without a config `--resume`; on leaving, whatever still lives of it is killed."""
+    """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit."""
     live = Live(
         root,
         ["--resume", str(root), *overrides]
@@ -194,11 +207,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-# The laws, as files show them.
+# The guarantees of a run, as its files show them.
 
 
 def check_conservation(groups: Mapping[str, Any]) -> None:
-    """Law 2: `admitted` is the sum of all endings and of what is in flight."""
+    """Conservation: `admitted` is the sum of all outcomes and of what is in flight."""
     others = sum(
         sum(count.values()) if isinstance(count, Mapping) else count
         for name, count in groups.items()
@@ -213,7 +226,10 @@ Row = list[tuple[str, float, float]]  # state, start and end in seconds
 
 
 def rows_of(trace: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
-    """The spans of each actor, in order of time. Raises unless this is a Chrome trace of complete events with a named row per actor."""
+    """The spans of each actor in order of time.
+
+    Raises unless this is a Chrome trace of complete events with a named row per actor.
+    """
     names: dict[int, str] = {}
     rows: defaultdict[str, Row] = defaultdict(list)
     for event in trace:
@@ -235,7 +251,8 @@ def rows_of(trace: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
 
 
 def check_time_law(rows: Mapping[str, Row], *, end_s: float) -> None:
-    """Law 6: each actor's states are disjoint and add up, within 1 %, to the time from its start to the run's end."""
+    """Time accounting: each actor's states are disjoint and add up, within 1 %, to the time from
+    its start to the run's end."""
     for actor, row in rows.items():
         for (before, _, ends_s), (after, starts_s, _) in pairwise(row):
             assert starts_s >= ends_s - 1e-5, (
@@ -265,7 +282,7 @@ def overlap_share(rows: Mapping[str, Row]) -> float:
 
 
 def check_asynchrony(rows: Mapping[str, Row], rollouts: Sequence[Mapping[str, Any]]) -> None:
-    """Engines generate while the learner trains, and go on with a response across a weight update."""
+    """Engines generate while the learner trains, and continue responses across a weight update."""
     share = overlap_share(rows)
     assert share >= 0.8, f"something was generated in {share:.0%} of the train spans only"
     assert any(len(rollout["weight_versions"]) > 1 for rollout in rollouts), (
@@ -274,7 +291,8 @@ def check_asynchrony(rows: Mapping[str, Row], rollouts: Sequence[Mapping[str, An
 
 
 def check_staleness(rollouts: Sequence[Mapping[str, Any]], *, max_staleness: int) -> None:
-    """Law 1: the step that trained a response is at most `max_staleness` versions after its oldest token and its prefill."""
+    """Staleness bound: the step that trained a response is at most `max_staleness` versions after
+    its oldest token and its prefill."""
     for rollout in rollouts:
         oldest = min(
             [rollout["prefill_version"], *(version for version, _, _ in rollout["weight_versions"])]
@@ -285,7 +303,7 @@ def check_staleness(rollouts: Sequence[Mapping[str, Any]], *, max_staleness: int
 
 
 def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]]) -> None:
-    """What one row of metrics.jsonl says of its step, computed anew from all of the step's responses."""
+    """One row of metrics.jsonl agrees with the numbers computed from all responses of its step."""
     spans = [span for rollout in rollouts for span in rollout["weight_versions"]]
     num_tokens = sum(rollout["tokens"] for rollout in rollouts)
     oldest = min(
@@ -315,7 +333,8 @@ def check_metrics(row: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]])
 
 
 def check_checkpoint(folder: Path, *, differs_from: Path | None = None) -> None:
-    """transformers loads the folder and computes finite logits, other ones than the base's if asked."""
+    """transformers loads the folder and computes finite logits, which differ from those of
+    `differs_from` if it is given."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,7 @@
-"""The same command on a running cluster: two Ray nodes on this machine, as a Ray job and as a driver that joins; its end, orderly or not."""
+"""The same command on a running cluster: two Ray nodes on this machine, a Ray job, a joined driver.
+
+The end of the run too, orderly or not.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def wait_until(done: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Two nodes of two CPUs each, started by `ray start`; `environment` is what every command needs."""
+    """Two nodes of two CPUs each, started by `ray start`; every command needs `environment`."""
 
     folder: Path
     address: str
@@ -123,10 +126,17 @@ def cluster() -> Iterator[Cluster]:
     )  # short: a Unix socket's path has at most 107 characters
     mark, (head, other) = uuid.uuid4().hex, NODES
     port, dashboard = free_port(head), free_port("127.0.0.1")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", MARKER: mark, "RAY_TMPDIR": str(folder),
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0", RUNS: str(folder / "runs"),
-    }  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+    } | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        MARKER: mark,
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
+        RUNS: str(folder / "runs"),
+    }
     started = Cluster(folder, f"{head}:{port}", f"http://127.0.0.1:{dashboard}", environment)
     ports = (
         "--port",
@@ -212,7 +222,7 @@ def listens_on(actor: Actor) -> set[str]:
 
 
 def check_placement(actors: dict[str, Actor]) -> None:
-    """Rollout workers in turn on all nodes; learner and replay room on one."""
+    """Rollout workers on all nodes in turn; learner and replay actor on one."""
     assert set(actors) == {"replay", "learner", "rollout-0", "rollout-1"}
     assert actors["rollout-0"].node_id != actors["rollout-1"].node_id
     assert {actors[name].ip for name in ("rollout-0", "rollout-1")} == set(NODES)
@@ -276,7 +286,7 @@ def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Clu
     )
     actors = actors_of(cluster.job("logs", "stops").stdout)
     check_placement(actors)
-    # The weight group: the learner's rendezvous and everybody's end of it, each on its own node's interface.
+    # The weight group: the learner's rendezvous and each member's end, on its own node's interface.
     for name in ("learner", "rollout-0", "rollout-1"):
         assert listens_on(actors[name]) == {actors[name].ip}, name
     (driver,) = [
@@ -309,7 +319,7 @@ def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Clu
 
 @pytest.mark.ray
 def test_killed_driver_takes_its_actors_along(joined: Cluster, tmp_path: Path) -> None:
-    # By the address file alone, as whoever works on the head node.
+    # By the address file alone, as on the head node.
     with running(tmp_path / "run", *TINY, "train.num_steps=5000") as live:
         live.wait_for(rf"^joined the Ray cluster at {re.escape(joined.address)}: ")
         live.wait_for(r"^step +3/")
@@ -337,7 +347,7 @@ def test_own_ray_starts_beside_a_running_cluster(
     assert actors_of(run.output) == {}  # these lines name no node of the cluster
 
 
-def placed(*node_ids: Sequence[str]) -> dict[str, Actor]:
+def placed(*node_ids: str) -> dict[str, Actor]:
     names = ("replay", "learner", "rollout-0", "rollout-1")
     ips = dict(zip(sorted(set(node_ids)), NODES, strict=False))
     return {

@@ -1,4 +1,7 @@
-"""Law 8 on real processes: whatever dies or hangs, the run ends soon, says who, keeps counts and a checkpoint, and leaves nothing behind."""
+"""No silent death, on real processes: whatever dies or hangs, the run ends soon and says who.
+
+It keeps its counts and a checkpoint, and leaves no process behind.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
         if name != victim and name in summary["reason"]
     ], summary["reason"]
     assert summary["caught"]["ActorDied"] == 1
-    # The death of the learner or of the replay room costs what was trained since the last periodic checkpoint; else the newest step is saved.
+    # Without learner or replay actor the last periodic checkpoint counts, else the newest step.
     steps = summary["steps"]
     assert checkpoint.parent == run.root / "checkpoints"
     assert int(checkpoint.name.removeprefix("step_")) in (
@@ -104,7 +107,8 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
 
 @pytest.mark.ray
 def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
-    # To the whole group, as batch queues send it: Ray's own processes get it too, and must not end by it before the driver has saved.
+    # To the whole group, as batch queues send it: Ray's processes get it too, and must not end
+    # before the driver has saved.
     with running(tmp_path / "run", *TINY, *LONG) as live:
         run = end_after(live, lambda: os.killpg(live.driver, signal.SIGTERM))
     checkpoint = check_end(run, exit_code=143, status="interrupted")
@@ -166,8 +170,8 @@ def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_hanging_worker_is_named_by_the_deadline_of_whoever_waits(tmp_path: Path) -> None:
-    # Staleness 0 and few slots: right after a step the learner can only wait for what the worker still has to generate.
+def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
+    # Staleness 0 and few slots: after a step the learner can only wait for the worker.
     slow = (
         "replay.max_staleness=0",
         "replay.groups_per_step=16",
@@ -250,7 +254,8 @@ def test_failure_without_a_death_is_told_as_it_is() -> None:
 
 
 def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals], list[signal.Signals]]:
-    """What is said, which signals are noted and which end the process at once when SIGINT comes after each pause."""
+    """What is printed, which signals are noted and which end the process at once, when SIGINT comes
+    after each pause."""
     said: list[str] = []
     noted: list[signal.Signals] = []
     at_once: list[signal.Signals] = []

@@ -1,4 +1,4 @@
-"""Evaluations beside training on real processes: what the files of a run say of them, each check beside a broken twin that fails it."""
+"""Evaluations beside training on real processes: each check has a broken twin that fails it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ pytestmark = pytest.mark.ray
 NUM_STEPS, EVERY = 12, 3
 # Groups large enough for steps that last longer than an evaluation takes to begin.
 SMALL = (
-    "replay.groups_per_step=16", "replay.group_size=8", "replay.dynamic_sampling=false", "train.record=true", f"train.num_steps={NUM_STEPS}",
-    f"train.checkpoint_every_steps={EVERY}", f"evaluation.every_steps={EVERY}", "evaluation.num_prompts=512",
-)  # fmt: skip
+    "replay.groups_per_step=16",
+    "replay.group_size=8",
+    "replay.dynamic_sampling=false",
+    "train.record=true",
+    f"train.num_steps={NUM_STEPS}",
+    f"train.checkpoint_every_steps={EVERY}",
+    f"evaluation.every_steps={EVERY}",
+    "evaluation.num_prompts=512",
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,8 @@ def run(request: pytest.FixtureRequest) -> Finished:
 
 
 def check_evaluations(rows: Sequence[Mapping[str, Any]], *, engine: str, skipped: int) -> None:
-    """Each row is of one version; every due one is there unless it was skipped; before and after training all engines measured."""
+    """Each row has one version; each due version has a row or was skipped; the first and the last
+    row are of all engines."""
     for row in rows:
         assert row["weight_versions"] == [row["version"]], (
             f"an evaluation of version {row['version']} is of {row['weight_versions']}"

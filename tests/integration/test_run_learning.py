@@ -1,4 +1,4 @@
-"""The main job, whole: the quickstart learns that thinking longer pays, in its time; and what must not learn does not."""
+"""The quickstart as it is learns that thinking longer pays, in its time; its controls do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart, shortened: what a run's files say must hold, each law beside a broken twin that fails the same check."""
+"""The quickstart, shortened: its files keep every guarantee; a broken twin fails each check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -32,7 +33,8 @@ NUM_STEPS = 30
 
 @pytest.fixture(scope="session")
 def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The same system at staleness 0: the learner and the engine wait for each other. Small groups, so that many are rejected."""
+    """The same system at staleness 0: learner and engine wait for each other. Groups are small, so
+    that many are rejected."""
     root = tmp_path_factory.mktemp("synchronous") / "run"
     small = (
         "replay.groups_per_step=8",
@@ -43,7 +45,7 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return finished(root, "replay.max_staleness=0", "train.num_steps=8", *small)
 
 
-def all_rollouts(run: Finished) -> list[dict]:
+def all_rollouts(run: Finished) -> list[dict[str, Any]]:
     return [rollout for step in range(len(run.metrics)) for rollout in run.rollouts(step)]
 
 

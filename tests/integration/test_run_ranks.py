@@ -30,7 +30,8 @@ REL = 1e-3  # over the run's six steps, in float32
 
 
 def check_same_as_one_rank(run: Finished, *, rel: float) -> None:
-    """Law 4 on a run's own batches: one rank alone comes to the loss and gradient norm that the ranks had, step by step."""
+    """Token-mean exactness on a run's own batches: one rank alone computes the same loss and
+    gradient norm as the ranks did, step by step."""
     rows = {row["step"]: row for row in run.metrics}
     for compared in rerun(knobs.load(run.root / "config.yaml"), run.root / "recorded", rows=rows):
         for name in ("loss", "grad_norm"):
@@ -108,7 +109,7 @@ def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(
 
 
 @pytest.mark.ray
-def test_death_of_one_rank_ends_the_run_in_its_name_and_one_rank_goes_on_from_the_checkpoint_of_two(
+def test_one_rank_resumes_from_the_checkpoint_of_two_after_the_death_of_one(
     tmp_path: Path,
 ) -> None:
     with running(

@@ -1,4 +1,4 @@
-"""Real prompts through the whole loop: a model that knows nothing ends with the filters' clear message, and does not hang."""
+"""Real prompts through the whole loop: a model that knows nothing ends with a clear message."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ HERE = (f"data.heldout=aime24={EVALUATION_SETS['aime24']}", f"data.check_against
 
 @needs_data
 @pytest.mark.ray
-def test_real_prompts_that_a_random_model_never_solves_end_by_patience_with_a_clear_message(
+def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     tmp_path: Path,
 ) -> None:
-    # A part of the file, for tokenising all of it takes longer than the run; it holds five evaluation problems.
+    # A part of the file with five evaluation problems: tokenising all takes longer than the run.
     part = tmp_path / "part.jsonl"
     part.write_bytes(
         b"".join(
@@ -52,19 +52,23 @@ def test_real_prompts_that_a_random_model_never_solves_end_by_patience_with_a_cl
     summary = run.summary
     assert (run.exit_code, summary["status"], summary["steps"]) == (1, "failed", 0), run.output
     assert summary["reason"].startswith(
-        "the filters rejected 16 groups in a row (all_wrong 16); read the run's rollouts: all_wrong means too hard "
+        "the filters rejected 16 groups in a row (all_wrong 16); "
+        "read the run's rollouts: all_wrong means too hard "
     )
     assert summary["groups"]["rejected"]["all_wrong"] == summary["groups"]["admitted"] >= 16
     check_conservation(summary["groups"])
-    left_out = "20 of another language (rows 385, 391, 394, …), 5 contaminated (rows 576, 674, 924, …), 495 over-long (rows 31, 32, 42, …)"
+    left_out = (
+        "20 of another language (rows 385, 391, 394, …), "
+        "5 contaminated (rows 576, 674, 924, …), 495 over-long (rows 31, 32, 42, …)"
+    )
     known = "evaluation problems among them, left out: math500 5"
     assert (
         f"1480 prompts of 276 to 640 tokens from dapo_math_17k; left out: {left_out}; {known}\n"
         in run.output
     )
     assert (
-        "held-out   20 prompts of 354 to 633 tokens from aime24; left out: 10 over-long (rows 0, 5, 8, …)\n"
-        in run.output
+        "held-out   20 prompts of 354 to 633 tokens from aime24; "
+        "left out: 10 over-long (rows 0, 5, 8, …)\n" in run.output
     )
     assert f"failed: {summary['reason']}\n" in run.output
 

@@ -1,4 +1,7 @@
-"""Law 7 on real processes: a run that was killed goes on from its newest checkpoint; in lockstep it can't be told from one that never stopped."""
+"""Resume, on real processes: a killed run continues from its newest checkpoint.
+
+In lockstep it equals a run that never stopped, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,16 @@ from dapo_async.learner import read_whole_state
 from dapo_async.replay.group_io import read_groups
 
 LOCKSTEP = (
-    *TINY, "replay.dynamic_sampling=true", "replay.lockstep=true", "replay.max_staleness=0", "rollout.num_slots=32", "train.num_steps=28",
-    "train.checkpoint_every_steps=3", "train.record=true", "learner.num_minibatches=2",
-)  # fmt: skip
+    *TINY,
+    "replay.dynamic_sampling=true",
+    "replay.lockstep=true",
+    "replay.max_staleness=0",
+    "rollout.num_slots=32",
+    "train.num_steps=28",
+    "train.checkpoint_every_steps=3",
+    "train.record=true",
+    "learner.num_minibatches=2",
+)
 MORE = 8  # steps of the second life
 # What depends on the clock, or on the moment at which an actor was asked for its counts.
 BY_THE_CLOCK = (
@@ -61,7 +71,7 @@ def same_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_same_course(run: Finished, other: Finished, *, num_steps: int) -> None:
-    """Weights, optimizer, replay room, metrics and every token, bit for bit."""
+    """Weights, optimizer, replay state, metrics and every token, bit for bit."""
     ours, theirs = (
         each.root / "checkpoints" / f"step_{num_steps:06d}" / "state" for each in (run, other)
     )
@@ -103,7 +113,7 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     config: Path | None = QUICKSTART
     killed_at = []
     for life in range(2):
-        # The first kill may come before the first checkpoint; the others leave the lives behind them a few steps each.
+        # The first kill may come before the first checkpoint; later ones leave a few steps each.
         with running(tmp_path / "killed", *(LOCKSTEP if config else ()), config=config) as live:
             live.wait_for(rf"^step +{rng.randint(1, 9) + 10 * life}/")
             time.sleep(rng.random() * 0.2)
@@ -117,7 +127,7 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     assert resumed.summary["groups"] == whole.summary["groups"]
     check_conservation(resumed.summary["groups"])
     assert_same_course(resumed, whole, num_steps=28)
-    # The learner alone repeats every number of the run that had several lives; one changed digit is seen.
+    # The learner alone repeats every number of the resumed run; one changed digit is noticed.
     again = command("rerun", str(resumed.root))
     assert (again.returncode, again.stdout.splitlines()[-1]) == (
         0,
@@ -180,7 +190,7 @@ def test_sigint_ends_with_130_and_a_checkpoint(lives: Lives) -> None:
 
 @pytest.mark.ray
 def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(lives: Lives) -> None:
-    # What was under way when the run ended is part of the checkpoint: it counts as unused in that summary only.
+    # Groups in flight at the end are part of the checkpoint: only that summary counts them unused.
     run, summary, steps = lives.resumed, lives.summary, lives.trained + MORE
     assert run.exit_code == 0, run.output
     assert f"resuming at step {lives.trained} from {summary['checkpoint']}" in run.output

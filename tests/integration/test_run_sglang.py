@@ -1,4 +1,4 @@
-"""Whole runs on real SGLang servers: two engines and one learner, weights while they generate, servers that die, hang and come back."""
+"""Whole runs on real SGLang servers: two engines, one learner, servers that die and return."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LISTENING: set[str] = set()  # addresses that they listened on
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Two servers, weights by broadcast, everything written down; one of them is killed on the way."""
+    """Two servers, weights by broadcast, all groups on disk; one server is killed meanwhile."""
     root = tmp_path_factory.mktemp("two") / "run"
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=500", "train.record=true")
     with running(root, *TINY, *SERVERS, "rollout.num_workers=2", *steps) as live:
@@ -135,7 +135,7 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         live.seconds_until_nothing_is_left(timeout_s=30.0)
 
 
-def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_too_many_ends_the_run_in_its_name(
+def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
     tmp_path: Path,
 ) -> None:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
@@ -156,14 +156,22 @@ def test_only_engine_out_of_memory_comes_back_into_the_broadcast_and_one_loss_to
     assert not psutil.wait_procs(session, timeout=5.0)[1]
 
 
-def test_server_that_runs_already_is_used_and_lost_over_an_evaluation_it_is_waited_for(
+def test_server_that_runs_already_is_waited_for_when_an_evaluation_loses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is the test's own, behind a proxy that breaks off one response of the first evaluation and one of a training step."""
+    """The test starts the server, behind a proxy that breaks off one response of the first
+    evaluation and one of a training step."""
     options = ServerOptions(
-        model=Path(knobs.load(CONFIG).model.path), dtype="float32", device="cpu", tensor_parallel=1, num_slots=32, max_len=64, host="127.0.0.1",
-        seed=0, log=tmp_path / "server.log",
-    )  # fmt: skip
+        model=Path(knobs.load(CONFIG).model.path),
+        dtype="float32",
+        device="cpu",
+        tensor_parallel=1,
+        num_slots=32,
+        max_len=64,
+        host="127.0.0.1",
+        seed=0,
+        log=tmp_path / "server.log",
+    )
     server, told = SGLangServer(options), Counter[str]()
 
     def tamper(path: str, answer: Any) -> Any:
@@ -220,9 +228,7 @@ def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Pa
     assert "--no-such-flag" in run.summary["reason"]
 
 
-def test_config_of_the_quickstart_differs_from_the_torch_ones_by_the_engine_and_the_length_only() -> (
-    None
-):
+def test_sglang_quickstart_differs_from_the_torch_one_by_engine_and_length_only() -> None:
     sglang, torch = knobs.load(CONFIG), knobs.load(CONFIG.with_name("quickstart.yaml"))
     names = [name for name, *_ in knobs.knobs()]
 

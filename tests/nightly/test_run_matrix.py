@@ -1,4 +1,7 @@
-"""Whole runs that take too long for every change: what must not learn, and the rarer ways to die. Run by `.ci/full`."""
+"""Whole runs that take too long for every change: controls that must not learn, rare deaths.
+
+`.ci/full` runs them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "run"
-    shell = f"{COMMAND} train {QUICKSTART} {' '.join(TINY)} run_dir={root} | head -n 4; exit ${{PIPESTATUS[0]}}"
+    train = f"{COMMAND} train {QUICKSTART} {' '.join(TINY)} run_dir={root}"
+    shell = f"{train} | head -n 4; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(
         ["bash", "-c", shell],
         env=environment(),

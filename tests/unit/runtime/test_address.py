@@ -1,4 +1,4 @@
-"""Which Ray a run uses and where it writes: decided from files, the environment and one call, before Ray is imported."""
+"""Which Ray a run uses and where it writes, decided before Ray is imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dapo_async.runtime.cluster.environment import JOB, RUNS, prepare, run_root
 
 
 class FakeGcs(grpc.GenericRpcHandler):
-    """Answers as Ray's GCS does: whoever has no right token is refused."""
+    """Answers as Ray's GCS does: a call without the right token is refused."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token
@@ -121,7 +121,8 @@ def test_named_cluster_must_live_and_be_a_ray(monkeypatch: pytest.MonkeyPatch) -
     with gcs(FakeGcs(token=None)) as live:
         assert choose(live) == Choice(live)
     assert refusal(live).startswith(
-        f"ray.address ({live}) can't be joined: no Ray cluster answered within 5 s (UNAVAILABLE); start "
+        f"ray.address ({live}) can't be joined: no Ray cluster answered within 5 s "
+        "(UNAVAILABLE); start "
     )
     with gcs() as other:  # gRPC, but no Ray
         assert "(UNIMPLEMENTED)" in refusal(other)
@@ -161,7 +162,8 @@ def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(
     [
         (
             "http://10.0.0.1:8265",
-            "must be HOST:PORT of the cluster's GCS, such as 10.0.0.1:6379; the URL of its dashboard is for ray job submit",
+            "must be HOST:PORT of the cluster's GCS, such as 10.0.0.1:6379; "
+            "the URL of its dashboard is for ray job submit",
         ),
         ("ray://10.0.0.1:10001", "must be HOST:PORT of the cluster's GCS"),
         ("head", "must be auto, local or HOST:PORT"),
@@ -245,7 +247,8 @@ def test_run_directory_within_the_copy_of_a_job_is_refused(monkeypatch: pytest.M
     for given, shown in (("", "empty"), ("runs/a", "runs/a")):
         with pytest.raises(
             ValueError,
-            match=rf"run_dir \({shown}\) must be an absolute path in a Ray job, .*; set run_dir, or DAPO_ASYNC_RUNS ",
+            match=rf"run_dir \({shown}\) must be an absolute path in a Ray job, .*; "
+            "set run_dir, or DAPO_ASYNC_RUNS ",
         ):
             run_root(given, name="quickstart-1")
     assert run_root("/shared/a", name="quickstart-1") == Path("/shared/a")
@@ -266,11 +269,13 @@ def test_every_actor_must_fit_one_node_and_all_of_them_the_cluster() -> None:
     _check_resources({"learner": 2, "rollout-0": 2}, [2, 2], **cpus)
     with pytest.raises(
         ValueError,
-        match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; lower rollout.num_workers or num_cpus",
+        match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; "
+        r"lower rollout.num_workers or num_cpus",
     ):
         _check_resources({"learner": 2, "rollout-0": 3}, [2, 2], **cpus)
     with pytest.raises(
         ValueError,
-        match=r"one actor needs all its CPUs on one node \(learner 1, rollout-0 3\), the largest node has 2; lower ",
+        match=r"one actor needs all its CPUs on one node \(learner 1, rollout-0 3\), "
+        r"the largest node has 2; lower ",
     ):
         _check_resources({"learner": 1, "rollout-0": 3}, [2, 2], **cpus)

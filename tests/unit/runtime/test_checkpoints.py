@@ -1,4 +1,7 @@
-"""Law 7 on files: a checkpoint appears whole or not at all, killed after whatever file operation; what is kept, and groups bit for bit."""
+"""Resume, on files: a checkpoint appears whole or not at all, whenever its writer is killed.
+
+Which checkpoints are kept, and groups that are read back bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ def check_usable(folder: CheckpointFolder) -> int:
 
 
 def killed_at(operation: int, root: Path, work: Callable[[], None]) -> bool:
-    """Runs `work` in a child that dies just before its file operation number `operation` below `root`; False when it came to its end."""
+    """Runs `work` in a child that dies before its file operation number `operation` below `root`;
+    False when it came to its end."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -95,7 +99,7 @@ def kill_at_every_operation(
     raise AssertionError("the work never came to its end")
 
 
-def test_checkpoint_killed_at_every_file_operation_leaves_the_one_before_or_the_new_one_whole(
+def test_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint_whole(
     tmp_path: Path,
 ) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
@@ -142,6 +146,7 @@ def test_the_newest_are_kept_and_the_best_by_evaluation(tmp_path: Path) -> None:
             file.write(json.dumps({"version": version, "accuracy": accuracy}) + "\n")
         write_checkpoint(folder, version, keep=100)
         best = run_dir.best_version(folder.versions())
+        assert best is not None
         folder.prune(keep=2, spare=[best])
     assert folder.versions() == [6, 8, 10]  # 6 is as good as 4 and later
     assert run_dir.best_version([8, 10]) == 8
@@ -155,9 +160,10 @@ def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
     empty = make_group(99, num_tokens=0)
     write_groups(tmp_path / "groups.safetensors", [*groups, empty])
     back = read_groups(tmp_path / "groups.safetensors")
+    nothing: Any = None
     for group, copy in zip([*groups, empty], back, strict=True):
-        assert repr(replace(copy, prompt=None, rollouts=())) == repr(
-            replace(group, prompt=None, rollouts=())
+        assert repr(replace(copy, prompt=nothing, rollouts=())) == repr(
+            replace(group, prompt=nothing, rollouts=())
         )
         assert (copy.prompt.token_ids == group.prompt.token_ids).all()
         assert (copy.prompt.row, copy.prompt.text, copy.prompt.answer) == (
@@ -166,7 +172,9 @@ def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
             group.prompt.answer,
         )
         for rollout, twin in zip(group.rollouts, copy.rollouts, strict=True):
-            assert repr(replace(twin, completion=None)) == repr(replace(rollout, completion=None))
+            assert repr(replace(twin, completion=nothing)) == repr(
+                replace(rollout, completion=nothing)
+            )
             for name in ("token_ids", "behaviour_logprobs", "weight_versions"):
                 ours, theirs = getattr(rollout.completion, name), getattr(twin.completion, name)
                 assert ours.dtype == theirs.dtype

@@ -1,4 +1,4 @@
-"""When a run evaluates beside its steps, what it writes down, and what it says when that goes wrong."""
+"""When a run evaluates beside training, what it writes, and its errors."""
 
 import asyncio
 import json
@@ -101,11 +101,12 @@ def play(scene: Scene, root: Path, *overrides: str) -> tuple[list[str], Evaluati
             ],
         )
         system: Any = System()
+        sinks: Any = SimpleNamespace(say=said.append, evaluation=lambda row: None)
         evaluations = Evaluations(
             config,
             system=system,
             run_dir=RunDir(root),
-            sinks=SimpleNamespace(say=said.append, evaluation=lambda row: None),
+            sinks=sinks,
         )
         async with asyncio.timeout(20):
             await scene(evaluations, system)
@@ -135,11 +136,12 @@ def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path: Pa
     row = rows[0]
     assert 0.0 <= row.pop("waited_s") <= row.pop("wall_s")
     assert row == {
-        "version": 2, "step": 2, "accuracy": 0.75, "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25, "weight_versions": [2],
-        "engine": "snapshot",
+        "version": 2, "step": 2, "weight_versions": [2], "engine": "snapshot", "accuracy": 0.75,
+        "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25,
     }  # fmt: skip
     assert said[0].startswith(
-        "evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, snapshot, "
+        "evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, "
+        "snapshot, "
     )
     assert len(said) == 3
     assert not (tmp_path / "evaluated").exists()
@@ -203,7 +205,7 @@ def test_an_evaluation_of_two_versions_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
-def test_a_passed_deadline_says_who_waited_for_whom(tmp_path: Path) -> None:
+def test_a_passed_deadline_names_who_waited_and_for_what(tmp_path: Path) -> None:
     async def scene(evaluations: Evaluations, system: System) -> None:
         system.evaluator.gate.clear()
         await steps(evaluations, system, 2)
@@ -251,7 +253,7 @@ def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path: Path)
     assert not (tmp_path / "evaluated").exists()
 
 
-def test_a_resumed_run_removes_what_a_killed_one_left_and_keeps_the_rows_up_to_its_checkpoint(
+def test_a_resumed_run_removes_rests_and_keeps_the_rows_up_to_its_checkpoint(
     tmp_path: Path,
 ) -> None:
     run_dir = RunDir(tmp_path)
@@ -291,7 +293,8 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(
     [
         (
             "evaluation.every_steps=7",
-            r"evaluation.every_steps \(7\) must be a multiple of train.checkpoint_every_steps \(10\).*=10 or .*=7",
+            r"evaluation.every_steps \(7\) must be a multiple of "
+            r"train.checkpoint_every_steps \(10\).*=10 or .*=7",
         ),
         (
             "evaluation.engine=lease",

@@ -1,4 +1,4 @@
-"""The learner's actor beside its step: whoever copies gets one version on every rank."""
+"""The learner actor beside its step: a copy has one version on every rank."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def batch_of(groups: Any) -> TrainBatch:
 
 
 async def frozen_in_a_step(folder: Path) -> list[int]:
-    """Versions that two ranks freeze, asked while the groups of one have come and those of the other have not."""
+    """Versions of the states that two ranks copy, while only one of them has its groups."""
     ranks, arrived = (
         [actor(number, folder) for number in range(2)],
         [asyncio.Event(), asyncio.Event()],
@@ -73,7 +73,7 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
     return await asyncio.gather(*frozen)
 
 
-def test_copies_asked_for_in_the_midst_of_a_step_are_of_one_version_though_one_rank_still_waits_for_its_groups(
+def test_copies_have_one_version_though_one_rank_still_waits_for_its_groups(
     tmp_path: Path,
 ) -> None:
     assert asyncio.run(frozen_in_a_step(tmp_path)) == [6, 6]

@@ -1,4 +1,4 @@
-"""The learner's ranks as one learner: what each is sent, what is added up, and who is named when a rank dies or hangs."""
+"""The ranks as one learner: what each one gets, what is summed, and which rank an error names."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_rank_that_hangs_is_named_though_another_is_heard_first(
         tp=2,
     )
     assert (
-        str(spoken(late))
-        == "learner-1 did not answer for 0.1 s; before that, the driver waited 0.1 s for learner-0 to finish step"
+        str(spoken(late)) == "learner-1 did not answer for 0.1 s; "
+        "before that, the driver waited 0.1 s for learner-0 to finish step"
     )
     failed = learner_of(
         Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),

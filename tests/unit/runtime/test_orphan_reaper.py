@@ -1,4 +1,4 @@
-"""What an own Ray's processes heed while a run lives and when it ends: SIGTERM to everybody leaves them be, the end that Ray asks for is quick."""
+"""Signals at an own Ray: SIGTERM to all does not end it, and Ray's own shutdown is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reads is checked in the driver: a broken model folder or data file is named in one line, before anything starts."""
+"""What a run reads is checked in the driver: wrong input is one clear line before the start."""
 
 import json
 import shutil
@@ -118,10 +118,11 @@ def test_missing_misshapen_and_broken_weights_are_named(folder: Path) -> None:
     )
 
 
-def test_a_tensor_parallel_size_that_the_model_does_not_split_into_names_those_that_work() -> None:
+def test_a_wrong_tensor_parallel_size_names_those_that_work() -> None:
     line = refusal("learner.tensor_parallel=3")
     assert line.startswith(
-        "learner.tensor_parallel (3) must divide the model's num_attention_heads 4, num_key_value_heads 2, intermediate_size "
+        "learner.tensor_parallel (3) must divide the model's num_attention_heads 4, "
+        "num_key_value_heads 2, intermediate_size "
     )
     assert line.endswith("; set it to one of 1, 2, 4")
 
@@ -151,7 +152,8 @@ def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) ->
     )
     assert (
         refusal(f"data.heldout={file}")
-        == f"line 2 of {file} is not UTF-8 (invalid start byte at byte 12); convert the file to UTF-8"
+        == f"line 2 of {file} is not UTF-8 (invalid start byte at byte 12); "
+        "convert the file to UTF-8"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of metrics from reports: what each step is given when the reports come late, together or not at all."""
+"""Rows of metrics when reports come late, together or not at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Clock(StateClock):
 
 
 class System:
-    """Ten slots, half of which were occupied until second 110 and all of which are from then on; the learner trained from second 105 on."""
+    """Ten slots: half of them occupied until second 110, all from then on. The learner trains from
+    second 105 on."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._told_s = clock, 100.0
@@ -64,7 +65,7 @@ class System:
         return {
             "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
             "rollout-0": WorkerReport((), use, 0),
-            "replay": ReplayReport((), Counts(0), {}, None, 100.0, 0, 0, 0, 0, {}),
+            "replay": ReplayReport((), Counts(0), {}, 100.0, 0, 0, 0, 0, {}),
         }
 
 
@@ -81,7 +82,7 @@ def batch(version: int) -> TrainBatch:
 
 
 def check_window(rows: list[dict[str, Any]], idle: float) -> None:
-    """The shares of the steps, weighted by their seconds, are that of the whole time (law 6)."""
+    """Time accounting: the shares of the steps, weighted by their seconds, give the whole share."""
     elapsed_s = sum(row["step_s"] for row in rows)
     share = sum(row["idle.rollout"] * row["step_s"] for row in rows) / elapsed_s
     assert abs(share - idle) < 1e-9, f"the steps say that {share:.3f} was idle, it was {idle:.3f}"
