@@ -171,7 +171,6 @@ class System:
             await worker.restart()
             if await self.publisher.restore(worker):
                 await self.replay.suspend(worker.name, False)
-                await worker.revive()
                 self._say(f"{worker.name} generates again")
 
     async def evaluate(self) -> Evaluation:

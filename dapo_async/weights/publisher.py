@@ -49,8 +49,8 @@ class WeightReceiver(Protocol):
         """Reads the version from disk."""
         ...
 
-    async def quarantine(self, on: bool) -> None:
-        """On: drops its groups and generates nothing, because its weights are wrong."""
+    async def quarantine(self) -> None:
+        """Its weights are wrong: drops its groups and generates nothing before `confirm`."""
         ...
 
     async def confirm(self) -> None:
@@ -267,10 +267,9 @@ class Publisher:
 
         Raises HandshakeError after a second mismatch. None: the engine was lost.
         """
-        await receiver.quarantine(True)
+        await receiver.quarantine()
         attested = await receiver.read(announcement, await self._write(announcement))
         if attested is None:
-            await receiver.quarantine(False)  # a lost engine generates nothing anyway
             return None
         result = self._check(announcement, attested)
         if result.outcome is HandshakeOutcome.MISMATCH:
@@ -278,5 +277,4 @@ class Publisher:
                 f"wrong weights twice: first {mismatch.detail}; "
                 f"after a reload from disk {result.detail}"
             )
-        await receiver.quarantine(False)
         return result

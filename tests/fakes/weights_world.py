@@ -90,7 +90,7 @@ class FakeEngine:
         self.loads: Weights | None = None
         self.own_checksums: list[str] = []
         self.before_receive: Callable[[], Awaitable[None]] | None = None
-        self.quarantined: list[bool] = []
+        self.quarantined: list[int] = []  # the versions that were wrong
         self.confirmed: list[int] = []
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
@@ -104,8 +104,8 @@ class FakeEngine:
             return None
         return self._load(announcement, read_version(Path(folder), version=announcement.version))
 
-    async def quarantine(self, on: bool) -> None:
-        self.quarantined.append(on)
+    async def quarantine(self) -> None:
+        self.quarantined.append(self.version)
 
     async def confirm(self) -> None:
         self.confirmed.append(self.version)

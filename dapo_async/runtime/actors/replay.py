@@ -117,9 +117,8 @@ class ReplayActor:
                 await asyncio.wait_for(
                     self._changed.wait_for(
                         lambda: (
-                            worker in self._suspended
-                            or worker in self._evicted
-                            or self._may_admit()
+                            worker in self._evicted
+                            or (worker not in self._suspended and self._may_admit())
                         )
                     ),
                     POLL_S,

@@ -13,7 +13,7 @@ from dapo_async.config import Config, DeadlinesConfig
 from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
-from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.rollout.worker import GENERATING, RolloutWorker
 from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
@@ -42,7 +42,7 @@ class ReplayClient(Handle[ReplayActor]):
 
 class RolloutActor:
     """Call `ready` first. Only SGLang servers can be lost: `lost` reports it, then the driver calls
-    `restart`, sends weights, and calls `revive`."""
+    `restart`, sends weights, and calls `confirm`."""
 
     def __init__(
         self,
@@ -108,16 +108,12 @@ class RolloutActor:
         return await self._worker.lost()
 
     async def restart(self) -> None:
-        """Starts a lost engine again; it serves nothing before `read` and `revive`."""
+        """Starts a lost engine again; it generates nothing before `read` and `confirm`."""
         await self._host.restart()
-        self._worker.started_anew()
-
-    async def revive(self) -> None:
-        """The engine serves proved weights again, so the worker asks for groups again."""
-        self._worker.revive()
+        self._worker.restarted()
 
     async def back(self) -> None:
-        """Waits until the engine is not lost."""
+        """Waits until the engine may generate."""
         await self._worker.back()
 
     async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> None:
@@ -135,7 +131,7 @@ class RolloutActor:
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         """A late server counts as lost before the deadline of the whole publish passes."""
-        self._worker.hold(True)
+        self._worker.hold()
         limit_s = UPDATE_SHARE * self._config.deadlines.answer_s if self._host.restartable else None
         try:
             async with asyncio.timeout(limit_s) as limit:
@@ -150,18 +146,17 @@ class RolloutActor:
             )
         return None
 
-    async def quarantine(self, on: bool) -> None:
-        """On: the weights are wrong, so all groups in hand are given up and generation stops.
-        Off: generation goes on."""
-        await self._worker.quarantine(on)
+    async def quarantine(self) -> None:
+        """The weights are wrong: gives up all groups and starts none before `confirm`."""
+        await self._worker.quarantine()
 
     async def confirm(self) -> None:
         """The weights are proved: groups that finished since the swap may be offered."""
-        self._worker.hold(False)
+        self._worker.confirm()
 
     async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
-        """Greedy accuracy on one part of the held-out prompts. None: the engine is lost."""
-        if self._worker.is_lost:
+        """Greedy accuracy on one part of the held-out prompts. None: the engine can't generate."""
+        if self._worker.state not in GENERATING:
             return None
         try:
             return await self._host.evaluate(part=part, num_parts=num_parts)

@@ -94,7 +94,6 @@ class WorkerHandle(Handle[RolloutActor]):
     watch = remote(RolloutActor.run, _unlimited)
     lost = remote(RolloutActor.lost, _unlimited)
     restart = remote(RolloutActor.restart, _start_with_margin)
-    revive = remote(RolloutActor.revive, _short)
     back = remote(RolloutActor.back, _return)
     join = remote(RolloutActor.join, _answer)
     receive = remote(RolloutActor.receive, _answer)

@@ -7,6 +7,7 @@ import pytest
 from worker_world import COMPLETION, SAMPLING, hold_scoring, play, settled
 
 from dapo_async.rollout import EngineFault
+from dapo_async.rollout.worker import TRANSITIONS, WorkerState
 
 
 @pytest.mark.parametrize(("num_slots", "groups"), [(6, 3), (7, 4), (3, 2), (1, 2)])
@@ -97,13 +98,13 @@ def test_a_group_that_is_evicted_before_its_generation_is_never_generated() -> N
         replay.offers_answered.clear()
         engine.finish(0)  # its offer is not answered before the quarantine
         await settled()
-        await worker.quarantine(True)
+        await worker.quarantine()
         await replay.give(2)  # answers the request from before the quarantine: groups 1 and 2
         await settled()
         await replay.evict(1)
         replay.offers_answered.set()
         await settled()
-        await worker.quarantine(False)
+        worker.confirm()
         await settled()
         assert [request.group_id for request in engine.requests] == [0, 2]
         assert engine.group_ids == [2]
@@ -147,13 +148,13 @@ def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admissio
     None
 ):
     async def scene(worker, engine, replay) -> None:
-        await worker.quarantine(True)
+        await worker.quarantine()
         assert engine.aborted == [0, 1, 2]
         assert replay.failed == [([0, 1, 2], "quarantine of rollout-0")]
         await settled()
         assert engine.group_ids == []
         assert replay.asked == [3]
-        await worker.quarantine(False)
+        worker.confirm()
         await settled()
         assert engine.group_ids == [3, 4, 5]
         for group_id in (3, 4, 5):
@@ -170,10 +171,10 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
         engine.finish(0)  # is being scored when the quarantine begins
         await settled()
         engine.finish(1)  # has ended, but its task does not know yet
-        await worker.quarantine(True)
+        await worker.quarantine()
         gate.set()
         await settled()
-        await worker.quarantine(False)
+        worker.confirm()
         await settled()
         assert replay.offered == []
         assert replay.failed == [([0, 1, 2, 3], "quarantine of rollout-0")]
@@ -184,12 +185,11 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
 def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end() -> None:
     async def scene(worker, engine, replay) -> None:
         assert engine.group_ids == [0]
-        await worker.quarantine(
-            True
-        )  # while the replay room is being asked: what group 0 held comes back as group 1
+        # A request is under way: the credit of group 0 comes back as group 1.
+        await worker.quarantine()
         await settled()
         assert engine.group_ids == []
-        await worker.quarantine(False)
+        worker.confirm()
         await settled()
         assert engine.group_ids == [1]
 
@@ -198,10 +198,10 @@ def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its
 
 def test_a_quarantine_that_follows_another_at_once_starts_nothing() -> None:
     async def scene(worker, engine, replay) -> None:
-        await worker.quarantine(True)
+        await worker.quarantine()
         await settled()  # group 1 waits for the end of the quarantine
-        await worker.quarantine(False)
-        await worker.quarantine(True)
+        worker.confirm()
+        await worker.quarantine()
         await settled()
         assert [request.group_id for request in engine.requests] == [0]
         assert [group_ids for group_ids, _ in replay.failed] == [[0], [1]]
@@ -250,11 +250,11 @@ def test_an_error_anywhere_ends_the_run_with_that_error(
 
 def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdict() -> None:
     async def scene(worker, engine, replay) -> None:
-        worker.hold(True)
+        worker.hold()
         engine.finish(0)
         await settled()
         assert replay.offered == []
-        worker.hold(False)
+        worker.confirm()
         await settled()
         assert replay.offered == [0]
 
@@ -263,11 +263,11 @@ def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdic
 
 def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offered() -> None:
     async def scene(worker, engine, replay) -> None:
-        worker.hold(True)
+        worker.hold()
         engine.finish(0)
         await settled()
-        await worker.quarantine(True)
-        worker.hold(False)
+        await worker.quarantine()
+        worker.confirm()
         await settled()
         assert replay.offered == []
         assert [group_ids for group_ids, _ in replay.failed] == [[0]]
@@ -293,18 +293,21 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
             (2, (COMPLETION, None, None)),
         ]
         assert (replay.failed, replay.offered, len(replay.asked)) == ([], [], asked)
-        worker.started_anew()
-        worker.revive()
+        worker.restarted()
+        worker.hold()
+        await settled()
+        assert engine.group_ids == []  # its first weights are not proved
+        worker.confirm()
         await settled()
         assert engine.group_ids == [3, 4, 5]
-        assert not worker._lost.is_set()
+        assert not asyncio.create_task(worker.lost()).done()
 
     play(scene)
 
 
 def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_handed_on() -> None:
     async def scene(worker, engine, replay) -> None:
-        worker.hold(True)
+        worker.hold()
         engine.fail(0, EngineFault("killed", (COMPLETION, None, None)))
         await settled()
         assert replay.handed_back == [(0, ())]
@@ -314,17 +317,16 @@ def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_han
 
 def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered() -> None:
     async def scene(worker, engine, replay) -> None:
-        worker.hold(True)
+        worker.hold()
         engine.finish(0)
         await settled()
         assert (replay.offered, replay.handed_back) == ([], [])
         worker.lose("killed before its handshake")
         await settled()
         assert (replay.offered, replay.handed_back) == ([], [(0, ())])
-        worker.started_anew()
-        worker.hold(True)
-        worker.hold(False)  # another server has proved its weights
-        worker.revive()
+        worker.restarted()
+        worker.hold()
+        worker.confirm()  # another server has proved its weights
         await settled()
         assert replay.offered == []
 
@@ -335,9 +337,10 @@ def test_engine_that_is_lost_again_before_it_is_back_stays_shut() -> None:
     async def scene(worker, engine, replay) -> None:
         engine.fail(0, EngineFault("killed"))
         await settled()
-        worker.started_anew()
+        worker.restarted()
+        worker.hold()
         worker.lose("killed again, over its first weights")
-        worker.revive()
+        worker.confirm()  # of a handshake from before the loss
         await settled()
         assert await worker.lost() == "killed again, over its first weights"
         assert engine.group_ids == [1, 2]
@@ -351,5 +354,101 @@ def test_evicted_group_of_a_lost_engine_is_not_handed_back() -> None:
         worker._wanted.discard(0)
         await settled()
         assert replay.handed_back == []
+
+    play(scene)
+
+
+SERVING, HOLDING, QUARANTINED, LOST = WorkerState
+ALLOWED = {
+    (SERVING, HOLDING),
+    (SERVING, QUARANTINED),
+    (SERVING, LOST),
+    (HOLDING, SERVING),
+    (HOLDING, QUARANTINED),
+    (HOLDING, LOST),
+    (QUARANTINED, SERVING),
+    (QUARANTINED, LOST),
+    (LOST, QUARANTINED),
+}
+
+
+@pytest.mark.parametrize("before", WorkerState)
+@pytest.mark.parametrize("after", WorkerState)
+def test_worker_changes_its_state_along_the_table_only(before, after) -> None:
+    async def scene(worker, engine, replay) -> None:
+        worker.state = before
+        if (before, after) in ALLOWED:
+            worker._enter(after)
+            assert worker.state is after
+        else:
+            with pytest.raises(AssertionError, match=f"from {before} to {after}"):
+                worker._enter(after)
+            assert worker.state is before
+
+    assert ((before, after) in ALLOWED) == (after in TRANSITIONS[before])
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("before", "hold", "confirm", "quarantine", "lose"),
+    [
+        (SERVING, HOLDING, SERVING, QUARANTINED, LOST),
+        (HOLDING, HOLDING, SERVING, QUARANTINED, LOST),
+        (QUARANTINED, QUARANTINED, SERVING, QUARANTINED, LOST),
+        (LOST, LOST, LOST, LOST, LOST),
+    ],
+)
+def test_each_event_moves_each_state_as_documented(before, hold, confirm, quarantine, lose) -> None:
+    async def reach(worker) -> None:
+        match before:
+            case WorkerState.HOLDING:
+                worker.hold()
+            case WorkerState.QUARANTINED:
+                await worker.quarantine()
+            case WorkerState.LOST:
+                worker.lose("killed")
+        assert worker.state is before
+
+    for event, after in {
+        "hold": hold,
+        "confirm": confirm,
+        "quarantine": quarantine,
+        "lose": lose,
+    }.items():
+
+        async def scene(worker, engine, replay, event=event, after=after) -> None:
+            await reach(worker)
+            match event:
+                case "quarantine":
+                    await worker.quarantine()
+                case "lose":
+                    worker.lose("killed")
+                case _:
+                    getattr(worker, event)()
+            assert worker.state is after
+
+        play(scene)
+
+
+def test_restarted_engine_is_quarantined_from_its_first_weights_to_their_proof() -> None:
+    async def scene(worker, engine, replay) -> None:
+        worker.lose("killed")
+        worker.hold()
+        assert worker.state is LOST  # the dead engine gets no weights
+        worker.restarted()
+        worker.confirm()
+        assert worker.state is LOST
+        worker.hold()
+        assert worker.state is QUARANTINED
+        worker.confirm()
+        assert worker.state is SERVING
+
+    play(scene)
+
+
+def test_restart_of_an_engine_that_is_not_lost_is_refused() -> None:
+    async def scene(worker, engine, replay) -> None:
+        with pytest.raises(AssertionError, match="restarted while serving"):
+            worker.restarted()
 
     play(scene)

@@ -64,7 +64,7 @@ def test_engine_that_skipped_the_update_is_quarantined_and_reloaded(tmp_path: Pa
     publisher = make_publisher(learner, engine)
     assert publish(publisher, learner.announce(1)) == [1]
     assert publisher.outcomes == {"mismatch": 1, "passed": 1}
-    assert engine.quarantined == [True, False]
+    assert engine.quarantined == [1]
     assert engine.confirmed == [1]
     assert checksum(engine.model.state_dict()) == checksum(learner.model.state_dict())
 
@@ -79,7 +79,7 @@ def test_second_mismatch_stops_the_run_with_both_values(tmp_path: Path) -> None:
     values = f"{checksum(wrong)[:12]}.*{announcement.checksum[:12]}"
     with pytest.raises(HandshakeError, match=f"wrong weights twice.*{values}"):
         publish(publisher, announcement)
-    assert engine.quarantined == [True]
+    assert engine.quarantined == [3]
     assert engine.confirmed == []
 
 
@@ -112,7 +112,7 @@ def test_engines_of_one_layout_are_compared_with_the_first_that_passed(tmp_path:
     assert publish(publisher, learner.announce(1)) == [1]
     # The reload brought the weights that the second engine had: inconclusive.
     assert publisher.outcomes == {"mismatch": 1, "passed": 2, "inconclusive": 1}
-    assert [engine.quarantined for engine in engines] == [[], [True, False], []]
+    assert [engine.quarantined for engine in engines] == [[], [1], []]
 
     first.own_checksums, third.own_checksums = ["cc" * 8], ["cc" * 8]
     second.own_checksums = ["dd" * 8] * 2
