@@ -1,15 +1,16 @@
-"""The data room (L2): a data set and the model's tokenizer come in, an endless, resumable stream of prompts leaves.
+"""Data: a data set and a tokenizer come in, an endless, resumable stream of prompts leaves.
 
-tokenizer  of a Hugging Face folder; transformers is imported on first use only
-sources    rows of JSONL, Parquet, folders and the hub; `datasets` is imported on first use only
+The replay actor reads the training set, the rollout actors the held-out set. docs/data.md is the
+user's page.
+
+tokenizer  the tokenizer of a Hugging Face folder; imports transformers on first use only
+sources    rows of JSONL, Parquet, folders and the hub; imports `datasets` on first use only
 presets    columns and templates of published data sets
-screening  repeats, conflicting answers, other languages, problems of the evaluation sets: left out and counted
-templates  what stands around a problem
-prompts    rows of a data set → templated, tokenised prompts, and a count of what was left out
-sets       a whole data set as a config and a model want it
-stream     their order: seeded, shuffled anew in each epoch
-
-Called by the replay actor (training) and the rollout actors (held-out evaluation).
+screening  leaves out repeats, conflicting answers, other languages and evaluation problems
+templates  the text around a problem
+prompts    rows become prompts; what is left out is counted
+sets       the data sets that a config names
+stream     the order of prompts: seeded, shuffled anew in each epoch
 """
 
 from dapo_async.data.presets import PRESETS, preset_of

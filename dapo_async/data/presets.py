@@ -1,4 +1,7 @@
-"""Published data sets: where they are, which columns they have, how their problems are posed. A new one is an entry in `PRESETS`."""
+"""Published data sets: their place on the hub, their columns and their templates.
+
+`PRESETS` has one entry per data set.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from types import MappingProxyType
 
 from dapo_async.config import Source, parse_source
 from dapo_async.reward.math_verifier.normalize import normalised
-from dapo_async.reward.math_verifier.numeric import number
+from dapo_async.reward.math_verifier.numeric import parse_number
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{?")
 END_OF_FORMULA = re.compile(r"(?<!\\)\$|\\[\])]|\\\\|\\end\b|\n")
@@ -18,23 +21,26 @@ END_OF_FORMULA = re.compile(r"(?<!\\)\$|\\[\])]|\\\\|\\end\b|\n")
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Columns are named as in `data.prompt_key`; of several the first that a row has, for copies of a set differ in their names."""
+    """A published data set.
 
-    hub: str  # where it was published, in the grammar of data.train
+    Columns are written as in `data.prompt_key`. Of several columns the first that a row has is
+    read, because copies of a data set name them differently.
+    """
+
+    hub: str  # its place on the hub, written as in data.train
     problem: tuple[str, ...] = ("problem",)
     answer: tuple[str, ...] = ("answer",)
-    answer_form: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of columns that hold more than the answer: see `answer_of`
+    # For columns that hold more than the answer: see `answer_of`.
+    answer_form: Mapping[str, str] = field(default_factory=dict)
     template: str = "boxed"
-    wrapped: str | None = None  # the template that stands around each problem already
+    wrapped: str | None = None  # the template that the published problems already have
     deduplicate: bool = False
 
 
 DAPO_PROBLEM, DAPO_ANSWER = ("problem", "prompt.0.content"), ("answer", "reward_model.ground_truth")
 PRESETS = MappingProxyType(
     {
-        # 1,791,700 rows: each of 17,917 prompts a hundred times.
+        # 1,791,700 rows: each of the 17,917 prompts occurs a hundred times.
         "dapo_math_17k": Preset(
             "hub:BytedTsinghua-SIA/DAPO-Math-17k:train",
             DAPO_PROBLEM,
@@ -52,7 +58,7 @@ PRESETS = MappingProxyType(
             answer_form={"solution": "boxed"},
         ),
         "math500": Preset("hub:HuggingFaceH4/MATH-500:test"),
-        # DAPO's own copy has each problem 32 times.
+        # In DAPO's own copy each problem occurs 32 times.
         "aime24": Preset(
             "hub:HuggingFaceH4/aime_2024:train",
             DAPO_PROBLEM,
@@ -68,7 +74,10 @@ PRESETS = MappingProxyType(
 
 
 def preset_of(source: Source) -> tuple[Preset | None, Source]:
-    """The preset of a source, and the source itself with `hub:PRESET` replaced by where that set is. Raises ValueError for an unknown preset."""
+    """The preset of a source, and the source with `hub:PRESET` replaced by its place on the hub.
+
+    The preset is None for a source without one. Raises ValueError for an unknown preset.
+    """
     name = source.preset
     if name is None and source.hub is not None and "/" not in source.hub:
         name = source.hub
@@ -77,7 +86,8 @@ def preset_of(source: Source) -> tuple[Preset | None, Source]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{name!r} is no preset of data; did you mean {near!r}? Known are {', '.join(PRESETS)} (a path may begin with ./)"
+            f"{name!r} is no preset of data; did you mean {near!r}? "
+            f"Known are {', '.join(PRESETS)}; for a path write ./{name}"
         )
     preset = PRESETS[name]
     if source.hub is None or "/" in source.hub:
@@ -94,14 +104,15 @@ def preset_of(source: Source) -> tuple[Preset | None, Source]:
 
 
 def answer_of(text: str, form: str | None) -> str:
-    r"""The gold answer in a column; empty where the form does not find one.
+    r"""The gold answer in a column; empty where there is none in this form.
 
-    `hashes`: after the last ####, without commas (GSM8K); a text without #### is one if it is a number. `boxed`: in the last \boxed{…} or \fbox{…}
-    (MATH); after one without braces, such as \boxed 5, what follows in its formula.
+    `hashes` (GSM8K): the text after the last ####, without commas; a number without #### is the
+    answer itself. `boxed` (MATH): the content of the last \boxed{…} or \fbox{…}; after one without
+    braces, such as \boxed 5, the rest of its formula. None: the whole text.
     """
     if form == "hashes":
         _, hashes, last = text.rpartition("####")
-        return last.replace(",", "").strip() if hashes or number(normalised(last)) else ""
+        return last.replace(",", "").strip() if hashes or parse_number(normalised(last)) else ""
     if form == "boxed":
         return _last_boxed(text)
     return text

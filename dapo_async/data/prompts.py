@@ -1,4 +1,8 @@
-"""Rows of a data set become prompts: columns found, what may not be trained left out and counted, the template filled in, tokenised."""
+"""Rows of a data set become prompts. The replay actor and evaluation call it through `sets.py`.
+
+It finds the columns, leaves out and counts what may not be trained, fills in the template and
+tokenises the text.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +28,12 @@ from dapo_async.data.screening import (
     of_language,
 )
 from dapo_async.data.sources import read_rows
-from dapo_async.data.templates import Template
+from dapo_async.data.templates import PLACEHOLDER, Template
 from dapo_async.data.tokenizer import Tokenizer
 from dapo_async.types import Prompt
+
+SOURCE_COLUMN = "data_source"  # names the data set that a row is from; rows may lack it
+PROMPT_KNOB, ANSWER_KNOB = "data.prompt_key", "data.answer_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +43,30 @@ class PromptSet:
     source: Source
     prompts: tuple[Prompt, ...]
     left_out: LeftOut
-    contaminated: Mapping[
-        str, int
-    ]  # how many of the problems are in each evaluation set too, left out or not
-    contaminated_kept: int = 0
+    contaminated: Mapping[str, int]  # number of problems that are in each evaluation set too
+    contaminated_kept: int = 0  # number of them that are not left out
 
     @property
     def summary(self) -> str:
         """One line for the log."""
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
-        line = f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens from {self.source.name}; left out: {self.left_out}"
+        line = (
+            f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens "
+            f"from {self.source.name}; left out: {self.left_out}"
+        )
         if not self.contaminated:
             return line
         sets = ", ".join(f"{name} {count}" for name, count in self.contaminated.items())
-        return f"{line}; evaluation problems among them, {'trained all the same' if self.contaminated_kept else 'left out'}: {sets}"
+        done = "kept for training" if self.contaminated_kept else "left out"
+        return f"{line}; evaluation problems among them, {done}: {sets}"
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a run sees of it, in order."""
+        """SHA-256 of the rows, texts, answers and sources of all prompts, in order."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(
-                f"{prompt.row}\0{prompt.text}\0{prompt.answer}\0{prompt.source}\0".encode()
-            )
+            fields = (prompt.row, prompt.text, prompt.answer, prompt.source)
+            digest.update("".join(f"{field}\0" for field in fields).encode())
         return digest.hexdigest()
 
 
@@ -68,74 +76,71 @@ def load_prompts(
     tokenizer: Tokenizer,
     prompt_key: str | None = None,
     answer_key: str | None = None,
-    source_key: str = "data_source",
     template: str | None = None,
     system: str | None = None,
     max_prompt_tokens: int,
     screening: Screening = Screening(),  # noqa: B008 (frozen)
 ) -> PromptSet:
-    """Reads one problem per row; numbers are taken as text. What is None is the preset's, or else: columns `prompt` and `answer`, no template.
-    The column `source_key` is one that rows may lack.
+    """Reads one problem per row; numbers become text.
 
-    Raises ValueError for what can't be read, rows without the columns, a column that holds neither text nor number, and when no row is left.
+    Where a column or the template is None, the preset decides; without a preset the columns are
+    `prompt` and `answer` and there is no template.
+
+    Raises ValueError for a source that can't be read, rows without the columns, a column that holds
+    neither text nor a number, and when no row is left.
     """
     preset, source = preset_of(Source(path=source) if isinstance(source, Path) else source)
     left_out = LeftOut()
-    problems = _problems(source, preset, prompt_key, answer_key, left_out, source_key=source_key)
+    rows = _problems(source, preset, prompt_key, answer_key, left_out)
+    problems, found, counts = _screened(rows, screening, preset, left_out)
+    around = Template(template or (preset.template if preset else PLACEHOLDER), system=system)
+    texts, encoded = around.tokenised([problem.text for problem in problems], tokenizer)
+    kept = []
+    for problem, text, ids in zip(problems, texts, encoded, strict=True):
+        if len(ids) > max_prompt_tokens:
+            left_out.add("over-long", problem.row)
+            continue
+        token_ids = np.array(ids, dtype=np.int32)
+        kept.append(
+            Prompt(problem.row, text, token_ids, answer=problem.answer, source=problem.source)
+        )
+    if not kept:
+        raise ValueError(
+            f"{source.where} has no usable prompt; left out: {left_out}; over-long means more than "
+            f"data.max_prompt_tokens ({max_prompt_tokens}): change the knobs of data or the data"
+        )
+    contaminated_kept = len(found) if screening.contamination == "warn" else 0
+    return PromptSet(source, tuple(kept), left_out, counts, contaminated_kept)
+
+
+def _screened(
+    rows: Iterator[Problem], screening: Screening, preset: Preset | None, left_out: LeftOut
+) -> tuple[list[Problem], set[int], Counter[str]]:
+    """The problems that pass; the rows of evaluation problems, and their number for each set."""
     if screening.language is not None:
-        problems = of_language(problems, screening.language, left_out)
-    deduplicate = (
-        screening.deduplicate
-        if screening.deduplicate is not None
-        else preset is not None and preset.deduplicate
-    )
-    chosen = deduplicated(problems, left_out) if deduplicate else list(problems)
-    found, counts = (
-        contaminated(chosen, screening.against)
-        if screening.contamination != "off"
-        else (set[int](), Counter[str]())
-    )
+        rows = of_language(rows, screening.language, left_out)
+    deduplicate = screening.deduplicate
+    if deduplicate is None:
+        deduplicate = preset is not None and preset.deduplicate
+    problems = deduplicated(rows, left_out) if deduplicate else list(rows)
+    if screening.contamination == "off":
+        return problems, set(), Counter()
+    found, counts = contaminated(problems, screening.against)
     if screening.contamination == "drop":
         for row in sorted(found):
             left_out.add("contaminated", row)
-        chosen = [problem for problem in chosen if problem.row not in found]
-    around = Template(template or (preset.template if preset else "{problem}"), system=system)
-    texts, encoded = around.tokenised([problem.text for problem in chosen], tokenizer)
-    kept = []
-    for problem, text, ids in zip(chosen, texts, encoded, strict=True):
-        if len(ids) > max_prompt_tokens:
-            left_out.add("over-long", problem.row)
-        else:
-            kept.append(
-                Prompt(
-                    row=problem.row,
-                    text=text,
-                    token_ids=np.array(ids, dtype=np.int32),
-                    answer=problem.answer,
-                    source=problem.source,
-                )
-            )
-    if not kept:
-        raise ValueError(
-            f"{source.where} has no usable prompt; left out: {left_out}; over-long are those of more than data.max_prompt_tokens "
-            f"({max_prompt_tokens}): give other data or change the knobs of data"
-        )
-    return PromptSet(
-        source,
-        tuple(kept),
-        left_out,
-        counts,
-        contaminated_kept=len(found) if screening.contamination == "warn" else 0,
-    )
+        problems = [problem for problem in problems if problem.row not in found]
+    return problems, found, counts
 
 
 def load_fingerprints(source: Source, *, prompt_key: str | None = None) -> frozenset[str]:
-    """The problems of an evaluation set, for the contamination check. Columns and errors as in `load_prompts`; answers do not matter."""
+    """The problems of an evaluation set, for the contamination check.
+
+    Columns and errors are those of `load_prompts`, without the answers.
+    """
     preset, source = preset_of(source)
-    return fingerprints(
-        problem.text
-        for problem in _problems(source, preset, prompt_key, None, LeftOut(), with_answers=False)
-    )
+    problems = _problems(source, preset, prompt_key, None, LeftOut(), with_answers=False)
+    return fingerprints(problem.text for problem in problems)
 
 
 def _problems(
@@ -145,99 +150,94 @@ def _problems(
     answer_key: str | None,
     left_out: LeftOut,
     *,
-    source_key: str | None = None,
     with_answers: bool = True,
 ) -> Iterator[Problem]:
-    """Every row with a problem and an answer. At the end: ValueError if some had no such column."""
-    keys = {
-        "data.prompt_key": (prompt_key,)
-        if prompt_key
-        else preset.problem
-        if preset
-        else ("prompt",),
-        "data.answer_key": (answer_key,)
-        if answer_key
-        else preset.answer
-        if preset
-        else ("answer",),
-    }
-    if not with_answers:
-        del keys["data.answer_key"]
-    columns = [
-        *(key for known in keys.values() for key in known),
-        *([source_key] if source_key else []),
-    ]
+    """Every row with a problem and an answer; the others are counted in `left_out`.
+
+    Raises ValueError at the end when rows lacked a column.
+    """
+    keys = {PROMPT_KNOB: _keys(prompt_key, preset.problem if preset else None, "prompt")}
+    if with_answers:
+        keys[ANSWER_KNOB] = _keys(answer_key, preset.answer if preset else None, "answer")
+    columns = [*(key for known in keys.values() for key in known), SOURCE_COLUMN]
     wrapped = Template(preset.wrapped) if preset and preset.wrapped else None
     missing: list[tuple[int, str, tuple[str, ...]]] = []
     for row, values in enumerate(read_rows(source, columns=columns)):
-        found = {
-            knob: next((key for key in known if _has(values, key)), None)
-            for knob, known in keys.items()
-        }
-        if lacking := next((knob for knob, key in found.items() if key is None), None):
-            missing.append((row, lacking, tuple(map(str, values))))
+        found: dict[str, str] = {}
+        for knob, known in keys.items():
+            key = next((key for key in known if _has(values, key)), None)
+            if key is None:
+                missing.append((row, knob, tuple(map(str, values))))
+                break
+            found[knob] = key
+        if len(found) < len(keys):
             continue
         texts = {
-            knob: _text(values, str(key), knob=knob, source=source, row=row)
+            knob: _text(values, key, knob=knob, source=source, row=row)
             for knob, key in found.items()
         }
-        problem = texts["data.prompt_key"]
-        answer = answer_of(
-            texts.get("data.answer_key", ""),
-            preset.answer_form.get(str(found.get("data.answer_key"))) if preset else None,
-        )
+        problem = texts[PROMPT_KNOB]
         problem = wrapped.without(problem) if wrapped else problem
-        if problem.strip() and (answer.strip() or not with_answers):
-            origin = (
-                _text(values, source_key, knob="data.source_key", source=source, row=row)
-                if source_key and _has(values, source_key)
-                else ""
-            )
-            yield Problem(row, problem, answer, origin)
-        else:
+        form = preset.answer_form.get(found.get(ANSWER_KNOB, "")) if preset else None
+        answer = answer_of(texts.get(ANSWER_KNOB, ""), form)
+        if not problem.strip() or (with_answers and not answer.strip()):
             left_out.add("empty", row)
+            continue
+        origin = ""
+        if with_answers and _has(values, SOURCE_COLUMN):
+            origin = _text(values, SOURCE_COLUMN, knob=None, source=source, row=row)
+        yield Problem(row, problem, answer, origin)
     if missing:
         row, knob, there = missing[0]
         more = f", the first of {len(missing)} such rows," if len(missing) > 1 else ""
         raise ValueError(
-            f"row {row} of {source.where}{more} has no column {keys[knob][0]!r}; set {knob} to one of {', '.join(there)}"
+            f"row {row + 1} of {source.where}{more} has no column {keys[knob][0]!r}; "
+            f"set {knob} to one of {', '.join(there)}"
         )
+
+
+def _keys(
+    configured: str | None, of_preset: tuple[str, ...] | None, default: str
+) -> tuple[str, ...]:
+    """The columns to look for, in order."""
+    return (configured,) if configured else of_preset or (default,)
 
 
 _ABSENT = object()
 
 
 def _lookup(values: Any, key: str) -> Any:
-    """`values[key]`, or along the dots of `key` through objects and lists; `_ABSENT` where there is nothing."""
+    """`values[key]`, or the value at the dotted path `key`; `_ABSENT` where there is none."""
     if isinstance(values, dict) and key in values:
         return values[key]
     for part in key.split("."):
         if isinstance(values, dict) and part in values:
             values = values[part]
-        elif (
-            isinstance(values, Sequence)
-            and not isinstance(values, str)
-            and part.isdecimal()
-            and int(part) < len(values)
-        ):
+        elif _is_index(values, part):
             values = values[int(part)]
         else:
             return _ABSENT
     return values
 
 
+def _is_index(values: Any, part: str) -> bool:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    return is_list and part.isdecimal() and int(part) < len(values)
+
+
 def _has(values: Any, key: str) -> bool:
     return _lookup(values, key) is not _ABSENT
 
 
-def _text(values: Any, key: str, *, knob: str, source: Source, row: int) -> str:
+def _text(values: Any, key: str, *, knob: str | None, source: Source, row: int) -> str:
+    """The text or number in a column as text; empty for null, NaN and infinity."""
     value = _lookup(values, key)
-    if value is None or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):  # NaN: how tables say that there is nothing
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
+    remedy = f", or set {knob} to another column" if knob else ""
     raise ValueError(
-        f"column {key!r} in row {row} of {source.where} holds a {type(value).__name__}; write text or a number, or set {knob} to another column"
+        f"column {key!r} in row {row + 1} of {source.where} holds a {type(value).__name__}; "
+        f"write text or a number{remedy}"
     )

@@ -1,4 +1,6 @@
-"""Which problems are trained: no repeats, no conflicting answers, one language, none of the evaluation sets. What is left out is counted."""
+"""Screening of problems: leaves out repeats, conflicting answers, other languages and evaluation
+problems, and counts them. `prompts.py` calls it.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,24 @@ from typing import Literal
 from dapo_async.reward.math_verifier.normalize import normalised
 from dapo_async.reward.math_verifier.numeric import plain_equal
 
-NUM_NAMED = 3  # rows that are named of each reason
+NUM_NAMED = 3  # rows that a message names for each reason
 NO_WORD = re.compile(r"[\W_]+")
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    row: int  # in the data set, from 0
-    text: str  # without any template
+    """A row of a data set, before the template."""
+
+    row: int  # in the data set, from 0; messages count from 1
+    text: str  # without the template
     answer: str
-    source: str = ""  # as the row names it
+    source: str = ""  # the content of the column data_source
 
 
 @dataclass(slots=True)
 class LeftOut:
-    """Rows that are no prompts, by reason: how many, and the first of them."""
+    """Rows that are left out, by reason: their number and the first of them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first_rows: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -49,23 +53,27 @@ class LeftOut:
         rows, count = self.first_rows[reason], self.counts[reason]
         return (
             ("row " if count == 1 else "rows ")
-            + ", ".join(map(str, rows))
+            + ", ".join(str(row + 1) for row in rows)
             + (", …" if count > len(rows) else "")
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Screening:
-    """What is asked of training problems. `against`: the `fingerprints` of each evaluation set, by its name."""
+    """The rules for training problems."""
 
     language: Literal["en", "zh"] | None = None
-    deduplicate: bool | None = None  # None: as the preset has it
+    deduplicate: bool | None = None  # None: the preset decides
     contamination: Literal["drop", "warn", "off"] = "off"
+    # The `fingerprints` of each evaluation set, by its name.
     against: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def of_language(problems: Iterable[Problem], language: str, left_out: LeftOut) -> Iterator[Problem]:
-    """A problem with a Chinese character is zh, every other one en: the two languages of DAPO-Math-17k."""
+    """The problems of one language of DAPO-Math-17k.
+
+    A problem with a Chinese character is zh, every other one is en.
+    """
     for problem in problems:
         if (CHINESE.search(problem.text) is not None) == (language == "zh"):
             yield problem
@@ -74,14 +82,14 @@ def of_language(problems: Iterable[Problem], language: str, left_out: LeftOut) -
 
 
 def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem]:
-    """The first of equal problems, and none where their answers differ. Equal: but for whitespace and Unicode's composition of characters.
+    """The first of equal problems; none of them where their answers differ.
 
-    Signs count: `a + b` and `a - b` are two problems. Answers that are plainly equal to the verifier, such as `1/2` and `0.5`, do not differ; those
-    that only its symbolic engine could tell do.
+    Problems are equal when they differ only in whitespace and in Unicode's composition of
+    characters; `a + b` and `a - b` are two problems. Answers are equal when `plain_equal` finds it,
+    as for `1/2` and `0.5`; answers that only computer algebra could compare differ.
     """
-    keys: dict[
-        str, str
-    ] = {}  # most repeats are equal to the last character: so the set's hundred copies are normalised once
+    # The copies of a problem are mostly identical, so each text is normalised once.
+    keys: dict[str, str] = {}
     alike: dict[str, Problem] = {}
     rows: dict[str, list[int]] = {}
     answers: defaultdict[str, list[str]] = defaultdict(list)  # every spelling once
@@ -103,7 +111,7 @@ def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem
 
 
 def _are_one(one: str, other: str) -> bool:
-    """Whether each of two answers is right where the other is the gold answer."""
+    """Whether each of two answers is correct when the other one is the gold answer."""
     if one.split() == other.split():
         return True
     one, other = normalised(one), normalised(other)
@@ -111,19 +119,25 @@ def _are_one(one: str, other: str) -> bool:
 
 
 def fingerprint(text: str) -> str:
-    """What is compared with evaluation problems: word characters alone, in one case. Laxer than `deduplicated`, for a leak is worse than a loss."""
+    """The text that is compared with evaluation problems: its word characters, in lower case.
+
+    This matches more than `deduplicated`, because a leaked problem is worse than a lost one.
+    """
     return NO_WORD.sub("", unicodedata.normalize("NFC", text).casefold())
 
 
 def fingerprints(texts: Iterable[str]) -> frozenset[str]:
-    """Of a whole set; what has no word character at all is like nothing."""
+    """The fingerprints of a set, without those of texts that have no word character."""
     return frozenset(fingerprint(text) for text in texts) - {""}
 
 
 def contaminated(
     problems: Sequence[Problem], against: Mapping[str, frozenset[str]]
 ) -> tuple[set[int], Counter[str]]:
-    """The rows of the problems that are evaluation problems too, and how many of each set; a problem may be in several."""
+    """The rows of problems that are evaluation problems, and the number for each evaluation set.
+
+    A problem may be in several sets.
+    """
     rows: set[int] = set()
     counts: Counter[str] = Counter()
     for problem in problems:

@@ -1,4 +1,7 @@
-"""A data set as a config and a model want it: its prompts, or one line about what does not fit."""
+"""The data sets of a config: a config and a tokenizer come in, prompts that fit the model leave.
+
+The replay actor, the check at start and evaluation call it. Errors are one line.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,20 @@ from dapo_async.config import Config, Source, parse_source, parse_sources
 from dapo_async.data.presets import preset_of
 from dapo_async.data.prompts import PromptSet, load_fingerprints, load_prompts
 from dapo_async.data.screening import Screening
+from dapo_async.data.templates import PLACEHOLDER
 from dapo_async.data.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:  # it imports torch, which prompts do without
+if TYPE_CHECKING:  # it imports torch, which prompts do not need
     from dapo_async.model import ModelConfig
 
 
 def load_set(
     config: Config, source: str, tokenizer: Tokenizer, *, training: bool = False, hub: bool = True
 ) -> PromptSet:
-    """The prompts of `data.train`, `data.heldout` or another source with the knobs of `data`; those for `training` are screened.
+    """The prompts of `data.train`, `data.heldout` or another source, with the knobs of `data`.
 
-    Without `hub` the check for evaluation problems leaves out the sets that are there.
+    Prompts for `training` are screened. Without `hub` the check for evaluation problems skips the
+    evaluation sets that are on the hub.
     """
     data = config.data
     preset, _ = preset_of(parse_source(data.train))
@@ -29,8 +34,8 @@ def load_set(
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
-        template=data.template
-        or (preset.template if preset else "{problem}"),  # evaluation asks as training does
+        # Held-out prompts get the template of the training set.
+        template=data.template or (preset.template if preset else PLACEHOLDER),
         system=data.system,
         max_prompt_tokens=data.max_prompt_tokens,
         screening=_screening(config, hub=hub) if training else Screening(),
@@ -43,41 +48,48 @@ def _screening(config: Config, *, hub: bool) -> Screening:
     if data.contamination != "off":
         for source in [parse_source(data.heldout), *parse_sources(data.check_against)]:
             if hub or not is_on_hub(source):
-                against[source.where if source.name in against else source.name] = (
-                    load_fingerprints(source, prompt_key=data.prompt_key)
-                )
+                name = source.where if source.name in against else source.name
+                against[name] = load_fingerprints(source, prompt_key=data.prompt_key)
     return Screening(data.language, None, data.contamination, against)
 
 
 def is_on_hub(source: Source) -> bool:
-    """Also by the name of a preset."""
+    """Whether a source is on the hub, also when it is the name of a preset."""
     return preset_of(source)[1].hub is not None
 
 
 def usable_tokenizer(folder: Path) -> Tokenizer:
-    """Raises ValueError for one that can't be loaded, whatever its library says of it."""
+    """The tokenizer of `folder`. Raises ValueError when it can't be loaded, for any reason."""
     try:
         return load_tokenizer(folder)
-    except Exception as error:  # a broken file raises whatever the tokenizers library likes, a plain Exception among it
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the tokenizer of {folder} can't be loaded: {reason}; copy tokenizer.json and its companions of the base model"
+            f"the tokenizer of {folder} can't be loaded: {reason}; "
+            "copy the tokenizer files of the base model there"
         ) from error
 
 
 def check_fit(
     found: PromptSet, model: ModelConfig, *, folder: Path, max_response_tokens: int
 ) -> None:
-    """Raises ValueError for tokens that the model does not know and prompts that leave no room for a response. `folder`: the tokenizer's."""
+    """Raises ValueError when prompts do not fit the model.
+
+    They have tokens that the model does not know, or leave no room for a response. `folder` is the
+    tokenizer's.
+    """
     largest = max(int(prompt.token_ids.max(initial=0)) for prompt in found.prompts)
     if largest >= model.vocab_size:
         raise ValueError(
-            f"the tokenizer of {folder} gives token {largest} for a prompt of {found.source.where}, the model knows {model.vocab_size} tokens "
-            "(vocab_size); take tokenizer and weights from one model"
+            f"the tokenizer of {folder} gives token {largest} for a prompt of "
+            f"{found.source.where}, but vocab_size of the model is {model.vocab_size}; "
+            "take tokenizer and weights from one model"
         )
     longest = max(len(prompt.token_ids) for prompt in found.prompts)
     if longest + max_response_tokens > model.max_positions:
         raise ValueError(
-            f"the longest prompt of {found.source.where} ({longest} tokens) and rollout.max_response_tokens ({max_response_tokens}) must not pass "
-            f"the model's {model.max_positions} positions; lower rollout.max_response_tokens or data.max_prompt_tokens"
+            f"the longest prompt of {found.source.where} ({longest} tokens) and "
+            f"rollout.max_response_tokens ({max_response_tokens}) must not exceed the model's "
+            f"{model.max_positions} positions; "
+            "lower rollout.max_response_tokens or data.max_prompt_tokens"
         )

@@ -1,8 +1,12 @@
-"""Rows of a data set, wherever it is: a JSONL or Parquet file, a folder of either, a folder of `datasets.save_to_disk`, or a name on the hub.
+"""Rows of a data set: a source comes in, its rows leave. `prompts.py` calls it.
 
-JSONL has a reader of its own: `datasets` costs each process 0.9 s of imports and a copy of the file in its cache, this one milliseconds, and it
-names the line of a mistake. Parquet is read by pyarrow, everything else by `datasets`, which is imported only for that. No code of a data set is ever
-run: `datasets` 5 has no loading scripts, and nothing is unpickled.
+A source is a JSONL or Parquet file, a folder of either, a folder of `datasets.save_to_disk`, or a
+name on the hub.
+
+JSONL has its own reader, which takes milliseconds and names the line of a mistake; `datasets` costs
+each process 0.9 s of imports and a copy of the file in its cache. pyarrow reads Parquet. `datasets`
+reads the rest and is imported only for that. Nothing of a data set is executed: `datasets` 5 has no
+loading scripts, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ from typing import Any
 from dapo_async.config import Source
 
 BATCH_ROWS = 4096
-HUB_S = 20.0  # for the hub's first answer
+HUB_S = 20.0  # deadline for the first answer of the hub
 SPLIT = re.compile(r"(train|test|validation|valid|dev|val)(?=[-_.])")
 
 
 def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Row by row. Of a table only those of `columns` (with dots within nested ones) that it has, or all if it has fewer than two of them.
+    """The rows of a source.
 
-    Raises ValueError with one clear line for what can't be read.
+    Of a table only `columns` are read; a name with dots is a nested column. A table that has fewer
+    than two of them is read whole, so that a message can name the columns that it has. Raises
+    ValueError, in one line, for a source that can't be read.
     """
     if source.path is None:
         return _saved_rows(_from_hub(source), columns)
@@ -35,7 +41,8 @@ def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[dict[str, A
         )
     if not source.path.is_dir():
         raise ValueError(
-            f"data file {source.path} does not exist; give the path of a JSONL or Parquet file, or of a folder"
+            f"data file {source.path} does not exist; "
+            "give the path of a JSONL or Parquet file, or of a folder"
         )
     return _folder_rows(source.path, columns)
 
@@ -44,7 +51,8 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir()) or ["SPLIT"]
         raise ValueError(
-            f"data folder {folder} holds the splits {', '.join(splits)}; give one of them, such as {folder / splits[0]}"
+            f"data folder {folder} holds the splits {', '.join(splits)}; "
+            f"give one of them, such as {folder / splits[0]}"
         )
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_rows(_saved(folder), columns)
@@ -53,18 +61,18 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any
         for path in folder.rglob("*")
         if path.suffix in (".parquet", ".jsonl") and path.is_file()
     )
-    kinds, splits = (
-        {path.suffix for path in files},
-        sorted({match[1] for path in files if (match := SPLIT.match(path.name))}),
-    )
+    kinds = {path.suffix for path in files}
+    splits = sorted({match[1] for path in files if (match := SPLIT.match(path.name))})
     if not files:
         raise ValueError(
-            f"data folder {folder} has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give a folder that has"
+            f"data folder {folder} has no *.parquet, no *.jsonl and nothing of "
+            "datasets.save_to_disk; give another folder"
         )
     if len(kinds) > 1 or len(splits) > 1:
         mixed = f"the splits {', '.join(splits)}" if len(splits) > 1 else "Parquet and JSONL files"
         raise ValueError(
-            f"data folder {folder} holds {mixed}, which would be mixed up; give one file, or a folder with one of them"
+            f"data folder {folder} holds {mixed}, which must not be mixed; "
+            "give one file, or a folder with one of them"
         )
     return (
         row
@@ -87,18 +95,18 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             values = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"line {number} of {path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+                f"line {number} of {path} is not UTF-8 ({error.reason} at byte {error.start}); "
+                "convert the file to UTF-8"
             ) from error
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also for a number of too many digits, and for lists in lists in lists
+        except (ValueError, RecursionError) as error:  # also for huge numbers and deep lists
             raise ValueError(
-                f"line {number} of {path} is not valid JSON ({error}); write one JSON object per line"
+                f"line {number} of {path} is not valid JSON ({error}); "
+                "write one JSON object per line"
             ) from error
         if not isinstance(values, dict):
             raise ValueError(
-                f"line {number} of {path} holds a {type(values).__name__}; write one JSON object per line"
+                f"line {number} of {path} holds a {type(values).__name__}; "
+                "write one JSON object per line"
             )
         yield values
 
@@ -116,7 +124,7 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
                 )
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"data file {file} is no readable Parquet file ({_first_line(error)}); give another one"
+            f"data file {file} is no readable Parquet file ({_first_line(error)}); give another"
         ) from error
 
 
@@ -129,17 +137,17 @@ def _saved_rows(dataset: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]
 
 
 def _known(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
-    """The columns of a table that are asked for; None (all) if fewer than two are there, so that an error can name what there is instead."""
-    known = [
-        name
-        for name in names
-        if name in columns or name in {column.partition(".")[0] for column in columns}
-    ]
+    """The columns of a table to read; None, which means all, when it has fewer than two of them."""
+    wanted = {*columns, *(column.partition(".")[0] for column in columns)}
+    known = [name for name in names if name in wanted]
     return known if len(known) >= 2 else None
 
 
 def _batch_rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Of a pyarrow table. A nested column stands under its dotted name, which is many times faster than to make all of its objects."""
+    """The rows of a pyarrow table.
+
+    A nested column has its dotted name, which is many times faster than making all of its objects.
+    """
     leaves = {column: leaf for column in columns if (leaf := _leaf(batch, column)) is not None}
     whole = [
         name
@@ -153,7 +161,7 @@ def _batch_rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _leaf(batch: Any, column: str) -> Any:
-    """The values at a dotted name; None where some row has no such place, or the names do not fit."""
+    """The values at a dotted name; None when a row lacks it or the names do not fit."""
     import pyarrow
     from pyarrow import compute
 
@@ -183,7 +191,8 @@ def _saved(folder: Path) -> Any:
         return load_from_disk(str(folder))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"data folder {folder} is no readable folder of datasets.save_to_disk ({_first_line(error)}); save it again"
+            f"data folder {folder} is no readable folder of datasets.save_to_disk "
+            f"({_first_line(error)}); save it again"
         ) from error
 
 
@@ -194,17 +203,16 @@ def _from_hub(source: Source) -> Any:
     from huggingface_hub import HfApi, constants
 
     try:
-        if not constants.HF_HUB_OFFLINE:
-            HfApi().dataset_info(
-                str(source.hub), revision=source.revision, timeout=HUB_S
-            )  # `datasets` alone tries for half a minute, aloud
+        if not constants.HF_HUB_OFFLINE:  # without this, `datasets` retries for half a minute
+            HfApi().dataset_info(str(source.hub), revision=source.revision, timeout=HUB_S)
         return load_dataset(
             source.hub, source.subset, split=source.split or "train", revision=source.revision
         )
     except (DatasetsError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{source.where} can't be had from the Hugging Face hub: {_first_line(error)}; check name and network, set HF_HUB_OFFLINE=1 to use what "
-            "was downloaded before, or give a local file"
+            f"{source.where} can't be read from the Hugging Face hub: {_first_line(error)}; "
+            "check name and network, set HF_HUB_OFFLINE=1 to use an earlier download, "
+            "or give a local file"
         ) from error
 
 

@@ -1,4 +1,7 @@
-"""The order of prompts: endless, shuffled anew in each epoch, addressed by position. The replay actor asks for the prompt of each admission."""
+"""The order of prompts: endless, shuffled anew in each epoch, addressed by position.
+
+The replay actor reads the prompt of each admission.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from dapo_async.types import Prompt
 
 
 class PromptStream:
-    """Admission i gets the prompt at position i, which depends on (seed, i) and the prompts alone: there is no cursor to lose (law 7)."""
+    """The prompt at position i depends only on the prompts, the seed and i.
+
+    So a resumed run needs only the position.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         """Raises ValueError without prompts."""
@@ -22,7 +28,7 @@ class PromptStream:
         self._epoch, self._order = 0, self._shuffled(0)
 
     def __getitem__(self, position: int) -> Prompt:
-        """The prompt at `position` 0, 1, 2, … without end; each epoch has every prompt once."""
+        """The prompt at `position` 0, 1, 2, …; each epoch has every prompt once."""
         assert position >= 0, position
         epoch, offset = divmod(position, len(self._prompts))
         if epoch != self._epoch:

@@ -1,4 +1,8 @@
-r"""What stands around a problem: DAPO's words, a request for \boxed{}, the tokenizer's chat template, or a text of the config."""
+r"""The text around a problem: a problem comes in, the text of a prompt leaves.
+
+`prompts.py` calls it. A template is DAPO's prompt, a request for \boxed{}, the tokenizer's chat
+template, or the user's text.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ TEMPLATES = MappingProxyType(
     {
         # arXiv 2503.14476, Appendix A
         "dapo": (
-            "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
-            'where $Answer is the answer to the problem.\n\n{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+            "Solve the following math problem step by step. The last line of your response should "
+            "be of the form Answer: $Answer (without quotes) where $Answer is the answer to the "
+            "problem.\n\n{problem}\n\n"
+            'Remember to put your answer on its own line after "Answer:".'
         ),
-        # Qwen2.5-Math's words
-        "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        # the prompt of Qwen2.5-Math
+        "boxed": (
+            "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+        ),
         "chat": PLACEHOLDER,
     }
 )
@@ -23,20 +31,24 @@ CHAT = "chat+"
 
 
 class Template:
-    """Made of a name (`dapo`, `boxed`, `chat`, `chat+dapo`, …) or of a text with {problem}; other braces in it are left alone."""
+    """A template by name (`dapo`, `boxed`, `chat`, `chat+dapo`, …) or a text with {problem}.
+
+    Other braces in the text stay as they are.
+    """
 
     def __init__(self, name: str, *, system: str | None = None) -> None:
         self._chat, self._system = name == "chat" or name.startswith(CHAT), system
         name = name.removeprefix(CHAT)
         self._text = TEMPLATES.get(name, name)
-        assert PLACEHOLDER in self._text, name  # the config's rule
+        assert PLACEHOLDER in self._text, name  # the config has checked it
         self._before, _, self._after = self._text.partition(PLACEHOLDER)
 
     def around(self, problem: str) -> str:
+        """The problem within the template, without the chat template."""
         return self._text.replace(PLACEHOLDER, problem)
 
     def without(self, text: str) -> str:
-        """The problem in a text that this template stands around; any other text as it is."""
+        """The problem in a text that has this template; any other text unchanged."""
         around = len(self._before) + len(self._after)
         if (
             len(text) < around
@@ -49,7 +61,10 @@ class Template:
     def tokenised(
         self, problems: list[str], tokenizer: Tokenizer
     ) -> tuple[list[str], list[list[int]]]:
-        """The prompts as text and as token ids. A chat template brings its own special tokens. Raises ValueError where the tokenizer has none."""
+        """The prompts as texts and as token ids.
+
+        A chat template adds its own special tokens. Raises ValueError when the tokenizer has none.
+        """
         texts = [self.around(problem) for problem in problems]
         if not texts:
             return [], []
@@ -57,7 +72,8 @@ class Template:
             return texts, tokenizer(texts)["input_ids"]
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                "data.template=chat needs a chat template, and the model's tokenizer has none; take an instruction-tuned model or another template"
+                "data.template=chat needs a chat template, but the model's tokenizer has none; "
+                "use an instruction-tuned model or another template"
             )
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         texts = [

@@ -1,6 +1,7 @@
-"""`dapo-async eval` (L3): a config and a checkpoint in, avg@k, pass@k and maj@k out; called by the command line. No Ray.
+"""`dapo-async eval`: a config and a checkpoint come in, avg@k, pass@k and maj@k leave. Without Ray.
 
-check everything ─▶ what an earlier try has done ─▶ engines ─▶ the other problems, each kept as it ends ─▶ totals with intervals
+It checks all input, reads the problems that an earlier evaluation finished, starts the engines,
+records each further problem as it ends, and prints the totals with their intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dapo_async.data import PromptSet, check_fit, load_set, usable_tokenizer
 from dapo_async.evaluate.engines import check_engines, open_engines
 from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
-from dapo_async.evaluate.sampled import Problem, answer_all
+from dapo_async.evaluate.sampled import ProblemResult, answer_all
 from dapo_async.model import ModelConfig, check_weights
 from dapo_async.reward import Verdict, choose_verifiers
 from dapo_async.rollout.engine import SamplingParams
@@ -37,10 +38,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is asked for besides the config; None: what the config says."""
+    """The options of the command line; None means the value of the config."""
 
     checkpoint: Path | None
-    data: str | None  # as data.heldout
+    data: str | None  # written as data.heldout
     k: int
     temperature: float
     top_p: float
@@ -51,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An evaluation whose input is checked."""
+    """An evaluation after all its input is checked."""
 
     config: Config
     checkpoint: Path
@@ -60,35 +61,40 @@ class Job:
     prompts: Sequence[Prompt]
     num_siblings: int
     sampling: SamplingParams
-    settings: dict[str, Any]  # what another try has to have alike
+    settings: dict[str, Any]  # an evaluation continues an earlier one only with equal settings
 
 
 def run(
     file: str, overrides: Sequence[str], options: Options, *, say: Callable[[str], None]
 ) -> int:
-    """Evaluates; the exit code: 0, 1 when an engine failed, 130 or 143 when interrupted. Raises ValueError for what the user has to change."""
-    job = prepare(file, overrides, options)
+    """Evaluates and returns the exit code: 0; 1 when an engine failed; 130 or 143 when interrupted.
+
+    Raises ValueError for wrong input.
+    """
+    job = prepare_evaluation(file, overrides, options)
     config = job.config
     say(
-        f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems of {config.data.heldout} x {job.num_siblings} responses"
+        f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems "
+        f"of {config.data.heldout} x {job.num_siblings} responses"
     )
     with Record(options.out, job.settings) as record:
         if record.done:
-            say(
-                f"{len(record.done)} problems are done already, in {options.out if record.finished else record.partial}"
-            )
+            path = options.out if record.finished else record.partial
+            say(f"{len(record.done)} problems are done already, in {path}")
         todo = [prompt for prompt in job.prompts if prompt.row not in record.done]
         stop = Interrupt()
         try:
             if todo:
                 asyncio.run(_answer(job, todo, record, log=_log(options.out), say=say, stop=stop))
             problems = [record.done[prompt.row] for prompt in job.prompts]
-            totals = summarise(problems, num_siblings=job.num_siblings, seed=job.sampling.seed)
+            totals = evaluation_totals(
+                problems, num_siblings=job.num_siblings, seed=job.sampling.seed
+            )
         except asyncio.CancelledError:
             assert stop.first is not None
             say(f"{stop.first.name}: {_kept(record)}")
             return 128 + stop.first
-        except (TimeoutError, RuntimeError) as error:  # EngineFault is one
+        except (TimeoutError, RuntimeError) as error:  # EngineFault is a RuntimeError
             say(f"failed: {' '.join(str(error).split())}; {_kept(record)}")
             return 1
         totals["left_out"] = dict(job.problems.left_out.counts)
@@ -105,58 +111,35 @@ def run(
     return 0
 
 
-def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
-    """Reads and checks everything that needs no engine. Raises ValueError with rule, values and remedy."""
-    for name, value, least in (
-        ("--k", options.k, 1),
-        ("--max-problems", options.max_problems, 1),
-        ("--seed", options.seed, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(
-                f"{name} ({value}) must be at least {least}; leave it out or give a larger number"
-            )
-    given = []
-    if options.data is not None:
-        given.append(f"data.heldout={json.dumps(options.data)}")
-    if options.checkpoint is not None and any(
-        (options.checkpoint / name).is_file() for name in TOKENIZER_FILES
-    ):
-        given.append(
-            f"model.path={json.dumps(str(options.checkpoint))}"
-        )  # else the tokenizer is that of the base model
-    config = knobs.load(file, [*overrides, *given])
+def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) -> Job:
+    """Reads and checks everything that needs no engine. Raises ValueError for wrong input."""
+    config = _config(file, overrides, options)
     check_engines(config)
-    source, checkpoint = (
-        Path(config.model.path),
-        (options.checkpoint or Path(config.model.path)).resolve(),
-    )
+    source = Path(config.model.path)
+    checkpoint = (options.checkpoint or source).resolve()
     model = ModelConfig.from_folder(checkpoint)
     check_weights(checkpoint, model)
     if not model.eos_token_ids:
         raise ValueError(
-            f"model {checkpoint} has no eos_token_id in its config.json; a response could never stop: add it"
+            f"model {checkpoint} has no eos_token_id, so no response would stop; "
+            "add it to config.json"
         )
-    seed = config.seed if options.seed is None else options.seed
     sampling = SamplingParams(
         max_tokens=config.rollout.max_response_tokens,
         temperature=options.temperature,
         stop_token_ids=model.eos_token_ids,
-        seed=seed,
+        seed=config.seed if options.seed is None else options.seed,
         top_p=options.top_p,
     )
     tokenizer = usable_tokenizer(source)
     problems = load_set(config, config.data.heldout, tokenizer)
     check_fit(problems, model, folder=source, max_response_tokens=sampling.max_tokens)
     prompts = problems.prompts[: options.max_problems]
-    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
     settings = {
         "checkpoint": str(checkpoint),
-        "weights_sha256": digest(
-            [*weights, *(source / name for name in TOKENIZER_FILES if (source / name).is_file())]
-        ),
+        "weights_sha256": _digest_of_model(checkpoint, source),
         "data": config.data.heldout,
-        "problems_sha256": _digest_of(prompts),
+        "problems_sha256": _digest_of_prompts(prompts),
         "verifier": config.reward.verifier,
         "engine": config.rollout.engine,
         "dtype": config.model.dtype,
@@ -165,37 +148,65 @@ def prepare(file: str, overrides: Sequence[str], options: Options) -> Job:
         "k": options.k,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "seed": seed,
+        "seed": sampling.seed,
     }
     verifiers = choose_verifiers(config.reward.verifier)
 
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
-        return verifiers.of(prompt.source)(
-            tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True), prompt.answer
-        )
+        response = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        return verifiers.of(prompt.source)(response, prompt.answer)
 
     return Job(config, checkpoint, judge, problems, prompts, options.k, sampling, settings)
 
 
-def _digest_of(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of all that an evaluation sees of its problems, in order: rows, texts after the template, gold answers."""
+def _config(file: str, overrides: Sequence[str], options: Options) -> Config:
+    """The config with the options applied."""
+    for name, value, least in (
+        ("--k", options.k, 1),
+        ("--max-problems", options.max_problems, 1),
+        ("--seed", options.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}; give a larger number")
+    given = []
+    if options.data is not None:
+        given.append(f"data.heldout={json.dumps(options.data)}")
+    # A checkpoint without a tokenizer takes that of the base model.
+    if options.checkpoint is not None and _tokenizer_files(options.checkpoint):
+        given.append(f"model.path={json.dumps(str(options.checkpoint))}")
+    return knobs.load(file, [*overrides, *given])
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _digest_of_model(checkpoint: Path, source: Path) -> str:
+    """SHA-256 of the weights, the config and the tokenizer."""
+    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
+    return digest([*weights, *_tokenizer_files(source)])
+
+
+def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the rows, the texts after the template and the gold answers, in order."""
     whole = hashlib.sha256()
     for prompt in prompts:
         whole.update(json.dumps([prompt.row, prompt.text, prompt.answer]).encode())
     return whole.hexdigest()
 
 
-def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> dict[str, Any]:
-    """avg@k, pass@1 … pass@k and maj@k with their intervals, and what the responses are like.
+def evaluation_totals(
+    problems: Sequence[ProblemResult], *, num_siblings: int, seed: int
+) -> dict[str, Any]:
+    """avg@k, pass@1 … pass@k and maj@k with their intervals, and statistics of the responses.
 
-    Responses without a verdict count nowhere; a problem with only n < k judged ones gives its pass@n for pass@k, one with none is left out.
-    Raises RuntimeError when there is no verdict at all.
+    Responses whose verdict failed are not counted. A problem with n < k judged responses gives its
+    pass@n as pass@k; a problem without any is left out. Raises RuntimeError when there is no
+    verdict at all.
     """
     known = [problem for problem in problems if problem.num_judged]
     if not known:
-        raise RuntimeError(
-            "the verifier failed over every response, so that nothing is known of the model"
-        )
+        raise RuntimeError("the verifier failed on every response, so there is no result")
     k = num_siblings
     names = [f"avg@{k}", *(f"pass@{number}" for number in range(1, k + 1)), f"maj@{k}"]
     columns = [
@@ -228,13 +239,16 @@ def summarise(problems: Sequence[Problem], *, num_siblings: int, seed: int) -> d
 
 
 class Interrupt:
-    """SIGINT or SIGTERM, once: it cancels the task, and is `first`. One more ends the process as it would have without this."""
+    """The first SIGINT or SIGTERM cancels the task and is kept as `first`.
+
+    A second one ends the process as usual.
+    """
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
 
     def listen(self) -> None:
-        """Takes both over, for the calling task."""
+        """Installs the handlers for the calling task."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
@@ -257,7 +271,7 @@ async def _answer(
     say: Callable[[str], None],
     stop: Interrupt,
 ) -> None:
-    """Every problem of `todo` into the record."""
+    """Answers the problems of `todo` and adds them to the record."""
     stop.listen()
     longest = max(len(prompt.token_ids) for prompt in todo) + job.sampling.max_tokens
     async with open_engines(
@@ -275,14 +289,14 @@ async def _answer(
 
 
 class _Progress:
-    """Keeps each problem and says now and then how far it is. It begins when the engines are up."""
+    """Records each problem and prints the progress. Create it when the engines are ready."""
 
     def __init__(self, record: Record, *, num_problems: int, say: Callable[[str], None]) -> None:
         self._record, self._num_problems, self._say = record, num_problems, say
         self._num_before, self._num_tokens = len(record.done), 0
         self._began_s = self._said_s = time.monotonic()
 
-    def finished(self, problem: Problem) -> None:
+    def finished(self, problem: ProblemResult) -> None:
         self._record.add(problem)
         done, now_s = self._record.done, time.monotonic()
         self._num_tokens += sum(problem.lengths)
@@ -293,42 +307,45 @@ class _Progress:
         rest_s = spent_s * (self._num_problems - len(done)) / (len(done) - self._num_before)
         speed = self._num_tokens / spent_s
         self._say(
-            f"{len(done):>5}/{self._num_problems} problems  avg {mean:.3f} so far  {speed:6.0f} tok/s  {rest_s:5.0f} s left"
+            f"{len(done):>5}/{self._num_problems} problems  avg {mean:.3f} so far  "
+            f"{speed:6.0f} tok/s  {rest_s:5.0f} s left"
         )
 
 
 def _kept(record: Record) -> str:
     if record.out is None:
         return "nothing is kept without --json"
-    return f"{len(record.done)} finished problems are kept in {record.partial}; the same command goes on from there"
-
-
-def _log(out: Path | None) -> Path:
-    """Of an SGLang server: beside the result, which is absolute, or for the time being."""
     return (
-        out.with_name(out.name + ".sglang.log")
-        if out
-        else Path(tempfile.gettempdir()) / f"dapo-async-eval-{os.getpid()}.sglang.log"
+        f"{len(record.done)} finished problems are kept in {record.partial}; "
+        "the same command continues from there"
     )
 
 
+def _log(out: Path | None) -> Path:
+    """The log of an SGLang server: beside the result, else in the folder for temporary files."""
+    if out:
+        return out.with_name(out.name + ".sglang.log")
+    return Path(tempfile.gettempdir()) / f"dapo-async-eval-{os.getpid()}.sglang.log"
+
+
 def _table(totals: dict[str, Any], *, num_siblings: int, out: Path | None) -> list[str]:
-    """The totals for a person; of pass@k the powers of two."""
+    """The totals as lines; pass@k for powers of two and for the largest k."""
     powers = [2**power for power in range(num_siblings.bit_length())]
     names = [
         f"avg@{num_siblings}",
         *(f"pass@{number}" for number in sorted({*powers, num_siblings})),
         f"maj@{num_siblings}",
     ]
-    lines = [
-        f"{name:<9} {totals[name]['mean']:.3f}  [{totals[name]['low']:.3f}, {totals[name]['high']:.3f}]"
-        for name in names
-    ]
+    lines = []
+    for name in names:
+        mean, low, high = (totals[name][key] for key in ("mean", "low", "high"))
+        lines.append(f"{name:<9} {mean:.3f}  [{low:.3f}, {high:.3f}]")
     shares = f"{totals['truncated']:.1%} truncated, {totals['answered']:.1%} with an answer"
     lines.append(f"{'length':<9} {totals['mean_response_tokens']:.1f} tokens, {shares}")
     if totals["unjudged"]:
         lines.append(
-            f"unjudged  {totals['unjudged']} of {totals['responses']} responses, over which the verifier failed: they count nowhere"
+            f"unjudged  {totals['unjudged']} of {totals['responses']} responses, "
+            "on which the verifier failed; they are not counted"
         )
     left_out = {name: count for name, count in totals["left_out"].items() if count}
     lines += [f"left out  {count} {name} problems" for name, count in left_out.items()]

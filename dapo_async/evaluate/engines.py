@@ -1,7 +1,10 @@
-"""Engines for an evaluation alone (L3): a checkpoint in, something that answers out. The engines of a run, without its actors.
+"""Engines for an evaluation without a run: a checkpoint comes in, engines leave.
 
 torch    one engine in this process
-sglang   a server of its own, or all those of `rollout.servers`, which load the checkpoint from their own disk and keep it
+sglang   a new server, or all servers of `rollout.servers`; these load the checkpoint from their own
+         disk and keep it
+
+`command.py` calls it.
 """
 
 from __future__ import annotations
@@ -29,19 +32,18 @@ from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, missin
 from dapo_async.utils.state_clock import StateClock
 
 LOOPBACK = "127.0.0.1"
-PROBE = np.arange(
-    2, dtype=np.int32
-)  # any two tokens: what a swap of the weights changes is not looked at here
+PROBE = np.arange(2, dtype=np.int32)  # any two tokens; an evaluation does not use the probe
 
 
 def check_engines(config: Config) -> None:
-    """Raises ValueError for what this machine does not have."""
+    """Raises ValueError when this machine lacks SGLang or the GPU that the config asks for."""
     rollout = config.rollout
     if rollout.engine == "sglang" and not rollout.server_urls and (lack := missing_sglang()):
         raise ValueError(lack)
     if config.model.torch_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"model.device ({config.model.device}) asks for a GPU, and this machine has no CUDA device; set model.device=cpu"
+            f"model.device ({config.model.device}) asks for a GPU, "
+            "but this machine has no CUDA device; set model.device=cpu"
         )
 
 
@@ -49,9 +51,10 @@ def check_engines(config: Config) -> None:
 async def open_engines(
     config: Config, *, checkpoint: Path, max_len: int, seed: int, log: Path
 ) -> AsyncIterator[Sequence[Engine]]:
-    """Engines that serve `checkpoint`, sequences of at most `max_len` tokens. Raises EngineFault or TimeoutError when one does not come up.
+    """Engines that serve `checkpoint`, with sequences of at most `max_len` tokens.
 
-    `log`: what an SGLang server of its own prints.
+    `log` gets the output of a new SGLang server. Raises EngineFault or TimeoutError when an engine
+    does not start.
     """
     async with AsyncExitStack() as stack:
         if config.rollout.engine == "torch":
@@ -83,7 +86,7 @@ def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEng
 async def _own_server(
     config: Config, checkpoint: Path, max_len: int, seed: int, log: Path
 ) -> AsyncIterator[SGLangEngine]:
-    """It serves what it was started with, which it calls a version of no run."""
+    """A new server that is started with the checkpoint; its incarnation is empty."""
     rollout = config.rollout
     options = ServerOptions(
         model=checkpoint,
@@ -111,7 +114,7 @@ async def _own_server(
 
 @asynccontextmanager
 async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIterator[SGLangEngine]:
-    """The server reads the checkpoint from the path that it has here, and attests its name."""
+    """A running server, which loads the checkpoint from the same path and attests its version."""
     incarnation = f"evaluation-{secrets.token_hex(4)}"
     client = SGLangClient(
         url, api_key=os.environ.get(SERVER_KEY, ""), silence_s=config.deadlines.answer_s
@@ -122,11 +125,12 @@ async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIter
 
     async with _engine(config, client, incarnation=incarnation) as engine:
         await client.wait_until_healthy(timeout_s=config.deadlines.start_s)
-        await client.resume()  # a run that ended in the midst of something may have left it paused
+        await client.resume()  # a run that was killed may have left the server paused
         attested, report = await engine.update(load, version=0, probe_ids=PROBE)
         if (attested, report.version) != (incarnation, 0):
             raise EngineFault(
-                f"{url} was told to load {checkpoint} as {incarnation}:0, and serves {attested}:{report.version}"
+                f"{url} must serve {checkpoint} as {incarnation}:0, "
+                f"but serves {attested}:{report.version}"
             )
         yield engine
 

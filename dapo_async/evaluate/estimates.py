@@ -1,4 +1,7 @@
-"""What k responses per problem say of a model: avg@k, pass@k, maj@k, each with an interval over the problems. Pure functions of `command.py`."""
+"""avg@k, pass@k and maj@k from k responses per problem, each with an interval over the problems.
+
+Pure functions; `command.py` and `sampled.py` call them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from dapo_async.reward import vote_key
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
-_CHUNK = 500  # resamples at a time: bounds the memory
+_CHUNK = 500  # resamples at a time, to bound the memory
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over the problems, and the interval in which 95 % of the bootstrap's means lie."""
+    """A mean over the problems and the interval of 95 % of the bootstrap means."""
 
     mean: float
     low: float
@@ -27,23 +30,29 @@ class Estimate:
 
 
 def pass_at(k: int, *, num_correct: int, num_responses: int) -> float:
-    """Probability that at least one of k responses drawn without replacement from n, c of them correct, is correct: 1 − C(n − c, k) / C(n, k).
+    """The unbiased estimate of pass@k from n responses, c of them correct.
 
-    The unbiased estimate of pass@k (Chen et al. 2021, 2107.03374, equation 1), in exact integers. Raises ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+        pass@k = 1 − C(n − c, k) / C(n, k)
+
+    This is the probability that k responses, drawn without replacement, include a correct one.
+    Computed in exact integers. Source: Chen et al. 2021 (2107.03374), equation 1. Raises ValueError
+    unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
     """
     if not (1 <= k <= num_responses and 0 <= num_correct <= num_responses):
         raise ValueError(
-            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, with n {num_responses} responses and c {num_correct} correct ones"
+            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, "
+            f"with n {num_responses} responses and c {num_correct} correct ones"
         )
     whole = comb(num_responses, k)
     return (whole - comb(num_responses - num_correct, k)) / whole
 
 
 def majority(answers: Sequence[str | None]) -> int | None:
-    """Index of the first response with the answer that most responses have; of equals the one that came first. None: nobody has one.
+    """The index of the first response with the most frequent answer; None without any answer.
 
-    Spellings of one answer, such as 0.5 and 1/2, vote together (`reward.vote_key`); the most frequent of them is the one that is judged. No answer
-    (None) never wins, however many have none (maj@k, self-consistency; Wang et al. 2022, 2203.11171).
+    On a tie the answer that occurs first wins. Spellings of one answer, such as 0.5 and 1/2, vote
+    together (`reward.vote_key`), and the most frequent spelling is judged. None never wins. maj@k
+    is self-consistency (Wang et al. 2022, 2203.11171).
     """
     votes: dict[str, Counter[str]] = {}
     for answer in answers:
@@ -56,12 +65,13 @@ def majority(answers: Sequence[str | None]) -> int | None:
 
 
 def bootstrap(values: NDArray[np.float64], *, seed: int) -> list[Estimate]:
-    """Percentile bootstrap over the problems, `[P, M] → M` estimates: the means of 10,000 resamples of P problems with replacement.
+    """Percentile bootstrap over the problems: `[P, M]` values give M estimates.
 
-    All M columns are resampled alike. The interval is that of the problems as a draw from a population of such problems (Efron 1979).
+    It takes the means of 10,000 resamples of P problems with replacement; all M columns use the
+    same resamples. The interval regards the problems as a sample of all such problems (Efron 1979).
     """
     num_problems = len(values)
-    assert num_problems, "an interval over no problem"
+    assert num_problems, "no problem to estimate from"
     generator = np.random.default_rng(seed)
     means = np.concatenate(
         [

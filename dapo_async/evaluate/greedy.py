@@ -1,4 +1,7 @@
-"""Held-out accuracy of a run (L3): prompts in, one greedy response each, verdicts out. Called by the engines' hosts before, in and after training."""
+"""Held-out accuracy of a run: prompts come in, each gets one greedy response, sums leave.
+
+The actors that host engines call it before, during and after training.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,16 @@ from dapo_async.types import Completion, FinishReason, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Sums over prompts, so that the parts of several engines add up."""
+    """Sums over prompts; the parts of several engines can be added."""
 
     num_prompts: int
     num_correct: float
     num_response_tokens: int
     num_truncated: int
-    weight_versions: frozenset[int]  # exactly one when the evaluation is of one model
-    accuracies: Mapping[int, float] = field(
-        default_factory=dict
-    )  # by the row of a prompt that was judged; parts have different rows
-    num_unjudged: int = (
-        0  # of num_prompts: the verifier died over them, so they are neither right nor wrong
-    )
+    weight_versions: frozenset[int]  # exactly one when all responses are of one model
+    # By the row of each judged prompt; parts have different rows.
+    accuracies: Mapping[int, float] = field(default_factory=dict)
+    num_unjudged: int = 0  # prompts whose verifier died: neither right nor wrong
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -43,19 +43,14 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
-        """Of `to_json`, with or without a walk through a JSON file, where the rows become text."""
+        """The inverse of `to_json`, also after a JSON file, where rows become text."""
         accuracies = {int(row): accuracy for row, accuracy in values["accuracies"].items()}
-        return cls(
-            **{
-                **values,
-                "weight_versions": frozenset(values["weight_versions"]),
-                "accuracies": accuracies,
-            }
-        )
+        versions = frozenset(values["weight_versions"])
+        return cls(**{**values, "weight_versions": versions, "accuracies": accuracies})
 
     @property
     def accuracy(self) -> float:
-        """Of the prompts that were judged; 0 when none was."""
+        """Mean accuracy of the judged prompts; 0 when there is none."""
         return self.num_correct / max(1, self.num_prompts - self.num_unjudged)
 
     @property
@@ -71,9 +66,10 @@ async def evaluate(
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
 ) -> Evaluation:
-    """Greedy, one response per prompt; `judge` returns 1.0 for a correct response, None for a failed verdict; it is called in a thread.
+    """One greedy response per prompt.
 
-    Raises what the first failing one raised; none goes on then.
+    `judge` returns the accuracy of a response, or None for a failed verdict; it is called in a
+    thread. When one request fails, the others are cancelled and its error is raised.
     """
     greedy = SamplingParams(
         max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, seed=0

@@ -1,7 +1,9 @@
-"""What is known of an evaluation: finished problems as they come, then the result (L3). A later try of the same evaluation goes on where it stopped.
+"""The file of an evaluation: finished problems come in, the result leaves. `command.py` uses it.
 
-OUT.partial.jsonl   while it goes on: the settings, then a line per finished problem, on disk before the next one
-OUT                 its result; the other file is gone then
+OUT.partial.jsonl   during the evaluation: the settings, then one line per finished problem
+OUT                 the result, which replaces the other file
+
+The same evaluation, started again, continues from OUT.partial.jsonl.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dapo_async.evaluate.sampled import Problem
+from dapo_async.evaluate.sampled import ProblemResult
 from dapo_async.utils.reasons import unreadable
 
-NOT_COMPARED = ("checkpoint", "data")  # where they lie may change: what is in them is compared
+NOT_COMPARED = ("checkpoint", "data")  # paths may change; the content is compared by its digest
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -33,12 +35,16 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 class Record:
-    """`done` by row. With `out` None all is kept in memory alone."""
+    """The finished problems by row, `done`. Without `out` they are only in memory."""
 
     def __init__(self, out: Path | None, settings: Mapping[str, Any]) -> None:
-        """Reads what an earlier try left. Raises ValueError for one with other settings, for files of something else, and while it still goes on."""
+        """Reads the problems of an earlier, interrupted evaluation.
+
+        Raises ValueError when it had other settings, when it is still running, and when the files
+        are something else.
+        """
         self.out, self.settings = out, dict(settings)
-        self.done: dict[int, Problem] = {}
+        self.done: dict[int, ProblemResult] = {}
         self._file: int | None = None
         if out is None:
             return
@@ -59,7 +65,7 @@ class Record:
         except BlockingIOError as error:
             os.close(self._file)
             raise ValueError(
-                f"another process is writing {self.partial}; wait for its end, or give another --json"
+                f"another process writes {self.partial}; wait until it ends or give another --json"
             ) from error
         except ValueError:
             os.close(self._file)
@@ -67,16 +73,16 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether the result was there already."""
+        """Whether the result existed before."""
         return self.out is not None and self._file is None
 
-    def add(self, problem: Problem) -> None:
-        """Keeps a finished problem."""
+    def add(self, problem: ProblemResult) -> None:
+        """Adds a finished problem; it is on disk when this returns."""
         self.done[problem.row] = problem
         self._append(problem.to_json())
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes the result, atomically, in place of what was kept until then."""
+        """Replaces the partial file by the result, atomically."""
         if self.out is not None:
             whole = self.out.with_name(self.out.name + ".partial")
             whole.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")
@@ -85,13 +91,13 @@ class Record:
 
     def _append(self, values: Mapping[str, Any]) -> None:
         if self._file is not None:
-            # At once and in one piece; ASCII, for model output may hold half a surrogate pair, which no UTF-8 file can.
+            # ASCII, because model output may hold half a surrogate pair, which is not valid UTF-8.
             os.write(self._file, (json.dumps(values) + "\n").encode("ascii"))
 
     def _read_partial(self) -> None:
         assert self._file is not None
         lines = self.partial.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):  # a kill left it unfinished
+        if lines and not lines[-1].endswith(b"\n"):  # the process was killed while it wrote
             os.truncate(self._file, sum(map(len, lines)) - len(lines.pop()))
         os.lseek(self._file, 0, os.SEEK_END)
         if not lines:
@@ -100,21 +106,28 @@ class Record:
         try:
             first, *rest = (json.loads(line) for line in lines)
             self._check(first["settings"], self.partial)
-            self.done = {values["row"]: Problem(**values) for values in rest}
+            self.done = {values["row"]: ProblemResult(**values) for values in rest}
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{self.partial} is no evaluation that was begun: {unreadable(error)}; "
-                "remove it, or give another --json"
+                f"{self.partial} is no partial result of dapo-async eval: {unreadable(error)}; "
+                "remove it or give another --json"
             ) from error
 
     def _read_result(self, out: Path) -> None:
+        if not out.is_file():
+            raise ValueError(f"--json {out} is no file; give the path of a file")
         try:
             result = json.loads(out.read_bytes())
             self._check(result["settings"], out)
-            self.done = {values["row"]: Problem(**values) for values in result["problems"]}
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            self.done = {values["row"]: ProblemResult(**values) for values in result["problems"]}
+        except OSError as error:
             raise ValueError(
-                f"--json {out} exists and is no evaluation: {unreadable(error)}; give another file"
+                f"--json {out} can't be read: {error.strerror}; give another file"
+            ) from error
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--json {out} exists and is no result of dapo-async eval: {unreadable(error)}; "
+                "give another file"
             ) from error
 
     def _check(self, before: Mapping[str, Any], path: Path) -> None:
@@ -122,12 +135,13 @@ class Record:
         for name in names:
             if (was := before.get(name)) != (now := self.settings.get(name)):
                 what = {
-                    "weights_sha256": "the checkpoint is another one",
-                    "problems_sha256": "the problems are others",
+                    "weights_sha256": "the checkpoint differs",
+                    "problems_sha256": "the problems differ",
                 }.get(name)
                 change = what or f"{name} was {was!r}, is {now!r}"
                 raise ValueError(
-                    f"{path} holds an evaluation with other settings: {change}; repeat those, or give another --json"
+                    f"{path} holds an evaluation with other settings: {change}; "
+                    "use the same settings or give another --json"
                 )
 
     def __enter__(self) -> Self:

@@ -1,4 +1,7 @@
-"""k responses per prompt through one or several engines: prompts in, judged problems out, each as soon as it ends. Called by `command.py`."""
+"""k responses per prompt through one or several engines: prompts come in, judged problems leave.
+
+`command.py` calls it and gets each problem as soon as it is judged.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from dapo_async.types import Completion, FinishReason, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One prompt's k responses, judged; a list has one entry per sibling."""
+class ProblemResult:
+    """The verdicts on the k responses to one prompt; lists have one entry per sibling."""
 
-    row: int  # of the data file
+    row: int  # in the data file, from 0
     gold: str
-    num_judged: int  # of the k: a failed verdict is neither right nor wrong
-    num_correct: int  # responses with the full verdict
-    accuracy: float  # mean verdict of those judged: with partial credit more than num_correct / num_judged; 0 without any
-    majority_accuracy: float  # verdict of the most frequent answer; 0 when nobody has one
+    num_judged: int  # responses with a verdict that did not fail
+    num_correct: int  # responses with accuracy 1
+    accuracy: float  # mean accuracy of the judged responses, with partial credit; 0 without any
+    majority_accuracy: float  # accuracy of the most frequent answer; 0 without an answer
     accuracies: list[float | None]  # None: the verdict failed
     extracted: list[str | None]  # the answers that the verifier read; None: no answer found
     lengths: list[int]  # response tokens
@@ -35,13 +38,13 @@ class Problem:
 
 def judged(
     prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]
-) -> Problem:
-    """What the siblings' verdicts come to."""
+) -> ProblemResult:
+    """The result of one prompt from the verdicts of its siblings."""
     accuracies = [None if verdict.failed else verdict.accuracy for verdict in verdicts]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     extracted = [verdict.extracted for verdict in verdicts]
     winner = majority([None if verdict.failed else verdict.extracted for verdict in verdicts])
-    return Problem(
+    return ProblemResult(
         row=prompt.row,
         gold=prompt.answer,
         num_judged=len(known),
@@ -62,32 +65,29 @@ async def answer_all(
     num_siblings: int,
     sampling: SamplingParams,
     judge: Callable[[Prompt, Completion], Verdict],
-    finished: Callable[[Problem], None],
+    finished: Callable[[ProblemResult], None],
 ) -> None:
-    """Tells `finished` each problem when it ends, in whatever order. Raises what the first failing engine or verdict raised; nothing goes on then.
+    """Calls `finished` with each problem as it ends, in any order.
 
-    The noise of a response is keyed by (seed, row, sibling, token): it does not depend on which other prompts are asked, nor in which order. At most
-    `num_slots + 1` prompts are at an engine: then it is full as long as any waits. Verdicts come from a thread of their own, one at a time, for a
-    verifier may be slow and may keep state.
+    The noise of a response is keyed by (seed, row, sibling, token), so it does not depend on the
+    other prompts or their order. An engine has at most `num_slots + 1` prompts at a time, so it is
+    full as long as prompts wait. One extra thread makes the verdicts, one at a time, because a
+    verifier may be slow and may keep state. When an engine or a verdict fails, everything is
+    cancelled and its error is raised.
     """
     waiting, loop = iter(prompts), asyncio.get_running_loop()
-    bench = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
+    judges = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
     def verdicts(prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         return [judge(prompt, completion) for completion in completions]
 
     async def judge_all(prompt: Prompt, completions: Sequence[Completion]) -> None:
-        finished(
-            judged(
-                prompt,
-                completions,
-                await loop.run_in_executor(bench, verdicts, prompt, completions),
-            )
-        )
+        found = await loop.run_in_executor(judges, verdicts, prompt, completions)
+        finished(judged(prompt, completions, found))
 
     async def serve(engine: Engine, group: asyncio.TaskGroup) -> None:
-        for prompt in waiting:  # shared by all who serve
-            # Negative ids: other noise than that of training with the same seed.
+        for prompt in waiting:  # an iterator that all tasks share
+            # Negative ids give other noise than training with the same seed.
             completions = await engine.generate(
                 GroupRequest(-1 - prompt.row, prompt.token_ids, num_siblings, sampling)
             )
@@ -101,6 +101,5 @@ async def answer_all(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
-        bench.shutdown(
-            wait=False, cancel_futures=True
-        )  # a verdict that hangs holds up nobody's end
+        # Without waiting: a verdict may hang.
+        judges.shutdown(wait=False, cancel_futures=True)

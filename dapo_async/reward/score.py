@@ -42,7 +42,7 @@ def score_group(
     response may be right, so the group can't be trained.
     """
     assert len(completions) == admission.group_size, (
-        f"group {admission.group_id}: {len(completions)} completions, {admission.group_size} siblings"
+        f"group {admission.group_id}: {len(completions)} completions of {admission.group_size}"
     )
     verdicts = [verify(text, admission.prompt.answer) for text in texts]
     if any(verdict.failed for verdict in verdicts):

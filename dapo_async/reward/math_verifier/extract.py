@@ -233,7 +233,7 @@ def _are_joined(between: str) -> bool:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The index of the brace that closes the one opened before `start`; escaped braces are skipped."""
+    """The index of the brace that closes the one before `start`; escaped braces do not count."""
     depth = 1
     for match in _BRACE.finditer(text, start, start + LONGEST_BOX):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

@@ -15,7 +15,8 @@ _NEGATED = re.compile(r"(?i)\b(?:not|never|cannot|neither|nor|wrong|incorrect|ha
 _TURNED = re.compile(
     r"(?i)(?:\b(?:minus|negative|twice|double|triple|half|half of"
     r"|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
-    r"|at most|at least|up to|nearly|almost|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
+    r"|at most|at least|up to|nearly|almost"
+    r"|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
     r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through|times))"
     r"\s+(?:the\s+)?$"
 )

@@ -1,6 +1,7 @@
-r"""One spelling for answers: a text comes in, the same answer without the marks of typesetting leaves. Called by `math.py`.
+"""One spelling for equal answers: a text comes in, the same answer without typesetting leaves.
 
-Also says which texts pass for others: foreign digits, invisible characters, digits that stand side by side once their markup is taken away.
+`verify.py` calls it. It also finds texts that imitate other answers: foreign digits, invisible
+characters, and digits that would become one number without the markup between them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import unicodedata
 
 _COMMANDS = r"\\(?:text|mathrm|textrm|mbox|textbf|textit|mathbf|textnormal|operatorname)"
 TEXT = re.compile(_COMMANDS + r"\s*\{([^{}]*)\}")
-_REPLACED = (  # in turn; a backslash right before is the end of a matrix row
+_REPLACED = (  # in this order; `(?<!\\)` because `\\\\` is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
     (
         re.compile(
-            r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits|\\?\$|(?<!\\)\\[()\[\]]"
+            r"(?<!\\)\\left(?![a-z])|(?<!\\)\\right(?![a-z])|\\displaystyle|(?<!\\)\\!|\\limits"
+            r"|\\?\$|(?<!\\)\\[()\[\]]"
         ),
         "",
     ),
@@ -30,7 +32,8 @@ _REPLACED = (  # in turn; a backslash right before is the end of a matrix row
     (re.compile(r"\\(?:boldsymbol|bm|underline)\s*\{([^{}]*)\}"), r"\1"),
     (
         re.compile(
-            r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\s*|\\(?:color|textcolor)\s*\{[^{}]*\}"
+            r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\s*"
+            r"|\\(?:color|textcolor)\s*\{[^{}]*\}"
         ),
         "",
     ),
@@ -48,21 +51,29 @@ _REPLACED = (  # in turn; a backslash right before is the end of a matrix row
 _GREEK = dict(
     zip(
         "αβγδζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
-        "alpha beta gamma delta zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "  # noqa: SIM905
-        "Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split(),
+        "alpha beta gamma delta zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon "  # noqa: SIM905
+        "phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split(),
         strict=True,
     )
 )
+_SYMBOLS = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "±": r"\pm ", "’": "'", "，": ",", "：": ":",
+}  # fmt: skip
+_FRACTIONS = zip("½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "113121234151357", "244335555668888", strict=True)
 _UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-     "°": r"^\circ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "’": "'", "，": ",", "：": ":"}
+    _SYMBOLS
     | {letter: rf"\{name} " for letter, name in _GREEK.items()}
-    | {each: rf"\frac{{{top}}}{{{bottom}}}" for each, top, bottom in zip("½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "113121234151357", "244335555668888", strict=True)}
-)  # fmt: skip
+    | {each: rf"\frac{{{top}}}{{{bottom}}}" for each, top, bottom in _FRACTIONS}
+)
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
 _EXPONENT = re.compile(f"[{_RAISED}]+")
 _LOWERED = str.maketrans(_RAISED, "0123456789-")
-_MARKUP = rf"\\?\$|\\[()\[\]!]|\\displaystyle|\\limits|\\left|\\right|\\q?quad|'|\{{\}}|\}}?\s*{_COMMANDS}\s*\{{\s*\}}?"
+_MARKUP = (
+    rf"\\?\$|\\[()\[\]!]|\\displaystyle|\\limits|\\left|\\right|\\q?quad|'|\{{\}}"
+    rf"|\}}?\s*{_COMMANDS}\s*\{{\s*\}}?"
+)
 GLUED = re.compile(
     rf"{_COMMANDS}\s*\{{[^{{}}]*[0-9]\s*\}}\s*\.?[0-9]|[0-9]\s*(?:(?:{_MARKUP})\s*)+\.?[0-9]"
 )
@@ -71,20 +82,26 @@ _TIGHT_GROUPS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*,?[0-
 
 
 def normalised(text: str) -> str:
-    """`text` without the marks of typesetting: spacing, sizes, `{,}`; relations, fractions, roots, exponents and signs in one spelling."""
+    """`text` without typesetting, such as spacing, sizes and `{,}`.
+
+    Relations, fractions, roots, exponents and signs get one spelling.
+    """
     text = _EXPONENT.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text).translate(
         _UNICODE
     )
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     text = text.strip().removeprefix("=").strip()
-    if re.search(r",\s", text):  # a list with blanks, in which tight commas are those of thousands
+    if re.search(r",\s", text):  # a list with spaces; a comma without one separates thousands
         text = _TIGHT_GROUPS.sub(lambda match: match[0].replace(",", ""), text)
     return text
 
 
 def is_suspicious(text: str) -> bool:
-    """Whether `text` has characters that no answer needs and that pass for others: control and format characters, digits other than 0 to 9."""
+    """Whether `text` has characters that no answer needs and that look like others.
+
+    These are control and format characters, and digits other than 0 to 9.
+    """
     return any(
         (category == "Cc" and character not in "\n\t\r")
         or (category in ("Cf", "Co", "Cs", "Cn", "Nd", "Nl") and not character.isascii())
@@ -95,10 +112,13 @@ def is_suspicious(text: str) -> bool:
 
 
 def is_glued(text: str) -> bool:
-    """Whether digits have nothing but markup between them, such as `$3$$4$`: read without it they would be another number."""
+    """Whether digits are separated only by markup, as in `$3$$4$`.
+
+    Without the markup they would be another number.
+    """
     return GLUED.search(text) is not None
 
 
 def ends_glued(text: str) -> bool:
-    """The same for the end of a text."""
+    """Whether the end of `text` is glued in the sense of `is_glued`."""
     return _ENDS_GLUED.search(text) is not None

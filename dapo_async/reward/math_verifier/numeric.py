@@ -1,6 +1,7 @@
-r"""Equality of plain answers without a symbolic engine: two texts come in; True, False or None (undecided) leaves. Called by `math.py`.
+"""Equality of plain answers: two texts come in; True, False or None (undecided) leaves.
 
-Integers, decimals, simple and mixed fractions, percentages, units and currencies, words and choices. Decided exactly, with integers and fractions.
+`verify.py` calls it. It compares integers, decimals, simple and mixed fractions, percentages,
+units, currencies, words and choices, exactly and without computer algebra.
 """
 
 from __future__ import annotations
@@ -20,30 +21,33 @@ from dapo_async.reward.math_verifier.units import (
 )
 
 MOST_DIGITS, MOST_EXPONENT = 2000, 300
-ROUNDED_DECIMALS = 4  # so many, rightly rounded, stand for a fraction whose decimals never end
+ROUNDED_DECIMALS = 4  # this many decimals, correctly rounded, equal a fraction such as 2/3
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 _REPEATING = re.compile(r"([+-]?)\s*([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{\s*([0-9]{1,30})\s*\}")
 _DECIMAL = re.compile(rf"([+-]?)\s*({_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{{1,3}}))?")
 _SCIENTIFIC = re.compile(r"([0-9.]+)[eE]([+-]?[0-9]{1,3})")
 _FRACTION = re.compile(
-    rf"([+-]?)\s*(?:({_INTEGER})\s*/\s*({_INTEGER})|\\frac\s*\{{\s*([+-]?)\s*({_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}})"
+    rf"([+-]?)\s*(?:({_INTEGER})\s*/\s*({_INTEGER})"
+    rf"|\\frac\s*\{{\s*([+-]?)\s*({_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}})"
 )
 _MIXED = re.compile(
-    r"([+-]?)\s*([0-9]+)(?: ([0-9]+)/([0-9]+)| ?\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})"
+    r"([+-]?)\s*([0-9]+)"
+    r"(?: ([0-9]+)/([0-9]+)| ?\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})"
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|(?i:percent|percentage|pct)\b\.?)")
 _CURRENCY = re.compile(r"(?:\\\$|[$€£¥₹]|\\(?:euro|pounds)\b|(?:USD|EUR|GBP|Rs\.?)(?= ?[0-9]))\s*")
 _IN_ALL = re.compile(r"\s+in (?:total|all)\.?$")
 _SEPARATOR = re.compile(r"[,;|]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
-# Numbers side by side; what stands in a subscript or exponent belongs to what is before it.
+# Numbers side by side, but not a subscript or exponent and the number before it.
 _APART = re.compile(
     r"(?:(?<![_^0-9.])(?<![_^]\{)[0-9]+(?:\.[0-9]*)?|\\frac\{[^{}]*\}\{[^{}]*\})\s+\.?[0-9]"
 )
 _SIGNED_APART = re.compile(r"\s*[+-]?[0-9.]+(?:\s+[+-]?[0-9.]+)+\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.-]*[A-Za-z]")
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|answer)\s*)?(?:\(\s*([A-Za-z])\s*\)[.:]?|([A-Z])(?:[.):]|(?=$))|([a-z])(?=$))(?:\s+(.*))?"
+    r"(?:(?i:option|choice|answer)\s*)?"
+    r"(?:\(\s*([A-Za-z])\s*\)[.:]?|([A-Z])(?:[.):]|(?=$))|([a-z])(?=$))(?:\s+(.*))?"
 )
 _NO_TAIL = re.compile(
     r"(?i:\b(?:and|or|nor|not|is|isn't|wrong|incorrect|no|none|but)\b)|\b[A-Z]\b|\([A-Za-z]\)"
@@ -53,24 +57,27 @@ _OPTIONS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """An exact value as it was written."""
+    """An exact value and how it was written."""
 
     value: Fraction
     percent: bool  # value 28 for "28%"
-    decimals: int | None  # digits after the point; None for fractions
-    significant: int = 0  # digits from the first that is not 0
-    unit: str = ""  # in one spelling, if it is a known one
+    decimals: int | None  # number of digits after the point; None for fractions
+    significant: int = 0  # number of digits from the first one that is not 0
+    unit: str = ""  # a known unit in one spelling, else empty
 
 
 def spelt_out(text: str, gold: str) -> str:
-    """`text` as the symbolic engine reads it: without its unit, and `3e8` as a product. Letters are variables where `gold` has any."""
-    if number(text) is not None:
+    """`text` for computer algebra: without its unit, and with `3e8` written as a product.
+
+    Letters are variables, not units, where `gold` has variables.
+    """
+    if parse_number(text) is not None:
         return _SCIENTIFIC.sub(r"\1\\cdot10^{\2}", text)
     return without_unit(text, symbols=has_variables(gold))
 
 
 def has_variables(text: str) -> bool:
-    """Whether letters of a formula stand for something: those of commands, functions, units and the constants e and i aside."""
+    """Whether a formula has variables: letters other than commands, functions, units, e and i."""
     text = re.sub(r"\\[A-Za-z]+", " ", TEXT.sub(" ", without_unit(text, symbols=False)))
     return any(
         word.lower() not in FUNCTIONS and word not in ("e", "i")
@@ -78,8 +85,8 @@ def has_variables(text: str) -> bool:
     )
 
 
-def number(text: str) -> Number | None:
-    """The value of a normalised plain number with its unit or currency, if it is one."""
+def parse_number(text: str) -> Number | None:
+    """The value of a normalised plain number, with or without a unit; None for any other text."""
     if len(text) > MOST_DIGITS:
         return None
     text = _IN_ALL.sub("", _CURRENCY.sub("", TEXT.sub(r" \1", text).strip(), count=1)).strip()
@@ -109,9 +116,10 @@ def number(text: str) -> Number | None:
 
 
 def equal_numbers(answer: Number, gold: Number) -> bool:
-    """Exactly equal, in the same unit if both name a known one; `28%` also equals 28 and 0.28.
+    """Whether two numbers are exactly equal, and in the same unit if both have a known one.
 
-    At least four decimals, with four significant digits, also equal the fraction that they rightly round.
+    `28%` also equals 28 and 0.28. An answer with at least four decimals and four significant digits
+    also equals a fraction with endless decimals which it rounds correctly.
     """
     if answer.unit and gold.unit and answer.unit != gold.unit:
         return False
@@ -120,19 +128,19 @@ def equal_numbers(answer: Number, gold: Number) -> bool:
         return other.value in (percent.value, percent.value / 100)
     if answer.value == gold.value:
         return True
-    # Decimals that never end have no exact spelling but the fraction itself.
+    # Endless decimals have no exact spelling as a decimal number.
     if (
         gold.decimals is None
         and answer.decimals is not None
         and min(answer.decimals, answer.significant) >= ROUNDED_DECIMALS
         and not _ends(gold.value)
     ):
-        return abs(answer.value - gold.value) * 2 * 10**answer.decimals <= 1
+        return bool(abs(answer.value - gold.value) * 2 * 10**answer.decimals <= 1)
     return False
 
 
 def words(text: str) -> str | None:
-    """The letters of an answer in words, such as `\\text{no solution}`, in lower case; None when it is something else."""
+    """The words of an answer such as `\\text{no solution}`, in lower case; else None."""
     text = TEXT.sub(r" \1 ", text).strip(" .")
     if (
         not _WORDS.fullmatch(text)
@@ -144,7 +152,10 @@ def words(text: str) -> str | None:
 
 
 def choice(text: str) -> str | None:
-    """The letter of a chosen option: `C`, `(C)`, `\\text{(C)}`, `C.`, `Option C`, `(C) 34`; None for anything else, or when others are named."""
+    """The letter of a chosen option: `C`, `(C)`, `\\text{(C)}`, `C.`, `Option C`, `(C) 34`.
+
+    Returns None for other answers and when several options are named.
+    """
     match = _CHOICE.fullmatch(TEXT.sub(r" \1 ", text).strip())
     return (
         None
@@ -154,45 +165,47 @@ def choice(text: str) -> str | None:
 
 
 def plain_equal(answer: str, gold: str) -> bool | None:
-    """Whether two normalised answers are equal, as far as that is plain; None: ask the symbolic engine."""
+    """Whether two normalised answers are equal; None: only computer algebra can tell."""
     if answer == gold or (
         "".join(answer.split()) == "".join(gold.split()) and not _APART.search(answer + "|" + gold)
     ):
         return True
-    if (
-        not re.search(r"[0-9A-Za-z]", answer)
-        or is_suspicious(answer)
-        or not _is_balanced(answer)
-        or re.match(r"\s*[+-]\s*[+-]", answer)
-    ):
+    if not _is_readable(answer):
         return False
-    gold_number, answer_number = number(gold), number(answer)
+    gold_number, answer_number = parse_number(gold), parse_number(answer)
     if answer_number is None and (_APART.search(answer) or _SIGNED_APART.fullmatch(answer)):
         return False
     if gold_number is not None:
-        return (
-            equal_numbers(answer_number, gold_number)
-            if answer_number is not None
-            else None
-            if _may_be_a_number(answer)
-            else False
-        )
+        if answer_number is not None:
+            return equal_numbers(answer_number, gold_number)
+        return None if _may_be_a_number(answer) else False
     if (gold_words := words(gold)) is not None:
         answer_words = words(answer)
-        return (
-            answer_words == gold_words
-            if answer_words is not None or answer_number is not None
-            else None
-        )
-    if (gold_choice := choice(gold)) is not None and (
-        equal := _equal_choice(answer, gold, gold_choice)
-    ) is not None:
-        return equal
+        if answer_words is None and answer_number is None:
+            return None
+        return answer_words == gold_words
+    if (letter := choice(gold)) is not None:
+        equal = _equal_choice(answer, gold, letter)
+        if equal is not None:
+            return equal
     return False if _says_more(answer, gold) else None
 
 
+def _is_readable(answer: str) -> bool:
+    """Whether an answer has letters or digits, known characters, closed braces and one sign."""
+    return (
+        re.search(r"[0-9A-Za-z]", answer) is not None
+        and not is_suspicious(answer)
+        and _is_balanced(answer)
+        and re.match(r"\s*[+-]\s*[+-]", answer) is None
+    )
+
+
 def _may_be_a_number(answer: str) -> bool:
-    """Whether an answer that is no plain number may yet have the value of one: neither words, nor several parts, nor an interval."""
+    """Whether an answer that is no plain number may still have the value of one.
+
+    Words, answers of several parts and intervals have none.
+    """
     value = without_unit(answer, symbols=False)
     if (
         re.fullmatch(r"\[[^\[\]]*\]", answer)
@@ -201,7 +214,7 @@ def _may_be_a_number(answer: str) -> bool:
     ):
         return False
     parts = _SEPARATOR.split(re.sub(r"^\\?[{(\[]|\\?[})\]]$", "", answer))
-    return len(parts) == 1 or all(number(part.strip()) is None for part in parts)
+    return len(parts) == 1 or all(parse_number(part.strip()) is None for part in parts)
 
 
 def _equal_choice(answer: str, gold: str, letter: str) -> bool | None:
@@ -209,18 +222,16 @@ def _equal_choice(answer: str, gold: str, letter: str) -> bool | None:
     chosen = choice(answer)
     if chosen is None:
         bare = TEXT.sub(r" \1 ", answer)
-        return (
-            None
-            if re.search("[0-9=]", bare)
-            and not re.search(r"\([A-Za-z]\)|(?i:\b(?:and|or|not|is)\b)|\b[A-J]\s*[.:)]", bare)
-            else False
+        is_formula = re.search("[0-9=]", bare) and not re.search(
+            r"\([A-Za-z]\)|(?i:\b(?:and|or|not|is)\b)|\b[A-J]\s*[.:)]", bare
         )
+        return None if is_formula else False
     is_option = letter.upper() in _OPTIONS and (letter.isupper() or "(" in gold)
     return chosen.upper() == letter.upper() if is_option else chosen == letter
 
 
 def _says_more(answer: str, gold: str) -> bool:
-    """Whether `answer` has words that `gold` has not: such as change its meaning, or a sentence."""
+    """Whether `answer` has words that `gold` lacks: a sentence, or words that change the value."""
     said = words_of(without_unit(answer, symbols=has_variables(gold))) - words_of(gold)
     letters = set(re.findall("[A-Za-z]", gold.lower()))
     return any(
@@ -231,7 +242,7 @@ def _says_more(answer: str, gold: str) -> bool:
 
 
 def _is_balanced(text: str) -> bool:
-    """Whether every brace of LaTeX is closed: what is cut off is no answer."""
+    """Whether every LaTeX brace is closed; a text that is cut off is no answer."""
     return text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
 
 
@@ -275,9 +286,9 @@ def _repeating(match: re.Match[str]) -> Fraction:
 
 
 def _ends(value: Fraction) -> bool:
-    """Whether the decimals of `value` end: its denominator has no prime factors but 2 and 5."""
+    """Whether the decimals of `value` end: 2 and 5 are the only primes of its denominator."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
             rest //= prime
-    return rest == 1
+    return bool(rest == 1)

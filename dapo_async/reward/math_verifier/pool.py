@@ -1,4 +1,7 @@
-"""The pool of verifier processes: questions come in from any thread, replies leave within their deadline. Called by `math.py`."""
+"""The pool of verifier processes: questions come in from any thread, replies leave in time.
+
+`verify.py` calls it.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from typing import Any
 from dapo_async.reward.math_verifier.worker import wall_s
 
 NUM_PROCESSES = 2
-RECYCLE_AFTER = 2000  # verdicts of one process; each of them has a child of its own anyway
-START_S = 120.0  # importing the engine takes seconds, on a busy machine many
-GRACE_S = 2.0  # beyond the outer deadline, for a process that has to kill its child
-WAIT_S = 600.0  # for a process to be free
+RECYCLE_AFTER = 2000  # verdicts, after which a process is replaced
+START_S = 120.0  # the import of math-verify takes seconds, more on a busy machine
+GRACE_S = 2.0  # beyond the wall-clock deadline, in which a process kills its child
+WAIT_S = 600.0  # for a free process
 COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.math_verifier.worker")
 CHUNK = 65_536
-FAILED: dict[str, Any] = {"reason": "failed"}
+FAILED_REPLY: dict[str, Any] = {"reason": "failed"}
 
 
 class VerifierProcess:
-    """One process of `verifier_process.py`, started anew when it has died, was killed or has given its share of verdicts."""
+    """A process that runs `worker.py`; replaced when it dies or after `RECYCLE_AFTER` verdicts."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,7 +43,7 @@ class VerifierProcess:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Returns at once; the process reports by itself when it is ready."""
+        """Starts the process and returns at once; the process reports when it is ready."""
         self.stop()
         root = str(Path(__file__).parents[3])
         path = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
@@ -49,7 +52,7 @@ class VerifierProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # The order of sets must not depend on the process: one question, one verdict.
+            # The hash seed makes the order of sets, and so the verdict, the same in each process.
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             bufsize=0,
@@ -57,7 +60,7 @@ class VerifierProcess:
         self._ready, self._num_verdicts = False, 0
 
     def wait_ready(self) -> None:
-        """Raises RuntimeError when the process does not start."""
+        """Starts the process if needed and waits for it. Raises RuntimeError if it fails."""
         if self._process is None or self._process.poll() is not None:
             self.start()
         if self._ready:
@@ -65,12 +68,15 @@ class VerifierProcess:
         said = self._read(time.monotonic() + START_S)
         if not said or "ready" not in said:
             self.stop()
-            why = said["error"] if said else f"it died, or said nothing within {START_S:g} s"
+            why = said["error"] if said else f"it died or was silent for {START_S:g} s"
             raise RuntimeError(f"the verifier process did not start: {why}")
         self._ready = True
 
     def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply; `failed` when the process died over it. A process that was dead before is replaced first."""
+        """The reply; its reason is `failed` when the process died over the question.
+
+        A process that was dead before is replaced first.
+        """
         if self._num_verdicts >= RECYCLE_AFTER:
             self.start()
         self.wait_ready()
@@ -87,7 +93,7 @@ class VerifierProcess:
             reply = None
         if reply is None:
             self.start()
-            return FAILED
+            return FAILED_REPLY
         return reply
 
     def stop(self) -> None:
@@ -98,7 +104,7 @@ class VerifierProcess:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            assert process.poll() is not None  # it ended by itself
+            assert process.poll() is not None  # the process had ended before
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
@@ -122,7 +128,7 @@ class VerifierProcess:
 
 
 class Pool:
-    """A few verifier processes that any thread may ask; they start with the first question, or with `start`."""
+    """Verifier processes that any thread may ask; each starts with its first question."""
 
     def __init__(self, num_processes: int = NUM_PROCESSES) -> None:
         self.processes = tuple(VerifierProcess() for _ in range(num_processes))
@@ -131,7 +137,10 @@ class Pool:
             self._idle.put(process)
 
     def ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply within `timeout_s` of processor time (`verifier_process.wall_s` at most). Raises RuntimeError when none starts."""
+        """The reply, within `timeout_s` of processor time and `worker.wall_s` of the clock.
+
+        Raises RuntimeError when no process starts and TimeoutError when none is free in time.
+        """
         try:
             process = self._idle.get(timeout=WAIT_S)
         except queue.Empty:
@@ -153,7 +162,7 @@ _pool: tuple[int, Pool] | None = None
 
 
 def shared_pool() -> Pool:
-    """This process's pool; a forked copy of this process has one of its own."""
+    """The pool of the calling process; a forked process gets a new one."""
     global _pool
     with _lock:
         if _pool is None or _pool[0] != os.getpid():

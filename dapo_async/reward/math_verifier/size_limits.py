@@ -1,6 +1,7 @@
-r"""Formulas that no symbolic engine should see: a text comes in, whether its numbers would grow out of bounds leaves. Called by `math.py`.
+r"""Formulas that are too large for computer algebra. `verify.py` calls it.
 
-Such as `9^{9^{9^9}}`, `100000000!`, `\binom{10^6}{5\cdot10^5}`, thousands of brackets. What passes still has a deadline and a memory limit.
+Examples: `9^{9^{9^9}}`, `100000000!`, `\binom{10^6}{5\cdot10^5}`, thousands of brackets. Formulas
+that pass still have a deadline and a memory limit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ ROUNDS = 20
 
 
 def is_too_large(text: str) -> bool:
-    """Whether a normalised answer is longer, deeper, or has larger powers, factorials, binomials, sums than an answer has."""
+    """Whether a normalised answer is too long, too deep, or has too large numbers.
+
+    Too large is a number, power, factorial, binomial or sum beyond what an answer has.
+    """
     if (
         len(text) > MOST_CHARACTERS
         or depth(text) > MOST_DEPTH
@@ -56,14 +60,17 @@ def is_too_large(text: str) -> bool:
         for match in _BINOMIAL.finditer(text)
     ):
         return True
-    # A power whose base is no plain number, such as (x+1)^{100000}, or whose exponent is one again.
+    # A power whose base is no plain number, such as (x+1)^{100000}, or whose exponent is a power.
     return any(len(match[1]) > 4 for match in _POWER_OF_ANYTHING.finditer(text)) or bool(
         re.search(r"\^\s*\{?\s*[0-9]+\s*(?:\^|!)", text)
     )
 
 
 def has_too_large(text: str) -> bool:
-    """The same for the formulas within a text: anything around a power, factorial, binomial, sum or product."""
+    """Whether a text has a formula that is too large.
+
+    Formulas are the text around a power, factorial, binomial, sum or product.
+    """
     return depth(text) > MOST_DEPTH or any(is_too_large(part) for part in _GROWING.findall(text))
 
 
@@ -74,13 +81,13 @@ def _power(match: re.Match[str]) -> str:
         if int(base) in (0, 1):
             return base
         raise OverflowError
-    # Digits beyond what Python prints are left as a number of the same size.
+    # A number with more digits than Python prints becomes another of the same size.
     size = int(int(exponent) * math.log10(max(1, int(base))))
     return str(int(base) ** int(exponent)) if size < 300 else "9" * size
 
 
 def depth(text: str) -> int:
-    """How many brackets are open at the deepest place."""
+    """The largest number of brackets that are open at once."""
     deepest = level = 0
     for bracket in re.findall(r"[{}()\[\]]", text):
         level += 1 if bracket in "{([" else -1

@@ -1,9 +1,16 @@
-r"""Equality by computer algebra: two answers come in, whether they are the same leaves. Runs in verifier processes only (`verifier_process.py`).
+r"""Equality by computer algebra: two answers come in, whether they are equal leaves.
 
-The algebra is math-verify's (on SymPy). What it accepts too easily is looked at once more: chains of equations whose sides differ (`41 = 42`),
-several numbers side by side, floats that only round alike, numerals of different bases, words of the same letters. A number right before a bracket
-is told to multiply it: math-verify takes `3(4)` for a mixed number and adds. Its own timeout would need SIGALRM and is off: the process has a hard
-deadline instead.
+It runs only in the verifier processes (`worker.py`). The algebra is math-verify's, on SymPy.
+math-verify accepts too much, so its matches are checked again for:
+
+- chains of equations whose sides differ, such as `41 = 42`
+- several numbers side by side
+- floats that are only close
+- numerals of different bases
+- words that are permutations of each other
+
+math-verify reads `3(4)` as a mixed number and adds; here a number right before a bracket multiplies
+it. math-verify's own timeout is off, because it needs SIGALRM; the process has a hard deadline.
 """
 
 from __future__ import annotations
@@ -23,21 +30,22 @@ from dapo_async.reward.math_verifier.numeric import (
     ROUNDED_DECIMALS,
     equal_numbers,
     has_variables,
-    number,
+    parse_number,
     words,
 )
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
-# Units are taken away before (`units.py`): the engine takes the t of 2t for one.
+# `units.py` has removed the units before; math-verify would take the t of 2t for one.
 _NORMALISATION = replace(LatexExtractionConfig().normalization_config, units=False)
 FORMULA = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
 ANYWHERE = (LatexExtractionConfig(normalization_config=_NORMALISATION), ExprExtractionConfig())
-RELATIVE = 1e-6  # floats that differ by more are different, however small they are
+RELATIVE = 1e-6  # floats with a larger relative difference are different
 _EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
 _SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
-# What is said to have a value: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n; no expression that has another value.
+# Names that may stand before `=`: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n.
+# An expression with a value of its own is no name.
 _GREEK = (
     r"\\(?:alpha|beta|gamma|delta|[a-z]*psilon|zeta|eta|theta|iota|kappa|lambda|mu|nu"
     r"|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|ell|[A-Z][a-z]+)"
@@ -46,7 +54,8 @@ _FUNCTION = (
     r"(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|minus|negative|not)\b)"
 )
 _IDENTIFIER = (
-    rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]+(?: {_FUNCTION}[A-Za-z]+){{0,3}}|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*\{{[A-Za-z ]+\}})"
+    rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]+(?: {_FUNCTION}[A-Za-z]+){{0,3}}"
+    rf"|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*\{{[A-Za-z ]+\}})"
     r"(?:_\s*(?:\{[^{}]*\}|\w))?'{0,2}(?:\^\{?-1\}?)?(?:\s*\([^()]*\))?)"
 )
 _ONE_NAME = rf"(?:m?\s*\\angle\s*[A-Z]{{1,3}}|\|\s*[A-Z]{{2}}\s*\||{_IDENTIFIER})"
@@ -56,23 +65,27 @@ _DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-
 _BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*\s*_\s*\{?\s*(?:\\text\{)?([0-9]+)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][+-]?[0-9]{1,2}(?![\w.])")
 _NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
-# A number, or a bracket that closes, right before one that opens: factors. Not f_2(8), \log_{2}(8), \frac3{4}.
+# A number or a closing bracket right before an opening bracket: factors. Not in f_2(8),
+# \log_{2}(8) or \frac3{4}.
 _OPENS = r"(?:\\(?:left|[bB]igg?l?))?\("
 _FACTORS = re.compile(
-    rf"(?<![\w.\\_}}^])(?<!_\{{)([0-9]+(?:\.[0-9]+)?)(?={_OPENS}|\{{[0-9]|(?:\[|\\lbrack|\\\{{)\s*-?[0-9.]+\s*(?:\]|\\rbrack|\\\}})|\s+\(\s*-?[0-9])"
+    rf"(?<![\w.\\_}}^])(?<!_\{{)([0-9]+(?:\.[0-9]+)?)(?={_OPENS}|\{{[0-9]"
+    rf"|(?:\[|\\lbrack|\\\{{)\s*-?[0-9.]+\s*(?:\]|\\rbrack|\\\}})|\s+\(\s*-?[0-9])"
     rf"|(?<=\))(?={_OPENS})|(?:(?<![\w\\_^}}\])])\{{[0-9]+\}}|(?<=\}})\{{[0-9]+\}})(?={_OPENS})"
 )
 _MIXED = re.compile(
-    r"(?<![\w.\\_}^])([0-9]+)\s*(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))"
+    r"(?<![\w.\\_}^])([0-9]+)\s*"
+    r"(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))"
 )
 _WORK = re.compile(r"(?:[-+*/×÷%^]|\\(?:times|cdot|div)|\bof)\s*$")
 _LISTED = re.compile(
-    rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+|(?:,{_NUMBER}){{2,}}))[\s.)]*$"
+    rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+"
+    rf"|(?:,{_NUMBER}){{2,}}))[\s.)]*$"
 )
 
 
 def equal_formulas(answer: str, gold: str) -> bool:
-    """Whether two normalised answers are equal, each read as one formula from end to end."""
+    """Whether two normalised answers are equal, each read as one whole formula."""
     answer = _with_fractions(answer, gold)
     parsed, expected = _formula(answer), _formula(gold)
     return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(
@@ -81,9 +94,9 @@ def equal_formulas(answer: str, gold: str) -> bool:
 
 
 def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
-    """Whether the last mathematical expression of `text` equals `gold`, and that expression; None when there is none.
+    """Whether the last mathematical expression of `text` equals `gold`, and that expression.
 
-    The gold answer may be a text with an answer in it as well.
+    The expression is None when there is none. `gold` may be a text that contains the answer.
     """
     text, gold = _readable(_with_fractions(text, gold)), _readable(gold)
     parsed, expected = parse(text, ANYWHERE, parsing_timeout=None), _gold(gold)
@@ -104,7 +117,7 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
 
 
 def _gold(gold: str) -> list[Any]:
-    """A bare formula is read as a whole; a text is searched for its last expression."""
+    """The gold answer, parsed: a bare formula as a whole, a text by its last expression."""
     bare_formula = re.search(r"[\\A-Za-z(\[{^]", gold) and not re.search(
         r"\$|\\[(\[]|\\boxed|[A-Za-z]+ [A-Za-z]+ ", gold
     )
@@ -114,16 +127,19 @@ def _gold(gold: str) -> list[Any]:
 
 
 def _is_part(extracted: str, text: str) -> bool:
-    """Whether a number was read out of something larger at the end of a text: several numbers side by side, a chain of equations, a formula."""
+    """Whether the number `extracted` is only a part of what `text` ends with.
+
+    The whole may be several numbers side by side, a chain of equations or a formula.
+    """
     tail = text[-1000:].strip()
     listed = _LISTED.search(tail)
     if (
         listed is not None
-        and number(listed[1]) is None
+        and parse_number(listed[1]) is None
         and not ("=" in listed[1] and _WORK.search(tail[: listed.start()]))
     ):
         return len({each.replace(",", "") for each in re.findall(_NUMBER, listed[1])}) > 1
-    if "$" in text or number(extracted) is None:
+    if "$" in text or parse_number(extracted) is None:
         return False
     before, _, after = text.rpartition(extracted)
     return re.match(
@@ -132,13 +148,13 @@ def _is_part(extracted: str, text: str) -> bool:
 
 
 def _with_fractions(answer: str, gold: str) -> str:
-    """`answer` with the fractions of `gold` in the place of the decimals that rightly round them (`plain.equal_numbers`)."""
+    """`answer` with fractions of `gold` in place of decimals that equal them (`equal_numbers`)."""
     fractions = [
-        value for match in _FRACTION.finditer(gold) if (value := number(match[0])) is not None
+        value for match in _FRACTION.finditer(gold) if (value := parse_number(match[0])) is not None
     ]
 
     def exact(match: re.Match[str]) -> str:
-        decimal = number(match[0])
+        decimal = parse_number(match[0])
         same = [
             each.value
             for each in fractions
@@ -150,13 +166,17 @@ def _with_fractions(answer: str, gold: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """Roman letters for constants, and exponents such as 1e6, cut math-verify's reading short."""
+    """`text` as math-verify can read it: without exponents such as 1e6 and upright e and i."""
     text = _with_factors(_SCIENTIFIC.sub(lambda match: format(Decimal(match[0]), "f"), text))
     return re.sub(r"\\(?:mathrm|text)\{\s*([ei])\s*\}", r"\1", text)
 
 
 def _with_factors(text: str) -> str:
-    r"""`text` with a \cdot where a number multiplies a bracket, or a fraction that is none of a mixed number (which is less than 1)."""
+    r"""`text` with a \cdot between factors.
+
+    A number multiplies the bracket after it, and a fraction of at least 1; with a smaller fraction
+    it makes a mixed number.
+    """
 
     def improper(match: re.Match[str]) -> str:
         top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
@@ -166,16 +186,19 @@ def _with_factors(text: str) -> str:
 
 
 def _formula(text: str) -> list[Any]:
-    if re.search(r"(?i)answer|\$", text):  # words that make math-verify look for a part of the text
+    if re.search(r"(?i)answer|\$", text):  # math-verify would read only a part of the text
         return []
-    return parse(f"${_with_factors(' '.join(text.split()))}$", FORMULA, parsing_timeout=None)
+    formula = f"${_with_factors(' '.join(text.split()))}$"
+    return list(parse(formula, FORMULA, parsing_timeout=None))
 
 
 def _holds(
     answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool
 ) -> bool:
-    """A second look at what math-verify has accepted. `literal`: only a chain of plain numbers can contradict itself,
-    one with sums in it is read as work shown."""
+    """Whether a match of math-verify passes the checks of this module.
+
+    With `literal` only a chain of plain numbers contradicts itself; a chain with sums shows work.
+    """
     if not _EQUALS.search(gold) and _contradicts_itself(
         answer, literal=literal, variables=has_variables(gold)
     ):
@@ -198,12 +221,14 @@ def _holds(
 
 
 def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
-    """Whether a chain of equations is no answer: its sides, but for names, are not all equal to the last one."""
+    """Whether the sides of a chain of equations, without names, differ from the last side."""
     if literal:
         sides = _EQUALS.split(text)
-        numbers = [value for side in sides if (value := number(side.strip())) is not None]
-        others = [side for side in sides if number(side.strip()) is None and not _is_name(side)]
-        if others:  # work shown, unless it has a variable that the gold answer has not
+        numbers = [value for side in sides if (value := parse_number(side.strip())) is not None]
+        others = [
+            side for side in sides if parse_number(side.strip()) is None and not _is_name(side)
+        ]
+        if others:  # the text shows work, unless it has a variable that the gold answer lacks
             return len(sides) > 1 and not variables and any(has_variables(side) for side in others)
         return any(not equal_numbers(value, numbers[0]) for value in numbers[1:])
     return any(_is_broken_chain(part) for part in _SEPARATOR.split(text))
@@ -228,7 +253,7 @@ def _is_name(side: str) -> bool:
 
 
 def _close(one: Any, other: Any) -> bool:
-    """Whether two numbers agree to `RELATIVE` of the larger one; whatever is no number is left to math-verify."""
+    """Whether two numbers agree to `RELATIVE` of the larger one; True for other expressions."""
     if one is None or other is None:
         return True
     try:

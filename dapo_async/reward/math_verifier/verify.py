@@ -1,12 +1,16 @@
-r"""The verifier of mathematical answers: a response and its gold answer come in, a verdict leaves. The rollout worker and `dapo-async grade` call it.
+r"""The verifier of mathematical answers: a response and its gold answer come in, a verdict leaves.
 
-    extraction   the answer: an Answer: line or \boxed{…}, after </think>
-    spelling     one spelling, without the marks of typesetting
-    plain        exact texts, integers, decimals, fractions, units, words, choices: decided here, tens of thousands per second
-    blowup       what no symbolic engine should see is wrong at once
-    pool         everything else: symbolic equality (`symbolic.py`) in killable processes (`verifier_process.py`) with a hard deadline
+The rollout worker, evaluation and `dapo-async grade` call it. Its steps, by module:
 
-A verdict depends on nothing but its arguments, as long as the deadline does not decide; that counts processor time, not the clock.
+extract      finds the answer: an Answer: line or \boxed{…}, after </think>
+normalize    gives it one spelling, without typesetting
+numeric      compares texts, numbers, units, words and choices, tens of thousands per second
+size_limits  rejects what is too large to compare
+pool         compares everything else by computer algebra (`symbolic.py`), in processes that have a
+             deadline (`worker.py`)
+
+A verdict depends only on its arguments, unless the deadline passes. The deadline counts processor
+time, so a busy machine changes no verdict.
 """
 
 from __future__ import annotations
@@ -21,16 +25,23 @@ from dapo_async.reward.math_verifier.normalize import (
     is_suspicious,
     normalised,
 )
-from dapo_async.reward.math_verifier.numeric import choice, number, plain_equal, spelt_out, words
+from dapo_async.reward.math_verifier.numeric import (
+    choice,
+    parse_number,
+    plain_equal,
+    spelt_out,
+    words,
+)
 from dapo_async.reward.math_verifier.pool import shared_pool
 from dapo_async.reward.math_verifier.size_limits import has_too_large, is_too_large
 from dapo_async.reward.verdict import FAILED, Verdict
 
 Extraction = Literal["marker", "any", "none"]
 TIMEOUT_S, MOST_TIMEOUT_S = 5.0, 86_400.0
-TAIL_CHARACTERS = 3000  # in which the last expression of a text without a marker is looked for
-LAST_CHARACTERS = 100  # in which nothing may pass for something else
-# What math-verify reads past, and what a gold answer has to have for it: a ratio, something left out, a congruence, an index.
+TAIL_CHARACTERS = 3000  # in which the last expression of an unmarked text is searched
+LAST_CHARACTERS = 100  # in which no character may imitate another one
+# Parts of an answer that math-verify ignores, and what the gold answer must have to allow them: a
+# ratio, dots, a congruence, an index.
 _MORE_THAN_A_VALUE = tuple(
     (re.compile(pattern), re.compile(allowed))
     for pattern, allowed in (
@@ -40,31 +51,38 @@ _MORE_THAN_A_VALUE = tuple(
         (r"[0-9]_\s*\{?\s*[A-Za-z]", "_"),
     )
 )
-LONGEST_ANSWER = 2000  # characters; nothing longer is compared
+LONGEST_ANSWER = 2000  # characters; longer answers are not compared
 
 
 def verify(
     prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker"
 ) -> Verdict:
-    r"""Whether `prediction` answers what `gold` says, within `timeout_s` seconds of a processor's symbolic work.
+    r"""Whether the answer of `prediction` equals `gold`.
 
-    `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`, else there is no answer; `any` falls back to the last
-    mathematical expression; `none` takes all of it as the answer. Reasons: correct, wrong, no_answer; wrong for the model's fault as well:
-    timeout (equality could not be shown in time), too_large (never tried), unreadable (the engine could not read it); failed: the verifier died,
-    which says nothing about the answer (`Verdict.failed`). Raises ValueError for an empty gold answer, an unknown extraction or a timeout that is
-    not positive or more than a day, and RuntimeError when no verifier process starts.
+    `timeout_s`: seconds of processor time for the comparison by computer algebra.
+
+    `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`; without
+    one there is no answer. `any` falls back to the last mathematical expression. `none` takes the
+    whole text as the answer.
+
+    Reasons: `correct`, `wrong`, `no_answer`; `timeout` (not equal within the deadline), `too_large`
+    (not compared) and `unreadable` (computer algebra could not read it) count as wrong; `failed`
+    means that the verifier died, so nothing is known (`Verdict.failed`).
+
+    Raises ValueError for an empty gold answer, an unknown extraction, and a timeout that is not
+    positive or more than a day. Raises RuntimeError when no verifier process starts.
     """
     if not gold.strip():
-        raise ValueError(
-            "the gold answer is empty, so nothing can be judged by it; drop the problem or fill in its answer"
-        )
+        raise ValueError("the gold answer is empty; fill it in or remove the problem")
     if extraction not in get_args(Extraction):
         raise ValueError(
-            f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; set it to one of them, or leave it out"
+            f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; "
+            "leave it out for marker"
         )
     if not 0 < timeout_s <= MOST_TIMEOUT_S:
         raise ValueError(
-            f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g}, a day; leave it out for {TIMEOUT_S:g}"
+            f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g} (a day); "
+            f"leave it out for {TIMEOUT_S:g}"
         )
     text = conclusion(prediction)
     answer = text if text is None or extraction == "none" else marked_answer(text)
@@ -76,12 +94,15 @@ def verify(
 
 
 def vote_key(answer: str) -> str:
-    """One text for all spellings of a plain answer: the exact value of a number, else the text in one spelling; both without a leading `name =`."""
+    """One text for all spellings of a plain answer, without a leading `name =`.
+
+    It is the exact value of a number, else the text in one spelling.
+    """
     text = normalised(bare(answer[:LONGEST_ANSWER]))
     name, equals, rest = text.partition("=")
     if equals and re.fullmatch(r"\s*[A-Za-z](?:_\{?\w+\}?)?\s*", name):
         text = rest.strip()
-    value = number(text)
+    value = parse_number(text)
     if value is not None:
         return f"{value.value}{'%' if value.percent else ''}"
     return choice(text) or words(text) or "".join(text.split())
@@ -106,28 +127,24 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
         return _verdict(False, extracted)
     if is_too_large(written):
         return Verdict(correct=False, extracted=extracted, reason="too_large")
-    return _asked(
-        {
-            "answer": spelt_out(written, expected),
-            "gold": spelt_out(expected, expected),
-            "anywhere": False,
-        },
-        timeout_s,
-        extracted=extracted,
-    )
+    question: dict[str, str | bool] = {
+        "answer": spelt_out(written, expected),
+        "gold": spelt_out(expected, expected),
+        "anywhere": False,
+    }
+    return _asked(question, timeout_s, extracted=extracted)
 
 
 def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
-    """By the last mathematical expression; a text that is nothing but an answer is compared as one."""
+    """The verdict by the last mathematical expression.
+
+    A text that is only an answer is compared as a whole.
+    """
     text = text.strip()
     if not text or is_cut(text):
         return Verdict(correct=False, extracted=None, reason="no_answer")
     last = text
-    for end_of_work in (
-        "\n",
-        "####",
-        ">>",
-    ):  # before a last line, or a result, that is the answer by itself
+    for end_of_work in ("\n", "####", ">>"):  # what follows may be the answer alone
         last = last.rpartition(end_of_work)[2].strip()
     if _is_formula(last) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
         return _compared(last, gold, timeout_s)
@@ -148,26 +165,24 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
 
 
 def _gold_answer(gold: str) -> str:
-    """The marked answer of a gold text, if it is one that marks it: worked solutions do."""
+    """The marked answer of a gold text that is a worked solution, else the text."""
     return (marked_answer(gold) if r"\boxed" in gold or "nswer:" in gold else None) or gold
 
 
 def _is_formula(text: str) -> bool:
-    """Whether a text is nothing but one formula: neither words nor delimiters, and no comma that may stand for a decimal point."""
+    """Whether a text is one formula, without words, delimiters or commas.
+
+    A comma may be a decimal point.
+    """
     if len(text) > LONGEST_ANSWER or re.search("[0-9A-Za-z]", text) is None:
         return False
     return not re.search(r"[$,:#]|\\[(\[]|\\boxed|[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", text))
 
 
 def _is_prose(answer: str) -> bool:
-    """Whether the answer is told in a sentence: four words in a row."""
-    return (
-        re.search(
-            r"(?:[A-Za-z']+\s+){3}[A-Za-z']+",
-            re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER]),
-        )
-        is not None
-    )
+    """Whether the answer is a sentence: it has four words in a row."""
+    text = re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER])
+    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", text) is not None
 
 
 def _asked(question: dict[str, str | bool], timeout_s: float, *, extracted: str | None) -> Verdict:

@@ -1,9 +1,16 @@
-"""A verifier process: requests come in as JSON lines, one reply each leaves. `pool.py` starts it as `python -m` and replaces it when it dies.
+"""The program of a verifier process: requests come in as JSON lines, a reply for each leaves.
 
-It imports the symbolic engine once and forks a child for every request: one verdict leaves nothing behind for the next, a child that hangs or dies
-takes nothing with it, and a new one is there in milliseconds. The child has so many seconds of processor time, so that no verdict depends on how
-busy the machine is: its timer's signal ends it even within one long operation of C code. This process kills a child that has not had its time for
-long; then nothing is known. The child has a memory limit. When stdin ends, or the parent is gone, everything here ends.
+`pool.py` starts it with `python -m` and replaces it when it dies.
+
+The process imports math-verify once and forks a child for each request, which takes milliseconds.
+So every verdict starts from the same state, and a child that hangs or dies affects no other one.
+
+- A child has `timeout_s` of processor time, so a busy machine changes no verdict. The signal of its
+  timer ends it even within one long operation of C code.
+- This process kills a child that did not get its processor time within `wall_s`; the reply is
+  `failed`.
+- A child has a memory limit.
+- When stdin ends, which happens when the parent dies, all of these processes end.
 """
 
 from __future__ import annotations
@@ -19,32 +26,34 @@ import time
 from typing import Any
 
 MEMORY_BYTES = 2 * 2**30
-LATE_S = 0.5  # the child's own wall clock goes off so much after the outer deadline, should this process be gone
-WALL_FACTOR, WALL_EXTRA_S = 4.0, 5.0  # a busy machine may need so much longer for the same work
+LATE_S = 0.5  # the child's own clock deadline is this much later, in case this process is dead
+WALL_FACTOR, WALL_EXTRA_S = 4.0, 5.0  # the clock deadline for the work of `timeout_s`
 CHUNK = 65_536
-WARM_UP = (  # equal and different, one of each kind: the engine imports its parts when they are first needed
-    (r"\frac{x+1}{2}", r"\frac{1}{2}x+0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(1,2]", "(1,2)"), ("x=3", "3"), (r"\tan^2(y)+1", r"\sec^2(y)"),
+WARM_UP = (  # one pair of each kind, because SymPy imports its parts when they are first used
+    (r"\frac{x+1}{2}", r"\frac{1}{2}x+0.5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("(1,2]", "(1,2)"),
+    ("x=3", "3"), (r"\tan^2(y)+1", r"\sec^2(y)"),
     (r"(-\infty,3)\cup[5,6)", r"[5,6)\cup(-\infty,3)"), (r"\{1,2\}", r"\{3,1\}"),
     (r"\begin{pmatrix}1&2\\3&x\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
-    ("1<x<2", "(1,2)"), (r"2x+4y=3", r"y=-\frac{1}{2}x+1"), (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"), (r"\binom{5}{2}", "5!"), ("3+4i", "e^{i}"),
-    (r"1\pm\sqrt{5}", r"1-\sqrt5, 1+\sqrt5"), (r"10^{\frac{1}{3}}", r"\pi"), (r"x^2-y^2", r"(x-y)(x+y)"), (r"\frac{x^2-1}{x-1}", "x+2"),
+    ("1<x<2", "(1,2)"), (r"2x+4y=3", r"y=-\frac{1}{2}x+1"), (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"),
+    (r"\binom{5}{2}", "5!"), ("3+4i", "e^{i}"), (r"1\pm\sqrt{5}", r"1-\sqrt5, 1+\sqrt5"),
+    (r"10^{\frac{1}{3}}", r"\pi"), (r"x^2-y^2", r"(x-y)(x+y)"), (r"\frac{x^2-1}{x-1}", "x+2"),
 )  # fmt: skip
 
 
 def wall_s(timeout_s: float) -> float:
-    """How long the process waits for a verdict that may take `timeout_s` of processor time."""
+    """The clock deadline of a verdict that may take `timeout_s` of processor time."""
     return WALL_FACTOR * timeout_s + WALL_EXTRA_S
 
 
 class Requests:
-    """Lines of stdin; `ended` when no more can come."""
+    """Lines of stdin; `ended` is true once stdin has ended."""
 
     def __init__(self) -> None:
         self.ended = False
         self._buffer = b""
 
     def next(self) -> dict[str, Any] | None:
-        """The next request; None when no more can come."""
+        """The next request; None once stdin has ended."""
         while b"\n" not in self._buffer and not self.ended:
             self.read()
         if self.ended:
@@ -59,8 +68,8 @@ class Requests:
         self._buffer += chunk
 
 
-def main() -> None:
-    """Says ready, then answers until stdin ends."""
+def answer_requests() -> None:
+    """Reports that it is ready, then answers until stdin ends."""
     try:
         from dapo_async.reward.math_verifier import symbolic
     except ImportError as error:
@@ -69,7 +78,7 @@ def main() -> None:
     for gold, answer in WARM_UP:
         symbolic.equal_formulas(answer, gold)
     gc.collect()
-    gc.freeze()  # children share these pages as long as nothing touches them
+    gc.freeze()  # so the children share these pages
     requests = Requests()
     _say({"ready": os.getpid()})
     while (request := requests.next()) is not None:
@@ -80,13 +89,17 @@ def main() -> None:
 
 
 def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
-    """What a child says: its reply, `timeout` when its processor time ran out, `failed` when it died or had not got it by the outer deadline."""
+    """The reply of a child.
+
+    The reason is `timeout` when its processor time ran out, and `failed` when it died or did not
+    get its processor time before the clock deadline.
+    """
     deadline = time.monotonic() + wall_s(request["timeout_s"])
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         for inherited in (reading, sys.stdin.fileno(), sys.stdout.fileno()):
-            os.close(inherited)  # the end of this process must be seen although a child lives on
+            os.close(inherited)  # else a living child would hide the death of this process
         _judge_and_exit(request, writing)
     os.close(writing)
     said, status = b"", None
@@ -101,11 +114,11 @@ def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
                 chunk = os.read(reading, CHUNK)
                 said += chunk
                 if not chunk:
-                    _, status = os.waitpid(child, 0)  # only its end closes the pipe
+                    _, status = os.waitpid(child, 0)  # the pipe closes only when the child ends
     finally:
         os.close(reading)
         if status is None:
-            os.kill(child, signal.SIGKILL)  # not reaped yet: the number is still its own
+            os.kill(child, signal.SIGKILL)  # not reaped yet, so the id is still this child's
             os.waitpid(child, 0)
     if status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
         return {"reason": "timeout"}
@@ -114,7 +127,7 @@ def _answer(request: dict[str, Any], requests: Requests) -> dict[str, Any]:
 
 
 def _judge_and_exit(request: dict[str, Any], writing: int) -> None:
-    """The child: one verdict, written to the pipe; never returns."""
+    """Runs in the child: writes one verdict to the pipe and exits."""
     for timer, number, limit_s in (
         (signal.ITIMER_PROF, signal.SIGPROF, request["timeout_s"]),
         (signal.ITIMER_REAL, signal.SIGALRM, wall_s(request["timeout_s"]) + LATE_S),
@@ -127,7 +140,7 @@ def _judge_and_exit(request: dict[str, Any], writing: int) -> None:
         reply = _judge(request)
     except (MemoryError, RecursionError, OverflowError):
         reply = {"reason": "too_large"}
-    except Exception:  # noqa: BLE001 (whatever the engine raises on a model's text, it could not read it; counted by its reason)
+    except Exception:  # noqa: BLE001 (math-verify may raise anything on a model's text; counted)
         reply = {"reason": "unreadable"}
     os.write(writing, json.dumps(reply).encode())
     os._exit(0)
@@ -146,7 +159,7 @@ def _judge(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(reply: dict[str, Any]) -> None:
-    """One line; a parent that is gone ends this process."""
+    """Writes one line; the process ends when its parent is dead."""
     try:
         os.write(sys.stdout.fileno(), json.dumps(reply).encode() + b"\n")
     except BrokenPipeError:
@@ -154,4 +167,4 @@ def _say(reply: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()

@@ -96,7 +96,7 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
     assert loaded.left_out.counts == {"empty": 3, "over-long": 1}
     assert (
         loaded.summary
-        == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 2, 3, 4), 1 over-long (row 1)"
+        == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 3, 4, 5), 1 over-long (row 2)"
     )
 
 
@@ -104,10 +104,10 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
     ("rows", "line"),
     [
         ([], "has no usable prompt; left out: none; "),
-        ([{"prompt": "x", "answer": ""}], "has no usable prompt; left out: 1 empty (row 0); "),
+        ([{"prompt": "x", "answer": ""}], "has no usable prompt; left out: 1 empty (row 1); "),
         (
             [{"prompt": "x" * 101, "answer": "1"}] * 5,
-            "left out: 5 over-long (rows 0, 1, 2, …); over-long are those of more than data.max_prompt_tokens (100)",
+            "left out: 5 over-long (rows 1, 2, 3, …); over-long means more than data.max_prompt_tokens (100)",
         ),
         (
             [{"prompt": "x", "answer": "1"}, {"gold": "1"}, {"gold": "1"}],
@@ -121,7 +121,7 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
             [{"question": "x", "answer": "1"}],
             "has no column 'prompt'; set data.prompt_key to one of question, answer",
         ),
-        ([{"prompt": "x", "answer": ["1"]}], "column 'answer' in row 0 of"),
+        ([{"prompt": "x", "answer": ["1"]}], "column 'answer' in row 1 of"),
         ([{"prompt": True, "answer": "1"}], "holds a bool; write text or a number"),
         ([{"prompt": "x", "answer": "1"}, "{oops"], "line 2 of"),
         (["[1]"], "holds a list; write one JSON object per line"),

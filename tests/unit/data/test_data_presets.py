@@ -94,7 +94,7 @@ def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_ans
         "with conflicting answers": 100,
     }
     assert (
-        "3860 repeated (rows 40, 80, 120, …), 100 with conflicting answers (rows 34, 74, 114, …)"
+        "3860 repeated (rows 41, 81, 121, …), 100 with conflicting answers (rows 35, 75, 115, …)"
         in loaded.summary
     )
 
@@ -136,14 +136,14 @@ def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_p
         {"one": 1, "two": 1},
     )
     assert dropped.summary.endswith(
-        "1 contaminated (row 0); evaluation problems among them, left out: one 1, two 1"
+        "1 contaminated (row 1); evaluation problems among them, left out: one 1, two 1"
     )
     warned = load(
         tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="warn", against=against
     )
     assert len(warned.prompts) == 2
     assert warned.summary.endswith(
-        "left out: none; evaluation problems among them, trained all the same: one 1, two 1"
+        "left out: none; evaluation problems among them, kept for training: one 1, two 1"
     )
     assert load(
         tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="off", against=against
@@ -212,7 +212,7 @@ def test_knobs_that_are_set_win_over_the_preset(tmp_path: Path) -> None:
 
 def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
     rows = [{"chat": [{"text": "a"}], "gold": {"value": 1}}, {"chat": [], "gold": {"value": 1}}]
-    with pytest.raises(ValueError, match=re.escape("row 1 of")) as error:
+    with pytest.raises(ValueError, match=re.escape("row 2 of")) as error:
         load(tmp_path / "a.jsonl", rows, prompt_key="chat.0.text", answer_key="gold.value")
     assert str(error.value).endswith(
         "has no column 'chat.0.text'; set data.prompt_key to one of chat, gold"
@@ -318,7 +318,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
     with pytest.raises(
         ValueError,
-        match=r"data.template=chat needs a chat template, and the model's tokenizer has none",
+        match=r"data.template=chat needs a chat template, but the model's tokenizer has none",
     ):
         load_prompts(
             source,

@@ -91,15 +91,15 @@ def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them
     [
         (
             {},
-            "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give a folder that has",
+            "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give another folder",
         ),
         (
             {"a.jsonl": ROWS, "b.parquet": ROWS},
-            "holds Parquet and JSONL files, which would be mixed up; give one file, or",
+            "holds Parquet and JSONL files, which must not be mixed; give one file, or",
         ),
         (
             {"train-0.parquet": ROWS, "test-0.parquet": ROWS},
-            "holds the splits test, train, which would be mixed up; give one file, or",
+            "holds the splits test, train, which must not be mixed; give one file, or",
         ),
     ],
 )
@@ -216,12 +216,12 @@ def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     with pytest.raises(
         ValueError,
-        match=re.escape(f"{source} can't be had from the Hugging Face hub: no network; check"),
+        match=re.escape(f"{source} can't be read from the Hugging Face hub: no network; check"),
     ) as error:
         list(read_rows(parse_source(source), columns=()))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(
-        "set HF_HUB_OFFLINE=1 to use what was downloaded before, or give a local file"
+        "set HF_HUB_OFFLINE=1 to use an earlier download, or give a local file"
     )
 
 

@@ -23,9 +23,9 @@ from run_support import QUICKSTART, environment
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
-from dapo_async.evaluate.command import Options, prepare, summarise
+from dapo_async.evaluate.command import Options, evaluation_totals, prepare_evaluation
 from dapo_async.evaluate.record import Record, digest
-from dapo_async.evaluate.sampled import Problem, answer_all, judged
+from dapo_async.evaluate.sampled import ProblemResult, answer_all, judged
 from dapo_async.reward import Verdict
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
@@ -48,9 +48,9 @@ def completion(length: int, finish: FinishReason = FinishReason.STOP) -> Complet
     )
 
 
-def problem(row: int, *, correct: int = 1) -> Problem:
+def problem(row: int, *, correct: int = 1) -> ProblemResult:
     answers = ["7" if number < correct else "8" for number in range(2)]
-    return Problem(
+    return ProblemResult(
         row,
         "7",
         2,
@@ -84,8 +84,8 @@ class FakeEngine:
 
 def answered(
     engines: Sequence[Any], prompts: Sequence[Prompt], judge: Any, *, siblings: int = 2
-) -> dict[int, Problem]:
-    done: dict[int, Problem] = {}
+) -> dict[int, ProblemResult]:
+    done: dict[int, ProblemResult] = {}
 
     async def run() -> None:
         await answer_all(
@@ -109,7 +109,7 @@ def test_verdicts_of_the_siblings_come_to_literal_numbers() -> None:
         Verdict(0.5, "6", "wrong"),
     ]
     completions = [completion(1), completion(2), completion(3, FinishReason.LENGTH), completion(4)]
-    assert judged(prompt(4), completions, verdicts) == Problem(
+    assert judged(prompt(4), completions, verdicts) == ProblemResult(
         row=4,
         gold="4",
         num_judged=4,
@@ -138,7 +138,7 @@ def test_response_whose_verdict_failed_is_neither_right_nor_wrong() -> None:
     )
     assert some.majority_accuracy == 1.0  # 7 and 9 once each: the first wins
     none = judged(prompt(5), [completion(1)] * 4, [failed] * 4)
-    totals = summarise([some, none], num_siblings=4, seed=0)
+    totals = evaluation_totals([some, none], num_siblings=4, seed=0)
     assert (totals["problems"], totals["responses"], totals["unjudged"]) == (2, 8, 6)
     assert [totals[name]["mean"] for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")] == [
         0.5,
@@ -147,8 +147,8 @@ def test_response_whose_verdict_failed_is_neither_right_nor_wrong() -> None:
         1.0,
         1.0,
     ]
-    with pytest.raises(RuntimeError, match="the verifier failed over every response"):
-        summarise([none], num_siblings=4, seed=0)
+    with pytest.raises(RuntimeError, match="the verifier failed on every response"):
+        evaluation_totals([none], num_siblings=4, seed=0)
 
 
 def test_every_prompt_is_asked_once_under_a_key_of_its_row_and_an_engine_is_never_flooded() -> None:
@@ -214,11 +214,11 @@ def test_first_failure_ends_everything_and_is_raised_as_it_was(where: str) -> No
 
 def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> None:
     def responses(slots: int, rows: Sequence[int]) -> dict[int, list[str | None]]:
-        async def run() -> dict[int, Problem]:
+        async def run() -> dict[int, ProblemResult]:
             engine = ThreadedEngine(
                 TorchEngine(tiny_decoder(), num_slots=slots, max_len=16), StateClock("test")
             )
-            done: dict[int, Problem] = {}
+            done: dict[int, ProblemResult] = {}
             await answer_all(
                 [engine],
                 [prompt(row, [row + 10, 5]) for row in rows],
@@ -267,10 +267,10 @@ def test_record_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
         record.add(problem(3))
     with pytest.raises(
         ValueError,
-        match=r"out.json.partial.jsonl holds an evaluation with other settings: k was 2, is 3; repeat those, or",
+        match=r"out.json.partial.jsonl holds an evaluation with other settings: k was 2, is 3; use the same settings or",
     ):
         Record(out, {**SETTINGS, "k": 3})
-    with pytest.raises(ValueError, match=r"other settings: the checkpoint is another one; "):
+    with pytest.raises(ValueError, match=r"other settings: the checkpoint differs; "):
         Record(out, {**SETTINGS, "weights_sha256": "2"})
     with Record(out, SETTINGS) as record:
         record.finish({"settings": SETTINGS, "problems": []})
@@ -284,18 +284,17 @@ def test_record_refuses_files_of_something_else_and_a_second_writer(tmp_path: Pa
     (tmp_path / "else.json").write_text('{"problems": []}')
     with pytest.raises(
         ValueError,
-        match=r"else.json exists and is no evaluation: it has no settings; give another file",
+        match=r"else.json exists and is no result of dapo-async eval: it has no settings; give",
     ):
         Record(tmp_path / "else.json", SETTINGS)
     (tmp_path / "half.json.partial.jsonl").write_text("[]\n")
     with pytest.raises(
-        ValueError,
-        match=r"half.json.partial.jsonl is no evaluation that was begun: it is JSON of another form",
+        ValueError, match=r"half.json.partial.jsonl is no partial result of dapo-async eval: it is JSON"
     ):
         Record(tmp_path / "half.json", SETTINGS)
     with (
         Record(tmp_path / "out.json", SETTINGS),
-        pytest.raises(ValueError, match=r"another process is writing .*out.json.partial.jsonl; "),
+        pytest.raises(ValueError, match=r"another process writes .*out.json.partial.jsonl; "),
     ):
         Record(tmp_path / "out.json", SETTINGS)
     (tmp_path / "file").write_text("")
@@ -393,7 +392,7 @@ def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(
     kept = {row["row"]: row for row in map(json.loads, partial.read_text().splitlines()[1:])}
     assert 3 <= len(kept) < 200
     assert (
-        f"SIGINT: {len(kept)} finished problems are kept in {partial}; the same command goes on from there"
+        f"SIGINT: {len(kept)} finished problems are kept in {partial}; the same command continues from there"
         in said
     )
     capsys.readouterr()
@@ -415,7 +414,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (
         refused(capsys, "--k", "0")
-        == "--k (0) must be at least 1; leave it out or give a larger number"
+        == "--k (0) must be at least 1; give a larger number"
     )
     assert refused(capsys, "--seed=-1").startswith("--seed (-1) must be at least 0; ")
     assert refused(capsys, "--top-p", "0").startswith("top_p (0.0) must lie in (0, 1]; ")
@@ -451,11 +450,11 @@ def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer
     (tmp_path / "config.yaml").write_text(
         f"model: {{path: nowhere}}\ndata: {{train: {QUICKSTART}, heldout: nowhere, template: '{{problem}}='}}\nrollout: {{max_response_tokens: 8}}\n"
     )
-    job = prepare(str(tmp_path / "config.yaml"), [], asked)
+    job = prepare_evaluation(str(tmp_path / "config.yaml"), [], asked)
     assert [each.text for each in job.prompts] == ["12="]
     assert job.checkpoint == base.resolve()
     assert job.config.model.path == str(base.resolve())
-    other = prepare(str(tmp_path / "config.yaml"), ["data.template='{problem}'"], asked)
+    other = prepare_evaluation(str(tmp_path / "config.yaml"), ["data.template='{problem}'"], asked)
     assert other.settings["problems_sha256"] != job.settings["problems_sha256"]
     assert {name for name in job.settings if job.settings[name] != other.settings[name]} == {
         "problems_sha256"
