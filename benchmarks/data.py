@@ -1,7 +1,9 @@
-"""What screening finds in published problem sets, and how long loading takes: DAPO-Math-17k against AIME 2024 and 2025, AMC, MATH-500 and GSM8K.
+"""What screening finds in DAPO-Math-17k, and how long loading takes.
 
-The sets are read where `DAPO_ASYNC_SHARED` (or ../shared beside the checkout) has them; no model is needed. `--quick`, and a machine without the
-sets, take generated problems instead, every tenth of which is an evaluation problem set differently.
+The evaluation sets are AIME 2024 and 2025, AMC, MATH-500 and GSM8K. The sets are read from the
+folder `DAPO_ASYNC_SHARED`, or from ../shared beside the checkout; no model is needed. With
+`--quick`, and without the sets, it generates problems; every tenth of them is an evaluation problem
+that is typeset differently.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from dapo_async.data import Screening, load_fingerprints, load_prompts, load_tok
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DAPO_ASYNC_SHARED", ROOT.parent / "shared")) / "data"
 TRAINING = ("dapo_math_17k", "dapo_math_17k/data.jsonl")
-EVALUATION = {"aime24": "aime24/data.jsonl", "aime25": "aime25/data.jsonl", "amc23": "amc23/data.jsonl", "math500": "math500/data.jsonl",
-              "gsm8k": "gsm8k/test.jsonl"}  # fmt: skip
+EVALUATION = {
+    "aime24": "aime24/data.jsonl",
+    "aime25": "aime25/data.jsonl",
+    "amc23": "amc23/data.jsonl",
+    "math500": "math500/data.jsonl",
+    "gsm8k": "gsm8k/test.jsonl",
+}
 
 
 def generated(folder: Path) -> tuple[Source, dict[str, Source]]:
@@ -46,7 +53,7 @@ def generated(folder: Path) -> tuple[Source, dict[str, Source]]:
 def measure(training: Source, evaluation: dict[str, Source]) -> dict[str, Any]:
     tokenizer = load_tokenizer(
         ROOT / "configs" / "base" / "random"
-    )  # bytes: its speed says nothing, so nothing is said of it
+    )  # one token per byte; its speed is not measured
     began_s = time.perf_counter()
     against = {name: load_fingerprints(source) for name, source in evaluation.items()}
     found = load_prompts(

@@ -1,8 +1,9 @@
-"""What an evaluation beside training costs the step: steps while one runs against steps while none runs, within one run per engine.
+"""How much an evaluation beside training slows down the steps, for each evaluation engine.
 
 python benchmarks/evaluation.py [--json OUT] [--quick]
 
-A trained model goes on with a learning rate of 0 and without filters, so that no step differs from another but by what runs beside it.
+It compares the steps during an evaluation with the other steps of the same run. A trained model
+continues with a learning rate of 0 and without filters, so the steps differ in nothing else.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def train(run_dir: Path, *overrides: str) -> Path:
 
 
 def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list[Window]]:
-    """Of each step as the driver saw it, from its wait for a batch to the next one's; and of each evaluation, from its load to its end."""
+    """The time of each step and of each evaluation, in seconds.
+
+    A step lasts from its wait for a batch to the next one; an evaluation from its load to its end.
+    """
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     spans = sorted((event for event in trace if event["ph"] == "X"), key=lambda event: event["ts"])
     begun = {
@@ -62,7 +66,10 @@ def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list
 
 
 def cost(run_dir: Path) -> dict[str, Any]:
-    """Mean step seconds and tokens/s, each step weighted by the share of it that an evaluation covers, and by the rest."""
+    """Mean step seconds and tokens/s during evaluations and otherwise.
+
+    A step counts for both, in proportion to its time.
+    """
     steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text())["traceEvents"])
     rows = {
         row["step"]: row
@@ -104,7 +111,8 @@ def cost(run_dir: Path) -> dict[str, Any]:
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
     print(
-        "| engine | evaluations (skipped) | seconds each (waited) | step s during | otherwise | ratio | tokens/s during | otherwise |"
+        "| engine | evaluations (skipped) | seconds each (waited) | step s during | otherwise "
+        "| ratio | tokens/s during | otherwise |"
     )
     print("|---" * 8 + "|")
     for engine, result in results.items():
@@ -114,8 +122,9 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
             print(f"| {engine} | no step with or none without an evaluation |")
             continue
         print(
-            f"| {engine} | {result['evaluations']} ({result['skipped']}) | {seconds} | {during['step_s']:.2f} "
-            f"| {otherwise['step_s']:.2f} | {result['step_ratio']:.2f} | {during['tokens_per_s']:.0f} | {otherwise['tokens_per_s']:.0f} |"
+            f"| {engine} | {result['evaluations']} ({result['skipped']}) | {seconds} "
+            f"| {during['step_s']:.2f} | {otherwise['step_s']:.2f} | {result['step_ratio']:.2f} "
+            f"| {during['tokens_per_s']:.0f} | {otherwise['tokens_per_s']:.0f} |"
         )
 
 

@@ -1,9 +1,11 @@
-"""Verdicts per second of the verifier of mathematical answers, and its agreement with recorded verdicts, every disagreement with its reason.
+"""Speed of the verifier of mathematical answers, and its agreement with recorded verdicts.
 
 python benchmarks/grader.py [--json OUT] [--quick]
 
-Plain answers are integers judged in this process, one thread; symbolic ones go to the pool of verifier processes from as many threads. The vectors
-are those of shared/data/grader_vectors beside the checkout, or of the folder that DAPO_ASYNC_SHARED names; without them that part says so.
+Plain answers are integers, judged by one thread of this process. Symbolic answers go to the pool
+of verifier processes, from as many threads as it has processes. The recorded verdicts are in
+shared/data/grader_vectors beside the checkout, or in the folder that DAPO_ASYNC_SHARED names.
+Without them the agreement is not measured. Each disagreement is printed with its reason.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def symbolic(number: int) -> None:
 def agreement(
     rows: Sequence[dict[str, Any]], judge: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """How many of `rows` are judged as expected; the others by id with the reason that is written down for them."""
+    """The number of `rows` that are judged as expected; the others by id with their reason."""
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
         verdicts = list(pool.map(judge, rows))
     wrong = [
@@ -94,7 +96,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def of_the_vectors() -> dict[str, Any]:
-    """Agreement on the portable and the other rows of math-verify's tests, and on GSM8K's recorded responses."""
+    """Agreement on the rows of math-verify's tests and on the recorded responses to GSM8K."""
     rows, responses = read("math_verify.jsonl"), read("gsm8k_model_outputs.jsonl")
 
     def marked(row: dict[str, Any]) -> bool:
@@ -141,15 +143,15 @@ def main() -> None:
         "agreement": of_the_vectors() if VECTORS.is_dir() else f"not measured: {VECTORS} is absent",
     }
     print(
-        f"plain integers {report['plain_per_s']}/s, symbolic {report['symbolic_per_s']}/s; the processes' start {report['start_s']} s"
+        f"plain integers {report['plain_per_s']}/s, symbolic {report['symbolic_per_s']}/s; "
+        f"start of the processes {report['start_s']} s"
     )
     if isinstance(report["agreement"], dict):
         for name, result in report["agreement"].items():
             print(f"{name}: {result['agree']} of {result['rows']} ({result['share']:.1%})")
             for each in result["disagreements"]:
-                print(
-                    f"  {each['id']} {'accepted' if each['accepted'] else 'rejected'}: {each['reason']}"
-                )
+                verdict = "accepted" if each["accepted"] else "rejected"
+                print(f"  {each['id']} {verdict}: {each['reason']}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

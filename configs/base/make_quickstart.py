@@ -1,13 +1,14 @@
-"""Makes the quickstart's base model and data anew: a small decoder that mostly guesses, and problems that it has never seen.
+"""Makes the quickstart's base model, which mostly guesses, and data that it has not seen.
 
-The task: the sum of a row of 4 to 20 digits, modulo 7. Out come `base/quickstart/` (a plain Hugging Face folder) and `data/quickstart/*.jsonl`.
-The corpus answers such problems in two styles:
+The task: the sum of a row of 4 to 20 digits, modulo 7. The script writes `base/quickstart/`, a
+plain Hugging Face folder, and `data/quickstart/*.jsonl`. The corpus answers such problems in two styles:
 
     guess         52841=####6          one digit at once, right about one time in seven
     step by step  52841=50156####6     the running sums modulo 7 first, right nearly always
 
-Step-by-step solutions are common at first, so that the model learns them well, and rare at the end, the rarer the longer the sum, so that it mostly
-guesses. Problems are dealt to corpus, training and evaluation by a hash of their text: the three can't overlap.
+Step-by-step solutions are common at first, so the model learns them well. At the end they are rare,
+most of all for long sums, so the model mostly guesses. A hash of its text puts each problem into
+the corpus, the training set or the held-out set, so the three do not overlap.
 
     python configs/base/make_quickstart.py [--steps 4000] [--seed 0] [--out configs]
 """
@@ -35,17 +36,15 @@ MARKER, EOS = "####", "<eos>"
 VOCABULARY = (*"0123456789", "=", MARKER, EOS)
 TOKEN_ID = {token: number for number, token in enumerate(VOCABULARY)}
 FIRST_STEP_SHARE = 0.7  # of step-by-step solutions in the corpus, at its start
-LAST_STEP_SHARES = (
-    0.12,
-    0.0003,
-)  # the same at its end, for the shortest and the longest problems; in between linear in log-odds
-SHARE_FALLS = (0.6, 0.8)  # from the one to the other between these fractions of the pretraining
+# The same at its end, for the shortest and the longest problems; linear in log-odds in between.
+LAST_STEP_SHARES = (0.12, 0.0003)
+SHARE_FALLS = (0.6, 0.8)  # the share falls between these fractions of the pretraining
 BATCH = 128
 MAX_RESPONSE_TOKENS = NUM_DIGITS[1] + 3
 
 
 def split_of(problem: str) -> str:
-    """Which of the three sets a problem belongs to: a tenth is held out, four tenths train, half is the corpus."""
+    """The set of a problem: a tenth is held out, four tenths are training, half is the corpus."""
     tenth = hashlib.sha256(problem.encode()).digest()[0] * 10 // 256
     return "heldout" if tenth == 0 else "train" if tenth < 5 else "corpus"
 
@@ -61,7 +60,7 @@ def problems(split: str, *, seed: int) -> Iterator[str]:
 
 
 def running_sums(problem: str) -> list[int]:
-    return (np.cumsum([int(digit) for digit in problem]) % MODULUS).tolist()
+    return [int(each) for each in np.cumsum([int(digit) for digit in problem]) % MODULUS]
 
 
 def answer_of(problem: str) -> str:
@@ -80,7 +79,7 @@ def response_to(problem: str, *, step_by_step: bool) -> str:
 
 
 def step_share(num_digits: int, *, progress: float) -> float:
-    """Probability that the corpus solves a problem step by step, at a `progress` of the pretraining in [0, 1]."""
+    """The probability of a step-by-step solution, at `progress` in [0, 1] of the pretraining."""
     shortest, longest = (np.log(share / (1 - share)) for share in LAST_STEP_SHARES)
     last = 1 / (1 + np.exp(-np.interp(num_digits, NUM_DIGITS, (shortest, longest))))
     return float(np.interp(progress, SHARE_FALLS, (FIRST_STEP_SHARE, last)))
@@ -117,7 +116,11 @@ def base_config() -> dict[str, object]:
 
 
 def new_decoder() -> Decoder:
-    """Matrices from N(0, 0.05²), those that write to the residual stream divided by the square root of their number, as in GPT-2."""
+    """Matrices from N(0, 0.05²).
+
+    Those that write to the residual stream are divided by the square root of their number, as in
+    GPT-2.
+    """
     decoder = Decoder(ModelConfig.from_dict(base_config()))
     writers = [
         name
@@ -133,7 +136,7 @@ def new_decoder() -> Decoder:
 
 
 def packed_batch(pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, PackedAttention]:
-    """Token ids `[T]` of (problem, response) pairs, whether each is a response token `[T]`, and their attention."""
+    """Of (problem, response) pairs: token ids `[T]`, the response mask `[T]`, and the attention."""
     rows = sorted(
         (
             (encode(prompt_of(problem)), [*encode(response), TOKEN_ID[EOS]])
@@ -153,7 +156,10 @@ def packed_batch(pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Pack
 
 
 def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, float]]:
-    """Next-token training on responses alone, learning rate up and down in one cycle; yields (step, loss in nats per token)."""
+    """Next-token training on the responses, with one cycle of the learning rate.
+
+    Yields (step, loss in nats per token).
+    """
     rng, stream = np.random.default_rng(seed), problems("corpus", seed=seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -179,7 +185,7 @@ def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, 
             chunk_tokens=len(targets),
         )
         loss = -logprobs.mean()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -189,7 +195,10 @@ def pretrain(decoder: Decoder, *, steps: int, seed: int) -> Iterator[tuple[int, 
 
 @torch.no_grad()
 def respond(decoder: Decoder, texts: Sequence[str], *, greedy: bool) -> list[str]:
-    """Responses to problems at temperature 0 or 1, each token by a fresh forward pass; an end token is left out, a missing one shows as `…`."""
+    """Responses to problems at temperature 0 or 1, with a full forward pass for each token.
+
+    The end token is left out; a response without one ends in `…`.
+    """
     responses = {}
     for size in sorted({len(text) for text in texts}):
         alike = [text for text in texts if len(text) == size]
@@ -217,7 +226,7 @@ def is_step_by_step(response: str) -> bool:
 
 
 def style_report(decoder: Decoder, texts: Sequence[str]) -> str:
-    """One line: greedy and sampled accuracy, and per style its share and accuracy at temperature 1."""
+    """Greedy and sampled accuracy, and the share and accuracy of each style at temperature 1."""
     sampled = list(zip(texts, respond(decoder, texts, greedy=False), strict=True))
     thought = [pair for pair in sampled if is_step_by_step(pair[1])]
     guessed = [pair for pair in sampled if not is_step_by_step(pair[1])]
@@ -227,13 +236,17 @@ def style_report(decoder: Decoder, texts: Sequence[str]) -> str:
         return sum(is_correct(*pair) for pair in pairs) / max(1, len(pairs))
 
     return (
-        f"greedy accuracy {accuracy(list(greedy)):.3f}, sampled {accuracy(sampled):.3f}; step by step {len(thought) / len(sampled):.3f} of "
-        f"the responses at accuracy {accuracy(thought):.3f}, guesses at {accuracy(guessed):.3f}"
+        f"greedy accuracy {accuracy(list(greedy)):.3f}, sampled {accuracy(sampled):.3f}; "
+        f"step by step {len(thought) / len(sampled):.3f} of the responses "
+        f"at accuracy {accuracy(thought):.3f}, guesses at {accuracy(guessed):.3f}"
     )
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token per character, and the marker as one token. The marker is no special token: a verifier must see it in the decoded text."""
+    """One token per character and one for the marker.
+
+    The marker is no special token, because a verifier must see it in the decoded text.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(dict(TOKEN_ID), unk_token=EOS))
@@ -263,7 +276,7 @@ def write_folder(decoder: Decoder, folder: Path) -> None:
 
 
 def write_problems(split: str, path: Path, *, count: int, seed: int) -> list[str]:
-    """The first `count` distinct problems of a set as JSONL rows `{"prompt", "answer"}`; returns the problems."""
+    """Writes the first `count` distinct problems of a set as JSONL rows; returns the problems."""
     distinct: dict[str, None] = {}
     for problem in problems(split, seed=seed):
         distinct[problem] = None
@@ -304,10 +317,8 @@ def main() -> None:
     for step, loss in pretrain(decoder, steps=options.steps, seed=options.seed):
         if step % 500 == 499 or step == options.steps - 1:
             elapsed = time.monotonic() - started
-            print(
-                f"step {step + 1} loss {loss:.3f} after {elapsed:.0f} s; {style_report(decoder, heldout[:512])}",
-                flush=True,
-            )
+            report = style_report(decoder, heldout[:512])
+            print(f"step {step + 1} loss {loss:.3f} after {elapsed:.0f} s; {report}", flush=True)
     write_folder(decoder, options.out / "base" / "quickstart")
 
 

@@ -1,6 +1,7 @@
-"""Makes `base/random/`: a tiny decoder that has learnt nothing, with a tokenizer for any text. With it real prompts go through the whole loop.
+"""Makes `base/random/`: a tiny decoder with random weights and a tokenizer for any text.
 
-One token per byte of UTF-8, so every problem in every language has its tokens; 29 thousand random weights. `real_prompts.yaml` trains it.
+It has 29 thousand weights and one token per byte of UTF-8, so it reads problems in every language.
+`real_prompts.yaml` uses it to send real prompts through the whole loop.
 
     python configs/base/make_random.py [--seed 0] [--out configs/base/random]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "random"
 EOS, EOS_ID = "<eos>", 256
@@ -21,7 +23,7 @@ def write_model(folder: Path, *, seed: int) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(seed)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -36,7 +38,8 @@ def write_model(folder: Path, *, seed: int) -> None:
         eos_token_id=EOS_ID,
         bos_token_id=None,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make: Any = AutoModelForCausalLM.from_config
+    make(config).save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path) -> None:

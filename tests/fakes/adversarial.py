@@ -1,4 +1,6 @@
-"""A thousand responses that must never be accepted: what a model under reinforcement could come to write, and what merely breaks parsers."""
+"""Responses that must never be accepted: those that a model in training could learn to write, and
+those that break parsers.
+"""
 
 from __future__ import annotations
 
@@ -224,8 +226,9 @@ def options(draw: random.Random, gold: str) -> str:
 def told(draw: random.Random, gold: str) -> str:
     """A sentence around the gold answer that claims another one."""
     return draw.choice(
-        ("minus ${}$", "twice ${}$", "half of ${}$", "the square of ${}$", "anything but ${}$", "${}$ is wrong", "it isn't ${}$", "it cannot be ${}$",
-         "The number is one less than ${}$", "a number below ${}$", "not ${}$", "it is never {}", "less than {}")
+        ("minus ${}$", "twice ${}$", "half of ${}$", "the square of ${}$", "anything but ${}$",
+         "${}$ is wrong", "it isn't ${}$", "it cannot be ${}$", "The number is one less than ${}$",
+         "a number below ${}$", "not ${}$", "it is never {}", "less than {}")
     ).format(gold)  # fmt: skip
 
 

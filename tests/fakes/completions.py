@@ -1,11 +1,12 @@
-"""Completions made of numbers."""
+"""Completions for tests."""
 
 import numpy as np
 
 from dapo_async.types import Completion, FinishReason
 
 
-def completion(num_tokens, finish_reason=FinishReason.STOP):
+def completion(num_tokens: int, finish_reason: FinishReason = FinishReason.STOP) -> Completion:
+    """A completion of `num_tokens` zeros."""
     return Completion(
         token_ids=np.zeros(num_tokens, np.int32),
         behaviour_logprobs=np.zeros(num_tokens, np.float32),

@@ -1,4 +1,4 @@
-"""Real data sets beside the checkout, read where they lie; a test of theirs is skipped where they are absent."""
+"""Real data sets beside the checkout. Tests that need them are skipped where they are absent."""
 
 import pytest
 from paths import SHARED

@@ -1,4 +1,4 @@
-"""Evaluation through real SGLang servers: one that runs already is given the checkpoint, one of its own is started with it."""
+"""Evaluation through real SGLang servers: a running one and a new one serve the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sglang_world import NUM_SLOTS, request
+from sglang_world import NUM_SLOTS, World, request
 
 from dapo_async.config import BaseModelConfig, Config, RolloutConfig
 from dapo_async.evaluate.engines import open_engines
@@ -25,14 +25,14 @@ def greedy_tokens(config: Config, checkpoint: Path, log: Path) -> list[int]:
             (completion,) = await engine.generate(
                 request(-1, PROMPT, max_tokens=10, temperature=0.0)
             )
-            return completion.token_ids.tolist()
+            return [int(token) for token in completion.token_ids]
 
     return asyncio.run(generate())
 
 
 @pytest.mark.parametrize("world", ["qwen3"], indirect=True)
 def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(
-    world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.no_grad():
         ids = world.other.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)

@@ -1,44 +1,53 @@
-"""Data: rows become prompts or are counted, mistakes are one clear line, and the stream's order needs nothing but a seed and a position."""
+"""Data: rows become prompts or are counted, errors are one line, the stream has a fixed order."""
 
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
+from byte_tokenizer import CHARACTERS
 from paths import CONFIGS
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dapo_async.data import PromptStream, load_prompts, load_tokenizer
+from dapo_async.data import PromptSet, PromptStream, load_prompts, load_tokenizer
 from dapo_async.types import Prompt
 
 QUICKSTART = CONFIGS / "base" / "quickstart"
 
 
-class CharacterTokenizer:
-    """One token per character: its code point."""
+class Load(Protocol):
+    """Writes rows to a file and loads them."""
 
-    def __call__(self, text, *, add_special_tokens=True):
-        return {"input_ids": [[ord(character) for character in one] for one in text]}
-
-    def decode(self, token_ids, *, skip_special_tokens=False):
-        return "".join(map(chr, token_ids))
+    def __call__(
+        self,
+        *rows: object,
+        template: str = "{problem}",
+        prompt_key: str = "prompt",
+        answer_key: str = "answer",
+        max_prompt_tokens: int = 100,
+    ) -> PromptSet: ...
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(tmp_path: Path) -> Load:
     def write_and_load(
-        *rows, template="{problem}", prompt_key="prompt", answer_key="answer", max_prompt_tokens=100
-    ):
+        *rows: object,
+        template: str = "{problem}",
+        prompt_key: str = "prompt",
+        answer_key: str = "answer",
+        max_prompt_tokens: int = 100,
+    ) -> PromptSet:
         path = tmp_path / "problems.jsonl"
         path.write_text(
             "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
         )
         return load_prompts(
             path,
-            tokenizer=CharacterTokenizer(),
+            tokenizer=CHARACTERS,
             prompt_key=prompt_key,
             answer_key=answer_key,
             template=template,
@@ -48,18 +57,18 @@ def load(tmp_path):
     return write_and_load
 
 
-def prompts(count):
+def prompts(count: int) -> list[Prompt]:
     return [Prompt(row, f"problem {row}", np.array([row], np.int32), "1") for row in range(count)]
 
 
-def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load) -> None:
+def test_a_row_becomes_a_prompt_with_the_template_around_its_problem(load: Load) -> None:
     (prompt,) = load({"prompt": "a{b}", "answer": "7"}, template="Q: {problem} {x}=").prompts
     assert (prompt.row, prompt.text, prompt.answer) == (0, "Q: a{b} {x}=", "7")
     assert prompt.token_ids.tolist() == [81, 58, 32, 97, 123, 98, 125, 32, 123, 120, 125, 61]
     assert prompt.token_ids.dtype == np.int32
 
 
-def test_the_source_of_a_row_is_read_where_it_has_one(load) -> None:
+def test_the_source_of_a_row_is_read_where_it_has_one(load: Load) -> None:
     sources = [
         prompt.source
         for prompt in load(
@@ -69,15 +78,15 @@ def test_the_source_of_a_row_is_read_where_it_has_one(load) -> None:
     assert sources == ["gsm8k", ""]
 
 
-def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load) -> None:
+def test_columns_are_chosen_by_name_and_numbers_are_taken_as_text(load: Load) -> None:
     (prompt,) = load(
         {"question": "6*7", "gold": 42}, prompt_key="question", answer_key="gold"
     ).prompts
     assert (prompt.text, prompt.answer) == ("6*7", "42")
 
 
-def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_their_row_number(
-    load,
+def test_overlong_and_empty_rows_are_counted_and_others_keep_their_row_number(
+    load: Load,
 ) -> None:
     rows = [
         {"prompt": "four", "answer": "1"},
@@ -94,9 +103,9 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         (5, "last", "0"),
     ]
     assert loaded.left_out.counts == {"empty": 3, "over-long": 1}
-    assert (
-        loaded.summary
-        == "2 prompts of 4 to 4 tokens from problems.jsonl; left out: 3 empty (rows 3, 4, 5), 1 over-long (row 2)"
+    assert loaded.summary == (
+        "2 prompts of 4 to 4 tokens from problems.jsonl; "
+        "left out: 3 empty (rows 3, 4, 5), 1 over-long (row 2)"
     )
 
 
@@ -107,7 +116,8 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         ([{"prompt": "x", "answer": ""}], "has no usable prompt; left out: 1 empty (row 1); "),
         (
             [{"prompt": "x" * 101, "answer": "1"}] * 5,
-            "left out: 5 over-long (rows 1, 2, 3, …); over-long means more than data.max_prompt_tokens (100)",
+            "left out: 5 over-long (rows 1, 2, 3, …); "
+            "over-long means more than data.max_prompt_tokens (100)",
         ),
         (
             [{"prompt": "x", "answer": "1"}, {"gold": "1"}, {"gold": "1"}],
@@ -139,13 +149,13 @@ def test_overlong_and_empty_rows_are_left_out_and_counted_while_others_keep_thei
         ),
     ],
 )
-def test_a_mistake_in_the_file_is_one_clear_line(load, rows, line) -> None:
+def test_a_mistake_in_the_file_is_one_clear_line(load: Load, rows: list[Any], line: str) -> None:
     with pytest.raises(ValueError, match=re.escape(line)) as error:
         load(*rows)
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(load) -> None:
+def test_a_byte_order_mark_is_no_part_of_the_first_row(load: Load) -> None:
     assert [
         prompt.text
         for prompt in load(
@@ -154,7 +164,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(load) -> None:
     ] == ["x", "y"]
 
 
-def test_a_number_that_is_none_is_empty(load) -> None:
+def test_a_number_that_is_none_is_empty(load: Load) -> None:
     loaded = load(
         '{"prompt": "x", "answer": NaN}',
         '{"prompt": "y", "answer": 1e999}',
@@ -169,7 +179,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.jsonl does not exist; give the path"):
         load_prompts(
             tmp_path / "nowhere.jsonl",
-            tokenizer=CharacterTokenizer(),
+            tokenizer=CHARACTERS,
             prompt_key="prompt",
             answer_key="answer",
             template="{problem}",
@@ -182,7 +192,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_hugging_face_tokenizer_encodes_prompts_and_keeps_the_marker_in_decoded_text(
+def test_a_hugging_face_tokenizer_encodes_prompts_and_decodes_the_marker(
     tmp_path: Path,
 ) -> None:
     tokenizer = load_tokenizer(QUICKSTART)
@@ -204,7 +214,9 @@ def test_generic_tokenizer_is_the_one_that_transformers_would_choose() -> None:
         AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True),
         load_tokenizer(QUICKSTART),
     )
-    assert type(own) is type(chosen)
+    assert isinstance(own, PreTrainedTokenizerBase)
+    classes: list[type] = [type(own), type(chosen)]
+    assert classes[0] is classes[1]
     assert own.get_vocab() == chosen.get_vocab()
     assert own(["31#4="]) == chosen(["31#4="])
 
@@ -216,7 +228,7 @@ def test_every_epoch_of_the_stream_is_another_shuffle_of_all_prompts() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_every_position_of_the_stream_has_one_prompt_in_whatever_order_they_are_asked_for() -> None:
+def test_a_position_of_the_stream_has_the_same_prompt_in_any_order_of_access() -> None:
     whole = PromptStream(prompts(7), seed=5)
     rows = [whole[position].row for position in range(30)]
     resumed = PromptStream(prompts(7), seed=5)
@@ -242,8 +254,11 @@ def test_a_stream_without_prompts_is_refused() -> None:
         PromptStream([], seed=0)
 
 
-def test_importing_the_data_room_does_not_import_transformers() -> None:
-    code = "import sys, dapo_async.data; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
+def test_importing_data_does_not_import_transformers() -> None:
+    code = (
+        "import sys, dapo_async.data; "
+        "sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 

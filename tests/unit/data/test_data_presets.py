@@ -1,12 +1,14 @@
-"""Presets know the columns of published sets, templates stand around problems, and what may not be trained is left out, counted and named."""
+"""Presets find the columns of published sets, templates surround problems, rows are screened."""
 
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow
 import pytest
+from byte_tokenizer import BYTES
 from paths import CONFIGS
 from pyarrow import parquet
 from shared_data import DATA, EVALUATION_SETS, needs_data
@@ -18,7 +20,9 @@ from dapo_async.config.validate import TEMPLATES as NAMES
 from dapo_async.data import (
     PRESETS,
     TEMPLATES,
+    PromptSet,
     Screening,
+    Tokenizer,
     load_fingerprints,
     load_prompts,
     load_set,
@@ -32,14 +36,10 @@ from dapo_async.runtime.preflight import check_inputs
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
-class Bytes:
-    """One token per byte."""
-
-    def __call__(self, text, *, add_special_tokens=True):
-        return {"input_ids": [list(one.encode()) for one in text]}
+Rows = list[dict[str, Any]]
 
 
-def write(path, rows):
+def write(path: Path, rows: Rows) -> Path:
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
@@ -47,26 +47,34 @@ def write(path, rows):
     return path
 
 
-def load(file, rows, *, preset=None, **options):
-    screening = Screening(
-        **{
-            name: options.pop(name)
-            for name in list(options)
-            if name in ("language", "deduplicate", "contamination", "against")
-        }
-    )
-    source = Source(preset=preset, path=write(file, rows))
+def load(
+    file: Path,
+    rows: Rows,
+    *,
+    preset: str | None = None,
+    screening: Screening = Screening(),  # noqa: B008 (frozen)
+    prompt_key: str | None = None,
+    answer_key: str | None = None,
+    template: str | None = None,
+) -> PromptSet:
+    """Writes the rows to `file` and loads them."""
     return load_prompts(
-        source, tokenizer=Bytes(), screening=screening, **{"max_prompt_tokens": 2000, **options}
+        Source(preset=preset, path=write(file, rows)),
+        tokenizer=BYTES,
+        prompt_key=prompt_key,
+        answer_key=answer_key,
+        template=template,
+        max_prompt_tokens=2000,
+        screening=screening,
     )
 
 
-def pairs(loaded):
+def pairs(loaded: PromptSet) -> list[tuple[int, str, str]]:
     return [(prompt.row, prompt.text, prompt.answer) for prompt in loaded.prompts]
 
 
-def published_row(problem, answer):
-    """As DAPO-Math-17k is published: a chat of one turn, with the prompt's words around the problem already."""
+def published_row(problem: str, answer: str) -> dict[str, Any]:
+    """A row of the published DAPO-Math-17k: a chat of one turn, with DAPO's prompt around it."""
     return {
         "data_source": "math_dapo",
         "prompt": [{"content": TEMPLATES["dapo"].replace("{problem}", problem), "role": "user"}],
@@ -76,7 +84,7 @@ def published_row(problem, answer):
     }
 
 
-def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_answers(
+def test_published_dapo_math_gives_each_prompt_once_and_none_with_two_answers(
     tmp_path: Path,
 ) -> None:
     rows = [
@@ -113,23 +121,29 @@ def test_dapo_math_as_it_is_published_has_each_prompt_once_and_none_with_two_ans
         (("x + 1", "1 + x"), []),  # only the symbolic engine could tell
     ],
 )
-def test_answers_that_are_plainly_equal_do_not_conflict(tmp_path: Path, answers, kept) -> None:
-    loaded = load(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer} for answer in (*answers, answers[0])] + [{"prompt": "y", "answer": "0"}],
-                  deduplicate=True)  # fmt: skip
+def test_answers_that_are_plainly_equal_do_not_conflict(
+    tmp_path: Path, answers: tuple[str, ...], kept: list[str]
+) -> None:
+    rows = [{"prompt": "x", "answer": answer} for answer in (*answers, answers[0])]
+    rows.append({"prompt": "y", "answer": "0"})
+    loaded = load(tmp_path / "a.jsonl", rows, screening=Screening(deduplicate=True))
     assert [answer for _, text, answer in pairs(loaded) if text == "x"] == kept
     reason = "repeated" if kept else "with conflicting answers"
     assert loaded.left_out.counts == {reason: len(answers) + (not kept)}
 
 
-def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_path: Path) -> None:
+def test_the_published_prompt_does_not_hide_a_problem_from_the_check(tmp_path: Path) -> None:
     rows = [published_row("Find $x+1$.", "1"), published_row("Find $y$.", "1")]
     against = {
         "one": frozenset({fingerprint("find x 1")}),
         "two": frozenset({fingerprint("Find x+1"), ""}),
     }
-    dropped = load(
-        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="drop", against=against
-    )
+
+    def loaded(contamination: Literal["drop", "warn", "off"]) -> PromptSet:
+        screening = Screening(contamination=contamination, against=against)
+        return load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k", screening=screening)
+
+    dropped, warned = loaded("drop"), loaded("warn")
     assert [row for row, *_ in pairs(dropped)] == [1]
     assert (dropped.left_out.counts, dropped.contaminated) == (
         {"contaminated": 1},
@@ -138,16 +152,11 @@ def test_the_words_around_a_published_prompt_do_not_hide_it_from_the_check(tmp_p
     assert dropped.summary.endswith(
         "1 contaminated (row 1); evaluation problems among them, left out: one 1, two 1"
     )
-    warned = load(
-        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="warn", against=against
-    )
     assert len(warned.prompts) == 2
     assert warned.summary.endswith(
         "left out: none; evaluation problems among them, kept for training: one 1, two 1"
     )
-    assert load(
-        tmp_path / "a.jsonl", rows, preset="dapo_math_17k", contamination="off", against=against
-    ).summary.endswith("left out: none")
+    assert loaded("off").summary.endswith("left out: none")
 
 
 def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
@@ -156,8 +165,10 @@ def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
         {"prompt": "求 x。", "answer": "1"},
         {"prompt": "Trouvez x é.", "answer": "1"},
     ]
-    assert [row for row, *_ in pairs(load(tmp_path / "a.jsonl", rows, language="en"))] == [0, 2]
-    chinese = load(tmp_path / "a.jsonl", rows, language="zh")
+    assert [
+        row for row, *_ in pairs(load(tmp_path / "a.jsonl", rows, screening=Screening("en")))
+    ] == [0, 2]
+    chinese = load(tmp_path / "a.jsonl", rows, screening=Screening("zh"))
     assert [row for row, *_ in pairs(chinese)] == [1]
     assert chinese.left_out.counts == {"of another language": 2}
 
@@ -188,30 +199,36 @@ def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
     ],
 )
 def test_a_preset_finds_problem_and_answer_in_each_published_form(
-    tmp_path: Path, preset, row, text, answer
+    tmp_path: Path, preset: str, row: dict[str, Any], text: str, answer: str
 ) -> None:
     assert pairs(load(tmp_path / "a.jsonl", [row], preset=preset)) == [
         (0, TEMPLATES[text].replace("{problem}", "How many?"), answer)
     ]
 
 
-def test_knobs_that_are_set_win_over_the_preset(tmp_path: Path) -> None:
+def test_knobs_that_are_set_replace_those_of_the_preset(tmp_path: Path) -> None:
     rows = [{"question": "a", "answer": "1 #### 2", "gold": "3", "other": "b"}] * 2
-    given = {"prompt_key": "other", "answer_key": "gold", "template": "{problem}!"}
-    assert pairs(load(tmp_path / "a.jsonl", rows, preset="gsm8k", deduplicate=True, **given)) == [
-        (0, "b!", "3")
-    ]
-    published = [published_row("a", "1")] * 3
-    assert (
-        len(
-            load(tmp_path / "a.jsonl", published, preset="dapo_math_17k", deduplicate=False).prompts
-        )
-        == 3
+    file = tmp_path / "a.jsonl"
+    given = load(
+        file,
+        rows,
+        preset="gsm8k",
+        screening=Screening(deduplicate=True),
+        prompt_key="other",
+        answer_key="gold",
+        template="{problem}!",
     )
+    assert pairs(given) == [(0, "b!", "3")]
+    published = [published_row("a", "1")] * 3
+    every = load(file, published, preset="dapo_math_17k", screening=Screening(deduplicate=False))
+    assert len(every.prompts) == 3
 
 
 def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
-    rows = [{"chat": [{"text": "a"}], "gold": {"value": 1}}, {"chat": [], "gold": {"value": 1}}]
+    rows: Rows = [
+        {"chat": [{"text": "a"}], "gold": {"value": 1}},
+        {"chat": [], "gold": {"value": 1}},
+    ]
     with pytest.raises(ValueError, match=re.escape("row 2 of")) as error:
         load(tmp_path / "a.jsonl", rows, prompt_key="chat.0.text", answer_key="gold.value")
     assert str(error.value).endswith(
@@ -249,11 +266,11 @@ def test_an_answer_that_the_form_does_not_find_is_empty() -> None:
         (r"\boxedsymbol 5", ""),
     ],
 )
-def test_boxes_without_braces_and_framed_boxes_are_boxes(solution, answer) -> None:
+def test_boxes_without_braces_and_framed_boxes_are_boxes(solution: str, answer: str) -> None:
     assert answer_of(solution, "boxed") == answer
 
 
-def test_hub_and_a_preset_name_it_where_it_was_published() -> None:
+def test_hub_with_a_preset_names_its_place_on_the_hub() -> None:
     preset, source = preset_of(parse_source("hub:gsm8k"))
     assert (preset, source.where, source.name) == (
         PRESETS["gsm8k"],
@@ -265,13 +282,14 @@ def test_hub_and_a_preset_name_it_where_it_was_published() -> None:
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "'gsm8' is no preset of data; did you mean 'gsm8k'? Known are dapo_math_17k, gsm8k, math"
+            "'gsm8' is no preset of data; did you mean 'gsm8k'? "
+            "Known are dapo_math_17k, gsm8k, math"
         ),
     ):
         preset_of(parse_source("gsm8=/a"))
 
 
-def test_every_preset_has_a_source_and_a_template_and_every_name_of_a_template_a_text() -> None:
+def test_every_preset_has_a_source_and_a_template_and_every_template_a_text() -> None:
     for preset in PRESETS.values():
         assert re.fullmatch(r"hub:[\w-]+/[\w.-]+(/\w+)?:(train|test)", preset.hub)
         assert preset.template in TEMPLATES
@@ -281,11 +299,12 @@ def test_every_preset_has_a_source_and_a_template_and_every_name_of_a_template_a
 
 
 @pytest.fixture
-def chatting(tmp_path):
+def chatting(tmp_path: Path) -> Tokenizer:
     """The quickstart's tokenizer with a chat template, which writes roles as digits."""
     tokenizer = AutoTokenizer.from_pretrained(CONFIGS / "base" / "quickstart")
     tokenizer.chat_template = (
-        "{% for turn in messages %}{{ {'system': '1', 'user': '2'}[turn['role']] }}={{ turn['content'] }}={% endfor %}"
+        "{% for turn in messages %}{{ {'system': '1', 'user': '2'}[turn['role']] }}="
+        "{{ turn['content'] }}={% endfor %}"
         "{% if add_generation_prompt %}3={% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "model")
@@ -301,8 +320,8 @@ def chatting(tmp_path):
         ("chat+0{problem}0", None, "2=0450=3="),
     ],
 )
-def test_the_chat_template_of_the_tokenizer_stands_around_with_and_without_system_text(
-    tmp_path: Path, chatting, template, system, text
+def test_a_chat_template_surrounds_the_problem_with_and_without_system_text(
+    tmp_path: Path, chatting: Tokenizer, template: str, system: str | None, text: str
 ) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "45", "answer": "1"}])
     (prompt,) = load_prompts(
@@ -336,7 +355,7 @@ def test_system_text_needs_a_chat_template() -> None:
     assert knobs.load(QUICKSTART, ["data.system=x", "data.template=chat+boxed"]).data.system == "x"
 
 
-def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_screened(
+def test_held_out_prompts_get_the_training_template_and_are_not_screened(
     tmp_path: Path,
 ) -> None:
     train = write(
@@ -358,8 +377,8 @@ def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_s
     )
     config = replace(config, data=replace(config.data, template=None, max_prompt_tokens=999))
     training, held_out = (
-        load_set(config, config.data.train, Bytes(), training=True),
-        load_set(config, config.data.heldout, Bytes()),
+        load_set(config, config.data.train, BYTES, training=True),
+        load_set(config, config.data.heldout, BYTES),
     )
     boxed = TEMPLATES["boxed"]
     assert [text for _, text, _ in pairs(training)] == [boxed.replace("{problem}", "12")]
@@ -369,7 +388,7 @@ def test_held_out_prompts_have_the_template_of_the_training_preset_and_are_not_s
     assert (training.contaminated, held_out.contaminated) == ({"math500": 1}, {})
 
 
-def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_prompts(
+def test_the_fingerprint_of_the_inputs_changes_with_the_training_prompts(
     tmp_path: Path,
 ) -> None:
     train = write(
@@ -377,7 +396,7 @@ def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_pro
     )
     evaluation = write(tmp_path / "evaluation.jsonl", [{"prompt": "13", "answer": "1"}])
 
-    def fingerprint_with(*overrides):
+    def fingerprint_with(*overrides: str) -> str | None:
         return check_inputs(
             knobs.load(
                 QUICKSTART, [f"data.train={train}", f"data.check_against={evaluation}", *overrides]
@@ -392,7 +411,7 @@ def test_the_fingerprint_of_the_inputs_follows_whatever_changes_the_training_pro
 
 
 @needs_data
-def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells() -> None:
+def test_dapo_math_has_the_evaluation_problems_that_its_column_in_eval_marks() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
     against = {
         name: load_fingerprints(Source(preset=name, path=path))
@@ -405,12 +424,12 @@ def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells()
         "math500": 500,
         "gsm8k": 1319,
     }
-    options = {"tokenizer": Bytes(), "max_prompt_tokens": 10**6}
     source = Source(preset="dapo_math_17k", path=file)
     dropped = load_prompts(
         source,
         screening=Screening(deduplicate=False, contamination="drop", against=against),
-        **options,
+        tokenizer=BYTES,
+        max_prompt_tokens=10**6,
     )
     kept = {prompt.row for prompt in dropped.prompts}
     in_eval = [json.loads(line)["in_eval"] for line in file.read_text().splitlines()]
@@ -420,13 +439,14 @@ def test_dapo_math_holds_the_evaluation_problems_that_its_column_in_eval_tells()
     fewer = load_prompts(
         source,
         screening=Screening(deduplicate=False, contamination="drop", against=without_amc),
-        **options,
+        tokenizer=BYTES,
+        max_prompt_tokens=10**6,
     )
     assert fewer.left_out.counts == {"contaminated": 8}
 
 
 @needs_data
-def test_of_dapo_math_screening_leaves_what_the_recipes_say() -> None:
+def test_screening_of_dapo_math_leaves_as_many_prompts_as_the_recipes_say() -> None:
     against = {
         name: load_fingerprints(Source(preset=name, path=path))
         for name, path in EVALUATION_SETS.items()
@@ -434,7 +454,7 @@ def test_of_dapo_math_screening_leaves_what_the_recipes_say() -> None:
     source = Source(preset="dapo_math_17k", path=DATA / "dapo_math_17k" / "data.jsonl")
     found = load_prompts(
         source,
-        tokenizer=Bytes(),
+        tokenizer=BYTES,
         max_prompt_tokens=10**6,
         screening=Screening(contamination="drop", against=against),
     )
@@ -445,13 +465,13 @@ def test_of_dapo_math_screening_leaves_what_the_recipes_say() -> None:
 
 
 @needs_data
-def test_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
+def test_the_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
     languages = [json.loads(line)["lang"] for line in file.read_text().splitlines()]
     source = Source(preset="dapo_math_17k", path=file)
     english = load_prompts(
         source,
-        tokenizer=Bytes(),
+        tokenizer=BYTES,
         max_prompt_tokens=10**6,
         screening=Screening("en", deduplicate=False),
     )
@@ -462,9 +482,9 @@ def test_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
 
 @needs_data
 @pytest.mark.parametrize("name", EVALUATION_SETS)
-def test_every_evaluation_set_here_loads_whole_by_its_preset(name) -> None:
+def test_every_evaluation_set_here_loads_whole_by_its_preset(name: str) -> None:
     source = Source(preset=name, path=EVALUATION_SETS[name])
-    loaded = load_prompts(source, tokenizer=Bytes(), max_prompt_tokens=10**6)
+    loaded = load_prompts(source, tokenizer=BYTES, max_prompt_tokens=10**6)
     assert (len(loaded.prompts), str(loaded.left_out)) == (
         {"gsm8k": 1319, "math500": 500, "amc23": 40}.get(name, 30),
         "none",

@@ -1,11 +1,12 @@
-"""Rows come the same from JSONL, Parquet, folders and saved data sets; what can't be read is one clear line; the grammar of sources."""
+"""Rows are the same from JSONL, Parquet, folders and saved data sets; errors are one line."""
 
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import datasets
 import httpx
@@ -18,12 +19,12 @@ from dapo_async import config as knobs
 from dapo_async.config import Source, parse_source, parse_sources
 from dapo_async.data.sources import read_rows
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": f"problem {row}", "answer": str(row), "extra": {"level": row}} for row in range(5)
 ]
 
 
-def write(path, rows=ROWS):
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -32,11 +33,14 @@ def write(path, rows=ROWS):
     return path
 
 
-def rows_of(path, columns=("prompt", "answer", "extra")):
+def rows_of(
+    path: Path, columns: Sequence[str] = ("prompt", "answer", "extra")
+) -> list[dict[str, Any]]:
     return list(read_rows(Source(path=path), columns=columns))
 
 
-def refusal(path):
+def refusal(path: Path) -> str:
+    """The message, in one line."""
     with pytest.raises(ValueError) as error:
         rows_of(path)
     assert "\n" not in str(error.value)
@@ -44,8 +48,8 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("name", ["one.jsonl", "one.parquet"])
-def test_a_file_and_a_folder_of_files_give_their_rows_in_order_of_the_names(
-    tmp_path: Path, name
+def test_a_file_and_a_folder_give_their_rows_in_the_order_of_the_names(
+    tmp_path: Path, name: str
 ) -> None:
     file = write(tmp_path / name)
     assert rows_of(file) == ROWS
@@ -56,7 +60,7 @@ def test_a_file_and_a_folder_of_files_give_their_rows_in_order_of_the_names(
     assert rows_of(tmp_path / "folder") == ROWS
 
 
-def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_named(
+def test_a_saved_data_set_gives_its_rows_and_needs_the_name_of_a_split(
     tmp_path: Path,
 ) -> None:
     saved = datasets.Dataset.from_list(ROWS)
@@ -64,14 +68,15 @@ def test_a_saved_data_set_gives_its_rows_and_of_several_splits_one_has_to_be_nam
     assert rows_of(tmp_path / "one") == ROWS
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "two"))
     assert refusal(tmp_path / "two") == (
-        f"data folder {tmp_path}/two holds the splits test, train; give one of them, such as {tmp_path}/two/test"
+        f"data folder {tmp_path}/two holds the splits test, train; "
+        f"give one of them, such as {tmp_path}/two/test"
     )
     assert rows_of(tmp_path / "two" / "train") == ROWS
     (tmp_path / "one" / "state.json").write_text("{")
     assert "one is no readable folder of datasets.save_to_disk (" in refusal(tmp_path / "one")
 
 
-def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them_for_the_error_of_a_missing_one(
+def test_only_the_wanted_columns_of_a_table_are_read_and_all_if_one_is_missing(
     tmp_path: Path,
 ) -> None:
     file = write(tmp_path / "one.parquet")
@@ -91,7 +96,7 @@ def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them
     [
         (
             {},
-            "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give another folder",
+            "has no *.parquet, no *.jsonl and nothing of datasets.save_to_disk; give another",
         ),
         (
             {"a.jsonl": ROWS, "b.parquet": ROWS},
@@ -103,7 +108,9 @@ def test_of_a_table_only_the_columns_that_are_asked_for_are_read_but_all_of_them
         ),
     ],
 )
-def test_a_folder_that_is_no_data_set_is_one_line(tmp_path: Path, files, line) -> None:
+def test_a_folder_that_is_no_data_set_is_one_line(
+    tmp_path: Path, files: dict[str, list[dict[str, Any]]], line: str
+) -> None:
     (tmp_path / "set").mkdir()
     for name, rows in files.items():
         write(tmp_path / "set" / name, rows)
@@ -145,7 +152,7 @@ def test_a_pickle_in_a_folder_is_never_looked_at(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_grammar_of_a_source(text, source, name) -> None:
+def test_the_grammar_of_a_source(text: str, source: Source, name: str) -> None:
     parsed = parse_source(text)
     assert (parsed, parsed.name) == (source, name)
     assert text.endswith(parsed.where)
@@ -164,7 +171,8 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path: Path) -
         write(tmp_path / "data" / name)
     (tmp_path / "run.yaml").write_text(
         "model: {path: Qwen/Qwen2.5-32B}\n"
-        "data: {train: gsm8k=data/t.jsonl, heldout: hub:openai/gsm8k/main:test, check_against: 'amc23=data/e.jsonl, ./data/h.jsonl, hub:aime24'}\n"
+        "data: {train: gsm8k=data/t.jsonl, heldout: hub:openai/gsm8k/main:test,\n"
+        "  check_against: 'amc23=data/e.jsonl, ./data/h.jsonl, hub:aime24'}\n"
     )
     config = knobs.load(tmp_path / "run.yaml")
     assert config.model.path == "hub:Qwen/Qwen2.5-32B"
@@ -183,12 +191,12 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path: Path) -
         knobs.load(tmp_path / "run.yaml", ["data.check_against=/nowhere"])
 
 
-def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_and_by_nothing_that_runs_code(
+def test_a_data_set_of_the_hub_is_read_by_name_subset_split_and_revision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    asked: list[Any] = []
 
-    def load_dataset(*names, **options):
+    def load_dataset(*names: str, **options: Any) -> datasets.Dataset:
         asked.append((*names, options))
         return datasets.Dataset.from_list(ROWS)
 
@@ -209,8 +217,10 @@ def test_a_data_set_of_the_hub_is_asked_for_by_name_subset_split_and_revision_an
 
 
 @pytest.mark.parametrize("source", ["hub:nobody/nothing", "hub:nobody/nothing/x@y:test"])
-def test_a_hub_that_can_not_be_reached_is_one_line(source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dataset_info(self, name, **options) -> Never:
+def test_a_hub_that_can_not_be_reached_is_one_line(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dataset_info(self: object, name: str, **options: Any) -> Never:
         raise httpx.ConnectError("no network\nand more about it")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
@@ -229,6 +239,7 @@ def test_reading_jsonl_imports_neither_datasets_nor_pyarrow(tmp_path: Path) -> N
     file = write(tmp_path / "one.jsonl")
     code = f"""
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from dapo_async.data import load_prompts
 class Tokenizer:

@@ -1,25 +1,30 @@
-"""The committed quickstart base: it mostly guesses, it has never seen what it is trained and evaluated on, and everyone can load it."""
+"""The committed quickstart base: it mostly guesses, has not seen the data, and loads anywhere."""
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from paths import CONFIGS
 
 from dapo_async.data import load_prompts, load_tokenizer
-from dapo_async.model import PackedAttention, load_decoder
+from dapo_async.model import Decoder, PackedAttention, load_decoder
 from dapo_async.reward import get_verifier
 
 FOLDER, DATA = CONFIGS / "base" / "quickstart", CONFIGS / "data" / "quickstart"
 
 
-def load_script():
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "make_quickstart", CONFIGS / "base" / "make_quickstart.py"
     )
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -28,16 +33,16 @@ def load_script():
 make = load_script()
 
 
-def rows(split):
+def rows(split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text().splitlines()]
 
 
-def committed_problems(split):
+def committed_problems(split: str) -> list[str]:
     return [row["prompt"] for row in rows(split)]
 
 
 @pytest.fixture(scope="module")
-def decoder():
+def decoder() -> Decoder:
     return load_decoder(FOLDER)
 
 
@@ -63,7 +68,7 @@ def test_committed_data_is_what_the_script_writes(tmp_path: Path) -> None:
 
 
 def test_committed_folder_is_what_the_script_writes_but_for_the_weights(
-    tmp_path: Path, decoder
+    tmp_path: Path, decoder: Decoder
 ) -> None:
     make.write_folder(decoder, tmp_path)
     for path in sorted(tmp_path.iterdir()):
@@ -87,15 +92,16 @@ def test_corpus_responses_end_in_the_gold_answer_in_both_styles() -> None:
     )
 
 
-def test_folder_is_smaller_than_a_megabyte_and_the_data_than_half_of_one() -> None:
+def test_the_folder_is_below_a_megabyte_and_the_data_below_half_of_one() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1_000_000
     assert sum(path.stat().st_size for path in DATA.iterdir()) < 500_000
 
 
-def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder) -> None:
+def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder: Decoder) -> None:
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    reference: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    reference.eval()
     ids = torch.tensor(make.encode("31415926535=34115"))
     attention = PackedAttention([len(ids)])
     with torch.no_grad():
@@ -106,7 +112,7 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(decoder) -> 
     )
 
 
-def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder) -> None:
+def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder: Decoder) -> None:
     tokenizer = load_tokenizer(FOLDER)
     for text in ("0123456789=", "52841=50156####6"):
         assert tokenizer([text])["input_ids"] == [make.encode(text)]
@@ -114,7 +120,7 @@ def test_committed_tokenizer_agrees_with_the_script_and_fits_the_model(decoder) 
     assert len(make.VOCABULARY) == decoder.config.vocab_size
 
 
-def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder) -> None:
+def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder: Decoder) -> None:
     loaded = load_prompts(
         DATA / "train.jsonl",
         tokenizer=load_tokenizer(FOLDER),
@@ -131,9 +137,7 @@ def test_longest_problem_and_its_solution_fit_into_the_quickstart_limits(decoder
     assert decoder.config.max_positions >= 48
 
 
-def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rarer_the_longer_the_sum() -> (
-    None
-):
+def test_step_by_step_solutions_become_rare_and_rarest_for_long_sums() -> None:
     assert [make.step_share(size, progress=0.5) for size in (4, 20)] == pytest.approx([0.7, 0.7])
     assert [make.step_share(size, progress=1.0) for size in (4, 20)] == pytest.approx(
         [0.12, 0.0003]
@@ -143,12 +147,12 @@ def test_step_by_step_solutions_are_common_at_first_and_rare_at_the_end_the_rare
     assert make.step_share(12, progress=0.7) == pytest.approx((0.7 + 0.00636) / 2, abs=1e-5)
 
 
-def test_base_mostly_guesses_and_is_right_when_it_thinks(decoder) -> None:
+def test_the_base_mostly_guesses_and_is_right_when_it_works_step_by_step(decoder: Decoder) -> None:
     problems = committed_problems("heldout")
     verify = get_verifier("marker")
     torch.manual_seed(0)
 
-    def share_correct(pairs):
+    def share_correct(pairs: Sequence[tuple[str, str]]) -> float:
         return sum(
             verify(response, make.answer_of(problem)).correct for problem, response in pairs
         ) / len(pairs)

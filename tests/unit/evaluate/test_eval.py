@@ -1,4 +1,4 @@
-"""`dapo-async eval`: siblings judged beside generation, kept as they end, gone on with after an interruption, without Ray."""
+"""`dapo-async eval`: siblings are judged during generation; an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from blocked_imports import run_without
 from native_engine_world import tiny_decoder
+from paths import QUICKSTART
 from prompts import prompt
-from run_support import QUICKSTART, environment
+from run_support import environment
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
@@ -65,7 +66,7 @@ def problem(row: int, *, correct: int = 1) -> ProblemResult:
 
 
 class FakeEngine:
-    """Answers at once, or never for the prompts in `never`; remembers how many prompts it had at a time."""
+    """Answers at once, but not the prompts in `never`; records how many prompts it had at once."""
 
     num_slots = 2
 
@@ -267,7 +268,8 @@ def test_record_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
         record.add(problem(3))
     with pytest.raises(
         ValueError,
-        match=r"out.json.partial.jsonl holds an evaluation with other settings: k was 2, is 3; use the same settings or",
+        match=r"out.json.partial.jsonl holds an evaluation with other settings: "
+        r"k was 2, is 3; use the same settings or",
     ):
         Record(out, {**SETTINGS, "k": 3})
     with pytest.raises(ValueError, match=r"other settings: the checkpoint differs; "):
@@ -392,8 +394,8 @@ def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(
     kept = {row["row"]: row for row in map(json.loads, partial.read_text().splitlines()[1:])}
     assert 3 <= len(kept) < 200
     assert (
-        f"SIGINT: {len(kept)} finished problems are kept in {partial}; the same command continues from there"
-        in said
+        f"SIGINT: {len(kept)} finished problems are kept in {partial}; "
+        "the same command continues from there" in said
     )
     capsys.readouterr()
     assert (
@@ -412,10 +414,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert (
-        refused(capsys, "--k", "0")
-        == "--k (0) must be at least 1; give a larger number"
-    )
+    assert refused(capsys, "--k", "0") == "--k (0) must be at least 1; give a larger number"
     assert refused(capsys, "--seed=-1").startswith("--seed (-1) must be at least 0; ")
     assert refused(capsys, "--top-p", "0").startswith("top_p (0.0) must lie in (0, 1]; ")
     assert refused(capsys, "--temperature=-1").startswith(
@@ -448,7 +447,9 @@ def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer
         out=None,
     )
     (tmp_path / "config.yaml").write_text(
-        f"model: {{path: nowhere}}\ndata: {{train: {QUICKSTART}, heldout: nowhere, template: '{{problem}}='}}\nrollout: {{max_response_tokens: 8}}\n"
+        "model: {path: nowhere}\n"
+        f"data: {{train: {QUICKSTART}, heldout: nowhere, template: '{{problem}}='}}\n"
+        "rollout: {max_response_tokens: 8}\n"
     )
     job = prepare_evaluation(str(tmp_path / "config.yaml"), [], asked)
     assert [each.text for each in job.prompts] == ["12="]

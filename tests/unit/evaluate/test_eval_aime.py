@@ -1,9 +1,13 @@
-"""The real AIME 2024 as DAPO evaluates it: 30 problems, 32 responses each, temperature 1, top-p 0.7; by a made-up model, for the walk counts."""
+"""AIME 2024 as DAPO evaluates it: 30 problems, 32 responses each, temperature 1, top-p 0.7.
+
+The model is random: the test is about the path of the data.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from dapo_async.cli.main import main
 
 AIME = SHARED / "data" / "aime24" / "data.jsonl"
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-    "max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": "float32", "bos_token_id": None,
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": "float32",
+    "bos_token_id": None,
 }  # fmt: skip
 
 
@@ -32,11 +38,11 @@ def byte_model(folder: Path) -> Path:
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
     )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    wrap: Any = PreTrainedTokenizerFast
+    wrap(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        Qwen3Config(**SIZES, vocab_size=257, eos_token_id=256)
-    ).save_pretrained(folder)
+    make: Any = AutoModelForCausalLM.from_config
+    make(Qwen3Config(**SIZES, vocab_size=257, eos_token_id=256)).save_pretrained(folder)
     return folder
 
 
@@ -49,7 +55,8 @@ def test_aime_2024_is_thirty_problems_of_thirty_two_responses(
 ) -> None:
     (tmp_path / "config.yaml").write_text(
         f"model: {{path: {byte_model(tmp_path / 'model')}}}\n"
-        f"data: {{train: {AIME}, heldout: {AIME}, prompt_key: problem, template: 'Solve: {{problem}}'}}\n"
+        f"data: {{train: {AIME}, heldout: {AIME}, prompt_key: problem,\n"
+        "  template: 'Solve: {problem}'}\n"
         "rollout: {max_response_tokens: 4, num_slots: 256}\n"
     )
     assert (

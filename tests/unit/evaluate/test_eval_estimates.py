@@ -1,4 +1,4 @@
-"""avg@k, pass@k, maj@k and their intervals: literal numbers, every subset counted, resamples drawn by hand."""
+"""avg@k, pass@k, maj@k and their intervals: literal numbers, all subsets, naive resamples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_pass_at_k_of_more_than_there_are_responses_is_refused() -> None:
     ("answers", "winner"),
     [
         (["7", "8", "8"], 1),
-        (["7", "8", "8", "7"], 0),  # of equals the first
+        (["7", "8", "8", "7"], 0),  # a tie: the first
         (["8", "7", "7", "8"], 0),
         ([None, None, None, "9"], 3),  # no answer never wins
         ([None, None], None),

@@ -1,8 +1,9 @@
-"""Held-out evaluation: greedy, one response per prompt, and parts of several engines that add up to the whole."""
+"""Held-out evaluation: one greedy response per prompt; the parts of several engines add up."""
 
 import asyncio
 import json
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,19 +11,21 @@ from native_engine_world import packed_logprobs, tiny_decoder
 from prompts import prompt
 
 from dapo_async.evaluate import Evaluation, evaluate
+from dapo_async.rollout.engine import GroupRequest
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
-from dapo_async.types import Completion, FinishReason
+from dapo_async.types import Completion, FinishReason, Prompt
 from dapo_async.utils.state_clock import StateClock
 
 
 class FakeEngine:
-    """Answers prompt [row, …] with `row` tokens, truncated from 4 on, sampled by `versions` in turn."""
+    """Answers prompt [row, …] with `row` tokens, at most 4, sampled by `versions` in turn."""
 
-    def __init__(self, *versions) -> None:
-        self.versions, self.requests = versions, []
+    def __init__(self, *versions: int) -> None:
+        self.versions = versions
+        self.requests: list[GroupRequest] = []
 
-    async def generate(self, request):
+    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
         self.requests.append(request)
         await asyncio.sleep(0)
         length = min(int(request.prompt_ids[0]), 4)
@@ -35,11 +38,19 @@ class FakeEngine:
         )
 
 
-def evaluated(engine, prompts, judge=lambda prompt, completion: float(prompt.row % 2)):
+def odd_rows_are_correct(asked: Prompt, completion: Completion) -> float | None:
+    return float(asked.row % 2)
+
+
+def evaluated(
+    engine: Any,
+    prompts: Sequence[Prompt],
+    judge: Callable[[Prompt, Completion], float | None] = odd_rows_are_correct,
+) -> Evaluation:
     return asyncio.run(evaluate(engine, prompts, judge=judge, max_tokens=4, stop_token_ids=(9,)))
 
 
-def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_has() -> None:
+def test_every_prompt_is_answered_once_greedily_under_an_id_that_no_group_has() -> None:
     engine = FakeEngine(7)
     evaluated(engine, [prompt(row, [row, 5]) for row in range(1, 7)])
     assert [request.group_id for request in engine.requests] == [-1, -2, -3, -4, -5, -6]
@@ -51,7 +62,7 @@ def test_every_prompt_is_answered_once_greedily_under_a_key_that_no_admission_ha
     assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 4, (9,))
 
 
-def test_the_sums_are_of_what_the_judge_and_the_engine_say() -> None:
+def test_the_sums_follow_the_judge_and_the_engine() -> None:
     result = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
     accuracies = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0, 6: 0.0}
     assert result == Evaluation(
@@ -59,7 +70,7 @@ def test_the_sums_are_of_what_the_judge_and_the_engine_say() -> None:
         num_correct=3.0,
         num_response_tokens=1 + 2 + 3 + 4 + 4 + 4,
         num_truncated=2,
-        weight_versions={7},
+        weight_versions=frozenset({7}),
         accuracies=accuracies,
     )
     assert (result.accuracy, result.mean_response_tokens) == (0.5, 3.0)
@@ -82,7 +93,7 @@ def test_an_evaluation_of_more_than_one_model_shows_it() -> None:
     ).weight_versions == {7, 9}
 
 
-def test_an_evaluation_survives_a_walk_through_a_json_file() -> None:
+def test_an_evaluation_is_the_same_after_a_json_file() -> None:
     whole = evaluated(FakeEngine(7), [prompt(row, [row, 5]) for row in range(1, 7)])
     assert Evaluation.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
@@ -92,17 +103,15 @@ def test_an_engine_that_has_nothing_to_evaluate_adds_nothing() -> None:
     assert evaluated(FakeEngine(7), []) + whole == whole
 
 
-def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it_says() -> None:
-    prompts, seen = (
-        [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])],
-        SimpleNamespace(completions={}),
-    )
+def test_a_real_engine_gives_the_likeliest_tokens_and_its_version() -> None:
+    prompts = [prompt(0, [5, 6]), prompt(1, [9]), prompt(2, [40, 41, 42])]
+    seen: dict[int, Completion] = {}
 
-    def judge(asked, completion) -> float:
-        seen.completions[asked.row] = completion
+    def judge(asked: Prompt, completion: Completion) -> float:
+        seen[asked.row] = completion
         return 1.0
 
-    async def main():
+    async def main() -> Evaluation:
         engine = ThreadedEngine(
             TorchEngine(tiny_decoder(), num_slots=2, max_len=16, version=5), StateClock("rollout-0")
         )
@@ -116,9 +125,9 @@ def test_a_real_engine_gives_the_likeliest_tokens_while_it_serves_the_version_it
         result.num_response_tokens,
         result.num_truncated,
         result.weight_versions,
-    ) == (1.0, 18, 3, {5})
+    ) == (1.0, 18, 3, frozenset({5}))
     for asked in prompts:
-        tokens = seen.completions[asked.row].token_ids
+        tokens = seen[asked.row].token_ids
         assert (
             tokens.tolist()
             == packed_logprobs(tiny_decoder(), asked.token_ids, tokens).argmax(-1).tolist()

@@ -1,17 +1,28 @@
-"""Rewards: verdicts against literal texts, DAPO's punishment at its literal edges, and groups scored rollout by rollout."""
+"""Rewards: verdicts on literal texts, DAPO's punishment at its edges, and scored groups."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from completions import completion
 
 from dapo_async.reward import get_verifier, score_group, soft_overlong_punishment
-from dapo_async.types import Admission, FinishReason, Prompt
+from dapo_async.types import Admission, FinishReason, Group, Prompt
 
 
-def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, **options):
-    admission = Admission(index, Prompt(0, "1+3=", np.array([1], np.int32), answer), len(texts))
+def score(
+    texts: Sequence[str],
+    *,
+    lengths: Sequence[int] | None = None,
+    group_id: int = 0,
+    answer: str = "4",
+    max_response_tokens: int = 20,
+    overlong_cache_tokens: int | None = None,
+    shuffle_seed: int | None = None,
+) -> Group:
+    """A group with these texts, judged by `marker`."""
+    admission = Admission(group_id, Prompt(0, "1+3=", np.array([1], np.int32), answer), len(texts))
     completions = [completion(length) for length in lengths or [5] * len(texts)]
     return score_group(
         admission,
@@ -21,7 +32,8 @@ def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, *
         max_response_tokens=max_response_tokens,
         incarnation="run-0",
         temperature=0.7,
-        **options,
+        overlong_cache_tokens=overlong_cache_tokens,
+        shuffle_seed=shuffle_seed,
     )
 
 
@@ -48,7 +60,7 @@ def score(texts, *, lengths=None, index=0, answer="4", max_response_tokens=20, *
     ],
 )
 def test_marker_reads_what_follows_the_last_marker(
-    response, gold, correct, extracted, reason
+    response: str, gold: str, correct: bool, extracted: str | None, reason: str
 ) -> None:
     verdict = get_verifier("marker")(response, gold)
     assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
@@ -63,16 +75,16 @@ def test_marker_reads_what_follows_the_last_marker(
         (" ", "4", False, None, "no_answer"),
     ],
 )
-def test_exact_reads_the_whole_response(response, gold, correct, extracted, reason) -> None:
+def test_exact_reads_the_whole_response(
+    response: str, gold: str, correct: bool, extracted: str | None, reason: str
+) -> None:
     verdict = get_verifier("exact")(response, gold)
     assert (verdict.correct, verdict.extracted, verdict.reason) == (correct, extracted, reason)
 
 
 @pytest.mark.parametrize("name", ["marker", "exact"])
 @pytest.mark.parametrize("gold", ["", " \n"])
-def test_an_empty_gold_answer_is_refused_instead_of_making_an_empty_response_right(
-    name, gold
-) -> None:
+def test_an_empty_gold_answer_is_refused(name: str, gold: str) -> None:
     with pytest.raises(ValueError, match="gold answer is empty"):
         get_verifier(name)("####", gold)
 
@@ -101,7 +113,9 @@ def test_an_unknown_verifier_names_the_nearest_one() -> None:
         (1_000_000, -1.0),
     ],
 )
-def test_soft_overlong_punishment_at_the_edges_of_the_paper(num_tokens, punishment) -> None:
+def test_soft_overlong_punishment_at_the_edges_of_the_paper(
+    num_tokens: int, punishment: float
+) -> None:
     assert soft_overlong_punishment(num_tokens, max_tokens=20_480, cache_tokens=4_096) == punishment
 
 
@@ -115,7 +129,7 @@ def test_a_cache_as_long_as_the_response_punishes_from_the_first_token() -> None
 
 
 @pytest.mark.parametrize("cache_tokens", [0, -1, 11])
-def test_a_cache_outside_the_response_is_refused(cache_tokens) -> None:
+def test_a_cache_outside_the_response_is_refused(cache_tokens: int) -> None:
     with pytest.raises(
         ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"
     ):
@@ -123,7 +137,7 @@ def test_a_cache_outside_the_response_is_refused(cache_tokens) -> None:
 
 
 def test_a_group_is_scored_rollout_by_rollout() -> None:
-    group = score(["####4", "41####4", "####3", "412"], index=17)
+    group = score(["####4", "41####4", "####3", "412"], group_id=17)
     assert [rollout.accuracy for rollout in group.rollouts] == [1.0, 1.0, 0.0, 0.0]
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 1.0, -1.0, -1.0]
     assert [rollout.extracted for rollout in group.rollouts] == ["4", "4", "3", None]
@@ -169,20 +183,20 @@ def test_a_truncated_response_without_an_answer_is_wrong() -> None:
 def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_group_id() -> None:
     texts = ["####4"] * 5 + ["####3"] * 11
 
-    def accuracies(seed, index):
-        return score(texts, index=index, shuffle_seed=seed).accuracies
+    def accuracies(seed: int, group_id: int) -> tuple[float, ...]:
+        return score(texts, group_id=group_id, shuffle_seed=seed).accuracies
 
-    orders = {accuracies(seed, index) for seed in range(3) for index in range(20)}
+    orders = {accuracies(seed, group_id) for seed in range(3) for group_id in range(20)}
     assert all(sorted(order) == [0.0] * 11 + [1.0] * 5 for order in orders)
     assert len(orders) > 50
     assert accuracies(1, 7) == accuracies(1, 7)
 
 
-def test_shuffled_scores_say_nothing_about_the_response_that_bears_them() -> None:
+def test_shuffled_scores_are_independent_of_the_responses() -> None:
     shares = np.mean(
         [
-            score(["####4"] * 4 + ["####3"] * 12, index=index, shuffle_seed=0).accuracies
-            for index in range(2000)
+            score(["####4"] * 4 + ["####3"] * 12, group_id=group_id, shuffle_seed=0).accuracies
+            for group_id in range(2000)
         ],
         axis=0,
     )
@@ -190,9 +204,14 @@ def test_shuffled_scores_say_nothing_about_the_response_that_bears_them() -> Non
 
 
 def test_shuffling_moves_the_shaped_reward_with_its_accuracy() -> None:
-    options = {"lengths": [20, 5, 5, 5], "overlong_cache_tokens": 5}
     plain, shuffled = (
-        score(["####4", "####4", "####3", "####3"], index=3, shuffle_seed=seed, **options)
+        score(
+            ["####4", "####4", "####3", "####3"],
+            lengths=[20, 5, 5, 5],
+            group_id=3,
+            overlong_cache_tokens=5,
+            shuffle_seed=seed,
+        )
         for seed in (None, 0)
     )
     pairs = [

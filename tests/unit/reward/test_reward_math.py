@@ -1,6 +1,7 @@
-r"""Verdicts on mathematical answers against literal texts: what counts as the answer, what equals it, what only looks like it."""
+"""Verdicts on literal mathematical answers: their extraction, equal and different answers."""
 
-from typing import Never
+from collections.abc import Mapping
+from typing import Any, Never
 
 import pytest
 
@@ -10,13 +11,15 @@ from dapo_async.reward.math_verifier.verify import verify
 
 
 class NoEngine:
-    def ask(self, question, timeout_s) -> Never:
-        raise AssertionError(f"the symbolic engine was asked {question}")
+    """A pool that fails on every question."""
+
+    def ask(self, question: Mapping[str, Any], timeout_s: float) -> Never:
+        raise AssertionError(f"computer algebra was asked {question}")
 
 
 @pytest.fixture
-def plain(monkeypatch) -> None:
-    """Without a symbolic engine: whatever asks it fails."""
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without computer algebra: every question to it fails."""
     monkeypatch.setattr(verifier, "shared_pool", NoEngine)
 
 
@@ -52,21 +55,24 @@ def plain(monkeypatch) -> None:
         ("Answer: 1 Answer: 34", "1 Answer: 34"),
     ],
 )
-def test_the_last_marker_after_the_thinking_holds_the_answer(response, extracted) -> None:
+def test_the_last_marker_after_the_thinking_holds_the_answer(
+    response: str, extracted: str | None
+) -> None:
     assert verify(response, "7,8,9", timeout_s=5).extracted == extracted
 
 
 @pytest.mark.parametrize(
     "response",
     ["", " \n", "34", "The answer is 34.",
-     r"\boxed{34", r"\boxed{\frac{3", r"\boxed{}", "Answer:", "Answer:\n ", "Answer: **", "<think>Answer: 34", "answer 34",
+     r"\boxed{34", r"\boxed{\frac{3", r"\boxed{}", "Answer:", "Answer:\n ", "Answer: **",
+     "<think>Answer: 34", "answer 34",
      "<think>a</think><think>Answer: 34", "Answer: 34</think>", "\\boxed"],
 )  # fmt: skip
-def test_without_a_whole_marker_there_is_no_answer(plain, response) -> None:
+def test_without_a_whole_marker_there_is_no_answer(plain: None, response: str) -> None:
     assert verify(response, "34") == Verdict(correct=False, extracted=None, reason="no_answer")
 
 
-def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain) -> None:
+def test_a_truncated_response_has_no_answer(plain: None) -> None:
     assert (
         verify("Let me see: 30 + 4 = 34, so the answer must be 34" * 50, "34").reason == "no_answer"
     )
@@ -87,7 +93,9 @@ def test_a_truncated_response_is_no_answer_whatever_it_had_in_mind(plain) -> Non
         (r"\text{no solution}", ("No solution",)),
     ],
 )  # fmt: skip
-def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, answers) -> None:
+def test_plain_answers_are_equal_in_every_spelling(
+    plain: None, gold: str, answers: tuple[str, ...]
+) -> None:
     wrong = [answer for answer in answers if not verify(answer, gold, extraction="none").correct]
     assert wrong == []
 
@@ -95,7 +103,8 @@ def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, ans
 @pytest.mark.parametrize(
     ("gold", "answers"),
     [
-        ("34", ("3 4", "1 2 3 4", "-34", "35", "3,4, 34", "34, 35", "34 or 35", r"33 \text{ and } 34", "34 35",
+        ("34", ("3 4", "1 2 3 4", "-34", "35", "3,4, 34", "34, 35", "34 or 35",
+            r"33 \text{ and } 34", "34 35",
                 "thirty", "٣٤", "３４", "3\u200b4", "34\x00",
                 "\x0c34", "33 34", "34.0000001", "1 34", "{34", "34e1", "340%")),
         ("7", ("3 4", "0.07")),
@@ -107,38 +116,52 @@ def test_plain_answers_are_equal_whatever_they_are_written_like(plain, gold, ans
         (r"\text{east}", ("seat", "west", "34")),
     ],
 )  # fmt: skip
-def test_plain_answers_that_only_look_alike_are_wrong(plain, gold, answers) -> None:
+def test_plain_answers_that_only_look_alike_are_wrong(
+    plain: None, gold: str, answers: tuple[str, ...]
+) -> None:
     accepted = [answer for answer in answers if verify(answer, gold, extraction="none").correct]
     assert accepted == []
 
 
 EQUAL = [
-    ("42", "x = 42"), ("5", "2+3=5"), ("12", "x=y=12"), ("12", r"|AB| = 12"), ("1024", "2^{10}"), (r"3\times10^{8}", "3e8"),
-    (r"2\sqrt{2}", r"\sqrt{8}"), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}"), (r"\frac{\pi}{2}", "π/2"), ("x^2+2x+1", "(x+1)**2"),
-    (r"\tan^2(y)+1", r"\sec^2(y)"), ("(3,4)", "3, 4"), ("1, 2", "2 and 1"), (r"\{1,2\}", r"\{2,1\}"), ("(1,9/2)", "(1,4.5)"),
-    (r"(-\infty,3)", "(-∞, 3)"), ("2<x<5", "(2,5)"), (r"x\ge 3", "x >= 3"), ("2x+1", "y=2x+1"), ("x=5,y=2", "5,2"),
+    ("42", "x = 42"), ("5", "2+3=5"), ("12", "x=y=12"), ("12", r"|AB| = 12"), ("1024", "2^{10}"),
+        (r"3\times10^{8}", "3e8"),
+    (r"2\sqrt{2}", r"\sqrt{8}"), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}"), (r"\frac{\pi}{2}",
+    "π/2"), ("x^2+2x+1", "(x+1)**2"),
+    (r"\tan^2(y)+1", r"\sec^2(y)"), ("(3,4)", "3, 4"), ("1, 2", "2 and 1"), (r"\{1,2\}",
+    r"\{2,1\}"), ("(1,9/2)", "(1,4.5)"),
+    (r"(-\infty,3)", "(-∞, 3)"), ("2<x<5", "(2,5)"), (r"x\ge 3", "x >= 3"), ("2x+1", "y=2x+1"),
+    ("x=5,y=2", "5,2"),
     (r"1\pm\sqrt5", r"1-\sqrt{5}, 1+\sqrt5"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2\\ 3 & 4\end{bmatrix}"), (r"(\frac{3}{5},\frac{8}{3}]", "(0.6,2.6667]"),
-    ("34x+45y=100", "-34x-45y=-100"), (r"1-\frac{1}{\mathrm{e}}", r"1-\frac1e"), ("204_5", "204"), ("120", "5!"), ("2^{2008}", "4^{1004}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2\\ 3 & 4\end{bmatrix}"),
+    (r"(\frac{3}{5},\frac{8}{3}]", "(0.6,2.6667]"),
+    ("34x+45y=100", "-34x-45y=-100"), (r"1-\frac{1}{\mathrm{e}}", r"1-\frac1e"), ("204_5", "204"),
+        ("120", "5!"), ("2^{2008}", "4^{1004}"),
 ]  # fmt: skip
 DIFFERENT = [
-    ("34", "1=2=34"), ("42", "x=41=42"), ("42", "40+1=42"), ("5", "3=5"), ("C", "175=C"), ("34", "709=x=34"), ("10", "2x=10"), ("5", "x>5"),
+    ("34", "1=2=34"), ("42", "x=41=42"), ("42", "40+1=42"), ("5", "3=5"), ("C", "175=C"), ("34",
+        "709=x=34"), ("10", "2x=10"), ("5", "x>5"),
     ("34", "34 million"), ("7", "6+"), ("C", "CD"),
 
-    ("34", r"x\ne 34"), ("34", "34x"), ("34", "34!"), ("34", r"34 \text{ or } x"), ("7", r"3\quad 4"), ("2", r"\pm2"),
+    ("34", r"x\ne 34"), ("34", "34x"), ("34", "34!"), ("34", r"34 \text{ or } x"), ("7",
+        r"3\quad 4"), ("2", r"\pm2"),
     ("3", "11_2"), ("204_5", "204_6"),
-    (r"\sqrt{2}", "1.414"), (r"\pi", "3.14159"), (r"\frac{1}{10^7}", "0.0000002"), ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"), ("(1,2)", "(1,2,3)"),
-    (r"1-\frac{1}{\mathrm{e}}", r"1+\frac{1}{\mathrm{e}}"), ("x^2", "x^3"), ("x=5", "y=5"), (r"\frac{3}{7}", r"5, \frac{3}{7}"), ("2x+1", "y=2x+2"),
+    (r"\sqrt{2}", "1.414"), (r"\pi", "3.14159"), (r"\frac{1}{10^7}", "0.0000002"), ("(1,2)",
+    "(2,1)"), ("[1,2]", "(1,2)"), ("(1,2)", "(1,2,3)"),
+    (r"1-\frac{1}{\mathrm{e}}", r"1+\frac{1}{\mathrm{e}}"), ("x^2", "x^3"), ("x=5", "y=5"),
+    (r"\frac{3}{7}", r"5, \frac{3}{7}"), ("2x+1", "y=2x+2"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
-def test_answers_are_equal_by_algebra(gold, answer) -> None:
+def test_answers_are_equal_by_algebra(gold: str, answer: str) -> None:
     assert verify(rf"So \boxed{{{answer}}}.", gold).correct
 
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
-def test_answers_differ_by_algebra_though_an_engine_may_take_them_for_equal(gold, answer) -> None:
+def test_answers_differ_by_algebra_that_math_verify_may_take_for_equal(
+    gold: str, answer: str
+) -> None:
     verdict = verify(rf"So \boxed{{{answer}}}.", gold)
     assert (verdict.correct, verdict.reason) == (False, "wrong")
 
@@ -160,7 +183,7 @@ def test_answers_differ_by_algebra_though_an_engine_may_take_them_for_equal(gold
         (r"so it is $\boxed{34", "34", False),
     ],
 )
-def test_any_falls_back_to_the_last_expression(text, gold, correct) -> None:
+def test_any_falls_back_to_the_last_expression(text: str, gold: str, correct: bool) -> None:
     assert verify(text, gold, extraction="any").correct == correct
 
 
@@ -177,18 +200,18 @@ def test_an_empty_gold_an_unknown_extraction_and_no_deadline_are_refused() -> No
     with pytest.raises(ValueError, match="the gold answer is empty"):
         verify("Answer: 3", " \n")
     with pytest.raises(ValueError, match=r"extraction \('all'\) must be one of marker, any, none"):
-        verify("Answer: 3", "3", extraction="all")
+        verify("Answer: 3", "3", extraction="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"timeout_s \(0\) must be positive"):
         verify("Answer: 3", "3", timeout_s=0)
 
 
-def test_the_verifier_is_known_by_its_name_and_hands_its_deadline_on(
+def test_the_verifier_named_math_passes_its_deadline_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    asked: list[float] = []
 
     class Late:
-        def ask(self, question, timeout_s):
+        def ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
             asked.append(timeout_s)
             return {"reason": "timeout"}
 

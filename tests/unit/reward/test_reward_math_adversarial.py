@@ -1,16 +1,18 @@
-"""A thousand responses that must not be accepted are not, and none of them breaks or holds up the verifier."""
+"""A thousand adversarial responses are rejected, and none breaks or delays the verifier."""
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from adversarial import responses
 
-from dapo_async.reward.math_verifier.verify import verify
+from dapo_async.reward import Verdict
+from dapo_async.reward.math_verifier.verify import Extraction, verify
 
 
-def judged(pairs, extraction):
+def judged(pairs: Sequence[tuple[str, str]], extraction: Extraction) -> list[Verdict]:
     with ThreadPoolExecutor(2) as threads:
         return list(
             threads.map(lambda pair: verify(*pair, extraction=extraction, timeout_s=2), pairs)
@@ -28,7 +30,7 @@ def test_a_thousand_adversarial_responses_are_never_accepted() -> None:
     )  # they are of many kinds
 
 
-def test_nor_where_the_whole_response_is_taken_for_the_answer() -> None:
+def test_adversarial_answers_are_never_accepted_as_whole_responses() -> None:
     pairs = list(responses(200, seed=1))
     assert [
         pair
@@ -37,9 +39,10 @@ def test_nor_where_the_whole_response_is_taken_for_the_answer() -> None:
     ] == []
 
 
-def test_nor_where_the_last_expression_is_looked_for() -> None:
+def test_adversarial_last_expressions_are_never_accepted() -> None:
     pairs = [pair for pair in responses(600, seed=2) if "Answer:" in pair[0] or len(pair[0]) < 60]
-    # Unmarked, the last of several expressions is taken at its word; contradictions and lists are for the other two.
+    # Without a marker the last of several expressions counts; the other tests have contradictions
+    # and lists.
     verdicts = judged(pairs, "any")
     assert not any(verdict.failed for verdict in verdicts)
     taken = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct]
@@ -70,7 +73,7 @@ def test_nor_where_the_last_expression_is_looked_for() -> None:
         "is ",
     ],
 )
-def test_a_megabyte_is_judged_in_a_moment(unit, extraction) -> None:
+def test_a_megabyte_is_judged_in_a_moment(unit: str, extraction: Extraction) -> None:
     text = unit * (2**20 // len(unit))
     began_s = time.monotonic()
     verdict = verify("Answer: " + text, "34", extraction=extraction, timeout_s=1)

@@ -1,11 +1,13 @@
-r"""Verifier processes: nothing hangs beyond its deadline, a death is replaced and its verdict is failed, nothing is left behind."""
+"""Verifier processes: deadlines hold, dead processes are replaced, none is left behind."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import pytest
@@ -14,13 +16,14 @@ from paths import ROOT
 from dapo_async.reward import Verdict
 from dapo_async.reward.math_verifier import pool as pools
 from dapo_async.reward.math_verifier import verify as verifier
-from dapo_async.reward.math_verifier.pool import Pool
+from dapo_async.reward.math_verifier.pool import Pool, VerifierProcess
 from dapo_async.reward.math_verifier.size_limits import is_too_large
-from dapo_async.reward.math_verifier.verify import verify
+from dapo_async.reward.math_verifier.verify import Extraction, verify
 
 HANGS = [
-    r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}", r"\sum_{k=1}^{10^9}\frac{1}{k^3}", r"\prod_{k=1}^{100000}k", "9!!!!",
-    "((9!)!)!", "(x+1)^{100000}", "9**9**9**9", r"\left(9^{9}\right)^{9^{9}}", r"10^{10^{10}}",
+    r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}",
+    r"\sum_{k=1}^{10^9}\frac{1}{k^3}", r"\prod_{k=1}^{100000}k", "9!!!!", "((9!)!)!",
+    "(x+1)^{100000}", "9**9**9**9", r"\left(9^{9}\right)^{9^{9}}", r"10^{10^{10}}",
 ]  # fmt: skip
 SLOW = [
     r"(x+y+z+w)^{300}",
@@ -30,7 +33,7 @@ SLOW = [
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool() -> Iterator[Pool]:
     """Two processes of this file's own."""
     pool = Pool(2)
     yield pool
@@ -38,11 +41,11 @@ def pool():
 
 
 @pytest.fixture(autouse=True)
-def own_pool(pool, monkeypatch) -> None:
+def own_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "shared_pool", lambda: pool)
 
 
-def child_of(process):
+def child_of(process: VerifierProcess | psutil.Process) -> psutil.Process:
     """The child that judges, as soon as there is one."""
     until_s = time.monotonic() + 10
     while not (children := psutil.Process(process.pid).children()):
@@ -53,7 +56,9 @@ def child_of(process):
 
 @pytest.mark.parametrize("extraction", ["marker", "any", "none"])
 @pytest.mark.parametrize("text", HANGS)
-def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction) -> None:
+def test_a_formula_that_would_hang_computer_algebra_is_wrong_at_once(
+    text: str, extraction: Extraction
+) -> None:
     began_s = time.monotonic()
     verdict = verify(
         {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction],
@@ -78,12 +83,12 @@ def test_what_would_hang_an_engine_is_wrong_at_once(text, extraction) -> None:
         r"7\cdot10^{30}",
     ],
 )
-def test_what_an_answer_may_be_is_not_too_large(text) -> None:
+def test_formulas_that_an_answer_may_have_are_not_too_large(text: str) -> None:
     assert not is_too_large(text)
 
 
 @pytest.mark.parametrize("text", SLOW)
-def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(pool, text) -> None:
+def test_a_slow_comparison_ends_at_its_deadline_and_counts_as_wrong(pool: Pool, text: str) -> None:
     for process in pool.processes:
         process.wait_ready()
     began_s = time.monotonic()
@@ -97,7 +102,9 @@ def test_what_gets_past_the_filter_ends_with_its_deadline_and_counts_as_wrong(po
 
 
 @pytest.mark.parametrize("whom", ["process", "child"])
-def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom) -> None:
+def test_a_death_during_a_verdict_is_failed_never_wrong_and_is_replaced(
+    pool: Pool, whom: str
+) -> None:
     alone = Pool(1)
     (process,) = alone.processes
     question = {"answer": SLOW[0], "gold": "42", "anywhere": False}
@@ -105,6 +112,7 @@ def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom
     with ThreadPoolExecutor(1) as thread:
         reply = thread.submit(alone.ask, question, 60)
         child, before = child_of(process), process.pid
+        assert before is not None
         os.kill(child.pid if whom == "child" else before, signal.SIGKILL)
         assert reply.result(30) == {"reason": "failed"}
     assert alone.ask({"answer": r"\sqrt{8}", "gold": r"2\sqrt{2}", "anywhere": False}, 30) == {
@@ -115,7 +123,7 @@ def test_a_death_over_a_verdict_is_failed_never_wrong_and_is_replaced(pool, whom
     alone.stop()
 
 
-def test_a_process_that_died_between_two_verdicts_fails_none(pool) -> None:
+def test_a_process_that_died_between_two_verdicts_fails_none(pool: Pool) -> None:
     for process in pool.processes:
         if process.pid:
             os.kill(process.pid, signal.SIGKILL)
@@ -125,7 +133,7 @@ def test_a_process_that_died_between_two_verdicts_fails_none(pool) -> None:
 
 def test_a_failed_reply_makes_a_failed_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead:
-        def ask(self, question, timeout_s):
+        def ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
             return {"reason": "failed"}
 
     monkeypatch.setattr(verifier, "shared_pool", Dead)
@@ -134,7 +142,7 @@ def test_a_failed_reply_makes_a_failed_verdict(monkeypatch: pytest.MonkeyPatch) 
     assert not verify("Answer: 3", "4").failed
 
 
-def test_any_number_of_threads_get_their_own_answers(pool) -> None:
+def test_any_number_of_threads_get_their_own_answers(pool: Pool) -> None:
     questions = [(rf"\boxed{{x+{number}}}", f"{number % 3}+x") for number in range(24)]
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda question: verify(*question, timeout_s=30), questions))
@@ -153,9 +161,11 @@ def test_a_process_is_recycled_after_its_share(monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_process_outlives_a_parent_that_is_killed() -> None:
     script = (
-        "from dapo_async.reward.math_verifier.pool import Pool; import threading, time; pool = Pool(1)\n"
+        "from dapo_async.reward.math_verifier.pool import Pool\n"
+        "import threading, time; pool = Pool(1)\n"
         "pool.ask({'answer': 'x+1', 'gold': 'x', 'anywhere': False}, 30)\n"
-        f"threading.Thread(target=pool.ask, args=({{'answer': {SLOW[0]!r}, 'gold': '42', 'anywhere': False}}, 60), daemon=True).start()\n"
+        f"slow = {{'answer': {SLOW[0]!r}, 'gold': '42', 'anywhere': False}}\n"
+        "threading.Thread(target=pool.ask, args=(slow, 60), daemon=True).start()\n"
         "print(pool.processes[0].pid, flush=True); time.sleep(60)"
     )
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
@@ -172,7 +182,9 @@ def test_no_process_outlives_a_parent_that_is_killed() -> None:
     assert (len(gone), alive) == (2, [])
 
 
-def test_an_engine_that_does_not_start_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_process_that_does_not_start_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         pools, "COMMAND", (sys.executable, "-c", 'print(\'{"error": "no engine here"}\')')
     )

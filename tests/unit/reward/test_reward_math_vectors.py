@@ -1,13 +1,17 @@
-"""Recorded verdicts, of math-verify's own tests and of GSM8K's recorded responses: every disagreement is listed with its reason."""
+"""Recorded verdicts of math-verify's tests and on GSM8K responses; disagreements are listed."""
 
 import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from paths import ROOT, SHARED
 
+from dapo_async.reward import Verdict
 from dapo_async.reward.math_verifier.verify import verify
 
+Row = dict[str, Any]
 VECTORS = SHARED / "data" / "grader_vectors"
 LISTED = json.loads((ROOT / "benchmarks" / "grader_disagreements.json").read_text())
 needs_vectors = pytest.mark.skipif(
@@ -16,8 +20,8 @@ needs_vectors = pytest.mark.skipif(
 )
 
 
-def disagreements(rows, judge):
-    """Ids of the rows that are judged otherwise, with the verdict."""
+def disagreements(rows: Sequence[Row], judge: Callable[[Row], Verdict]) -> dict[str, bool | float]:
+    """The ids of rows that are judged otherwise than expected, with the verdict."""
     with ThreadPoolExecutor(2) as threads:
         verdicts = list(threads.map(judge, rows))
     assert not any(verdict.failed for verdict in verdicts)
@@ -28,14 +32,12 @@ def disagreements(rows, judge):
     }
 
 
-def read(name):
+def read(name: str) -> list[Row]:
     return [json.loads(line) for line in (VECTORS / name).read_text().splitlines()]
 
 
 @needs_vectors
-def test_at_least_98_percent_of_math_verifys_portable_vectors_agree_and_the_others_are_listed() -> (
-    None
-):
+def test_98_percent_of_the_math_verify_vectors_agree_and_the_others_are_listed() -> None:
     rows = read("math_verify.jsonl")
     others = disagreements(
         rows, lambda row: verify(row["prediction"], row["gold"], extraction="any", timeout_s=30)
@@ -82,13 +84,13 @@ def test_every_listed_disagreement_has_a_reason() -> None:
     not (SHARED / "data" / "math500").is_dir(),
     reason="shared/data/math500 beside the checkout is absent",
 )
-def test_gold_answers_of_math500_equal_themselves_in_every_dress_and_no_other() -> None:
+def test_gold_answers_of_math500_equal_only_themselves_in_every_form() -> None:
     golds = [
         json.loads(line)["answer"]
         for line in (SHARED / "data" / "math500" / "data.jsonl").read_text().splitlines()
     ]
-    for dress in (r"Thus \boxed{%s}.", "**Answer:** $%s$", r"Answer: \(%s\)."):
-        assert [gold for gold in golds if not verify(dress.replace("%s", gold), gold).correct] == []
+    for form in (r"Thus \boxed{%s}.", "**Answer:** $%s$", r"Answer: \(%s\)."):
+        assert [gold for gold in golds if not verify(form.replace("%s", gold), gold).correct] == []
     digits = "0123456789"
     changed = [
         ("".join(digits[(int(each) + 1) % 10] if each in digits else each for each in gold), gold)
