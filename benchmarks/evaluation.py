@@ -146,13 +146,10 @@ def main() -> None:
             "train.keep_checkpoints=1",
         )
         size = (*QUICK, "train.num_steps=6") if options.quick else (f"train.num_steps={NUM_STEPS}",)
-        model = (
-            ()
-            if options.quick
-            else (
-                f"model.path={train(folder / 'model', 'train.num_steps=20') / 'checkpoints' / 'step_000020'}",
-            )
-        )
+        model: tuple[str, ...] = ()
+        if not options.quick:
+            trained = train(folder / "model", "train.num_steps=20")
+            model = (f"model.path={trained / 'checkpoints' / 'step_000020'}",)
         engines = ENGINES[:1] if options.quick else ENGINES
         results = {
             engine: cost(

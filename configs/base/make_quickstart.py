@@ -1,7 +1,7 @@
 """Makes the quickstart's base model, which mostly guesses, and data that it has not seen.
 
 The task: the sum of a row of 4 to 20 digits, modulo 7. The script writes `base/quickstart/`, a
-plain Hugging Face folder, and `data/quickstart/*.jsonl`. The corpus answers such problems in two styles:
+plain Hugging Face folder, and `data/quickstart/*.jsonl`. The corpus has answers in two styles:
 
     guess         52841=####6          one digit at once, right about one time in seven
     step by step  52841=50156####6     the running sums modulo 7 first, right nearly always

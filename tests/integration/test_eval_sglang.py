@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,14 @@ def greedy_tokens(config: Config, checkpoint: Path, log: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("world", ["qwen3"], indirect=True)
-def test_servers_that_run_and_servers_of_its_own_answer_with_the_checkpoint(
+def test_running_and_new_servers_answer_with_the_checkpoint(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.no_grad():
-        ids = world.other.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
-        base = world.base.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
+        generate: Any = world.other.generate
+        ids = generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
+        generate = world.base.generate
+        base = generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False)
     expected = ids[0, len(PROMPT) :].tolist()
     assert expected != base[0, len(PROMPT) :].tolist()  # which the running server may serve
     monkeypatch.setenv("SGLANG_API_KEY", world.server.api_key)
