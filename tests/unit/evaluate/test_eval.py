@@ -291,7 +291,8 @@ def test_record_refuses_files_of_something_else_and_a_second_writer(tmp_path: Pa
         Record(tmp_path / "else.json", SETTINGS)
     (tmp_path / "half.json.partial.jsonl").write_text("[]\n")
     with pytest.raises(
-        ValueError, match=r"half.json.partial.jsonl is no partial result of dapo-async eval: it is JSON"
+        ValueError,
+        match=r"half.json.partial.jsonl is no partial result of dapo-async eval: it is JSON",
     ):
         Record(tmp_path / "half.json", SETTINGS)
     with (
