@@ -113,7 +113,7 @@ def test_missing_misshapen_and_broken_weights_are_named(folder: Path) -> None:
         f"{folder / 'model.safetensors'} is no readable safetensors file ("
     )
     (folder / "model.safetensors").unlink()
-    assert "has no *.safetensors file, and pickled weights are never loaded" in refusal(
+    assert "has no *.safetensors file; pickled weights are never loaded" in refusal(
         f"model.path={folder}"
     )
 
