@@ -1,4 +1,4 @@
-"""The outermost frame of `dapo-async`: finds the command; errors become one line and an exit code."""
+"""The outermost frame of `dapo-async`: errors become one line and an exit code."""
 
 from __future__ import annotations
 

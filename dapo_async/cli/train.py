@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
     config, saved = with_local_model(config, download=not options.dry_run)
     choice = choose(config.ray.address)
-    # The run gets the address that was chosen; `saved` keeps the knob, so a resumed run chooses anew.
+    # The run gets the address that was chosen; `saved` keeps the knob, a resumed run chooses anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
     prepare(choice.address)
 

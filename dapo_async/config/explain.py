@@ -39,7 +39,8 @@ A config is a YAML file with sections of knobs. Every knob has a default: a file
   this list, and marks what the file changes.
 - An override has the form `section.knob=value` and stands after the file:
   `dapo-async train configs/quickstart.yaml learner.lr=1e-4 seed=3`. Values are YAML: `null`,
-  `true`, `[1, 2]`. Put a text with `:` or brackets into quotes twice: `data.template='"{problem}="'`.
+  `true`, `[1, 2]`. Put a text with `:` or brackets into quotes twice:
+  `data.template='"{problem}="'`.
 - A path in a file is relative to the folder of the file; a path in an override is relative to the
   current folder. A literal `${` is written as `\\${`.
 - An unknown knob is refused, with the nearest known one. A knob of an earlier version is refused

@@ -178,8 +178,8 @@ class AlgorithmConfig:
     )
     proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
         "recompute",
-        "source of pi_prox: an extra forward pass (recompute), pi_theta without gradient (current), "
-        "A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
+        "source of pi_prox: an extra forward pass (recompute), pi_theta without gradient "
+        "(current), A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
     )
     correction: Literal["truncate", "mask", "none"] = knob(
         "truncate", "what happens to behaviour weights pi_prox / pi_beh outside the band"
@@ -370,8 +370,8 @@ class EvaluationConfig:
     )
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
-        "who evaluates during training: a process on idle CPU time (snapshot), or one with reserved "
-        "rollout.num_cpus and, with cuda, one GPU (dedicated)",
+        "who evaluates during training: a process on idle CPU time (snapshot), or one with "
+        "reserved rollout.num_cpus and, with cuda, one GPU (dedicated)",
     )
 
     @property
@@ -459,7 +459,7 @@ class Config:
 
     @property
     def gpus_per_worker(self) -> float:
-        """What Ray reserves for one rollout worker. Servers that run already have their own GPUs."""
+        """What Ray reserves for one rollout worker; running servers have their own GPUs."""
         if self.rollout.server_urls:
             return 0.0
         shares = {"cpu": 0.0, "cuda": float(self.rollout.tensor_parallel), "shared_cuda": SHARED}

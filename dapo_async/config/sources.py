@@ -1,10 +1,10 @@
-"""Where models and data come from: the grammar of model.path, data.train, data.heldout and data.check_against. Part of the room config.
+"""Where models and data come from: the grammar of model.path and of the data sources.
 
-    data     [PRESET=]PATH  |  [PRESET=]hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT]  |  hub:PRESET
-    model    PATH  |  [hub:]OWNER/NAME[@REVISION]
+    data     [PRESET=]PATH | [PRESET=]hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] | hub:PRESET
+    model    PATH | [hub:]OWNER/NAME[@REVISION]
 
-A preset (data/presets.py) knows the columns of a published data set; `hub:PRESET` is that set where it was published. A model that is written as
-OWNER/NAME and is no folder is one of the hub.
+A preset (data/presets.py) knows the columns of a published data set; `hub:PRESET` is that set where
+it was published. A model written as OWNER/NAME is looked up on the hub unless it is a folder.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """As logs and counts call it."""
+        """The short name for logs and counts."""
         if self.preset is not None:
             return self.preset
         if self.path is None:
             return str(self.hub)
-        # Many data files are called data.jsonl or test.parquet: their folder tells which.
+        # Many data files are called data.jsonl or test.parquet: add the name of their folder.
         return (
             self.path.name
             if self.path.stem not in ("data", "train", "test")
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def where(self) -> str:
-        """The whole of it, for errors."""
+        """The full name, for errors."""
         if self.path is not None:
             return str(self.path)
         parts = (("/", self.subset), ("@", self.revision), (":", self.split))
@@ -54,7 +54,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Raises ValueError for a hub name that is none."""
+    """Parses one source. Raises ValueError for a malformed hub name."""
     match = PRESET.fullmatch(text)
     preset, rest = (match[1], match[2]) if match else (None, text)
     if not rest.startswith(HUB):
@@ -62,18 +62,22 @@ def parse_source(text: str) -> Source:
     parts = HUB_NAME.fullmatch(rest)
     if parts is None:
         raise ValueError(
-            f"{rest} is no name of the hub; write hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], such as hub:openai/gsm8k/main:train"
+            f"{rest} is no name of the hub; write hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT], "
+            "such as hub:openai/gsm8k/main:train"
         )
     return Source(preset, None, *parts.groups())
 
 
 def parse_sources(text: str) -> list[Source]:
-    """Of a list with commas between them."""
+    """Parses a list of sources separated by commas."""
     return [parse_source(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def resolved(text: str, folder: Path, *, kind: str) -> str:
-    """`text` with its paths made absolute from `folder`; `kind` model, data or data list. Raises OSError, RuntimeError or ValueError."""
+    """`text` with its paths made absolute from `folder`; `kind` is model, data or data list.
+
+    Raises OSError, RuntimeError or ValueError.
+    """
     if kind == "data list":
         return ", ".join(
             resolved(part.strip(), folder, kind="data") for part in text.split(",") if part.strip()

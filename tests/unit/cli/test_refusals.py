@@ -258,7 +258,8 @@ def test_explain_names_every_knob_of_a_printed_config(capsys: pytest.CaptureFixt
     from omegaconf import OmegaConf
 
     assert main(["config", str(QUICKSTART)]) == 0
-    names = leaves(OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out)))
+    printed: Any = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+    names = leaves(printed)
     assert main(["config", "--explain"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " = " in line]
     assert [line.split(" = ")[0].strip() for line in lines] == names

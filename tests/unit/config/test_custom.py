@@ -1,4 +1,4 @@
-"""Own verifiers and filters by `module:function`, and verifiers by the source of a row: checked at start, one clear line for what is wrong."""
+"""Own verifiers and filters by `module:function`, and verifiers by the source of a row."""
 
 import asyncio
 import re
@@ -88,7 +88,8 @@ def test_what_an_own_verifier_returns_is_checked(name, says) -> None:
     [
         (
             "no.such.module:judge",
-            "ModuleNotFoundError: No module named 'no'; install the module or put its folder on PYTHONPATH",
+            "ModuleNotFoundError: No module named 'no'; install the module or put its folder on "
+            "PYTHONPATH",
         ),
         (f"{HERE}:absent", f"AttributeError: module '{HERE}' has no attribute 'absent'"),
         (f"{HERE}:one_parameter", "its parameters are (response)"),
@@ -196,7 +197,7 @@ def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:
     play(scene)
 
 
-def test_overlong_filtering_masks_what_was_cut_at_the_limit_and_nothing_that_ended_there() -> None:
+def test_overlong_filtering_masks_what_was_cut_and_nothing_that_ended() -> None:
     """L_max = 20: 19 and 20 tokens that end with a stop token count, 20 that were cut do not; the advantages see them all."""
     lengths = (
         (19, FinishReason.STOP),

@@ -1,6 +1,7 @@
-"""Recipes: each passes --dry-run and has the published values; the rungs of the ladder are complete and differ by one knob each."""
+"""Recipes pass --dry-run and have the published values; each rung changes one knob."""
 
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +25,7 @@ GSM8K = ["gsm8k_0.5b_1gpu.yaml", "gsm8k_1.5b_2gpu.yaml"]
 FILES = DAPO + GSM8K
 
 
-def flat(tree, prefix=""):
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The knobs that a file sets, by their dotted names."""
     return {
         name: value
@@ -35,16 +36,16 @@ def flat(tree, prefix=""):
     }
 
 
-def values_of(file):
+def values_of(file: str) -> dict[str, Any]:
     return flat(yaml.safe_load((CONFIGS / file).read_text()))
 
 
-def differences(one, other):
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     assert one.keys() == other.keys()
     return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
 
 
-def rungs():
+def rungs() -> list[dict[str, Any]]:
     return [values_of(f"ladder/{name}.yaml") for name in LADDER]
 
 
@@ -59,9 +60,7 @@ def test_each_rung_of_the_ladder_differs_from_the_one_before_by_the_one_thing() 
     ]
 
 
-def test_the_lowest_rung_is_plain_grpo_and_the_highest_is_the_whole_recipe_but_for_the_filtering_of_the_table() -> (
-    None
-):
+def test_the_lowest_rung_is_grpo_and_the_highest_the_recipe_with_filtering() -> None:
     lowest, highest = rungs()[0], rungs()[-1]
     assert (lowest["algorithm.clip_low"], lowest["algorithm.clip_high"]) == (0.2, 0.2)
     assert differences(highest, values_of("dapo_qwen2.5_32b.yaml")) == {
@@ -79,11 +78,24 @@ def test_a_second_difference_between_rungs_would_be_seen() -> None:
 def test_the_recipe_of_the_paper_has_its_values() -> None:
     values = values_of("dapo_qwen2.5_32b.yaml")
     paper = {
-        "algorithm.clip_low": 0.2, "algorithm.clip_high": 0.28, "algorithm.loss_mean": "token", "reward.overlong_cache_tokens": 4096,
-        "rollout.max_response_tokens": 20480, "data.max_prompt_tokens": 2048, "rollout.temperature": 1.0, "replay.groups_per_step": 512,
-        "replay.group_size": 16, "replay.dynamic_sampling": True, "learner.lr": 1e-6, "learner.warmup_steps": 20, "learner.weight_decay": 0.1,
-        "learner.grad_clip": 1.0, "learner.num_minibatches": 16, "data.template": "dapo", "data.train": "hub:dapo_math_17k",
-    }  # fmt: skip
+        "algorithm.clip_low": 0.2,
+        "algorithm.clip_high": 0.28,
+        "algorithm.loss_mean": "token",
+        "reward.overlong_cache_tokens": 4096,
+        "rollout.max_response_tokens": 20480,
+        "data.max_prompt_tokens": 2048,
+        "rollout.temperature": 1.0,
+        "replay.groups_per_step": 512,
+        "replay.group_size": 16,
+        "replay.dynamic_sampling": True,
+        "learner.lr": 1e-6,
+        "learner.warmup_steps": 20,
+        "learner.weight_decay": 0.1,
+        "learner.grad_clip": 1.0,
+        "learner.num_minibatches": 16,
+        "data.template": "dapo",
+        "data.train": "hub:dapo_math_17k",
+    }
     assert {name: values[name] for name in paper} == paper
     config = knobs.load(CONFIGS / "dapo_qwen2.5_32b.yaml")
     assert (
@@ -99,7 +111,7 @@ def test_the_recipe_of_the_paper_has_its_values() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
-    file, capsys: pytest.CaptureFixture[str]
+    file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(CONFIGS / file), "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -116,7 +128,7 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_recipe_says_its_layout_what_it_is_derived_from_and_that_it_was_not_run(file) -> None:
+def test_every_recipe_derives_its_layout_and_says_that_it_was_not_run(file: str) -> None:
     text = (CONFIGS / file).read_text()
     head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     config = knobs.load(CONFIGS / file)
