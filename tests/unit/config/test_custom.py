@@ -198,7 +198,7 @@ def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:
 
 
 def test_overlong_filtering_masks_what_was_cut_and_nothing_that_ended() -> None:
-    """L_max = 20: 19 and 20 tokens that end with a stop token count, 20 that were cut do not; the advantages see them all."""
+    """At most 20 tokens: 19 and 20 that end with a stop token count, 20 that were cut do not."""
     lengths = (
         (19, FinishReason.STOP),
         (20, FinishReason.STOP),
