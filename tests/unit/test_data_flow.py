@@ -1,7 +1,7 @@
-"""A tour for newcomers: one group walks through the whole house, room by room, synchronously and on one page.
+"""A tutorial: one group passes through all packages, in one process, in the order of a real run.
 
-A real run does the same with Ray actors around the rooms and everything at once. Nothing here depends on how good the model is: a verifier of our
-own decides which responses are right.
+A real run does the same with Ray actors, and all of it at once. The test does not depend on the
+quality of the model: its own verifier decides which responses are correct.
 """
 
 from dataclasses import dataclass
@@ -27,23 +27,24 @@ from dapo_async.weights.disk import read_version, write_version
 RIGHT, WRONG = Verdict(True, "42", "correct"), Verdict(False, "41", "wrong")
 
 
-def test_one_group_walks_through_the_whole_house(house) -> None:
-    replay, learner = house.replay, house.learner
+def test_one_group_passes_from_the_prompt_to_the_published_weights(parts) -> None:
+    replay, learner = parts.replay, parts.learner
 
-    # Before the first publish nobody may generate; then every engine serves version 0 and both credits are free.
+    # Before the first publish no group may start. Then every engine serves version 0, and both
+    # credits are free.
     assert replay.admissible() == 0
     replay.serve(0)
     assert (replay.admissible(), replay.credits_held) == (2, 0)
 
-    # data -> replay.admit -> engine -> reward: a first group. All four responses are wrong, so nothing can be learned from comparing them:
-    # dynamic sampling rejects the group and its credit is free again at once.
-    offered = replay.offer(roll(house, [WRONG] * 4), payload=None)
+    # data -> replay.admit -> engine -> reward: a first group. All four responses are wrong, so all
+    # advantages are 0: dynamic sampling rejects the group, and its credit is free at once.
+    offered = replay.offer(roll(parts, [WRONG] * 4), payload=None)
     assert (offered.outcome, offered.reason) == (OfferOutcome.REJECTED, RejectReason.ALL_WRONG)
     assert replay.credits_held == 0
     assert replay.take(learner_version=0) is None  # the learner waits
 
-    # The next prompt gives a mixed group. Every token carries the version that sampled it and the logprob that it had.
-    group = roll(house, [RIGHT, WRONG, RIGHT, WRONG])
+    # The next prompt gives a mixed group. Every token has its weight version and its logprob.
+    group = roll(parts, [RIGHT, WRONG, RIGHT, WRONG])
     assert (
         group.group_id,
         group.accuracies,
@@ -63,10 +64,11 @@ def test_one_group_walks_through_the_whole_house(house) -> None:
     )
     assert_trains(learner, group)
     replay.trained(batch.group_ids)
-    assert replay.credits_held == 1  # not yet: no engine has what this group taught
+    assert replay.credits_held == 1  # no engine has the new weights yet
 
-    # learner -> weights -> engine: version 1 is published and proves itself; only now the credit returns, and nothing is left in flight.
-    publish(house)
+    # learner -> weights -> engine: version 1 is published and passes the handshake. Now the credit
+    # returns, and no group is in flight.
+    publish(parts)
     replay.serve(1)
     replay.release(batch.group_ids)
     assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (
@@ -75,8 +77,8 @@ def test_one_group_walks_through_the_whole_house(house) -> None:
         0,
     )  # one step is left, so one more group is wanted
 
-    # Once more around: the third group is of version 1 from its first token on, and the learner finds its logprobs to be its own.
-    group = roll(house, [WRONG, RIGHT, WRONG, WRONG])
+    # A third group: all its tokens are of version 1, and the learner computes the same logprobs.
+    group = roll(parts, [WRONG, RIGHT, WRONG, WRONG])
     assert {
         int(version) for rollout in group.rollouts for version in rollout.completion.weight_versions
     } == {1}
@@ -88,44 +90,45 @@ def test_one_group_walks_through_the_whole_house(house) -> None:
         < 1e-5
     )
 
-    # The run ends before that step is booked. Every admitted prompt has ended exactly once (law 2).
+    # The run ends before that step is booked. Every admitted group has ended exactly once
+    # (conservation).
     assert replay.close() == Counts(
         admitted=3, trained=1, unused=1, rejected={RejectReason.ALL_WRONG: 1}
     )
     replay.check()
 
 
-def roll(house, verdicts):
-    """From the prompt to the scored group; the credit that it costs was free before."""
-    group_id = house.replay.admit("rollout-0")
-    admission = Admission(group_id, house.prompts[group_id], group_size=4)
-    return score(house, admission, generate(house, admission), verdicts)
+def roll(parts, verdicts):
+    """Admits a prompt, generates its group and scores it."""
+    group_id = parts.replay.admit("rollout-0")
+    admission = Admission(group_id, parts.prompts[group_id], group_size=4)
+    return score(parts, admission, generate(parts, admission), verdicts)
 
 
-def generate(house, admission):
-    """What the rollout worker does with an admission: the engine decodes four siblings of one prompt, a token per slot and step."""
+def generate(parts, admission):
+    """As the rollout worker: the engine decodes four siblings, one token per slot and step."""
     sampling = SamplingParams(
-        max_tokens=house.config.rollout.max_response_tokens,
+        max_tokens=parts.config.rollout.max_response_tokens,
         temperature=1.0,
-        stop_token_ids=house.learner.decoder.config.eos_token_ids,
-        seed=house.config.seed,
+        stop_token_ids=parts.learner.decoder.config.eos_token_ids,
+        seed=parts.config.seed,
     )
-    house.engine.submit(
+    parts.engine.submit(
         GroupRequest(admission.group_id, admission.prompt.token_ids, admission.group_size, sampling)
     )
     finished = []
-    while house.engine.has_work:
-        finished += house.engine.step()
+    while parts.engine.has_work:
+        finished += parts.engine.step()
     ((key, completions),) = finished
     assert key == admission.group_id
     assert len(completions) == 4
     return completions
 
 
-def score(house, admission, completions, verdicts):
-    """The reward room: decoded responses become verdicts, verdicts become rewards of +1 and -1."""
+def score(parts, admission, completions, verdicts):
+    """Decoded responses become verdicts, verdicts become rewards of +1 and -1."""
     texts = [
-        house.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        parts.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         for completion in completions
     ]
     remaining = iter(verdicts)
@@ -134,19 +137,20 @@ def score(house, admission, completions, verdicts):
         completions,
         texts=texts,
         verify=lambda response, gold: next(remaining),
-        max_response_tokens=house.config.rollout.max_response_tokens,
-        incarnation="first life",
+        max_response_tokens=parts.config.rollout.max_response_tokens,
+        incarnation="first",
         temperature=1.0,
     )
 
 
 def assert_trains(learner, group) -> None:
-    """The learner's room: advantages, the loss over all tokens, one update."""
+    """The learner: advantages, the loss over all tokens, one update."""
     metrics = summarise(learner.step([group]))
-    # Rewards 1, -1, 1, -1 have mean 0 and unbiased standard deviation sqrt(4 / 3): advantages of +-0.866.
+    # Rewards 1, -1, 1, -1: mean 0, unbiased standard deviation sqrt(4 / 3), advantages +-0.866.
     advantages = np.array([1, -1, 1, -1]) * 0.8660254
     lengths = np.array([rollout.num_tokens for rollout in group.rollouts])
-    # Nobody is stale, so engine and learner agree on every token (law 3), all ratios are 1 and the loss is minus the token mean of the advantages.
+    # At staleness 0 engine and learner agree on every token (on-policy identity): all ratios
+    # are 1, and the loss is minus the token mean of the advantages.
     assert metrics["behaviour_log_ratio_max"] < 1e-5
     assert metrics["loss"] == pytest.approx(-(advantages * lengths).sum() / lengths.sum(), abs=1e-4)
     assert (metrics["groups"], metrics["rollouts"], metrics["tokens"], metrics["loss_tokens"]) == (
@@ -164,24 +168,24 @@ def assert_trains(learner, group) -> None:
     assert learner.version == 1
 
 
-def publish(house) -> None:
-    """The weights' way to an engine, here by disk: a frozen snapshot, a file, a swap between two tokens, and the handshake (law 5)."""
-    snapshot = take_snapshot(house.learner.decoder, version=1, probe_tokens=16)
+def publish(parts) -> None:
+    """Weights to an engine by disk: snapshot, file, swap between two tokens, handshake."""
+    snapshot = take_snapshot(parts.learner.decoder, version=1, probe_tokens=16)
     manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)
     announcement = Announcement(
-        "first life", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs
+        "first", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs
     )
-    assert write_version(snapshot.weights, house.folder, version=1).name == "version_000001"
+    assert write_version(snapshot.weights, parts.folder, version=1).name == "version_000001"
 
-    before = checksum(house.engine.weights())
-    report = house.engine.update_weights(
-        read_version(house.folder, version=1), version=1, probe_ids=announcement.probe_ids
+    before = checksum(parts.engine.weights())
+    report = parts.engine.update_weights(
+        read_version(parts.folder, version=1), version=1, probe_ids=announcement.probe_ids
     )
-    after = checksum(house.engine.weights())
+    after = checksum(parts.engine.weights())
     attested = Attestation(
         "rollout-0",
-        "first life",
-        house.engine.version,
+        "first",
+        parts.engine.version,
         report.probe_before,
         report.probe_after,
         before,
@@ -189,16 +193,16 @@ def publish(house) -> None:
     )
     assert check_attestation(announcement, attested, tolerance=1e-3).outcome == "passed"
 
-    # An engine that says 1 but still has the old weights would not get through.
+    # An engine that attests version 1 with the old weights is a mismatch.
     pretender = Attestation(
-        "rollout-0", "first life", 1, report.probe_before, report.probe_before, before, before
+        "rollout-0", "first", 1, report.probe_before, report.probe_before, before, before
     )
     assert check_attestation(announcement, pretender, tolerance=1e-3).outcome == "mismatch"
 
 
 @dataclass
-class House:
-    """The rooms that keep something from one visit to the next; the others are plain functions."""
+class Parts:
+    """The objects with state; the other packages are plain functions."""
 
     config: Config
     tokenizer: Tokenizer
@@ -206,11 +210,11 @@ class House:
     replay: ReplayBuffer  # replay/
     engine: TorchEngine  # rollout/
     learner: LearnerRank  # learner/
-    folder: Path  # where weights/ meet engines that read from disk
+    folder: Path  # weights/: the published versions on disk
 
 
 @pytest.fixture
-def house(tmp_path):
+def parts(tmp_path):
     config = load(QUICKSTART)
     base, data = Path(config.model.path), config.data
     tokenizer = load_tokenizer(base)
@@ -222,14 +226,14 @@ def house(tmp_path):
         template=data.template,
         max_prompt_tokens=data.max_prompt_tokens,
     )
-    # One group per step, at most one version stale: (1 + 1) x 1 = 2 credits, for a run of two steps.
+    # One group per step and staleness up to 1: (1 + 1) x 1 = 2 credits; the run has two steps.
     replay = ReplayBuffer(
         groups_per_step=1,
         max_staleness=1,
         num_steps=2,
         filters=(has_tokens, dynamic_sampling),
         max_rejected_in_a_row=10,
-        incarnation="first life",
+        incarnation="first",
     )
     # Engine and learner own a copy of the same decoder each: the same code, the same weights.
     engine = TorchEngine(
@@ -243,7 +247,7 @@ def house(tmp_path):
         learner=LearnerConfig(lr=1e-3, warmup_steps=0),
         seed=config.seed,
     )
-    return House(
+    return Parts(
         config,
         tokenizer,
         PromptStream(train_set.prompts, seed=config.seed),
