@@ -47,14 +47,14 @@ def train(run_dir: Path, *overrides: str) -> Path:
 def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list[Window]]:
     """The time of each step and of each evaluation, in seconds.
 
-    A step lasts from its wait for a batch to the next one; an evaluation from its load to its end.
+    A step lasts from the driver's wait for it to the next one; an evaluation from its load to its end.
     """
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     spans = sorted((event for event in trace if event["ph"] == "X"), key=lambda event: event["ts"])
     begun = {
         int(span["args"]["detail"].removeprefix("step ")): span["ts"] / 1e6
         for span in spans
-        if names[span["pid"]] == "driver" and span["name"] == "wait for batch"
+        if names[span["pid"]] == "driver" and span["name"] == "wait for step"
     }
     steps = {step: (begun[step], begun[step + 1]) for step in begun if step + 1 in begun}
     evaluations = [
@@ -70,7 +70,7 @@ def cost(run_dir: Path) -> dict[str, Any]:
 
     A step counts for both, in proportion to its time.
     """
-    steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text())["traceEvents"])
+    steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text()))
     rows = {
         row["step"]: row
         for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -45,7 +45,7 @@ def run(seed: int, folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    del summary["run_dir"], summary["checkpoint"], summary["seconds_by_state"]
+    del summary["checkpoint"], summary["seconds_by_state"]
     curve = ("step", "time_s", "accuracy", "response_tokens", "entropy", "staleness")
     return {
         **summary,

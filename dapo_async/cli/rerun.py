@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run with recorded/ (train.record=true)"
     )
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="where the base model is now, if it was moved"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,9 +39,19 @@ def run(options: argparse.Namespace) -> int:
         )
 
     from dapo_async.learner.rerun import recorded_steps, rerun, tolerance_for
+    from dapo_async.runtime.local_model import with_local_model
+    from dapo_async.runtime.resume import with_model_at_hand
 
-    config = load(run_dir.config)
+    moved = [f"model.path={json.dumps(str(options.model))}"] if options.model else []
+    config = load(run_dir.config, moved, files=False)
     state = _first_state(run_dir, recorded_steps(run_dir.recorded)[0])
+    config = with_model_at_hand(config, state.parent.parent if state else None)
+    config, _ = with_local_model(config, download=True)
+    if not Path(config.model.path).is_dir():
+        raise ValueError(
+            f"model.path ({config.model.path}) does not exist; "
+            "give --model FOLDER, the folder where this base model is now"
+        )
     rows = {row["step"]: row for row in run_dir.rows()}
     steps = different = 0
     for compared in rerun(config, run_dir.recorded, rows=rows, state=state):

@@ -39,10 +39,18 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.cluster.address import choose
     from dapo_async.runtime.cluster.environment import prepare
     from dapo_async.runtime.local_model import with_local_model
-    from dapo_async.runtime.resume import START, find_resume_point
+    from dapo_async.runtime.resume import (
+        START,
+        find_resume_point,
+        newest_checkpoint,
+        with_model_at_hand,
+    )
 
     config, root = _config_and_root(options)
     config, saved = with_local_model(config, download=not options.dry_run)
+    saved = replace(saved, run_dir="")  # the folder may be moved
+    if options.resume:
+        config = with_model_at_hand(config, newest_checkpoint(config))
     choice = choose(config.ray.address)
     # The run gets the address that was chosen; `saved` keeps the knob, a resumed run chooses anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
@@ -63,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.run import run_training
     from dapo_async.tracking.run_dir import RunDir
     from dapo_async.tracking.sinks import open_progress
+    from dapo_async.utils.files import atomic_write
 
     run_dir = RunDir(root) if options.resume else RunDir.create(root)
     run_dir.lock()
@@ -70,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         run_dir.reopen(point.version)
         begin = point.checkpoint or "the base model: there is no checkpoint yet"
         say(f"resuming at step {point.version} from {begin}")
-    run_dir.write(run_dir.config, to_yaml(saved))
+    atomic_write(run_dir.config, to_yaml(saved))
     say(f"run directory {root}")
     with open_progress(
         num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
@@ -179,7 +188,7 @@ def closing_lines(root: Path) -> Iterator[str]:
         f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; "
         f"idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
     )
-    yield f"{'checkpoint':<10} {summary['checkpoint']}"
+    yield f"{'checkpoint':<10} {root / summary['checkpoint']}"
     for what, name in (
         ("summary", "summary.json"),
         ("metrics", "metrics.jsonl"),
@@ -193,7 +202,7 @@ def closing_lines(root: Path) -> Iterator[str]:
     if summary["status"] in RESUMABLE:
         yield f"{'continue':<10} dapo-async train --resume {root}"
     if (root / "mlflow.json").exists():
-        yield _mlflow_line(json.loads((root / "mlflow.json").read_text()))
+        yield _mlflow_line(json.loads((root / "mlflow.json").read_text()), root)
 
 
 def _group_counts(groups: dict[str, Any]) -> str:
@@ -202,7 +211,9 @@ def _group_counts(groups: dict[str, Any]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
 
 
-def _mlflow_line(mlflow: dict[str, str]) -> str:
-    uri = mlflow["uri"]
+def _mlflow_line(mlflow: dict[str, str], root: Path) -> str:
+    from dapo_async.tracking.mlflow_run import store_uri
+
+    uri, _ = store_uri(mlflow["uri"], root.parent)
     how = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
     return f"{'MLflow':<10} {how}  (run {mlflow['run_id']})"

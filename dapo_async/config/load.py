@@ -16,10 +16,10 @@ from dapo_async.config.validate import check
 from dapo_async.config.yaml_io import read_file, read_overrides, resolve_paths
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True) -> Config:
     """The checked config of a YAML file, with dotted overrides (`learner.lr=1e-4`) on top.
 
-    Raises ValueError with one line.
+    `files`: whether model and data have to exist. Raises ValueError with one line.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error, names)) from error
     assert isinstance(config, Config)
-    check(config)
+    check(config, files=files)
     return config
 
 

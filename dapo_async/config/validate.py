@@ -22,11 +22,11 @@ TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts:
 OWN_FLAGS = ("--api-key", "--config", "--host", "--port")  # each worker sets them for its server
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, files: bool = True) -> None:
     """Raises ValueError for the first broken rule. A rule may rely on those before it."""
     for holds, message in chain(
         _number_rules(config),
-        _file_rules(config),
+        _file_rules(config, files),
         _cross_rules(config),
         _engine_rules(config),
         _learner_rules(config),
@@ -70,7 +70,7 @@ def _bound_rules(knob: Knob, value: float) -> Iterator[Rule]:
         yield holds, f"{knob.name} ({value}) must be {must}{or_null}{because}"
 
 
-def _file_rules(config: Config) -> Iterator[Rule]:
+def _file_rules(config: Config, files: bool) -> Iterator[Rule]:
     data = config.data
     for name, value in (
         ("model.path", config.model.path),
@@ -79,12 +79,12 @@ def _file_rules(config: Config) -> Iterator[Rule]:
     ):
         yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
         yield (
-            _exists(parse_source(value)),
+            not files or _exists(parse_source(value)),
             f"{name} ({value}) does not exist; give an existing path",
         )
     for source in parse_sources(data.check_against):
         yield (
-            _exists(source),
+            not files or _exists(source),
             f"data.check_against ({source.where}) does not exist; "
             "give existing paths, separated by commas",
         )

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dapo_async.evaluate.sampled import ProblemResult
+from dapo_async.utils.files import atomic_write
 from dapo_async.utils.reasons import unreadable
 
 NOT_COMPARED = ("checkpoint", "data")  # paths may change; the content is compared by its digest
@@ -84,9 +85,7 @@ class Record:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Replaces the partial file by the result, atomically."""
         if self.out is not None:
-            whole = self.out.with_name(self.out.name + ".partial")
-            whole.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")
-            os.replace(whole, self.out)
+            atomic_write(self.out, json.dumps(result, indent=1) + "\n")
             self.partial.unlink()
 
     def _append(self, values: Mapping[str, Any]) -> None:

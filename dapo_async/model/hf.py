@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from dapo_async.model.decoder import Decoder
 from dapo_async.model.gather import buckets
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import part_of, shard_decoder, shard_of
+from dapo_async.utils.files import atomic_file
 
 WEIGHTS_FILE = "model.safetensors"
 FILE_BYTES = 4 * 2**30  # size limit of one file of an exported model
@@ -173,15 +173,9 @@ def load_decoder(
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path, *, name: str = WEIGHTS_FILE) -> None:
     """Writes `folder/name` atomically: the file is whole or absent, even if the machine stops."""
-    path, partial = Path(folder) / name, Path(folder) / (name + ".partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        partial,
-        metadata={"format": "pt"},
-    )
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_file(Path(folder) / name) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def export_folder(

@@ -7,7 +7,6 @@ the tokens is one array, rollout after rollout; everything else is JSON. Nothing
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+from dapo_async.utils.files import atomic_file
 
 JSON = "json"  # the tensor that holds the rest as UTF-8
 # Arrays with one entry per response token.
@@ -40,9 +40,8 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
         [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
     ).astype(np.int32)
     text = json.dumps([_to_json(group) for group in groups]).encode()
-    save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with atomic_file(path) as partial:
+        save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, partial)
 
 
 def read_groups(path: Path) -> list[Group]:

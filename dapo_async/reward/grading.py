@@ -21,6 +21,7 @@ from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
 from dapo_async.reward.math_verifier.verify import TIMEOUT_S, Extraction, verify
 from dapo_async.reward.verdict import FAILED, Verdict
 from dapo_async.reward.verifiers import WrongVerdict, get_verifier
+from dapo_async.utils.files import atomic_file, partial_path
 from dapo_async.utils.plugins import is_custom
 
 CHUNK_ROWS = 1000
@@ -65,9 +66,9 @@ def grade(
     judge = _row_judge(verifier, timeout_s)
     num_threads = NUM_PROCESSES if verifier == "math" else 1
     try:
-        if any(_is_same_file(path, source) for path in (target, _partial(target))):
+        if any(_is_same_file(path, source) for path in (target, partial_path(target))):
             raise ValueError(
-                f"--output ({target}) and its {_partial(target).name} must not be the --input; "
+                f"--output ({target}) and its {partial_path(target).name} must not be the --input; "
                 "give another path"
             )
         with _whole_file(target) as out, ThreadPoolExecutor(num_threads) as threads:
@@ -188,19 +189,8 @@ def _whole_file(target: Path) -> Iterator[TextIO]:
         with target.open("w", encoding="utf-8") as out:
             yield out
         return
-    partial = _partial(target)
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            yield out
-        partial.replace(target.resolve())
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(target: Path) -> Path:
-    """A file beside `target`; where `target` is a link, beside the file that it points to."""
-    real = target.resolve()
-    return real.with_name(f"{real.name}.partial")
+    with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as out:
+        yield out
 
 
 def _is_same_file(path: Path, other: Path) -> bool:

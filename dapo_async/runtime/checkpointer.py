@@ -1,7 +1,10 @@
-"""Checkpoints of the whole run (law 7), written beside its steps: learner, replay room and driver are copied at one instant between two steps.
+"""Checkpoints of the whole run: learner, replay buffer and driver at one instant between two steps.
 
 freeze   on the step path: copies in memory, timed (`checkpoint_pause_s`)
-write    beside the steps: the Hugging Face export and all state, one rename when the rows of its steps are on disk, then the old ones go
+write    beside the steps: the Hugging Face export and the state; one rename when the metrics of its
+         steps are on disk; then old checkpoints are removed
+
+Called by the main loop and at the end of a run.
 """
 
 from __future__ import annotations
@@ -13,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.runtime.resume import DRIVER_FILE
 from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
-
-DRIVER_FILE = "driver.json"
+from dapo_async.utils.files import sync
 
 
 class Checkpointer:
-    """One write at a time: a checkpoint that falls due while the one before is still being written is left out and counted."""
+    """Writes one checkpoint at a time; one that is due meanwhile is left out and counted."""
 
     def __init__(
         self,
@@ -34,25 +37,21 @@ class Checkpointer:
         driver_state: Callable[[], dict[str, Any]],
         in_evaluation: Callable[[], int | None],
     ) -> None:
-        """`in_evaluation`: the version that is being measured and may turn out the best."""
+        """`in_evaluation`: the version that is being evaluated and may turn out the best."""
         self.folder = CheckpointFolder(run_dir.checkpoints)
         self.saved = self.skipped = 0
-        self.pause_s = self.write_s = (
-            0.0  # sums over all checkpoints: on the step path, and beside the steps
-        )
+        self.pause_s = self.write_s = 0.0  # sums: on the step path, and beside the steps
         self.longest_write_s = 0.0
-        self._config, self._system, self._tracker, self._run_dir, self._driver_state = (
-            config,
-            system,
-            tracker,
-            run_dir,
-            driver_state,
-        )
+        self._config, self._system, self._tracker = config, system, tracker
+        self._run_dir, self._driver_state = run_dir, driver_state
         self._in_evaluation = in_evaluation
         self._writing: asyncio.Task[None] | None = None
 
     async def start(self, version: int) -> None:
-        """Called between two steps: returns when everything is copied; the rest runs in the background. A failed write ends the run."""
+        """Called between two steps; returns when everything is copied.
+
+        The write runs in the background; if it fails, the run ends.
+        """
         if self._writing is not None and not self._writing.done():
             self.skipped += 1
             return
@@ -60,11 +59,14 @@ class Checkpointer:
         self._writing = asyncio.create_task(
             self._write(version, driver), name=f"checkpoint of version {version}"
         )
-        # Whoever ends the run cancels what is in the background, but never a checkpoint half-way.
+        # The end of a run cancels background tasks, but never a checkpoint half-way.
         self._system.in_background(_until_done(self._writing), self._writing.get_name())
 
     async def save(self, *, deadline_s: float) -> None:
-        """At an end of the run: the newest state, unless it is saved already. A step that runs is waited for. Raises TimeoutError."""
+        """At the end of a run: saves the newest state unless it is saved already.
+
+        Waits for a running step. Raises TimeoutError.
+        """
         try:
             async with asyncio.timeout(deadline_s):
                 if self._writing is not None:
@@ -106,8 +108,10 @@ class Checkpointer:
             self._system.learner.save(partial), self._system.replay.save(partial / STATE)
         )
         (partial / STATE / DRIVER_FILE).write_text(json.dumps(driver, indent=2) + "\n")
-        # A checkpoint never has a step whose row of metrics is not on disk.
+        # A checkpoint never holds a step whose metrics are not on disk.
         await self._tracker.written(version)
+        if self._run_dir.metrics.exists():
+            await asyncio.to_thread(sync, self._run_dir.metrics)
         await asyncio.to_thread(self.folder.commit, version)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s
@@ -115,18 +119,22 @@ class Checkpointer:
             self.write_s + took_s,
             max(self.longest_write_s, took_s),
         )
-        wanted = (self._run_dir.best_version(self.folder.versions()), self._in_evaluation())
-        spare = [each for each in wanted if each is not None]
         await asyncio.to_thread(
-            self.folder.prune, keep=self._config.train.keep_checkpoints, spare=spare
+            self.folder.prune, keep=self._config.train.keep_checkpoints, spare=self._spared()
         )
+
+    def _spared(self) -> list[int]:
+        """Versions that stay however old they are."""
+        versions = self.folder.versions()
+        best, in_evaluation = self._run_dir.best_version(versions), self._in_evaluation()
+        # A run whose base model is gone reads config and tokenizer from one of its checkpoints.
+        base = Path(self._config.model.path)
+        return [
+            version
+            for version in versions
+            if version in (best, in_evaluation) or self.folder.path(version) == base
+        ]
 
 
 async def _until_done(task: asyncio.Task[None]) -> None:
     await asyncio.shield(task)
-
-
-def read_driver_state(checkpoint: Path) -> dict[str, Any]:
-    """What the driver had to remember, as it gave it."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE / DRIVER_FILE).read_text())
-    return state

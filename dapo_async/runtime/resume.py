@@ -1,34 +1,44 @@
-"""`train --resume RUN_DIR`: the run's own config with the few knobs that may change, its newest checkpoint, and everything after that cut off."""
+"""`train --resume RUN_DIR`: where a run continues, and with which config.
+
+The run's own config comes in, with the few knobs that may change; a `ResumePoint` leaves. Called by
+the command line, before anything is started.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dapo_async import config as knobs
-from dapo_async.config import Config
+from dapo_async.config import Config, parse_source
+from dapo_async.config.validate import check
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
-# What may change when a run goes on: how much of it, where and how fast it runs. Everything else is what the run is.
+# What may change when a run is resumed: its length, its place, its speed, and where its files lie.
+# Everything else would make it another run.
 SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
-    "model.device", "rollout.num_workers", "rollout.num_cpus", "rollout.num_slots",
-    "rollout.engine", "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
-    "learner.num_cpus", "learner.tensor_parallel", "learner.data_parallel", "learner.microbatch_tokens",
-    "learner.recompute", "learner.offload_optimizer", "learner.profile",
+    "data.train", "data.heldout", "data.check_against", "model.path", "model.device",
+    "rollout.num_workers", "rollout.num_cpus", "rollout.num_slots", "rollout.engine",
+    "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
+    "learner.num_cpus", "learner.tensor_parallel", "learner.data_parallel",
+    "learner.microbatch_tokens", "learner.recompute", "learner.offload_optimizer",
+    "learner.profile",
 )  # fmt: skip
+DRIVER_FILE = "driver.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a run goes on. `checkpoint` None: it was killed before its first one and starts again from the base model."""
+    """Where a run continues. Without a checkpoint it starts again from the base model."""
 
     checkpoint: Path | None
     version: int
-    driver: dict[str, Any]  # what the driver had to remember; empty without a checkpoint
+    driver: dict[str, Any]  # the driver's state; empty without a checkpoint
 
     @property
     def state(self) -> Path | None:
@@ -39,31 +49,87 @@ START = ResumePoint(None, 0, {})
 
 
 def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
-    """The saved config with `overrides`. Raises ValueError where there is no run, or when an override would make it another run."""
+    """The saved config of the run in `root`, wherever that folder is now, with `overrides`.
+
+    Raises ValueError where there is no run, and for an override that would make it another run.
+    """
     saved = RunDir(root).config
     if not saved.is_file():
         raise ValueError(
-            f"--resume {root}: there is no config.yaml, so this is no run directory; give the folder that a run has printed"
+            f"--resume {root}: there is no config.yaml, so this is no run directory; "
+            "give the folder that a run has printed"
         )
-    before = knobs.load(saved)
-    after = knobs.load(saved, overrides)
-    for name, *_ in knobs.knobs():
+    before = knobs.load(saved, files=False)
+    after = knobs.load(saved, overrides, files=False)
+    for name in [knob.name for knob in knobs.knobs()]:
         old, new = _value(before, name), _value(after, name)
         if old != new and not name.startswith(SAFE):
             raise ValueError(
-                f"{name} can't change from {old} to {new} when a run is resumed; only {', '.join(SAFE)} may: start a new run, with model.path set "
+                f"{name} can't change from {old} to {new} when a run is resumed; "
+                f"only {', '.join(SAFE)} may: start a new run, with model.path set "
                 "to a checkpoint of this one"
             )
+    checkpoint = CheckpointFolder(RunDir(root).checkpoints).newest
+    if after.model.path != before.model.path:
+        _check_same_model(after.model.path, checkpoint)
+    check(with_model_at_hand(after, checkpoint))
     return replace(after, run_dir=str(root))
 
 
-def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
-    """The newest complete checkpoint of the run directory. Raises ValueError when nothing is left to train or the data are others now.
+def _check_same_model(path: str, checkpoint: Path | None) -> None:
+    """A resumed run may find its base model in another folder, but it must be the same model."""
+    if checkpoint is None:
+        raise ValueError(
+            f"model.path can't change to {path} when a run without a checkpoint is resumed, for "
+            "its weights are not known; start a new run"
+        )
+    if parse_source(path).hub is not None:
+        raise ValueError(f"model.path ({path}) must be a folder when a run is resumed")
+    for ours in sorted(checkpoint.iterdir()):
+        if ours.is_dir() or ours.name.startswith("model"):  # the state, the weights
+            continue
+        theirs = Path(path) / ours.name
+        if _content(ours) != _content(theirs):
+            raise ValueError(
+                f"model.path can't change to {path} when a run is resumed: {theirs} differs from "
+                f"{ours}; give the folder where the same model is now, or leave it out"
+            )
 
-    `train_data`: fingerprint of the training prompts (`Inputs.fingerprint`); None: not loaded, so not compared.
+
+def _content(path: Path) -> Any:
+    """For comparison: exports rewrite the dtype of config.json."""
+    if not path.is_file():
+        return None
+    if path.name != "config.json":
+        return path.read_bytes()
+    config = json.loads(path.read_text())
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+
+
+def with_model_at_hand(config: Config, checkpoint: Path | None) -> Config:
+    """`config`, with `checkpoint` as its model when the folder of the base model is gone.
+
+    A checkpoint is a whole model: after a move only the weights of the base model are missing, and
+    a resumed run reads those of the checkpoint anyway.
     """
-    from dapo_async.runtime.checkpointer import read_driver_state
+    source = parse_source(config.model.path)
+    if checkpoint is None or source.hub is not None or Path(config.model.path).exists():
+        return config
+    return replace(config, model=replace(config.model, path=str(checkpoint)))
 
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """Of the run directory; None before the first one."""
+    return CheckpointFolder(RunDir(Path(config.run_dir)).checkpoints).newest
+
+
+def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
+    """The newest complete checkpoint of the run directory.
+
+    `train_data`: fingerprint of the training prompts (`Inputs.fingerprint`); None: not compared,
+    for they are not loaded. Raises ValueError when no step is left, when the data differ, and for
+    a checkpoint that can't be read.
+    """
     run_dir = RunDir(Path(config.run_dir))
     folder = CheckpointFolder(run_dir.checkpoints)
     if folder.newest is None:
@@ -71,15 +137,33 @@ def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
     point = ResumePoint(folder.newest, folder.versions()[-1], read_driver_state(folder.newest))
     if point.version >= config.train.num_steps:
         raise ValueError(
-            f"--resume {run_dir.root}: all {config.train.num_steps} steps (train.num_steps) are trained; to go on, add train.num_steps="
-            f"{2 * config.train.num_steps} or another larger number"
+            f"--resume {run_dir.root}: all {config.train.num_steps} steps (train.num_steps) are "
+            f"trained; to continue, add train.num_steps={2 * config.train.num_steps} or another "
+            "larger number"
         )
     if train_data is not None and point.driver["train_data"] != train_data:
         raise ValueError(
-            f"data.train ({config.data.train}) does not give the prompts that this run began with, which would be mixed up; restore the data and "
-            f"what they are checked against, or start a new run with model.path={point.checkpoint}"
+            f"data.train ({config.data.train}) does not give the prompts that this run began with; "
+            "restore the data and what they are checked against, or start a new run with "
+            f"model.path={point.checkpoint}"
         )
     return point
+
+
+def read_driver_state(checkpoint: Path) -> dict[str, Any]:
+    """What the driver saved. Raises ValueError, which names the file, when it can't be read."""
+    path = checkpoint / STATE / DRIVER_FILE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(state.get("train_data"), str):
+            raise ValueError("train_data is missing")
+    except (OSError, ValueError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{path} can't be read ({why}); copy the checkpoint whole, or remove "
+            f"{checkpoint} to resume from the one before"
+        ) from error
+    return state
 
 
 def _value(config: Config, name: str) -> Any:

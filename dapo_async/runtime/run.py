@@ -271,7 +271,7 @@ class Run:
         assert self._services is not None
         timeline = self._services.tracker.timeline
         timeline.add("driver", self._clock.take_spans())
-        timeline.write(self._run_dir.timeline)
+        timeline.close()
 
     def _write_summary(self) -> None:
         measured = self._services.measured() if self._services is not None else Measured()

@@ -63,7 +63,7 @@ class Services:
             failures=dict(report.failures) if report else {},
             idle=tracker.idle,
             seconds_by_state={
-                actor: tracker.timeline.totals(actor) for actor in tracker.timeline.spans
+                actor: tracker.timeline.totals(actor) for actor in tracker.timeline.actors
             },
             weight_versions=publisher.num_served,
             handshake=dict(publisher.outcomes),

@@ -14,7 +14,7 @@ from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import SHORT_S
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.tracking.timeline import Timeline
+from dapo_async.tracking.timeline import Timeline, TraceFile
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
@@ -47,7 +47,9 @@ class Tracker:
         first_step: int = 0,
     ) -> None:
         """`show` gets each row that was written; `totals`: of earlier incarnations, added to from here on."""
-        self.clock, self.timeline, self.totals = clock, Timeline(), totals
+        self.clock, self.totals = clock, totals
+        self.timeline = Timeline(TraceFile(run_dir.timeline, start_s=clock.began_s))
+        self._busy_before_s: float | None = None  # of all ranks, before the first admission
         self._system, self._run_dir, self._show = system, run_dir, show
         self._one_at_a_time = asyncio.Lock()
         self._pending: dict[
@@ -67,6 +69,7 @@ class Tracker:
     async def collect(self, *, deadline_s: float = SHORT_S) -> None:
         """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
         reports = await self._system.reports(deadline_s=deadline_s)
+        self.timeline.add(self.clock.actor, self.clock.take_spans())
         for actor, report in reports.items():
             if isinstance(report, BaseException):
                 continue
@@ -131,6 +134,8 @@ class Tracker:
         rollout_idle: Mapping[str, float],
     ) -> None:
         assert self.replay is not None
+        if self._busy_before_s is None and self.replay.first_admission_s is not None:
+            self._busy_before_s = self._busy_s(self.replay.first_admission_s)
         values = summarise(metrics)
         counts = self.replay.counts.flat()
         start_s, acceptance, publisher = (
@@ -166,7 +171,7 @@ class Tracker:
             **{f"groups.{name}": count for name, count in counts.items()},
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,
-            "idle.learner": self._learner_idle(start_s, now_s),
+            "idle.learner": self._learner_idle(self._busy_s(start_s), start_s, now_s),
             "idle.rollout": math.nan,
             **{f"idle.{name}": share for name, share in rollout_idle.items()},
             "evicted": len(batch.evicted),
@@ -180,6 +185,7 @@ class Tracker:
         self._run_dir.log_step(row)
         self._show(row)
         self._step_end_s = now_s
+        self.timeline.forget(now_s)
 
     def _add_up(self, metrics: StepMetrics) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
@@ -194,15 +200,20 @@ class Tracker:
         """Idle shares from the first admission to the last learner step."""
         start_s = (self.replay.first_admission_s if self.replay else None) or self._step_end_s
         rollout = {"rollout": 0.0} | rollout_idle(self._slots_at_start, self._slots_before)
-        return {"learner": self._learner_idle(start_s, self._step_end_s), **rollout}
+        learner = self._learner_idle(self._busy_before_s or 0.0, start_s, self._step_end_s)
+        return {"learner": learner, **rollout}
 
-    def _learner_idle(self, start_s: float, end_s: float) -> float:
-        """The mean over all ranks."""
-        ranks = [rank.name for rank in self._system.learner.ranks]
+    def _learner_idle(self, busy_before_s: float, start_s: float, end_s: float) -> float:
+        """Idle share of all ranks from `start_s`, before which they were busy, to `end_s`."""
+        total_s = (end_s - start_s) * len(self._system.learner.ranks)
+        return 1.0 - (self._busy_s(end_s) - busy_before_s) / total_s if total_s > 0 else 0.0
+
+    def _busy_s(self, until_s: float) -> float:
+        """Seconds in which the learner's ranks worked, summed over the ranks."""
         return sum(
-            self.timeline.idle_share(rank, LEARNER_BUSY, start_s=start_s, end_s=end_s)
-            for rank in ranks
-        ) / len(ranks)
+            self.timeline.seconds(rank.name, LEARNER_BUSY, until_s=until_s)
+            for rank in self._system.learner.ranks
+        )
 
     @property
     def train_s(self) -> float:

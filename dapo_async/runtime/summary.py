@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
@@ -60,11 +61,11 @@ def summarise_run(
         "idle": dict(measured.idle),
         "weight_versions": measured.weight_versions,
         "handshake": dict(measured.handshake),
-        "checkpoint": str(saved.newest or config.model.path),
-        "best_checkpoint": str(saved.path(best)) if best is not None else None,
+        "checkpoint": run_dir.relative(saved.newest or Path(config.model.path)),
+        "best_checkpoint": run_dir.relative(saved.path(best)) if best is not None else None,
         "evaluations_skipped": measured.evaluations_skipped,
         "checkpoints": dict(measured.checkpoints),
-        "resumed_from": str(resume.checkpoint) if resume.checkpoint else None,
+        "resumed_from": run_dir.relative(resume.checkpoint) if resume.checkpoint else None,
         "seconds_by_state": dict(measured.seconds_by_state),
         "mlflow_run_id": mlflow_run_id,
         "engine_restarts": measured.engine_restarts,
@@ -72,7 +73,6 @@ def summarise_run(
         "failures": dict(measured.failures),
         "seed": config.seed,
         "incarnation": incarnation,
-        "run_dir": str(run_dir.root),
     }
 
 

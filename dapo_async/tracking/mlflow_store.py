@@ -34,6 +34,7 @@ from dapo_async.tracking.mlflow_run import (
 )
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.verdict import verdict
+from dapo_async.utils.files import atomic_write
 
 EXPERIMENT = "dapo-async"  # unless MLflow's own variable MLFLOW_EXPERIMENT_NAME names another
 RETRY_S = 15.0
@@ -69,6 +70,7 @@ class MlflowStore:
         self._config, self._run_dir, self._say = config, run_dir, say
         self._open_run, self._retry_s = open_run, retry_s
         self._description = describe(config, run_dir)
+        self._store = redacted(config.tracking.mlflow)
         self._every = max(1, config.train.num_steps // NUM_ROLLOUT_FILES)
         self._known_run_id = run_id
         self._run: MlflowRun | None = None
@@ -154,8 +156,8 @@ class MlflowStore:
 
     def _open(self) -> MlflowRun:
         self._run = run = self._open_run(self._description, self._known_run_id)
-        uri, experiment = redacted(self._description.uri), self._description.experiment
-        self._run_dir.write(
+        uri, experiment = self._store, self._description.experiment
+        atomic_write(
             self._run_dir.mlflow,
             json.dumps({"uri": uri, "experiment": experiment, "run_id": run.run_id}, indent=2)
             + "\n",
@@ -212,7 +214,8 @@ def known_run_id(config: Config, run_dir: RunDir) -> str | None:
     if not run_dir.mlflow.exists():
         return None
     known, wanted = json.loads(run_dir.mlflow.read_text()), describe(config, run_dir)
-    same = (known["uri"], known["experiment"]) == (redacted(wanted.uri), wanted.experiment)
+    store = redacted(config.tracking.mlflow or "")
+    same = (known["uri"], known["experiment"]) == (store, wanted.experiment)
     return str(known["run_id"]) if same else None
 
 

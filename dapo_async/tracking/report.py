@@ -9,7 +9,6 @@ command line.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -41,6 +40,7 @@ from dapo_async.tracking.report_reading import (
 )
 from dapo_async.tracking.rollout_tokens import TokenReader, advantages, spans_of
 from dapo_async.tracking.verdict import duration, part, verdict
+from dapo_async.utils.files import atomic_write
 
 MAX_LISTED = 100  # problems by row
 TOTALS = ("avg@{k}", "pass@1", "pass@{k}", "maj@{k}")
@@ -67,9 +67,7 @@ def write_report(paths: Sequence[Path], *, out: Path, steps: Sequence[int] | Non
     title = "Training dynamics: " + ", ".join(run.name for run in runs) if runs else "Evaluations"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_bytes(page(title, [*map(note, notes), *sections]))
-        os.replace(partial, out)
+        atomic_write(out, page(title, [*map(note, notes), *sections]))
     except OSError as error:
         raise ValueError(
             f"--out {out} can't be written: {error.strerror}; give another file"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.tracking.report_reading import RunRecord, number
-from dapo_async.tracking.run_dir import RunDir, version_spans
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.samples import version_spans
 
 EPS = 1e-6  # as in algorithm.group_advantages
 Spans = list[tuple[int, int, int]]  # weight version, first token, end

@@ -1,4 +1,8 @@
-"""What a run leaves behind, and where: the fixed points of the run directory. Written by the driver; `rollouts/` by the replay actor."""
+"""The run directory (L3): which files a run writes, and where.
+
+The driver writes them; the replay actor writes `rollouts/` and `recorded/`, learner ranks
+`checkpoints/` and `weights/`. Nothing in them names the folder itself, so it can be moved.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapo_async.types import Group
+from dapo_async.utils.files import atomic_write
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """`config.yaml, metrics.jsonl, summary.json, timeline.json, dynamics.png, rollouts/, checkpoints/` under one root."""
+    """`config.yaml, metrics.jsonl, summary.json, timeline.json, rollouts/, …` under one root."""
 
     root: Path
 
     @classmethod
     def create(cls, root: Path) -> RunDir:
-        """Makes the directory. Raises ValueError if it can't be made or holds anything: a run never writes over another."""
+        """Makes the directory. Raises ValueError if that fails or if it holds anything."""
         try:
             if root.exists() and not root.is_dir():
                 raise ValueError(f"run_dir {root} is a file; choose another run_dir")
             if root.exists() and any(root.iterdir()):
                 raise ValueError(
-                    f"run_dir {root} is not empty; go on with train --resume {root}, choose another run_dir, or remove it"
+                    f"run_dir {root} is not empty; go on with train --resume {root}, "
+                    "choose another run_dir, or remove it"
                 )
             for name in ("rollouts", "checkpoints"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -40,7 +45,7 @@ class RunDir:
         return cls(root)
 
     def reopen(self, version: int) -> None:
-        """For a run that goes on at learner `version`: whatever came after that is cut off, so that nothing is told twice."""
+        """Prepares a resume at learner `version`: removes what later steps wrote."""
         _keep_rows(self.metrics, lambda row: row["step"] < version)
         _keep_rows(self.evaluations, lambda row: row["version"] <= version > 0)
         for folder in (self.rollouts, self.recorded):
@@ -59,18 +64,19 @@ class RunDir:
             self.timeline.rename(self.root / f"timeline.{number}.json")
 
     def lock(self) -> None:
-        """Held until this process ends. Raises ValueError when another process is at work here."""
+        """Held until this process ends. Raises ValueError when another process holds it."""
         folder = os.open(self.root, os.O_RDONLY)  # stays open, and children do not inherit it
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(folder)
             raise ValueError(
-                f"the run in {self.root} is still going on in another process; wait for its end, or end it first"
+                f"the run in {self.root} is still going on in another process; "
+                "wait for its end, or end it first"
             ) from error
 
     def best_version(self, versions: Sequence[int]) -> int | None:
-        """Of these versions the one with the best evaluation, the later of equals; None when none was evaluated."""
+        """The version with the best evaluation, the newer of two equal ones; None without any."""
         rows = (
             [json.loads(line) for line in self.evaluations.read_text().splitlines()]
             if self.evaluations.exists()
@@ -81,17 +87,17 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        """The resolved config, every knob written out; `--resume` reads it."""
+        """The resolved config with every knob; `--resume` reads it."""
         return self.root / "config.yaml"
 
     @property
     def engines(self) -> Path:
-        """What each SGLang server printed: NAME.log."""
+        """The output of each SGLang server: NAME.log."""
         return self.root / "engines"
 
     @property
     def timeline(self) -> Path:
-        """Of the newest incarnation; those before it are timeline.1.json, timeline.2.json, …"""
+        """Of the newest start; timeline.1.json, timeline.2.json, … are of those before it."""
         return self.root / "timeline.json"
 
     @property
@@ -101,7 +107,10 @@ class RunDir:
 
     @property
     def problems(self) -> Path:
-        """One file per evaluation: {version, rows [N] of the data set, accuracies [N]}; what the report's pass rates per problem are drawn from."""
+        """One file per evaluation: {version, rows [N] of the data set, accuracies [N]}.
+
+        The report draws the pass rates per problem from them.
+        """
         return self.root / "evaluations"
 
     @property
@@ -114,7 +123,7 @@ class RunDir:
         return self.recorded / f"step_{step:06d}.safetensors"
 
     def non_finite_step(self, step: int) -> Path:
-        """The whole batch of a step whose loss or gradient was not finite, in the format of `recorded`."""
+        """The batch of a step whose loss or gradient was not finite; format of `recorded`."""
         folder = self.root / "non_finite"
         folder.mkdir(exist_ok=True)
         return folder / f"step_{step:06d}.safetensors"
@@ -139,7 +148,10 @@ class RunDir:
 
     @property
     def evaluated(self) -> Path:
-        """The version that is being evaluated, until its engine has read it: apart from `weights`, where older versions are removed."""
+        """The version that is being evaluated, until its engine has read it.
+
+        Not in `weights`, where older versions are removed.
+        """
         return self.root / "evaluated"
 
     @property
@@ -161,15 +173,19 @@ class RunDir:
 
     @property
     def mlflow(self) -> Path:
-        """Which MLflow run this is: {uri, experiment, run_id}; a resumed run goes on with it."""
+        """Which MLflow run this is: {uri, experiment, run_id}, uri as in tracking.mlflow."""
         return self.root / "mlflow.json"
 
+    def relative(self, path: Path) -> str:
+        """As files of the run folder name `path`: from this folder where it lies inside."""
+        return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+
     def log_step(self, values: Mapping[str, Any]) -> None:
-        """One flat JSON object per step, on disk before the next step is logged. JSON knows no nan or infinity: null stands for them."""
+        """Appends a flat JSON object; null stands for nan and infinity."""
         _append_row(self.metrics, values)
 
     def log_evaluation(self, values: Mapping[str, Any], *, accuracies: Mapping[int, float]) -> None:
-        """One JSON object per evaluation, and a file of the `accuracies` by problem; one of the same version is replaced."""
+        """Appends a JSON object; writes the `accuracies` by problem to a file of the version."""
         _append_row(self.evaluations, values)
         self.problems.mkdir(exist_ok=True)
         rows = sorted(accuracies)
@@ -178,7 +194,7 @@ class RunDir:
             "rows": rows,
             "accuracies": [accuracies[row] for row in rows],
         }
-        self.write(
+        atomic_write(
             self.problems / f"version_{values['version']:06d}.json", json.dumps(solved) + "\n"
         )
 
@@ -187,13 +203,7 @@ class RunDir:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write(self.summary, json.dumps(summary, indent=2) + "\n")
-
-    def write(self, path: Path, text: str) -> None:
-        """Atomic: a reader sees the whole file or the one before."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text)
-        os.replace(partial, path)
+        atomic_write(self.summary, json.dumps(summary, indent=2) + "\n")
 
 
 def _append_row(path: Path, values: Mapping[str, Any]) -> None:
@@ -206,7 +216,7 @@ def _append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites a file of JSON rows atomically; a last line that a kill left unfinished goes too."""
+    """Keeps the wanted rows of a file. A last line that a kill left unfinished is dropped."""
     if not path.exists():
         return
     kept = [
@@ -214,40 +224,4 @@ def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         for line in path.read_text().splitlines(keepends=True)
         if line.endswith("\n") and wanted(json.loads(line))
     ]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:
-    """Readable samples of one step: a JSON line per rollout, `weight_versions` as [version, first token, end] spans."""
-    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        for group in groups:
-            for sibling, rollout in enumerate(group.rollouts):
-                row = {
-                    "step": step,
-                    "group_id": group.group_id,
-                    "sibling": sibling,
-                    "prompt": group.prompt.text,
-                    "response": rollout.text,
-                    "gold": group.prompt.answer,
-                    "extracted": rollout.extracted,
-                    "accuracy": rollout.accuracy,
-                    "reward": rollout.reward,
-                    "tokens": rollout.num_tokens,
-                    "finish_reason": rollout.completion.finish_reason.value,
-                    "weight_versions": version_spans(rollout.completion.weight_versions.tolist()),
-                    "prefill_version": rollout.completion.prefill_version,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def version_spans(versions: Sequence[int]) -> list[list[int]]:
-    """Run-length form of the versions per token: `[7, 7, 8] -> [[7, 0, 2], [8, 2, 3]]`."""
-    spans: list[list[int]] = []
-    for index, version in enumerate(versions):
-        if spans and spans[-1][0] == version:
-            spans[-1][2] = index + 1
-        else:
-            spans.append([version, index, index + 1])
-    return spans
+    atomic_write(path, "".join(kept))

@@ -1,70 +1,186 @@
-"""Law 6 made visible: the spans of every actor's state clock, as totals, idle shares and a Chrome/Perfetto trace with one row per actor."""
+"""Time accounting of a run: seconds per state and actor, and the trace `timeline.json` (L3).
+
+The driver adds the spans that each actor's state clock hands over, once per step. Totals and idle
+shares are sums over all spans. The trace is for people: short stays are drawn as part of the
+longer ones around them, so its size depends on the number of steps, not of state changes.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from dapo_async.utils.state_clock import Span
 
+SHORT_STAY_S = 0.01  # a stay shorter than this has no bar of its own
+
 
 class Timeline:
-    """Collects the spans that the actors hand over."""
+    """Exact sums over the spans of every actor; each span is also passed to the trace."""
 
-    def __init__(self) -> None:
-        self.spans: dict[str, list[Span]] = defaultdict(list)
+    def __init__(self, trace: TraceFile | None = None) -> None:
+        self._trace = trace
+        self._totals: defaultdict[str, defaultdict[str, float]] = defaultdict(
+            lambda: defaultdict(float)
+        )
+        self._recent: defaultdict[str, list[Span]] = defaultdict(list)
+
+    @property
+    def actors(self) -> list[str]:
+        return list(self._totals)
 
     def add(self, actor: str, spans: Iterable[Span]) -> None:
-        """Appends `actor`'s newest spans; a span that goes on where the last one was cut joins it."""
-        row = self.spans[actor]
+        """Adds `actor`'s newest spans, each of them once."""
+        spans = [span for span in spans if span.end_s > span.start_s]
         for span in spans:
-            if row and (row[-1].state, row[-1].detail, row[-1].end_s) == (
-                span.state,
-                span.detail,
-                span.start_s,
-            ):
-                row[-1] = Span(span.state, row[-1].start_s, span.end_s, span.detail)
-            elif span.end_s > span.start_s:
-                row.append(span)
+            self._totals[actor][span.state] += span.end_s - span.start_s
+        self._recent[actor] += spans
+        if self._trace is not None:
+            self._trace.add(actor, spans)
 
-    def totals(
-        self, actor: str, *, start_s: float = 0.0, end_s: float = float("inf")
-    ) -> dict[str, float]:
-        """Seconds per state within a window, largest first."""
-        totals: dict[str, float] = defaultdict(float)
-        for span in self.spans[actor]:
-            totals[span.state] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
+    def totals(self, actor: str) -> dict[str, float]:
+        """Seconds per state so far, largest first."""
+        totals = self._sums(actor)
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
-    def idle_share(self, actor: str, busy: Iterable[str], *, start_s: float, end_s: float) -> float:
-        """1 − the share of the window that `actor` spent in a busy state."""
-        totals = self.totals(actor, start_s=start_s, end_s=end_s)
-        return (
-            1.0 - sum(totals.get(state, 0.0) for state in busy) / (end_s - start_s)
-            if end_s > start_s
-            else 0.0
+    def seconds(
+        self, actor: str, states: Collection[str], *, until_s: float = float("inf")
+    ) -> float:
+        """Seconds that `actor` spent in `states` until a time, which `forget` has not passed."""
+        sums = self._sums(actor)
+        total = sum(sums.get(state, 0.0) for state in states)
+        after = sum(
+            span.end_s - max(span.start_s, until_s)
+            for span in self._recent.get(actor, ())
+            if span.state in states and span.end_s > until_s
         )
+        return total - after
 
-    def write(self, path: Path) -> None:
-        """Chrome's trace event format (microseconds); opens in Perfetto and chrome://tracing."""
-        events: list[dict[str, object]] = []
-        for pid, (actor, spans) in enumerate(sorted(self.spans.items()), start=1):
-            events.append(
-                {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": actor}}
-            )
-            events += [
-                {
-                    "name": span.state,
-                    "cat": actor,
-                    "ph": "X",
-                    "ts": round(span.start_s * 1e6),
-                    "dur": round(span.end_s * 1e6) - round(span.start_s * 1e6),
-                    "pid": pid,
-                    "tid": 0,
-                    "args": {"detail": span.detail} if span.detail else {},
-                }
-                for span in spans
-            ]
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    def forget(self, before_s: float) -> None:
+        """Keeps only the sums of what ended before this time: no later question is about it."""
+        for actor, spans in self._recent.items():
+            self._recent[actor] = [span for span in spans if span.end_s > before_s]
+
+    def _sums(self, actor: str) -> Mapping[str, float]:
+        sums: Mapping[str, float] = self._totals.get(actor, defaultdict(float))
+        return sums
+
+    def close(self) -> None:
+        """Completes the trace."""
+        if self._trace is not None:
+            self._trace.close()
+
+
+@dataclass(slots=True)
+class _Bar:
+    """One drawn event: a stay in `state`, with the short stays in other states that it covers."""
+
+    state: str
+    detail: str
+    start_s: float
+    end_s: float
+    own_s: float  # in `state`; the rest was spent in the states that are covered
+    covered: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @classmethod
+    def of(cls, span: Span) -> _Bar:
+        length_s = span.end_s - span.start_s
+        return cls(span.state, span.detail, span.start_s, span.end_s, length_s)
+
+    @property
+    def is_short(self) -> bool:
+        return self.end_s - self.start_s < SHORT_STAY_S
+
+    def extend(self, span: Span) -> bool:
+        """Whether `span`, which follows, is part of this bar."""
+        seconds = span.end_s - span.start_s
+        same = (span.state, span.detail) == (self.state, self.detail)
+        if span.start_s != self.end_s or not (same or seconds < SHORT_STAY_S or self.is_short):
+            return False
+        if same:
+            self.own_s += seconds
+        elif seconds > self.own_s:  # the longest stay gives the bar its name
+            self.covered[self.state] += self.own_s
+            self.state, self.detail, self.own_s = span.state, span.detail, seconds
+        else:
+            self.covered[span.state] += seconds
+        self.end_s = span.end_s
+        return True
+
+
+class TraceFile:
+    """Chrome's trace events as a JSON array that is appended to while the run goes on.
+
+    Perfetto and chrome://tracing also read it without the closing bracket, as a kill leaves it.
+    One row per actor; microseconds since `start_s`. `args.covered_ms` lists the short stays in
+    other states that a bar covers.
+    """
+
+    def __init__(self, path: Path, *, start_s: float) -> None:
+        """`start_s`: the time of the state clocks that is drawn as 0."""
+        self._path, self._start_s = path, start_s
+        self._bars: dict[str, _Bar] = {}  # by actor: drawn up to here, not written yet
+        self._numbers: dict[str, int] = {}
+        self._file: TextIO | None = None  # opened with the first event
+        self._closed = False
+
+    def add(self, actor: str, spans: Iterable[Span]) -> None:
+        """Writes the bars that are complete. A bar that covers others ends with its report."""
+        events: list[dict[str, Any]] = []
+        for span in spans:
+            bar = self._bars.get(actor)
+            if bar is None or not bar.extend(span):
+                if bar is not None:
+                    events += self._events(actor, bar)
+                self._bars[actor] = _Bar.of(span)
+        bar = self._bars.get(actor)
+        if bar is not None and bar.covered:
+            events += self._events(actor, self._bars.pop(actor))
+        self._write(events)
+
+    def close(self) -> None:
+        """Writes what is left and the closing bracket; a second call does nothing."""
+        if self._closed:
+            return
+        for actor, bar in self._bars.items():
+            self._write(self._events(actor, bar))
+        if self._file is not None:
+            self._file.write("\n]\n")
+            self._file.close()
+        self._closed = True
+
+    def _events(self, actor: str, bar: _Bar) -> list[dict[str, Any]]:
+        named = actor in self._numbers
+        pid = self._numbers.setdefault(actor, len(self._numbers) + 1)
+        row = {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": actor}}
+        start, end = (round((time_s - self._start_s) * 1e6) for time_s in (bar.start_s, bar.end_s))
+        event: dict[str, Any] = {
+            "name": bar.state,
+            "ph": "X",
+            "ts": start,
+            "dur": end - start,
+            "pid": pid,
+            "tid": 0,
+        }
+        args: dict[str, Any] = {"detail": bar.detail} if bar.detail else {}
+        if bar.covered:
+            args["covered_ms"] = {
+                state: round(seconds * 1e3, 3) for state, seconds in bar.covered.items()
+            }
+        if args:
+            event["args"] = args
+        return [event] if named else [row, event]
+
+    def _write(self, events: Iterable[dict[str, Any]]) -> None:
+        lines = [json.dumps(event, separators=(",", ":")) for event in events]
+        if not lines:
+            return
+        separator = ",\n"
+        if self._file is None:
+            self._file, separator = self._path.open("w"), "[\n"
+        self._file.write(separator + ",\n".join(lines))
+        self._file.flush()  # whole lines: what a kill leaves can be read

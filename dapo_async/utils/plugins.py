@@ -1,4 +1,7 @@
-"""Functions of the user's own, named `module:function` in the config: a name comes in, a checked function leaves. Called at start."""
+"""The user's own functions, named `module:function` in the config.
+
+A name comes in, a checked function leaves. Verifiers and filters are loaded with it at the start.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ def is_custom(name: str) -> bool:
 
 
 def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callable[..., Any]:
-    """The function `module:function`. Raises ValueError, in one line that names `knob`, unless it can be imported, is one, and takes `parameters`.
+    """Imports the function `name`, which must take `parameters`.
 
-    The module must be importable wherever the run has processes: installed, or in a folder of PYTHONPATH.
+    The module must be importable in every process of the run: installed, or in a folder of
+    PYTHONPATH. Raises ValueError, in one line that names `knob`, when the name can't be imported,
+    is no plain function, or takes other parameters.
     """
     path, _, function_name = name.partition(":")
     wanted = f"{knob} ({name!r}) must be module:function, a function({', '.join(parameters)})"
@@ -34,12 +39,11 @@ def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callabl
             f"{wanted}: {why}; install the module or put its folder on PYTHONPATH"
         ) from error
     if not callable(function) or inspect.isclass(function):
-        raise ValueError(
-            f"{wanted}, but it is a {'class' if inspect.isclass(function) else type(function).__name__}; name a function"
-        )
+        kind = "class" if inspect.isclass(function) else type(function).__name__
+        raise ValueError(f"{wanted}, but it is a {kind}; name a function")
     if inspect.iscoroutinefunction(function):
         raise ValueError(
-            f"{wanted}, but it is asynchronous; write it as a plain function, which is called in a thread"
+            f"{wanted}, but it is asynchronous; write a plain function, which is called in a thread"
         )
     try:
         inspect.signature(function).bind(*parameters)

@@ -1,6 +1,7 @@
-"""Law 6: each actor's wall clock, split into disjoint named states that add up to the elapsed time.
+"""Time accounting: each actor's wall clock, split into named states that add up to its time.
 
-Every actor owns one `StateClock`; the timeline, the idle shares and the waits all come from these spans and from nothing else.
+Every actor owns one `StateClock` and hands its spans to the driver. Timeline, idle shares and
+waits all come from these spans and from nothing else.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ class Span:
 
 
 class StateClock:
-    """Always in exactly one state; `enter` closes the running span and opens the next. Thread-safe."""
+    """Always in exactly one state. Thread-safe. `began_s` is when the clock was made."""
 
     def __init__(self, actor: str, *, state: str = "start") -> None:
         self.actor = actor
-        # One monotonic clock anchored once at the epoch: spans never overlap, whatever the system time does.
+        # One monotonic clock, anchored once at the epoch: spans never overlap, even when the
+        # system time is set back.
         self._anchor_s = time.time() - time.monotonic()
         self._lock = threading.Lock()
-        self._state, self._detail, self._since_s = state, "", self.now_s()
+        self.began_s = self._since_s = self.now_s()
+        self._state, self._detail = state, ""
         self._spans: list[Span] = []
 
     def now_s(self) -> float:
@@ -41,7 +44,7 @@ class StateClock:
         return self._state
 
     def enter(self, state: str, detail: str = "") -> None:
-        """Changes the state; entering the state one is in with the same detail changes nothing."""
+        """Ends the running span and begins the next; the same state and detail change nothing."""
         with self._lock:
             if (state, detail) == (self._state, self._detail):
                 return
@@ -51,7 +54,7 @@ class StateClock:
 
     @contextmanager
     def during(self, state: str, detail: str = "") -> Iterator[None]:
-        """Enters `state` and goes back to the state before, whatever happens inside."""
+        """Enters `state`, and returns to the previous state also when the block raises."""
         before, before_detail = self._state, self._detail
         self.enter(state, detail)
         try:
@@ -60,12 +63,10 @@ class StateClock:
             self.enter(before, before_detail)
 
     def take_spans(self) -> list[Span]:
-        """Hands over the spans up to now, each once: the running one is cut here and goes on."""
+        """The spans up to now, each given once. The running span is cut here and continues."""
         with self._lock:
             now_s = self.now_s()
-            spans, self._spans = (
-                [*self._spans, Span(self._state, self._since_s, now_s, self._detail)],
-                [],
-            )
+            running = Span(self._state, self._since_s, now_s, self._detail)
+            spans, self._spans = [*self._spans, running], []
             self._since_s = now_s
             return spans

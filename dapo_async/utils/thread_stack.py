@@ -1,4 +1,4 @@
-"""Where a thread of this process is: what tells a rank that hangs from those that wait for it in a collective."""
+"""The current line of a thread of this process. It tells a rank that hangs from ranks that wait."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def whereabouts(thread: int) -> str | None:
-    """The thread's innermost line in this package, and the innermost function of all, such as `model/mesh.py:42 sum`; None when it is gone."""
+def stack_location(thread: int) -> str | None:
+    """The innermost line in this package and the innermost function of all.
+
+    Such as `model/mesh.py:42 sum > all_reduce`; None when the thread has ended.
+    """
     frame = sys._current_frames().get(thread)
     if frame is None:
         return None

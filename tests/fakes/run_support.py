@@ -72,6 +72,11 @@ class Finished:
         return summary
 
     @property
+    def checkpoint(self) -> Path:
+        """The newest one; the base model's folder before the first."""
+        return self.root / str(self.summary["checkpoint"])
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         return read_rows(self.root / "metrics.jsonl")
 
@@ -81,9 +86,7 @@ class Finished:
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        trace: list[dict[str, Any]] = json.loads((self.root / "timeline.json").read_text())[
-            "traceEvents"
-        ]
+        trace: list[dict[str, Any]] = json.loads((self.root / "timeline.json").read_text())
         return trace
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:

@@ -130,4 +130,4 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     check_conservation(groups)
     with pytest.raises(AssertionError, match="were admitted"):
         check_conservation({**groups, "unused": 0})
-    assert Path(summary["checkpoint"]).is_dir()
+    assert run.checkpoint.is_dir()

@@ -75,7 +75,7 @@ def check_end(run: Finished, *, exit_code: int, status: str) -> Path:
     check_conservation(summary["groups"])
     assert summary["groups"]["evicted"] == 0
     assert (run.root / "timeline.json").exists()
-    checkpoint = Path(summary["checkpoint"])
+    checkpoint = run.checkpoint
     check_checkpoint(checkpoint)
     return checkpoint
 
@@ -139,7 +139,7 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
         run.summary["reason"]
         == "SIGINT received while the run was ending: what its newest checkpoint lacks is lost"
     )
-    check_checkpoint(Path(run.summary["checkpoint"]))
+    check_checkpoint(run.checkpoint)
 
 
 @pytest.mark.ray
@@ -156,7 +156,7 @@ def test_sigint_while_ray_starts_ends_it_in_order(tmp_path: Path) -> None:
     assert run.exit_code == 130, run.output
     assert (run.summary["status"], run.summary["reason"]) == ("interrupted", "SIGINT received")
     assert run.summary["groups"]["admitted"] == 0
-    check_checkpoint(Path(run.summary["checkpoint"]))
+    check_checkpoint(run.checkpoint)
 
 
 @pytest.mark.ray

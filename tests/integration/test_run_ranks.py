@@ -121,7 +121,7 @@ def test_one_rank_resumes_from_the_checkpoint_of_two_after_the_death_of_one(
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     assert run.exit_code == 1
     assert run.summary["reason"].startswith("learner-1 died"), run.summary["reason"]
-    checkpoint = Path(run.summary["checkpoint"])
+    checkpoint = run.checkpoint
     version = int(checkpoint.name.removeprefix("step_"))
     assert version >= 2
     alone = finished(

@@ -164,9 +164,8 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
         live.seconds_until_nothing_is_left(timeout_s=20.0)
     summary, trained = interrupted.summary, len(interrupted.metrics)
     assert (root / "dynamics.png").exists()
-    check_checkpoint(
-        Path(summary["checkpoint"])
-    )  # here: the second life deletes it when it has newer ones
+    # Here, for the second life deletes it when it has newer ones.
+    check_checkpoint(interrupted.checkpoint)
     return Lives(
         interrupted,
         summary,
@@ -182,7 +181,7 @@ def test_sigint_ends_with_130_and_a_checkpoint(lives: Lives) -> None:
     assert "Traceback" not in run.output, run.output
     assert (summary["status"], summary["reason"]) == ("interrupted", "SIGINT received")
     assert summary["steps"] == lives.trained >= 9
-    assert Path(summary["checkpoint"]) == run.root / "checkpoints" / f"step_{lives.trained:06d}"
+    assert summary["checkpoint"] == f"checkpoints/step_{lives.trained:06d}"
     check_conservation(summary["groups"])
     assert summary["groups"]["in_flight"] == 0
     assert f"train --resume {run.root}" in run.output
@@ -193,7 +192,7 @@ def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(liv
     # Groups in flight at the end are part of the checkpoint: only that summary counts them unused.
     run, summary, steps = lives.resumed, lives.summary, lives.trained + MORE
     assert run.exit_code == 0, run.output
-    assert f"resuming at step {lives.trained} from {summary['checkpoint']}" in run.output
+    assert f"resuming at step {lives.trained} from {run.root / summary['checkpoint']}" in run.output
     assert [row["step"] for row in run.metrics] == list(range(steps))
     assert max(row["group_staleness_max"] for row in run.metrics) <= 2
     groups = run.summary["groups"]
@@ -242,7 +241,7 @@ def test_run_ends_in_time_for_a_batch_queue_and_refuses_a_second_process(tmp_pat
     summary = run.summary
     assert (run.exit_code, summary["status"]) == (0, "out_of_time"), run.output
     assert f"train --resume {tmp_path / 'run'}" in summary["reason"]
-    assert Path(summary["checkpoint"]).name == f"step_{summary['steps']:06d}"
+    assert run.checkpoint.name == f"step_{summary['steps']:06d}"
     assert summary["steps"] == len(run.metrics) > 2
 
 

@@ -89,7 +89,7 @@ def test_two_engines_feed_one_learner_and_a_killed_one_is_replaced(two: Finished
     for name in ("rollout-0", "rollout-1"):
         assert summary["seconds_by_state"][name]["generate"] > 0
         assert summary["seconds_by_state"][name]["sync"] > 0
-    check_checkpoint(Path(summary["checkpoint"]))
+    check_checkpoint(two.checkpoint)
 
 
 def test_learner_and_engines_agree_where_the_weights_are_the_same(two: Finished) -> None:
@@ -152,7 +152,7 @@ def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
         "rollout-0 lost its engine 2 times, rollout.max_restarts is 1; the last time: http://"
     ), run.summary["reason"]
     check_conservation(run.summary["groups"])
-    check_checkpoint(Path(run.summary["checkpoint"]))
+    check_checkpoint(run.checkpoint)
     assert not psutil.wait_procs(session, timeout=5.0)[1]
 
 

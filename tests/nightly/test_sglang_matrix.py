@@ -62,7 +62,7 @@ def test_faults_lose_nothing_in_any_mode(tmp_path: Path, mode: str, transport: s
     assert 0 < largest(run, "mismatch_max") <= 1e-4
     if mode != "keep_kv":  # test_sglang_engine.py checks its gap
         assert largest(run, "kv_gap_max") <= 1e-4
-    check_checkpoint(Path(summary["checkpoint"]))
+    check_checkpoint(run.checkpoint)
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])

@@ -34,7 +34,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import STATE
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.utils.thread_stack import whereabouts
+from dapo_async.utils.thread_stack import stack_location
 from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest, WeightGroup
 from dapo_async.weights.collective import SENDER
 from dapo_async.weights.disk import write_version
@@ -121,7 +121,7 @@ class LearnerActor:
     async def ping(self) -> str | None:
         """Shows that the process lives and its event loop runs. Returns the current line of the
         step's thread, or None between steps."""
-        return whereabouts(self._stepping) if self._stepping is not None else None
+        return stack_location(self._stepping) if self._stepping is not None else None
 
     async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
         """Fetches this rank's share, the groups at `positions` of the batch, and trains on them."""

@@ -30,7 +30,8 @@ from dapo_async.replay import (
 )
 from dapo_async.replay.group_io import read_groups, write_groups
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
-from dapo_async.tracking.run_dir import RunDir, write_rollouts
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.samples import choose_samples, write_rollouts
 from dapo_async.types import Admission, AdmitReply, Completion, Group, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
@@ -231,14 +232,9 @@ class ReplayActor:
         self._acceptance[step] = self._buffer.acceptance
         self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
         groups: Sequence[Group] = batch.references
-        # Samples: the groups of the most weight versions first, then those of the oldest version.
-        by_asynchrony = sorted(
-            groups,
-            key=lambda group: (-len(group.weight_versions), group.oldest_version, group.group_id),
-        )
         record = self._config.train.record
-        shown = by_asynchrony if record else by_asynchrony[:SAMPLE_GROUPS]
-        write_rollouts(self._run_dir.rollouts, step=step, groups=shown)
+        count = len(groups) if record else SAMPLE_GROUPS
+        write_rollouts(self._run_dir.rollouts, step=step, groups=choose_samples(groups, count))
         if record:
             await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
         self._in_training = (step, groups)

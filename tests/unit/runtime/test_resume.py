@@ -1,0 +1,113 @@
+"""Where a run continues: in whatever folder it is now, with the files that it needs or one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from paths import QUICKSTART
+
+from dapo_async import config as knobs
+from dapo_async.runtime.resume import (
+    find_resume_point,
+    newest_checkpoint,
+    resumed_config,
+    with_model_at_hand,
+)
+from dapo_async.tracking.run_dir import RunDir
+
+DATA = "f00d"  # fingerprint of the training prompts
+
+
+def run_of(root: Path, base: Path, *, versions: tuple[int, ...] = (2, 4)) -> Path:
+    """A run folder on the model `base`, with the small files of its checkpoints."""
+    base.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(QUICKSTART.parent / "base" / "quickstart" / name, base)
+    config = knobs.load(QUICKSTART, [f"model.path={base}"])
+    root.mkdir(parents=True)
+    (root / "config.yaml").write_text(knobs.to_yaml(replace(config, run_dir="")))
+    for version in versions:
+        checkpoint = root / "checkpoints" / f"step_{version:06d}"
+        shutil.copytree(base, checkpoint)
+        exported = json.loads((checkpoint / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (checkpoint / "config.json").write_text(json.dumps(exported))
+        (checkpoint / "model.safetensors").write_text("weights")
+        (checkpoint / "state").mkdir()
+        driver = {"version": version, "train_data": DATA}
+        (checkpoint / "state" / "driver.json").write_text(json.dumps(driver))
+    return root
+
+
+def test_a_moved_run_is_found_where_it_is_now(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "runs" / "first", tmp_path / "base")
+    moved = tmp_path / "elsewhere"
+    root.rename(moved)
+    config = resumed_config(moved, [])
+    assert config.run_dir == str(moved)
+    point = find_resume_point(config, train_data=DATA)
+    assert (point.version, point.checkpoint) == (4, moved / "checkpoints" / "step_000004")
+    assert point.state == moved / "checkpoints" / "step_000004" / "state"
+
+
+def test_the_newest_checkpoint_stands_in_for_a_base_model_that_is_gone(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    config = resumed_config(root, [])
+    checkpoint = newest_checkpoint(config)
+    assert with_model_at_hand(config, checkpoint) == config
+    shutil.rmtree(tmp_path / "base")
+    assert resumed_config(root, []) == config
+    assert with_model_at_hand(config, checkpoint).model.path == str(checkpoint)
+    assert with_model_at_hand(config, None) == config  # before the first checkpoint it is needed
+
+
+def test_a_run_folder_names_its_files_from_itself_and_other_files_in_full(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    assert run_dir.relative(run_dir.checkpoints / "step_000002") == "checkpoints/step_000002"
+    assert run_dir.relative(tmp_path / "base") == str(tmp_path / "base")
+
+
+def test_data_and_base_model_may_lie_elsewhere_if_they_are_the_same(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "model")
+    data = shutil.copy(QUICKSTART.parent / "data" / "quickstart" / "train.jsonl", tmp_path)
+    config = resumed_config(root, [f"model.path={tmp_path}/model", f"data.train={data}"])
+    assert (config.model.path, config.data.train) == (str(tmp_path / "model"), str(data))
+    with pytest.raises(ValueError, match="does not give the prompts that this run began with"):
+        find_resume_point(config, train_data="another")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json differs from .*step_000004/tokenizer"):
+        resumed_config(root, [f"model.path={tmp_path}/model"])
+
+
+def test_without_a_checkpoint_the_base_model_may_not_change(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base", versions=())
+    shutil.copytree(tmp_path / "base", tmp_path / "model")
+    with pytest.raises(ValueError, match="its weights are not known; start a new run"):
+        resumed_config(root, [f"model.path={tmp_path}/model"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "No such file"), ("{", "Expecting"), ("[]", "list"), ("{}", "train_data is missing")],
+)
+def test_a_broken_driver_state_is_named_with_the_remedy(
+    content: str | None, why: str, tmp_path: Path
+) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    path = root / "checkpoints" / "step_000004" / "state" / "driver.json"
+    if content is None:
+        shutil.rmtree(path.parent)
+    else:
+        path.write_text(content)
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))} can't be read .*{why}"
+    ) as raised:
+        find_resume_point(resumed_config(root, []), train_data=DATA)
+    assert "to resume from the one before" in str(raised.value)
+    shutil.rmtree(root / "checkpoints" / "step_000004")  # the remedy
+    assert find_resume_point(resumed_config(root, []), train_data=DATA).version == 2

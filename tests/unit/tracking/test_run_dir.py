@@ -1,0 +1,57 @@
+"""The run directory: what it refuses, what a step adds to it, what a kill leaves of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Never
+
+import pytest
+
+from dapo_async.tracking.run_dir import RunDir
+
+
+def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path / "runs" / "first")
+    assert sorted(path.name for path in run_dir.root.iterdir()) == ["checkpoints", "rollouts"]
+    with pytest.raises(ValueError, match=r"first is not empty; go on with train --resume"):
+        RunDir.create(tmp_path / "runs" / "first")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.txt is a file; choose another run_dir"):
+        RunDir.create(tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    assert RunDir.create(tmp_path / "empty").checkpoints == tmp_path / "empty" / "checkpoints"
+
+
+def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path)
+    run_dir.log_step({"step": 0, "loss": 0.25})
+    run_dir.log_step({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+
+    def refuse(constant: str) -> Never:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = [
+        json.loads(line, parse_constant=refuse) for line in run_dir.metrics.read_text().splitlines()
+    ]
+    assert rows == [{"step": 0, "loss": 0.25}, {"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_the_summary_is_replaced_as_a_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir.create(tmp_path)
+    run_dir.write_summary({"status": "running"})
+
+    def dies(*_: object) -> Never:
+        raise OSError("the machine stops before the rename")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dies)
+        with pytest.raises(OSError, match="before the rename"):
+            run_dir.write_summary({"status": "done"})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "running"}
+    run_dir.write_summary({"status": "done"})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "done"}
+    assert not list(tmp_path.glob("*.partial"))
