@@ -1,4 +1,8 @@
-"""One row of metrics per step, from every side: the learner's sums, the replay room's counts, the engines' slots, everybody's clocks."""
+"""One row of `metrics.jsonl` per step.
+
+It joins the learner's sums, the replay actor's counts, the engines' slot use and the state clocks
+of all actors. The main loop calls it after each step.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +93,8 @@ class Tracker:
         self._step_end_s = self.clock.now_s()
 
     def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> Coroutine[Any, Any, None]:
-        """Counts one step at once; what it returns writes and shows it, beside the next step and after the one before."""
+        """Counts one step at once. Await the result to write and show its row, beside the next step
+        and after the row before."""
         self._add_up(metrics)
         self._pending[step] = (metrics, batch, self.clock.now_s())
         return self._log()
@@ -101,7 +106,8 @@ class Tracker:
                 self._write_pending()
 
     async def flush(self, *, deadline_s: float) -> None:
-        """At an end: every trained step has its row, with the newest reports that can be had until then. Raises what an actor could not answer."""
+        """At the end of a run: writes the rows of all trained steps, with the newest reports there
+        are. Raises the error of an actor that could not answer."""
         try:
             if self._pending:
                 await self.collect(deadline_s=deadline_s)
@@ -223,7 +229,8 @@ class Tracker:
 
 
 def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
-    """1 − time-averaged occupied slots / slots over all engines, and its parts: no credit, tail, sync (law 6); nothing where no time has passed."""
+    """Idle share of all engines, 1 - time-averaged occupied slots / slots, and its parts: no
+    credit, tail, sync (time accounting). Empty when no time has passed."""
     spent = {
         item.name: sum(
             getattr(new, item.name) - getattr(old, item.name)
