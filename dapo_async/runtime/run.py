@@ -37,7 +37,7 @@ from dapo_async.runtime.status import (
     WrongInput,
 )
 from dapo_async.runtime.step_metrics import Tracker
-from dapo_async.runtime.summary import RunRecord, summarise_run
+from dapo_async.runtime.summary import RunProgress, summarise_run
 from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
@@ -87,7 +87,7 @@ class Run:
         self._interrupts = Interrupts(sinks.say, self._note, self._end_at_once)
         self._services: Services | None = None
         evaluations = resume.driver.get("evaluations", {})
-        self._record = RunRecord(
+        self._record = RunProgress(
             evaluations={name: Evaluation.from_json(values) for name, values in evaluations.items()}
         )
 

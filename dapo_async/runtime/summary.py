@@ -18,7 +18,7 @@ from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
 
 @dataclass(slots=True)
-class RunRecord:
+class RunProgress:
     """What a run has come to so far, besides what its services count."""
 
     outcome: RunOutcome = field(default_factory=RunOutcome)
@@ -28,7 +28,7 @@ class RunRecord:
 
 
 def summarise_run(
-    record: RunRecord,
+    record: RunProgress,
     measured: Measured,
     *,
     config: Config,

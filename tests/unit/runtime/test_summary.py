@@ -14,11 +14,11 @@ from dapo_async.runtime.resume import START
 from dapo_async.runtime.services import Measured
 from dapo_async.runtime.status import RunOutcome, Status
 from dapo_async.runtime.step_metrics import Totals
-from dapo_async.runtime.summary import RunRecord, summarise_run
+from dapo_async.runtime.summary import RunProgress, summarise_run
 from dapo_async.tracking.run_dir import RunDir
 
 
-def summary_of(record: RunRecord, measured: Measured, root: Path) -> dict[str, object]:
+def summary_of(record: RunProgress, measured: Measured, root: Path) -> dict[str, object]:
     summary = summarise_run(
         record,
         measured,
@@ -35,7 +35,7 @@ def summary_of(record: RunRecord, measured: Measured, root: Path) -> dict[str, o
 
 
 def test_a_run_that_never_started_has_zeros_and_its_reason(tmp_path: Path) -> None:
-    record = RunRecord(RunOutcome(Status.FAILED, "Ray did not start", 1))
+    record = RunProgress(RunOutcome(Status.FAILED, "Ray did not start", 1))
     summary = summary_of(record, Measured(), tmp_path)
     assert (summary["status"], summary["reason"]) == ("failed", "Ray did not start")
     assert (summary["steps"], summary["weight_versions"], summary["train_s"]) == (0, 0, 0.0)
@@ -55,7 +55,7 @@ def test_counts_evaluations_and_caught_errors_are_put_together(tmp_path: Path) -
         num_truncated=0,
         weight_versions=frozenset({2}),
     )
-    record = RunRecord(evaluations={"final": evaluation}, caught=Counter(display=1, end=1))
+    record = RunProgress(evaluations={"final": evaluation}, caught=Counter(display=1, end=1))
     measured = Measured(
         totals=Totals(steps=2, tokens=40.0, staleness_sum=30.0, staleness_tokens=20.0),
         counts={"admitted": 5, "trained": 3, "rejected.all_wrong": 2},
