@@ -1,12 +1,18 @@
-"""Tiny decoders and engines, and the naive reference that they are held against."""
+"""Tiny decoders and engines, and a naive reference to compare them with."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dapo_async.model import Decoder, ModelConfig, PackedAttention
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.sampling import keyed_uniforms
+from dapo_async.types import Completion
 
 FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # tied embeddings or not
 
@@ -24,7 +30,7 @@ SIZES = {
 }
 
 
-def tiny_decoder(family="qwen2", seed=1, std=0.25, **sizes):
+def tiny_decoder(family: str = "qwen2", seed: int = 1, std: float = 0.25, **sizes: Any) -> Decoder:
     torch.manual_seed(seed)
     decoder = Decoder(
         ModelConfig.from_dict(
@@ -40,32 +46,48 @@ def tiny_decoder(family="qwen2", seed=1, std=0.25, **sizes):
     return decoder
 
 
-def tiny_engine(family="qwen2", *, num_slots=4, max_len=64, **options):
+def tiny_engine(
+    family: str = "qwen2", *, num_slots: int = 4, max_len: int = 64, **options: Any
+) -> TorchEngine:
     return TorchEngine(tiny_decoder(family), num_slots=num_slots, max_len=max_len, **options)
 
 
 def group(
-    group_id, prompt, *, siblings=1, max_tokens=6, temperature=1.0, stop=(), seed=0, **truncation
-):
+    group_id: int,
+    prompt: Iterable[int],
+    *,
+    siblings: int = 1,
+    max_tokens: int = 6,
+    temperature: float = 1.0,
+    stop: tuple[int, ...] = (),
+    seed: int = 0,
+    **truncation: Any,
+) -> GroupRequest:
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, stop_token_ids=stop, seed=seed, **truncation
     )
     return GroupRequest(group_id, np.array(list(prompt), dtype=np.int32), siblings, sampling)
 
 
-def run(engine, *requests):
-    """All requests to their end: completions per group id."""
+def run(engine: TorchEngine, *requests: GroupRequest) -> dict[int, tuple[Completion, ...]]:
+    """Runs all requests to their end; returns completions per group id."""
     for request in requests:
         engine.submit(request)
-    finished = {}
+    finished: dict[int, tuple[Completion, ...]] = {}
     while engine.has_work:
         finished.update(engine.step())
     return finished
 
 
 @torch.no_grad()
-def packed_logprobs(decoder, prompt, response, temperature=1.0):
+def packed_logprobs(
+    decoder: Decoder,
+    prompt: Iterable[int],
+    response: Iterable[int],
+    temperature: float = 1.0,
+) -> Tensor:
     """Full-vocabulary logprobs of each response position, `[T, V]`, by one fresh packed forward."""
+    prompt = list(prompt)
     ids = torch.tensor([*prompt, *response])
     attention = PackedAttention([len(ids)])
     logits = decoder.logits(decoder(ids, attention.positions, attention)) / temperature
@@ -73,9 +95,10 @@ def packed_logprobs(decoder, prompt, response, temperature=1.0):
 
 
 @torch.no_grad()
-def naive_tokens(decoder, request, sibling):
-    """Each token by a fresh forward over everything before it and a plain inversion of the distribution."""
-    sampling, response = request.sampling, []
+def naive_tokens(decoder: Decoder, request: GroupRequest, sibling: int) -> list[int]:
+    """Draws each token by a fresh forward pass and a plain inversion of the distribution."""
+    sampling = request.sampling
+    response: list[int] = []
     uniforms = keyed_uniforms(
         sampling.seed,
         group_id=request.group_id,
@@ -98,9 +121,7 @@ def naive_tokens(decoder, request, sibling):
     return response
 
 
-def chosen(logprobs, completion):
-    return (
-        logprobs.gather(-1, torch.from_numpy(completion.token_ids).long()[:, None])
-        .squeeze(-1)
-        .numpy()
-    )
+def chosen(logprobs: Tensor, completion: Completion) -> NDArray[np.float32]:
+    ids = torch.from_numpy(completion.token_ids).long()[:, None]
+    values: NDArray[np.float32] = logprobs.gather(-1, ids).squeeze(-1).numpy()
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,8 +36,10 @@ class Base:
     @torch.no_grad()
     def logits(self, problem: str, response: Sequence[int] = ()) -> torch.Tensor:
         """Of the next token: [vocabulary]."""
+        assert self._template is not None
         ids = self._tokenizer([self._template.replace("{problem}", problem)])["input_ids"][0]
-        return self._model(torch.tensor([[*ids, *response]])).logits[0, -1].double()
+        logits: torch.Tensor = self._model(torch.tensor([[*ids, *response]])).logits
+        return logits[0, -1].double()
 
     def greedy(self, problem: str, *, num_tokens: int) -> tuple[str, float]:
         """The greedy response, and by how much each of its tokens leads at least (logits)."""
@@ -99,12 +102,14 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path: Path) -> None:
-    # Forty problems whose answer can't be given, and first of all one whose siblings differ: accepted, but no batch.
+    # Forty problems whose answer can't be given. The first prompt is one whose siblings differ:
+    # its group is accepted, but makes no batch.
     config = knobs.load(QUICKSTART)
     problems = prompts_of(config)[:41]
     answer, temperature = Base(config).coin(problems[0])
     rows = [{"prompt": problem, "answer": "impossible"} for problem in problems[1:]]
-    rows.insert(PromptStream(range(41), seed=0)[0], {"prompt": problems[0], "answer": answer})
+    order: Any = PromptStream(cast("Any", range(41)), seed=0)
+    rows.insert(order[0], {"prompt": problems[0], "answer": answer})
     data = write_rows(tmp_path / "impossible.jsonl", rows)
     one_token = (
         f"rollout.temperature={temperature}",

@@ -2,12 +2,14 @@
 
 import asyncio
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from completions import completion
 from refusals import refusal
-from worker_world import play, settled
+from worker_world import FakeEngine, FakeReplay, play, settled
 
 from dapo_async.learner.batching import pack, training_sequences
 from dapo_async.replay import custom_filter
@@ -19,43 +21,52 @@ from dapo_async.reward import (
     named_sources,
     score_group,
 )
-from dapo_async.types import Admission, FinishReason, Group, Prompt, RejectReason, Rollout
+from dapo_async.rollout.worker import RolloutWorker
+from dapo_async.types import (
+    Admission,
+    Completion,
+    FinishReason,
+    Group,
+    Prompt,
+    RejectReason,
+    Rollout,
+)
 from dapo_async.utils.plugins import load_function
 
 
-def halves(response, gold):
+def halves(response: str, gold: str) -> Verdict:
     """Partial credit."""
     return Verdict(correct=1.0 if response == gold else 0.5, extracted=response, reason="half")
 
 
-def number_of_three(response, gold):
+def number_of_three(response: str, gold: str) -> Verdict:
     return Verdict(correct=3.0, extracted=None, reason="three")
 
 
-def says_true(response, gold) -> bool:
+def says_true(response: str, gold: str) -> bool:
     return True
 
 
-def one_parameter(response):
+def one_parameter(response: str) -> Verdict:
     return Verdict(correct=True, extracted=None, reason="correct")
 
 
-async def later(response, gold):
+async def later(response: str, gold: str) -> Verdict:
     return Verdict(correct=True, extracted=None, reason="correct")
 
 
-def even_admissions(group):
+def even_admissions(group: Group) -> bool:
     return group.group_id % 2 == 0
 
 
-def says_nothing(group) -> None:
+def says_nothing(group: Group) -> None:
     return None
 
 
 HERE = __name__
 
 
-def group(index, finish=FinishReason.STOP, length=3):
+def group(index: int, finish: FinishReason = FinishReason.STOP, length: int = 3) -> Group:
     return Group(
         index,
         Prompt(0, "", np.array([1], np.int32), "4"),
@@ -78,7 +89,7 @@ def test_an_own_verifier_is_called_with_response_and_gold() -> None:
     ("name", "says"),
     [("number_of_three", "accuracy 3.0, which must lie in [0, 1]"), ("says_true", "returned bool")],
 )
-def test_what_an_own_verifier_returns_is_checked(name, says) -> None:
+def test_what_an_own_verifier_returns_is_checked(name: str, says: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(says)):
         get_verifier(f"{HERE}:{name}")("a", "b")
 
@@ -92,7 +103,7 @@ def test_what_an_own_verifier_returns_is_checked(name, says) -> None:
             "PYTHONPATH",
         ),
         (f"{HERE}:absent", f"AttributeError: module '{HERE}' has no attribute 'absent'"),
-        (f"{HERE}:one_parameter", "its parameters are (response)"),
+        (f"{HERE}:one_parameter", "its parameters are (response: str)"),
         (f"{HERE}:later", "it is asynchronous"),
         (f"{HERE}:HERE", "it is a str; name a function"),
         (f"{HERE}:Verdict", "it is a class; name a function"),
@@ -100,7 +111,7 @@ def test_what_an_own_verifier_returns_is_checked(name, says) -> None:
         ("module:", "write for example"),
     ],
 )
-def test_what_is_no_such_function_is_refused_in_one_line(name, says) -> None:
+def test_what_is_no_such_function_is_refused_in_one_line(name: str, says: str) -> None:
     with pytest.raises(ValueError) as error:
         load_function(name, knob="reward.verifier", parameters=("response", "gold"))
     assert str(error.value).startswith(
@@ -158,13 +169,13 @@ def test_an_own_filter_rejects_with_a_reason_of_its_own() -> None:
 
 
 def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
-    def dying(response, gold):
+    def dying(response: str, gold: str) -> Verdict:
         return Verdict(
             correct=False, extracted=None, reason="failed" if response == "c" else "wrong"
         )
 
     admission = Admission(0, Prompt(0, "", np.array([1], np.int32), "4"), 3)
-    options = {
+    options: dict[str, Any] = {
         "verify": dying,
         "max_response_tokens": 9,
         "incarnation": "run-0",
@@ -177,10 +188,10 @@ def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
 
 
 def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         score = worker._score
 
-        async def dying(admission, completions):
+        async def dying(admission: Admission, completions: Sequence[Completion]) -> Group:
             if admission.group_id == 1:
                 raise VerifierFailed("verifier failed")
             return await score(admission, completions)

@@ -3,6 +3,8 @@
 Tokens, logprobs, noise, refills, stop tokens, aborts.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from dapo_async.types import FinishReason
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family) -> None:
+def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family: str) -> None:
     engine, decoder = tiny_engine(family, num_slots=3), tiny_decoder(family)
     requests = [
         group(7, [5, 6, 7], siblings=3, temperature=0.8),
@@ -43,7 +45,7 @@ def test_tokens_and_logprobs_equal_a_naive_loop_of_packed_forwards(family) -> No
 
 
 def test_on_policy_identity_holds_when_engine_and_learner_use_other_kernels() -> None:
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 128,
         "intermediate_size": 384,

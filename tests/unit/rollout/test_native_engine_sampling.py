@@ -1,5 +1,7 @@
 """Noise against a plain integer reference; uniformity, independence and distribution of draws."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ WORD = (1 << 64) - 1
 LARGEST = 1 - 2.0**-52
 
 
-def reference_uniform(*scalars):
+def reference_uniform(*scalars: int) -> float:
     """SplitMix64's finaliser chained over the scalars, in Python integers."""
     word = 0
     for scalar in scalars:
@@ -56,7 +58,7 @@ def test_noise_is_uniform_and_independent_between_neighbouring_keys() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 300])
-def test_draws_follow_the_distribution(vocabulary) -> None:
+def test_draws_follow_the_distribution(vocabulary: int) -> None:
     probabilities = (
         torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
     )
@@ -113,7 +115,7 @@ def test_top_k_comes_before_top_p_which_keeps_the_fewest_tokens_that_hold_its_sh
         ({"top_k": 0}, "at least 1"),
     ],
 )
-def test_sampling_that_makes_no_sense_is_refused(wrong, message) -> None:
+def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(
             **{"max_tokens": 1, "temperature": 1.0, "stop_token_ids": (), "seed": 0, **wrong}

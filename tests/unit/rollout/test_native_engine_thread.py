@@ -5,8 +5,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
-from typing import Never
+from typing import Any, Never
 
 import numpy as np
 import pytest
@@ -21,30 +22,30 @@ from dapo_async.utils.state_clock import StateClock
 PROBE = np.arange(1, 6, dtype=np.int32)
 
 
-def threaded(**options):
+def threaded(**options: Any) -> tuple[ThreadedEngine, StateClock]:
     clock = StateClock("engine")
     return ThreadedEngine(tiny_engine(**options), clock), clock
 
 
-def slowly(engine) -> None:
-    """Its decode steps take long enough for a busy machine's event loop to find it generating."""
+def slowly(engine: ThreadedEngine) -> None:
+    """Slows decode steps down, so that the event loop of a busy machine sees it generate."""
     step = engine._core.step
 
-    def slow_step():
+    def slow_step() -> Any:
         time.sleep(0.005)
         return step()
 
-    engine._core.step = slow_step
+    engine._core.step = slow_step  # type: ignore[method-assign]
 
 
-async def until(condition, timeout_s=10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 def test_awaited_groups_equal_the_synchronous_engine_and_the_clock_follows() -> None:
-    async def main():
+    async def main() -> Any:
         engine, clock = threaded()
         await until(lambda: clock.state == "wait")
         requests = [group(key, [key + 1, 2], siblings=3, max_tokens=9) for key in range(4)]
@@ -70,7 +71,7 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_clock_follows() -> 
 
 
 def test_a_crash_reaches_pending_and_later_calls_with_its_original_error() -> None:
-    async def main():
+    async def main() -> Any:
         engine, _ = threaded(num_slots=1)
         engine.weights()["model.norm.weight"][0] = float("nan")
         pending = [engine.generate(group(key, [1, 2])) for key in range(2)]
@@ -87,11 +88,11 @@ def test_a_crash_reaches_pending_and_later_calls_with_its_original_error() -> No
     assert all("not finite for the groups [0]" in str(error) for error in errors)
 
 
-def out_of_memory(*_, **__) -> Never:
+def out_of_memory(*_: Any, **__: Any) -> Never:
     raise RuntimeError("out of memory")
 
 
-async def assert_all_say_out_of_memory(engine, *calls) -> None:
+async def assert_all_say_out_of_memory(engine: ThreadedEngine, *calls: Awaitable[Any]) -> None:
     """The calls, made in one turn, and any later one raise the thread's own error; nobody hangs."""
     async with asyncio.timeout(10):
         errors = await asyncio.gather(*calls, return_exceptions=True)
@@ -104,7 +105,7 @@ async def assert_all_say_out_of_memory(engine, *calls) -> None:
 def test_an_update_that_breaks_the_engine_reaches_everybody() -> None:
     async def main() -> None:
         engine, _ = threaded()
-        engine._core.update_weights = out_of_memory
+        engine._core.update_weights = out_of_memory  # type: ignore[method-assign]
         updates = [
             engine.update_weights({}, version=version, probe_ids=PROBE) for version in (1, 2)
         ]
@@ -118,7 +119,7 @@ def test_an_update_that_breaks_the_engine_reaches_everybody() -> None:
 def test_a_submit_that_breaks_the_engine_reaches_everybody() -> None:
     async def main() -> None:
         engine, _ = threaded()
-        engine._core.submit = out_of_memory
+        engine._core.submit = out_of_memory  # type: ignore[method-assign]
         calls = [engine.generate(group(key, [1, 2])) for key in range(2)]
         await assert_all_say_out_of_memory(
             engine, *calls, engine.abort([0]), engine.update_weights({}, version=1, probe_ids=PROBE)
@@ -130,7 +131,7 @@ def test_a_submit_that_breaks_the_engine_reaches_everybody() -> None:
 def test_an_abort_that_breaks_the_engine_reaches_everybody() -> None:
     async def main() -> None:
         engine, _ = threaded()
-        engine._core.abort = out_of_memory
+        engine._core.abort = out_of_memory  # type: ignore[method-assign]
         await assert_all_say_out_of_memory(
             engine, engine.abort([0]), engine.generate(group(0, [1, 2]))
         )
@@ -139,7 +140,7 @@ def test_an_abort_that_breaks_the_engine_reaches_everybody() -> None:
 
 
 def test_an_aborted_and_a_cancelled_group_leave_the_engine() -> None:
-    async def main():
+    async def main() -> Any:
         engine, clock = threaded(max_len=120)
         slowly(engine)
         tasks = [
@@ -193,7 +194,7 @@ def test_close_fails_what_is_pending_and_ends_the_thread() -> None:
 
 
 def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it() -> None:
-    async def main():
+    async def main() -> Any:
         engine, _ = threaded(max_len=120)
         before, after = (
             engine.generate(group(0, [1], max_tokens=100)),
@@ -211,9 +212,10 @@ def test_what_is_asked_for_in_the_same_turn_as_a_close_fails_on_both_sides_of_it
 
 def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -> None:
     now = SimpleNamespace(s=100.0)
-    meter = SlotMeter(SimpleNamespace(now_s=lambda: now.s), slots=256)
+    clock: Any = SimpleNamespace(now_s=lambda: now.s)
+    meter = SlotMeter(clock, slots=256)
 
-    def after(seconds) -> None:
+    def after(seconds: float) -> None:
         now.s += seconds
 
     after(1)  # nothing was asked for yet: 256 of tail
@@ -243,7 +245,7 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -
 
 
 def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> None:
-    async def main():
+    async def main() -> Any:
         engine, _ = threaded(num_slots=4, max_len=120)
         engine.starving(True)
         await asyncio.sleep(0.05)

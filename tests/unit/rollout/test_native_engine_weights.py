@@ -13,7 +13,9 @@ from native_engine_world import (
     tiny_engine,
 )
 
+from dapo_async.rollout import UpdateReport
 from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.types import Completion
 
 PROBE = np.arange(1, 9, dtype=np.int32)
 REQUESTS = (
@@ -23,14 +25,14 @@ REQUESTS = (
 )
 
 
-def swap(engine, seed, version, family="qwen2"):
+def swap(engine: TorchEngine, seed: int, version: int, family: str = "qwen2") -> UpdateReport:
     return engine.update_weights(
         tiny_decoder(family, seed=seed).state_dict(), version=version, probe_ids=PROBE
     )
 
 
-def stepped(engine, steps):
-    finished = {}
+def stepped(engine: TorchEngine, steps: int) -> dict[int, tuple[Completion, ...]]:
+    finished: dict[int, tuple[Completion, ...]] = {}
     for _ in range(steps):
         finished.update(engine.step())
     return finished
@@ -38,7 +40,7 @@ def stepped(engine, steps):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recompute_gives_every_token_the_exact_logprob_of_its_version(
-    family,
+    family: str,
 ) -> None:
     engine = tiny_engine(family, num_slots=5)
     for request in REQUESTS:

@@ -21,7 +21,7 @@ from dapo_async.runtime.cluster.connect import _check_resources
 from dapo_async.runtime.cluster.environment import JOB, RUNS, prepare, run_root
 
 
-class FakeGcs(grpc.GenericRpcHandler):
+class FakeGcs(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Answers as Ray's GCS does: a call without the right token is refused."""
 
     def __init__(self, token: str | None) -> None:
