@@ -33,6 +33,8 @@ def test_an_interrupted_run_continues_in_another_folder_without_its_base_model(
     for name in ("base", "data"):
         shutil.copytree(QUICKSTART.parent / name / "quickstart", job / name)
     first, moved = tmp_path / "runs" / "first", tmp_path / "elsewhere" / "second"
+    first.parent.mkdir()
+    moved.parent.mkdir()
     files = (
         f"model.path={job}/base",
         f"data.train={job}/data/train.jsonl",
@@ -45,7 +47,6 @@ def test_an_interrupted_run_continues_in_another_folder_without_its_base_model(
         interrupted = live.finish(timeout_s=60.0)
     assert interrupted.exit_code == 130, interrupted.output
     trained = len(interrupted.metrics)
-    moved.parent.mkdir()
     first.rename(moved)
     (job / "base").rename(tmp_path / "base")
     (job / "data").rename(tmp_path / "data")
