@@ -70,7 +70,7 @@ def cost(run_dir: Path) -> dict[str, Any]:
 
     A step counts for both, in proportion to its time.
     """
-    steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text()))
+    steps, evaluations = windows(json.loads((run_dir / "timeline.json").read_text())["traceEvents"])
     rows = {
         row["step"]: row
         for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

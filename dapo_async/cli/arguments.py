@@ -69,6 +69,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def say(line: str) -> None:
+    """Prints one line at once."""
     print(line, flush=True)
 
 

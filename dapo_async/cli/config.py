@@ -12,6 +12,7 @@ HELP = "print a resolved config, or every knob with --explain"
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `config` takes."""
     add_config(parser, needed=False)
     parser.add_argument(
         "--explain",
@@ -22,6 +23,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints the resolved config, or with --explain every knob."""
     config = None if options.config is None else load(options.config, options.overrides)
     if options.explain:
         for line in listing(config):

@@ -11,6 +11,7 @@ HELP = "avg@k, pass@k and maj@k of a checkpoint; without Ray"
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `eval` takes."""
     add_config(parser, needed=True)
     parser.add_argument(
         "--checkpoint",
@@ -46,6 +47,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Evaluates a checkpoint and prints its totals."""
     from dapo_async.evaluate.command import Options, run  # takes seconds to import
 
     asked = Options(

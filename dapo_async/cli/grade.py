@@ -11,6 +11,7 @@ HELP = "judge predictions by their gold answers, row by row"
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `grade` takes."""
     parser.add_argument(
         "--input",
         type=Path,

@@ -11,6 +11,7 @@ HELP = "training dynamics of one or several runs as one HTML page"
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `report` takes."""
     parser.add_argument(
         "paths",
         type=Path,
@@ -33,6 +34,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Writes the report and prints what it holds."""
     from dapo_async.tracking.report import write_report  # takes seconds to import
 
     try:

@@ -19,6 +19,7 @@ HELP = "train the learner alone on a run's recorded batches and compare the numb
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `rerun` takes."""
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run with recorded/ (train.record=true)"
     )

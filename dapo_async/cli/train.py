@@ -22,6 +22,7 @@ RESUMABLE = ("interrupted", "out_of_time", "failed")  # statuses after which a r
 
 
 def add_arguments(parser: Parser) -> None:
+    """Adds what `train` takes."""
     add_config(parser, needed=False)
     parser.add_argument(
         "--resume",

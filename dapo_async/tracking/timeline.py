@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from dapo_async.utils.files import atomic_write
 from dapo_async.utils.state_clock import Span
 
 SHORT_STAY_S = 0.01  # a stay shorter than this has no bar of its own
@@ -113,9 +114,10 @@ class _Bar:
 
 
 class TraceFile:
-    """Chrome's trace events as a JSON array that is appended to while the run goes on.
+    """Chrome's trace events: a JSON array while the run goes on, an object at its end.
 
-    Perfetto and chrome://tracing also read it without the closing bracket, as a kill leaves it.
+    Both are formats of Perfetto and chrome://tracing. Both read the array also without its closing
+    bracket, as a kill leaves it.
     One row per actor; microseconds since `start_s`. `args.covered_ms` lists the short stays in
     other states that a bar covers.
     """
@@ -143,14 +145,15 @@ class TraceFile:
         self._write(events)
 
     def close(self) -> None:
-        """Writes what is left and the closing bracket; a second call does nothing."""
+        """Writes what is left and makes the file an object; a second call does nothing."""
         if self._closed:
             return
         for actor, bar in self._bars.items():
             self._write(self._events(actor, bar))
         if self._file is not None:
-            self._file.write("\n]\n")
             self._file.close()
+            events = self._path.read_text()
+            atomic_write(self._path, f'{{"displayTimeUnit":"ms","traceEvents":{events}\n]}}\n')
         self._closed = True
 
     def _events(self, actor: str, bar: _Bar) -> list[dict[str, Any]]:

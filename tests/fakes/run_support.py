@@ -86,7 +86,9 @@ class Finished:
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        trace: list[dict[str, Any]] = json.loads((self.root / "timeline.json").read_text())
+        trace: list[dict[str, Any]] = json.loads((self.root / "timeline.json").read_text())[
+            "traceEvents"
+        ]
         return trace
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def test_missing_config_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
         ),
         (["rollout.num_slots=4"], "rollout.num_slots (4) must be at least replay.group_size ("),
         (["rollout.temperature=0"], "rollout.temperature (0.0) must be positive: "),
-        (["rollout.max_response_tokens=100000"], "must not pass the model's "),
+        (["rollout.max_response_tokens=100000"], "must not exceed the model's "),
         (["model.path={folder}/nowhere"], "model.path ({folder}/nowhere) does not exist; "),
         (["model.path={folder}"], "{folder}"),
         (

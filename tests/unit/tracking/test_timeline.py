@@ -17,7 +17,7 @@ LARGEST_TRACE = 20_000_000  # bytes of 10,000 steps
 
 def bars(path: Path, actor: str) -> list[tuple[str, float, float, dict[str, Any]]]:
     """State, start and length in milliseconds, and arguments of what was drawn of an actor."""
-    events = json.loads(path.read_text())
+    events = json.loads(path.read_text())["traceEvents"]
     (pid,) = (
         event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"] == actor
     )
@@ -77,7 +77,7 @@ def test_the_trace_is_complete_json_with_a_row_per_actor_and_starts_at_zero(
     timeline.add("learner", [Span("train", 1_700_000_000.25, 1_700_000_000.5)])
     timeline.close()
     timeline.close()
-    events = json.loads(path.read_text())
+    events = json.loads(path.read_text())["traceEvents"]
     names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
     assert names == {"rollout-0": 1, "learner": 2}
     assert [
