@@ -1,6 +1,7 @@
-"""The only currency between rooms: prompts go in, rollouts and groups walk, a train batch is a ticket, step metrics come out.
+"""The values that packages exchange: prompts, admissions, completions, groups, batches, metrics.
 
-Arrays are numpy (they cross process borders by value, without copies); nothing here imports torch or ray.
+Every package may import this module; it imports neither torch nor ray. Arrays are numpy, because
+they are passed between processes by value.
 """
 
 from __future__ import annotations
@@ -18,23 +19,22 @@ from numpy.typing import NDArray
 class Prompt:
     """One problem as the engine sees it."""
 
-    row: int  # row in its data set
+    row: int  # index in its data set
     text: str  # after the template
     token_ids: NDArray[np.int32]  # [P]
     answer: str  # gold answer, for the verifier
-    source: str = ""  # the row's data_source, by which a verifier may be chosen
+    source: str = ""  # data_source of its record in the data set; may select the verifier
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """One credit spent: the right to generate one group of `group_size` rollouts."""
 
-    group_id: int  # group id: 0, 1, 2, … along the run; names the group everywhere
+    group_id: int  # 0, 1, 2, … in the order of first admission
     prompt: Prompt
     group_size: int
-    partial_completions: tuple[
-        Completion | None, ...
-    ] = ()  # per sibling, what a lost engine had told of it; empty: nothing of any
+    # Per sibling what a lost engine returned, to be continued; None or empty: nothing.
+    partial_completions: tuple[Completion | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +56,16 @@ class Completion:
     """What an engine returns for one sibling; one entry per response token in each array."""
 
     token_ids: NDArray[np.int32]  # [T]
-    behaviour_logprobs: NDArray[
-        np.float32
-    ]  # [T] log-softmax(logits / temperature) over the full vocabulary
+    # [T] log-softmax(logits / temperature) over the full vocabulary
+    behaviour_logprobs: NDArray[np.float32]
     weight_versions: NDArray[np.int32]  # [T] version whose logits each token was sampled from
-    prefill_version: int  # oldest version whose KV any token attended to at its start
+    prefill_version: int  # oldest version of the KV entries that the first token attended to
     finish_reason: FinishReason
 
     @property
     def oldest_version(self) -> int:
-        """The oldest weights in it, its prefill's included."""
-        return (
-            min(int(self.weight_versions.min()), self.prefill_version)
-            if len(self.weight_versions)
-            else self.prefill_version
-        )
+        """The oldest weight version of its tokens and its prefill."""
+        return int(self.weight_versions.min(initial=self.prefill_version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +77,7 @@ class Rollout:
     accuracy: float  # raw verdict in [0, 1]: what dynamic sampling filters on
     reward: float  # shaped reward: what advantages use
     extracted: str | None  # the answer that the verifier read; None: no answer found
-    reason: str = ""  # of its verdict: one word to count by
+    reason: str = ""  # of the verdict: one word, by which verdicts are counted
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +89,7 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest weights in this rollout, its prefill's included."""
+        """The oldest weight version of its tokens and its prefill."""
         return self.completion.oldest_version
 
 
@@ -114,7 +109,7 @@ class Group:
 
     @property
     def weight_versions(self) -> frozenset[int]:
-        """All versions that sampled a token of it."""
+        """All versions that sampled one of its tokens."""
         return frozenset(
             int(version)
             for rollout in self.rollouts
@@ -143,23 +138,23 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """The ticket of one learner step: ids, counts and references; never the tokens."""
+    """The groups of one learner step as ids, counts and references, without their tokens."""
 
     learner_version: int  # the learner's weight version when the batch was taken
     group_ids: tuple[int, ...]
     oldest_versions: tuple[int, ...]  # per group
     num_tokens: tuple[int, ...]  # per group, prompt and response
-    references: tuple[
-        Any, ...
-    ]  # per group: what the learner ranks fetch (a Ray object reference; the Group itself in tests)
-    evicted: tuple[int, ...] = ()  # groups evicted by this take: their generation is to be aborted
+    # Per group what the learner ranks fetch: a Ray object reference, in tests the Group itself.
+    references: tuple[Any, ...]
+    evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Diagnostics of one step as sums and counts: they add across microbatches and ranks and are divided once.
+    """Diagnostics of one step, added up over microbatches and ranks and divided once.
 
-    `sums[name] = (sum, count)`, `maxima[name] = maximum`, `totals[name]` adds up and is reported as it is.
+    `sums[name]` is (sum, count) and is reported as the mean; `maxima[name]` is a maximum;
+    `totals[name]` adds up and is reported as it is.
     """
 
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -169,17 +164,16 @@ class StepMetrics:
     def __add__(self, other: StepMetrics) -> StepMetrics:
         sums, maxima, totals = dict(self.sums), dict(self.maxima), dict(self.totals)
         for name, (total, count) in other.sums.items():
-            mine = sums.get(name, (0.0, 0.0))
-            sums[name] = (mine[0] + total, mine[1] + count)
+            total_before, count_before = sums.get(name, (0.0, 0.0))
+            sums[name] = (total_before + total, count_before + count)
         for name, value in other.maxima.items():
-            maxima[name] = float(
-                np.maximum(maxima.get(name, value), value)
-            )  # nan wins, whatever the order
+            # np.maximum keeps a nan on either side; max() would depend on the order.
+            maxima[name] = float(np.maximum(maxima.get(name, value), value))
         for name, value in other.totals.items():
             totals[name] = totals.get(name, 0.0) + value
         return StepMetrics(sums, maxima, totals)
 
     def flat(self) -> dict[str, float]:
-        """One number per name; a mean over nothing is left out."""
+        """One number per name; means with count 0 are left out."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         return {**means, **self.maxima, **self.totals}

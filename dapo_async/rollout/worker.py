@@ -1,7 +1,8 @@
 """The rollout worker: admissions come in from replay, scored groups go back; an engine generates.
 
-One asyncio task per group, so a slow group delays no other. The rollout actor in `runtime/` owns the
-worker, gives it its handle of the replay actor, and reports what happens to the engine's weights.
+Each group has its own asyncio task, so a slow group delays no other. The rollout actor in
+`runtime/` owns the worker, gives it a handle of the replay actor, and calls `hold`, `confirm`,
+`quarantine`, `lose` and `restarted` when the engine or its weights change.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ReplayPort(Protocol):
         ...
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
-        """These groups will not be offered: their credits return. Ended groups are ignored."""
+        """Returns the credits of groups that will not be offered. Ended groups are ignored."""
         ...
 
     async def hand_back(
@@ -45,9 +46,7 @@ class ReplayPort(Protocol):
 class WorkerState(StrEnum):
     SERVING = "serving"  # the engine has proved weights
     HOLDING = "holding"  # swapped, not proved yet: finished groups wait, generation goes on
-    QUARANTINED = (
-        "quarantined"  # wrong weights, or the first of a restarted engine: all stands still
-    )
+    QUARANTINED = "quarantined"  # wrong weights, or unproved after a restart: no generation
     LOST = "lost"  # the engine can't be used, or was restarted and has no weights
 
 

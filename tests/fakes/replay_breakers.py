@@ -1,8 +1,11 @@
-"""Buffers, ledgers and publishers that break one law by one line each: the replay tests show that they are caught."""
+"""Buffers, ledgers and publishers that each break a guarantee by one line.
+
+The replay tests show that their checks notice each of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from replay_world import World
@@ -22,8 +25,10 @@ class LosesTheCreditOfARejectedGroup(ReplayBuffer):
         self._ledger.end(group_id, ending)
 
 
-class TakesWithoutLeavingRoomForStragglers(ReplayBuffer):
-    def _overload_after(self, picked: frozenset[int], learner_version: int) -> None:
+class TakesWithoutWaitingForStragglers(ReplayBuffer):
+    def _overload_after(
+        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
+    ) -> None:
         return None
 
 
@@ -31,7 +36,9 @@ class TakesInOrderOfCompletion(ReplayBuffer):
     def _pick(self) -> frozenset[int]:
         return frozenset(list(self._buffered)[: self.groups_per_step])
 
-    def _overload_after(self, picked: frozenset[int], learner_version: int) -> None:
+    def _overload_after(
+        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
+    ) -> None:
         return None
 
     def evict_doomed(self, learner_version: int) -> dict[int, str]:
@@ -69,7 +76,7 @@ def with_ledger(kind: type[Ledger]) -> type[ReplayBuffer]:
 
 
 class SkipsAPublish(World):
-    """The second version never reaches the engines, but replay hears that it did."""
+    """The second version never reaches the engines, but replay is called as if it had."""
 
     def finish_publish(self) -> None:
         before = dict(self.engine_versions)

@@ -1,6 +1,7 @@
-"""A world around the replay buffer for its tests: engines, a learner and a publisher without clocks, and a second, naive set of books.
+"""A model of everything around the replay buffer, for its tests.
 
-`World` knows from its own books what the buffer must say: which version every token came from, how every group ended, who holds a credit.
+`World` plays engines, a learner and a publisher without clocks. It keeps its own naive records and
+compares the buffer with them: the version of every group, how it ended, and who holds a credit.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ def make_group(
     num_tokens: int = 3,
     incarnation: str = "life-1",
 ) -> Group:
-    tokens, logprobs, versions = (
-        np.zeros(num_tokens, np.int32),
-        np.zeros(num_tokens, np.float32),
-        np.full(num_tokens, version, np.int32),
-    )
     completion = Completion(
-        tokens, logprobs, versions, prefill_version=version, finish_reason=FinishReason.STOP
+        token_ids=np.zeros(num_tokens, np.int32),
+        behaviour_logprobs=np.zeros(num_tokens, np.float32),
+        weight_versions=np.full(num_tokens, version, np.int32),
+        prefill_version=version,
+        finish_reason=FinishReason.STOP,
     )
     rollouts = tuple(Rollout(completion, "2", accuracy, accuracy, "2") for accuracy in accuracies)
     return Group(group_id, PROMPT, rollouts, incarnation, temperature=1.0)
@@ -75,10 +75,9 @@ class World:
         self.generating: dict[int, tuple[str, int]] = {}  # group id → worker, version at its start
         self.oldest: dict[int, int] = {}  # of every offered group
         self.training: TrainBatch | None = None
-        self.publishing: TrainBatch | None = None  # its weights are on their way
-        self.partial_completions: dict[
-            int, int
-        ] = {}  # groups of lost engines: the version of what is there of them
+        self.publishing: TrainBatch | None = None  # its weights are not on all engines yet
+        # Groups of lost engines → version at their start.
+        self.partial_completions: dict[int, int] = {}
         self.endings: Counter[str] = Counter()
         self.steps = 0
         buffer.serve(0)
@@ -98,7 +97,10 @@ class World:
     def offer(
         self, group_id: int, *, accuracies: Sequence[float] = MIXED, newer: int = 0
     ) -> OfferOutcome:
-        """`newer`: versions by which a recomputed prefill made the group fresher than at its start."""
+        """Offers a group that its worker has generated.
+
+        `newer`: by how many versions a recomputed prefill is newer than the group's start.
+        """
         worker, started = self.generating.pop(group_id)
         self.oldest[group_id] = min(started + newer, max(started, self.engine_versions[worker]))
         result = self.buffer.offer(
@@ -146,7 +148,7 @@ class World:
         return True
 
     def finish_step(self, *, finite: bool = True) -> None:
-        """The next version exists; it goes out as soon as the one before is served."""
+        """The learner makes the next version; its publish starts at once."""
         assert self.training is not None
         assert self.publishing is None
         (self.buffer.trained if finite else self.buffer.skipped)(self.training.group_ids)
@@ -169,7 +171,10 @@ class World:
         self.publishing = None
 
     def resume(self) -> None:
-        """The run is killed and goes on from a checkpoint of this instant, which went through JSON; all engines start with the newest weights."""
+        """Kills the run and resumes it from a checkpoint of this instant, written as JSON.
+
+        All engines then start with the newest weights.
+        """
         state = self.buffer.snapshot(self.version)
         written = json.loads(json.dumps(state.to_json()))
         read = BufferState.from_json(
@@ -189,11 +194,11 @@ class World:
         self.training = self.publishing = None
         self.engine_versions = dict.fromkeys(self.engine_versions, self.version)
         self.check()
-        assert self.buffer.admissible() == 0  # nobody serves yet
+        assert self.buffer.admissible() == 0  # no engine serves yet
         self.buffer.serve(self.version)
 
     def check(self) -> None:
-        """The buffer's own laws, and its counts against the world's books."""
+        """The buffer's own checks, and its counts against the records of this world."""
         self.buffer.check()
         counts = self.buffer.counts
         assert not (self.healthy and counts.evicted), (
@@ -229,7 +234,10 @@ class World:
         )
 
     def drain(self) -> None:
-        """From any state the run reaches its end when all groups finish; stops with "deadlock" when nothing can move."""
+        """Finishes every group and every step until the run ends.
+
+        Raises AssertionError with "deadlock" when no event is possible.
+        """
         while not self.done:
             moved = False
             if self.publishing is not None:

@@ -1,4 +1,4 @@
-"""The replay buffer, one rule per test, with literal numbers: admission, offers, takes, faults, patience, the end."""
+"""The replay buffer, one rule per test, with literal numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def admit_and_offer(
 # Admission.
 
 
-def test_nobody_is_admitted_before_the_engines_serve() -> None:
+def test_no_group_is_admitted_before_the_engines_serve() -> None:
     buffer = make_buffer(groups_per_step=2, max_staleness=1)
     assert buffer.admissible() == 0
     buffer.serve(0)
@@ -75,7 +75,7 @@ def test_rejected_group_releases_its_credit_at_once() -> None:
     assert buffer.counts == Counts(admitted=1, rejected={RejectReason.ALL_WRONG: 1})
 
 
-def test_offers_that_nobody_waits_for_are_refused_and_change_nothing() -> None:
+def test_unexpected_offers_are_refused_and_change_nothing() -> None:
     buffer = serving(max_staleness=1)
     first, second = buffer.admit("worker-0"), buffer.admit("worker-1")
     before = buffer.counts
@@ -95,7 +95,7 @@ def test_offers_that_nobody_waits_for_are_refused_and_change_nothing() -> None:
     assert buffer.counts == Counts(admitted=2, failed=1, unused=1)
 
 
-def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_any_other() -> None:
+def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_first() -> None:
     buffer = serving(groups_per_step=2, max_staleness=0)
     first, second = buffer.admit("worker-0"), buffer.admit("worker-1")
     held = buffer.credits_held
@@ -103,18 +103,19 @@ def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_again_before_an
     buffer.check()
     assert buffer.credits_held == held
     assert (buffer.num_generating, buffer.num_to_reissue, buffer.admissible()) == (1, 1, 1)
-    assert (
-        buffer.offer(make_group(first), None).outcome is OfferOutcome.REFUSED
-    )  # nobody waits for what the lost engine may still say
+    # An offer of the lost engine that comes late is refused.
+    assert buffer.offer(make_group(first), None).outcome is OfferOutcome.REFUSED
     assert buffer.admit("worker-1") == first
     assert buffer.admissible() == 0
     for group_id in (first, second):
         assert buffer.offer(make_group(group_id), None).outcome is OfferOutcome.ACCEPTED
     assert not buffer.hand_back(first)
-    assert buffer.take(0).group_ids == (first, second)
+    batch = buffer.take(0)
+    assert batch is not None
+    assert batch.group_ids == (first, second)
 
 
-def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
+def test_continued_group_keeps_the_deadline_of_its_partial_completions() -> None:
     buffer = serving(groups_per_step=1, max_staleness=2)
     group_id = buffer.admit("worker-0")
     assert not buffer.continues(group_id)
@@ -127,12 +128,14 @@ def test_group_that_goes_on_keeps_the_deadline_of_what_is_there_of_it() -> None:
     buffer.check()
 
 
-def test_group_begins_anew_when_what_is_there_of_it_is_too_old_to_be_trained() -> None:
+def test_group_starts_again_when_its_partial_completions_are_too_old() -> None:
     buffer = serving(groups_per_step=1, max_staleness=1)
     late, other = buffer.admit("worker-0"), buffer.admit("worker-1")
     buffer.offer(make_group(other), None)
     buffer.hand_back(late, oldest_version=0)
-    assert buffer.take(0).group_ids == (other,)
+    batch = buffer.take(0)
+    assert batch is not None
+    assert batch.group_ids == (other,)
     buffer.trained([other])
     buffer.serve(1)
     buffer.release([other])
@@ -143,7 +146,7 @@ def test_group_begins_anew_when_what_is_there_of_it_is_too_old_to_be_trained() -
     buffer.check()
 
 
-def test_a_lost_worker_fails_what_it_generates_and_keeps_what_it_offered() -> None:
+def test_lost_worker_fails_its_running_groups_and_its_offered_groups_stay() -> None:
     buffer = serving(groups_per_step=4)
     admit_and_offer(buffer)
     mine, other = buffer.admit("worker-0"), buffer.admit("worker-1")
@@ -158,7 +161,7 @@ def test_a_lost_worker_fails_what_it_generates_and_keeps_what_it_offered() -> No
 # Takes.
 
 
-def test_a_take_is_a_ticket_in_admission_order_and_surplus_is_kept() -> None:
+def test_take_is_in_admission_order_and_keeps_the_surplus() -> None:
     buffer = serving(groups_per_step=2, max_staleness=1)
     group_ids = [buffer.admit("worker-0") for _ in range(3)]
     for group_id in reversed(group_ids):
@@ -185,7 +188,7 @@ def test_a_take_prefers_the_earliest_deadline_to_the_earliest_admission() -> Non
     assert batch.group_ids == (1,)
 
 
-def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> None:
+def test_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> None:
     buffer = serving(groups_per_step=1, max_staleness=2)
     straggler = buffer.admit("worker-1")  # deadline 2
     for version in (0, 1):  # at both versions a place for the straggler is left
@@ -203,7 +206,7 @@ def test_a_take_waits_for_a_straggler_only_when_its_deadline_would_be_lost() -> 
     assert batch.group_ids == (straggler,)
 
 
-def test_credits_of_a_step_return_when_its_weights_are_served_and_not_before() -> None:
+def test_credits_of_a_step_return_only_when_its_weights_are_served() -> None:
     buffer = serving(groups_per_step=2)
     group_ids = [admit_and_offer(buffer) for _ in range(2)]
     assert buffer.take(0) is not None
@@ -219,7 +222,7 @@ def test_credits_of_a_step_return_when_its_weights_are_served_and_not_before() -
         buffer.release(group_ids[1:])
 
 
-def test_a_skipped_step_ends_its_groups_and_its_credits_return_without_a_new_version() -> None:
+def test_skipped_step_returns_its_credits_without_a_new_version() -> None:
     buffer = serving()
     group_id = admit_and_offer(buffer)
     assert buffer.take(0) is not None
@@ -256,7 +259,7 @@ def test_a_group_that_attests_a_passed_deadline_is_evicted_when_offered() -> Non
     assert buffer.counts == Counts(admitted=2, evicted=1, in_flight=1)
 
 
-def test_an_overload_is_evicted_while_it_is_generating_even_if_the_take_waits() -> None:
+def test_overload_is_evicted_during_generation_even_if_the_take_waits() -> None:
     buffer = serving(max_staleness=1)
     buffer.admit("worker-0")
     buffer.admit("worker-1")
@@ -266,7 +269,7 @@ def test_an_overload_is_evicted_while_it_is_generating_even_if_the_take_waits() 
     assert buffer.counts == Counts(admitted=2, evicted=1, in_flight=1)
 
 
-# RejectStreak, acceptance, the end.
+# Consecutive rejects, acceptance, close.
 
 
 def test_only_correct_answers_mean_solved() -> None:
@@ -333,7 +336,7 @@ def test_refill_waves_are_not_counted_above_staleness_zero() -> None:
     )
 
 
-def test_close_ends_everything_unused_and_a_late_release_is_welcome() -> None:
+def test_close_ends_all_groups_as_unused_and_accepts_a_late_release() -> None:
     buffer = serving(max_staleness=3)
     first = admit_and_offer(buffer)
     buffer.take(0)
@@ -350,7 +353,7 @@ def test_close_ends_everything_unused_and_a_late_release_is_welcome() -> None:
     assert buffer.credits_held == 0
 
 
-def test_the_wait_message_names_who_waits_for_whom() -> None:
+def test_wait_message_names_what_a_take_waits_for() -> None:
     buffer = serving(groups_per_step=3, max_staleness=1)
     batch = [admit_and_offer(buffer) for _ in range(3)]
     buffer.take(0)
@@ -360,8 +363,10 @@ def test_the_wait_message_names_who_waits_for_whom() -> None:
     admit_and_offer(buffer, accuracies=WRONG)
     buffer.lose_worker("worker-2")
     assert buffer.explain_wait(1) == (
-        "take at version 1 waits: 1 of 3 groups finished; 1 generating on 1 worker(s) (first: group 4 on worker-1, deadline 1); "
-        "3 credits held by trained groups whose weights are not on every engine (served version 0); 1 more could start, but no worker asks; "
+        "take at version 1 waits: 1 of 3 groups finished; "
+        "1 generating on 1 worker(s) (first: group 4 on worker-1, deadline 1); "
+        "3 credits held by trained groups whose weights are not on every engine "
+        "(served version 0); 1 more could start, but no worker asks; "
         "since the last take 2 offered, 1 accepted, all_wrong 1"
     )
     assert "no engine has attested a version yet" in make_buffer().explain_wait(0)

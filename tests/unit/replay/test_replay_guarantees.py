@@ -1,4 +1,8 @@
-"""The replay laws under random interleavings: the bound, conservation, no deadlock, no eviction; and whoever breaks one is caught."""
+"""The guarantees of the replay buffer under random orders of events.
+
+These are the staleness bound, conservation, no deadlock, and no eviction in a healthy run. Code
+that breaks one of them by one line fails these checks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from replay_breakers import (
     ReleasesBeforeServing,
     SkipsAPublish,
     TakesInOrderOfCompletion,
-    TakesWithoutLeavingRoomForStragglers,
+    TakesWithoutWaitingForStragglers,
     with_ledger,
 )
 from replay_world import MIXED, RIGHT, WRONG, World, make_buffer, make_group, wander
@@ -30,7 +34,10 @@ WORKERS = ("worker-0", "worker-1")
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Hypothesis chooses the next event and shrinks what breaks; every machine is drained to the end of its run."""
+    """Hypothesis chooses the next event and shrinks a failing order.
+
+    Every example goes on to the end of its run.
+    """
 
     @initialize(
         groups_per_step=st.integers(1, 4),
@@ -64,7 +71,7 @@ class Interleavings(RuleBasedStateMachine):
             self.world.offer(group_ids[pick % len(group_ids)], accuracies=accuracies, newer=newer)
 
     @rule(group_id=st.integers(-1, 40))
-    def offer_of_nobody_is_refused(self, group_id: int) -> None:
+    def offer_of_an_unknown_group_is_refused(self, group_id: int) -> None:
         if group_id not in self.world.generating:
             assert (
                 self.world.buffer.offer(make_group(group_id), "junk").outcome
@@ -115,7 +122,7 @@ class Interleavings(RuleBasedStateMachine):
         self.world.resume()
 
     @invariant()
-    def both_laws_hold(self) -> None:
+    def staleness_bound_and_conservation_hold(self) -> None:
         if hasattr(self, "world"):  # invariants run before `start` too
             self.world.check()
 
@@ -143,7 +150,7 @@ TestInterleavings.settings = settings(
 def healthy_run(
     seed: int, kind: type[ReplayBuffer] = ReplayBuffer, world_kind: type[World] = World
 ) -> World:
-    """One random run to its end, with every law checked between any two events."""
+    """One random run to its end; every guarantee is checked after every event."""
     rng = random.Random(seed)
     knobs = {
         "groups_per_step": rng.randint(1, 4),
@@ -151,26 +158,21 @@ def healthy_run(
         "num_steps": rng.randint(2, 8),
     }
     world = world_kind(make_buffer(kind, **knobs), workers=WORKERS)
-    wander(
-        world, rng, num_events=60, resumes=(kind, world_kind) == (ReplayBuffer, World)
-    )  # a resume would mend some breakers
+    unbroken = (kind, world_kind) == (ReplayBuffer, World)
+    wander(world, rng, num_events=60, resumes=unbroken)  # a resume would repair some breakers
     world.drain()
     assert world.buffer.close().unused == 0
     return world
 
 
-def test_two_thousand_random_runs_keep_both_laws_and_reach_their_end() -> None:
+def test_two_thousand_random_runs_keep_bound_and_conservation_and_end() -> None:
     endings = {ending for seed in range(2000) for ending in healthy_run(seed).endings}
-    assert endings == {
-        "trained",
-        "skipped",
-        "rejected",
-        "failed",
-    }  # the runs did go through every ending of a healthy run
+    # Every way in which a group of a healthy run can end did occur.
+    assert endings == {"trained", "skipped", "rejected", "failed"}
 
 
 class LyingEngines(World):
-    """Engines that sometimes attest up to three versions less than they had claimed to serve."""
+    """Engines that sometimes attest up to three versions less than the one they served."""
 
     def __init__(self, buffer: ReplayBuffer, rng: random.Random) -> None:
         super().__init__(buffer, workers=WORKERS, healthy=False)
@@ -182,7 +184,7 @@ class LyingEngines(World):
         self.generating[group_id] = (worker, max(0, version - self.rng.choice((0, 0, 1, 3))))
 
 
-def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_progress() -> None:
+def test_engines_that_attest_old_versions_only_cause_evictions() -> None:
     evicted = 0
     for seed in range(500):
         rng = random.Random(seed)
@@ -199,8 +201,7 @@ def test_engines_that_attest_old_versions_cost_evictions_but_neither_law_nor_pro
     assert evicted > 100
 
 
-# What breaks a law by one line is caught.
-
+# Code that breaks a guarantee by one line.
 
 BREAKERS: dict[str, tuple[Callable[[int], object], str]] = {
     "a dropped release": (
@@ -211,8 +212,8 @@ BREAKERS: dict[str, tuple[Callable[[int], object], str]] = {
         lambda seed: healthy_run(seed, LosesTheCreditOfARejectedGroup),
         "credits are held by",
     ),
-    "no room for stragglers": (
-        lambda seed: healthy_run(seed, TakesWithoutLeavingRoomForStragglers),
+    "no wait for stragglers": (
+        lambda seed: healthy_run(seed, TakesWithoutWaitingForStragglers),
         "evicted",
     ),
     "order of completion": (
@@ -246,13 +247,13 @@ def run_until_it_breaks(run: Callable[[int], object]) -> None:
 
 
 @pytest.mark.parametrize("name", BREAKERS)
-def test_breaking_a_law_by_one_line_is_seen(name: str) -> None:
+def test_code_that_breaks_a_guarantee_by_one_line_is_noticed(name: str) -> None:
     run, message = BREAKERS[name]
     with pytest.raises(AssertionError, match=message):
         run_until_it_breaks(run)
 
 
-def test_a_release_that_is_dropped_ends_in_a_deadlock_that_names_the_held_credits() -> None:
+def test_dropped_release_ends_in_a_deadlock_that_names_the_held_credits() -> None:
     class BlindToLeaks(DropsARelease):
         def check(self) -> None:
             pass
@@ -260,8 +261,9 @@ def test_a_release_that_is_dropped_ends_in_a_deadlock_that_names_the_held_credit
     buffer = make_buffer(BlindToLeaks, groups_per_step=2, max_staleness=1, num_steps=4)
     world = World(buffer)
     world.check = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(
-        AssertionError,
-        match=r"deadlock: take at version 2 waits: 0 of 2 groups finished.*4 credits held by trained groups",
-    ):
+    message = (
+        "deadlock: take at version 2 waits: 0 of 2 groups finished"
+        ".*4 credits held by trained groups"
+    )
+    with pytest.raises(AssertionError, match=message):
         world.drain()

@@ -1,4 +1,4 @@
-"""The small parts of the replay room against literal numbers: filters, credits, deadlines, streak, counts."""
+"""Filters, credits, deadlines, reject streak and counts, each against literal numbers."""
 
 from __future__ import annotations
 
@@ -73,15 +73,14 @@ def test_first_overload_counts_the_places_until_each_deadline(
     assert first_overload(deadlines, next_version=5, groups_per_step=2) == overload
 
 
-def test_an_overload_gives_up_generating_groups_first_and_then_the_latest() -> None:
+def test_overload_evicts_generating_groups_first_and_then_the_latest() -> None:
     def lost(*groups: tuple[int, int, bool]) -> tuple[int, ...]:
         return doomed((Outstanding(*group) for group in groups), next_version=5, groups_per_step=2)
 
     assert lost((5, 0, False), (5, 1, True), (5, 2, False)) == (1,)
     assert lost((5, 0, False), (5, 1, False), (5, 2, False)) == (2,)
-    assert lost((4, 0, False), (5, 1, True), (5, 2, True)) == (
-        0,
-    )  # past its deadline whatever it is
+    past_deadline = (4, 0, False)
+    assert lost(past_deadline, (5, 1, True), (5, 2, True)) == (0,)
     assert lost((5, 0, True), (6, 1, False), (6, 2, False), (6, 3, False), (6, 4, False)) == (0,)
     assert lost((5, 0, True), (6, 1, False), (6, 2, False), (6, 3, False)) == ()
 
@@ -89,7 +88,7 @@ def test_an_overload_gives_up_generating_groups_first_and_then_the_latest() -> N
 # Consecutive rejects and counts.
 
 
-def test_an_accepted_group_restarts_the_streak_and_a_stop_reason_stands() -> None:
+def test_accepted_group_restarts_the_streak_but_a_stop_reason_stays() -> None:
     streak = RejectStreak(2)
     streak.reject(RejectReason.ALL_WRONG)
     streak.accept()

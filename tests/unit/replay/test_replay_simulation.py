@@ -1,4 +1,7 @@
-"""Heavy-tailed generation times, in simulated seconds: a healthy run evicts nothing, starves nobody and is faster than first-in first-out."""
+"""The replay buffer under heavy-tailed generation times, in simulated seconds.
+
+A healthy run evicts nothing, trains every accepted group, and is faster than first-in first-out.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from replay_breakers import TakesInOrderOfCompletion, TakesWithoutLeavingRoomForStragglers
+from replay_breakers import TakesInOrderOfCompletion, TakesWithoutWaitingForStragglers
 from replay_world import MIXED, RIGHT, WRONG, make_buffer, make_group
 
 from dapo_async.replay import OfferOutcome, ReplayBuffer
@@ -35,7 +38,11 @@ def simulate(
     groups_per_step: int = 8,
     num_steps: int = 40,
 ) -> Outcome:
-    """One run; a group's length and whether dynamic sampling keeps it depend on its group id only, so rules meet the same load."""
+    """One run with `kind`.
+
+    How long a group takes and whether the filters keep it depend only on seed and group id, so
+    all buffers get the same load.
+    """
     buffer = make_buffer(
         kind, groups_per_step=groups_per_step, max_staleness=max_staleness, num_steps=num_steps
     )
@@ -98,7 +105,7 @@ def simulate(
 
 
 class StrictFirstInFirstOut(ReplayBuffer):
-    """Waits for the groups that were admitted first: the slowest of them holds up everyone."""
+    """Waits for the groups that were admitted first; the slowest of them delays every step."""
 
     def _pick(self) -> frozenset[int]:
         first = sorted([*self._generating, *self._buffered])[: self.groups_per_step]
@@ -116,7 +123,7 @@ def test_heavy_tailed_generation_evicts_nothing_and_keeps_the_bound(max_stalenes
         assert max(outcome.staleness) <= max_staleness
 
 
-def test_every_accepted_group_is_trained_long_ones_as_well_as_short_ones() -> None:
+def test_every_accepted_group_is_trained_whether_long_or_short() -> None:
     for seed in SEEDS:
         outcome = simulate(ReplayBuffer, seed=seed, max_staleness=2)
         assert outcome.accepted["long"] > 10
@@ -137,8 +144,8 @@ def test_taking_in_order_of_completion_breaks_the_bound() -> None:
         simulate(TakesInOrderOfCompletion, seed=0, max_staleness=2)
 
 
-def test_taking_without_room_for_stragglers_evicts_the_long_groups() -> None:
+def test_taking_without_waiting_for_stragglers_evicts_long_groups() -> None:
     outcomes = [
-        simulate(TakesWithoutLeavingRoomForStragglers, seed=seed, max_staleness=2) for seed in SEEDS
+        simulate(TakesWithoutWaitingForStragglers, seed=seed, max_staleness=2) for seed in SEEDS
     ]
     assert sum(outcome.evicted for outcome in outcomes) > 25
