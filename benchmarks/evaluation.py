@@ -47,7 +47,8 @@ def train(run_dir: Path, *overrides: str) -> Path:
 def windows(trace: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Window], list[Window]]:
     """The time of each step and of each evaluation, in seconds.
 
-    A step lasts from the driver's wait for it to the next one; an evaluation from its load to its end.
+    A step lasts from the driver's wait for it to the next one. An evaluation lasts from its load
+    to its end.
     """
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     spans = sorted((event for event in trace if event["ph"] == "X"), key=lambda event: event["ts"])

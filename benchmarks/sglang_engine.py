@@ -3,7 +3,7 @@
 - Rates: 1, 16 and 64 different prompts of 32 tokens with 64 new tokens each, beside the native
   engine, in alternation, one thread per process.
 - Updates, per mode and transport, while 16 responses run: `update` is the time from the decision to
-  the proof by the probe, `standstill` the part of it without generation, also as a ratio to one copy
+  the proof by the probe, `standstill` the part of it without generation, also in copies
   of the weights in memory. `lost` is how much later the responses end because of one update.
 """
 

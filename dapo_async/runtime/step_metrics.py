@@ -38,7 +38,7 @@ class Totals:
 
 
 class Tracker:
-    """Collects reports once per step, writes `metrics.jsonl`, shows each row and keeps the timeline."""
+    """Collects reports once per step, writes `metrics.jsonl`, shows rows, keeps the timeline."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Tracker:
         totals: Totals,
         first_step: int = 0,
     ) -> None:
-        """`show` gets each row that was written; `totals`: of earlier incarnations, added to from here on."""
+        """`show` gets each row after it is written. `totals` are those of earlier incarnations."""
         self.clock, self.totals = clock, totals
         self.timeline = Timeline(TraceFile(run_dir.timeline, start_s=clock.began_s))
         self._busy_before_s: float | None = None  # of all ranks, before the first admission
@@ -71,7 +71,10 @@ class Tracker:
         self.checkpoint_pause_s = 0.0  # how long a checkpoint held up the loop since the last row
 
     async def collect(self, *, deadline_s: float = SHORT_S) -> None:
-        """Takes every actor's newest spans and counts. Raises what an actor that could not answer raised, after the others were heard."""
+        """Takes the newest spans and counts of every actor.
+
+        If an actor can't answer, its error is raised after all others have answered.
+        """
         reports = await self._system.reports(deadline_s=deadline_s)
         self.timeline.add(self.clock.actor, self.clock.take_spans())
         for actor, report in reports.items():
@@ -87,7 +90,7 @@ class Tracker:
                 raise report
 
     async def start(self) -> None:
-        """Marks the start of training: what was generated and waited for before it does not count."""
+        """Marks the start of training. Generation and waiting before it do not count."""
         await self.collect()
         self._slots_at_start = self._slots_before = dict(self._slots)
         self._step_end_s = self.clock.now_s()
@@ -223,7 +226,7 @@ class Tracker:
 
     @property
     def train_s(self) -> float:
-        """Seconds from the first admitted prompt to the end of the last logged step, in all incarnations."""
+        """Seconds from the first admission to the last logged step, over all incarnations."""
         first_s = self.replay.first_admission_s if self.replay else None
         return self.totals.train_s + (max(0.0, self._step_end_s - first_s) if first_s else 0.0)
 

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, also after a power failure. Every package writes with it.
 
 The writer fills `NAME.partial` beside the file, flushes it to disk, renames it to `NAME` and
-flushes the folder. A kill before the rename leaves the previous file; a reader never sees half a file.
+flushes the folder. A kill before the rename leaves the previous file. A reader never sees half a
+file.
 """
 
 from __future__ import annotations

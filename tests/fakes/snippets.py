@@ -2,9 +2,9 @@
 
 A comment directly above a block says how it is tested; without one the block is run as it stands.
 
-    <!-- snippet: ray -->                         run by the integration test, which has a finished run
-    <!-- snippet: cluster -->                     run by the integration test that starts Ray nodes
-    <!-- snippet: dry-run, REASON -->             every `dapo-async train` in it is run with --dry-run
+    <!-- snippet: ray -->                         run by the test that has a finished run
+    <!-- snippet: cluster -->                     run by the test that starts Ray nodes
+    <!-- snippet: dry-run, REASON -->             every `dapo-async train` is run with --dry-run
     <!-- snippet: covered by PATH[::TEST] -->     that test or script runs it
     <!-- snippet: example, REASON -->             only its syntax is checked
 

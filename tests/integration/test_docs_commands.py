@@ -1,5 +1,6 @@
 """The commands of README.md and docs/ that need Ray, a finished run, or a cluster."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +58,13 @@ def fresh_machine() -> Iterator[dict[str, str]]:
         "RAY_TMPDIR": str(home),
         MARKER: mark,
     }
-    for pid in processes_of(mark, session=-1):
-        os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 30.0
+    while (left := processes_of(mark, session=-1)) and time.monotonic() < deadline_s:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+    assert not left, f"processes are left behind: {left}"
     shutil.rmtree(home, ignore_errors=True)
 
 

@@ -15,7 +15,8 @@ from run_support import check_conservation, finished, read_rows, write_rows
 from dapo_async import config as knobs
 from dapo_async.data import PromptStream, load_tokenizer
 
-# Runs that the filters end. Their data is made from the base model's own answers: so they hold for any base.
+# Runs that the filters end. Their data is made from the base model's own answers, so the tests
+# hold for any base model.
 
 
 def prompts_of(config: knobs.Config) -> list[str]:
@@ -23,7 +24,7 @@ def prompts_of(config: knobs.Config) -> list[str]:
 
 
 class Base:
-    """The quickstart's base model by transformers: a reference that shares nothing with this project's decoder."""
+    """The quickstart's base model in transformers, which shares no code with the decoder."""
 
     def __init__(self, config: knobs.Config) -> None:
         from transformers import AutoModelForCausalLM
@@ -52,7 +53,7 @@ class Base:
         return self._tokenizer.decode(response, skip_special_tokens=True), margin
 
     def coin(self, problem: str) -> tuple[str, float]:
-        """The likeliest first token as text, and the temperature at which it is drawn every other time."""
+        """The likeliest first token as text, and the temperature that draws it half of the time."""
         logits = self.logits(problem)
         low, high = 1e-3, 1e3
         for _ in range(60):
@@ -65,7 +66,8 @@ class Base:
 
 @pytest.mark.ray
 def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
-    # The base model's own clearest answers are the gold ones, and rollouts are all but greedy: right from the start, every time.
+    # Gold answers are the base model's own clearest answers, and rollouts are almost greedy:
+    # every rollout is right from the start.
     config = knobs.load(QUICKSTART)
     base = Base(config)
     greedy = {problem: base.greedy(problem, num_tokens=4) for problem in prompts_of(config)[:60]}

@@ -454,7 +454,8 @@ def test_wrong_input_is_one_line_and_no_other_file_is_written_over(
         f"{tmp_path} is no run directory: it has none of config.yaml, "
     )
     assert refused(capsys, tmp_path / "nowhere").startswith(
-        f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval: no such file"
+        f"{tmp_path / 'nowhere'} is neither a run directory nor the result of dapo-async eval: "
+        "no such file"
     )
     assert (
         refused(capsys, root, "--steps", "1,x")
