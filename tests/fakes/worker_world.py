@@ -1,16 +1,19 @@
-"""A rollout worker's world: a fake engine and a fake replay room on either side of it, which a scene drives step by step."""
+"""A fake engine and a fake replay actor for a rollout worker; a scene drives both step by step."""
+
+from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import pytest
 
-from dapo_async.rollout import Aborted, SamplingParams
+from dapo_async.rollout import Aborted, GroupRequest, SamplingParams, SlotUse
 from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.types import Admission, AdmitReply, Completion, FinishReason, Prompt
+from dapo_async.types import Admission, AdmitReply, Completion, FinishReason, Group, Prompt
 
-PATIENCE_S = 20.0  # nothing here takes that long: a test that waits for ever fails instead
+PATIENCE_S = 20.0  # no scene takes that long: a test that would wait for ever fails
 SAMPLING = SamplingParams(max_tokens=4, temperature=1.0, stop_token_ids=(), seed=0)
 PROMPT = Prompt(0, "", np.array([1, 2], np.int32), "")
 COMPLETION = Completion(
@@ -21,29 +24,41 @@ COMPLETION = Completion(
 class FakeEngine:
     """Generates until the test finishes, aborts or breaks a group."""
 
-    def __init__(self, num_slots) -> None:
-        self.num_slots, self.requests, self.aborted, self.hungry = num_slots, [], [], []
-        self._running = {}
+    version = 0
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.requests: list[GroupRequest] = []
+        self.aborted: list[int] = []
+        self.starving_calls: list[bool] = []
+        self._running: dict[int, asyncio.Future[tuple[Completion, ...]]] = {}
 
     @property
-    def group_ids(self):
+    def group_ids(self) -> list[int]:
         return sorted(self._running)
 
-    async def generate(self, request):
+    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
         self.requests.append(request)
-        future = self._running[request.group_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
+        self._running[request.group_id] = future
         return await future
 
-    def starving(self, on) -> None:
-        self.hungry.append(on)
+    def starving(self, on: bool) -> None:
+        self.starving_calls.append(on)
 
-    def finish(self, group_id) -> None:
+    def slot_use(self) -> SlotUse:
+        raise NotImplementedError("the worker does not read slot use")
+
+    async def close(self) -> None:
+        raise NotImplementedError("the worker does not close its engine")
+
+    def finish(self, group_id: int) -> None:
         self._running.pop(group_id).set_result((COMPLETION,) * self.requests[0].num_siblings)
 
-    def fail(self, group_id, error) -> None:
+    def fail(self, group_id: int, error: Exception) -> None:
         self._running.pop(group_id).set_exception(error)
 
-    async def abort(self, group_ids) -> None:
+    async def abort(self, group_ids: Iterable[int]) -> None:
         for group_id in group_ids:
             self.aborted.append(group_id)
             if group_id in self._running:
@@ -53,30 +68,28 @@ class FakeEngine:
 class FakeReplay:
     """Grants `credits` admissions; a failed group gives its credit back."""
 
-    def __init__(self, credits) -> None:
-        self.credits, self.asked, self.offered, self.failed, self.next_index = (
-            credits,
-            [],
-            [],
-            [],
-            0,
-        )
-        self.handed_back = []
-        self._changed, self._evicted = asyncio.Condition(), []
-        # Cleared: answers are on their way and do not arrive.
+    def __init__(self, credits: int) -> None:
+        self.credits, self.next_group_id = credits, 0
+        self.asked: list[int] = []
+        self.offered: list[int] = []
+        self.failed: list[tuple[list[int], str]] = []
+        self.handed_back: list[tuple[int, tuple[Completion | None, ...]]] = []
+        self._changed = asyncio.Condition()
+        self._evicted: list[int] = []
+        # While cleared, answers do not arrive.
         self.offers_answered, self.admissions_answered = asyncio.Event(), asyncio.Event()
         self.offers_answered.set()
         self.admissions_answered.set()
 
-    async def admit(self, worker, num_groups):
+    async def admit(self, worker: str, num_groups: int) -> AdmitReply:
         self.asked.append(num_groups)
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self.credits > 0 or num_groups == 0 or self._evicted
+                lambda: self.credits > 0 or num_groups == 0 or bool(self._evicted)
             )
             count = min(num_groups, self.credits)
             self.credits -= count
-            first, self.next_index = self.next_index, self.next_index + count
+            first, self.next_group_id = self.next_group_id, self.next_group_id + count
             admissions = tuple(
                 Admission(group_id, PROMPT, 3) for group_id in range(first, first + count)
             )
@@ -84,43 +97,54 @@ class FakeReplay:
         await self.admissions_answered.wait()
         return reply
 
-    async def offer(self, worker, group):
+    async def offer(self, worker: str, group: Group) -> tuple[int, ...]:
         self.offered.append(group.group_id)
         await self.offers_answered.wait()
         return self._take_evicted()
 
-    def _take_evicted(self):
+    def _take_evicted(self) -> tuple[int, ...]:
         evicted, self._evicted = tuple(self._evicted), []
         return evicted
 
-    async def fail(self, group_ids, why) -> None:
+    async def fail(self, group_ids: Sequence[int], why: str) -> None:
         self.failed.append((list(group_ids), why))
         await self.give(len(group_ids))
 
-    async def hand_back(self, group_id, partial_completions) -> None:
+    async def hand_back(
+        self, group_id: int, partial_completions: tuple[Completion | None, ...]
+    ) -> None:
         self.handed_back.append((group_id, partial_completions))
 
-    async def give(self, credits) -> None:
+    async def give(self, credits: int) -> None:
         async with self._changed:
             self.credits += credits
             self._changed.notify_all()
 
-    async def evict(self, group_id) -> None:
+    async def evict(self, group_id: int) -> None:
         async with self._changed:
             self._evicted.append(group_id)
             self._changed.notify_all()
 
 
-async def score(admission, completions):
+class Scene(Protocol):
+    """The events of one test."""
+
+    def __call__(
+        self, worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay
+    ) -> Awaitable[None]: ...
+
+
+async def score(admission: Admission, completions: Sequence[Completion]) -> Group:
+    """A group without rollouts: the worker reads its id only."""
     assert len(completions) == admission.group_size
-    return SimpleNamespace(group_id=admission.group_id)
+    return Group(admission.group_id, PROMPT, (), incarnation="first", temperature=1.0)
 
 
-def hold_scoring(worker):
-    """Scores nothing until the event that is returned is set."""
+def hold_scoring(worker: RolloutWorker) -> asyncio.Event:
+    """Makes every later scoring wait until the returned event is set."""
     gate = asyncio.Event()
 
-    async def later(admission, completions):
+    async def later(admission: Admission, completions: Sequence[Completion]) -> Group:
         await gate.wait()
         return await score(admission, completions)
 
@@ -134,8 +158,13 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def play(scene, *, num_slots=6, credits=100, ends_with=None) -> None:
-    """Runs `scene(worker, engine, replay)` beside the worker's own `run`, which goes on to the scene's end or raises `ends_with`."""
+def play(
+    scene: Scene, *, num_slots: int = 6, credits: int = 100, ends_with: str | None = None
+) -> None:
+    """Runs `scene` while the worker runs.
+
+    The worker must run until the scene ends, or raise an error that matches `ends_with`.
+    """
 
     async def main() -> None:
         engine, replay = FakeEngine(num_slots), FakeReplay(credits)

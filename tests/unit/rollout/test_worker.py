@@ -1,18 +1,28 @@
-"""The rollout worker keeps its engine full, one task per group, and gives up what must not be trained."""
+"""The rollout worker keeps its engine full and offers no group that must not be trained."""
+
+from __future__ import annotations
 
 import asyncio
 from typing import Never
 
 import pytest
-from worker_world import COMPLETION, SAMPLING, hold_scoring, play, settled
+from worker_world import (
+    COMPLETION,
+    SAMPLING,
+    FakeEngine,
+    FakeReplay,
+    hold_scoring,
+    play,
+    settled,
+)
 
 from dapo_async.rollout import EngineFault
-from dapo_async.rollout.worker import TRANSITIONS, WorkerState
+from dapo_async.rollout.worker import TRANSITIONS, RolloutWorker, WorkerState
 
 
 @pytest.mark.parametrize(("num_slots", "groups"), [(6, 3), (7, 4), (3, 2), (1, 2)])
-def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, groups) -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_worker_holds_one_group_more_than_fills_its_slots(num_slots: int, groups: int) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         assert engine.group_ids == list(range(groups))
         assert replay.asked == [groups]
         request = engine.requests[0]
@@ -22,8 +32,8 @@ def test_it_holds_as_many_groups_as_fill_the_slots_and_one_more(num_slots, group
     play(scene, num_slots=num_slots)
 
 
-def test_a_slow_group_holds_nobody_back() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_slow_group_delays_no_other() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         for group_id in range(1, 20):  # group 0 never ends
             engine.finish(group_id)
             await settled()
@@ -37,8 +47,8 @@ def test_a_slow_group_holds_nobody_back() -> None:
     play(scene)
 
 
-def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_worker_without_credits_waits_and_starts_with_the_first_one() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         assert engine.group_ids == [0]
         assert replay.asked == [3, 2]
         await replay.give(1)
@@ -48,11 +58,11 @@ def test_without_credits_it_waits_and_starts_as_soon_as_there_is_one() -> None:
     play(scene, credits=1)
 
 
-def test_full_worker_aborts_evicted_groups_after_its_next_offer_and_replaces_them() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_full_worker_replaces_evicted_groups_after_its_next_offer() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await replay.evict(1)
         await settled()
-        assert engine.aborted == []  # it holds all it can, so it asks for nothing
+        assert engine.aborted == []  # the worker is full and does not ask for groups
         engine.finish(0)
         await settled()
         assert engine.aborted == [1]
@@ -66,7 +76,7 @@ def test_full_worker_aborts_evicted_groups_after_its_next_offer_and_replaces_the
 
 
 def test_worker_that_waits_for_a_credit_aborts_evicted_groups_at_once() -> None:
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await replay.evict(0)
         await settled()
         assert engine.aborted == [0]
@@ -78,8 +88,8 @@ def test_worker_that_waits_for_a_credit_aborts_evicted_groups_at_once() -> None:
     play(scene, credits=2)
 
 
-def test_a_group_that_is_evicted_while_it_is_scored_is_not_offered() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_that_is_evicted_while_it_is_scored_is_not_offered() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         gate = hold_scoring(worker)
         engine.finish(0)
         engine.finish(1)
@@ -93,10 +103,10 @@ def test_a_group_that_is_evicted_while_it_is_scored_is_not_offered() -> None:
     play(scene, credits=2)
 
 
-def test_a_group_that_is_evicted_before_its_generation_is_never_generated() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_that_is_evicted_before_its_generation_is_not_generated() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         replay.offers_answered.clear()
-        engine.finish(0)  # its offer is not answered before the quarantine
+        engine.finish(0)  # its offer is answered after the quarantine only
         await settled()
         await worker.quarantine()
         await replay.give(2)  # answers the request from before the quarantine: groups 1 and 2
@@ -112,12 +122,12 @@ def test_a_group_that_is_evicted_before_its_generation_is_never_generated() -> N
     play(scene, credits=1)
 
 
-def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_whose_eviction_arrives_before_its_admission_is_not_generated() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         replay.offers_answered.clear()
         replay.admissions_answered.clear()
         engine.finish(0)
-        await replay.give(2)  # the answer with groups 1 and 2 is on its way
+        await replay.give(2)  # the answer with groups 1 and 2 has not arrived
         await settled()
         await replay.evict(1)
         replay.offers_answered.set()  # the answer to the offer names group 1
@@ -135,19 +145,15 @@ def test_an_eviction_that_overtakes_its_admission_keeps_the_group_off_the_engine
     play(scene, credits=1)
 
 
-def test_a_group_that_this_worker_did_not_take_off_ends_the_run_instead_of_losing_its_credit() -> (
-    None
-):
-    async def scene(worker, engine, replay) -> None:
+def test_abort_that_the_worker_did_not_ask_for_ends_the_run() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await engine.abort([1])
 
     play(scene, ends_with="group 1 was taken off the engine")
 
 
-def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admission_until_it_is_lifted() -> (
-    None
-):
-    async def scene(worker, engine, replay) -> None:
+def test_quarantine_fails_running_groups_and_stops_admission_until_its_end() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await worker.quarantine()
         assert engine.aborted == [0, 1, 2]
         assert replay.failed == [([0, 1, 2], "quarantine of rollout-0")]
@@ -165,12 +171,12 @@ def test_quarantine_gives_up_all_that_ran_returns_its_credits_and_stops_admissio
     play(scene)
 
 
-def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_offered() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_generated_before_a_quarantine_is_not_offered_after_it() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         gate = hold_scoring(worker)
         engine.finish(0)  # is being scored when the quarantine begins
         await settled()
-        engine.finish(1)  # has ended, but its task does not know yet
+        engine.finish(1)  # has ended, but its task has not run since
         await worker.quarantine()
         gate.set()
         await settled()
@@ -182,10 +188,10 @@ def test_what_was_generated_before_a_quarantine_and_is_scored_after_it_is_not_of
     play(scene)
 
 
-def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its_end() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_admitted_during_a_quarantine_is_generated_after_its_end() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         assert engine.group_ids == [0]
-        # A request is under way: the credit of group 0 comes back as group 1.
+        # The worker waits for an admission: the credit of group 0 returns as group 1.
         await worker.quarantine()
         await settled()
         assert engine.group_ids == []
@@ -196,8 +202,8 @@ def test_an_admission_that_arrives_during_quarantine_is_not_generated_before_its
     play(scene, credits=1)
 
 
-def test_a_quarantine_that_follows_another_at_once_starts_nothing() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_second_quarantine_right_after_the_first_starts_no_group() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await worker.quarantine()
         await settled()  # group 1 waits for the end of the quarantine
         worker.confirm()
@@ -209,32 +215,26 @@ def test_a_quarantine_that_follows_another_at_once_starts_nothing() -> None:
     play(scene, credits=1)
 
 
-def test_the_engine_is_told_exactly_when_an_admission_is_awaited() -> None:
-    async def scene(worker, engine, replay) -> None:
-        assert engine.hungry == [True, False, True]  # one group was there, then none
+def test_worker_calls_starving_exactly_while_it_waits_for_an_admission() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        assert engine.starving_calls == [True, False, True]  # one group was admitted, then none
         await replay.give(2)
         await settled()
-        assert engine.hungry == [
-            True,
-            False,
-            True,
-            False,
-        ]  # it holds all that it can: idle slots are its own affair
+        # The worker is full and waits for no admission.
+        assert engine.starving_calls == [True, False, True, False]
         engine.finish(0)
         await settled()
-        assert engine.hungry[4:] == [True]
+        assert engine.starving_calls[4:] == [True]
 
     play(scene, credits=1)
 
 
 @pytest.mark.parametrize("place", ["engine", "score", "offer", "admit"])
-def test_an_error_anywhere_ends_the_run_with_that_error(
-    place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def broken(*_) -> Never:
+def test_error_anywhere_ends_the_run_with_that_error(place: str) -> None:
+    async def broken(*_: object) -> Never:
         raise RuntimeError(f"{place} is broken")
 
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         match place:
             case "engine":
                 engine.fail(1, RuntimeError("engine is broken"))
@@ -248,8 +248,8 @@ def test_an_error_anywhere_ends_the_run_with_that_error(
     play(scene, ends_with=f"{place} is broken")
 
 
-def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdict() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_groups_finished_before_a_handshake_are_offered_after_it() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.hold()
         engine.finish(0)
         await settled()
@@ -261,8 +261,8 @@ def test_groups_that_finish_between_a_swap_and_its_handshake_wait_for_the_verdic
     play(scene, credits=1)
 
 
-def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offered() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_groups_finished_before_a_failed_handshake_are_not_offered() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.hold()
         engine.finish(0)
         await settled()
@@ -275,17 +275,15 @@ def test_groups_that_finish_between_a_swap_and_a_failed_handshake_are_never_offe
     play(scene, credits=1)
 
 
-def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_it_is_back() -> (
-    None
-):
-    async def scene(worker, engine, replay) -> None:
-        telling = asyncio.create_task(worker.lost())
+def test_lost_engine_hands_back_its_groups_and_gets_new_ones_when_it_is_back() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        loss = asyncio.create_task(worker.lost())
         asked = len(replay.asked)
         engine.fail(1, EngineFault("connection refused"))
         await settled()
-        assert await telling == "connection refused"
+        assert await loss == "connection refused"
         for group_id in (0, 2):
-            engine.fail(group_id, EngineFault("broken off", (COMPLETION, None, None)))
+            engine.fail(group_id, EngineFault("connection lost", (COMPLETION, None, None)))
         await settled()
         assert replay.handed_back == [
             (1, ()),
@@ -305,8 +303,8 @@ def test_groups_of_a_lost_engine_are_handed_back_and_nothing_is_asked_for_until_
     play(scene)
 
 
-def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_handed_on() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_partial_completions_of_unproved_weights_are_not_handed_back() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.hold()
         engine.fail(0, EngineFault("killed", (COMPLETION, None, None)))
         await settled()
@@ -315,8 +313,8 @@ def test_what_a_lost_engine_sampled_from_weights_that_were_not_proved_is_not_han
     play(scene)
 
 
-def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_group_that_ended_under_weights_never_proved_is_not_offered() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.hold()
         engine.finish(0)
         await settled()
@@ -333,14 +331,14 @@ def test_group_that_ended_under_weights_that_were_never_proved_is_not_offered() 
     play(scene)
 
 
-def test_engine_that_is_lost_again_before_it_is_back_stays_shut() -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_engine_that_is_lost_again_before_it_is_back_stays_lost() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         engine.fail(0, EngineFault("killed"))
         await settled()
         worker.restarted()
         worker.hold()
         worker.lose("killed again, over its first weights")
-        worker.confirm()  # of a handshake from before the loss
+        worker.confirm()  # the handshake began before the loss
         await settled()
         assert await worker.lost() == "killed again, over its first weights"
         assert engine.group_ids == [1, 2]
@@ -349,7 +347,7 @@ def test_engine_that_is_lost_again_before_it_is_back_stays_shut() -> None:
 
 
 def test_evicted_group_of_a_lost_engine_is_not_handed_back() -> None:
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         engine.fail(0, EngineFault("killed"))
         worker._wanted.discard(0)
         await settled()
@@ -374,8 +372,10 @@ ALLOWED = {
 
 @pytest.mark.parametrize("before", WorkerState)
 @pytest.mark.parametrize("after", WorkerState)
-def test_worker_changes_its_state_along_the_table_only(before, after) -> None:
-    async def scene(worker, engine, replay) -> None:
+def test_worker_changes_its_state_only_along_the_table(
+    before: WorkerState, after: WorkerState
+) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.state = before
         if (before, after) in ALLOWED:
             worker._enter(after)
@@ -398,8 +398,14 @@ def test_worker_changes_its_state_along_the_table_only(before, after) -> None:
         (LOST, LOST, LOST, LOST, LOST),
     ],
 )
-def test_each_event_moves_each_state_as_documented(before, hold, confirm, quarantine, lose) -> None:
-    async def reach(worker) -> None:
+def test_each_event_moves_each_state_as_documented(
+    before: WorkerState,
+    hold: WorkerState,
+    confirm: WorkerState,
+    quarantine: WorkerState,
+    lose: WorkerState,
+) -> None:
+    async def reach(worker: RolloutWorker) -> None:
         match before:
             case WorkerState.HOLDING:
                 worker.hold()
@@ -416,7 +422,13 @@ def test_each_event_moves_each_state_as_documented(before, hold, confirm, quaran
         "lose": lose,
     }.items():
 
-        async def scene(worker, engine, replay, event=event, after=after) -> None:
+        async def scene(
+            worker: RolloutWorker,
+            engine: FakeEngine,
+            replay: FakeReplay,
+            event: str = event,
+            after: WorkerState = after,
+        ) -> None:
             await reach(worker)
             match event:
                 case "quarantine":
@@ -431,7 +443,7 @@ def test_each_event_moves_each_state_as_documented(before, hold, confirm, quaran
 
 
 def test_restarted_engine_is_quarantined_from_its_first_weights_to_their_proof() -> None:
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         worker.lose("killed")
         worker.hold()
         assert worker.state is LOST  # the dead engine gets no weights
@@ -447,7 +459,7 @@ def test_restarted_engine_is_quarantined_from_its_first_weights_to_their_proof()
 
 
 def test_restart_of_an_engine_that_is_not_lost_is_refused() -> None:
-    async def scene(worker, engine, replay) -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         with pytest.raises(AssertionError, match="restarted while serving"):
             worker.restarted()
 
