@@ -1,9 +1,12 @@
 """A tutorial: one group passes through all packages, in one process, in the order of a real run.
 
-A real run does the same with Ray actors, and all of it at once. The test does not depend on the
+A real run does the same in Ray actors that work concurrently. The test does not depend on the
 quality of the model: its own verifier decides which responses are correct.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +23,14 @@ from dapo_async.replay import Counts, OfferOutcome, ReplayBuffer, dynamic_sampli
 from dapo_async.reward import Verdict, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
-from dapo_async.types import Admission, RejectReason
+from dapo_async.types import Admission, Completion, Group, RejectReason
 from dapo_async.weights import Announcement, Attestation, Manifest, check_attestation
 from dapo_async.weights.disk import read_version, write_version
 
 RIGHT, WRONG = Verdict(True, "42", "correct"), Verdict(False, "41", "wrong")
 
 
-def test_one_group_passes_from_the_prompt_to_the_published_weights(parts) -> None:
+def test_one_group_passes_from_the_prompt_to_the_published_weights(parts: Parts) -> None:
     replay, learner = parts.replay, parts.learner
 
     # Before the first publish no group may start. Then every engine serves version 0, and both
@@ -45,68 +48,55 @@ def test_one_group_passes_from_the_prompt_to_the_published_weights(parts) -> Non
 
     # The next prompt gives a mixed group. Every token has its weight version and its logprob.
     group = roll(parts, [RIGHT, WRONG, RIGHT, WRONG])
-    assert (
-        group.group_id,
-        group.accuracies,
-        [rollout.reward for rollout in group.rollouts],
-    ) == (1, (1, 0, 1, 0), [1, -1, 1, -1])
+    assert (group.group_id, group.accuracies) == (1, (1, 0, 1, 0))
+    assert [rollout.reward for rollout in group.rollouts] == [1, -1, 1, -1]
     assert all((rollout.completion.weight_versions == 0).all() for rollout in group.rollouts)
     assert all((rollout.completion.behaviour_logprobs <= 0).all() for rollout in group.rollouts)
     assert replay.offer(group, payload=group).outcome is OfferOutcome.ACCEPTED
     assert (replay.num_buffered, replay.credits_held) == (1, 1)
 
-    # replay.take -> learner: a ticket for one group. It trains, and the weights become version 1.
+    # replay.take -> learner: a batch of one group. It trains, and the weights become version 1.
     batch = replay.take(learner_version=0)
-    assert (batch.group_ids, batch.oldest_versions, batch.references) == (
-        (1,),
-        (0,),
-        (group,),
-    )
+    assert batch is not None
+    assert (batch.group_ids, batch.oldest_versions) == ((1,), (0,))
+    assert batch.references == (group,)
     assert_trains(learner, group)
     replay.trained(batch.group_ids)
     assert replay.credits_held == 1  # no engine has the new weights yet
 
     # learner -> weights -> engine: version 1 is published and passes the handshake. Now the credit
-    # returns, and no group is in flight.
+    # returns, and no group is in flight. One step is left, so one more group may start.
     publish(parts)
     replay.serve(1)
     replay.release(batch.group_ids)
-    assert (replay.admissible(), replay.credits_held, replay.counts.in_flight) == (
-        1,
-        0,
-        0,
-    )  # one step is left, so one more group is wanted
+    assert (replay.credits_held, replay.counts.in_flight) == (0, 0)
+    assert replay.admissible() == 1
 
     # A third group: all its tokens are of version 1, and the learner computes the same logprobs.
     group = roll(parts, [WRONG, RIGHT, WRONG, WRONG])
-    assert {
-        int(version) for rollout in group.rollouts for version in rollout.completion.weight_versions
-    } == {1}
+    assert group.weight_versions == {1}
     replay.offer(group, payload=group)
-    assert (
-        summarise(learner.step(replay.take(learner_version=1).references))[
-            "behaviour_log_ratio_max"
-        ]
-        < 1e-5
-    )
+    batch = replay.take(learner_version=1)
+    assert batch is not None
+    assert summarise(learner.step(batch.references))["behaviour_log_ratio_max"] < 1e-5
 
-    # The run ends before that step is booked. Every admitted group has ended exactly once
-    # (conservation).
+    # The run ends before that step is recorded, so its group counts as unused. Every admitted group
+    # has ended exactly once (conservation).
     assert replay.close() == Counts(
         admitted=3, trained=1, unused=1, rejected={RejectReason.ALL_WRONG: 1}
     )
     replay.check()
 
 
-def roll(parts, verdicts):
+def roll(parts: Parts, verdicts: Sequence[Verdict]) -> Group:
     """Admits a prompt, generates its group and scores it."""
     group_id = parts.replay.admit("rollout-0")
     admission = Admission(group_id, parts.prompts[group_id], group_size=4)
     return score(parts, admission, generate(parts, admission), verdicts)
 
 
-def generate(parts, admission):
-    """As the rollout worker: the engine decodes four siblings, one token per slot and step."""
+def generate(parts: Parts, admission: Admission) -> Sequence[Completion]:
+    """Like the rollout worker; the engine decodes four siblings, one token per slot and step."""
     sampling = SamplingParams(
         max_tokens=parts.config.rollout.max_response_tokens,
         temperature=1.0,
@@ -116,7 +106,7 @@ def generate(parts, admission):
     parts.engine.submit(
         GroupRequest(admission.group_id, admission.prompt.token_ids, admission.group_size, sampling)
     )
-    finished = []
+    finished: list[tuple[int, Sequence[Completion]]] = []
     while parts.engine.has_work:
         finished += parts.engine.step()
     ((key, completions),) = finished
@@ -125,8 +115,13 @@ def generate(parts, admission):
     return completions
 
 
-def score(parts, admission, completions, verdicts):
-    """Decoded responses become verdicts, verdicts become rewards of +1 and -1."""
+def score(
+    parts: Parts,
+    admission: Admission,
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+) -> Group:
+    """Decodes and verifies the responses; a verdict gives a reward of +1 or -1."""
     texts = [
         parts.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         for completion in completions
@@ -143,8 +138,8 @@ def score(parts, admission, completions, verdicts):
     )
 
 
-def assert_trains(learner, group) -> None:
-    """The learner: advantages, the loss over all tokens, one update."""
+def assert_trains(learner: LearnerRank, group: Group) -> None:
+    """The learner computes advantages and the loss over all tokens, then updates the weights."""
     metrics = summarise(learner.step([group]))
     # Rewards 1, -1, 1, -1: mean 0, unbiased standard deviation sqrt(4 / 3), advantages +-0.866.
     advantages = np.array([1, -1, 1, -1]) * 0.8660254
@@ -153,23 +148,15 @@ def assert_trains(learner, group) -> None:
     # are 1, and the loss is minus the token mean of the advantages.
     assert metrics["behaviour_log_ratio_max"] < 1e-5
     assert metrics["loss"] == pytest.approx(-(advantages * lengths).sum() / lengths.sum(), abs=1e-4)
-    assert (metrics["groups"], metrics["rollouts"], metrics["tokens"], metrics["loss_tokens"]) == (
-        1,
-        4,
-        lengths.sum(),
-        lengths.sum(),
-    )
-    assert (metrics["accuracy"], metrics["reward"], metrics["staleness"], metrics["skipped"]) == (
-        0.5,
-        0,
-        0,
-        0,
-    )
+    assert (metrics["groups"], metrics["rollouts"]) == (1, 4)
+    assert metrics["tokens"] == metrics["loss_tokens"] == lengths.sum()
+    assert (metrics["accuracy"], metrics["reward"]) == (0.5, 0)
+    assert (metrics["staleness"], metrics["skipped"]) == (0, 0)
     assert learner.version == 1
 
 
-def publish(parts) -> None:
-    """Weights to an engine by disk: snapshot, file, swap between two tokens, handshake."""
+def publish(parts: Parts) -> None:
+    """Publishes version 1 by disk: snapshot, file, swap between two decode steps, handshake."""
     snapshot = take_snapshot(parts.learner.decoder, version=1, probe_tokens=16)
     manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)
     announcement = Announcement(
@@ -202,7 +189,7 @@ def publish(parts) -> None:
 
 @dataclass
 class Parts:
-    """The objects with state; the other packages are plain functions."""
+    """The objects with state; the other packages are functions."""
 
     config: Config
     tokenizer: Tokenizer
@@ -214,7 +201,7 @@ class Parts:
 
 
 @pytest.fixture
-def parts(tmp_path):
+def parts(tmp_path: Path) -> Parts:
     config = load(QUICKSTART)
     base, data = Path(config.model.path), config.data
     tokenizer = load_tokenizer(base)
