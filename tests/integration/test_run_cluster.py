@@ -251,7 +251,7 @@ def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(
     (copy,) = (
         cluster.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files"
     ).glob("_ray_pkg_*[0-9a-f]")
-    assert (copy / "dapo_async" / "cli.py").is_file()
+    assert (copy / "dapo_async" / "cli" / "main.py").is_file()
     assert not [
         path.name
         for path in copy.iterdir()
