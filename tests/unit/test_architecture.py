@@ -385,3 +385,13 @@ def test_the_runtime_fails_without_ray_so_the_blocker_works() -> None:
     ran = run_without(["ray"], "import dapo_async.runtime.cluster.connect")
     assert ran.returncode == 1
     assert "ImportError: ray is not installed here" in ran.stderr
+
+
+def test_names_of_tests_have_at_most_80_characters() -> None:
+    names = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.M)
+    }
+    assert len(names) > 500
+    assert sorted(name for name in names if len(name) > 80) == []

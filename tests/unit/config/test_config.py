@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_paths_in_a_file_resolve_against_its_folder_and_overrides_against_the_current_one(
+def test_paths_of_a_file_are_relative_to_it_and_overrides_to_the_current_folder(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/")

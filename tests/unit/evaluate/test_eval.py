@@ -152,7 +152,7 @@ def test_response_whose_verdict_failed_is_neither_right_nor_wrong() -> None:
         evaluation_totals([none], num_siblings=4, seed=0)
 
 
-def test_every_prompt_is_asked_once_under_a_key_of_its_row_and_an_engine_is_never_flooded() -> None:
+def test_every_prompt_is_asked_once_and_an_engine_is_never_flooded() -> None:
     engines = [FakeEngine(), FakeEngine()]
     done = answered(
         engines,
@@ -238,7 +238,7 @@ def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> Non
     assert responses(32, [6, 2, 1]) == {row: whole[row] for row in (1, 2, 6)}
 
 
-def test_record_goes_on_where_it_stopped_and_drops_a_line_that_a_kill_left_unfinished(
+def test_record_goes_on_where_it_stopped_and_drops_an_unfinished_line(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "folder" / "out.json"
