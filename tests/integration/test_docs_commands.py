@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/ that need Ray, a finished run, or a cluster."""
+"""The commands of README.md and docs/ run as they stand."""
 
 import contextlib
 import os
@@ -18,13 +18,24 @@ from paths import ROOT
 from run_support import MARKER, Finished, processes_of
 from snippets import PAGES, Snippet, run, snippets, workplace, write_file
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 ALL = [snippet for page in PAGES for snippet in snippets(page)]
 CLUSTER = [snippet for snippet in ALL if snippet.how == "cluster"]
 SHORT = "configs/quickstart.yaml train.num_steps=1 evaluation.num_prompts=0 tracking.mlflow=null"
 PORTS = (6379, 8265)  # of `ray start --head`: the GCS and the dashboard
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    folder = workplace(tmp_path / "checkout")
+    for snippet in snippets(page):
+        if snippet.file:
+            write_file(snippet, folder)
+        elif snippet.how in ("run", "dry-run"):
+            run(snippet, folder)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "page",
     sorted({snippet.page for snippet in ALL if snippet.how == "ray"}),
@@ -68,6 +79,7 @@ def fresh_machine() -> Iterator[dict[str, str]]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("snippet", CLUSTER, ids=lambda snippet: snippet.where)
 def test_cluster_commands_work_on_a_fresh_machine(
     snippet: Snippet, fresh_machine: dict[str, str]

@@ -1,11 +1,11 @@
-"""README.md and docs/ are true: what they name exists, and the commands that need no Ray run."""
+"""README.md and docs/ are true: every file, test, knob and link that they name exists."""
 
 import re
 from pathlib import Path
 
 import pytest
 from paths import ROOT
-from snippets import PAGES, check_syntax, run, snippets, workplace, write_file
+from snippets import PAGES, check_syntax, snippets
 
 from dapo_async.config import knobs
 
@@ -68,13 +68,3 @@ def test_every_block_can_be_read_in_its_language(page: Path) -> None:
             path, _, test = snippet.detail.partition("::")
             assert (ROOT / path).exists(), f"{snippet.where} is covered by {path}"
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
-    folder = workplace(tmp_path / "checkout")
-    for snippet in snippets(page):
-        if snippet.file:
-            write_file(snippet, folder)
-        elif snippet.how in ("run", "dry-run"):
-            run(snippet, folder)

@@ -19,6 +19,7 @@ def judged(pairs: Sequence[tuple[str, str]], extraction: Extraction) -> list[Ver
         )
 
 
+@pytest.mark.slow
 def test_a_thousand_adversarial_responses_are_never_accepted() -> None:
     pairs = list(responses(1000))
     verdicts = judged(pairs, "marker")

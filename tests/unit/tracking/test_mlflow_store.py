@@ -195,6 +195,7 @@ def test_resumed_run_whose_store_was_removed_begins_a_new_one(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
     store = track(config_with("local"), run_dir_with(tmp_path / "run"), [step_row(0)])
