@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapo_async.utils.files import atomic_write
+from dapo_async.utils.files import PARTIAL, atomic_write
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class RunDir:
         _keep_rows(self.evaluations, lambda row: row["version"] <= version > 0)
         for folder in (self.rollouts, self.recorded):
             for path in folder.glob("step_*"):
-                if int(path.stem.removeprefix("step_")) >= version:
+                unfinished = path.name.endswith(PARTIAL)  # a kill left it
+                if unfinished or int(path.stem.removeprefix("step_")) >= version:
                     path.unlink()
         for path in self.problems.glob("version_*.json"):
             if not int(path.stem.removeprefix("version_")) <= version > 0:

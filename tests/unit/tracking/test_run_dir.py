@@ -10,6 +10,7 @@ from typing import Never
 import pytest
 
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.files import partial_path
 
 
 def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
@@ -55,3 +56,16 @@ def test_the_summary_is_replaced_as_a_whole_or_not_at_all(
     run_dir.write_summary({"status": "done"})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "done"}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_resume_removes_the_batch_that_a_kill_left_unfinished(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path)
+    for step in (0, 1, 2):
+        run_dir.recorded_step(step).write_bytes(b"whole")
+    for step in (1, 3):
+        partial_path(run_dir.recorded_step(step)).write_bytes(b"half")
+    run_dir.reopen(2)
+    assert sorted(path.name for path in run_dir.recorded.iterdir()) == [
+        "step_000000.safetensors",
+        "step_000001.safetensors",
+    ]
