@@ -60,7 +60,11 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.preflight import check_inputs
 
     inputs = check_inputs(config, dry_run=options.dry_run)
-    point = find_resume_point(config, train_data=inputs.fingerprint) if options.resume else START
+    point = START
+    if options.resume:
+        point = find_resume_point(
+            config, train_data=inputs.fingerprint, heldout_data=inputs.heldout_fingerprint
+        )
     for line in (choice.note, *inputs.notes, *_data_lines(inputs, dry_run=options.dry_run)):
         if line:
             say(line)
@@ -91,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             resume=point,
             train_data=inputs.fingerprint or "",
+            heldout_data=inputs.heldout_fingerprint or "",
         )
     for line in closing_lines(root):
         progress.say(line)

@@ -35,6 +35,11 @@ class Inputs:
         """Of the training prompts: a resumed run has to find the same ones."""
         return self.train.fingerprint if self.train else None
 
+    @property
+    def heldout_fingerprint(self) -> str | None:
+        """Of the held-out prompts: accuracies of one run are of the same ones."""
+        return self.heldout.fingerprint if self.heldout else None
+
 
 def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
     """Raises ValueError with rule, values and remedy for whatever the user has to change first.

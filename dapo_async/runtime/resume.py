@@ -123,11 +123,13 @@ def newest_checkpoint(config: Config) -> Path | None:
     return CheckpointFolder(RunDir(Path(config.run_dir)).checkpoints).newest
 
 
-def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
+def find_resume_point(
+    config: Config, *, train_data: str | None, heldout_data: str | None = None
+) -> ResumePoint:
     """The newest complete checkpoint of the run directory.
 
-    `train_data`: fingerprint of the training prompts (`Inputs.fingerprint`); None: not compared,
-    for they are not loaded. Raises ValueError when no step is left, when the data differ, and for
+    `train_data`, `heldout_data`: fingerprints of the prompts (`Inputs`); None: not compared, for
+    they are not loaded. Raises ValueError when no step is left, when the data differ, and for
     a checkpoint that can't be read.
     """
     run_dir = RunDir(Path(config.run_dir))
@@ -146,6 +148,13 @@ def find_resume_point(config: Config, *, train_data: str | None) -> ResumePoint:
             f"data.train ({config.data.train}) does not give the prompts that this run began with; "
             "restore the data and what they are checked against, or start a new run with "
             f"model.path={point.checkpoint}"
+        )
+    known = point.driver.get("heldout_data")  # absent in older checkpoints
+    if heldout_data and known and heldout_data != known:
+        raise ValueError(
+            f"data.heldout ({config.data.heldout}) does not give the prompts that this run was "
+            "evaluated on, so its accuracies could not be compared; restore the data, or start a "
+            f"new run with model.path={point.checkpoint}"
         )
     return point
 

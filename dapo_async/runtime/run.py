@@ -52,14 +52,17 @@ def run_training(
     progress: Progress,
     resume: ResumePoint = START,
     train_data: str,
+    heldout_data: str = "",
 ) -> int:
     """Trains `config` into `run_dir`; returns the exit code of the process.
 
-    `train_data`: fingerprint of the training prompts, kept for a resume. Raises ValueError for what
-    the user has to change.
+    `train_data`, `heldout_data`: fingerprints of the prompts, kept for a resume. Raises ValueError
+    for what the user has to change.
     """
     sinks = Sinks(config, run_dir, progress)
-    run = Run(config, run_dir, sinks, resume=resume, train_data=train_data)
+    run = Run(
+        config, run_dir, sinks, resume=resume, train_data=train_data, heldout_data=heldout_data
+    )
     outcome = asyncio.run(run.live())
     if outcome.exit_code == EXIT_WRONG_INPUT:
         raise ValueError(outcome.reason)
@@ -77,9 +80,11 @@ class Run:
         *,
         resume: ResumePoint,
         train_data: str,
+        heldout_data: str,
     ) -> None:
         self._config, self._run_dir, self._sinks = config, run_dir, sinks
-        self._resume, self._train_data = resume, train_data
+        self._resume = resume
+        self._train_data, self._heldout_data = train_data, heldout_data
         self._incarnation = secrets.token_hex(4)
         self._clock = StateClock("driver")
         self._began_s = self._clock.now_s()
@@ -195,6 +200,7 @@ class Run:
                 name: evaluation.to_json() for name, evaluation in self._record.evaluations.items()
             },
             "train_data": self._train_data,
+            "heldout_data": self._heldout_data,
         }
 
     @property

@@ -84,6 +84,19 @@ def test_data_and_base_model_may_lie_elsewhere_if_they_are_the_same(tmp_path: Pa
         resumed_config(root, [f"model.path={tmp_path}/model"])
 
 
+def test_a_resumed_run_is_evaluated_on_the_same_prompts(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    config = resumed_config(root, [])
+    assert find_resume_point(config, train_data=DATA, heldout_data="beef").version == 4
+    path = root / "checkpoints" / "step_000004" / "state" / "driver.json"
+    driver = json.loads(path.read_text()) | {"heldout_data": "beef"}
+    path.write_text(json.dumps(driver))
+    assert find_resume_point(config, train_data=DATA, heldout_data="beef").version == 4
+    assert find_resume_point(config, train_data=DATA).version == 4  # not loaded
+    with pytest.raises(ValueError, match="does not give the prompts that this run was evaluated"):
+        find_resume_point(config, train_data=DATA, heldout_data="another")
+
+
 def test_without_a_checkpoint_the_base_model_may_not_change(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", tmp_path / "base", versions=())
     shutil.copytree(tmp_path / "base", tmp_path / "model")
