@@ -162,6 +162,8 @@ def is_refusal(error: Exception) -> bool:
     """Whether the store answered and refused this one request, so that a retry is useless."""
     from mlflow.exceptions import MlflowException
 
+    if isinstance(error, PermissionError):  # such as a folder of artifacts from before a move
+        return True
     return isinstance(error, MlflowException) and _status(error) in (400, 404, 409, 413)
 
 

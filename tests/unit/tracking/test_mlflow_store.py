@@ -341,6 +341,20 @@ def test_what_the_store_refuses_is_counted_and_holds_up_nothing(tmp_path: Path) 
     assert (len(said), store.caught) == (1, {"mlflow: MlflowException": 1})
 
 
+def test_artifacts_that_can_not_be_written_hold_up_no_metric(tmp_path: Path) -> None:
+    class Moved(Flaky):
+        def add_file(self, *_: object) -> None:
+            raise PermissionError("/home/of/another/mlartifacts")
+
+    run, said = Moved(), list[str]()
+    store = flaky_store(tmp_path, run, said, retry_s=600.0)
+    store.start()
+    store.log_step(step_row(0))
+    store.finish("done", "", deadline_s=PATIENCE_S)
+    assert run.steps == [1]
+    assert len(said) == 1
+
+
 def test_a_full_queue_drops_and_counts_instead_of_growing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
