@@ -48,13 +48,12 @@ def connect(config: Config) -> str:
                 "start a cluster there, or set ray.address=local"
             ) from error
     nodes = [node["Resources"] for node in _nodes()]
-    for kind, knob in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        _check_resources(
-            {actor.name: getattr(actor, knob) for actor in actors},
-            [node.get(kind, 0.0) for node in nodes],
-            kind=kind,
-            knob=knob,
-        )
+    shares = {
+        "CPU": ({actor.name: actor.num_cpus for actor in actors}, "num_cpus"),
+        "GPU": ({actor.name: actor.num_gpus for actor in actors}, "rollout.tensor_parallel"),
+    }
+    for kind, (by_actor, knob) in shares.items():
+        _check_resources(by_actor, [node.get(kind, 0.0) for node in nodes], kind=kind, knob=knob)
     if config.ray.address == LOCAL:
         return "started an own Ray"
     free, there = ray.available_resources(), ray.cluster_resources()
