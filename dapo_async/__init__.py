@@ -13,7 +13,7 @@
          engines ◀── weights, while generating ── publish(version + 1) ◀┘
          replay  ◀── credits of the trained groups, once every engine serves those weights
 
-Packages by level; imports go down only:
+Packages by level. A package imports only packages of lower levels:
 
     0  config     a YAML file and overrides → a checked Config
        types      the records that packages exchange

@@ -1,7 +1,7 @@
 """The mathematics of training in pure torch: advantages, the loss, and its diagnostics.
 
-In: shaped rewards and three kinds of logprobs, as packed `[T]` tensors. Out: a loss and sums that
-describe it. Called by the learner only. In the order of a step:
+Input: shaped rewards and three kinds of logprobs, as packed `[T]` tensors. Output: a loss, and sums for
+its metrics. Only the learner calls it. In the order of a step:
 
     group_advantages       rewards of a group -> one advantage per rollout
     proximal_from          π_prox by the chosen mode: an extra forward pass, the current policy,
@@ -13,7 +13,7 @@ describe it. Called by the learner only. In the order of a step:
     step_metrics           those sums as StepMetrics, which add up over microbatches and ranks
     summarise              the sums divided once, at the end
 
-Nothing here knows configs, processes or devices.
+Nothing here depends on configs, processes or devices.
 """
 
 from dapo_async.algorithm.advantages import group_advantages

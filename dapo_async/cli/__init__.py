@@ -1,8 +1,8 @@
 """The command line: `dapo-async COMMAND`.
 
 main       finds the command, turns errors into one line and an exit code
-arguments  what the commands share: parser, near names, output
+arguments  parser, suggestions for wrong names, and output of all commands
 
-One command a file, which parses its arguments, calls a package below and prints:
+Each command has one file. It parses the arguments, calls a package of a lower level and prints:
 train, evaluate (`eval`), report, rerun, grade, config.
 """

@@ -1,12 +1,12 @@
-"""The config: a YAML file and dotted overrides come in, a checked, frozen `Config` leaves.
+"""The config. Input: a YAML file and overrides. Output: a checked, frozen `Config`.
 
 schema    every knob with its type, default, bounds and one line
 sources   the grammar of models and data sets: paths and names on the Hugging Face hub
-text      strings as OmegaConf reads them, texts without passwords, near names
+text      strings as OmegaConf reads them, removal of passwords, suggestions for wrong names
 replaced  knobs of earlier versions, and what replaced them
 yaml_io   reads files and overrides, resolves paths
 validate  bounds, and the rules between knobs
-load      joins them: `load` and `to_yaml`
+load      uses all of these: `load` and `to_yaml`
 explain   every knob as text: `config --explain` and docs/configuration.md
 """
 

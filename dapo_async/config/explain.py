@@ -33,20 +33,21 @@ SECTIONS = {
 }
 HEAD = """# Configuration
 
-A config is a YAML file with sections of knobs. Every knob has a default: a file sets what differs.
+A config is a YAML file with sections of knobs. Every knob has a default. A file sets only the knobs with
+other values.
 
-- `dapo-async config FILE` prints the resolved config; `dapo-async config --explain [FILE]` prints
-  this list, and marks what the file changes.
-- An override has the form `section.knob=value` and stands after the file:
+- `dapo-async config FILE` prints the values of all knobs. `dapo-async config --explain` prints this
+  list. With a file after it, it also marks the knobs that the file changes.
+- An override has the form `section.knob=value`. Write it after the file:
   `dapo-async train configs/quickstart.yaml learner.lr=1e-4 seed=3`. Values are YAML: `null`,
-  `true`, `[1, 2]`. Put a text with `:` or brackets into quotes twice:
-  `data.template='"{problem}="'`.
+  `true`, `[1, 2]`. A text with `:` or brackets needs
+  two pairs of quotes: `data.template='"{problem}="'`.
 - A path in a file is relative to the folder of the file; a path in an override is relative to the
   current folder. A literal `${` is written as `\\${`.
-- An unknown knob is refused, with the nearest known one. A knob of an earlier version is refused
-  with a line that names its replacement.
+- For an unknown knob, the run does not start, and the message suggests the nearest known knob. For a knob
+  of an earlier version, the message names its replacement.
 
-The page is generated from `dapo_async/config/schema.py`:
+This page is generated from `dapo_async/config/schema.py`:
 `python -m dapo_async.config.explain > docs/configuration.md`.
 """
 
@@ -99,7 +100,7 @@ def markdown() -> str:
     for section, members in _by_section():
         lines += [f"## {section or 'The run'}", ""]
         if section:
-            lines += [f"{SECTIONS[section].capitalize()}.", ""]
+            lines += [f"{SECTIONS[section][0].upper()}{SECTIONS[section][1:]}.", ""]
         lines += ["| knob | allowed | default | meaning |", "|---|---|---|---|"]
         lines += [
             f"| `{knob.name}` | {_cell(allowed(knob))} | `{shown(knob.default)}` "

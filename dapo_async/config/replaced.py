@@ -13,9 +13,9 @@ _USE = "was replaced: set {}"
 
 # Old dotted name → what to say about it.
 REPLACED: Mapping[str, str] = {
-    "data.source_key": _ALWAYS.format("the column data_source, or that of the preset"),
-    "data.deduplicate": "is no knob any more: the preset of the data set decides; "
-    "set data.train=PRESET=PATH for the deduplication of a preset",
+    "data.source_key": _ALWAYS.format("the column data_source, or the column of the preset"),
+    "data.deduplicate": "is no knob any more: some presets remove repeated problems; "
+    "set data.train=PRESET=PATH to use such a preset",
     "reward.by_source": _USE.format("reward.verifier=DEFAULT,SOURCE=VERIFIER"),
     "reward.timeout_s": _ALWAYS.format("5"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
@@ -28,7 +28,9 @@ REPLACED: Mapping[str, str] = {
     "weights.bucket_bytes": _ALWAYS.format("64 MiB"),
     "weights.probe_tokens": _ALWAYS.format("16"),
     "weights.probe_tolerance": "is no knob any more: it follows from model.dtype",
-    "evaluation.num_cpus": _USE.format("rollout.num_cpus, which a dedicated evaluator takes too"),
+    "evaluation.num_cpus": _USE.format(
+        "rollout.num_cpus, which is also used for a dedicated evaluator"
+    ),
     "evaluation.num_gpus": _USE.format("model.device=cuda and evaluation.engine=dedicated"),
     "train.sample_groups": "is no knob any more: it is always 2; "
     "set train.record=true for all groups",
@@ -40,8 +42,8 @@ REPLACED: Mapping[str, str] = {
     "deadlines.publish_s": _USE.format("deadlines.answer_s"),
     "deadlines.silence_s": _USE.format("deadlines.answer_s"),
     "deadlines.tracking_s": _USE.format("deadlines.stop_s"),
-    "ray.num_cpus": "is no knob any more: an own Ray has the CPUs of this machine, "
-    "or as many as the actors reserve where that is more",
+    "ray.num_cpus": "is no knob any more: a Ray that the run starts has all CPUs of this machine, "
+    "or more if the actors reserve more",
 }
 
 # (name, old value) → what to say about it.

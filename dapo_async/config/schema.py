@@ -115,25 +115,25 @@ class DataConfig:
     )
     prompt_key: str | None = knob(
         None,
-        "column of the problem, with dots for nested ones (prompt.0.content); null: that of the "
-        "preset, or prompt",
+        "column of the problem, with dots for nested columns (prompt.0.content); null: the column "
+        "of the preset, or prompt",
     )
     answer_key: str | None = knob(
-        None, "column of the gold answer, with dots; null: that of the preset, or answer"
+        None, "column of the gold answer; null: the column of the preset, or answer"
     )
     template: str | None = knob(
         None,
         "prompt template: dapo, boxed, chat, chat+dapo, chat+boxed, or a text with {problem}; "
-        "null: that of the training preset, or the problem alone",
+        "null: the template of the training preset, or only the problem",
     )
-    system: str | None = knob(None, "system text of a chat template; null: none is added")
+    system: str | None = knob(None, "system text for a chat template; null: no system text")
     language: Literal["en", "zh"] | None = knob(
         None, "train on problems of this language only (zh: with Chinese characters); null: on all"
     )
     contamination: Literal["drop", "warn", "off"] = knob(
         "warn",
-        "training problems that are evaluation problems too are left out (drop), counted (warn) or "
-        "not looked for (off)",
+        "training problems that are also evaluation problems: leave them out (drop), count them and "
+        "train on them (warn), or do not search for them (off)",
     )
     check_against: str = knob(
         "",
@@ -142,7 +142,7 @@ class DataConfig:
         path="data list",
     )
     max_prompt_tokens: int = knob(
-        2048, "longer prompts are left out and counted", least=1, most=(10_000_000, LONG)
+        2048, "prompts with more tokens are left out and counted", least=1, most=(10_000_000, LONG)
     )
 
 
@@ -150,14 +150,14 @@ class DataConfig:
 class RewardConfig:
     verifier: str = knob(
         "marker",
-        "judges responses; marker: the text after the last ####; exact: the whole text; math: an "
-        "Answer: line or \\boxed{}; or your own module:function. Add SOURCE=VERIFIER for the rows "
-        "of one source, as in marker,gsm8k=math",
+        "what judges responses; marker: the answer is the text after the last ####; exact: it is the "
+        "whole text; math: it is in an Answer: line or \\boxed{}; or your own module:function. Add "
+        "SOURCE=VERIFIER for the rows of one source, as in marker,gsm8k=math",
     )
     overlong_cache_tokens: int | None = knob(
         None,
-        "DAPO's soft overlong punishment over this many tokens before max_response_tokens; null: "
-        "off",
+        "soft overlong punishment of DAPO: it grows over the last this many tokens before "
+        "rollout.max_response_tokens; null: off",
     )
     shuffle: bool = knob(
         False, "control experiment: permute the verdicts in each group; nothing can be learned"
@@ -174,7 +174,7 @@ class AlgorithmConfig:
         0.28, "upper clip range (Clip-Higher): ratios above 1 + clip_high are clipped"
     )
     dual_clip: float | None = knob(
-        None, "for A < 0 the loss of a token is at most -dual_clip * A; null: off"
+        None, "maximum loss of a token with A < 0: -dual_clip * A; null: off"
     )
     proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
         "recompute",
@@ -182,16 +182,21 @@ class AlgorithmConfig:
         "(current), A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
     )
     correction: Literal["truncate", "mask", "none"] = knob(
-        "truncate", "what happens to behaviour weights pi_prox / pi_beh outside the band"
+        "truncate",
+        "behaviour weights pi_prox / pi_beh outside the band from correction_floor to "
+        "correction_cap: set them to its edge (truncate), do not train these tokens (mask), or leave "
+        "them (none)",
     )
     correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
-        None, "level of the behaviour weight; null: token, or sequence for gspo"
+        None,
+        "one behaviour weight per token, per sequence (product of the tokens), or per sequence_mean "
+        "(geometric mean); null: token, or sequence for gspo",
     )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
     second_moment: float | None = knob(
         None,
-        "M2PO: mask the tokens with the largest squared log ratio until the mean is at most this; "
+        "M2PO: remove tokens with the largest squared log ratio until its mean is at most this; "
         "null: off",
         above=0,
     )
@@ -201,21 +206,26 @@ class AlgorithmConfig:
         "(GRPO)",
     )
     entropy_bonus: float = knob(
-        0.0, "the loss falls by this much per nat of mean entropy; 0: off, as in DAPO"
+        0.0,
+        "weight of the entropy bonus: the loss is lower by this times the mean entropy; 0: off, as "
+        "in DAPO",
     )
     normalize_std: bool = knob(
-        True, "divide advantages by the group's standard deviation; false: Dr.GRPO"
+        True,
+        "divide advantages by the standard deviation of the group; false: do not, as in Dr.GRPO",
     )
-    overlong_filtering: bool = knob(False, "mask truncated rollouts out of the loss")
+    overlong_filtering: bool = knob(False, "do not train on truncated rollouts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
-        "torch", "what generates: the learner's own decoder, or one SGLang server per worker"
+        "torch",
+        "what generates: the native engine, which uses the learner's decoder (torch), or one SGLang "
+        "server per worker (sglang)",
     )
     num_workers: int = knob(
-        1, "RolloutWorker actors with one engine each", least=1, most=(10_000, PROCESS)
+        1, "number of rollout workers; each has one engine", least=1, most=(10_000, PROCESS)
     )
     num_cpus: float = knob(
         1.0,
@@ -235,21 +245,26 @@ class RolloutConfig:
         "starts its own",
     )
     max_restarts: int = knob(
-        3, "restarts of a lost SGLang engine, per worker; the next loss ends the run", least=0
+        3,
+        "how often one worker may restart its failed SGLang server; the next fault ends the run",
+        least=0,
     )
     server_flags: str = knob(
         "",
-        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they win over the "
-        "flags that the run sets",
+        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace equal "
+        "flags of the run",
     )
     num_slots: int = knob(
         64,
-        "sequences that one engine generates at a time",
+        "number of sequences that one engine generates at the same time",
         least=1,
         most=(100_000, "the KV cache of each slot takes memory"),
     )
     max_response_tokens: int = knob(
-        256, "a response is truncated at this length", least=1, most=(10_000_000, LONG)
+        256,
+        "maximum length of a response; a longer one is truncated",
+        least=1,
+        most=(10_000_000, LONG),
     )
     temperature: float = knob(
         1.0,
@@ -259,8 +274,8 @@ class RolloutConfig:
     )
     weight_update: Literal["recompute", "keep_kv", "drain"] = knob(
         "recompute",
-        "running sequences at a weight update: compute their KV cache anew (recompute), keep that "
-        "of the old weights (keep_kv), or finish them first (drain)",
+        "running responses when weights change: compute their keys and values (KV) again "
+        "(recompute), keep the KV of the old weights (keep_kv), or finish them first (drain)",
     )
 
     @property
@@ -284,27 +299,29 @@ class ReplayConfig:
     )
     max_staleness: int = knob(
         2,
-        "staleness bound: weights of version v train on tokens of version v - max_staleness or "
-        "newer",
+        "staleness bound: weights of version v are trained only on tokens of version "
+        "v - max_staleness or newer",
         least=0,
         most=(1000, "the credits, (max_staleness + 1) x groups_per_step, have to fit into memory"),
     )
     dynamic_sampling: bool = knob(
-        True, "reject groups whose accuracies are all equal: they carry no gradient"
+        True,
+        "reject groups whose rollouts all have the same accuracy, because they give no gradient",
     )
     filter: str | None = knob(
         None,
-        "your own module:function that keeps a group (true) or rejects it (false), after the other "
-        "filters; null: off",
+        "your own filter, module:function: true keeps a group, false rejects it; it runs after the "
+        "other filters; null: off",
     )
     lockstep: bool = knob(
         False,
-        "admit groups in waves, so that a run repeats bit for bit; needs staleness 0, one worker "
-        "and the torch engine",
+        "admit all groups of a step together, so that a run can be repeated bit for bit; needs "
+        "max_staleness 0, one worker and the torch engine",
     )
     max_rejected_in_a_row: int = knob(
         512,
-        "this many rejected groups in a row end the run; it is solved if all were all_correct",
+        "the run ends after this many rejected groups in a row; its status is solved if all their "
+        "answers were correct, else failed",
         least=1,
     )
 
@@ -312,7 +329,10 @@ class ReplayConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     data_parallel: int = knob(
-        1, "ranks that train on different groups of a batch", least=1, most=(10_000, PROCESS)
+        1,
+        "number of copies of the model; each trains on other groups of a batch",
+        least=1,
+        most=(10_000, PROCESS),
     )
     tensor_parallel: int = knob(
         1,
@@ -328,18 +348,20 @@ class LearnerConfig:
     )
     lr: float = knob(1e-6, "AdamW learning rate after warm-up", least=0)
     warmup_steps: int = knob(10, "steps of linear warm-up", least=0)
-    weight_decay: float = knob(0.1, "AdamW weight decay on matrices", least=0)
-    grad_clip: float = knob(1.0, "the global gradient norm is clipped to this", above=0)
+    weight_decay: float = knob(0.1, "AdamW weight decay, only for matrices", least=0)
+    grad_clip: float = knob(
+        1.0, "maximum of the global gradient norm; a larger gradient is scaled down", above=0
+    )
     num_minibatches: int = knob(1, "optimizer updates per step", least=1)
     microbatch_tokens: int = knob(
         16_384,
-        "most tokens per forward and backward pass; a longer sequence gets a pass of its own",
+        "maximum tokens per forward and backward pass; a longer sequence has its own pass",
         least=1,
     )
     recompute: bool = knob(
         False,
-        "activation checkpointing: each layer keeps its input only, and the backward pass computes "
-        "the rest again",
+        "activation checkpointing: each layer keeps only its input, and the backward pass computes "
+        "the rest again; less memory, but slower",
     )
     offload_optimizer: bool = knob(
         False,
@@ -355,8 +377,8 @@ class LearnerConfig:
 class WeightsConfig:
     transport: Literal["broadcast", "disk"] = knob(
         "broadcast",
-        "how weights reach the engines: by collective broadcast (gloo or NCCL), or as safetensors "
-        "on disk",
+        "how weights are sent to the engines: by collective broadcast (gloo or NCCL), or as "
+        "safetensors files on disk",
     )
 
 
@@ -365,13 +387,15 @@ class EvaluationConfig:
     num_prompts: int = knob(512, "held-out prompts of each evaluation; 0: no evaluation", least=0)
     every_steps: int = knob(
         0,
-        "steps between evaluations during training; 0: evaluate only before and after it",
+        "steps between evaluations during training, a multiple of train.checkpoint_every_steps; 0: "
+        "evaluate only before and after training",
         least=0,
     )
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
-        "who evaluates during training: a process on idle CPU time (snapshot), or one with "
-        "reserved rollout.num_cpus and, with cuda, one GPU (dedicated)",
+        "where evaluations during training run: in a process that uses idle CPU time (snapshot), or "
+        "in one with its own rollout.num_cpus CPUs and, with model.device=cuda, its own GPU "
+        "(dedicated)",
     )
 
     @property
@@ -384,17 +408,20 @@ class TrainConfig:
     num_steps: int = knob(100, "learner steps", least=1)
     max_wall_s: float | None = knob(
         None,
-        "end, with a checkpoint, before the process is this many seconds old; null: no limit",
+        "the run ends with a checkpoint before its process has run for this many seconds; null: no "
+        "limit",
     )
     checkpoint_every_steps: int = knob(
-        20, "steps between checkpoints; every end of a run writes one more", least=1
+        20, "steps between checkpoints; one more is written at the end of a run", least=1
     )
     keep_checkpoints: int = knob(
-        3, "newest checkpoints that are kept, besides the best by evaluation", least=1
+        3,
+        "number of newest checkpoints that are kept; the best one by evaluation is kept too",
+        least=1,
     )
     record: bool = knob(
         False,
-        "write every batch to recorded/, for dapo-async rerun, and all of its groups to rollouts/",
+        "write every batch to recorded/ (for dapo-async rerun) and all its groups to rollouts/",
     )
 
 
@@ -402,22 +429,26 @@ class TrainConfig:
 class TrackingConfig:
     mlflow: str | None = knob(
         "local",
-        "MLflow store: local (SQLite mlflow.db beside the run directory), or a tracking URI; null: "
-        "off",
+        "where MLflow data go: local (SQLite file mlflow.db beside the run directory), or a tracking "
+        "URI; null: off",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlinesConfig:
-    start_s: float = deadline(120.0, "the start: Ray, actors, SGLang servers, models loaded")
+    start_s: float = deadline(
+        120.0, "the start of Ray, actors and SGLang servers, with loading of models"
+    )
     work_s: float = deadline(
         1800.0, "one piece of work: a batch, a learner step, an evaluation or a checkpoint"
     )
     answer_s: float = deadline(
-        120.0, "one publish with its handshake, and the silence of a busy SGLang server"
+        120.0,
+        "one publish with its handshake; also the time in which a busy SGLang server must return a "
+        "token",
     )
     stop_s: float = deadline(
-        10.0, "the end: actors before they are killed, and what MLflow still has to take"
+        10.0, "the end of a run: how long it waits for its actors and for MLflow"
     )
 
 
@@ -425,18 +456,19 @@ class DeadlinesConfig:
 class ClusterConfig:
     address: str = knob(
         "auto",
-        "local: start an own Ray; HOST:PORT: join that cluster; auto: join the cluster of "
-        "RAY_ADDRESS or of this machine, else start an own Ray",
+        "local: start a new Ray; HOST:PORT: join that cluster; auto: join the cluster of "
+        "RAY_ADDRESS or of this machine; if there is none, start a new Ray",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    seed: int = knob(0, "seeds data order, sampling noise and the handshake", least=0)
+    seed: int = knob(0, "seed of data order, sampling noise and handshake probes", least=0)
     run_dir: str = knob(
         "",
-        "folder that the run writes; empty: runs/NAME-TIME; a relative path is in the folder "
-        "DAPO_ASYNC_RUNS, or else in the current one",
+        "folder for all files of the run; empty: runs/NAME-TIME in the current folder, or NAME-TIME "
+        "in the folder of the environment variable DAPO_ASYNC_RUNS; a relative path is in the same "
+        "folder",
     )
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

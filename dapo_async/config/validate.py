@@ -110,7 +110,7 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         rollout.num_slots >= replay.group_size,
         f"rollout.num_slots ({rollout.num_slots}) must be at least replay.group_size "
-        f"({replay.group_size}), so that a group can run together",
+        f"({replay.group_size}), so that all rollouts of a group can run together",
     )
     yield (
         replay.max_rejected_in_a_row >= replay.groups_per_step,
@@ -120,14 +120,15 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         not replay.lockstep or (replay.max_staleness == 0 and rollout.num_workers == 1),
         "replay.lockstep needs replay.max_staleness=0 and rollout.num_workers=1 (they are "
-        f"{replay.max_staleness} and {rollout.num_workers}): else the order of groups is left to "
-        "chance; set both, or replay.lockstep=false",
+        f"{replay.max_staleness} and {rollout.num_workers}), otherwise the order of groups "
+        "is random; set both, or replay.lockstep=false",
     )
     limit = config.train.max_wall_s
     yield (
         limit is None or limit > config.deadlines.stop_s,
         f"train.max_wall_s ({limit}) must be more than deadlines.stop_s "
-        f"({config.deadlines.stop_s}), which is kept for an orderly end",
+        f"({config.deadlines.stop_s}), the time for the end of the run; raise "
+        "train.max_wall_s",
     )
     uri = config.tracking.mlflow
     yield (
@@ -138,7 +139,7 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     cache = config.reward.overlong_cache_tokens
     yield (
         cache is None or 0 < cache <= rollout.max_response_tokens,
-        f"reward.overlong_cache_tokens ({cache}) must lie in 1..rollout.max_response_tokens "
+        f"reward.overlong_cache_tokens ({cache}) must be between 1 and rollout.max_response_tokens "
         f"({rollout.max_response_tokens}), or be null",
     )
 
@@ -174,8 +175,8 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
     )
     yield (
         not config.replay.lockstep,
-        "replay.lockstep needs rollout.engine=torch: an SGLang server draws its own noise; "
-        "set it, or replay.lockstep=false",
+        "replay.lockstep needs rollout.engine=torch: the samples of an SGLang "
+        "server do not repeat; set it, or replay.lockstep=false",
     )
 
 
@@ -196,7 +197,7 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
     yield (
         algorithm.proximal != "current" or learner.num_minibatches == 1,
         "algorithm.proximal=current needs learner.num_minibatches=1 (it is "
-        f"{learner.num_minibatches}): after one update pi_theta has left the start of the step; "
+        f"{learner.num_minibatches}): after the first update pi_theta is no longer pi_prox; "
         "set algorithm.proximal=recompute",
     )
 

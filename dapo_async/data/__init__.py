@@ -1,7 +1,7 @@
-"""Data: a data set and a tokenizer come in, an endless, resumable stream of prompts leaves.
+"""Input: a data set and a tokenizer. Output: an endless, resumable stream of prompts.
 
-The replay actor reads the training set, the rollout actors the held-out set. docs/data.md is the
-user's page.
+The replay actor reads the training set. The rollout actors read the held-out set. docs/data.md is
+the page for users.
 
 tokenizer  the tokenizer of a Hugging Face folder; imports transformers on first use only
 sources    rows of JSONL, Parquet, folders and the hub; imports `datasets` on first use only
@@ -10,7 +10,7 @@ screening  leaves out repeats, conflicting answers, other languages and evaluati
 templates  the text around a problem
 prompts    rows become prompts; what is left out is counted
 sets       the data sets that a config names
-stream     the order of prompts: seeded, shuffled anew in each epoch
+stream     the order of prompts: depends on the seed, new in each epoch
 """
 
 from dapo_async.data.presets import PRESETS, preset_of

@@ -7,10 +7,10 @@ The learner actor in `runtime/` drives it.
     options    the options of the loss, from the config
     optimizer  AdamW on this rank's parts of the parameters, warm-up
     gradients  summed over the ranks, clipped by their global norm
-    metrics    metrics beside those of the loss
+    metrics    all metrics except those of the loss
     mismatch   how far the engine's logprobs are from the learner's for the same weights
-    state      the learner's part of a checkpoint: each rank writes its parts, any number reads them
-    memory     what a rank will hold in memory, predicted
+    state      the learner's part of a checkpoint: each rank writes its parts, and any number of ranks can read them
+    memory     predicts the memory of a rank
     profiling  a profiler's trace of a step
     rerun      the learner alone on the recorded batches of a run
 """

@@ -1,16 +1,16 @@
-"""The replay buffer: who may generate, which groups are kept, when the learner may take them.
+"""The replay buffer. It decides which groups may be generated, kept and trained.
 
-Workers ask for admissions and offer scored groups; the learner takes batches. Everything here is a
-pure state machine without a clock; `runtime/actors/replay.py` drives it.
+Workers ask for admissions and offer scored groups; the learner takes batches. All classes
+are pure state machines without a clock. `runtime/actors/replay.py` calls them.
 
-buffer.py        `ReplayBuffer`, which joins the parts below
+buffer.py        `ReplayBuffer`, which uses all the parts below
 state.py         the states of a group, the answers to an offer, the snapshot for a checkpoint
-credits.py       staleness bound: how many groups may be out, which deadlines a take must keep
-ledger.py        conservation: every admitted group ends exactly once
+credits.py       staleness bound: number of admitted groups, deadlines of a batch
+ledger.py        conservation: every admitted group has exactly one outcome
 filters.py       dynamic sampling and the user's own filter
 stop_rule.py     stops the run after many consecutive rejects: solved or stuck
 step_stats.py    what was offered, accepted and rejected per step
-stall_report.py  one line on what a take waits for
+stall_report.py  one line about what the learner waits for
 group_io.py      groups in a safetensors file
 """
 

@@ -1,11 +1,11 @@
-"""Rewards: the decoded responses of one group come in, a scored group leaves.
+"""Input: the decoded responses of one group. Output: a scored group.
 
-The rollout worker calls `score_group`. docs/rewards.md is the user's page.
+The rollout worker calls `score_group`. docs/rewards.md is the page for users.
 
-verdict        the answer of every verifier
+verdict        `Verdict`, which every verifier returns
 verifiers      verifiers by name and by data source
 math_verifier  the verifier of mathematical answers
-math           its public name for other projects
+math           its public import path for other projects
 overlong       DAPO's soft punishment of long responses
 score          verdicts and punishments of a group become rewards
 grading        verdicts for a file of rows, `dapo-async grade`

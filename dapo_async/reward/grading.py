@@ -101,7 +101,7 @@ def _row_judge(verifier: str, timeout_s: float) -> Callable[[dict[str, Any], str
     def judge(row: dict[str, Any], prediction: str, gold: str) -> Verdict:
         if "extraction" in row:
             raise ValueError(
-                f"extraction is for --verifier math, which this is not ({verifier}); leave it out"
+                f"extraction needs --verifier math, but the verifier is {verifier}; leave it out"
             )
         if not is_custom(verifier):
             return function(prediction, gold)

@@ -17,7 +17,7 @@ def soft_overlong_punishment(num_tokens: int, *, max_tokens: int, cache_tokens: 
     """
     if not 0 < cache_tokens <= max_tokens:
         raise ValueError(
-            f"overlong cache ({cache_tokens}) must lie in 1..max_tokens ({max_tokens}); "
+            f"overlong cache ({cache_tokens}) must be between 1 and max_tokens ({max_tokens}); "
             "change reward.overlong_cache_tokens"
         )
     free_tokens = max_tokens - cache_tokens

@@ -1,12 +1,12 @@
-"""Generation: group requests and weights come in, completions leave.
+"""Generation. Input: group requests and weights. Output: completions.
 
 Every token of a completion has a behaviour logprob and a weight version.
 
-engine      the `Engine` protocol, without torch, so that it imports fast
+engine      the `Engine` protocol; it does not import torch, so that its import is fast
 native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
 sglang      the engine on an SGLang server
 slot_meter  the time of each slot: occupied, without credit, tail or sync
-worker      keeps an engine full as long as there are credits
+worker      sends groups to an engine as long as there are credits and empty slots
 """
 
 from dapo_async.rollout.engine import (

@@ -75,8 +75,8 @@ def _check_options(config: Config) -> None:
     """Rules whose modules know them: tracking, loss, verifiers, filters."""
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
-            f"tracking.mlflow ({config.tracking.mlflow}) lacks its password, which is never "
-            "written down; give tracking.mlflow=URI again, or leave it out of the URI and set "
+            f"tracking.mlflow ({config.tracking.mlflow}) has no password, because a run "
+            "never saves it; give tracking.mlflow=URI with the password again, or use a URI without it and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     loss_options(config.algorithm)  # raises for options that the loss does not support

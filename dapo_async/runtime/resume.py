@@ -66,8 +66,8 @@ def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
         if old != new and not name.startswith(SAFE):
             raise ValueError(
                 f"{name} can't change from {old} to {new} when a run is resumed; "
-                f"only {', '.join(SAFE)} may: start a new run, with model.path set "
-                "to a checkpoint of this one"
+                f"only {', '.join(SAFE)} may change; start a new run from a checkpoint "
+                "of this run instead (model.path=CHECKPOINT)"
             )
     checkpoint = CheckpointFolder(RunDir(root).checkpoints).newest
     if after.model.path != before.model.path:
@@ -80,8 +80,8 @@ def _check_same_model(path: str, checkpoint: Path | None) -> None:
     """A resumed run may find its base model in another folder, but it must be the same model."""
     if checkpoint is None:
         raise ValueError(
-            f"model.path can't change to {path} when a run without a checkpoint is resumed, for "
-            "its weights are not known; start a new run"
+            f"model.path can't change to {path} when a run without a checkpoint is resumed, "
+            "because the run has no copy to compare it with; start a new run"
         )
     if parse_source(path).hub is not None:
         raise ValueError(f"model.path ({path}) must be a folder when a run is resumed")
@@ -146,7 +146,7 @@ def find_resume_point(
     if train_data is not None and point.driver["train_data"] != train_data:
         raise ValueError(
             f"data.train ({config.data.train}) does not give the prompts that this run began with; "
-            "restore the data and what they are checked against, or start a new run with "
+            "restore data.train, data.heldout and data.check_against, or start a new run with "
             f"model.path={point.checkpoint}"
         )
     known = point.driver.get("heldout_data")  # absent in older checkpoints

@@ -240,7 +240,7 @@ class Run:
         self._record.outcome = outcome = RunOutcome(
             Status.INTERRUPTED,
             f"{number.name} received while the run was ending: "
-            "what its newest checkpoint lacks is lost",
+            "the steps after its newest checkpoint are lost",
             128 + number,
         )
         try:
@@ -248,7 +248,7 @@ class Run:
             self._write_summary()
             self._sinks.say(
                 f"{number.name} again: ended at once; "
-                f"go on with  dapo-async train --resume {self._run_dir.root}"
+                f"continue with dapo-async train --resume {self._run_dir.root}"
             )
         finally:
             os._exit(outcome.exit_code)
@@ -265,7 +265,7 @@ class Run:
         self._record.outcome = RunOutcome(
             Status.OUT_OF_TIME,
             f"train.max_wall_s ({limit_s:g}) would have passed within the next step; "
-            f"go on with dapo-async train --resume {self._run_dir.root}",
+            f"continue with dapo-async train --resume {self._run_dir.root}",
         )
         task.cancel()
 

@@ -35,7 +35,9 @@ class Interrupts:
     def _receive(self, task: asyncio.Task[None], number: signal.Signals) -> None:
         if self.first is None:
             self.first, self._first_s = number, time.monotonic()
-            self._say(f"{number.name}: ending with a checkpoint; once more ends at once, without")
+            self._say(
+                f"{number.name}: the run ends with a checkpoint; a second signal ends it without"
+            )
             task.cancel()
             self._at_first(number)
         elif time.monotonic() - self._first_s > SAME_S:

@@ -2,11 +2,11 @@
 
 run_dir         the files of a run directory
 timeline        the state clocks of all actors: totals, idle shares, a Chrome/Perfetto trace
-sinks           everything that shows a run while it goes on
+sinks           everything that shows a running run
 terminal        one line per step; live_display: the display of a terminal
 mlflow_store    the run in MLflow, off the training path; mlflow_run: its calls
-panels          what is drawn of a run; charts: how; plot: the picture dynamics.png
-report          the HTML page; report_reading, report_page, rollout_tokens, verdict: its parts
+panels          which curves of a run are drawn; charts: drawing; plot: the picture dynamics.png
+report          the HTML page; report_reading, report_page, rollout_tokens and verdict are its parts
 
 docs/metrics.md explains every number.
 """

@@ -33,7 +33,7 @@ class RunDir:
                 raise ValueError(f"run_dir {root} is a file; choose another run_dir")
             if root.exists() and any(root.iterdir()):
                 raise ValueError(
-                    f"run_dir {root} is not empty; go on with train --resume {root}, "
+                    f"run_dir {root} is not empty; continue with train --resume {root}, "
                     "choose another run_dir, or remove it"
                 )
             for name in ("rollouts", "checkpoints"):
@@ -72,7 +72,7 @@ class RunDir:
         except OSError as error:
             os.close(folder)
             raise ValueError(
-                f"the run in {self.root} is still going on in another process; "
+                f"the run in {self.root} is still running in another process; "
                 "wait for its end, or end it first"
             ) from error
 

@@ -1,8 +1,8 @@
-"""Small helpers that every package may use and that know nothing of the system.
+"""Small helpers that every package may use. They do not depend on other packages.
 
 state_clock     an actor's wall clock, split into named states
-files           files that appear whole or not at all: the one writer
-checkpoint_dir  folders that appear whole or not at all
-thread_stack    where a thread of this process is
+files           atomic writes: a file is complete or does not exist
+checkpoint_dir  the same for folders
+thread_stack    the current line of a thread of this process
 plugins         functions of the user, named as module:function
 """

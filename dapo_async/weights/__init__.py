@@ -1,10 +1,10 @@
-"""Publishing: a snapshot of the learner goes to every engine, which proves what it serves.
+"""Publishing: sends a snapshot of the learner to every engine and checks what each engine serves.
 
 announcement  the records: the learner's announcement, an engine's attestation
 collective    transport `broadcast`: one process group of the learner and all engines
 disk          transport `disk`: safetensors; also reloads an engine that served wrong weights
 handshake     compares an attestation with the announcement: passed, inconclusive or mismatch
-publisher     the order of a publish: one in flight, beside the next learner step
+publisher     runs a publish, one at a time, during the next learner step
 """
 
 from dapo_async.weights.announcement import BUCKET_BYTES, Announcement, Attestation, Manifest

@@ -124,7 +124,7 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
         live.wait_for(r"^step +5/")
         os.kill(live.pid("learner"), signal.SIGSTOP)
         os.kill(live.driver, signal.SIGINT)
-        live.wait_for("^SIGINT: ending with a checkpoint")
+        live.wait_for("^SIGINT: the run ends with a checkpoint")
         while not (live.root / "summary.json").exists():  # it comes right after the line
             time.sleep(0.02)
         assert json.loads((live.root / "summary.json").read_text())["reason"] == "SIGINT received"
@@ -137,7 +137,7 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
     assert run.summary["status"] == "interrupted"
     assert (
         run.summary["reason"]
-        == "SIGINT received while the run was ending: what its newest checkpoint lacks is lost"
+        == "SIGINT received while the run was ending: the steps after its newest checkpoint are lost"
     )
     check_checkpoint(run.checkpoint)
 

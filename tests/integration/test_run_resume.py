@@ -235,7 +235,7 @@ def test_run_ends_in_time_for_a_batch_queue_and_refuses_a_second_process(tmp_pat
         live.wait_for(r"^step +2/")
         second = command("train", "--resume", str(tmp_path / "run"))
         assert second.returncode == 2
-        assert "is still going on in another process" in second.stderr
+        assert "is still running in another process" in second.stderr
         run = live.finish(timeout_s=60.0)
         assert time.monotonic() - began_s < 40.0, run.output
     summary = run.summary

@@ -1,4 +1,4 @@
-"""The verifier of mathematical answers: a response and a gold answer come in, a `Verdict` leaves.
+"""The verifier of mathematical answers. Input: a response and a gold answer. Output: a `Verdict`.
 
 verify       the entry point, in the order of the steps below
 extract      which part of a response is its answer

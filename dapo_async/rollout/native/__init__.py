@@ -6,5 +6,5 @@ engine    TorchEngine: continuous batching, one decode step per call, no threads
 thread    ThreadedEngine: a TorchEngine in a thread of its own, behind the `Engine` protocol
 slots     the table of running sequences, one row per slot
 kv_cache  keys and values of the running sequences, and attention over them
-sampling  tokens from probabilities, with noise keyed by (seed, group, sibling, token)
+sampling  tokens from probabilities, with noise that depends on (seed, group, sibling, token)
 """

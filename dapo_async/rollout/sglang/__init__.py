@@ -4,5 +4,5 @@ engine      the `Engine` protocol on top of the client
 client      calls to the server, each with a deadline
 server      starts and stops the server process
 stream      reads the tokens of a response as they come
-supervisor  ends the server when its owner has died
+supervisor  ends the server when its actor has ended
 """

@@ -99,13 +99,13 @@ def _probe(address: str, named_by: str) -> None:
                 raise Gone(
                     f"{named_by} ({address}) can't be joined: no Ray cluster answered within "
                     f"{PROBE_S:g} s ({error.code().name}); start a cluster there, or set "
-                    "ray.address=local for a Ray of this run's own"
+                    "ray.address=local to start a new Ray"
                 ) from error
             raise ValueError(
                 f"{named_by} ({address}) can't be joined: the cluster asks for "
                 f"{'another token' if token else 'a token'}; export RAY_AUTH_MODE=token and its "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local for a Ray of this "
-                "run's own"
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local to start a "
+                "new Ray"
             ) from error
 
 

@@ -206,7 +206,7 @@ def test_a_row_over_which_the_verifier_died_makes_the_exit_code_1(
         ("own_verifiers:breaks", "own_verifiers:breaks raised ZeroDivisionError: "),
         ("own_verifiers:breaks", "own_verifiers.py:8); correct the function"),
         ("own_verifiers:says_true", "own_verifiers:says_true returned bool, must return"),
-        ("exact", "extraction is for --verifier math, which this is not (exact); leave it out"),
+        ("exact", "extraction needs --verifier math, but the verifier is exact; leave it out"),
     ],
 )
 def test_a_verifier_that_cannot_be_used_is_one_line_and_nothing_is_written(

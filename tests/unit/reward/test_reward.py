@@ -131,7 +131,8 @@ def test_a_cache_as_long_as_the_response_punishes_from_the_first_token() -> None
 @pytest.mark.parametrize("cache_tokens", [0, -1, 11])
 def test_a_cache_outside_the_response_is_refused(cache_tokens: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"overlong cache \({cache_tokens}\) must lie in 1..max_tokens \(10\)"
+        ValueError,
+        match=rf"overlong cache \({cache_tokens}\) must be between 1 and max_tokens \(10\)",
     ):
         soft_overlong_punishment(5, max_tokens=10, cache_tokens=cache_tokens)
 

@@ -16,7 +16,7 @@ from dapo_async.utils.files import partial_path
 def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path / "runs" / "first")
     assert sorted(path.name for path in run_dir.root.iterdir()) == ["checkpoints", "rollouts"]
-    with pytest.raises(ValueError, match=r"first is not empty; go on with train --resume"):
+    with pytest.raises(ValueError, match=r"first is not empty; continue with train --resume"):
         RunDir.create(tmp_path / "runs" / "first")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"notes\.txt is a file; choose another run_dir"):
