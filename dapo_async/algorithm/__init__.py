@@ -1,7 +1,7 @@
 """The mathematics of training in pure torch: advantages, the loss, and its diagnostics.
 
-Input: shaped rewards and three kinds of logprobs, as packed `[T]` tensors. Output: a loss, and sums for
-its metrics. Only the learner calls it. In the order of a step:
+Input: shaped rewards and three kinds of logprobs, as packed `[T]` tensors. Output: a loss,
+and sums for its metrics. Only the learner calls it. In the order of a step:
 
     group_advantages       rewards of a group -> one advantage per rollout
     proximal_from          π_prox by the chosen mode: an extra forward pass, the current policy,

@@ -135,7 +135,7 @@ def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[s
 
     replay, rollout = config.replay, config.rollout
     local = config.ray.address == "local"
-    where = "an own Ray on this machine" if local else f"the Ray cluster at {config.ray.address}"
+    where = "a new Ray on this machine" if local else f"the Ray cluster at {config.ray.address}"
     actors = list(planned_actors(config))
     yield f"would write {root}"
     yield f"would start {len(actors)} actors, one process each, on {where}, and this driver:"
@@ -172,8 +172,8 @@ def _memory_line(config: Config) -> str:
     )
     parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.parts().items())
     return (
-        f"each learner rank would hold up to {memory.on_device / MIB:,.0f} MiB, and "
-        f"{memory.host / MIB:,.0f} in its host's memory: {parts}"
+        f"each learner rank would need up to {memory.on_device / MIB:,.0f} MiB on its device and "
+        f"{memory.host / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
     )
 
 

@@ -40,8 +40,8 @@ other values.
   list. With a file after it, it also marks the knobs that the file changes.
 - An override has the form `section.knob=value`. Write it after the file:
   `dapo-async train configs/quickstart.yaml learner.lr=1e-4 seed=3`. Values are YAML: `null`,
-  `true`, `[1, 2]`. A text with `:` or brackets needs
-  two pairs of quotes: `data.template='"{problem}="'`.
+  `true`, `[1, 2]`. A text with `:` or brackets needs two pairs of quotes:
+  `data.template='"{problem}="'`.
 - A path in a file is relative to the folder of the file; a path in an override is relative to the
   current folder. A literal `${` is written as `\\${`.
 - For an unknown knob, the run does not start, and the message suggests the nearest known knob. For a knob

@@ -466,9 +466,9 @@ class Config:
     seed: int = knob(0, "seed of data order, sampling noise and handshake probes", least=0)
     run_dir: str = knob(
         "",
-        "folder for all files of the run; empty: runs/NAME-TIME in the current folder, or NAME-TIME "
-        "in the folder of the environment variable DAPO_ASYNC_RUNS; a relative path is in the same "
-        "folder",
+        "folder for all files of the run; empty: NAME-TIME in the folder DAPO_ASYNC_RUNS (an "
+        "environment variable), or in runs/ if it is not set; a relative path is in DAPO_ASYNC_RUNS, "
+        "or in the current folder",
     )
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -343,7 +343,7 @@ def test_own_ray_starts_beside_a_running_cluster(
         "ray.address=local",
     )
     assert (run.exit_code, run.summary["status"]) == (0, "done"), run.output
-    assert "\nstarted an own Ray\n" in run.output
+    assert "\nstarted a new Ray\n" in run.output
     assert actors_of(run.output) == {}  # these lines name no node of the cluster
 
 

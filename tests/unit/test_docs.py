@@ -68,3 +68,26 @@ def test_every_block_can_be_read_in_its_language(page: Path) -> None:
             path, _, test = snippet.detail.partition("::")
             assert (ROOT / path).exists(), f"{snippet.where} is covered by {path}"
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    folder = workplace(tmp_path / "checkout")
+    for snippet in snippets(page):
+        if snippet.file:
+            write_file(snippet, folder)
+        elif snippet.how in ("run", "dry-run"):
+            run(snippet, folder)
+
+
+def test_every_message_that_troubleshooting_quotes_is_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    of_others = {"No space left on device"}
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "dapo_async").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # joins the lines of one message
+    symptoms = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| ")]
+    quotes = [quote for cell in symptoms for quote in CODE.findall(cell) if quote not in of_others]
+    assert len(quotes) > 10
+    for quote in quotes:
+        for part in re.split(r"[…(),:]", quote):
+            assert part.strip() in code, f"no message of the code has {part.strip()!r}"

@@ -1,4 +1,4 @@
-"""The Ray actors: thin classes around the packages of lower levels. Each runs in a process of its own.
+"""The Ray actors: thin classes around the packages of lower levels. Each one is a process.
 
 learner      one learner rank
 rollout      one engine and its worker

@@ -55,7 +55,7 @@ def connect(config: Config) -> str:
     for kind, (by_actor, knob) in shares.items():
         _check_resources(by_actor, [node.get(kind, 0.0) for node in nodes], kind=kind, knob=knob)
     if config.ray.address == LOCAL:
-        return "started an own Ray"
+        return "started a new Ray"
     free, there = ray.available_resources(), ray.cluster_resources()
     resources = ", ".join(
         f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)"

@@ -193,7 +193,7 @@ def test_dry_run_says_which_ray_it_would_use(machine: Path) -> None:
     assert "is gone: this run starts its own Ray\n" in (
         own := command("train", str(QUICKSTART), "--dry-run").stdout
     )
-    assert " on an own Ray on this machine, " in own
+    assert " on a new Ray on this machine, " in own
     with gcs(FakeGcs(token=None)) as live:
         machine.write_text(live)
         assert (
