@@ -139,8 +139,10 @@ def test_a_tokenizer_of_a_larger_model_is_refused(folder: Path) -> None:
         folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
     )
     change_config(folder, vocab_size=5)
-    said = refusal(f"model.path={folder}")
-    assert "vocab_size of the model is 5; take tokenizer and weights from one model" in said
+    assert (
+        "but vocab_size of the model is 5; take tokenizer and weights from one model"
+        in refusal(f"model.path={folder}")
+    )
 
 
 def test_a_data_file_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_resumed_run_is_evaluated_on_the_same_prompts(tmp_path: Path) -> None:
 def test_without_a_checkpoint_the_base_model_may_not_change(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", tmp_path / "base", versions=())
     shutil.copytree(tmp_path / "base", tmp_path / "model")
-    with pytest.raises(ValueError, match="its weights are not known; start a new run"):
+    with pytest.raises(ValueError, match="no copy to compare it with; start a new run"):
         resumed_config(root, [f"model.path={tmp_path}/model"])
 
 
