@@ -33,8 +33,8 @@ SECTIONS = {
 }
 HEAD = """# Configuration
 
-A config is a YAML file with sections of knobs. Every knob has a default. A file sets only the knobs with
-other values.
+A config is a YAML file with sections of knobs. Every knob has a default. A file sets only the
+knobs with other values.
 
 - `dapo-async config FILE` prints the values of all knobs. `dapo-async config --explain` prints this
   list. With a file after it, it also marks the knobs that the file changes.
@@ -44,8 +44,8 @@ other values.
   `data.template='"{problem}="'`.
 - A path in a file is relative to the folder of the file; a path in an override is relative to the
   current folder. A literal `${` is written as `\\${`.
-- For an unknown knob, the run does not start, and the message suggests the nearest known knob. For a knob
-  of an earlier version, the message names its replacement.
+- For an unknown knob, the run does not start, and the message suggests the nearest known knob. For
+  a knob of an earlier version, the message names its replacement.
 
 This page is generated from `dapo_async/config/schema.py`:
 `python -m dapo_async.config.explain > docs/configuration.md`.

@@ -132,7 +132,8 @@ class DataConfig:
     )
     contamination: Literal["drop", "warn", "off"] = knob(
         "warn",
-        "training problems that are also evaluation problems: leave them out (drop), count them and "
+        "training problems that are also evaluation problems: leave them out (drop), count them "
+        "and "
         "train on them (warn), or do not search for them (off)",
     )
     check_against: str = knob(
@@ -150,7 +151,8 @@ class DataConfig:
 class RewardConfig:
     verifier: str = knob(
         "marker",
-        "what judges responses; marker: the answer is the text after the last ####; exact: it is the "
+        "what judges responses; marker: the answer is the text after the last ####; exact: it is "
+        "the "
         "whole text; math: it is in an Answer: line or \\boxed{}; or your own module:function. Add "
         "SOURCE=VERIFIER for the rows of one source, as in marker,gsm8k=math",
     )
@@ -184,12 +186,14 @@ class AlgorithmConfig:
     correction: Literal["truncate", "mask", "none"] = knob(
         "truncate",
         "behaviour weights pi_prox / pi_beh outside the band from correction_floor to "
-        "correction_cap: set them to its edge (truncate), do not train these tokens (mask), or leave "
+        "correction_cap: set them to its edge (truncate), do not train these tokens (mask), or "
+        "leave "
         "them (none)",
     )
     correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
         None,
-        "one behaviour weight per token, per sequence (product of the tokens), or per sequence_mean "
+        "one behaviour weight per token, per sequence (product of the tokens), or per "
+        "sequence_mean "
         "(geometric mean); null: token, or sequence for gspo",
     )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
@@ -221,7 +225,8 @@ class AlgorithmConfig:
 class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
         "torch",
-        "what generates: the native engine, which uses the learner's decoder (torch), or one SGLang "
+        "what generates: the native engine, which uses the learner's decoder (torch), or one "
+        "SGLang "
         "server per worker (sglang)",
     )
     num_workers: int = knob(
@@ -251,7 +256,8 @@ class RolloutConfig:
     )
     server_flags: str = knob(
         "",
-        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace equal "
+        "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace "
+        "equal "
         "flags of the run",
     )
     num_slots: int = knob(
@@ -393,7 +399,8 @@ class EvaluationConfig:
     )
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
-        "where evaluations during training run: in a process that uses idle CPU time (snapshot), or "
+        "where evaluations during training run: in a process that uses idle CPU time (snapshot), "
+        "or "
         "in one with its own rollout.num_cpus CPUs and, with model.device=cuda, its own GPU "
         "(dedicated)",
     )
@@ -429,7 +436,8 @@ class TrainConfig:
 class TrackingConfig:
     mlflow: str | None = knob(
         "local",
-        "where MLflow data go: local (SQLite file mlflow.db beside the run directory), or a tracking "
+        "where MLflow data go: local (SQLite file mlflow.db beside the run directory), or a "
+        "tracking "
         "URI; null: off",
     )
 
@@ -467,7 +475,8 @@ class Config:
     run_dir: str = knob(
         "",
         "folder for all files of the run; empty: NAME-TIME in the folder DAPO_ASYNC_RUNS (an "
-        "environment variable), or in runs/ if it is not set; a relative path is in DAPO_ASYNC_RUNS, "
+        "environment variable), or in runs/ if it is not set; a relative path is in "
+        "DAPO_ASYNC_RUNS, "
         "or in the current folder",
     )
     model: BaseModelConfig = field(default_factory=BaseModelConfig)

@@ -76,7 +76,8 @@ def _check_options(config: Config) -> None:
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
             f"tracking.mlflow ({config.tracking.mlflow}) has no password, because a run "
-            "never saves it; give tracking.mlflow=URI with the password again, or use a URI without it and set "
+            "never saves it; give tracking.mlflow=URI with the password again, or use a URI "
+            "without it and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     loss_options(config.algorithm)  # raises for options that the loss does not support

@@ -137,7 +137,8 @@ def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) ->
     assert run.summary["status"] == "interrupted"
     assert (
         run.summary["reason"]
-        == "SIGINT received while the run was ending: the steps after its newest checkpoint are lost"
+        == "SIGINT received while the run was ending: the steps after its newest checkpoint "
+        "are lost"
     )
     check_checkpoint(run.checkpoint)
 

@@ -81,7 +81,7 @@ def test_each_evaluation_says_which_problems_it_solved(quickstart: Finished) -> 
 def test_saved_config_is_the_one_that_ran(quickstart: Finished) -> None:
     saved = knobs.load(quickstart.root / "config.yaml")
     assert saved.train.num_steps == NUM_STEPS
-    assert saved.run_dir == str(quickstart.root)
+    assert saved.run_dir == ""  # a run folder can be moved: its files do not name it
     assert saved.algorithm == knobs.load(QUICKSTART).algorithm
 
 

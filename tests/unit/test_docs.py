@@ -70,16 +70,6 @@ def test_every_block_can_be_read_in_its_language(page: Path) -> None:
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_block_that_needs_no_ray_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
-    folder = workplace(tmp_path / "checkout")
-    for snippet in snippets(page):
-        if snippet.file:
-            write_file(snippet, folder)
-        elif snippet.how in ("run", "dry-run"):
-            run(snippet, folder)
-
-
 def test_every_message_that_troubleshooting_quotes_is_in_the_code() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     of_others = {"No space left on device"}

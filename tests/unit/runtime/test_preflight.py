@@ -139,9 +139,8 @@ def test_a_tokenizer_of_a_larger_model_is_refused(folder: Path) -> None:
         folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
     )
     change_config(folder, vocab_size=5)
-    assert (
-        "but vocab_size of the model is 5; take tokenizer and weights from one model"
-        in refusal(f"model.path={folder}")
+    assert "but vocab_size of the model is 5; take tokenizer and weights from one model" in refusal(
+        f"model.path={folder}"
     )
 
 
