@@ -262,6 +262,8 @@ class Run:
         end_s = limit_s - self._config.deadlines.stop_s
         while time.time() - began_s + self._longest_step_s < end_s:
             await asyncio.sleep(0.2)
+        if task.done():
+            return
         self._record.outcome = RunOutcome(
             Status.OUT_OF_TIME,
             f"train.max_wall_s ({limit_s:g}) would have passed within the next step; "

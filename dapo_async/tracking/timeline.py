@@ -129,6 +129,7 @@ class TraceFile:
         self._numbers: dict[str, int] = {}
         self._file: TextIO | None = None  # opened with the first event
         self._closed = False
+        self.error: str | None = None  # why the file is not complete
 
     def add(self, actor: str, spans: Iterable[Span]) -> None:
         """Writes the bars that are complete. A bar that covers others ends with its report."""
@@ -145,16 +146,26 @@ class TraceFile:
         self._write(events)
 
     def close(self) -> None:
-        """Writes what is left and makes the file an object; a second call does nothing."""
+        """Writes what is left and makes the file an object; a second call does nothing.
+
+        Raises OSError if the file could not be written, now or during the run.
+        """
         if self._closed:
+            self._raise_error()
             return
         for actor, bar in self._bars.items():
             self._write(self._events(actor, bar))
+        self._raise_error()
         if self._file is not None:
             self._file.close()
             events = self._path.read_text()
             atomic_write(self._path, f'{{"displayTimeUnit":"ms","traceEvents":{events}\n]}}\n')
         self._closed = True
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise OSError(f"{self._path} is not complete: {error}")
 
     def _events(self, actor: str, bar: _Bar) -> list[dict[str, Any]]:
         named = actor in self._numbers
@@ -180,10 +191,14 @@ class TraceFile:
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         lines = [json.dumps(event, separators=(",", ":")) for event in events]
-        if not lines:
+        if not lines or self._closed:
             return
         separator = ",\n"
-        if self._file is None:
-            self._file, separator = self._path.open("w"), "[\n"
-        self._file.write(separator + ",\n".join(lines))
-        self._file.flush()  # whole lines: what a kill leaves can be read
+        try:
+            if self._file is None:
+                self._file, separator = self._path.open("w"), "[\n"
+            self._file.write(separator + ",\n".join(lines))
+            self._file.flush()  # whole lines: what a kill leaves can be read
+        except OSError as error:  # such as a full disk: a picture never ends a run
+            self.error = str(error)
+            self._closed = True

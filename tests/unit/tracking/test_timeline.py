@@ -197,3 +197,15 @@ def test_the_number_of_bars_does_not_depend_on_the_number_of_short_stays(tmp_pat
         timeline.close()
         sizes.append(len(bars(path, "replay")))
     assert sizes == [3, 3]
+
+
+def test_a_full_disk_ends_the_trace_and_is_reported_once_at_the_end() -> None:
+    timeline = Timeline(TraceFile(Path("/dev/full"), start_s=0.0))
+    for step in range(3):
+        timeline.add(
+            "learner", [Span("train", step, step + 0.5), Span("wait", step + 0.5, step + 1)]
+        )
+    assert timeline.totals("learner") == {"train": 1.5, "wait": 1.5}
+    with pytest.raises(OSError, match=r"/dev/full is not complete: .*No space left on device"):
+        timeline.close()
+    timeline.close()
