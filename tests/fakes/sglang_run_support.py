@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from paths import CONFIGS
 from run_support import Finished, Live, read_rows
 
-from dapo_async import config as knobs
-
-CONFIG = Path(knobs.__file__).resolve().parent.parent / "configs" / "quickstart_sglang.yaml"
+CONFIG = CONFIGS / "quickstart_sglang.yaml"
 SERVERS = (
     "rollout.engine=sglang",
     "rollout.num_slots=32",
