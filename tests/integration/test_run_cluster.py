@@ -161,9 +161,11 @@ def cluster() -> Iterator[Cluster]:
             timeout_s=60.0,
             what="the second node",
         )
-        # The dashboard takes jobs a moment after the nodes are up.
+        # The nodes are up before their agents take jobs.
         wait_until(
-            lambda: started.job("list").returncode == 0, timeout_s=60.0, what="the job server"
+            lambda: started.job("submit", "--", "true").returncode == 0,
+            timeout_s=60.0,
+            what="the job server",
         )
         yield started
     finally:

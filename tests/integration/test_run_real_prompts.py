@@ -58,8 +58,8 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     assert summary["groups"]["rejected"]["all_wrong"] == summary["groups"]["admitted"] >= 16
     check_conservation(summary["groups"])
     left_out = (
-        "20 of another language (rows 385, 391, 394, …), "
-        "5 contaminated (rows 576, 674, 924, …), 495 over-long (rows 31, 32, 42, …)"
+        "20 of another language (rows 386, 392, 395, …), "
+        "5 contaminated (rows 577, 675, 925, …), 495 over-long (rows 32, 33, 43, …)"
     )
     known = "evaluation problems among them, left out: math500 5"
     assert (
@@ -68,7 +68,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     )
     assert (
         "held-out   20 prompts of 354 to 633 tokens from aime24; "
-        "left out: 10 over-long (rows 0, 5, 8, …)\n" in run.output
+        "left out: 10 over-long (rows 1, 6, 9, …)\n" in run.output
     )
     assert f"failed: {summary['reason']}\n" in run.output
 
