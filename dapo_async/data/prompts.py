@@ -104,6 +104,10 @@ def load_prompts(
         kept.append(
             Prompt(problem.row, text, token_ids, answer=problem.answer, source=problem.source)
         )
+    if not kept and not left_out.counts:
+        raise ValueError(
+            f"{source.where} has no usable prompt; it has no rows: give a file with rows"
+        )
     if not kept:
         raise ValueError(
             f"{source.where} has no usable prompt; left out: {left_out}; over-long means more than "

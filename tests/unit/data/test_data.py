@@ -112,7 +112,7 @@ def test_overlong_and_empty_rows_are_counted_and_others_keep_their_row_number(
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([], "has no usable prompt; left out: none; "),
+        ([], "has no usable prompt; it has no rows: "),
         ([{"prompt": "x", "answer": ""}], "has no usable prompt; left out: 1 empty (row 1); "),
         (
             [{"prompt": "x" * 101, "answer": "1"}] * 5,
