@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 import traceback
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -81,6 +81,8 @@ class Run:
         resume: ResumePoint,
         train_data: str,
         heldout_data: str,
+        ray: RayConnection | None = None,
+        draw: Callable[[RunDir], bool] = draw_dynamics,
     ) -> None:
         self._config, self._run_dir, self._sinks = config, run_dir, sinks
         self._resume = resume
@@ -88,7 +90,7 @@ class Run:
         self._incarnation = secrets.token_hex(4)
         self._clock = StateClock("driver")
         self._began_s = self._clock.now_s()
-        self._ray = RayConnection(config)
+        self._ray, self._draw = ray or RayConnection(config), draw
         self._interrupts = Interrupts(sinks.say, self._note, self._end_at_once)
         self._services: Services | None = None
         evaluations = resume.driver.get("evaluations", {})
@@ -124,9 +126,15 @@ class Run:
             # Before the end of Ray: where a signal to the whole process group has ended Ray
             # already, its end may take this process with it.
             self._write_summary()
-        await asyncio.gather(self._ray.close(), asyncio.to_thread(draw_dynamics, self._run_dir))
-        outcome = self._record.outcome
-        await asyncio.to_thread(self._sinks.finish, outcome.status.value, outcome.reason)
+        outcome, stop_s = self._record.outcome, self._config.deadlines.stop_s
+        await asyncio.gather(
+            # It may wait `stop_s` for a start that goes on.
+            self._attempt("the end of Ray", self._ray.close(), within_s=2 * stop_s),
+            self._attempt("the picture", asyncio.to_thread(self._draw, self._run_dir)),
+        )
+        # It may wait `stop_s` for MLflow.
+        finish = asyncio.to_thread(self._sinks.finish, outcome.status.value, outcome.reason)
+        await self._attempt("the end of MLflow's run", finish, within_s=2 * stop_s)
         self._write_summary()  # again, with what the sinks have caught
         return outcome
 

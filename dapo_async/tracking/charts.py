@@ -8,12 +8,14 @@ become CSS variables (light and dark), and a script of some 40 lines shows value
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -89,9 +91,21 @@ def project_style() -> Iterator[None]:
     """The project's style for every matplotlib figure that is made and drawn within."""
     import matplotlib as mpl
 
+    wait_for_import("IPython")
     settings: Any = STYLE  # the stubs want each key as a literal
     with mpl.rc_context(settings):
         yield
+
+
+def wait_for_import(name: str) -> None:
+    """Returns when no other thread is importing the module `name` any more.
+
+    A matplotlib figure reads `sys.modules["IPython"].version_info`, and MLflow imports IPython in
+    its own thread. A module is in `sys.modules` before it has its attributes.
+    """
+    if name in sys.modules:
+        with suppress(ImportError):  # then the import has failed, and nothing is left to wait for
+            importlib.import_module(name)  # waits for the lock of the module
 
 
 def colour_of(trace: Trace, *, alone: bool) -> str:

@@ -6,12 +6,16 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from tracking_world import run_dir_with
 
 from dapo_async.cli.main import main
@@ -22,6 +26,7 @@ from dapo_async.tracking.charts import (
     heat_lines,
     legend,
     pass_rate_chart,
+    wait_for_import,
 )
 from dapo_async.tracking.panels import (
     PANELS,
@@ -350,6 +355,43 @@ def test_picture_has_readable_names_and_counts_steps_from_one(tmp_path: Path) ->
     rejected = traces(panel_of("Rejected"), [run])
     assert [(trace.label, trace.points.steps[0]) for trace in rejected] == [("all wrong", 1.0)]
     assert not draw_dynamics(RunDir.create(tmp_path / "new"))
+
+
+def test_picture_waits_for_an_import_of_ipython_that_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "IPython").mkdir()
+    (tmp_path / "IPython" / "__init__.py").write_text(
+        "import threading\nrest = threading.Event()\nrest.wait(60)\nversion_info = (9, 0)\n"
+    )
+    run_dir = a_run(tmp_path / "run")
+    script = f"""
+import sys, threading, time
+from pathlib import Path
+from dapo_async.tracking.plot import draw_dynamics
+from dapo_async.tracking.run_dir import RunDir
+importing = threading.Thread(target=__import__, args=("IPython",))
+importing.start()
+while not hasattr(sys.modules.get("IPython"), "rest"):
+    time.sleep(0.01)
+threading.Timer(0.5, sys.modules["IPython"].rest.set).start()
+assert not hasattr(sys.modules["IPython"], "version_info")
+assert draw_dynamics(RunDir(Path({str(run_dir.root)!r})))
+assert hasattr(sys.modules["IPython"], "version_info")
+"""
+    subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_failed_import_of_ipython_is_not_waited_for() -> None:
+    wait_for_import("dapo_async.no_such_module")
+    sys.modules["dapo_async.broken"] = None  # type: ignore[assignment] # as after a blocked import
+    try:
+        wait_for_import("dapo_async.broken")
+    finally:
+        del sys.modules["dapo_async.broken"]
 
 
 def test_differing_knobs_and_the_names_of_runs_are_told(tmp_path: Path) -> None:
