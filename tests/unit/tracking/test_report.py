@@ -365,6 +365,7 @@ def test_picture_waits_for_an_import_of_ipython_that_goes_on(tmp_path: Path) -> 
     run_dir = a_run(tmp_path / "run")
     script = f"""
 import sys, threading, time
+import matplotlib.figure
 from pathlib import Path
 from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
@@ -372,7 +373,7 @@ importing = threading.Thread(target=__import__, args=("IPython",))
 importing.start()
 while not hasattr(sys.modules.get("IPython"), "rest"):
     time.sleep(0.01)
-threading.Timer(0.5, sys.modules["IPython"].rest.set).start()
+threading.Timer(2.0, sys.modules["IPython"].rest.set).start()
 assert not hasattr(sys.modules["IPython"], "version_info")
 assert draw_dynamics(RunDir(Path({str(run_dir.root)!r})))
 assert hasattr(sys.modules["IPython"], "version_info")
