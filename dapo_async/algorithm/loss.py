@@ -198,7 +198,7 @@ def _denominator(num_tokens: float | Tensor | None, *, live: Tensor) -> Tensor |
         return num_tokens.clamp(min=1)
     if not num_tokens >= 0:
         raise ValueError(
-            f"num_tokens ({num_tokens}) must not be negative; "
-            "give the unmasked tokens of the minibatch over all ranks"
+            f"num_tokens ({num_tokens}) must not be negative; give the unmasked tokens of the "
+            "minibatch over all ranks"
         )
     return max(num_tokens, 1)

@@ -42,8 +42,8 @@ def proximal_from(
     if mode == "recompute":
         if recomputed_logprobs is None:
             raise ValueError(
-                "proximal recompute needs recomputed_logprobs; "
-                "give the learner's logprobs from before the first minibatch"
+                "proximal recompute needs recomputed_logprobs; give the learner's logprobs from "
+                "before the first minibatch"
             )
         return recomputed_logprobs.detach()
     if learner_version is None or behaviour_versions is None:

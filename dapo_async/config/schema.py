@@ -133,8 +133,7 @@ class DataConfig:
     contamination: Literal["drop", "warn", "off"] = knob(
         "warn",
         "training problems that are also evaluation problems: leave them out (drop), count them "
-        "and "
-        "train on them (warn), or do not search for them (off)",
+        "and train on them (warn), or do not search for them (off)",
     )
     check_against: str = knob(
         "",
@@ -152,9 +151,8 @@ class RewardConfig:
     verifier: str = knob(
         "marker",
         "what judges responses; marker: the answer is the text after the last ####; exact: it is "
-        "the "
-        "whole text; math: it is in an Answer: line or \\boxed{}; or your own module:function. Add "
-        "SOURCE=VERIFIER for the rows of one source, as in marker,gsm8k=math",
+        "the whole text; math: it is in an Answer: line or \\boxed{}; or your own "
+        "module:function. Add SOURCE=VERIFIER for the rows of one source, as in marker,gsm8k=math",
     )
     overlong_cache_tokens: int | None = knob(
         None,
@@ -187,14 +185,12 @@ class AlgorithmConfig:
         "truncate",
         "behaviour weights pi_prox / pi_beh outside the band from correction_floor to "
         "correction_cap: set them to its edge (truncate), do not train these tokens (mask), or "
-        "leave "
-        "them (none)",
+        "leave them (none)",
     )
     correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
         None,
         "one behaviour weight per token, per sequence (product of the tokens), or per "
-        "sequence_mean "
-        "(geometric mean); null: token, or sequence for gspo",
+        "sequence_mean (geometric mean); null: token, or sequence for gspo",
     )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
@@ -226,8 +222,7 @@ class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
         "torch",
         "what generates: the native engine, which uses the learner's decoder (torch), or one "
-        "SGLang "
-        "server per worker (sglang)",
+        "SGLang server per worker (sglang)",
     )
     num_workers: int = knob(
         1, "number of rollout workers; each has one engine", least=1, most=(10_000, PROCESS)
@@ -257,8 +252,7 @@ class RolloutConfig:
     server_flags: str = knob(
         "",
         "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace "
-        "equal "
-        "flags of the run",
+        "equal flags of the run",
     )
     num_slots: int = knob(
         64,
@@ -400,8 +394,7 @@ class EvaluationConfig:
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
         "where evaluations during training run: in a process that uses idle CPU time (snapshot), "
-        "or "
-        "in one with its own rollout.num_cpus CPUs and, with model.device=cuda, its own GPU "
+        "or in one with its own rollout.num_cpus CPUs and, with model.device=cuda, its own GPU "
         "(dedicated)",
     )
 
@@ -437,8 +430,7 @@ class TrackingConfig:
     mlflow: str | None = knob(
         "local",
         "where MLflow data go: local (SQLite file mlflow.db beside the run directory), or a "
-        "tracking "
-        "URI; null: off",
+        "tracking URI; null: off",
     )
 
 
@@ -476,8 +468,7 @@ class Config:
         "",
         "folder for all files of the run; empty: NAME-TIME in the folder DAPO_ASYNC_RUNS (an "
         "environment variable), or in runs/ if it is not set; a relative path is in "
-        "DAPO_ASYNC_RUNS, "
-        "or in the current folder",
+        "DAPO_ASYNC_RUNS, or in the current folder",
     )
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

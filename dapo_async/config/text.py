@@ -26,7 +26,7 @@ def redacted(text: str) -> str:
     return re.sub(r"://[^/?#\s]*@", "://***@", text)
 
 
-def nearest(key: str, names: Sequence[str]) -> str:
+def nearest_knob(key: str, names: Sequence[str]) -> str:
     """The knob that a misspelt `key` probably means, or several with "or" between them.
 
     A key that lacks its section, or has a wrong one, means the knobs of that name: `clip_low` is
@@ -48,7 +48,7 @@ def one_line(error: OmegaConfBaseException, names: Sequence[str]) -> str:
     message = str(error).split("\n")[0]
     key = error.full_key or ""
     if "not in" in message and key:
-        return f"unknown key {key}; did you mean {nearest(key, names)}?"
+        return f"unknown key {key}; did you mean {nearest_knob(key, names)}?"
     if isinstance(error, GrammarParseError | InterpolationResolutionError):
         remedy = r"write \${ for a literal ${"
     elif "to string" in message:

@@ -85,8 +85,8 @@ def _file_rules(config: Config, files: bool) -> Iterator[Rule]:
     for source in parse_sources(data.check_against):
         yield (
             not files or _exists(source),
-            f"data.check_against ({source.where}) does not exist; "
-            "give existing paths, separated by commas",
+            f"data.check_against ({source.where}) does not exist; give existing paths, separated "
+            "by commas",
         )
     yield (
         data.template is None or data.template in TEMPLATES or "{problem}" in data.template,
@@ -127,8 +127,7 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     yield (
         limit is None or limit > config.deadlines.stop_s,
         f"train.max_wall_s ({limit}) must be more than deadlines.stop_s "
-        f"({config.deadlines.stop_s}), the time for the end of the run; raise "
-        "train.max_wall_s",
+        f"({config.deadlines.stop_s}), the time for the end of the run; raise train.max_wall_s",
     )
     uri = config.tracking.mlflow
     yield (
@@ -164,9 +163,9 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
         )
     yield (
         not urls or len(set(urls)) == rollout.num_workers,
-        f"rollout.servers names {len(set(urls))} servers for rollout.num_workers="
-        f"{rollout.num_workers}: each worker needs its own; "
-        f"set rollout.num_workers={len(set(urls))}",
+        f"rollout.servers names {len(set(urls))} servers for "
+        f"rollout.num_workers={rollout.num_workers}: each worker needs its own; set "
+        f"rollout.num_workers={len(set(urls))}",
     )
     yield (
         all(url.startswith(("http://", "https://")) for url in urls),

@@ -54,15 +54,15 @@ def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig
         key, equals, _ = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(
-                f"override {override!r} is not of the form key=value; "
-                "write for example learner.lr=1e-4"
+                f"override {override!r} is not of the form key=value; write for example "
+                "learner.lr=1e-4"
             )
         try:
             tree.merge_with_dotlist([override])
         except yaml.YAMLError as error:
             raise ValueError(
-                f"the value of override {override!r} is not valid YAML; "
-                f"put it into quotes, such as {key}='\"...\"'"
+                f"the value of override {override!r} is not valid YAML; put it into quotes, such "
+                f"as {key}='\"...\"'"
             ) from error
     _check_names(tree, names)
     return tree

@@ -42,8 +42,8 @@ def check_engines(config: Config) -> None:
         raise ValueError(lack)
     if config.model.torch_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"model.device ({config.model.device}) asks for a GPU, "
-            "but this machine has no CUDA device; set model.device=cpu"
+            f"model.device ({config.model.device}) asks for a GPU, but this machine has no CUDA "
+            "device; set model.device=cpu"
         )
 
 
@@ -129,8 +129,8 @@ async def _outer_server(config: Config, url: str, checkpoint: Path) -> AsyncIter
         attested, report = await engine.update(load, version=0, probe_ids=PROBE)
         if (attested, report.version) != (incarnation, 0):
             raise EngineFault(
-                f"{url} must serve {checkpoint} as {incarnation}:0, "
-                f"but serves {attested}:{report.version}"
+                f"{url} must serve {checkpoint} as {incarnation}:0, but serves "
+                f"{attested}:{report.version}"
             )
         yield engine
 

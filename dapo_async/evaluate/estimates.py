@@ -40,8 +40,8 @@ def pass_at(k: int, *, num_correct: int, num_responses: int) -> float:
     """
     if not (1 <= k <= num_responses and 0 <= num_correct <= num_responses):
         raise ValueError(
-            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, "
-            f"with n {num_responses} responses and c {num_correct} correct ones"
+            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, with n {num_responses} responses and c "
+            f"{num_correct} correct ones"
         )
     whole = comb(num_responses, k)
     return (whole - comb(num_responses - num_correct, k)) / whole

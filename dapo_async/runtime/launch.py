@@ -84,8 +84,12 @@ def start_actors(
         )
         for number, name in enumerate(names)
     ]
+    shares_gpu = config.model.device == "shared_cuda"
     start_worker = _starter(
-        RolloutActor, num_cpus=rollout.num_cpus, num_gpus=config.gpus_per_worker, strategy=SPREAD
+        RolloutActor,
+        num_cpus=rollout.num_cpus,
+        num_gpus=config.gpus_per_worker,
+        strategy=near(node, reserves=True) if shares_gpu else SPREAD,  # the learner's GPU
     )
     workers = [
         WorkerHandle(

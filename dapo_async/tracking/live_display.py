@@ -74,28 +74,28 @@ class LiveProgress(Progress):
         row = self._row
         yield (
             "learning",
-            f"accuracy {number(row, 'accuracy', '.3f')}",
-            f"reward {number(row, 'reward', '.3f')}",
-            f"entropy {number(row, 'entropy', '.3f')}",
+            f"accuracy {formatted(row, 'accuracy', '.3f')}",
+            f"reward {formatted(row, 'reward', '.3f')}",
+            f"entropy {formatted(row, 'entropy', '.3f')}",
         )
-        bound = f"(max {number(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
+        bound = f"(max {formatted(row, 'group_staleness_max', '.0f')}/{self._max_staleness})"
         yield (
             "responses",
-            f"length {number(row, 'response_tokens', '.1f')}",
-            f"staleness {number(row, 'staleness', '.2f')} {bound}",
+            f"length {formatted(row, 'response_tokens', '.1f')}",
+            f"staleness {formatted(row, 'staleness', '.2f')} {bound}",
         )
         yield "groups", *groups(row)
         yield (
             "speed",
-            f"{number(row, 'tokens_per_s', ',.0f')} tok/s",
-            f"idle learner {number(row, 'idle.learner', '.0%')}",
-            f"rollout {number(row, 'idle.rollout', '.0%')}",
+            f"{formatted(row, 'tokens_per_s', ',.0f')} tok/s",
+            f"idle learner {formatted(row, 'idle.learner', '.0%')}",
+            f"rollout {formatted(row, 'idle.rollout', '.0%')}",
         )
         if evaluation := self._evaluation:
             yield (
                 f"held-out v{evaluation['version']}",
-                f"accuracy {number(evaluation, 'accuracy', '.3f')}",
-                f"length {number(evaluation, 'mean_response_tokens', '.1f')}",
+                f"accuracy {formatted(evaluation, 'accuracy', '.3f')}",
+                f"length {formatted(evaluation, 'mean_response_tokens', '.1f')}",
             )
 
     def _times(self) -> str:
@@ -108,7 +108,7 @@ class LiveProgress(Progress):
         return f"{elapsed}, about {clock(max(0.0, left_s))} of training left"
 
 
-def number(row: Mapping[str, Any], name: str, form: str) -> str:
+def formatted(row: Mapping[str, Any], name: str, form: str) -> str:
     """`row[name]` in the given format; a dash where the row has no such number."""
     value = row.get(name)
     return "–" if value is None else format(value, form)

@@ -274,7 +274,7 @@ class Publisher:
         result = self._check(announcement, attested)
         if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(
-                f"wrong weights twice: first {mismatch.detail}; "
-                f"after a reload from disk {result.detail}"
+                f"wrong weights twice: first {mismatch.detail}; after a reload from disk "
+                f"{result.detail}"
             )
         return result

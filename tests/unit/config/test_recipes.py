@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import yaml
-from paths import CONFIGS
+from paths import CONFIGS, ROOT
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
+from dapo_async.config import load, schema
+from dapo_async.learner.options import loss_options
 
 RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")
 LADDER = (
@@ -165,3 +167,27 @@ def test_the_readme_of_the_folder_names_every_config() -> None:
         "`ladder/1_grpo.yaml`",
         "`6_dynamic_sampling.yaml`",
     )
+
+
+def published_algorithms() -> dict[str, list[str]]:
+    """The rows of the table of docs/algorithms.md: name to overrides."""
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = page.partition("| algorithm | source |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {name: [] if of == "none" else of.strip("`").split() for name, _, of in cells}
+
+
+@pytest.mark.parametrize("name", published_algorithms())
+def test_every_published_algorithm_is_a_valid_config_and_a_valid_loss(name: str) -> None:
+    config = load(CONFIGS / "quickstart.yaml", published_algorithms()[name])
+    loss_options(config.algorithm)
+
+
+def test_every_knob_has_a_page_and_a_test() -> None:
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != "configuration.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    names = [knob.name for knob in schema.knobs()]
+    assert [name for name in names if f"`{name}" not in text and name not in text] == []
+    leaves = {name: name.rpartition(".")[2] for name in names}
+    assert [name for name, leaf in leaves.items() if not re.search(rf"\b{leaf}\b", tests)] == []

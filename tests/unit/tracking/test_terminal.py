@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from tracking_world import step_row
 
-from dapo_async.tracking.live_display import LiveProgress, clock, groups, number
+from dapo_async.tracking.live_display import LiveProgress, clock, formatted, groups
 from dapo_async.tracking.sinks import open_progress
 from dapo_async.tracking.terminal import Outlet, Progress, step_line
 
@@ -82,7 +82,7 @@ def test_display_has_a_dash_for_a_missing_number() -> None:
     progress.step(step_row(0, entropy=None))
     assert "entropy –" in frame(progress)
     progress.close()
-    assert number({"lr": 0.5}, "lr", ".2f") == "0.50"
+    assert formatted({"lr": 0.5}, "lr", ".2f") == "0.50"
     assert groups({}) == ["–"]
     assert (clock(59.6), clock(3725.2)) == ("0:01:00", "1:02:05")
 
