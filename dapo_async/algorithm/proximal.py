@@ -23,7 +23,7 @@ def proximal_from(
 ) -> Tensor:
     """log π_prox [T], without gradient.
 
-    recompute    `recomputed_logprobs`: a forward pass before the first minibatch of the step
+    recompute    `recomputed_logprobs`: of the weights before the first update of the step
     current      log π_θ: exact if the step has one minibatch; the clip never acts
     interpolate  A-3PO (2512.06547): log μ + α (log π_θ − log μ) with
                  α = clamp((v_θ − 1 − v_μ) / (v_θ − v_μ), 0, 1), v_θ = `learner_version` and

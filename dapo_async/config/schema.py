@@ -178,8 +178,8 @@ class AlgorithmConfig:
     )
     proximal: Literal["recompute", "current", "interpolate", "behaviour"] = knob(
         "recompute",
-        "source of pi_prox: an extra forward pass (recompute), pi_theta without gradient "
-        "(current), A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
+        "source of pi_prox: the weights at the start of the step (recompute), pi_theta without "
+        "gradient (current), A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
     )
     correction: Literal["truncate", "mask", "none"] = knob(
         "truncate",

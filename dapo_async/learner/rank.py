@@ -46,7 +46,8 @@ from dapo_async.types import Group, StepMetrics
 class StepStart:
     """What a step computes before its first update, keyed by `id(microbatch)`.
 
-    Each is empty if the algorithm does not use it.
+    `recomputed` lacks the microbatches whose proximal logprobs need no extra pass; `keep` is empty
+    if M2PO is off.
     """
 
     recomputed: Mapping[int, Tensor]  # proximal logprobs [N] by an extra forward pass
@@ -205,15 +206,24 @@ class LearnerRank:
 
     def _start(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepStart:
         batches = [batch for minibatch in minibatches for batch in minibatch]
-        recomputed = self._recompute(batches)
+        recomputed = self._recompute(minibatches)
         return StepStart(recomputed, self._keep_masks(batches, recomputed))
 
     @record_function("proximal pass")
     @torch.no_grad()
-    def _recompute(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
-        """Proximal logprobs by an extra forward pass; empty in the modes that do not use them."""
-        if self._algorithm.proximal != "recompute" and self._algorithm.second_moment is None:
+    def _recompute(self, minibatches: Sequence[Sequence[Microbatch]]) -> dict[int, Tensor]:
+        """Proximal logprobs by an extra forward pass, of the microbatches that need one.
+
+        The first minibatch takes them from the pass that it makes anyway: no update has come
+        before it. M2PO's mask needs those of all microbatches before the first loss.
+        """
+        if self._algorithm.second_moment is not None:
+            first = 0
+        elif self._algorithm.proximal == "recompute":
+            first = 1
+        else:
             return {}
+        batches = [batch for minibatch in minibatches[first:] for batch in minibatch]
         return {id(batch): self._forward(batch)[0] for batch in batches}
 
     def _keep_masks(
@@ -254,16 +264,17 @@ class LearnerRank:
         total_loss = 0.0
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
-            loss, diagnostics = self._loss(batch, logprobs, entropies, start, counts)
+            # The learner's logprobs at the start of the step, if known: before the first update
+            # they are those of this pass.
+            proximal = start.recomputed.get(id(batch), logprobs.detach() if first else None)
+            keep = start.keep.get(id(batch))
+            loss, diagnostics = self._loss(batch, logprobs, entropies, proximal, keep, counts)
             loss.backward()
             total_loss += float(loss.detach())
             metrics = metrics + step_metrics(diagnostics)
             metrics = metrics + token_metrics(
                 batch, logprobs.detach(), entropies.detach(), learner_version=self.version
             )
-            # Without an extra pass, the weights at the start of the step are known only before the
-            # first update.
-            proximal = start.recomputed.get(id(batch), logprobs.detach() if first else None)
             metrics = metrics + self._mismatch(batch, proximal)
         sum_gradients(self.decoder, self._mesh)
         norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
@@ -299,15 +310,19 @@ class LearnerRank:
         batch: Microbatch,
         logprobs: Tensor,
         entropies: Tensor,
-        start: StepStart,
+        start_logprobs: Tensor | None,
+        keep: Tensor | None,
         counts: MinibatchCounts,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The microbatch's share of the minibatch's loss, and its diagnostics."""
+        """The microbatch's share of the minibatch's loss, and its diagnostics.
+
+        `start_logprobs [N]` are those of the weights at the start of the step.
+        """
         proximal = proximal_from(
             self._algorithm.proximal,
             current_logprobs=logprobs,
             behaviour_logprobs=batch.behaviour_logprobs,
-            recomputed_logprobs=start.recomputed.get(id(batch)),
+            recomputed_logprobs=start_logprobs,
             learner_version=self.version,
             behaviour_versions=batch.behaviour_versions,
         )
@@ -326,7 +341,7 @@ class LearnerRank:
             advantages=batch.advantages,
             mask=batch.mask,
             sequence_ids=batch.sequence_ids,
-            keep=start.keep.get(id(batch)),
+            keep=keep,
             entropies=entropies,
             token_weights=weights,
         )

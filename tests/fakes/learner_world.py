@@ -18,6 +18,7 @@ from torch import Tensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
+from dapo_async.learner.batching import Microbatch
 from dapo_async.model import Decoder, ModelConfig
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -109,6 +110,13 @@ def rank_of(
         seed=0,
         version=version,
     )
+
+
+class PassBeforeEveryMinibatch(LearnerRank):
+    """A reference: proximal logprobs by an extra pass over every microbatch of the step."""
+
+    def _recompute(self, minibatches: Sequence[Sequence[Microbatch]]) -> dict[int, Tensor]:
+        return super()._recompute([[], *minibatches])
 
 
 @dataclass

@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 import torch
 from gloo import TIMEOUT_S, on_ranks
-from learner_world import LR, TINY, TINY_JSON, VERSION, rank_of, synthetic_groups, tiny_decoder
+from learner_world import (
+    LR,
+    TINY,
+    TINY_JSON,
+    VERSION,
+    PassBeforeEveryMinibatch,
+    rank_of,
+    synthetic_groups,
+    tiny_decoder,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -224,6 +233,7 @@ def test_a_gradient_of_own_tokens_only_in_a_whole_parameter_is_detected(
 def rank_on(
     mesh: Mesh,
     *,
+    kind: type[LearnerRank] = LearnerRank,
     algorithm: dict[str, Any] | None = None,
     activations: torch.dtype | None = None,
     model: dict[str, Any] | None = None,
@@ -231,7 +241,7 @@ def rank_on(
 ) -> LearnerRank:
     knobs = LearnerConfig(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
     decoder = decoder_of(replace(CONFIG, **(model or {})), mesh, activations=activations)
-    return LearnerRank(
+    return kind(
         decoder,
         algorithm=AlgorithmConfig(**(algorithm or {})),
         learner=knobs,
@@ -257,9 +267,9 @@ class Trained:
     weights: dict[str, torch.Tensor]  # whole
 
 
-def three_steps(mesh: Mesh, form: dict[str, Any]) -> Trained:
+def three_steps(mesh: Mesh, form: dict[str, Any], kind: type[LearnerRank] = LearnerRank) -> Trained:
     rank = rank_on(
-        mesh, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"]
+        mesh, kind=kind, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"]
     )
     steps = [step_on(rank, mesh, uneven_groups()) for _ in range(3)]
     return Trained(
@@ -308,6 +318,27 @@ def test_three_steps_of_several_ranks_equal_those_of_one(
         torch.testing.assert_close(
             ranks[0].weights[name], tensor, rtol=0, atol=0.005 * amplified * LR, msg=name
         )
+
+
+def with_and_without_the_extra_pass(mesh: Mesh) -> list[tuple[Trained, Trained]]:
+    """By number of minibatches: the learner, and one with a proximal pass for every microbatch."""
+    forms = [
+        {"learner": {"num_minibatches": count, "microbatch_tokens": 20}, "algorithm": algorithm}
+        for count, algorithm in ((1, {}), (3, {"correction": "mask"}))
+    ]
+    return [
+        (three_steps(mesh, form), three_steps(mesh, form, PassBeforeEveryMinibatch))
+        for form in forms
+    ]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
+def test_leaving_out_the_first_proximal_pass_changes_no_bit_on_any_rank(dp: int, tp: int) -> None:
+    for results in on_ranks(with_and_without_the_extra_pass, dp=dp, tp=tp):
+        for one, other in results:
+            assert [each.flat() for each in one.steps] == [each.flat() for each in other.steps]
+            for name, tensor in one.weights.items():
+                assert torch.equal(tensor, other.weights[name]), name
 
 
 def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:

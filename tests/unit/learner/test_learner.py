@@ -17,6 +17,7 @@ from learner_world import (
     LR,
     VERSION,
     Naive,
+    PassBeforeEveryMinibatch,
     StepOutcome,
     dense_logprobs,
     outcome,
@@ -31,7 +32,7 @@ from dapo_async.algorithm.objectives import Objective, Surrogate, Terms
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import Microbatch, split_microbatches, training_sequences
 from dapo_async.learner.optimizer import warmed_up
-from dapo_async.learner.rank import MinibatchCounts, StepStart
+from dapo_async.learner.rank import MinibatchCounts
 from dapo_async.types import Group
 
 NUM_TOKENS = sum(map(sum, LENGTHS))  # 75 response tokens in 12 rollouts
@@ -132,11 +133,12 @@ class AveragesMicrobatchMeans(LearnerRank):
         batch: Microbatch,
         logprobs: Tensor,
         entropies: Tensor,
-        start: StepStart,
+        start_logprobs: Tensor | None,
+        keep: Tensor | None,
         counts: MinibatchCounts,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         own = replace(counts, num_tokens=float(batch.mask.sum()) * self.num_microbatches)
-        return super()._loss(batch, logprobs, entropies, start, own)
+        return super()._loss(batch, logprobs, entropies, start_logprobs, keep, own)
 
 
 def test_averaging_the_means_of_microbatches_is_detected() -> None:
@@ -161,6 +163,21 @@ def test_averaging_the_means_of_microbatches_is_detected() -> None:
         assert_same(
             replace(done, metrics=at_once.metrics, first_moments=at_once.first_moments), at_once
         )
+
+
+class PassAfterTheFirstUpdate(LearnerRank):
+    """A broken learner: every minibatch takes its own logprobs for the proximal ones."""
+
+    def _loss(
+        self,
+        batch: Microbatch,
+        logprobs: Tensor,
+        entropies: Tensor,
+        start_logprobs: Tensor | None,
+        keep: Tensor | None,
+        counts: MinibatchCounts,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return super()._loss(batch, logprobs, entropies, logprobs.detach(), keep, counts)
 
 
 def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone() -> None:
@@ -213,20 +230,66 @@ def test_a_proximal_policy_taken_before_each_minibatch_is_detected() -> None:
         )
 
 
-def test_current_is_recompute_bit_for_bit_with_half_the_forward_passes() -> None:
-    results, passes = {}, {}
-    for mode in ("current", "recompute"):
-        counted: list[int] = []
-        rank = rank_of(algorithm={"proximal": mode}, microbatch_tokens=40)
-        rank.decoder.model.norm.register_forward_hook(lambda *_, counted=counted: counted.append(1))
-        results[mode], passes[mode] = outcome(rank, synthetic_groups()), len(counted)
-    assert passes == {"current": 4, "recompute": 8}
-    assert results["current"].metrics == results["recompute"].metrics
-    assert all(
-        torch.equal(results["current"].weights[name], weight)
-        for name, weight in results["recompute"].weights.items()
+PASS_FORMS: list[Form] = [
+    {},
+    {"second_moment": 0.04},
+    {"correction": "mask", "correction_cap": 1.3, "correction_floor": 0.8},
+    {"objective": "gspo", "overlong_filtering": True},
+    {"loss_mean": "sequence", "entropy_bonus": 0.1},
+]
+
+
+def counted_outcome(rank: LearnerRank, groups: Sequence[Group]) -> tuple[StepOutcome, int]:
+    """What a step leaves behind, and how many forward passes it has made."""
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    rank.decoder.model.norm.register_forward_hook(count)
+    return outcome(rank, groups), passes
+
+
+def assert_equal_bits(one: StepOutcome, other: StepOutcome) -> None:
+    assert one.metrics == other.metrics
+    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 3])
+@pytest.mark.parametrize("form", PASS_FORMS, ids=str)
+def test_the_first_minibatch_needs_no_proximal_pass_and_no_bit_changes(
+    form: Form, num_minibatches: int
+) -> None:
+    knobs: dict[str, Any] = {"num_minibatches": num_minibatches, "microbatch_tokens": 20}
+    groups, rank = synthetic_groups(), rank_of(algorithm=form, **knobs)
+    microbatches = [len(each) for each in rank._minibatches(groups, None, None)]
+    assert microbatches[0] > 1
+    done, passes = counted_outcome(rank, groups)
+    extra, most = counted_outcome(
+        rank_of(kind=PassBeforeEveryMinibatch, algorithm=form, **knobs), groups
     )
-    assert results["current"].metrics["current_log_ratio_max"] == 0.0
+    assert_equal_bits(done, extra)
+    assert most == 2 * sum(microbatches)
+    assert passes == most - (0 if "second_moment" in form else microbatches[0])
+
+
+def test_current_is_recompute_bit_for_bit_with_as_many_forward_passes() -> None:
+    results = {
+        mode: counted_outcome(
+            rank_of(algorithm={"proximal": mode}, microbatch_tokens=40), synthetic_groups()
+        )
+        for mode in ("current", "recompute")
+    }
+    assert {mode: passes for mode, (_, passes) in results.items()} == {"current": 4, "recompute": 4}
+    assert_equal_bits(results["current"][0], results["recompute"][0])
+    assert results["current"][0].metrics["current_log_ratio_max"] == 0.0
+
+
+def test_proximal_logprobs_taken_after_the_first_update_are_detected() -> None:
+    late = rank_of(kind=PassAfterTheFirstUpdate, num_minibatches=2)
+    with pytest.raises(AssertionError):
+        assert_equals_the_naive_step(late, Naive(num_minibatches=2), synthetic_groups())
 
 
 def test_metrics_are_token_means_of_the_dense_policy() -> None:
