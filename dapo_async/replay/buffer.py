@@ -17,10 +17,16 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
+from dapo_async.replay.credits import (
+    Credits,
+    DeadlineCounts,
+    Outstanding,
+    doomed,
+    first_overload,
+)
 from dapo_async.replay.filters import Filter, first_reason
 from dapo_async.replay.ledger import Counts, GroupOutcome, Ledger
 from dapo_async.replay.stall_report import WaitFacts, explain
@@ -76,6 +82,9 @@ class ReplayBuffer:
         self._log = AcceptanceLog(count_waves=max_staleness == 0)
         self._generating: dict[int, Generating] = {}
         self._buffered: dict[int, Buffered] = {}
+        self._deadlines = DeadlineCounts()  # of _generating and _buffered
+        # Deadline and id of the buffered groups; groups that have left are dropped by `_pick`.
+        self._by_deadline: list[tuple[int, int]] = []
         # Groups to be admitted again, of a lost engine or of the incarnation before → deadline of
         # their partial completions, or -1 without.
         self._reissue: dict[int, int] = {}
@@ -113,7 +122,8 @@ class ReplayBuffer:
         )
         buffer.next_step, buffer.learner_version = state.next_step, state.version
         buffer.failures.update(state.failures)
-        buffer._buffered = dict(state.buffered)
+        for group_id, group in state.buffered.items():
+            buffer._keep(group_id, group)
         buffer._reissue = dict.fromkeys(state.reissue, -1)
         outstanding = [*state.buffered, *state.reissue]
         for group_id in outstanding:
@@ -179,12 +189,14 @@ class ReplayBuffer:
         """Asserts conservation and that no credit leaked, in constant time; valid at any moment."""
         counts = self.counts
         counts.check()
-        in_flight = (
-            len(self._generating) + len(self._buffered) + len(self._taken) + len(self._reissue)
-        )
+        outstanding = len(self._generating) + len(self._buffered)
+        in_flight = outstanding + len(self._taken) + len(self._reissue)
         assert counts.in_flight == in_flight, (
             f"{counts.in_flight} admissions are open, the buffer has {in_flight} groups"
         )
+        deadlines = self._deadlines
+        assert deadlines.outstanding.total() == outstanding, (deadlines.outstanding, outstanding)
+        assert deadlines.finished.total() == len(self._buffered), deadlines.finished
         held = in_flight + len(self._awaiting)
         assert self._credits.held == held, f"{self._credits.held} credits are held by {held} groups"
 
@@ -224,11 +236,15 @@ class ReplayBuffer:
             self._credits.spend(group_id)
         continues = (
             kept > self.learner_version
-            and self._overload_after(frozenset(), self.learner_version, [kept]) is None
+            and self._overload(
+                self._deadlines.outstanding + Counter([kept]), self.learner_version + 1
+            )
+            is None
         )
         if continues and kept < deadline:
             deadline, self._suspect = kept, True
         self._generating[group_id] = Generating(worker, deadline, continues)
+        self._deadlines.start(deadline)
         self._log.admit()
         return group_id
 
@@ -247,15 +263,16 @@ class ReplayBuffer:
             self._evict(group_id)
             return OfferResult(OfferOutcome.EVICTED)
         reason = first_reason(group, self._filters)
-        started = self._generating.pop(group_id)
+        started = self._stop(group_id)
+        assert started is not None
         self._suspect |= deadline < started.deadline
         if reason is not None:
             self._end(group_id, reason)
             self._log.reject(reason, group)
             self._streak.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
-        self._buffered[group_id] = Buffered(
-            started.worker, deadline, oldest_version, group.num_tokens, payload
+        self._keep(
+            group_id, Buffered(started.worker, deadline, oldest_version, group.num_tokens, payload)
         )
         self._log.accept(group)
         self._streak.accept()
@@ -263,7 +280,7 @@ class ReplayBuffer:
 
     def fail(self, group_id: int, *, why: str) -> bool:
         """Gives up a generating group; False when it had ended already (a late report)."""
-        if self._generating.pop(group_id, None) is None:
+        if self._stop(group_id) is None:
             return False
         self._end(group_id, GroupOutcome.FAILED)
         self.failures[why] += 1
@@ -275,7 +292,7 @@ class ReplayBuffer:
         `oldest_version`: of its partial completions; None without. Returns False when the group had
         ended already.
         """
-        if self._generating.pop(group_id, None) is None:
+        if self._stop(group_id) is None:
             return False
         self._reissue[group_id] = (
             -1 if oldest_version is None else oldest_version + self.max_staleness
@@ -317,6 +334,8 @@ class ReplayBuffer:
         if learner_version == self.learner_version and not self._suspect:
             return {}
         self.learner_version, self._suspect = learner_version, False
+        if self._overload(self._deadlines.outstanding, learner_version) is None:
+            return {}
         lost = doomed(
             self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step
         )
@@ -331,13 +350,12 @@ class ReplayBuffer:
         assert not self.closed, "take after close"
         assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
         self.evict_doomed(learner_version)
-        picked = self._pick()
-        if len(picked) < self.groups_per_step:
+        if self.num_buffered < self.groups_per_step:
             return None
-        if self._overload_after(picked, learner_version) is not None:
+        if self._overload_after_take(learner_version) is not None:
             return None
-        group_ids = tuple(sorted(picked))
-        groups = [self._buffered.pop(group_id) for group_id in group_ids]
+        group_ids = tuple(sorted(self._pick()))
+        groups = [self._leave(group_id) for group_id in group_ids]
         oldest_versions = tuple(group.oldest_version for group in groups)
         assert min(oldest_versions) >= learner_version - self.max_staleness, (
             f"staleness bound broken at {learner_version}: {oldest_versions}"
@@ -384,6 +402,8 @@ class ReplayBuffer:
             for group_id in groups:
                 self._end(group_id, GroupOutcome.UNUSED)
             groups.clear()
+        self._deadlines.clear()
+        self._by_deadline.clear()
         self.closed = True
         return self.counts
 
@@ -399,7 +419,7 @@ class ReplayBuffer:
             unpublished=len(self._awaiting),
             admissible=self.admissible(),
             credits_free=self._credits.free,
-            overload=self._overload_after(self._pick(), learner_version),
+            overload=self._overload_after_take(learner_version),
             acceptance=self._log.step,
             evicted=len(self._evicted_since_take),
             failures=self.failures,
@@ -426,27 +446,45 @@ class ReplayBuffer:
         for group_id, group in self._buffered.items():
             yield Outstanding(group.deadline, group_id, generating=False)
 
-    def _pick(self) -> frozenset[int]:
+    def _pick(self) -> list[int]:
         """The finished groups with the earliest deadlines, as many as a step takes."""
-        finished = (group for group in self._outstanding() if not group.generating)
-        first = heapq.nsmallest(self.groups_per_step, finished)
-        return frozenset(group.group_id for group in first)
+        picked: list[int] = []
+        while len(picked) < self.groups_per_step:
+            _, group_id = heapq.heappop(self._by_deadline)
+            if group_id in self._buffered:
+                picked.append(group_id)
+        return picked
 
-    def _overload_after(
-        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
-    ) -> int | None:
-        """The first deadline that a take of `picked` at `learner_version` would lose.
+    def _overload_after_take(self, learner_version: int) -> int | None:
+        """The first deadline that a take at `learner_version` would lose."""
+        rest = self._deadlines.after_take(self.groups_per_step)
+        return self._overload(rest, learner_version + 1)
 
-        `added`: deadlines beside those of the outstanding groups.
-        """
-        rest = [group.deadline for group in self._outstanding() if group.group_id not in picked]
+    def _overload(self, deadlines: Mapping[int, int], next_version: int) -> int | None:
         return first_overload(
-            [*rest, *added], next_version=learner_version + 1, groups_per_step=self.groups_per_step
+            deadlines, next_version=next_version, groups_per_step=self.groups_per_step
         )
+
+    def _stop(self, group_id: int) -> Generating | None:
+        """The group generates no longer; None when it did not."""
+        started = self._generating.pop(group_id, None)
+        if started is not None:
+            self._deadlines.stop(started.deadline)
+        return started
+
+    def _keep(self, group_id: int, group: Buffered) -> None:
+        self._buffered[group_id] = group
+        self._deadlines.keep(group.deadline)
+        heapq.heappush(self._by_deadline, (group.deadline, group_id))
+
+    def _leave(self, group_id: int) -> Buffered:
+        group = self._buffered.pop(group_id)
+        self._deadlines.give(group.deadline)
+        return group
 
     def _evict(self, group_id: int) -> str:
         """Ends the group; returns its worker."""
-        group = self._generating.pop(group_id, None) or self._buffered.pop(group_id)
+        group = self._stop(group_id) or self._leave(group_id)
         self._end(group_id, GroupOutcome.EVICTED)
         self._evicted_since_take.append(group_id)
         return group.worker

@@ -22,7 +22,8 @@ and admission goes on. At S = 0, n groups start at version t and are the batch a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -64,18 +65,69 @@ class Outstanding(NamedTuple):
 
 
 def first_overload(
-    deadlines: Iterable[int], *, next_version: int, groups_per_step: int
+    deadlines: Mapping[int, int], *, next_version: int, groups_per_step: int
 ) -> int | None:
     """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … lose.
 
-    None when all can be kept. These are unit jobs on one machine of capacity n per version:
-    earliest deadline first keeps all iff for every d at most max(0, d − next_version + 1)·n
-    deadlines are ≤ d (Jackson 1955).
+    `deadlines`: number of groups by deadline. None when all can be kept. These are unit jobs on one
+    machine of capacity n per version: earliest deadline first keeps all iff for every d at most
+    max(0, d − next_version + 1)·n deadlines are ≤ d (Jackson 1955).
     """
-    for count, deadline in enumerate(sorted(deadlines), start=1):
+    count = 0
+    for deadline in sorted(deadlines):
+        count += deadlines[deadline]
         if count > _capacity(deadline, next_version=next_version, groups_per_step=groups_per_step):
             return deadline
     return None
+
+
+class DeadlineCounts:
+    """Deadlines of the outstanding groups, counted, so that no take looks at single groups.
+
+    There are about `max_staleness` + 1 different deadlines, however many groups are out.
+    """
+
+    def __init__(self) -> None:
+        self.outstanding: Counter[int] = Counter()  # generating or finished groups by deadline
+        self.finished: Counter[int] = Counter()  # finished groups by deadline
+
+    def start(self, deadline: int) -> None:
+        """A group starts to generate."""
+        self.outstanding[deadline] += 1
+
+    def stop(self, deadline: int) -> None:
+        """A generating group ends or is to be admitted again."""
+        _decrement(self.outstanding, deadline)
+
+    def keep(self, deadline: int) -> None:
+        """A group is finished and accepted."""
+        self.outstanding[deadline] += 1
+        self.finished[deadline] += 1
+
+    def give(self, deadline: int) -> None:
+        """A finished group is taken or evicted."""
+        _decrement(self.outstanding, deadline)
+        _decrement(self.finished, deadline)
+
+    def clear(self) -> None:
+        self.outstanding.clear()
+        self.finished.clear()
+
+    def after_take(self, groups_per_step: int) -> Counter[int]:
+        """The outstanding groups without the finished ones of the earliest deadlines."""
+        left, rest = groups_per_step, self.outstanding.copy()
+        for deadline in sorted(self.finished):
+            taken = min(left, self.finished[deadline])
+            rest[deadline] -= taken
+            left -= taken
+        return rest
+
+
+def _decrement(counts: Counter[int], deadline: int) -> None:
+    assert counts[deadline] > 0, f"no group with deadline {deadline} is counted"
+    counts[deadline] -= 1
+    if not counts[deadline]:
+        del counts[deadline]
 
 
 def doomed(

@@ -5,7 +5,7 @@ The replay tests show that their checks notice each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from replay_world import World
@@ -26,19 +26,15 @@ class LosesTheCreditOfARejectedGroup(ReplayBuffer):
 
 
 class TakesWithoutWaitingForStragglers(ReplayBuffer):
-    def _overload_after(
-        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
-    ) -> None:
+    def _overload_after_take(self, learner_version: int) -> None:
         return None
 
 
 class TakesInOrderOfCompletion(ReplayBuffer):
-    def _pick(self) -> frozenset[int]:
-        return frozenset(list(self._buffered)[: self.groups_per_step])
+    def _pick(self) -> list[int]:
+        return list(self._buffered)[: self.groups_per_step]
 
-    def _overload_after(
-        self, picked: frozenset[int], learner_version: int, added: Sequence[int] = ()
-    ) -> None:
+    def _overload_after_take(self, learner_version: int) -> None:
         return None
 
     def evict_doomed(self, learner_version: int) -> dict[int, str]:

@@ -136,7 +136,10 @@ class World:
         for group_id in self.buffer.evict_doomed(self.version):
             self.generating.pop(group_id, None)
             self.endings["evicted"] += 1
+        expected = self.expected_batch()
         batch = self.buffer.take(self.version)
+        if type(self.buffer) is ReplayBuffer:
+            assert (batch and batch.group_ids) == expected
         if batch is None:
             return False
         for group_id, payload in zip(batch.group_ids, batch.references, strict=True):
@@ -146,6 +149,20 @@ class World:
         assert len(batch.group_ids) == self.buffer.groups_per_step
         self.training = batch
         return True
+
+    def expected_batch(self) -> tuple[int, ...] | None:
+        """What a take returns, by a look at each outstanding group and each deadline."""
+        size, buffer = self.buffer.groups_per_step, self.buffer
+        finished = sorted((group.deadline, number) for number, group in buffer._buffered.items())
+        rest = [deadline for deadline, _ in finished[size:]]
+        rest += [started.deadline for started in buffer._generating.values()]
+        fits = all(
+            sum(each <= deadline for each in rest) <= max(0, deadline - self.version) * size
+            for deadline in rest
+        )
+        if len(finished) < size or not fits:
+            return None
+        return tuple(sorted(number for _, number in finished[:size]))
 
     def finish_step(self, *, finite: bool = True) -> None:
         """The learner makes the next version; its publish starts at once."""
@@ -221,6 +238,11 @@ class World:
             + in_training
         )
         assert self.buffer.num_generating == len(self.generating)
+        buffer, deadlines = self.buffer, self.buffer._deadlines
+        finished = Counter(group.deadline for group in buffer._buffered.values())
+        running = Counter(started.deadline for started in buffer._generating.values())
+        assert deadlines.finished == finished
+        assert deadlines.outstanding == finished + running
         total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
         unpublished = len(self.publishing.group_ids) if self.publishing else 0
         held = counts.in_flight + unpublished

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from replay_world import WRONG, make_group
 
 from dapo_async.replay import Counts, dynamic_sampling, has_tokens
-from dapo_async.replay.credits import Credits, Outstanding, doomed, first_overload
+from dapo_async.replay.credits import Credits, DeadlineCounts, Outstanding, doomed, first_overload
 from dapo_async.replay.filters import first_reason
 from dapo_async.replay.stop_rule import RejectStreak
 from dapo_async.types import RejectReason
@@ -70,7 +72,22 @@ def test_credits_are_spent_and_given_back_once_each() -> None:
 def test_first_overload_counts_the_places_until_each_deadline(
     deadlines: list[int], overload: int | None
 ) -> None:
-    assert first_overload(deadlines, next_version=5, groups_per_step=2) == overload
+    counts = Counter(deadlines)
+    assert first_overload(counts, next_version=5, groups_per_step=2) == overload
+
+
+def test_take_removes_the_earliest_finished_deadlines_from_the_counts() -> None:
+    counts = DeadlineCounts()
+    for deadline in (5, 6, 6):
+        counts.start(deadline)
+    for deadline in (7, 6, 5):
+        counts.keep(deadline)
+    assert counts.after_take(2) == {5: 1, 6: 2, 7: 1}
+    counts.give(5)
+    counts.stop(6)
+    assert (counts.outstanding, counts.finished) == ({5: 1, 6: 2, 7: 1}, {6: 1, 7: 1})
+    with pytest.raises(AssertionError, match="no group with deadline 5 is counted"):
+        counts.give(5)
 
 
 def test_overload_evicts_generating_groups_first_and_then_the_latest() -> None:

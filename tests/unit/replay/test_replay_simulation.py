@@ -107,9 +107,13 @@ def simulate(
 class StrictFirstInFirstOut(ReplayBuffer):
     """Waits for the groups that were admitted first; the slowest of them delays every step."""
 
-    def _pick(self) -> frozenset[int]:
-        first = sorted([*self._generating, *self._buffered])[: self.groups_per_step]
-        return frozenset(first) & frozenset(self._buffered)
+    def _pick(self) -> list[int]:
+        return sorted([*self._generating, *self._buffered])[: self.groups_per_step]
+
+    def _overload_after_take(self, learner_version: int) -> int | None:
+        if not self._buffered.keys() >= set(self._pick()):
+            return -1
+        return super()._overload_after_take(learner_version)
 
 
 SEEDS = range(25)
