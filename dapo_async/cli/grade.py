@@ -17,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
         type=Path,
         required=True,
         metavar="IN.jsonl",
-        help="rows with prediction and gold, and optionally extraction",
+        help="rows with prediction and gold, and optionally extraction and prompt",
     )
     parser.add_argument(
         "--output",

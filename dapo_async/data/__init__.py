@@ -9,12 +9,14 @@ presets    columns and templates of published data sets
 screening  leaves out repeats, conflicting answers, other languages and evaluation problems
 templates  the text around a problem
 prompts    rows become prompts; what is left out is counted
+responses  token ids of a response become text
 sets       the data sets that a config names
 stream     the order of prompts: depends on the seed, new in each epoch
 """
 
 from dapo_async.data.presets import PRESETS, preset_of
 from dapo_async.data.prompts import PromptSet, load_fingerprints, load_prompts
+from dapo_async.data.responses import response_decoder
 from dapo_async.data.screening import Screening
 from dapo_async.data.sets import check_fit, is_on_hub, load_set, usable_tokenizer
 from dapo_async.data.stream import PromptStream
@@ -35,5 +37,6 @@ __all__ = [
     "load_set",
     "load_tokenizer",
     "preset_of",
+    "response_decoder",
     "usable_tokenizer",
 ]

@@ -22,7 +22,7 @@ import numpy as np
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.data import PromptSet, check_fit, load_set, usable_tokenizer
+from dapo_async.data import PromptSet, check_fit, load_set, response_decoder, usable_tokenizer
 from dapo_async.evaluate.engines import check_engines, open_engines
 from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
@@ -151,10 +151,11 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
         "seed": sampling.seed,
     }
     verifiers = choose_verifiers(config.reward.verifier)
+    response_text = response_decoder(tokenizer)
 
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
-        response = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-        return verifiers.of(prompt.source)(response, prompt.answer)
+        response = response_text(completion.token_ids.tolist())
+        return verifiers.of(prompt.source)(response, prompt.answer, prompt=prompt.text)
 
     return Job(config, checkpoint, judge, problems, prompts, options.k, sampling, settings)
 

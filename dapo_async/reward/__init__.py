@@ -3,6 +3,7 @@
 The rollout worker calls `score_group`. docs/rewards.md is the page for users.
 
 verdict        `Verdict`, which every verifier returns
+thinking       which part of a response is thinking
 verifiers      verifiers by name and by data source
 math_verifier  the verifier of mathematical answers
 math           its public import path for other projects

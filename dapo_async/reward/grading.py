@@ -10,21 +10,30 @@ import functools
 import json
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, Protocol, TextIO, get_args
 
 from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
 from dapo_async.reward.math_verifier.verify import TIMEOUT_S, Extraction, verify
+from dapo_async.reward.thinking import prompt_text
 from dapo_async.reward.verdict import FAILED, Verdict
 from dapo_async.reward.verifiers import WrongVerdict, get_verifier
 from dapo_async.utils.files import atomic_file, partial_path
 from dapo_async.utils.plugins import is_custom
 
 CHUNK_ROWS = 1000
+
+
+class RowJudge(Protocol):
+    """Judges one row."""
+
+    def __call__(
+        self, row: dict[str, Any], prediction: str, gold: str, /, *, prompt: str
+    ) -> Verdict: ...
 
 
 @dataclass(slots=True)
@@ -54,9 +63,10 @@ def grade(
 ) -> Grades:
     """Writes each row of `source` to `target` with `correct`, `extracted` and `reason` added.
 
-    A row has `prediction` and `gold`; its other fields pass through in their order. `verifier` is
-    `math`, `marker`, `exact` or the user's `module:function`. Only `math` reads the optional field
-    `extraction` and uses `timeout_s`. Rows are judged one at a time, except by `math`.
+    A row has `prediction` and `gold`; its other fields pass through in their order. The optional
+    field `prompt` is the text that the prediction continues, or a list of chat messages. `verifier`
+    is `math`, `marker`, `exact` or the user's `module:function`. Only `math` reads the optional
+    field `extraction` and uses `timeout_s`. Rows are judged one at a time, except by `math`.
 
     Raises ValueError with the line number for a row that breaks these rules and for a
     `module:function` that fails on a row, and ValueError for files that cannot be used.
@@ -88,8 +98,8 @@ def grade(
     return grades
 
 
-def _row_judge(verifier: str, timeout_s: float) -> Callable[[dict[str, Any], str, str], Verdict]:
-    """The function that judges one row: `(row, prediction, gold) -> Verdict`.
+def _row_judge(verifier: str, timeout_s: float) -> RowJudge:
+    """The function that judges one row: `(row, prediction, gold, prompt=…) -> Verdict`.
 
     It raises ValueError without the row's place, which the caller adds.
     """
@@ -98,15 +108,15 @@ def _row_judge(verifier: str, timeout_s: float) -> Callable[[dict[str, Any], str
         return functools.partial(_judge_math, timeout_s=timeout_s)
     function = get_verifier(verifier, knob="--verifier")
 
-    def judge(row: dict[str, Any], prediction: str, gold: str) -> Verdict:
+    def judge(row: dict[str, Any], prediction: str, gold: str, *, prompt: str) -> Verdict:
         if "extraction" in row:
             raise ValueError(
                 f"extraction needs --verifier math, but the verifier is {verifier}; leave it out"
             )
         if not is_custom(verifier):
-            return function(prediction, gold)
+            return function(prediction, gold, prompt=prompt)
         try:
-            return function(prediction, gold)
+            return function(prediction, gold, prompt=prompt)
         except WrongVerdict as error:
             raise ValueError(f"{error}; correct the function") from error
         except Exception as error:  # whatever the user's function raises becomes one line
@@ -119,14 +129,16 @@ def _row_judge(verifier: str, timeout_s: float) -> Callable[[dict[str, Any], str
     return judge
 
 
-def _judge_math(row: dict[str, Any], prediction: str, gold: str, *, timeout_s: float) -> Verdict:
+def _judge_math(
+    row: dict[str, Any], prediction: str, gold: str, *, prompt: str, timeout_s: float
+) -> Verdict:
     extraction: Any = row.get("extraction") or "marker"
     if extraction not in get_args(Extraction):
         raise ValueError(
             f"extraction ({extraction!r}) must be one of {', '.join(get_args(Extraction))}; "
             "leave it out for marker"
         )
-    return verify(prediction, gold, timeout_s=timeout_s, extraction=extraction)
+    return verify(prediction, gold, timeout_s=timeout_s, extraction=extraction, prompt=prompt)
 
 
 def _judge_line(
@@ -134,7 +146,7 @@ def _judge_line(
     line: bytes,
     *,
     source: Path,
-    judge: Callable[[dict[str, Any], str, str], Verdict],
+    judge: RowJudge,
 ) -> tuple[dict[str, Any], Verdict]:
     """The row of one line with its verdict added, and the verdict."""
     where = f"line {number} of {source}"
@@ -150,7 +162,7 @@ def _judge_line(
     if not gold.strip():
         raise ValueError(f"{where}: gold is empty; fill it in or remove the row")
     try:
-        verdict = judge(row, prediction, gold)
+        verdict = judge(row, prediction, gold, prompt=prompt_text(row.get("prompt")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     added = {

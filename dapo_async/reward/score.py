@@ -32,7 +32,8 @@ def score_group(
 
     The rewards ±1 for right and wrong are DAPO's (2503.14476, equation 7). There is no punishment
     when `overlong_cache_tokens` is None. A truncated response is judged like any other: without an
-    answer it is wrong.
+    answer it is wrong. The verifier gets the prompt too, because it may end inside a thinking
+    block.
 
     `shuffle_seed` is for a control experiment: the (accuracy, reward) pairs are permuted within the
     group, keyed by (shuffle_seed, group id). All statistics of the group stay the same, but a
@@ -44,7 +45,8 @@ def score_group(
     assert len(completions) == admission.group_size, (
         f"group {admission.group_id}: {len(completions)} completions of {admission.group_size}"
     )
-    verdicts = [verify(text, admission.prompt.answer) for text in texts]
+    prompt = admission.prompt
+    verdicts = [verify(text, prompt.answer, prompt=prompt.text) for text in texts]
     if any(verdict.failed for verdict in verdicts):
         raise VerifierFailed("verifier failed")
     scores = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 FAILED = "failed"  # the reason when the verifier died, so that nothing is known about the response
 
@@ -30,8 +30,12 @@ class VerifierFailed(Exception):
     """One verdict of a group failed, so the group can't be trained; its text is counted."""
 
 
-Verifier = Callable[[str, str], Verdict]
-"""`verify(response, gold) -> Verdict`.
+class Verifier(Protocol):
+    """`verify(response, gold, prompt=…) -> Verdict`."""
 
-It raises ValueError for an empty gold answer, which would make an empty response correct.
-"""
+    def __call__(self, response: str, gold: str, /, *, prompt: str = "") -> Verdict:
+        """Judges `response`, which continues the text `prompt`.
+
+        Raises ValueError for an empty gold answer, which would make an empty response correct.
+        """
+        ...

@@ -7,15 +7,15 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dapo_async.reward.math_verifier.extract import conclusion
 from dapo_async.reward.math_verifier.verify import TIMEOUT_S
 from dapo_async.reward.math_verifier.verify import verify as verify_math
+from dapo_async.reward.thinking import conclusion, opened_by
 from dapo_async.reward.verdict import Verdict, Verifier
-from dapo_async.utils.plugins import is_custom, load_function
+from dapo_async.utils.plugins import has_parameter, is_custom, load_function
 
 MARKER = "####"  # GSM8K writes the final answer after it
 
@@ -24,27 +24,28 @@ class WrongVerdict(AssertionError):
     """The user's function returned something else than a `Verdict` with an accuracy in [0, 1]."""
 
 
-def verify_marker(response: str, gold: str) -> Verdict:
+def verify_marker(response: str, gold: str, *, prompt: str = "") -> Verdict:
     """Exact match of the text after the last `####`, without the whitespace around it.
 
-    A marker within `<think>…</think>`, or after a `<think>` that is never closed, does not count.
+    A marker within a thinking block does not count, nor one in a block that is never closed.
     Raises ValueError for an empty gold answer.
     """
     gold = _stripped(gold)
-    _, marker, answer = (conclusion(response) or "").rpartition(MARKER)
+    _, marker, answer = (conclusion(response, prompt) or "").rpartition(MARKER)
     answer = answer.strip()
     if not marker or not answer:
         return Verdict(correct=False, extracted=None, reason="no_answer")
     return _compared(answer, gold)
 
 
-def verify_exact(response: str, gold: str) -> Verdict:
+def verify_exact(response: str, gold: str, *, prompt: str = "") -> Verdict:
     """Exact match of the whole response, without the whitespace around it.
 
+    There is no answer in a thinking block that the prompt opened and the response does not close.
     Raises ValueError for an empty gold answer.
     """
     gold, answer = _stripped(gold), response.strip()
-    if not answer:
+    if not answer or (opened_by(prompt) and conclusion(response, prompt) is None):
         return Verdict(correct=False, extracted=None, reason="no_answer")
     return _compared(answer, gold)
 
@@ -74,11 +75,15 @@ def get_verifier(
 ) -> Verifier:
     """A built-in verifier, or the user's `module:function` with parameters `(response, gold)`.
 
+    A function that has a parameter `prompt` gets the text of the prompt as a keyword.
     `timeout_s` is the deadline of `math`; `knob` is where `name` comes from, for messages. Raises
     ValueError for an unknown name, a missing math-verify, or a function that can't be used.
     """
     if is_custom(name):
-        return _checked(load_function(name, knob=knob, parameters=("response", "gold")), name)
+        function = load_function(
+            name, knob=knob, parameters=("response", "gold"), optional=("prompt",)
+        )
+        return _checked(function, name)
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -133,12 +138,15 @@ def _entries(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _checked(function: Verifier, name: str) -> Verifier:
+def _checked(function: Callable[..., object], name: str) -> Verifier:
     """The user's function; raises WrongVerdict when its answer can't be used."""
+    takes_prompt = has_parameter(function, "prompt")
 
     @functools.wraps(function)
-    def verify(response: str, gold: str) -> Verdict:
-        verdict = function(response, gold)
+    def verify(response: str, gold: str, /, *, prompt: str = "") -> Verdict:
+        verdict = (
+            function(response, gold, prompt=prompt) if takes_prompt else function(response, gold)
+        )
         if not isinstance(verdict, Verdict):
             raise WrongVerdict(
                 f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"

@@ -16,8 +16,17 @@ def is_custom(name: str) -> bool:
     return ":" in name
 
 
-def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callable[..., Any]:
-    """Imports the function `name`, which must take `parameters`.
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Whether `function` has a parameter with this name."""
+    return name in inspect.signature(function).parameters
+
+
+def load_function(
+    name: str, *, knob: str, parameters: Sequence[str], optional: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """Imports the function `name`, which must take `parameters` by position.
+
+    It may also have parameters named in `optional`, which are passed as keywords.
 
     The module must be importable in every process of the run: installed, or in a folder of
     PYTHONPATH. Raises ValueError, in one line that names `knob`, when the name can't be imported,
@@ -45,8 +54,9 @@ def load_function(name: str, *, knob: str, parameters: Sequence[str]) -> Callabl
         raise ValueError(
             f"{wanted}, but it is asynchronous; write a plain function, which is called in a thread"
         )
+    keywords = {each: each for each in optional if has_parameter(function, each)}
     try:
-        inspect.signature(function).bind(*parameters)
+        inspect.signature(function).bind(*parameters, **keywords)
     except TypeError as error:
         raise ValueError(
             f"{wanted}, but its parameters are {inspect.signature(function)} ({error}); change them"

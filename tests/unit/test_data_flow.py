@@ -131,7 +131,7 @@ def score(
         admission,
         completions,
         texts=texts,
-        verify=lambda response, gold: next(remaining),
+        verify=lambda response, gold, prompt="": next(remaining),
         max_response_tokens=parts.config.rollout.max_response_tokens,
         incarnation="first",
         temperature=1.0,

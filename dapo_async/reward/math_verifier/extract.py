@@ -2,7 +2,6 @@ r"""The answer within a response: model text comes in, the answer's text or None
 
 `verify.py` calls it. Every search takes linear time.
 
-conclusion     the text after the last </think>; None while the thinking is not closed
 marked_answer  the last \boxed{…} or Answer: line, whichever comes later; else a last line `A: …`
 """
 
@@ -13,7 +12,6 @@ import re
 from dapo_async.reward.math_verifier.units import CHANGING
 
 WHITE = " \t\r\n"  # whitespace that may surround an answer
-THINK, END_OF_THINKING = "<think>", "</think>"
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:[ \t]{1,5}is)?[ \t*_`]{0,9}[:：][ \t*_`]*(.*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
 _NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
@@ -67,15 +65,6 @@ _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("__", "__"))
-
-
-def conclusion(response: str) -> str | None:
-    """The text after the last `</think>`; the whole text where there is none.
-
-    None for thinking that was opened and not closed.
-    """
-    text = response.rpartition(END_OF_THINKING)[2]
-    return None if THINK in text else text
 
 
 def marked_answer(text: str) -> str | None:

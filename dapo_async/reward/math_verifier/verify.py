@@ -2,7 +2,8 @@ r"""The verifier of mathematical answers: a response and its gold answer come in
 
 The rollout worker, evaluation and `dapo-async grade` call it. Its steps, by module:
 
-extract      finds the answer: an Answer: line or \boxed{…}, after </think>
+thinking     leaves out the thinking, also that which the prompt opened (`reward/thinking.py`)
+extract      finds the answer: an Answer: line or \boxed{…}
 normalize    gives it one spelling, without typesetting
 numeric      compares texts, numbers, units, words and choices, tens of thousands per second
 size_limits  rejects what is too large to compare
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from dapo_async.reward.math_verifier.extract import WHITE, bare, conclusion, is_cut, marked_answer
+from dapo_async.reward.math_verifier.extract import WHITE, bare, is_cut, marked_answer
 from dapo_async.reward.math_verifier.normalize import (
     ends_glued,
     is_glued,
@@ -34,6 +35,7 @@ from dapo_async.reward.math_verifier.numeric import (
 )
 from dapo_async.reward.math_verifier.pool import shared_pool
 from dapo_async.reward.math_verifier.size_limits import has_too_large, is_too_large
+from dapo_async.reward.thinking import conclusion
 from dapo_async.reward.verdict import FAILED, Verdict
 
 Extraction = Literal["marker", "any", "none"]
@@ -55,13 +57,21 @@ LONGEST_ANSWER = 2000  # characters; longer answers are not compared
 
 
 def verify(
-    prediction: str, gold: str, *, timeout_s: float = TIMEOUT_S, extraction: Extraction = "marker"
+    prediction: str,
+    gold: str,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    extraction: Extraction = "marker",
+    prompt: str = "",
 ) -> Verdict:
     r"""Whether the answer of `prediction` equals `gold`.
 
     `timeout_s`: seconds of processor time for the comparison by computer algebra.
 
-    `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after `</think>`; without
+    `prompt`: the text that the model continued. If it ends inside a thinking block, `prediction`
+    begins inside it, and there is no answer before the closing marker.
+
+    `extraction`: `marker` reads the last `Answer:` line or `\boxed{…}` after the thinking; without
     one there is no answer. `any` falls back to the last mathematical expression. `none` takes the
     whole text as the answer.
 
@@ -84,7 +94,7 @@ def verify(
             f"timeout_s ({timeout_s}) must be positive and at most {MOST_TIMEOUT_S:g} (a day); "
             f"leave it out for {TIMEOUT_S:g}"
         )
-    text = conclusion(prediction)
+    text = conclusion(prediction, prompt)
     answer = text if text is None or extraction == "none" else marked_answer(text)
     if extraction == "any" and text is not None and (answer is None or _is_prose(answer)):
         return _anywhere(answer or text, gold, timeout_s)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dapo_async.config import Config
-from dapo_async.data import load_set, load_tokenizer
+from dapo_async.data import load_set, load_tokenizer, response_decoder
 from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import ModelConfig, checksum, load_decoder
 from dapo_async.reward import choose_verifiers
@@ -38,6 +38,7 @@ class EngineHost(ABC):
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
         self._tokenizer = load_tokenizer(Path(config.model.path))
+        self._response_text = response_decoder(self._tokenizer)
         self.verifiers = choose_verifiers(config.reward.verifier)
         model = ModelConfig.from_folder(Path(config.model.path))
         self.max_len = min(
@@ -81,11 +82,11 @@ class EngineHost(ABC):
         )
 
     def decode(self, completion: Completion) -> str:
-        text: str = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-        return text
+        return self._response_text(completion.token_ids.tolist())
 
     def _judge(self, prompt: Prompt, completion: Completion) -> float | None:
-        verdict = self.verifiers.of(prompt.source)(self.decode(completion), prompt.answer)
+        verify, response = self.verifiers.of(prompt.source), self.decode(completion)
+        verdict = verify(response, prompt.answer, prompt=prompt.text)
         return None if verdict.failed else verdict.accuracy
 
 

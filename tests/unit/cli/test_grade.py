@@ -55,10 +55,32 @@ def test_rows_pass_through_with_their_verdicts(
     assert capsys.readouterr().out == "6 rows: 4 correct, 1 no_answer, 1 wrong; accuracy 0.6667\n"
 
 
+@pytest.mark.parametrize("verifier", ["math", "marker"])
+def test_a_row_may_have_the_prompt_that_opened_the_thinking(tmp_path: Path, verifier: str) -> None:
+    said = {"math": r"first try \boxed{4}", "marker": "first try #### 4"}[verifier]
+    prompts: list[tuple[Any, bool]] = [
+        ("Q", True),
+        (None, True),
+        ("Q<think>\n", False),
+        ([{"role": "user", "content": "Q"}], True),
+        ([{"role": "user", "content": "Q<think>"}], False),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>"}], False),
+    ]
+    rows = [{"prompt": prompt, "prediction": said, "gold": "4"} for prompt, _ in prompts]
+    code, out = graded(tmp_path, rows, "--verifier", verifier)
+    assert code == 0
+    assert [row["correct"] for row in out] == [expected for _, expected in prompts]
+    assert [row["prompt"] for row in out] == [prompt for prompt, _ in prompts]
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("{", "is not valid JSON"),
+        (
+            '{"prediction": "3", "gold": "3", "prompt": {}}',
+            "prompt (dict) must be a text or a list of chat messages",
+        ),
         ("[1]", "holds a list"),
         ('{"gold": "3"}', "has no text in prediction (missing)"),
         ("[" * 100_000, "is not valid JSON"),

@@ -39,6 +39,10 @@ def halves(response: str, gold: str) -> Verdict:
     return Verdict(correct=1.0 if response == gold else 0.5, extracted=response, reason="half")
 
 
+def repeats_the_prompt(response: str, gold: str, prompt: str) -> Verdict:
+    return Verdict(correct=response == gold, extracted=prompt, reason="repeated")
+
+
 def number_of_three(response: str, gold: str) -> Verdict:
     return Verdict(correct=3.0, extracted=None, reason="three")
 
@@ -83,6 +87,13 @@ def test_an_own_verifier_is_called_with_response_and_gold() -> None:
         0.5,
         "half",
     )
+
+
+def test_an_own_verifier_with_a_parameter_prompt_gets_the_text_of_the_prompt() -> None:
+    verify = get_verifier(f"{HERE}:repeats_the_prompt")
+    assert verify("a", "a", prompt="Q<think>").extracted == "Q<think>"
+    assert verify("a", "a").extracted == ""
+    assert get_verifier(f"{HERE}:halves")("a", "a", prompt="Q<think>").accuracy == 1.0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +180,7 @@ def test_an_own_filter_rejects_with_a_reason_of_its_own() -> None:
 
 
 def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
-    def dying(response: str, gold: str) -> Verdict:
+    def dying(response: str, gold: str, *, prompt: str = "") -> Verdict:
         return Verdict(
             correct=False, extracted=None, reason="failed" if response == "c" else "wrong"
         )

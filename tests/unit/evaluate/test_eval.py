@@ -24,6 +24,7 @@ from run_support import environment
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
+from dapo_async.data import load_tokenizer
 from dapo_async.evaluate.command import Options, evaluation_totals, prepare_evaluation
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import ProblemResult, answer_all, judged
@@ -461,3 +462,10 @@ def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer
     assert {name for name in job.settings if job.settings[name] != other.settings[name]} == {
         "problems_sha256"
     }
+    thinking = prepare_evaluation(
+        str(tmp_path / "config.yaml"), ["data.template='{problem}<think>'"], asked
+    )
+    ids = load_tokenizer(base)(["####3"], add_special_tokens=False)["input_ids"][0]
+    said = replace(completion(1), token_ids=np.array(ids, np.int32))
+    assert job.judge(job.prompts[0], said).reason == "correct"
+    assert thinking.judge(thinking.prompts[0], said).reason == "no_answer"
