@@ -8,6 +8,7 @@ units        units and currencies beside a number
 hedging      texts that do not claim the expression that they end with
 size_limits  expressions that are too large to compare
 symbolic     comparison by computer algebra, in the worker processes
+exactness    equality of values: exact, or close for decimals
 pool         the worker processes, with a deadline for each question
 worker       the program of a worker process
 """

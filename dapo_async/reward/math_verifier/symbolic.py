@@ -5,9 +5,10 @@ math-verify accepts too much, so its matches are checked again for:
 
 - chains of equations whose sides differ, such as `41 = 42`
 - several numbers side by side
-- floats that are only close
 - numerals of different bases
 - words that are permutations of each other
+
+`exactness.py` replaces its comparison of values, which takes values that are only close for equal.
 
 math-verify reads `3(4)` as a mixed number and adds; here a number right before a bracket multiplies
 it. math-verify's own timeout is off, because it needs SIGALRM; the process has a hard deadline.
@@ -22,8 +23,8 @@ from decimal import Decimal
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Float, preorder_traversal
 
+from dapo_async.reward.math_verifier import exactness
 from dapo_async.reward.math_verifier.hedging import claims
 from dapo_async.reward.math_verifier.normalize import is_suspicious, normalised
 from dapo_async.reward.math_verifier.numeric import (
@@ -36,12 +37,12 @@ from dapo_async.reward.math_verifier.numeric import (
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+exactness.install()
 
 # `units.py` has removed the units before; math-verify would take the t of 2t for one.
 _NORMALISATION = replace(LatexExtractionConfig().normalization_config, units=False)
 FORMULA = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
 ANYWHERE = (LatexExtractionConfig(normalization_config=_NORMALISATION), ExprExtractionConfig())
-RELATIVE = 1e-6  # floats with a larger relative difference are different
 _EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
 _SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
 # Names that may stand before `=`: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n.
@@ -89,7 +90,7 @@ def equal_formulas(answer: str, gold: str) -> bool:
     answer = _with_fractions(answer, gold)
     parsed, expected = _formula(answer), _formula(gold)
     return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(
-        answer, gold, parsed, expected, literal=False
+        answer, gold, literal=False
     )
 
 
@@ -111,9 +112,7 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
     ):
         return False, extracted
     wanted = str(expected[-1]) if expected else gold
-    return _holds(
-        normalised(extracted), normalised(wanted), parsed, expected, literal=True
-    ), extracted
+    return _holds(normalised(extracted), normalised(wanted), literal=True), extracted
 
 
 def _gold(gold: str) -> list[Any]:
@@ -192,9 +191,7 @@ def _formula(text: str) -> list[Any]:
     return list(parse(formula, FORMULA, parsing_timeout=None))
 
 
-def _holds(
-    answer: str, gold: str, parsed: list[Any], expected: list[Any], *, literal: bool
-) -> bool:
+def _holds(answer: str, gold: str, *, literal: bool) -> bool:
     """Whether a match of math-verify passes the checks of this module.
 
     With `literal` only a chain of plain numbers contradicts itself; a chain with sums shows work.
@@ -208,16 +205,7 @@ def _holds(
         return False
     if (gold_words := words(gold)) is not None and (answer_words := words(answer)) is not None:
         return gold_words.replace(" ", "") == answer_words.replace(" ", "")
-    values = [
-        next((each for each in side if isinstance(each, Basic)), None)
-        for side in (parsed, expected)
-    ]
-    return not any(
-        isinstance(part, Float)
-        for value in values
-        if value is not None
-        for part in preorder_traversal(value)
-    ) or _close(*values)
+    return True
 
 
 def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
@@ -249,18 +237,4 @@ def _is_name(side: str) -> bool:
             side.strip(" ()[]{}\\") if side.count("(") != side.count(")") else side.strip()
         )
         is not None
-    )
-
-
-def _close(one: Any, other: Any) -> bool:
-    """Whether two numbers agree to `RELATIVE` of the larger one; True for other expressions."""
-    if one is None or other is None:
-        return True
-    try:
-        first, second = (complex(side.evalf(20)) for side in (one, other))
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        return True
-    largest = max(abs(first), abs(second))
-    return abs(first - second) <= RELATIVE * largest or any(
-        abs(100 * a - b) <= RELATIVE * largest for a, b in ((first, second), (second, first))
     )
