@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         if line:
             say(line)
     if options.dry_run:
+        for line in inputs.model:
+            say(line)
         for line in _dry_run_lines(config, root, first_step=point.version):
             say(line)
         return 0

@@ -7,6 +7,7 @@ tokenizer  the tokenizer of a Hugging Face folder; imports transformers on first
 sources    rows of JSONL, Parquet, folders and the hub; imports `datasets` on first use only
 presets    columns and templates of published data sets
 screening  leaves out repeats, conflicting answers, other languages and evaluation problems
+chat       the model's chat template, tried before a run starts
 templates  the text around a problem
 prompts    rows become prompts; what is left out is counted
 responses  token ids of a response become text
@@ -18,10 +19,16 @@ from dapo_async.data.presets import PRESETS, preset_of
 from dapo_async.data.prompts import PromptSet, load_fingerprints, load_prompts
 from dapo_async.data.responses import response_decoder
 from dapo_async.data.screening import Screening
-from dapo_async.data.sets import check_fit, is_on_hub, load_set, usable_tokenizer
+from dapo_async.data.sets import check_fit, check_template, is_on_hub, load_set
 from dapo_async.data.stream import PromptStream
 from dapo_async.data.templates import TEMPLATES
-from dapo_async.data.tokenizer import Tokenizer, load_tokenizer
+from dapo_async.data.tokenizer import (
+    Tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    special_token_lines,
+    usable_tokenizer,
+)
 
 __all__ = [
     "PRESETS",
@@ -31,6 +38,8 @@ __all__ = [
     "Screening",
     "Tokenizer",
     "check_fit",
+    "check_template",
+    "check_tokenizer",
     "is_on_hub",
     "load_fingerprints",
     "load_prompts",
@@ -38,5 +47,6 @@ __all__ = [
     "load_tokenizer",
     "preset_of",
     "response_decoder",
+    "special_token_lines",
     "usable_tokenizer",
 ]

@@ -5,15 +5,17 @@ The replay actor, the check at start and evaluation call it. Errors are one line
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapo_async.config import Config, Source, parse_source, parse_sources
+from dapo_async.data.chat import check_chat_template
 from dapo_async.data.presets import preset_of
 from dapo_async.data.prompts import PromptSet, load_fingerprints, load_prompts
 from dapo_async.data.screening import Screening
-from dapo_async.data.templates import PLACEHOLDER
-from dapo_async.data.tokenizer import Tokenizer, load_tokenizer
+from dapo_async.data.templates import PLACEHOLDER, Template
+from dapo_async.data.tokenizer import Tokenizer, check_added_tokens
 
 if TYPE_CHECKING:  # it imports torch, which prompts do not need
     from dapo_async.model import ModelConfig
@@ -28,14 +30,12 @@ def load_set(
     evaluation sets that are on the hub.
     """
     data = config.data
-    preset, _ = preset_of(parse_source(data.train))
     return load_prompts(
         parse_source(source),
         tokenizer=tokenizer,
         prompt_key=data.prompt_key,
         answer_key=data.answer_key,
-        # Held-out prompts get the template of the training set.
-        template=data.template or (preset.template if preset else PLACEHOLDER),
+        template=_template(config),
         system=data.system,
         max_prompt_tokens=data.max_prompt_tokens,
         screening=_screening(config, hub=hub) if training else Screening(),
@@ -58,16 +58,22 @@ def is_on_hub(source: Source) -> bool:
     return preset_of(source)[1].hub is not None
 
 
-def usable_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `folder`. Raises ValueError when it can't be loaded, for any reason."""
-    try:
-        return load_tokenizer(folder)
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the tokenizer of {folder} can't be loaded: {reason}; "
-            "copy the tokenizer files of the base model there"
-        ) from error
+def check_template(config: Config, tokenizer: Tokenizer, *, stop_token_ids: Sequence[int]) -> None:
+    """Tries the chat template, or the special tokens that the tokenizer adds to another template.
+
+    Called once before a run or an evaluation starts, in its main process. Raises ValueError.
+    """
+    before = Template(_template(config)).before
+    if before is None:
+        check_chat_template(tokenizer, system=config.data.system, stop_token_ids=stop_token_ids)
+    else:
+        check_added_tokens(tokenizer, before)
+
+
+def _template(config: Config) -> str:
+    """Held-out prompts get the template of the training set."""
+    preset, _ = preset_of(parse_source(config.data.train))
+    return config.data.template or (preset.template if preset else PLACEHOLDER)
 
 
 def check_fit(

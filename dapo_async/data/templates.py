@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from dapo_async.data.chat import needs_chat_template, render
 from dapo_async.data.tokenizer import Tokenizer
 
 PLACEHOLDER = "{problem}"
@@ -43,6 +44,11 @@ class Template:
         assert PLACEHOLDER in self._text, name  # the config has checked it
         self._before, _, self._after = self._text.partition(PLACEHOLDER)
 
+    @property
+    def before(self) -> str | None:
+        """The text before the problem; None where the tokenizer's chat template is used."""
+        return None if self._chat else self._before
+
     def around(self, problem: str) -> str:
         """The problem within the template, without the chat template."""
         return self._text.replace(PLACEHOLDER, problem)
@@ -63,25 +69,14 @@ class Template:
     ) -> tuple[list[str], list[list[int]]]:
         """The prompts as texts and as token ids.
 
-        A chat template adds its own special tokens. Raises ValueError when the tokenizer has none.
+        A chat template adds its own special tokens. Raises ValueError when the tokenizer has none,
+        and when it fails.
         """
         texts = [self.around(problem) for problem in problems]
         if not texts:
             return [], []
         if not self._chat:
             return texts, tokenizer(texts)["input_ids"]
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "data.template=chat needs a chat template, but the model's tokenizer has none; "
-                "use an instruction-tuned model or another template"
-            )
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        texts = [
-            tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for text in texts
-        ]
+        needs_chat_template(tokenizer)
+        texts = [render(tokenizer, text, system=self._system) for text in texts]
         return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -22,12 +22,20 @@ import numpy as np
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.data import PromptSet, check_fit, load_set, response_decoder, usable_tokenizer
+from dapo_async.data import (
+    PromptSet,
+    check_fit,
+    check_template,
+    check_tokenizer,
+    load_set,
+    response_decoder,
+    usable_tokenizer,
+)
 from dapo_async.evaluate.engines import check_engines, open_engines
 from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import ProblemResult, answer_all
-from dapo_async.model import ModelConfig, check_weights
+from dapo_async.model import ModelConfig, find_weights, weight_paths
 from dapo_async.reward import Verdict, choose_verifiers
 from dapo_async.rollout.engine import SamplingParams
 from dapo_async.types import Completion, Prompt
@@ -117,13 +125,11 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
     check_engines(config)
     source = Path(config.model.path)
     checkpoint = (options.checkpoint or source).resolve()
-    model = ModelConfig.from_folder(checkpoint)
-    check_weights(checkpoint, model)
-    if not model.eos_token_ids:
-        raise ValueError(
-            f"model {checkpoint} has no eos_token_id, so no response would stop; "
-            "add it to config.json"
-        )
+    model = ModelConfig.from_folder(checkpoint, tokenizer=source)
+    find_weights(checkpoint, model)
+    tokenizer = usable_tokenizer(source)
+    check_tokenizer(tokenizer, model, folder=source)
+    check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)
     sampling = SamplingParams(
         max_tokens=config.rollout.max_response_tokens,
         temperature=options.temperature,
@@ -131,7 +137,6 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
         seed=config.seed if options.seed is None else options.seed,
         top_p=options.top_p,
     )
-    tokenizer = usable_tokenizer(source)
     problems = load_set(config, config.data.heldout, tokenizer)
     check_fit(problems, model, folder=source, max_response_tokens=sampling.max_tokens)
     prompts = problems.prompts[: options.max_problems]
@@ -184,8 +189,8 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 def _digest_of_model(checkpoint: Path, source: Path) -> str:
     """SHA-256 of the weights, the config and the tokenizer."""
-    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
-    return digest([*weights, *_tokenizer_files(source)])
+    files = [*weight_paths(checkpoint), *sorted(checkpoint.glob("*.json"))]
+    return digest([*files, *_tokenizer_files(source)])
 
 
 def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:

@@ -13,6 +13,7 @@ import asyncio
 import os
 import secrets
 import shlex
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from dapo_async.config import Config
-from dapo_async.model import load_decoder
+from dapo_async.model import ModelConfig, folder_for_sglang, load_decoder
 from dapo_async.rollout import Engine
 from dapo_async.rollout.engine import EngineFault
 from dapo_async.rollout.native.engine import TorchEngine
@@ -88,8 +89,10 @@ async def _own_server(
 ) -> AsyncIterator[SGLangEngine]:
     """A new server that is started with the checkpoint; its incarnation is empty."""
     rollout = config.rollout
+    scratch = log.with_name(f"{log.name}-model")
+    model = await asyncio.to_thread(_folder_for_server, checkpoint, scratch)
     options = ServerOptions(
-        model=checkpoint,
+        model=model,
         dtype=config.model.dtype,
         device=config.model.torch_device,
         tensor_parallel=rollout.tensor_parallel,
@@ -110,6 +113,12 @@ async def _own_server(
             yield engine
     finally:
         await server.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _folder_for_server(checkpoint: Path, scratch: Path) -> Path:
+    """SGLang must read the files that `load_decoder` reads."""
+    return folder_for_sglang(checkpoint, ModelConfig.from_folder(checkpoint), scratch=scratch)
 
 
 @asynccontextmanager

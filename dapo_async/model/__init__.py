@@ -13,21 +13,21 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     parallel         parameters split over the mesh
     gather           whole weights from the ranks' shards; buckets
     snapshot         weights and probe of one version, as they are published
-    hf, download     folders of models, the Hugging Face hub
+    special_tokens   stop tokens, begin of text and padding, from all files of a folder
+    weight_files     which files of a folder are the model
+    hf, download     loads and writes folders of models; the Hugging Face hub
 """
 
 from dapo_async.model.attention import PackedAttention
-from dapo_async.model.config import ModelConfig
+from dapo_async.model.config import ModelConfig, special_tokens
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.download import download_model
 from dapo_async.model.gather import buckets, gather_weights
 from dapo_async.model.hf import (
     build_decoder,
-    check_weights,
     export_folder,
     fill,
     load_decoder,
-    read_weights,
     save_weights,
 )
 from dapo_async.model.logprob import token_logprobs
@@ -42,6 +42,14 @@ from dapo_async.model.mesh import (
 )
 from dapo_async.model.parallel import is_split, part_of, shard_of
 from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
+from dapo_async.model.special_tokens import SpecialTokens
+from dapo_async.model.weight_files import (
+    WeightFiles,
+    find_weights,
+    folder_for_sglang,
+    read_weights,
+    weight_paths,
+)
 
 __all__ = [
     "ALONE",
@@ -51,14 +59,17 @@ __all__ = [
     "ModelConfig",
     "PackedAttention",
     "Snapshot",
+    "SpecialTokens",
+    "WeightFiles",
     "buckets",
     "build_decoder",
     "build_mesh",
-    "check_weights",
     "checksum",
     "download_model",
     "export_folder",
     "fill",
+    "find_weights",
+    "folder_for_sglang",
     "gather_weights",
     "is_split",
     "join_store",
@@ -70,6 +81,8 @@ __all__ = [
     "save_weights",
     "score_tokens",
     "shard_of",
+    "special_tokens",
     "take_snapshot",
     "token_logprobs",
+    "weight_paths",
 ]

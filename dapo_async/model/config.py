@@ -6,9 +6,8 @@ starts here. A new family is one entry in `FAMILIES`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,13 @@ from torch import nn
 
 from dapo_async.model.mesh import Axis
 from dapo_async.model.rotary import Rope
+from dapo_async.model.special_tokens import (
+    CONFIG,
+    SpecialTokens,
+    read_json,
+    read_special_tokens,
+    token_ids,
+)
 
 REMEDY = "copy the config.json of the base model"
 
@@ -30,16 +36,23 @@ class Family:
     qkv_bias: bool = False  # the query, key and value projections have biases
     qk_norm: bool = False  # each head's query and key pass through an RMS norm
     # Switches of its config.json that would change the layer: a model that sets one is refused.
-    refused: tuple[str, ...] = ("use_sliding_window", "mlp_bias", "attention_bias")
+    refused: tuple[str, ...] = ("mlp_bias", "attention_bias")
+    # What transformers and SGLang assume where config.json lacks the key.
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
     # Builds a layer with another formula, from (config, layer number, tp axis). None: layers.Block.
     block: Callable[[ModelConfig, int, Axis], nn.Module] | None = None
 
 
 FAMILIES = {
-    "llama": Family(),
-    "qwen2": Family(qkv_bias=True, refused=("use_sliding_window", "mlp_bias")),
-    "qwen3": Family(qk_norm=True),
+    "llama": Family(eos_token_id=2, bos_token_id=1),
+    "qwen2": Family(qkv_bias=True, refused=("mlp_bias",)),
+    "qwen3": Family(qk_norm=True, head_dim=128),
 }
+# Sections of a config.json for weights in another form, or for weights in another file.
+FOREIGN_WEIGHTS = ("quantization_config", "compression_config", "transformers_weights")
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,28 +107,19 @@ class ModelConfig:
         return layers and kv_heads and last_rank_has_rows
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Reads `folder/config.json`.
+    def from_folder(cls, folder: Path, *, tokenizer: Path | None = None) -> ModelConfig:
+        """Reads `folder/config.json`, and the stop tokens of all files that name them.
 
-        Raises ValueError with the file's name if it is missing, broken, or describes an unsupported
-        architecture.
+        `tokenizer` is the folder of the tokenizer, None for the same. Raises ValueError with the
+        file's name if a file is missing, broken, or describes an unsupported architecture.
         """
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"model folder {folder} has no config.json; give a plain Hugging Face folder "
-                "(config.json, *.safetensors, tokenizer.json)"
-            )
+        path = Path(folder) / CONFIG
+        values = _config_json(Path(folder))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); {REMEDY}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not an object; {REMEDY}")
-        try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        return replace(config, eos_token_ids=tuple(special_tokens(folder, tokenizer).stop))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -130,31 +134,61 @@ class ModelConfig:
             raise ValueError(f"model_type {name!r} is not supported; supported are {supported}")
         family = FAMILIES[name]
         _check_switches(values, name, family)
+        _check_weights_form(values)
         heads, hidden_size = _size(values, "num_attention_heads"), _size(values, "hidden_size")
         kv_heads = _size(values, "num_key_value_heads", default=heads)
-        head_dim = _size(values, "head_dim", default=hidden_size // heads)
+        by_family = family.head_dim if "head_dim" not in values else None
+        head_dim = _size(values, "head_dim", default=by_family or hidden_size // heads)
         if heads % kv_heads or head_dim % 2:
             raise ValueError(
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
                 f"({kv_heads}) and head_dim ({head_dim}) must be even; {REMEDY}"
             )
+        vocab_size, num_layers = _size(values, "vocab_size"), _size(values, "num_hidden_layers")
+        _check_layer_types(values, num_layers)
+        eos = values.get("eos_token_id", family.eos_token_id)
         return cls(
             family=name,
-            vocab_size=_size(values, "vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=_size(values, "intermediate_size"),
-            num_layers=_size(values, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_positions=_size(values, "max_position_embeddings"),
             rope=Rope.from_dict(values),
             rms_norm_eps=_number(values, "rms_norm_eps"),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(values, "tie_word_embeddings"),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            eos_token_ids=_eos_token_ids(values),
+            eos_token_ids=token_ids(eos, key="eos_token_id", vocab_size=vocab_size),
         )
+
+
+def special_tokens(folder: Path, tokenizer: Path | None = None) -> SpecialTokens:
+    """Stop tokens, begin of text and padding of a model folder, each with its files.
+
+    `tokenizer` is the folder of the tokenizer, None for the same. Raises ValueError as
+    `ModelConfig.from_folder`.
+    """
+    folder = Path(folder)
+    values = _config_json(folder)
+    family = FAMILIES[values["model_type"]]
+    assumed = {"eos_token_id": family.eos_token_id, "bos_token_id": family.bos_token_id}
+    return read_special_tokens(
+        folder, assumed | values, vocab_size=_size(values, "vocab_size"), tokenizer=tokenizer
+    )
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"model folder {folder} has no config.json; give a plain Hugging Face folder "
+            "(config.json, *.safetensors, tokenizer.json)"
+        )
+    return read_json(path, REMEDY)
 
 
 def _check_switches(values: Mapping[str, Any], name: str, family: Family) -> None:
@@ -167,17 +201,58 @@ def _check_switches(values: Mapping[str, Any], name: str, family: Family) -> Non
         raise ValueError(f"hidden_act {activation!r} is not supported; supported is silu")
 
 
-def _eos_token_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = values.get("eos_token_id")
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise ValueError(f"eos_token_id ({eos!r}) must be a token id or a list of ids; {REMEDY}")
-    return tuple(ids)
+def _check_weights_form(values: Mapping[str, Any]) -> None:
+    for key in FOREIGN_WEIGHTS:
+        if values.get(key):
+            raise ValueError(
+                f"{key} is not supported, because only plain weights can be trained; use the "
+                "model's unquantised safetensors"
+            )
+    for key in ("dtype", "torch_dtype"):
+        dtype = values.get(key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{key} {dtype!r} is not supported; supported are {', '.join(FLOAT_DTYPES)}"
+            )
+    architectures = values.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    if names and not any("causallm" in name.lower() for name in names):
+        raise ValueError(
+            f"architectures {names} is no causal language model; use a model for text generation"
+        )
+
+
+def _check_layer_types(values: Mapping[str, Any], num_layers: int) -> None:
+    """Only full attention is supported; a sliding window counts where a layer would use it."""
+    kinds = values.get("layer_types")
+    if kinds is None and values.get("use_sliding_window") and values.get("sliding_window", 4096):
+        first = values.get("max_window_layers", 28)
+        sliding = isinstance(first, int) and first < num_layers
+        kinds = ["sliding_attention" if sliding else "full_attention"] * num_layers
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        count = len(kinds) if isinstance(kinds, list) else repr(kinds)
+        raise ValueError(
+            f"layer_types ({count}) must have num_hidden_layers ({num_layers}) entries; {REMEDY}"
+        )
+    if other := [kind for kind in kinds if kind != "full_attention"]:
+        raise ValueError(
+            f"layers with {other[0]} (layer_types, use_sliding_window) are not supported; "
+            "use a model with full attention in all layers"
+        )
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} ({value!r}) must be true or false; {REMEDY}")
+    return bool(value)
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
-    if not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         given = "missing" if value is None else repr(value)
         raise ValueError(f"{key} ({given}) must be a positive number; {REMEDY}")
     return value
@@ -188,7 +263,7 @@ def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) ->
     value = values.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         given = "missing" if value is None else repr(value)
         raise ValueError(f"{key} ({given}) must be a whole number of at least 1; {REMEDY}")
     return value

@@ -5,10 +5,14 @@ In: a repository and a revision. Out: a folder on this machine. Called at the st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-# Safetensors and the files of a tokenizer. Pickled weights and code are not downloaded.
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+from dapo_async.model.weight_files import weight_names
+
+# The config, the index of the weights and the tokenizer. Pickled weights and code are not
+# downloaded; of the safetensors files only those of the model.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def download_model(
@@ -23,14 +27,22 @@ def download_model(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=list(FILES),
-            ignore_patterns=["*/*"],
-            local_files_only=not download,
+    def fetch(patterns: Sequence[str], revision: str | None) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+                local_files_only=not download,
+            )
         )
+
+    try:
+        folder = fetch(SMALL_FILES, revision)
+        names = weight_names(folder)
+        if download:
+            fetch(names, folder.name)
     except (OSError, ValueError) as error:
         if not download and isinstance(error, LocalEntryNotFoundError):
             return None
@@ -40,4 +52,6 @@ def download_model(
             f"model.path: {repository} is no folder here, and {name} cannot be downloaded from the "
             f"Hugging Face hub: {reason}; check name and network, or give the folder of a model"
         ) from error
-    return Path(folder)
+    if not download and not all((folder / name).is_file() for name in names):
+        return None
+    return folder

@@ -1,7 +1,7 @@
-"""Reads and writes plain Hugging Face folders.
+"""Loads a decoder from a plain Hugging Face folder, and writes such a folder.
 
 Weights keep their Hugging Face names, and a tied head is not written. Called by the learner and the
-engines to load a decoder, by checkpoints to export one, and by preflight to check a folder.
+engines to load a decoder, and by checkpoints to export one.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo_async.model.config import ModelConfig
+from dapo_async.model.config import ModelConfig, special_tokens
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.gather import buckets
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import part_of, shard_decoder, shard_of
+from dapo_async.model.special_tokens import CONFIG, GENERATION, SpecialTokens
+from dapo_async.model.weight_files import INDEX_FILE, WEIGHTS_FILE, find_weights
 from dapo_async.utils.files import atomic_file
 
-WEIGHTS_FILE = "model.safetensors"
 FILE_BYTES = 4 * 2**30  # size limit of one file of an exported model
 # What transformers and SGLang read from a folder besides its weights.
 COMPANION_FILES = (
@@ -39,72 +41,9 @@ COMPANION_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's safetensors files, on CPU, in their own dtype.
-
-    Raises ValueError if there is no such file.
-    """
-    weights = {}
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
-    return weights
-
-
-def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compares the names and shapes of the weights with those that the config needs.
-
-    Reads only the files' headers. Raises ValueError for a folder without safetensors files, for a
-    broken file, and for missing, unexpected or wrongly shaped tensors.
-    """
-    found = _shapes_in(folder)
-    if config.tie_embeddings:
-        found.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        state = Decoder(config).state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in wanted.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    listed = ", ".join(f"{what} {names[:3]}" for what, names in problems.items() if names)
-    if listed:
-        raise ValueError(
-            f"weights of {folder} do not fit their config.json: {listed}; take both from one model"
-        )
-
-
-def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is no readable safetensors file ({error}); "
-                "copy it again from the base model"
-            ) from error
-    return shapes
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
-        raise ValueError(
-            f"model folder {folder} has no *.safetensors file; pickled weights are never loaded, "
-            "so convert them to safetensors first"
-        )
-    return paths
+COMPANION_FOLDERS = ("additional_chat_templates",)
 
 
 def build_decoder(
@@ -160,14 +99,19 @@ def load_decoder(
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
     config.check_split(mesh.tp.size)
-    check_weights(folder, config)
+    weights = find_weights(folder, config)
     decoder = build_decoder(config, mesh=mesh, dtype=dtype, activations=activations, device=device)
     with ExitStack() as stack:
-        files = {}
-        for path in _weight_files(folder):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            files.update(dict.fromkeys(file.keys(), file))
-        fill(decoder, lambda name, part: files[name].get_slice(name)[part])
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt")) for path in weights.paths
+        }
+
+        def read(name: str, part: tuple[slice, ...]) -> Tensor:
+            stored = weights.tensors[name]
+            tensor: Tensor = files[stored.path].get_slice(stored.name)[part]
+            return tensor
+
+        fill(decoder, read)
     return decoder
 
 
@@ -197,10 +141,14 @@ def export_folder(
     for name in COMPANION_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
-    config = json.loads((out / "config.json").read_text())
+    for name in COMPANION_FOLDERS:
+        if (base / name).is_dir():
+            shutil.copytree(base / name, out / name, dirs_exist_ok=True)
+    config = json.loads((out / CONFIG).read_text())
     config.pop("torch_dtype", None)  # its name in transformers 4
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_json(out / CONFIG, config)
+    _write_stop_tokens(special_tokens(base), config, out / GENERATION)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files = [*buckets(sizes, sizes.__getitem__, limit=file_bytes)]
     places: dict[str, str] = {}
@@ -212,4 +160,21 @@ def export_folder(
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (out / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(out / INDEX_FILE, index)
+
+
+def _write_stop_tokens(tokens: SpecialTokens, config: Mapping[str, Any], path: Path) -> None:
+    """Puts all stop tokens into `generation_config.json`, which every engine reads."""
+    stop = list(tokens.stop)
+    values = json.loads(path.read_text()) if path.is_file() else None
+    known = (values or config).get("eos_token_id")
+    if set(known if isinstance(known, list) else [known]) == set(stop) or not stop:
+        return
+    if values is None:  # without the file transformers takes these from config.json
+        values = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    values["eos_token_id"] = stop if len(stop) > 1 else stop[0]
+    _write_json(path, values)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -42,9 +42,20 @@ class Rope:
         """From a `config.json` of transformers 4 or 5.
 
         Version 4 has `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. Raises
-        ValueError, in one line, for what is not supported and for wrong numbers.
+        ValueError, in one line, for what is not supported, for wrong numbers, and when both
+        versions are there and differ.
         """
-        section = {**_section(values, "rope_scaling"), **_section(values, "rope_parameters")}
+        old, new = _section(values, "rope_scaling"), _section(values, "rope_parameters")
+        rope = cls._from_section(old or new, values)
+        # transformers lets `rope_scaling` replace `rope_parameters`
+        if old and new and cls._from_section(new, values) != rope:
+            raise ValueError(
+                f"rope_scaling ({dict(old)}) and rope_parameters ({dict(new)}) differ; remove one"
+            )
+        return rope
+
+    @classmethod
+    def _from_section(cls, section: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
         scaling: Any = section.get("rope_type") or section.get("type") or "default"
         if scaling not in get_args(Scaling):
             supported = ", ".join(get_args(Scaling))
@@ -62,8 +73,10 @@ class Rope:
         factor = _positive(section, "factor")
         if scaling == "linear":
             return cls(theta=theta, scaling=scaling, factor=factor)
-        context = values.get("max_position_embeddings")
-        original = _positive(section, "original_max_position_embeddings", context)
+        key = "original_max_position_embeddings"
+        if values.get(key) is not None:  # transformers prefers it to the one of the section
+            section = {**section, key: values[key]}
+        original = _positive(section, key, values.get("max_position_embeddings"))
         if scaling == "llama3":
             return cls._llama3(section, theta=theta, factor=factor, original=original)
         return cls._yarn(section, theta=theta, factor=factor, original=original)

@@ -13,9 +13,20 @@ from pathlib import Path
 import torch
 
 from dapo_async.config import Config, Source, parse_source, parse_sources
-from dapo_async.data import PromptSet, check_fit, is_on_hub, load_set, preset_of, usable_tokenizer
+from dapo_async.data import (
+    PromptSet,
+    Tokenizer,
+    check_fit,
+    check_template,
+    check_tokenizer,
+    is_on_hub,
+    load_set,
+    preset_of,
+    special_token_lines,
+    usable_tokenizer,
+)
 from dapo_async.learner import loss_options
-from dapo_async.model import ModelConfig, check_weights
+from dapo_async.model import ModelConfig, find_weights, special_tokens
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang.server import missing_sglang
@@ -29,6 +40,7 @@ class Inputs:
     train: PromptSet | None
     heldout: PromptSet | None
     notes: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()  # lines for a dry run about the model folder
 
     @property
     def fingerprint(self) -> str | None:
@@ -63,12 +75,24 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
             "and check it then"
         )
         return Inputs(None, None, tuple(notes))
-    model = _check_model(config)
-    train = _load(config, model, training=True, dry_run=dry_run)
-    heldout = _load(config, model, training=False, dry_run=dry_run)
+    folder = Path(config.model.path)
+    model = ModelConfig.from_folder(folder)
+    weights = find_weights(folder, model)
+    model.check_split(config.learner.tensor_parallel)
+    tokenizer = usable_tokenizer(folder)
+    check_tokenizer(tokenizer, model, folder=folder)
+    check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)
+    if weights.left_alone or weights.unused:
+        notes.append(f"model      {weights.summary}")
+    train = _load(config, model, tokenizer, training=True, dry_run=dry_run)
+    heldout = _load(config, model, tokenizer, training=False, dry_run=dry_run)
+    lines = (
+        f"model      {model.family}, {weights.summary}",
+        *special_token_lines(special_tokens(folder), tokenizer),
+    )
     if train is not None and heldout is not None:
         _check_sources(config, (train, heldout))
-    return Inputs(train, heldout, tuple(notes))
+    return Inputs(train, heldout, tuple(notes), lines)
 
 
 def _check_options(config: Config) -> None:
@@ -115,26 +139,15 @@ def _sources_left_on_hub(config: Config, *, dry_run: bool) -> list[Source]:
     return [source for source in sources if is_on_hub(source)]
 
 
-def _check_model(config: Config) -> ModelConfig:
-    folder = Path(config.model.path)
-    model = ModelConfig.from_folder(folder)
-    check_weights(folder, model)
-    model.check_split(config.learner.tensor_parallel)
-    if not model.eos_token_ids:
-        raise ValueError(
-            f"model {folder} has no eos_token_id in its config.json, so a response could never "
-            "stop; add it"
-        )
-    return model
-
-
-def _load(config: Config, model: ModelConfig, *, training: bool, dry_run: bool) -> PromptSet | None:
+def _load(
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, *, training: bool, dry_run: bool
+) -> PromptSet | None:
     """The training or held-out prompts, checked against the model; None: left on the hub."""
     text = config.data.train if training else config.data.heldout
     if dry_run and is_on_hub(parse_source(text)):
         return None
     folder = Path(config.model.path)
-    prompts = load_set(config, text, usable_tokenizer(folder), training=training, hub=not dry_run)
+    prompts = load_set(config, text, tokenizer, training=training, hub=not dry_run)
     check_fit(prompts, model, folder=folder, max_response_tokens=config.rollout.max_response_tokens)
     return prompts
 

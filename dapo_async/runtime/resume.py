@@ -15,6 +15,7 @@ from typing import Any
 from dapo_async import config as knobs
 from dapo_async.config import Config, parse_source
 from dapo_async.config.validate import check
+from dapo_async.model import special_tokens
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
@@ -86,7 +87,8 @@ def _check_same_model(path: str, checkpoint: Path | None) -> None:
     if parse_source(path).hub is not None:
         raise ValueError(f"model.path ({path}) must be a folder when a run is resumed")
     for ours in sorted(checkpoint.iterdir()):
-        if ours.is_dir() or ours.name.startswith("model"):  # the state, the weights
+        # Not compared: the state, the weights, and stop tokens, which an export brings together.
+        if ours.is_dir() or ours.name.startswith("model") or ours.name == "generation_config.json":
             continue
         theirs = Path(path) / ours.name
         if _content(ours) != _content(theirs):
@@ -94,6 +96,11 @@ def _check_same_model(path: str, checkpoint: Path | None) -> None:
                 f"model.path can't change to {path} when a run is resumed: {theirs} differs from "
                 f"{ours}; give the folder where the same model is now, or leave it out"
             )
+    if set(special_tokens(Path(path)).stop) != set(special_tokens(checkpoint).stop):
+        raise ValueError(
+            f"model.path can't change to {path} when a run is resumed: its stop tokens differ from "
+            f"those of {checkpoint}; give the folder where the same model is now, or leave it out"
+        )
 
 
 def _content(path: Path) -> Any:

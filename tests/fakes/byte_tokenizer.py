@@ -15,8 +15,24 @@ class FakeTokenizer:
         return {"input_ids": [self._encode(one) for one in text]}
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        strftime_now: Callable[[str], str],
     ) -> str:
+        raise NotImplementedError
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None
+
+    def get_vocab(self) -> dict[str, int]:
         raise NotImplementedError
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -112,7 +112,8 @@ def joined(partial: Completion | None, rest: Completion) -> Completion:
 def sampling_body(sampling: SamplingParams) -> dict[str, Any]:
     """The parameters by SGLang's names.
 
-    SGLang also stops at the stop tokens of the model's config. The seed is the server's own.
+    SGLang also stops at the stop tokens of config.json and generation_config.json, which
+    `ModelConfig.eos_token_ids` includes. The seed is the server's own.
     """
     return {
         "max_new_tokens": sampling.max_tokens,

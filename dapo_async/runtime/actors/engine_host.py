@@ -40,11 +40,12 @@ class EngineHost(ABC):
         self._tokenizer = load_tokenizer(Path(config.model.path))
         self._response_text = response_decoder(self._tokenizer)
         self.verifiers = choose_verifiers(config.reward.verifier)
-        model = ModelConfig.from_folder(Path(config.model.path))
+        self.model = ModelConfig.from_folder(Path(config.model.path))
         self.max_len = min(
-            config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            self.model.max_positions,
         )
-        self.stop_token_ids = model.eos_token_ids
+        self.stop_token_ids = self.model.eos_token_ids
 
     @abstractmethod
     async def start(self) -> str:

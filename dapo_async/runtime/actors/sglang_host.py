@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from dapo_async.config import Config
+from dapo_async.model import folder_for_sglang
 from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
@@ -73,8 +75,14 @@ class SGLangHost(EngineHost):
 
     async def _start_server(self) -> tuple[str, str]:
         config = self._config
+        folder = await asyncio.to_thread(
+            folder_for_sglang,
+            Path(config.model.path),
+            self.model,
+            scratch=self._logs / f"{self._name}-model",
+        )
         options = ServerOptions(
-            model=Path(config.model.path),
+            model=folder,
             dtype=config.model.dtype,
             device="cuda" if self._device == "cuda" else "cpu",
             tensor_parallel=config.rollout.tensor_parallel,

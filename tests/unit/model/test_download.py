@@ -11,25 +11,30 @@ import pytest
 from dapo_async.model import download_model
 
 
-def test_a_model_is_downloaded_without_pickles_and_code(
+def test_only_the_files_that_the_index_names_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def snapshot_download(name: str, **options: Any) -> str:
         asked.append((name, options))
-        return str(tmp_path / "0123abc")
+        folder = tmp_path / "0123abc"
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}'
+        )
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert download_model("Qwen/Qwen2.5-32B", revision="v1") == tmp_path / "0123abc"
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    options = {
-        "revision": "v1",
-        "allow_patterns": patterns,
-        "ignore_patterns": ["*/*"],
-        "local_files_only": False,
-    }
-    assert asked == [("Qwen/Qwen2.5-32B", options)]
+    always = {"ignore_patterns": ["*/*"], "local_files_only": False}
+    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    weights = ["model-1.safetensors", "model-2.safetensors"]
+    assert asked == [
+        ("Qwen/Qwen2.5-32B", {"revision": "v1", "allow_patterns": small, **always}),
+        ("Qwen/Qwen2.5-32B", {"revision": "0123abc", "allow_patterns": weights, **always}),
+    ]
+    assert download_model("Qwen/Qwen2.5-32B", download=False) is None  # no weights yet
 
 
 def test_without_download_an_absent_model_is_none(

@@ -69,7 +69,7 @@ def test_the_untouched_copy_is_accepted(folder: Path) -> None:
         ({"rms_norm_eps": None}, "rms_norm_eps (missing) must be a positive number"),
         ({"rope_parameters": [1]}, "rope_parameters ([1]) must be an object"),
         ({"eos_token_id": "12"}, "eos_token_id ('12') must be a token id or a list of ids"),
-        ({"eos_token_id": None}, "has no eos_token_id in its config.json"),
+        ({"eos_token_id": 13}, "eos_token_id (13) must be a token id or a list of ids, each from"),
         (
             {"num_hidden_layers": 4},
             "do not fit their config.json: missing ['model.layers.3.input_layernorm.weight', ",
@@ -138,7 +138,9 @@ def test_a_tokenizer_of_a_larger_model_is_refused(folder: Path) -> None:
     change_weights(
         folder, lambda weights: weights.update({"model.embed_tokens.weight": torch.zeros(5, 64)})
     )
-    change_config(folder, vocab_size=5)
+    change_config(folder, vocab_size=5, eos_token_id=4)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (folder / name).unlink()
     assert "but vocab_size of the model is 5; take tokenizer and weights from one model" in refusal(
         f"model.path={folder}"
     )
