@@ -106,7 +106,7 @@ class BaseModelConfig:
 class DataConfig:
     train: str = knob(
         "",
-        "training problems: [PRESET=]PATH (JSONL, Parquet or a folder), "
+        "training problems: [PRESET=]PATH (JSONL, Parquet, a folder or a pattern), "
         "hub:OWNER/NAME[/SUBSET][@REVISION][:SPLIT] or hub:PRESET",
         path="data",
     )
@@ -115,16 +115,19 @@ class DataConfig:
     )
     prompt_key: str | None = knob(
         None,
-        "column of the problem, with dots for nested columns (prompt.0.content); null: the column "
-        "of the preset, or prompt",
+        "column of the problem, a text or a chat, with dots for nested columns "
+        "(prompt.-1.content); null: the column of the preset, or prompt, messages, conversations",
     )
     answer_key: str | None = knob(
-        None, "column of the gold answer; null: the column of the preset, or answer"
+        None,
+        "column of the gold answer; null: the column of the preset, or answer, "
+        "reward_model.ground_truth",
     )
     template: str | None = knob(
         None,
         "prompt template: dapo, boxed, chat, chat+dapo, chat+boxed, or a text with {problem}; "
-        "null: the template of the training preset, or only the problem",
+        "null: the template of the training preset, or only the problem, and within chat for chats "
+        "of several turns",
     )
     system: str | None = knob(None, "system text for a chat template; null: no system text")
     language: Literal["en", "zh"] | None = knob(

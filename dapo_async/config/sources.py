@@ -9,8 +9,10 @@ it was published. A model written as OWNER/NAME is looked up on the hub unless i
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 
 HUB = "hub:"
@@ -51,6 +53,15 @@ class Source:
             return str(self.path)
         parts = (("/", self.subset), ("@", self.revision), (":", self.split))
         return HUB + str(self.hub) + "".join(mark + part for mark, part in parts if part)
+
+
+def matches(path: Path) -> list[Path]:
+    """The path itself if it exists, else the paths that match it as a pattern, by name."""
+    if os.path.exists(path):  # unlike Path.exists it raises nothing
+        return [path]
+    if not has_magic(str(path)):
+        return []
+    return [Path(name) for name in sorted(glob(str(path), recursive=True))]
 
 
 def parse_source(text: str) -> Source:

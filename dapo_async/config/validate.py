@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from dapo_async.config.schema import Config, Knob, knobs, values_of
-from dapo_async.config.sources import Source, parse_source, parse_sources
+from dapo_async.config.sources import Source, matches, parse_source, parse_sources
 
 Rule = tuple[bool, str]  # whether it holds, and the message if it does not
 
@@ -79,7 +79,7 @@ def _file_rules(config: Config, files: bool) -> Iterator[Rule]:
     ):
         yield bool(value), f"{name} is not set; set it in the config file or as {name}=PATH"
         yield (
-            not files or _exists(parse_source(value)),
+            not files or _exists(parse_source(value), pattern=name != "model.path"),
             f"{name} ({value}) does not exist; give an existing path",
         )
     for source in parse_sources(data.check_against):
@@ -100,9 +100,11 @@ def _file_rules(config: Config, files: bool) -> Iterator[Rule]:
     )
 
 
-def _exists(source: Source) -> bool:
-    """A source on the hub is looked up later."""
-    return source.path is None or os.path.exists(source.path)
+def _exists(source: Source, *, pattern: bool = True) -> bool:
+    """A source on the hub is looked up later. A `pattern` has to match a path."""
+    if source.path is None:
+        return True
+    return bool(matches(source.path)) if pattern else os.path.exists(source.path)
 
 
 def _cross_rules(config: Config) -> Iterator[Rule]:

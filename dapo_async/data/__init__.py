@@ -4,12 +4,18 @@ The replay actor reads the training set. The rollout actors read the held-out se
 the page for users.
 
 tokenizer  the tokenizer of a Hugging Face folder; imports transformers on first use only
-sources    rows of JSONL, Parquet, folders and the hub; imports `datasets` on first use only
+sources    rows of files, folders and the hub; imports `datasets` on first use only
+json_rows  rows of JSON files
+tables     rows of Parquet files and of `datasets`
+places     the file and the columns of a row, for messages
+cells      lookup of a nested column, and its value as text
+conversation  the turns of chat messages
+problems   rows become problems; bad rows are named or counted
 presets    columns and templates of published data sets
 screening  leaves out repeats, conflicting answers, other languages and evaluation problems
 chat       the model's chat template, tried before a run starts
 templates  the text around a problem
-prompts    rows become prompts; what is left out is counted
+prompts    problems become prompts; what is left out is counted
 responses  token ids of a response become text
 sets       the data sets that a config names
 stream     the order of prompts: depends on the seed, new in each epoch

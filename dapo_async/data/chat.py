@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from dapo_async.data.conversation import SYSTEM, USER, Turn
 from dapo_async.data.tokenizer import Tokenizer
 
 PROBLEM = "What is 2 + 3?"
@@ -44,10 +45,32 @@ def render(tokenizer: Tokenizer, problem: str, *, system: str | None) -> str:
     return text
 
 
+def render_turns(tokenizer: Tokenizer, turns: Sequence[Turn]) -> str:
+    """The conversation of these turns up to the assistant's next turn.
+
+    Raises ValueError, in one line and without a remedy, when the template raises or leaves out a
+    turn of the system or the user.
+    """
+    try:
+        text = _apply(tokenizer, turns)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"{_origin(tokenizer)} fails: {_reason(error)}") from error
+    for turn in turns:
+        if turn.role in (SYSTEM, USER) and turn.content.strip() not in str(text):
+            raise ValueError(
+                f"{_origin(tokenizer)} leaves out the {turn.role} turn {turn.content[:60]!r}"
+            )
+    return text
+
+
 def _render(tokenizer: Tokenizer, problem: str, system: str | None) -> str:
-    first = [] if system is None else [{"role": "system", "content": system}]
+    first = [] if system is None else [Turn(SYSTEM, system)]
+    return _apply(tokenizer, [*first, Turn(USER, problem)])
+
+
+def _apply(tokenizer: Tokenizer, turns: Sequence[Turn]) -> str:
     return tokenizer.apply_chat_template(
-        [*first, {"role": "user", "content": problem}],
+        [turn._asdict() for turn in turns],
         tokenize=False,
         add_generation_prompt=True,
         strftime_now=DATE.strftime,
@@ -55,7 +78,6 @@ def _render(tokenizer: Tokenizer, problem: str, system: str | None) -> str:
 
 
 def _raised(tokenizer: Tokenizer, error: Exception, *, problem: str, system: str | None) -> str:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     remedy = OTHER
     if system is not None:
         try:
@@ -63,13 +85,22 @@ def _raised(tokenizer: Tokenizer, error: Exception, *, problem: str, system: str
             remedy = "without a system turn it works: set data.system=null"
         except Exception:  # noqa: BLE001 (the first error says it)
             remedy = OTHER
-    return f"{_origin(tokenizer)} fails: {reason}; {remedy}"
+    return f"{_origin(tokenizer)} fails: {_reason(error)}; {remedy}"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def has_chat_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def needs_chat_template(tokenizer: Tokenizer) -> None:
     """Raises ValueError when the tokenizer has no chat template that a conversation can use."""
     templates = getattr(tokenizer, "chat_template", None)
-    if not templates:
+    if not has_chat_template(tokenizer):
         raise ValueError(
             "data.template=chat needs a chat template, but the model's tokenizer has none; "
             "use an instruction-tuned model or another template"

@@ -37,7 +37,7 @@ class Preset:
     deduplicate: bool = False
 
 
-DAPO_PROBLEM, DAPO_ANSWER = ("problem", "prompt.0.content"), ("answer", "reward_model.ground_truth")
+DAPO_PROBLEM, DAPO_ANSWER = ("problem", "prompt"), ("answer", "reward_model.ground_truth")
 PRESETS = MappingProxyType(
     {
         # 1,791,700 rows: each of the 17,917 prompts occurs a hundred times.

@@ -1,39 +1,35 @@
-"""Rows of a data set become prompts. The replay actor and evaluation call it through `sets.py`.
+"""Problems become prompts. The replay actor and evaluation call it through `sets.py`.
 
-It finds the columns, leaves out and counts what may not be trained, fills in the template and
-tokenises the text.
+It leaves out and counts what may not be trained, fills in the template and tokenises the text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dapo_async.config import Source
-from dapo_async.data.presets import Preset, answer_of, preset_of
+from dapo_async.data.cells import has_control_characters
+from dapo_async.data.chat import has_chat_template
+from dapo_async.data.presets import Preset, preset_of
+from dapo_async.data.problems import NO_USER_TURN, PROMPT_KNOB, ProblemReader
 from dapo_async.data.screening import (
-    LeftOut,
     Problem,
+    RowCounts,
     Screening,
     contaminated,
     deduplicated,
     fingerprints,
     of_language,
 )
-from dapo_async.data.sources import read_rows
-from dapo_async.data.templates import PLACEHOLDER, Template
+from dapo_async.data.templates import CHAT, PLACEHOLDER, TEMPLATES, Template, TurnsError
 from dapo_async.data.tokenizer import Tokenizer
 from dapo_async.types import Prompt
-
-SOURCE_COLUMN = "data_source"  # names the data set that a row is from; rows may lack it
-PROMPT_KNOB, ANSWER_KNOB = "data.prompt_key", "data.answer_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +38,10 @@ class PromptSet:
 
     source: Source
     prompts: tuple[Prompt, ...]
-    left_out: LeftOut
+    left_out: RowCounts
     contaminated: Mapping[str, int]  # number of problems that are in each evaluation set too
     contaminated_kept: int = 0  # number of them that are not left out
+    with_control_characters: str = ""  # how many prompts, and the first of them
 
     @property
     def summary(self) -> str:
@@ -54,6 +51,8 @@ class PromptSet:
             f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens "
             f"from {self.source.name}; left out: {self.left_out}"
         )
+        if self.with_control_characters:
+            line += f"; kept: {self.with_control_characters}"
         if not self.contaminated:
             return line
         sets = ", ".join(f"{name} {count}" for name, count in self.contaminated.items())
@@ -81,44 +80,126 @@ def load_prompts(
     max_prompt_tokens: int,
     screening: Screening = Screening(),  # noqa: B008 (frozen)
 ) -> PromptSet:
-    """Reads one problem per row; numbers become text.
+    """Reads one problem per row; numbers become text, a chat keeps its earlier turns.
 
-    Where a column or the template is None, the preset decides; without a preset the columns are
-    `prompt` and `answer` and there is no template.
+    Where a column is None, the preset decides; without a preset the columns are those of
+    `problems.py`. Where the template is None, it is `default_template`.
 
     Raises ValueError for a source that can't be read, rows without the columns, a column that holds
-    neither text nor a number, and when no row is left.
+    neither text nor a number nor a chat, turns that the template can't hold, and when no row is
+    left.
     """
     preset, source = preset_of(Source(path=source) if isinstance(source, Path) else source)
-    left_out = LeftOut()
-    rows = _problems(source, preset, prompt_key, answer_key, left_out)
-    problems, found, counts = _screened(rows, screening, preset, left_out)
-    around = Template(template or (preset.template if preset else PLACEHOLDER), system=system)
-    texts, encoded = around.tokenised([problem.text for problem in problems], tokenizer)
-    kept = []
+    reader = ProblemReader(source, preset, prompt_key=prompt_key, answer_key=answer_key)
+    left_out = reader.left_out
+    problems, found, counts = _screened(reader, screening, preset, left_out)
+    if template is None:
+        template = default_template(source, prompt_key=prompt_key, answer_key=answer_key)
+    texts, encoded = _tokenised(problems, template, system, tokenizer, reader)
+    kept, unusual = [], RowCounts(reader.places)
     for problem, text, ids in zip(problems, texts, encoded, strict=True):
         if len(ids) > max_prompt_tokens:
             left_out.add("over-long", problem.row)
             continue
+        if has_control_characters(problem.text):
+            unusual.add("with control characters", problem.row)
         token_ids = np.array(ids, dtype=np.int32)
         kept.append(
             Prompt(problem.row, text, token_ids, answer=problem.answer, source=problem.source)
         )
-    if not kept and not left_out.counts:
-        raise ValueError(
+    if not kept:
+        raise _no_prompt(source, reader, max_prompt_tokens)
+    return PromptSet(
+        source,
+        tuple(kept),
+        left_out,
+        counts,
+        len(found) if screening.contamination == "warn" else 0,
+        str(unusual) if unusual.counts else "",
+    )
+
+
+def _no_prompt(source: Source, reader: ProblemReader, max_prompt_tokens: int) -> ValueError:
+    counts = reader.left_out.counts
+    if not counts:
+        return ValueError(
             f"{source.where} has no usable prompt; it has no rows: give a file with rows"
         )
-    if not kept:
-        raise ValueError(
-            f"{source.where} has no usable prompt; left out: {left_out}; over-long means more than "
-            f"data.max_prompt_tokens ({max_prompt_tokens}): change the knobs of data or the data"
+    what, remedy = "", "change the knobs of data or the data"
+    if "over-long" in counts:
+        what = f"; over-long means more than data.max_prompt_tokens ({max_prompt_tokens})"
+    if [*counts] == [NO_USER_TURN] and False in reader.user_turns:
+        remedy = f"remove the last turns, or set {PROMPT_KNOB}={reader.user_turns[False]}"
+    return ValueError(
+        f"{source.where} has no usable prompt; left out: {reader.left_out}{what}; {remedy}"
+    )
+
+
+def default_template(
+    source: Source, *, prompt_key: str | None = None, answer_key: str | None = None
+) -> str:
+    """The template of a training set without `data.template`.
+
+    That is the template of its preset, or only the problem. If the first problem of the set has
+    turns before it, it is this within the chat template. Sets of the hub are not read for this;
+    rows with such turns are then an error.
+    """
+    preset, source = preset_of(source)
+    text = preset.template if preset else PLACEHOLDER
+    if source.path is None:
+        return text
+    reader = ProblemReader(source, preset, prompt_key=prompt_key, answer_key=answer_key)
+    first = next(iter(reader), None)
+    return f"{CHAT}{text}" if first is not None and first.context else text
+
+
+def _tokenised(
+    problems: Sequence[Problem],
+    template: str,
+    system: str | None,
+    tokenizer: Tokenizer,
+    reader: ProblemReader,
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts as texts and token ids. Raises ValueError for turns that would be lost."""
+    around = Template(template, system=system)
+    chat = next((problem for problem in problems if problem.context), None)
+    if chat is not None and not around.is_chat:
+        within = f"{CHAT}{template}" if template in TEMPLATES else "chat"
+        raise _lost_turns(
+            reader,
+            chat,
+            f"which need a chat template, but data.template is {template!r}",
+            f"set data.template={within}, or ",
         )
-    contaminated_kept = len(found) if screening.contamination == "warn" else 0
-    return PromptSet(source, tuple(kept), left_out, counts, contaminated_kept)
+    if chat is not None and not has_chat_template(tokenizer):
+        raise _lost_turns(
+            reader,
+            chat,
+            "which need a chat template, but the model's tokenizer has none",
+            "use an instruction-tuned model, or ",
+        )
+    try:
+        return around.tokenised(
+            [problem.text for problem in problems],
+            tokenizer,
+            contexts=[problem.context for problem in problems],
+        )
+    except TurnsError as error:
+        raise _lost_turns(
+            reader, problems[error.index], f"but {error}", "correct it, or "
+        ) from error
+
+
+def _lost_turns(reader: ProblemReader, problem: Problem, why: str, remedy: str) -> ValueError:
+    roles = ", ".join(dict.fromkeys(turn.role for turn in problem.context))
+    return ValueError(
+        f"{reader.places.of(problem.row)} has turns before its problem ({roles}), {why}; "
+        f"{remedy}set {PROMPT_KNOB}={reader.user_turns[True]} to leave the turns out"
+    )
 
 
 def _screened(
-    rows: Iterator[Problem], screening: Screening, preset: Preset | None, left_out: LeftOut
+    rows: Iterable[Problem], screening: Screening, preset: Preset | None, left_out: RowCounts
 ) -> tuple[list[Problem], set[int], Counter[str]]:
     """The problems that pass; the rows of evaluation problems, and their number for each set."""
     if screening.language is not None:
@@ -143,105 +224,7 @@ def load_fingerprints(source: Source, *, prompt_key: str | None = None) -> froze
     Columns and errors are those of `load_prompts`, without the answers.
     """
     preset, source = preset_of(source)
-    problems = _problems(source, preset, prompt_key, None, LeftOut(), with_answers=False)
-    return fingerprints(problem.text for problem in problems)
-
-
-def _problems(
-    source: Source,
-    preset: Preset | None,
-    prompt_key: str | None,
-    answer_key: str | None,
-    left_out: LeftOut,
-    *,
-    with_answers: bool = True,
-) -> Iterator[Problem]:
-    """Every row with a problem and an answer; the others are counted in `left_out`.
-
-    Raises ValueError at the end when rows lacked a column.
-    """
-    keys = {PROMPT_KNOB: _keys(prompt_key, preset.problem if preset else None, "prompt")}
-    if with_answers:
-        keys[ANSWER_KNOB] = _keys(answer_key, preset.answer if preset else None, "answer")
-    columns = [*(key for known in keys.values() for key in known), SOURCE_COLUMN]
-    wrapped = Template(preset.wrapped) if preset and preset.wrapped else None
-    missing: list[tuple[int, str, tuple[str, ...]]] = []
-    for row, values in enumerate(read_rows(source, columns=columns)):
-        found: dict[str, str] = {}
-        for knob, known in keys.items():
-            key = next((key for key in known if _has(values, key)), None)
-            if key is None:
-                missing.append((row, knob, tuple(map(str, values))))
-                break
-            found[knob] = key
-        if len(found) < len(keys):
-            continue
-        texts = {
-            knob: _text(values, key, knob=knob, source=source, row=row)
-            for knob, key in found.items()
-        }
-        problem = texts[PROMPT_KNOB]
-        problem = wrapped.without(problem) if wrapped else problem
-        form = preset.answer_form.get(found.get(ANSWER_KNOB, "")) if preset else None
-        answer = answer_of(texts.get(ANSWER_KNOB, ""), form)
-        if not problem.strip() or (with_answers and not answer.strip()):
-            left_out.add("empty", row)
-            continue
-        origin = ""
-        if with_answers and _has(values, SOURCE_COLUMN):
-            origin = _text(values, SOURCE_COLUMN, knob=None, source=source, row=row)
-        yield Problem(row, problem, answer, origin)
-    if missing:
-        row, knob, there = missing[0]
-        more = f", the first of {len(missing)} such rows," if len(missing) > 1 else ""
-        raise ValueError(
-            f"row {row + 1} of {source.where}{more} has no column {keys[knob][0]!r}; "
-            f"set {knob} to one of {', '.join(there)}"
-        )
-
-
-def _keys(
-    configured: str | None, of_preset: tuple[str, ...] | None, default: str
-) -> tuple[str, ...]:
-    """The columns to look for, in order."""
-    return (configured,) if configured else of_preset or (default,)
-
-
-_ABSENT = object()
-
-
-def _lookup(values: Any, key: str) -> Any:
-    """`values[key]`, or the value at the dotted path `key`; `_ABSENT` where there is none."""
-    if isinstance(values, dict) and key in values:
-        return values[key]
-    for part in key.split("."):
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif _is_index(values, part):
-            values = values[int(part)]
-        else:
-            return _ABSENT
-    return values
-
-
-def _is_index(values: Any, part: str) -> bool:
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    return is_list and part.isdecimal() and int(part) < len(values)
-
-
-def _has(values: Any, key: str) -> bool:
-    return _lookup(values, key) is not _ABSENT
-
-
-def _text(values: Any, key: str, *, knob: str | None, source: Source, row: int) -> str:
-    """The text or number in a column as text; empty for null, NaN and infinity."""
-    value = _lookup(values, key)
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    remedy = f", or set {knob} to another column" if knob else ""
-    raise ValueError(
-        f"column {key!r} in row {row + 1} of {source.where} holds a {type(value).__name__}; "
-        f"write text or a number{remedy}"
+    reader = ProblemReader(
+        source, preset, prompt_key=prompt_key, answer_key=None, with_answers=False
     )
+    return fingerprints(problem.asked for problem in reader)

@@ -9,8 +9,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from dapo_async.data.conversation import USER, Turn
+from dapo_async.data.places import Places
 from dapo_async.reward.math_verifier.normalize import normalised
 from dapo_async.reward.math_verifier.numeric import plain_equal
 
@@ -24,15 +26,29 @@ class Problem:
     """A row of a data set, before the template."""
 
     row: int  # in the data set, from 0; messages count from 1
-    text: str  # without the template
+    text: str  # without the template; of a chat its last turn
     answer: str
     source: str = ""  # the content of the column data_source
+    context: tuple[Turn, ...] = ()  # of a chat the turns before the last one
+
+    @property
+    def asked(self) -> str:
+        """The texts of all user turns."""
+        if not self.context:
+            return self.text
+        return "\n".join([*self.questions, self.text])
+
+    @property
+    def questions(self) -> list[str]:
+        """The texts of the user turns before the last turn."""
+        return [turn.content for turn in self.context if turn.role == USER]
 
 
 @dataclass(slots=True)
-class LeftOut:
-    """Rows that are left out, by reason: their number and the first of them."""
+class RowCounts:
+    """Rows by reason: their number and the first of them."""
 
+    places: Places = field(default_factory=Places)
     counts: Counter[str] = field(default_factory=Counter)
     first_rows: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
@@ -50,12 +66,8 @@ class LeftOut:
         )
 
     def _named(self, reason: str) -> str:
-        rows, count = self.first_rows[reason], self.counts[reason]
-        return (
-            ("row " if count == 1 else "rows ")
-            + ", ".join(str(row + 1) for row in rows)
-            + (", …" if count > len(rows) else "")
-        )
+        rows = self.first_rows[reason]
+        return self.places.named(rows, more=self.counts[reason] > len(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,35 +81,46 @@ class Screening:
     against: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def of_language(problems: Iterable[Problem], language: str, left_out: LeftOut) -> Iterator[Problem]:
+def of_language(
+    problems: Iterable[Problem], language: str, left_out: RowCounts
+) -> Iterator[Problem]:
     """The problems of one language of DAPO-Math-17k.
 
     A problem with a Chinese character is zh, every other one is en.
     """
     for problem in problems:
-        if (CHINESE.search(problem.text) is not None) == (language == "zh"):
+        if (CHINESE.search(problem.asked) is not None) == (language == "zh"):
             yield problem
         else:
             left_out.add("of another language", problem.row)
 
 
-def deduplicated(problems: Iterable[Problem], left_out: LeftOut) -> list[Problem]:
+def deduplicated(problems: Iterable[Problem], left_out: RowCounts) -> list[Problem]:
     """The first of equal problems; none of them where their answers differ.
 
-    Problems are equal when they differ only in whitespace and in Unicode's composition of
-    characters; `a + b` and `a - b` are two problems. Answers are equal when `plain_equal` finds it,
-    as for `1/2` and `0.5`; answers that only computer algebra could compare differ.
+    The turns before a problem belong to it. Problems are equal when they differ only in whitespace
+    and in Unicode's composition of characters; `a + b` and `a - b` are two problems. Answers are
+    equal when `plain_equal` finds it, as for `1/2` and `0.5`; answers that only computer algebra
+    could compare differ.
     """
     # The copies of a problem are mostly identical, so each text is normalised once.
     keys: dict[str, str] = {}
-    alike: dict[str, Problem] = {}
-    rows: dict[str, list[int]] = {}
-    answers: defaultdict[str, list[str]] = defaultdict(list)  # every spelling once
-    differ: set[str] = set()
-    for problem in problems:
-        key = keys.get(problem.text)
+
+    def same_for_copies(text: str) -> str:
+        key = keys.get(text)
         if key is None:
-            key = keys[problem.text] = " ".join(unicodedata.normalize("NFC", problem.text).split())
+            key = keys[text] = " ".join(unicodedata.normalize("NFC", text).split())
+        return key
+
+    alike: dict[Any, Problem] = {}
+    rows: dict[Any, list[int]] = {}
+    answers: defaultdict[Any, list[str]] = defaultdict(list)  # every spelling once
+    differ: set[Any] = set()
+    for problem in problems:
+        key: Any = same_for_copies(problem.text)
+        if problem.context:
+            turns = (part for turn in problem.context for part in turn)
+            key = (key, *map(same_for_copies, turns))
         alike.setdefault(key, problem)
         rows.setdefault(key, []).append(problem.row)
         if key not in differ and problem.answer not in answers[key]:
@@ -136,13 +159,16 @@ def contaminated(
 ) -> tuple[set[int], Counter[str]]:
     """The rows of problems that are evaluation problems, and the number for each evaluation set.
 
-    A problem may be in several sets.
+    A problem may be in several sets. A chat is found by any of its user turns, or by all of them
+    together.
     """
     rows: set[int] = set()
     counts: Counter[str] = Counter()
     for problem in problems:
-        key = fingerprint(problem.text)
-        for name in [name for name, known in against.items() if key in known]:
+        found = {fingerprint(problem.text)}
+        if problem.context:
+            found |= set(map(fingerprint, [*problem.questions, problem.asked]))
+        for name in [name for name, known in against.items() if found & known]:
             rows.add(problem.row)
             counts[name] += 1
     return rows, counts

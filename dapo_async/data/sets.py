@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapo_async.config import Config, Source, parse_source, parse_sources
-from dapo_async.data.chat import check_chat_template
+from dapo_async.data.chat import check_chat_template, has_chat_template
 from dapo_async.data.presets import preset_of
-from dapo_async.data.prompts import PromptSet, load_fingerprints, load_prompts
+from dapo_async.data.prompts import PromptSet, default_template, load_fingerprints, load_prompts
 from dapo_async.data.screening import Screening
-from dapo_async.data.templates import PLACEHOLDER, Template
+from dapo_async.data.templates import Template
 from dapo_async.data.tokenizer import Tokenizer, check_added_tokens
 
 if TYPE_CHECKING:  # it imports torch, which prompts do not need
@@ -64,6 +64,8 @@ def check_template(config: Config, tokenizer: Tokenizer, *, stop_token_ids: Sequ
     Called once before a run or an evaluation starts, in its main process. Raises ValueError.
     """
     before = Template(_template(config)).before
+    if before is None and config.data.template is None and not has_chat_template(tokenizer):
+        return  # loading refuses it, and names the row that needs a chat template
     if before is None:
         check_chat_template(tokenizer, system=config.data.system, stop_token_ids=stop_token_ids)
     else:
@@ -72,8 +74,10 @@ def check_template(config: Config, tokenizer: Tokenizer, *, stop_token_ids: Sequ
 
 def _template(config: Config) -> str:
     """Held-out prompts get the template of the training set."""
-    preset, _ = preset_of(parse_source(config.data.train))
-    return config.data.template or (preset.template if preset else PLACEHOLDER)
+    data = config.data
+    return data.template or default_template(
+        parse_source(data.train), prompt_key=data.prompt_key, answer_key=data.answer_key
+    )
 
 
 def check_fit(

@@ -1,186 +1,130 @@
-"""Rows of a data set: a source comes in, its rows leave. `prompts.py` calls it.
+"""Rows of a data set: a source comes in, its rows leave. `problems.py` calls it.
 
-A source is a JSONL or Parquet file, a folder of either, a folder of `datasets.save_to_disk`, or a
-name on the hub.
-
-JSONL has its own reader, which takes milliseconds and names the line of a mistake; `datasets` costs
-each process 0.9 s of imports and a copy of the file in its cache. pyarrow reads Parquet. `datasets`
-reads the rest and is imported only for that. Nothing of a data set is executed: `datasets` 5 has no
-loading scripts, and nothing is unpickled.
+A source is a JSONL or Parquet file, a pattern or a folder of either, a folder of
+`datasets.save_to_disk`, or a name on the hub. `datasets` is imported only for the last two, because
+it costs each process 0.9 s. Nothing of a data set is executed: `datasets` 5 has no loading scripts,
+and nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Source
+from dapo_async.config.sources import matches
+from dapo_async.data.json_rows import json_rows
+from dapo_async.data.places import Places
+from dapo_async.data.tables import first_line, is_parquet, parquet_rows, saved_rows
 
-BATCH_ROWS = 4096
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+PACKED = (".gz", ".gzip", ".zst")
 HUB_S = 20.0  # deadline for the first answer of the hub
 SPLIT = re.compile(r"(train|test|validation|valid|dev|val)(?=[-_.])")
 
 
-def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_rows(
+    source: Source,
+    *,
+    columns: Sequence[str | Sequence[str]],
+    places: Places | None = None,
+) -> Iterator[dict[str, Any]]:
     """The rows of a source.
 
-    Of a table only `columns` are read; a name with dots is a nested column. A table that has fewer
-    than two of them is read whole, so that a message can name the columns that it has. Raises
-    ValueError, in one line, for a source that can't be read.
+    Of a table only `columns` are read; a name with dots is a nested column, and of several names
+    the first one that the table has is read. `places` learns the file of each row.
+
+    Raises ValueError, in one line, for a source that can't be read.
     """
+    places = Places() if places is None else places
+    names = [(column,) if isinstance(column, str) else column for column in columns]
     if source.path is None:
-        return _saved_rows(_from_hub(source), columns)
-    if source.path.is_file():
-        return (
-            _parquet_rows(source.path, columns)
-            if source.path.suffix == ".parquet"
-            else _json_rows(source.path)
-        )
-    if not source.path.is_dir():
+        places.begin(source.where, 0)
+        return saved_rows(_from_hub(source), names, places, source.where)
+    if source.path.is_dir() and _is_saved(source.path):
+        places.begin(str(source.path), 0)
+        return saved_rows(_saved(source.path), names, places, str(source.path))
+    return _rows_of_files(_files(source.path), names, places)
+
+
+def _rows_of_files(
+    files: Sequence[Path], columns: Sequence[Sequence[str]], places: Places
+) -> Iterator[dict[str, Any]]:
+    count = 0
+    for file in files:
+        places.begin(str(file), count)
+        rows = parquet_rows(file, columns, places) if is_parquet(file) else json_rows(file)
+        for row in rows:
+            yield row
+            count += 1
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a path: of a file, of a pattern such as `train-*.parquet`, or of a folder."""
+    if path.is_dir():
+        return _folder_files(path)
+    if path.is_file():
+        return [path]
+    files = [file for file in matches(path) if file.is_file()]
+    if not files:
         raise ValueError(
-            f"data file {source.path} does not exist; "
+            f"data file {path} does not exist; "
             "give the path of a JSONL or Parquet file, or of a folder"
         )
-    return _folder_rows(source.path, columns)
+    if len(set(map(_kind, files))) > 1:
+        raise ValueError(
+            f"the pattern {path} matches files of different formats; "
+            "give a pattern that matches only JSONL or only Parquet files"
+        )
+    return files
 
 
-def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _kind(file: Path) -> str | None:
+    """`parquet`, `jsonl` or None, by the name of a file; it may end in the name of a packer."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote a folder. Raises ValueError if it has splits."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir()) or ["SPLIT"]
         raise ValueError(
             f"data folder {folder} holds the splits {', '.join(splits)}; "
             f"give one of them, such as {folder / splits[0]}"
         )
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return _saved_rows(_saved(folder), columns)
-    files = sorted(
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """The data files in a folder and below, by name. Names that begin with a dot are skipped."""
+    found = [
         path
-        for path in folder.rglob("*")
-        if path.suffix in (".parquet", ".jsonl") and path.is_file()
-    )
-    kinds = {path.suffix for path in files}
-    splits = sorted({match[1] for path in files if (match := SPLIT.match(path.name))})
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    files = [path for path in found if _kind(path) is not None]
     if not files:
+        others = [path for path in found if path.suffix == ".json"]
+        remedy = f"give a file, such as {others[0]}" if others else "give another folder"
         raise ValueError(
             f"data folder {folder} has no *.parquet, no *.jsonl and nothing of "
-            "datasets.save_to_disk; give another folder"
+            f"datasets.save_to_disk; {remedy}"
         )
+    kinds = {_kind(path) for path in files}
+    splits = sorted({match[1] for path in files if (match := SPLIT.match(path.name))})
     if len(kinds) > 1 or len(splits) > 1:
         mixed = f"the splits {', '.join(splits)}" if len(splits) > 1 else "Parquet and JSONL files"
         raise ValueError(
             f"data folder {folder} holds {mixed}, which must not be mixed; "
             "give one file, or a folder with one of them"
         )
-    return (
-        row
-        for file in files
-        for row in (_parquet_rows(file, columns) if kinds == {".parquet"} else _json_rows(file))
-    )
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(
-            f"data file {path} can't be read: {error.strerror}; give a readable JSONL file"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"line {number} of {path} is not UTF-8 ({error.reason} at byte {error.start}); "
-                "convert the file to UTF-8"
-            ) from error
-        except (ValueError, RecursionError) as error:  # also for huge numbers and deep lists
-            raise ValueError(
-                f"line {number} of {path} is not valid JSON ({error}); "
-                "write one JSON object per line"
-            ) from error
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"line {number} of {path} holds a {type(values).__name__}; "
-                "write one JSON object per line"
-            )
-        yield values
-
-
-def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            known = _known(table.schema_arrow.names, columns)
-            for batch in table.iter_batches(BATCH_ROWS, columns=known):
-                yield from _batch_rows(
-                    pyarrow.Table.from_batches([batch]), columns if known else ()
-                )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"data file {file} is no readable Parquet file ({_first_line(error)}); give another"
-        ) from error
-
-
-def _saved_rows(dataset: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    known = _known(dataset.column_names, columns)
-    for batch in (
-        dataset.select_columns(known or dataset.column_names).with_format("arrow").iter(BATCH_ROWS)
-    ):
-        yield from _batch_rows(batch, columns if known else ())
-
-
-def _known(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
-    """The columns of a table to read; None, which means all, when it has fewer than two of them."""
-    wanted = {*columns, *(column.partition(".")[0] for column in columns)}
-    known = [name for name in names if name in wanted]
-    return known if len(known) >= 2 else None
-
-
-def _batch_rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a pyarrow table.
-
-    A nested column has its dotted name, which is many times faster than making all of its objects.
-    """
-    leaves = {column: leaf for column in columns if (leaf := _leaf(batch, column)) is not None}
-    whole = [
-        name
-        for name in batch.column_names
-        if not any(column.partition(".")[0] == name for column in leaves)
-    ]
-    values = {name: leaf.to_pylist() for name, leaf in leaves.items()} | {
-        name: batch[name].to_pylist() for name in whole
-    }
-    return (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
-
-
-def _leaf(batch: Any, column: str) -> Any:
-    """The values at a dotted name; None when a row lacks it or the names do not fit."""
-    import pyarrow
-    from pyarrow import compute
-
-    if column in batch.column_names:
-        return batch[column]
-    name, *parts = column.split(".")
-    if name not in batch.column_names:
-        return None
-    leaf = batch[name]
-    try:
-        for part in parts:
-            leaf = (
-                compute.list_element(leaf, int(part))
-                if part.isdecimal()
-                else compute.struct_field(leaf, part)
-            )
-    except (pyarrow.ArrowException, KeyError, NotImplementedError):
-        return None
-    return leaf
+    return files
 
 
 def _saved(folder: Path) -> Any:
@@ -189,10 +133,10 @@ def _saved(folder: Path) -> Any:
 
     try:
         return load_from_disk(str(folder))
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"data folder {folder} is no readable folder of datasets.save_to_disk "
-            f"({_first_line(error)}); save it again"
+            f"({first_line(error)}); save it again"
         ) from error
 
 
@@ -210,11 +154,7 @@ def _from_hub(source: Source) -> Any:
         )
     except (DatasetsError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{source.where} can't be read from the Hugging Face hub: {_first_line(error)}; "
+            f"{source.where} can't be read from the Hugging Face hub: {first_line(error)}; "
             "check name and network, set HF_HUB_OFFLINE=1 to use an earlier download, "
             "or give a local file"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,9 +6,11 @@ template, or the user's text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
-from dapo_async.data.chat import needs_chat_template, render
+from dapo_async.data.chat import needs_chat_template, render, render_turns
+from dapo_async.data.conversation import SYSTEM, USER, Turn
 from dapo_async.data.tokenizer import Tokenizer
 
 PLACEHOLDER = "{problem}"
@@ -31,6 +33,14 @@ TEMPLATES = MappingProxyType(
 CHAT = "chat+"
 
 
+class TurnsError(Exception):
+    """The chat template can't hold the turns before the problem with this index."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
+
+
 class Template:
     """A template by name (`dapo`, `boxed`, `chat`, `chat+dapo`, …) or a text with {problem}.
 
@@ -38,7 +48,7 @@ class Template:
     """
 
     def __init__(self, name: str, *, system: str | None = None) -> None:
-        self._chat, self._system = name == "chat" or name.startswith(CHAT), system
+        self.is_chat, self._system = name == "chat" or name.startswith(CHAT), system
         name = name.removeprefix(CHAT)
         self._text = TEMPLATES.get(name, name)
         assert PLACEHOLDER in self._text, name  # the config has checked it
@@ -47,7 +57,7 @@ class Template:
     @property
     def before(self) -> str | None:
         """The text before the problem; None where the tokenizer's chat template is used."""
-        return None if self._chat else self._before
+        return None if self.is_chat else self._before
 
     def around(self, problem: str) -> str:
         """The problem within the template, without the chat template."""
@@ -65,18 +75,41 @@ class Template:
         return text[len(self._before) : len(text) - len(self._after)]
 
     def tokenised(
-        self, problems: list[str], tokenizer: Tokenizer
+        self,
+        problems: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        contexts: Sequence[Sequence[Turn]] | None = None,
     ) -> tuple[list[str], list[list[int]]]:
         """The prompts as texts and as token ids.
 
-        A chat template adds its own special tokens. Raises ValueError when the tokenizer has none,
-        and when it fails.
+        A chat template adds its own special tokens. It holds the turns before each problem, its
+        context, too; a system turn among them replaces the system text. Raises ValueError when the
+        tokenizer has no chat template, and when it fails; `TurnsError` when it fails for a context.
         """
         texts = [self.around(problem) for problem in problems]
         if not texts:
             return [], []
-        if not self._chat:
+        if not self.is_chat:
+            assert not any(contexts or ()), "the caller has refused turns without a chat template"
             return texts, tokenizer(texts)["input_ids"]
         needs_chat_template(tokenizer)
-        texts = [render(tokenizer, text, system=self._system) for text in texts]
+        for index, text in enumerate(texts):
+            context = contexts[index] if contexts else ()
+            texts[index] = (
+                self._with_context(index, context, text, tokenizer)
+                if context
+                else render(tokenizer, text, system=self._system)
+            )
         return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _with_context(
+        self, index: int, context: Sequence[Turn], text: str, tokenizer: Tokenizer
+    ) -> str:
+        turns = [*context, Turn(USER, text)]
+        if self._system is not None and all(turn.role != SYSTEM for turn in turns):
+            turns.insert(0, Turn(SYSTEM, self._system))
+        try:
+            return render_turns(tokenizer, turns)
+        except ValueError as error:
+            raise TurnsError(index, str(error)) from error

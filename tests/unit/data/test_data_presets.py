@@ -194,7 +194,7 @@ def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
         ("aime24", {"problem": "How many?", "answer": 73}, "dapo", "73"),
         ("aime24", published_row("How many?", "073"), "dapo", "073"),
         ("aime25", {"problem": "How many?", "answer": "336"}, "dapo", "336"),
-        ("amc23", {"question": "How many?", "answer": 27.0}, "dapo", "27.0"),
+        ("amc23", {"question": "How many?", "answer": 27.0}, "dapo", "27"),
         ("amc23", {"problem": "How many?", "answer": "27"}, "dapo", "27"),
     ],
 )
@@ -232,7 +232,7 @@ def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape("row 2 of")) as error:
         load(tmp_path / "a.jsonl", rows, prompt_key="chat.0.text", answer_key="gold.value")
     assert str(error.value).endswith(
-        "has no column 'chat.0.text'; set data.prompt_key to one of chat, gold"
+        "has no column 'chat.0.text'; set data.prompt_key to one of gold.value"
     )
     assert pairs(
         load(tmp_path / "a.jsonl", rows[:1], prompt_key="chat.0.text", answer_key="gold.value")
