@@ -22,7 +22,6 @@ from learner import SHAPES, rollouts
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import share_groups
 from dapo_async.model import (
     Mesh,
     ModelConfig,
@@ -32,6 +31,7 @@ from dapo_async.model import (
     open_store,
     shard_of,
 )
+from dapo_async.replay.shares import share_groups
 
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,6 @@ class Admission:
     group_size: int
     # Per sibling what a lost engine returned, to be continued; None or empty: nothing.
     partial_completions: tuple[Completion | None, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AdmitReply:
-    """The replay actor's answer to a worker that asks for groups."""
-
-    admissions: tuple[Admission, ...]
-    evicted: tuple[int, ...] = ()  # groups of this worker whose generation is to be aborted
 
 
 class FinishReason(StrEnum):
@@ -122,8 +114,42 @@ class Group:
         return sum(len(self.prompt.token_ids) + rollout.num_tokens for rollout in self.rollouts)
 
     @property
+    def num_response_tokens(self) -> int:
+        return sum(rollout.num_tokens for rollout in self.rollouts)
+
+    @property
     def accuracies(self) -> tuple[float, ...]:
         return tuple(rollout.accuracy for rollout in self.rollouts)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Of the verdicts, one per rollout."""
+        return tuple(rollout.reason for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """What admission and filters read of a group: `Group`'s properties of the same names."""
+
+    group_id: int
+    incarnation: str
+    oldest_version: int
+    num_tokens: int
+    num_response_tokens: int
+    accuracies: tuple[float, ...]
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def of(cls, group: Group) -> Self:
+        return cls(
+            group.group_id,
+            group.incarnation,
+            group.oldest_version,
+            group.num_tokens,
+            group.num_response_tokens,
+            group.accuracies,
+            group.reasons,
+        )
 
 
 class RejectReason(StrEnum):
@@ -144,7 +170,8 @@ class TrainBatch:
     group_ids: tuple[int, ...]
     oldest_versions: tuple[int, ...]  # per group
     num_tokens: tuple[int, ...]  # per group, prompt and response
-    # Per group what the learner ranks fetch: a Ray object reference, in tests the Group itself.
+    # What the learner ranks fetch. From the buffer: the payload of each group. From the replay
+    # actor: one Ray object per data-parallel rank, with the payloads of its share of the groups.
     references: tuple[Any, ...]
     evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
 

@@ -11,7 +11,8 @@ filters.py       dynamic sampling and the user's own filter
 stop_rule.py     stops the run after many consecutive rejects: solved or stuck
 step_stats.py    what was offered, accepted and rejected per step
 stall_report.py  one line about what the learner waits for
-group_io.py      groups in a safetensors file
+group_io.py      groups in a safetensors file, or packed for transport
+shares.py        the share of each data-parallel rank in a batch
 """
 
 from dapo_async.replay.buffer import ReplayBuffer

@@ -41,7 +41,7 @@ from dapo_async.replay.state import (
 )
 from dapo_async.replay.step_stats import AcceptanceLog, StepAcceptance
 from dapo_async.replay.stop_rule import RejectStreak, StopReason
-from dapo_async.types import Group, RejectReason, TrainBatch
+from dapo_async.types import Group, GroupFacts, RejectReason, TrainBatch
 
 
 class ReplayBuffer:
@@ -80,7 +80,9 @@ class ReplayBuffer:
         self._ledger = Ledger()
         self._streak = RejectStreak(max_rejected_in_a_row)
         self._log = AcceptanceLog(count_waves=max_staleness == 0)
+        self._closed_log: dict[str, Any] = {}  # of the step that was taken last
         self._generating: dict[int, Generating] = {}
+        self._generating_on: Counter[str] = Counter()  # groups by worker
         self._buffered: dict[int, Buffered] = {}
         self._deadlines = DeadlineCounts()  # of _generating and _buffered
         # Deadline and id of the buffered groups; groups that have left are dropped by `_pick`.
@@ -149,7 +151,7 @@ class ReplayBuffer:
             **self._ledger.state(),
             failures=dict(self.failures),
             streak=self._streak.state(),
-            acceptance=self._log.state(),
+            acceptance=self._log.reopened(self._closed_log) if returned else self._log.state(),
             reissue=tuple(sorted([*self._reissue, *self._generating])),
             buffered={**returned, **self._buffered},
         )
@@ -163,6 +165,9 @@ class ReplayBuffer:
     @property
     def num_generating(self) -> int:
         return len(self._generating)
+
+    def num_generating_on(self, worker: str) -> int:
+        return self._generating_on[worker]
 
     @property
     def num_to_reissue(self) -> int:
@@ -244,11 +249,12 @@ class ReplayBuffer:
         if continues and kept < deadline:
             deadline, self._suspect = kept, True
         self._generating[group_id] = Generating(worker, deadline, continues)
+        self._generating_on[worker] += 1
         self._deadlines.start(deadline)
         self._log.admit()
         return group_id
 
-    def offer(self, group: Group, payload: Any) -> OfferResult:
+    def offer(self, group: Group | GroupFacts, payload: Any) -> OfferResult:
         """Ends the generation of `group`: accepted, rejected, evicted or refused.
 
         `payload` is opaque; the train batch refers to it.
@@ -341,6 +347,14 @@ class ReplayBuffer:
         )
         return {group_id: self._evict(group_id) for group_id in lost}
 
+    def can_take(self, learner_version: int) -> bool:
+        """Whether `take` returns a batch and evicts nothing."""
+        return (
+            self.num_buffered >= self.groups_per_step
+            and self._overload(self._deadlines.outstanding, learner_version) is None
+            and self._overload_after_take(learner_version) is None
+        )
+
     def take(self, learner_version: int) -> TrainBatch | None:
         """The finished groups with the earliest deadlines, in the order of their ids.
 
@@ -363,6 +377,7 @@ class ReplayBuffer:
         for group_id, group in zip(group_ids, groups, strict=True):
             self._taken[group_id] = Taken(learner_version, group)
         self.next_step += 1
+        self._closed_log = self._log.state()
         self.acceptance = self._log.close_step()
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
         return TrainBatch(
@@ -404,6 +419,7 @@ class ReplayBuffer:
             groups.clear()
         self._deadlines.clear()
         self._by_deadline.clear()
+        self._generating_on.clear()
         self.closed = True
         return self.counts
 
@@ -430,7 +446,7 @@ class ReplayBuffer:
 
     # Internal steps.
 
-    def _refusal(self, group: Group) -> Refusal | None:
+    def _refusal(self, group: Group | GroupFacts) -> Refusal | None:
         """Why `group` belongs to no open admission; None when it does."""
         if self.closed:
             return Refusal.CLOSED
@@ -470,6 +486,7 @@ class ReplayBuffer:
         started = self._generating.pop(group_id, None)
         if started is not None:
             self._deadlines.stop(started.deadline)
+            self._generating_on[started.worker] -= 1
         return started
 
     def _keep(self, group_id: int, group: Buffered) -> None:

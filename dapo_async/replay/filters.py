@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dapo_async.types import Group, RejectReason
+from dapo_async.types import Group, GroupFacts, RejectReason
 from dapo_async.utils.plugins import load_function
 
-Filter = Callable[[Group], RejectReason | None]
+Filter = Callable[[Group | GroupFacts], RejectReason | None]
 
 
-def dynamic_sampling(group: Group) -> RejectReason | None:
+def dynamic_sampling(group: Group | GroupFacts) -> RejectReason | None:
     """Keeps a group iff its accuracies are not all equal: equal ones have no gradient.
 
     Source: DAPO, arXiv 2503.14476, eq. 11 (0 < number of correct siblings < G). It reads the raw
@@ -30,13 +30,9 @@ def dynamic_sampling(group: Group) -> RejectReason | None:
     return RejectReason.ALL_EQUAL
 
 
-def has_tokens(group: Group) -> RejectReason | None:
+def has_tokens(group: Group | GroupFacts) -> RejectReason | None:
     """Rejects a group without any response token: it adds nothing to the loss."""
-    return (
-        None
-        if any(rollout.num_tokens for rollout in group.rollouts)
-        else RejectReason.TOO_FEW_TOKENS
-    )
+    return None if group.num_response_tokens else RejectReason.TOO_FEW_TOKENS
 
 
 def custom_filter(name: str) -> Filter:
@@ -46,7 +42,8 @@ def custom_filter(name: str) -> Filter:
     """
     keeps = load_function(name, knob="replay.filter", parameters=("group",))
 
-    def filtered(group: Group) -> RejectReason | None:
+    def filtered(group: Group | GroupFacts) -> RejectReason | None:
+        assert isinstance(group, Group), "the user's filter reads the whole group"
         kept = keeps(group)
         assert isinstance(kept, bool), (
             f"{name} returned {type(kept).__name__}, must return bool: true keeps the group"
@@ -56,7 +53,7 @@ def custom_filter(name: str) -> Filter:
     return filtered
 
 
-def first_reason(group: Group, filters: Sequence[Filter]) -> RejectReason | None:
+def first_reason(group: Group | GroupFacts, filters: Sequence[Filter]) -> RejectReason | None:
     """The reason of the first filter that rejects `group`; None when all keep it."""
     for filter_ in filters:
         reason = filter_(group)

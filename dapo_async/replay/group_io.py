@@ -1,13 +1,14 @@
-"""Groups in one safetensors file, read back bit for bit.
+"""Groups in one safetensors file, or one group as an array of bytes, read back bit for bit.
 
-Used for the buffered groups of a checkpoint and for the recorded batches of a run. Each field of
-the tokens is one array, rollout after rollout; everything else is JSON. Nothing is pickled.
+Files hold the buffered groups of a checkpoint and the recorded batches of a run. A packed group
+goes from the rollout worker through the replay actor to the learner. Each field of the tokens is
+one array, rollout after rollout; everything else is JSON. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,63 @@ FIELDS = {
     "behaviour_logprobs": np.float32,
     "weight_versions": np.int32,
 }
+ALIGNMENT = 4  # bytes, of every other array
+PACKED = {**FIELDS, "prompt_ids": np.int32, JSON: np.uint8}  # the arrays of a packed group
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
     """Writes `groups` in order and flushes the file to disk."""
-    completions = [rollout.completion for group in groups for rollout in group.rollouts]
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.concatenate(
-            [np.zeros(0, dtype), *(getattr(completion, name) for completion in completions)]
-        ).astype(dtype)
-        for name, dtype in FIELDS.items()
-    }
-    arrays["prompt_ids"] = np.concatenate(
-        [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
-    ).astype(np.int32)
-    text = json.dumps([_to_json(group) for group in groups]).encode()
     with atomic_file(path) as partial:
-        save_file({**arrays, JSON: np.frombuffer(text, np.uint8)}, partial)
+        save_file(_to_arrays(groups), partial)
 
 
 def read_groups(path: Path) -> list[Group]:
     """What `write_groups` wrote."""
-    arrays = load_file(path)
+    return _from_arrays(load_file(path))
+
+
+def pack_group(group: Group) -> NDArray[np.uint8]:
+    """The whole group as one array of bytes [B], for transport between processes.
+
+    Layout: the number of bytes of each array in `PACKED` as int64, then the arrays in that order.
+    The JSON comes last, filled up with spaces, so that all arrays stay aligned, also in a row of
+    packed groups.
+    """
+    arrays = _to_arrays([group])
+    padding = np.full(-len(arrays[JSON]) % ALIGNMENT, ord(" "), np.uint8)
+    arrays[JSON] = np.concatenate([arrays[JSON], padding])
+    sizes = np.array([arrays[name].nbytes for name in PACKED], np.int64)
+    return np.concatenate([sizes.view(np.uint8), *(arrays[name].view(np.uint8) for name in PACKED)])
+
+
+def unpack_group(data: NDArray[np.uint8]) -> Group:
+    """What `pack_group` packed; the token arrays are views of `data`."""
+    start = len(PACKED) * np.dtype(np.int64).itemsize
+    sizes = np.frombuffer(data[:start].tobytes(), np.int64)
+    arrays: dict[str, NDArray[Any]] = {}
+    for (name, dtype), size in zip(PACKED.items(), sizes.tolist(), strict=True):
+        arrays[name] = data[start : start + size].view(dtype)
+        start += size
+    (group,) = _from_arrays(arrays)
+    return group
+
+
+def _to_arrays(groups: Sequence[Group]) -> dict[str, NDArray[Any]]:
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.concatenate(
+            [np.zeros(0, dtype), *(getattr(completion, name) for completion in completions)]
+        ).astype(dtype, copy=False)
+        for name, dtype in FIELDS.items()
+    }
+    arrays["prompt_ids"] = np.concatenate(
+        [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
+    ).astype(np.int32, copy=False)
+    text = json.dumps([_to_json(group) for group in groups]).encode()
+    return {**arrays, JSON: np.frombuffer(text, np.uint8)}
+
+
+def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
     prompt_start = start = 0
     groups = []
     for entry in json.loads(arrays[JSON].tobytes()):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dapo_async.types import Group, RejectReason
+from dapo_async.types import Group, GroupFacts, RejectReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class AcceptanceLog:
         self._verdicts: Counter[str] = Counter()
         self._refill_due = False
 
-    def accept(self, group: Group) -> None:
+    def accept(self, group: Group | GroupFacts) -> None:
         self._count_verdicts(group)
         self._accepted += 1
 
-    def reject(self, reason: RejectReason, group: Group) -> None:
+    def reject(self, reason: RejectReason, group: Group | GroupFacts) -> None:
         self._count_verdicts(group)
         self._rejected[reason] += 1
         self._refill_due = True
@@ -79,6 +79,15 @@ class AcceptanceLog:
             "waves": self._waves,
             "refill_due": self._refill_due,
         }
+
+    def reopened(self, closed: Mapping[str, Any]) -> dict[str, Any]:
+        """The state as if the step that was closed in state `closed` were still open."""
+        state = self.state()
+        for name in ("rejected", "verdicts"):
+            state[name] = dict(Counter(closed[name]) + Counter(state[name]))
+        for name in ("accepted", "refused", "waves"):
+            state[name] += closed[name]
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._accepted = state["accepted"]
@@ -107,5 +116,5 @@ class AcceptanceLog:
         self._reset()
         return step
 
-    def _count_verdicts(self, group: Group) -> None:
-        self._verdicts.update(rollout.reason for rollout in group.rollouts if rollout.reason)
+    def _count_verdicts(self, group: Group | GroupFacts) -> None:
+        self._verdicts.update(reason for reason in group.reasons if reason)

@@ -13,20 +13,39 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dapo_async.replay.group_io import pack_group
 from dapo_async.reward import VerifierFailed
 from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams
-from dapo_async.types import Admission, AdmitReply, Completion, Group
+from dapo_async.types import Admission, Completion, Group, GroupFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A scored group as it goes to the replay actor."""
+
+    facts: GroupFacts
+    data: NDArray[np.uint8]  # the whole group, packed
 
 
 class ReplayPort(Protocol):
     """The worker's side of the replay actor."""
 
-    async def admit(self, worker: str, num_groups: int) -> AdmitReply:
-        """Waits for credits or evictions; a reply with neither asks the worker to ask again."""
+    async def exchange(
+        self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
+    ) -> Sequence[Admission]:
+        """Takes over scored groups, then waits for at most `num_free` admissions.
+
+        `num_open`: groups of `worker` in hand. Without `num_free` the answer comes at once. A later
+        exchange ends the wait and asks in its place. An answer without admissions asks the worker
+        to ask again.
+        """
         ...
 
-    async def offer(self, worker: str, group: Group) -> Sequence[int]:
-        """Takes over a scored group; returns groups of `worker` that were evicted meanwhile."""
+    async def evictions(self, worker: str) -> Sequence[int]:
+        """Waits for groups of `worker` that were evicted; none: the worker is to ask again."""
         ...
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
@@ -60,6 +79,8 @@ TRANSITIONS: Mapping[WorkerState, frozenset[WorkerState]] = {
     WorkerState.QUARANTINED: frozenset({WorkerState.SERVING, WorkerState.LOST}),
     WorkerState.LOST: frozenset({WorkerState.QUARANTINED}),
 }
+ABORT_S = 60.0  # an engine aborts groups within this time
+EXCHANGES = 2  # in flight: one waits for credits, the next one ends its wait
 GENERATING = frozenset({WorkerState.SERVING, WorkerState.HOLDING})
 
 
@@ -91,11 +112,15 @@ class RolloutWorker:
         self._replay, self._score, self._sampling = replay, score, sampling
         self._capacity = -(-engine.num_slots // group_size) + 1
         self._num_started = 0  # groups on the engine or about to be
-        self._has_capacity = asyncio.Event()
+        self._changed = asyncio.Event()  # there may be something to exchange
         self._state_changed = asyncio.Event()  # a new one after each change
         # Admitted groups that are to be offered; evicted ones and those of wrong weights are not.
         self._wanted: set[int] = set()
-        # Evicted since the last request: its admissions may come later than their eviction.
+        self._offers: list[Offer] = []  # scored groups, for the next exchange
+        self._num_sent = self._num_answered = 0  # exchanges
+        self._num_asked = 0  # groups that the newest exchange asks for, while it is in flight
+        self._num_asking = 0  # exchanges in flight that ask for groups
+        # Evicted groups that were not in hand: their admissions may still be on their way.
         self._evicted: set[int] = set()
         self._loss: _Loss | None = None  # None: the engine is not lost, or was restarted
         self._num_losses = 0
@@ -105,36 +130,82 @@ class RolloutWorker:
 
         Raises what a group, the engine or replay raised, in an ExceptionGroup.
         """
-        async with asyncio.TaskGroup() as groups:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_evictions(tasks), name="evictions")
             while True:
-                if self.state not in GENERATING:
-                    await self._state_changed.wait()
-                    continue
-                if self._num_started >= self._capacity:
-                    self._has_capacity.clear()
-                    await self._has_capacity.wait()
-                    continue
-                for admission in await self._admit(self._capacity - self._num_started):
-                    self._num_started += 1
-                    self._wanted.add(admission.group_id)
-                    groups.create_task(self._roll(admission), name=f"group {admission.group_id}")
+                while not self._may_exchange():
+                    self._changed.clear()
+                    await self._changed.wait()
+                offers, self._offers = self._offers, []
+                self._num_sent, self._num_asked = self._num_sent + 1, self._num_free
+                exchange = self._exchange(tasks, offers, self._num_asked, number=self._num_sent)
+                tasks.create_task(exchange, name=f"exchange {self._num_sent}")
 
-    async def _admit(self, num_groups: int) -> list[Admission]:
-        """Asks for groups; the engine counts idle slots meanwhile as without credit."""
-        self._evicted.clear()
-        self.engine.starving(True)
+    def _may_exchange(self) -> bool:
+        """Whether there is something new to offer or to ask for.
+
+        At most `EXCHANGES` are in flight; what comes up meanwhile goes together with the next one.
+        """
+        news = bool(self._offers) or self._num_free > self._num_asked
+        return news and self._num_sent - self._num_answered < EXCHANGES
+
+    async def _exchange(
+        self, tasks: asyncio.TaskGroup, offers: Sequence[Offer], num_free: int, *, number: int
+    ) -> None:
+        """Offers groups and starts those that are admitted; the engine counts idle slots meanwhile
+        as without credit."""
+        self._count_asking(num_free > 0)
         try:
-            reply = await self._replay.admit(self.name, num_groups)
+            admissions = await self._replay.exchange(
+                self.name, offers, num_free=num_free, num_open=len(self._wanted)
+            )
         finally:
-            self.engine.starving(False)
-        await self._abort(reply.evicted)
-        return [each for each in reply.admissions if each.group_id not in self._evicted]
+            self._count_asking(-(num_free > 0))
+            self._num_answered += 1
+            if number == self._num_sent:
+                self._num_asked = 0
+            self._changed.set()
+        for admission in admissions:
+            if admission.group_id in self._evicted:
+                self._evicted.discard(admission.group_id)
+                continue
+            self._num_started += 1
+            self._wanted.add(admission.group_id)
+            tasks.create_task(self._roll(admission), name=f"group {admission.group_id}")
+
+    def _count_asking(self, change: int) -> None:
+        before, self._num_asking = self._num_asking, self._num_asking + change
+        if (before > 0) != (self._num_asking > 0):
+            self.engine.starving(self._num_asking > 0)
+
+    async def _watch_evictions(self, tasks: asyncio.TaskGroup) -> None:
+        """Aborts evicted groups at once, also while all slots are full.
+
+        Each abort has a task of its own, so that a slow one delays neither the next nor admission.
+        """
+        while True:
+            evicted = await self._replay.evictions(self.name)
+            if evicted:
+                self._evicted.update(set(evicted) - self._wanted)
+                self._wanted.difference_update(evicted)
+                tasks.create_task(self._abort(evicted), name="abort")
 
     async def _abort(self, evicted: Sequence[int]) -> None:
-        if evicted:
-            self._evicted.update(evicted)
-            self._wanted.difference_update(evicted)
-            await self.engine.abort(evicted)
+        try:
+            async with asyncio.timeout(ABORT_S) as limit:
+                await self.engine.abort(evicted)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # the engine's own deadline, which has its own message
+            groups = ", ".join(map(str, evicted))
+            raise TimeoutError(
+                f"{self.name} waited {ABORT_S:g} s for its engine to abort evicted groups {groups}"
+            ) from error
+
+    @property
+    def _num_free(self) -> int:
+        """Groups that could start now."""
+        return max(0, self._capacity - self._num_started) if self.state in GENERATING else 0
 
     async def _roll(self, admission: Admission) -> None:
         """One group from its admission to its offer."""
@@ -145,7 +216,7 @@ class RolloutWorker:
             proved = self._is_proved
         finally:
             self._num_started -= 1
-            self._has_capacity.set()
+            self._changed.set()
         if completions is None or admission.group_id not in self._wanted:
             return
         try:
@@ -160,7 +231,8 @@ class RolloutWorker:
             # The engine was lost before its weights were proved: they never will be.
             await self._hand_back(admission.group_id, admission.partial_completions)
         elif self._claim(admission.group_id):
-            await self._abort(await self._replay.offer(self.name, group))
+            self._offers.append(Offer(GroupFacts.of(group), pack_group(group)))
+            self._changed.set()
 
     async def _wait_to_start(self, admission: Admission) -> bool:
         """Waits for the end of a quarantine that began after the request for this group.
@@ -277,5 +349,6 @@ class RolloutWorker:
 
     def _notify(self) -> None:
         """Wakes every wait for a change of state."""
+        self._changed.set()
         self._state_changed.set()
         self._state_changed = asyncio.Event()

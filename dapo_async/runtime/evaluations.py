@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from dataclasses import replace
 from typing import Any
 
 from dapo_async.config import Config
@@ -126,13 +127,16 @@ class Evaluations:
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
             self._waiting_for = f"{learner.first.name} to write"
-            await learner.write(announcement, folder)
+            _, checksum = await asyncio.gather(
+                learner.write(announcement, folder), learner.checksum(announcement)
+            )
             self._waiting_for = f"{evaluator.name} to load"
             attestation = await evaluator.read(announcement, str(folder))
         finally:
             await asyncio.to_thread(self.clear)
         tolerance = self._config.model.probe_tolerance
-        result = check_attestation(announcement, attestation, tolerance=tolerance)
+        announced = replace(announcement, checksum=checksum)
+        result = check_attestation(announced, attestation, tolerance=tolerance)
         if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {result.detail}")
 

@@ -31,6 +31,10 @@ ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
 AnyHandle = ReplayHandle | LearnerHandle | WorkerHandle | EvaluatorHandle
 
+# Calls that the replay actor has in hand at most: of the driver, and of each worker, which waits
+# for credits and for evictions at the same time and may give up groups meanwhile.
+DRIVER_CALLS, CALLS_PER_WORKER = 1000, 10
+
 
 @dataclass(frozen=True, slots=True)
 class Actors:
@@ -60,9 +64,12 @@ def start_actors(
     node = node_for_learner(
         num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * config.gpus_per_rank
     )
-    replay = _starter(ReplayActor, strategy=near(node, reserves=False))(
-        config, incarnation=incarnation, run_dir=run_dir, resume=resume
+    start_replay = _starter(
+        ReplayActor,
+        strategy=near(node, reserves=False),
+        max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
     )
+    replay = start_replay(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
     start_rank = _starter(
         LearnerActor,
         num_cpus=learner.num_cpus,
@@ -137,13 +144,22 @@ def _starter(
     *,
     num_cpus: float = 0,
     num_gpus: float = 0,
+    max_concurrency: int | None = None,
     strategy: Any,
 ) -> Callable[Arguments, Any]:
     """Starts one actor per call, with the arguments of its class; returns Ray's handle.
 
+    `max_concurrency`: calls that the actor may have in hand; None: Ray's 1000.
+
     Actors are not restarted by Ray: the driver decides what a death means.
     """
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+    options: dict[str, Any] = {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "scheduling_strategy": strategy,
+    }
+    if max_concurrency is not None:
+        options["max_concurrency"] = max_concurrency
     ray_class: Any = ray.remote(actor_class)  # Ray's own types know nothing of the arguments
     start: Callable[Arguments, Any] = ray_class.options(**options).remote
     return start

@@ -79,7 +79,7 @@ class Announcement:
     incarnation: str
     version: int
     manifest: Manifest
-    checksum: str  # of the weights as sent
+    checksum: str | None  # of the weights as sent; None until the publisher has asked for it
     probe_ids: NDArray[np.int32]  # [P] a prompt that no engine has seen before
     probe_logprobs: NDArray[np.float32]  # [P - 1] the learner's logprobs of probe_ids[1:]
 

@@ -46,6 +46,7 @@ def check_attestation(
     its own checksum must be equal too. The outcome is `passed` only if the weights before the
     update differed, by checksum or by more than the tolerance on the probe.
     """
+    assert announced.checksum is not None, "a handshake needs the learner's checksum"
     gap = float(np.abs(attested.probe_after - announced.probe_logprobs).max())
     wrong = _mismatch(announced, attested, gap=gap, tolerance=tolerance, peer=peer)
     if wrong is not None:

@@ -16,6 +16,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from dapo_async.weights.announcement import Announcement, Attestation
@@ -25,7 +26,11 @@ OnServed = Callable[[int], Awaitable[None]]
 
 
 class WeightSource(Protocol):
-    """The learner. Both methods send the snapshot of the announcement, whatever it trains now."""
+    """The learner. All methods read the snapshot of the announcement, whatever it trains now."""
+
+    async def checksum(self, announcement: Announcement) -> str:
+        """The checksum of the weights as sent."""
+        ...
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Returns None, or why the broadcast broke off where receivers can be lost."""
@@ -175,7 +180,11 @@ class Publisher:
         receivers = self.serving
         self._unproved = {receiver.name for receiver in receivers}
         async with self._deadline(f"publish of version {announcement.version}"):
-            attestations = await self._deliver(announcement, receivers)
+            # The loop does not wait for the checksum: the learner computes it beside its next step.
+            attestations, checksum = await asyncio.gather(
+                self._deliver(announcement, receivers), self._source.checksum(announcement)
+            )
+            self.newest = announcement = replace(announcement, checksum=checksum)
             pauses, handshakes = [], []
             for receiver, attested in zip(receivers, attestations, strict=True):
                 if attested is None:

@@ -65,6 +65,9 @@ class FakeLearner:
             snapshot.probe_logprobs,
         )
 
+    async def checksum(self, announcement: Announcement) -> str:
+        return checksum(self.weights)
+
     async def broadcast(self, announcement: Announcement) -> str | None:
         copies = {name: tensor.clone() for name, tensor in self.weights.items()}
         self.received = self.sends or copies

@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 import pytest
 
+from dapo_async.replay.group_io import unpack_group
 from dapo_async.rollout import Aborted, GroupRequest, SamplingParams, SlotUse
-from dapo_async.rollout.worker import RolloutWorker
-from dapo_async.types import Admission, AdmitReply, Completion, FinishReason, Group, Prompt
+from dapo_async.rollout.worker import Offer, RolloutWorker
+from dapo_async.types import Admission, Completion, FinishReason, Group, Prompt, Rollout
 
 PATIENCE_S = 20.0  # no scene takes that long: a test that would wait for ever fails
 SAMPLING = SamplingParams(max_tokens=4, temperature=1.0, stop_token_ids=(), seed=0)
@@ -72,48 +73,66 @@ class FakeReplay:
         self.credits, self.next_group_id = credits, 0
         self.asked: list[int] = []
         self.offered: list[int] = []
+        self.exchanges: list[list[int]] = []  # the groups offered by each exchange that has any
         self.failed: list[tuple[list[int], str]] = []
         self.handed_back: list[tuple[int, tuple[Completion | None, ...]]] = []
         self._changed = asyncio.Condition()
         self._evicted: list[int] = []
+        self._open = 0  # admitted and not ended
+        self._newest = 0  # exchange
         # While cleared, answers do not arrive.
         self.offers_answered, self.admissions_answered = asyncio.Event(), asyncio.Event()
         self.offers_answered.set()
         self.admissions_answered.set()
 
-    async def admit(self, worker: str, num_groups: int) -> AdmitReply:
-        self.asked.append(num_groups)
+    async def exchange(
+        self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
+    ) -> tuple[Admission, ...]:
+        if offers:
+            assert [each.facts.group_id for each in offers] == [
+                unpack_group(each.data).group_id for each in offers
+            ]
+            self.exchanges.append([each.facts.group_id for each in offers])
+            self.offered += self.exchanges[-1]
+            self._open -= len(offers)
+            await self.offers_answered.wait()
+        if num_free:
+            self.asked.append(num_free)
         async with self._changed:
+            self._newest = number = self._newest + 1
+            self._changed.notify_all()
+            if not num_free:
+                return ()
             await self._changed.wait_for(
-                lambda: self.credits > 0 or num_groups == 0 or bool(self._evicted)
+                lambda: (
+                    number < self._newest or (self.credits > 0 and self._open < num_open + num_free)
+                )
             )
-            count = min(num_groups, self.credits)
+            if number < self._newest:
+                return ()
+            count = min(num_open + num_free - self._open, self.credits)
             self.credits -= count
+            self._open += count
             first, self.next_group_id = self.next_group_id, self.next_group_id + count
-            admissions = tuple(
-                Admission(group_id, PROMPT, 3) for group_id in range(first, first + count)
-            )
-            reply = AdmitReply(admissions, self._take_evicted())
         await self.admissions_answered.wait()
-        return reply
+        return tuple(Admission(group_id, PROMPT, 3) for group_id in range(first, first + count))
 
-    async def offer(self, worker: str, group: Group) -> tuple[int, ...]:
-        self.offered.append(group.group_id)
-        await self.offers_answered.wait()
-        return self._take_evicted()
-
-    def _take_evicted(self) -> tuple[int, ...]:
-        evicted, self._evicted = tuple(self._evicted), []
-        return evicted
+    async def evictions(self, worker: str) -> tuple[int, ...]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._evicted))
+            evicted, self._evicted = tuple(self._evicted), []
+            return evicted
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
         self.failed.append((list(group_ids), why))
+        self._open -= len(group_ids)
         await self.give(len(group_ids))
 
     async def hand_back(
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
         self.handed_back.append((group_id, partial_completions))
+        self._open -= 1
 
     async def give(self, credits: int) -> None:
         async with self._changed:
@@ -123,6 +142,7 @@ class FakeReplay:
     async def evict(self, group_id: int) -> None:
         async with self._changed:
             self._evicted.append(group_id)
+            self._open -= 1
             self._changed.notify_all()
 
 
@@ -135,9 +155,9 @@ class Scene(Protocol):
 
 
 async def score(admission: Admission, completions: Sequence[Completion]) -> Group:
-    """A group without rollouts: the worker reads its id only."""
     assert len(completions) == admission.group_size
-    return Group(admission.group_id, PROMPT, (), incarnation="first", temperature=1.0)
+    rollouts = tuple(Rollout(each, "3", 1.0, 1.0, "3") for each in completions)
+    return Group(admission.group_id, PROMPT, rollouts, incarnation="first", temperature=1.0)
 
 
 def hold_scoring(worker: RolloutWorker) -> asyncio.Event:

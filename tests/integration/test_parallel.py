@@ -37,7 +37,6 @@ from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_whole_state, save_state
 from dapo_async.learner.batching import (
     Microbatch,
-    share_groups,
     split_microbatches,
     training_sequences,
 )
@@ -60,6 +59,7 @@ from dapo_async.model import (
     shard_of,
     token_logprobs,
 )
+from dapo_async.replay.shares import share_groups
 from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo

@@ -28,6 +28,7 @@ from dapo_async.model import (
     open_store,
     take_snapshot,
 )
+from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.tracking.run_dir import RunDir
@@ -72,6 +73,7 @@ class LearnerActor:
         self._between_steps = asyncio.Lock()
         self._frozen_state: RankState | None = None
         self._snapshot: Snapshot | None = None
+        self._checksum: asyncio.Task[str] | None = None  # of the snapshot
         self._store: dist.TCPStore | None = None
         self._mesh_store: dist.Store | None = None
         self._group: WeightGroup | None = None
@@ -129,7 +131,8 @@ class LearnerActor:
         # on one that still fetches.
         async with self._between_steps:
             with self._clock.during("fetch", f"step {batch.learner_version}"):
-                groups: list[Group] = list(await asyncio.gather(*batch.references))
+                shares = await asyncio.gather(*batch.references)
+                groups = [unpack_group(data) for share in shares for data in share]
             version = self._rank.version
             assert version == batch.learner_version, (
                 f"a batch for version {batch.learner_version} met the learner at {version}"
@@ -168,14 +171,21 @@ class LearnerActor:
         if not self._mesh.is_first:
             return None
         self._snapshot = snapshot
+        self._checksum = asyncio.create_task(asyncio.to_thread(checksum, snapshot.weights))
         return Announcement(
             incarnation=self._incarnation,
             version=snapshot.version,
             manifest=Manifest.of(snapshot.weights),
-            checksum=await asyncio.to_thread(checksum, snapshot.weights),
+            checksum=None,
             probe_ids=snapshot.probe_ids,
             probe_logprobs=snapshot.probe_logprobs,
         )
+
+    async def checksum(self, announcement: Announcement) -> str:
+        """Of the snapshot, computed beside the next step."""
+        self._frozen(announcement.version)
+        assert self._checksum is not None, "a snapshot has a checksum"
+        return await self._checksum
 
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; returns the address at

@@ -1,7 +1,8 @@
 """The replay actor: drives the replay buffer and owns the groups that are not trained yet.
 
-Rollout workers call admit, offer, fail and hand_back; the driver calls the rest. The actor also
-owns the position in the prompt stream.
+Rollout workers call exchange, evictions, fail and hand_back; the driver calls the rest. The actor
+also owns the position in the prompt stream. Its methods change the buffer between two awaits, so
+that they need no lock, and wake exactly the calls that can go on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dapo_async.data import PromptStream, load_set, load_tokenizer
 from dapo_async.replay import (
     BufferState,
     Filter,
+    OfferOutcome,
     ReplayBuffer,
     StepAcceptance,
     StopReason,
@@ -28,29 +30,53 @@ from dapo_async.replay import (
     dynamic_sampling,
     has_tokens,
 )
-from dapo_async.replay.group_io import read_groups, write_groups
+from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
+from dapo_async.replay.shares import share_groups
+from dapo_async.runtime.actors.offers import Bytes, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import choose_samples, write_rollouts
-from dapo_async.types import Admission, AdmitReply, Completion, Group, TrainBatch
+from dapo_async.types import Admission, Completion, Group, GroupFacts, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
 STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
-POLL_S = 2.0  # a worker's wait is answered at least this often: a longer silence means a hang
+# A worker's wait is answered at least this often; twice as long without an answer means a hang.
+ANSWER_EVERY_S = 30.0
+
+
+@dataclass(slots=True)
+class Payload:
+    """An accepted group, packed."""
+
+    data: Bytes
+
+    @property
+    def group(self) -> Group:
+        return unpack_group(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An exchange that waits for credits."""
+
+    num_groups: int  # groups that the worker may have open, these included
+    granted: asyncio.Future[tuple[Admission, ...]]
 
 
 def write_state(folder: Path, state: BufferState) -> None:
     """The replay part of a checkpoint: the buffer's state as JSON, finished groups beside it."""
-    write_groups(folder / GROUPS_FILE, [group.payload for group in state.buffered.values()])
+    write_groups(folder / GROUPS_FILE, [each.payload.group for each in state.buffered.values()])
     (folder / STATE_FILE).write_text(json.dumps(state.to_json()) + "\n")
 
 
 def read_state(folder: Path) -> BufferState:
     """What `write_state` wrote."""
-    groups = {group.group_id: group for group in read_groups(folder / GROUPS_FILE)}
-    return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), groups)
+    payloads = {
+        group.group_id: Payload(pack_group(group)) for group in read_groups(folder / GROUPS_FILE)
+    }
+    return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), payloads)
 
 
 def _filters(config: Config) -> list[Filter]:
@@ -63,7 +89,7 @@ def _filters(config: Config) -> list[Filter]:
 
 
 class ReplayActor:
-    """All waits share one condition; every change of the buffer wakes them."""
+    """Workers wait for credits in the order of their calls; each change serves the first ones."""
 
     def __init__(
         self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None
@@ -87,16 +113,19 @@ class ReplayActor:
             incarnation=incarnation,
         )
         self._captured: BufferState | None = None
-        self._in_training: tuple[int, Sequence[Group]] = (
-            -1,
-            (),
-        )  # step and groups of the last take
-        self._changed = asyncio.Condition()
+        # Groups of the batches that the learner has got and that are not booked, by step.
+        self._in_training: dict[int, Sequence[Payload]] = {}
+        self._writes: set[asyncio.Task[None]] = set()  # samples and recorded batches
+        self._news = asyncio.Event()  # the buffer has changed: a waiting take looks again
+        # The batch of the next step, on its way into Ray's store; None: not complete yet.
+        self._next_batch: asyncio.Task[TrainBatch] | None = None
+        self._ahead: int | None = None  # the version whose batch may be taken before its take
         # By group id: of groups that were handed back, until they are admitted again.
         self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
+        self._waiting: dict[str, Waiting] = {}  # by worker, the longest wait first
         self._suspended: set[str] = set()  # workers that are admitted nothing
-        # Worker → its evicted groups, which the next answer to that worker names.
-        self._evicted: defaultdict[str, list[int]] = defaultdict(list)
+        self._evicted: defaultdict[str, list[int]] = defaultdict(list)  # by worker, to be named
+        self._eviction_waits: dict[str, asyncio.Future[None]] = {}  # by worker
         self._acceptance: dict[int, StepAcceptance] = {}
         self._first_admission_s: float | None = None
         self._clock.enter("wait")
@@ -108,39 +137,81 @@ class ReplayActor:
         """Never returns. The driver awaits it to notice the death of this actor."""
         await asyncio.Event().wait()
 
-    async def admit(self, worker: str, num_groups: int) -> AdmitReply:
-        """Answers when there is a credit or an evicted group of `worker`, and after `POLL_S`.
+    async def exchange(
+        self,
+        worker: str,
+        num_free: int,
+        num_open: int,
+        facts: Sequence[GroupFacts],
+        sizes: Sequence[int],
+        *arguments: Bytes,
+    ) -> tuple[Admission, ...]:
+        """Takes over the scored groups of `facts`, then waits for admissions.
 
-        A suspended worker is admitted nothing.
+        `num_open`: groups that `worker` has in hand without those offered. `num_free`: the most
+        that it can start beside them; with 0 the answer comes at once. The wait ends with the first
+        credits, with the worker's next exchange, which asks in place of this one, and after
+        `ANSWER_EVERY_S`. A suspended worker is admitted nothing.
+
+        Admissions on their way to the worker count as open, so that it never gets too many.
         """
-        async with self._changed:
-            try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(
-                        lambda: (
-                            worker in self._evicted
-                            or (worker not in self._suspended and self._may_admit())
-                        )
-                    ),
-                    POLL_S,
-                )
-            except TimeoutError:
-                return AdmitReply(())
-            evicted = tuple(self._evicted.pop(worker, ()))
-            if worker in self._suspended or not self._may_admit():
-                return AdmitReply((), evicted)
+        if facts:
+            with self._clock.during("offer"):
+                self._offer(facts, from_arguments(arguments, sizes))
+        before = self._waiting.get(worker)
+        if before is not None:
+            before.granted.set_result(())
+        if not num_free:
+            self._waiting.pop(worker, None)
+            self._changed()
+            return ()
+        wait = Waiting(num_free + num_open, asyncio.get_running_loop().create_future())
+        self._waiting[worker] = wait  # in the place of the wait before
+        self._changed()
+        await asyncio.wait([wait.granted], timeout=ANSWER_EVERY_S)
+        if wait.granted.done():
+            return wait.granted.result()
+        del self._waiting[worker]
+        return ()
+
+    def _offer(self, facts: Sequence[GroupFacts], packed: Sequence[Bytes]) -> None:
+        several = len(facts) > 1
+        for offered, data in zip(facts, packed, strict=True):
+            whole = self._config.replay.filter is not None
+            payload = Payload(data)
+            result = self._buffer.offer(payload.group if whole else offered, payload)
+            if result.outcome is OfferOutcome.ACCEPTED and several:
+                payload.data = data.copy()  # a view would keep the bytes of all groups of the call
+
+    def _changed(self) -> None:
+        """After each change of the buffer: everything that has become possible happens now."""
+        self._grant()
+        self._take_ahead()
+        self._news.set()
+
+    def _grant(self) -> None:
+        """Admits groups to the workers that wait, the longest wait first."""
+        if not self._waiting or not self._may_admit():
+            return
+        for worker, wait in list(self._waiting.items()):
+            count = wait.num_groups - self._buffer.num_generating_on(worker)
+            if worker in self._suspended or count <= 0:
+                continue
             with self._clock.during("admit"):
-                if self._first_admission_s is None:
-                    self._first_admission_s = self._clock.now_s()
+                self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 # Lockstep admits a whole wave, whatever number of slots happens to be free.
-                count = (
-                    self._buffer.admissible()
-                    if self._config.replay.lockstep
-                    else min(num_groups, self._buffer.admissible())
-                )
+                admissible = self._buffer.admissible()
+                count = admissible if self._config.replay.lockstep else min(count, admissible)
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
-                admissions = tuple(self._admission(group_id) for group_id in group_ids)
-                return AdmitReply(admissions, evicted)
+                del self._waiting[worker]
+                wait.granted.set_result(tuple(map(self._admission, group_ids)))
+            if not self._may_admit():
+                return
+
+    def _may_admit(self) -> bool:
+        return self._buffer.admissible() > 0 and not (
+            self._config.replay.lockstep and self._buffer.num_generating
+        )
 
     def _admission(self, group_id: int) -> Admission:
         partial_completions = self._partial_completions.pop(group_id, ())
@@ -151,133 +222,172 @@ class ReplayActor:
             partial_completions if self._buffer.continues(group_id) else (),
         )
 
+    async def evictions(self, worker: str) -> tuple[int, ...]:
+        """Waits for evicted groups of `worker`; names none after `ANSWER_EVERY_S`."""
+        if worker not in self._evicted:
+            wait = asyncio.get_running_loop().create_future()
+            self._eviction_waits[worker] = wait
+            await asyncio.wait([wait], timeout=ANSWER_EVERY_S)
+        return tuple(self._evicted.pop(worker, ()))
+
+    def _evict(self, group_id: int, worker: str) -> None:
+        self._evicted[worker].append(group_id)
+        wait = self._eviction_waits.pop(worker, None)
+        if wait is not None and not wait.done():
+            wait.set_result(None)
+
     async def suspend(self, worker: str, on: bool) -> None:
         """On: `worker` is admitted nothing from now on, requests under way included.
 
         Its engine is lost, so its weights do not follow the served version.
         """
-        async with self._changed:
-            (self._suspended.add if on else self._suspended.discard)(worker)
-            self._changed.notify_all()
-
-    def _may_admit(self) -> bool:
-        return self._buffer.admissible() > 0 and not (
-            self._config.replay.lockstep and self._buffer.num_generating
-        )
-
-    async def offer(self, worker: str, group: Group) -> tuple[int, ...]:
-        """Returns the groups of `worker` that were evicted since its last call."""
-        async with self._changed:
-            with self._clock.during("offer"):
-                self._buffer.offer(group, group)
-            self._changed.notify_all()
-            return tuple(self._evicted.pop(worker, ()))
+        (self._suspended.add if on else self._suspended.discard)(worker)
+        self._changed()
 
     async def fail(self, group_ids: Sequence[int], why: str) -> None:
         """The worker gave these groups up: their credits return."""
-        async with self._changed:
-            for group_id in group_ids:
-                self._buffer.fail(group_id, why=why)
-            self._changed.notify_all()
+        for group_id in group_ids:
+            self._buffer.fail(group_id, why=why)
+        self._changed()
 
     async def hand_back(
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
         """The engine of this group was lost: the next worker that asks continues it."""
-        async with self._changed:
-            oldest_version = min(
-                (each.oldest_version for each in partial_completions if each is not None),
-                default=None,
-            )
-            if (
-                self._buffer.hand_back(group_id, oldest_version=oldest_version)
-                and oldest_version is not None
-            ):
-                self._partial_completions[group_id] = partial_completions
-            self._changed.notify_all()
+        oldest_version = min(
+            (each.oldest_version for each in partial_completions if each is not None),
+            default=None,
+        )
+        if (
+            self._buffer.hand_back(group_id, oldest_version=oldest_version)
+            and oldest_version is not None
+        ):
+            self._partial_completions[group_id] = partial_completions
+        self._changed()
 
     async def take(self, learner_version: int) -> TrainBatch | StopReason:
         """The batch of the learner's next step, or the reason that ends the run.
 
         Raises TimeoutError after `deadlines.work_s`; its message says what the take waits for.
         """
-        deadline_s = self._config.deadlines.work_s
+        deadline_s, self._ahead = self._config.deadlines.work_s, None
         try:
-            async with asyncio.timeout(deadline_s), self._changed:
-                while True:
+            async with asyncio.timeout(deadline_s):
+                while self._next_batch is None:
                     with self._clock.during("take", f"version {learner_version}"):
                         for group_id, worker in self._buffer.evict_doomed(learner_version).items():
-                            self._evicted[worker].append(group_id)
-                            self._changed.notify_all()
+                            self._evict(group_id, worker)
                         batch = self._buffer.take(learner_version)
                         if batch is not None:
-                            return await self._hand_over(batch)
+                            self._put(batch)
+                            break
+                    # Evictions return credits.
+                    self._changed()
                     # Groups that are still generating may fill a last batch.
                     stop_reason = self._buffer.stop_reason
                     if stop_reason is not None and self._buffer.num_generating == 0:
                         return stop_reason
-                    await self._changed.wait()
+                    self._news.clear()
+                    await self._news.wait()
+                assert self._next_batch is not None
+                batch = await asyncio.shield(self._next_batch)
         except TimeoutError as error:
             raise TimeoutError(
                 f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}"
             ) from error
+        assert batch.learner_version == learner_version, (batch.learner_version, learner_version)
+        self._next_batch = None
+        self._write_in_background(learner_version)
+        if self._buffer.steps_left and not self._config.replay.lockstep:
+            self._ahead = learner_version + 1
+        self._changed()
+        return batch
 
-    async def _hand_over(self, batch: TrainBatch) -> TrainBatch:
-        """Writes the step's samples and puts each group into Ray's store for the learner's ranks.
+    def _take_ahead(self) -> None:
+        """Takes the batch of the next step as soon as it is complete, during the step before.
 
-        This actor owns the objects.
+        The take before has been made, so this one leaves the buffer as it would later. A group that
+        finishes meanwhile is in a later batch: `can_take` keeps its deadline.
         """
+        if self._ahead is None or not self._buffer.can_take(self._ahead):
+            return
+        with self._clock.during("take", f"version {self._ahead}, ahead"):
+            batch = self._buffer.take(self._ahead)
+        assert batch is not None
+        self._ahead = None
+        self._put(batch)
+
+    def _put(self, batch: TrainBatch) -> None:
+        """Books a batch that was just taken and puts it into Ray's store, beside this thread."""
         step = batch.learner_version
         assert self._buffer.acceptance is not None
         self._acceptance[step] = self._buffer.acceptance
         self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
-        groups: Sequence[Group] = batch.references
+        self._in_training[step] = batch.references
+        self._next_batch = asyncio.create_task(self._stored(batch))
+
+    async def _stored(self, batch: TrainBatch) -> TrainBatch:
+        """The batch with one object per data-parallel rank. This actor owns the objects."""
+        shares = share_groups(batch.num_tokens, self._config.learner.data_parallel)
+        parts = [[batch.references[position].data for position in share] for share in shares]
+        references = await asyncio.to_thread(lambda: tuple(ray.put(part) for part in parts))
+        return replace(batch, references=references)
+
+    def _write_in_background(self, step: int) -> None:
+        """Writes the samples of a step that the learner begins, and the batch if it is recorded."""
+        task = asyncio.create_task(asyncio.to_thread(self._write, step, self._in_training[step]))
+        self._writes.add(task)
+
+    def _write(self, step: int, payloads: Sequence[Payload]) -> None:
+        groups = [payload.group for payload in payloads]
         record = self._config.train.record
-        count = len(groups) if record else SAMPLE_GROUPS
-        write_rollouts(self._run_dir.rollouts, step=step, groups=choose_samples(groups, count))
+        samples = choose_samples(groups, len(groups) if record else SAMPLE_GROUPS)
+        write_rollouts(self._run_dir.rollouts, step=step, groups=samples)
         if record:
-            await asyncio.to_thread(write_groups, self._run_dir.recorded_step(step), groups)
-        self._in_training = (step, groups)
-        return replace(batch, references=tuple(ray.put(group) for group in groups))
+            write_groups(self._run_dir.recorded_step(step), groups)
+
+    async def _written(self) -> None:
+        """Waits for the writes in the background; raises what they raised."""
+        writes, self._writes = self._writes, set()
+        await asyncio.gather(*writes)
 
     async def trained(self, group_ids: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
-        """Books the batch that was taken last.
+        """Books the oldest batch that the learner has got.
 
         A batch whose loss or gradient was not finite is kept on disk for inspection.
         """
-        step, groups = self._in_training
+        step = min(self._in_training)
+        payloads = self._in_training.pop(step)
         if non_finite:
-            await asyncio.to_thread(write_groups, self._run_dir.non_finite_step(step), groups)
-        async with self._changed:
-            (self._buffer.skipped if skipped else self._buffer.trained)(group_ids)
-            self._changed.notify_all()
+            path = self._run_dir.non_finite_step(step)
+            await asyncio.to_thread(write_groups, path, [payload.group for payload in payloads])
+        (self._buffer.skipped if skipped else self._buffer.trained)(group_ids)
+        await self._written()
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         """Every engine serves `version`: the credits of the groups that trained it return."""
-        async with self._changed:
-            self._buffer.serve(version)
-            self._buffer.release(release)
-            self._changed.notify_all()
+        self._buffer.serve(version)
+        self._buffer.release(release)
+        self._changed()
 
     async def lose_worker(self, worker: str) -> None:
         """`worker` is gone: the groups that it generated failed, their credits return."""
-        async with self._changed:
-            self._buffer.lose_worker(worker)
-            self._evicted.pop(worker, None)
-            self._changed.notify_all()
+        self._buffer.lose_worker(worker)
+        self._evicted.pop(worker, None)
+        self._changed()
 
     async def close(self) -> None:
         """The run ends: groups in flight end unused, offers are refused."""
-        async with self._changed:
-            if not self._buffer.closed:
-                self._buffer.close()
-            self._buffer.check()
-            self._changed.notify_all()
+        if not self._buffer.closed:
+            self._buffer.close()
+        self._buffer.check()
+        self._ahead = None
+        self._news.set()
+        await self._written()
 
     async def capture_state(self, version: int) -> None:
         """Keeps the state of this moment, between two steps of the learner, for `save`."""
-        async with self._changed:
-            self._captured = self._buffer.snapshot(version)
+        self._captured = self._buffer.snapshot(version)
 
     async def save(self, state: Path) -> None:
         """Writes the captured state into the folder `state`, beside everything else."""

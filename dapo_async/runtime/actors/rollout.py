@@ -13,9 +13,10 @@ from dapo_async.config import Config, DeadlinesConfig
 from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
-from dapo_async.rollout.worker import GENERATING, RolloutWorker
+from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
 from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
-from dapo_async.runtime.actors.replay import ReplayActor
+from dapo_async.runtime.actors.offers import to_arguments
+from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.actors.sglang_host import SGLangHost
 from dapo_async.runtime.handles.handle import Handle, remote
@@ -24,7 +25,7 @@ from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
 
 UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part
-ANSWER_S = 60.0  # far above any answer of a healthy replay actor
+ANSWER_S = 2 * ANSWER_EVERY_S  # a healthy replay actor has answered by then
 
 
 def _answer(_: DeadlinesConfig) -> float:
@@ -32,12 +33,19 @@ def _answer(_: DeadlinesConfig) -> float:
 
 
 class ReplayClient(Handle[ReplayActor]):
-    """The worker's handle of the replay actor, which answers within `POLL_S`."""
+    """The worker's handle of the replay actor, which answers within `ANSWER_EVERY_S`."""
 
-    admit = remote(ReplayActor.admit, _answer)
-    offer = remote(ReplayActor.offer, _answer)
+    evictions = remote(ReplayActor.evictions, _answer)
     fail = remote(ReplayActor.fail, _answer)
     hand_back = remote(ReplayActor.hand_back, _answer)
+    _exchange = remote(ReplayActor.exchange, _answer)
+
+    async def exchange(
+        self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
+    ) -> tuple[Admission, ...]:
+        facts, packed = [each.facts for each in offers], [each.data for each in offers]
+        sizes = [len(data) for data in packed]
+        return await self._exchange(worker, num_free, num_open, facts, sizes, *to_arguments(packed))
 
 
 class RolloutActor:

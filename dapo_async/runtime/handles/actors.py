@@ -76,6 +76,7 @@ class LearnerHandle(Handle[LearnerActor]):
     ping = remote(LearnerActor.ping, _short)
     step = remote(LearnerActor.step, _work)
     snapshot = remote(LearnerActor.snapshot, _answer)
+    checksum = remote(LearnerActor.checksum, _answer)
     open_group = remote(LearnerActor.open_group, _answer)
     join = remote(LearnerActor.join, _answer)
     leave_group = remote(LearnerActor.leave_group, _answer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dapo_async.config import Config
-from dapo_async.learner.batching import share_groups
+from dapo_async.replay.shares import share_groups
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import LearnerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
@@ -44,10 +44,8 @@ class LearnerGroup:
     async def step(self, batch: TrainBatch) -> StepMetrics:
         """One step of all ranks; each data-parallel rank fetches its share of the groups only."""
         shares = share_groups(batch.num_tokens, self._dp)
-        parts = [
-            replace(batch, references=tuple(batch.references[position] for position in share))
-            for share in shares
-        ]
+        parts = [replace(batch, references=(reference,)) for reference in batch.references]
+        assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
         metrics = await self._together(
             rank.step(parts[number // self._tp], shares[number // self._tp])
             for number, rank in enumerate(self.ranks)
@@ -76,6 +74,10 @@ class LearnerGroup:
             await self.first.leave_group()
             return str(error)
         return None
+
+    async def checksum(self, announcement: Announcement) -> str:
+        """The checksum of the announced weights."""
+        return await self.first.checksum(announcement)
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Writes the weights to `folder`, by default the run's folder of versions; returns it."""

@@ -58,21 +58,58 @@ def test_worker_without_credits_waits_and_starts_with_the_first_one() -> None:
     play(scene, credits=1)
 
 
-def test_full_worker_replaces_evicted_groups_after_its_next_offer() -> None:
+def test_full_worker_replaces_evicted_groups_at_once() -> None:
     async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         await replay.evict(1)
         await settled()
-        assert engine.aborted == []  # the worker is full and does not ask for groups
-        engine.finish(0)
-        await settled()
         assert engine.aborted == [1]
-        assert engine.group_ids == [2, 3, 4]
+        assert engine.group_ids == [0, 2, 3]
         for group_id in engine.group_ids:
             engine.finish(group_id)
         await settled()
-        assert replay.offered == [0, 2, 3, 4]
+        assert replay.offered == [0, 2, 3]
 
     play(scene)
+
+
+def test_abort_that_hangs_stops_neither_offers_nor_admission_until_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dapo_async.rollout.worker.ABORT_S", 0.2)
+
+    async def hang(group_ids: object) -> None:
+        await asyncio.Event().wait()
+
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        engine.abort = hang  # type: ignore[method-assign]
+        await replay.evict(1)
+        await settled()
+        engine.finish(0)
+        await settled()
+        assert replay.offered == [0]
+        assert engine.group_ids == [1, 2, 3]
+        await asyncio.sleep(0.3)
+
+    ends_with = "rollout-0 waited 0.2 s for its engine to abort evicted groups 1"
+    play(scene, ends_with=ends_with)
+
+
+def test_groups_that_finish_during_an_exchange_are_offered_together() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        replay.offers_answered.clear()
+        for group_id in (0, 1):  # two exchanges are in flight
+            engine.finish(group_id)
+            await settled()
+        for group_id in (2, 3):
+            engine.finish(group_id)
+            await settled()
+        assert replay.exchanges == [[0], [1]]
+        replay.offers_answered.set()
+        await settled()
+        assert replay.exchanges == [[0], [1], [2, 3]]
+        assert engine.group_ids == [4, 5, 6, 7]
+
+    play(scene, num_slots=9)
 
 
 def test_worker_that_waits_for_a_credit_aborts_evicted_groups_at_once() -> None:
@@ -135,7 +172,7 @@ def test_group_whose_eviction_arrives_before_its_admission_is_not_generated() ->
         replay.admissions_answered.set()
         await settled()
         assert engine.group_ids == [2]
-        assert replay.asked == [3, 2, 2]
+        assert replay.asked == [3, 2, 3]  # the last one asks in place of the one before
         assert worker._evicted == set()
         engine.finish(2)
         await settled()
@@ -229,9 +266,9 @@ def test_worker_calls_starving_exactly_while_it_waits_for_an_admission() -> None
     play(scene, credits=1)
 
 
-@pytest.mark.parametrize("place", ["engine", "score", "offer", "admit"])
+@pytest.mark.parametrize("place", ["engine", "score", "exchange", "evictions"])
 def test_error_anywhere_ends_the_run_with_that_error(place: str) -> None:
-    async def broken(*_: object) -> Never:
+    async def broken(*_: object, **__: object) -> Never:
         raise RuntimeError(f"{place} is broken")
 
     async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
@@ -244,6 +281,7 @@ def test_error_anywhere_ends_the_run_with_that_error(place: str) -> None:
             case _:
                 setattr(replay, place, broken)
                 engine.finish(0)
+                await replay.evict(2)  # ends the wait for evictions that is in flight
 
     play(scene, ends_with=f"{place} is broken")
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from dapo_async.learner import read_whole_state, save_state
 from dapo_async.model import Mesh
 from dapo_async.replay import BufferState, ReplayBuffer
-from dapo_async.replay.group_io import read_groups, write_groups
+from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.types import Group
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 
 FILE_EVENTS = {
@@ -152,14 +153,30 @@ def test_the_newest_are_kept_and_the_best_by_evaluation(tmp_path: Path) -> None:
     assert run_dir.best_version([8, 10]) == 8
 
 
-def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
+def through_a_file(groups: Sequence[Group], folder: Path) -> list[Group]:
+    write_groups(folder / "groups.safetensors", groups)
+    return read_groups(folder / "groups.safetensors")
+
+
+def through_bytes(groups: Sequence[Group], folder: Path) -> list[Group]:
+    packed = [pack_group(group) for group in groups]
+    ends = np.cumsum([len(data) for data in packed])
+    joined = np.concatenate(packed)
+    return [
+        unpack_group(joined[end - len(data) : end]) for end, data in zip(ends, packed, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("copied", [through_a_file, through_bytes])
+def test_groups_come_back_from_a_file_and_from_bytes_bit_for_bit(
+    tmp_path: Path, copied: Callable[[Sequence[Group], Path], list[Group]]
+) -> None:
     groups = [
         replace(group, prompt=replace(group.prompt, text="Zahl \u2028 ∑", answer='"'))
         for group in synthetic_groups()
     ]
     empty = make_group(99, num_tokens=0)
-    write_groups(tmp_path / "groups.safetensors", [*groups, empty])
-    back = read_groups(tmp_path / "groups.safetensors")
+    back = copied([*groups, empty], tmp_path)
     nothing: Any = None
     for group, copy in zip([*groups, empty], back, strict=True):
         assert repr(replace(copy, prompt=nothing, rollouts=())) == repr(
@@ -178,6 +195,7 @@ def test_groups_come_back_from_their_file_bit_for_bit(tmp_path: Path) -> None:
             for name in ("token_ids", "behaviour_logprobs", "weight_versions"):
                 ours, theirs = getattr(rollout.completion, name), getattr(twin.completion, name)
                 assert ours.dtype == theirs.dtype
+                assert theirs.flags.aligned
                 assert np.array_equal(ours, theirs), name
     write_groups(tmp_path / "none.safetensors", [])
     assert read_groups(tmp_path / "none.safetensors") == []

@@ -54,10 +54,11 @@ def test_a_passed_deadline_names_caller_actor_and_method() -> None:
 
 
 def test_within_replaces_the_deadline_of_a_copy_only() -> None:
-    replay = ReplayClient("replay", fake_actor(admit=hang), DEADLINES, caller="rollout-0")
+    replay = ReplayClient("replay", fake_actor(exchange=hang), DEADLINES, caller="rollout-0")
     short = replay.within(0.05)
-    with pytest.raises(TimeoutError, match=r"^rollout-0 waited 0.05 s for replay to finish admit$"):
-        asyncio.run(short.admit("rollout-0", 1))
+    line = r"^rollout-0 waited 0.05 s for replay to finish exchange$"
+    with pytest.raises(TimeoutError, match=line):
+        asyncio.run(short.exchange("rollout-0", [], num_free=1, num_open=0))
     assert replay._limit_s is None
 
 

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from paths import QUICKSTART
 
 from dapo_async import config as knobs
@@ -57,8 +59,9 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
         [asyncio.Event(), asyncio.Event()],
     )
 
-    async def groups(number: int) -> None:
+    async def groups(number: int) -> list[NDArray[np.uint8]]:
         await arrived[number].wait()
+        return []
 
     steps = [
         asyncio.create_task(rank.step(batch_of(groups(number)), [0]))
@@ -88,7 +91,8 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
         return StepMetrics()
 
     async def places() -> list[str | None]:
-        async def groups() -> None: ...
+        async def groups() -> list[NDArray[np.uint8]]:
+            return []
 
         rank._rank.step = hang  # type: ignore[method-assign]
         before, step = await rank.ping(), asyncio.create_task(rank.step(batch_of(groups()), [0]))

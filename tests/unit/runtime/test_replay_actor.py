@@ -7,27 +7,42 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import QUICKSTART
 from replay_world import make_group
 
 from dapo_async import config as knobs
-from dapo_async.replay.group_io import read_groups
+from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
 from dapo_async.runtime.actors import replay as replay_actor
+from dapo_async.runtime.actors.offers import from_arguments, to_arguments
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.types import TrainBatch
+from dapo_async.types import Group, GroupFacts, TrainBatch
+
+
+class Actor(replay_actor.ReplayActor):
+    """Called as `ReplayClient` calls it."""
+
+    async def ask(self, worker: str, num_free: int) -> list[int]:
+        """The ids of the groups that `worker` is admitted, which has none in hand."""
+        return [each.group_id for each in await self.exchange(worker, num_free, 0, [], [])]
+
+    async def offer(self, worker: str, *groups: Group, num_free: int = 0) -> list[int]:
+        packed = [pack_group(group) for group in groups]
+        facts, sizes = [GroupFacts.of(group) for group in groups], [len(data) for data in packed]
+        arguments = to_arguments(packed)
+        admissions = await self.exchange(worker, num_free, 0, facts, sizes, *arguments)
+        return [each.group_id for each in admissions]
 
 
 @pytest.fixture
-def make_actor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[int], replay_actor.ReplayActor]:
+def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Actor]:
     """An actor for one group per step, by `max_staleness`, without Ray; takes wait for 0.1 s."""
-    monkeypatch.setattr("ray.put", lambda group: group)
+    monkeypatch.setattr("ray.put", lambda share: share)
     (tmp_path / "rollouts").mkdir()
     config = knobs.load(QUICKSTART)
 
-    def make(max_staleness: int) -> replay_actor.ReplayActor:
+    def make(max_staleness: int) -> Actor:
         small = replace(
             config.replay,
             groups_per_step=1,
@@ -35,7 +50,7 @@ def make_actor(
             max_staleness=max_staleness,
             dynamic_sampling=False,
         )
-        return replay_actor.ReplayActor(
+        return Actor(
             replace(config, replay=small, deadlines=replace(config.deadlines, work_s=0.1)),
             incarnation="first",
             run_dir=RunDir(tmp_path),
@@ -44,39 +59,180 @@ def make_actor(
     return make
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_the_next_answer_to_a_worker_names_its_evicted_groups(
-    make_actor: Callable[[int], replay_actor.ReplayActor], asks: bool
+def test_a_worker_learns_of_its_evicted_groups_without_asking_for_new_ones(
+    make_actor: Callable[[int], Actor],
 ) -> None:
     actor = make_actor(1)
 
     async def scene() -> None:
         await actor.serve(0)
-        first, second = (await actor.admit("rollout-0", 2)).admissions
+        first, second = await actor.ask("rollout-0", 2)
+        waits = [asyncio.create_task(actor.evictions(f"rollout-{number}")) for number in range(2)]
+        await asyncio.sleep(0)
         with pytest.raises(TimeoutError):  # both have deadline 1, and only one can be taken at 1
             await actor.take(1)
-        offered = make_group(first.group_id, incarnation="first")
-        if asks:
-            reply = await actor.admit("rollout-0", 1)
-            assert reply.evicted == (second.group_id,)
-            assert await actor.offer("rollout-0", offered) == ()
-        else:
-            assert await actor.offer("rollout-1", offered) == ()
-            assert await actor.offer("rollout-0", offered) == (second.group_id,)
+        assert await waits[0] == (second,)
+        assert not waits[1].done()
+        assert await actor.offer("rollout-0", make_group(first, incarnation="first")) == []
+        assert actor._buffer.num_buffered == 1
 
     asyncio.run(scene())
 
 
+def test_credits_go_to_the_worker_that_waits_longest_and_wake_no_other(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(0)
+
+    async def scene() -> None:
+        waits = [asyncio.create_task(actor.ask(f"rollout-{number}", 1)) for number in range(3)]
+        await asyncio.sleep(0)
+        await actor.suspend("rollout-0", True)
+        await actor.serve(0)
+        assert await waits[1] == [0]
+        again = asyncio.create_task(actor.ask("rollout-2", 1))
+        assert await waits[2] == []  # the worker's next exchange asks in its place
+        await actor.fail([0], "lost")
+        assert await again == [1]
+        await actor.suspend("rollout-0", False)
+        assert not waits[0].done()
+        await actor.fail([1], "lost")
+        assert await waits[0] == [2]
+        assert actor._waiting == {}
+
+    asyncio.run(scene())
+
+
+def test_a_worker_gets_no_more_groups_than_fit_beside_admissions_on_their_way(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(5)
+
+    async def scene() -> None:
+        await actor.serve(0)
+        assert await actor.ask("rollout-0", 2) == [0, 1]
+        # Sent before the answer has arrived: the worker believes that it has nothing in hand.
+        wait = asyncio.create_task(actor.ask("rollout-0", 3))
+        assert await wait == [2]
+        late = asyncio.create_task(actor.ask("rollout-0", 3))
+        await asyncio.sleep(0.01)
+        assert not late.done()
+        groups = [make_group(number, incarnation="first") for number in (0, 1)]
+        assert await actor.offer("rollout-0", *groups, num_free=3) == [3, 4]
+        assert await late == []
+
+    asyncio.run(scene())
+
+
+def test_exchange_without_credits_is_answered_in_time_and_keeps_nothing(
+    make_actor: Callable[[int], Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_actor, "ANSWER_EVERY_S", 0.05)
+    actor = make_actor(0)
+
+    async def scene() -> None:
+        assert await actor.ask("rollout-0", 1) == []
+        assert actor._waiting == {}
+        assert await actor.evictions("rollout-0") == ()
+
+    asyncio.run(scene())
+
+
+async def fill(actor: Actor, count: int) -> list[int]:
+    """Serves version 0; `count` groups are admitted and offered."""
+    await actor.serve(0)
+    group_ids = await actor.ask("rollout-0", count)
+    groups = [make_group(number, incarnation="first") for number in group_ids]
+    await actor.offer("rollout-0", *groups)
+    return group_ids
+
+
+def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(2)
+
+    async def scene() -> None:
+        await actor.serve(0)
+        first, second = await actor.ask("rollout-0", 2)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        assert actor._buffer.num_buffered == 0  # group 1 is on its way to the learner
+        await actor.trained(batch.group_ids, skipped=False, non_finite=False)
+        state = actor._buffer.snapshot(1)
+        assert (state.next_step, list(state.buffered)) == (1, [1])
+        assert state.acceptance["accepted"] == 1  # counts again for the step that is repeated
+        late = make_group((await actor.ask("rollout-0", 1))[0], incarnation="first")
+        await actor.offer("rollout-0", late)
+        ahead = await actor.take(1)
+        assert isinstance(ahead, TrainBatch)
+        assert (ahead.learner_version, ahead.group_ids) == (1, (1,))
+        (share,) = ahead.references
+        assert unpack_group(share[0]).group_id == 1
+
+    asyncio.run(scene())
+
+
+def test_nothing_is_taken_ahead_in_lockstep_or_if_a_deadline_would_be_lost(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    async def scene() -> None:
+        actor = make_actor(1)
+        await actor.serve(0)
+        first, second = await actor.ask("rollout-0", 2)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.trained(batch.group_ids, skipped=False, non_finite=False)
+        await actor.serve(1, batch.group_ids)
+        (third,) = await actor.ask("rollout-1", 1)
+        newer = make_group(third, incarnation="first", version=1)
+        await actor.offer("rollout-1", newer)  # a take of it at 1 would lose the second's deadline
+        assert (actor._next_batch, actor._buffer.num_buffered) == (None, 1)
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        assert actor._next_batch is not None
+        taken = await actor.take(1)
+        assert isinstance(taken, TrainBatch)
+        assert taken.group_ids == (second,)
+
+    asyncio.run(scene())
+
+
+def test_accepted_groups_of_a_call_do_not_keep_the_bytes_of_the_others(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(2)
+
+    async def scene() -> None:
+        await fill(actor, 3)
+        for group in actor._buffer._buffered.values():
+            assert group.payload.data.base is None
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("sizes", [[], [5], [100_000], [40_000, 120_000, 8], [400_000, 4]])
+def test_packed_groups_arrive_as_they_were_sent(sizes: list[int]) -> None:
+    packed = [
+        np.random.default_rng(number).integers(0, 256, size, np.uint8)
+        for number, size in enumerate(sizes)
+    ]
+    arguments = to_arguments(packed)
+    assert len(arguments) == 1 or all(len(each) < 100_000 for each in arguments)
+    for sent, arrived in zip(packed, from_arguments(arguments, sizes), strict=True):
+        assert np.array_equal(sent, arrived)
+
+
 @pytest.mark.parametrize("non_finite", [True, False])
 def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
-    tmp_path: Path, make_actor: Callable[[int], replay_actor.ReplayActor], non_finite: bool
+    tmp_path: Path, make_actor: Callable[[int], Actor], non_finite: bool
 ) -> None:
     actor = make_actor(0)
 
     async def step() -> TrainBatch:
-        await actor.serve(0)
-        (admission,) = (await actor.admit("rollout-0", 1)).admissions
-        await actor.offer("rollout-0", make_group(admission.group_id, incarnation="first"))
+        await fill(actor, 1)
         batch = await actor.take(0)
         assert isinstance(batch, TrainBatch)
         await actor.trained(batch.group_ids, skipped=True, non_finite=non_finite)
@@ -90,5 +246,5 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
         assert group.group_id == batch.group_ids[0]
         assert (
             group.rollouts[0].completion.token_ids.tolist()
-            == batch.references[0].rollouts[0].completion.token_ids.tolist()
+            == unpack_group(batch.references[0][0]).rollouts[0].completion.token_ids.tolist()
         )

@@ -76,6 +76,7 @@ def test_second_mismatch_stops_the_run_with_both_values(tmp_path: Path) -> None:
     engine.loads = wrong
     publisher = make_publisher(learner, engine)
     announcement = learner.announce(3)
+    assert announcement.checksum is not None
     values = f"{checksum(wrong)[:12]}.*{announcement.checksum[:12]}"
     with pytest.raises(HandshakeError, match=f"wrong weights twice.*{values}"):
         publish(publisher, announcement)
