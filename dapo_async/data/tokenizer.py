@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from dapo_async.data.plain_tokenizer import PlainTokenizer, is_plain
+
 if TYPE_CHECKING:  # it imports torch, which prompts do not need
     from dapo_async.model import ModelConfig, SpecialTokens
 
@@ -70,6 +72,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "copy the tokenizer files of the base model into it"
         )
     if _class_name(folder) in GENERIC:
+        if is_plain(folder):
+            return PlainTokenizer(folder)
         # AutoTokenizer would choose the same class, but its import costs two more seconds.
         from transformers import PreTrainedTokenizerFast
 

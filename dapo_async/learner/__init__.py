@@ -9,7 +9,8 @@ The learner actor in `runtime/` drives it.
     gradients  summed over the ranks, clipped by their global norm
     metrics    all metrics except those of the loss
     mismatch   how far the engine's logprobs are from the learner's for the same weights
-    state      the learner's part of a checkpoint, which any number of ranks can read
+    state      the learner's part of a checkpoint, which any number of ranks can read; its tensors
+               are `parts`, its files are read and written by `state_files`
     memory     predicts the memory of a rank
     profiling  a profiler's trace of a step
     rerun      the learner alone on the recorded batches of a run

@@ -12,20 +12,19 @@ Called by `hf.py` to build a decoder, and by whoever reads or writes its paramet
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.mesh import Mesh, chunk
+from dapo_async.model.tensor_parallel import is_distributed
+
+# FSDP and DTensor take more than a second to import, so a single rank does without them.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 # The dimension along which a parameter is split, by the last module in its name. All other
 # parameters are whole on every rank.
@@ -60,6 +59,12 @@ def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
     Layers are gathered in `dtype` for a pass; gradients are summed in float32. Afterwards allocate
     storage with `to_empty` and set the values with `fill`.
     """
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     assert mesh.devices is not None
     for name, parameter in [*decoder.named_parameters()]:
         dim = split_dim(name, tp=mesh.tp.size, num_kv_heads=decoder.config.num_kv_heads)
@@ -82,6 +87,8 @@ def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
 
 def _tp_part(parameter: Tensor, mesh: Mesh, dim: int | None) -> DTensor:
     """This rank's part of a whole parameter, as a DTensor on the `tp` axis."""
+    from torch.distributed.tensor import Replicate, Shard
+
     assert mesh.devices is not None
     part, placement = parameter.detach(), Replicate() if dim is None else Shard(dim)
     if dim is not None:
@@ -93,6 +100,8 @@ def _dtensor(
     part: Tensor, devices: DeviceMesh, placements: Sequence[Placement], *, whole: Tensor
 ) -> DTensor:
     """Shape and stride are given explicitly: an uneven split does not determine them."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part, devices, placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
@@ -100,14 +109,17 @@ def _dtensor(
 
 def reshard(decoder: Decoder) -> None:
     """Frees the parameters that FSDP gathered for a forward pass without a backward pass."""
-    if isinstance(decoder, FSDPModule):
+    if any(is_distributed(parameter) for parameter in decoder.parameters()):
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(decoder, FSDPModule)
         decoder.reshard()
 
 
 def shard_of(parameter: Tensor) -> Tensor:
     """The storage of this rank's part of a parameter, which the optimizer updates in place."""
     detached = parameter.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    return detached.to_local() if is_distributed(detached) else detached
 
 
 def part_of(parameter: Tensor) -> tuple[slice, ...]:
@@ -117,8 +129,10 @@ def part_of(parameter: Tensor) -> tuple[slice, ...]:
     another order and agrees with that only for even splits.
     """
     parts = [slice(0, size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
+    if not is_distributed(parameter):
         return tuple(parts)
+    from torch.distributed.tensor import Shard
+
     devices = parameter.device_mesh
     assert devices.ndim == 2, (
         f"the parameter {tuple(parameter.shape)} is gathered for a pass; reshard the decoder first"
@@ -133,4 +147,8 @@ def part_of(parameter: Tensor) -> tuple[slice, ...]:
 
 def is_split(parameter: Tensor) -> bool:
     """Whether the ranks of the `tp` axis hold different parts of the parameter."""
-    return isinstance(parameter, DTensor) and isinstance(parameter.placements[-1], Shard)
+    if not is_distributed(parameter):
+        return False
+    from torch.distributed.tensor import Shard
+
+    return isinstance(parameter.placements[-1], Shard)

@@ -14,13 +14,20 @@ Called by `layers.py`, `linear.py` and `decoder.py`. `parallel.py` splits the pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dapo_async.model.mesh import Axis, all_gather_single, reduce_scatter_single
+
+if TYPE_CHECKING:  # takes more than a second to import; a single rank never needs it
+    from torch.distributed.tensor import DTensor
+
+
+def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether the tensor is a DTensor, the only kind that has a local part."""
+    return hasattr(tensor, "to_local")
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -29,7 +36,7 @@ def local(parameter: Tensor) -> Tensor:
     For a parameter that FSDP has gathered over `dp` this is its part on the `tp` axis. A plain
     tensor is returned as it is.
     """
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if is_distributed(parameter) else parameter
 
 
 def gather_tokens(x: Tensor, tp: Axis, num_tokens: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from paths import CONFIGS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dapo_async.data import PromptSet, PromptStream, load_prompts, load_tokenizer
+from dapo_async.data.plain_tokenizer import PlainTokenizer
 from dapo_async.types import Prompt
 
 QUICKSTART = CONFIGS / "base" / "quickstart"
@@ -209,10 +211,47 @@ def test_a_hugging_face_tokenizer_encodes_prompts_and_decodes_the_marker(
     assert tokenizer.decode([3, 4, 1, 11, 1, 12], skip_special_tokens=True) == "341####1"
 
 
-def test_generic_tokenizer_is_the_one_that_transformers_would_choose() -> None:
+def changed_tokenizer(folder: Path, **values: Any) -> Path:
+    """The quickstart's tokenizer with further values in its tokenizer_config.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(QUICKSTART / name, folder / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | values
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("base", ["quickstart", "random"])
+def test_a_plain_tokenizer_gives_what_transformers_would_give(base: str) -> None:
+    folder = QUICKSTART.with_name(base)
     chosen, own = (
-        AutoTokenizer.from_pretrained(QUICKSTART, local_files_only=True),
-        load_tokenizer(QUICKSTART),
+        AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        load_tokenizer(folder),
+    )
+    assert isinstance(own, PlainTokenizer)
+    assert own.get_vocab() == chosen.get_vocab()
+    assert (own.bos_token_id, own.eos_token_id) == (chosen.bos_token_id, chosen.eos_token_id)
+    texts = ["31#4=", "####", "", "12<eos>3 4", "<eos><eos>", "é ü\n\t🙂  x ."]
+    for special in (True, False):
+        found = own(texts, add_special_tokens=special)["input_ids"]
+        assert found == chosen(texts, add_special_tokens=special)["input_ids"]
+        for ids in [*found, [*range(11, 13)], [*range(12, -1, -1)]]:
+            assert own.decode(ids, skip_special_tokens=special) == chosen.decode(
+                ids, skip_special_tokens=special
+            )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"add_bos_token": True, "bos_token": "0"}, {"bos_token": "<s>"}, {"chat_template": "x"}],
+    ids=["adds a token", "names a new token", "has a chat template"],
+)
+def test_any_other_generic_tokenizer_is_the_one_that_transformers_would_choose(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    folder = changed_tokenizer(tmp_path, **values)
+    chosen, own = (
+        AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        load_tokenizer(folder),
     )
     assert isinstance(own, PreTrainedTokenizerBase)
     classes: list[type] = [type(own), type(chosen)]

@@ -1,0 +1,106 @@
+"""Reads and writes the files of a learner's state through `torch.distributed.checkpoint`.
+
+In and out: tensors by name, each in a `Part` where a rank has only a part of it. Only `state.py`
+calls it, and imports it on first use: `torch.distributed.checkpoint` takes more than a second.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from dapo_async.learner.parts import Part
+from dapo_async.model import Mesh
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Torch's planner for tensors inside a `Part`."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].tensor
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """Torch's planner for tensors inside a `Part`."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Keeps all targets; torch's own method drops those that are no tensors."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        target: Part | Tensor = self.state_dict[index.fqn]
+        return target.tensor if isinstance(target, Part) else target
+
+
+def write_parts(parts: Mapping[str, Part], folder: Path, mesh: Mesh) -> None:
+    """Writes this rank's parts; returns when the parts of all ranks are there.
+
+    Raises RuntimeError if they cannot be written.
+    """
+    alone = mesh.every.size == 1
+    try:
+        dcp.save(
+            dict(parts),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            planner=SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=None if alone else mesh.saving.group,
+            no_dist=alone,
+        )
+    except CheckpointException as error:  # a BaseException, which no caller would count
+        raise RuntimeError(
+            f"the learner's state can't be written to {folder}: {_last_line(error)}"
+        ) from error
+
+
+def whole_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shapes of all whole tensors, by name."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    shapes = {}
+    for name, entry in metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), name
+        shapes[name] = entry.size
+    return shapes
+
+
+def read_into(tensors: Mapping[str, Part | Tensor], folder: Path) -> None:
+    """Reads into the tensors' storage, without communication.
+
+    Raises ValueError if they cannot be read.
+    """
+    try:
+        dcp.load(
+            dict(tensors),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            planner=LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+    except CheckpointException as error:  # a BaseException, which no caller would count
+        raise ValueError(
+            f"the learner's state in {folder} can't be read: {_last_line(error)}"
+        ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2]
+
+
+# Torch would print this warning at every read, and at every save of a single rank.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
