@@ -1,19 +1,24 @@
 """The evaluator as a Ray actor: an engine of its own that reads a published version from disk and
-answers the held-out prompts with it."""
+answers the held-out prompts with it.
+
+The first evaluation comes after several steps, so a thread imports and loads the engine beside the
+start of the run. This module must not import torch.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.actors.engine_host import TorchHost
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.utils.state_clock import Span, StateClock
-from dapo_async.weights import Announcement, Attestation
+
+if TYPE_CHECKING:
+    from dapo_async.runtime.actors.engine_host import TorchHost
+    from dapo_async.weights import Announcement, Attestation
 
 NAME = "evaluator"
 LOWEST_PRIORITY = 19
@@ -23,41 +28,64 @@ class EvaluatorActor:
     """A `snapshot` evaluator takes idle CPU time; a `dedicated` one reserves what it needs."""
 
     def __init__(self, config: Config, *, incarnation: str) -> None:
-        self._config = config
-        dedicated = config.evaluation.engine == "dedicated"
-        if not dedicated:
+        self._config, self._incarnation = config, incarnation
+        self._dedicated = config.evaluation.engine == "dedicated"
+        if not self._dedicated:
             # Linux counts niceness per thread, so set it before the working threads start.
             os.nice(LOWEST_PRIORITY)
-        torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if dedicated else 1)
-        device = config.model.torch_device if dedicated else "cpu"
         self._clock = StateClock(NAME)
-        # The engine's own states are not reported: they are parts of loading and of evaluating.
-        self._host = TorchHost(
+        self._loading: asyncio.Task[TorchHost] | None = None
+
+    async def ready(self) -> ProcessInfo:
+        """Returns at once; the engine starts in the background."""
+        self._loading = asyncio.create_task(self._load())
+        slots, engine = self._config.rollout.num_slots, self._config.evaluation.engine
+        return ProcessInfo.own(NAME, f"torch engine, {slots} slots, {engine}")
+
+    async def _load(self) -> TorchHost:
+        host = await asyncio.to_thread(self._make_host)
+        await host.start()
+        self._clock.enter("wait")
+        return host
+
+    def _make_host(self) -> TorchHost:
+        import torch
+
+        from dapo_async.runtime.actors.engine_host import TorchHost
+
+        config = self._config
+        torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if self._dedicated else 1)
+        return TorchHost(
             config,
             name=NAME,
-            incarnation=incarnation,
-            device=device,
+            incarnation=self._incarnation,
+            device=config.model.torch_device if self._dedicated else "cpu",
+            # The engine's own states are not reported: they are parts of loading and of evaluating.
             clock=StateClock(f"{NAME} engine"),
         )
 
-    async def ready(self) -> ProcessInfo:
-        detail = await self._host.start()
-        self._clock.enter("wait")
-        return ProcessInfo.own(NAME, f"{detail}, {self._config.evaluation.engine}")
+    async def _host(self) -> TorchHost:
+        """The host, once its engine has started."""
+        assert self._loading is not None, "called before ready"
+        return await asyncio.shield(self._loading)
 
     async def alive(self) -> None:
-        """Never returns: the driver watches it to learn of the actor's end."""
+        """Never returns: the driver watches it to learn of the actor's end, and of an engine that
+        can't start."""
+        await self._host()
         await asyncio.Event().wait()
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         """Loads the announced version from `folder` and attests what is served now."""
+        host = await self._host()
         with self._clock.during("load", f"version {announcement.version}"):
-            return await self._host.read(announcement, folder)
+            return await host.read(announcement, folder)
 
     async def evaluate(self) -> Evaluation:
         """Greedy accuracy on all held-out prompts, with the version that was loaded last."""
-        with self._clock.during("evaluate", f"version {self._host.engine.version}"):
-            return await self._host.evaluate(part=0, num_parts=1)
+        host = await self._host()
+        with self._clock.during("evaluate", f"version {host.engine.version}"):
+            return await host.evaluate(part=0, num_parts=1)
 
     async def take_spans(self) -> list[Span]:
         return self._clock.take_spans()
