@@ -4,6 +4,7 @@ The replay actor reads the training set. The rollout actors read the held-out se
 the page for users.
 
 tokenizer  the tokenizer of a Hugging Face folder; imports transformers only where it is needed
+plain_tokenizer  a tokenizer.json that needs no transformers
 sources    rows of files, folders and the hub; imports `datasets` on first use only
 json_rows  rows of JSON files
 tables     rows of Parquet files and of `datasets`

@@ -32,6 +32,11 @@ class Embedding(nn.Embedding):
         self.tp, self.share = tp, tp.share(config.vocab_size)
         super().__init__(config.vocab_size, config.hidden_size)
 
+    def reset_parameters(self) -> None:
+        """See `Linear.reset_parameters`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, token_ids: Tensor) -> Tensor:
         weight = local(self.weight)
         if self.tp.size == 1:
@@ -68,7 +73,10 @@ class Decoder(nn.Module):
         self.model = Backbone(config, tp)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        cos, sin = config.rope.tables(config.head_dim, config.max_positions)
+        if torch.get_default_device().type == "meta":  # see `Linear.reset_parameters`
+            cos = sin = torch.empty(config.max_positions, 1, config.head_dim)
+        else:
+            cos, sin = config.rope.tables(config.head_dim, config.max_positions)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 

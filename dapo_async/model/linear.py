@@ -45,6 +45,12 @@ class Linear(nn.Linear):
 
     rows: slice | None = None  # None: all outputs of the local weight; else only these
 
+    def reset_parameters(self) -> None:
+        """Draws no values on the meta device: torch would import its compiler for it, which takes
+        more than a second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if self.rows is not None:

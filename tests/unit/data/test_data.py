@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHARACTERS
 from paths import CONFIGS
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dapo_async.data import PromptSet, PromptStream, load_prompts, load_tokenizer
 from dapo_async.data.plain_tokenizer import PlainTokenizer
@@ -224,7 +224,7 @@ def changed_tokenizer(folder: Path, **values: Any) -> Path:
 def test_a_plain_tokenizer_gives_what_transformers_would_give(base: str) -> None:
     folder = QUICKSTART.with_name(base)
     chosen, own = (
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True),
         load_tokenizer(folder),
     )
     assert isinstance(own, PlainTokenizer)
