@@ -126,7 +126,12 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
     source = Path(config.model.path)
     checkpoint = (options.checkpoint or source).resolve()
     model = ModelConfig.from_folder(checkpoint, tokenizer=source)
-    find_weights(checkpoint, model)
+    misread = find_weights(checkpoint, model).misread_by_sglang
+    if misread and config.rollout.engine == "sglang" and config.rollout.server_urls:
+        raise ValueError(
+            f"the servers of rollout.servers would misread {checkpoint}, because they also read "
+            f"{misread[0]}; move the files that are no part of the model out of the folder"
+        )
     tokenizer = usable_tokenizer(source)
     check_tokenizer(tokenizer, model, folder=source)
     check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)

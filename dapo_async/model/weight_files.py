@@ -64,6 +64,21 @@ class WeightFiles:
     unused: tuple[str, ...]  # tensors of the files that are no part of the decoder
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        """Parameters that a file holds under another name: a tied embedding stored as the head."""
+        return tuple(name for name, stored in self.tensors.items() if stored.name != name)
+
+    @property
+    def misread_by_sglang(self) -> tuple[str, ...]:
+        """Files and tensors that SGLang would read otherwise from the same folder.
+
+        Without an index it reads every safetensors file of a folder, and it does not take a tied
+        embedding from `lm_head.weight`.
+        """
+        has_index = (self.paths[0].parent / INDEX_FILE).is_file()
+        return (*(() if has_index else self.left_alone), *self.moved)
+
+    @property
     def summary(self) -> str:
         """The files with their dtypes, and what is left alone."""
         dtypes = "/".join(sorted({tensor.dtype for tensor in self.tensors.values()}))
@@ -276,22 +291,19 @@ def _check_form(
 def folder_for_sglang(folder: Path, config: ModelConfig, *, scratch: Path) -> Path:
     """A folder from which SGLang reads the same weights as this package.
 
-    Without an index SGLang reads every safetensors file of a folder, and it does not take a tied
-    embedding from `lm_head.weight`. In such a case `scratch` becomes a folder of links to the files
-    of the model; otherwise the result is `folder`. Raises ValueError as `find_weights`.
+    Where it would misread `folder`, `scratch` becomes a folder of links to the files of the model;
+    otherwise the result is `folder`. Raises ValueError as `find_weights`.
     """
     found = find_weights(folder, config)
-    moved = [name for name, stored in found.tensors.items() if stored.name != name]
-    all_read = found.left_alone and not (folder / INDEX_FILE).is_file()
-    if not moved and not all_read:
+    if not found.misread_by_sglang:
         return folder
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for path in folder.iterdir():
         if path.name not in (*found.left_alone, INDEX_FILE):
             (scratch / path.name).symlink_to(path.resolve())
-    if moved:
-        weights = {name: found.tensors[name].read().contiguous() for name in moved}
+    if found.moved:
+        weights = {name: found.tensors[name].read().contiguous() for name in found.moved}
         save_file(weights, scratch / "model-embedding.safetensors", metadata={"format": "pt"})
     return scratch
 

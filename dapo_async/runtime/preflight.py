@@ -82,7 +82,7 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
     tokenizer = usable_tokenizer(folder)
     check_tokenizer(tokenizer, model, folder=folder)
     check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)
-    if weights.left_alone or weights.unused:
+    if not dry_run and (weights.left_alone or weights.unused):
         notes.append(f"model      {weights.summary}")
     train = _load(config, model, tokenizer, training=True, dry_run=dry_run)
     heldout = _load(config, model, tokenizer, training=False, dry_run=dry_run)
