@@ -155,12 +155,14 @@ def _check_special_tokens(tokenizer: Tokenizer, text: str, stop_token_ids: Seque
     origin = _origin(tokenizer)
     ids = tokenizer([text], add_special_tokens=False)["input_ids"][0]
     bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
+    # The text counts too: some tokenizers read an unknown character as one of these tokens.
+    if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.decode([bos])):
         raise ValueError(
             f"{origin} writes {tokenizer.decode([bos])!r} twice at the begin of the text; {OTHER}"
         )
     last = tokenizer([text.rstrip()], add_special_tokens=False)["input_ids"][0][-1:]
-    if last and last[0] in {*stop_token_ids} - {bos} and _is_special(tokenizer, last[0]):
+    is_stop = bool(last) and last[0] in {*stop_token_ids} - {bos}
+    if is_stop and text.rstrip().endswith(tokenizer.decode(last)) and _is_special(tokenizer, *last):
         raise ValueError(
             f"{origin} ends the prompt with the stop token {tokenizer.decode(last)!r}, so the "
             f"model has no turn to answer in; {OTHER}"

@@ -200,7 +200,8 @@ def check_added_tokens(tokenizer: Tokenizer, before: str) -> None:
     bare = tokenizer([sample], add_special_tokens=False)["input_ids"][0]
     whole = tokenizer([sample])["input_ids"][0]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and whole[:2] == [bos, bos]:
+    doubled = bos is not None and whole[:2] == [bos, bos]
+    if bos is not None and doubled and before.startswith(tokenizer.decode([bos])):
         raise ValueError(
             f"data.template begins with {tokenizer.decode([bos])!r}, which the tokenizer adds "
             "itself; remove it from data.template"

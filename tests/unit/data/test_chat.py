@@ -164,6 +164,14 @@ def test_a_template_without_system_turns_says_so(
     check(folder, TURNS, system="Be brief.")
 
 
+def test_an_unknown_character_is_no_stop_token(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CONFIGS / "base" / "quickstart", tmp_path / "quickstart"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer = usable_tokenizer(folder)  # it reads "?" as <eos>
+    check_chat_template(tokenizer, system=None, stop_token_ids=[12])
+    check_added_tokens(tokenizer, "?")
+
+
 def test_a_bad_template_is_one_line_for_every_problem_too(folder: Path) -> None:
     template = "{% if 'x' in messages[0].content %}{{ raise_exception('an x') }}{% endif %}" + TURNS
     check(folder, template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,6 +431,31 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
     )
     assert refused(capsys, "model.device=cuda").startswith("model.device (cuda) asks for a GPU, ")
     assert "the model's" in refused(capsys, "rollout.max_response_tokens=100000")
+
+
+def test_all_stop_tokens_count_and_outside_servers_read_the_same_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = Path(knobs.load(QUICKSTART).model.path)
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [12, 3]}')
+    asked = Options(
+        checkpoint=folder,
+        data=None,
+        k=1,
+        temperature=0.0,
+        top_p=1.0,
+        seed=None,
+        max_problems=1,
+        out=None,
+    )
+    assert prepare_evaluation(str(QUICKSTART), [], asked).sampling.stop_token_ids == (12, 3)
+    shutil.copy(folder / "model.safetensors", folder / "value_head.safetensors")
+    servers = ["rollout.engine=sglang", "rollout.servers=http://127.0.0.1:1"]
+    line = refused(capsys, "--checkpoint", str(folder), *servers)
+    assert "would misread" in line
+    assert "because they also read value_head.safetensors; move" in line
+    assert prepare_evaluation(str(QUICKSTART), [], asked).sampling.stop_token_ids == (12, 3)
 
 
 def test_data_of_the_command_line_is_asked_and_a_checkpoint_brings_its_tokenizer(

@@ -50,6 +50,49 @@ def test_the_untouched_copy_is_accepted(folder: Path) -> None:
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 
 
+def test_a_dry_run_shows_files_and_special_tokens_and_a_run_names_what_it_leaves_alone(
+    folder: Path,
+) -> None:
+    config = knobs.load(QUICKSTART, [f"model.path={folder}"])
+    tokens = (
+        "stop tokens 12 '<eos>' (config.json, generation_config.json, tokenizer_config.json), "
+        "3 '3' (generation_config.json)",
+        "pad        12 '<eos>' (tokenizer_config.json)",
+    )
+    (folder / "generation_config.json").write_text('{"eos_token_id": [12, 3]}')
+    change_config(folder, eos_token_id=12)
+    found = check_inputs(config, dry_run=True)
+    assert found.model == ("model      qwen3, F32 weights in model.safetensors", *tokens)
+    assert check_inputs(config).notes == ()
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    line = "F32 weights in model.safetensors; no part of the model: adapter_model.safetensors"
+    found = check_inputs(config, dry_run=True)
+    assert (found.model, found.notes) == ((f"model      qwen3, {line}", *tokens), ())
+    assert check_inputs(config).notes == (f"model      {line}",)
+
+
+def test_stop_tokens_may_be_in_generation_config_alone(folder: Path) -> None:
+    change_config(folder, eos_token_id=None)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
+    (folder / "generation_config.json").unlink()
+    assert "so a response could never stop; add it" in refusal(f"model.path={folder}")
+
+
+def test_a_chat_template_that_raises_for_a_system_turn_is_one_line(folder: Path) -> None:
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ messages[0].content }}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    config = [f"model.path={folder}", "data.template=chat"]
+    check_inputs(knobs.load(QUICKSTART, config))
+    assert refusal(*config, "data.system=hi") == (
+        f"the chat template in {folder / 'chat_template.jinja'} fails: System role not supported; "
+        "without a system turn it works: set data.system=null"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

@@ -79,6 +79,11 @@ def test_data_and_base_model_may_lie_elsewhere_if_they_are_the_same(tmp_path: Pa
     assert (config.model.path, config.data.train) == (str(tmp_path / "model"), str(data))
     with pytest.raises(ValueError, match="does not give the prompts that this run began with"):
         find_resume_point(config, train_data="another")
+    generation = tmp_path / "model" / "generation_config.json"
+    generation.write_text('{"eos_token_id": [12, 3]}')
+    with pytest.raises(ValueError, match="its stop tokens differ from those of"):
+        resumed_config(root, [f"model.path={tmp_path}/model"])
+    generation.unlink()
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json differs from .*step_000004/tokenizer"):
         resumed_config(root, [f"model.path={tmp_path}/model"])
