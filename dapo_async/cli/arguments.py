@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dapo_async.config import knobs
+from dapo_async.utils.paths import check_path
 
 EXAMPLE = "configs/quickstart.yaml"
 
@@ -66,6 +67,15 @@ def add_config(parser: Parser, *, needed: bool) -> None:
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word that is most like `word`."""
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+
+
+def path(text: str) -> Path:
+    """The type of every argument that names a file or folder."""
+    try:
+        check_path("the path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def say(line: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dapo_async.cli.arguments import Parser, add_config, say
+from dapo_async.cli.arguments import Parser, add_config, path, say
 
 HELP = "avg@k, pass@k and maj@k of a checkpoint; without Ray"
 
@@ -15,7 +14,7 @@ def add_arguments(parser: Parser) -> None:
     add_config(parser, needed=True)
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="plain Hugging Face folder, such as a run's checkpoint (default: model.path)",
     )
@@ -39,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--max-problems", type=int, metavar="N", help="only the first N problems")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=path,
         metavar="OUT",
         help="file for the result; finished problems are kept beside it, and the same command "
         "continues an interrupted evaluation",

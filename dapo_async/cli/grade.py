@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dapo_async.cli.arguments import Parser, say
+from dapo_async.cli.arguments import Parser, path, say
 
 HELP = "judge predictions by their gold answers, row by row"
 
@@ -14,14 +13,14 @@ def add_arguments(parser: Parser) -> None:
     """Adds what `grade` takes."""
     parser.add_argument(
         "--input",
-        type=Path,
+        type=path,
         required=True,
         metavar="IN.jsonl",
         help="rows with prediction and gold, and optionally extraction and prompt",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         required=True,
         metavar="OUT.jsonl",
         help="the same rows with correct, extracted and reason",

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from dapo_async.cli import config, evaluate, grade, report, rerun, train
 from dapo_async.cli.arguments import Parser, nearest, parse
+from dapo_async.tracking.terminal import lasting_streams
 
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -31,28 +32,30 @@ def console() -> None:
     Skips the interpreter's teardown: all output is written by now, and Ray's extension can abort
     there after a cancelled wait, which would turn exit code 143 into 134.
     """
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    0 done, 1 the run failed, 2 wrong input, 130 or 143 interrupted.
+    0 done, 1 the run failed, 2 wrong input, 130 or 143 interrupted. A reader that has
+    ended, such as head, changes nothing: the command goes on without it.
     """
     # Ray's workers and torch read it when they start. Several threads per process on few cores
     # are several times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with lasting_streams():
+        return _exit_code(sys.argv[1:] if arguments is None else arguments)
+
+
+def _exit_code(words: Sequence[str]) -> int:
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(words)
+    except SystemExit as end:  # of --help
+        return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:  # outside of a run, which handles its own signals
         print("dapo-async: SIGINT received", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except ValueError as error:
         print(f"dapo-async: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_WRONG_INPUT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dapo_async.cli.arguments import Parser, say
+from dapo_async.cli.arguments import Parser, path, say
 
 HELP = "training dynamics of one or several runs as one HTML page"
 
@@ -14,14 +14,14 @@ def add_arguments(parser: Parser) -> None:
     """Adds what `report` takes."""
     parser.add_argument(
         "paths",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="RUN_DIR",
         help="run directories, drawn in one chart each; also results of eval --json",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("report.html"),
         metavar="FILE",
         help="default: report.html",

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dapo_async.cli.arguments import Parser, say
+from dapo_async.cli.arguments import Parser, path, say
 from dapo_async.config import load
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -21,10 +21,10 @@ HELP = "train the learner alone on a run's recorded batches and compare the numb
 def add_arguments(parser: Parser) -> None:
     """Adds what `rerun` takes."""
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="a run with recorded/ (train.record=true)"
+        "run_dir", type=path, metavar="RUN_DIR", help="a run with recorded/ (train.record=true)"
     )
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="where the base model is now, if it was moved"
+        "--model", type=path, metavar="FOLDER", help="where the base model is now, if it was moved"
     )
 
 
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _first_state(run_dir: RunDir, first: int) -> Path | None:
     """The learner's state before the first recorded step; None: the base model."""
-    from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
+    from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE, CheckpointFolder
 
     if first == 0:
         return None
-    state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / "learner"
+    state = CheckpointFolder(run_dir.checkpoints).path(first) / STATE / LEARNER_FOLDER
     if not state.is_dir():
         raise ValueError(
             f"recording began at step {first}, and {state} is gone; "

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_async.cli.arguments import EXAMPLE, Parser, add_config, say
+from dapo_async.cli.arguments import EXAMPLE, Parser, add_config, path, say
 from dapo_async.config import Config, load, parse_source, to_yaml
+from dapo_async.utils.paths import for_shell
 
 if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
     from dapo_async.runtime.preflight import Inputs
@@ -26,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
     add_config(parser, needed=False)
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=path,
         metavar="RUN_DIR",
         help="continue the run in this folder with its own config; give no CONFIG",
     )
@@ -76,29 +77,43 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     from dapo_async.runtime.run import run_training
-    from dapo_async.tracking.run_dir import RunDir
+    from dapo_async.tracking.run_dir import RunDir, missing_folders
     from dapo_async.tracking.sinks import open_progress
     from dapo_async.utils.files import atomic_write
 
+    made = missing_folders(root)
     run_dir = RunDir(root) if options.resume else RunDir.create(root)
     run_dir.lock()
     if options.resume:
-        run_dir.reopen(point.version)
         begin = point.checkpoint or "the base model: there is no checkpoint yet"
         say(f"resuming at step {point.version} from {begin}")
-    atomic_write(run_dir.config, to_yaml(saved))
+    else:
+        atomic_write(run_dir.config, to_yaml(saved))
     say(f"run directory {root}")
-    with open_progress(
-        num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
-    ) as progress:
-        code = run_training(
-            config,
-            run_dir=run_dir,
-            progress=progress,
-            resume=point,
-            train_data=inputs.fingerprint or "",
-            heldout_data=inputs.heldout_fingerprint or "",
-        )
+
+    def ready_run_dir() -> None:
+        """Once Ray runs: a resume that can't begin leaves everything as it was."""
+        if options.resume:
+            run_dir.reopen(point.version)
+            atomic_write(run_dir.config, to_yaml(saved))
+
+    try:
+        with open_progress(
+            num_steps=config.train.num_steps, max_staleness=config.replay.max_staleness
+        ) as progress:
+            code = run_training(
+                config,
+                run_dir=run_dir,
+                progress=progress,
+                resume=point,
+                train_data=inputs.fingerprint or "",
+                heldout_data=inputs.heldout_fingerprint or "",
+                prepare=ready_run_dir,
+            )
+    except ValueError:  # the run never began
+        if not options.resume:
+            run_dir.discard(made)
+        raise
     for line in closing_lines(root):
         progress.say(line)
     return code
@@ -208,7 +223,7 @@ def closing_lines(root: Path) -> Iterator[str]:
         if (root / name).exists():
             yield f"{what:<10} {root / name}"
     if summary["status"] in RESUMABLE:
-        yield f"{'continue':<10} dapo-async train --resume {root}"
+        yield f"{'continue':<10} dapo-async train --resume {for_shell(root)}"
     if (root / "mlflow.json").exists():
         yield _mlflow_line(json.loads((root / "mlflow.json").read_text()), root)
 
@@ -223,5 +238,5 @@ def _mlflow_line(mlflow: dict[str, str], root: Path) -> str:
     from dapo_async.tracking.mlflow_run import store_uri
 
     uri, _ = store_uri(mlflow["uri"], root.parent)
-    how = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+    how = f"mlflow ui --backend-store-uri {for_shell(uri)}" if uri.startswith("sqlite") else uri
     return f"{'MLflow':<10} {how}  (run {mlflow['run_id']})"

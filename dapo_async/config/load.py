@@ -27,8 +27,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
     path = Path(path)
     names = [knob.name for knob in knobs()]
     paths = {knob.name: knob.path for knob in knobs() if knob.path}
+    texts = {*paths, "run_dir", "tracking.mlflow"}
     try:
-        file, dotted = read_file(path, names), read_overrides(overrides, names)
+        file, dotted = read_file(path, names), read_overrides(overrides, names, texts)
         resolve_paths(file, path.resolve().parent, paths)
         resolve_paths(dotted, Path.cwd(), paths)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))

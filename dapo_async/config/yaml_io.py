@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,19 +44,26 @@ def read_file(path: Path, names: Sequence[str]) -> DictConfig:
     return tree
 
 
-def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig:
-    """The tree of `key=value` words. Raises ValueError for another form."""
+def read_overrides(
+    overrides: Sequence[str], names: Sequence[str], paths: Collection[str] = ()
+) -> DictConfig:
+    """The tree of `key=value` words. Raises ValueError for another form.
+
+    The values of the knobs in `paths` are texts as they stand, the others are YAML.
+    """
     import yaml
     from omegaconf import OmegaConf
 
     tree = OmegaConf.create({})
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(
                 f"override {override!r} is not of the form key=value; write for example "
                 "learner.lr=1e-4"
             )
+        if key in paths:
+            override = f"{key}={_as_text(value)}"
         try:
             tree.merge_with_dotlist([override])
         except yaml.YAMLError as error:
@@ -66,6 +73,12 @@ def read_overrides(overrides: Sequence[str], names: Sequence[str]) -> DictConfig
             ) from error
     _check_names(tree, names)
     return tree
+
+
+def _as_text(value: str) -> str:
+    """A path as YAML. In plain YAML `a #b` would be `a`, and `007` would be `7`."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value if quoted or value in ("", "null") else "'" + value.replace("'", "''") + "'"
 
 
 def _check_names(tree: DictConfig, names: Sequence[str]) -> None:

@@ -20,12 +20,19 @@ from dapo_async.learner.memory import RankMemory, predict_memory
 from dapo_async.learner.options import loss_options
 from dapo_async.learner.profiling import profiled
 from dapo_async.learner.rank import LearnerRank
-from dapo_async.learner.state import RankState, read_whole_state, read_whole_weights, save_state
+from dapo_async.learner.state import (
+    RankState,
+    check_state,
+    read_whole_state,
+    read_whole_weights,
+    save_state,
+)
 
 __all__ = [
     "LearnerRank",
     "RankMemory",
     "RankState",
+    "check_state",
     "loss_options",
     "predict_memory",
     "profiled",

@@ -20,6 +20,7 @@ from torch import Tensor
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.learner.parts import Part
 from dapo_async.model import Decoder, Mesh, shard_of
+from dapo_async.utils.reasons import unreadable
 
 COUNTS_FILE = "learner.json"
 WEIGHTS = "weights."
@@ -87,7 +88,7 @@ def load_state(decoder: Decoder, optimizer: ShardedAdamW, folder: Path) -> int:
     """
     from dapo_async.learner.state_files import read_into
 
-    counts = _checked(folder)
+    counts = check_state(folder)
     if counts["updates"]:
         optimizer.make_moments(counts["updates"])
     parts = _not_empty(_parts(decoder, optimizer))
@@ -105,7 +106,7 @@ def read_whole_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of a saved state, whole and on CPU. Raises as `load_state`."""
     from dapo_async.learner.state_files import read_into, whole_shapes
 
-    _checked(folder)
+    check_state(folder)
     whole = {name: torch.full(shape, torch.nan) for name, shape in whole_shapes(folder).items()}
     read_into(whole, folder)
     return whole
@@ -115,25 +116,26 @@ def read_whole_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dic
     """The weights with these names and shapes, whole and on CPU. Raises as `load_state`."""
     from dapo_async.learner.state_files import read_into
 
-    _checked(folder)
+    check_state(folder)
     whole = {WEIGHTS + name: torch.full([*shape], torch.nan) for name, shape in shapes.items()}
     read_into(whole, folder)
     return {name.removeprefix(WEIGHTS): tensor for name, tensor in whole.items()}
 
 
-def _checked(folder: Path) -> dict[str, Any]:
+def check_state(folder: Path) -> dict[str, Any]:
     """The counts of a saved state, after a check that every file is there with its size.
 
-    Torch's reader would not notice a missing file.
+    Raises ValueError, which names the file. Torch's reader would not notice a missing file.
     """
     try:
         counts: dict[str, Any] = json.loads((folder / COUNTS_FILE).read_text())
-    except (OSError, ValueError) as error:
+        files = dict(counts["files"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{folder / COUNTS_FILE} can't be read ({error}); "
+            f"{folder / COUNTS_FILE} can't be read ({unreadable(error)}); "
             "copy the checkpoint whole, or take another one"
         ) from error
-    for name, size in counts["files"].items():
+    for name, size in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"

@@ -13,6 +13,7 @@ step_stats.py    what was offered, accepted and rejected per step
 stall_report.py  one line about what the learner waits for
 group_io.py      groups in a safetensors file, or packed for transport
 shares.py        the share of each data-parallel rank in a batch
+state_io.py      counts of the replay part of a checkpoint
 """
 
 from dapo_async.replay.buffer import ReplayBuffer

@@ -30,7 +30,9 @@ from dapo_async.model import ModelConfig, find_weights, special_tokens
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang.server import missing_sglang
+from dapo_async.runtime.cluster import own_ray
 from dapo_async.runtime.cluster.planned_actors import planned_actors
+from dapo_async.utils.paths import check_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,15 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
 
 
 def _check_options(config: Config) -> None:
-    """Rules whose modules know them: tracking, loss, verifiers, filters."""
+    """Rules whose modules know them: paths, tracking, loss, verifiers, filters."""
+    data = config.data
+    for name, text in (
+        ("model.path", config.model.path),
+        ("data.train", data.train),
+        ("data.heldout", data.heldout),
+        *(("data.check_against", each) for each in filter(None, [data.check_against])),
+    ):
+        check_path(name, text)
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
             f"tracking.mlflow ({config.tracking.mlflow}) has no password, because a run "
@@ -120,6 +130,7 @@ def _missing(config: Config) -> Iterator[str]:
         yield line
     if config.ray.address != "local":
         return
+    yield from own_ray.faults()
     actors = list(planned_actors(config))
     devices = torch.cuda.device_count()
     if (wanted := sum(actor.num_gpus for actor in actors)) > devices:

@@ -7,17 +7,21 @@ the command line, before anything is started.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dapo_async import config as knobs
 from dapo_async.config import Config, parse_source
 from dapo_async.config.validate import check
+from dapo_async.learner import check_state
 from dapo_async.model import special_tokens
+from dapo_async.replay import Counts
+from dapo_async.replay.state_io import read_outcomes
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
+from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE, CheckpointFolder
+from dapo_async.utils.paths import for_shell
 
 # What may change when a run is resumed: its length, its place, its speed, and where its files lie.
 # Everything else would make it another run.
@@ -40,6 +44,8 @@ class ResumePoint:
     checkpoint: Path | None
     version: int
     driver: dict[str, Any]  # the driver's state; empty without a checkpoint
+    counts: Counts = field(default_factory=lambda: Counts(0))  # of all groups up to there
+    failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def state(self) -> Path | None:
@@ -143,7 +149,8 @@ def find_resume_point(
     folder = CheckpointFolder(run_dir.checkpoints)
     if folder.newest is None:
         return START
-    point = ResumePoint(folder.newest, folder.versions()[-1], read_driver_state(folder.newest))
+    newest = for_shell(folder.newest)
+    point = _read_point(folder.newest, version=folder.versions()[-1])
     if point.version >= config.train.num_steps:
         raise ValueError(
             f"--resume {run_dir.root}: all {config.train.num_steps} steps (train.num_steps) are "
@@ -154,16 +161,24 @@ def find_resume_point(
         raise ValueError(
             f"data.train ({config.data.train}) does not give the prompts that this run began with; "
             "restore data.train, data.heldout and data.check_against, or start a new run with "
-            f"model.path={point.checkpoint}"
+            f"model.path={newest}"
         )
     known = point.driver.get("heldout_data")  # absent in older checkpoints
     if heldout_data and known and heldout_data != known:
         raise ValueError(
             f"data.heldout ({config.data.heldout}) does not give the prompts that this run was "
             "evaluated on, so its accuracies could not be compared; restore the data, or start a "
-            f"new run with model.path={point.checkpoint}"
+            f"new run with model.path={newest}"
         )
     return point
+
+
+def _read_point(checkpoint: Path, *, version: int) -> ResumePoint:
+    """Checks that every file which the actors will read is there."""
+    driver = read_driver_state(checkpoint)
+    check_state(checkpoint / STATE / LEARNER_FOLDER)
+    counts, failures = read_outcomes(checkpoint / STATE)
+    return ResumePoint(checkpoint, version, driver, counts, failures)
 
 
 def read_driver_state(checkpoint: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import signal
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 import psutil
@@ -26,7 +26,7 @@ from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START, ResumePoint
-from dapo_async.runtime.services import Measured, Services, build_services
+from dapo_async.runtime.services import Services, build_services, measured_before
 from dapo_async.runtime.shutdown import shut_down
 from dapo_async.runtime.signals import Interrupts
 from dapo_async.runtime.status import (
@@ -42,6 +42,7 @@ from dapo_async.tracking.plot import draw_dynamics
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Progress
+from dapo_async.utils.paths import for_shell
 from dapo_async.utils.state_clock import StateClock
 
 
@@ -53,15 +54,23 @@ def run_training(
     resume: ResumePoint = START,
     train_data: str,
     heldout_data: str = "",
+    prepare: Callable[[], None] = lambda: None,
 ) -> int:
     """Trains `config` into `run_dir`; returns the exit code of the process.
 
-    `train_data`, `heldout_data`: fingerprints of the prompts, kept for a resume. Raises ValueError
-    for what the user has to change.
+    `train_data`, `heldout_data`: fingerprints of the prompts, kept for a resume. `prepare` is
+    called once Ray runs, and readies the run directory of a resumed run. Raises ValueError for what
+    the user has to change, before anything is written.
     """
     sinks = Sinks(config, run_dir, progress)
     run = Run(
-        config, run_dir, sinks, resume=resume, train_data=train_data, heldout_data=heldout_data
+        config,
+        run_dir,
+        sinks,
+        resume=resume,
+        train_data=train_data,
+        heldout_data=heldout_data,
+        prepare=prepare,
     )
     outcome = asyncio.run(run.live())
     if outcome.exit_code == EXIT_WRONG_INPUT:
@@ -81,17 +90,22 @@ class Run:
         resume: ResumePoint,
         train_data: str,
         heldout_data: str,
+        prepare: Callable[[], None] = lambda: None,
         ray: RayConnection | None = None,
         draw: Callable[[RunDir], bool] = draw_dynamics,
     ) -> None:
         self._config, self._run_dir, self._sinks = config, run_dir, sinks
-        self._resume = resume
+        self._resume, self._before = resume, measured_before(resume)
         self._train_data, self._heldout_data = train_data, heldout_data
         self._incarnation = secrets.token_hex(4)
         self._clock = StateClock("driver")
         self._began_s = self._clock.now_s()
         self._ray, self._draw = ray or RayConnection(config), draw
-        self._interrupts = Interrupts(sinks.say, self._note, self._end_at_once)
+        self._prepare = prepare
+        self._is_ending = False  # whatever comes now, the outcome is known
+        self._interrupts = Interrupts(
+            sinks.say, self._note, self._end_at_once, is_ending=lambda: self._is_ending
+        )
         self._services: Services | None = None
         evaluations = resume.driver.get("evaluations", {})
         self._record = RunProgress(
@@ -106,11 +120,15 @@ class Run:
         try:
             await task
         except asyncio.CancelledError:
-            known = self._record.outcome.status is Status.OUT_OF_TIME
-            if not known and self._interrupts.first is None:
+            if not self._is_ending:
                 self._note(signal.SIGINT)  # it came before `listen`
+        except WrongInput as error:
+            if not self._is_ending:
+                await self._close_ray()
+                return RunOutcome(Status.FAILED, str(error), EXIT_WRONG_INPUT)
         except Exception as error:  # noqa: BLE001 (every failure becomes an outcome and an orderly end)
             self._fail(error)
+        self._is_ending = True
         time_limit.cancel()
         self._clock.enter("stop")
         try:
@@ -128,8 +146,7 @@ class Run:
             self._write_summary()
         outcome, stop_s = self._record.outcome, self._config.deadlines.stop_s
         await asyncio.gather(
-            # It may wait `stop_s` for a start that goes on.
-            self._attempt("the end of Ray", self._ray.close(), within_s=2 * stop_s),
+            self._close_ray(),
             self._attempt("the picture", asyncio.to_thread(self._draw, self._run_dir)),
         )
         # It may wait `stop_s` for MLflow.
@@ -138,12 +155,17 @@ class Run:
         self._write_summary()  # again, with what the sinks have caught
         return outcome
 
+    async def _close_ray(self) -> None:
+        within_s = 2 * self._config.deadlines.stop_s  # half of it for a start that goes on
+        await self._attempt("the end of Ray", self._ray.close(), within_s=within_s)
+
     async def _work(self) -> None:
         with self._timed("start_s"):
             try:
                 self._sinks.say(await self._ray.open())
             except ValueError as error:
                 raise WrongInput(str(error)) from error
+            self._prepare()
             # Again: Ray has replaced the handlers by its own, which print a stack trace.
             task = asyncio.current_task()
             assert task is not None
@@ -222,21 +244,23 @@ class Run:
     def _fail(self, error: Exception) -> None:
         self._record.caught[type(error).__name__] += 1
         hangs = isinstance(error, TimeoutError)
+        lost_actor = error.actor if isinstance(error, ActorDied) else None
+        if self._is_ending:  # a signal or the time limit came first
+            self._record.outcome = replace(self._record.outcome, lost_actor=lost_actor, hangs=hangs)
+            return
         reason = " ".join(str(error).split()) or repr(error)
         if hangs and self._services is not None:
             reason += self._services.system.unserved()
         self._record.outcome = RunOutcome(
-            Status.FAILED,
-            reason,
-            EXIT_WRONG_INPUT if isinstance(error, WrongInput) else EXIT_FAILED,
-            lost_actor=error.actor if isinstance(error, ActorDied) else None,
-            hangs=hangs,
+            Status.FAILED, reason, EXIT_FAILED, lost_actor=lost_actor, hangs=hangs
         )
-        self._run_dir.error.write_text("".join(traceback.format_exception(error)))
+        with suppress(OSError):  # a full disk; the reason is in the summary and on the terminal
+            self._run_dir.error.write_text("".join(traceback.format_exception(error)))
 
     def _note(self, number: signal.Signals) -> None:
         """Writes the summary before the running step has ended: the process may be killed before
         the end of the run, `ray job stop` leaves three seconds."""
+        self._is_ending = True
         self._record.outcome = RunOutcome(
             Status.INTERRUPTED, f"{number.name} received", 128 + number
         )
@@ -256,7 +280,7 @@ class Run:
             self._write_summary()
             self._sinks.say(
                 f"{number.name} again: ended at once; "
-                f"continue with dapo-async train --resume {self._run_dir.root}"
+                f"continue with dapo-async train --resume {for_shell(self._run_dir.root)}"
             )
         finally:
             os._exit(outcome.exit_code)
@@ -270,12 +294,13 @@ class Run:
         end_s = limit_s - self._config.deadlines.stop_s
         while time.time() - began_s + self._longest_step_s < end_s:
             await asyncio.sleep(0.2)
-        if task.done():
+        if self._is_ending:
             return
+        self._is_ending = True
         self._record.outcome = RunOutcome(
             Status.OUT_OF_TIME,
             f"train.max_wall_s ({limit_s:g}) would have passed within the next step; "
-            f"continue with dapo-async train --resume {self._run_dir.root}",
+            f"continue with dapo-async train --resume {for_shell(self._run_dir.root)}",
         )
         task.cancel()
 
@@ -290,7 +315,7 @@ class Run:
         timeline.close()
 
     def _write_summary(self) -> None:
-        measured = self._services.measured() if self._services is not None else Measured()
+        measured = self._services.measured() if self._services is not None else self._before
         self._run_dir.write_summary(
             summarise_run(
                 self._record,

@@ -39,6 +39,17 @@ class Measured:
     checkpoints: Mapping[str, float] = field(default_factory=dict)
 
 
+def measured_before(resume: ResumePoint) -> Measured:
+    """What the earlier incarnations have counted up to the checkpoint."""
+    totals = Totals(**resume.driver.get("totals", {}))
+    return Measured(
+        totals=totals,
+        train_s=totals.train_s,
+        counts=resume.counts.flat(),
+        failures=resume.failures,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """All services of one run."""
@@ -47,6 +58,7 @@ class Services:
     tracker: Tracker
     evaluations: Evaluations
     checkpointer: Checkpointer
+    before: Measured  # by earlier incarnations
 
     @property
     def longest_step_s(self) -> float:
@@ -55,12 +67,12 @@ class Services:
 
     def measured(self) -> Measured:
         tracker, publisher = self.tracker, self.system.publisher
-        report = tracker.replay
+        report, before = tracker.replay, self.before
         return Measured(
             totals=tracker.totals,
             train_s=tracker.train_s,
-            counts=(report.counts if report else Counts(0)).flat(),
-            failures=dict(report.failures) if report else {},
+            counts=report.counts.flat() if report else before.counts,
+            failures=dict(report.failures) if report else before.failures,
             idle=tracker.idle,
             seconds_by_state={
                 actor: tracker.timeline.totals(actor) for actor in tracker.timeline.actors
@@ -89,12 +101,13 @@ def build_services(
     """
     actors = start_actors(config, run_dir, incarnation=incarnation, resume=resume.state)
     system = System(config, actors, say=sinks.say)
+    before = measured_before(resume)
     tracker = Tracker(
         system,
         run_dir,
         clock,
         show=sinks.step,
-        totals=Totals(**resume.driver.get("totals", {})),
+        totals=before.totals,
         first_step=resume.version,
     )
     evaluations = Evaluations(config, system=system, run_dir=run_dir, sinks=sinks)
@@ -106,4 +119,4 @@ def build_services(
         driver_state=lambda: driver_state(tracker),
         in_evaluation=lambda: evaluations.in_flight,
     )
-    return Services(system, tracker, evaluations, checkpointer)
+    return Services(system, tracker, evaluations, checkpointer, before)

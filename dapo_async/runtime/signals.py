@@ -16,6 +16,7 @@ class Interrupts:
     """`first` is the first signal, None before it.
 
     `at_first` is called after the first signal; `at_once` after one more, and must not return.
+    While `is_ending`, the first signal changes nothing: the run ends in order already.
     """
 
     def __init__(
@@ -23,7 +24,10 @@ class Interrupts:
         say: Callable[[str], None],
         at_first: Callable[[signal.Signals], None],
         at_once: Callable[[signal.Signals], None],
+        *,
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._is_ending = is_ending
         self.first: signal.Signals | None = None
         self._say, self._at_first, self._at_once, self._first_s = say, at_first, at_once, 0.0
 
@@ -35,6 +39,9 @@ class Interrupts:
     def _receive(self, task: asyncio.Task[None], number: signal.Signals) -> None:
         if self.first is None:
             self.first, self._first_s = number, time.monotonic()
+            if self._is_ending():
+                self._say(f"{number.name}: the run is ending; a second signal ends it at once")
+                return
             self._say(
                 f"{number.name}: the run ends with a checkpoint; a second signal ends it without"
             )

@@ -12,11 +12,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dapo_async.utils.files import PARTIAL, atomic_write
+from dapo_async.utils.paths import for_shell
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class RunDir:
                 raise ValueError(f"run_dir {root} is a file; choose another run_dir")
             if root.exists() and any(root.iterdir()):
                 raise ValueError(
-                    f"run_dir {root} is not empty; continue with train --resume {root}, "
+                    f"run_dir {root} is not empty; continue with train --resume {for_shell(root)}, "
                     "choose another run_dir, or remove it"
                 )
             for name in ("rollouts", "checkpoints"):
@@ -44,8 +46,21 @@ class RunDir:
             ) from error
         return cls(root)
 
+    def discard(self, made: Sequence[Path]) -> None:
+        """Removes the folder of a run that never began, and of `made` the folders that are empty.
+
+        `made`: the folders that `create` has made, see `missing_folders`.
+        """
+        self.config.unlink(missing_ok=True)
+        for folder in (self.rollouts, self.checkpoints, *made):
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+
     def reopen(self, version: int) -> None:
-        """Prepares a resume at learner `version`: removes what later steps wrote."""
+        """Prepares a resume at learner `version`: removes what later steps wrote.
+
+        The summary stays until the next one replaces it.
+        """
         _keep_rows(self.metrics, lambda row: row["step"] < version)
         _keep_rows(self.evaluations, lambda row: row["version"] <= version > 0)
         for folder in (self.rollouts, self.recorded):
@@ -58,8 +73,7 @@ class RunDir:
                 path.unlink()
         for folder in (self.weights, self.evaluated):
             shutil.rmtree(folder, ignore_errors=True)
-        for path in (self.summary, self.error):
-            path.unlink(missing_ok=True)
+        self.error.unlink(missing_ok=True)
         if self.timeline.exists():
             number = 1 + len([*self.root.glob("timeline.*.json")])
             self.timeline.rename(self.root / f"timeline.{number}.json")
@@ -205,6 +219,11 @@ class RunDir:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         atomic_write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and its parents as far as they do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _append_row(path: Path, values: Mapping[str, Any]) -> None:

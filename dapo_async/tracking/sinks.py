@@ -21,7 +21,7 @@ from dapo_async.tracking.terminal import Outlet, Progress
 
 def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
     """The live display if standard output is a terminal that can move its cursor, else lines."""
-    out = Outlet(sys.stdout)
+    out = Outlet.on(sys.stdout)
     if not out.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         return Progress(out, num_steps=num_steps, max_staleness=max_staleness)
     from dapo_async.tracking.live_display import LiveProgress  # imports rich

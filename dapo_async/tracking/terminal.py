@@ -10,16 +10,23 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 
 class Outlet:
-    """A text stream that never raises when the pipe or terminal behind it is closed.
+    """A text stream that never raises when the pipe, terminal or disk behind it is gone.
 
-    Later output then goes to the null device, and `lost` is True.
+    Later output then goes to the null device, and `lost` is True. Has every method of its stream,
+    so it may stand in for `sys.stdout`.
     """
+
+    @classmethod
+    def on(cls, stream: TextIO | Outlet) -> Outlet:
+        """`stream`, if it is one already, else a new one."""
+        return stream if isinstance(stream, Outlet) else cls(stream)
 
     def __init__(self, file: TextIO) -> None:
         self._file, self.lost = file, False
@@ -50,6 +57,9 @@ class Outlet:
     def encoding(self) -> str:
         return self._file.encoding or "ascii"
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
     def _redirect_to_null(self) -> None:
         """Redirects the file descriptor itself.
 
@@ -61,6 +71,29 @@ class Outlet:
             if stream is self._file or stream.isatty():
                 os.dup2(null, stream.fileno())
         os.close(null)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Standard output and standard error raise nothing in this block, whatever they are.
+
+    A standard stream that is closed becomes the null device: else the next file that is opened
+    would get its number, and with it what any library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    before = sys.stdout, sys.stderr
+    outlets = [Outlet(stream or open(os.devnull, "w")) for stream in before]  # noqa: SIM115
+    sys.stdout, sys.stderr = cast(list[TextIO], outlets)
+    try:
+        yield
+    finally:
+        for outlet in outlets:
+            outlet.flush()
+        sys.stdout, sys.stderr = before
 
 
 class Progress:

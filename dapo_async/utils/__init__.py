@@ -2,6 +2,7 @@
 
 state_clock     an actor's wall clock, split into named states
 files           atomic writes: a file is complete or does not exist
+paths           refuses a path that can't be printed in one line
 checkpoint_dir  the same for folders
 thread_stack    the current line of a thread of this process
 plugins         functions of the user, named as module:function

@@ -20,6 +20,7 @@ from pathlib import Path
 from dapo_async.utils.files import PARTIAL, sync
 
 STATE = "state"
+LEARNER_FOLDER = "learner"  # in the state
 COMPLETE = re.compile(r"step_(\d{6,})")
 REMOVED = ".removed"
 

@@ -33,7 +33,7 @@ from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
-from dapo_async.utils.checkpoint_dir import STATE
+from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import stack_location
 from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest, WeightGroup
@@ -42,7 +42,6 @@ from dapo_async.weights.disk import write_version
 
 PROBE_TOKENS = 16  # length of the handshake's probe prompt
 PROFILED_STEPS = (3, 4, 5)  # after the first ones, which allocate and warm up
-STATE_FOLDER = "learner"  # in the checkpoint's state/
 
 
 class LearnerActor:
@@ -114,7 +113,7 @@ class LearnerActor:
             decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh
         )
         if self._resume is not None:
-            self._rank.load(self._resume / STATE_FOLDER)
+            self._rank.load(self._resume / LEARNER_FOLDER)
 
     async def alive(self) -> None:
         """Never returns: the driver watches it to learn of the actor's end."""
@@ -253,7 +252,7 @@ class LearnerActor:
         await asyncio.to_thread(self._write_checkpoint, state, folder)
 
     def _write_checkpoint(self, state: RankState, folder: Path) -> None:
-        parts = folder / STATE / STATE_FOLDER
+        parts = folder / STATE / LEARNER_FOLDER
         save_state(state, parts, self._mesh)
         if self._mesh.is_first:
             shapes = {

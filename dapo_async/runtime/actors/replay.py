@@ -32,6 +32,7 @@ from dapo_async.replay import (
 )
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
 from dapo_async.replay.shares import share_groups
+from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
 from dapo_async.runtime.actors.offers import Bytes, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir
@@ -39,7 +40,6 @@ from dapo_async.tracking.samples import choose_samples, write_rollouts
 from dapo_async.types import Admission, Completion, Group, GroupFacts, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
-STATE_FILE, GROUPS_FILE = "replay.json", "groups.safetensors"
 SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 # A worker's wait is answered at least this often; twice as long without an answer means a hang.

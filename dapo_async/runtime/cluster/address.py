@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.own_ray import temp_folder
 
 AUTO = "auto"
 PROBE_S = 5.0  # a live GCS answers in milliseconds; Ray would wait minutes for a dead one
@@ -44,13 +45,12 @@ def choose(address: str) -> Choice:
         return _join(address, named_by="ray.address")
     if named not in ("", AUTO):
         return _join(named, named_by="RAY_ADDRESS")
-    file = (
-        Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
-        / "ray"
-        / "ray_current_cluster"
-    )
+    file = Path(temp_folder()) / "ray" / "ray_current_cluster"
     # Only `ray stop` removes the file that `ray start` writes: it may name a cluster that is gone.
-    found = file.read_text().strip() if file.is_file() else LOCAL
+    try:
+        found = (file.read_text().strip() if file.is_file() else "") or LOCAL
+    except (OSError, UnicodeDecodeError) as error:
+        return Choice(LOCAL, f"{file} can't be read ({error}): this run starts its own Ray")
     try:
         return _join(found, named_by=str(file))
     except Gone:
@@ -70,7 +70,7 @@ def _join(address: str, *, named_by: str) -> Choice:
             "RAY_API_SERVER_ADDRESS"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isdecimal() and port.isascii() and 0 < int(port) < 2**16):
         raise ValueError(
             f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; "
             "set ray.address to one of them"

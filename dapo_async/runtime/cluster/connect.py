@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, LOOPBACK, refusal
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 log = logging.getLogger(__name__)
-LOOPBACK = "127.0.0.1"
 # Processes of an own Ray that a run does not use: the autoscaler's monitor, the server behind the
 # dashboard and the forwarder of logs. ray.init waits for the second, and has no option for any.
 UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
@@ -40,17 +40,19 @@ def connect(config: Config) -> str:
         cpus = max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
-        with shielded(), _without(UNUSED_SERVICES):
-            ray.init(address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        try:
+            with shielded(), _without(UNUSED_SERVICES):
+                ray.init(
+                    address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet
+                )
+        # Whatever Ray raises comes from this machine; a failed raylet ends with SystemExit.
+        except (Exception, SystemExit) as error:
+            raise ValueError(refusal(error)) from error
     else:
         try:
             ray.init(address=config.ray.address, **quiet)
-        except (ConnectionError, RuntimeError, RayError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"ray.address ({config.ray.address}) can't be joined: {first}; "
-                "start a cluster there, or set ray.address=local"
-            ) from error
+        except (OSError, RuntimeError, RayError, SystemExit) as error:
+            raise ValueError(_not_joined(config.ray.address, error)) from error
     nodes = [node["Resources"] for node in _nodes()]
     shares = {
         "CPU": ({actor.name: actor.num_cpus for actor in actors}, "num_cpus"),
@@ -67,6 +69,18 @@ def connect(config: Config) -> str:
     )
     count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
     return f"joined the Ray cluster at {config.ray.address}: {count}, {resources}"
+
+
+def _not_joined(address: str, error: BaseException) -> str:
+    """One line for a cluster that answers and can't be joined."""
+    reason = " ".join(str(error).split()).rstrip(".;") or repr(error)
+    remedy = "start a cluster there"
+    if "Version mismatch" in reason:
+        remedy = "install the Ray and Python versions of the cluster here"
+    return (
+        f"ray.address ({address}) can't be joined: {reason[:LONGEST_REASON]}; {remedy}, or set "
+        "ray.address=local"
+    )
 
 
 @contextmanager

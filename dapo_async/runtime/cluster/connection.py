@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+
+import psutil
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
+from dapo_async.runtime.cluster.own_ray import refusal
+
+KILL_S = 5.0  # a killed process is gone within milliseconds
 
 
 class RayConnection:
@@ -24,14 +29,17 @@ class RayConnection:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._connecting: asyncio.Future[str] | None = None
         self._reaper: Reaper | None = None  # of an own Ray
+        self._children: set[psutil.Process] = set()  # of this process, before an own Ray
+        self._is_open = False
 
     async def open(self) -> str:
         """Returns the line that says which Ray it is.
 
-        Raises ValueError when Ray can't be joined or is too small, and TimeoutError.
+        Raises ValueError when Ray can't be started or joined in time, or is too small.
         """
-        start_s = self._config.deadlines.start_s
-        if self._config.ray.address == LOCAL:
+        start_s, address = self._config.deadlines.start_s, self._config.ray.address
+        if address == LOCAL:
+            self._children = _children()
             self._reaper = Reaper()
         try:
             async with asyncio.timeout(start_s):
@@ -40,7 +48,13 @@ class RayConnection:
                 )
                 line = await asyncio.shield(self._connecting)
         except TimeoutError as error:
-            raise TimeoutError(f"the driver waited {start_s:g} s for Ray to start") from error
+            late = f"not within {start_s:g} s; if this machine is slow, raise deadlines.start_s"
+            raise ValueError(
+                refusal(TimeoutError(late))
+                if address == LOCAL
+                else f"ray.address ({address}) can't be joined: {late}, or set ray.address=local"
+            ) from error
+        self._is_open = True
         self.watch_orphans()
         return line
 
@@ -63,3 +77,18 @@ class RayConnection:
                 await asyncio.get_running_loop().run_in_executor(self._thread, disconnect)
         if self._reaper is not None:
             self._reaper.dismiss()
+            if not self._is_open:
+                self._end_half_started()
+
+    def _end_half_started(self) -> None:
+        """Kills what a failed start of an own Ray has left; Ray itself ends it only at exit."""
+        left = _children() - self._children
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=KILL_S)
+
+
+def _children() -> set[psutil.Process]:
+    """All processes that descend from this one."""
+    return set(psutil.Process().children(recursive=True))

@@ -9,6 +9,8 @@ import os
 import secrets
 from pathlib import Path
 
+from dapo_async.utils.paths import check_path
+
 LOCAL = "local"  # ray.address of an own Ray
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a job
 RUNS = "DAPO_ASYNC_RUNS"
@@ -26,10 +28,13 @@ def prepare(address: str) -> None:
     if address == LOCAL:
         # Ray listens on every interface; only processes with the token of this run can connect.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        # In a Ray job these name the cluster of the job and its copy of the working directory,
-        # which an own Ray does not know.
-        for name in ("RAY_ADDRESS", JOB):
+        # They belong to a cluster: its address, its certificates and its database; in a Ray job its
+        # copy of the working directory.
+        for name in ("RAY_ADDRESS", "RAY_USE_TLS", "RAY_REDIS_ADDRESS", JOB):
             os.environ.pop(name, None)
+        for name in ("RAY_TMPDIR", "TMPDIR"):  # Ray would take an empty one for the current folder
+            if os.environ.get(name) == "":
+                del os.environ[name]
 
 
 def run_root(run_dir: str, *, name: str) -> Path:
@@ -39,6 +44,8 @@ def run_root(run_dir: str, *, name: str) -> Path:
     ValueError where the current folder is Ray's copy of a job's working directory, which Ray
     deletes after the job.
     """
+    if run_dir:
+        check_path("run_dir", run_dir)
     try:
         given = Path(run_dir).expanduser()
         return (

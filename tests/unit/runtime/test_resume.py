@@ -12,15 +12,30 @@ import pytest
 from paths import QUICKSTART
 
 from dapo_async import config as knobs
+from dapo_async.replay import BufferState
+from dapo_async.runtime.actors.replay import write_state
 from dapo_async.runtime.resume import (
+    START,
     find_resume_point,
     newest_checkpoint,
     resumed_config,
     with_model_at_hand,
 )
+from dapo_async.runtime.services import measured_before
 from dapo_async.tracking.run_dir import RunDir
 
 DATA = "f00d"  # fingerprint of the training prompts
+REPLAY = BufferState(
+    version=4,
+    next_step=4,
+    admitted=9,
+    ended={"trained": 4, "all_wrong": 2, "evicted": 1},
+    failures={"rollout-0": 1},
+    streak={},
+    acceptance={},
+    reissue=(7, 8),
+    buffered={},
+)
 
 
 def run_of(root: Path, base: Path, *, versions: tuple[int, ...] = (2, 4)) -> Path:
@@ -40,6 +55,12 @@ def run_of(root: Path, base: Path, *, versions: tuple[int, ...] = (2, 4)) -> Pat
         (checkpoint / "state").mkdir()
         driver = {"version": version, "train_data": DATA}
         (checkpoint / "state" / "driver.json").write_text(json.dumps(driver))
+        write_state(checkpoint / "state", REPLAY)
+        learner = checkpoint / "state" / "learner"
+        learner.mkdir()
+        (learner / "part.safetensors").write_bytes(b"part")
+        counts = {"version": version, "updates": 2, "files": {"part.safetensors": 4}}
+        (learner / "learner.json").write_text(json.dumps(counts))
     return root
 
 
@@ -129,3 +150,51 @@ def test_a_broken_driver_state_is_named_with_the_remedy(
     assert "to resume from the one before" in str(raised.value)
     shutil.rmtree(root / "checkpoints" / "step_000004")  # the remedy
     assert find_resume_point(resumed_config(root, []), train_data=DATA).version == 2
+
+
+def test_a_resume_point_has_the_counts_of_its_checkpoint(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    point = find_resume_point(resumed_config(root, []), train_data=DATA)
+    counts = point.counts
+    assert (counts.admitted, counts.trained, counts.evicted, counts.in_flight) == (9, 4, 1, 2)
+    assert counts.flat()["rejected.all_wrong"] == 2
+    counts.check()
+    before = measured_before(point)
+    assert before.counts == counts.flat()
+    assert before.failures == {"rollout-0": 1}
+    assert measured_before(START).counts["admitted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("replay.json", None, "no such file"),
+        ("replay.json", "{", "not JSON"),
+        ("replay.json", "{}", "has no ended"),
+        ("replay.json", "[]", "JSON of another form"),
+        ("groups.safetensors", None, "no such file"),
+        ("learner", None, "no such file"),
+        ("learner/learner.json", None, "no such file"),
+        ("learner/learner.json", "{", "not JSON"),
+        ("learner/learner.json", "{}", "has no files"),
+        ("learner/part.safetensors", None, "is missing"),
+        ("learner/part.safetensors", "half a part", "has 11 bytes"),
+    ],
+)
+def test_a_missing_part_of_a_checkpoint_is_named_before_anything_starts(
+    name: str, content: str | None, why: str, tmp_path: Path
+) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    state = root / "checkpoints" / "step_000004" / "state"
+    if content is not None:
+        (state / name).write_text(content)
+    elif (state / name).is_dir():
+        shutil.rmtree(state / name)
+    else:
+        (state / name).unlink()
+    with pytest.raises(ValueError, match=why) as caught:
+        find_resume_point(resumed_config(root, []), train_data=DATA)
+    line = str(caught.value)
+    assert str(state / name) in line
+    assert "copy the checkpoint whole" in line
+    assert "\n" not in line

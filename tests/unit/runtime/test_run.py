@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dapo_async.config import Config, TrackingConfig
+from dapo_async.config import Config, TrackingConfig, TrainConfig
+from dapo_async.replay import Counts
 from dapo_async.runtime.cluster.connection import RayConnection
-from dapo_async.runtime.resume import START
+from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.run import Run
 from dapo_async.runtime.status import RunOutcome, Status
 from dapo_async.tracking.run_dir import RunDir
@@ -41,21 +44,33 @@ class Lines(Progress):
         self.said.append(line)
 
 
-def ended(root: Path, ray: NoRay, lines: Lines, **more: Any) -> tuple[RunOutcome, dict[str, Any]]:
-    """Outcome and summary of a run."""
-    config = replace(Config(), tracking=TrackingConfig(mlflow=None))
-    run_dir = RunDir.create(root)
-    run = Run(
+def run_of(
+    run_dir: RunDir,
+    ray: RayConnection,
+    lines: Lines,
+    *,
+    config: Config | None = None,
+    resume: ResumePoint = START,
+    **more: Any,
+) -> Run:
+    config = replace(config or Config(), tracking=TrackingConfig(mlflow=None))
+    return Run(
         config,
         run_dir,
         Sinks(config, run_dir, lines),
-        resume=START,
+        resume=resume,
         train_data="",
         heldout_data="",
         ray=ray,
         **more,
     )
-    return asyncio.run(run.live()), json.loads(run_dir.summary.read_text())
+
+
+def ended(root: Path, ray: NoRay, lines: Lines, **more: Any) -> tuple[RunOutcome, dict[str, Any]]:
+    """Outcome and summary of a run."""
+    run_dir = RunDir.create(root)
+    outcome = asyncio.run(run_of(run_dir, ray, lines, **more).live())
+    return outcome, json.loads(run_dir.summary.read_text())
 
 
 def test_picture_that_cannot_be_drawn_changes_no_outcome(tmp_path: Path) -> None:
@@ -72,3 +87,81 @@ def test_picture_that_cannot_be_drawn_changes_no_outcome(tmp_path: Path) -> None
     ]
     assert summary["caught"] == {"OSError": 1, "the picture": 1}
     assert summary["reason"] == "no Ray today"
+
+
+def test_ray_that_cannot_start_is_wrong_input_and_writes_nothing(tmp_path: Path) -> None:
+    ray, lines = NoRay(ValueError("Ray can't start: no; set RAY_TMPDIR")), Lines()
+    run_dir = RunDir.create(tmp_path / "run")
+    run_dir.summary.write_text("of the start before")
+    before = sorted(run_dir.root.rglob("*"))
+    prepared: list[str] = []
+    run = run_of(run_dir, ray, lines, prepare=lambda: prepared.append("prepared"))
+    outcome = asyncio.run(run.live())
+    assert (outcome.exit_code, outcome.reason) == (2, "Ray can't start: no; set RAY_TMPDIR")
+    assert (ray.closed, prepared, lines.said) == (1, [], [])
+    assert sorted(run_dir.root.rglob("*")) == before
+    assert run_dir.summary.read_text() == "of the start before"
+
+
+class SlowRay(NoRay):
+    """A Ray whose start is interrupted by a signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(AssertionError("the signal has cancelled the start"))
+        self.number = number
+
+    async def open(self) -> str:
+        os.kill(os.getpid(), self.number)
+        await asyncio.sleep(5.0)
+        return await super().open()
+
+
+def resume_point(root: Path) -> ResumePoint:
+    driver = {"wall_s": 100.0, "totals": {"steps": 4, "tokens": 40.0, "train_s": 7.0}}
+    return ResumePoint(root / "step_000004", 4, driver, Counts(9, trained=4, in_flight=5), {"a": 1})
+
+
+def test_interrupted_start_keeps_the_counts_of_the_checkpoint(tmp_path: Path) -> None:
+    point = resume_point(tmp_path)
+    ray = SlowRay(signal.SIGTERM)
+    outcome, summary = ended(tmp_path / "run", ray, Lines(), resume=point)
+    assert (outcome.status, outcome.exit_code) == (Status.INTERRUPTED, 143)
+    assert (summary["status"], summary["reason"]) == ("interrupted", "SIGTERM received")
+    assert (summary["steps"], summary["tokens"], summary["train_s"]) == (4, 40, 7.0)
+    assert (summary["groups"]["admitted"], summary["groups"]["trained"]) == (9, 4)
+    assert summary["failures"] == {"a": 1}
+    assert summary["wall_s"] > 100.0
+
+
+class EndingRay(NoRay):
+    """The start fails; a signal comes while Ray is closed."""
+
+    async def close(self) -> None:
+        await super().close()
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.1)
+
+
+def test_signal_while_a_run_ends_does_not_change_its_outcome(tmp_path: Path) -> None:
+    lines = Lines()
+    outcome, summary = ended(tmp_path / "run", EndingRay(OSError("no Ray today")), lines)
+    assert (outcome.status, outcome.exit_code) == (Status.FAILED, 1)
+    assert (summary["status"], summary["reason"]) == ("failed", "no Ray today")
+    assert lines.said == ["SIGINT: the run is ending; a second signal ends it at once"]
+
+
+class UnhurriedRay(EndingRay):
+    """The start takes longer than the time limit; a signal comes while Ray is closed."""
+
+    async def open(self) -> str:
+        await asyncio.sleep(60.0)
+        return await super().open()
+
+
+def test_signal_in_an_ending_for_lack_of_time_leaves_it_out_of_time(tmp_path: Path) -> None:
+    config = replace(Config(), train=TrainConfig(num_steps=1, max_wall_s=11.0))
+    ray = UnhurriedRay(AssertionError("the time limit has cancelled the start"))
+    outcome, summary = ended(tmp_path / "run", ray, Lines(), config=config)
+    assert (outcome.status, outcome.exit_code) == (Status.OUT_OF_TIME, 0)
+    assert summary["status"] == "out_of_time"
+    assert summary["reason"].startswith("train.max_wall_s (11) would have passed ")

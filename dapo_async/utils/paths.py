@@ -1,0 +1,27 @@
+"""Paths that a user has given: checked, and written so that a shell reads them back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+
+CONTROL = {*map(chr, range(32)), "\x7f"}
+
+
+def check_path(name: str, path: str) -> None:
+    """Raises ValueError for an empty path, a line break and any other control character.
+
+    Such a path can't be printed in one line or copied from there. `name`: of the knob or option.
+    """
+    if not path:
+        raise ValueError(f"{name} is empty; give a path")
+    if CONTROL & {*path}:
+        raise ValueError(
+            f"{name} ({path!r}) must not have a line break or another control character; "
+            "rename the file or folder"
+        )
+
+
+def for_shell(path: Path | str) -> str:
+    """`path` as one word of a command that a user may copy."""
+    return quote(str(path))
