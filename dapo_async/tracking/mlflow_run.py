@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+from dapo_async.tracking.mlflow_faults import Unusable
+
+ACTIVE = "active"  # the stage of an experiment or run that is not deleted
+ARTIFACTS = "mlartifacts"  # folder of the local store
 LOCAL = "local"  # tracking.mlflow: SQLite beside the run directories
 MAX_PARAMETERS, MAX_PARAMETER_CHARACTERS, MAX_TAG_CHARACTERS = 100, 6000, 5000  # MLflow's limits
 NOTE, SOURCE, SOURCE_TYPE = "mlflow.note.content", "mlflow.source.name", "mlflow.source.type"
@@ -52,8 +58,20 @@ def store_uri(mlflow: str, runs: Path) -> tuple[str, Path | None]:
     `runs` is the folder of the run directories.
     """
     if mlflow == LOCAL:
-        return f"sqlite:///{runs / 'mlflow.db'}", runs / "mlartifacts"
+        return _sqlite_uri(runs / "mlflow.db"), runs / ARTIFACTS
     return mlflow, None
+
+
+def _sqlite_uri(file: Path) -> str:
+    """Quotes a path that would be another one as it stands, such as one with `?` or `%20`."""
+    from sqlalchemy.engine import URL, make_url
+
+    plain = make_url(f"sqlite:///{file}")
+    if plain.database == str(file) and not plain.query:
+        return f"sqlite:///{file}"
+    # With the name of the driver, because MLflow makes the folder of a quoted path for sqlite:///.
+    quoted = URL.create("sqlite+pysqlite", database=str(file))
+    return quoted.render_as_string(hide_password=False)
 
 
 def flat_parameters(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -88,7 +106,7 @@ class MlflowRun:
     def __init__(self, description: Description, run_id: str | None) -> None:
         """Continues `run_id` if the store has it, else makes a new run.
 
-        A missing experiment or database is made.
+        A missing experiment or database is made. Raises Unusable for a deleted experiment.
         """
         from mlflow import MlflowClient
 
@@ -115,17 +133,27 @@ class MlflowRun:
                 # Another run may have made it in the meantime.
                 if (found := self._client.get_experiment_by_name(description.experiment)) is None:
                     raise
-        return str(found.experiment_id)
+        number = str(found.experiment_id)
+        if found.lifecycle_stage != ACTIVE:
+            raise Unusable(
+                f"its experiment {description.experiment} was deleted",
+                remedy=f"restore it with mlflow experiments restore --experiment-id {number}, or "
+                "set MLFLOW_EXPERIMENT_NAME to another name",
+            )
+        if artifacts is not None and _was_moved(found.artifact_location, artifacts):
+            _move_artifacts(description.uri, number, before=found.artifact_location, now=artifacts)
+        return number
 
     def _find_run(self, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._client.get_run(run_id)
+            run = self._client.get_run(run_id)
+            return run if run.info.lifecycle_stage == ACTIVE else None
         except MlflowException as error:
             if _status(error) != 404:
                 raise
-            return None  # the store was removed since then
+            return None  # the run or the store was removed since then
 
     def _log_parameters(self, wanted: Mapping[str, str], known: Mapping[str, str]) -> None:
         """MLflow can't change a parameter, so a knob that a resumed run changed becomes a tag."""
@@ -158,13 +186,39 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
 
-def is_refusal(error: Exception) -> bool:
-    """Whether the store answered and refused this one request, so that a retry is useless."""
-    from mlflow.exceptions import MlflowException
+def _was_moved(before: str, now: str) -> bool:
+    """Whether a local store was moved: MLflow keeps the old folder of its artifacts for ever."""
+    folder = Path(url2pathname(urlsplit(before).path))
+    return (
+        before != now
+        and before.startswith("file:")
+        and folder.name == ARTIFACTS
+        and (not folder.exists() or Path(url2pathname(urlsplit(now).path)).exists())
+    )
 
-    if isinstance(error, PermissionError):  # such as a folder of artifacts from before a move
-        return True
-    return isinstance(error, MlflowException) and _status(error) in (400, 404, 409, 413)
+
+def _move_artifacts(uri: str, experiment_id: str, *, before: str, now: str) -> None:
+    """Names the new folder in the SQLite store `uri`, for the experiment and all of its runs.
+
+    MLflow has no call for it.
+    """
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    values = {"id": experiment_id, "before": before, "now": now, "size": len(before)}
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE experiments SET artifact_location = :now WHERE experiment_id = :id"),
+            values,
+        )
+        connection.execute(
+            text(
+                "UPDATE runs SET artifact_uri = :now || substr(artifact_uri, :size + 1) "
+                "WHERE experiment_id = :id AND substr(artifact_uri, 1, :size) = :before"
+            ),
+            values,
+        )
+    engine.dispose()
 
 
 def _status(error: Any) -> int:

@@ -1,8 +1,9 @@
 """Sends a run to MLflow from one daemon thread with a bounded queue, so that training never waits.
 
 In: rows from the driver, in order. Out: calls of `mlflow_run.MlflowRun`. A store that does not
-answer is tried again every `RETRY_S`. Errors are counted in `caught`, and the first one is printed:
-the run directory has everything anyway.
+answer is tried again every `RETRY_S`; one that can't be used is given up, see `mlflow_faults`.
+Errors are counted in `caught`, and the first one is printed: the run directory has everything
+anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from threading import Event, Thread
 from typing import Any
 
 from dapo_async.config import Config, redacted
+from dapo_async.tracking.mlflow_faults import Course, fault_of
 from dapo_async.tracking.mlflow_run import (
     NOTE,
     SOURCE,
@@ -28,13 +30,13 @@ from dapo_async.tracking.mlflow_run import (
     MlflowRun,
     finite_numbers,
     flat_parameters,
-    is_refusal,
     prepare_environment,
     store_uri,
 )
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.verdict import verdict
 from dapo_async.utils.files import atomic_write
+from dapo_async.utils.paths import for_shell
 
 EXPERIMENT = "dapo-async"  # unless MLflow's own variable MLFLOW_EXPERIMENT_NAME names another
 RETRY_S = 15.0
@@ -42,6 +44,12 @@ MAX_WAITING = 10_000  # calls in the queue; further rows are only in the run dir
 NUM_ROLLOUT_FILES = 10  # of rollouts/, at even intervals along the run
 NEWEST_ROLLOUT_FILES = 3  # of rollouts/, at the end of the run
 CLOSED = {"failed": "FAILED", "interrupted": "KILLED"}  # by the run's status, else FINISHED
+
+CAN_NOT = {
+    Course.RETRY: "does not answer and is tried again",
+    Course.SKIP: "refuses a request",
+    Course.STOP: "can't be used and gets nothing more",
+}
 
 Call = Callable[[MlflowRun], None]
 
@@ -75,7 +83,8 @@ class MlflowStore:
         self._known_run_id = run_id
         self._run: MlflowRun | None = None
         self._queue: SimpleQueue[Call | None] = SimpleQueue()  # None: the end
-        self._ending, self._reported = Event(), False
+        self._ending, self._told = Event(), set[Course | None]()
+        self._given_up = False
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
@@ -128,6 +137,8 @@ class MlflowStore:
             self._report("late", why)
 
     def _put(self, call: Call) -> None:
+        if self._given_up:
+            return
         if self._queue.qsize() < MAX_WAITING:
             self._queue.put(call)
         else:
@@ -138,6 +149,8 @@ class MlflowStore:
         last_attempt = False
         while (call := self._queue.get()) is not None:
             while not self._attempt(call):
+                if self._given_up:
+                    return
                 # At the end of the run a store that answered before gets one last attempt.
                 if self._ending.wait(self._retry_s):
                     if last_attempt or self._run is None:
@@ -149,9 +162,16 @@ class MlflowStore:
         try:
             call(self._run or self._open())
         except Exception as error:  # noqa: BLE001 (a store, its driver or the network may raise anything)
-            why = " ".join(str(error).split())[:300] or repr(error)
-            self._report(type(error).__name__, f"can't be used: {why}")
-            return self._run is not None and is_refusal(error)
+            why = " ".join(str(error).split())[:300].rstrip(".;") or repr(error)
+            fault = fault_of(error, opening=self._run is None)
+            self._given_up = fault.course is Course.STOP
+            remedy = f"; {fault.remedy}" if fault.remedy else ""
+            self._report(
+                type(error).__name__,
+                f"{CAN_NOT[fault.course]}: {why}{remedy}",
+                course=fault.course,
+            )
+            return fault.course is Course.SKIP
         return True
 
     def _open(self) -> MlflowRun:
@@ -165,11 +185,11 @@ class MlflowStore:
         self.run_id = run.run_id
         return run
 
-    def _report(self, what: str, why: str) -> None:
-        """Counts each error, and prints a line for the first."""
+    def _report(self, what: str, why: str, *, course: Course | None = None) -> None:
+        """Counts each error. Prints a line for the first one, and for the one that ends it all."""
         self.caught[f"mlflow: {what}"] += 1
-        if not self._reported:
-            self._reported = True
+        if not self._told or (course is Course.STOP and course not in self._told):
+            self._told.add(course)
             has_all = f"the run goes on, and {self._run_dir.root} has everything"
             self._say(redacted(f"MLflow at {self._description.uri} {why}; {has_all}"))
 
@@ -205,7 +225,8 @@ def note(config: Config, run_dir: RunDir, *, said: str) -> str:
         f"- {config.train.num_steps} steps of {replay.groups_per_step} groups of "
         f"{replay.group_size} rollouts, staleness at most {replay.max_staleness}, "
         f"objective {config.algorithm.objective}, engine {config.rollout.engine}\n"
-        f"- run directory `{run_dir.root}`; draw it with `dapo-async report {run_dir.root}`\n"
+        f"- run directory `{run_dir.root}`; draw it with "
+        f"`dapo-async report {for_shell(run_dir.root)}`\n"
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service import utils
 from tracking_world import (
     ask,
     check_history,
@@ -27,10 +30,14 @@ from tracking_world import (
 from dapo_async import config as knobs
 from dapo_async.config import Config, LearnerConfig, redacted
 from dapo_async.tracking import mlflow_store
+from dapo_async.tracking.mlflow_faults import Course, fault_of
 from dapo_async.tracking.mlflow_run import (
     MAX_PARAMETER_CHARACTERS,
+    Description,
     MlflowRun,
     flat_parameters,
+    prepare_environment,
+    store_uri,
 )
 from dapo_async.tracking.mlflow_store import NEWEST_ROLLOUT_FILES, MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
@@ -74,7 +81,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowStore, RunDir
 
 
 def client_of(run_dir: RunDir) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{run_dir.root.parent}/mlflow.db")
+    uri, _ = store_uri("local", run_dir.root.parent)
+    return MlflowClient(uri)
 
 
 def test_store_beside_the_run_directory_has_every_number_at_its_step(
@@ -228,6 +236,183 @@ def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
     with mlflow_server(tmp_path, command=("ui",)) as url:
         found = ask(url, "runs/search", {"experiment_ids": ["1"]})["runs"]
     assert [run["info"]["run_id"] for run in found] == [store.run_id]
+
+
+def test_store_in_a_folder_of_any_name_takes_all_and_may_be_moved(tmp_path: Path) -> None:
+    runs = tmp_path / "what?x # %20ü'; b"
+    run_dir = run_dir_with(runs / "run 1")
+    first = track(config_with("local"), run_dir, run_dir.rows())
+    assert (first.caught, first.said) == ({}, [])  # type: ignore[attr-defined]
+    assert sorted(path.name for path in runs.iterdir()) == ["mlartifacts", "mlflow.db", "run 1"]
+    assert [path.name for path in tmp_path.iterdir()] == [runs.name]
+    copies = f"mlartifacts/{first.run_id}/artifacts"
+    assert (runs / copies / "config.yaml").is_file()
+    moved = tmp_path / "moved"
+    runs.rename(moved)
+    there = RunDir(moved / "run 1")
+    (moved / copies / "summary.json").unlink()
+    utils._artifact_repos_cache.clear()  # a resumed run is another process
+    again = track(config_with("local"), there, there.rows())
+    assert (again.run_id, again.caught) == (first.run_id, {})
+    assert (moved / copies / "summary.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    client = client_of(there)
+    run = client.get_run(str(first.run_id))
+    assert run.info.artifact_uri == (moved / copies).as_uri()
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.artifact_location == (moved / "mlartifacts").as_uri()
+    # What time does not change is told once: first the deleted run, then its experiment.
+    client.delete_run(str(first.run_id))
+    new = track(config_with("local"), there, there.rows())
+    assert new.run_id not in (None, first.run_id)
+    assert new.caught == {}
+    client.delete_experiment(experiment.experiment_id)
+    began_s = time.monotonic()
+    refused = track(config_with("local"), there, there.rows())
+    assert time.monotonic() - began_s < PATIENCE_S / 4
+    (line,) = refused.said  # type: ignore[attr-defined]
+    assert (
+        "can't be used and gets nothing more: its experiment dapo-async was deleted; restore it "
+        "with mlflow experiments restore --experiment-id 1, or set MLFLOW_EXPERIMENT_NAME to"
+    ) in line
+    assert refused.caught == {"mlflow: Unusable": 1}
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers every request in the same way."""
+
+    status, body = 200, b""
+
+    def answer(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = do_PATCH = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """A server that gives this answer to every request; its URL."""
+    handler = type("Handler", (Answering,), {"status": status, "body": body.encode()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def opening_error(uri: str, tmp_path: Path, name: str = "x") -> Exception:
+    prepare_environment()
+    with pytest.raises(Exception) as caught:
+        MlflowRun(Description(uri, name, "run", None, {}, {}), None)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "remedy"),
+    [
+        (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME"),
+        (401, '{"detail": "Unauthorized"}', "MLFLOW_TRACKING_USERNAME"),
+        (403, "<html>no</html>", "permission"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "no"}', "permission"),
+        (404, "<html>no</html>", "no MLflow server answers there"),
+        (404, '{"detail": "Not Found"}', "no MLflow server answers there"),
+        (405, "no", "no MLflow server answers there"),
+        (200, "<html>Log in</html>", "no MLflow server answers there"),
+        (400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "a name"}', "EXPERIMENT_NAME"),
+        (429, "later", None),
+        (500, "oh", None),
+        (502, "oh", None),
+        (503, '{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "later"}', None),
+    ],
+)
+def test_what_a_server_answers_decides_whether_it_is_tried_again(
+    status: int, body: str, remedy: str | None, tmp_path: Path
+) -> None:
+    with answering(status, body) as url:
+        fault = fault_of(opening_error(url, tmp_path), opening=True)
+    assert fault.course is (Course.RETRY if remedy is None else Course.STOP)
+    assert (remedy or "") in fault.remedy
+
+
+@pytest.mark.parametrize(
+    ("uri", "remedy"),
+    [
+        ("http://no-such-host.invalid:5000", "host name"),
+        ("http://127.0.0.1:99999", "correct tracking.mlflow"),
+        ("http://", "correct the host name in tracking.mlflow"),
+        ("http://a..b:5000", "correct tracking.mlflow"),
+        ("nosuchscheme://host/path", "correct tracking.mlflow"),
+        ("sqlite:////dev/null/mlflow.db", "folder writable"),
+        ("sqlite:///{folder}/text", "move that file away"),
+        ("postgresql+nosuchdriver://127.0.0.1/x", "correct tracking.mlflow"),
+        ("http://127.0.0.1:{closed}", None),
+    ],
+)
+def test_an_address_that_can_not_work_is_not_tried_again(
+    uri: str, remedy: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("no database " * 1000)
+    error = opening_error(uri.format(folder=tmp_path, closed=free_port()), tmp_path)
+    fault = fault_of(error, opening=True)
+    assert fault.course is (Course.RETRY if remedy is None else Course.STOP), repr(error)
+    assert (remedy or "") in fault.remedy, repr(error)
+
+
+def test_an_experiment_name_that_mlflow_refuses_is_told_with_the_remedy(tmp_path: Path) -> None:
+    error = opening_error(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, name="x" * 600)
+    fault = fault_of(error, opening=True)
+    assert fault.course is Course.STOP, repr(error)
+    assert "MLFLOW_EXPERIMENT_NAME" in fault.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "course"),
+    [
+        ("The run 1 must be in the 'active' state. Current state is deleted.", Course.STOP),
+        ("Detected out-of-date database schema (found version a, but expected b)", Course.STOP),
+        ("attempt to write a readonly database", Course.STOP),
+        ("certificate verify failed: self-signed certificate", Course.STOP),
+        ("[SSL: WRONG_VERSION_NUMBER] wrong version number", Course.STOP),
+        ("No module named 'psycopg2'", Course.STOP),
+        ("database is locked", Course.RETRY),
+        ("database or disk is full", Course.RETRY),
+        ("Connection refused", Course.RETRY),
+        ("Connection reset by peer", Course.RETRY),
+        ("Temporary failure in name resolution", Course.RETRY),
+        ("Read timed out. (read timeout=3)", Course.RETRY),
+    ],
+)
+def test_text_of_an_error_in_the_middle_of_a_run_decides_too(text: str, course: Course) -> None:
+    for opening in (True, False):
+        assert fault_of(OSError(text), opening=opening).course is course
+    assert fault_of(PermissionError("/a"), opening=False).course is Course.SKIP
+
+
+def test_an_error_that_time_does_not_change_is_told_after_one_that_it_might(
+    tmp_path: Path,
+) -> None:
+    class Leaving(Flaky):
+        def log(self, step: int, values: dict[str, float], *, time_ms: int) -> None:
+            self.failures += 1
+            raise OSError("away" if self.failures < 3 else "attempt to write a readonly database")
+
+    run, said = Leaving(), list[str]()
+    store = flaky_store(tmp_path, run, said, retry_s=0.01)
+    store.start()
+    for step in range(9):
+        store.log_step(step_row(step))
+    while len(said) < 2:
+        time.sleep(0.01)
+    store.finish("done", "", deadline_s=PATIENCE_S)
+    assert run.failures == 3
+    assert "does not answer and is tried again: away; the run goes on" in said[0]
+    assert "can't be used and gets nothing more: attempt to write" in said[1]
+    assert "make its folder writable" in said[1]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
