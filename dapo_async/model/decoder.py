@@ -14,8 +14,9 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from dapo_async.model.config import FAMILIES, ModelConfig
-from dapo_async.model.layers import MLP, Attention, Block, RMSNorm, SelfAttention
-from dapo_async.model.linear import Fused, Linear, float_matmul, product
+from dapo_async.model.fused import FusedBlock
+from dapo_async.model.layers import Attention, Block, RMSNorm
+from dapo_async.model.linear import Linear, float_matmul, product
 from dapo_async.model.logprob import token_logprobs
 from dapo_async.model.mesh import ALONE, Axis
 from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
@@ -71,6 +72,7 @@ class Decoder(nn.Module):
         self.config, self.tp = config, tp
         self.activations: torch.dtype | None = None  # None: the dtype of the weights
         self.model = Backbone(config, tp)
+        self._blocks: list[FusedBlock | nn.Module] = []  # the layers after `fuse`
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if torch.get_default_device().type == "meta":  # see `Linear.reset_parameters`
@@ -87,15 +89,16 @@ class Decoder(nn.Module):
         return local(self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def fuse(self) -> None:
-        """Joins weights that share an input, for inference only: fewer and larger products.
+        """Takes the form for inference only: larger products, fewer kernels (`FusedBlock`).
 
-        Call it once; later in-place updates of the weights stay visible.
+        Call it once; later in-place updates of the weights stay visible. A family's own kind of
+        block stays as it is.
         """
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.fused = Fused(module.q_proj, module.k_proj, module.v_proj)
-            elif isinstance(module, MLP):
-                module.fused = Fused(module.gate_proj, module.up_proj)
+        assert self.tp.size == 1
+        assert self.activations is None
+        self._blocks = [
+            FusedBlock(block) if type(block) is Block else block for block in self.model.layers
+        ]
 
     def recompute(self, num_layers: int) -> None:
         """Turns on activation checkpointing for the first `num_layers` layers. Call it once.
@@ -115,7 +118,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(token_ids)
         x = x if self.activations is None else x.to(self.activations)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        for block in self.model.layers:
+        for block in self._blocks or self.model.layers:
             x = block(x, cos, sin, attention)
         return gather_tokens(self.model.norm(x), self.tp, len(token_ids))
 

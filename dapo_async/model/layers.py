@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.linear import Fused, Linear
+from dapo_async.model.linear import Linear
 from dapo_async.model.mesh import Axis
 from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
 
@@ -43,8 +43,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `cos, sin [T, 1, D]`, with the sines of the first half negated.
     """
+    return torch.addcmul(x * cos, _swapped(x), sin)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in place, for inference."""
+    swapped = _swapped(x)
+    return x.mul_(cos).addcmul_(swapped, sin)
+
+
+def _swapped(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    return torch.cat((second, first), dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -57,7 +67,6 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
-        self.fused: Fused | None = None
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
@@ -74,9 +83,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = gather_tokens(x, self.tp, len(cos))
         heads = (x.shape[0], -1, self.head_dim)
-        projected = (
-            self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (part.view(heads) for part in projected)
         both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
         query, key = both.split((query.shape[1], key.shape[1]), dim=1)
@@ -93,7 +100,6 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
-        self.fused: Fused | None = None
         self.tp = tp
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -101,8 +107,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_tokens(x, self.tp)
-        gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return scatter_tokens(self.down_proj(silu(gate) * up), self.tp)
+        return scatter_tokens(self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x)), self.tp)
 
 
 class Block(nn.Module):

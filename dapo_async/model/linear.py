@@ -1,7 +1,8 @@
 """Matrix products of the decoder: torch's own for training, oneDNN's for generation on a CPU.
 
-Torch uses MKL, which runs AVX2 code on AMD processors. oneDNN runs AVX-512 code there and is twice
-as fast; on other processors both are about equal. Only inference mode uses oneDNN. The learner's
+Torch uses MKL, which runs AVX2 code on AMD processors. oneDNN runs AVX-512 code where the processor
+has it, and is then twice as fast on AMD and about equal elsewhere. Without AVX-512 it is slower by
+25 µs per product, so it is not used there. Only inference mode uses oneDNN. The learner's
 proximal and current logprobs therefore come from the same kernels, and equal weights give equal
 logprobs.
 """
@@ -14,16 +15,19 @@ from torch.nn.functional import linear
 
 from dapo_async.model.tensor_parallel import local
 
+_ONEDNN = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 _ONEDNN_FLOPS = 2_000_000  # below this oneDNN's setup time of about 10 µs exceeds its gain
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [N, in] @ weight [out, in]ᵀ + bias [out]`."""
     if (
-        torch.is_inference_mode_enabled()
+        _ONEDNN
+        and torch.is_inference_mode_enabled()
         and not x.is_cuda
         and 2 * len(x) * weight.numel() > _ONEDNN_FLOPS
-        and torch.backends.mkldnn.is_available()
     ):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return fused
@@ -56,26 +60,3 @@ class Linear(nn.Linear):
         if self.rows is not None:
             weight, bias = weight[self.rows], None if bias is None else bias[self.rows]
         return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-class Fused:
-    """Several linear layers with one input, computed as a single product. For inference only.
-
-    The layers' parameters become views of one tensor. Their names and shapes stay, and later
-    in-place updates take effect here too.
-    """
-
-    def __init__(self, *layers: Linear) -> None:
-        self.sizes = [layer.out_features for layer in layers]
-        self.weight = torch.cat([layer.weight.detach() for layer in layers])
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        assert len(biases) in (0, len(layers))
-        self.bias = torch.cat(biases) if biases else None
-        for index, layer in enumerate(layers):
-            layer.weight.data = self.weight.split(self.sizes)[index]
-            if self.bias is not None:
-                layer.bias.data = self.bias.split(self.sizes)[index]
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = product(x, self.weight, self.bias).split(self.sizes, dim=-1)
-        return parts

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK_TOKENS = 64
+_ONE_LEVEL_TOKENS = 1024  # up to this vocabulary one search over all tokens is faster
 # 52 bits, not 53: u · total then rounds to less than total, so that every search ends on a token.
 _UNIFORM_BITS = 52
 _LARGEST_UNIFORM = 1.0 - 2.0**-_UNIFORM_BITS
@@ -49,10 +50,13 @@ def keyed_uniforms(
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulated probability exceeds u · total; `[N, V], [N] → [N]`.
 
-    The search has two levels, first among blocks of tokens, then within one block: cumulating all
-    tokens in float64 takes 10 to 80 times as long. A token of probability zero is never drawn.
-    Rows that are not finite give an arbitrary token.
+    In a large vocabulary the search has two levels, first among blocks of tokens, then within one
+    block: cumulating all tokens in float64 takes 10 to 80 times as long. A token of probability
+    zero is never drawn. Rows that are not finite give an arbitrary token.
     """
+    if probabilities.shape[-1] <= _ONE_LEVEL_TOKENS:
+        token, _ = _invert(probabilities.cumsum(-1, dtype=torch.float64), uniforms[:, None])
+        return token.squeeze(-1)
     excess = -probabilities.shape[-1] % _BLOCK_TOKENS
     padded = pad(probabilities, (0, excess)) if excess else probabilities
     blocks = padded.view(len(padded), -1, _BLOCK_TOKENS)

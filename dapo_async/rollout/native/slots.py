@@ -54,6 +54,7 @@ class SlotTable:
         # Columns: last token; length (the last token has no keys and values yet); length at which
         # the response is cut; stop tokens, padded with −1.
         self._numbers = table(4, dtype=torch.int64)
+        self._starts = torch.arange(0, num_slots * max_len, max_len, device=device)
         self._num_special = 0  # running rows that are greedy or truncated: evaluation only
 
     def __len__(self) -> int:
@@ -102,14 +103,15 @@ class SlotTable:
         are not finite.
         """
         n = len(self)
-        rows, lengths = torch.arange(n, device=self.device), self._numbers[:n, 1]
+        lengths = self._numbers[:n, 1]
+        entries = self._starts[:n] + lengths  # of the new tokens in the flattened tables
         probabilities = logits.div_(self.temperatures[:n]).softmax(-1)
         allowed = self._truncated(probabilities) if self._num_special else probabilities
-        tokens = draw_tokens(allowed, self.uniforms[rows, lengths])
-        logprobs = probabilities[rows, tokens].log()
-        self.token_ids[rows, lengths] = tokens
-        self.logprobs[rows, lengths] = logprobs
-        self.versions[rows, lengths] = version
+        tokens = draw_tokens(allowed, self.uniforms.view(-1).index_select(0, entries))
+        logprobs = probabilities.gather(1, tokens[:, None]).squeeze(1).log_()
+        self.token_ids.view(-1).index_copy_(0, entries, tokens)
+        self.logprobs.view(-1).index_copy_(0, entries, logprobs)
+        self.versions.view(-1).index_fill_(0, entries, version)
         self._numbers[:n, 0] = tokens
         lengths += 1  # a view: this updates the table
         cut = lengths >= self._numbers[:n, 2]

@@ -57,7 +57,7 @@ def test_noise_is_uniform_and_independent_between_neighbouring_keys() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))
 
 
-@pytest.mark.parametrize("vocabulary", [5, 64, 300])
+@pytest.mark.parametrize("vocabulary", [5, 64, 300, 1500])
 def test_draws_follow_the_distribution(vocabulary: int) -> None:
     probabilities = (
         torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).mul(1.5).softmax(-1)
@@ -75,14 +75,17 @@ def test_draws_follow_the_distribution(vocabulary: int) -> None:
     assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_draws_invert_the_distribution_function() -> None:
-    probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25]).expand(6, -1)
+@pytest.mark.parametrize("vocabulary", [4, 2000])
+def test_draws_invert_the_distribution_function(vocabulary: int) -> None:
+    probabilities = torch.zeros(6, vocabulary)
+    probabilities[:, :4] = torch.tensor([0.25, 0.0, 0.5, 0.25])
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST], dtype=torch.float64)
     assert draw_tokens(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
-    probabilities = torch.zeros(1000, 200)
+@pytest.mark.parametrize("vocabulary", [200, 2000])
+def test_a_token_of_probability_zero_is_never_drawn(vocabulary: int) -> None:
+    probabilities = torch.zeros(1000, vocabulary)
     rows = torch.arange(1000)
     first, second = rows % 200, (rows * 7 + 3) % 200
     probabilities[rows, first], probabilities[rows, second] = 0.3, 1e-30
