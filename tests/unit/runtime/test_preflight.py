@@ -50,7 +50,7 @@ def test_the_untouched_copy_is_accepted(folder: Path) -> None:
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 
 
-def test_a_dry_run_shows_files_and_special_tokens_and_a_run_names_what_it_leaves_alone(
+def test_a_dry_run_shows_files_and_special_tokens_of_the_model(
     folder: Path,
 ) -> None:
     config = knobs.load(QUICKSTART, [f"model.path={folder}"])
