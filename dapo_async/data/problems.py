@@ -153,7 +153,8 @@ class ProblemReader:
 def _first_found(values: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
     """The first of the columns that a row has, and its value; None when it has none."""
     for key in keys:
-        value = values[key] if key in values else lookup(values, key)
-        if value is not ABSENT:
+        if key in values:
+            return key, values[key]
+        if "." in key and (value := lookup(values, key)) is not ABSENT:
             return key, value
     return None
