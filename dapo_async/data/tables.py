@@ -46,7 +46,13 @@ def parquet_rows(
             schema = table.schema_arrow
             places.example = _example(schema)
             chosen = _chosen(schema, columns)
-            batches = table.iter_batches(BATCH_ROWS, columns=_roots(chosen, schema))
+            roots = _roots(chosen, schema)
+            if len({*roots}) < len(roots):
+                raise ValueError(
+                    f"data file {file} has two columns of one name (it reads "
+                    f"{', '.join(roots)}); keep one"
+                )
+            batches = table.iter_batches(BATCH_ROWS, columns=roots)
             tables = (pyarrow.Table.from_batches([batch]) for batch in batches)
             yield from _rows(tables, chosen, str(file))
     except (pyarrow.ArrowException, OSError) as error:

@@ -322,6 +322,18 @@ def test_a_table_without_rows_or_with_a_foreign_name_is_read_as_a_table(tmp_path
     assert len(load(whole).prompts) == 1
 
 
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array([text]) for text in ("x", "y", "1")]
+    twice = pyarrow.table(columns, names=["prompt", "prompt", "answer"])
+    parquet.write_table(twice, tmp_path / "rows.parquet")
+    assert "has two columns of one name (it reads prompt, prompt, answer)" in refusal(
+        tmp_path / "rows.parquet"
+    )
+    harmless = pyarrow.table([*columns, columns[0]], names=["prompt", "extra", "answer", "extra"])
+    parquet.write_table(harmless, tmp_path / "rows.parquet")
+    assert len(load(tmp_path / "rows.parquet").prompts) == 1
+
+
 def test_a_huge_line_is_left_out_as_overlong(tmp_path: Path) -> None:
     huge = {"prompt": "x" * 3_000_000, "answer": "1"}
     assert str(load(jsonl(tmp_path, GOOD, huge)).left_out) == "1 over-long (row 2)"
