@@ -6,6 +6,8 @@ machine. The command `train` calls it, dry runs included.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from dapo_async.learner import loss_options
 from dapo_async.model import ModelConfig, find_weights, special_tokens
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
+from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.rollout.sglang.given_servers import server_fault
 from dapo_async.rollout.sglang.server import missing_sglang
 from dapo_async.runtime.cluster import own_ray
 from dapo_async.runtime.cluster.planned_actors import planned_actors
@@ -104,9 +108,10 @@ def _check_options(config: Config) -> None:
         ("model.path", config.model.path),
         ("data.train", data.train),
         ("data.heldout", data.heldout),
-        *(("data.check_against", each) for each in filter(None, [data.check_against])),
+        ("data.check_against", data.check_against),
     ):
-        check_path(name, text)
+        if text:
+            check_path(name, text)
     if "://***@" in (config.tracking.mlflow or ""):
         raise ValueError(
             f"tracking.mlflow ({config.tracking.mlflow}) has no password, because a run "
@@ -128,6 +133,14 @@ def _missing(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.engine == "sglang" and not rollout.server_urls and (line := missing_sglang()):
         yield line
+    for url in rollout.server_urls:
+        fault = server_fault(
+            url,
+            api_key=os.environ.get(SERVER_KEY, ""),
+            architectures=_architectures(Path(config.model.path)),
+        )
+        if fault is not None:
+            yield fault
     if config.ray.address != "local":
         return
     yield from own_ray.faults()
@@ -140,6 +153,14 @@ def _missing(config: Config) -> Iterator[str]:
             "devices; set model.device=cpu, or model.device=shared_cuda for one GPU, or "
             "ray.address to a cluster that has them"
         )
+
+
+def _architectures(folder: Path) -> list[str]:
+    """What config.json names; empty where it can't be read, which `_check_model` reports."""
+    try:
+        return list(json.loads((folder / "config.json").read_text()).get("architectures") or ())
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def _sources_left_on_hub(config: Config, *, dry_run: bool) -> list[Source]:
