@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dapo_async.weights import Announcement, Attestation
 
 NAME = "evaluator"
+LOADING_PRIORITY = 5  # behind the start of the others, and ready for the first evaluation
 LOWEST_PRIORITY = 19
 
 
@@ -31,8 +32,7 @@ class EvaluatorActor:
         self._config, self._incarnation = config, incarnation
         self._dedicated = config.evaluation.engine == "dedicated"
         if not self._dedicated:
-            # Linux counts niceness per thread, so set it before the working threads start.
-            os.nice(LOWEST_PRIORITY)
+            os.nice(LOADING_PRIORITY)
         self._clock = StateClock(NAME)
         self._loading: asyncio.Task[TorchHost] | None = None
 
@@ -44,15 +44,22 @@ class EvaluatorActor:
 
     async def _load(self) -> TorchHost:
         host = await asyncio.to_thread(self._make_host)
+        self._yield()
         await host.start()
         self._clock.enter("wait")
         return host
+
+    def _yield(self) -> None:
+        """Linux counts niceness per thread; threads that this one starts later inherit it."""
+        if not self._dedicated:
+            os.nice(LOWEST_PRIORITY - LOADING_PRIORITY)
 
     def _make_host(self) -> TorchHost:
         import torch
 
         from dapo_async.runtime.actors.engine_host import TorchHost
 
+        self._yield()
         config = self._config
         torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if self._dedicated else 1)
         return TorchHost(
