@@ -1,6 +1,7 @@
 r"""The answer within a response: model text comes in, the answer's text or None leaves.
 
-`verify.py` calls it. Every search takes linear time.
+`verify.py` calls it. Searches in a whole response take linear time. The other patterns see at most
+`LONGEST_BOX` characters, in which `squeezed` has shortened the runs of whitespace.
 
 marked_answer  the last \boxed{…} or Answer: line, whichever comes later; else a last line `A: …`
 """
@@ -62,9 +63,18 @@ _AFTERWORD = re.compile(r"(?s)(?:</s>.*|<\|.*|\.\s*I hope (?:it|this) is correct
 _FLOURISH = re.compile(r"(?:\s*(?:\$?\\(?:blacksquare|square|qed)\$?|[∎■□✅✓✔]))+\s*$")
 _REMARK = re.compile(r"(?<=[0-9$}*])\s+\(([A-Za-z][A-Za-z ,'-]{2,80})\)\s*\.?\s*$")
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
+_BLANKS = re.compile(r"(\s{2})\s+")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("__", "__"))
+
+
+def squeezed(text: str) -> str:
+    r"""`text` with at most two whitespace characters in a row.
+
+    So a pattern with `\s*` in several places does bounded work on blanks.
+    """
+    return _BLANKS.sub(r"\1", text)
 
 
 def marked_answer(text: str) -> str | None:
@@ -87,7 +97,7 @@ def marked_answer(text: str) -> str | None:
     if cut is not None and (line is None or cut > line.start()):
         return None
     if box is not None and (line is None or box[0] > line.start()):
-        return _content(_LABEL.sub("", box[2])) or None
+        return _content(_LABEL.sub("", squeezed(box[2]))) or None
     if line is None:
         last = _A_LINE.fullmatch(text.rstrip(WHITE).rpartition("\n")[2].strip(WHITE))
         return (_content(last[1]) or None) if last else None
@@ -128,17 +138,25 @@ def _last_cut(text: str) -> int | None:
     return len(text) - len(tail) + bare_box.start() if bare_box else None
 
 
+def stated(text: str) -> str | None:
+    """The answer in a text that is only the sentence `the answer is …`; None for any other text."""
+    sentence = _SAID.fullmatch(text.strip(WHITE)) if len(text) <= LONGEST_BOX else None
+    return (bare(sentence[1]) or None) if sentence else None
+
+
 def bare(text: str) -> str:
     r"""`text` without its outer marks.
 
-    These are whitespace, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a final full stop or
-    comma.
+    These are whitespace, `$`, `\(…\)`, `**`, backquotes, a whole `\boxed{…}`, a final full stop,
+    comma or backslash.
     """
     before = None
     while before != text:
         before, text = text, text.strip(WHITE).strip('*`"')
         if text.startswith('\\"') and text.endswith("\\"):
             text = text[2:-1]
+        if '\\"' not in text:  # else the backslash is half of a closing quote
+            text = text.rstrip("\\")
         if text.endswith((".", ",")) and not text.endswith(".."):
             text = text[:-1]
         for left, right in _DELIMITERS:
@@ -158,7 +176,7 @@ def bare(text: str) -> str:
 
 def _content(said: str) -> str:
     """The answer in the content of a marker, without a sentence or delimiters around it."""
-    said = _FLOURISH.sub("", _AFTERWORD.sub("", said))
+    said = _FLOURISH.sub("", _AFTERWORD.sub("", squeezed(said)))
     remark = _REMARK.search(said) if len(said) <= LONGEST_BOX else None
     if (
         remark

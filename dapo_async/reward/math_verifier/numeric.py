@@ -21,6 +21,7 @@ from dapo_async.reward.math_verifier.units import (
 )
 
 MOST_DIGITS, MOST_EXPONENT = 2000, 300
+ROUNDED_GOLD = 6  # decimals of a gold answer that may stand for a fraction
 ROUNDED_DECIMALS = 4  # this many decimals, correctly rounded, equal a fraction such as 2/3
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
@@ -119,7 +120,8 @@ def equal_numbers(answer: Number, gold: Number) -> bool:
     """Whether two numbers are exactly equal, and in the same unit if both have a known one.
 
     `28%` also equals 28 and 0.28. An answer with at least four decimals and four significant digits
-    also equals a fraction with endless decimals which it rounds correctly.
+    also equals a fraction with endless decimals which it rounds correctly. A gold answer that is a
+    rounded fraction needs six of both.
     """
     if answer.unit and gold.unit and answer.unit != gold.unit:
         return False
@@ -135,8 +137,20 @@ def equal_numbers(answer: Number, gold: Number) -> bool:
         and min(answer.decimals, answer.significant) >= ROUNDED_DECIMALS
         and not _ends(gold.value)
     ):
-        return bool(abs(answer.value - gold.value) * 2 * 10**answer.decimals <= 1)
-    return False
+        return _rounds(answer, gold)
+    return (
+        answer.decimals is None
+        and gold.decimals is not None
+        and min(gold.decimals, gold.significant) >= ROUNDED_GOLD
+        and not _ends(answer.value)
+        and _rounds(gold, answer)
+    )
+
+
+def _rounds(decimal: Number, exact: Number) -> bool:
+    """Whether `decimal` is `exact`, correctly rounded."""
+    assert decimal.decimals is not None
+    return bool(abs(decimal.value - exact.value) * 2 * 10**decimal.decimals <= 1)
 
 
 def words(text: str) -> str | None:

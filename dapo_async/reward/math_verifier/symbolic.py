@@ -44,6 +44,7 @@ _NORMALISATION = replace(LatexExtractionConfig().normalization_config, units=Fal
 FORMULA = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
 ANYWHERE = (LatexExtractionConfig(normalization_config=_NORMALISATION), ExprExtractionConfig())
 _EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
+_SUBSCRIPT = re.compile(r"_\{[^{}]*\}")  # the k=1 of a sum is no equation
 _SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
 # Names that may stand before `=`: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n.
 # An expression with a value of its own is no name.
@@ -210,6 +211,7 @@ def _holds(answer: str, gold: str, *, literal: bool) -> bool:
 
 def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
     """Whether the sides of a chain of equations, without names, differ from the last side."""
+    text = _SUBSCRIPT.sub("", text)
     if literal:
         sides = _EQUALS.split(text)
         numbers = [value for side in sides if (value := parse_number(side.strip())) is not None]
@@ -217,9 +219,21 @@ def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
             side for side in sides if parse_number(side.strip()) is None and not _is_name(side)
         ]
         if others:  # the text shows work, unless it has a variable that the gold answer lacks
-            return len(sides) > 1 and not variables and any(has_variables(side) for side in others)
+            derived = len(sides) > 2 and _is_name(sides[0])  # S = bh/2 = 3
+            return (
+                len(sides) > 1
+                and not variables
+                and not derived
+                and any(has_variables(side) and not _is_quantity(side) for side in others)
+            )
         return any(not equal_numbers(value, numbers[0]) for value in numbers[1:])
     return any(_is_broken_chain(part) for part in _SEPARATOR.split(text))
+
+
+def _is_quantity(side: str) -> bool:
+    """Whether a side has several variables, such as a/b; an equation of one may be unsolved."""
+    letters = re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", side))
+    return len(set(letters) - {"e", "i"}) > 1
 
 
 def _is_broken_chain(part: str) -> bool:

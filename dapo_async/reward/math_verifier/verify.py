@@ -19,7 +19,14 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from dapo_async.reward.math_verifier.extract import WHITE, bare, is_cut, marked_answer
+from dapo_async.reward.math_verifier.extract import (
+    WHITE,
+    bare,
+    is_cut,
+    marked_answer,
+    squeezed,
+    stated,
+)
 from dapo_async.reward.math_verifier.normalize import (
     ends_glued,
     is_glued,
@@ -122,6 +129,7 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
     extracted = answer.strip(WHITE)
     if extracted == gold.strip(WHITE):
         return _verdict(True, extracted)
+    extracted = squeezed(extracted)
     if len(extracted) > LONGEST_ANSWER:
         return Verdict(correct=False, extracted=extracted[:LONGEST_ANSWER], reason="too_large")
     if is_suspicious(extracted) or is_glued(extracted):
@@ -150,7 +158,7 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
 
     A text that is only an answer is compared as a whole.
     """
-    text = text.strip()
+    text = squeezed(text.strip())
     if not text or is_cut(text):
         return Verdict(correct=False, extracted=None, reason="no_answer")
     last = text
@@ -175,8 +183,10 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
 
 
 def _gold_answer(gold: str) -> str:
-    """The marked answer of a gold text that is a worked solution, else the text."""
-    return (marked_answer(gold) if r"\boxed" in gold or "nswer:" in gold else None) or gold
+    """The answer of a gold text that is a worked solution or a sentence, else the text."""
+    gold = squeezed(gold)
+    marked = marked_answer(gold) if r"\boxed" in gold or "nswer:" in gold else None
+    return marked or stated(gold) or gold
 
 
 def _is_formula(text: str) -> bool:

@@ -112,6 +112,16 @@ RIGHT: Table = [
     ("marker", r"0.\overline{3}", (r"\boxed{\frac{1}{3}}",)),
     ("marker", r"\frac16", (r"\boxed{0.1\overline{6}}",)),
     ("any", "1000000", ("it is 1e6", "1e6", "so $x = 10^6$")),
+    ("marker", "answer is 10000", (r"\boxed{10^4} square units", r"\boxed{10000}")),
+    ("any", "The answer is 10000.", (r"\boxed{10^4} square units", "it is 10000", "10^4")),
+    ("none", "the final answer is: $10000$", ("10000", "10^4")),
+    ("any", r"\boxed{10^4} square units", ("answer is 10000",)),
+    ("marker", "answer is 0.6666667", (r"\boxed{0.6666667}", r"\boxed{\frac{2}{3}}")),
+    ("any", "3", (r"$a_5 = 2a_4 - 1 = 3$", r"$S = \frac{1}{2}bh = 3$", "$x^2+y^2=3$",
+        r"Thus $x = y + 1 = 3$", "So 2 + 1 = 3", "$2+1=3$")),
+    ("marker", "3", ("\\boxed{3\\\\}", "Answer: 3\\", "Answer: $3$\\\\", "\\boxed{3\\ }",
+        "Answer: \\(3\\)\\")),
+    ("none", "3\\", ("3", "3\\", "3.0")),
 ]
 WRONG: Table = [
     ("marker", "7", (r"\boxed{3(4)}", r"\boxed{3{4}}", r"\boxed{(3)(4)}", r"\boxed{{3}(4)}",
@@ -235,6 +245,9 @@ WRONG: Table = [
     ("marker", r"24\text{ cm}", (r"\boxed{24\text{ m}}", "Answer: 24 m",
         r"\boxed{24\text{ cm}^2}")),
     ("marker", r"\frac{1}{30000}", (r"\boxed{0.0000}",)),
+    ("marker", "answer is 0.6666667", (r"\boxed{0.6666666}", r"\boxed{\frac{1}{3}}")),
+    ("marker", "the answer is not 5", (r"\boxed{5}",)),
+    ("any", "3", ("2=3", "$x = 2 = 3$", "$2x=3$", "$x^2 = 3$")),
     ("marker", "3", (r"\boxed{--3}",)),
 ]
 # fmt: on
