@@ -316,6 +316,11 @@ class ReplayConfig:
         "your own filter, module:function: true keeps a group, false rejects it; it runs after the "
         "other filters; null: off",
     )
+    admission: Literal["paced", "eager"] = knob(
+        "paced",
+        "when groups start: so that a batch is complete about when the learner asks for it "
+        "(paced), or as soon as a credit is free (eager)",
+    )
     lockstep: bool = knob(
         False,
         "admit all groups of a step together, so that a run can be repeated bit for bit; needs "

@@ -6,6 +6,7 @@ are pure state machines without a clock. `runtime/actors/replay.py` calls them.
 buffer.py        `ReplayBuffer`, which uses all the parts below
 state.py         the states of a group, the answers to an offer, the snapshot for a checkpoint
 credits.py       staleness bound: number of admitted groups, deadlines of a batch
+pacing.py        just-in-time admission: how many groups should be out
 ledger.py        conservation: every admitted group has exactly one outcome
 filters.py       dynamic sampling and the user's own filter
 stop_rule.py     stops the run after many consecutive rejects: solved or stuck
@@ -19,6 +20,7 @@ state_io.py      counts of the replay part of a checkpoint
 from dapo_async.replay.buffer import ReplayBuffer
 from dapo_async.replay.filters import Filter, custom_filter, dynamic_sampling, has_tokens
 from dapo_async.replay.ledger import Counts, GroupOutcome
+from dapo_async.replay.pacing import Pacer
 from dapo_async.replay.state import BufferState, OfferOutcome, OfferResult, Refusal
 from dapo_async.replay.step_stats import StepAcceptance
 from dapo_async.replay.stop_rule import StopReason
@@ -30,6 +32,7 @@ __all__ = [
     "GroupOutcome",
     "OfferOutcome",
     "OfferResult",
+    "Pacer",
     "Refusal",
     "ReplayBuffer",
     "StepAcceptance",

@@ -44,6 +44,8 @@ class Pacer:
 
     def asks(self, now_s: float, *, finished: int) -> None:
         """The learner ended its step and asks for a batch; `finished` groups are buffered."""
+        if self._asked_s is not None:
+            return  # it asks again after a passed deadline
         if self._took_s is not None:
             self._step_s.append(now_s - self._took_s)
         self._asked_s = now_s

@@ -23,6 +23,7 @@ from dapo_async.replay import (
     BufferState,
     Filter,
     OfferOutcome,
+    Pacer,
     ReplayBuffer,
     StepAcceptance,
     StopReason,
@@ -112,6 +113,10 @@ class ReplayActor:
             max_rejected_in_a_row=config.replay.max_rejected_in_a_row,
             incarnation=incarnation,
         )
+        credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
+        self._pacer = Pacer(groups_per_step=config.replay.groups_per_step, credits=credits)
+        self._paced = config.replay.admission == "paced" and not config.replay.lockstep
+        self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
         self._captured: BufferState | None = None
         # Groups of the batches that the learner has got and that are not booked, by step.
         self._in_training: dict[int, Sequence[Payload]] = {}
@@ -200,7 +205,7 @@ class ReplayActor:
             with self._clock.during("admit"):
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 # Lockstep admits a whole wave, whatever number of slots happens to be free.
-                admissible = self._buffer.admissible()
+                admissible = self._num_admissible()
                 count = admissible if self._config.replay.lockstep else min(count, admissible)
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
                 del self._waiting[worker]
@@ -209,9 +214,34 @@ class ReplayActor:
                 return
 
     def _may_admit(self) -> bool:
-        return self._buffer.admissible() > 0 and not (
+        return self._num_admissible() > 0 and not (
             self._config.replay.lockstep and self._buffer.num_generating
         )
+
+    def _num_admissible(self) -> int:
+        """Groups that may start now: what the credits allow, and no more than the pacer wants.
+
+        Where only the pacer holds groups back, they are granted when it lets the next one start.
+        """
+        admissible = self._buffer.admissible()
+        if not self._paced or not admissible:
+            return admissible
+        now_s, out = self._clock.now_s(), self._num_out
+        room = self._pacer.room(now_s, out=out)
+        start_s = self._pacer.next_start_s(now_s, out=out)
+        if self._next_start is not None:
+            self._next_start.cancel()
+            self._next_start = None
+        if start_s is not None:
+            loop = asyncio.get_running_loop()
+            self._next_start = loop.call_later(start_s - now_s, self._grant)
+        return min(admissible, room)
+
+    @property
+    def _num_out(self) -> int:
+        """Groups that generate or are finished, and that the learner has not got."""
+        ahead = self._buffer.groups_per_step if self._next_batch is not None else 0
+        return self._buffer.num_generating + self._buffer.num_buffered + ahead
 
     def _admission(self, group_id: int) -> Admission:
         partial_completions = self._partial_completions.pop(group_id, ())
@@ -271,6 +301,7 @@ class ReplayActor:
         Raises TimeoutError after `deadlines.work_s`; its message says what the take waits for.
         """
         deadline_s, self._ahead = self._config.deadlines.work_s, None
+        self._pacer.asks(self._clock.now_s(), finished=self._num_out - self._buffer.num_generating)
         try:
             async with asyncio.timeout(deadline_s):
                 while self._next_batch is None:
@@ -297,6 +328,7 @@ class ReplayActor:
             ) from error
         assert batch.learner_version == learner_version, (batch.learner_version, learner_version)
         self._next_batch = None
+        self._pacer.took(self._clock.now_s())
         self._write_in_background(learner_version)
         if self._buffer.steps_left and not self._config.replay.lockstep:
             self._ahead = learner_version + 1

@@ -13,6 +13,7 @@ from paths import QUICKSTART
 from replay_world import make_group
 
 from dapo_async import config as knobs
+from dapo_async.replay import StopReason
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
 from dapo_async.runtime.actors import replay as replay_actor
 from dapo_async.runtime.actors.offers import from_arguments, to_arguments
@@ -248,3 +249,25 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
             group.rollouts[0].completion.token_ids.tolist()
             == unpack_group(batch.references[0][0]).rollouts[0].completion.token_ids.tolist()
         )
+
+
+def test_a_paced_actor_starts_a_group_when_the_learner_has_consumed_one(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(3)  # four credits
+
+    async def scene() -> None:
+        await actor.serve(0)
+        (first,) = await actor.ask("rollout-0", 1)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        batch = await actor.take(0)
+        assert not isinstance(batch, StopReason)
+        actor._pacer.limit = 1.0  # as after many steps with a surplus
+        actor._pacer._step_s.append(0.2)
+        waits = asyncio.create_task(actor.ask("rollout-0", 4))
+        await asyncio.sleep(0.05)
+        assert not waits.done(), "a group started while another counts as not consumed"
+        assert len(await asyncio.wait_for(waits, 5.0)) == 1
+        assert await asyncio.wait_for(actor.ask("rollout-1", 0), 5.0) == []
+
+    asyncio.run(scene())
