@@ -3,8 +3,8 @@
 - Steps: the same rollouts (different lengths, or all of one length), the same AdamW, clipping and
   microbatches, one thread. The forms alternate. Hugging Face pads each microbatch of rollouts of
   similar length; the learner packs them, and also computes entropies and all its diagnostics.
-  `recompute` has a second forward pass for the proximal logprobs, `current` has none. A ratio is
-  the median of the ratios of the rounds.
+  With one minibatch `recompute` makes no second forward pass, so both forms cost the same. A ratio
+  is the median of the ratios of the rounds.
 - Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a new process.
   `extra_mb` is the growth of its peak memory.
 """
