@@ -261,28 +261,3 @@ def test_what_can_not_be_resumed_says_so_in_one_line(tmp_path: Path) -> None:
     allowed = command("train", "--resume", str(root), "train.num_steps=50", "--dry-run")
     assert allowed.returncode == 0, allowed.stderr
     assert "would train 50 steps" in allowed.stdout
-
-
-def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
-    from dapo_async.runtime.preflight import check_inputs
-    from dapo_async.runtime.resume import find_resume_point, resumed_config
-
-    root, data = (
-        tmp_path / "run",
-        write_rows(tmp_path / "train.jsonl", [{"prompt": "11", "answer": "2"}]),
-    )
-    state = root / "checkpoints" / "step_000002" / "state"
-    state.mkdir(parents=True)
-    config = knobs.load(QUICKSTART, [f"data.train={data}"])
-    (root / "config.yaml").write_text(knobs.to_yaml(config))
-    began_with = check_inputs(config).fingerprint
-    (state / "driver.json").write_text(f'{{"train_data": "{began_with}"}}')
-    assert (
-        find_resume_point(
-            resumed_config(root, []), train_data=check_inputs(config).fingerprint
-        ).version
-        == 2
-    )
-    write_rows(data, [{"prompt": "12", "answer": "4"}])
-    with pytest.raises(ValueError, match="does not give the prompts that this run began with"):
-        find_resume_point(resumed_config(root, []), train_data=check_inputs(config).fingerprint)

@@ -14,6 +14,7 @@ from paths import QUICKSTART
 from dapo_async import config as knobs
 from dapo_async.replay import BufferState
 from dapo_async.runtime.actors.replay import write_state
+from dapo_async.runtime.preflight import check_inputs
 from dapo_async.runtime.resume import (
     START,
     find_resume_point,
@@ -62,6 +63,22 @@ def run_of(root: Path, base: Path, *, versions: tuple[int, ...] = (2, 4)) -> Pat
         counts = {"version": version, "updates": 2, "files": {"part.safetensors": 4}}
         (learner / "learner.json").write_text(json.dumps(counts))
     return root
+
+
+def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "11", "answer": "2"}\n')
+    root = run_of(tmp_path / "run", tmp_path / "base", versions=(2,))
+    config = knobs.load(QUICKSTART, [f"data.train={data}"])
+    (root / "config.yaml").write_text(knobs.to_yaml(config))
+    began_with = check_inputs(config).fingerprint
+    driver = root / "checkpoints" / "step_000002" / "state" / "driver.json"
+    driver.write_text(json.dumps({"version": 2, "train_data": began_with}))
+    assert find_resume_point(resumed_config(root, []), train_data=began_with).version == 2
+    data.write_text('{"prompt": "12", "answer": "4"}\n')
+    other = check_inputs(config).fingerprint
+    with pytest.raises(ValueError, match="does not give the prompts that this run began with"):
+        find_resume_point(resumed_config(root, []), train_data=other)
 
 
 def test_a_moved_run_is_found_where_it_is_now(tmp_path: Path) -> None:
