@@ -138,7 +138,7 @@ class Interleavings(RuleBasedStateMachine):
             )
 
 
-TestInterleavings = Interleavings.TestCase
+TestInterleavings = pytest.mark.slow(Interleavings.TestCase)
 TestInterleavings.settings = settings(
     max_examples=1500,
     stateful_step_count=30,
