@@ -152,19 +152,19 @@ def cluster() -> Iterator[Cluster]:
     try:
         wait_until(
             lambda: "Ray runtime started" in (folder / f"{head}.log").read_text(),
-            timeout_s=60.0,
+            timeout_s=120.0,
             what="the head node",
         )
         nodes.append(started.start_node("--address", started.address, ip=other))
         wait_until(
             lambda: "Ray runtime started" in (folder / f"{other}.log").read_text(),
-            timeout_s=60.0,
+            timeout_s=120.0,
             what="the second node",
         )
         # The nodes are up before their agents take jobs.
         wait_until(
             lambda: started.job("submit", "--", "true").returncode == 0,
-            timeout_s=60.0,
+            timeout_s=120.0,
             what="the job server",
         )
         yield started
