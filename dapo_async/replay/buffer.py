@@ -80,7 +80,8 @@ class ReplayBuffer:
         self._ledger = Ledger()
         self._streak = RejectStreak(max_rejected_in_a_row)
         self._log = AcceptanceLog(count_waves=max_staleness == 0)
-        self._closed_log: dict[str, Any] = {}  # of the step that was taken last
+        # By version of a take: its step's offers, until the step is booked.
+        self._closed_logs: dict[int, dict[str, Any]] = {}
         self._generating: dict[int, Generating] = {}
         self._generating_on: Counter[str] = Counter()  # groups by worker
         self._buffered: dict[int, Buffered] = {}
@@ -139,19 +140,21 @@ class ReplayBuffer:
     def snapshot(self, version: int) -> BufferState:
         """What a resume needs when the learner is at `version`; later changes do not reach it.
 
-        A batch that was taken and is not trained counts as finished groups.
+        A batch that was taken and is not trained counts as finished groups. When a run ends, there
+        may be two: one that the driver asked for and did not train, and one taken ahead after it.
         """
-        assert all(taken.version == version for taken in self._taken.values()), (
+        versions = {taken.version for taken in self._taken.values()}
+        assert not versions or min(versions) >= version, (
             f"a step before version {version} is not booked"
         )
         returned = {group_id: taken.group for group_id, taken in self._taken.items()}
         return BufferState(
             version=version,
-            next_step=self.next_step - bool(returned),
+            next_step=self.next_step - len(versions),
             **self._ledger.state(),
             failures=dict(self.failures),
             streak=self._streak.state(),
-            acceptance=self._log.reopened(self._closed_log) if returned else self._log.state(),
+            acceptance=self._log.reopened(self._closed_logs[each] for each in versions),
             reissue=tuple(sorted([*self._reissue, *self._generating])),
             buffered={**returned, **self._buffered},
         )
@@ -377,7 +380,7 @@ class ReplayBuffer:
         for group_id, group in zip(group_ids, groups, strict=True):
             self._taken[group_id] = Taken(learner_version, group)
         self.next_step += 1
-        self._closed_log = self._log.state()
+        self._closed_logs[learner_version] = self._log.state()
         self.acceptance = self._log.close_step()
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
         return TrainBatch(
@@ -515,6 +518,9 @@ class ReplayBuffer:
             # A skipped step changed no weights: its groups wait for no newer version.
             self._awaiting[group_id] = version + 1 if outcome is GroupOutcome.TRAINED else version
             self._ledger.end(group_id, outcome)
+        open_versions = {taken.version for taken in self._taken.values()}
+        for version in self._closed_logs.keys() - open_versions:
+            del self._closed_logs[version]
 
     def _end(self, group_id: int, outcome: GroupOutcome | RejectReason) -> None:
         """The group trained nothing: its credit returns at once."""

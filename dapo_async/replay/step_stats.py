@@ -6,7 +6,7 @@ The buffer reports events; the metrics read one `StepAcceptance` per step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,13 +80,14 @@ class AcceptanceLog:
             "refill_due": self._refill_due,
         }
 
-    def reopened(self, closed: Mapping[str, Any]) -> dict[str, Any]:
-        """The state as if the step that was closed in state `closed` were still open."""
+    def reopened(self, closed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The state as if the steps that were closed in the states `closed` were still open."""
         state = self.state()
-        for name in ("rejected", "verdicts"):
-            state[name] = dict(Counter(closed[name]) + Counter(state[name]))
-        for name in ("accepted", "refused", "waves"):
-            state[name] += closed[name]
+        for before in closed:
+            for name in ("rejected", "verdicts"):
+                state[name] = dict(Counter(before[name]) + Counter(state[name]))
+            for name in ("accepted", "refused", "waves"):
+                state[name] += before[name]
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -61,10 +61,11 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
         "20 of another language (rows 386, 392, 395, …), "
         "5 contaminated (rows 577, 675, 925, …), 495 over-long (rows 32, 33, 43, …)"
     )
+    kept = "kept: 430 with control characters (rows 809, 1226, 1227, …)"
     known = "evaluation problems among them, left out: math500 5"
     assert (
-        f"1480 prompts of 276 to 640 tokens from dapo_math_17k; left out: {left_out}; {known}\n"
-        in run.output
+        "1480 prompts of 276 to 640 tokens from dapo_math_17k; "
+        f"left out: {left_out}; {kept}; {known}\n" in run.output
     )
     assert (
         "held-out   20 prompts of 354 to 633 tokens from aime24; "

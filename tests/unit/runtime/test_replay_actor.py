@@ -172,6 +172,13 @@ def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
         assert (ahead.learner_version, ahead.group_ids) == (1, (1,))
         (share,) = ahead.references
         assert unpack_group(share[0]).group_id == 1
+        # The run ends here: batch 1 is not trained, and the one after it was taken ahead.
+        assert actor._buffer.num_buffered == 0
+        state = actor._buffer.snapshot(1)
+        assert (state.next_step, sorted(state.buffered)) == (1, [1, late.group_id])
+        assert state.acceptance["accepted"] == 2
+        with pytest.raises(AssertionError, match="a step before version 2 is not booked"):
+            actor._buffer.snapshot(2)
 
     asyncio.run(scene())
 
