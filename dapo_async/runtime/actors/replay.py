@@ -237,6 +237,12 @@ class ReplayActor:
             self._next_start = loop.call_later(start_s - now_s, self._grant)
         return min(admissible, room)
 
+    def _pacing(self) -> str:
+        """What a passed deadline says of the pacer: nothing while every credit may be used."""
+        if not self._paced or self._num_admissible() >= self._buffer.admissible():
+            return ""
+        return f"; admission is paced: at most {self._pacer.limit:g} groups are out"
+
     @property
     def _num_out(self) -> int:
         """Groups that generate or are finished, and that the learner has not got."""
@@ -325,6 +331,7 @@ class ReplayActor:
         except TimeoutError as error:
             raise TimeoutError(
                 f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}"
+                f"{self._pacing()}"
             ) from error
         assert batch.learner_version == learner_version, (batch.learner_version, learner_version)
         self._next_batch = None

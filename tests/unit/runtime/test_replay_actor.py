@@ -278,3 +278,21 @@ def test_a_paced_actor_starts_a_group_when_the_learner_has_consumed_one(
         assert await asyncio.wait_for(actor.ask("rollout-1", 0), 5.0) == []
 
     asyncio.run(scene())
+
+
+def test_a_passed_deadline_says_when_the_pacer_holds_groups_back(
+    make_actor: Callable[[int], Actor],
+) -> None:
+    actor = make_actor(3)
+
+    async def scene() -> None:
+        await actor.serve(0)
+        await actor.ask("rollout-0", 1)
+        with pytest.raises(TimeoutError, match="more could start") as eager:
+            await actor.take(0)
+        assert "paced" not in str(eager.value)
+        actor._pacer.limit = 1.0
+        with pytest.raises(TimeoutError, match="admission is paced: at most 1 groups are out"):
+            await actor.take(0)
+
+    asyncio.run(scene())
