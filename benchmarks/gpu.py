@@ -81,7 +81,7 @@ def random_decoder(
     device: str,
     *,
     dtype: torch.dtype,
-    activations: torch.dtype,
+    activations: torch.dtype | None = None,
     mesh: Mesh = ALONE,
 ) -> Decoder:
     decoder = build_decoder(
@@ -235,7 +235,7 @@ def learner(
 def decoding(shape: dict[str, Any], device: str, *, batch: int, new_tokens: int) -> int:
     """Tokens/s of the native engine with `batch` slots and prompts of one length."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    decoder = random_decoder(shape, device, dtype=dtype, activations=dtype)
+    decoder = random_decoder(shape, device, dtype=dtype)
     engine = TorchEngine(
         decoder, num_slots=batch, max_len=PROMPT_TOKENS + new_tokens, weight_update="recompute"
     )

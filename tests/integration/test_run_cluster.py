@@ -79,6 +79,9 @@ class Cluster:
             "--object-store-memory",
             str(10**8),
             "--disable-usage-stats",
+            # Ray's default is one port per machine. The node that loses it takes no jobs.
+            "--dashboard-agent-listen-port",
+            free_port(ip),
         )
         with (self.folder / f"{ip}.log").open("w") as log:
             return subprocess.Popen(
@@ -162,11 +165,9 @@ def cluster() -> Iterator[Cluster]:
             what="the second node",
         )
         # The nodes are up before their agents take jobs.
-        wait_until(
-            lambda: started.job("submit", "--", "true").returncode == 0,
-            timeout_s=120.0,
-            what="the job server",
-        )
+        deadline_s = time.monotonic() + 120.0
+        while (first := started.job("submit", "--", "true")).returncode != 0:
+            assert time.monotonic() < deadline_s, f"no job starts within 120 s: {first.stdout}"
         yield started
     finally:
         for node in reversed(nodes):
