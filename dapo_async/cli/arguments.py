@@ -64,11 +64,6 @@ def add_config(parser: Parser, *, needed: bool) -> None:
     )
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like `word`."""
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-
-
 def path(text: str) -> Path:
     """The type of every argument that names a file or folder."""
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from types import ModuleType
 
 from dapo_async.cli import config, evaluate, grade, report, rerun, train
-from dapo_async.cli.arguments import Parser, nearest, parse
+from dapo_async.cli.arguments import Parser, parse
 from dapo_async.tracking.terminal import lasting_streams
 
 EXIT_WRONG_INPUT = 2
@@ -69,11 +72,18 @@ def _run(words: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print(_help())
         return 0
+    if name == "--version":
+        print(
+            f"dapo-async {version('dapo_async')}, Python {platform.python_version()}, "
+            + ", ".join(f"{each} {version(each)}" for each in ("torch", "ray"))
+        )
+        return 0
     if name in RENAMED:
         raise ValueError(f"the command {name} was renamed: write dapo-async {RENAMED[name]}")
     if name not in COMMANDS:
-        near = nearest(name, [*COMMANDS])
-        raise ValueError(f"unknown command {name}; did you mean {near}? There are {names}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? There are {names}" if near else f"there are {names}"
+        raise ValueError(f"unknown command {name}; {hint}")
     command = COMMANDS[name]
     parser = Parser(prog=f"dapo-async {name}", description=command.HELP, allow_abbrev=False)
     command.add_arguments(parser)
@@ -85,4 +95,5 @@ def _help() -> str:
     lines = ["usage: dapo-async COMMAND ...", ""]
     lines += ["Asynchronous off-policy actor-learner training of reasoning language models.", ""]
     lines += [f"  {name:<8} {command.HELP}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "dapo-async COMMAND --help lists the arguments of a command."])
+    lines += ["", "dapo-async COMMAND --help lists the arguments of a command."]
+    return "\n".join([*lines, "dapo-async --version prints the versions of this and of its parts."])

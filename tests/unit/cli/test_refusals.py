@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -149,6 +150,7 @@ def test_overrides_may_stand_before_and_after_an_option(
     [
         ((), "which command? give one of train, eval, report, rerun, grade, config; "),
         (("trian",), "unknown command trian; did you mean train? There are train, eval, "),
+        (("inspect",), "unknown command inspect; there are train, eval, report, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
         (
             ("train",),
@@ -295,3 +297,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name:<8} {command.HELP}\n" in printed for name, command in COMMANDS.items())
+
+
+def test_version_names_the_installed_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(
+        r"dapo-async \d\S*, Python 3\.\S+, torch \S+, ray \S+\n", capsys.readouterr().out
+    )
