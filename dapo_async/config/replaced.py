@@ -20,6 +20,7 @@ REPLACED: Mapping[str, str] = {
     "reward.timeout_s": _ALWAYS.format("5"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
     "replay.patience": _USE.format("replay.max_rejected_in_a_row"),
+    "replay.lockstep": _USE.format("replay.admission=lockstep, or leave it out for false"),
     "learner.num_gpus": _USE.format("model.device=cuda"),
     "learner.beta1": _ALWAYS.format("0.9"),
     "learner.beta2": _ALWAYS.format("0.999"),

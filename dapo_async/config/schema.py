@@ -316,15 +316,12 @@ class ReplayConfig:
         "your own filter, module:function: true keeps a group, false rejects it; it runs after the "
         "other filters; null: off",
     )
-    admission: Literal["paced", "eager"] = knob(
+    admission: Literal["paced", "eager", "lockstep"] = knob(
         "paced",
         "when groups start: so that a batch is complete about when the learner asks for it "
-        "(paced), or as soon as a credit is free (eager)",
-    )
-    lockstep: bool = knob(
-        False,
-        "admit all groups of a step together, so that a run can be repeated bit for bit; needs "
-        "max_staleness 0, one worker and the torch engine",
+        "(paced), as soon as a credit is free (eager), or all groups of a step together, so that a "
+        "run can be repeated bit for bit (lockstep; it needs max_staleness 0, one worker and the "
+        "torch engine)",
     )
     max_rejected_in_a_row: int = knob(
         512,

@@ -120,10 +120,10 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         f"replay.groups_per_step ({replay.groups_per_step})",
     )
     yield (
-        not replay.lockstep or (replay.max_staleness == 0 and rollout.num_workers == 1),
-        "replay.lockstep needs replay.max_staleness=0 and rollout.num_workers=1 (they are "
-        f"{replay.max_staleness} and {rollout.num_workers}), otherwise the order of groups "
-        "is random; set both, or replay.lockstep=false",
+        replay.admission != "lockstep" or (replay.max_staleness == 0 and rollout.num_workers == 1),
+        "replay.admission=lockstep needs replay.max_staleness=0 and rollout.num_workers=1 (they "
+        f"are {replay.max_staleness} and {rollout.num_workers}), otherwise the order of groups "
+        "is random; set both, or replay.admission=paced",
     )
     limit = config.train.max_wall_s
     yield (
@@ -175,9 +175,9 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
         "by commas",
     )
     yield (
-        not config.replay.lockstep,
-        "replay.lockstep needs rollout.engine=torch: the samples of an SGLang "
-        "server do not repeat; set it, or replay.lockstep=false",
+        config.replay.admission != "lockstep",
+        "replay.admission=lockstep needs rollout.engine=torch: the samples of an SGLang "
+        "server do not repeat; set it, or replay.admission=paced",
     )
 
 

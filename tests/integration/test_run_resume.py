@@ -38,7 +38,7 @@ from dapo_async.replay.group_io import read_groups
 LOCKSTEP = (
     *TINY,
     "replay.dynamic_sampling=true",
-    "replay.lockstep=true",
+    "replay.admission=lockstep",
     "replay.max_staleness=0",
     "rollout.num_slots=32",
     "train.num_steps=28",

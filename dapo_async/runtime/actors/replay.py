@@ -115,7 +115,8 @@ class ReplayActor:
         )
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_step=config.replay.groups_per_step, credits=credits)
-        self._paced = config.replay.admission == "paced" and not config.replay.lockstep
+        self._paced = config.replay.admission == "paced"
+        self._lockstep = config.replay.admission == "lockstep"
         self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
         self._captured: BufferState | None = None
         # Groups of the batches that the learner has got and that are not booked, by step.
@@ -206,7 +207,7 @@ class ReplayActor:
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 # Lockstep admits a whole wave, whatever number of slots happens to be free.
                 admissible = self._num_admissible()
-                count = admissible if self._config.replay.lockstep else min(count, admissible)
+                count = admissible if self._lockstep else min(count, admissible)
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
                 del self._waiting[worker]
                 wait.granted.set_result(tuple(map(self._admission, group_ids)))
@@ -214,9 +215,8 @@ class ReplayActor:
                 return
 
     def _may_admit(self) -> bool:
-        return self._num_admissible() > 0 and not (
-            self._config.replay.lockstep and self._buffer.num_generating
-        )
+        waits_for_others = self._lockstep and self._buffer.num_generating > 0
+        return not waits_for_others and self._num_admissible() > 0
 
     def _num_admissible(self) -> int:
         """Groups that may start now: what the credits allow, and no more than the pacer wants.
@@ -337,7 +337,7 @@ class ReplayActor:
         self._next_batch = None
         self._pacer.took(self._clock.now_s())
         self._write_in_background(learner_version)
-        if self._buffer.steps_left and not self._config.replay.lockstep:
+        if self._buffer.steps_left and not self._lockstep:
             self._ahead = learner_version + 1
         self._changed()
         return batch

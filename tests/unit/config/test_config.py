@@ -171,8 +171,8 @@ def test_every_config_in_the_repository_loads() -> None:
         ),
         (["rollout.engine=sglang", "rollout.servers=a:1"], "rollout.servers (a:1) must be URLs"),
         (
-            ["rollout.engine=sglang", "replay.lockstep=true", "replay.max_staleness=0"],
-            "replay.lockstep needs rollout.engine=torch",
+            ["rollout.engine=sglang", "replay.admission=lockstep", "replay.max_staleness=0"],
+            "replay.admission=lockstep needs rollout.engine=torch",
         ),
     ],
 )
