@@ -18,9 +18,11 @@ REPLACED: Mapping[str, str] = {
     "set data.train=PRESET=PATH to use such a preset",
     "reward.by_source": _USE.format("reward.verifier=DEFAULT,SOURCE=VERIFIER"),
     "reward.timeout_s": _ALWAYS.format("5"),
+    "rollout.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
     "replay.patience": _USE.format("replay.max_rejected_in_a_row"),
     "replay.lockstep": _USE.format("replay.admission=lockstep, or leave it out for false"),
+    "learner.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
     "learner.num_gpus": _USE.format("model.device=cuda"),
     "learner.beta1": _ALWAYS.format("0.9"),
     "learner.beta2": _ALWAYS.format("0.999"),
@@ -29,9 +31,7 @@ REPLACED: Mapping[str, str] = {
     "weights.bucket_bytes": _ALWAYS.format("64 MiB"),
     "weights.probe_tokens": _ALWAYS.format("16"),
     "weights.probe_tolerance": "is no knob any more: it follows from model.dtype",
-    "evaluation.num_cpus": _USE.format(
-        "rollout.num_cpus, which is also used for a dedicated evaluator"
-    ),
+    "evaluation.num_cpus": _USE.format("model.num_cpus"),
     "evaluation.num_gpus": _USE.format("model.device=cuda and evaluation.engine=dedicated"),
     "train.sample_groups": "is no knob any more: it is always 2; "
     "set train.record=true for all groups",

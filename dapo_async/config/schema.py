@@ -88,6 +88,13 @@ class BaseModelConfig:
         "where learner and engines compute; cuda: one GPU per learner rank and "
         "rollout.tensor_parallel GPUs per engine; shared_cuda: one rank and one engine on one GPU",
     )
+    num_cpus: float = knob(
+        1.0,
+        "CPUs that Ray reserves for each learner rank, rollout worker and dedicated evaluator, and "
+        "the threads of each",
+        least=0,
+        most=(10_000, "no machine has more CPUs"),
+    )
 
     @property
     def torch_device(self) -> Literal["cpu", "cuda"]:
@@ -230,12 +237,6 @@ class RolloutConfig:
     num_workers: int = knob(
         1, "number of rollout workers; each has one engine", least=1, most=(10_000, PROCESS)
     )
-    num_cpus: float = knob(
-        1.0,
-        "CPUs that Ray reserves per worker, and threads of its engine",
-        least=0,
-        most=(10_000, "no machine has more CPUs"),
-    )
     tensor_parallel: int = knob(
         1,
         "GPUs that share one SGLang engine's copy of the model",
@@ -345,12 +346,6 @@ class LearnerConfig:
         least=1,
         most=(1024, "no model has that many attention heads"),
     )
-    num_cpus: float = knob(
-        1.0,
-        "CPUs that Ray reserves per learner rank, and its threads",
-        least=0,
-        most=(10_000, "no machine has more CPUs"),
-    )
     lr: float = knob(1e-6, "AdamW learning rate after warm-up", least=0)
     warmup_steps: int = knob(10, "steps of linear warm-up", least=0)
     weight_decay: float = knob(0.1, "AdamW weight decay, only for matrices", least=0)
@@ -399,7 +394,7 @@ class EvaluationConfig:
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
         "where evaluations during training run: in a process that uses idle CPU time (snapshot), "
-        "or in one with its own rollout.num_cpus CPUs and, with model.device=cuda, its own GPU "
+        "or in one with its own model.num_cpus CPUs and, with model.device=cuda, its own GPU "
         "(dedicated)",
     )
 

@@ -17,7 +17,6 @@ Rule = tuple[bool, str]  # whether it holds, and the message if it does not
 
 NUMBERS_END = 2**63  # what 64 bits hold, in torch and numpy
 SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
-SHARES = ("rollout.num_cpus", "learner.num_cpus")
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
 OWN_FLAGS = ("--api-key", "--config", "--host", "--port")  # each worker sets them for its server
 
@@ -48,11 +47,11 @@ def _number_rules(config: Config) -> Iterator[Rule]:
     for knob in knobs():
         if values[knob.name] is not None:
             yield from _bound_rules(knob, values[knob.name])
-    for name in SHARES:
-        yield (
-            values[name] == 0 or values[name] >= SMALLEST_SHARE,
-            f"{name} ({values[name]}) must be 0 or at least {SMALLEST_SHARE}, Ray's unit",
-        )
+    num_cpus = config.model.num_cpus
+    yield (
+        num_cpus == 0 or num_cpus >= SMALLEST_SHARE,
+        f"model.num_cpus ({num_cpus}) must be 0 or at least {SMALLEST_SHARE}, Ray's unit",
+    )
 
 
 def _bound_rules(knob: Knob, value: float) -> Iterator[Rule]:

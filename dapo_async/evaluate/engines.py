@@ -75,7 +75,7 @@ async def open_engines(
 
 def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEngine:
     rollout = config.rollout
-    torch.set_num_threads(max(1, int(rollout.num_cpus)))
+    torch.set_num_threads(max(1, int(config.model.num_cpus)))
     device = config.model.torch_device
     decoder = load_decoder(checkpoint, dtype=getattr(torch, config.model.dtype), device=device)
     return ThreadedEngine(

@@ -81,7 +81,7 @@ def rerun(
     Starts from the base model, or from `state`, a checkpoint's folder of the learner's state.
     `rows` are the rows of `metrics.jsonl` by step.
     """
-    torch.set_num_threads(max(1, int(config.learner.num_cpus)))
+    torch.set_num_threads(max(1, int(config.model.num_cpus)))
     decoder = load_decoder(Path(config.model.path), activations=getattr(torch, config.model.dtype))
     rank = LearnerRank(
         decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed

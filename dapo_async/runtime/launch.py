@@ -58,11 +58,11 @@ def start_actors(
 
     `resume`: the `state/` folder of the checkpoint to resume from.
     """
-    learner, rollout, deadlines = config.learner, config.rollout, config.deadlines
+    rollout, deadlines = config.rollout, config.deadlines
     names = rank_names(config)
     # Replay actor and learner pass batches through the memory of one node.
     node = node_for_learner(
-        num_cpus=len(names) * learner.num_cpus, num_gpus=len(names) * config.gpus_per_rank
+        num_cpus=len(names) * config.model.num_cpus, num_gpus=len(names) * config.gpus_per_rank
     )
     start_replay = _starter(
         ReplayActor,
@@ -72,7 +72,7 @@ def start_actors(
     replay = start_replay(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
     start_rank = _starter(
         LearnerActor,
-        num_cpus=learner.num_cpus,
+        num_cpus=config.model.num_cpus,
         num_gpus=config.gpus_per_rank,
         strategy=near(node, reserves=True),
     )
@@ -94,7 +94,7 @@ def start_actors(
     shares_gpu = config.model.device == "shared_cuda"
     start_worker = _starter(
         RolloutActor,
-        num_cpus=rollout.num_cpus,
+        num_cpus=config.model.num_cpus,
         num_gpus=config.gpus_per_worker,
         strategy=near(node, reserves=True) if shares_gpu else SPREAD,  # the learner's GPU
     )
@@ -130,7 +130,7 @@ def _start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluato
     if evaluation.engine == "dedicated":
         start = _starter(
             EvaluatorActor,
-            num_cpus=config.rollout.num_cpus,
+            num_cpus=config.model.num_cpus,
             num_gpus=config.gpus_of_evaluator,
             strategy=SPREAD,
         )

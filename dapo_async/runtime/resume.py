@@ -28,9 +28,9 @@ from dapo_async.utils.paths import for_shell
 SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
     "data.train", "data.heldout", "data.check_against", "model.path", "model.device",
-    "rollout.num_workers", "rollout.num_cpus", "rollout.num_slots", "rollout.engine",
+    "model.num_cpus", "rollout.num_workers", "rollout.num_slots", "rollout.engine",
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
-    "learner.num_cpus", "learner.tensor_parallel", "learner.data_parallel",
+    "learner.tensor_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.offload_optimizer",
     "learner.profile",
 )  # fmt: skip

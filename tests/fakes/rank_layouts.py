@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-RANKS = ("learner.num_cpus=0.5", "train.checkpoint_every_steps=2")
+RANKS = ("model.num_cpus=0.5", "train.checkpoint_every_steps=2")

@@ -15,8 +15,7 @@ CONFIG = CONFIGS / "quickstart_sglang.yaml"
 SERVERS = (
     "rollout.engine=sglang",
     "rollout.num_slots=32",
-    "rollout.num_cpus=0.5",
-    "learner.num_cpus=0.5",
+    "model.num_cpus=0.5",
 )
 
 

@@ -61,7 +61,7 @@ class EvaluatorActor:
 
         self._yield()
         config = self._config
-        torch.set_num_threads(max(1, int(config.rollout.num_cpus)) if self._dedicated else 1)
+        torch.set_num_threads(max(1, int(config.model.num_cpus)) if self._dedicated else 1)
         return TorchHost(
             config,
             name=NAME,

@@ -61,7 +61,7 @@ class LearnerActor:
         folder of the checkpoint to resume from."""
         self.name, self._number, self._incarnation = name, number, incarnation
         self._config, self._run_dir, self._resume = config, run_dir, resume
-        torch.set_num_threads(max(1, int(config.learner.num_cpus)))
+        torch.set_num_threads(max(1, int(config.model.num_cpus)))
         torch.manual_seed(config.seed)
         self._clock = StateClock(name)
         # Ray shows an actor its own GPU only.

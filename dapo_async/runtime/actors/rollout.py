@@ -66,7 +66,7 @@ class RolloutActor:
         `rollout.servers`."""
         self.name, self._number = f"rollout-{number}", number
         self._config, self._incarnation = config, incarnation
-        torch.set_num_threads(max(1, int(config.rollout.num_cpus)))
+        torch.set_num_threads(max(1, int(config.model.num_cpus)))
         self._clock = StateClock(self.name)
         self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
         device = config.model.torch_device

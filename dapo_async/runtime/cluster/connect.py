@@ -55,7 +55,7 @@ def connect(config: Config) -> str:
             raise ValueError(_not_joined(config.ray.address, error)) from error
     nodes = [node["Resources"] for node in _nodes()]
     shares = {
-        "CPU": ({actor.name: actor.num_cpus for actor in actors}, "num_cpus"),
+        "CPU": ({actor.name: actor.num_cpus for actor in actors}, "model.num_cpus"),
         "GPU": ({actor.name: actor.num_gpus for actor in actors}, "rollout.tensor_parallel"),
     }
     for kind, (by_actor, knob) in shares.items():

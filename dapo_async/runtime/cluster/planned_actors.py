@@ -37,16 +37,17 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
     dp, tp = learner.data_parallel, learner.tensor_parallel
     share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
     detail = f"{replay.groups_per_step} groups of {replay.group_size} per step{share}"
+    num_cpus = config.model.num_cpus
     for name in rank_names(config):
-        yield PlannedActor(name, learner.num_cpus, config.gpus_per_rank, detail)
+        yield PlannedActor(name, num_cpus, config.gpus_per_rank, detail)
     detail = f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}"
     for number in range(rollout.num_workers):
-        yield PlannedActor(f"rollout-{number}", rollout.num_cpus, config.gpus_per_worker, detail)
+        yield PlannedActor(f"rollout-{number}", num_cpus, config.gpus_per_worker, detail)
     if evaluation.during_training:
         dedicated = evaluation.engine == "dedicated"
         yield PlannedActor(
             "evaluator",
-            rollout.num_cpus if dedicated else 0,
+            num_cpus if dedicated else 0,
             config.gpus_of_evaluator,
             f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts "
             f"each {evaluation.every_steps} steps",

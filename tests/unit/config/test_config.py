@@ -79,9 +79,8 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             "seed=9223372036854775808",
             "seed (9223372036854775808) must be a finite number, below 2^63",
         ),
-        ("rollout.num_cpus=-1", "rollout.num_cpus (-1.0) must be at least 0"),
-        ("learner.num_cpus=-1", "learner.num_cpus (-1.0) must be at least 0"),
-        ("learner.num_cpus=0.00001", "learner.num_cpus (1e-05) must be 0 or at least 0.0001"),
+        ("model.num_cpus=-1", "model.num_cpus (-1.0) must be at least 0"),
+        ("model.num_cpus=0.00001", "model.num_cpus (1e-05) must be 0 or at least 0.0001"),
         ("model.device=gpu", "model.device: Invalid value 'gpu', expected one of"),
         (
             "replay.max_rejected_in_a_row=3",

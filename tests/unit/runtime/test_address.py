@@ -265,12 +265,12 @@ def test_run_directory_of_nobody_is_one_line() -> None:
 
 
 def test_every_actor_must_fit_one_node_and_all_of_them_the_cluster() -> None:
-    cpus: dict[str, Any] = {"kind": "CPU", "knob": "num_cpus"}
+    cpus: dict[str, Any] = {"kind": "CPU", "knob": "model.num_cpus"}
     _check_resources({"learner": 2, "rollout-0": 2}, [2, 2], **cpus)
     with pytest.raises(
         ValueError,
         match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; "
-        r"lower rollout.num_workers or num_cpus",
+        r"lower rollout.num_workers or model.num_cpus",
     ):
         _check_resources({"learner": 2, "rollout-0": 3}, [2, 2], **cpus)
     with pytest.raises(

@@ -281,7 +281,7 @@ def test_a_resumed_run_removes_rests_and_keeps_the_rows_up_to_its_checkpoint(
 def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(
     engine: str, share: tuple[float, float]
 ) -> None:
-    more = ["rollout.num_cpus=0.5", "model.device=cuda", "rollout.num_workers=2"]
+    more = ["model.num_cpus=0.5", "model.device=cuda", "rollout.num_workers=2"]
     config = knobs.load(QUICKSTART, [f"evaluation.engine={engine}", *more])
     found = [
         (actor.num_cpus, actor.num_gpus)
