@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from dapo_async.tracking.terminal import Outlet, Progress
+from dapo_async.tracking.terminal import Outlet, Progress, low_ess
 
 REFRESHES_PER_S = 2
 STEPS_FOR_PACE = 10  # the remaining time uses the median of the newest 10 steps
@@ -83,6 +83,7 @@ class LiveProgress(Progress):
             "responses",
             f"length {formatted(row, 'response_tokens', '.1f')}",
             f"staleness {formatted(row, 'staleness', '.2f')} {bound}",
+            low_ess(row),
         )
         yield "groups", *groups(row)
         yield (

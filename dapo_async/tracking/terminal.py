@@ -137,6 +137,15 @@ class Progress:
         self.close()
 
 
+LOW_ESS = 0.5  # of `behaviour_ess`: below it half of a batch's samples no longer count
+
+
+def low_ess(row: Mapping[str, Any]) -> str:
+    """The early warning of stale tokens, or an empty text."""
+    share = row.get("behaviour_ess", 1.0)
+    return f"effective samples {share:.0%}" if share < LOW_ESS else ""
+
+
 def step_line(row: Mapping[str, Any], *, num_steps: int, max_staleness: int) -> str:
     """One line for one row of metrics.jsonl; steps are counted from 1."""
     entropy, staleness = row.get("entropy", float("nan")), row.get("staleness", float("nan"))
@@ -154,4 +163,4 @@ def step_line(row: Mapping[str, Any], *, num_steps: int, max_staleness: int) -> 
         for name in sorted(row)
         if name.startswith("rejected.")
     ]
-    return "  ".join([*parts, " ".join(rejected)]).rstrip()
+    return "  ".join(filter(None, [*parts, low_ess(row), " ".join(rejected)]))

@@ -121,6 +121,13 @@ def test_step_line_survives_a_skipped_step() -> None:
     assert "entropy nan  staleness nan" in step_line(row, num_steps=30, max_staleness=2)
 
 
+def test_step_line_warns_of_few_effective_samples() -> None:
+    few, enough = (step_row(0) | {"behaviour_ess": share} for share in (0.43, 0.5))
+    line = step_line(few, num_steps=30, max_staleness=2)
+    assert "rollout  50%  effective samples 43%  -4 all_wrong" in line
+    assert "effective" not in step_line(enough, num_steps=30, max_staleness=2)
+
+
 def test_closed_pipe_loses_the_lines_and_nothing_else() -> None:
     reading, writing = os.pipe()
     os.close(reading)
