@@ -18,6 +18,7 @@ from dapo_async.config.sources import matches
 from dapo_async.data.json_rows import json_rows
 from dapo_async.data.places import Places
 from dapo_async.data.tables import first_line, is_parquet, parquet_rows, saved_rows
+from dapo_async.utils.hub_faults import HubFault, hub_fault
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 PACKED = (".gz", ".gzip", ".zst")
@@ -156,8 +157,11 @@ def _from_hub(source: Source) -> Any:
             source.hub, source.subset, split=source.split or "train", revision=source.revision
         )
     except (DatasetsError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        fault = hub_fault(error, str(source.hub), source.revision) or HubFault(
+            first_line(error).rstrip(".;"), "correct its subset and split"
+        )
+        earlier = ", set HF_HUB_OFFLINE=1 to use an earlier download" if fault.may_pass else ""
         raise ValueError(
-            f"{source.where} can't be read from the Hugging Face hub: {first_line(error)}; "
-            "check name and network, set HF_HUB_OFFLINE=1 to use an earlier download, "
-            "or give a local file"
+            f"{source.where} can't be read from the Hugging Face hub: {fault.reason}; "
+            f"{fault.remedy}{earlier}, or give a local file"
         ) from error

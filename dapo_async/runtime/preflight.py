@@ -34,7 +34,7 @@ from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang.client import SERVER_KEY
 from dapo_async.rollout.sglang.given_servers import server_fault
 from dapo_async.rollout.sglang.server import missing_sglang
-from dapo_async.runtime.cluster import own_ray
+from dapo_async.runtime.cluster import own_ray, ray_variables
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.utils.paths import check_path
 
@@ -141,6 +141,8 @@ def _missing(config: Config) -> Iterator[str]:
         )
         if fault is not None:
             yield fault
+    if (line := ray_variables.fault()) is not None:
+        yield line
     if config.ray.address != "local":
         return
     yield from own_ray.faults()

@@ -5,5 +5,6 @@ files           atomic writes: a file is complete or does not exist
 paths           refuses a path that can't be printed in one line
 checkpoint_dir  the same for folders
 thread_stack    the current line of a thread of this process
+hub_faults      errors of the Hugging Face hub with their remedies
 plugins         functions of the user, named as module:function
 """

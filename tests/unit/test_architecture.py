@@ -35,7 +35,7 @@ OWNERS = {
     "omegaconf": {"config"},
     "datasets": {"data"},
     "pyarrow": {"data"},
-    "huggingface_hub": {"data", "model"},
+    "huggingface_hub": {"data", "model", "utils"},
 }
 # What the packages below the runtime must run without.
 WITHOUT = ("ray", "sglang", "mlflow", "omegaconf", "datasets", "pyarrow", "matplotlib")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 
 import ray
 from ray._private.node import Node
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Processes of an own Ray that a run does not use: the autoscaler's monitor, the server behind the
 # dashboard and the forwarder of logs. ray.init waits for the second, and has no option for any.
 UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
+VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # in Ray's error
 SPREAD = "SPREAD"  # Ray's strategy that places actors on all nodes in turn
 
 
@@ -51,7 +52,7 @@ def connect(config: Config) -> str:
     else:
         try:
             ray.init(address=config.ray.address, **quiet)
-        except (OSError, RuntimeError, RayError, SystemExit) as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(_not_joined(config.ray.address, error)) from error
     nodes = [node["Resources"] for node in _nodes()]
     shares = {
@@ -76,11 +77,25 @@ def _not_joined(address: str, error: BaseException) -> str:
     reason = " ".join(str(error).split()).rstrip(".;") or repr(error)
     remedy = "start a cluster there"
     if "Version mismatch" in reason:
-        remedy = "install the Ray and Python versions of the cluster here"
+        remedy = _version_remedy(reason)
     return (
         f"ray.address ({address}) can't be joined: {reason[:LONGEST_REASON]}; {remedy}, or set "
         "ray.address=local"
     )
+
+
+def _version_remedy(reason: str) -> str:
+    """`reason` lists the cluster's versions, then those of this process."""
+    found = VERSIONS.findall(reason)
+    if len(found) != 2:
+        return "install the Ray and Python versions of the cluster here"
+    (ray_there, python_there), (ray_here, python_here) = found
+    if ray_there != ray_here:
+        return f"install Ray {ray_there} and Python {python_there} here, as in the cluster"
+    remedy = f"use Python {python_there} here, as in the cluster"
+    if python_there.split(".")[:2] == python_here.split(".")[:2]:
+        remedy += ", or set RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor"
+    return remedy
 
 
 @contextmanager

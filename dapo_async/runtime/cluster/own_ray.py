@@ -13,6 +13,8 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dapo_async.runtime.cluster.ray_variables import given_variables
+
 MAX_SOCKET_BYTES = 107  # of the path of a Unix socket on Linux
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest one
 MIN_FREE_BYTES = 10 * 2**20  # in Ray's folder: a session begins with some 3 MB
@@ -21,15 +23,6 @@ LOOPBACK = "127.0.0.1"
 ANSWER_S = 2.0
 SHARED_MEMORY = Path("/dev/shm")
 LONGEST_REASON = 300
-# Set by `environment.prepare` or by Ray at its import, so not by the user.
-OWN_VARIABLES = {
-    "RAY_ADDRESS",
-    "RAY_AUTH_MODE",
-    "RAY_AUTH_TOKEN",
-    "RAY_CLIENT_MODE",
-    "RAY_USAGE_STATS_ENABLED",
-    "RAY_worker_niceness",
-}
 
 
 def temp_folder() -> str:
@@ -137,8 +130,8 @@ def _any_remedy() -> str:
     size, _ = resource.getrlimit(resource.RLIMIT_AS)
     if size != resource.RLIM_INFINITY:
         suspects.append(f"the address space is limited to {size / 2**30:.1f} GiB (ulimit -v)")
-    given = {name for name in os.environ if name.startswith("RAY_")} - OWN_VARIABLES
-    suspects += [f"the environment has {', '.join(sorted(given))}"] if given else []
+    given = given_variables()
+    suspects += [f"the environment has {', '.join(given)}"] if given else []
     found = f"; {'; '.join(suspects)}" if suspects else ""
     return (
         f"Ray's logs are in {temp_folder()}/ray/session_latest/logs; check free memory, disk space "

@@ -13,6 +13,7 @@ import httpx
 import huggingface_hub
 import pyarrow
 import pytest
+from hub_server import hub_server
 from pyarrow import parquet
 
 from dapo_async import config as knobs
@@ -225,12 +226,55 @@ def test_a_hub_that_can_not_be_reached_is_one_line(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     with pytest.raises(
         ValueError,
-        match=re.escape(f"{source} can't be read from the Hugging Face hub: no network; check"),
+        match=re.escape(
+            f"{source} can't be read from the Hugging Face hub: the hub can't be reached "
+            "(no network); check the network"
+        ),
     ) as error:
         list(read_rows(parse_source(source), columns=()))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(
         "set HF_HUB_OFFLINE=1 to use an earlier download, or give a local file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gated", "its owner gives access on request (HTTP 403); ask for access on the page of"),
+        ("unknown", "the hub has none of this name, or a private one (HTTP 401); correct the name"),
+        ("revision", "it has no revision v1 (HTTP 404); correct the revision, or leave it out"),
+        ("forbidden", "the token may not read it (HTTP 403); give the token the permission to"),
+        ("busy", "the hub got too many requests (HTTP 429); wait some minutes, or set HF_TOKEN"),
+    ],
+)
+def test_each_answer_of_the_hub_has_its_own_remedy(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server({}) as url:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        with pytest.raises(ValueError, match="from the Hugging Face hub") as error:
+            list(read_rows(parse_source(f"hub:me/{name}@v1"), columns=()))
+    line = str(error.value)
+    assert expected in line
+    assert line.endswith(", or give a local file")
+    assert ("HF_HUB_OFFLINE=1" in line) == (name == "busy")
+
+
+def test_unknown_split_of_the_hub_is_named_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load_dataset(*names: str, **options: Any) -> Never:
+        raise ValueError("Unknown split \"tst\". Should be one of ['train', 'test'].")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="from the Hugging Face hub") as error:
+        list(read_rows(parse_source("hub:a/b:tst"), columns=()))
+    assert str(error.value).endswith(
+        "Should be one of ['train', 'test']; correct its subset and split, or give a local file"
     )
 
 
