@@ -12,6 +12,7 @@ explain   every knob as text: `config --explain` and docs/configuration.md
 
 from dapo_async.config.load import load, to_yaml
 from dapo_async.config.schema import (
+    STOP_S,
     AlgorithmConfig,
     BaseModelConfig,
     ClusterConfig,
@@ -32,6 +33,7 @@ from dapo_async.config.sources import Source, parse_source, parse_sources
 from dapo_async.config.text import redacted
 
 __all__ = [
+    "STOP_S",
     "AlgorithmConfig",
     "BaseModelConfig",
     "ClusterConfig",

@@ -42,7 +42,8 @@ REPLACED: Mapping[str, str] = {
     "deadlines.save_s": _USE.format("deadlines.work_s"),
     "deadlines.publish_s": _USE.format("deadlines.answer_s"),
     "deadlines.silence_s": _USE.format("deadlines.answer_s"),
-    "deadlines.tracking_s": _USE.format("deadlines.stop_s"),
+    "deadlines.stop_s": _ALWAYS.format("10 s"),
+    "deadlines.tracking_s": _ALWAYS.format("10 s"),
     "ray.num_cpus": "is no knob any more: a Ray that the run starts has all CPUs of this machine, "
     "or more if the actors reserve more",
 }

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
 DAYS_30 = 30 * 86_400
+STOP_S = 10.0  # how long each part of a run's end may take: actors, MLflow, Ray
 PROCESS = "each one is a process"
 LONG = "no model has more positions"
 
@@ -446,9 +447,6 @@ class DeadlinesConfig:
         120.0,
         "one publish with its handshake; also the time in which a busy SGLang server must return a "
         "token",
-    )
-    stop_s: float = deadline(
-        10.0, "the end of a run: how long it waits for its actors and for MLflow"
     )
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
-from dapo_async.config.schema import Config, Knob, knobs, values_of
+from dapo_async.config.schema import STOP_S, Config, Knob, knobs, values_of
 from dapo_async.config.sources import Source, matches, parse_source, parse_sources
 
 Rule = tuple[bool, str]  # whether it holds, and the message if it does not
@@ -126,9 +126,9 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     )
     limit = config.train.max_wall_s
     yield (
-        limit is None or limit > config.deadlines.stop_s,
-        f"train.max_wall_s ({limit}) must be more than deadlines.stop_s "
-        f"({config.deadlines.stop_s}), the time for the end of the run; raise train.max_wall_s",
+        limit is None or limit > STOP_S,
+        f"train.max_wall_s ({limit}) must be more than {STOP_S:g}, the seconds for the end of the "
+        "run; raise it, or set null",
     )
     uri = config.tracking.mlflow
     yield (

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from dapo_async.config import Config
+from dapo_async.config import STOP_S, Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import LOCAL
@@ -144,19 +144,19 @@ class Run:
             # Before the end of Ray: where a signal to the whole process group has ended Ray
             # already, its end may take this process with it.
             self._write_summary()
-        outcome, stop_s = self._record.outcome, self._config.deadlines.stop_s
+        outcome = self._record.outcome
         await asyncio.gather(
             self._close_ray(),
             self._attempt("the picture", asyncio.to_thread(self._draw, self._run_dir)),
         )
-        # It may wait `stop_s` for MLflow.
+        # It may wait STOP_S for MLflow.
         finish = asyncio.to_thread(self._sinks.finish, outcome.status.value, outcome.reason)
-        await self._attempt("the end of MLflow's run", finish, within_s=2 * stop_s)
+        await self._attempt("the end of MLflow's run", finish, within_s=2 * STOP_S)
         self._write_summary()  # again, with what the sinks have caught
         return outcome
 
     async def _close_ray(self) -> None:
-        within_s = 2 * self._config.deadlines.stop_s  # half of it for a start that goes on
+        within_s = 2 * STOP_S  # half of it for a start that goes on
         await self._attempt("the end of Ray", self._ray.close(), within_s=within_s)
 
     async def _work(self) -> None:
@@ -291,7 +291,7 @@ class Run:
         limit_s, began_s = self._config.train.max_wall_s, psutil.Process().create_time()
         if limit_s is None:
             return
-        end_s = limit_s - self._config.deadlines.stop_s
+        end_s = limit_s - STOP_S
         while time.time() - began_s + self._longest_step_s < end_s:
             await asyncio.sleep(0.2)
         if self._is_ending:
@@ -339,11 +339,11 @@ class Run:
             self._record.seconds[name] = self._clock.now_s() - began_s
 
     async def _attempt(
-        self, what: str, awaitable: Awaitable[object], *, within_s: float | None = None
+        self, what: str, awaitable: Awaitable[object], *, within_s: float = STOP_S
     ) -> None:
         """See `shutdown.Attempt`."""
         try:
-            await asyncio.wait_for(awaitable, within_s or self._config.deadlines.stop_s)
+            await asyncio.wait_for(awaitable, within_s)
         except Exception as error:  # noqa: BLE001 (the end goes on without what can't be had, and says so)
             self._record.caught[what] += 1
             reason = " ".join(str(error).split()) or repr(error)

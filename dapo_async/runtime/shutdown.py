@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from dapo_async.config import Config
+from dapo_async.config import STOP_S, Config
 from dapo_async.runtime.services import Services
 from dapo_async.runtime.status import RunOutcome, Status
 
 UNFINISHED = (Status.FAILED, Status.INTERRUPTED, Status.OUT_OF_TIME)
-REPORT_SHARE = 0.8  # of deadlines.stop_s, so that a late actor is named before the time is up
+REPORT_SHARE = 0.8  # of STOP_S, so that a late actor is named before the time is up
 LAST_ROWS_S = 1.0
 
 
@@ -18,7 +18,7 @@ class Attempt(Protocol):
     """Awaits one part of the end; a failure is counted and printed, and the end goes on."""
 
     async def __call__(
-        self, what: str, awaitable: Awaitable[object], *, within_s: float | None = None
+        self, what: str, awaitable: Awaitable[object], *, within_s: float = STOP_S
     ) -> None: ...
 
 
@@ -32,7 +32,7 @@ async def shut_down(
 ) -> None:
     """Saves and collects what can still be had, then kills the actors."""
     system, tracker = services.system, services.tracker
-    report_s = REPORT_SHARE * config.deadlines.stop_s
+    report_s = REPORT_SHARE * STOP_S
     if outcome.status in UNFINISHED:
         await attempt("the last rows of metrics", tracker.flush(deadline_s=LAST_ROWS_S))
         await _save(services, outcome, config=config, attempt=attempt)
@@ -58,11 +58,14 @@ async def _save(
 
     Without learner or replay actor the newest periodic checkpoint has to do. Where nothing is known
     to hang it may take as long as any other checkpoint; a second signal ends the process sooner.
+    After a passed deadline it may take a little longer than the longest one of the run.
     """
-    lost, stop_s = outcome.lost_actor or "", config.deadlines.stop_s
+    lost = outcome.lost_actor or ""
     if lost == "replay" or lost.startswith("learner"):
         return
-    save_s = stop_s if outcome.hangs else max(stop_s, config.deadlines.work_s)
+    save_s = max(STOP_S, config.deadlines.work_s)
+    if outcome.hangs:
+        save_s = STOP_S + 2 * services.checkpointer.longest_write_s
     await attempt(
         "a last checkpoint", services.checkpointer.save(deadline_s=save_s), within_s=save_s
     )

@@ -133,7 +133,7 @@ class MlflowStore:
         self._ending.set()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
-            why = f"has not taken everything within {deadline_s:g} s (deadlines.stop_s)"
+            why = f"has not taken everything within {deadline_s:g} s"
             self._report("late", why)
 
     def _put(self, call: Call) -> None:

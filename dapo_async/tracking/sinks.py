@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dapo_async.config import Config
+from dapo_async.config import STOP_S, Config
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.terminal import Outlet, Progress
@@ -34,11 +34,11 @@ def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
 class Sinks:
     """Passes rows and lines on. No method raises or waits, except `finish`.
 
-    `finish` waits for MLflow for at most `deadlines.stop_s`.
+    `finish` waits for MLflow for at most STOP_S.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, progress: Progress) -> None:
-        self._progress, self._deadline_s = progress, config.deadlines.stop_s
+        self._progress = progress
         self._mlflow: MlflowStore | None = None
         if config.tracking.mlflow is not None:
             self._mlflow = MlflowStore(
@@ -69,7 +69,7 @@ class Sinks:
     def finish(self, status: str, reason: str) -> None:
         """Ends the MLflow run; call it when the run directory is complete, summary included."""
         if self._mlflow is not None:
-            self._mlflow.finish(status, reason, deadline_s=self._deadline_s)
+            self._mlflow.finish(status, reason, deadline_s=STOP_S)
 
     @property
     def caught(self) -> Counter[str]:

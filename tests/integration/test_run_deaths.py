@@ -119,8 +119,8 @@ def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    # A learner that hangs: the orderly end would wait stop_s for its checkpoint.
-    with running(tmp_path / "run", *TINY, *LONG, "deadlines.stop_s=60") as live:
+    # A learner that hangs: the orderly end would wait deadlines.work_s for its checkpoint.
+    with running(tmp_path / "run", *TINY, *LONG) as live:
         live.wait_for(r"^step +5/")
         os.kill(live.pid("learner"), signal.SIGSTOP)
         os.kill(live.driver, signal.SIGINT)
@@ -178,7 +178,6 @@ def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
         "replay.groups_per_step=16",
         "rollout.num_slots=8",
         "deadlines.work_s=5",
-        "deadlines.stop_s=5",
     )
     with running(tmp_path / "run", *TINY, *LONG, *slow) as live:
         run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)

@@ -86,7 +86,7 @@ def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
         *RANKS,
         "learner.data_parallel=2",
         "train.num_steps=5000",
-        *(f"deadlines.{wait}=5" for wait in ("work_s", "answer_s", "stop_s")),
+        *(f"deadlines.{wait}=5" for wait in ("work_s", "answer_s")),
     ) as live:
         live.wait_for(r"^step +3/")
         os.kill(live.pid("learner-1"), signal.SIGSTOP)

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 
 import psutil
 
-from dapo_async.config import Config
+from dapo_async.config import STOP_S, Config
 from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
@@ -71,7 +71,7 @@ class RayConnection:
         """
         if self._connecting is None:
             return
-        started, _ = await asyncio.wait([self._connecting], timeout=self._config.deadlines.stop_s)
+        started, _ = await asyncio.wait([self._connecting], timeout=STOP_S)
         if started:
             with self._reaper.hasten() if self._reaper is not None else nullcontext():
                 await asyncio.get_running_loop().run_in_executor(self._thread, disconnect)

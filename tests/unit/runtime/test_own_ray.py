@@ -181,7 +181,7 @@ def test_own_ray_gets_nothing_of_a_cluster_from_the_environment(
 
 def local_config(*, start_s: float = 30.0) -> Config:
     config = knobs.load(QUICKSTART, ["ray.address=local"])
-    return replace(config, deadlines=DeadlinesConfig(start_s=start_s, stop_s=0.2))
+    return replace(config, deadlines=DeadlinesConfig(start_s=start_s))
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -199,6 +199,7 @@ def test_failed_start_of_ray_is_wrong_input_and_leaves_no_process(
 
     monkeypatch.setattr(connection, "connect", connect)
     monkeypatch.setattr(connection, "disconnect", lambda: None)
+    monkeypatch.setattr(connection, "STOP_S", 0.2)
 
     async def main() -> None:
         ray = RayConnection(local_config(start_s=0.3 if hangs else 30.0))

@@ -456,7 +456,7 @@ def test_end_of_a_run_waits_no_longer_than_its_deadline(tmp_path: Path) -> None:
     store.finish("done", "all steps trained", deadline_s=0.2)
     never.set()
     assert store.caught["mlflow: late"] == 1
-    assert "has not taken everything within 0.2 s (deadlines.stop_s)" in said[0]
+    assert "has not taken everything within 0.2 s" in said[0]
 
 
 class Flaky:
