@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
+REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
 STOP_S = 10.0  # how long each part of a run's end may take: actors, MLflow, Ray
 PROCESS = "each one is a process"
@@ -311,7 +312,8 @@ class ReplayConfig:
     )
     dynamic_sampling: bool = knob(
         True,
-        "reject groups whose rollouts all have the same accuracy, because they give no gradient",
+        "reject groups whose rollouts all have the same accuracy, because they give no gradient; "
+        "after 32 x groups_per_step rejected groups in a row the run ends",
     )
     filter: str | None = knob(
         None,
@@ -325,12 +327,11 @@ class ReplayConfig:
         "run can be repeated bit for bit (lockstep; it needs max_staleness 0, one worker and the "
         "torch engine)",
     )
-    max_rejected_in_a_row: int = knob(
-        512,
-        "the run ends after this many rejected groups in a row; its status is solved if all their "
-        "answers were correct, else failed",
-        least=1,
-    )
+
+    @property
+    def max_rejected_in_a_row(self) -> int:
+        """The run ends after this many rejected groups in a row: the groups of 32 batches."""
+        return REJECTED_BATCHES * self.groups_per_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,11 +114,6 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         f"({replay.group_size}), so that all rollouts of a group can run together",
     )
     yield (
-        replay.max_rejected_in_a_row >= replay.groups_per_step,
-        f"replay.max_rejected_in_a_row ({replay.max_rejected_in_a_row}) must be at least "
-        f"replay.groups_per_step ({replay.groups_per_step})",
-    )
-    yield (
         replay.admission != "lockstep" or (replay.max_staleness == 0 and rollout.num_workers == 1),
         "replay.admission=lockstep needs replay.max_staleness=0 and rollout.num_workers=1 (they "
         f"are {replay.max_staleness} and {rollout.num_workers}), otherwise the order of groups "

@@ -32,7 +32,8 @@ class StopReason:
         return (
             f"the filters rejected {total} groups in a row ({by_reason}); read the run's rollouts: "
             "all_wrong means too hard or an answer that the verifier can't read; change the data, "
-            "the template or the group size, or raise replay.max_rejected_in_a_row"
+            "the template or the group size, or raise replay.groups_per_step: the run ends after "
+            "32 times as many rejected groups in a row"
         )
 
 

@@ -87,30 +87,29 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
         "reward.overlong_cache_tokens=null",
     )
     small = (
-        "replay.groups_per_step=2",
+        "replay.groups_per_step=1",
         "replay.group_size=4",
-        "replay.max_rejected_in_a_row=12",
         "rollout.num_slots=16",
     )
     run = finished(tmp_path / "run", f"data.train={data}", f"data.heldout={data}", *clear, *small)
     summary = run.summary
     assert (run.exit_code, summary["status"]) == (0, "solved"), run.output
-    assert summary["reason"] == "task solved: 12 groups in a row were all correct"
+    assert summary["reason"] == "task solved: 32 groups in a row were all correct"
     assert summary["initial_accuracy"] == summary["final_accuracy"] == 1.0
-    assert summary["groups"]["rejected"]["all_correct"] == summary["groups"]["admitted"] >= 12
+    assert summary["groups"]["rejected"]["all_correct"] == summary["groups"]["admitted"] >= 32
     check_conservation(summary["groups"])
     assert (summary["steps"], summary["weight_versions"]) == (0, 1)
 
 
 @pytest.mark.ray
 def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path: Path) -> None:
-    # Forty problems whose answer can't be given. The first prompt is one whose siblings differ:
+    # Eighty problems whose answer can't be given. The first prompt is one whose siblings differ:
     # its group is accepted, but makes no batch.
     config = knobs.load(QUICKSTART)
-    problems = prompts_of(config)[:41]
+    problems = prompts_of(config)[:81]
     answer, temperature = Base(config).coin(problems[0])
     rows = [{"prompt": problem, "answer": "impossible"} for problem in problems[1:]]
-    order: Any = PromptStream(cast("Any", range(41)), seed=0)
+    order: Any = PromptStream(cast("Any", range(81)), seed=0)
     rows.insert(order[0], {"prompt": problems[0], "answer": answer})
     data = write_rows(tmp_path / "impossible.jsonl", rows)
     one_token = (
@@ -123,17 +122,16 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
         "seed=0",
         "replay.groups_per_step=2",
         "replay.group_size=16",
-        "replay.max_rejected_in_a_row=30",
         "rollout.num_slots=32",
         "evaluation.num_prompts=8",
     )
     run = finished(tmp_path / "run", f"data.train={data}", *one_token, *small)
     summary = run.summary
     assert (run.exit_code, summary["status"]) == (1, "failed"), run.output
-    assert summary["reason"].startswith("the filters rejected 30 groups in a row (all_wrong 30); ")
+    assert summary["reason"].startswith("the filters rejected 64 groups in a row (all_wrong 64); ")
     groups = summary["groups"]
     assert groups["unused"] == 1
-    assert groups["rejected"]["all_wrong"] == groups["admitted"] - 1 >= 30
+    assert groups["rejected"]["all_wrong"] == groups["admitted"] - 1 >= 64
     check_conservation(groups)
     with pytest.raises(AssertionError, match="were admitted"):
         check_conservation({**groups, "unused": 0})

@@ -35,7 +35,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
         )
     )
     small = (
-        "replay.max_rejected_in_a_row=16",
+        "replay.groups_per_step=1",
         "evaluation.num_prompts=4",
         "tracking.mlflow=null",
         "rollout.max_response_tokens=8",
@@ -52,10 +52,10 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     summary = run.summary
     assert (run.exit_code, summary["status"], summary["steps"]) == (1, "failed", 0), run.output
     assert summary["reason"].startswith(
-        "the filters rejected 16 groups in a row (all_wrong 16); "
+        "the filters rejected 32 groups in a row (all_wrong 32); "
         "read the run's rollouts: all_wrong means too hard "
     )
-    assert summary["groups"]["rejected"]["all_wrong"] == summary["groups"]["admitted"] >= 16
+    assert summary["groups"]["rejected"]["all_wrong"] == summary["groups"]["admitted"] >= 32
     check_conservation(summary["groups"])
     left_out = (
         "20 of another language (rows 386, 392, 395, …), "
