@@ -28,7 +28,13 @@ from dapo_async import config as knobs
 from dapo_async.config import Config
 from dapo_async.replay import ReplayBuffer, dynamic_sampling, has_tokens
 from dapo_async.replay.group_io import pack_group
-from dapo_async.rollout import GroupRequest, SamplingParams, SlotUse
+from dapo_async.rollout import (
+    GroupRequest,
+    SamplingParams,
+    SiblingsEnded,
+    SlotUse,
+    ignore_ends,
+)
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import ReplayClient
@@ -79,7 +85,9 @@ class Engine:
     def version(self) -> int:
         return self._host.version
 
-    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+    async def generate(
+        self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
+    ) -> tuple[Completion, ...]:
         await asyncio.sleep(0)
         return self._host.completions
 

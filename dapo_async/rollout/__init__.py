@@ -6,6 +6,7 @@ engine      the `Engine` protocol; it does not import torch, so that its import 
 native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
 sglang      the engine on an SGLang server
 slot_meter  the time of each slot: occupied, without credit, tail or sync
+slot_demand how many groups a worker asks for, by the sequences of its engine
 worker      sends groups to an engine as long as there are credits and empty slots
 """
 
@@ -15,9 +16,11 @@ from dapo_async.rollout.engine import (
     EngineFault,
     GroupRequest,
     SamplingParams,
+    SiblingsEnded,
     SlotUse,
     UpdateReport,
     WeightUpdate,
+    ignore_ends,
 )
 
 __all__ = [
@@ -26,7 +29,9 @@ __all__ = [
     "EngineFault",
     "GroupRequest",
     "SamplingParams",
+    "SiblingsEnded",
     "SlotUse",
     "UpdateReport",
     "WeightUpdate",
+    "ignore_ends",
 ]

@@ -7,7 +7,7 @@ engine gets tensors, an SGLang server loads the weights itself (see `runtime/act
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -113,6 +113,14 @@ class SlotUse:
     sync: float  # all slots, during weight updates
 
 
+SiblingsEnded = Callable[[int], None]
+"""Called with how many siblings of a group ended since its last call."""
+
+
+def ignore_ends(count: int) -> None:
+    """For callers of `Engine.generate` that wait for whole groups."""
+
+
 class Engine(Protocol):
     """Generates groups with weights that change. Calls may overlap; each needs an event loop."""
 
@@ -126,8 +134,13 @@ class Engine(Protocol):
         """Version of the weights that sample the next token."""
         ...
 
-    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+    async def generate(
+        self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
+    ) -> tuple[Completion, ...]:
         """One completion per sibling.
+
+        `siblings_ended` is called on the caller's event loop while the group runs. It may leave
+        out the siblings that end last: the answer tells their end.
 
         Raises Aborted, ValueError for a request that can never fit, EngineFault, or the error that
         stopped the engine.

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from dapo_async.replay.group_io import pack_group
 from dapo_async.reward import VerifierFailed
-from dapo_async.rollout.engine import Aborted, Engine, EngineFault, GroupRequest, SamplingParams
+from dapo_async.rollout.engine import (
+    Aborted,
+    Engine,
+    EngineFault,
+    GroupRequest,
+    SamplingParams,
+    SiblingsEnded,
+)
+from dapo_async.rollout.slot_demand import GroupInFlight, SlotDemand
 from dapo_async.types import Admission, Completion, Group, GroupFacts
 
 
@@ -93,8 +101,8 @@ class _Loss:
 class RolloutWorker:
     """Keeps its engine full as long as there are credits.
 
-    It holds `num_slots / group_size` groups, rounded up, and one more, so that a free slot gets its
-    next sequence at the next decode step.
+    It asks for groups as soon as slots are free, whatever number of siblings of its groups still
+    run: `SlotDemand` has the rule.
     """
 
     def __init__(
@@ -110,8 +118,8 @@ class RolloutWorker:
         self.name, self.engine = name, engine
         self.state = WorkerState.SERVING
         self._replay, self._score, self._sampling = replay, score, sampling
-        self._capacity = -(-engine.num_slots // group_size) + 1
-        self._num_started = 0  # groups on the engine or about to be
+        # Counts the groups on the engine or about to be.
+        self._demand = SlotDemand(num_slots=engine.num_slots, group_size=group_size)
         self._changed = asyncio.Event()  # there may be something to exchange
         self._state_changed = asyncio.Event()  # a new one after each change
         # Admitted groups that are to be offered; evicted ones and those of wrong weights are not.
@@ -169,9 +177,9 @@ class RolloutWorker:
             if admission.group_id in self._evicted:
                 self._evicted.discard(admission.group_id)
                 continue
-            self._num_started += 1
             self._wanted.add(admission.group_id)
-            tasks.create_task(self._roll(admission), name=f"group {admission.group_id}")
+            rolling = self._roll(admission, self._demand.start())
+            tasks.create_task(rolling, name=f"group {admission.group_id}")
 
     def _count_asking(self, change: int) -> None:
         before, self._num_asking = self._num_asking, self._num_asking + change
@@ -205,17 +213,22 @@ class RolloutWorker:
     @property
     def _num_free(self) -> int:
         """Groups that could start now."""
-        return max(0, self._capacity - self._num_started) if self.state in GENERATING else 0
+        return self._demand.num_groups if self.state in GENERATING else 0
 
-    async def _roll(self, admission: Admission) -> None:
+    async def _roll(self, admission: Admission, in_flight: GroupInFlight) -> None:
         """One group from its admission to its offer."""
+
+        def siblings_ended(count: int) -> None:
+            in_flight.end_siblings(count)
+            self._changed.set()
+
         try:
             may_start = await self._wait_to_start(admission)
             num_losses = self._num_losses
-            completions = await self._generate(admission) if may_start else None
+            completions = await self._generate(admission, siblings_ended) if may_start else None
             proved = self._is_proved
         finally:
-            self._num_started -= 1
+            in_flight.stop()
             self._changed.set()
         if completions is None or admission.group_id not in self._wanted:
             return
@@ -245,7 +258,9 @@ class RolloutWorker:
             await self._hand_back(admission.group_id, admission.partial_completions)
         return admission.group_id in self._wanted
 
-    async def _generate(self, admission: Admission) -> tuple[Completion, ...] | None:
+    async def _generate(
+        self, admission: Admission, siblings_ended: SiblingsEnded
+    ) -> tuple[Completion, ...] | None:
         """One completion per sibling; None when the group was aborted or handed back."""
         group_id = admission.group_id
         request = GroupRequest(
@@ -256,7 +271,7 @@ class RolloutWorker:
             admission.partial_completions,
         )
         try:
-            return await self.engine.generate(request)
+            return await self.engine.generate(request, siblings_ended)
         except EngineFault as fault:
             self.lose(str(fault))
             # The newest tokens may come from weights that were never proved.

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from dapo_async.replay.group_io import unpack_group
-from dapo_async.rollout import Aborted, GroupRequest, SamplingParams, SlotUse
+from dapo_async.rollout import (
+    Aborted,
+    GroupRequest,
+    SamplingParams,
+    SiblingsEnded,
+    SlotUse,
+    ignore_ends,
+)
 from dapo_async.rollout.worker import Offer, RolloutWorker
 from dapo_async.types import Admission, Completion, FinishReason, Group, Prompt, Rollout
 
@@ -33,13 +40,17 @@ class FakeEngine:
         self.aborted: list[int] = []
         self.starving_calls: list[bool] = []
         self._running: dict[int, asyncio.Future[tuple[Completion, ...]]] = {}
+        self._siblings_ended: dict[int, SiblingsEnded] = {}
 
     @property
     def group_ids(self) -> list[int]:
         return sorted(self._running)
 
-    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+    async def generate(
+        self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
+    ) -> tuple[Completion, ...]:
         self.requests.append(request)
+        self._siblings_ended[request.group_id] = siblings_ended
         future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
         self._running[request.group_id] = future
         return await future
@@ -52,6 +63,9 @@ class FakeEngine:
 
     async def close(self) -> None:
         raise NotImplementedError("the worker does not close its engine")
+
+    def end_siblings(self, group_id: int, count: int) -> None:
+        self._siblings_ended[group_id](count)
 
     def finish(self, group_id: int) -> None:
         self._running.pop(group_id).set_result((COMPLETION,) * self.requests[0].num_siblings)

@@ -12,7 +12,7 @@ Siblings share the prefill of their prompt. Weights change only between two step
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -76,6 +76,7 @@ class TorchEngine:
         self.draining = False  # True: nothing new starts; set by the thread before a `drain` update
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.num_drawn = 0  # tokens drawn in the last step = slots that it occupied
+        self.num_ended: Counter[int] = Counter()  # siblings of the last step, by group id
         self._decoder = decoder.eval().requires_grad_(False)
         self._device = device
         decoder.fuse()
@@ -146,6 +147,7 @@ class TorchEngine:
 
         Returns `(group_id, completions)` of the groups whose last sibling ended.
         """
+        self.num_ended.clear()
         num_decoding = len(self._table)
         started = self._admit()
         if not len(self._table):
@@ -155,6 +157,7 @@ class TorchEngine:
         ended = self._table.sample(self._decoder.logits(hidden), version=self.version)
         if not ended:
             return []
+        self.num_ended.update(self._table.owners[row][0].request.group_id for row in ended)
         finished = []
         for group in self._table.finish(ended):
             group_id, num_siblings = group.request.group_id, group.request.num_siblings

@@ -11,7 +11,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dapo_async.rollout.engine import Aborted, GroupRequest, SlotUse, UpdateReport
+from dapo_async.rollout.engine import (
+    Aborted,
+    GroupRequest,
+    SiblingsEnded,
+    SlotUse,
+    UpdateReport,
+    ignore_ends,
+)
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion
@@ -31,6 +38,7 @@ _CLOSE_TIMEOUT_S = 60.0  # at most one decode step or one weight update has to e
 @dataclass(frozen=True, slots=True)
 class _Generate:
     request: GroupRequest
+    siblings_ended: SiblingsEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +82,12 @@ class _Waiter:
             else:
                 self.future.set_exception(error)
 
+        self.call(settle)
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls `function` on the caller's event loop."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(settle)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 class ThreadedEngine:
@@ -95,7 +107,7 @@ class ThreadedEngine:
         self._error: BaseException | None = None
         # A command is in one of these three until it is answered: `_die` finds every waiter there.
         self._taken: deque[tuple[_Command, _Waiter]] = deque()  # from the inbox, to be executed
-        self._generating: dict[int, _Waiter] = {}
+        self._generating: dict[int, tuple[_Waiter, SiblingsEnded]] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -108,9 +120,11 @@ class ThreadedEngine:
     def version(self) -> int:
         return self._core.version
 
-    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+    async def generate(
+        self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
+    ) -> tuple[Completion, ...]:
         """See `Engine`. A cancelled call takes its group off the engine."""
-        call = self._send(_Generate(request))
+        call = self._send(_Generate(request, siblings_ended))
         try:
             completions: tuple[Completion, ...] = await call
         except asyncio.CancelledError:
@@ -203,22 +217,26 @@ class ThreadedEngine:
         if core.has_work:
             self._clock.enter("generate")
             for group_id, completions in core.step():
-                self._generating.pop(group_id).answer(completions)
+                self._generating.pop(group_id)[0].answer(completions)
+            for group_id, count in core.num_ended.items():
+                if group_id in self._generating:  # else its answer tells the end
+                    waiter, siblings_ended = self._generating[group_id]
+                    waiter.call(siblings_ended, count)
             self._meter.spent(running=core.num_drawn)
         return True
 
     def _execute(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
         match command:
-            case _Generate(request):
+            case _Generate(request, siblings_ended):
                 try:
                     self._core.submit(request)
                 except ValueError as error:  # the caller's error: the engine goes on
                     waiter.fail(error)
                 else:
-                    self._generating[request.group_id] = waiter
+                    self._generating[request.group_id] = waiter, siblings_ended
             case _Abort(group_ids):
                 for group_id in self._core.abort(group_ids):
-                    self._generating.pop(group_id).fail(
+                    self._generating.pop(group_id)[0].fail(
                         Aborted(f"group {group_id} was taken off the engine")
                     )
                 waiter.answer(None)
@@ -244,7 +262,7 @@ class ThreadedEngine:
             self._error = error
         self._clock.enter("wait")
         self._meter.spent(running=0)
-        waiters = list(self._generating.values())
+        waiters = [waiter for waiter, _ in self._generating.values()]
         waiters += [waiter for _, waiter in (*self._updates, *self._taken)]
         while not self._inbox.empty():
             waiters += [waiter for _, waiter in self._inbox.get()]

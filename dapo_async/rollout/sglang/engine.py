@@ -31,9 +31,11 @@ from dapo_async.rollout.engine import (
     Aborted,
     EngineFault,
     GroupRequest,
+    SiblingsEnded,
     SlotUse,
     UpdateReport,
     WeightUpdate,
+    ignore_ends,
 )
 from dapo_async.rollout.sglang.client import Chunk, SGLangClient
 from dapo_async.rollout.sglang.stream import (
@@ -97,7 +99,9 @@ class SGLangEngine:
         self._nonce, self._serial = secrets.token_hex(4), itertools.count()
         clock.enter("wait")
 
-    async def generate(self, request: GroupRequest) -> tuple[Completion, ...]:
+    async def generate(
+        self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
+    ) -> tuple[Completion, ...]:
         """See `Engine`. A cancelled call takes its group off the engine.
 
         Raises EngineFault, with the partial completions, when the server can't be used.
@@ -106,10 +110,16 @@ class SGLangEngine:
         assert not known, f"group {request.group_id} is on the engine already"
         group = _Running([])
         self._running[request.group_id] = group
+
+        async def respond(sibling: int) -> Completion:
+            completion = await self._respond(group, request, sibling)
+            siblings_ended(1)
+            return completion
+
         try:
             async with asyncio.TaskGroup() as siblings:
                 group.siblings = [
-                    siblings.create_task(self._respond(group, request, sibling))
+                    siblings.create_task(respond(sibling))
                     for sibling in range(request.num_siblings)
                 ]
         except ExceptionGroup as errors:

@@ -70,6 +70,32 @@ def test_awaited_groups_equal_the_synchronous_engine_and_the_clock_follows() -> 
     assert without_waits == ["generate", "sync", "generate"]
 
 
+def test_ends_of_siblings_are_reported_while_their_group_runs() -> None:
+    stops = tuple(range(8))
+
+    async def main() -> Any:
+        engine, _ = threaded(num_slots=4)
+        ended: list[list[int]] = [[] for _ in range(3)]
+        requests = [
+            group(key, [key + 1, 2], siblings=8, max_tokens=30, stop=stops) for key in range(3)
+        ]
+        calls = [
+            engine.generate(request, ended[key].append) for key, request in enumerate(requests)
+        ]
+        answers = await asyncio.gather(*calls)
+        before = [sum(counts) for counts in ended]
+        await engine.close()
+        return answers, ended, before
+
+    answers, ended, before = asyncio.run(main())
+    assert [sum(counts) for counts in ended] == before, "an end was reported after the answer"
+    for completions, counts in zip(answers, ended, strict=True):
+        lengths = [len(completion.token_ids) for completion in completions]
+        assert len(set(lengths)) > 2
+        assert len(counts) > 1
+        assert 0 < sum(counts) < 8, "the answer stands for the last end"
+
+
 def test_a_crash_reaches_pending_and_later_calls_with_its_original_error() -> None:
     async def main() -> Any:
         engine, _ = threaded(num_slots=1)

@@ -47,6 +47,53 @@ def test_slow_group_delays_no_other() -> None:
     play(scene)
 
 
+def test_worker_starts_a_group_when_enough_siblings_of_any_groups_have_ended() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        engine.end_siblings(0, 1)
+        engine.end_siblings(1, 1)
+        await settled()
+        assert engine.group_ids == [0, 1, 2, 3]
+        assert replay.asked == [3, 1]
+        engine.end_siblings(0, 1)
+        await settled()
+        assert engine.group_ids == [0, 1, 2, 3], "9 sequences are in flight"
+        engine.finish(0)
+        engine.end_siblings(3, 2)
+        await settled()
+        assert engine.group_ids == [1, 2, 3, 4]
+        assert replay.offered == [0]
+
+    play(scene)
+
+
+def test_worker_without_credits_asks_again_when_more_siblings_have_ended() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        assert replay.asked == [3, 1]
+        for group_id in (0, 1):
+            engine.end_siblings(group_id, 2)
+        await settled()
+        assert replay.asked == [3, 1, 3]
+        await replay.give(5)
+        await settled()
+        assert engine.group_ids == [0, 1, 2, 3, 4]
+        assert worker._demand.in_flight == 11  # as many as there ever are
+
+    play(scene, credits=2)
+
+
+def test_siblings_that_ended_before_their_engine_was_lost_count_once() -> None:
+    async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
+        engine.end_siblings(1, 2)
+        engine.fail(1, EngineFault("connection lost", (COMPLETION, COMPLETION, None)))
+        engine.fail(0, EngineFault("connection lost"))
+        await settled()
+        assert worker._demand.in_flight == 3  # group 2
+        engine.end_siblings(1, 1)  # came late
+        assert worker._demand.in_flight == 3
+
+    play(scene)
+
+
 def test_worker_without_credits_waits_and_starts_with_the_first_one() -> None:
     async def scene(worker: RolloutWorker, engine: FakeEngine, replay: FakeReplay) -> None:
         assert engine.group_ids == [0]
