@@ -109,7 +109,7 @@ class SlotUse:
     elapsed_s: float
     occupied: float
     no_credit: float  # idle while the worker waited for an admission
-    tail: float  # idle while the worker waited for none: the last siblings of its groups run
+    tail: float  # idle while the worker waited for none: mostly before an update with `drain`
     sync: float  # all slots, during weight updates
 
 
