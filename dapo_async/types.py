@@ -129,11 +129,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """What admission and filters read of a group: `Group`'s properties of the same names."""
+    """What the replay actor reads of a group: mostly `Group`'s properties of the same names."""
 
     group_id: int
     incarnation: str
     oldest_version: int
+    num_versions: int  # how many versions sampled one of its tokens
     num_tokens: int
     num_response_tokens: int
     accuracies: tuple[float, ...]
@@ -141,10 +142,15 @@ class GroupFacts:
 
     @classmethod
     def of(cls, group: Group) -> Self:
+        completions = [rollout.completion for rollout in group.rollouts]
+        versions = np.concatenate([each.weight_versions for each in completions])
+        prefilled = min(each.prefill_version for each in completions)
+        oldest = int(versions.min(initial=prefilled))
         return cls(
             group.group_id,
             group.incarnation,
-            group.oldest_version,
+            oldest,
+            int(np.count_nonzero(np.bincount(versions - oldest))),
             group.num_tokens,
             group.num_response_tokens,
             group.accuracies,

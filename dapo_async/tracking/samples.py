@@ -6,17 +6,15 @@ Called by the replay actor when it hands a batch to the learner.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
-
-from dapo_async.types import Group
+from dapo_async.types import Group, GroupFacts
 
 
-def choose_samples(groups: Sequence[Group], count: int) -> list[Group]:
-    """Up to `count` groups of a step that differ from each other, the same ones on every call.
+def choose_samples(groups: Sequence[GroupFacts], prompts: Sequence[str], count: int) -> list[int]:
+    """Positions of up to `count` groups of a step that differ from each other; `prompts`: texts.
 
     In turn: the highest mean accuracy, the lowest, the most weight versions, the most response
     tokens, the fewest; then again from the first criterion. A prompt is shown twice only when no
@@ -24,14 +22,11 @@ def choose_samples(groups: Sequence[Group], count: int) -> list[Group]:
     With `count` for all of them there is no choice: they come by id.
     """
     if count >= len(groups):
-        return sorted(groups, key=lambda group: group.group_id)
-    accuracy = {group.group_id: float(np.mean(group.accuracies)) for group in groups}
-    versions = {group.group_id: len(group.weight_versions) for group in groups}
-    oldest = {group.group_id: group.oldest_version for group in groups}
-    tokens = {
-        group.group_id: sum(rollout.num_tokens for rollout in group.rollouts) for group in groups
-    }
-    in_turn: list[tuple[Mapping[int, float], int]] = [
+        return sorted(range(len(groups)), key=lambda each: groups[each].group_id)
+    accuracy = [sum(group.accuracies) / len(group.accuracies) for group in groups]
+    versions = [group.num_versions for group in groups]
+    tokens = [group.num_response_tokens for group in groups]
+    in_turn: list[tuple[Sequence[float], int]] = [
         (accuracy, -1),
         (accuracy, 1),
         (versions, -1),
@@ -39,19 +34,19 @@ def choose_samples(groups: Sequence[Group], count: int) -> list[Group]:
         (tokens, 1),
     ]
     criteria = cycle(in_turn)
-    chosen: list[Group] = []
-    left = list(groups)
+    chosen: list[int] = []
+    left = list(range(len(groups)))
     while left and len(chosen) < count:
         values, sign = next(criteria)
-        shown = {group.prompt.text for group in chosen}
+        shown = {prompts[each] for each in chosen}
         best = min(
             left,
-            key=lambda group: (
-                group.prompt.text in shown,
-                sign * values[group.group_id],
-                -versions[group.group_id],
-                oldest[group.group_id],
-                group.group_id,
+            key=lambda each: (
+                prompts[each] in shown,
+                sign * values[each],
+                -versions[each],
+                groups[each].oldest_version,
+                groups[each].group_id,
             ),
         )
         chosen.append(best)

@@ -49,8 +49,9 @@ ANSWER_EVERY_S = 30.0
 
 @dataclass(slots=True)
 class Payload:
-    """An accepted group, packed."""
+    """An accepted group: its facts, and the whole of it, packed."""
 
+    facts: GroupFacts
     data: Bytes
 
     @property
@@ -75,7 +76,8 @@ def write_state(folder: Path, state: BufferState) -> None:
 def read_state(folder: Path) -> BufferState:
     """What `write_state` wrote."""
     payloads = {
-        group.group_id: Payload(pack_group(group)) for group in read_groups(folder / GROUPS_FILE)
+        group.group_id: Payload(GroupFacts.of(group), pack_group(group))
+        for group in read_groups(folder / GROUPS_FILE)
     }
     return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), payloads)
 
@@ -184,7 +186,7 @@ class ReplayActor:
         several = len(facts) > 1
         for offered, data in zip(facts, packed, strict=True):
             whole = self._config.replay.filter is not None
-            payload = Payload(data)
+            payload = Payload(offered, data)
             result = self._buffer.offer(payload.group if whole else offered, payload)
             if result.outcome is OfferOutcome.ACCEPTED and several:
                 payload.data = data.copy()  # a view would keep the bytes of all groups of the call
@@ -374,15 +376,20 @@ class ReplayActor:
 
     def _write_in_background(self, step: int) -> None:
         """Writes the samples of a step that the learner begins, and the batch if it is recorded."""
-        task = asyncio.create_task(asyncio.to_thread(self._write, step, self._in_training[step]))
+        payloads = self._in_training[step]
+        prompts = [self._stream[payload.facts.group_id].text for payload in payloads]
+        task = asyncio.create_task(asyncio.to_thread(self._write, step, payloads, prompts))
         self._writes.add(task)
 
-    def _write(self, step: int, payloads: Sequence[Payload]) -> None:
-        groups = [payload.group for payload in payloads]
+    def _write(self, step: int, payloads: Sequence[Payload], prompts: Sequence[str]) -> None:
+        """Unpacks only the groups that it writes."""
         record = self._config.train.record
-        samples = choose_samples(groups, len(groups) if record else SAMPLE_GROUPS)
+        count = len(payloads) if record else SAMPLE_GROUPS
+        chosen = choose_samples([payload.facts for payload in payloads], prompts, count)
+        samples = [payloads[each].group for each in chosen]
         write_rollouts(self._run_dir.rollouts, step=step, groups=samples)
         if record:
+            groups = [payload.group for payload in payloads]
             write_groups(self._run_dir.recorded_step(step), groups)
 
     async def _written(self) -> None:

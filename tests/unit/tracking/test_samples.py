@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dapo_async.tracking.samples import choose_samples, version_spans, write_rollouts
-from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+from dapo_async.types import Completion, FinishReason, Group, GroupFacts, Prompt, Rollout
 
 
 def test_versions_per_token_become_spans() -> None:
@@ -77,6 +77,12 @@ def group_of(
     return Group(group_id, row, rollouts, "first", 1.0)
 
 
+def chosen_ids(groups: Sequence[Group], count: int) -> list[int]:
+    facts = [GroupFacts.of(group) for group in groups]
+    chosen = choose_samples(facts, [group.prompt.text for group in groups], count)
+    return [groups[position].group_id for position in chosen]
+
+
 def test_samples_are_the_best_the_worst_and_the_most_asynchronous_group() -> None:
     groups = [
         group_of(0, (1.0, 0.0)),
@@ -86,12 +92,11 @@ def test_samples_are_the_best_the_worst_and_the_most_asynchronous_group() -> Non
         group_of(4, (1.0, 0.0), num_tokens=9),
         group_of(5, (1.0, 0.0), num_tokens=2),
     ]
-    chosen = [group.group_id for group in choose_samples(groups, 5)]
+    chosen = chosen_ids(groups, 5)
     assert chosen == [2, 1, 3, 4, 5]
-    backwards = [group.group_id for group in choose_samples(groups[::-1], 5)]
-    assert backwards == chosen
-    assert [group.group_id for group in choose_samples(groups[::-1], 6)] == [0, 1, 2, 3, 4, 5]
-    assert choose_samples([], 2) == choose_samples(groups, 0) == []
+    assert chosen_ids(groups[::-1], 5) == chosen
+    assert chosen_ids(groups[::-1], 6) == [0, 1, 2, 3, 4, 5]
+    assert chosen_ids([], 2) == chosen_ids(groups, 0) == []
 
 
 def test_a_prompt_is_shown_twice_only_when_no_other_is_left() -> None:
@@ -101,8 +106,8 @@ def test_a_prompt_is_shown_twice_only_when_no_other_is_left() -> None:
         group_of(2, (0.5, 0.5), prompt="2 + 2"),
         group_of(3, (0.5, 0.5), prompt="2 + 2"),
     ]
-    assert [group.group_id for group in choose_samples(groups, 2)] == [0, 2]
-    assert [group.group_id for group in choose_samples(groups, 3)] == [0, 2, 1]
+    assert chosen_ids(groups, 2) == [0, 2]
+    assert chosen_ids(groups, 3) == [0, 2, 1]
 
 
 def test_groups_of_equal_outcome_are_told_apart_by_their_weight_versions() -> None:
@@ -111,4 +116,12 @@ def test_groups_of_equal_outcome_are_told_apart_by_their_weight_versions() -> No
         group_of(1, (0.5, 0.5), versions=(6, 7)),
         group_of(2, (0.5,)),
     ]
-    assert [group.group_id for group in choose_samples(groups, 2)] == [1, 0]
+    assert chosen_ids(groups, 2) == [1, 0]
+
+
+def test_the_facts_of_a_group_say_what_the_group_says() -> None:
+    for versions in ((7,), (5, 7), (5, 6, 7)):
+        group = group_of(0, (0.5, 0.0), num_tokens=4, versions=versions)
+        facts = GroupFacts.of(group)
+        assert facts.num_versions == len(group.weight_versions) == len(versions)
+        assert facts.oldest_version == group.oldest_version == min(versions)
