@@ -149,6 +149,7 @@ def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
 
 def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[str]:
     from dapo_async.runtime.cluster.planned_actors import planned_actors
+    from dapo_async.runtime.slot_advice import slot_advice
 
     replay, rollout = config.replay, config.rollout
     local = config.ray.address == "local"
@@ -158,6 +159,8 @@ def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[s
     yield f"would start {len(actors)} actors, one process each, on {where}, and this driver:"
     for actor in actors:
         yield f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}"
+    if advice := slot_advice(config):
+        yield advice
     if parse_source(config.model.path).hub is None:  # else there are no sizes yet
         yield _memory_line(config)
     yield (
@@ -211,6 +214,8 @@ def closing_lines(root: Path) -> Iterator[str]:
         f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; "
         f"idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
     )
+    if summary["slot_advice"]:
+        yield summary["slot_advice"]
     yield f"{'checkpoint':<10} {root / summary['checkpoint']}"
     for what, name in (
         ("summary", "summary.json"),

@@ -227,6 +227,9 @@ def test_dry_run_tells_every_actor_and_starts_nothing(
     ]
     assert actors == ["replay", "learner", "rollout-0", "rollout-1", "rollout-2", "evaluator"]
     assert f"would write {tmp_path / 'run'}" in printed
+    assert "credits allow" not in printed
+    assert main([*TRAIN, "rollout.num_slots=2000", "--dry-run"]) == 0
+    assert "\ncredits allow 1536 sequences in flight, the " in capsys.readouterr().out
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
 
@@ -280,6 +283,7 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
         "status": "failed", "reason": "no batch", "steps": 0, "tokens": 0, "final_accuracy": None,
         "groups": {"admitted": 3, "trained": 0, "rejected": {"all_wrong": 3}},
         "staleness": {"mean": 0.0, "max": 0}, "idle": {"learner": 1.0, "rollout": 0.0},
+        "slot_advice": None,
         "checkpoint": str(tmp_path / "checkpoints" / "step_000000"),
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
@@ -291,6 +295,9 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
     assert lines[-1] == f"continue   dapo-async train --resume {tmp_path}"
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert f"metrics    {tmp_path / 'metrics.jsonl'}" in closing_lines(tmp_path)
+    advised = summary | {"slot_advice": "credits allow 64 sequences"}
+    (tmp_path / "summary.json").write_text(json.dumps(advised))
+    assert list(closing_lines(tmp_path))[3] == "credits allow 64 sequences"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
