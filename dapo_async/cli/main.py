@@ -13,7 +13,9 @@ from types import ModuleType
 from dapo_async.cli import config, evaluate, grade, report, rerun, train
 from dapo_async.cli.arguments import Parser, parse
 from dapo_async.tracking.terminal import lasting_streams
+from dapo_async.utils.files import is_disk_full
 
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -62,6 +64,13 @@ def _exit_code(words: Sequence[str]) -> int:
     except ValueError as error:
         print(f"dapo-async: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f"{error.filename} can't be written: " if error.filename else ""
+        what = (error.strerror or "no space left").lower()
+        print(f"dapo-async: {where}{what}; free some space on that disk", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _run(words: Sequence[str]) -> int:

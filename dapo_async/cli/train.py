@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from dapo_async.utils.paths import for_shell
 
 if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
     from dapo_async.runtime.preflight import Inputs
+    from dapo_async.tracking.run_dir import RunDir
 
 HELP = "train a model; writes a run directory"
 MIB = 2**20
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     prepare(choice.address)
 
     from dapo_async.runtime.preflight import check_inputs
+    from dapo_async.tracking.run_dir import missing_folders, unusable
 
     inputs = check_inputs(config, dry_run=options.dry_run)
     point = START
@@ -70,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         if line:
             say(line)
     if options.dry_run:
+        if not options.resume and (fault := unusable(root)) is not None:
+            say(f"could not start on this machine: {fault}")
         for line in inputs.model:
             say(line)
         for line in _dry_run_lines(config, root, first_step=point.version):
@@ -77,18 +81,18 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     from dapo_async.runtime.run import run_training
-    from dapo_async.tracking.run_dir import RunDir, missing_folders
+    from dapo_async.tracking.run_dir import RunDir
     from dapo_async.tracking.sinks import open_progress
-    from dapo_async.utils.files import atomic_write
+    from dapo_async.utils.files import atomic_write, is_disk_full
 
     made = missing_folders(root)
-    run_dir = RunDir(root) if options.resume else RunDir.create(root)
-    run_dir.lock()
     if options.resume:
+        run_dir = RunDir(root)
+        run_dir.lock()
         begin = point.checkpoint or "the base model: there is no checkpoint yet"
         say(f"resuming at step {point.version} from {begin}")
     else:
-        atomic_write(run_dir.config, to_yaml(saved))
+        run_dir = _new_run_dir(root, to_yaml(saved), made)
     say(f"run directory {root}")
 
     def ready_run_dir() -> None:
@@ -114,9 +118,33 @@ def run(options: argparse.Namespace) -> int:
         if not options.resume:
             run_dir.discard(made)
         raise
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        progress.say(
+            f"failed: the disk of {root} is full; free some space, and continue with "
+            f"dapo-async train --resume {for_shell(root)}"
+        )
+        return 1
     for line in closing_lines(root):
         progress.say(line)
     return code
+
+
+def _new_run_dir(root: Path, config: str, made: Sequence[Path]) -> RunDir:
+    """Makes and locks the directory, with its config. Raises ValueError and leaves nothing if that
+    fails. `made`: the folders that are missing before."""
+    from dapo_async.tracking.run_dir import RunDir, not_made
+    from dapo_async.utils.files import atomic_write
+
+    run_dir = RunDir(root)
+    try:
+        RunDir.create(root).lock()
+        atomic_write(run_dir.config, config)
+    except OSError as error:  # a full disk
+        run_dir.discard(made)
+        raise ValueError(not_made(root, error)) from error
+    return run_dir
 
 
 def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,9 +77,9 @@ def read_overrides(
 
 
 def _as_text(value: str) -> str:
-    """A path as YAML. In plain YAML `a #b` would be `a`, and `007` would be `7`."""
+    """A path as YAML, with escapes: in plain YAML `a #b` would be `a`, and `007` would be `7`."""
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return value if quoted or value in ("", "null") else "'" + value.replace("'", "''") + "'"
+    return value if quoted or value in ("", "null") else json.dumps(value)
 
 
 def _check_names(tree: DictConfig, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ plain_tokenizer  a tokenizer.json that needs no transformers
 sources    rows of files, folders and the hub; imports `datasets` on first use only
 json_rows  rows of JSON files
 tables     rows of Parquet files and of `datasets`
+formats    files that are no data files, by their first bytes
 places     the file and the columns of a row, for messages
 cells      lookup of a nested column, and its value as text
 conversation  the turns of chat messages

@@ -18,10 +18,13 @@ from typing import Any
 from dapo_async.data.conversation import SYSTEM, USER, Turn
 from dapo_async.data.tokenizer import Tokenizer
 
+BOM = "\ufeff"
 PROBLEM = "What is 2 + 3?"
 TRIAL_S = 10.0
+NUM_TRIALS = 8  # a template that chooses one of two texts at random differs in 99 % of the cases
 TRIAL_BYTES = 2**31  # beyond what the process has already
 MAX_CHARACTERS = 1_000_000  # a longer text would not fit any model
+NAMED = "additional_chat_templates"
 OTHER = "correct the template, or use another one (data.template=boxed)"
 # Some templates write today's date. A run must find the same prompts when it is resumed on another
 # day, so they get the date that Llama 3's template has where it knows none.
@@ -108,7 +111,8 @@ def needs_chat_template(tokenizer: Tokenizer) -> None:
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(
             f"{_origin(tokenizer)} has no template named default (it has {', '.join(templates)}); "
-            f"{OTHER}"
+            "copy chat_template.jinja of the base model into the folder, or use another template "
+            "(data.template=boxed)"
         )
 
 
@@ -133,7 +137,7 @@ def check_chat_template(
         raise ValueError(
             f"{origin} did not end within {TRIAL_S:g} s and {TRIAL_BYTES / 2**30:g} GiB; {OTHER}"
         )
-    first, second, length = outcome
+    first, is_constant, length = outcome
     if length > MAX_CHARACTERS:
         raise ValueError(
             f"{origin} makes {length} characters of a problem of {len(PROBLEM)}; {OTHER}"
@@ -141,11 +145,16 @@ def check_chat_template(
     if first is None:  # it raised: here it raises again, and the error gets its remedy
         render(tokenizer, PROBLEM, system=system)
         return
-    if first != second:
+    if not is_constant:
         raise ValueError(
             f"{origin} makes another text each time, so a run could not be resumed; {OTHER}"
         )
     text = render(tokenizer, PROBLEM, system=system)
+    if text.startswith(BOM):
+        raise ValueError(
+            f"{origin} begins with a byte order mark, which would be in every prompt; save the "
+            "file as UTF-8 without it"
+        )
     if system is not None and system.strip() not in text:
         raise ValueError(f"{origin} leaves out the system turn; set data.system=null")
     _check_special_tokens(tokenizer, text, stop_token_ids)
@@ -177,16 +186,21 @@ def _is_special(tokenizer: Tokenizer, token_id: int) -> bool:
 def _origin(tokenizer: Tokenizer) -> str:
     """The template's name for messages, with its file."""
     folder = Path(str(getattr(tokenizer, "name_or_path", "")))
+    templates = getattr(tokenizer, "chat_template", None)
+    is_named = isinstance(templates, dict) and "default" not in templates
+    if is_named and (folder / NAMED).is_dir():
+        # With these files transformers does not read the template of tokenizer_config.json.
+        return f"the chat template in {folder / NAMED}"
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         if (folder / name).is_file():
             return f"the chat template in {folder / name}"
     return "the chat template of the model's tokenizer"
 
 
-def _trial(tokenizer: Tokenizer, system: str | None) -> tuple[str | None, str | None, int] | None:
-    """Two renderings and their length, from a child process.
+def _trial(tokenizer: Tokenizer, system: str | None) -> tuple[str | None, bool, int] | None:
+    """A rendering, whether further ones are equal, and its length, from a child process.
 
-    (None, None, 0): it raised. None: the child did not end in time, or died.
+    (None, True, 0): it raised. None: the child did not end in time, or died.
     """
     context = multiprocessing.get_context("fork")  # the tokenizer needs no copy
     receiver, sender = context.Pipe(duplex=False)
@@ -196,7 +210,7 @@ def _trial(tokenizer: Tokenizer, system: str | None) -> tuple[str | None, str | 
     try:
         if not receiver.poll(TRIAL_S):
             return None
-        outcome: tuple[str | None, str | None, int] = receiver.recv()
+        outcome: tuple[str | None, bool, int] = receiver.recv()
         return outcome
     except EOFError:
         return None
@@ -210,12 +224,12 @@ def _try(tokenizer: Tokenizer, system: str | None, sender: Connection) -> None:
     _limit_memory()
     outcome: Any
     try:
-        first, second = (_render(tokenizer, PROBLEM, system) for _ in range(2))
-        outcome = (first[:MAX_CHARACTERS], second[:MAX_CHARACTERS], len(first))
+        first, *others = (_render(tokenizer, PROBLEM, system) for _ in range(NUM_TRIALS))
+        outcome = (first[:MAX_CHARACTERS], {*others} == {first}, len(first))
     except MemoryError:
         return  # as one that does not end
     except BaseException:  # noqa: BLE001 (the parent renders again and reports it)
-        outcome = (None, None, 0)
+        outcome = (None, True, 0)
     sender.send(outcome)
 
 

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -19,8 +20,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, cast
 
-GZIP, ZSTD, BZIP2, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"
+from dapo_async.data.formats import LONGEST, format_of
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 BOM = b"\xef\xbb\xbf"
+NOT_ZERO = re.compile("[1-9]")
+MOST_DIGITS = 4300  # of an integer that Python reads
 PER_LINE = "write one JSON object per line"
 
 
@@ -68,21 +73,18 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file. Raises ValueError for a file that can't be read to its end."""
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(LONGEST)
             file.seek(0)
             if start.startswith(GZIP):
                 with gzip.open(file) as unpacked:
-                    yield cast(IO[bytes], unpacked)
+                    yield _checked_format(path, cast(io.BufferedReader, unpacked))
             elif start.startswith(ZSTD):
                 import pyarrow
 
                 with pyarrow.CompressedInputStream(file, "zstd") as packed:
-                    yield io.BufferedReader(packed)
-            elif start.startswith((BZIP2, XZ)):
-                raise ValueError(
-                    f"data file {path} is packed with bzip2 or xz; "
-                    "unpack it, or pack it with gzip or zstd"
-                )
+                    yield _checked_format(path, io.BufferedReader(packed))
+            elif (foreign := format_of(start)) is not None:
+                raise ValueError(f"data file {path} {foreign}")
             else:
                 yield file
     except (OSError, EOFError, zlib.error) as error:
@@ -93,6 +95,13 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise ValueError(
             f"data file {path} can't be unpacked ({error}); it may be cut off: copy it again"
         ) from error
+
+
+def _checked_format(path: Path, unpacked: io.BufferedReader) -> IO[bytes]:
+    """The stream itself. Raises ValueError where it does not hold JSON."""
+    if (foreign := format_of(unpacked.peek(LONGEST), packed=True)) is not None:
+        raise ValueError(f"data file {path} {foreign}")
+    return unpacked
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -133,9 +142,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float | Decimal:
-    """A number with a point or exponent; a float where it is zero or infinite as a float."""
+    """A number with a point or exponent.
+
+    Where it is infinite as a float the result is infinity, and where only a float makes it zero the
+    result is NaN: such a row is left out.
+    """
     value = float(text)
-    return Decimal(text) if value and math.isfinite(value) else value
+    if value and math.isfinite(value):
+        return Decimal(text)
+    is_zero = not NOT_ZERO.search(text.lower().partition("e")[0])
+    return value if value or is_zero else math.nan
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number)
+def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; write it as a text")
+    return int(text)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_int=_integer)

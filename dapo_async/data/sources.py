@@ -8,6 +8,7 @@ and nothing is unpickled.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,7 +72,12 @@ def _files(path: Path) -> list[Path]:
         return _folder_files(path)
     if path.is_file():
         return [path]
-    files = [file for file in matches(path) if file.is_file()]
+    files = [file for file in matches(path) if _is_there(file)]
+    if not files and path.exists():
+        raise ValueError(
+            f"data file {path} is neither a file nor a folder, and data is read more than once; "
+            "write it to a file"
+        )
     if not files:
         raise ValueError(
             f"data file {path} does not exist; "
@@ -106,13 +112,8 @@ def _is_saved(folder: Path) -> bool:
 
 def _folder_files(folder: Path) -> list[Path]:
     """The data files in a folder and below, by name. Names that begin with a dot are skipped."""
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    files = [path for path in found if _kind(path) is not None]
+    found = sorted(_below(folder))
+    files = [path for path in found if _kind(path) is not None and _is_there(path)]
     if not files:
         others = [path for path in found if path.suffix == ".json"]
         remedy = f"give a file, such as {others[0]}" if others else "give another folder"
@@ -129,6 +130,29 @@ def _folder_files(folder: Path) -> list[Path]:
             "give one file, or a folder with one of them"
         )
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below; links to folders are followed once."""
+    seen = set[str]()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a path is a file. Raises ValueError for a link whose file is missing."""
+    if file.is_symlink() and not file.exists():
+        raise ValueError(
+            f"data file {file} is a link to {os.readlink(file)}, which does not exist; "
+            "correct the link, or remove it"
+        )
+    return file.is_file()
 
 
 def _saved(folder: Path) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo_async.data.conversation import FORMS, USER
+from dapo_async.data.formats import foreign_format
 from dapo_async.data.places import Places
 
 if TYPE_CHECKING:  # it takes 0.1 s to import
@@ -56,8 +57,11 @@ def parquet_rows(
             tables = (pyarrow.Table.from_batches([batch]) for batch in batches)
             yield from _rows(tables, chosen, str(file))
     except (pyarrow.ArrowException, OSError) as error:
+        foreign = foreign_format(file)
         raise ValueError(
-            f"data file {file} is no readable Parquet file ({first_line(error)}); give another"
+            f"data file {file} {foreign}"
+            if foreign
+            else f"data file {file} is no readable Parquet file ({first_line(error)}); give another"
         ) from error
 
 
@@ -101,7 +105,7 @@ def _chosen(schema: pyarrow.Schema, columns: Sequence[Sequence[str]]) -> list[st
         return parts[0] in {field.name for field in kind}
 
     chosen = (next(filter(has, known), known[0]) for known in columns)
-    return [column for column in chosen if column.partition(".")[0] in schema.names]
+    return [name for name in chosen if {name, name.partition(".")[0]} & {*schema.names}]
 
 
 def _roots(chosen: Sequence[str], schema: pyarrow.Schema) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dapo_async.data.plain_tokenizer import PlainTokenizer, is_plain
 
@@ -122,6 +122,8 @@ def _broken_file(folder: Path) -> str | None:
             return f"{path} is not valid JSON ({' '.join(str(error).split())})"
         if not isinstance(values, dict):
             return f"{path} holds a {type(values).__name__}, not an object"
+        if name == TOKENIZER_CONFIG and not _is_template(values.get("chat_template")):
+            return f"chat_template in {path} is neither a text nor a list of {{name, template}}"
     for path in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):
         try:
             if path.exists():
@@ -138,6 +140,18 @@ def _broken_file(folder: Path) -> str | None:
         except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
             return f"{folder / TOKENIZER} is no tokenizer ({' '.join(str(error).split())[:200]})"
     return None
+
+
+def _is_template(value: Any) -> bool:
+    """Whether transformers can read a chat template from this value of a tokenizer_config.json."""
+    if isinstance(value, list):
+        return all(
+            isinstance(each, dict)
+            and isinstance(each.get("name"), str)
+            and isinstance(each.get("template"), str)
+            for each in value
+        )
+    return value is None or isinstance(value, str | dict)
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, *, folder: Path) -> None:

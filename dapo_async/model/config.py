@@ -24,6 +24,8 @@ from dapo_async.model.special_tokens import (
 )
 
 REMEDY = "copy the config.json of the base model"
+# Far beyond any model; larger sizes would fill the memory before the weights are compared.
+MOST, MOST_LAYERS = 2**27, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ class ModelConfig:
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
                 f"({kv_heads}) and head_dim ({head_dim}) must be even; {REMEDY}"
             )
-        vocab_size, num_layers = _size(values, "vocab_size"), _size(values, "num_hidden_layers")
+        vocab_size = _size(values, "vocab_size")
+        num_layers = _size(values, "num_hidden_layers", most=MOST_LAYERS)
         _check_layer_types(values, num_layers)
         eos = values.get("eos_token_id", family.eos_token_id)
         return cls(
@@ -258,12 +261,16 @@ def _number(values: Mapping[str, Any], key: str) -> float:
     return value
 
 
-def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    """A whole number of at least 1, or `default` if the key is missing or null."""
+def _size(
+    values: Mapping[str, Any], key: str, *, default: int | None = None, most: int = MOST
+) -> int:
+    """A whole number from 1 to `most`, or `default` if the key is missing or null."""
     value = values.get(key)
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         given = "missing" if value is None else repr(value)
         raise ValueError(f"{key} ({given}) must be a whole number of at least 1; {REMEDY}")
+    if value > most:
+        raise ValueError(f"{key} ({value}) must be at most {most}; {REMEDY}")
     return value

@@ -7,6 +7,7 @@ machine. The command `train` calls it, dry runs included.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from dapo_async.data import (
     usable_tokenizer,
 )
 from dapo_async.learner import loss_options
-from dapo_async.model import ModelConfig, find_weights, special_tokens
+from dapo_async.model import ModelConfig, WeightFiles, find_weights, special_tokens
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang.client import SERVER_KEY
@@ -36,7 +37,10 @@ from dapo_async.rollout.sglang.given_servers import server_fault
 from dapo_async.rollout.sglang.server import missing_sglang
 from dapo_async.runtime.cluster import own_ray, ray_variables
 from dapo_async.runtime.cluster.planned_actors import planned_actors
+from dapo_async.tracking.run_dir import too_full
 from dapo_async.utils.paths import check_path
+
+STATE_BYTES = 12  # of a parameter in a checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,10 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
     model = ModelConfig.from_folder(folder)
     weights = find_weights(folder, model)
     model.check_split(config.learner.tensor_parallel)
+    if config.run_dir and (line := too_full(Path(config.run_dir), _checkpoint_bytes(weights))):
+        if not dry_run:
+            raise ValueError(line)
+        notes.append(f"could not start on this machine: {line}")
     tokenizer = usable_tokenizer(folder)
     check_tokenizer(tokenizer, model, folder=folder)
     check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)
@@ -155,6 +163,11 @@ def _missing(config: Config) -> Iterator[str]:
             "devices; set model.device=cpu, or model.device=shared_cuda for one GPU, or "
             "ray.address to a cluster that has them"
         )
+
+
+def _checkpoint_bytes(weights: WeightFiles) -> int:
+    """The least size of one checkpoint: float32 weights and two moments of each parameter."""
+    return STATE_BYTES * sum(math.prod(stored.shape) for stored in weights.tensors.values())
 
 
 def _architectures(folder: Path) -> list[str]:

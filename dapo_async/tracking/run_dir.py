@@ -30,20 +30,13 @@ class RunDir:
     @classmethod
     def create(cls, root: Path) -> RunDir:
         """Makes the directory. Raises ValueError if that fails or if it holds anything."""
+        if (line := unusable(root)) is not None:
+            raise ValueError(line)
         try:
-            if root.exists() and not root.is_dir():
-                raise ValueError(f"run_dir {root} is a file; choose another run_dir")
-            if root.exists() and any(root.iterdir()):
-                raise ValueError(
-                    f"run_dir {root} is not empty; continue with train --resume {for_shell(root)}, "
-                    "choose another run_dir, or remove it"
-                )
             for name in ("rollouts", "checkpoints"):
                 (root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:  # below a file, no permission, a name too long, …
-            raise ValueError(
-                f"run_dir {root} can't be made: {error.strerror}; choose another run_dir"
-            ) from error
+            raise ValueError(not_made(root, error)) from error
         return cls(root)
 
     def discard(self, made: Sequence[Path]) -> None:
@@ -221,9 +214,58 @@ class RunDir:
         atomic_write(self.summary, json.dumps(summary, indent=2) + "\n")
 
 
+def unusable(root: Path) -> str | None:
+    """Why `root` can't become the directory of a new run, in one line; None where it can.
+
+    Makes nothing: a dry run calls it, too.
+    """
+    try:
+        if root.exists() and not root.is_dir():
+            return f"run_dir {root} is a file; choose another run_dir"
+        if root.exists() and any(root.iterdir()):
+            return (
+                f"run_dir {root} is not empty; continue with train --resume {for_shell(root)}, "
+                "choose another run_dir, or remove it"
+            )
+        there = next(folder for folder in (root, *root.parents) if folder.exists())
+        if not there.is_dir():
+            return f"run_dir {root} can't be made: {there} is a file; choose another run_dir"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return (
+                f"run_dir {root} can't be made: {there} can't be written to; choose another run_dir"
+            )
+    except OSError as error:  # a name too long, a folder that can't be entered, …
+        return not_made(root, error)
+    return None
+
+
+def too_full(root: Path, num_bytes: int) -> str | None:
+    """Why `root` can't hold a checkpoint of at least `num_bytes`, in one line; None where it can.
+
+    Makes nothing.
+    """
+    try:
+        there = next(folder for folder in (root, *root.parents) if folder.exists())
+        total, _, free = shutil.disk_usage(there)
+    except OSError:
+        return None  # `unusable` reports it
+    if free >= num_bytes or not total:  # /proc has no size
+        return None
+    return (
+        f"run_dir {root} has {free / 2**20:,.1f} MiB free, a checkpoint of this model needs at "
+        f"least {num_bytes / 2**20:,.1f} MiB; free some space, or choose another run_dir"
+    )
+
+
+def not_made(root: Path, error: OSError) -> str:
+    """One line for an error while the directory of a new run is made."""
+    return f"run_dir {root} can't be made: {error.strerror}; choose another run_dir"
+
+
 def missing_folders(path: Path) -> list[Path]:
     """`path` and its parents as far as they do not exist, the innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
+    # Unlike Path.exists it raises nothing.
+    return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
 
 
 def _append_row(path: Path, values: Mapping[str, Any]) -> None:

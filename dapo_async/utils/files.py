@@ -7,6 +7,7 @@ file.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Replaces `path` by `content`; text is encoded as UTF-8."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a file could not be written because the disk or the quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:

@@ -9,17 +9,24 @@ CONTROL = {*map(chr, range(32)), "\x7f"}
 
 
 def check_path(name: str, path: str) -> None:
-    """Raises ValueError for an empty path, a line break and any other control character.
+    """Raises ValueError for a blank path, a line break, a control character and half a character.
 
     Such a path can't be printed in one line or copied from there. `name`: of the knob or option.
     """
-    if not path:
+    if not path.strip():
         raise ValueError(f"{name} is empty; give a path")
     if CONTROL & {*path}:
         raise ValueError(
             f"{name} ({path!r}) must not have a line break or another control character; "
             "rename the file or folder"
         )
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} ({path!r}) must be UTF-8, because it is written to files; rename the file or "
+            "folder"
+        ) from error
 
 
 def for_shell(path: Path | str) -> str:

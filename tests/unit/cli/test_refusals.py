@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import pytest
 import ray
@@ -18,6 +19,7 @@ from run_support import command, environment
 from dapo_async import config as knobs
 from dapo_async.cli.main import COMMANDS, main
 from dapo_async.cli.train import closing_lines
+from dapo_async.utils import files
 
 TRAIN = ("train", str(QUICKSTART))
 
@@ -102,6 +104,41 @@ def test_run_directory_with_anything_in_it_is_refused_and_left_alone(
     )
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
     assert (tmp_path / "summary.json").read_text() == "of another run"
+
+
+def test_run_directory_that_cannot_be_used_is_noted_by_a_dry_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*TRAIN, f"run_dir={tmp_path / 'file' / 'run'}", "--dry-run"]) == 0
+    assert (
+        f"could not start on this machine: run_dir {tmp_path}/file/run can't be made: "
+        f"{tmp_path}/file is a file; choose another run_dir\n"
+    ) in capsys.readouterr().out
+    line = refused(capsys, *TRAIN, f"run_dir={tmp_path / ('a' * 300)}")
+    assert line.endswith("can't be made: File name too long; choose another run_dir")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing_of_a_new_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> Never:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "atomic_write", no_space)
+        line = refused(capsys, *TRAIN, f"run_dir={tmp_path / 'runs' / 'run'}")
+    assert line == (
+        f"run_dir {tmp_path}/runs/run can't be made: No space left on device; "
+        "choose another run_dir"
+    )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(COMMANDS["config"], "run", no_space)
+    assert main(["config"]) == 1
+    assert capsys.readouterr().err == (
+        "dapo-async: no space left on device; free some space on that disk\n"
+    )
 
 
 def test_same_arguments_without_the_mistake_are_accepted(

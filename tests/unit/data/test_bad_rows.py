@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import json
+import os
 import random
 import re
 from decimal import Decimal
@@ -18,6 +19,7 @@ from dapo_async.config import Source, parse_source
 from dapo_async.data import PromptSet, load_fingerprints, load_prompts
 from dapo_async.data.sources import read_rows
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 GOOD: dict[str, Any] = {"prompt": "x", "answer": "1"}
 
 
@@ -62,7 +64,7 @@ def table(folder: Path, name: str = "rows.parquet", **columns: Any) -> Path:
         ("12345678901234567890123", "12345678901234567890123"),
         ("3.14159265358979323846", "3.14159265358979323846"),
         ("12345678901234567.0", "12345678901234567"),
-        ("1e-400", "0"),
+        ("0e-400", "0"),
         ('"3.0"', "3.0"),
         ('" 1e20 "', " 1e20 "),
         ('"nan"', "nan"),
@@ -124,6 +126,9 @@ BROKEN = "1 with half a character (a lone surrogate) (row 2)"
         ('{"prompt": [], "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": [{"role": "user", "content": null}], "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": "a", "answer": -Infinity}', "1 empty (row 2)"),
+        ('{"prompt": "a", "answer": 1e-400}', "1 empty (row 2)"),  # only a float makes it 0
+        ('{"prompt": "a", "answer": -0.1e-999999999999999999999}', "1 empty (row 2)"),
+        ('{"prompt": "a", "answer": 1e999999999999999999999}', "1 empty (row 2)"),
         ('{"prompt": "a", "reward_model": null}', "1 empty (row 2)"),
     ],
 )
@@ -299,6 +304,15 @@ def test_two_packed_members_in_one_file_are_both_read(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"\x1f\x8bgarbage", "data file {} can't be unpacked ("),
         ("a.jsonl.xz", b"\xfd7zXZ\0\0", "is packed with bzip2 or xz; unpack it, or pack"),
         ("a.jsonl.bz2", b"BZh91AY", "is packed with bzip2 or xz; unpack it, or pack it"),
+        ("a.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", "a number of 5000 digits; write it as"),
+        ("a.jsonl", LFS, "data file {} is a pointer of Git LFS, not the file itself; fetch the"),
+        ("a.parquet", LFS, "data file {} is a pointer of Git LFS, not the file itself; fetch the"),
+        ("a.jsonl", b"PK\3\4data", "data file {} is a zip archive; unpack it, or pack it with"),
+        ("a.parquet.gz", gzip.compress(b"PAR1data"), "holds a packed Parquet file; unpack it"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "is packed twice; unpack it once"),
+        ("a.arrow", b"ARROW1\0\0", "data file {} is an Arrow file; convert it to Parquet or JSONL"),
+        ("a.pkl", b"\x80\4\x95", "is a pickle, and nothing is unpickled; convert it to Parquet"),
+        ("a.parquet", b"SQLite format 3\0", "data file {} is a SQLite database; convert it to"),
         ("a.parquet", b"", "data file {} is no readable Parquet file ("),
         ("a.parquet", b"PAR1PAR1", "data file {} is no readable Parquet file ("),
         ("a.data", b"PAR1xxxx", "data file {} is no readable Parquet file ("),
@@ -311,6 +325,48 @@ def test_a_file_that_is_no_data_set_is_one_line(
     file = tmp_path / name
     file.write_bytes(content)
     assert message.format(file) in refusal(file)
+
+
+def test_a_path_that_is_no_regular_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        assert refusal(path) == (
+            f"data file {path} is neither a file nor a folder, and data is read more than once; "
+            "write it to a file"
+        )
+
+
+def test_a_broken_link_in_a_folder_is_named(tmp_path: Path) -> None:
+    jsonl(tmp_path, GOOD, name="a.jsonl")
+    link = tmp_path / "b.jsonl"
+    link.symlink_to("/nowhere/b.jsonl")
+    line = (
+        f"data file {link} is a link to /nowhere/b.jsonl, which does not exist; "
+        "correct the link, or remove it"
+    )
+    assert refusal(tmp_path) == refusal(tmp_path / "*.jsonl") == line
+    link.rename(tmp_path / "b.txt")  # no data file by its name
+    assert len(load(tmp_path).prompts) == 1
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    jsonl(tmp_path / "data", GOOD, name="a.jsonl")
+    jsonl(tmp_path / "elsewhere", GOOD, GOOD, name="b.jsonl")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "more" / "circle").symlink_to(tmp_path / "data")
+    assert len(load(tmp_path / "data").prompts) == 3
+
+
+def test_a_column_with_dots_in_its_name_is_read_from_a_table(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"prompt": ["x"], "reward_model.ground_truth": ["5"]}
+    file = table(tmp_path, **columns)
+    assert [prompt.answer for prompt in load(file).prompts] == ["5"]
+    columns = {"a.b": ["x"], "c.d.e": ["5"], "c": [1]}
+    file = table(tmp_path, **columns)
+    loaded = load(file, prompt_key="a.b", answer_key="c.d.e")
+    assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [("x", "5")]
 
 
 def test_a_table_without_rows_or_with_a_foreign_name_is_read_as_a_table(tmp_path: Path) -> None:

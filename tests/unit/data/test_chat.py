@@ -106,6 +106,8 @@ def test_templates_that_work_are_accepted(template: Any, folder: Path) -> None:
             TURNS + "{{ range(99999) | random }}{{ range(99999) | random }}",
             "another text each time",
         ),
+        (TURNS + "{{ [1, 2, 3, 4, 5, 6, 7, 8] | random }}", "another text each time"),
+        ("\ufeff" + TURNS, "begins with a byte order mark, which would be in every prompt; save"),
         (TURNS + "{{ 'x' * 2000000 }}", "makes 2000017 characters of a problem of 14"),
         ({"rag": TURNS}, "has no template named default (it has rag)"),
         ([{"name": "rag", "template": TURNS}], "has no template named default (it has rag)"),
@@ -117,7 +119,7 @@ def test_templates_that_do_not_work_are_one_line(template: Any, what: str, folde
     assert what in line
     if isinstance(template, str):
         assert line.startswith(f"the chat template in {folder / 'tokenizer_config.json'} ")
-        assert line.count("data.template=boxed") == 1
+        assert line.count("data.template=boxed") == ("byte order mark" not in line)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,27 @@ def test_the_file_of_the_template_is_that_of_transformers(folder: Path) -> None:
     tokenizer = usable_tokenizer(folder)
     line = refusal(lambda: check_chat_template(tokenizer, system=None, stop_token_ids=[EOS]))
     assert line.startswith(f"the chat template in {folder / 'chat_template.jinja'} fails: division")
+
+
+def test_named_templates_without_a_default_say_which_file_is_missing(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", chat_template=TURNS)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("rag" + TURNS)
+    tokenizer = usable_tokenizer(folder)  # as in transformers, TURNS does not count then
+    assert refusal(lambda: check_chat_template(tokenizer, system=None, stop_token_ids=[EOS])) == (
+        f"the chat template in {folder / 'additional_chat_templates'} has no template named "
+        "default (it has rag); copy chat_template.jinja of the base model into the folder, or use "
+        "another template (data.template=boxed)"
+    )
+
+
+@pytest.mark.parametrize("template", [[1, 2], [{"template": TURNS}], [{"name": "default"}]])
+def test_a_list_of_templates_in_another_form_is_named(template: Any, folder: Path) -> None:
+    change(folder / "tokenizer_config.json", chat_template=template)
+    assert (
+        f"chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of "
+        "{name, template}; copy the tokenizer files"
+    ) in refusal(lambda: usable_tokenizer(folder))
 
 
 def test_the_date_in_a_prompt_does_not_change(folder: Path) -> None:

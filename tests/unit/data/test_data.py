@@ -147,7 +147,7 @@ def test_overlong_and_empty_rows_are_counted_and_others_keep_their_row_number(
         ),
         (
             ['{"prompt": "x", "answer": ' + "9" * 5000 + "}"],
-            "problems.jsonl is not valid JSON (Exceeds the limit",
+            "problems.jsonl is not valid JSON (a number of 5000 digits",
         ),
     ],
 )

@@ -344,6 +344,8 @@ def test_quantised_tensors_are_refused_with_their_file(dtype: torch.dtype, tmp_p
         ({"torch_dtype": "int8", "dtype": None}, "torch_dtype 'int8' is not supported"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "no causal language model"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings ('false') must be true or false"),
+        ({"vocab_size": 10**30}, f"vocab_size ({10**30}) must be at most 134217728; copy"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers (1000000000) must be at most 4096; copy"),
         ({"num_hidden_layers": True}, "num_hidden_layers (True) must be a whole number"),
         ({"layer_types": ["full_attention"]}, "layer_types (1) must have num_hidden_layers (2)"),
         (

@@ -13,6 +13,7 @@ from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from dapo_async import config as knobs
+from dapo_async.runtime import preflight
 from dapo_async.runtime.preflight import check_inputs
 from dapo_async.tracking.run_dir import RunDir
 
@@ -69,6 +70,26 @@ def test_a_dry_run_shows_files_and_special_tokens_of_the_model(
     found = check_inputs(config, dry_run=True)
     assert (found.model, found.notes) == ((f"model      qwen3, {line}", *tokens), ())
     assert check_inputs(config).notes == (f"model      {line}",)
+
+
+def test_a_disk_without_space_for_a_checkpoint_is_refused_or_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = knobs.load(QUICKSTART, [f"run_dir={tmp_path / 'run'}", "ray.address=local"])
+    asked: list[int] = []
+
+    def too_full(root: Path, num_bytes: int) -> str:
+        asked.append(num_bytes)
+        return "it is full"
+
+    monkeypatch.setattr(preflight, "too_full", too_full)
+    with pytest.raises(ValueError, match="it is full"):
+        check_inputs(config)
+    assert check_inputs(config, dry_run=True).notes == (
+        "could not start on this machine: it is full",
+    )
+    weights = load_file(Path(config.model.path) / "model.safetensors")
+    assert asked == [12 * sum(tensor.numel() for tensor in weights.values())] * 2
 
 
 def test_stop_tokens_may_be_in_generation_config_alone(folder: Path) -> None:
@@ -218,7 +239,7 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(
 def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(
-        ValueError, match=r"notes.txt/run can't be made: Not a directory; choose another run_dir"
+        ValueError, match=r"notes.txt/run can't be made: .*notes.txt is a file; choose another"
     ):
         RunDir.create(tmp_path / "notes.txt" / "run")
     with pytest.raises(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from typing import Never
 
 import pytest
 
-from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.run_dir import RunDir, missing_folders, too_full, unusable
 from dapo_async.utils.files import partial_path
+
+Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
@@ -23,6 +27,47 @@ def test_a_run_never_writes_over_another(tmp_path: Path) -> None:
         RunDir.create(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     assert RunDir.create(tmp_path / "empty").checkpoints == tmp_path / "empty" / "checkpoints"
+
+
+def test_a_folder_that_no_run_can_have_is_named_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    other = "; choose another run_dir"
+    expected = {
+        file: f"run_dir {file} is a file{other}",
+        file / "a" / "b": f"run_dir {file}/a/b can't be made: {file} is a file{other}",
+        tmp_path / ("a" * 300): f"can't be made: File name too long{other}",
+        Path("/", *["a" * 200] * 30): f"can't be made: File name too long{other}",
+    }
+    for root, line in expected.items():
+        found = unusable(root)
+        assert found is not None
+        assert found.endswith(line)
+        with pytest.raises(ValueError, match="choose another run_dir") as error:
+            RunDir.create(root)
+        assert str(error.value) == found
+        assert missing_folders(root)[-1:] != [tmp_path]
+    assert unusable(tmp_path / "new" / "run") is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert unusable(tmp_path / "new" / "run") == (
+        f"run_dir {tmp_path}/new/run can't be made: {tmp_path} can't be written to{other}"
+    )
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_disk_without_space_for_a_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "runs" / "run"
+    assert too_full(root, 2**20) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 2**40 - 2**20, 2**20))
+    assert too_full(root, 2**20) is None
+    assert too_full(root, 12 * 2**30) == (
+        f"run_dir {root} has 1.0 MiB free, a checkpoint of this model needs at least "
+        "12,288.0 MiB; free some space, or choose another run_dir"
+    )
 
 
 def test_each_step_is_one_line_of_strict_json_whatever_its_numbers(tmp_path: Path) -> None:

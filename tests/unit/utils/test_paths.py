@@ -62,6 +62,19 @@ def test_a_path_with_a_control_character_is_refused_in_one_line(name: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1bb", "a\u2028b", "  "])
+def test_yaml_changes_no_character_of_a_path(name: str) -> None:
+    assert knobs.load(QUICKSTART, [f"run_dir={name}"]).run_dir == name
+
+
+def test_a_path_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("a\udce4", "\ud83d"):
+        with pytest.raises(ValueError, match="must be UTF-8, because it is written to files"):
+            check_path("--out", name)
+        with pytest.raises(ValueError, match=r"^the value of override .* is not valid YAML"):
+            knobs.load(QUICKSTART, [f"run_dir={name}"])
+
+
 def parser() -> Parser:
     parser = Parser(prog="dapo-async report")
     parser.add_argument("--out", type=path_argument)
@@ -71,5 +84,7 @@ def parser() -> Parser:
 def test_an_empty_path_is_refused() -> None:
     with pytest.raises(ValueError, match="--out is empty; give a path"):
         check_path("--out", "")
+    with pytest.raises(ValueError, match="--out is empty; give a path"):
+        check_path("--out", " \u3000")
     with pytest.raises(ValueError, match="is empty; give a path"):
         parser().parse_args(["--out", ""])
