@@ -237,7 +237,7 @@ class SimulatedRun:
             group.demand.stop()
             kept = random.Random(-1 - group_id).random() < self.shape.acceptance
             accuracies = (1.0, 0.0) if kept else (0.0, 0.0)
-            facts = GroupFacts(group_id, "simulation", group.version, 1, 1, accuracies, ())
+            facts = GroupFacts(group_id, "simulation", group.version, 1, 1, 1, accuracies, ())
             self.buffer.offer(facts, payload=None)
 
     def _take(self) -> None:
