@@ -34,7 +34,7 @@ from dapo_async.replay import (
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
 from dapo_async.replay.shares import share_groups
 from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
-from dapo_async.runtime.actors.offers import Bytes, from_arguments
+from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import choose_samples, write_rollouts
@@ -145,35 +145,28 @@ class ReplayActor:
         """Never returns. The driver awaits it to notice the death of this actor."""
         await asyncio.Event().wait()
 
-    async def exchange(
-        self,
-        worker: str,
-        num_free: int,
-        num_open: int,
-        facts: Sequence[GroupFacts],
-        sizes: Sequence[int],
-        *arguments: Bytes,
-    ) -> tuple[Admission, ...]:
-        """Takes over the scored groups of `facts`, then waits for admissions.
+    async def exchange(self, exchange: Exchange, *arguments: bytes) -> tuple[Admission, ...]:
+        """Takes over the scored groups of the exchange, then waits for admissions.
 
-        `num_open`: groups that `worker` has in hand without those offered. `num_free`: the most
-        that it can start beside them; with 0 the answer comes at once. The wait ends with the first
-        credits, with the worker's next exchange, which asks in place of this one, and after
-        `ANSWER_EVERY_S`. A suspended worker is admitted nothing.
+        Without `num_free` the answer comes at once. The wait ends with the first credits, with the
+        worker's next exchange, which asks in place of this one, and after `ANSWER_EVERY_S`. A
+        suspended worker is admitted nothing.
 
         Admissions on their way to the worker count as open, so that it never gets too many.
         """
-        if facts:
+        worker = exchange.worker
+        if exchange.facts:
             with self._clock.during("offer"):
-                self._offer(facts, from_arguments(arguments, sizes))
+                self._offer(exchange.facts, from_arguments(arguments, exchange.sizes))
         before = self._waiting.get(worker)
         if before is not None:
             before.granted.set_result(())
-        if not num_free:
+        if not exchange.num_free:
             self._waiting.pop(worker, None)
             self._changed()
             return ()
-        wait = Waiting(num_free + num_open, asyncio.get_running_loop().create_future())
+        granted = asyncio.get_running_loop().create_future()
+        wait = Waiting(exchange.num_free + exchange.num_open, granted)
         self._waiting[worker] = wait  # in the place of the wait before
         self._changed()
         await asyncio.wait([wait.granted], timeout=ANSWER_EVERY_S)
@@ -199,45 +192,47 @@ class ReplayActor:
 
     def _grant(self) -> None:
         """Admits groups to the workers that wait, the longest wait first."""
-        if not self._waiting or not self._may_admit():
+        if not self._waiting:
             return
+        admissible = self._num_admissible()
         for worker, wait in list(self._waiting.items()):
-            count = wait.num_groups - self._buffer.num_generating_on(worker)
-            if worker in self._suspended or count <= 0:
+            if admissible == 0:
+                break
+            wanted = wait.num_groups - self._buffer.num_generating_on(worker)
+            if worker in self._suspended or wanted <= 0:
                 continue
             with self._clock.during("admit"):
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 # Lockstep admits a whole wave, whatever number of slots happens to be free.
-                admissible = self._num_admissible()
-                count = admissible if self._lockstep else min(count, admissible)
+                count = admissible if self._lockstep else min(wanted, admissible)
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
                 del self._waiting[worker]
                 wait.granted.set_result(tuple(map(self._admission, group_ids)))
-            if not self._may_admit():
-                return
-
-    def _may_admit(self) -> bool:
-        waits_for_others = self._lockstep and self._buffer.num_generating > 0
-        return not waits_for_others and self._num_admissible() > 0
+            admissible -= count
+        if admissible == 0:
+            self._grant_at_next_start()
 
     def _num_admissible(self) -> int:
-        """Groups that may start now: what the credits allow, and no more than the pacer wants.
-
-        Where only the pacer holds groups back, they are granted when it lets the next one start.
-        """
+        """Groups that may start now: what the credits allow, and no more than the pacer wants."""
+        if self._lockstep and self._buffer.num_generating:
+            return 0  # the next wave starts when this one has ended
         admissible = self._buffer.admissible()
         if not self._paced or not admissible:
             return admissible
-        now_s, out = self._clock.now_s(), self._num_out
-        room = self._pacer.room(now_s, out=out)
-        start_s = self._pacer.next_start_s(now_s, out=out)
+        return min(admissible, self._pacer.room(self._clock.now_s(), out=self._num_out))
+
+    def _grant_at_next_start(self) -> None:
+        """Where only the pacer holds groups back, grants when it lets the next one start."""
+        if not self._paced or not self._waiting or not self._buffer.admissible():
+            return
+        now_s = self._clock.now_s()
+        start_s = self._pacer.next_start_s(now_s, out=self._num_out)
         if self._next_start is not None:
             self._next_start.cancel()
             self._next_start = None
         if start_s is not None:
             loop = asyncio.get_running_loop()
             self._next_start = loop.call_later(start_s - now_s, self._grant)
-        return min(admissible, room)
 
     def _pacing(self) -> str:
         """What a passed deadline says of the pacer: nothing while every credit may be used."""

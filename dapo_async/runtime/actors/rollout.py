@@ -15,7 +15,7 @@ from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
 from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
-from dapo_async.runtime.actors.offers import to_arguments
+from dapo_async.runtime.actors.offers import Exchange, to_arguments
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.actors.sglang_host import SGLangHost
@@ -45,7 +45,8 @@ class ReplayClient(Handle[ReplayActor]):
     ) -> tuple[Admission, ...]:
         facts, packed = [each.facts for each in offers], [each.data for each in offers]
         sizes = [len(data) for data in packed]
-        return await self._exchange(worker, num_free, num_open, facts, sizes, *to_arguments(packed))
+        exchange = Exchange(worker, num_free, num_open, facts, sizes)
+        return await self._exchange(exchange, *to_arguments(packed))
 
 
 class RolloutActor:

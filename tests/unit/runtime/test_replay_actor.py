@@ -16,7 +16,7 @@ from dapo_async import config as knobs
 from dapo_async.replay import StopReason
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
 from dapo_async.runtime.actors import replay as replay_actor
-from dapo_async.runtime.actors.offers import from_arguments, to_arguments
+from dapo_async.runtime.actors.offers import Exchange, from_arguments, to_arguments
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, GroupFacts, TrainBatch
 
@@ -26,13 +26,14 @@ class Actor(replay_actor.ReplayActor):
 
     async def ask(self, worker: str, num_free: int) -> list[int]:
         """The ids of the groups that `worker` is admitted, which has none in hand."""
-        return [each.group_id for each in await self.exchange(worker, num_free, 0, [], [])]
+        exchange = Exchange(worker, num_free, 0)
+        return [each.group_id for each in await self.exchange(exchange)]
 
     async def offer(self, worker: str, *groups: Group, num_free: int = 0) -> list[int]:
         packed = [pack_group(group) for group in groups]
         facts, sizes = [GroupFacts.of(group) for group in groups], [len(data) for data in packed]
-        arguments = to_arguments(packed)
-        admissions = await self.exchange(worker, num_free, 0, facts, sizes, *arguments)
+        exchange = Exchange(worker, num_free, 0, facts, sizes)
+        admissions = await self.exchange(exchange, *to_arguments(packed))
         return [each.group_id for each in admissions]
 
 
