@@ -1,0 +1,244 @@
+"""Engines and a learner that sleep by a latency model, in the real actors, for `asynchrony.py`.
+
+`SleepingEngine` replaces the decoding of the native engine, `SleepingRank` the learner's step. Both
+keep a tiny decoder, so that weights are sent and proved as in a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dapo_async.config import Config
+from dapo_async.learner import LearnerRank
+from dapo_async.learner.metrics import rollout_metrics
+from dapo_async.model import load_decoder
+from dapo_async.rollout import GroupRequest
+from dapo_async.rollout.engine import UpdateReport
+from dapo_async.rollout.native.engine import TorchEngine
+from dapo_async.rollout.native.thread import ThreadedEngine
+from dapo_async.runtime.actors.engine_host import TorchHost
+from dapo_async.runtime.actors.learner import LearnerActor
+from dapo_async.runtime.actors.rollout import RolloutActor
+from dapo_async.types import Completion, FinishReason, Group, StepMetrics
+
+GROUP_SIZE, GROUPS_PER_STEP, WORKERS = 8, 32, 2
+ACCEPTANCE = 0.75  # the other groups are all correct, and dynamic sampling rejects them
+MEAN_TOKENS, CAP = 128, 4.0  # tokens of a response; the longest, in means
+RESPONSE_S = 0.4  # of a mean response, in learner steps
+TICK_S = 0.005  # commands wait for the engine's thread at most so long, as for a decode step
+MARKER_ID, EOS_ID = 11, 12  # of the quickstart's tokenizer; 0 … 9 are the digits
+RIGHT, WRONG = 1, 0  # the answer of every problem, and another one
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One cell of the table."""
+
+    staleness: int
+    tail: float
+    split: float
+    step_s: float
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per token of a running sequence, whatever else runs."""
+        return RESPONSE_S * self.step_s / MEAN_TOKENS
+
+    @property
+    def consumption(self) -> float:
+        """Groups per second of a learner that never waits."""
+        return GROUPS_PER_STEP / self.step_s
+
+    @property
+    def slots(self) -> int:
+        """Of one engine, so that accepted production over consumption is about `split`."""
+        seconds = self.split * self.consumption / ACCEPTANCE * GROUP_SIZE * MEAN_TOKENS
+        return round(seconds * self.token_s / WORKERS)
+
+    @property
+    def production(self) -> float:
+        """Groups per second of engines whose slots are always occupied."""
+        return WORKERS * self.slots / (GROUP_SIZE * MEAN_TOKENS * self.token_s)
+
+
+@cache
+def scale(tail: float) -> float:
+    """The factor by which min(factor × exp(tail × z), CAP) has mean 1 for a normal z."""
+    shares = (np.arange(4000) + 0.5) / 4000
+    values = np.exp(tail * np.array([statistics.NormalDist().inv_cdf(share) for share in shares]))
+    low, high = 0.0, 2.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        below = np.minimum(middle * values, CAP).mean() < 1
+        low, high = (middle, high) if below else (low, middle)
+    return low
+
+
+def response_tokens(tail: float, group_id: int) -> NDArray[np.int64]:
+    """The lengths of a group's responses; the same in every cell of one tail."""
+    normal = np.random.default_rng((1, group_id)).standard_normal(GROUP_SIZE)
+    lengths = MEAN_TOKENS * np.minimum(scale(tail) * np.exp(tail * normal), CAP)
+    return np.maximum(4, np.round(lengths)).astype(np.int64)
+
+
+def is_accepted(group_id: int) -> bool:
+    return bool(np.random.default_rng((2, group_id)).random() < ACCEPTANCE)
+
+
+@dataclass(slots=True)
+class Open:
+    """A group on the engine."""
+
+    lengths: NDArray[np.int64]
+    started: int = 0
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+class SleepingEngine(TorchEngine):
+    """The core of the native engine with sleep in place of decoding.
+
+    A sequence occupies a slot for `token_s` per token. Each token has the version that was served
+    at its time. Weight updates are real, on a decoder that decodes nothing.
+    """
+
+    def __init__(self, decoder: Any, *, shape: Shape, max_len: int) -> None:
+        super().__init__(decoder, num_slots=1, max_len=max_len)
+        self.num_slots, self._shape = shape.slots, shape
+        self._open: dict[int, Open] = {}
+        self._queue: list[tuple[int, int]] = []  # group and sibling, in order of submission
+        self._ends: list[tuple[float, int, int, float]] = []  # heap: end, group, sibling, start
+        self._served_s, self._served = [0.0], [0]  # versions and since when
+
+    @property
+    def num_running(self) -> int:
+        return len(self._ends)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ends or self._queue)
+
+    def submit(self, request: GroupRequest) -> None:
+        lengths = response_tokens(self._shape.tail, request.group_id)
+        self._open[request.group_id] = Open(lengths)
+        self._queue += [(request.group_id, sibling) for sibling in range(request.num_siblings)]
+
+    def abort(self, group_ids: Iterable[int]) -> list[int]:
+        raise AssertionError(f"a healthy run evicts nothing, but {tuple(group_ids)}")
+
+    def step(self) -> list[tuple[int, tuple[Completion, ...]]]:
+        """Fills free slots, sleeps until the next sequence ends, for `TICK_S` at most."""
+        now_s, free = time.monotonic(), self.num_slots - len(self._ends)
+        starting, self._queue = self._queue[:free], self._queue[free:]
+        for group_id, sibling in starting:
+            end_s = now_s + float(self._open[group_id].lengths[sibling]) * self._shape.token_s
+            heapq.heappush(self._ends, (end_s, group_id, sibling, now_s))
+        self.num_drawn = len(self._ends)
+        time.sleep(max(0.0, min(TICK_S, self._ends[0][0] - time.monotonic())))
+        return self._finish(time.monotonic())
+
+    def update_weights(
+        self, weights: Mapping[str, torch.Tensor], *, version: int, probe_ids: NDArray[np.int32]
+    ) -> UpdateReport:
+        report = super().update_weights(weights, version=version, probe_ids=probe_ids)
+        self._served_s.append(time.monotonic())
+        self._served.append(version)
+        return report
+
+    def _finish(self, now_s: float) -> list[tuple[int, tuple[Completion, ...]]]:
+        self.num_ended.clear()
+        finished = []
+        while self._ends and self._ends[0][0] <= now_s:
+            _, group_id, sibling, start_s = heapq.heappop(self._ends)
+            group = self._open[group_id]
+            group.completions[sibling] = self._completion(group_id, sibling, start_s)
+            self.num_ended[group_id] += 1
+            if len(group.completions) == len(group.lengths):
+                del self._open[group_id], self.num_ended[group_id]
+                ordered = tuple(group.completions[each] for each in range(len(group.lengths)))
+                finished.append((group_id, ordered))
+        return finished
+
+    def _completion(self, group_id: int, sibling: int, start_s: float) -> Completion:
+        """Digits, the marker, and an answer that makes the group accepted or rejected."""
+        length = int(self._open[group_id].lengths[sibling])
+        right = sibling % 2 == 0 or not is_accepted(group_id)
+        ids = (np.arange(length) % 10).astype(np.int32)
+        ids[-3:] = MARKER_ID, RIGHT if right else WRONG, EOS_ID
+        times_s = start_s + np.arange(length) * self._shape.token_s
+        served = np.searchsorted(self._served_s, times_s, side="right") - 1
+        versions = np.array(self._served, np.int32)[served]
+        logprobs = np.full(length, -0.5, np.float32)
+        return Completion(ids, logprobs, versions, int(versions[0]), FinishReason.STOP)
+
+
+class SleepingHost(TorchHost):
+    shape: Shape
+
+    async def start(self) -> str:
+        decoder = await asyncio.to_thread(load_decoder, Path(self._config.model.path))
+        core = SleepingEngine(decoder, shape=self.shape, max_len=self.max_len)
+        self.engine = ThreadedEngine(core, self._clock)
+        return f"sleeping engine, {core.num_slots} slots"
+
+
+class SleepingRank(LearnerRank):
+    """Sleeps for a step, and changes the weights a little so that the handshake sees a change."""
+
+    step_s: float
+
+    def step(self, groups: Sequence[Group], **_: Any) -> StepMetrics:
+        end_s = time.monotonic() + self.step_s
+        metrics = rollout_metrics(groups, learner_version=self.version)
+        tokens = np.concatenate(
+            [each.completion.weight_versions for group in groups for each in group.rollouts]
+        )
+        staleness = (float((self.version - tokens).sum()), float(len(tokens)))
+        with torch.no_grad():
+            for parameter in self.decoder.parameters():
+                parameter.mul_(1.001)
+        time.sleep(max(0.0, end_s - time.monotonic()))
+        self.version += 1
+        flags = {"non_finite": 0.0, "skipped": 0.0}
+        return metrics + StepMetrics({"staleness": staleness}, {"lr": 0.0}, flags)
+
+
+def emulated(shape: Shape) -> tuple[type[RolloutActor], type[LearnerActor]]:
+    """The actors of a run with engine and rank of this cell."""
+
+    class EmulatedRollout(RolloutActor):
+        def __init__(self, config: Config, **others: Any) -> None:
+            super().__init__(config, **others)
+            self._host = host = SleepingHost(
+                config,
+                name=self.name,
+                incarnation=others["incarnation"],
+                device="cpu",
+                clock=self._clock,
+            )
+            host.shape = shape
+
+    class EmulatedLearner(LearnerActor):
+        def _load(self, mesh_address: tuple[str, int] | None) -> None:
+            super()._load(mesh_address)
+            config = self._config
+            self._rank = rank = SleepingRank(
+                self._rank.decoder,
+                algorithm=config.algorithm,
+                learner=config.learner,
+                seed=config.seed,
+            )
+            rank.step_s = shape.step_s
+
+    return EmulatedRollout, EmulatedLearner
