@@ -237,7 +237,16 @@ class SimulatedRun:
             group.demand.stop()
             kept = random.Random(-1 - group_id).random() < self.shape.acceptance
             accuracies = (1.0, 0.0) if kept else (0.0, 0.0)
-            facts = GroupFacts(group_id, "simulation", group.version, 1, 1, 1, accuracies, ())
+            facts = GroupFacts(
+                group_id=group_id,
+                incarnation="simulation",
+                oldest_version=group.version,
+                num_versions=1,
+                num_tokens=1,
+                num_response_tokens=1,
+                accuracies=accuracies,
+                reasons=(),
+            )
             self.buffer.offer(facts, payload=None)
 
     def _take(self) -> None:
@@ -269,7 +278,7 @@ class SimulatedRun:
 
     def _close(self, window: _Window) -> None:
         shape, elapsed = self.shape, self.now - window.since
-        ideal = min(shape.production, shape.production / shape.split) if shape.split else math.inf
+        ideal = shape.production / max(1.0, shape.split)
         self.outcome = Outcome(
             occupancy=window.slot_time / elapsed / (shape.num_workers * shape.num_slots),
             rate=window.groups / elapsed / ideal,
