@@ -54,7 +54,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.state_clock import StateClock
 
 STALENESS, TAILS, SPLITS = (0, 1, 2, 4), (0.0, 0.5, 1.2), (0.5, 1.0, 1.25, 2.0)
-STEPS, WARM_UP = 40, 12
+STEPS, WARM_UP = 60, 36  # the pacer needs 30 steps to settle
 # What lies between two steps of the learner, where it does not wait for groups.
 STATES = (
     ("learner", "fetch"),
