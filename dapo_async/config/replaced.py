@@ -20,6 +20,7 @@ REPLACED: Mapping[str, str] = {
     "reward.timeout_s": _ALWAYS.format("5"),
     "rollout.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
+    "rollout.max_restarts": _ALWAYS.format("3"),
     "replay.patience": _ALWAYS.format("32 x replay.groups_per_step"),
     "replay.max_rejected_in_a_row": _ALWAYS.format("32 x replay.groups_per_step"),
     "replay.lockstep": _USE.format("replay.admission=lockstep, or leave it out for false"),

@@ -250,11 +250,6 @@ class RolloutConfig:
         "URLs of running SGLang servers, one per worker, separated by commas; empty: each worker "
         "starts its own",
     )
-    max_restarts: int = knob(
-        3,
-        "how often one worker may restart its failed SGLang server; the next fault ends the run",
-        least=0,
-    )
     server_flags: str = knob(
         "",
         "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace "

@@ -29,7 +29,7 @@ SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
     "data.train", "data.heldout", "data.check_against", "model.path", "model.device",
     "model.num_cpus", "rollout.num_workers", "rollout.num_slots", "rollout.engine",
-    "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags", "rollout.max_restarts",
+    "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
     "learner.tensor_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.offload_optimizer",
     "learner.profile",

@@ -25,6 +25,7 @@ from dapo_async.weights import Publisher
 T = TypeVar("T")
 Report = ReplayReport | LearnerReport | WorkerReport
 DEATH_NEWS_S = 2.0  # Ray reports a death within this time
+MAX_RESTARTS = 3  # of one worker's engine; the next fault ends the run
 SLOW_START_S = 20.0  # a start that takes longer is reported, again and again
 
 
@@ -159,13 +160,15 @@ class System:
         while True:
             why = await worker.lost()
             self.restarts[worker.name] += 1
-            count, most = self.restarts[worker.name], self._config.rollout.max_restarts
-            if count > most:
+            count = self.restarts[worker.name]
+            if count > MAX_RESTARTS:
                 raise ActorFailed(
-                    f"{worker.name} lost its engine {count} times, "
-                    f"rollout.max_restarts is {most}; the last time: {why}"
+                    f"{worker.name} lost its engine {count} times and may restart it "
+                    f"{MAX_RESTARTS} times; the last time: {why}"
                 )
-            self._say(f"{worker.name} lost its engine: {why}; restarting it ({count} of {most})")
+            self._say(
+                f"{worker.name} lost its engine: {why}; restarting it ({count} of {MAX_RESTARTS})"
+            )
             await self.replay.suspend(worker.name, True)
             self.publisher.lose(worker)
             await worker.restart()

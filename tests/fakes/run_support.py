@@ -58,6 +58,12 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
     )
 
 
+def patched(before: str) -> list[str]:
+    """The command line after these Python statements."""
+    main = "import sys; from dapo_async.cli.main import main; sys.exit(main())"
+    return [sys.executable, "-c", f"{before}\n{main}"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """What a run left behind."""
@@ -121,13 +127,13 @@ def processes_of(mark: str, *, session: int) -> dict[int, str]:
 class Live:
     """A run that goes on; its output is appended to that of the lives before it."""
 
-    def __init__(self, root: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, root: Path, arguments: Sequence[str], *, before: str = "") -> None:
         self.root, self._mark = root, uuid.uuid4().hex
         self._output = root.with_name(f"{root.name}.out")
         self._before = len(self._output.read_text()) if self._output.exists() else 0
         with self._output.open("a") as file:
             self._process = subprocess.Popen(
-                [COMMAND, "train", *arguments],
+                [*(patched(before) if before else [COMMAND]), "train", *arguments],
                 env=environment(**{MARKER: self._mark}),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -185,13 +191,19 @@ class Live:
 
 
 @contextmanager
-def running(root: Path, *overrides: str, config: Path | None = QUICKSTART) -> Iterator[Live]:
-    """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit."""
+def running(
+    root: Path, *overrides: str, config: Path | None = QUICKSTART, before: str = ""
+) -> Iterator[Live]:
+    """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit.
+
+    `before`: Python statements that the driver runs first, to set a constant.
+    """
     live = Live(
         root,
         ["--resume", str(root), *overrides]
         if config is None
         else [str(config), *overrides, f"run_dir={root}"],
+        before=before,
     )
     try:
         yield live

@@ -128,7 +128,7 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         session = replaced(live, "rollout-0", hang)
         os.kill(
             server_of(live.root, "rollout-0").pid, signal.SIGKILL
-        )  # once more: rollout.max_restarts is not reached
+        )  # once more: the limit of restarts is not reached
         live.wait_for(r"restarting it \(2 of 3\)$", timeout_s=60.0)
         os.kill(live.driver, signal.SIGKILL)
         assert not psutil.wait_procs(session, timeout=5.0)[1]
@@ -138,8 +138,9 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
 def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
     tmp_path: Path,
 ) -> None:
-    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "rollout.max_restarts=1")
-    with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
+    steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2")
+    once = "import dapo_async.runtime.system as system; system.MAX_RESTARTS = 1"
+    with running(tmp_path / "run", *TINY, *SERVERS, *steps, before=once) as live:
         live.wait_for(r"^step +4/")
         replaced(live, "rollout-0", starve, of=1)
         server = server_of(tmp_path / "run", "rollout-0")
@@ -149,7 +150,7 @@ def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     assert run.exit_code == 1, run.output
     assert run.summary["reason"].startswith(
-        "rollout-0 lost its engine 2 times, rollout.max_restarts is 1; the last time: http://"
+        "rollout-0 lost its engine 2 times and may restart it 1 times; the last time: http://"
     ), run.summary["reason"]
     check_conservation(run.summary["groups"])
     check_checkpoint(run.checkpoint)
