@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "truncate": {},
     "off": {"proximal": "behaviour", "correction": "none"},
     "mask": {"correction": "mask", "correction_floor": 0.5},
-    "m2po": {"proximal": "behaviour", "correction": "none", "second_moment": 0.04},
+    "m2po": {"proximal": "behaviour", "correction": "m2po"},
 }
 STALENESS, SEEDS = (0, 2, 8, 16), (0, 1, 2)
 GROUPS, GROUP_SIZE, LR = 16, 16, 3e-4

@@ -193,11 +193,12 @@ class AlgorithmConfig:
         "source of pi_prox: the weights at the start of the step (recompute), pi_theta without "
         "gradient (current), A-3PO (interpolate), or pi_beh as in coupled PPO (behaviour)",
     )
-    correction: Literal["truncate", "mask", "none"] = knob(
+    correction: Literal["truncate", "mask", "m2po", "none"] = knob(
         "truncate",
         "behaviour weights pi_prox / pi_beh outside the band from correction_floor to "
-        "correction_cap: set them to its edge (truncate), do not train these tokens (mask), or "
-        "leave them (none)",
+        "correction_cap: set them to its edge (truncate), or do not train these tokens (mask); "
+        "none: all weights are 1; m2po: all are 1, and the tokens with the largest squared log "
+        "ratio are removed until its mean is at most 0.04",
     )
     correction_level: Literal["token", "sequence", "sequence_mean"] | None = knob(
         None,
@@ -206,12 +207,6 @@ class AlgorithmConfig:
     )
     correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
     correction_floor: float | None = knob(None, "lower edge of the band; null: off")
-    second_moment: float | None = knob(
-        None,
-        "M2PO: remove tokens with the largest squared log ratio until its mean is at most this; "
-        "null: off",
-        above=0,
-    )
     loss_mean: Literal["token", "sequence"] = knob(
         "token",
         "mean over all tokens (DAPO), or over the tokens of each response and then over responses "

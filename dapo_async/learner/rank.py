@@ -217,7 +217,7 @@ class LearnerRank:
         The first minibatch takes them from the pass that it makes anyway: no update has come
         before it. M2PO's mask needs those of all microbatches before the first loss.
         """
-        if self._algorithm.second_moment is not None:
+        if self._algorithm.correction == "m2po":
             first = 0
         elif self._algorithm.proximal == "recompute":
             first = 1
@@ -230,7 +230,7 @@ class LearnerRank:
         self, batches: Sequence[Microbatch], recomputed: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
         """M2PO's mask over the tokens of all ranks and minibatches; empty if it is off."""
-        if self._algorithm.second_moment is None:
+        if self._algorithm.correction != "m2po":
             return {}
         dp, nothing = self._mesh.dp, torch.zeros(0, device=self._device)
 
@@ -243,7 +243,6 @@ class LearnerRank:
             behaviour_logprobs=whole([batch.behaviour_logprobs for batch in batches]),
             advantages=whole([batch.advantages for batch in batches]),
             mask=whole([batch.mask for batch in batches]) > 0,
-            threshold=self._algorithm.second_moment,
         )
         counts = [len(batch.targets) for batch in batches]
         of_ranks = dp.gather(torch.zeros(sum(counts), device=self._device))

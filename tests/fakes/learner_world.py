@@ -257,7 +257,7 @@ class Naive:
             for (_, rollout), near in zip(rollouts, proximal, strict=True)
         ]
         keep = [torch.ones(len(ratio), dtype=torch.bool) for ratio in ratios]
-        if self.algorithm.second_moment is None:
+        if self.algorithm.correction != "m2po":
             return keep
         moved = [
             (float(square), number, token)
@@ -266,8 +266,7 @@ class Naive:
             if ratio[token] * advantage > 0 and self.in_loss(rollouts[number][1])
         ]
         moved.sort()
-        limit = self.algorithm.second_moment
-        while moved and sum(square for square, *_ in moved) / len(moved) > limit:
+        while moved and sum(square for square, *_ in moved) / len(moved) > 0.04:
             _, number, token = moved.pop()
             keep[number][token] = False
         return keep
@@ -298,6 +297,8 @@ class Naive:
             mismatch = mismatch.sum().expand(len(behaviour))
             drift = drift.mean().expand(len(behaviour))
         weight, ratio = mismatch.exp().clamp(max=knobs.correction_cap), drift.exp()
+        if knobs.correction == "m2po":
+            weight = torch.ones_like(weight)
         clipped = ratio.clamp(1 - knobs.clip_low, 1 + knobs.clip_high)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         if knobs.objective == "cispo":

@@ -78,7 +78,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"learner": {"num_minibatches": 3, "microbatch_tokens": 20, "recompute": True}},
     {
         "learner": {"num_minibatches": 2, "offload_optimizer": True},
-        "algorithm": {"second_moment": 0.04, "overlong_filtering": True},
+        "algorithm": {"correction": "m2po", "overlong_filtering": True},
     },
     {
         "learner": {"num_minibatches": 2},

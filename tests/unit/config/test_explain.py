@@ -26,7 +26,7 @@ def test_the_page_of_the_docs_is_what_the_schema_says() -> None:
         ("learner.lr", "number, at least 0"),
         ("deadlines.work_s", "number, positive, at most 2,592,000"),
         ("rollout.num_slots", "integer, at least 1, at most 100,000"),
-        ("algorithm.second_moment", "number, positive | null"),
+        ("learner.grad_clip", "number, positive"),
         ("train.max_wall_s", "number | null"),
     ],
 )

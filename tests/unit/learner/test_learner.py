@@ -43,7 +43,7 @@ FORMS: list[Form] = [
     {"overlong_filtering": True},
     {"objective": "gspo"},
     {"objective": "cispo", "clip_high": 0.1},
-    {"second_moment": 0.04},
+    {"correction": "m2po"},
     {"proximal": "interpolate"},
     {"proximal": "behaviour"},
     {"normalize_std": False, "correction_cap": 1.1},
@@ -53,7 +53,7 @@ FORMS: list[Form] = [
 ]
 STALE_FORMS: list[Form] = [  # with several minibatches the clips act
     {},
-    {"overlong_filtering": True, "second_moment": 0.04},
+    {"overlong_filtering": True, "correction": "m2po"},
     {"proximal": "interpolate"},
     {"objective": "gspo", "clip_low": 0.01, "clip_high": 0.01},
     {"objective": "cispo", "clip_low": 0.02, "clip_high": 0.02},
@@ -232,7 +232,7 @@ def test_a_proximal_policy_taken_before_each_minibatch_is_detected() -> None:
 
 PASS_FORMS: list[Form] = [
     {},
-    {"second_moment": 0.04},
+    {"correction": "m2po"},
     {"correction": "mask", "correction_cap": 1.3, "correction_floor": 0.8},
     {"objective": "gspo", "overlong_filtering": True},
     {"loss_mean": "sequence", "entropy_bonus": 0.1},
@@ -271,7 +271,7 @@ def test_the_first_minibatch_needs_no_proximal_pass_and_no_bit_changes(
     )
     assert_equal_bits(done, extra)
     assert most == 2 * sum(microbatches)
-    assert passes == most - (0 if "second_moment" in form else microbatches[0])
+    assert passes == most - (0 if form.get("correction") == "m2po" else microbatches[0])
 
 
 def test_current_is_recompute_bit_for_bit_with_as_many_forward_passes() -> None:
