@@ -27,7 +27,7 @@ from dapo_async import config as knobs
 FORMS: dict[str, dict[str, Any]] = {
     "truncate": {},
     "off": {"proximal": "behaviour", "correction": "none"},
-    "mask": {"correction": "mask", "correction_floor": 0.5},
+    "mask": {"correction": "mask", "correction_band": (0.5, 2.0)},
     "m2po": {"proximal": "behaviour", "correction": "m2po"},
 }
 STALENESS, SEEDS = (0, 2, 8, 16), (0, 1, 2)

@@ -12,6 +12,7 @@ explain   every knob as text: `config --explain` and docs/configuration.md
 
 from dapo_async.config.load import load, to_yaml
 from dapo_async.config.schema import (
+    MAX_RESTARTS,
     STOP_S,
     AlgorithmConfig,
     BaseModelConfig,
@@ -33,6 +34,7 @@ from dapo_async.config.sources import Source, parse_source, parse_sources
 from dapo_async.config.text import redacted
 
 __all__ = [
+    "MAX_RESTARTS",
     "STOP_S",
     "AlgorithmConfig",
     "BaseModelConfig",

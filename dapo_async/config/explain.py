@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from dapo_async.config.replaced import REPLACED, REPLACED_VALUES
 from dapo_async.config.schema import Config, Knob, knobs, values_of
+from dapo_async.config.text import shown
 
 TYPES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 WIDTH = 100
@@ -57,6 +58,8 @@ def allowed(knob: Knob) -> str:
     options = [option for option in _options(knob.type) if option is not NoneType]
     if get_origin(options[0]) is Literal:
         text = " | ".join(str(value) for value in get_args(options[0]))
+    elif get_origin(options[0]) is tuple:
+        text = "[number or null, number or null]"
     else:
         text = TYPES[options[0]]
     bounds = knob.bounds
@@ -68,15 +71,6 @@ def allowed(knob: Knob) -> str:
         text += f", at most {bounds.most.value:,.0f}"
     nullable = NoneType in _options(knob.type)
     return text + (" | null" if nullable else "")
-
-
-def shown(value: Any) -> str:
-    """A value as YAML writes it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return '""' if value == "" else str(value)
 
 
 def listing(config: Config | None = None) -> Iterator[str]:
@@ -123,7 +117,8 @@ def _by_section() -> Iterator[tuple[str, Iterator[Knob]]]:
 def _options(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the annotation alone."""
     members = get_args(annotation)
-    return members if members and get_origin(annotation) is not Literal else (annotation,)
+    is_union = members and get_origin(annotation) not in (Literal, tuple)
+    return members if is_union else (annotation,)
 
 
 def _cell(text: str) -> str:

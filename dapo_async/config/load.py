@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_origin
 
 from dapo_async.config.schema import Config, knobs
 from dapo_async.config.text import literal, one_line, redacted
 from dapo_async.config.validate import check
-from dapo_async.config.yaml_io import read_file, read_overrides, resolve_paths
+from dapo_async.config.yaml_io import check_pairs, read_file, read_overrides, resolve_paths
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True) -> Config:
@@ -27,9 +28,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
     path = Path(path)
     names = [knob.name for knob in knobs()]
     paths = {knob.name: knob.path for knob in knobs() if knob.path}
+    pairs = [knob.name for knob in knobs() if get_origin(knob.type) is tuple]
     texts = {*paths, "run_dir", "tracking.mlflow"}
     try:
         file, dotted = read_file(path, names), read_overrides(overrides, names, texts)
+        for tree in (file, dotted):
+            check_pairs(tree, pairs)
         resolve_paths(file, path.resolve().parent, paths)
         resolve_paths(dotted, Path.cwd(), paths)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))

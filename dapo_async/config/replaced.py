@@ -18,6 +18,8 @@ REPLACED: Mapping[str, str] = {
     "set data.train=PRESET=PATH to use such a preset",
     "reward.by_source": _USE.format("reward.verifier=DEFAULT,SOURCE=VERIFIER"),
     "reward.timeout_s": _ALWAYS.format("5"),
+    "algorithm.correction_floor": _USE.format("algorithm.correction_band=[FLOOR,CAP]"),
+    "algorithm.correction_cap": _USE.format("algorithm.correction_band=[FLOOR,CAP]"),
     "algorithm.second_moment": _USE.format("algorithm.correction=m2po, with the limit 0.04"),
     "rollout.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),

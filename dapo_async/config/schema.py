@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
 REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
+MAX_RESTARTS = 3  # of one worker's engine; the next fault ends the run
 STOP_S = 10.0  # how long each part of a run's end may take: actors, MLflow, Ray
 PROCESS = "each one is a process"
 LONG = "no model has more positions"
@@ -195,8 +196,8 @@ class AlgorithmConfig:
     )
     correction: Literal["truncate", "mask", "m2po", "none"] = knob(
         "truncate",
-        "behaviour weights pi_prox / pi_beh outside the band from correction_floor to "
-        "correction_cap: set them to its edge (truncate), or do not train these tokens (mask); "
+        "behaviour weights pi_prox / pi_beh outside correction_band: set them to its edge "
+        "(truncate), or do not train these tokens (mask); "
         "none: all weights are 1; m2po: all are 1, and the tokens with the largest squared log "
         "ratio are removed until its mean is at most 0.04",
     )
@@ -205,8 +206,9 @@ class AlgorithmConfig:
         "one behaviour weight per token, per sequence (product of the tokens), or per "
         "sequence_mean (geometric mean); null: token, or sequence for gspo",
     )
-    correction_cap: float = knob(2.0, "upper edge of the band, on the ratio itself")
-    correction_floor: float | None = knob(None, "lower edge of the band; null: off")
+    correction_band: tuple[float | None, float | None] = knob(
+        (None, 2.0), "lower and upper edge of the band, on the ratio itself; null: no edge"
+    )
     loss_mean: Literal["token", "sequence"] = knob(
         "token",
         "mean over all tokens (DAPO), or over the tokens of each response and then over responses "

@@ -21,6 +21,17 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
+def shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return '""' if value == "" else str(value)
+
+
 def redacted(text: str) -> str:
     """`text` without user and password of any URI: `http://me:secret@host` is `http://***@host`."""
     return re.sub(r"://[^/?#\s]*@", "://***@", text)

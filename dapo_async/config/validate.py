@@ -12,6 +12,7 @@ from itertools import chain
 
 from dapo_async.config.schema import STOP_S, Config, Knob, knobs, values_of
 from dapo_async.config.sources import Source, matches, parse_source, parse_sources
+from dapo_async.config.text import shown
 
 Rule = tuple[bool, str]  # whether it holds, and the message if it does not
 
@@ -39,11 +40,12 @@ def check(config: Config, *, files: bool = True) -> None:
 def _number_rules(config: Config) -> Iterator[Rule]:
     values = dict(values_of(config))
     for name, value in values.items():
-        if isinstance(value, int | float):
-            yield (
-                -NUMBERS_END < value < NUMBERS_END,
-                f"{name} ({value}) must be a finite number, below 2^63 in size",
-            )
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                yield (
+                    -NUMBERS_END < number < NUMBERS_END,
+                    f"{name} ({number}) must be a finite number, below 2^63 in size",
+                )
     for knob in knobs():
         if values[knob.name] is not None:
             yield from _bound_rules(knob, values[knob.name])
@@ -188,6 +190,14 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         replay.groups_per_step >= learner.data_parallel,
         f"learner.data_parallel ({learner.data_parallel}) must be at most replay.groups_per_step "
         f"({replay.groups_per_step}): each rank trains whole groups",
+    )
+    floor, cap = algorithm.correction_band
+    in_order = floor is None or cap is None or floor <= cap
+    yield (
+        in_order and (floor is None or floor >= 0) and (cap is None or cap > 0),
+        f"algorithm.correction_band ({shown(algorithm.correction_band)}) must be [FLOOR, CAP] with "
+        "0 <= FLOOR <= CAP and CAP > 0, because it bounds the ratio, not its logarithm; "
+        "set [null, 2.0], or null for an edge that is off",
     )
     yield (
         algorithm.proximal != "current" or learner.num_minibatches == 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from dapo_async.config.replaced import refuse_replaced
@@ -94,6 +95,25 @@ def _check_names(tree: DictConfig, names: Sequence[str]) -> None:
             raise ValueError(
                 f"{section} ({values[section]!r}) is a section of knobs and has no value; "
                 f"set one of its knobs, such as {name}"
+            )
+
+
+def check_pairs(tree: DictConfig, names: Sequence[str]) -> None:
+    """Raises ValueError for a value of one of these knobs that is no list of two numbers or nulls.
+
+    OmegaConf's own messages name neither the knob nor a remedy.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(tree, resolve=False)
+    for name in names:
+        section, _, leaf = name.partition(".")
+        value = (values.get(section) or {}).get(leaf, [None, None])
+        is_pair = isinstance(value, list | tuple) and len(value) == 2
+        if not is_pair or not all(type(number) in (int, float, NoneType) for number in value):
+            raise ValueError(
+                f"{name} ({value!r}) must be a list of two numbers or nulls, such as [0.5, 5.0] or "
+                "[null, 2.0]"
             )
 
 

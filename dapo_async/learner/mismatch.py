@@ -5,6 +5,8 @@ What differs are kernels, precision and stale KV. The learner rank calls it for 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def mismatch_metrics(
     proximal_logprobs: Tensor,
     *,
     learner_version: int,
-    cap: float,
+    cap: float | None,
     floor: float | None,
 ) -> StepMetrics:
     """Compares `proximal_logprobs [N]` with the behaviour logprobs, in nats.
@@ -43,7 +45,8 @@ def mismatch_metrics(
         sums[name] = (float(gaps.abs().sum()), count)
         maxima[f"{name}_max"] = float(gaps.abs().max())
         if name == "mismatch":
-            outside = (ratios > cap) | (ratios < (floor or 0.0))
+            highest = math.inf if cap is None else cap
+            outside = (ratios > highest) | (ratios < (floor or 0.0))
             sums["mismatch_k3"] = (float((ratios - gaps - 1.0).sum()), count)
             sums["mismatch_outside_fraction"] = (float(outside.sum()), count)
     return StepMetrics(sums, maxima)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from dapo_async.algorithm import LossOptions
 from dapo_async.config import AlgorithmConfig
 
 
 def loss_options(algorithm: AlgorithmConfig) -> LossOptions:
-    """Every field of `LossOptions` is a knob of the same name in the section `algorithm`.
+    """Every other field of `LossOptions` is a knob of the same name in the section `algorithm`.
 
     M2PO's mask is computed before the loss, which then makes no correction of its own. Raises
     ValueError for options that the loss does not support.
     """
-    values = {field.name: getattr(algorithm, field.name) for field in fields(LossOptions)}
-    if algorithm.correction == "m2po":
-        values["correction"] = "none"
-    return LossOptions(**values)
+    floor, cap = algorithm.correction_band
+    derived: dict[str, Any] = {
+        "correction": "none" if algorithm.correction == "m2po" else algorithm.correction,
+        "correction_floor": floor,
+        "correction_cap": cap,
+    }
+    names = [field.name for field in fields(LossOptions)]
+    same = {name: getattr(algorithm, name) for name in names if name not in derived}
+    return LossOptions(**derived, **same)

@@ -296,12 +296,9 @@ class LearnerRank:
     def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> StepMetrics:
         if proximal_logprobs is None:
             return StepMetrics()
+        floor, cap = self._algorithm.correction_band
         return mismatch_metrics(
-            batch,
-            proximal_logprobs,
-            learner_version=self.version,
-            cap=self._algorithm.correction_cap,
-            floor=self._algorithm.correction_floor,
+            batch, proximal_logprobs, learner_version=self.version, cap=cap, floor=floor
         )
 
     def _loss(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from dapo_async.config import Config
+from dapo_async.config import MAX_RESTARTS, Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import (
@@ -25,7 +25,6 @@ from dapo_async.weights import Publisher
 T = TypeVar("T")
 Report = ReplayReport | LearnerReport | WorkerReport
 DEATH_NEWS_S = 2.0  # Ray reports a death within this time
-MAX_RESTARTS = 3  # of one worker's engine; the next fault ends the run
 SLOW_START_S = 20.0  # a start that takes longer is reported, again and again
 
 

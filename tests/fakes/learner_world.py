@@ -296,7 +296,7 @@ class Naive:
         if knobs.objective == "gspo":
             mismatch = mismatch.sum().expand(len(behaviour))
             drift = drift.mean().expand(len(behaviour))
-        weight, ratio = mismatch.exp().clamp(max=knobs.correction_cap), drift.exp()
+        weight, ratio = mismatch.exp().clamp(max=knobs.correction_band[1]), drift.exp()
         if knobs.correction == "m2po":
             weight = torch.ones_like(weight)
         clipped = ratio.clamp(1 - knobs.clip_low, 1 + knobs.clip_high)

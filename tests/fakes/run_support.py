@@ -196,7 +196,7 @@ def running(
 ) -> Iterator[Live]:
     """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit.
 
-    `before`: Python statements that the driver runs first, to set a constant.
+    `before`: Python statements that the driver runs first, to set a constant of the config.
     """
     live = Live(
         root,

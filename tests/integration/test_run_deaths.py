@@ -179,7 +179,8 @@ def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
         "rollout.num_slots=8",
         "deadlines.work_s=5",
     )
-    with running(tmp_path / "run", *TINY, *LONG, *slow) as live:
+    soon = "from dapo_async import config; config.STOP_S = 5.0"
+    with running(tmp_path / "run", *TINY, *LONG, *slow, before=soon) as live:
         run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)
     check_end(run, exit_code=1, status="failed")
     reason = run.summary["reason"]

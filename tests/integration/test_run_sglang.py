@@ -139,7 +139,7 @@ def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
     tmp_path: Path,
 ) -> None:
     steps = ("train.num_steps=5000", "train.checkpoint_every_steps=2")
-    once = "import dapo_async.runtime.system as system; system.MAX_RESTARTS = 1"
+    once = "from dapo_async import config; config.MAX_RESTARTS = 1"
     with running(tmp_path / "run", *TINY, *SERVERS, *steps, before=once) as live:
         live.wait_for(r"^step +4/")
         replaced(live, "rollout-0", starve, of=1)

@@ -36,7 +36,10 @@ def test_paths_of_a_file_are_relative_to_it_and_overrides_to_the_current_folder(
 
 
 def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
-    config = knobs.load(file, ["replay.max_staleness=1", "algorithm.dual_clip=3"])
+    config = knobs.load(
+        file,
+        ["replay.max_staleness=1", "algorithm.dual_clip=3", "algorithm.correction_band=[0.5,5]"],
+    )
     (tmp_path / "saved.yaml").write_text(knobs.to_yaml(config))
     assert knobs.load(tmp_path / "saved.yaml") == config
 
@@ -69,6 +72,30 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
         ("rollout.num_slots=4", "rollout.num_slots (4) must be at least replay.group_size (16)"),
         ("learner.lr", "override 'learner.lr' is not of the form key=value"),
         ("learner.num_minibatches=0", "learner.num_minibatches (0) must be at least 1"),
+        *(
+            (
+                f"algorithm.correction_band={value}",
+                f"correction_band ({shown}) must be a list of two",
+            )
+            for value, shown in (
+                ("2", "2"),
+                ("null", "None"),
+                ("[1,2,3]", "[1, 2, 3]"),
+                ("[a,2]", "['a', 2]"),
+            )
+        ),
+        *(
+            (
+                f"algorithm.correction_band={value}",
+                f"correction_band ({shown}) must be [FLOOR, CAP]",
+            )
+            for value, shown in (
+                ("[3,2]", "[3.0, 2.0]"),
+                ("[-1,null]", "[-1.0, null]"),
+                ("[null,0]", "[null, 0.0]"),
+            )
+        ),
+        ("algorithm.correction_band=[.nan,2]", "correction_band (nan) must be a finite number"),
         ("learner.grad_clip=-1", "learner.grad_clip (-1.0) must be positive"),
         ("seed=-1", "seed (-1) must be at least 0"),
         (

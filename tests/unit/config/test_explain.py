@@ -27,6 +27,7 @@ def test_the_page_of_the_docs_is_what_the_schema_says() -> None:
         ("deadlines.work_s", "number, positive, at most 2,592,000"),
         ("rollout.num_slots", "integer, at least 1, at most 100,000"),
         ("learner.grad_clip", "number, positive"),
+        ("algorithm.correction_band", "[number or null, number or null]"),
         ("train.max_wall_s", "number | null"),
     ],
 )

@@ -46,7 +46,7 @@ FORMS: list[Form] = [
     {"correction": "m2po"},
     {"proximal": "interpolate"},
     {"proximal": "behaviour"},
-    {"normalize_std": False, "correction_cap": 1.1},
+    {"normalize_std": False, "correction_band": (None, 1.1)},
     {"entropy_bonus": 0.3, "overlong_filtering": True},
     {"loss_mean": "sequence"},
     {"loss_mean": "sequence", "entropy_bonus": 0.3, "overlong_filtering": True},
@@ -233,7 +233,7 @@ def test_a_proximal_policy_taken_before_each_minibatch_is_detected() -> None:
 PASS_FORMS: list[Form] = [
     {},
     {"correction": "m2po"},
-    {"correction": "mask", "correction_cap": 1.3, "correction_floor": 0.8},
+    {"correction": "mask", "correction_band": (0.8, 1.3)},
     {"objective": "gspo", "overlong_filtering": True},
     {"loss_mean": "sequence", "entropy_bonus": 0.1},
 ]
