@@ -21,6 +21,9 @@ REPLACED: Mapping[str, str] = {
     "algorithm.correction_floor": _USE.format("algorithm.correction_band=[FLOOR,CAP]"),
     "algorithm.correction_cap": _USE.format("algorithm.correction_band=[FLOOR,CAP]"),
     "algorithm.second_moment": _USE.format("algorithm.correction=m2po, with the limit 0.04"),
+    "reward.shuffle": _USE.format(
+        "reward.verifier=MODULE:FUNCTION, such as that of docs/rewards.md"
+    ),
     "rollout.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
     "rollout.max_restarts": _ALWAYS.format("3"),

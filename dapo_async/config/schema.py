@@ -172,9 +172,6 @@ class RewardConfig:
         "soft overlong punishment of DAPO: it grows over the last this many tokens before "
         "rollout.max_response_tokens; null: off",
     )
-    shuffle: bool = knob(
-        False, "control experiment: permute the verdicts in each group; nothing can be learned"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from dapo_async.reward.overlong import soft_overlong_punishment
 from dapo_async.reward.verdict import Verifier, VerifierFailed
 from dapo_async.types import Admission, Completion, Group, Rollout
@@ -22,7 +20,6 @@ def score_group(
     verify: Verifier,
     max_response_tokens: int,
     overlong_cache_tokens: int | None = None,
-    shuffle_seed: int | None = None,
     incarnation: str,
     temperature: float,
 ) -> Group:
@@ -35,10 +32,6 @@ def score_group(
     answer it is wrong. The verifier gets the prompt too, because it may end inside a thinking
     block.
 
-    `shuffle_seed` is for a control experiment: the (accuracy, reward) pairs are permuted within the
-    group, keyed by (shuffle_seed, group id). All statistics of the group stay the same, but a
-    response no longer gets its own reward.
-
     Raises ValueError for an empty gold answer. Raises VerifierFailed when one verdict failed: the
     response may be right, so the group can't be trained.
     """
@@ -49,8 +42,8 @@ def score_group(
     verdicts = [verify(text, prompt.answer, prompt=prompt.text) for text in texts]
     if any(verdict.failed for verdict in verdicts):
         raise VerifierFailed("verifier failed")
-    scores = []
-    for completion, verdict in zip(completions, verdicts, strict=True):
+    rollouts = []
+    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
         reward = 2.0 * verdict.accuracy - 1.0
         if overlong_cache_tokens is not None:
             reward += soft_overlong_punishment(
@@ -58,23 +51,16 @@ def score_group(
                 max_tokens=max_response_tokens,
                 cache_tokens=overlong_cache_tokens,
             )
-        scores.append((verdict.accuracy, reward))
-    if shuffle_seed is not None:
-        order = np.random.default_rng((shuffle_seed, admission.group_id)).permutation(len(scores))
-        scores = [scores[number] for number in order]
-    rollouts = [
-        Rollout(
-            completion=completion,
-            text=text,
-            accuracy=accuracy,
-            reward=reward,
-            extracted=verdict.extracted,
-            reason=verdict.reason,
+        rollouts.append(
+            Rollout(
+                completion=completion,
+                text=text,
+                accuracy=verdict.accuracy,
+                reward=reward,
+                extracted=verdict.extracted,
+                reason=verdict.reason,
+            )
         )
-        for completion, text, verdict, (accuracy, reward) in zip(
-            completions, texts, verdicts, scores, strict=True
-        )
-    ]
     return Group(
         group_id=admission.group_id,
         prompt=admission.prompt,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,29 +14,42 @@ from pathlib import Path
 import psutil
 import pytest
 from learning_checks import check_learning
-from paths import QUICKSTART
+from paths import QUICKSTART, ROOT
 from rank_layouts import RANKS
 from run_support import (
     COMMAND,
     TINY,
     Finished,
     check_conservation,
+    command,
     environment,
     finished,
     running,
 )
+from snippets import snippets, write_file
 
+REWARDS = ROOT / "docs" / "rewards.md"
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-def test_nothing_is_learned_from_shuffled_verdicts(tmp_path: Path) -> None:
-    run = finished(
-        tmp_path / "run", "seed=0", "reward.shuffle=true", "train.num_steps=20", timeout_s=400.0
-    )
+def test_nothing_is_learned_from_verdicts_that_ignore_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (control,) = (each for each in snippets(REWARDS) if each.file == "control.py")
+    write_file(control, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    overrides = ("seed=0", "reward.verifier=control:judge", "train.num_steps=20")
+    run = finished(tmp_path / "run", *overrides, timeout_s=400.0)
     assert run.exit_code == 0, run.output
     assert run.summary["final_accuracy"] < 0.4
     with pytest.raises(AssertionError):
         check_learning(run.summary)
+    # The verifier of the config measures the true accuracy.
+    result = tmp_path / "result.json"
+    options = ("--checkpoint", str(run.checkpoint), "--k", "4", "--json", str(result))
+    measured = command("eval", str(QUICKSTART), "--max-problems", "128", *options)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads(result.read_text())["totals"]["avg@4"]["mean"] < 0.4
 
 
 def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(

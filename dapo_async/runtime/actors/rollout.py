@@ -179,7 +179,6 @@ class RolloutActor:
         )
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:
-        reward = self._config.reward
         return await asyncio.to_thread(  # a verdict may take seconds
             score_group,
             admission,
@@ -187,8 +186,7 @@ class RolloutActor:
             texts=[self._host.decode(completion) for completion in completions],
             verify=self._host.verifiers.of(admission.prompt.source),
             max_response_tokens=self._config.rollout.max_response_tokens,
-            overlong_cache_tokens=reward.overlong_cache_tokens,
-            shuffle_seed=self._config.seed if reward.shuffle else None,
+            overlong_cache_tokens=self._config.reward.overlong_cache_tokens,
             incarnation=self._incarnation,
             temperature=self._config.rollout.temperature,
         )

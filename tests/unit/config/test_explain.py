@@ -41,7 +41,7 @@ def test_the_listing_has_every_knob_once_in_its_section() -> None:
     assert names == list(KNOBS)
     assert "  algorithm.dual_clip = null  (number | null)" in lines
     assert '  run_dir = ""  (text)' in lines
-    assert "  reward.shuffle = false  (true or false)" in lines
+    assert "  learner.profile = false  (true or false)" in lines
     assert lines[1] == "the run"
     assert "deadlines: how long something may take before the run ends, in seconds" in lines
     assert not [line for line in lines if "None" in line or "False" in line]

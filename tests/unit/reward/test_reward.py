@@ -19,7 +19,6 @@ def score(
     answer: str = "4",
     max_response_tokens: int = 20,
     overlong_cache_tokens: int | None = None,
-    shuffle_seed: int | None = None,
 ) -> Group:
     """A group with these texts, judged by `marker`."""
     admission = Admission(group_id, Prompt(0, "1+3=", np.array([1], np.int32), answer), len(texts))
@@ -33,7 +32,6 @@ def score(
         incarnation="run-0",
         temperature=0.7,
         overlong_cache_tokens=overlong_cache_tokens,
-        shuffle_seed=shuffle_seed,
     )
 
 
@@ -179,44 +177,3 @@ def test_a_truncated_response_without_an_answer_is_wrong() -> None:
         -1.0,
         None,
     )
-
-
-def test_shuffled_scores_are_a_permutation_keyed_by_seed_and_group_id() -> None:
-    texts = ["####4"] * 5 + ["####3"] * 11
-
-    def accuracies(seed: int, group_id: int) -> tuple[float, ...]:
-        return score(texts, group_id=group_id, shuffle_seed=seed).accuracies
-
-    orders = {accuracies(seed, group_id) for seed in range(3) for group_id in range(20)}
-    assert all(sorted(order) == [0.0] * 11 + [1.0] * 5 for order in orders)
-    assert len(orders) > 50
-    assert accuracies(1, 7) == accuracies(1, 7)
-
-
-def test_shuffled_scores_are_independent_of_the_responses() -> None:
-    shares = np.mean(
-        [
-            score(["####4"] * 4 + ["####3"] * 12, group_id=group_id, shuffle_seed=0).accuracies
-            for group_id in range(2000)
-        ],
-        axis=0,
-    )
-    assert shares == pytest.approx(np.full(16, 0.25), abs=0.04)  # four standard errors
-
-
-def test_shuffling_moves_the_shaped_reward_with_its_accuracy() -> None:
-    plain, shuffled = (
-        score(
-            ["####4", "####4", "####3", "####3"],
-            lengths=[20, 5, 5, 5],
-            group_id=3,
-            overlong_cache_tokens=5,
-            shuffle_seed=seed,
-        )
-        for seed in (None, 0)
-    )
-    pairs = [
-        sorted((rollout.accuracy, rollout.reward) for rollout in group.rollouts)
-        for group in (plain, shuffled)
-    ]
-    assert pairs[0] == pairs[1] == [(0.0, -1.0), (0.0, -1.0), (1.0, 0.0), (1.0, 1.0)]
