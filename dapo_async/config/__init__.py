@@ -30,7 +30,7 @@ from dapo_async.config.schema import (
     WeightsConfig,
     knobs,
 )
-from dapo_async.config.sources import Source, parse_source, parse_sources
+from dapo_async.config.sources import Source, parse_contamination, parse_source
 from dapo_async.config.text import redacted
 
 __all__ = [
@@ -53,8 +53,8 @@ __all__ = [
     "WeightsConfig",
     "knobs",
     "load",
+    "parse_contamination",
     "parse_source",
-    "parse_sources",
     "redacted",
     "to_yaml",
 ]

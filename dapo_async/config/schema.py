@@ -56,8 +56,8 @@ def knob(
 ) -> Any:
     """A field with its line and bounds, each of which may come with its reason.
 
-    `path` is "", "model", "data" or "data list". A path in a file is relative to the file's folder,
-    in an override to the current folder.
+    `path` is "", "model", "data" or "mode, data". A path in a file is relative to the file's
+    folder, in an override to the current folder.
     """
     bounds = Bounds(_limit(least), _limit(above), _limit(most))
     return field(default=default, metadata={"line": line, "path": path, "bounds": bounds})
@@ -143,16 +143,12 @@ class DataConfig:
     language: Literal["en", "zh"] | None = knob(
         None, "train on problems of this language only (zh: with Chinese characters); null: on all"
     )
-    contamination: Literal["drop", "warn", "off"] = knob(
+    contamination: str = knob(
         "warn",
         "training problems that are also evaluation problems: leave them out (drop), count them "
-        "and train on them (warn), or do not search for them (off)",
-    )
-    check_against: str = knob(
-        "",
-        "evaluation sets for data.contamination besides data.heldout, written like data.train and "
-        "separated by commas",
-        path="data list",
+        "and train on them (warn), or do not search for them (off); MODE,SOURCE,... adds "
+        "evaluation sets to data.heldout, written like data.train",
+        path="mode, data",
     )
     max_prompt_tokens: int = knob(
         2048, "prompts with more tokens are left out and counted", least=1, most=(10_000_000, LONG)

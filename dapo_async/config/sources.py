@@ -14,7 +14,9 @@ import re
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
+from typing import Literal, get_args
 
+Mode = Literal["drop", "warn", "off"]  # of data.contamination
 HUB = "hub:"
 PRESET = re.compile(r"([a-z][a-z0-9_]*)=(.+)", re.DOTALL)
 MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -79,20 +81,27 @@ def parse_source(text: str) -> Source:
     return Source(preset, None, *parts.groups())
 
 
-def parse_sources(text: str) -> list[Source]:
-    """Parses a list of sources separated by commas."""
-    return [parse_source(part.strip()) for part in text.split(",") if part.strip()]
+def parse_contamination(text: str) -> tuple[Mode, list[Source]]:
+    """Parses `data.contamination`: MODE[,SOURCE...]. Raises ValueError for another mode."""
+    word, *rest = (part.strip() for part in text.split(","))
+    word = "off" if word == "False" else word  # YAML reads a plain `off` as false
+    for mode in get_args(Mode):
+        if word == mode:
+            return mode, [parse_source(part) for part in rest if part]
+    raise ValueError(
+        f"data.contamination ({text}) must begin with {', '.join(get_args(Mode))}; "
+        "write for example drop or drop,aime24=PATH"
+    )
 
 
 def resolved(text: str, folder: Path, *, kind: str) -> str:
-    """`text` with its paths made absolute from `folder`; `kind` is model, data or data list.
+    """`text` with its paths made absolute from `folder`; `kind` is model, data or `mode, data`.
 
     Raises OSError, RuntimeError or ValueError.
     """
-    if kind == "data list":
-        return ", ".join(
-            resolved(part.strip(), folder, kind="data") for part in text.split(",") if part.strip()
-        )
+    if kind == "mode, data":
+        mode, *sources = (part.strip() for part in text.split(","))
+        return ",".join([mode, *(resolved(each, folder, kind="data") for each in sources if each)])
     match = PRESET.fullmatch(text) if kind == "data" else None
     preset, rest = (f"{match[1]}=", match[2]) if match else ("", text)
     if rest.startswith(HUB):

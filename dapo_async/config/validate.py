@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from dapo_async.config.schema import STOP_S, Config, Knob, knobs, values_of
-from dapo_async.config.sources import Source, matches, parse_source, parse_sources
+from dapo_async.config.sources import Source, matches, parse_contamination, parse_source
 from dapo_async.config.text import shown
 
 Rule = tuple[bool, str]  # whether it holds, and the message if it does not
@@ -83,11 +83,11 @@ def _file_rules(config: Config, files: bool) -> Iterator[Rule]:
             not files or _exists(parse_source(value), pattern=name != "model.path"),
             f"{name} ({value}) does not exist; give an existing path",
         )
-    for source in parse_sources(data.check_against):
+    for source in parse_contamination(data.contamination)[1]:
         yield (
             not files or _exists(source),
-            f"data.check_against ({source.where}) does not exist; give existing paths, separated "
-            "by commas",
+            f"data.contamination ({source.where}) does not exist; give existing paths after the "
+            "mode, separated by commas",
         )
     yield (
         data.template is None or data.template in TEMPLATES or "{problem}" in data.template,

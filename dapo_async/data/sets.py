@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dapo_async.config import Config, Source, parse_source, parse_sources
+from dapo_async.config import Config, Source, parse_contamination, parse_source
 from dapo_async.data.chat import check_chat_template, has_chat_template
 from dapo_async.data.presets import preset_of
 from dapo_async.data.prompts import PromptSet, default_template, load_fingerprints, load_prompts
@@ -45,12 +45,13 @@ def load_set(
 def _screening(config: Config, *, hub: bool) -> Screening:
     data = config.data
     against: dict[str, frozenset[str]] = {}
-    if data.contamination != "off":
-        for source in [parse_source(data.heldout), *parse_sources(data.check_against)]:
+    mode, others = parse_contamination(data.contamination)
+    if mode != "off":
+        for source in [parse_source(data.heldout), *others]:
             if hub or not is_on_hub(source):
                 name = source.where if source.name in against else source.name
                 against[name] = load_fingerprints(source, prompt_key=data.prompt_key)
-    return Screening(data.language, None, data.contamination, against)
+    return Screening(data.language, None, mode, against)
 
 
 def is_on_hub(source: Source) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dapo_async.config import Config, Source, parse_source, parse_sources
+from dapo_async.config import Config, Source, parse_contamination, parse_source
 from dapo_async.data import (
     PromptSet,
     Tokenizer,
@@ -116,7 +116,7 @@ def _check_options(config: Config) -> None:
         ("model.path", config.model.path),
         ("data.train", data.train),
         ("data.heldout", data.heldout),
-        ("data.check_against", data.check_against),
+        ("data.contamination", data.contamination),
     ):
         if text:
             check_path(name, text)
@@ -182,7 +182,7 @@ def _sources_left_on_hub(config: Config, *, dry_run: bool) -> list[Source]:
     if not dry_run:
         return []
     sources = [parse_source(text) for text in (config.data.train, config.data.heldout)]
-    sources += parse_sources(config.data.check_against)
+    sources += parse_contamination(config.data.contamination)[1]
     return [source for source in sources if is_on_hub(source)]
 
 

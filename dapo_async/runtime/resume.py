@@ -27,7 +27,7 @@ from dapo_async.utils.paths import for_shell
 # Everything else would make it another run.
 SAFE = (
     "train.", "deadlines.", "ray.", "evaluation.", "weights.", "tracking.",
-    "data.train", "data.heldout", "data.check_against", "model.path", "model.device",
+    "data.train", "data.heldout", "data.contamination", "model.path", "model.device",
     "model.num_cpus", "rollout.num_workers", "rollout.num_slots", "rollout.engine",
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
     "learner.tensor_parallel", "learner.data_parallel",
@@ -160,7 +160,7 @@ def find_resume_point(
     if train_data is not None and point.driver["train_data"] != train_data:
         raise ValueError(
             f"data.train ({config.data.train}) does not give the prompts that this run began with; "
-            "restore data.train, data.heldout and data.check_against, or start a new run with "
+            "restore data.train, data.heldout and data.contamination, or start a new run with "
             f"model.path={newest}"
         )
     known = point.driver.get("heldout_data")  # absent in older checkpoints

@@ -17,7 +17,7 @@ from dapo_async.data import TEMPLATES, load_tokenizer
 
 CONFIG = QUICKSTART.with_name("real_prompts.yaml")
 SETS = ",".join(f"{name}={path}" for name, path in EVALUATION_SETS.items() if name != "aime24")
-HERE = (f"data.heldout=aime24={EVALUATION_SETS['aime24']}", f"data.check_against={SETS}")
+HERE = (f"data.heldout=aime24={EVALUATION_SETS['aime24']}", f"data.contamination=drop,{SETS}")
 
 
 @needs_data

@@ -96,6 +96,10 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             )
         ),
         ("algorithm.correction_band=[.nan,2]", "correction_band (nan) must be a finite number"),
+        (
+            "data.contamination=keep",
+            "data.contamination (keep) must begin with drop, warn, off; write for example drop or",
+        ),
         ("learner.grad_clip=-1", "learner.grad_clip (-1.0) must be positive"),
         ("seed=-1", "seed (-1) must be at least 0"),
         (
@@ -356,3 +360,12 @@ def test_a_run_ends_after_32_batches_of_rejected_groups(file: Path) -> None:
     assert knobs.load(file).replay.max_rejected_in_a_row == 512
     config = knobs.load(file, ["replay.groups_per_step=3"])
     assert config.replay.max_rejected_in_a_row == 96
+
+
+@pytest.mark.parametrize("text", ["off", "'off'"])
+def test_the_mode_off_needs_no_quotes(file: Path, text: str) -> None:
+    """YAML reads a plain `off` as false."""
+    overridden = knobs.load(file, [f"data.contamination={text}"])
+    file.write_text(file.read_text().replace("data: {", f"data: {{contamination: {text}, "))
+    for config in (overridden, knobs.load(file)):
+        assert knobs.parse_contamination(config.data.contamination) == ("off", [])

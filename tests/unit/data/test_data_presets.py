@@ -396,18 +396,15 @@ def test_the_fingerprint_of_the_inputs_changes_with_the_training_prompts(
     )
     evaluation = write(tmp_path / "evaluation.jsonl", [{"prompt": "13", "answer": "1"}])
 
-    def fingerprint_with(*overrides: str) -> str | None:
-        return check_inputs(
-            knobs.load(
-                QUICKSTART, [f"data.train={train}", f"data.check_against={evaluation}", *overrides]
-            )
-        ).fingerprint
+    def fingerprint_with(mode: str, *more: str) -> str | None:
+        overrides = [f"data.train={train}", f"data.contamination={mode},{evaluation}", *more]
+        return check_inputs(knobs.load(QUICKSTART, overrides)).fingerprint
 
-    first = fingerprint_with("data.contamination=drop")
-    assert fingerprint_with("data.contamination=warn", "data.max_prompt_tokens=9") == first
-    assert fingerprint_with("data.template='{problem}'") != first
+    first = fingerprint_with("drop")
+    assert fingerprint_with("warn", "data.max_prompt_tokens=9") == first
+    assert fingerprint_with("warn", "data.template='{problem}'") != first
     write(evaluation, [{"prompt": "12", "answer": "1"}])
-    assert fingerprint_with("data.contamination=drop") != first
+    assert fingerprint_with("drop") != first
 
 
 @needs_data

@@ -17,7 +17,7 @@ from hub_server import hub_server
 from pyarrow import parquet
 
 from dapo_async import config as knobs
-from dapo_async.config import Source, parse_source, parse_sources
+from dapo_async.config import Source, parse_contamination, parse_source
 from dapo_async.data.sources import read_rows
 
 ROWS: list[dict[str, Any]] = [
@@ -159,7 +159,9 @@ def test_the_grammar_of_a_source(text: str, source: Source, name: str) -> None:
 
 
 def test_a_list_of_sources_and_a_hub_name_that_is_none() -> None:
-    assert parse_sources(" /a, hub:b ,") == [Source(path=Path("/a")), Source(hub="b")]
+    sources = [Source(path=Path("/a")), Source(hub="b")]
+    assert parse_contamination("drop, /a, hub:b ,") == ("drop", sources)
+    assert parse_contamination("off") == ("off", [])
     with pytest.raises(
         ValueError, match=re.escape("hub:a b is no name of the hub; write hub:OWNER/NAME")
     ):
@@ -172,23 +174,23 @@ def test_sources_in_a_config_resolve_as_paths_do_and_read_back(tmp_path: Path) -
     (tmp_path / "run.yaml").write_text(
         "model: {path: Qwen/Qwen2.5-32B}\n"
         "data: {train: gsm8k=data/t.jsonl, heldout: hub:openai/gsm8k/main:test,\n"
-        "  check_against: 'amc23=data/e.jsonl, ./data/h.jsonl, hub:aime24'}\n"
+        "  contamination: 'warn, amc23=data/e.jsonl, ./data/h.jsonl, hub:aime24'}\n"
     )
     config = knobs.load(tmp_path / "run.yaml")
     assert config.model.path == "hub:Qwen/Qwen2.5-32B"
     assert config.data.train == f"gsm8k={tmp_path}/data/t.jsonl"
     assert config.data.heldout == "hub:openai/gsm8k/main:test"
     assert (
-        config.data.check_against
-        == f"amc23={tmp_path}/data/e.jsonl, {tmp_path}/data/h.jsonl, hub:aime24"
+        config.data.contamination
+        == f"warn,amc23={tmp_path}/data/e.jsonl,{tmp_path}/data/h.jsonl,hub:aime24"
     )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "saved.yaml").write_text(knobs.to_yaml(config))
     assert knobs.load(tmp_path / "elsewhere" / "saved.yaml") == config
     (tmp_path / "Qwen" / "Qwen2.5-32B").mkdir(parents=True)
     assert knobs.load(tmp_path / "run.yaml").model.path == f"{tmp_path}/Qwen/Qwen2.5-32B"
-    with pytest.raises(ValueError, match=r"data.check_against \(/nowhere\) does not exist"):
-        knobs.load(tmp_path / "run.yaml", ["data.check_against=/nowhere"])
+    with pytest.raises(ValueError, match=r"data.contamination \(/nowhere\) does not exist"):
+        knobs.load(tmp_path / "run.yaml", ["data.contamination=warn,/nowhere"])
 
 
 def test_a_data_set_of_the_hub_is_read_by_name_subset_split_and_revision(
