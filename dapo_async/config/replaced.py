@@ -16,6 +16,9 @@ REPLACED: Mapping[str, str] = {
     "data.source_key": _ALWAYS.format("the column data_source, or the column of the preset"),
     "data.deduplicate": "is no knob any more: some presets remove repeated problems; "
     "set data.train=PRESET=PATH to use such a preset",
+    "data.language": _USE.format(
+        "the preset dapo_math_17k_en or dapo_math_17k_zh, as in data.train=dapo_math_17k_en=PATH"
+    ),
     "data.check_against": _USE.format("data.contamination=MODE,SOURCE,..."),
     "reward.by_source": _USE.format("reward.verifier=DEFAULT,SOURCE=VERIFIER"),
     "reward.timeout_s": _ALWAYS.format("5"),

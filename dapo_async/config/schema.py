@@ -140,9 +140,6 @@ class DataConfig:
         "of several turns",
     )
     system: str | None = knob(None, "system text for a chat template; null: no system text")
-    language: Literal["en", "zh"] | None = knob(
-        None, "train on problems of this language only (zh: with Chinese characters); null: on all"
-    )
     contamination: str = knob(
         "warn",
         "training problems that are also evaluation problems: leave them out (drop), count them "

@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal
 
 from dapo_async.config import Source, parse_source
 from dapo_async.reward.math_verifier.normalize import normalised
@@ -35,20 +36,24 @@ class Preset:
     template: str = "boxed"
     wrapped: str | None = None  # the template that the published problems already have
     deduplicate: bool = False
+    language: Literal["en", "zh"] | None = None  # problems of another language are left out
 
 
 DAPO_PROBLEM, DAPO_ANSWER = ("problem", "prompt"), ("answer", "reward_model.ground_truth")
+# 1,791,700 rows: each of the 17,917 prompts occurs a hundred times. Some are in Chinese.
+DAPO_MATH = Preset(
+    "hub:BytedTsinghua-SIA/DAPO-Math-17k:train",
+    DAPO_PROBLEM,
+    DAPO_ANSWER,
+    template="dapo",
+    wrapped="dapo",
+    deduplicate=True,
+)
 PRESETS = MappingProxyType(
     {
-        # 1,791,700 rows: each of the 17,917 prompts occurs a hundred times.
-        "dapo_math_17k": Preset(
-            "hub:BytedTsinghua-SIA/DAPO-Math-17k:train",
-            DAPO_PROBLEM,
-            DAPO_ANSWER,
-            template="dapo",
-            wrapped="dapo",
-            deduplicate=True,
-        ),
+        "dapo_math_17k": DAPO_MATH,
+        "dapo_math_17k_en": replace(DAPO_MATH, language="en"),
+        "dapo_math_17k_zh": replace(DAPO_MATH, language="zh"),
         "gsm8k": Preset(
             "hub:openai/gsm8k/main:train", ("question",), answer_form={"answer": "hashes"}
         ),

@@ -202,8 +202,8 @@ def _screened(
     rows: Iterable[Problem], screening: Screening, preset: Preset | None, left_out: RowCounts
 ) -> tuple[list[Problem], set[int], Counter[str]]:
     """The problems that pass; the rows of evaluation problems, and their number for each set."""
-    if screening.language is not None:
-        rows = of_language(rows, screening.language, left_out)
+    if preset is not None and preset.language is not None:
+        rows = of_language(rows, preset.language, left_out)
     deduplicate = screening.deduplicate
     if deduplicate is None:
         deduplicate = preset is not None and preset.deduplicate

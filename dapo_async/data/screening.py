@@ -74,7 +74,6 @@ class RowCounts:
 class Screening:
     """The rules for training problems."""
 
-    language: Literal["en", "zh"] | None = None
     deduplicate: bool | None = None  # None: the preset decides
     contamination: Literal["drop", "warn", "off"] = "off"
     # The `fingerprints` of each evaluation set, by its name.

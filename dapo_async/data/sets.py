@@ -51,7 +51,7 @@ def _screening(config: Config, *, hub: bool) -> Screening:
             if hub or not is_on_hub(source):
                 name = source.where if source.name in against else source.name
                 against[name] = load_fingerprints(source, prompt_key=data.prompt_key)
-    return Screening(data.language, None, mode, against)
+    return Screening(contamination=mode, against=against)
 
 
 def is_on_hub(source: Source) -> bool:

@@ -43,7 +43,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     )
     run = finished(
         tmp_path / "run",
-        f"data.train=dapo_math_17k={part}",
+        f"data.train=dapo_math_17k_en={part}",
         *HERE,
         *small,
         config=CONFIG,
@@ -64,7 +64,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     kept = "kept: 430 with control characters (rows 809, 1226, 1227, …)"
     known = "evaluation problems among them, left out: math500 5"
     assert (
-        "1480 prompts of 276 to 640 tokens from dapo_math_17k; "
+        "1480 prompts of 276 to 640 tokens from dapo_math_17k_en; "
         f"left out: {left_out}; {kept}; {known}\n" in run.output
     )
     assert (

@@ -21,7 +21,7 @@ def test_the_page_of_the_docs_is_what_the_schema_says() -> None:
     [
         ("model.dtype", "float32 | bfloat16"),
         ("data.system", "text | null"),
-        ("data.language", "en | zh | null"),
+        ("algorithm.correction_level", "token | sequence | sequence_mean | null"),
         ("learner.recompute", "true or false"),
         ("learner.lr", "number, at least 0"),
         ("deadlines.work_s", "number, positive, at most 2,592,000"),

@@ -341,7 +341,7 @@ def test_the_language_of_a_chat_is_that_of_its_user_turns(
 ) -> None:
     chinese = {"role": "user", "content": "求"}
     file = write(tmp_path / "rows.jsonl", verl_row(chinese, REPLY, LAST), verl_row(SYSTEM, LAST))
-    loaded = load(file, chatting, template="chat", screening=Screening("en"))
+    loaded = load(file, chatting, preset="dapo_math_17k_en", template="chat")
     assert [prompt.row for prompt in loaded.prompts] == [1]
 
 

@@ -165,10 +165,9 @@ def test_languages_are_told_by_chinese_characters(tmp_path: Path) -> None:
         {"prompt": "求 x。", "answer": "1"},
         {"prompt": "Trouvez x é.", "answer": "1"},
     ]
-    assert [
-        row for row, *_ in pairs(load(tmp_path / "a.jsonl", rows, screening=Screening("en")))
-    ] == [0, 2]
-    chinese = load(tmp_path / "a.jsonl", rows, screening=Screening("zh"))
+    english = load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k_en")
+    assert [row for row, *_ in pairs(english)] == [0, 2]
+    chinese = load(tmp_path / "a.jsonl", rows, preset="dapo_math_17k_zh")
     assert [row for row, *_ in pairs(chinese)] == [1]
     assert chinese.left_out.counts == {"of another language": 2}
 
@@ -283,7 +282,7 @@ def test_hub_with_a_preset_names_its_place_on_the_hub() -> None:
         ValueError,
         match=re.escape(
             "'gsm8' is no preset of data; did you mean 'gsm8k'? "
-            "Known are dapo_math_17k, gsm8k, math"
+            "Known are dapo_math_17k, dapo_math_17k_en, dapo_math_17k_zh, gsm8k, math"
         ),
     ):
         preset_of(parse_source("gsm8=/a"))
@@ -372,7 +371,6 @@ def test_held_out_prompts_get_the_training_template_and_are_not_screened(
             f"data.train=gsm8k={train}",
             f"data.heldout=math500={heldout}",
             "data.contamination=drop",
-            "data.language=en",
         ],
     )
     config = replace(config, data=replace(config.data, template=None, max_prompt_tokens=999))
@@ -465,12 +463,11 @@ def test_screening_of_dapo_math_leaves_as_many_prompts_as_the_recipes_say() -> N
 def test_the_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
     languages = [json.loads(line)["lang"] for line in file.read_text().splitlines()]
-    source = Source(preset="dapo_math_17k", path=file)
     english = load_prompts(
-        source,
+        Source(preset="dapo_math_17k_en", path=file),
         tokenizer=BYTES,
         max_prompt_tokens=10**6,
-        screening=Screening("en", deduplicate=False),
+        screening=Screening(deduplicate=False),
     )
     assert [prompt.row for prompt in english.prompts] == [
         row for row, language in enumerate(languages) if language == "en"
