@@ -40,6 +40,10 @@ CREDENTIALS = (
     "credentials that it accepts"
 )
 PERMISSION = "ask its administrator for the permission to write to this experiment"
+FOREIGN = (
+    f"no MLflow server answers there, or a proxy before it refuses the request; {ADDRESS}, or "
+    f"{CREDENTIALS}"
+)
 DELETED = "restore it in MLflow, or set MLFLOW_EXPERIMENT_NAME to another name"
 
 # What the text of an error says, whatever its class: MLflow wraps most errors in its own one.
@@ -54,6 +58,16 @@ FINAL_TEXTS = (
         r"unable to open database file|readonly database|read-only file system",
         f"make its folder writable, or {OTHER_STORE}",
     ),
+    (
+        r"password authentication failed|access denied for user|login failed for user"
+        r"|(role|database) \S+ does not exist|unknown database",
+        "correct user, password and database in tracking.mlflow",
+    ),
+    (
+        r"databricks (credential|authentication)|default auth: cannot configure",
+        "set DATABRICKS_HOST and DATABRICKS_TOKEN, or run databricks configure",
+    ),
+    (r"is in maintenance mode", "set tracking.mlflow=local, or to sqlite:///FILE"),
     (r"no module named|could not import", "install that package beside dapo_async"),
     (
         r"name or service not known|nodename nor servname|no address associated",
@@ -74,9 +88,10 @@ FINAL_TEXTS = (
         ADDRESS,
     ),
     (
-        r"not in a valid json format|error code (405|410|501) !=",
+        r"not in a valid json format|error code ([23]\d\d|402|405|406|410|418|451|501|505|511) !=",
         f"no MLflow server answers there; {ADDRESS}",
     ),
+    (r"error code 407 !=", "correct HTTPS_PROXY and HTTP_PROXY, or unset them"),
     (r"unauthenticated|unauthorized|not authenticated", CREDENTIALS),
     (r"forbidden|permission_denied", PERMISSION),
 )
@@ -110,11 +125,19 @@ def fault_of(error: Exception, *, opening: bool) -> Fault:
             known, text
         ):
             return Fault(Course.STOP, remedy)
+    if opening and _is_foreign(error):
+        return Fault(Course.STOP, FOREIGN)
     if opening and ("not found" in text or status in OPENING_STATUSES):
         return Fault(Course.STOP, OPENING_STATUSES.get(status, OPENING_STATUSES[404]))
     if status in REFUSED_STATUSES:
         return Fault(Course.STOP if opening else Course.SKIP)
     return Fault(Course.RETRY)
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether an error answer is JSON without the code that every MLflow server gives."""
+    answer = getattr(error, "json", None)
+    return isinstance(answer, dict) and "error_code" not in answer
 
 
 def _status(error: Any) -> int:

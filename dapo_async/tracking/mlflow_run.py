@@ -15,10 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from dapo_async.tracking.mlflow_faults import Unusable
+from dapo_async.tracking.mlflow_faults import ADDRESS, Unusable
 
 ACTIVE = "active"  # the stage of an experiment or run that is not deleted
 ARTIFACTS = "mlartifacts"  # folder of the local store
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # URIs that MLflow gives to SQLAlchemy
 LOCAL = "local"  # tracking.mlflow: SQLite beside the run directories
 MAX_PARAMETERS, MAX_PARAMETER_CHARACTERS, MAX_TAG_CHARACTERS = 100, 6000, 5000  # MLflow's limits
 NOTE, SOURCE, SOURCE_TYPE = "mlflow.note.content", "mlflow.source.name", "mlflow.source.type"
@@ -108,6 +109,7 @@ class MlflowRun:
 
         A missing experiment or database is made. Raises Unusable for a deleted experiment.
         """
+        _connect_once(description.uri)
         from mlflow import MlflowClient
 
         self._client = MlflowClient(description.uri)
@@ -134,6 +136,8 @@ class MlflowRun:
                 if (found := self._client.get_experiment_by_name(description.experiment)) is None:
                     raise
         number = str(found.experiment_id)
+        if not number:  # JSON, but not that of MLflow
+            raise Unusable("no MLflow server answers there", remedy=ADDRESS)
         if found.lifecycle_stage != ACTIVE:
             raise Unusable(
                 f"its experiment {description.experiment} was deleted",
@@ -184,6 +188,23 @@ class MlflowRun:
     def close(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
+
+
+def _connect_once(uri: str) -> None:
+    """Connects to a database and leaves it: MLflow would try in vain for minutes.
+
+    Makes the folder of a SQLite file, as MLflow does.
+    """
+    if uri.partition(":")[0].partition("+")[0] not in DATABASES:
+        return
+    from sqlalchemy import create_engine
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.pool import NullPool
+
+    url = make_url(uri)
+    if url.get_backend_name() == "sqlite" and url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    create_engine(url, poolclass=NullPool).connect().close()
 
 
 def _was_moved(before: str, now: str) -> bool:

@@ -323,6 +323,17 @@ def opening_error(uri: str, tmp_path: Path, name: str = "x") -> Exception:
         (405, "no", "no MLflow server answers there"),
         (200, "<html>Log in</html>", "no MLflow server answers there"),
         (400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "a name"}', "EXPERIMENT_NAME"),
+        (200, "{}", "correct tracking.mlflow"),
+        (200, '{"hello": 1}', "correct tracking.mlflow"),
+        (204, "", "no MLflow server answers there"),
+        (400, "{}", "or a proxy before it refuses the request"),
+        (401, '{"error": "invalid_token"}', "MLFLOW_TRACKING_TOKEN"),
+        (403, '{"error": {"status": 403}}', "MLFLOW_TRACKING_TOKEN"),
+        (404, '{"error": "no such page"}', "no MLflow server answers there"),
+        (407, "no", "HTTPS_PROXY"),
+        (418, "no", "no MLflow server answers there"),
+        (511, "<html>Log in</html>", "no MLflow server answers there"),
+        (408, "later", None),
         (429, "later", None),
         (500, "oh", None),
         (502, "oh", None),
@@ -347,6 +358,10 @@ def test_what_a_server_answers_decides_whether_it_is_tried_again(
         ("http://a..b:5000", "correct tracking.mlflow"),
         ("nosuchscheme://host/path", "correct tracking.mlflow"),
         ("sqlite:////dev/null/mlflow.db", "folder writable"),
+        ("sqlite:///{folder}", "folder writable"),
+        ("sqlite:////proc/mlflow.db", "folder writable"),
+        ("file://{folder}/mlruns", "set tracking.mlflow=local"),
+        ("databricks", "DATABRICKS_TOKEN"),
         ("sqlite:///{folder}/text", "move that file away"),
         ("postgresql+nosuchdriver://127.0.0.1/x", "correct tracking.mlflow"),
         ("http://127.0.0.1:{closed}", None),
@@ -360,6 +375,15 @@ def test_an_address_that_can_not_work_is_not_tried_again(
     fault = fault_of(error, opening=True)
     assert fault.course is (Course.RETRY if remedy is None else Course.STOP), repr(error)
     assert (remedy or "") in fault.remedy, repr(error)
+
+
+def test_a_database_that_can_not_be_opened_is_told_within_seconds(tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    error = opening_error(f"sqlite:///{tmp_path}", tmp_path)
+    assert time.monotonic() - began_s < 5.0  # MLflow alone tries for a hundred seconds
+    assert fault_of(error, opening=True).course is Course.STOP
+    MlflowRun(Description(f"sqlite:///{tmp_path}/a/b/x.db", "x", "run", None, {}, {}), None)
+    assert (tmp_path / "a" / "b" / "x.db").is_file()
 
 
 def test_an_experiment_name_that_mlflow_refuses_is_told_with_the_remedy(tmp_path: Path) -> None:
@@ -378,6 +402,9 @@ def test_an_experiment_name_that_mlflow_refuses_is_told_with_the_remedy(tmp_path
         ("certificate verify failed: self-signed certificate", Course.STOP),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number", Course.STOP),
         ("No module named 'psycopg2'", Course.STOP),
+        ('FATAL: password authentication failed for user "u"', Course.STOP),
+        ('FATAL: database "m" does not exist', Course.STOP),
+        ("(1045, \"Access denied for user 'u'@'h'\")", Course.STOP),
         ("database is locked", Course.RETRY),
         ("database or disk is full", Course.RETRY),
         ("Connection refused", Course.RETRY),
