@@ -126,6 +126,8 @@ class Publisher:
             self._publish_and_release_turn(announcement, on_served),
             name=f"publish {announcement.version}",
         )
+        # A run that ends does not wait for it: without this asyncio prints its failure.
+        self._in_flight.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def finish(self) -> None:
         """Waits for the publish in flight; raises what it raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,32 @@ def test_a_late_engine_is_named_by_the_deadline(tmp_path: Path) -> None:
     line = r"publish of version 7: the learner waited 0.2 s for rollout-0"
     with pytest.raises(TimeoutError, match=line):
         publish(publisher, learner.announce(7))
+
+
+def test_a_failed_publish_that_the_end_of_a_run_leaves_prints_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def die() -> None:
+        raise RuntimeError("rollout-0 died")
+
+    async def snapshot(learner: FakeLearner) -> Announcement:
+        return learner.announce(1)
+
+    async def served(_: int) -> None:
+        return None
+
+    async def scene() -> None:
+        learner = FakeLearner(tmp_path)
+        engine = FakeEngine(learner)
+        engine.before_receive = die
+        publisher = make_publisher(learner, engine)
+        await publisher.start(snapshot(learner), on_served=served)
+        assert publisher.in_flight is not None
+        await asyncio.wait([publisher.in_flight])
+
+    asyncio.run(scene())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_only_the_newest_versions_stay_on_disk(tmp_path: Path) -> None:
