@@ -241,12 +241,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="with the warm-up")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="STEPS")
     parser.add_argument("--step-s", type=float, default=1.0, help="seconds of a learner step")
+    parser.add_argument(
+        "--response-steps", type=float, default=0.4, help="a mean response, in learner steps"
+    )
     options = parser.parse_args()
     if options.quick:
         options.staleness, options.tails, options.splits = [1], [0.5], [1.0]
         options.steps, options.warm_up, options.step_s = 5, 2, 0.3
     cells = [
-        Shape(staleness, tail, split, options.step_s)
+        Shape(staleness, tail, split, options.step_s, options.response_steps)
         for split in options.splits
         for tail in options.tails
         for staleness in options.staleness
@@ -273,6 +276,7 @@ def main() -> None:
             "steps": options.steps,
             "warm_up": options.warm_up,
             "step_s": options.step_s,
+            "response_steps": options.response_steps,
         }
         options.json.write_text(json.dumps({**about, "cells": rows}, indent=1) + "\n")
 

@@ -36,7 +36,6 @@ from dapo_async.types import Completion, FinishReason, Group, StepMetrics
 GROUP_SIZE, GROUPS_PER_STEP, WORKERS = 8, 32, 2
 ACCEPTANCE = 0.75  # the other groups are all correct, and dynamic sampling rejects them
 MEAN_TOKENS, CAP = 128, 4.0  # tokens of a response; the longest, in means
-RESPONSE_S = 0.4  # of a mean response, in learner steps
 TICK_S = 0.005  # commands wait for the engine's thread at most so long, as for a decode step
 MARKER_ID, EOS_ID = 11, 12  # of the quickstart's tokenizer; 0 … 9 are the digits
 RIGHT, WRONG = 1, 0  # the answer of every problem, and another one
@@ -50,11 +49,12 @@ class Shape:
     tail: float
     split: float
     step_s: float
+    response_steps: float  # duration of a mean response, in learner steps
 
     @property
     def token_s(self) -> float:
         """Seconds per token of a running sequence, whatever else runs."""
-        return RESPONSE_S * self.step_s / MEAN_TOKENS
+        return self.response_steps * self.step_s / MEAN_TOKENS
 
     @property
     def consumption(self) -> float:
