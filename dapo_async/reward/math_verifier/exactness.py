@@ -22,6 +22,7 @@ from sympy import (
     Abs,
     Expr,
     Float,
+    I,
     Integer,
     Integral,
     MatrixBase,
@@ -62,11 +63,23 @@ def equal_values(gold: Any, answer: Any, float_rounding: int, numeric_precision:
         )
     if not isinstance(gold, Expr) or not isinstance(answer, Expr):
         return False
+    gold, answer = with_imaginary(gold), with_imaginary(answer)
     percents = [grader.get_pct_val(value) for value in (gold, answer)]
     if (percents[0] is None) == (percents[1] is None):
         return _equal(percents[0] or gold, percents[1] or answer)
     percent, other = (percents[0], answer) if percents[1] is None else (percents[1], gold)
     return _equal(percent, other) or _equal(percent / 100, other)
+
+
+def with_imaginary(value: Any) -> Any:
+    """`value` with the imaginary unit in place of a variable i.
+
+    Beside j or k it is a variable or a unit vector. In a sum over i it stays the index.
+    """
+    symbols = {symbol.name: symbol for symbol in value.free_symbols}
+    if "i" not in symbols or not {"j", "k"}.isdisjoint(symbols):
+        return value
+    return value.subs(symbols["i"], I)
 
 
 def _equal(gold: Expr, answer: Expr) -> bool:

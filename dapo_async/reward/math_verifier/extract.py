@@ -18,23 +18,24 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{")
 _NAKED_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}(-?[0-9]+(?:\.[0-9]+)?)(?![0-9])")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*$")
 _LABEL = re.compile(
-    r"(?i)\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?:\s*\}?\s*"
+    r"(?i)(?:(?<!\s)\s++)?(?:\\text\s*+\{\s*+)?(?:the\s++)?(?:final\s++)?answer\s*+(?:is\s*+)?:"
+    r"\s*+(?:\}\s*+)?"
 )
-_SIGN = re.compile(r"(?:\$|(?:[=(\[{]|\\[(\[])\s*)[-−]\s*$")
-_POWER = re.compile(r"\s*\^\s*\{?\s*-?[0-9]+\s*\}?")
-_SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*"
+_SIGN = re.compile(r"(?:\$|(?:[=(\[{]|\\[(\[])\s*+)[-−]\s*+$")
+_POWER = re.compile(r"\s*+\^\s*+(?:\{\s*+)?-?[0-9]++\s*+\}?")
+_SPACE = r"(?:\s|\$|\\[()\[\]]|\\quad|\\qquad|\\[,; ])*+"
 _BETWEEN_BOXES = re.compile(
-    rf"{_SPACE}(?:(?:[a-z]+\s+){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}"
-    rf"(?:,|;|and\b|or\b|\\text\{{\s*(?:and|or)\b)\s*\}}?{_SPACE}"
-    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_SPACE}"
+    rf"{_SPACE}(?:(?:[a-z]++\s++){{0,2}}|\\text\{{[^{{}}]{{0,30}}){_SPACE}"
+    rf"(?:,|;|and\b|or\b|\\text\{{\s*+(?:and|or)\b)\s*+\}}?{_SPACE}"
+    rf"(?:[A-Za-z](?:_\{{?\w++\}}?)?\s*+=)?{_SPACE}"
 )
 _SAID = re.compile(
-    r"(?is)(?:(?:so|thus|hence|therefore)[, ]+)?(?:the\s+)?(?:final\s+)?answer\s+is\b"
-    r"\s*:?\s*(.*?)(?:\.\s*I hope\b.*)?"
+    r"(?is)(?:(?:so|thus|hence|therefore)[, ]++)?(?:the\s++)?(?:final\s++)?answer\s++is\b"
+    r"\s*+(?::\s*+)?(.*?)(?:\.\s*+I hope\b.*)?"
 )
 _SENTENCE = re.compile(
     r"(?is)(?![^$]*\b(?:or|not)\b)([a-z][a-z ,'’-]*(?:\$[^$0-9=]*\$[a-z ,'’-]*)*)"
-    r"\b(?:is|are|equals)\s+((?:(?!\b(?:is|are|equals|or|not)\b).)+)"
+    r"\b(?:is|are|equals)\s++((?:(?!\b(?:is|are|equals|or|not)\b).)++)"
 )
 _IS_IN_TEXT = re.compile(r"\\text\s*\{([^{}]*\b(?:is|are|equals)\b[ :]*)\}\s*(.+)", re.DOTALL)
 # Words before the only formula of a sentence that only introduce it as the answer.
@@ -43,8 +44,8 @@ _FRAME = re.compile(
     r"(?:(?:exactly|precisely|only|just|simply|equal to|a total of)\s+)*|\s*"
 )
 _LEAD = re.compile(
-    r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s+)*"
-    r"(?:[a-z]\s*=)?\s*"
+    r"(?is)(?:(?:exactly|precisely|only|just|simply|equal to|a total of|option|choice)\s++)*"
+    r"(?:[a-z]\s*+=)?\s*+"
 )
 _TURNED = re.compile(
     r"(?i)\b(?:not|never|no|nor|cannot|hardly|wrong|incorrect|false|untrue|other|but|except|minus"
@@ -54,15 +55,17 @@ _TURNED = re.compile(
     r"|\b(?:less|more|greater|smaller|fewer|larger)\s+than\b|\b(?:below|above|under|beyond)\b"
 )
 _AFTER = re.compile(
-    r"\s*(?:\\?%|[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*|\^\s*\{?[23]\}?)?"
-    r"(?:\s*\^\s*\{?[23]\}?)?\s*"
+    r"\s*+(?:\\?%|[A-Za-z][A-Za-z'./-]*+(?:\s++[A-Za-z][A-Za-z'./-]*+)*+|\^\s*+\{?[23]\}?)?"
+    r"(?:\s*+\^\s*+\{?[23]\}?)?\s*+"
 )
-_A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*(\S.*)")
+_A_LINE = re.compile(r"[*_` \t]{0,9}A[*_` \t]{0,9}:[*_` \t]*+(\S.*)")
 _OPENING = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 _AFTERWORD = re.compile(r"(?s)(?:</s>.*|<\|.*|\.\s*I hope (?:it|this) is correct.*)")
-_FLOURISH = re.compile(r"(?:\s*(?:\$?\\(?:blacksquare|square|qed)\$?|[∎■□✅✓✔]))+\s*$")
-_REMARK = re.compile(r"(?<=[0-9$}*])\s+\(([A-Za-z][A-Za-z ,'-]{2,80})\)\s*\.?\s*$")
-_INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
+_FLOURISH = re.compile(
+    r"(?:(?<!\s)\s++)?(?:(?:\$?\\(?:blacksquare|square|qed)\$?|[∎■□✅✓✔])\s*+)++(\Z)?"
+)
+_REMARK = re.compile(r"(?<=[0-9$}*])\s++\(([A-Za-z][A-Za-z ,'-]{2,80})\)\s*+\.?\s*+$")
+_INLINE = re.compile(r"(?<!\\)\$([^$]++)(?<!\\)\$")
 _BLANKS = re.compile(r"(\s{2})\s+")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LONGEST_BOX, LONGEST_JOINT, MOST_BOXES = 2000, 100, 20  # characters, characters, boxes
@@ -176,7 +179,8 @@ def bare(text: str) -> str:
 
 def _content(said: str) -> str:
     """The answer in the content of a marker, without a sentence or delimiters around it."""
-    said = _FLOURISH.sub("", _AFTERWORD.sub("", squeezed(said)))
+    said = _AFTERWORD.sub("", squeezed(said))
+    said = _FLOURISH.sub(lambda found: found[0] if found[1] is None else "", said)
     remark = _REMARK.search(said) if len(said) <= LONGEST_BOX else None
     if (
         remark

@@ -17,17 +17,18 @@ _TURNED = re.compile(
     r"|(?:less|more|greater|fewer|larger|smaller) than|below|above|under|beyond"
     r"|at most|at least|up to|nearly|almost"
     r"|(?:square|root|logarithm|multiple|opposite|reciprocal|inverse) of"
-    r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*(?:to|through|times))"
-    r"\s+(?:the\s+)?$"
+    r"|log|ln|sin|cos|tan|sqrt)|[0-9]\s*+(?:to|through|times))"
+    r"\s++(?:the\s++)?$"
 )
-_AFTER = re.compile(r"[\s$})*\\]*(?:\\?(?:text|mathrm)\s*\{\s*)?([A-Za-z][A-Za-z']*)")
+_AFTER = re.compile(r"[\s$})*\\]*+(?:(?:text|mathrm)\s*+\{\s*+)?([A-Za-z][A-Za-z']*+)")
 _TAKEN_BACK = re.compile(
-    r"(?i)[\s$})*\\]*(?:\\?text\s*\{\s*|\(\s*)?"
-    r"(?:(?:(?:is|was|are)\s+)?(?:not|wrong|incorrect|false|never)"
-    r"|or\s+(?:so|less|more|fewer|above|below))\b"
+    r"(?i)[\s$})*\\]*+(?:text\s*+\{\s*+|\(\s*+)?"
+    r"(?:(?:(?:is|was|are)\s++)?(?:not|wrong|incorrect|false|never)"
+    r"|or\s++(?:so|less|more|fewer|above|below))\b"
 )
+_SEPARATORS, _OPENING = ", \t\r\n", "$({*\\ \t\r\n"
 # Right after a number: another factor, an ordinal, a ratio. Letters that are common units pass.
-_GOES_ON = re.compile(r"(?:[abdefijknopqruvwxyz]\b|(?:st|nd|rd|th)\b|\s*:\s*[0-9])")
+_GOES_ON = re.compile(r"(?:[abdefijknopqruvwxyz]\b|(?:st|nd|rd|th)\b|\s*+:\s*+[0-9])")
 _HARMLESS = frozenset(
     "is was are but more less fewer times percent percentage pct pair pairs couple couples "  # noqa: SIM905
     "score scores point".split()
@@ -39,13 +40,13 @@ def claims(text: str, expression: str) -> bool:
 
     It does not when the words around the expression deny it, change its value or continue it.
     """
-    # math-verify returns numbers without their separators.
-    spread = r"[\s,]?".join(map(re.escape, expression[:MOST_CHARACTERS]))
-    places = [match.span() for match in re.finditer(spread, text)]
-    if not places:
+    found = _last_place(expression[:MOST_CHARACTERS], text)
+    if found is None:
         return True
-    place, end = places[-1]
-    clause = _CLAUSE.split(re.sub(r"[\s$({*\\]+$", " ", text[max(0, place - 200) : place]))[-1]
+    place, end = found
+    before = text[max(0, place - 200) : place]
+    opened = before.rstrip(_OPENING)
+    clause = _CLAUSE.split(opened if opened == before else f"{opened} ")[-1]
     after = text[end:]
     following = _AFTER.match(after)
     if (
@@ -57,3 +58,14 @@ def claims(text: str, expression: str) -> bool:
     if expression[-1:].isdigit() and _GOES_ON.match(after):
         return False
     return following is None or following[1].lower() not in CHANGING - _HARMLESS
+
+
+def _last_place(expression: str, text: str) -> tuple[int, int] | None:
+    """The start and end of the last `expression` in `text`; None when it is not there.
+
+    Whitespace and commas are ignored: math-verify returns numbers without their separators.
+    """
+    kept = [place for place, character in enumerate(text) if character not in _SEPARATORS]
+    wanted = "".join(character for character in expression if character not in _SEPARATORS)
+    start = "".join(text[place] for place in kept).rfind(wanted)
+    return (kept[start], kept[start + len(wanted) - 1] + 1) if start >= 0 and wanted else None

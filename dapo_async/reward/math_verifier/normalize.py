@@ -10,7 +10,7 @@ import re
 import unicodedata
 
 _COMMANDS = r"\\(?:text|mathrm|textrm|mbox|textbf|textit|mathbf|textnormal|operatorname)"
-TEXT = re.compile(_COMMANDS + r"\s*\{([^{}]*)\}")
+TEXT = re.compile(_COMMANDS + r"\s*+\{([^{}]*+)\}")
 _REPLACED = (  # in this order; `(?<!\\)` because `\\\\` is the end of a matrix row
     (re.compile(r",\\!\s*"), ","),
     (
@@ -38,7 +38,7 @@ _REPLACED = (  # in this order; `(?<!\\)` because `\\\\` is the end of a matrix 
         "",
     ),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
-    (re.compile(r"(?<=[0-9])\s*\*?\s*pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"(?<=[0-9])\s*+(?:\*\s*+)?pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\\\{\s*\\\}|\\varnothing(?![a-z])"), r"\\emptyset"),
     (re.compile(r"\\(?:geq?|geqslant)(?![a-z])"), r"\\ge "),
     (re.compile(r"\\(?:leq?|leqslant)(?![a-z])"), r"\\le "),
@@ -72,13 +72,14 @@ _EXPONENT = re.compile(f"[{_RAISED}]+")
 _LOWERED = str.maketrans(_RAISED, "0123456789-")
 _MARKUP = (
     rf"\\?\$|\\[()\[\]!]|\\displaystyle|\\limits|\\left|\\right|\\q?quad|'|\{{\}}"
-    rf"|\}}?\s*{_COMMANDS}\s*\{{\s*\}}?"
+    rf"|\}}?\s*+{_COMMANDS}\s*+\{{\s*+\}}?"
 )
 GLUED = re.compile(
-    rf"{_COMMANDS}\s*\{{[^{{}}]*[0-9]\s*\}}\s*\.?[0-9]|[0-9]\s*(?:(?:{_MARKUP})\s*)+\.?[0-9]"
+    rf"{_COMMANDS}\s*+\{{[^{{}}]*[0-9]\s*+\}}\s*+\.?[0-9]"
+    rf"|[0-9]\s*+(?:(?:{_MARKUP})\s*+)++\.?[0-9]"
 )
 _ENDS_GLUED = re.compile(f"(?:{GLUED.pattern})" + r"[^A-Za-z]{0,10}$")
-_TIGHT_GROUPS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,]*,?[0-9])")
+_TIGHT_GROUPS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})++(?!,*+[0-9])")
 
 
 def normalised(text: str) -> str:

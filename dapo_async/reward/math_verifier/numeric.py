@@ -25,30 +25,32 @@ ROUNDED_GOLD = 6  # decimals of a gold answer that may stand for a fraction
 ROUNDED_DECIMALS = 4  # this many decimals, correctly rounded, equal a fraction such as 2/3
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
-_REPEATING = re.compile(r"([+-]?)\s*([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{\s*([0-9]{1,30})\s*\}")
-_DECIMAL = re.compile(rf"([+-]?)\s*({_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{{1,3}}))?")
-_SCIENTIFIC = re.compile(r"([0-9.]+)[eE]([+-]?[0-9]{1,3})")
+_REPEATING = re.compile(
+    r"([+-]?)\s*+([0-9]*+)\.([0-9]*+)\\(?:overline|bar)\s*+\{\s*+([0-9]{1,30})\s*+\}"
+)
+_DECIMAL = re.compile(rf"([+-]?)\s*+({_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{{1,3}}))?")
+_SCIENTIFIC = re.compile(r"(?<![0-9.])([0-9.]++)[eE]([+-]?[0-9]{1,3})")
 _FRACTION = re.compile(
-    rf"([+-]?)\s*(?:({_INTEGER})\s*/\s*({_INTEGER})"
-    rf"|\\frac\s*\{{\s*([+-]?)\s*({_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}})"
+    rf"([+-]?)\s*+(?:({_INTEGER})\s*+/\s*+({_INTEGER})"
+    rf"|\\frac\s*+\{{\s*+([+-]?)\s*+({_INTEGER})\s*+\}}\s*+\{{\s*+({_INTEGER})\s*+\}})"
 )
 _MIXED = re.compile(
-    r"([+-]?)\s*([0-9]+)"
-    r"(?: ([0-9]+)/([0-9]+)| ?\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})"
+    r"([+-]?)\s*+([0-9]++)"
+    r"(?: ([0-9]++)/([0-9]++)| ?\\frac\s*+\{\s*+([0-9]++)\s*+\}\s*+\{\s*+([0-9]++)\s*+\})"
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|(?i:percent|percentage|pct)\b\.?)")
 _CURRENCY = re.compile(r"(?:\\\$|[$€£¥₹]|\\(?:euro|pounds)\b|(?:USD|EUR|GBP|Rs\.?)(?= ?[0-9]))\s*")
-_IN_ALL = re.compile(r"\s+in (?:total|all)\.?$")
+_IN_ALL = re.compile(r"(?<!\s)\s++in (?:total|all)\.?$")
 _SEPARATOR = re.compile(r"[,;|]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
 # Numbers side by side, but not a subscript or exponent and the number before it.
 _APART = re.compile(
-    r"(?:(?<![_^0-9.])(?<![_^]\{)[0-9]+(?:\.[0-9]*)?|\\frac\{[^{}]*\}\{[^{}]*\})\s+\.?[0-9]"
+    r"(?:(?<![_^0-9.])(?<![_^]\{)[0-9]++(?:\.[0-9]*+)?|\\frac\{[^{}]*+\}\{[^{}]*+\})\s++\.?[0-9]"
 )
-_SIGNED_APART = re.compile(r"\s*[+-]?[0-9.]+(?:\s+[+-]?[0-9.]+)+\s*")
+_SIGNED_APART = re.compile(r"\s*+[+-]?[0-9.]++(?:\s++[+-]?[0-9.]++)++\s*+")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.-]*[A-Za-z]")
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)\s*)?"
-    r"(?:\(\s*([A-Za-z])\s*\)[.:]?|([A-Z])(?:[.):]|(?=$))|([a-z])(?=$))(?:\s+(.*))?"
+    r"(?:\(\s*([A-Za-z])\s*\)[.:]?|([A-Z])(?:[.):]|(?=$))|([a-z])(?=$))(?:\s++(.*))?"
 )
 _NO_TAIL = re.compile(
     r"(?i:\b(?:and|or|nor|not|is|isn't|wrong|incorrect|no|none|but)\b)|\b[A-Z]\b|\([A-Za-z]\)"
@@ -93,19 +95,19 @@ def parse_number(text: str) -> Number | None:
     text = _IN_ALL.sub("", _CURRENCY.sub("", TEXT.sub(r" \1", text).strip(), count=1)).strip()
     if text.startswith("(") and text.endswith(")") and text.count("(") == 1:
         text = text[1:-1].strip()
-    for pattern, value_of in (
-        (_REPEATING, _repeating),
-        (_MIXED, _mixed),
-        (_FRACTION, _fraction),
-        (_DECIMAL, _decimal),
+    for matched, value_of in (
+        (_REPEATING.match, _repeating),
+        (_MIXED.match, _mixed),
+        (_FRACTION.match, _fraction),
+        (_DECIMAL.match, _decimal),
     ):
-        match = pattern.match(text)
+        match = matched(text)
         if match is None:
             continue
         percent = _PERCENT.match(text, match.end())
         end = percent.end() if percent else match.end()
         if is_unit(text[end:]) and (value := value_of(match)) is not None:
-            decimals = _decimals(match[0]) if pattern is _DECIMAL else None
+            decimals = _decimals(match[0]) if value_of is _decimal else None
             return Number(
                 value,
                 percent is not None,

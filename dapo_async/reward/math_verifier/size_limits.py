@@ -16,12 +16,14 @@ _POWER = re.compile(
 )
 _PRODUCT = re.compile(r"(?<![0-9.^])([0-9]{1,12})\s*\\(?:cdot|times)\s*([0-9]{1,12})(?![0-9^.])")
 _GROUPED = re.compile(r"[{(]\s*([0-9]+)\s*[})](?=\s*!)")
-_FACTORIAL = re.compile(r"([0-9]+)\s*(!+)")
-_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{\s*)?([0-9]+)(?:\s*\}\s*\{)?")
+_FACTORIAL = re.compile(r"(?<![0-9])([0-9]++)\s*+(!++)")
+_BINOMIAL = re.compile(r"\\[dt]?binom\s*+(?:\{\s*+)?([0-9]++)(?:\s*+\}\s*+\{)?")
 _BIG_OPERATOR = re.compile(r"\\(?:sum|prod|int|oint|iint|lim)(?![a-z])")
 _NUMBER = re.compile(r"[0-9]+")
 _POWER_OF_ANYTHING = re.compile(r"(?:\^|\*\*)\s*(?:\{\s*|\(\s*)?([0-9]+)")
-_GROWING = re.compile(r"[^\s$]{0,100}(?:\^|\*\*|!|\\binom|\\sum|\\prod)[^$\n]{0,100}")
+_GROWING = re.compile(r"(?:\^|\*\*|!|\\binom|\\sum|\\prod)[^$\n]{0,100}")
+_END_OF_FORMULA = re.compile(r"[\s$]")
+AROUND = 100  # characters before and after an operator that may belong to its formula
 ROUNDS = 20
 
 
@@ -55,14 +57,14 @@ def is_too_large(text: str) -> bool:
         for match in _FACTORIAL.finditer(text)
     ):
         return True
-    if re.search(r"!\s*[)}]*\s*!", text) or any(
+    if re.search(r"!\s*+(?:[)}]++\s*+)?!", text) or any(
         len(match[1]) > 6 or int(match[1]) > 2 * MOST_FACTORIAL
         for match in _BINOMIAL.finditer(text)
     ):
         return True
     # A power whose base is no plain number, such as (x+1)^{100000}, or whose exponent is a power.
     return any(len(match[1]) > 4 for match in _POWER_OF_ANYTHING.finditer(text)) or bool(
-        re.search(r"\^\s*\{?\s*[0-9]+\s*(?:\^|!)", text)
+        re.search(r"\^\s*+(?:\{\s*+)?[0-9]++\s*+[\^!]", text)
     )
 
 
@@ -71,7 +73,13 @@ def has_too_large(text: str) -> bool:
 
     Formulas are the text around a power, factorial, binomial, sum or product.
     """
-    return depth(text) > MOST_DEPTH or any(is_too_large(part) for part in _GROWING.findall(text))
+    return depth(text) > MOST_DEPTH or any(
+        is_too_large(
+            _END_OF_FORMULA.split(text[max(0, found.start() - AROUND) : found.start()])[-1]
+            + found[0]
+        )
+        for found in _GROWING.finditer(text)
+    )
 
 
 def _power(match: re.Match[str]) -> str:

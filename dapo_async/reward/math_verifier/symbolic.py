@@ -23,6 +23,7 @@ from decimal import Decimal
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Expr, FiniteSet, MatrixBase
 
 from dapo_async.reward.math_verifier import exactness
 from dapo_async.reward.math_verifier.hedging import claims
@@ -44,7 +45,13 @@ _NORMALISATION = replace(LatexExtractionConfig().normalization_config, units=Fal
 FORMULA = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION),)
 ANYWHERE = (LatexExtractionConfig(normalization_config=_NORMALISATION), ExprExtractionConfig())
 _EQUALS = re.compile(r"(?<![\\<>!:])=(?!=)")
-_SUBSCRIPT = re.compile(r"_\{[^{}]*\}")  # the k=1 of a sum is no equation
+_SIGNS = re.compile(rf"{_EQUALS.pattern}|[{{}}]")
+# A side of an equation that has a value although it has a single variable: a sum over k, a limit, a
+# determinant, a norm, the size of a set, and a variable plus several numbers.
+_OPERATOR = re.compile(
+    r"\\(?:sum|prod|i{0,3}nt|oint|lim|det|dim|deg|Pr)(?![a-z])|\\\||\\lVert(?![a-z])|\|\s*+[A-Z]\s*+\|"
+)
+_VARIABLE_PLUS = re.compile(r"\s*+[a-zA-Z](?:\s*+[-+]\s*+[0-9.]++){2,}+\s*+")
 _SEPARATOR = re.compile(r"[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b")
 # Names that may stand before `=`: x, x_1, \alpha, f(2), \angle ABC, |AB|, \text{total cost}, m+n.
 # An expression with a value of its own is no name.
@@ -56,17 +63,18 @@ _FUNCTION = (
     r"(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|minus|negative|not)\b)"
 )
 _IDENTIFIER = (
-    rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]+(?: {_FUNCTION}[A-Za-z]+){{0,3}}"
-    rf"|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*\{{[A-Za-z ]+\}})"
-    r"(?:_\s*(?:\{[^{}]*\}|\w))?'{0,2}(?:\^\{?-1\}?)?(?:\s*\([^()]*\))?)"
+    rf"(?:(?:{_GREEK}|{_FUNCTION}[A-Za-z]++(?: {_FUNCTION}[A-Za-z]++){{0,3}}"
+    rf"|\\(?:text|mathrm|operatorname|mathbf|vec|overline)\s*+\{{[A-Za-z ]++\}})"
+    r"(?:_\s*+(?:\{[^{}]*+\}|\w))?'{0,2}(?:\^\{?-1\}?)?(?:\s*+\([^()]*+\))?)"
 )
-_ONE_NAME = rf"(?:m?\s*\\angle\s*[A-Z]{{1,3}}|\|\s*[A-Z]{{2}}\s*\||{_IDENTIFIER})"
-_NAME = re.compile(rf"{_ONE_NAME}(?:\s*[+-]\s*{_ONE_NAME})*")
-_FRACTION = re.compile(r"-?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+)")
-_DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-9])")
-_BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*\s*_\s*\{?\s*(?:\\text\{)?([0-9]+)")
+_ONE_NAME = rf"(?:(?:m\s*+)?\\angle\s*+[A-Z]{{1,3}}|\|\s*+[A-Z]{{2}}\s*+\||{_IDENTIFIER})"
+_NAME = re.compile(rf"{_ONE_NAME}(?:\s*+[+-]\s*+{_ONE_NAME})*")
+_FRACTION = re.compile(r"-?(?:\\[dt]?frac\{[0-9]++\}\{[0-9]++\}|(?<![0-9])[0-9]++/[0-9]++)")
+_DECIMAL = re.compile(rf"(?<![0-9.])[0-9]*+\.[0-9]{{{ROUNDED_DECIMALS},20}}(?![0-9])")
+_BASE = re.compile(r"(?<![A-Za-z0-9\\])[0-9][0-9A-F]*+\s*+_\s*+(?:\{\s*+)?(?:\\text\{)?([0-9]++)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])[0-9]{1,20}(?:\.[0-9]{1,20})?[eE][+-]?[0-9]{1,2}(?![\w.])")
-_NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
+_NUMBER = r"-?[0-9]++(?:\.[0-9]++)?"
+_ONE_NUMBER = re.compile(_NUMBER)
 # A number or a closing bracket right before an opening bracket: factors. Not in f_2(8),
 # \log_{2}(8) or \frac3{4}.
 _OPENS = r"(?:\\(?:left|[bB]igg?l?))?\("
@@ -80,18 +88,28 @@ _MIXED = re.compile(
     r"(\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])))"
 )
 _WORK = re.compile(r"(?:[-+*/×÷%^]|\\(?:times|cdot|div)|\bof)\s*$")
-_LISTED = re.compile(
-    rf"(?<![0-9.,$])({_NUMBER}(?:(?:(?:\s*;\s*|,?\s+|,?\s*(?:and|or)\s*|\s*=\s*){_NUMBER})+"
-    rf"|(?:,{_NUMBER}){{2,}}))[\s.)]*$"
+# A list of numbers, up to the end where group 2 matches.
+_LISTED = tuple(
+    re.compile(rf"(?<![0-9.,$])({_NUMBER}{others})[\s.)]*+(\Z)?")
+    for others in (
+        rf"(?:(?:\s*+(?:;|=)\s*+|,?\s++|,?\s*+(?:and|or)\s*+){_NUMBER})++",
+        rf"(?:,{_NUMBER}){{2,}}+",
+    )
 )
 
 
-def equal_formulas(answer: str, gold: str) -> bool:
-    """Whether two normalised answers are equal, each read as one whole formula."""
+def equal_formulas(answer: str, gold: str, *, quantities: bool = False) -> bool:
+    """Whether two normalised answers are equal, each read as one whole formula.
+
+    A name such as `x` may stand before the answer and `=`; with `quantities` also one such as
+    `a/b` (`_is_quantity`).
+    """
     answer = _with_fractions(answer, gold)
-    parsed, expected = _formula(answer), _formula(gold)
+    sides = _sides(answer)
+    names = all(_is_name(side) or (quantities and _is_quantity(side)) for side in sides[:-1])
+    parsed, expected = _readable_part(_formula(answer), sides if names else []), _formula(gold)
     return bool(verify(expected, parsed, timeout_seconds=None)) and _holds(
-        answer, gold, literal=False
+        answer, gold, literal=False, quantities=quantities
     )
 
 
@@ -101,10 +119,11 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
     The expression is None when there is none. `gold` may be a text that contains the answer.
     """
     text, gold = _readable(_with_fractions(text, gold)), _readable(gold)
-    parsed, expected = parse(text, ANYWHERE, parsing_timeout=None), _gold(gold)
+    parsed, expected = _with_imaginary(parse(text, ANYWHERE, parsing_timeout=None)), _gold(gold)
     if not parsed:
         return False, None
     extracted = str(parsed[-1])
+    parsed = _readable_part(parsed, _sides(extracted))
     if (
         is_suspicious(extracted)
         or _is_part(extracted, text)
@@ -119,10 +138,10 @@ def last_expression(text: str, gold: str) -> tuple[bool, str | None]:
 def _gold(gold: str) -> list[Any]:
     """The gold answer, parsed: a bare formula as a whole, a text by its last expression."""
     bare_formula = re.search(r"[\\A-Za-z(\[{^]", gold) and not re.search(
-        r"\$|\\[(\[]|\\boxed|[A-Za-z]+ [A-Za-z]+ ", gold
+        r"\$|\\[(\[]|\\boxed|(?<![A-Za-z])[A-Za-z]++ [A-Za-z]++ ", gold
     )
-    return (_formula(normalised(gold)) if bare_formula else None) or parse(
-        gold, ANYWHERE, parsing_timeout=None
+    return (_formula(normalised(gold)) if bare_formula else None) or _with_imaginary(
+        parse(gold, ANYWHERE, parsing_timeout=None)
     )
 
 
@@ -132,19 +151,27 @@ def _is_part(extracted: str, text: str) -> bool:
     The whole may be several numbers side by side, a chain of equations or a formula.
     """
     tail = text[-1000:].strip()
-    listed = _LISTED.search(tail)
+    listed = _final_list(tail)
     if (
         listed is not None
         and parse_number(listed[1]) is None
         and not ("=" in listed[1] and _WORK.search(tail[: listed.start()]))
     ):
-        return len({each.replace(",", "") for each in re.findall(_NUMBER, listed[1])}) > 1
+        return len(set(_ONE_NUMBER.findall(listed[1]))) > 1
     if "$" in text or parse_number(extracted) is None:
         return False
     before, _, after = text.rpartition(extracted)
     return re.match(
         r"\s*(?:\\(?:sqrt|frac|pi|cdot|times|binom|pm|ln|log|sin|cos|tan)|\^|!|/)", after
     ) is not None or before.endswith("not ")
+
+
+def _final_list(text: str) -> re.Match[str] | None:
+    """The longest list of numbers with which `text` ends."""
+    lists = [
+        found for pattern in _LISTED for found in pattern.finditer(text) if found[2] is not None
+    ]
+    return min(lists, key=lambda found: found.start(), default=None)
 
 
 def _with_fractions(answer: str, gold: str) -> str:
@@ -189,18 +216,42 @@ def _formula(text: str) -> list[Any]:
     if re.search(r"(?i)answer|\$", text):  # math-verify would read only a part of the text
         return []
     formula = f"${_with_factors(' '.join(text.split()))}$"
-    return list(parse(formula, FORMULA, parsing_timeout=None))
+    return _with_imaginary(parse(formula, FORMULA, parsing_timeout=None))
 
 
-def _holds(answer: str, gold: str, *, literal: bool) -> bool:
+def _readable_part(parsed: list[Any], sides: list[str]) -> list[Any]:
+    r"""`parsed`; the last of the `sides` where math-verify could not read the whole.
+
+    For example P(A \cap B) = 1/3.
+    """
+    unread = all(isinstance(value, str) for value in parsed)
+    return _formula(normalised(sides[-1])) if len(sides) > 1 and unread else parsed
+
+
+def _with_imaginary(parsed: list[Any]) -> list[Any]:
+    """`parsed` with the imaginary unit in place of a variable i (`exactness.with_imaginary`)."""
+    return [
+        exactness.with_imaginary(value)
+        if isinstance(value, Expr | FiniteSet | MatrixBase)
+        else value
+        for value in parsed
+    ]
+
+
+def _holds(answer: str, gold: str, *, literal: bool, quantities: bool = False) -> bool:
     """Whether a match of math-verify passes the checks of this module.
 
     With `literal` only a chain of plain numbers contradicts itself; a chain with sums shows work.
     """
-    if not _EQUALS.search(gold) and _contradicts_itself(
-        answer, literal=literal, variables=has_variables(gold)
-    ):
-        return False
+    if not _EQUALS.search(gold):
+        sides = _sides(answer)
+        if literal and _is_contradiction(sides, variables=has_variables(gold)):
+            return False
+        if not literal and any(
+            _is_broken_chain(_sides(part), quantities=quantities)
+            for part in _SEPARATOR.split(answer)
+        ):
+            return False
     bases = [[match[1] for match in _BASE.finditer(text)] for text in (answer, gold)]
     if bases[0] and bases[0] != bases[1]:
         return False
@@ -209,40 +260,64 @@ def _holds(answer: str, gold: str, *, literal: bool) -> bool:
     return True
 
 
-def _contradicts_itself(text: str, *, literal: bool, variables: bool) -> bool:
-    """Whether the sides of a chain of equations, without names, differ from the last side."""
-    text = _SUBSCRIPT.sub("", text)
-    if literal:
-        sides = _EQUALS.split(text)
-        numbers = [value for side in sides if (value := parse_number(side.strip())) is not None]
-        others = [
-            side for side in sides if parse_number(side.strip()) is None and not _is_name(side)
-        ]
-        if others:  # the text shows work, unless it has a variable that the gold answer lacks
-            derived = len(sides) > 2 and _is_name(sides[0])  # S = bh/2 = 3
-            return (
-                len(sides) > 1
-                and not variables
-                and not derived
-                and any(has_variables(side) and not _is_quantity(side) for side in others)
-            )
+def _sides(text: str) -> list[str]:
+    """The sides of a chain of equations; the k=1 of a sum is no equation."""
+    sides, start, depth = [], 0, 0
+    for match in _SIGNS.finditer(text):
+        if match[0] == "=" and depth == 0:
+            sides.append(text[start : match.start()])
+            start = match.end()
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+    return [*sides, text[start:]]
+
+
+def _is_contradiction(sides: list[str], *, variables: bool) -> bool:
+    """Whether a chain of equations in a text does not state the value of its last side.
+
+    `variables`: whether the gold answer has variables.
+    """
+    numbers = [value for side in sides if (value := parse_number(side.strip())) is not None]
+    others = [side for side in sides if parse_number(side.strip()) is None and not _is_name(side)]
+    if not others:
         return any(not equal_numbers(value, numbers[0]) for value in numbers[1:])
-    return any(_is_broken_chain(part) for part in _SEPARATOR.split(text))
+    if len(sides) == 1 or variables:  # the text shows work
+        return False
+    if any(_OPERATOR.search(side) and _differs(side, sides[-1]) for side in others):
+        return True
+    derived = len(sides) > 2 and _is_name(sides[0])  # S = bh/2 = 3
+    return not derived and any(has_variables(side) and not _is_quantity(side) for side in others)
 
 
 def _is_quantity(side: str) -> bool:
-    """Whether a side has several variables, such as a/b; an equation of one may be unsolved."""
+    """Whether a side with variables has a value of its own, such as a/b.
+
+    An equation of one variable may be unsolved.
+    """
     letters = re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", side))
-    return len(set(letters) - {"e", "i"}) > 1
+    return (
+        len(set(letters) - {"e", "i"}) > 1
+        or _OPERATOR.search(side) is not None
+        or _VARIABLE_PLUS.fullmatch(side) is not None
+    )
 
 
-def _is_broken_chain(part: str) -> bool:
-    first, *others = _EQUALS.split(part)
-    if not others:
-        return False
-    last = _formula(others[-1])
-    sides = [side for side in (first, *others[:-1]) if not _is_name(side)]
-    return any(not verify(last, _formula(side), timeout_seconds=None) for side in sides)
+def _differs(side: str, last: str) -> bool:
+    """Whether a side without free variables has another value than the last side."""
+    parsed = _formula(side)
+    return any(
+        isinstance(value, Expr) and not value.free_symbols for value in parsed
+    ) and not verify(_formula(last), parsed, timeout_seconds=None)
+
+
+def _is_broken_chain(sides: list[str], *, quantities: bool) -> bool:
+    """Whether a side that is no name has another value than the last side."""
+    last = _formula(sides[-1])
+    return any(
+        not _is_name(side)
+        and not verify(last, _formula(side), timeout_seconds=None)
+        and not (quantities and _is_quantity(side) and not _differs(side, sides[-1]))
+        for side in sides[:-1]
+    )
 
 
 def _is_name(side: str) -> bool:

@@ -22,18 +22,18 @@ _ALIASES = {
 _KNOWN = _ALIASES | {name: name for name in (*_ALIASES.values(), "square", "cubic", "per")}
 _ABBREVIATION = r"(?:mm|cm|dm|km|mg|kg|m[lL]|hrs?|mph|min|ft|in|oz|lbs?|yds?|mi)"
 _TIGHT = r"(?:mm|cm|dm|km|mg|kg|m[lL]|hrs?|mph)"
-_POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
+_POWER = r"(?:\s*+\^\s*+\{?[23]\}?)?"
 _WORD = r"[A-Za-z][A-Za-z'./-]+"
-_DEGREES = r"\s*\^?\s*\{?\\(?:circ|degree)\}?(?:\s*[CF])?"
+_DEGREES = r"(?:\^\s*+)?\{?\\(?:circ|degree)\}?(?:\s*+[CF])?"
 _UNIT = re.compile(
-    rf"(?:{_DEGREES}|\s*{_TIGHT}{_POWER}|\s+[mgshlL]{_POWER}(?:/(?:s|h|min){_POWER})?"
-    rf"|\s+in\.?{_POWER}|\s*[€£¥₹$]|((?:\s+{_WORD}){{1,4}}){_POWER})\.?"
+    rf"(?:\s*+{_DEGREES}|\s*+{_TIGHT}{_POWER}|\s++[mgshlL]{_POWER}(?:/(?:s|h|min){_POWER})?"
+    rf"|\s++in\.?{_POWER}|\s*+[€£¥₹$]|((?:\s++{_WORD}){{1,4}}){_POWER})\.?"
 )
 _TRAILING = re.compile(
-    rf"(?<=[0-9A-Za-z}})])(?:\s*{_DEGREES}|\s*{_TIGHT}{_POWER}"
-    rf"|((?:\s+{_WORD}){{1,4}}){_POWER})\.?\s*$"
+    rf"(?<=[0-9A-Za-z}})])(?:\s*+{_DEGREES}|\s*+{_TIGHT}{_POWER}"
+    rf"|((?:\s++{_WORD}){{1,4}}){_POWER})\.?\s*+$"
 )
-_TRAILING_TEXT = re.compile(TEXT.pattern + _POWER + r"\.?\s*$")
+_TRAILING_TEXT = re.compile(TEXT.pattern + _POWER + r"\.?\s*+$")
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det mod pi arcsin arccos "  # noqa: SIM905
     "arctan sinh cosh tanh binom frac".split()

@@ -57,7 +57,7 @@ _MORE_THAN_A_VALUE = tuple(
         (r"[0-9]\s*:\s*[0-9]", r":|/|\\frac"),
         (r"\\[lc]?dots", r"\\[lc]?dots"),
         (r"\\equiv", r"\\equiv|\bmod|\\[bp]?mod"),
-        (r"[0-9]_\s*\{?\s*[A-Za-z]", "_"),
+        (r"[0-9]_\s*+(?:\{\s*+)?[A-Za-z]", "_"),
     )
 )
 LONGEST_ANSWER = 2000  # characters; longer answers are not compared
@@ -125,7 +125,7 @@ def vote_key(answer: str) -> str:
     return choice(text) or words(text) or "".join(text.split())
 
 
-def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
+def _compared(answer: str, gold: str, timeout_s: float, *, quantities: bool = False) -> Verdict:
     extracted = answer.strip(WHITE)
     if extracted == gold.strip(WHITE):
         return _verdict(True, extracted)
@@ -149,6 +149,7 @@ def _compared(answer: str, gold: str, timeout_s: float) -> Verdict:
         "answer": spelt_out(written, expected),
         "gold": spelt_out(expected, expected),
         "anywhere": False,
+        "quantities": quantities,
     }
     return _asked(question, timeout_s, extracted=extracted)
 
@@ -165,7 +166,7 @@ def _anywhere(text: str, gold: str, timeout_s: float) -> Verdict:
     for end_of_work in ("\n", "####", ">>"):  # what follows may be the answer alone
         last = last.rpartition(end_of_work)[2].strip()
     if _is_formula(last) and not re.fullmatch(r"-?[0-9]+,[0-9]+", gold.strip()):
-        return _compared(last, gold, timeout_s)
+        return _compared(last, gold, timeout_s, quantities=True)
     if text == gold.strip():
         return _verdict(True, text)
     if (
@@ -202,7 +203,7 @@ def _is_formula(text: str) -> bool:
 def _is_prose(answer: str) -> bool:
     """Whether the answer is a sentence: it has four words in a row."""
     text = re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer[:LONGEST_ANSWER])
-    return re.search(r"(?:[A-Za-z']+\s+){3}[A-Za-z']+", text) is not None
+    return re.search(r"(?<![A-Za-z'])(?:[A-Za-z']++\s++){3}[A-Za-z']", text) is not None
 
 
 def _asked(question: dict[str, str | bool], timeout_s: float, *, extracted: str | None) -> Verdict:

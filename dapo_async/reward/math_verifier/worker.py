@@ -155,7 +155,10 @@ def _judge(request: dict[str, Any]) -> dict[str, Any]:
     if request["anywhere"]:
         equal, extracted = symbolic.last_expression(request["answer"], request["gold"])
         return {"equal": equal, "extracted": extracted and extracted[:1000]}
-    return {"equal": symbolic.equal_formulas(request["answer"], request["gold"])}
+    equal = symbolic.equal_formulas(
+        request["answer"], request["gold"], quantities=request.get("quantities", False)
+    )
+    return {"equal": equal}
 
 
 def _say(reply: dict[str, Any]) -> None:

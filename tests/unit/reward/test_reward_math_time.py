@@ -3,12 +3,13 @@
 The patterns are found in the modules, so a new one is attacked too.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from pattern_attacks import attacks, patterns
+from pattern_attacks import attacks, growth, patterns, texts, uses
 
 import dapo_async.reward as package
 from dapo_async.reward.math_verifier import verify as verifier
@@ -63,6 +64,30 @@ def test_no_pattern_can_be_made_to_take_long_by_an_answer_of_full_length() -> No
         > MOST_S
     ]
     assert slow == []
+
+
+def test_the_time_of_every_pattern_grows_in_proportion_to_the_text() -> None:
+    found = uses(package)
+    assert len(found) > 140
+    assert {"extract._LABEL", "numeric._DECIMAL"} < found.keys()
+    grown = [
+        (name, method, grows)
+        for name, (pattern, methods) in found.items()
+        for method in sorted(methods)
+        for write in texts(pattern)
+        if (grows := growth(pattern, method, write)) is not None
+    ]
+    assert grown == []
+
+
+@pytest.mark.parametrize(
+    ("written", "method"),
+    [(r"\s*x", "search"), (r"(?:a|a)*b", "match"), (r"\s*(?:a\s*)?\s*b", "fullmatch"),
+     (r"(?<=7)\s*\*?\s*pi", "search"), (r"is\s+(?!.*not).", "search")],
+)  # fmt: skip
+def test_the_growth_of_a_slow_pattern_is_found(written: str, method: str) -> None:
+    pattern = re.compile(written, re.DOTALL)
+    assert any(growth(pattern, method, write) for write in texts(pattern))
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\n", " \n", "\u00a0"])
