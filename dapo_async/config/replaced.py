@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_ALWAYS = "is no knob any more: it is always {}"
+_ALWAYS = "was removed: it is always {}"
 _USE = "was replaced: set {}"
 
 # Old dotted name → what to say about it.
 REPLACED: Mapping[str, str] = {
     "data.source_key": _ALWAYS.format("the column data_source, or the column of the preset"),
-    "data.deduplicate": "is no knob any more: some presets remove repeated problems; "
+    "data.deduplicate": "was removed: some presets remove repeated problems; "
     "set data.train=PRESET=PATH to use such a preset",
     "data.language": _USE.format(
         "the preset dapo_math_17k_en or dapo_math_17k_zh, as in data.train=dapo_math_17k_en=PATH"
@@ -26,15 +26,15 @@ REPLACED: Mapping[str, str] = {
     "algorithm.correction_cap": _USE.format("algorithm.correction_band=[FLOOR,CAP]"),
     "algorithm.second_moment": _USE.format("algorithm.correction=m2po, with the limit 0.04"),
     "reward.shuffle": _USE.format(
-        "reward.verifier=MODULE:FUNCTION, such as that of docs/rewards.md"
+        "reward.verifier=MODULE:FUNCTION, such as the one in docs/rewards.md"
     ),
-    "rollout.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
+    "rollout.num_cpus": _USE.format("model.num_cpus, for ranks and workers"),
     "rollout.num_gpus": _USE.format("model.device=cuda and rollout.tensor_parallel"),
     "rollout.max_restarts": _ALWAYS.format("3"),
     "replay.patience": _ALWAYS.format("32 x replay.groups_per_step"),
     "replay.max_rejected_in_a_row": _ALWAYS.format("32 x replay.groups_per_step"),
-    "replay.lockstep": _USE.format("replay.admission=lockstep, or leave it out for false"),
-    "learner.num_cpus": _USE.format("model.num_cpus, which holds for ranks and workers"),
+    "replay.lockstep": _USE.format("replay.admission=lockstep; for false, set nothing"),
+    "learner.num_cpus": _USE.format("model.num_cpus, for ranks and workers"),
     "learner.num_gpus": _USE.format("model.device=cuda"),
     "learner.beta1": _ALWAYS.format("0.9"),
     "learner.beta2": _ALWAYS.format("0.999"),
@@ -42,11 +42,10 @@ REPLACED: Mapping[str, str] = {
     "learner.max_skipped_steps": _ALWAYS.format("3"),
     "weights.bucket_bytes": _ALWAYS.format("64 MiB"),
     "weights.probe_tokens": _ALWAYS.format("16"),
-    "weights.probe_tolerance": "is no knob any more: it follows from model.dtype",
+    "weights.probe_tolerance": "was removed: model.dtype sets it",
     "evaluation.num_cpus": _USE.format("model.num_cpus"),
     "evaluation.num_gpus": _USE.format("model.device=cuda and evaluation.engine=dedicated"),
-    "train.sample_groups": "is no knob any more: it is always 2; "
-    "set train.record=true for all groups",
+    "train.sample_groups": "was removed: it is always 2; set train.record=true for all groups",
     "tracking.experiment": "was replaced: set the environment variable MLFLOW_EXPERIMENT_NAME",
     "deadlines.take_s": _USE.format("deadlines.work_s"),
     "deadlines.step_s": _USE.format("deadlines.work_s"),
@@ -56,7 +55,7 @@ REPLACED: Mapping[str, str] = {
     "deadlines.silence_s": _USE.format("deadlines.answer_s"),
     "deadlines.stop_s": _ALWAYS.format("10 s"),
     "deadlines.tracking_s": _ALWAYS.format("10 s"),
-    "ray.num_cpus": "is no knob any more: a Ray that the run starts has all CPUs of this machine, "
+    "ray.num_cpus": "was removed: a Ray that the run starts has all CPUs of this machine, "
     "or more if the actors reserve more",
 }
 

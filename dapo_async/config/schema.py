@@ -93,8 +93,8 @@ class BaseModelConfig:
     )
     num_cpus: float = knob(
         1.0,
-        "CPUs that Ray reserves for each learner rank, rollout worker and dedicated evaluator, and "
-        "the threads of each",
+        "CPUs that Ray reserves for each learner rank, rollout worker and dedicated evaluator; "
+        "each of them computes with as many threads",
         least=0,
         most=(10_000, "no machine has more CPUs"),
     )
@@ -142,9 +142,9 @@ class DataConfig:
     system: str | None = knob(None, "system text for a chat template; null: no system text")
     contamination: str = knob(
         "warn",
-        "training problems that are also evaluation problems: leave them out (drop), count them "
-        "and train on them (warn), or do not search for them (off); MODE,SOURCE,... adds "
-        "evaluation sets to data.heldout, written like data.train",
+        "what happens to training problems that are also evaluation problems: left out (drop), "
+        "counted and trained (warn), or not looked for (off); MODE,SOURCE,... names evaluation "
+        "sets besides data.heldout, written like data.train",
         path="mode, data",
     )
     max_prompt_tokens: int = knob(
@@ -162,7 +162,7 @@ class RewardConfig:
     )
     overlong_cache_tokens: int | None = knob(
         None,
-        "soft overlong punishment of DAPO: it grows over the last this many tokens before "
+        "soft overlong punishment of DAPO: it grows over this many tokens at the end of "
         "rollout.max_response_tokens; null: off",
     )
 

@@ -1,4 +1,6 @@
-"""Files that are no data files: their first bytes come in, what they are and a remedy leave.
+"""Recognises files that are no data files.
+
+In: the first bytes of a file. Out: a text that names the format and the remedy, or None.
 
 `json_rows.py` and `tables.py` call it when they can't read a file.
 """
@@ -33,12 +35,12 @@ LONGEST = max(map(len, (*FORMATS, *PACKED)))
 
 
 def foreign_format(path: Path) -> str | None:
-    """What a file is and what to do, when its first bytes tell; None where they do not."""
+    """The format of a file and the remedy, as text; None if its first bytes are unknown."""
     with path.open("rb") as file:
         return format_of(file.read(LONGEST))
 
 
 def format_of(start: bytes, *, packed: bool = False) -> str | None:
-    """As `foreign_format`, from the first bytes; `packed`: they were unpacked."""
+    """As `foreign_format`, from the first bytes; `packed`: they come from a packed file."""
     known = {**FORMATS, **PACKED} if packed else FORMATS
     return next((what for magic, what in known.items() if start.startswith(magic)), None)

@@ -1,6 +1,6 @@
-"""The rule by which a rollout worker asks for groups: by the sequences that its engine has.
+"""How many groups a rollout worker asks for, from the number of sequences on its engine.
 
-In: a group goes to the engine, siblings end, a group leaves. Out: how many groups to ask for. The
+In: events (a group starts, siblings end, a group leaves). Out: the number of groups to ask for. The
 engine starts siblings in the order of their groups, one for each slot that becomes free.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 class SlotDemand:
     """Counts the sequences in flight of one engine: running ones and siblings that wait for a slot.
 
-    With S slots and groups of G siblings, groups are asked for until S + G sequences are in flight.
+    With S slots and groups of G siblings, the worker asks until S + G sequences are in flight.
     So every slot runs and at least one group waits, and a free slot gets its next sequence at the
-    next decode step. As groups come whole, at most S + 2G − 1 sequences are in flight.
+    next decode step. Groups are never split, so at most S + 2G − 1 sequences are in flight.
 
-    Whole groups are the wrong measure: when responses differ much in length, most siblings of a
-    group have ended long before its last one, and their slots would be empty.
+    Counting whole groups would leave slots empty: if response lengths differ much, most siblings of
+    a group end long before its last one.
     """
 
     def __init__(self, *, num_slots: int, group_size: int) -> None:

@@ -1,4 +1,7 @@
-"""Compares what the credits allow with what the engines can run. Dry runs and summaries say it."""
+"""Advice when the credits allow fewer sequences than the engines have slots.
+
+In: a config. Out: one line, which dry runs and summaries print.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ HIGHEST_STALENESS = 8  # the most that is advised: beyond it the loss needs a sm
 
 
 def slot_advice(config: Config) -> str | None:
-    """One line when some slots can never be occupied; None when the credits reach for all.
+    """One line if some slots can never be occupied; None if the credits suffice for all slots.
 
     With n groups per step and a staleness bound of S there are (S + 1)·n credits, so at most
     (S + 1)·n·G sequences are in flight.

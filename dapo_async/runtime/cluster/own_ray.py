@@ -1,4 +1,4 @@
-"""Checks whether this machine can start an own Ray, and says what to change where it can't.
+"""Checks whether this machine can start an own Ray, and says what to change if it can't.
 
 `preflight` calls `faults` before anything is made. `connect` calls `refusal` for the error of a
 start that failed anyway. Imports no Ray.

@@ -1,7 +1,7 @@
 """Checks the RAY_ variables of the user's environment in a child process.
 
-Ray reads them when it is imported. For a value of the wrong type its C++ part ends the process
-without a line, and its Python part raises. `preflight` calls `fault` before Ray is imported.
+Ray reads them when it is imported. If a value has the wrong type, Ray's C++ part ends the process
+without a message, and its Python part raises. `preflight` calls `fault` before Ray is imported.
 Imports no Ray.
 """
 
@@ -27,7 +27,7 @@ TEXTS = {"RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH"}  # Ray takes any text
 NICENESS, NO_NICENESS = "RAY_worker_niceness", "0"
 # `ray.shutdown` imports ray.dag.
 CHILD = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); import ray.dag"
-CHILD_S = 60.0  # it takes under a second; a machine that is this slow is not judged
+CHILD_S = 60.0  # it takes under a second; if it takes longer, the check is skipped
 SECRET = re.compile("token|password|secret|key", re.IGNORECASE)
 LONGEST_VALUE, LONGEST_REASON = 60, 300
 
@@ -39,7 +39,7 @@ def given_variables() -> list[str]:
 
 
 def fault() -> str | None:
-    """One line with its remedy when Ray can't be imported with the user's variables.
+    """One line with a remedy if Ray can't be imported with the user's variables, else None.
 
     Starts a child process, which takes under a second, only if the user has set such variables.
     """
@@ -55,7 +55,7 @@ def fault() -> str | None:
 
 
 def _refusal(environment: Mapping[str, str]) -> str | None:
-    """Why Ray can't be imported in this environment; None where it can."""
+    """Why Ray can't be imported in this environment; None if it can."""
     try:
         child = subprocess.run(
             [sys.executable, "-c", CHILD],

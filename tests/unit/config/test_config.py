@@ -265,7 +265,7 @@ def test_tolerance_of_the_probe_follows_from_the_dtype(file: Path) -> None:
 def test_every_old_knob_is_one_line_that_names_what_replaced_it(file: Path, name: str) -> None:
     for value in ("1", "null", "text"):
         with pytest.raises(
-            ValueError, match=rf"^{re.escape(name)} (was replaced|is no knob)"
+            ValueError, match=rf"^{re.escape(name)} (was replaced|was removed)"
         ) as error:
             knobs.load(file, [f"{name}={value}"])
         assert "\n" not in str(error.value)
