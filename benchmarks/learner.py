@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +97,26 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     """Right padding; the clipped policy gradient over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=BETAS)
-    batches = split_microbatches(
-        training_sequences(groups, normalize_std=True, overlong_filtering=False),
-        KNOBS.microbatch_tokens,
-    )
+    sequences = training_sequences(groups, normalize_std=True, overlong_filtering=False)
+    by_length = sorted(sequences, key=lambda each: each.num_tokens)
+    # Each rollout is a group of its own: rollouts of similar length share a microbatch.
+    alone = [replace(each, group=number) for number, each in enumerate(by_length)]
+    batches = split_microbatches(alone, KNOBS.microbatch_tokens)
     num_tokens = sum(len(batch.targets) for batch in batches)
 
     def logprobs_of(batch: Any) -> Tensor:
-        count, longest = len(batch.lengths), max(batch.lengths)
-        ids = torch.zeros(count, longest, dtype=torch.long)
+        lengths = [length + 1 for length in batch.lengths]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
         live = torch.zeros_like(ids)
-        for row, part in enumerate(batch.token_ids.split(batch.lengths)):
-            ids[row, : len(part)], live[row, : len(part)] = part, 1
+        starts = batch.token_ids.split(batch.lengths)
+        responses = batch.targets.split([length - PROMPT_TOKENS for length in lengths])
+        for row, (start, response) in enumerate(zip(starts, responses, strict=True)):
+            whole = torch.cat((start, response[-1:]))
+            ids[row, : len(whole)], live[row, : len(whole)] = whole, 1
         logits = model(input_ids=ids, attention_mask=live).logits[:, :-1].float()
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return torch.cat(
-            [
-                logprobs[row, PROMPT_TOKENS - 1 : length - 1]
-                for row, length in enumerate(batch.lengths)
-            ]
+            [logprobs[row, PROMPT_TOKENS - 1 : length - 1] for row, length in enumerate(lengths)]
         )
 
     def step() -> None:

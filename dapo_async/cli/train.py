@@ -202,7 +202,7 @@ def _memory_line(config: Config) -> str:
     """What a learner rank holds at most: the longest microbatch, all of it response."""
     import torch
 
-    from dapo_async.learner import predict_memory
+    from dapo_async.learner import MOST_ATTENDED, predict_memory
     from dapo_async.model import ModelConfig
 
     learner, cuda = config.learner, config.model.torch_device == "cuda"
@@ -211,6 +211,7 @@ def _memory_line(config: Config) -> str:
     memory = predict_memory(
         model,
         num_tokens=max(learner.microbatch_tokens, longest),
+        num_attended=max(MOST_ATTENDED * learner.microbatch_tokens, longest),
         dp=learner.data_parallel,
         tp=learner.tensor_parallel,
         activations=getattr(torch, config.model.dtype),

@@ -16,6 +16,7 @@ The learner actor in `runtime/` drives it.
     rerun      the learner alone on the recorded batches of a run
 """
 
+from dapo_async.learner.batching import MOST_ATTENDED
 from dapo_async.learner.memory import RankMemory, predict_memory
 from dapo_async.learner.options import loss_options
 from dapo_async.learner.profiling import profiled
@@ -29,6 +30,7 @@ from dapo_async.learner.state import (
 )
 
 __all__ = [
+    "MOST_ATTENDED",
     "LearnerRank",
     "RankMemory",
     "RankState",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,12 +18,18 @@ from torch import Tensor
 from dapo_async.algorithm import group_advantages
 from dapo_async.types import Completion, Group
 
+# Attention works on every sequence with its whole prompt. These are at most so many times the
+# tokens of a microbatch, which bounds its memory.
+MOST_ATTENDED = 2
+SMALL_GROUP = 0.25  # of a microbatch: it is packed as one unit
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingSequence:
     """One rollout with its advantage, ready to be packed."""
 
     sequence_id: int  # its position among all rollouts of the batch, over all ranks
+    group: int  # siblings have the same number, and the same prompt
     prompt_ids: NDArray[np.int32]
     completion: Completion
     advantage: float
@@ -31,14 +38,24 @@ class TrainingSequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion.token_ids)
+        """The tokens that a pass computes: the last one of the response predicts nothing."""
+        return len(self.prompt_ids) + self.num_own_tokens
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Those beside the prompt, which siblings in one microbatch share."""
+        return len(self.completion.token_ids) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One forward and backward pass: T packed tokens of whole sequences, N of them in responses."""
+    """One forward and backward pass: T packed tokens that predict N response tokens.
 
-    lengths: tuple[int, ...]  # of the sequences, ascending
+    The prompt of siblings is packed once. The last token of a response is left out.
+    """
+
+    lengths: tuple[int, ...]  # of the sequences, each with its prompt
+    shared: tuple[range, ...]  # the packed tokens of its prompt, if an earlier sequence has them
     token_ids: Tensor  # [T]
     predictors: Tensor  # [N] positions in T of the tokens that predict the response tokens
     targets: Tensor  # [N] the response tokens
@@ -83,6 +100,7 @@ def training_sequences(
         sequences.append(
             TrainingSequence(
                 sequence_id=sequence_id,
+                group=number,
                 prompt_ids=group.prompt.token_ids,
                 completion=rollout.completion,
                 advantage=advantage,
@@ -124,27 +142,68 @@ def split_microbatches(
     parts: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[Microbatch]:
-    """Packs sequences, sorted by length, into the fewest balanced microbatches.
+    """Packs sequences into the fewest balanced microbatches.
 
-    Each has at most `max_tokens`; a longer sequence gets its own microbatch. If the result would be
-    fewer than `parts` microbatches, it is about `parts`.
+    Each has at most `max_tokens` tokens, where siblings count their prompt once; a longer sequence
+    gets its own microbatch. If the result would be fewer than `parts` microbatches, it is about
+    `parts`. A small group stays together, and so do most siblings of a large one.
     """
-    ordered = sorted(sequences, key=lambda each: each.num_tokens)
-    total = sum(each.num_tokens for each in ordered)
+    rest = sorted(sequences, key=lambda each: (each.group, each.num_tokens))
+    packs: list[Microbatch] = []
+    while rest:
+        part = _first_part(rest, max_tokens, parts=parts - len(packs))
+        rest = rest[len(part) :]
+        # Neighbours of equal length share a call of the attention.
+        packs.append(pack(sorted(part, key=lambda each: each.num_tokens), device=device))
+    return packs
+
+
+def _first_part(
+    ordered: Sequence[TrainingSequence], max_tokens: int, *, parts: int
+) -> list[TrainingSequence]:
+    """The first of the ordered sequences, for one microbatch.
+
+    Ends where the balanced share is reached, or before a unit if that is nearer to it than after;
+    always before a limit would be passed.
+    """
+    groups = [[*siblings] for _, siblings in groupby(ordered, key=lambda each: each.group)]
+    total = sum(_Filling().size_with(siblings) for siblings in groups)
     target = total / max(parts, -(-total // max_tokens))
-    packs: list[list[TrainingSequence]] = [[]]
-    filled = 0
-    for sequence in ordered:
-        size = sequence.num_tokens
-        # Cut where the balanced share is reached, or before this sequence if that is nearer to it
-        # than after; always before the limit would be passed.
-        nearer = len(packs) < parts and filled + size - target > target - filled
-        if packs[-1] and (filled + size > max_tokens or filled >= target or nearer):
-            packs.append([])
-            filled = 0
-        packs[-1].append(sequence)
-        filled += size
-    return [pack(part, device=device) for part in packs if part]
+    part = _Filling()
+    for siblings in groups:
+        small = _Filling().size_with(siblings) <= target * SMALL_GROUP
+        for unit in [siblings] if small else [[each] for each in siblings]:
+            size = part.size_with(unit)
+            nearer = parts > 1 and size - target > target - part.num_tokens
+            too_many = part.attended_with(unit) > MOST_ATTENDED * max_tokens or size > max_tokens
+            if part.sequences and (too_many or nearer or part.num_tokens >= target):
+                return part.sequences
+            part.add(unit)
+    return part.sequences
+
+
+class _Filling:
+    """A microbatch while sequences are put into it, several siblings at a time."""
+
+    def __init__(self) -> None:
+        self.sequences: list[TrainingSequence] = []
+        self.num_tokens = 0  # the prompt of siblings counts once
+        self.num_attended = 0  # it counts for each of them
+        self._groups: set[int] = set()
+
+    def size_with(self, siblings: Sequence[TrainingSequence]) -> int:
+        first = siblings[0]
+        prompt = 0 if first.group in self._groups else len(first.prompt_ids)
+        return self.num_tokens + prompt + sum(each.num_own_tokens for each in siblings)
+
+    def attended_with(self, siblings: Sequence[TrainingSequence]) -> int:
+        return self.num_attended + sum(each.num_tokens for each in siblings)
+
+    def add(self, siblings: Sequence[TrainingSequence]) -> None:
+        self.num_tokens = self.size_with(siblings)
+        self.num_attended = self.attended_with(siblings)
+        self._groups.add(siblings[0].group)
+        self.sequences += siblings
 
 
 def filler(
@@ -163,14 +222,9 @@ def pack(
 ) -> Microbatch:
     """The tensors of one forward pass over whole sequences `prompt + response`.
 
-    The token before a response token predicts it.
+    The token before a response token predicts it. Siblings share the tokens of their prompt.
     """
-    ids, predictors, start = [], [], 0
-    for each in sequences:
-        ids += [each.prompt_ids, each.completion.token_ids]
-        first = start + len(each.prompt_ids) - 1
-        predictors.append(np.arange(first, first + len(each.completion.token_ids)))
-        start += each.num_tokens
+    ids, shared, predictors = _placed(sequences)
     completions = [each.completion for each in sequences]
     counts = torch.tensor([len(completion.token_ids) for completion in completions])
 
@@ -182,6 +236,7 @@ def pack(
 
     return Microbatch(
         lengths=tuple(each.num_tokens for each in sequences),
+        shared=tuple(shared),
         token_ids=joined(ids, torch.long),
         predictors=joined(predictors, torch.long),
         targets=joined([each.token_ids for each in completions], torch.long),
@@ -193,3 +248,28 @@ def pack(
         mask=per_token([each.in_loss for each in sequences], torch.bool),
         sequence_ids=per_token([each.sequence_id for each in sequences], torch.long),
     )
+
+
+def _placed(
+    sequences: Sequence[TrainingSequence],
+) -> tuple[list[NDArray[np.int32]], list[range], list[NDArray[np.int64]]]:
+    """The runs of packed tokens; per sequence its shared prompt and its predictors in them.
+
+    The prompt of a group stands before the first of its sequences.
+    """
+    runs: list[NDArray[np.int32]] = []
+    shared: list[range] = []
+    predictors: list[NDArray[np.int64]] = []
+    prompts: dict[int, range] = {}
+    num_packed = 0
+    for each in sequences:
+        shared.append(prompts.get(each.group, range(0)))
+        if each.group not in prompts:
+            runs.append(each.prompt_ids)
+            prompts[each.group] = range(num_packed, num_packed + len(each.prompt_ids))
+            num_packed += len(each.prompt_ids)
+        runs.append(each.completion.token_ids[:-1])
+        own = np.arange(num_packed, num_packed + each.num_own_tokens)
+        predictors.append(np.concatenate(([prompts[each.group][-1]], own)))
+        num_packed += each.num_own_tokens
+    return runs, shared, predictors

@@ -51,7 +51,8 @@ class Pass:
 
     model: ModelConfig
     num_tokens: int  # T, of the microbatch
-    num_targets: int  # N, response tokens among them
+    num_attended: int  # S, the same with a shared prompt counted for each of its sequences
+    num_targets: int  # N, response tokens
     tp: int
     width: int  # bytes of a number in the activations
     cuda: bool
@@ -72,19 +73,23 @@ class Pass:
         """What one layer keeps for its backward pass.
 
         Per own token: what the two norms keep, which includes the layer's input. Per token of the
-        microbatch: the outputs of both norms, D each; queries and keys after rotation, and values;
-        the output of attention, once more in token order, and its float32 log-sum per head; gate,
-        up, silu(gate) and their product. With norms of heads: what these keep.
+        microbatch: the outputs of both norms, D each; the output of attention in token order; gate,
+        up, silu(gate) and their product. With norms of heads: what these keep. Per attended token:
+        keys after rotation and values. Per query, which on a CPU is an attended token: the rotated
+        query, the output of attention and its float32 log-sum per head.
         """
         model = self.model
         heads, kv_heads = model.num_heads // self.tp, max(1, model.num_kv_heads // self.tp)
         query, key = heads * model.head_dim, kv_heads * model.head_dim
         inner = model.intermediate_size // self.tp
-        per_token = 2 * model.hidden_size + query + 2 * key + 2 * query + 4 * inner
+        per_token = 2 * model.hidden_size + query + 4 * inner
+        num_queries = self.num_tokens if self.cuda else self.num_attended
+        attended_bytes = self.num_attended * 2 * key * self.width
+        query_bytes = num_queries * (2 * query * self.width + heads * FLOAT32)
         head_norms = (heads + kv_heads) * self.norm_bytes(model.head_dim) if model.qk_norm else 0
         norms = 2 * self.norm_bytes(model.hidden_size)
-        per_token_bytes = per_token * self.width + heads * FLOAT32 + head_norms
-        return self.own_tokens * norms + self.num_tokens * per_token_bytes
+        token_bytes = self.num_tokens * (per_token * self.width + head_norms)
+        return self.own_tokens * norms + token_bytes + attended_bytes + query_bytes
 
     def input_bytes(self) -> int:
         """The input of one layer, which is all that a recomputed layer keeps."""
@@ -119,6 +124,7 @@ def predict_memory(
     model: ModelConfig,
     *,
     num_tokens: int,
+    num_attended: int | None = None,
     num_targets: int | None = None,
     dp: int = 1,
     tp: int = 1,
@@ -129,11 +135,13 @@ def predict_memory(
 ) -> RankMemory:
     """The memory of a rank that trains on microbatches of `num_tokens`.
 
-    `num_targets` (None: all) of these are response tokens.
+    `num_attended` (None: equal): the same with a shared prompt counted for each of its sequences.
+    `num_targets` (None: all): response tokens.
     """
     forward = Pass(
         model=model,
         num_tokens=num_tokens,
+        num_attended=num_tokens if num_attended is None else num_attended,
         num_targets=num_tokens if num_targets is None else num_targets,
         tp=tp,
         width=activations.itemsize,

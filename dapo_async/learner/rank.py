@@ -193,7 +193,7 @@ class LearnerRank:
         return StepMetrics(maxima={"imbalance": float(fullest / total)})
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        attention = PackedAttention(batch.lengths, device=self._device)
+        attention = PackedAttention(batch.lengths, shared=batch.shared, device=self._device)
         logprobs, entropies = self.decoder.score(
             batch.token_ids,
             attention.positions,

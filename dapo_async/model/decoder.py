@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from dapo_async.model.attention import take_rows
 from dapo_async.model.config import FAMILIES, ModelConfig
 from dapo_async.model.fused import FusedBlock
 from dapo_async.model.layers import Attention, Block, RMSNorm
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
         `targets [N]` are token ids; `predictors [N]` are the positions of the tokens whose hidden
         states predict them. All ranks of the mesh call it; ranks of one `tp` axis get the same.
         """
-        hidden = Decoder.forward(self, token_ids, positions, attention)[predictors]
+        hidden = take_rows(Decoder.forward(self, token_ids, positions, attention), predictors)
         weight = self.head_weight.to(hidden.dtype)
         start = self.model.embed_tokens.share.start
         return token_logprobs(hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start)

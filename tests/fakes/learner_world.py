@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import Microbatch
+from dapo_async.learner.batching import Microbatch, TrainingSequence
 from dapo_async.model import Decoder, ModelConfig
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -117,6 +117,18 @@ class PassBeforeEveryMinibatch(LearnerRank):
 
     def _recompute(self, minibatches: Sequence[Sequence[Microbatch]]) -> dict[int, Tensor]:
         return super()._recompute([[], *minibatches])
+
+
+class PromptPerRollout(LearnerRank):
+    """A reference: every rollout is packed with a prompt of its own."""
+
+    def _pack(
+        self,
+        minibatches: Sequence[Sequence[TrainingSequence]],
+        sequences: Sequence[TrainingSequence],
+    ) -> list[list[Microbatch]]:
+        alone = [[replace(each, group=each.sequence_id) for each in part] for part in minibatches]
+        return super()._pack(alone, sequences)
 
 
 @dataclass

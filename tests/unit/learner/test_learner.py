@@ -151,7 +151,7 @@ def test_averaging_the_means_of_microbatches_is_detected() -> None:
             training_sequences(groups, normalize_std=True, overlong_filtering=False), 40
         )
     )
-    assert broken.num_microbatches == 4
+    assert broken.num_microbatches == 3
     done = outcome(broken, groups)
     assert done.metrics["loss"] == pytest.approx(
         at_once.metrics["loss"], rel=1e-5
@@ -183,26 +183,27 @@ class PassAfterTheFirstUpdate(LearnerRank):
 def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone() -> None:
     rows = training_sequences(synthetic_groups(), normalize_std=True, overlong_filtering=False)
     lengths = sorted(row.num_tokens for row in rows)
-    assert lengths == [3, 5, 6, 7, 8, 11, 11, 11, 11, 13, 15, 16]
+    # Without the last token of each response, which predicts nothing.
+    assert lengths == [2, 4, 5, 6, 7, 10, 10, 10, 10, 12, 14, 15]
     assert [batch.lengths for batch in split_microbatches(rows, 14)] == [
-        (3, 5, 6),
-        (7,),
-        (8,),
-        (11,),
-        (11,),
-        (11,),
-        (11,),
-        (13,),
+        (2, 5, 10),  # 13 tokens: the prompt of two tokens counts once
+        (4, 7),
+        (14,),
+        (6, 10),
+        (10,),
+        (10,),
+        (12,),
         (15,),
-        (16,),
     ]
-    # 117 tokens need 3 microbatches of at most 40: each ends at its share of 39, never beyond 40.
-    assert [batch.lengths for batch in split_microbatches(rows, 40)] == [
-        (3, 5, 6, 7, 8, 11),
-        (11, 11, 11),
-        (13, 15),
-        (16,),
+    # 77 tokens with each prompt once need two microbatches of at most 40. The first ends at its
+    # share. The siblings that follow need their prompt once more, so there are three.
+    batches = split_microbatches(rows, 40)
+    assert [batch.lengths for batch in batches] == [
+        (2, 4, 5, 6, 7, 10, 14),
+        (10, 10, 10),
+        (12, 15),
     ]
+    assert [len(batch.token_ids) for batch in batches] == [38, 26, 22]
 
 
 @pytest.mark.parametrize("num_minibatches", [2, 4])
@@ -281,7 +282,7 @@ def test_current_is_recompute_bit_for_bit_with_as_many_forward_passes() -> None:
         )
         for mode in ("current", "recompute")
     }
-    assert {mode: passes for mode, (_, passes) in results.items()} == {"current": 4, "recompute": 4}
+    assert {mode: passes for mode, (_, passes) in results.items()} == {"current": 3, "recompute": 3}
     assert_equal_bits(results["current"][0], results["recompute"][0])
     assert results["current"][0].metrics["current_log_ratio_max"] == 0.0
 

@@ -22,6 +22,7 @@ def row(
     arrays = np.asarray(behaviour, dtype=np.float32), np.asarray(versions, dtype=np.int32)
     return TrainingSequence(
         number,
+        number,
         PROMPT,
         Completion(ids, *arrays, prefill, FinishReason.LENGTH),
         advantage=1.0,

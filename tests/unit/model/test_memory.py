@@ -40,11 +40,18 @@ LENGTHS = (60, 100, 150, 200)
 WITHIN = 0.05
 
 
-def kept_bytes(mesh: Mesh, values: dict[str, Any], activations: torch.dtype, recompute: int) -> int:
+def kept_bytes(
+    mesh: Mesh,
+    values: dict[str, Any],
+    activations: torch.dtype,
+    recompute: int,
+    shared: tuple[range, ...] = (),
+) -> int:
     """Storage that one forward pass keeps for the backward pass, without the weights."""
     decoder = build_decoder(ModelConfig.from_dict(values), mesh=mesh, activations=activations)
     decoder.recompute(recompute)
-    num_tokens, attention = sum(LENGTHS), PackedAttention(LENGTHS)
+    attention = PackedAttention(LENGTHS, shared=shared)
+    num_tokens = len(attention.positions)
     ids = torch.arange(num_tokens) % 500
     kept: dict[int, torch.Tensor] = {}
 
@@ -109,6 +116,17 @@ def test_predicted_activations_are_what_a_forward_pass_keeps(
     assert memory.activations + copies == pytest.approx(
         kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_predicted_activations_count_a_shared_prompt_once_outside_of_attention(form: str) -> None:
+    values, prompt = {**SIZES, **FORMS[form]}, range(50)
+    memory = predict_memory(
+        ModelConfig.from_dict(values), num_tokens=sum(LENGTHS) - 150, num_attended=sum(LENGTHS)
+    )
+    shared = (range(0), prompt, prompt, prompt)
+    kept = kept_bytes(Mesh(), values, torch.float32, 0, shared)
+    assert memory.activations == pytest.approx(kept, rel=WITHIN)
 
 
 @pytest.mark.gloo
