@@ -4,7 +4,8 @@
   microbatches, one thread. The forms alternate. Hugging Face pads each microbatch of rollouts of
   similar length; the learner packs them, and also computes entropies and all its diagnostics.
   With one minibatch `recompute` makes no second forward pass, so both forms cost the same. A ratio
-  is the median of the ratios of the rounds.
+  is the median of the ratios of the rounds. The learner computes the prompt of siblings once. On a
+  machine with other work the ratio of CPU seconds is the better figure; it is given too.
 - Head: forward and backward pass at V = 151,936, T = 4,096, D = 256, each in a new process.
   `extra_mb` is the growth of its peak memory.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -134,10 +136,11 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     return step
 
 
-def seconds(work: Callable[[], None]) -> float:
-    start_s = time.perf_counter()
+def seconds(work: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start_s
+    return time.perf_counter() - start_s, time.process_time() - start_cpu_s
 
 
 def steps(name: str, *, rounds: int, even: bool) -> dict[str, Any]:
@@ -154,19 +157,21 @@ def steps(name: str, *, rounds: int, even: bool) -> dict[str, Any]:
             "recompute": own_step(Path(folder), groups, "recompute"),
         }
     taken = [{each: seconds(work) for each, work in works.items()} for _ in range(rounds + 1)][1:]
+
+    def ratio(slow: str, fast: str, *, clock: int = 0) -> float:
+        return round(statistics.median(row[slow][clock] / row[fast][clock] for row in taken), 3)
+
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": num_tokens,
         "tokens_per_s": {
-            each: round(num_tokens / statistics.median(row[each] for row in taken))
+            each: round(num_tokens / statistics.median(row[each][0] for row in taken))
             for each in works
         },
-        "current_over_hugging_face": round(
-            statistics.median(row["hugging_face"] / row["current"] for row in taken), 3
-        ),
-        "recompute_over_current": round(
-            statistics.median(row["current"] / row["recompute"] for row in taken), 3
-        ),
+        "current_over_hugging_face": ratio("hugging_face", "current"),
+        "current_over_hugging_face_cpu": ratio("hugging_face", "current", clock=1),
+        "recompute_over_current": ratio("current", "recompute"),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
