@@ -43,7 +43,7 @@ FORMS: list[dict[str, Any]] = [
     {"algorithm": {"entropy_bonus": 0.3, "loss_mean": "sequence"}},
     {"algorithm": {"objective": "gspo", "overlong_filtering": True}},
     {"num_minibatches": 3},  # with proximal passes over the later minibatches
-    {"num_minibatches": 6, "algorithm": {"second_moment": 0.04}},  # mostly one sibling of a group
+    {"num_minibatches": 6, "algorithm": {"correction": "m2po"}},  # mostly one sibling of a group
 ]
 LENGTHS = (5, 3, 9, 4)
 SHARED = (range(0), range(3), range(0), range(8, 11))  # the second asks for nothing
