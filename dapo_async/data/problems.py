@@ -23,6 +23,8 @@ ANSWER_COLUMNS = ("answer", "reward_model.ground_truth")
 SOURCE_COLUMN = "data_source"  # names the data set that a row is from; rows may lack it
 PROMPT_KNOB, ANSWER_KNOB = "data.prompt_key", "data.answer_key"
 NO_USER_TURN = "not ending in a user turn"
+MAX_ANSWER = 20_000  # characters; comparing a longer one would take seconds per response
+LONG_ANSWER = f"with an answer of more than {MAX_ANSWER:,} characters"
 
 
 class ProblemReader:
@@ -83,6 +85,8 @@ class ProblemReader:
             if gold is None:
                 self._count_missing(row, values, ANSWER_KNOB)
                 return None
+            if isinstance(gold[1], str) and len(gold[1]) > MAX_ANSWER:
+                return LONG_ANSWER
             answer = self._answer(row, *gold)
         *context, (role, text) = self._turns(row, *prompt)
         if role != USER:

@@ -123,6 +123,11 @@ BROKEN = "1 with half a character (a lone surrogate) (row 2)"
         ('{"prompt": " \\t\\r\\n\\u00a0\\u3000", "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": "\\u200b\\ufeff", "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": "a", "answer": "\\u2003"}', "1 empty (row 2)"),
+        pytest.param(
+            json.dumps({"prompt": "a", "answer": "1" * 20_001}),
+            "1 with an answer of more than 20,000 characters (row 2)",
+            id="long answer",
+        ),
         ('{"prompt": [], "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": [{"role": "user", "content": null}], "answer": "1"}', "1 empty (row 2)"),
         ('{"prompt": "a", "answer": -Infinity}', "1 empty (row 2)"),
