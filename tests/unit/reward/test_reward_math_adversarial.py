@@ -31,6 +31,7 @@ def test_a_thousand_adversarial_responses_are_never_accepted() -> None:
     )  # they are of many kinds
 
 
+@pytest.mark.slow
 def test_adversarial_answers_are_never_accepted_as_whole_responses() -> None:
     pairs = list(responses(200, seed=1))
     assert [
@@ -40,6 +41,7 @@ def test_adversarial_answers_are_never_accepted_as_whole_responses() -> None:
     ] == []
 
 
+@pytest.mark.slow
 def test_adversarial_last_expressions_are_never_accepted() -> None:
     pairs = [pair for pair in responses(600, seed=2) if "Answer:" in pair[0] or len(pair[0]) < 60]
     # Without a marker the last of several expressions counts; the other tests have contradictions

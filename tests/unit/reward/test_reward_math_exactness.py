@@ -164,6 +164,7 @@ def judged(pairs: Pairs) -> dict[tuple[str, str], str]:
         )
 
 
+@pytest.mark.slow
 def test_values_that_differ_by_little_are_different() -> None:
     assert {pair for pair, reason in judged(DIFFERENT).items() if reason != "wrong"} == set()
 
@@ -172,6 +173,7 @@ def test_one_value_in_two_spellings_is_equal() -> None:
     assert {pair for pair, reason in judged(EQUAL).items() if reason != "correct"} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_values_that_differ_by_little_are_different_in_every_place(place: str) -> None:
     pairs = tuple((place % one, place % other) for one, other in TINY)

@@ -87,6 +87,7 @@ def test_formulas_that_an_answer_may_have_are_not_too_large(text: str) -> None:
     assert not is_too_large(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SLOW)
 def test_a_slow_comparison_ends_at_its_deadline_and_counts_as_wrong(pool: Pool, text: str) -> None:
     for process in pool.processes:
@@ -101,6 +102,7 @@ def test_a_slow_comparison_ends_at_its_deadline_and_counts_as_wrong(pool: Pool, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["process", "child"])
 def test_a_death_during_a_verdict_is_failed_never_wrong_and_is_replaced(
     pool: Pool, whom: str
@@ -149,6 +151,7 @@ def test_any_number_of_threads_get_their_own_answers(pool: Pool) -> None:
     assert [verdict.correct for verdict in verdicts] == [number < 3 for number in range(24)]
 
 
+@pytest.mark.slow
 def test_a_process_is_recycled_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "RECYCLE_AFTER", 2)
     alone, pids = Pool(1), []
@@ -159,6 +162,7 @@ def test_a_process_is_recycled_after_its_share(monkeypatch: pytest.MonkeyPatch) 
     assert pids[0] == pids[1] != pids[2]
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_parent_that_is_killed() -> None:
     script = (
         "from dapo_async.reward.math_verifier.pool import Pool\n"

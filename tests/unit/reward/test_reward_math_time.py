@@ -47,6 +47,7 @@ def seconds(response: str, gold: str, extraction: Extraction) -> float:
     return time.thread_time() - began_s
 
 
+@pytest.mark.slow
 def test_no_pattern_can_be_made_to_take_long_by_an_answer_of_full_length() -> None:
     found = patterns(package)
     assert len(found) > 90

@@ -36,6 +36,7 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in (VECTORS / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 @needs_vectors
 def test_98_percent_of_the_math_verify_vectors_agree_and_the_others_are_listed() -> None:
     rows = read("math_verify.jsonl")
