@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from dapo_async.model import buckets, shard_of
 
@@ -48,6 +49,7 @@ class ShardedAdamW:
         parts = buckets(filled, lambda name: self._shards[name].numel()) if offload else [filled]
         self._parts = [*parts]
 
+    @record_function("optimizer")
     @torch.no_grad()
     def step(self, *, lr: float) -> None:
         """One update with the parameters' gradients."""
