@@ -30,8 +30,8 @@ from typing import Any
 
 import psutil
 import torch
-from engine import commit, hardware
 from quickstart import CONFIG, ROOT
+from support.output import show, write_result
 from support.warm_up import TASKS, Task, warm_checkpoint, write_problems
 
 TRL, TORCH, TRANSFORMERS = "trl==1.16.0", "torch==2.13.0", "transformers==5.12.1"
@@ -267,15 +267,6 @@ def against(rows: Sequence[Row]) -> list[Row]:
     return [{**row, **ratios(row)} for row in rows]
 
 
-def show(rows: Sequence[Row]) -> None:
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = (
-            f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def prepared(name: str, options: argparse.Namespace) -> Inputs:
     """The checkpoint and the problems of a task; a checkpoint in the folder is used again."""
     task, folder = TASKS[name], options.folder / ("tiny" if options.quick else "warm") / name
@@ -311,20 +302,15 @@ def main() -> None:
     for name in options.tasks:
         runs += compare(prepared(name, options), options.arms, options.seeds, options.folder)
     show(against(medians(runs)))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "benchmark": "against_trl",
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
-            "quick": options.quick,
-            "packages": [TRL, TORCH, TRANSFORMERS],
-            "target": TARGET,
-        }
-        options.json.write_text(
-            json.dumps({**about, "medians": against(medians(runs)), "runs": runs}, indent=1) + "\n"
-        )
+    write_result(
+        options.json,
+        "against_trl",
+        quick=options.quick,
+        packages=[TRL, TORCH, TRANSFORMERS],
+        target=TARGET,
+        medians=against(medians(runs)),
+        runs=runs,
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from unittest import mock
 
 import psutil
 import ray
-from engine import commit, hardware
 from quickstart import CONFIG
+from support.output import show, write_result
 from support.sleeping import (
     CAP,
     GROUP_SIZE,
@@ -222,15 +221,6 @@ def figures(shape: Shape, rows: Sequence[Row], spent: Spent, *, steps: int) -> R
     }
 
 
-def show(rows: Sequence[Row]) -> None:
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = (
-            f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -264,21 +254,17 @@ def main() -> None:
             show(rows[-1:])
     ray.shutdown()
     show(rows)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "benchmark": "asynchrony",
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
-            "load": [began_load, os.getloadavg()],
-            "quick": options.quick,
-            "steps": options.steps,
-            "warm_up": options.warm_up,
-            "step_s": options.step_s,
-            "response_steps": options.response_steps,
-        }
-        options.json.write_text(json.dumps({**about, "cells": rows}, indent=1) + "\n")
+    write_result(
+        options.json,
+        "asynchrony",
+        load=[began_load, os.getloadavg()],
+        quick=options.quick,
+        steps=options.steps,
+        warm_up=options.warm_up,
+        step_s=options.step_s,
+        response_steps=options.response_steps,
+        cells=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import resource
 import tempfile
 import time
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from engine import commit, hardware
 from quickstart import CONFIG
+from support.output import show, write_result
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
@@ -353,16 +352,6 @@ def of_the_buffer(engines: int, *, num_offers: int) -> Row:
     return {"engines": engines, "offers_per_s": offers / spent_s}
 
 
-def show(rows: Sequence[Row]) -> None:
-    names = list(rows[0])
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for row in rows:
-        cells = (
-            f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -385,18 +374,9 @@ def main() -> None:
             of_actor.append(of_the_actor(engines, tokens, seconds=options.seconds))
             show(of_actor[-1:])
     ray.shutdown()
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "benchmark": "control_plane",
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
-            "quick": options.quick,
-        }
-        options.json.write_text(
-            json.dumps({**about, "buffer": of_buffer, "actor": of_actor}, indent=1) + "\n"
-        )
+    write_result(
+        options.json, "control_plane", quick=options.quick, buffer=of_buffer, actor=of_actor
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from engine import SHAPE, commit, hardware
 from support.refilled_engine import decode
-from support.simulated_run import UNLIMITED, Shape, simulate
+from support.simulated_run import UNLIMITED, Shape, both_rules, simulate
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.config import Config, load
@@ -58,21 +58,8 @@ def occupancies(*, quick: bool) -> Iterator[Row]:
     for group_size in (8, 16):
         for tail in (0.0, 1.0, 1.5):
             for bound in (UNLIMITED, 1, 2, 4):
-                before, after = (
-                    simulate(
-                        Shape(
-                            num_slots=128,
-                            group_size=group_size,
-                            groups_per_step=256 // group_size,
-                            max_staleness=bound,
-                            tail=tail,
-                            max_tokens=5000,
-                            split=0.01,
-                            num_steps=20 if quick else 100,
-                            by_siblings=by_siblings,
-                        )
-                    )
-                    for by_siblings in (False, True)
+                before, after = both_rules(
+                    group_size, tail=tail, max_staleness=bound, num_steps=20 if quick else 100
                 )
                 yield {
                     "group_size": group_size,

@@ -11,7 +11,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import NormalDist, mean
 
@@ -309,3 +309,21 @@ class SimulatedRun:
 def simulate(shape: Shape) -> Outcome:
     """Plays a run of `shape`."""
     return SimulatedRun(shape).run()
+
+
+def both_rules(
+    group_size: int, *, tail: float, max_staleness: int, num_steps: int
+) -> tuple[Outcome, Outcome]:
+    """One engine of 128 slots that asks by whole groups, and by siblings; a fast learner."""
+    shape = Shape(
+        num_slots=128,
+        group_size=group_size,
+        groups_per_step=256 // group_size,
+        max_staleness=max_staleness,
+        tail=tail,
+        max_tokens=5000,
+        split=0.01,
+        num_steps=num_steps,
+        by_siblings=False,
+    )
+    return simulate(shape), simulate(replace(shape, by_siblings=True))

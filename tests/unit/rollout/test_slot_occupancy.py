@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support.simulated_run import UNLIMITED, Outcome, Shape, simulate
+from support.simulated_run import UNLIMITED, Outcome, both_rules
 
 
 def both(group_size: int, *, tail: float, max_staleness: int) -> tuple[Outcome, Outcome]:
     """One engine of 128 slots that asks by whole groups, and by siblings; a fast learner."""
-    before, after = (
-        simulate(
-            Shape(
-                num_slots=128,
-                group_size=group_size,
-                groups_per_step=256 // group_size,
-                max_staleness=max_staleness,
-                tail=tail,
-                max_tokens=5000,
-                split=0.01,
-                num_steps=20,
-                by_siblings=by_siblings,
-            )
-        )
-        for by_siblings in (False, True)
-    )
+    before, after = both_rules(group_size, tail=tail, max_staleness=max_staleness, num_steps=20)
     assert before.most_in_flight <= 128 + group_size
     assert after.most_in_flight <= 128 + 2 * group_size - 1
     return before, after
