@@ -16,6 +16,7 @@ from dapo_async.utils.paths import for_shell
 
 if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
     from dapo_async.runtime.preflight import Inputs
+    from dapo_async.runtime.resume import ResumePoint
     from dapo_async.tracking.run_dir import RunDir
 
 HELP = "train a model; writes a run directory"
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     prepare(choice.address)
 
     from dapo_async.runtime.preflight import check_inputs
-    from dapo_async.tracking.run_dir import missing_folders, unusable
+    from dapo_async.tracking.run_dir import unusable
 
     inputs = check_inputs(config, dry_run=options.dry_run)
     point = START
@@ -80,13 +81,23 @@ def run(options: argparse.Namespace) -> int:
             say(line)
         return 0
 
+    return _train(config, saved, root, inputs=inputs, point=point, resume=bool(options.resume))
+
+
+def _train(
+    config: Config, saved: Config, root: Path, *, inputs: Inputs, point: ResumePoint, resume: bool
+) -> int:
+    """Makes or locks the run directory and trains into it. Returns the exit code of the run.
+
+    `saved` is the config as the run directory keeps it.
+    """
     from dapo_async.runtime.run import run_training
-    from dapo_async.tracking.run_dir import RunDir
+    from dapo_async.tracking.run_dir import RunDir, missing_folders
     from dapo_async.tracking.sinks import open_progress
     from dapo_async.utils.files import atomic_write, is_disk_full
 
     made = missing_folders(root)
-    if options.resume:
+    if resume:
         run_dir = RunDir(root)
         run_dir.lock()
         begin = point.checkpoint or "the base model: there is no checkpoint yet"
@@ -97,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
 
     def ready_run_dir() -> None:
         """Once Ray runs: a resume that can't begin leaves everything as it was."""
-        if options.resume:
+        if resume:
             run_dir.reopen(point.version)
             atomic_write(run_dir.config, to_yaml(saved))
 
@@ -115,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
                 prepare=ready_run_dir,
             )
     except ValueError:  # the run never began
-        if not options.resume:
+        if not resume:
             run_dir.discard(made)
         raise
     except OSError as error:
