@@ -74,14 +74,26 @@ class System:
         replay, *infos = (task.result() for task in tasks.values())
         return [replay, *learner.result(), *infos]
 
-    async def _regroup(self, names: Sequence[str]) -> None:
-        """Forms the weight group: the learner's first rank and the ranks of the named engines."""
+    async def _regroup(self, names: Sequence[str]) -> frozenset[str]:
+        """Forms the weight group: the learner's first rank and the ranks of the named engines.
+
+        Returns the engines that were lost meanwhile. If there are any, no group is left.
+        """
         tp = self._config.rollout.tensor_parallel
         members = [worker for worker in self.workers if worker.name in names]
         size = 1 + len(members) * tp
         address = await self.learner.first.open_group()
         joins = [worker.join(address, 1 + place * tp, size) for place, worker in enumerate(members)]
-        await asyncio.gather(self.learner.first.join(size), *joins)
+        failure, *joined = await asyncio.gather(self.learner.join(size), *joins)
+        lost = [worker.name for worker, each in zip(members, joined, strict=True) if each is None]
+        if not lost and (failure is not None or not all(joined)):
+            raise RuntimeError(
+                "the weight group was not formed, though no engine was lost: "
+                f"{failure or 'an engine could not join'}"
+            )
+        if lost and failure is None:
+            await self.learner.first.leave_group()
+        return frozenset(lost)
 
     def in_background(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Runs `work` beside the steps; a failure ends the run."""

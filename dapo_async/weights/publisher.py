@@ -7,7 +7,8 @@ are Ray actors in a run, plain objects in tests.
 An engine is lost when `lose` says so, or when it answers None instead of an attestation. It takes
 no part in a broadcast, and nothing waits for it. `restore` has it read the newest version from disk
 and prove it. Publishes and restores never overlap, so the learner keeps the snapshot of the newest
-publish until both are done. The group of a broadcast is formed again when its members change.
+publish until both are done. The group of a broadcast is formed again when its members change. When
+an engine is lost while the group forms, the other engines read this version from disk.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ class Publisher:
         transport: Literal["broadcast", "disk"],
         tolerance: float,
         deadline_s: float,
-        regroup: Callable[[Sequence[str]], Awaitable[None]] | None = None,
+        regroup: Callable[[Sequence[str]], Awaitable[frozenset[str]]] | None = None,
     ) -> None:
         """`regroup` forms the process group of a broadcast from the source and the named receivers.
+        It returns the receivers that were lost meanwhile; if there are any, there is no group.
 
         None: there is no group to form. `tolerance` is that of the handshake's probe, in nats.
         """
@@ -218,15 +220,16 @@ class Publisher:
     ) -> list[Attestation | None]:
         """Sends the weights to `receivers`; returns the attestation of each."""
         if self._transport == "disk":
-            folder = await self._write(announcement)
-            reading = (receiver.read(announcement, folder) for receiver in receivers)
-            return await asyncio.gather(*reading)
+            return await self._deliver_by_disk(announcement, receivers)
         members = tuple(sorted(receiver.name for receiver in receivers))
         if not members:
             return []
         if members != self._members and self._regroup is not None:
             self._members = members  # before the await: `lose` during it must clear this
-            await self._regroup(members)
+            absent = await self._regroup(members)
+            if absent:
+                self._members = ()
+                return await self._deliver_by_disk(announcement, receivers, absent=absent)
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in receivers))
         failure, attestations = await asyncio.gather(
             self._source.broadcast(announcement), receiving
@@ -239,6 +242,23 @@ class Publisher:
                     f"engine took part: {failure}"
                 )
         return attestations
+
+    async def _deliver_by_disk(
+        self,
+        announcement: Announcement,
+        receivers: Sequence[WeightReceiver],
+        *,
+        absent: frozenset[str] = frozenset(),
+    ) -> list[Attestation | None]:
+        """As `_deliver`. The receivers named in `absent` are lost."""
+        folder = await self._write(announcement)
+
+        async def read(receiver: WeightReceiver) -> Attestation | None:
+            if receiver.name in absent:
+                return None
+            return await receiver.read(announcement, folder)
+
+        return await asyncio.gather(*map(read, receivers))
 
     async def _write(self, announcement: Announcement) -> str:
         """The folder of versions; a version is written once, however many engines need it."""

@@ -137,9 +137,11 @@ class Groups:
 
     def __init__(self) -> None:
         self.formed: list[tuple[str, ...]] = []
+        self.absent: frozenset[str] = frozenset()  # receivers that are lost while a group forms
 
-    async def form(self, names: Sequence[str]) -> None:
+    async def form(self, names: Sequence[str]) -> frozenset[str]:
         self.formed.append(tuple(names))
+        return self.absent
 
 
 def make_publisher(

@@ -40,6 +40,10 @@ class Chunk:
     weight_version: str  # the version that the server says it serves
 
 
+class CallRefused(EngineFault):
+    """The server answered that it did not do what it was asked for. It still works."""
+
+
 class SGLangClient:
     """One server's API. Make and use it in one event loop."""
 
@@ -177,6 +181,8 @@ class SGLangClient:
     ) -> None:
         """Joins the weight group; returns when every member has joined.
 
+        Raises CallRefused when the group was not formed; the server is in no group then.
+
         The server's tensor-parallel ranks get the ranks from `first_rank` on.
         """
         host, port = address
@@ -193,13 +199,14 @@ class SGLangClient:
     async def clear(self, group: str) -> None:
         """Removes what an interrupted run may have left: a pause, a begun update, its group."""
         await self.resume()
-        with contextlib.suppress(EngineFault):  # no update was begun
+        with contextlib.suppress(CallRefused):  # no update was begun
             await self._ask("POST", "/end_weight_update", {})
-        with contextlib.suppress(EngineFault):  # no group was left
-            await self.leave_group(group)
+        await self.leave_group(group)
 
     async def leave_group(self, name: str) -> None:
-        await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
+        """Leaves the weight group. A server that is not in it refuses; that is no fault."""
+        with contextlib.suppress(CallRefused):
+            await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
     async def receive(
         self,
@@ -238,7 +245,7 @@ class SGLangClient:
         answer = await self._ask("POST", f"/{call}", body)
         if not answer.get("success"):
             message = _one_line(str(answer.get("message")))
-            raise EngineFault(f"{self.url} failed in {call}: {message}")
+            raise CallRefused(f"{self.url} failed in {call}: {message}")
         return answer
 
     async def _ask(
@@ -250,7 +257,8 @@ class SGLangClient:
                 content = await answer.text()
                 if answer.status != 200:
                     why = _one_line(content)
-                    raise EngineFault(f"{self.url} answers {path} with {answer.status}: {why}")
+                    fault = CallRefused if answer.status == 400 else EngineFault
+                    raise fault(f"{self.url} answers {path} with {answer.status}: {why}")
                 return {} if text else dict(json.loads(content))
         except TimeoutError as error:  # before ClientError: aiohttp's timeouts are both
             raise EngineFault(

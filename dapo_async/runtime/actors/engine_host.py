@@ -34,6 +34,7 @@ class EngineHost(ABC):
 
     engine: Engine
     restartable = False  # whether a lost engine can be started again
+    in_group = False  # whether the engine is a member of the learner's weight group
 
     def __init__(self, config: Config, *, name: str, incarnation: str, clock: StateClock) -> None:
         self._config, self._name, self._incarnation, self._clock = config, name, incarnation, clock
@@ -56,8 +57,11 @@ class EngineHost(ABC):
         raise AssertionError("only servers can be lost: other engines end with their actor")
 
     @abstractmethod
-    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
-        """Joins the learner's weight group at `address`; returns when every member has."""
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
+        """Joins the learner's weight group at `address`; returns when every member has.
+
+        False: the engine works, but the group was not formed.
+        """
 
     @abstractmethod
     async def receive(self, announcement: Announcement) -> Attestation:
@@ -123,7 +127,7 @@ class TorchHost(EngineHost):
         self.engine = ThreadedEngine(core, self._clock)
         return f"torch engine, {rollout.num_slots} slots"
 
-    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
         self._group = await asyncio.to_thread(
             WeightGroup.join,
             address,
@@ -133,6 +137,8 @@ class TorchHost(EngineHost):
             device=self._device,
             timeout_s=self._config.deadlines.answer_s,
         )
+        self.in_group = True
+        return True
 
     async def receive(self, announcement: Announcement) -> Attestation:
         assert self._group is not None, "receive before join"

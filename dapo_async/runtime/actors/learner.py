@@ -210,8 +210,8 @@ class LearnerActor:
         )
 
     async def leave_group(self) -> None:
-        """Closes the connections of the weight group, so that its members stop waiting."""
-        self._group = None
+        """Closes the weight group and its rendezvous, so that its members stop waiting."""
+        self._group = self._store = None
 
     async def broadcast(self, announcement: Announcement) -> None:
         assert self._group is not None, "broadcast before join"

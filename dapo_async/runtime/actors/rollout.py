@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
 
-UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part
+JOIN_SHARE = 0.6  # of deadlines.answer_s; the learner waits half of it for the weight group
+UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part of an update
 ANSWER_S = 2 * ANSWER_EVERY_S  # a healthy replay actor has answered by then
 
 
@@ -125,13 +127,20 @@ class RolloutActor:
         """Waits until the engine may generate."""
         await self._worker.back()
 
-    async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> None:
-        """Joins the learner's weight group at `address`; returns when every member has."""
-        await self._host.join(address, first_rank=first_rank, world_size=world_size)
+    async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> bool | None:
+        """Joins the learner's weight group at `address`; returns when every member has.
+
+        False: the engine works, but the group was not formed. None: the engine was lost meanwhile.
+        """
+        async with self._losing_engine("join the weight group", share=JOIN_SHARE):
+            return await self._host.join(address, first_rank=first_rank, world_size=world_size)
+        return None
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
         """Receives weights by broadcast. Groups that finish from now on are held back until the
         weights are proved. None: the engine was lost meanwhile."""
+        if not self._host.in_group:  # it was restarted since it joined
+            return None
         return await self._update(self._host.receive(announcement))
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
@@ -139,21 +148,27 @@ class RolloutActor:
         return await self._update(self._host.read(announcement, folder))
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
-        """A late server counts as lost before the deadline of the whole publish passes."""
         self._worker.hold()
-        limit_s = UPDATE_SHARE * self._config.deadlines.answer_s if self._host.restartable else None
+        async with self._losing_engine("serve new weights", share=UPDATE_SHARE):
+            return await update
+        return None
+
+    @asynccontextmanager
+    async def _losing_engine(self, what: str, *, share: float) -> AsyncIterator[None]:
+        """A fault of the engine, or a server that is late, loses the engine and ends the body.
+
+        A server is late after this share of `deadlines.answer_s`: before the whole publish is.
+        """
+        limit_s = share * self._config.deadlines.answer_s if self._host.restartable else None
         try:
             async with asyncio.timeout(limit_s) as limit:
-                return await update
+                yield
         except EngineFault as fault:
             self._worker.lose(str(fault))
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._worker.lose(
-                f"{self.name}'s server did not serve new weights within {limit_s:g} s"
-            )
-        return None
+            self._worker.lose(f"{self.name}'s server did not {what} within {limit_s:g} s")
 
     async def quarantine(self) -> None:
         """The weights are wrong: gives up all groups and starts none before `confirm`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from dapo_async.config import Config
 from dapo_async.model import folder_for_sglang
-from dapo_async.rollout.sglang.client import SGLangClient
+from dapo_async.rollout.sglang.client import CallRefused, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 from dapo_async.runtime.actors.engine_host import EngineHost
@@ -42,7 +43,7 @@ class SGLangHost(EngineHost):
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device, self._number, self._logs, self._outer_key = device, number, logs, outer_key
         self._server: SGLangServer | None = None
-        self._joined = False  # the weight group
+        self._connecting = asyncio.Lock()  # a restart and a join never overlap
 
     async def start(self) -> str:
         rollout = self._config.rollout
@@ -58,10 +59,11 @@ class SGLangHost(EngineHost):
 
     async def restart(self) -> None:
         if self._server is not None:
-            await self._server.close()
-        self._joined = False
-        self._client = await self._connect()
-        await self.engine.reconnect(self._client)
+            await self._server.close()  # also ends a join that waits for this server
+        async with self._connecting:
+            self.in_group = False
+            self._client = await self._connect()
+            await self.engine.reconnect(self._client)
 
     async def _connect(self) -> SGLangClient:
         """Returns a client of a server that answers, started here or running already."""
@@ -100,16 +102,23 @@ class SGLangHost(EngineHost):
         await self._server.start(timeout_s=config.deadlines.start_s)
         return self._server.url, self._server.api_key
 
-    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> None:
+    async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
         backend = (
             "nccl" if self._config.model.torch_device == "cuda" else "gloo"
         )  # the learner's: it opened the group
-        if self._joined:
+        async with self._connecting:
+            self.in_group = False
             await self._client.leave_group(GROUP_NAME)
-        self._joined = True
-        await self._client.join_group(
-            address, name=GROUP_NAME, first_rank=first_rank, world_size=world_size, backend=backend
-        )
+            with contextlib.suppress(CallRefused):
+                await self._client.join_group(
+                    address,
+                    name=GROUP_NAME,
+                    first_rank=first_rank,
+                    world_size=world_size,
+                    backend=backend,
+                )
+                self.in_group = True
+            return self.in_group
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server loads each bucket on arrival: it has no memory for a second

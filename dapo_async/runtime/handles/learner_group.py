@@ -60,6 +60,21 @@ class LearnerGroup:
         assert announcement is not None, "the first rank announces"
         return announcement
 
+    async def join(self, world_size: int) -> str | None:
+        """Joins the weight group. Returns why it was not formed, or None.
+
+        It may fail only where engines are servers, which can be lost. The rendezvous is closed
+        then, so that the other engines stop waiting for the rest.
+        """
+        try:
+            await self.first.join(world_size)
+        except ActorFailed as error:
+            if not self._engines_can_be_lost:
+                raise
+            await self.first.leave_group()
+            return str(error)
+        return None
+
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Sends the weights to the engines. Returns why the broadcast broke off, or None.
 

@@ -322,6 +322,26 @@ def test_engine_restored_before_the_publish_that_lost_it_ends_is_not_lost(tmp_pa
     assert publisher.serving == (first, second)
 
 
+def test_engines_read_from_disk_when_another_is_lost_while_the_group_forms(
+    tmp_path: Path,
+) -> None:
+    learner, groups = FakeLearner(tmp_path), Groups()
+    first, second = FakeEngine(learner, "rollout-0"), FakeEngine(learner, "rollout-1")
+    publisher = make_publisher(learner, first, second, groups=groups)
+    groups.absent = frozenset({"rollout-1"})
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert (first.version, second.version) == (1, -1)
+    assert publisher.serving == (first,)
+    assert not learner.received
+    groups.absent = frozenset()
+    assert asyncio.run(publisher.restore(second))
+    assert publish(publisher, learner.announce(2)) == [2]
+    assert (first.version, second.version) == (2, 2)
+    both = ("rollout-0", "rollout-1")
+    assert groups.formed == [both, both]
+    assert publisher.outcomes["mismatch"] == 0
+
+
 def test_broken_broadcast_is_tolerated_only_if_an_engine_was_lost_in_it(tmp_path: Path) -> None:
     learner, groups = FakeLearner(tmp_path), Groups()
     engine = FakeEngine(learner)
