@@ -2,45 +2,28 @@
 
 One OMP thread per process: two spinning threads on two busy cores are 3 to 20 times slower.
 No test joins a Ray that it did not start.
+This file imports no heavy library: three processes load it before they run the first unit test.
 """
 
-import asyncio
 import importlib.util
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_ADDRESS"] = "local"
 
 import pytest
-import torch
-from run_support import Finished, finished
-from sglang_world import World, start_world
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.fixture
-def seeded() -> torch.Generator:
+def seeded() -> "torch.Generator":
+    import torch
+
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One run of the main job for all tests that read its files; every group is recorded."""
-    root = tmp_path_factory.mktemp("quickstart") / "run"
-    return finished(root, "train.record=true", timeout_s=500.0)
-
-
-@pytest.fixture(scope="session")
-def world(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    """A real SGLang server of the family in the parameter, one for the whole session."""
-    started = start_world(request.param, tmp_path_factory.mktemp(request.param))
-    yield started
-    asyncio.run(started.server.close())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
