@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from engine import SHAPE, commit, hardware
 from support.refilled_engine import decode
-from support.simulated_run import UNLIMITED, Shape, both_rules, simulate
+from support.simulated_run import UNLIMITED, Lengths, Shape, both_rules, simulate
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.config import Config, load
@@ -81,9 +81,11 @@ def shape_of(config: Config, *, max_staleness: int) -> Shape:
         group_size=replay.group_size,
         groups_per_step=replay.groups_per_step // factor,
         max_staleness=max_staleness,
-        tail=TAIL,
-        mean_tokens=rollout.max_response_tokens // MEAN,
-        max_tokens=rollout.max_response_tokens,
+        lengths=Lengths(
+            tail=TAIL,
+            mean_tokens=rollout.max_response_tokens // MEAN,
+            max_tokens=rollout.max_response_tokens,
+        ),
         num_steps=40,
     )
 

@@ -3,8 +3,11 @@
 Credits bound how many groups may be out; they say nothing about how many should be. When the
 learner is the bottleneck, groups that start with every credit finish early, wait in the buffer, and
 are trained at the largest staleness that is allowed. The pacer lowers the number of groups until
-a batch is complete about when the learner asks for it. When the learner has to wait, it raises the
-number again. The credits stay the hard bound.
+a batch is complete about when the learner asks for it. When the learner has to wait for groups, it
+raises the number again. The credits stay the hard bound.
+
+It also holds starts back while new weights are on their way to the engines. A group that starts a
+moment later has a deadline one version later, so the learner waits less often for a late group.
 
 Called by the replay actor. In: when the learner asks for a batch and gets it. Out: how many groups
 may start now, and when the next one may. Times are seconds of any clock that only rises.
@@ -12,98 +15,116 @@ may start now, and when the next one may. Times are seconds of any clock that on
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
-WINDOW = 6  # steps whose smallest surplus says by how much the limit may fall
+WINDOW = 6  # takes, at least, whose smallest surplus says by how much the limit may fall
 STEP_TIMES = 8  # steps of which the shortest predicts the next one
-MARGIN = 0.15  # finished groups that stay in reserve, as a share of a batch
-WAIT = 0.01  # a longer wait of the learner, as a share of its step, is too long
-FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # steps without a lower limit after a wait; doubles each time
-CALM = 64  # steps without a wait that halve the pause
+MARGIN = 0.05  # finished groups that stay in reserve, as a share of a take
+# How long the learner may wait for groups while the limit is low, in steps: per step, saved up at
+# most, and owed at most. While it owes, the limit does not fall.
+WAIT_PER_STEP, MOST_SAVED, MOST_OWED = 0.005, 0.1, 0.3
+LONGEST_HOLD = 0.1  # of a step, for new weights
 
 
 class Pacer:
     """Holds the number of groups that are out at a limit, and moves the limit.
 
-    A group is out while it generates, while it is finished, and while the learner trains it: the
-    groups of a batch count as consumed one by one over the expected duration of the step. So
-    admissions spread over the step and do not come in a wave after each take.
+    A group is out from its start until the learner gets it. If n groups are trained per step and
+    the limit is L, a group is out for about L / n steps: this is about its staleness.
     """
 
-    def __init__(self, *, groups_per_step: int, credits: int) -> None:
-        """Starts at the limit `credits`, which means: without any pacing."""
-        self.limit = float(credits)
-        self._n, self._credits = groups_per_step, credits
-        self._surplus: deque[int] = deque(maxlen=WINDOW)
+    def __init__(self, *, groups_per_take: int, credits: int) -> None:
+        """Starts at the limit `credits`, which means: without any limit."""
+        self.limit = credits
+        self._n, self._credits = groups_per_take, credits
+        self._surplus: deque[int] = deque()  # of the takes since the limit or the debt changed
         self._step_s: deque[float] = deque(maxlen=STEP_TIMES)
+        self._version = -1  # of the learner
+        self._version_s = self._began_s = 0.0  # when it asked first at this version, and began
         self._asked_s: float | None = None  # when the learner asked; None: it has a batch
         self._missing = 0  # groups that a batch lacked when the learner asked
-        self._took_s: float | None = None
-        self._pause, self._paused, self._calm = FIRST_PAUSE, 0, 0
+        self._took_s = 0.0
+        self._saved_s = 0.0  # of waiting; negative: owed
+        self._raises, self._since_raise = 0, 0  # raises in a row, and takes since the last one
 
-    def asks(self, now_s: float, *, finished: int) -> None:
-        """The learner ended its step and asks for a batch; `finished` groups are buffered."""
+    def asks(self, now_s: float, *, version: int, finished: int) -> None:
+        """The learner at `version` asks for groups; `finished` ones are ready."""
         if self._asked_s is not None:
             return  # it asks again after a passed deadline
-        if self._took_s is not None:
-            self._step_s.append(now_s - self._took_s)
+        if version != self._version:
+            if self._version >= 0:
+                self._step_s.append(now_s - self._began_s)
+            self._version, self._version_s = version, now_s
         self._asked_s = now_s
-        surplus = finished - self._n
-        self._missing = max(0, -surplus)
-        self._surplus.append(max(0, surplus))
+        self._missing = max(0, self._n - finished)
+        self._surplus.append(max(0, finished - self._n))
 
     def took(self, now_s: float) -> None:
-        """The learner has its batch. Moves the limit."""
+        """The learner has its groups. Moves the limit."""
         assert self._asked_s is not None, "took without asks"
-        waited_s, self._asked_s, self._took_s = now_s - self._asked_s, None, now_s
-        self._paused = max(0, self._paused - 1)
+        waited_s, elapsed_s = now_s - self._asked_s, now_s - self._took_s
+        if self._took_s <= self._version_s:
+            self._began_s = now_s  # the first take of this step
+        self._asked_s, self._took_s = None, now_s
+        self._since_raise += 1
         if not self._step_s:
-            self._surplus.clear()  # the first batch: nothing is known yet
-        elif waited_s > WAIT * min(self._step_s):
-            self._raise()
+            self._surplus.clear()  # the first step: nothing is known yet
+            return
+        step_s = min(self._step_s)
+        self._saved_s = min(MOST_SAVED * step_s, self._saved_s + WAIT_PER_STEP * elapsed_s)
+        if self._missing:  # else it waited for a deadline: more groups would not help
+            self._saved_s = max(-MOST_OWED * step_s, self._saved_s - waited_s)
+        if self._saved_s >= 0:
+            self._lower()
         else:
-            self._calm += 1
-            if self._calm % CALM == 0:
-                self._pause = max(FIRST_PAUSE, self._pause // 2)
-            if self._paused == 0:
-                self._lower()
+            self._surplus.clear()
+            self._raise()
 
-    def room(self, now_s: float, *, out: int) -> int:
-        """How many groups may start now, when `out` groups generate or are finished."""
-        if self.limit >= self._credits:
-            return self._credits
-        return max(0, math.floor(self.limit - out - self._unconsumed(now_s) + 1e-9))
+    def room(self, now_s: float, *, out: int, served_version: int) -> int:
+        """How many groups may start now.
 
-    def next_start_s(self, now_s: float, *, out: int) -> float | None:
-        """When a group may start if nothing else happens. None: now, or not before an event."""
-        over = out + 1 - self.limit  # groups that have to be consumed until then, if negative
-        if self.room(now_s, out=out) > 0 or over > 0 or self._took_s is None:
-            return None
-        return max(now_s, self._took_s + min(self._step_s) * (1 + over / self._n))
+        `out`: groups that generate or are finished. `served_version`: the oldest of any engine.
+        """
+        if now_s < self._held_until_s(served_version):
+            return 0
+        return self._credits if self.limit >= self._credits else max(0, self.limit - out)
 
-    def _unconsumed(self, now_s: float) -> float:
-        """Groups of the batch in training that count as not consumed yet."""
-        if self._asked_s is not None or self._took_s is None or not self._step_s:
+    def next_start_s(self, now_s: float, *, served_version: int) -> float | None:
+        """When groups may start even if nothing else happens. None: now, or not before an event."""
+        until_s = self._held_until_s(served_version)
+        return until_s if until_s > now_s else None
+
+    def _held_until_s(self, served_version: int) -> float:
+        """Not for ever: with slow publishes the engines would be empty most of the time."""
+        if served_version >= self._version or not self._step_s:
             return 0.0
-        return self._n * max(0.0, 1 - (now_s - self._took_s) / min(self._step_s))
+        return self._version_s + LONGEST_HOLD * min(self._step_s)
+
+    @property
+    def _lag(self) -> int:
+        """Takes until a new limit shows: as many as a group is out for."""
+        return -(-self.limit // self._n)
 
     def _raise(self) -> None:
-        """The learner waited: half of the way back to all credits, and a longer pause."""
-        self.limit = min(
-            self._credits, self.limit + max(self._missing, self._credits - self.limit) / 2
-        )
-        if self._credits - self.limit < 1:
-            self.limit = float(self._credits)
-        self._paused, self._pause = self._pause, min(LONGEST_PAUSE, 2 * self._pause)
-        self._calm = 0
-        self._surplus.clear()
+        """By the groups that were missing; by twice as many where the raise before was too low."""
+        if not self._missing or self._since_raise < self._lag:
+            return
+        self._raises = self._raises + 1 if self._since_raise <= 2 * self._lag + 1 else 0
+        self.limit = min(self._credits, self.limit + self._missing * 2**self._raises)
+        self._since_raise = 0
 
     def _lower(self) -> None:
-        """A window without a wait: half of the smallest surplus above the margin goes."""
-        if len(self._surplus) < WINDOW:
+        """By the spare groups: the smallest surplus of a window, without the margin.
+
+        All of them beyond one take, half of the rest: groups that do not start are missing in the
+        buffer, and the smallest surplus of the next window may be smaller by chance.
+        """
+        if len(self._surplus) < max(WINDOW, self._lag):
             return
-        spare = min(self._surplus) - math.ceil(MARGIN * self._n)
+        margin = -(-self._n // round(1 / MARGIN))
+        spare = min(self._surplus) - margin
         if spare > 0:
-            self.limit = max(float(self._n), self.limit - math.ceil(spare / 2))
-        self._surplus.clear()
+            self.limit = max(self._n, self.limit - spare + min(spare, self._n) // 2)
+            self._surplus.clear()
+        else:
+            self._surplus.popleft()

@@ -116,7 +116,7 @@ class ReplayActor:
             incarnation=incarnation,
         )
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
-        self._pacer = Pacer(groups_per_step=config.replay.groups_per_step, credits=credits)
+        self._pacer = Pacer(groups_per_take=config.replay.groups_per_step, credits=credits)
         self._paced = config.replay.admission == "paced"
         self._lockstep = config.replay.admission == "lockstep"
         self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
@@ -219,14 +219,17 @@ class ReplayActor:
         admissible = self._buffer.admissible()
         if not self._paced or not admissible:
             return admissible
-        return min(admissible, self._pacer.room(self._clock.now_s(), out=self._num_out))
+        room = self._pacer.room(
+            self._clock.now_s(), out=self._num_out, served_version=self._served_version
+        )
+        return min(admissible, room)
 
     def _grant_at_next_start(self) -> None:
-        """Where only the pacer holds groups back, grants when it lets the next one start."""
+        """Where only the pacer holds groups back, grants when it no longer waits for weights."""
         if not self._paced or not self._waiting or not self._buffer.admissible():
             return
         now_s = self._clock.now_s()
-        start_s = self._pacer.next_start_s(now_s, out=self._num_out)
+        start_s = self._pacer.next_start_s(now_s, served_version=self._served_version)
         if self._next_start is not None:
             self._next_start.cancel()
             self._next_start = None
@@ -238,7 +241,12 @@ class ReplayActor:
         """What a passed deadline says of the pacer: nothing while every credit may be used."""
         if not self._paced or self._num_admissible() >= self._buffer.admissible():
             return ""
-        return f"; admission is paced: at most {self._pacer.limit:g} groups are out"
+        return f"; admission is paced: at most {self._pacer.limit} groups are out"
+
+    @property
+    def _served_version(self) -> int:
+        served_version = self._buffer.served_version
+        return -1 if served_version is None else served_version
 
     @property
     def _num_out(self) -> int:
@@ -304,7 +312,11 @@ class ReplayActor:
         Raises TimeoutError after `deadlines.work_s`; its message says what the take waits for.
         """
         deadline_s, self._ahead = self._config.deadlines.work_s, None
-        self._pacer.asks(self._clock.now_s(), finished=self._num_out - self._buffer.num_generating)
+        self._pacer.asks(
+            self._clock.now_s(),
+            version=learner_version,
+            finished=self._num_out - self._buffer.num_generating,
+        )
         try:
             async with asyncio.timeout(deadline_s):
                 while self._next_batch is None:

@@ -259,24 +259,45 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
         )
 
 
-def test_a_paced_actor_starts_a_group_when_the_learner_has_consumed_one(
+def test_a_paced_actor_starts_no_more_groups_than_its_limit(
     make_actor: Callable[[int], Actor],
 ) -> None:
     actor = make_actor(3)  # four credits
 
     async def scene() -> None:
         await actor.serve(0)
-        (first,) = await actor.ask("rollout-0", 1)
+        actor._pacer.limit = 1  # as after many steps with a surplus
+        (first,) = await actor.ask("rollout-0", 4)
+        waits = asyncio.create_task(actor.ask("rollout-0", 4))
         await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        await asyncio.sleep(0.05)
+        assert not waits.done(), "a group started while another is finished and not taken"
         batch = await actor.take(0)
         assert not isinstance(batch, StopReason)
-        actor._pacer.limit = 1.0  # as after many steps with a surplus
-        actor._pacer._step_s.append(0.2)
-        waits = asyncio.create_task(actor.ask("rollout-0", 4))
-        await asyncio.sleep(0.05)
-        assert not waits.done(), "a group started while another counts as not consumed"
         assert len(await asyncio.wait_for(waits, 5.0)) == 1
         assert await asyncio.wait_for(actor.ask("rollout-1", 0), 5.0) == []
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("step_s", "served"), [(1e3, True), (0.5, False)])
+def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
+    make_actor: Callable[[int], Actor], step_s: float, served: bool
+) -> None:
+    actor = make_actor(3)
+
+    async def scene() -> None:
+        await actor.serve(0)
+        actor._pacer._step_s.append(step_s)
+        learner = asyncio.create_task(actor.take(1))
+        await asyncio.sleep(0)
+        waits = asyncio.create_task(actor.ask("rollout-0", 1))
+        await asyncio.sleep(0.01)
+        assert not waits.done(), "a group started with weights that are about to be replaced"
+        if served:
+            await actor.serve(1)
+        assert len(await asyncio.wait_for(waits, 5.0)) == 1
+        learner.cancel()
 
     asyncio.run(scene())
 
@@ -292,7 +313,7 @@ def test_a_passed_deadline_says_when_the_pacer_holds_groups_back(
         with pytest.raises(TimeoutError, match="more could start") as eager:
             await actor.take(0)
         assert "paced" not in str(eager.value)
-        actor._pacer.limit = 1.0
+        actor._pacer.limit = 1
         with pytest.raises(TimeoutError, match="admission is paced: at most 1 groups are out"):
             await actor.take(0)
 
