@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
@@ -38,7 +37,8 @@ def connect(config: Config) -> str:
     actors = list(planned_actors(config))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address == LOCAL:
-        cpus = max(os.cpu_count() or 1, ceil(sum(actor.num_cpus for actor in actors)))
+        # Ray starts a process for each CPU in advance, so it gets no more than the actors use.
+        cpus = max(len(actors), ceil(sum(actor.num_cpus for actor in actors)))
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         try:
