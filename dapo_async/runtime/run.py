@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
@@ -38,7 +39,7 @@ from dapo_async.runtime.status import (
 )
 from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.summary import RunProgress, summarise_run
-from dapo_async.tracking.plot import draw_dynamics
+from dapo_async.tracking.plot import draw_dynamics, import_library
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Progress
@@ -212,6 +213,8 @@ class Run:
                 else RunOutcome(Status.FAILED, stopped.reason, EXIT_FAILED)
             )
         await system.replay.close()
+        # For the picture, while the driver waits for the evaluation.
+        threading.Thread(target=import_library, daemon=True).start()
         await self._evaluate("final", services)
 
     async def _evaluate(self, name: str, services: Services) -> None:

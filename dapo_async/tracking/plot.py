@@ -6,6 +6,8 @@ end of a run.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from dapo_async.tracking.charts import draw, project_style, whole_steps
 from dapo_async.tracking.panels import in_picture, traces
 from dapo_async.tracking.report_reading import read_run
@@ -15,6 +17,16 @@ COLUMNS = 3
 DPI = 110
 
 
+def import_library() -> None:
+    """Imports matplotlib, which takes most of a second, before `draw_dynamics` needs it.
+
+    Where it can't be imported, `draw_dynamics` says so.
+    """
+    with suppress(ImportError):
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+
+
 def draw_dynamics(run_dir: RunDir) -> bool:
     """Draws the picture. Returns False, without a file, when the run has no step yet."""
     if not run_dir.metrics.exists():
@@ -22,7 +34,7 @@ def draw_dynamics(run_dir: RunDir) -> bool:
     run = read_run(run_dir.root, run_dir.root.name)
     if not run.rows:
         return False
-    from matplotlib.figure import Figure  # most of a second; not on the training path
+    from matplotlib.figure import Figure  # see `import_library`
 
     shown = [(panel, found) for panel in in_picture() if (found := traces(panel, [run]))]
     lines = -(-len(shown) // COLUMNS)
