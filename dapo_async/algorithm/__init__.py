@@ -16,13 +16,30 @@ and sums for its metrics. Only the learner calls it. In the order of a step:
 Nothing here depends on configs, processes or devices.
 """
 
-from dapo_async.algorithm.advantages import group_advantages
-from dapo_async.algorithm.corrections import second_moment_mask
-from dapo_async.algorithm.diagnostics import step_metrics, summarise
-from dapo_async.algorithm.loss import microbatch_loss, policy_loss, sequence_mean_weights
+from typing import TYPE_CHECKING
+
 from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES
 from dapo_async.algorithm.options import CORRECTIONS, LossInputs, LossOptions
-from dapo_async.algorithm.proximal import PROXIMAL_MODES, proximal_from
+from dapo_async.algorithm.summary import summarise
+from dapo_async.utils.lazy import lazy_names
+
+if TYPE_CHECKING:  # these modules import torch
+    from dapo_async.algorithm.advantages import group_advantages
+    from dapo_async.algorithm.corrections import second_moment_mask
+    from dapo_async.algorithm.diagnostics import step_metrics
+    from dapo_async.algorithm.loss import microbatch_loss, policy_loss, sequence_mean_weights
+    from dapo_async.algorithm.proximal import PROXIMAL_MODES, proximal_from
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "advantages": ("group_advantages",),
+            "corrections": ("second_moment_mask",),
+            "diagnostics": ("step_metrics",),
+            "loss": ("microbatch_loss", "policy_loss", "sequence_mean_weights"),
+            "proximal": ("PROXIMAL_MODES", "proximal_from"),
+        },
+    )
 
 __all__ = [
     "CORRECTIONS",

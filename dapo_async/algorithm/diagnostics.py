@@ -1,7 +1,8 @@
 """What the loss did, as sums that add up over microbatches and ranks.
 
 `microbatch_loss` fills one dict per microbatch. The learner turns each into a StepMetrics and adds
-them; they are divided once, at the end (token-mean exactness). The key says how an entry adds up:
+them. `summary` divides them once, at the end (token-mean exactness). The key says how an entry adds
+up:
 
     num_tokens   the unmasked tokens, the count that everything else is divided by
     X_tokens     how many of them a rule touched   ->  X_fraction
@@ -93,21 +94,3 @@ def step_metrics(diagnostics: Mapping[str, Tensor]) -> StepMetrics:
         else:
             sums[name.removesuffix("_sum")] = (value, num_tokens)
     return StepMetrics(sums=sums, maxima=maxima, totals={"loss_tokens": num_tokens})
-
-
-def summarise(metrics: StepMetrics) -> dict[str, float]:
-    """`metrics.flat()` and the effective sample sizes, which need the complete sums.
-
-    ESS = 1 / mean((x / mean x)²) = (mean x)² / mean x², in (0, 1]: `behaviour_ess` of the raw token
-    ratio ρ, `behaviour_weight_ess` of the applied weight w. An ESS of 0 / 0 is left out.
-    """
-    flat = metrics.flat()
-    second_moments = {
-        "behaviour_ess": ("behaviour_ratio", flat.get("behaviour_chi2", -1.0) + 1.0),
-        "behaviour_weight_ess": ("behaviour_weight", flat.get("behaviour_weight_squared", 0.0)),
-    }
-    return flat | {
-        name: flat[mean] ** 2 / square
-        for name, (mean, square) in second_moments.items()
-        if square > 0
-    }

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapo_async.algorithm.ratios import Sequences, bounded
+
+if TYPE_CHECKING:  # preflight checks the options of the loss without torch
+    from torch import Tensor
 
 CORRECTION_LEVELS = ("token", "sequence", "sequence_mean")
 
@@ -79,13 +80,13 @@ def cispo(terms: Terms) -> Surrogate:
 def _clipped(ratio: Tensor, terms: Terms) -> Surrogate:
     """min(r·A, clip(r)·A); for A < 0 at least dual_clip·A."""
     advantage, low, high = terms.advantage, 1 - terms.clip_low, 1 + terms.clip_high
-    value = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    value = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
     clips = {
         "clip_low": (advantage < 0) & (ratio < low),
         "clip_high": (advantage > 0) & (ratio > high),
     }
     if terms.dual_clip is not None:
-        value = torch.where(advantage < 0, torch.maximum(value, terms.dual_clip * advantage), value)
+        value = value.maximum(terms.dual_clip * advantage).where(advantage < 0, value)
         clips["dual_clip"] = (advantage < 0) & (ratio > terms.dual_clip)
     return Surrogate(value, clips)
 

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapo_async.algorithm.objectives import CORRECTION_LEVELS, OBJECTIVES, Objective
+
+if TYPE_CHECKING:  # preflight checks the options of the loss without torch
+    from torch import Tensor
 
 CORRECTIONS = ("truncate", "mask", "none")
 

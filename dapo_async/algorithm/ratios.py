@@ -6,9 +6,10 @@ Used by the loss, its corrections and its diagnostics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # preflight checks the options of the loss without torch
+    from torch import Tensor
 
 # Log-ratios are clamped to ± this before exp, as in verl: a single token must not make the loss
 # infinite.
@@ -30,8 +31,8 @@ class Sequences:
     @classmethod
     def of(cls, sequence_ids: Tensor, *, live: Tensor) -> Sequences:
         """`sequence_ids` [T]: any integers, in any order; `live` [T] bool: the unmasked tokens."""
-        ids, index = torch.unique(sequence_ids, return_inverse=True)
-        zeros = torch.zeros(len(ids), dtype=torch.int64, device=index.device)
+        ids, index = sequence_ids.unique(return_inverse=True)
+        zeros = index.new_zeros(len(ids))  # int64
         return cls(index, zeros.index_add(0, index, live.long()).clamp(min=1))
 
     def sum(self, values: Tensor) -> Tensor:

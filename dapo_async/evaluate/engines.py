@@ -27,7 +27,8 @@ from dapo_async.rollout import Engine
 from dapo_async.rollout.engine import EngineFault
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
-from dapo_async.rollout.sglang.client import SERVER_KEY, SGLangClient
+from dapo_async.rollout.sglang import SERVER_KEY
+from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, missing_sglang
 from dapo_async.utils.state_clock import StateClock

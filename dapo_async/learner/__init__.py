@@ -16,18 +16,40 @@ The learner actor in `runtime/` drives it.
     rerun      the learner alone on the recorded batches of a run
 """
 
-from dapo_async.learner.batching import MOST_ATTENDED
-from dapo_async.learner.memory import RankMemory, predict_memory
+from typing import TYPE_CHECKING
+
 from dapo_async.learner.options import loss_options
-from dapo_async.learner.profiling import profiled
-from dapo_async.learner.rank import LearnerRank
-from dapo_async.learner.state import (
-    RankState,
-    check_state,
-    read_whole_state,
-    read_whole_weights,
-    save_state,
-)
+from dapo_async.utils.lazy import lazy_names
+
+if TYPE_CHECKING:  # these modules import torch
+    from dapo_async.learner.batching import MOST_ATTENDED
+    from dapo_async.learner.memory import RankMemory, predict_memory
+    from dapo_async.learner.profiling import profiled
+    from dapo_async.learner.rank import LearnerRank
+    from dapo_async.learner.state import (
+        RankState,
+        check_state,
+        read_whole_state,
+        read_whole_weights,
+        save_state,
+    )
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "batching": ("MOST_ATTENDED",),
+            "memory": ("RankMemory", "predict_memory"),
+            "profiling": ("profiled",),
+            "rank": ("LearnerRank",),
+            "state": (
+                "RankState",
+                "check_state",
+                "read_whole_state",
+                "read_whole_weights",
+                "save_state",
+            ),
+        },
+    )
 
 __all__ = [
     "MOST_ATTENDED",

@@ -18,30 +18,10 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     hf, download     loads and writes folders of models; the Hugging Face hub
 """
 
-from dapo_async.model.attention import PackedAttention
+from typing import TYPE_CHECKING
+
 from dapo_async.model.config import ModelConfig, special_tokens
-from dapo_async.model.decoder import Decoder
 from dapo_async.model.download import download_model
-from dapo_async.model.gather import buckets, gather_weights
-from dapo_async.model.hf import (
-    build_decoder,
-    export_folder,
-    fill,
-    load_decoder,
-    save_weights,
-)
-from dapo_async.model.logprob import token_logprobs
-from dapo_async.model.mesh import (
-    ALONE,
-    Axis,
-    Mesh,
-    build_mesh,
-    join_store,
-    open_store,
-    process_group,
-)
-from dapo_async.model.parallel import is_split, part_of, shard_of
-from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 from dapo_async.model.special_tokens import SpecialTokens
 from dapo_async.model.weight_files import (
     WeightFiles,
@@ -50,6 +30,53 @@ from dapo_async.model.weight_files import (
     read_weights,
     weight_paths,
 )
+from dapo_async.utils.lazy import lazy_names
+
+if TYPE_CHECKING:  # these modules import torch
+    from dapo_async.model.attention import PackedAttention
+    from dapo_async.model.decoder import Decoder
+    from dapo_async.model.gather import buckets, gather_weights
+    from dapo_async.model.hf import (
+        build_decoder,
+        export_folder,
+        fill,
+        load_decoder,
+        save_weights,
+    )
+    from dapo_async.model.logprob import token_logprobs
+    from dapo_async.model.mesh import (
+        ALONE,
+        Axis,
+        Mesh,
+        build_mesh,
+        join_store,
+        open_store,
+        process_group,
+    )
+    from dapo_async.model.parallel import is_split, part_of, shard_of
+    from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "attention": ("PackedAttention",),
+            "decoder": ("Decoder",),
+            "gather": ("buckets", "gather_weights"),
+            "hf": ("build_decoder", "export_folder", "fill", "load_decoder", "save_weights"),
+            "logprob": ("token_logprobs",),
+            "mesh": (
+                "ALONE",
+                "Axis",
+                "Mesh",
+                "build_mesh",
+                "join_store",
+                "open_store",
+                "process_group",
+            ),
+            "parallel": ("is_split", "part_of", "shard_of"),
+            "snapshot": ("Snapshot", "checksum", "score_tokens", "take_snapshot"),
+        },
+    )
 
 __all__ = [
     "ALONE",

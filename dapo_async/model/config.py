@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from dapo_async.model.mesh import Axis
 from dapo_async.model.rotary import Rope
 from dapo_async.model.special_tokens import (
     CONFIG,
@@ -22,6 +19,11 @@ from dapo_async.model.special_tokens import (
     read_special_tokens,
     token_ids,
 )
+
+if TYPE_CHECKING:  # preflight reads a config without torch
+    from torch import nn
+
+    from dapo_async.model.mesh import Axis
 
 REMEDY = "copy the config.json of the base model"
 # Far beyond any model; larger sizes would fill the memory before the weights are compared.

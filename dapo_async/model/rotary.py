@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # preflight reads a config without torch
+    from torch import Tensor
 
 Scaling = Literal["default", "linear", "llama3", "yarn"]
 REMEDY = "copy the config.json of the base model"
@@ -122,6 +122,8 @@ class Rope:
 
     def frequencies(self, head_dim: int) -> Tensor:
         """`[head_dim / 2]` radians per position, float32."""
+        import torch
+
         powers = self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         if self.scaling == "default":
             return 1.0 / powers
@@ -130,6 +132,8 @@ class Rope:
 
     def _kept(self, frequencies: Tensor, head_dim: int) -> Tensor:
         """The share of each frequency that is kept, 0 to 1; the rest is divided by the factor."""
+        import torch
+
         if self.scaling == "linear":
             return torch.zeros_like(frequencies)
         if self.scaling == "llama3":
@@ -153,6 +157,8 @@ class Rope:
 
         The first half of the sines is negated.
         """
+        import torch
+
         positions = torch.arange(num_positions, dtype=torch.float32)
         angles = torch.outer(positions, self.frequencies(head_dim)).repeat(1, 2)[:, None, :]
         signs = torch.ones(head_dim).index_fill(0, torch.arange(head_dim // 2), -1.0)

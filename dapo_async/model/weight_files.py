@@ -16,15 +16,16 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.decoder import Decoder
+from dapo_async.model.parameters import Shape, parameter_shapes
 from dapo_async.model.special_tokens import read_json
+
+if TYPE_CHECKING:  # preflight finds the weights without torch
+    from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -44,7 +45,7 @@ class StoredTensor:
 
     path: Path
     name: str  # in the file
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str  # as safetensors names it: F32, BF16, …
 
     def read(self) -> Tensor:
@@ -180,22 +181,21 @@ def find_weights(folder: Path, config: ModelConfig) -> WeightFiles:
                 )
     if config.tie_embeddings:
         _resolve_tied_head(tensors, folder)
-    with torch.device("meta"):
-        state = Decoder(config).state_dict()
-    _check_names(tensors, state, folder)
-    _check_form(tensors, state, folder)
+    shapes = parameter_shapes(config)
+    _check_names(tensors, shapes, folder)
+    _check_form(tensors, shapes, folder)
     unused = [
-        name for name in tensors if name not in state and name != HEAD and not BUFFER.search(name)
+        name for name in tensors if name not in shapes and name != HEAD and not BUFFER.search(name)
     ]
     others = {path.name for path in folder.glob("*.safetensors")} - {path.name for path in paths}
-    kept = {name: tensors[name] for name in state}
+    kept = {name: tensors[name] for name in shapes}
     return WeightFiles(paths, kept, tuple(sorted(others)), tuple(unused))
 
 
 def _headers(path: Path) -> Iterator[StoredTensor]:
     """Name, shape and dtype of each tensor of a file."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # torch is not needed for the headers
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
                 yield StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
@@ -211,7 +211,7 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
     if first.shape != second.shape:
         return False
     values = first.read()
-    return torch.equal(values, second.read().to(values.dtype))
+    return values.equal(second.read().to(values.dtype))
 
 
 def _resolve_tied_head(tensors: dict[str, StoredTensor], folder: Path) -> None:
@@ -230,14 +230,14 @@ def _resolve_tied_head(tensors: dict[str, StoredTensor], folder: Path) -> None:
 
 
 def _check_names(
-    tensors: Mapping[str, StoredTensor], state: Mapping[str, Tensor], folder: Path
+    tensors: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], folder: Path
 ) -> None:
-    missing = [name for name in state if name not in tensors]
-    tied = HEAD not in state
+    missing = [name for name in shapes if name not in tensors]
+    tied = HEAD not in shapes
     unexpected = [
         name
         for name in tensors
-        if name not in state
+        if name not in shapes
         and name.startswith(PARAMETER_PREFIXES)
         and not BUFFER.search(name)
         and not (tied and name == HEAD)
@@ -267,20 +267,20 @@ def _places(missing: Sequence[str], folder: Path) -> str:
 
 
 def _check_form(
-    tensors: Mapping[str, StoredTensor], state: Mapping[str, Tensor], folder: Path
+    tensors: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], folder: Path
 ) -> None:
     """Shapes and dtypes."""
     wrong = [
-        f"{name} {tensors[name].shape} instead of {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if tensors[name].shape != tuple(tensor.shape)
+        f"{name} {tensors[name].shape} instead of {shape}"
+        for name, shape in shapes.items()
+        if tensors[name].shape != shape
     ]
     if wrong:
         raise ValueError(
             f"weights of {folder} do not fit their config.json: of another shape "
             f"{wrong[:LISTED]}; take both from one model"
         )
-    for name in state:
+    for name in shapes:
         if tensors[name].dtype not in FLOATS:
             raise ValueError(
                 f"{tensors[name].path} holds {name} as {tensors[name].dtype}; only plain weights "
@@ -303,6 +303,8 @@ def folder_for_sglang(folder: Path, config: ModelConfig, *, scratch: Path) -> Pa
         if path.name not in (*found.left_alone, INDEX_FILE):
             (scratch / path.name).symlink_to(path.resolve())
     if found.moved:
+        from safetensors.torch import save_file
+
         weights = {name: found.tensors[name].read().contiguous() for name in found.moved}
         save_file(weights, scratch / "model-embedding.safetensors", metadata={"format": "pt"})
     return scratch

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 
 from dapo_async.config import Config
-from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.runtime.actors.evaluator import NAME as EVALUATOR
 from dapo_async.runtime.actors.evaluator import EvaluatorActor
 from dapo_async.runtime.actors.learner import LearnerActor

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dapo_async.config import Config, Source, parse_contamination, parse_source
 from dapo_async.data import (
     PromptSet,
@@ -32,9 +30,8 @@ from dapo_async.learner import loss_options
 from dapo_async.model import ModelConfig, WeightFiles, find_weights, special_tokens
 from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
-from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang.given_servers import server_fault
-from dapo_async.rollout.sglang.server import missing_sglang
 from dapo_async.runtime.cluster import own_ray, ray_variables
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.tracking.run_dir import too_full
@@ -138,31 +135,41 @@ def _missing(config: Config) -> Iterator[str]:
 
     Joined clusters are checked when they are joined; an own Ray would believe any number of GPUs.
     """
-    rollout = config.rollout
-    if rollout.engine == "sglang" and not rollout.server_urls and (line := missing_sglang()):
-        yield line
-    for url in rollout.server_urls:
-        fault = server_fault(
-            url,
-            api_key=os.environ.get(SERVER_KEY, ""),
-            architectures=_architectures(Path(config.model.path)),
-        )
-        if fault is not None:
-            yield fault
+    if config.rollout.engine == "sglang":
+        yield from _sglang_faults(config)
     if (line := ray_variables.fault()) is not None:
         yield line
     if config.ray.address != "local":
         return
     yield from own_ray.faults()
     actors = list(planned_actors(config))
-    devices = torch.cuda.device_count()
-    if (wanted := sum(actor.num_gpus for actor in actors)) > devices:
+    wanted = sum(actor.num_gpus for actor in actors)
+    if wanted > (devices := _num_gpus() if wanted else 0):
         shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
         yield (
             f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA "
             "devices; set model.device=cpu, or model.device=shared_cuda for one GPU, or "
             "ray.address to a cluster that has them"
         )
+
+
+def _sglang_faults(config: Config) -> Iterator[str]:
+    from dapo_async.rollout.sglang.server import missing_sglang  # imports aiohttp
+
+    urls = config.rollout.server_urls
+    if not urls and (line := missing_sglang()):
+        yield line
+    architectures, key = _architectures(Path(config.model.path)), os.environ.get(SERVER_KEY, "")
+    for url in urls:
+        if fault := server_fault(url, api_key=key, architectures=architectures):
+            yield fault
+
+
+def _num_gpus() -> int:
+    """The CUDA devices of this machine. Imports torch, which a run on CPUs does not need here."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _checkpoint_bytes(weights: WeightFiles) -> int:

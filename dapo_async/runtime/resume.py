@@ -15,7 +15,6 @@ from typing import Any
 from dapo_async import config as knobs
 from dapo_async.config import Config, parse_source
 from dapo_async.config.validate import check
-from dapo_async.learner import check_state
 from dapo_async.model import special_tokens
 from dapo_async.replay import Counts
 from dapo_async.replay.state_io import read_outcomes
@@ -175,6 +174,8 @@ def find_resume_point(
 
 def _read_point(checkpoint: Path, *, version: int) -> ResumePoint:
     """Checks that every file which the actors will read is there."""
+    from dapo_async.learner import check_state  # imports torch, which a new run does not need here
+
     driver = read_driver_state(checkpoint)
     check_state(checkpoint / STATE / LEARNER_FOLDER)
     counts, failures = read_outcomes(checkpoint / STATE)

@@ -6,5 +6,6 @@ paths           refuses a path that can't be printed in one line
 checkpoint_dir  the same for folders
 thread_stack    the current line of a thread of this process
 hub_faults      errors of the Hugging Face hub with their remedies
+lazy            imports modules of a package at the first use of their names
 plugins         functions of the user, named as module:function
 """

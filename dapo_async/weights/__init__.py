@@ -7,13 +7,24 @@ handshake     compares an attestation with the announcement: passed, inconclusiv
 publisher     runs a publish, one at a time, during the next learner step
 """
 
+from typing import TYPE_CHECKING
+
+from dapo_async.utils.lazy import lazy_names
 from dapo_async.weights.announcement import BUCKET_BYTES, Announcement, Attestation, Manifest
-from dapo_async.weights.collective import WeightGroup
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
 from dapo_async.weights.publisher import Publisher
 
+if TYPE_CHECKING:  # these modules import torch
+    from dapo_async.weights.collective import SENDER, WeightGroup
+    from dapo_async.weights.disk import write_version
+else:
+    __getattr__ = lazy_names(
+        __name__, {"collective": ("SENDER", "WeightGroup"), "disk": ("write_version",)}
+    )
+
 __all__ = [
     "BUCKET_BYTES",
+    "SENDER",
     "Announcement",
     "Attestation",
     "HandshakeOutcome",
@@ -22,4 +33,5 @@ __all__ = [
     "Publisher",
     "WeightGroup",
     "check_attestation",
+    "write_version",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dapo_async.model import buckets
+from dapo_async import model
+
+if TYPE_CHECKING:  # the driver passes these records on without torch
+    import torch
+    from torch import Tensor
 
 BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receivers split alike
 
@@ -25,6 +28,8 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch
+
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype), self.dtype
         return dtype
@@ -63,7 +68,7 @@ class Manifest:
 
         A larger tensor is a bucket of its own.
         """
-        runs = buckets(
+        runs = model.buckets(
             self.tensors,
             lambda spec: spec.num_bytes,
             limit=bucket_bytes,

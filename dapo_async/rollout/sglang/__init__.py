@@ -6,3 +6,6 @@ server      starts and stops the server process
 stream      reads the tokens of a response as they come
 supervisor  ends the server when its actor has ended
 """
+
+# Environment variable with the API key of running servers. A config would store the key on disk.
+SERVER_KEY = "SGLANG_API_KEY"

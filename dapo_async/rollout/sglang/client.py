@@ -24,8 +24,6 @@ HEALTH_S = 5.0
 POLL_S = 0.25
 EVENT = b"\n\n"  # between two server-sent events
 DONE = b"[DONE]"
-# Environment variable with the API key of running servers. A config would store the key on disk.
-SERVER_KEY = "SGLANG_API_KEY"
 TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 
-from dapo_async.rollout.sglang.client import SERVER_KEY
+from dapo_async.rollout.sglang import SERVER_KEY
 
 ASK_S = 3.0
 UNKNOWN_HOST = ("name or service not known", "nodename nor servname", "no address associated")

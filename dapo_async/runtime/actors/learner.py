@@ -2,6 +2,9 @@
 
 Batches come in by reference, one step at a time. The first rank's weight snapshots go out to the
 engines while the next step runs.
+
+This module must not import torch, because the driver imports it: `model.Mesh` imports it at its
+first use.
 """
 
 from __future__ import annotations
@@ -11,23 +14,10 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
+from dapo_async import learner, model, weights
 from dapo_async.config import Config
-from dapo_async.learner import LearnerRank, RankState, profiled, read_whole_weights, save_state
-from dapo_async.model import (
-    Mesh,
-    Snapshot,
-    build_mesh,
-    checksum,
-    export_folder,
-    join_store,
-    load_decoder,
-    open_store,
-    take_snapshot,
-)
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster.connect import own_host
@@ -36,9 +26,15 @@ from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import stack_location
-from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest, WeightGroup
-from dapo_async.weights.collective import SENDER
-from dapo_async.weights.disk import write_version
+from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from dapo_async.learner import RankState
+    from dapo_async.model import Snapshot
+    from dapo_async.weights import WeightGroup
 
 PROBE_TOKENS = 16  # length of the handshake's probe prompt
 PROFILED_STEPS = (3, 4, 5)  # after the first ones, which allocate and warm up
@@ -61,9 +57,11 @@ class LearnerActor:
         folder of the checkpoint to resume from."""
         self.name, self._number, self._incarnation = name, number, incarnation
         self._config, self._run_dir, self._resume = config, run_dir, resume
+        self._clock = StateClock(name)
+        import torch
+
         torch.set_num_threads(max(1, int(config.model.num_cpus)))
         torch.manual_seed(config.seed)
-        self._clock = StateClock(name)
         # Ray shows an actor its own GPU only.
         self._device = "cuda:0" if config.model.torch_device == "cuda" else "cpu"
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
@@ -80,7 +78,7 @@ class LearnerActor:
     async def open_mesh(self) -> tuple[str, int]:
         """On the first of several ranks: opens their rendezvous on this node's interface."""
         host = own_host(self._config)
-        store = open_store(host, timeout_s=self._config.deadlines.start_s)
+        store = model.open_store(host, timeout_s=self._config.deadlines.start_s)
         self._mesh_store = store
         return host, store.port
 
@@ -92,11 +90,15 @@ class LearnerActor:
         return ProcessInfo.own(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
 
     def _load(self, mesh_address: tuple[str, int] | None) -> None:
-        config, mesh = self._config, Mesh()
+        import torch
+
+        config, mesh = self._config, model.Mesh()
         if mesh_address is not None:
-            store = self._mesh_store or join_store(mesh_address, timeout_s=config.deadlines.start_s)
+            store = self._mesh_store or model.join_store(
+                mesh_address, timeout_s=config.deadlines.start_s
+            )
             self._mesh_store = store
-            mesh = build_mesh(
+            mesh = model.build_mesh(
                 store,
                 rank=self._number,
                 dp=config.learner.data_parallel,
@@ -105,11 +107,11 @@ class LearnerActor:
                 device=torch.device(self._device),
                 timeout_s=config.deadlines.work_s,
             )
-        decoder = load_decoder(
+        decoder = model.load_decoder(
             Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh
         )
         self._mesh = mesh
-        self._rank = LearnerRank(
+        self._rank = learner.LearnerRank(
             decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh
         )
         if self._resume is not None:
@@ -146,7 +148,7 @@ class LearnerActor:
         wanted = self._config.learner.profile and version in PROFILED_STEPS
         try:
             with (
-                profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz")
+                learner.profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz")
                 if wanted
                 else nullcontext()
             ):
@@ -160,7 +162,7 @@ class LearnerActor:
         async with self._between_steps:
             with self._clock.during("snapshot", f"version {self._rank.version}"):
                 snapshot = await asyncio.to_thread(
-                    take_snapshot,
+                    model.take_snapshot,
                     self._rank.decoder,
                     version=self._rank.version,
                     probe_tokens=PROBE_TOKENS,
@@ -170,7 +172,7 @@ class LearnerActor:
         if not self._mesh.is_first:
             return None
         self._snapshot = snapshot
-        self._checksum = asyncio.create_task(asyncio.to_thread(checksum, snapshot.weights))
+        self._checksum = asyncio.create_task(asyncio.to_thread(model.checksum, snapshot.weights))
         return Announcement(
             incarnation=self._incarnation,
             version=snapshot.version,
@@ -191,7 +193,7 @@ class LearnerActor:
         which the workers join."""
         host = own_host(self._config)
         self._group = None  # the one before, whose members have changed
-        self._store = open_store(host, timeout_s=self._config.deadlines.answer_s)
+        self._store = model.open_store(host, timeout_s=self._config.deadlines.answer_s)
         return host, self._store.port
 
     async def join(self, world_size: int) -> None:
@@ -200,9 +202,9 @@ class LearnerActor:
         # Half the deadline: the publish can still do without a member that hangs.
         host, timeout_s = own_host(self._config), self._config.deadlines.answer_s / 2
         self._group = await asyncio.to_thread(
-            WeightGroup,
+            weights.WeightGroup,
             self._store,
-            rank=SENDER,
+            rank=weights.SENDER,
             world_size=world_size,
             host=host,
             device=self._device,
@@ -215,10 +217,9 @@ class LearnerActor:
 
     async def broadcast(self, announcement: Announcement) -> None:
         assert self._group is not None, "broadcast before join"
-        weights = self._frozen(announcement.version).weights
         await asyncio.to_thread(
             self._group.send,
-            weights,
+            self._frozen(announcement.version).weights,
             announcement.manifest,
             bucket_bytes=BUCKET_BYTES,
         )
@@ -227,7 +228,9 @@ class LearnerActor:
         """Writes the snapshot for engines that read from disk; returns the folder, by default the
         run's folder of versions."""
         snapshot, folder = self._frozen(announcement.version), folder or self._run_dir.weights
-        await asyncio.to_thread(write_version, snapshot.weights, folder, version=snapshot.version)
+        await asyncio.to_thread(
+            weights.write_version, snapshot.weights, folder, version=snapshot.version
+        )
         return str(folder)
 
     async def version(self) -> int:
@@ -253,15 +256,17 @@ class LearnerActor:
 
     def _write_checkpoint(self, state: RankState, folder: Path) -> None:
         parts = folder / STATE / LEARNER_FOLDER
-        save_state(state, parts, self._mesh)
+        learner.save_state(state, parts, self._mesh)
         if self._mesh.is_first:
             shapes = {
                 name: tuple(parameter.shape)
                 for name, parameter in self._rank.decoder.named_parameters()
             }
-            export_folder(
+            model.export_folder(
                 shapes,
-                lambda names: read_whole_weights(parts, {name: shapes[name] for name in names}),
+                lambda names: learner.read_whole_weights(
+                    parts, {name: shapes[name] for name in names}
+                ),
                 dtype=self._dtype,
                 base=Path(self._config.model.path),
                 out=folder,

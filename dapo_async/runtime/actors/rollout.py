@@ -1,4 +1,7 @@
-"""One rollout worker as a Ray actor: an engine, the worker that keeps it full, weight updates."""
+"""One rollout worker as a Ray actor: an engine, the worker that keeps it full, weight updates.
+
+This module must not import torch, because the driver imports it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from ray.actor import ActorHandle
 
 from dapo_async.config import Config, DeadlinesConfig
@@ -15,15 +18,16 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
-from dapo_async.runtime.actors.engine_host import EngineHost, TorchHost
 from dapo_async.runtime.actors.offers import Exchange, to_arguments
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
-from dapo_async.runtime.actors.sglang_host import SGLangHost
 from dapo_async.runtime.handles.handle import Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Announcement, Attestation
+
+if TYPE_CHECKING:
+    from dapo_async.runtime.actors.engine_host import EngineHost
 
 JOIN_SHARE = 0.6  # of deadlines.answer_s; the learner waits half of it for the weight group
 UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part of an update
@@ -69,26 +73,38 @@ class RolloutActor:
         `rollout.servers`."""
         self.name, self._number = f"rollout-{number}", number
         self._config, self._incarnation = config, incarnation
-        torch.set_num_threads(max(1, int(config.model.num_cpus)))
         self._clock = StateClock(self.name)
         self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
-        device = config.model.torch_device
-        self._host: EngineHost
+        self._host = self._make_host(logs, outer_key=outer_key)
+
+    def _make_host(self, logs: Path, *, outer_key: str) -> EngineHost:
+        """Imports torch, and what only this kind of engine needs."""
+        import torch
+
+        config, device = self._config, self._config.model.torch_device
+        torch.set_num_threads(max(1, int(config.model.num_cpus)))
         if config.rollout.engine == "sglang":
-            self._host = SGLangHost(
+            from dapo_async.runtime.actors.sglang_host import SGLangHost
+
+            return SGLangHost(
                 config,
                 name=self.name,
-                number=number,
-                incarnation=incarnation,
+                number=self._number,
+                incarnation=self._incarnation,
                 device=device,
                 clock=self._clock,
                 logs=logs,
                 outer_key=outer_key,
             )
-        else:
-            self._host = TorchHost(
-                config, name=self.name, incarnation=incarnation, device=device, clock=self._clock
-            )
+        from dapo_async.runtime.actors.engine_host import TorchHost
+
+        return TorchHost(
+            config,
+            name=self.name,
+            incarnation=self._incarnation,
+            device=device,
+            clock=self._clock,
+        )
 
     async def ready(self) -> ProcessInfo:
         """Starts the engine."""

@@ -15,8 +15,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.own_ray import temp_folder
 
@@ -85,6 +83,8 @@ def _probe(address: str, named_by: str) -> None:
 
     Raises Gone, or ValueError when it refuses the token of this environment.
     """
+    import grpc  # an own Ray needs no probe
+
     token = _token()
     # No proxy between the nodes of a cluster, as in Ray.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocked_imports import run_without
 from paths import QUICKSTART
 from refusals import refusal
 from safetensors.torch import load_file, save_file
@@ -247,3 +248,15 @@ def test_a_run_dir_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:
     ):
         RunDir.create(Path("/proc/x"))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_driver_of_a_run_on_cpus_needs_no_torch() -> None:
+    script = f"""
+from dapo_async.config import load
+from dapo_async.runtime.preflight import check_inputs
+import dapo_async.runtime.run
+
+check_inputs(load({str(QUICKSTART)!r}, ["ray.address=local"]))
+"""
+    ran = run_without(["torch", "aiohttp", "transformers", "matplotlib"], script)
+    assert (ran.returncode, ran.stderr) == (0, "")
