@@ -103,6 +103,7 @@ class SGLangHost(EngineHost):
         return self._server.url, self._server.api_key
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
+        """See `EngineHost`."""
         backend = (
             "nccl" if self._config.model.torch_device == "cuda" else "gloo"
         )  # the learner's: it opened the group
