@@ -102,12 +102,13 @@ class UpdateReport:
 class SlotUse:
     """Slot-seconds since the engine started.
 
-    occupied + no_credit + tail + sync = slots × elapsed_s (time accounting).
+    occupied + queued + no_credit + tail + sync = slots × elapsed_s (time accounting).
     """
 
     slots: int
     elapsed_s: float
-    occupied: float
+    occupied: float  # its sequence ran
+    queued: float  # its request waited at a server, mostly for memory for keys and values
     no_credit: float  # idle while the worker waited for an admission
     tail: float  # idle while the worker waited for none: mostly before an update with `drain`
     sync: float  # all slots, during weight updates

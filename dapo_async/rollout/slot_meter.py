@@ -1,7 +1,7 @@
-"""Time accounting of slots: every slot-second of an engine is occupied, no_credit, tail or sync.
+"""Time accounting of slots: every slot-second is occupied, queued, no_credit, tail or sync.
 
-The engine records how many slots ran, the rollout worker records when it waits for an admission,
-and the run's metrics read the sums.
+The engine records how many slots ran or were queued at a server. The rollout worker records when it
+waits for an admission. The run's metrics read the sums.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ class SlotMeter:
     def __init__(self, clock: StateClock, *, slots: int) -> None:
         self._clock, self._slots, self._lock = clock, slots, threading.Lock()
         self._start_s = self._since_s = clock.now_s()
-        self._running, self._syncing, self._waiting = 0, False, False
+        self._running, self._queued, self._syncing, self._waiting = 0, 0, False, False
         self._unrecorded_s = {True: 0.0, False: 0.0}  # by `_waiting`
-        self._sums = {"occupied": 0.0, "no_credit": 0.0, "tail": 0.0, "sync": 0.0}
+        self._sums = {"occupied": 0.0, "queued": 0.0, "no_credit": 0.0, "tail": 0.0, "sync": 0.0}
 
-    def spent(self, *, running: int, syncing: bool = False) -> None:
-        """Records the time since the last call: `running` slots were occupied, or all in sync.
+    def spent(self, *, running: int, queued: int = 0, syncing: bool = False) -> None:
+        """Records the time since the last call: `running` slots were occupied and `queued` other
+        ones queued at a server, or all were in sync.
 
         `read` assumes that the same holds until now.
         """
         with self._lock:
-            self._running, self._syncing = running, syncing
+            self._running, self._queued, self._syncing = running, queued, syncing
             self._record()
 
     def starving(self, on: bool) -> None:
@@ -60,7 +61,8 @@ class SlotMeter:
         if self._syncing:
             self._sums["sync"] += self._slots * (waiting_s + other_s)
             return
-        idle = self._slots - self._running
+        idle = self._slots - self._running - self._queued
         self._sums["occupied"] += self._running * (waiting_s + other_s)
+        self._sums["queued"] += self._queued * (waiting_s + other_s)
         self._sums["no_credit"] += idle * waiting_s
         self._sums["tail"] += idle * other_s

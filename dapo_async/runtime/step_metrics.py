@@ -232,8 +232,8 @@ class Tracker:
 
 
 def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
-    """Idle share of all engines, 1 - time-averaged occupied slots / slots, and its parts: no
-    credit, tail, sync (time accounting). Empty when no time has passed."""
+    """Idle share of all engines, 1 - time-averaged occupied slots / slots, and its parts: queued,
+    no credit, tail, sync (time accounting). Empty when no time has passed."""
     spent = {
         item.name: sum(
             getattr(new, item.name) - getattr(old, item.name)
@@ -245,5 +245,6 @@ def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) ->
     total = sum(spent.values())
     if total <= 0:
         return {}
-    parts = {f"rollout.{name}": spent[name] / total for name in ("no_credit", "tail", "sync")}
+    parts = {f"rollout.{name}": share / total for name, share in spent.items()}
+    del parts["rollout.occupied"]
     return {"rollout": 1.0 - spent["occupied"] / total, **parts}

@@ -12,7 +12,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.services import Measured
-from dapo_async.runtime.slot_advice import slot_advice
+from dapo_async.runtime.slot_advice import queue_advice, slot_advice
 from dapo_async.runtime.status import RunOutcome
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
@@ -60,7 +60,7 @@ def summarise_run(
         "staleness": {"mean": staleness, "max": totals.staleness_max},
         "groups": _groups(measured.counts),
         "idle": dict(measured.idle),
-        "slot_advice": slot_advice(config),
+        "slot_advice": slot_advice(config) or queue_advice(config, measured.idle),
         "weight_versions": measured.weight_versions,
         "handshake": dict(measured.handshake),
         "checkpoint": run_dir.relative(saved.newest or Path(config.model.path)),

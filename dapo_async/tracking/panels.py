@@ -133,11 +133,13 @@ PANELS = (
     Panel(
         "Idle slots by cause (share)",
         (
+            Curve("idle.rollout.queued", "queued"),
             Curve("idle.rollout.no_credit", "no credit"),
             Curve("idle.rollout.tail", "tail"),
             Curve("idle.rollout.sync", "sync"),
         ),
-        "no credit: the learner is behind. tail: last siblings run. sync: weights are loaded.",
+        "queued: a server is short of KV memory. no credit: the learner is behind. "
+        "tail: last siblings run. sync: weights are loaded.",
     ),
     Panel("Seconds per step", _one("step_s", "seconds"), "From the end of the previous step."),
 )

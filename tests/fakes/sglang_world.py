@@ -131,11 +131,13 @@ class World:
             await engine.close()
 
 
-def make_engine(client: SGLangClient, weight_update: WeightUpdate = "recompute") -> SGLangEngine:
+def make_engine(
+    client: SGLangClient, weight_update: WeightUpdate = "recompute", *, num_slots: int = NUM_SLOTS
+) -> SGLangEngine:
     return SGLangEngine(
         client,
         StateClock("test"),
-        num_slots=NUM_SLOTS,
+        num_slots=num_slots,
         weight_update=weight_update,
         incarnation=INCARNATION,
     )
@@ -182,7 +184,8 @@ async def broadcasting(client: SGLangClient, folder: Path) -> AsyncIterator[Load
         await client.leave_group(GROUP_NAME)
 
 
-def start_world(family: str, root: Path) -> World:
+def start_world(family: str, root: Path, *flags: str, num_slots: int = NUM_SLOTS) -> World:
+    """`flags`: more arguments of the server."""
     folder, other_folder = root / "base", root / "other"
     base, other = make_model(family, folder, seed=1), make_model(family, other_folder, seed=2)
     options = ServerOptions(
@@ -190,11 +193,12 @@ def start_world(family: str, root: Path) -> World:
         dtype="float32",
         device="cpu",
         tensor_parallel=1,
-        num_slots=NUM_SLOTS,
+        num_slots=num_slots,
         max_len=MAX_LEN,
         host="127.0.0.1",
         seed=0,
         log=root / "server.log",
+        extra=flags,
     )
     server = SGLangServer(options)
     asyncio.run(server.start(timeout_s=240.0))

@@ -6,6 +6,8 @@ Logprobs, versions, weight updates while it generates, aborts.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from sglang_world import (
     broadcasting,
     forward_logprobs,
     from_disk,
+    make_engine,
     request,
+    start_world,
 )
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig
@@ -216,8 +220,37 @@ def test_aborted_group_leaves_and_the_others_go_on(world: World) -> None:
     assert [len(completion.token_ids) for completion in kept] == [LONG] * 8
     assert len(last) == NUM_SLOTS
     assert use.occupied > 0
-    slot_seconds = use.occupied + use.no_credit + use.tail + use.sync
+    slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
     assert slot_seconds == pytest.approx(NUM_SLOTS * use.elapsed_s)
+
+
+def test_slots_whose_requests_wait_for_memory_are_not_occupied(tmp_path: Path) -> None:
+    """64 slots on a server with room for the keys and values of 16 sequences."""
+    num_tokens = len(PROMPT) + LONG
+    world = start_world("qwen3", tmp_path, f"--max-total-tokens={16 * num_tokens}", num_slots=64)
+
+    async def generate() -> SlotUse:
+        client = world.client()
+        engine = make_engine(client, num_slots=64)
+        await engine.update(from_disk(client, world.folder), version=0, probe_ids=PROBE)
+        before = engine.slot_use()
+        await engine.generate(request(1, PROMPT, siblings=192, max_tokens=LONG))
+        after = engine.slot_use()
+        await engine.close()
+        spent = {
+            item.name: getattr(after, item.name) - getattr(before, item.name)
+            for item in fields(SlotUse)
+        }
+        return SlotUse(**{**spent, "slots": 64})
+
+    try:
+        use = asyncio.run(generate())
+    finally:
+        asyncio.run(world.server.close())
+    slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
+    assert slot_seconds == pytest.approx(64 * use.elapsed_s)
+    assert 0.1 < use.occupied / slot_seconds < 0.5
+    assert use.queued > use.occupied
 
 
 @on_one_family

@@ -119,7 +119,7 @@ def test_stream_fault_names_its_reason_and_the_engine_accepts_another_server(
     completions, use = asyncio.run(generate())
     versions = np.concatenate([completion.weight_versions for completion in completions])
     assert set(versions.tolist()) == {3}
-    slot_seconds = use.occupied + use.no_credit + use.tail + use.sync
+    slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
     assert slot_seconds == pytest.approx(NUM_SLOTS * use.elapsed_s)
 
 

@@ -82,6 +82,17 @@ class SGLangClient:
         info = await self._ask("GET", "/model_info")
         return str(info["weight_version"])
 
+    async def num_queued(self) -> int:
+        """How many requests wait at the server, for memory or for the next prefill.
+
+        The server counts at each prefill and every few decode steps.
+        """
+        answer = await self._ask("GET", "/v1/loads?include=core")
+        try:
+            return sum(int(rank["num_waiting_reqs"]) for rank in answer["loads"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineFault(f"{self.url} sent a malformed load: {error!r}") from error
+
     async def checksum(self) -> str:
         """Checksum of the weights on the server's GPUs, comparable between servers of one layout.
 

@@ -1,7 +1,8 @@
 """The `Engine` protocol over HTTP: group requests in, completions out; the server loads weights.
 
 Each sibling is one streamed request. At most `num_slots` requests are at the server; the others
-wait here, where slot use is measured. Siblings share the KV of their prompt in the server's prefix
+wait here, where slot use is measured. Each second the server says how many requests it has queued:
+those occupy no slot. Siblings share the KV of their prompt in the server's prefix
 cache. Cache entries carry the number of the update before them, so no other weights use them.
 
     update:  probe ─▶ pause (see `weight_update`) ─▶ `load` ─▶ resume ─▶ probe
@@ -49,6 +50,8 @@ from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
 from dapo_async.utils.state_clock import StateClock
 
+QUEUE_EVERY_S = 1.0  # the server is asked so often how many requests it has queued
+
 
 @dataclass(slots=True)
 class _Running:
@@ -83,7 +86,8 @@ class SGLangEngine:
         self._meter = SlotMeter(clock, slots=num_slots)
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
-        self._num_running = 0
+        self._num_running = 0  # requests at the server, those in its queue included
+        self._num_queued = 0  # of them, in its queue
         # Of the weights whose load has begun: a request sent after that meets them or older KV.
         self._newest_version = 0
         # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
@@ -98,6 +102,7 @@ class SGLangEngine:
         # Make request ids that no other client of this server uses.
         self._nonce, self._serial = secrets.token_hex(4), itertools.count()
         clock.enter("wait")
+        self._queue_watch = asyncio.create_task(self._watch_queue())
 
     async def generate(
         self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
@@ -194,6 +199,7 @@ class SGLangEngine:
 
     async def close(self) -> None:
         """Closes the connections; pending calls fail."""
+        self._queue_watch.cancel()
         await self._client.close()
 
     def _received(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
@@ -309,9 +315,22 @@ class SGLangEngine:
             for response in group.responses.values():
                 yield response.prompt_tokens + len(response.token_ids)
 
+    async def _watch_queue(self) -> None:
+        """Follows the server's queue; a server that does not answer has lost its requests."""
+        while True:
+            await asyncio.sleep(QUEUE_EVERY_S)
+            try:
+                num_queued = await self._client.num_queued()
+            except EngineFault:
+                num_queued = 0
+            self._record_time()
+            self._num_queued = min(num_queued, self._num_running)
+            self._record_time()
+
     def _count(self, change: int) -> None:
         self._record_time()
         self._num_running += change
+        self._num_queued = min(self._num_queued, self._num_running)
         self._record_time()
 
     def _sync(self, on: bool) -> None:
@@ -321,5 +340,9 @@ class SGLangEngine:
 
     def _record_time(self) -> None:
         """Adds the time until now to the slot meter and sets the state of the clock."""
-        self._meter.spent(running=self._num_running, syncing=self._syncing)
+        self._meter.spent(
+            running=self._num_running - self._num_queued,
+            queued=self._num_queued,
+            syncing=self._syncing,
+        )
         self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")

@@ -258,16 +258,20 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -
     meter.spent(running=0, syncing=True)  # 48 s: 12288 of sync, hungry or not
     meter.spent(running=256)
     after(1)  # full: 256 occupied, although one more group is asked for
+    meter.spent(running=256)
+    after(2)  # a server runs 64 of its 256 requests: 128 occupied, 384 queued
+    meter.spent(running=64, queued=192)
     use = meter.read()
     assert use == SlotUse(
         slots=256,
-        elapsed_s=64,
-        occupied=512 + 1024 + 256,
+        elapsed_s=66,
+        occupied=512 + 1024 + 256 + 128,
+        queued=384,
         no_credit=512 + 512,
         tail=256 + 1024,
         sync=12288,
     )
-    assert use.occupied + use.no_credit + use.tail + use.sync == 256 * 64
+    assert use.occupied + use.queued + use.no_credit + use.tail + use.sync == 256 * 66
 
 
 def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> None:
@@ -295,6 +299,7 @@ def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> N
     assert after.sync > 0
     assert after.no_credit == before.no_credit
     for use in (before, after):
+        assert use.queued == 0
         assert use.occupied + use.no_credit + use.tail + use.sync == pytest.approx(
             4 * use.elapsed_s, rel=1e-6
         )

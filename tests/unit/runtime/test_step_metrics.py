@@ -57,6 +57,7 @@ class System:
             slots=10,
             elapsed_s=now_s - 100.0,
             occupied=10 * busy_s,
+            queued=0.0,
             no_credit=0.0,
             tail=10 * idle_s,
             sync=0.0,
@@ -112,6 +113,7 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
     assert tracker.idle == {
         "learner": 0.25,
         "rollout": 0.25,
+        "rollout.queued": 0.0,
         "rollout.no_credit": 0.0,
         "rollout.tail": 0.25,
         "rollout.sync": 0.0,
