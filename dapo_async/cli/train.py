@@ -254,8 +254,9 @@ def closing_lines(root: Path) -> Iterator[str]:
         f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; "
         f"idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
     )
-    if summary["slot_advice"]:
-        yield summary["slot_advice"]
+    for advice in (summary["bottleneck"], summary["slot_advice"]):
+        if advice:
+            yield advice
     yield f"{'checkpoint':<10} {root / summary['checkpoint']}"
     for what, name in (
         ("summary", "summary.json"),

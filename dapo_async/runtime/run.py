@@ -330,6 +330,7 @@ class Run:
                 wall_s=self._wall_s,
                 mlflow_run_id=self._sinks.mlflow_run_id,
                 caught=self._sinks.caught,
+                bottleneck=self._sinks.bottleneck,
             )
         )
 

@@ -1,15 +1,12 @@
-"""Advice when engines have slots that no sequence can occupy.
+"""Advice when the credits allow fewer sequences than the engines have slots.
 
-In: a config, and for a run its idle shares. Out: one line, which dry runs and summaries print.
+In: a config. Out: one line, which dry runs and summaries print.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from dapo_async.config import Config
 
-QUEUED_SHARE = 0.1  # of all slots, from which on a queue is worth a line
 HIGHEST_STALENESS = 8  # the most that is advised: beyond it the loss needs a smaller learning rate
 
 
@@ -33,21 +30,4 @@ def slot_advice(config: Config) -> str | None:
     return (
         f"credits allow {allowed} sequences in flight, the engines have {slots} slots: "
         f"set {' or '.join(matching)}"
-    )
-
-
-def queue_advice(config: Config, idle: Mapping[str, float]) -> str | None:
-    """One line if many requests waited in the queues of SGLang servers, else None.
-
-    `idle`: the idle shares of a run by part. A server queues what its memory for keys and values
-    has no room for, so fewer slots give the same speed with fresher tokens.
-    """
-    queued = idle.get("rollout.queued", 0.0)
-    if queued < QUEUED_SHARE:
-        return None
-    num_slots, occupied = config.rollout.num_slots, 1.0 - idle["rollout"]
-    enough = max(1, round(num_slots * occupied / (occupied + queued)))
-    return (
-        f"{queued:.0%} of the slots waited in the servers' queues, mostly for KV memory: set "
-        f"rollout.num_slots={enough}, or give the servers more memory (rollout.server_flags)"
     )

@@ -184,6 +184,7 @@ class Tracker:
             "idle.rollout": math.nan,
             **{f"idle.{name}": share for name, share in rollout_idle.items()},
             "evicted": len(batch.evicted),
+            "engine_restarts": self._system.restarts.total(),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
             "probe_gap": max((result.probe_gap for result in publisher.last_results), default=0.0),

@@ -12,7 +12,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.services import Measured
-from dapo_async.runtime.slot_advice import queue_advice, slot_advice
+from dapo_async.runtime.slot_advice import slot_advice
 from dapo_async.runtime.status import RunOutcome
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
@@ -39,10 +39,12 @@ def summarise_run(
     wall_s: float,
     mlflow_run_id: str | None,
     caught: Counter[str],
+    bottleneck: str | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`; 0 or null for what the run never came to.
 
-    `wall_s`: of all incarnations. `caught`: errors that the sinks caught.
+    `wall_s`: of all incarnations. `caught`: errors that the sinks caught. `bottleneck`: one
+    sentence on what limited the speed.
     """
     saved = CheckpointFolder(run_dir.checkpoints)
     best = run_dir.best_version(saved.versions())
@@ -60,7 +62,8 @@ def summarise_run(
         "staleness": {"mean": staleness, "max": totals.staleness_max},
         "groups": _groups(measured.counts),
         "idle": dict(measured.idle),
-        "slot_advice": slot_advice(config) or queue_advice(config, measured.idle),
+        "bottleneck": bottleneck,
+        "slot_advice": slot_advice(config),
         "weight_versions": measured.weight_versions,
         "handshake": dict(measured.handshake),
         "checkpoint": run_dir.relative(saved.newest or Path(config.model.path)),

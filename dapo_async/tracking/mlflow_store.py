@@ -126,6 +126,7 @@ class MlflowStore:
         tags = {
             "status": status,
             "reason": redacted(reason),
+            "bottleneck": str(summary.get("bottleneck") or "not measured"),
             NOTE: redacted(note(self._config, run_dir, said=verdict(summary, []))),
         }
         self._queue.put(partial(_close, status=status, tags=tags))

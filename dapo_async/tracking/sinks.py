@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dapo_async.config import STOP_S, Config
+from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.terminal import Outlet, Progress
@@ -45,6 +46,7 @@ class Sinks:
                 config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir)
             )
         self.say = progress.say
+        self._bottleneck = BottleneckWatch(Layout.of(config))
 
     def start(self) -> None:
         """Opens the MLflow run in the background."""
@@ -54,6 +56,8 @@ class Sinks:
     def step(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics.jsonl."""
         self._progress.step(row)
+        if found := self._bottleneck.add(row):
+            self.say(f"after step {row['version']}: {found.line}")
         if self._mlflow is not None:
             self._mlflow.log_step(row)
 
@@ -70,6 +74,11 @@ class Sinks:
         """Ends the MLflow run; call it when the run directory is complete, summary included."""
         if self._mlflow is not None:
             self._mlflow.finish(status, reason, deadline_s=STOP_S)
+
+    @property
+    def bottleneck(self) -> str | None:
+        """One sentence on what limited the speed so far; None if no step told."""
+        return self._bottleneck.summary()
 
     @property
     def caught(self) -> Counter[str]:

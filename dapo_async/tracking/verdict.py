@@ -11,14 +11,14 @@ from typing import Any
 
 from dapo_async.tracking.report_reading import number
 
-IDLE = 0.1  # below this share neither side waits noticeably
-MANY_REJECTED, MANY_TRUNCATED = 0.5, 0.2
+MANY_TRUNCATED = 0.2
 SAME_ACCURACY = 0.005
 
 
 def verdict(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
     """For example: "Trained 30 steps in 0:52; held-out accuracy rose from 0.14 to 1.00; …"."""
-    parts = [_outcome(summary, rows), _accuracy(summary), _limit(summary), _truncated(rows)]
+    limit = str(summary.get("bottleneck") or "")
+    parts = [_outcome(summary, rows), _accuracy(summary), limit, _truncated(rows)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -59,37 +59,6 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
     if abs(last - first) < SAME_ACCURACY:
         return f"held-out accuracy stayed at {last:.3f}"
     return f"held-out accuracy {'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
-
-
-def _limit(summary: Mapping[str, Any]) -> str:
-    idle = part(summary, "idle")
-    learner, rollout = number(idle.get("learner")), number(idle.get("rollout"))
-    if math.isnan(learner) or math.isnan(rollout) or not number(summary.get("steps")) > 0:
-        return ""
-    if max(learner, rollout) < IDLE:
-        return f"learner and rollout were both busy (idle {learner:.0%} and {rollout:.0%})"
-    if rollout > learner:
-        return (
-            f"the learner limited the speed (it was idle {learner:.0%} of the time, "
-            f"the rollout slots {rollout:.0%})"
-        )
-    text = (
-        f"generation limited the speed (the learner was idle {learner:.0%} of the time, "
-        f"the rollout slots {rollout:.0%})"
-    )
-    return text + _rejected(summary)
-
-
-def _rejected(summary: Mapping[str, Any]) -> str:
-    """Rejected groups have to be generated again: they make generation the limit."""
-    groups = part(summary, "groups")
-    counts = {name: number(count) for name, count in part(groups, "rejected").items()}
-    counts = {name: count for name, count in counts.items() if count > 0}
-    share = sum(counts.values()) / admitted if (admitted := number(groups.get("admitted"))) else 0.0
-    if not share >= MANY_REJECTED:
-        return ""
-    most = str(max(counts, key=lambda name: counts[name])).replace("_", " ")
-    return f", because the filters rejected {share:.0%} of the groups, most of them {most}"
 
 
 def _truncated(rows: Sequence[Mapping[str, float]]) -> str:

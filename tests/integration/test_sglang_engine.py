@@ -226,15 +226,17 @@ def test_aborted_group_leaves_and_the_others_go_on(world: World) -> None:
 
 def test_slots_whose_requests_wait_for_memory_are_not_occupied(tmp_path: Path) -> None:
     """64 slots on a server with room for the keys and values of 16 sequences."""
-    num_tokens = len(PROMPT) + LONG
-    world = start_world("qwen3", tmp_path, f"--max-total-tokens={16 * num_tokens}", num_slots=64)
+    num_tokens = 150
+    world = start_world(
+        "qwen3", tmp_path, f"--max-total-tokens={16 * (len(PROMPT) + num_tokens)}", num_slots=64
+    )
 
     async def generate() -> SlotUse:
         client = world.client()
         engine = make_engine(client, num_slots=64)
         await engine.update(from_disk(client, world.folder), version=0, probe_ids=PROBE)
         before = engine.slot_use()
-        await engine.generate(request(1, PROMPT, siblings=192, max_tokens=LONG))
+        await engine.generate(request(1, PROMPT, siblings=128, max_tokens=num_tokens))
         after = engine.slot_use()
         await engine.close()
         spent = {

@@ -320,7 +320,7 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
         "status": "failed", "reason": "no batch", "steps": 0, "tokens": 0, "final_accuracy": None,
         "groups": {"admitted": 3, "trained": 0, "rejected": {"all_wrong": 3}},
         "staleness": {"mean": 0.0, "max": 0}, "idle": {"learner": 1.0, "rollout": 0.0},
-        "slot_advice": None,
+        "slot_advice": None, "bottleneck": "the learner limits the speed",
         "checkpoint": str(tmp_path / "checkpoints" / "step_000000"),
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
@@ -334,7 +334,10 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
     assert f"metrics    {tmp_path / 'metrics.jsonl'}" in closing_lines(tmp_path)
     advised = summary | {"slot_advice": "credits allow 64 sequences"}
     (tmp_path / "summary.json").write_text(json.dumps(advised))
-    assert list(closing_lines(tmp_path))[3] == "credits allow 64 sequences"
+    assert list(closing_lines(tmp_path))[3:5] == [
+        "the learner limits the speed",
+        "credits allow 64 sequences",
+    ]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from paths import CONFIGS, QUICKSTART
 
 from dapo_async.config import load
-from dapo_async.runtime.slot_advice import queue_advice, slot_advice
+from dapo_async.runtime.slot_advice import slot_advice
 
 
 @pytest.mark.parametrize(
@@ -51,26 +51,3 @@ def test_what_the_line_advises_ends_it() -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_has_credits_for_all_its_slots(file: object) -> None:
     assert slot_advice(load(str(file))) is None
-
-
-@pytest.mark.parametrize(
-    ("idle", "line"),
-    [
-        ({"rollout": 0.4, "rollout.no_credit": 0.4}, None),
-        ({"rollout": 0.05, "rollout.queued": 0.05}, None),
-        (
-            {"rollout": 0.7, "rollout.queued": 0.6, "rollout.no_credit": 0.1},
-            "60% of the slots waited in the servers' queues, mostly for KV memory: set "
-            "rollout.num_slots=43, or give the servers more memory (rollout.server_flags)",
-        ),
-        (
-            {"rollout": 1.0, "rollout.queued": 0.9, "rollout.sync": 0.1},
-            "90% of the slots waited in the servers' queues, mostly for KV memory: set "
-            "rollout.num_slots=1, or give the servers more memory (rollout.server_flags)",
-        ),
-    ],
-)
-def test_queue_of_a_server_is_named_with_the_slots_that_it_can_run(
-    idle: dict[str, float], line: str | None
-) -> None:
-    assert queue_advice(load(QUICKSTART), idle) == line

@@ -44,6 +44,7 @@ class System:
         self.publisher = SimpleNamespace(
             last_pause_s=0.0, last_results=(), outcomes=Counter(passed=1)
         )
+        self.restarts = Counter[str]()
         self.silent = False
 
     async def reports(self, *, deadline_s: float) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def summary_of(record: RunProgress, measured: Measured, root: Path) -> dict[str,
         wall_s=2.0,
         mlflow_run_id=None,
         caught=Counter(display=1),
+        bottleneck="the learner limits the speed",
     )
     json.dumps(summary)
     return summary
@@ -65,3 +66,4 @@ def test_counts_evaluations_and_caught_errors_are_put_together(tmp_path: Path) -
     assert summary["staleness"] == {"mean": 1.5, "max": 0}
     assert summary["groups"] == {"admitted": 5, "trained": 3, "rejected": {"all_wrong": 2}}
     assert summary["caught"] == {"display": 2, "end": 1}
+    assert summary["bottleneck"] == "the learner limits the speed"

@@ -1,0 +1,229 @@
+"""Runs with a known bottleneck or a known fault, each named rightly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from paths import CONFIGS
+
+from dapo_async.config import load
+from dapo_async.tracking.bottleneck import (
+    WINDOW,
+    BottleneckWatch,
+    Idle,
+    Layout,
+    better_split,
+    bottleneck,
+    faults,
+)
+
+LAYOUT = Layout(
+    learner_devices=8,
+    learner_unit=2,
+    engines=8,
+    engine_devices=1,
+    num_slots=64,
+    max_staleness=2,
+    on_gpus=True,
+)
+
+
+def rows(count: int = WINDOW, /, *, first: int = 0, **values: Any) -> list[dict[str, float]]:
+    """Steps of a healthy run; `values` replace some of its numbers, `__` stands for `.`."""
+    named = {name.replace("__", "."): value for name, value in values.items()}
+    base = {
+        "step_s": 10.0,
+        "idle.learner": 0.05,
+        "idle.rollout": 0.05,
+        "behaviour_ess": 0.95,
+        "clip_low_fraction": 0.01,
+        "clip_high_fraction": 0.01,
+        "truncated": 0.02,
+        "entropy": 0.6,
+        "accuracy": 0.5,
+        "offered": 40.0,
+        "acceptance": 0.8,
+        "verdicts.correct": 300.0,
+        "verdicts.wrong": 300.0,
+        "engine_restarts": 0.0,
+    }
+    return [{**base, **named, "version": 1.0 + first + each} for each in range(count)]
+
+
+def idle(learner: float, rollout: float, part: str = "no_credit") -> dict[str, Any]:
+    return {
+        "idle__learner": learner,
+        "idle__rollout": rollout,
+        f"idle__rollout__{part}": rollout,
+    }
+
+
+@pytest.mark.parametrize(
+    ("shares", "kind", "said"),
+    [
+        (idle(0.04, 0.06), "nothing", "learner and engines are both busy"),
+        (
+            idle(0.02, 0.6),
+            "the learner",
+            "10 instead of 8 GPUs for the learner and rollout.num_workers=6 instead of 8 should be "
+            "about 1.25 times as fast",
+        ),
+        (idle(0.12, 0.8), "the learner", "the learner limits the speed"),
+        (
+            idle(0.6, 0.02),
+            "generation",
+            "6 instead of 8 GPUs for the learner and rollout.num_workers=10 instead of 8 should be "
+            "about 1.25 times as fast",
+        ),
+        (idle(0.8, 0.15), "generation", "the filters accept 80% of the groups"),
+        (
+            idle(0.4, 0.5),
+            "the staleness bound",
+            "replay.max_staleness=3 instead of 2 gives the engines more to do: at most 1.67 times",
+        ),
+        (
+            idle(0.31, 0.66, "queued"),
+            "KV memory",
+            "66% of the slots wait in the servers' queues. Give the servers more memory "
+            "(rollout.server_flags), or set rollout.num_slots=22: same speed, fresher tokens",
+        ),
+        (idle(0.5, 0.4, "tail"), "long responses", "rollout.weight_update=recompute"),
+        (
+            idle(0.4, 0.5, "sync"),
+            "weight updates",
+            "for 50% of the time: a larger replay.groups_per_step updates less often, at most 2.00",
+        ),
+    ],
+)
+def test_bottleneck_is_named_with_its_evidence_and_the_next_change(
+    shares: dict[str, Any], kind: str, said: str
+) -> None:
+    found = bottleneck(rows(**shares), LAYOUT)
+    assert found is not None
+    assert found.kind == kind
+    assert said in found.line
+    evidence = f"learner {shares['idle__learner']:.0%}, engine slots {shares['idle__rollout']:.0%}"
+    assert evidence in found.line
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"non_finite": 1.0}, "not finite", "10 of 10 steps had a loss or gradient"),
+        ({"verdicts__failed": 60.0}, "verifier failures", "failed on 9% of the responses"),
+        (
+            {"acceptance": 0.2, "rejected__all_wrong": 30.0, "rejected__all_correct": 2.0},
+            "groups without gradient",
+            "only 20% of the groups have a gradient, most others are all wrong: easier prompts",
+        ),
+        ({"behaviour_ess": 0.4}, "stale tokens", "effective samples 40%"),
+        ({"clip_high_fraction": 0.4}, "clipping", "41% of the tokens are clipped"),
+        ({"truncated": 0.35}, "truncation", "35% of the responses are cut"),
+        ({"entropy": 0.02}, "entropy", "the entropy fell from 0.60 to 0.020"),
+    ],
+)
+def test_fault_is_named_before_any_bottleneck(change: dict[str, Any], kind: str, said: str) -> None:
+    window = rows(first=WINDOW, **change, **idle(0.02, 0.6))
+    (found,) = faults(window, first=rows(1)[0])
+    assert (found.kind, said in found.line) == (kind, True), found.line
+    watch = BottleneckWatch(LAYOUT)
+    shown = [watch.add(row) for row in [*rows(), *window]]
+    assert shown[-1] is not None
+    assert shown[-1].kind == kind
+
+
+def test_healthy_run_has_no_fault() -> None:
+    assert list(faults(rows(), first=rows(1)[0])) == []
+    solved = rows(entropy=0.02, accuracy=0.98)
+    assert list(faults(solved, first=rows(1)[0])) == []
+
+
+def test_lost_engines_and_a_slow_step_are_events_that_are_shown_each_time() -> None:
+    watch = BottleneckWatch(LAYOUT)
+    shown = []
+    for window in range(3):
+        for place, row in enumerate(rows(first=window * WINDOW)):
+            if window:
+                row["engine_restarts"] = window - 1.0 + (place > 4)
+            shown.append(watch.add(row))
+    kinds = [found.kind for found in shown if found is not None]
+    assert kinds == ["nothing", "engines lost", "engines lost"]
+    slow = rows()
+    slow[6] |= {"step_s": 80.0, "checkpoint_pause_s": 66.0}
+    (found,) = faults(slow, first=slow[0])
+    assert found.line == (
+        "step 7 took 80.0 s, the median is 10.0 s; 66.0 s of it were a checkpoint"
+    )
+
+
+def test_state_is_shown_when_it_begins_and_not_again() -> None:
+    watch = BottleneckWatch(LAYOUT)
+    shown = []
+    for window, shares in enumerate([idle(0.02, 0.6)] * 3 + [idle(0.6, 0.02)] * 2):
+        shown += [watch.add(row) for row in rows(first=window * WINDOW, **shares)]
+    assert [place for place, found in enumerate(shown) if found is not None] == [9, 39]
+
+
+def test_summary_tells_the_regimes_of_a_run_apart() -> None:
+    watch = BottleneckWatch(LAYOUT)
+    assert watch.summary() is None
+    for window, shares in enumerate([idle(0.02, 0.6)] * 2 + [idle(0.6, 0.02)]):
+        for row in rows(first=window * WINDOW, **shares):
+            watch.add(row)
+    said = watch.summary()
+    assert said is not None
+    assert said.startswith(
+        "limited by the learner in steps 1-20, by generation in steps 21-30; at the end: "
+        "generation limits the speed (idle: learner 60%, engine slots 2%)"
+    )
+
+
+def test_short_run_is_judged_by_all_its_steps() -> None:
+    watch = BottleneckWatch(LAYOUT)
+    for row in rows(3, **idle(0.02, 0.6)):
+        assert watch.add(row) is None
+    assert str(watch.summary()).startswith("the learner limits the speed")
+
+
+def test_steps_without_measured_slots_have_no_bottleneck() -> None:
+    unknown = rows(idle__rollout=float("nan"))
+    assert bottleneck(unknown, LAYOUT) is None
+    watch = BottleneckWatch(LAYOUT)
+    assert [watch.add(row) for row in unknown] == [None] * WINDOW
+    assert watch.summary() is None
+
+
+def test_split_keeps_tensor_parallel_groups_whole_and_gives_each_side_a_device() -> None:
+    split = better_split(Idle(0.0, 0.6, {}), LAYOUT)
+    assert split is not None
+    devices, engines, gain = split  # 12 and 4 devices: steps of max(8 / 12, 3.2 / 4)
+    assert devices % LAYOUT.learner_unit == 0
+    assert devices + engines == 16
+    assert gain == pytest.approx(1.25)
+    assert better_split(Idle(0.03, 0.05, {}), LAYOUT) is None
+    one_each = Layout(1, 1, 1, 1, 64, 2, on_gpus=True)
+    assert better_split(Idle(0.0, 0.9, {}), one_each) is None
+
+
+@pytest.mark.parametrize("shares", [idle(0.02, 0.6), idle(0.6, 0.02)])
+def test_no_split_is_advised_where_both_sides_share_the_cores(shares: dict[str, Any]) -> None:
+    cpu = Layout(8, 2, 8, 1, 64, 2, on_gpus=False)
+    found = bottleneck(rows(**shares), cpu)
+    assert found is not None
+    assert "GPUs" not in found.line
+
+
+def test_fewer_slots_are_named_where_they_cost_nothing() -> None:
+    alone = Layout(1, 1, 1, 1, 64, 2, on_gpus=True)
+    found = bottleneck(rows(**idle(0.02, 0.6)), alone)
+    assert found is not None
+    assert "rollout.num_slots=26 is enough: same speed, fresher tokens" in found.line
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_layout_of_every_recipe_is_known(file: Any) -> None:
+    config = load(str(file))
+    layout = Layout.of(config)
+    assert layout.learner_devices % layout.learner_unit == 0
+    assert layout.engines >= 1
