@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from dapo_async.cli import config, evaluate, grade, report, rerun, train
+from dapo_async.cli import config, evaluate, grade, report, rerun, status, train
 from dapo_async.cli.arguments import Parser, parse
 from dapo_async.tracking.terminal import lasting_streams
 from dapo_async.utils.files import is_disk_full
@@ -22,6 +22,7 @@ EXIT_INTERRUPTED = 130
 # Each module has HELP, `add_arguments(parser)` and `run(options)`, which returns the exit code.
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
+    "status": status,
     "eval": evaluate,
     "report": report,
     "rerun": rerun,
@@ -43,8 +44,8 @@ def console() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    0 done, 1 the run failed, 2 wrong input, 130 or 143 interrupted. A reader that has
-    ended, such as head, changes nothing: the command goes on without it.
+    0 done, 1 the run failed, 2 wrong input, 130 or 143 interrupted; `status` has more. A reader
+    that has ended, such as head, changes nothing: the command goes on without it.
     """
     # Ray's workers and torch read it when they start. Several threads per process on few cores
     # are several times slower.

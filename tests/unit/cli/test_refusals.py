@@ -185,9 +185,9 @@ def test_overrides_may_stand_before_and_after_an_option(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "which command? give one of train, eval, report, rerun, grade, config; "),
-        (("trian",), "unknown command trian; did you mean train? There are train, eval, "),
-        (("inspect",), "unknown command inspect; there are train, eval, report, "),
+        ((), "which command? give one of train, status, eval, report, rerun, grade, config; "),
+        (("trian",), "unknown command trian; did you mean train? There are train, status, eval, "),
+        (("inspect",), "unknown command inspect; there are train, status, eval, report, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
         (
             ("train",),

@@ -1,0 +1,263 @@
+"""Where a run stands, from its directory: for `dapo-async status`.
+
+In: the files of a running or ended run. Out: a record, and the lines of one screen. It only reads.
+In a copy of the folder it can't see whether the run still goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dapo_async.config import Config, load
+from dapo_async.tracking.bottleneck import PARTS, BottleneckWatch, Layout
+from dapo_async.tracking.report_reading import read_run
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.verdict import duration
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
+
+STEPS_FOR_PACE = 10  # rates and the remaining time use the newest 10 steps
+
+
+class RunState(StrEnum):
+    """What a run does now."""
+
+    RUNNING = "running"
+    DONE = "done"  # all steps are trained, or the task is solved
+    ENDED = "ended"  # with another status: failed, interrupted, out_of_time
+    STUCK = "stuck"  # a process holds the run, but nothing was written for the deadline
+    KILLED = "killed"  # no process holds the run, and it has no summary
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One screen's facts. None and nan: not known yet."""
+
+    root: Path
+    state: RunState
+    reason: str  # of the summary
+    quiet_s: float  # since the last file was written
+    step: int
+    num_steps: int | None
+    left_s: float | None  # of training, at the pace of the newest steps
+    row: Mapping[str, float]  # the newest of metrics.jsonl
+    pace_s: float | None  # seconds per step
+    tokens_per_s: float | None  # trained
+    evaluation: Mapping[str, float]  # the newest
+    checkpoint: str | None
+    checkpoint_age_s: float | None
+    bottleneck: str | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; null stands for nan."""
+        return {name: getattr(self, name) for name in RunStatus.__slots__} | {
+            "root": str(self.root),
+            "row": _known(self.row),
+            "evaluation": _known(self.evaluation),
+            "notes": list(self.notes),
+        }
+
+
+def read_status(root: Path) -> RunStatus:
+    """Raises ValueError for a folder that is no run directory."""
+    record, run_dir = read_run(root, root.name), RunDir(root)
+    rows, notes = record.rows, list(record.notes)
+    config = _config(run_dir, notes)
+    row: Mapping[str, float] = rows[-1] if rows else {}
+    recent = rows[-STEPS_FOR_PACE:]
+    paces_s = [each["step_s"] for each in recent if "step_s" in each]
+    pace_s = statistics.median(paces_s) if paces_s else None
+    step, num_steps = int(row.get("version", 0)), config.train.num_steps if config else None
+    saved = CheckpointFolder(run_dir.checkpoints).newest
+    quiet_s = _quiet_s(run_dir, saved)
+    state = _state(run_dir, record.summary, quiet_s, config)
+    running = state in (RunState.RUNNING, RunState.STUCK)
+    left_s = None
+    if running and pace_s is not None and num_steps is not None:
+        left_s = max(0.0, (num_steps - step) * pace_s)
+    return RunStatus(
+        root=root,
+        state=state,
+        reason="" if running else str(record.summary.get("reason") or ""),
+        quiet_s=quiet_s,
+        step=step,
+        num_steps=num_steps,
+        left_s=left_s,
+        row=row,
+        pace_s=pace_s,
+        tokens_per_s=sum(each.get("tokens", 0.0) for each in recent) / sum(paces_s)
+        if sum(paces_s)
+        else None,
+        evaluation=record.evaluations[-1] if record.evaluations else {},
+        checkpoint=run_dir.relative(saved) if saved else None,
+        checkpoint_age_s=time.time() - saved.stat().st_mtime if saved else None,
+        bottleneck=_bottleneck(rows, config),
+        notes=tuple(notes),
+    )
+
+
+def lines(status: RunStatus) -> Iterator[str]:
+    """One screen."""
+    row = status.row
+    for name, facts in (
+        ("run", [str(status.root)]),
+        ("state", [*_state_facts(status)]),
+        ("learning", [*_learning(status)]),
+        ("speed", [*_speed(status)]),
+        ("idle", [*_idle(row)]),
+        ("groups", [*_groups(row)]),
+        ("staleness", [*_staleness(row)]),
+        ("weights", [*_weights(row)]),
+        ("saved", [*_saved(status)]),
+        ("limit", [status.bottleneck] if status.bottleneck else []),
+        *(("note", [note]) for note in status.notes),
+    ):
+        if facts:
+            yield f"{name:<10} {'   '.join(facts)}"
+
+
+def _state(
+    run_dir: RunDir, summary: Mapping[str, Any], quiet_s: float, config: Config | None
+) -> RunState:
+    if _is_held(run_dir.root):
+        limit_s = (config or Config()).deadlines.work_s
+        return RunState.STUCK if quiet_s > limit_s else RunState.RUNNING
+    if "status" not in summary:
+        return RunState.KILLED
+    return RunState.DONE if summary["status"] in ("done", "solved") else RunState.ENDED
+
+
+def _is_held(root: Path) -> bool:
+    """Whether a process of this machine, or of one that shares the lock, runs in the folder."""
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
+def _quiet_s(run_dir: RunDir, saved: Path | None) -> float:
+    """Seconds since the run wrote its last row, checkpoint or summary, or since its start."""
+    files = (run_dir.config, run_dir.metrics, run_dir.evaluations, run_dir.summary, saved)
+    times = [path.stat().st_mtime for path in files if path is not None and path.exists()]
+    return max(0.0, time.time() - max(times)) if times else 0.0
+
+
+def _config(run_dir: RunDir, notes: list[str]) -> Config | None:
+    try:
+        return load(str(run_dir.config))
+    except ValueError as error:
+        notes.append(str(error))
+        return None
+
+
+def _bottleneck(rows: list[dict[str, float]], config: Config | None) -> str | None:
+    if config is None:
+        return None
+    watch = BottleneckWatch(Layout.of(config))
+    for row in rows:
+        watch.add(row)
+    return watch.summary()
+
+
+def _state_facts(status: RunStatus) -> Iterator[str]:
+    of = f"/{status.num_steps}" if status.num_steps is not None else ""
+    yield f"{status.state}, step {status.step}{of}"
+    if status.left_s is not None:
+        yield f"about {duration(status.left_s)} left"
+    if status.state is RunState.KILLED:
+        yield f"continue it with dapo-async train --resume {status.root}"
+    yield f"last file written {duration(status.quiet_s)} ago"
+    if status.reason:
+        yield status.reason
+
+
+def _learning(status: RunStatus) -> Iterator[str]:
+    row, evaluation = status.row, status.evaluation
+    for name, label, form in (
+        ("accuracy", "accuracy", ".3f"),
+        ("response_tokens", "length", ".1f"),
+        ("entropy", "entropy", ".3f"),
+    ):
+        if name in row:
+            yield f"{label} {row[name]:{form}}"
+    if evaluation:
+        yield f"held-out {evaluation['accuracy']:.3f} after step {evaluation['version']:.0f}"
+
+
+def _speed(status: RunStatus) -> Iterator[str]:
+    if status.pace_s is not None:
+        yield f"{status.pace_s:.1f} s/step"
+    if status.tokens_per_s is not None:
+        yield f"{status.tokens_per_s:,.0f} trained tokens/s"
+
+
+def _idle(row: Mapping[str, float]) -> Iterator[str]:
+    if "idle.learner" in row:
+        yield f"learner {row['idle.learner']:.0%}"
+    if "idle.rollout" in row:
+        shares = {part: row.get(f"idle.rollout.{part}", 0.0) for part in PARTS}
+        parts = ", ".join(
+            f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares.items() if share
+        )
+        yield f"engine slots {row['idle.rollout']:.0%}" + (f" ({parts})" if parts else "")
+    if lost := row.get("engine_restarts", 0.0):
+        yield f"engines restarted {lost:.0f} times"
+
+
+def _known(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _groups(row: Mapping[str, float]) -> Iterator[str]:
+    for name in ("trained", "evicted", "failed", "in_flight"):
+        if (count := row.get(f"groups.{name}", 0.0)) or (row and name == "trained"):
+            yield f"{name.replace('_', ' ')} {count:.0f}"
+    rejected = {
+        name.removeprefix("groups.rejected.").replace("_", " "): count
+        for name, count in row.items()
+        if name.startswith("groups.rejected.") and count
+    }
+    if rejected:
+        counts = ", ".join(f"{count:.0f} {name}" for name, count in sorted(rejected.items()))
+        yield f"rejected {counts}"
+    if "buffered" in row:
+        yield f"buffered {row['buffered']:.0f}"
+    if "credits_held" in row:
+        yield f"credits held {row['credits_held']:.0f}"
+
+
+def _staleness(row: Mapping[str, float]) -> Iterator[str]:
+    if "staleness" in row:
+        yield f"mean {row['staleness']:.2f}"
+    if "group_staleness_max" in row:
+        yield f"max {row['group_staleness_max']:.0f}"
+    if "behaviour_ess" in row:
+        yield f"effective samples {row['behaviour_ess']:.0%}"
+
+
+def _weights(row: Mapping[str, float]) -> Iterator[str]:
+    for name in ("passed", "inconclusive", "mismatch"):
+        if count := row.get(f"handshake.{name}", 0.0):
+            yield f"handshakes {name} {count:.0f}"
+    if pause_s := row.get("publish_pause_s", 0.0):
+        yield f"pause of the newest publish {pause_s:.2f} s"
+
+
+def _saved(status: RunStatus) -> Iterator[str]:
+    if status.checkpoint is None:
+        yield "no checkpoint yet"
+    elif status.checkpoint_age_s is not None:
+        yield f"{status.checkpoint}, {duration(status.checkpoint_age_s)} ago"
