@@ -20,6 +20,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal, Protocol
 
+import numpy as np
+
 from dapo_async.weights.announcement import Announcement, Attestation
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
 
@@ -64,6 +66,9 @@ class WeightReceiver(Protocol):
         ...
 
 
+MOST_UNCHANGED = 3  # updates in a row after which an engine may answer its probe bit for bit alike
+
+
 class HandshakeError(RuntimeError):
     """An engine served wrong weights twice; the message has both values."""
 
@@ -96,6 +101,10 @@ class Publisher:
         self._unproved: set[str] = set()  # receivers whose handshake is awaited
         self._written: asyncio.Task[str] | None = None  # the newest version on disk
         self._proved: Attestation | None = None  # the first right one of the newest version
+        # By engine: the learner's checksum and the attestation of its last right handshake, and how
+        # many updates since then changed no answer.
+        self._before: dict[str, tuple[str | None, Attestation]] = {}
+        self._num_unchanged: Counter[str] = Counter()
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # of all handshakes of the run
         self.num_served = 0  # versions that every receiver has served
@@ -282,14 +291,48 @@ class Publisher:
         return result
 
     def _check(self, announcement: Announcement, attested: Attestation) -> HandshakeResult:
-        """Also compares with the first engine that proved this version."""
+        """Also compares with the first engine that proved this version, and with the engine's own
+        last handshake."""
         first = self._proved
         peer = first if first is not None and first.version == announcement.version else None
         result = check_attestation(announcement, attested, tolerance=self._tolerance, peer=peer)
+        is_wrong = result.outcome is HandshakeOutcome.MISMATCH
+        if not is_wrong and (stale := self._stale(announcement, attested)) is not None:
+            result = replace(result, outcome=HandshakeOutcome.MISMATCH, detail=stale)
         self.outcomes[result.outcome] += 1
-        if peer is None and result.outcome is not HandshakeOutcome.MISMATCH:
-            self._proved = attested
+        if result.outcome is not HandshakeOutcome.MISMATCH:
+            self._before[attested.engine] = announcement.checksum, attested
+            self._proved = self._proved if peer is not None else attested
         return result
+
+    def _stale(self, announcement: Announcement, attested: Attestation) -> str | None:
+        """Why the engine still serves the weights before, although its probe is near enough.
+
+        The learner's weights have changed, so the engine's own checksum must change. Without one,
+        its answers to the probe must: bit for bit equal ones in several updates are no accident.
+        """
+        engine = attested.engine
+        if engine not in self._before:
+            return None
+        checksum, before = self._before[engine]
+        if checksum == announcement.checksum:  # the learner skipped a step
+            return None
+        version = f"version {announcement.version}"
+        if attested.own_checksum is not None:
+            if attested.own_checksum != before.own_checksum:
+                return None
+            return f"{engine} has the same checksum of its weights before and after {version}"
+        if not np.array_equal(attested.probe_before, attested.probe_after):
+            self._num_unchanged[engine] = 0
+            return None
+        self._num_unchanged[engine] += 1
+        count = self._num_unchanged[engine]
+        if count < MOST_UNCHANGED:
+            return None
+        return (
+            f"{engine} answers its probe bit for bit alike before and after {version}, for the "
+            f"{count}th update in a row in which the learner's weights changed"
+        )
 
     async def _reload(
         self, receiver: WeightReceiver, announcement: Announcement, mismatch: HandshakeResult

@@ -82,6 +82,7 @@ class FakeEngine:
     """Loads what it gets and attests it.
 
     While `lost`, it answers None. `loads`: weights that it loads instead of what it gets.
+    `keeps_weights`: it loads nothing. `same_layout`: its checksums compare with the learner's.
     `own_checksums`: its next checksums for engines of the same layout. `before_receive`: awaited
     before it takes part in a broadcast.
     """
@@ -91,6 +92,7 @@ class FakeEngine:
         self.version = -1
         self.lost = False
         self.loads: Weights | None = None
+        self.keeps_weights, self.same_layout = False, True
         self.own_checksums: list[str] = []
         self.before_receive: Callable[[], Awaitable[None]] | None = None
         self.quarantined: list[int] = []  # the versions that were wrong
@@ -116,7 +118,8 @@ class FakeEngine:
     def _load(self, announcement: Announcement, weights: Weights) -> Attestation:
         probe_before = score_tokens(self.model, announcement.probe_ids)
         checksum_before = checksum(self.model.state_dict())
-        self.model.load_state_dict(dict(self.loads or weights))
+        if not self.keeps_weights:
+            self.model.load_state_dict(dict(self.loads or weights))
         self.version = announcement.version
         attestation = Attestation(
             self.name,
@@ -124,8 +127,8 @@ class FakeEngine:
             self.version,
             probe_before,
             score_tokens(self.model, announcement.probe_ids),
-            checksum_before,
-            checksum(self.model.state_dict()),
+            checksum_before if self.same_layout else None,
+            checksum(self.model.state_dict()) if self.same_layout else None,
         )
         if self.own_checksums:
             return replace(attestation, own_checksum=self.own_checksums.pop(0))
@@ -150,12 +153,13 @@ def make_publisher(
     transport: Transport = "broadcast",
     groups: Groups | None = None,
     deadline_s: float = 5.0,
+    tolerance: float = 1e-3,
 ) -> Publisher:
     return Publisher(
         learner,
         engines,
         transport=transport,
-        tolerance=1e-3,
+        tolerance=tolerance,
         deadline_s=deadline_s,
         regroup=groups.form if groups else None,
     )

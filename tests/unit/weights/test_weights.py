@@ -32,7 +32,7 @@ from dapo_async.weights import (
     check_attestation,
 )
 from dapo_async.weights.disk import read_version, write_version
-from dapo_async.weights.publisher import HandshakeError
+from dapo_async.weights.publisher import HandshakeError, Publisher
 
 
 async def ignore(version: int) -> None:
@@ -122,6 +122,74 @@ def test_engines_of_one_layout_are_compared_with_the_first_that_passed(tmp_path:
     twice = f"wrong weights twice: first {line}; after a reload from disk {line}"
     with pytest.raises(HandshakeError, match=twice):
         publish(publisher, learner.announce(2))
+
+
+def nudge(learner: FakeLearner) -> None:
+    """A step so small that every probe stays within the tolerance of 0.5 nats."""
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter.add_(1e-4)
+
+
+def small_steps(
+    tmp_path: Path, num_engines: int
+) -> tuple[FakeLearner, list[FakeEngine], Publisher]:
+    """Engines of a layout of their own, as servers are, that serve version 1."""
+    learner = FakeLearner(tmp_path)
+    engines = [FakeEngine(learner, f"rollout-{number}") for number in range(num_engines)]
+    for engine in engines:
+        engine.same_layout = False
+    publisher = make_publisher(learner, *engines, tolerance=0.5)
+    publish(publisher, learner.announce(1))
+    return learner, engines, publisher
+
+
+@pytest.mark.parametrize("stale", [(1,), (0, 1)])
+def test_engines_that_keep_their_weights_are_found_though_their_probes_are_near(
+    stale: tuple[int, ...], tmp_path: Path
+) -> None:
+    learner, engines, publisher = small_steps(tmp_path, 2)
+    for number in stale:
+        engines[number].keeps_weights = True
+    for version in (2, 3):
+        nudge(learner)
+        assert publish(publisher, learner.announce(version)) == [version]
+    nudge(learner)
+    line = f"rollout-{stale[0]} answers its probe bit for bit alike before and after version 4"
+    with pytest.raises(HandshakeError, match=line):
+        publish(publisher, learner.announce(4))
+
+
+def test_one_stale_update_among_right_ones_ends_no_run(tmp_path: Path) -> None:
+    learner, (engine,), publisher = small_steps(tmp_path, 1)
+    for version in range(2, 10):
+        engine.keeps_weights = version % 3 == 0
+        nudge(learner)
+        publish(publisher, learner.announce(version))
+    assert publisher.outcomes == {"passed": 1, "inconclusive": 8}
+
+
+def test_skipped_steps_change_no_answer_and_are_no_fault(tmp_path: Path) -> None:
+    learner, _, publisher = small_steps(tmp_path, 1)
+    for version in range(2, 8):
+        publish(publisher, learner.announce(version))
+    assert publisher.outcomes["mismatch"] == 0
+
+
+def test_own_checksum_that_stays_shows_stale_weights_at_once(tmp_path: Path) -> None:
+    learner, (engine,), publisher = small_steps(tmp_path, 1)
+    nudge(learner)
+    engine.own_checksums = ["aa" * 8]
+    publish(publisher, learner.announce(2))
+    nudge(learner)
+    engine.own_checksums = ["aa" * 8, "bb" * 8]  # stale, right after its reload
+    publish(publisher, learner.announce(3))
+    assert publisher.outcomes["mismatch"] == 1
+    nudge(learner)
+    engine.own_checksums = ["bb" * 8] * 2
+    line = "rollout-0 has the same checksum of its weights before and after version 4"
+    with pytest.raises(HandshakeError, match=line):
+        publish(publisher, learner.announce(4))
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 10**9])
