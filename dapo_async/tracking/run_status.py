@@ -118,7 +118,7 @@ def lines(status: RunStatus) -> Iterator[str]:
         ("staleness", [*_staleness(row)]),
         ("weights", [*_weights(row)]),
         ("saved", [*_saved(status)]),
-        ("limit", [status.bottleneck] if status.bottleneck else []),
+        ("bottleneck", [status.bottleneck] if status.bottleneck else []),
         *(("note", [note]) for note in status.notes),
     ):
         if facts:
@@ -210,7 +210,9 @@ def _idle(row: Mapping[str, float]) -> Iterator[str]:
     if "idle.rollout" in row:
         shares = {part: row.get(f"idle.rollout.{part}", 0.0) for part in PARTS}
         parts = ", ".join(
-            f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares.items() if share
+            f"{part.replace('_', ' ')} {share:.0%}"
+            for part, share in shares.items()
+            if share >= 0.005
         )
         yield f"engine slots {row['idle.rollout']:.0%}" + (f" ({parts})" if parts else "")
     if lost := row.get("engine_restarts", 0.0):

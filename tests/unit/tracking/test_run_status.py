@@ -86,7 +86,7 @@ def test_newest_checkpoint_and_evaluation_are_named(tmp_path: Path) -> None:
 
 def test_bottleneck_is_that_of_the_rows(tmp_path: Path) -> None:
     run_dir = going_on(tmp_path / "run")
-    (limit,) = [line for line in lines(read_status(run_dir.root)) if line.startswith("limit")]
+    (limit,) = [line for line in lines(read_status(run_dir.root)) if line.startswith("bottleneck")]
     assert "idle: learner 25%, engine slots 50%" in limit
 
 
