@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
-from typing import get_origin
+from typing import TYPE_CHECKING, get_origin
 
 from dapo_async.config.schema import Config, knobs
 from dapo_async.config.text import literal, one_line, redacted
 from dapo_async.config.validate import check
 from dapo_async.config.yaml_io import check_pairs, read_file, read_overrides, resolve_paths
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True) -> Config:
@@ -26,9 +30,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
-    names = [knob.name for knob in knobs()]
-    paths = {knob.name: knob.path for knob in knobs() if knob.path}
-    pairs = [knob.name for knob in knobs() if get_origin(knob.type) is tuple]
+    every = tuple(knobs())
+    names = [knob.name for knob in every]
+    paths = {knob.name: knob.path for knob in every if knob.path}
+    pairs = [knob.name for knob in every if get_origin(knob.type) is tuple]
     texts = {*paths, "run_dir", "tracking.mlflow"}
     try:
         file, dotted = read_file(path, names), read_overrides(overrides, names, texts)
@@ -36,12 +41,20 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
             check_pairs(tree, pairs)
         resolve_paths(file, path.resolve().parent, paths)
         resolve_paths(dotted, Path.cwd(), paths)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), file, dotted))
+        config = OmegaConf.to_object(OmegaConf.merge(_defaults(), file, dotted))
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error, names)) from error
     assert isinstance(config, Config)
     check(config, files=files)
     return config
+
+
+@cache
+def _defaults() -> DictConfig:
+    """The tree of all knobs with their defaults. A merge copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
 
 
 def to_yaml(config: Config) -> str:

@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
 from paths import ROOT
 
 from dapo_async.config import Config, TrackingConfig, TrainConfig
 from dapo_async.tracking.run_dir import RunDir
+
+if TYPE_CHECKING:  # rollout and reports use these helpers without MLflow
+    from mlflow import MlflowClient
 
 PACKAGE = ROOT / "dapo_async"
 

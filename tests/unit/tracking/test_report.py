@@ -373,7 +373,7 @@ importing = threading.Thread(target=__import__, args=("IPython",))
 importing.start()
 while not hasattr(sys.modules.get("IPython"), "rest"):
     time.sleep(0.01)
-threading.Timer(2.0, sys.modules["IPython"].rest.set).start()
+threading.Timer(0.5, sys.modules["IPython"].rest.set).start()
 assert not hasattr(sys.modules["IPython"], "version_info")
 assert draw_dynamics(RunDir(Path({str(run_dir.root)!r})))
 assert hasattr(sys.modules["IPython"], "version_info")
