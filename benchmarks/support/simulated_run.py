@@ -314,7 +314,10 @@ class SimulatedRun:
         has_more = self.next_batch is not None or self.buffer.steps_left
         if is_idle and has_more and not self.asked:
             finished = self.num_out - self.buffer.num_generating
-            self.pacer.asks(self.now, version=self.version, finished=finished)
+            engines_wait = any(engine.demand.num_groups for engine in self.engines)
+            self.pacer.asks(
+                self.now, version=self.version, finished=finished, engines_wait=engines_wait
+            )
             self.asked = True
         self._take_ahead()
         if self.asked and self.next_batch is not None:

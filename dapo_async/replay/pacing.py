@@ -19,6 +19,7 @@ from collections import deque
 
 WINDOW = 6  # takes, at least, whose smallest surplus says by how much the limit may fall
 STEP_TIMES = 8  # steps of which the shortest predicts the next one
+ENGINES_WAIT = 0.25  # share of these takes at which engines have to wait for groups
 MARGIN = 0.05  # finished groups that stay in reserve, as a share of a take
 # How long the learner may wait for groups while the limit is low, in steps: per step, saved up at
 # most, and owed at most. While it owes, the limit does not fall.
@@ -37,7 +38,9 @@ class Pacer:
         """Starts at the limit `credits`, which means: without any limit."""
         self.limit = credits
         self._n, self._credits = groups_per_take, credits
-        self._surplus: deque[int] = deque()  # of the takes since the limit or the debt changed
+        # Of the takes since the limit or the debt changed.
+        self._surplus: deque[int] = deque()
+        self._engines_wait: deque[bool] = deque()
         self._step_s: deque[float] = deque(maxlen=STEP_TIMES)
         self._version = -1  # of the learner
         self._version_s = self._began_s = 0.0  # when it asked first at this version, and began
@@ -47,8 +50,11 @@ class Pacer:
         self._saved_s = 0.0  # of waiting; negative: owed
         self._raises, self._since_raise = 0, 0  # raises in a row, and takes since the last one
 
-    def asks(self, now_s: float, *, version: int, finished: int) -> None:
-        """The learner at `version` asks for groups; `finished` ones are ready."""
+    def asks(self, now_s: float, *, version: int, finished: int, engines_wait: bool) -> None:
+        """The learner at `version` asks for groups; `finished` ones are ready.
+
+        `engines_wait`: an engine has free slots and gets no group.
+        """
         if self._asked_s is not None:
             return  # it asks again after a passed deadline
         if version != self._version:
@@ -58,6 +64,7 @@ class Pacer:
         self._asked_s = now_s
         self._missing = max(0, self._n - finished)
         self._surplus.append(max(0, finished - self._n))
+        self._engines_wait.append(engines_wait)
 
     def took(self, now_s: float) -> None:
         """The learner has its groups. Moves the limit."""
@@ -68,7 +75,7 @@ class Pacer:
         self._asked_s, self._took_s = None, now_s
         self._since_raise += 1
         if not self._step_s:
-            self._surplus.clear()  # the first step: nothing is known yet
+            self._forget()  # the first step: nothing is known yet
             return
         step_s = min(self._step_s)
         self._saved_s = min(MOST_SAVED * step_s, self._saved_s + WAIT_PER_STEP * elapsed_s)
@@ -77,7 +84,7 @@ class Pacer:
         if self._saved_s >= 0:
             self._lower()
         else:
-            self._surplus.clear()
+            self._forget()
             self._raise()
 
     def room(self, now_s: float, *, out: int, served_version: int) -> int:
@@ -106,25 +113,34 @@ class Pacer:
         return -(-self.limit // self._n)
 
     def _raise(self) -> None:
-        """By the groups that were missing; by twice as many where the raise before was too low."""
+        """By the groups that were missing; by more if the raise before was too low."""
         if not self._missing or self._since_raise < self._lag:
             return
         self._raises = self._raises + 1 if self._since_raise <= 2 * self._lag + 1 else 0
-        self.limit = min(self._credits, self.limit + self._missing * 2**self._raises)
+        most = (self._credits - self.limit) // 4 if self._raises else 0
+        more = max(most, self._missing * 2**self._raises)
+        self.limit = min(self._credits, self.limit + more)
         self._since_raise = 0
 
     def _lower(self) -> None:
         """By the spare groups: the smallest surplus of a window, without the margin.
 
         All of them beyond one take, half of the rest: groups that do not start are missing in the
-        buffer, and the smallest surplus of the next window may be smaller by chance.
+        buffer, and the smallest surplus of the next window may be smaller by chance. If engines
+        seldom wait, they are about as fast as the learner, and a surplus covers their ups and
+        downs: nothing is spare.
         """
         if len(self._surplus) < max(WINDOW, self._lag):
             return
         margin = -(-self._n // round(1 / MARGIN))
         spare = min(self._surplus) - margin
-        if spare > 0:
+        if spare > 0 and sum(self._engines_wait) >= ENGINES_WAIT * len(self._engines_wait):
             self.limit = max(self._n, self.limit - spare + min(spare, self._n) // 2)
-            self._surplus.clear()
+            self._forget()
         else:
             self._surplus.popleft()
+            self._engines_wait.popleft()
+
+    def _forget(self) -> None:
+        self._surplus.clear()
+        self._engines_wait.clear()

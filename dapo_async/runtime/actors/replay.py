@@ -316,6 +316,7 @@ class ReplayActor:
             self._clock.now_s(),
             version=learner_version,
             finished=self._num_out - self._buffer.num_generating,
+            engines_wait=bool(self._waiting),
         )
         try:
             async with asyncio.timeout(deadline_s):

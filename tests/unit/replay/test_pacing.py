@@ -20,9 +20,13 @@ class Learner:
         self.pacer, self.now_s, self.version = pacer, 0.0, 0
         self.steps(1, finished=N)  # teaches the pacer the duration of a step
 
-    def steps(self, count: int, *, finished: int, waits_s: float = 0.0) -> None:
+    def steps(
+        self, count: int, *, finished: int, waits_s: float = 0.0, engines_wait: bool = True
+    ) -> None:
         for _ in range(count):
-            self.pacer.asks(self.now_s, version=self.version, finished=finished)
+            self.pacer.asks(
+                self.now_s, version=self.version, finished=finished, engines_wait=engines_wait
+            )
             self.pacer.took(self.now_s + waits_s)
             self.now_s += waits_s + STEP_S
             self.version += 1
@@ -56,6 +60,15 @@ def test_a_lasting_surplus_lowers_the_limit_but_never_below_a_batch(learner: Lea
     assert [learner.room(out) for out in (0, N - 1, N, N + 1)] == [N, 1, 0, 0]
 
 
+def test_a_surplus_is_kept_while_engines_seldom_wait(learner: Learner) -> None:
+    for _ in range(10):
+        learner.steps(1, finished=30)
+        learner.steps(8, finished=30, engines_wait=False)
+    assert learner.pacer.limit == CREDITS
+    learner.steps(2 * WINDOW, finished=30)
+    assert learner.pacer.limit < CREDITS
+
+
 def test_one_step_without_a_surplus_keeps_the_limit_of_its_window(learner: Learner) -> None:
     for _ in range(5):
         learner.steps(WINDOW - 1, finished=30)
@@ -70,7 +83,7 @@ def test_waits_for_groups_raise_the_limit_by_the_missing_ones_then_by_more(
     learner.steps(1, finished=N - 3, waits_s=0.5)
     assert learner.pacer.limit == N + 3
     learner.steps(2, finished=N - 3, waits_s=0.5)  # the new limit shows after two takes
-    assert learner.pacer.limit == N + 3 + 6
+    assert learner.pacer.limit == N + 3 + 7, "a quarter of the way to all credits"
     learner.steps(4 * LONG, finished=N - 3, waits_s=0.5)
     assert learner.pacer.limit == CREDITS, "the engines are too slow: all credits are needed"
 
@@ -92,7 +105,7 @@ def test_a_wait_for_a_deadline_does_not_raise_the_limit(learner: Learner) -> Non
 
 def test_no_group_starts_just_before_newer_weights_are_served(learner: Learner) -> None:
     pacer, now_s, version = learner.pacer, learner.now_s, learner.version
-    pacer.asks(now_s, version=version, finished=N)
+    pacer.asks(now_s, version=version, finished=N, engines_wait=True)
     old, new = version - 1, version
     assert pacer.room(now_s + 0.09, out=0, served_version=old) == 0
     assert pacer.next_start_s(now_s + 0.09, served_version=old) == pytest.approx(now_s + 0.1)
