@@ -202,6 +202,7 @@ def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[s
         yield advice
     if parse_source(config.model.path).hub is None:  # else there are no sizes yet
         yield _memory_line(config)
+        yield _engine_memory_line(config)
     yield (
         f"would train {config.train.num_steps - first_step} steps of "
         f"{replay.groups_per_step * replay.group_size} rollouts of at most "
@@ -235,6 +236,41 @@ def _memory_line(config: Config) -> str:
         f"each learner rank would need up to {memory.on_device / MIB:,.0f} MiB on its device and "
         f"{memory.host / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
     )
+
+
+def _engine_memory_line(config: Config) -> str:
+    """What one engine holds on each of its devices."""
+    import torch
+
+    from dapo_async.model import ModelConfig
+    from dapo_async.rollout.memory import predict_engine_memory
+
+    rollout, model = config.rollout, ModelConfig.from_folder(Path(config.model.path))
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    max_len = min(longest, model.max_positions)
+    memory = predict_engine_memory(
+        model,
+        num_slots=rollout.num_slots,
+        max_len=max_len,
+        num_bytes=getattr(torch, config.model.dtype).itemsize,
+        tensor_parallel=rollout.tensor_parallel,
+    )
+    need = (
+        f"each engine would hold {_size(memory.weights)} of weights, and "
+        f"{_size(memory.kv_per_sequence)} of keys and values per sequence of {max_len} tokens, "
+        f"{_size(memory.kv_all_slots)} for {rollout.num_slots} of them"
+    )
+    if rollout.engine == "torch":
+        return need
+    return f"{need}; with less, the SGLang server queues requests (--mem-fraction-static)"
+
+
+def _size(num_bytes: int) -> str:
+    """`1536` as `1.5 KiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 2**10:,.1f} KiB"
 
 
 def closing_lines(root: Path) -> Iterator[str]:
