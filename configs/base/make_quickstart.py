@@ -199,22 +199,36 @@ def respond(decoder: Decoder, texts: Sequence[str], *, greedy: bool) -> list[str
 
     The end token is left out; a response without one ends in `…`.
     """
-    responses = {}
+    responses: dict[str, str] = {}
     for size in sorted({len(text) for text in texts}):
-        alike = [text for text in texts if len(text) == size]
-        ids = torch.tensor([encode(prompt_of(text)) for text in alike])
+        unfinished = [text for text in texts if len(text) == size]
+        ids = torch.tensor([encode(prompt_of(text)) for text in unfinished])
         for _ in range(MAX_RESPONSE_TOKENS):
-            attention = PackedAttention([ids.shape[1]] * len(ids))
-            hidden = decoder(ids.flatten(), attention.positions, attention).view(*ids.shape, -1)[
-                :, -1
+            if not unfinished:
+                break
+            drawn = _next_tokens(decoder, ids, greedy=greedy)
+            goes_on = drawn != TOKEN_ID[EOS]
+            rows = zip(unfinished, ids.tolist(), goes_on.tolist(), strict=True)
+            responses |= {text: _decode(row[size + 1 :]) for text, row, more in rows if not more}
+            unfinished = [
+                text for text, more in zip(unfinished, goes_on.tolist(), strict=True) if more
             ]
-            logits = decoder.logits(hidden)
-            drawn = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
-            ids = torch.cat([ids, drawn[:, None]], dim=1)
-        for text, row in zip(alike, ids[:, size + 1 :].tolist(), strict=True):
-            response, ended, _ = "".join(VOCABULARY[token] for token in row).partition(EOS)
-            responses[text] = response if ended else response + "…"
+            ids = torch.cat([ids, drawn[:, None]], dim=1)[goes_on]
+        for text, row in zip(unfinished, ids.tolist(), strict=True):
+            responses[text] = _decode(row[size + 1 :]) + "…"
     return [responses[text] for text in texts]
+
+
+def _next_tokens(decoder: Decoder, ids: Tensor, *, greedy: bool) -> Tensor:
+    """The next token of each row of `ids`; all rows have one length."""
+    attention = PackedAttention([ids.shape[1]] * len(ids))
+    hidden = decoder(ids.flatten(), attention.positions, attention).view(*ids.shape, -1)
+    logits = decoder.logits(hidden[:, -1])
+    return logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+def _decode(tokens: Sequence[int]) -> str:
+    return "".join(VOCABULARY[token] for token in tokens)
 
 
 def is_correct(problem: str, response: str) -> bool:

@@ -54,7 +54,8 @@ def _defaults() -> DictConfig:
     """The tree of all knobs with their defaults. A merge copies it."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.structured(Config)
+    tree: DictConfig = OmegaConf.structured(Config)
+    return tree
 
 
 def to_yaml(config: Config) -> str:

@@ -169,6 +169,7 @@ def test_values_that_differ_by_little_are_different() -> None:
     assert {pair for pair, reason in judged(DIFFERENT).items() if reason != "wrong"} == set()
 
 
+@pytest.mark.slow
 def test_one_value_in_two_spellings_is_equal() -> None:
     assert {pair for pair, reason in judged(EQUAL).items() if reason != "correct"} == set()
 

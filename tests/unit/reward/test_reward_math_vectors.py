@@ -81,6 +81,7 @@ def test_every_listed_disagreement_has_a_reason() -> None:
     assert all(len(entry["reason"]) > 10 for entry in LISTED.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SHARED / "data" / "math500").is_dir(),
     reason="shared/data/math500 beside the checkout is absent",
