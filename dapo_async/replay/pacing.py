@@ -23,7 +23,7 @@ ENGINES_WAIT = 0.25  # share of these takes at which engines have to wait for gr
 MARGIN = 0.05  # finished groups that stay in reserve, as a share of a take
 # How long the learner may wait for groups while the limit is low, in steps: per step, saved up at
 # most, and owed at most. While it owes, the limit does not fall.
-WAIT_PER_STEP, MOST_SAVED, MOST_OWED = 0.005, 0.1, 0.3
+WAIT_PER_STEP, MOST_SAVED, MOST_OWED = 0.005, 0.1, 0.1
 LONGEST_HOLD = 0.1  # of a step, for new weights
 
 
@@ -123,19 +123,17 @@ class Pacer:
         self._since_raise = 0
 
     def _lower(self) -> None:
-        """By the spare groups: the smallest surplus of a window, without the margin.
+        """By half of the spare groups: the smallest surplus of a window, without the margin.
 
-        All of them beyond one take, half of the rest: groups that do not start are missing in the
-        buffer, and the smallest surplus of the next window may be smaller by chance. If engines
-        seldom wait, they are about as fast as the learner, and a surplus covers their ups and
-        downs: nothing is spare.
+        If engines seldom wait, they are about as fast as the learner, and a surplus covers their
+        ups and downs: nothing is spare.
         """
         if len(self._surplus) < max(WINDOW, self._lag):
             return
         margin = -(-self._n // round(1 / MARGIN))
         spare = min(self._surplus) - margin
         if spare > 0 and sum(self._engines_wait) >= ENGINES_WAIT * len(self._engines_wait):
-            self.limit = max(self._n, self.limit - spare + min(spare, self._n) // 2)
+            self.limit = max(self._n, self.limit - (spare + 1) // 2)
             self._forget()
         else:
             self._surplus.popleft()
