@@ -265,5 +265,5 @@ def test_an_output_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path: Pa
             )
             == 0
         )
-        assert json.loads(read.result(timeout=20)) == row
+        assert json.loads(read.result(timeout=60)) == row
     assert (tmp_path / "pipe").is_fifo()

@@ -46,7 +46,7 @@ def supervise(folder: Path, script: str) -> subprocess.Popen[bytes]:
     assert process.stdin is not None
     process.stdin.write(json.dumps(order).encode() + b"\n")
     process.stdin.flush()
-    process.wait(10)
+    process.wait(60)
     return process
 
 
@@ -92,7 +92,7 @@ def test_server_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     parent = psutil.Process(supervisor_pid).ppid()
     assert owner.pid not in (supervisor_pid, parent), "Ray kills the children of its workers"
     owner.send_signal(signal.SIGKILL)
-    owner.wait(10)
+    owner.wait(60)
     assert_gone([*pids, supervisor_pid])
 
 

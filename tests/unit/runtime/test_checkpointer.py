@@ -61,7 +61,7 @@ def checkpointer(root: Path, *, keep: int, evaluated: int | None) -> tuple[Check
 async def save_versions(made: Checkpointer, learner: Learner, versions: list[int]) -> None:
     for version in versions:
         learner.at = version
-        await made.save(deadline_s=5.0)
+        await made.save(deadline_s=60.0)
 
 
 @pytest.mark.parametrize("keep", [1, 3])

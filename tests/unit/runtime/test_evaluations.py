@@ -111,7 +111,7 @@ def play(scene: Scene, root: Path, *overrides: str) -> tuple[list[str], Evaluati
             run_dir=RunDir(root),
             sinks=sinks,
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await scene(evaluations, system)
             await asyncio.gather(*system.background)
         return evaluations

@@ -87,7 +87,7 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
 
     def hang(*_: Any, **__: Any) -> StepMetrics:
         begun.set()
-        over.wait(20.0)
+        over.wait(60.0)
         return StepMetrics()
 
     async def places() -> list[str | None]:

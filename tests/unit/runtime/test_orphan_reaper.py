@@ -19,7 +19,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(["sleep", "100"])
     yield process
     process.kill()
-    process.wait(10)
+    process.wait(60)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_shielded_process_is_killed_once_it_is_asked_to_end(
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.2)  # nobody has asked
         child.send_signal(signal.SIGTERM)
-        assert child.wait(5.0) == -signal.SIGKILL
+        assert child.wait(60.0) == -signal.SIGKILL
 
 
 def test_signal_that_came_before_the_end_is_not_taken_for_it(

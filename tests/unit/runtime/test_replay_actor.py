@@ -274,13 +274,13 @@ def test_a_paced_actor_starts_no_more_groups_than_its_limit(
         assert not waits.done(), "a group started while another is finished and not taken"
         batch = await actor.take(0)
         assert not isinstance(batch, StopReason)
-        assert len(await asyncio.wait_for(waits, 5.0)) == 1
-        assert await asyncio.wait_for(actor.ask("rollout-1", 0), 5.0) == []
+        assert len(await asyncio.wait_for(waits, 60.0)) == 1
+        assert await asyncio.wait_for(actor.ask("rollout-1", 0), 60.0) == []
 
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize(("step_s", "served"), [(1e3, True), (0.5, False)])
+@pytest.mark.parametrize(("step_s", "served"), [(1e3, True), (5.0, False)])
 def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
     make_actor: Callable[[int], Actor], step_s: float, served: bool
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
         assert not waits.done(), "a group started with weights that are about to be replaced"
         if served:
             await actor.serve(1)
-        assert len(await asyncio.wait_for(waits, 5.0)) == 1
+        assert len(await asyncio.wait_for(waits, 60.0)) == 1
         learner.cancel()
 
     asyncio.run(scene())

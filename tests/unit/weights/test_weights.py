@@ -198,23 +198,23 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes: int) 
     manifest = Manifest.of(weights)
     for bucket in manifest.buckets(bucket_bytes):
         assert len(bucket) == 1 or sum(spec.num_bytes for spec in bucket) <= bucket_bytes
-    store = open_store("127.0.0.1", timeout_s=20)
+    store = open_store("127.0.0.1", timeout_s=60)
     received: dict[int, dict[str, Tensor]] = {}
 
     def engine(rank: int) -> None:
         address = ("127.0.0.1", store.port)
         group = WeightGroup.join(
-            address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20
+            address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=60
         )
         received[rank] = group.receive(manifest, bucket_bytes=bucket_bytes)
 
     threads = [threading.Thread(target=engine, args=(rank,)) for rank in (1, 2)]
     for thread in threads:
         thread.start()
-    sender = WeightGroup(store, rank=0, world_size=3, host="127.0.0.1", device="cpu", timeout_s=20)
+    sender = WeightGroup(store, rank=0, world_size=3, host="127.0.0.1", device="cpu", timeout_s=60)
     sender.send(weights, manifest, bucket_bytes=bucket_bytes)
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     sums = {rank: checksum(got) for rank, got in received.items()}
     assert sums == dict.fromkeys((1, 2), checksum(weights))
 
