@@ -308,6 +308,7 @@ def test_responses_that_claim_the_gold_answer_are_right() -> None:
     assert judged(RIGHT, True) == []
 
 
+@pytest.mark.slow
 def test_responses_that_only_resemble_the_gold_answer_are_wrong() -> None:
     assert judged(WRONG, False) == []
 
