@@ -1,6 +1,6 @@
 """Throughput and cost of the real loop around engines and a learner that sleep.
 
-python benchmarks/asynchrony.py [--json OUT] [--quick] [--staleness S …] [--splits R …]
+python benchmarks/asynchrony.py [--json OUT] [--quick] [--virtual] [--staleness S …] [--splits R …]
 
 Engines and learner sleep by a latency model (`support/sleeping.py`). Everything else is real:
 replay actor, rollout workers, scoring, transport of groups, publishes with their handshake, main
@@ -8,8 +8,17 @@ loop, metrics.
 
 A cell has a staleness bound (0 is synchronous, 1 is one step off), a tail (sigma of the lognormal
 response lengths; 0: all equal) and a split (accepted production over consumption: 0.5 is
-engine-bound by 2, 2 is learner-bound by 2). Its efficiency is groups/s over
+engine-bound by 2, 2 is learner-bound by 2). The ideal rate is
 min(production × acceptance, consumption). Production is that of engines with all slots occupied.
+
+The run loses some of the ideal rate for two reasons, which have a column each:
+
+- `tails and bound`: the rate of the same run in virtual time, with the real buffer, pacer and slot
+  demand and a control plane that takes no time (`support/simulated_run.py`), over the ideal rate.
+  Only another shape of the run can change it. Deterministic.
+- `control plane`: the measured rate over the rate in virtual time.
+
+`--virtual` prints only the runs in virtual time, in seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +41,9 @@ import psutil
 import ray
 from quickstart import CONFIG
 from support.output import show, write_result
+from support.simulated_run import simulate
 from support.sleeping import (
+    ACCEPTANCE,
     CAP,
     GROUP_SIZE,
     GROUPS_PER_STEP,
@@ -53,6 +64,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.state_clock import StateClock
 
 STALENESS, TAILS, SPLITS = (0, 1, 2, 4), (0.0, 0.5, 1.2), (0.5, 1.0, 1.25, 2.0)
+ADMISSIONS = ("paced",)
 STEPS, WARM_UP = 60, 36  # the pacer needs 30 steps to settle
 # What lies between two steps of the learner, where it does not wait for groups.
 STATES = (
@@ -93,6 +105,7 @@ def config_of(shape: Shape, steps: int, folder: Path, inputs: tuple[Path, Path])
             f"replay.groups_per_step={GROUPS_PER_STEP}",
             f"replay.group_size={GROUP_SIZE}",
             f"replay.max_staleness={shape.staleness}",
+            f"replay.admission={shape.admission}",
             f"train.num_steps={steps}",
             f"train.checkpoint_every_steps={steps + 1}",
             "evaluation.every_steps=0",
@@ -156,7 +169,7 @@ async def train(services: Services, config: Config, cpu: CpuSeconds) -> Spent:
 def measure(shape: Shape, steps: int, warm_up: int, inputs: tuple[Path, Path]) -> Row:
     """One run; figures of the steps from `warm_up` on."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(shape, steps, Path(folder), inputs)
+        config = config_of(shape, steps + shape.extra_steps, Path(folder), inputs)
         run_dir = RunDir(Path(folder))
         run_dir.rollouts.mkdir()
         cpu = CpuSeconds(warm_up - 1)
@@ -184,41 +197,84 @@ def measure(shape: Shape, steps: int, warm_up: int, inputs: tuple[Path, Path]) -
 
         spent = asyncio.run(run())
         rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-    return figures(shape, rows[warm_up - 1 :], spent, steps=steps)
+    return figures(shape, rows[warm_up - 1 : steps], spent, steps=steps, warm_up=warm_up)
 
 
-def figures(shape: Shape, rows: Sequence[Row], spent: Spent, *, steps: int) -> Row:
-    """`rows`: of the last step before the measured ones, then theirs. `steps`: of the run."""
+def virtual(shape: Shape, steps: int, warm_up: int) -> Row:
+    """The same run in virtual time."""
+    outcome = simulate(shape.simulated(steps=steps, warm_up=warm_up))
+    ideal = min(shape.production * ACCEPTANCE, shape.consumption)
+    return {
+        **cell(shape),
+        "ideal groups/s": ideal,
+        "groups/s": outcome.rate * ideal,
+        "tails and bound": outcome.rate,
+        "staleness": outcome.staleness,
+        "learner waits": outcome.learner_waits,
+        "for deadlines": outcome.waits_for_deadlines,
+        "occupied slots": outcome.occupancy,
+    }
+
+
+def cell(shape: Shape) -> Row:
+    return {
+        "staleness bound": shape.staleness,
+        "tail": shape.tail,
+        "split": shape.split,
+        "response, steps": shape.response_steps,
+        "admission": shape.admission,
+    }
+
+
+def figures(shape: Shape, rows: Sequence[Row], spent: Spent, *, steps: int, warm_up: int) -> Row:
+    """`rows`: of the last step before the measured ones, then theirs."""
     cpu = spent.cpu
     seconds, measured = rows[-1]["time_s"] - rows[0]["time_s"], rows[1:]
     groups = GROUPS_PER_STEP * len(measured)
     offered = sum(row["offered"] for row in measured)
     acceptance = sum(row["acceptance"] * row["offered"] for row in measured) / offered
     ideal = min(shape.production * acceptance, shape.consumption)
+    simulated = virtual(shape, steps, warm_up)
+    rate, rate_in_virtual_time = groups / seconds, simulated["groups/s"]
     mean = {
         name: statistics.mean(row[name] for row in measured)
         for name in ("staleness", "idle.learner", "idle.rollout", "step_s")
     }
     return {
-        "staleness bound": shape.staleness,
-        "tail": shape.tail,
-        "split": shape.split,
-        "groups/s": groups / seconds,
-        "ideal": ideal,
-        "efficiency": groups / seconds / ideal,
+        **cell(shape),
+        "ideal groups/s": ideal,
+        "groups/s": rate,
+        "efficiency": rate / ideal,
+        "tails and bound": rate_in_virtual_time / ideal,
+        "control plane": rate / rate_in_virtual_time,
         "staleness": mean["staleness"],
+        "staleness in virtual time": simulated["staleness"],
         "idle learner": mean["idle.learner"],
         "idle rollout": mean["idle.rollout"],
         **{f"{name} CPU, ms/group": 1e3 * cpu[name] / groups for name in ("replay", "driver")},
         "replay + driver CPU, ms/step": 1e3 * (cpu["replay"] + cpu["driver"]) / len(measured),
         "rollout CPU, ms/group": 1e3 * cpu["rollout"] / groups,
         **{
-            f"{actor} {state}, ms/step": 1e3 * spent.states[actor].get(state, 0.0) / steps
+            f"{actor} {state}, ms/step": 1e3
+            * spent.states[actor].get(state, 0.0)
+            / (steps + shape.extra_steps)
             for actor, state in STATES
         },
         "acceptance": acceptance,
         "evicted": rows[-1]["groups.evicted"],
     }
+
+
+def measured_in_turn(cells: Sequence[Shape], steps: int, warm_up: int) -> list[Row]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = write_inputs(Path(folder))
+        for each in cells:
+            rows.append(measure(each, steps, warm_up, inputs))
+            show(rows[-1:])
+    ray.shutdown()
+    return rows
 
 
 def main() -> None:
@@ -232,27 +288,31 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="STEPS")
     parser.add_argument("--step-s", type=float, default=1.0, help="seconds of a learner step")
     parser.add_argument(
-        "--response-steps", type=float, default=0.4, help="a mean response, in learner steps"
+        "--response-steps",
+        type=float,
+        nargs="+",
+        default=[0.25],
+        help="a mean response, in learner steps; the longest takes four times as long",
     )
+    parser.add_argument("--admission", nargs="+", default=ADMISSIONS, choices=("paced", "eager"))
+    parser.add_argument("--virtual", action="store_true", help="only in virtual time")
     options = parser.parse_args()
     if options.quick:
         options.staleness, options.tails, options.splits = [1], [0.5], [1.0]
         options.steps, options.warm_up, options.step_s = 5, 2, 0.3
     cells = [
-        Shape(staleness, tail, split, options.step_s, options.response_steps)
+        Shape(staleness, tail, split, options.step_s, response_steps, admission)
+        for response_steps in options.response_steps
         for split in options.splits
         for tail in options.tails
         for staleness in options.staleness
+        for admission in options.admission
     ]
     began_load = os.getloadavg()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = write_inputs(Path(folder))
-        for cell in cells:
-            rows.append(measure(cell, options.steps, options.warm_up, inputs))
-            show(rows[-1:])
-    ray.shutdown()
+    if options.virtual:
+        rows = [virtual(each, options.steps, options.warm_up) for each in cells]
+    else:
+        rows = measured_in_turn(cells, options.steps, options.warm_up)
     show(rows)
     write_result(
         options.json,
@@ -262,7 +322,7 @@ def main() -> None:
         steps=options.steps,
         warm_up=options.warm_up,
         step_s=options.step_s,
-        response_steps=options.response_steps,
+        virtual=options.virtual,
         cells=rows,
     )
 

@@ -338,7 +338,7 @@ class SimulatedRun:
         """The window is from the warm-up to the step before admissions end."""
         shape, step = self.shape, self.version
         bound = min(shape.max_staleness, shape.num_steps // 5)
-        first, last = int(shape.warm_up * shape.num_steps), shape.num_steps - bound - 3
+        first, last = round(shape.warm_up * shape.num_steps), shape.num_steps - bound - 3
         groups = [self.open.pop(group_id) for group_id in batch.group_ids]
         if step == first:
             self.window = _Window(self.now)

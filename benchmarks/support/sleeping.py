@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from support import simulated_run
+from support.simulated_run import Lengths, is_kept
 
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
@@ -50,6 +50,7 @@ class Shape:
     split: float
     step_s: float
     response_steps: float  # duration of a mean response, in learner steps
+    admission: str = "paced"
 
     @property
     def token_s(self) -> float:
@@ -72,37 +73,40 @@ class Shape:
         """Groups per second of engines whose slots are always occupied."""
         return WORKERS * self.slots / (GROUP_SIZE * MEAN_TOKENS * self.token_s)
 
+    def simulated(self, *, steps: int = 60, warm_up: int = 0) -> simulated_run.Shape:
+        """The same run in virtual time, with a control plane that takes no time."""
+        num_steps = steps + self.extra_steps
+        return simulated_run.Shape(
+            num_workers=WORKERS,
+            num_slots=self.slots,
+            group_size=GROUP_SIZE,
+            groups_per_step=GROUPS_PER_STEP,
+            max_staleness=self.staleness,
+            lengths=Lengths(
+                tail=self.tail,
+                shared=0.0,
+                mean_tokens=MEAN_TOKENS,
+                max_tokens=int(CAP * MEAN_TOKENS),
+            ),
+            acceptance=ACCEPTANCE,
+            split=self.production * ACCEPTANCE / self.consumption,
+            num_steps=num_steps,
+            warm_up=warm_up / num_steps,
+            publish=0.0,
+            paced=self.admission == "paced",
+        )
 
-@cache
-def scale(tail: float) -> float:
-    """The factor by which min(factor × exp(tail × z), CAP) has mean 1 for a normal z."""
-    shares = (np.arange(4000) + 0.5) / 4000
-    values = np.exp(tail * np.array([statistics.NormalDist().inv_cdf(share) for share in shares]))
-    low, high = 0.0, 2.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        below = np.minimum(middle * values, CAP).mean() < 1
-        low, high = (middle, high) if below else (low, middle)
-    return low
-
-
-def response_tokens(tail: float, group_id: int) -> NDArray[np.int64]:
-    """The lengths of a group's responses; the same in every cell of one tail."""
-    normal = np.random.default_rng((1, group_id)).standard_normal(GROUP_SIZE)
-    lengths = MEAN_TOKENS * np.minimum(scale(tail) * np.exp(tail * normal), CAP)
-    return np.maximum(4, np.round(lengths)).astype(np.int64)
-
-
-def is_accepted(group_id: int) -> bool:
-    return bool(np.random.default_rng((2, group_id)).random() < ACCEPTANCE)
+    @property
+    def extra_steps(self) -> int:
+        """Steps at the end that are not measured: no groups are admitted any more."""
+        return self.staleness + 3
 
 
 @dataclass(slots=True)
 class Open:
     """A group on the engine."""
 
-    lengths: NDArray[np.int64]
-    started: int = 0
+    lengths: tuple[int, ...]
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -116,6 +120,7 @@ class SleepingEngine(TorchEngine):
     def __init__(self, decoder: Any, *, shape: Shape, max_len: int) -> None:
         super().__init__(decoder, num_slots=1, max_len=max_len)
         self.num_slots, self._shape = shape.slots, shape
+        self._simulated = shape.simulated()
         self._open: dict[int, Open] = {}
         self._queue: list[tuple[int, int]] = []  # group and sibling, in order of submission
         self._ends: list[tuple[float, int, int, float]] = []  # heap: end, group, sibling, start
@@ -130,7 +135,7 @@ class SleepingEngine(TorchEngine):
         return bool(self._ends or self._queue)
 
     def submit(self, request: GroupRequest) -> None:
-        lengths = response_tokens(self._shape.tail, request.group_id)
+        lengths = self._simulated.lengths.of_group(request.group_id, GROUP_SIZE)
         self._open[request.group_id] = Open(lengths)
         self._queue += [(request.group_id, sibling) for sibling in range(request.num_siblings)]
 
@@ -173,7 +178,7 @@ class SleepingEngine(TorchEngine):
     def _completion(self, group_id: int, sibling: int, start_s: float) -> Completion:
         """Digits, the marker, and an answer that makes the group accepted or rejected."""
         length = int(self._open[group_id].lengths[sibling])
-        right = sibling % 2 == 0 or not is_accepted(group_id)
+        right = sibling % 2 == 0 or not is_kept(self._simulated, group_id)
         ids = (np.arange(length) % 10).astype(np.int32)
         ids[-3:] = MARKER_ID, RIGHT if right else WRONG, EOS_ID
         times_s = start_s + np.arange(length) * self._shape.token_s
