@@ -49,8 +49,11 @@ def run(options: argparse.Namespace) -> int:
         newest_checkpoint,
         with_model_at_hand,
     )
+    from dapo_async.tracking.run_dir import RunDir, unusable
 
     config, root = _config_and_root(options)
+    if options.resume and not options.dry_run:
+        RunDir(root).lock()  # first of all: a running run changes its checkpoints
     config, saved = with_local_model(config, download=not options.dry_run)
     saved = replace(saved, run_dir="")  # the folder may be moved
     if options.resume:
@@ -61,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
     prepare(choice.address)
 
     from dapo_async.runtime.preflight import check_inputs
-    from dapo_async.tracking.run_dir import unusable
 
     inputs = check_inputs(config, dry_run=options.dry_run)
     point = START
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 def _train(
     config: Config, saved: Config, root: Path, *, inputs: Inputs, point: ResumePoint, resume: bool
 ) -> int:
-    """Makes or locks the run directory and trains into it. Returns the exit code of the run.
+    """Makes the run directory, or reopens it, and trains into it. Returns the exit code of the run.
 
     `saved` is the config as the run directory keeps it.
     """
@@ -99,7 +101,6 @@ def _train(
     made = missing_folders(root)
     if resume:
         run_dir = RunDir(root)
-        run_dir.lock()
         begin = point.checkpoint or "the base model: there is no checkpoint yet"
         say(f"resuming at step {point.version} from {begin}")
     else:

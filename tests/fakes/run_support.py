@@ -23,6 +23,8 @@ from typing import Any
 
 from paths import QUICKSTART
 
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
+
 COMMAND = str(Path(sys.executable).with_name("dapo-async"))
 MARKER = "DAPO_ASYNC_TEST_RUN"  # every process of a run inherits it, Ray's own included
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -158,6 +160,16 @@ class Live:
             assert time.monotonic() < deadline_s, f"no {pattern!r} in {timeout_s} s:\n{self.output}"
             time.sleep(0.005)
         return match
+
+    def wait_for_checkpoint(self, *, timeout_s: float = 60.0) -> None:
+        """Until the first one is complete."""
+        saved, deadline_s = (
+            CheckpointFolder(self.root / "checkpoints"),
+            time.monotonic() + timeout_s,
+        )
+        while saved.newest is None:
+            assert time.monotonic() < deadline_s, f"no checkpoint in {timeout_s} s:\n{self.output}"
+            time.sleep(0.005)
 
     def pid(self, actor: str) -> int:
         return int(self.wait_for(rf"^{actor} +pid (\d+) ")[1])

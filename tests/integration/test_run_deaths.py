@@ -45,6 +45,7 @@ LONG = ("train.num_steps=5000", "train.checkpoint_every_steps=2")
 def end_after(live: Live, blow: Callable[[], None], *, within_s: float = END_S) -> Finished:
     """Strikes when the run trains; returns its end, after which nothing of it may live."""
     live.wait_for(r"^step +5/")
+    live.wait_for_checkpoint()
     names = " ".join(live.processes().values())
     for expected in (
         "raylet",
