@@ -45,7 +45,7 @@ def hub_server(files: Mapping[str, bytes]) -> Iterator[str]:
             """Prints nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -405,6 +405,7 @@ def test_the_fingerprint_of_the_inputs_changes_with_the_training_prompts(
     assert fingerprint_with("drop") != first
 
 
+@pytest.mark.slow
 @needs_data
 def test_dapo_math_has_the_evaluation_problems_that_its_column_in_eval_marks() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"
@@ -440,6 +441,7 @@ def test_dapo_math_has_the_evaluation_problems_that_its_column_in_eval_marks() -
     assert fewer.left_out.counts == {"contaminated": 8}
 
 
+@pytest.mark.slow
 @needs_data
 def test_screening_of_dapo_math_leaves_as_many_prompts_as_the_recipes_say() -> None:
     against = {
@@ -459,6 +461,7 @@ def test_screening_of_dapo_math_leaves_as_many_prompts_as_the_recipes_say() -> N
     )
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_languages_of_dapo_math_are_those_of_its_column_lang() -> None:
     file = DATA / "dapo_math_17k" / "data.jsonl"

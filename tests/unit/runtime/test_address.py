@@ -188,6 +188,7 @@ def test_dead_ray_address_ends_the_command_with_2_and_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_says_which_ray_it_would_use(machine: Path) -> None:
     machine.write_text(closed_port())
     assert "is gone: this run starts its own Ray\n" in (

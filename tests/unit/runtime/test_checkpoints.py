@@ -100,6 +100,7 @@ def kill_at_every_operation(
     raise AssertionError("the work never came to its end")
 
 
+@pytest.mark.slow
 def test_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint_whole(
     tmp_path: Path,
 ) -> None:
@@ -201,6 +202,7 @@ def test_groups_come_back_from_a_file_and_from_bytes_bit_for_bit(
     assert read_groups(tmp_path / "none.safetensors") == []
 
 
+@pytest.mark.slow
 def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     groups, rank = synthetic_groups(), rank_of(num_minibatches=2)
     rank.step(groups)

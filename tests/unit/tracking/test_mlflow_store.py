@@ -254,6 +254,7 @@ def test_the_documented_command_serves_the_local_store(tmp_path: Path) -> None:
     assert [run["info"]["run_id"] for run in found] == [store.run_id]
 
 
+@pytest.mark.slow
 def test_store_in_a_folder_of_any_name_takes_all_and_may_be_moved(tmp_path: Path) -> None:
     runs = tmp_path / "what?x # %20ü'; b"
     run_dir = run_dir_with(runs / "run 1")
@@ -315,7 +316,7 @@ def answering(status: int, body: str) -> Iterator[str]:
     """A server that gives this answer to every request; its URL."""
     handler = type("Handler", (Answering,), {"status": status, "body": body.encode()})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
@@ -461,6 +462,7 @@ def test_an_error_that_time_does_not_change_is_told_after_one_that_it_might(
     assert len(said) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 def test_server_without_an_answer_costs_one_line_and_no_training_time(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -357,6 +357,7 @@ def test_picture_has_readable_names_and_counts_steps_from_one(tmp_path: Path) ->
     assert not draw_dynamics(RunDir.create(tmp_path / "new"))
 
 
+@pytest.mark.slow
 def test_picture_waits_for_an_import_of_ipython_that_goes_on(tmp_path: Path) -> None:
     (tmp_path / "IPython").mkdir()
     (tmp_path / "IPython" / "__init__.py").write_text(

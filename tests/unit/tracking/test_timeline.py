@@ -166,6 +166,7 @@ def spans_of_a_step(step: int, *, num_offers: int) -> dict[str, list[Span]]:
     }
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_are_drawn_in_20_megabytes_with_exact_totals(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     timeline = Timeline(TraceFile(path, start_s=0.0))
