@@ -104,6 +104,8 @@ def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
     if rollout < IDLE or rollout < MUCH_LESS * learner:
         return _generation_limits(idle, layout, rows)
     largest = max(idle.parts, key=lambda name: idle.parts[name])
+    if largest == "no_credit" and _mean(rows, "group_staleness_max") < layout.max_staleness - 0.5:
+        return _admission_limits(idle)
     return _BOTH_WAIT[largest](idle, layout)
 
 
@@ -180,6 +182,14 @@ def _bound_limits(idle: Idle, layout: Layout) -> Finding:
         f"the engines more to do: at most {gain:.2f} times as fast"
     )
     return _finding("the staleness bound", "the staleness bound limits the speed", idle, advice)
+
+
+def _admission_limits(idle: Idle) -> Finding:
+    advice = (
+        f"{idle.parts['no_credit']:.0%} of the slots wait for a group, though groups are fresher "
+        "than replay.max_staleness allows: replay.admission=eager starts them sooner"
+    )
+    return _finding("admission", "admission limits the speed", idle, advice)
 
 
 def _tail_limits(idle: Idle, layout: Layout) -> Finding:
@@ -393,6 +403,7 @@ class BottleneckWatch:
             "idle.learner": idle.learner,
             "idle.rollout": idle.rollout,
             **{f"idle.rollout.{name}": share for name, share in idle.parts.items()},
+            "group_staleness_max": _mean(rows, "group_staleness_max"),
             "offered": sum(row.get("offered", 0.0) for row in rows),
             "acceptance": _acceptance(rows),
         }

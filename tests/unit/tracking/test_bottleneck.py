@@ -42,6 +42,7 @@ def rows(count: int = WINDOW, /, *, first: int = 0, **values: Any) -> list[dict[
         "truncated": 0.02,
         "entropy": 0.6,
         "accuracy": 0.5,
+        "group_staleness_max": 2.0,
         "offered": 40.0,
         "acceptance": 0.8,
         "verdicts.correct": 300.0,
@@ -81,6 +82,12 @@ def idle(learner: float, rollout: float, part: str = "no_credit") -> dict[str, A
             idle(0.4, 0.5),
             "the staleness bound",
             "replay.max_staleness=3 instead of 2 gives the engines more to do: at most 1.67 times",
+        ),
+        (
+            {**idle(0.4, 0.5), "group_staleness_max": 1.2},
+            "admission",
+            "50% of the slots wait for a group, though groups are fresher than "
+            "replay.max_staleness allows: replay.admission=eager starts them sooner",
         ),
         (
             idle(0.31, 0.66, "queued"),
