@@ -186,13 +186,12 @@ def _state_facts(status: RunStatus) -> Iterator[str]:
 
 def _learning(status: RunStatus) -> Iterator[str]:
     row, evaluation = status.row, status.evaluation
-    for name, label, form in (
+    yield from _numbers(
+        row,
         ("accuracy", "accuracy", ".3f"),
         ("response_tokens", "length", ".1f"),
         ("entropy", "entropy", ".3f"),
-    ):
-        if name in row:
-            yield f"{label} {row[name]:{form}}"
+    )
     if evaluation:
         yield f"held-out {evaluation['accuracy']:.3f} after step {evaluation['version']:.0f}"
 
@@ -219,6 +218,13 @@ def _idle(row: Mapping[str, float]) -> Iterator[str]:
         yield f"engines restarted {lost:.0f} times"
 
 
+def _numbers(row: Mapping[str, float], *wanted: tuple[str, str, str]) -> Iterator[str]:
+    """Label and number of the wanted (name, label, format) that the row has."""
+    for name, label, form in wanted:
+        if name in row:
+            yield f"{label} {row[name]:{form}}"
+
+
 def _known(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
@@ -235,19 +241,18 @@ def _groups(row: Mapping[str, float]) -> Iterator[str]:
     if rejected:
         counts = ", ".join(f"{count:.0f} {name}" for name, count in sorted(rejected.items()))
         yield f"rejected {counts}"
-    if "buffered" in row:
-        yield f"buffered {row['buffered']:.0f}"
-    if "credits_held" in row:
-        yield f"credits held {row['credits_held']:.0f}"
+    yield from _numbers(
+        row, ("buffered", "buffered", ".0f"), ("credits_held", "credits held", ".0f")
+    )
 
 
 def _staleness(row: Mapping[str, float]) -> Iterator[str]:
-    if "staleness" in row:
-        yield f"mean {row['staleness']:.2f}"
-    if "group_staleness_max" in row:
-        yield f"max {row['group_staleness_max']:.0f}"
-    if "behaviour_ess" in row:
-        yield f"effective samples {row['behaviour_ess']:.0%}"
+    return _numbers(
+        row,
+        ("staleness", "mean", ".2f"),
+        ("group_staleness_max", "max", ".0f"),
+        ("behaviour_ess", "effective samples", ".0%"),
+    )
 
 
 def _weights(row: Mapping[str, float]) -> Iterator[str]:

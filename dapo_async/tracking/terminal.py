@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO, cast
 
+from dapo_async.tracking.bottleneck import LOW_ESS
+
 
 class Outlet:
     """A text stream that never raises when the pipe, terminal or disk behind it is gone.
@@ -135,9 +137,6 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-LOW_ESS = 0.5  # of `behaviour_ess`: below it half of a batch's samples no longer count
 
 
 def low_ess(row: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dapo_async.tracking.bottleneck import MANY_TRUNCATED
 from dapo_async.tracking.report_reading import number
 
-MANY_TRUNCATED = 0.2
 SAME_ACCURACY = 0.005
 
 

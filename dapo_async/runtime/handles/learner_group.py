@@ -66,14 +66,7 @@ class LearnerGroup:
         It may fail only where engines are servers, which can be lost. The rendezvous is closed
         then, so that the other engines stop waiting for the rest.
         """
-        try:
-            await self.first.join(world_size)
-        except ActorFailed as error:
-            if not self._engines_can_be_lost:
-                raise
-            await self.first.leave_group()
-            return str(error)
-        return None
+        return await self._with_engines(self.first.join(world_size))
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Sends the weights to the engines. Returns why the broadcast broke off, or None.
@@ -81,8 +74,12 @@ class LearnerGroup:
         It may break off only where engines are servers, which can be lost. The group is closed
         then, so that the other engines stop waiting for the rest.
         """
+        return await self._with_engines(self.first.broadcast(announcement))
+
+    async def _with_engines(self, call: Coroutine[Any, Any, None]) -> str | None:
+        """A collective call with the engines. Returns why it failed, with the group closed."""
         try:
-            await self.first.broadcast(announcement)
+            await call
         except ActorFailed as error:
             if not self._engines_can_be_lost:
                 raise
