@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ HEALTH_S = 5.0
 POLL_S = 0.25
 EVENT = b"\n\n"  # between two server-sent events
 DONE = b"[DONE]"
+# A server that cannot read a body, or cannot allocate memory for it, also answers 400. Every body
+# sent here is valid, so such an answer is the server's own fault.
+BROKEN = re.compile(
+    r"json_invalid|not enough memory|out of memory|bad_alloc|MemoryError|n.t allocate", re.I
+)
 TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 
@@ -112,7 +118,7 @@ class SGLangClient:
             async with self._session.post(url, json=body) as answer:
                 if answer.status != 200:
                     text = _one_line(await answer.text())
-                    if answer.status == 400:
+                    if _refuses(answer.status, text):
                         raise ValueError(f"{self.url} refuses the request: {text}")
                     raise EngineFault(f"{self.url} answers /generate with {answer.status}: {text}")
                 async for event in _events(answer.content):
@@ -129,7 +135,7 @@ class SGLangClient:
     def _chunk(self, event: Mapping[str, Any]) -> Chunk:
         if "error" in event:
             text = _one_line(str(event["error"]["message"]))
-            if event["error"]["code"] == 400:
+            if _refuses(event["error"]["code"], text):
                 raise ValueError(f"{self.url} refuses the request: {text}")
             raise EngineFault(f"{self.url} failed while it generated: {text}")
         meta, token_ids = event["meta_info"], list(event["output_ids"])
@@ -254,7 +260,8 @@ class SGLangClient:
         answer = await self._ask("POST", f"/{call}", body)
         if not answer.get("success"):
             message = _one_line(str(answer.get("message")))
-            raise CallRefused(f"{self.url} failed in {call}: {message}")
+            fault = CallRefused if _refuses(400, message) else EngineFault
+            raise fault(f"{self.url} failed in {call}: {message}")
         return answer
 
     async def _ask(
@@ -266,7 +273,7 @@ class SGLangClient:
                 content = await answer.text()
                 if answer.status != 200:
                     why = _one_line(content)
-                    fault = CallRefused if answer.status == 400 else EngineFault
+                    fault = CallRefused if _refuses(answer.status, why) else EngineFault
                     raise fault(f"{self.url} answers {path} with {answer.status}: {why}")
                 return {} if text else dict(json.loads(content))
         except TimeoutError as error:  # before ClientError: aiohttp's timeouts are both
@@ -289,6 +296,11 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]
                 return
             yield json.loads(data)
     raise aiohttp.ClientPayloadError("the stream of a response ended before the response did")
+
+
+def _refuses(status: int, text: str) -> bool:
+    """Whether the server works and finds the request wrong."""
+    return status == 400 and not BROKEN.search(text)
 
 
 def _one_line(text: str, *, most: int = 300) -> str:
