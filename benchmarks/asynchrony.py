@@ -1,6 +1,7 @@
 """Throughput and cost of the real loop around engines and a learner that sleep.
 
 python benchmarks/asynchrony.py [--json OUT] [--quick] [--virtual] [--staleness S …] [--splits R …]
+    [--minibatches N …]
 
 Engines and learner sleep by a latency model (`support/sleeping.py`). Everything else is real:
 replay actor, rollout workers, scoring, transport of groups, publishes with their handshake, main
@@ -105,6 +106,7 @@ def config_of(shape: Shape, steps: int, folder: Path, inputs: tuple[Path, Path])
             f"replay.groups_per_step={GROUPS_PER_STEP}",
             f"replay.group_size={GROUP_SIZE}",
             f"replay.max_staleness={shape.staleness}",
+            f"learner.num_minibatches={shape.minibatches}",
             f"replay.admission={shape.admission}",
             f"train.num_steps={steps}",
             f"train.checkpoint_every_steps={steps + 1}",
@@ -155,11 +157,16 @@ async def train(services: Services, config: Config, cpu: CpuSeconds) -> Spent:
     cpu.pids = {info.name: info.pid for info in await system.start()}
     await tracker.start()
     await system.publisher.publish(await system.learner.snapshot(), on_served=served)
-    await system.watched(
-        train_loop(system, tracker, services.checkpointer, services.evaluations, config=config)
-    )
-    spent = cpu.spent()
-    await system.settle()
+
+    async def steps() -> dict[str, float]:
+        await train_loop(
+            system, tracker, services.checkpointer, services.evaluations, config=config
+        )
+        spent = cpu.spent()
+        await system.settle()
+        return spent
+
+    spent = await system.watched(steps())
     await system.replay.close()
     await tracker.collect()
     timeline = tracker.timeline
@@ -221,6 +228,7 @@ def cell(shape: Shape) -> Row:
         "staleness bound": shape.staleness,
         "tail": shape.tail,
         "split": shape.split,
+        "minibatches": shape.minibatches,
         "response, steps": shape.response_steps,
         "admission": shape.admission,
     }
@@ -284,6 +292,7 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, nargs="+", default=STALENESS)
     parser.add_argument("--tails", type=float, nargs="+", default=TAILS)
     parser.add_argument("--splits", type=float, nargs="+", default=SPLITS)
+    parser.add_argument("--minibatches", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=STEPS, help="with the warm-up")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="STEPS")
     parser.add_argument("--step-s", type=float, default=1.0, help="seconds of a learner step")
@@ -301,11 +310,12 @@ def main() -> None:
         options.staleness, options.tails, options.splits = [1], [0.5], [1.0]
         options.steps, options.warm_up, options.step_s = 5, 2, 0.3
     cells = [
-        Shape(staleness, tail, split, options.step_s, response_steps, admission)
+        Shape(staleness, tail, split, options.step_s, response_steps, minibatches, admission)
         for response_steps in options.response_steps
         for split in options.splits
         for tail in options.tails
         for staleness in options.staleness
+        for minibatches in options.minibatches
         for admission in options.admission
     ]
     began_load = os.getloadavg()

@@ -218,7 +218,7 @@ async def learn(config: Config, replay: Any, hosts: Sequence[Any], *, seconds: f
         await asyncio.gather(*batch.references)
         now_s = time.time()
         complete_s = await replay.complete_s.remote(version)
-        await replay.trained.remote(batch.group_ids, skipped=False, non_finite=False)
+        await replay.trained.remote(version, batch.group_ids, non_finite=False)
         await asyncio.gather(*(host.serve.remote(version + 1) for host in hosts))
         await replay.serve.remote(version + 1, batch.group_ids)
         if before is not None:
@@ -273,6 +273,7 @@ def of_the_actor(engines: int, tokens: int, *, seconds: float) -> Row:
             f"replay.groups_per_step={size}",
             f"replay.group_size={GROUP_SIZE}",
             f"replay.max_staleness={MAX_STALENESS}",
+            "learner.num_minibatches=1",
             "train.num_steps=1000000",
         ],
     )

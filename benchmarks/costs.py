@@ -76,9 +76,7 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
             "tie_word_embeddings": True,
         }
     )
-    rank = LearnerRank(
-        Decoder(config), algorithm=AlgorithmConfig(), learner=LearnerConfig(), seed=0
-    )
+    rank = LearnerRank(Decoder(config), algorithm=AlgorithmConfig(), learner=LearnerConfig())
     for parameter in rank.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=1e-6)  # so that there are moments to save

@@ -184,7 +184,6 @@ def own_step(
         decoder,
         algorithm=AlgorithmConfig(proximal="current"),
         learner=LearnerConfig(**KNOBS, microbatch_tokens=tokens),
-        seed=0,
         mesh=mesh,
     )
     if device == "cuda":

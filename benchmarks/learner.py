@@ -86,7 +86,7 @@ def rollouts(num_groups: int, *, even: bool) -> list[Group]:
 
 def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], None]:
     rank = LearnerRank(
-        load_decoder(folder), algorithm=AlgorithmConfig(proximal=proximal), learner=KNOBS, seed=0
+        load_decoder(folder), algorithm=AlgorithmConfig(proximal=proximal), learner=KNOBS
     )
 
     def step() -> None:

@@ -71,16 +71,22 @@ def rank_process(
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     knobs = LearnerConfig(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
     rank = LearnerRank(
-        decoder, algorithm=AlgorithmConfig(proximal="current"), learner=knobs, seed=0, mesh=mesh
+        decoder, algorithm=AlgorithmConfig(proximal="current"), learner=knobs, mesh=mesh
     )
     groups = rollouts(num_groups, even=False)
     positions = share_groups([group.num_tokens for group in groups], dp)[mesh.dp.rank]
-    rank.step([groups[each] for each in positions], positions=positions, num_groups=num_groups)
+    share = [groups[each] for each in positions]
+
+    def step() -> None:
+        rank.minibatch(share, positions=positions)
+        rank.end_step()
+
+    step()
     moments = sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
     pipe.send(2 * sum(shard_of(each).nbytes for each in decoder.parameters()) + moments)
     while pipe.recv():
         began_s = time.perf_counter()
-        rank.step([groups[each] for each in positions], positions=positions, num_groups=num_groups)
+        step()
         pipe.send(time.perf_counter() - began_s)
 
 

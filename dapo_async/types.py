@@ -170,7 +170,10 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """The groups of one learner step as ids, counts and references, without their tokens."""
+    """The groups of one minibatch as ids, counts and references, without their tokens.
+
+    A step with one minibatch is one batch.
+    """
 
     learner_version: int  # the learner's weight version when the batch was taken
     group_ids: tuple[int, ...]
@@ -180,6 +183,7 @@ class TrainBatch:
     # actor: one Ray object per data-parallel rank, with the payloads of its share of the groups.
     references: tuple[Any, ...]
     evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
+    closes_step: bool = True  # False: more minibatches of this step follow
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class InProcess:
             max_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         )
         self.rank = LearnerRank(
-            load_decoder(base), algorithm=config.algorithm, learner=config.learner, seed=seed
+            load_decoder(base), algorithm=config.algorithm, learner=config.learner
         )
         self.stop = self.rank.decoder.config.eos_token_ids
         self.generated = 0  # groups

@@ -52,6 +52,7 @@ class Shape:
     lengths: Lengths = Lengths()
     acceptance: float = 1.0  # share of the groups that filters keep
     split: float = 1.0  # what full slots produce, over what the learner can consume
+    num_minibatches: int = 1
     num_steps: int = 60
     warm_up: float = 0.2  # of the steps: not measured
     publish: float = 0.05  # of a step, until every engine serves the new weights
@@ -183,9 +184,10 @@ class SimulatedRun:
             filters=(dynamic_sampling,),
             max_rejected_in_a_row=10**9,
             incarnation="simulation",
+            num_minibatches=shape.num_minibatches,
         )
         credits = (shape.max_staleness + 1) * shape.groups_per_step
-        self.pacer = Pacer(groups_per_take=shape.groups_per_step, credits=credits)
+        self.pacer = Pacer(groups_per_take=self.buffer.groups_per_take, credits=credits)
         self.engines = [_Engine(shape) for _ in range(shape.num_workers)]
         self.turns = deque(range(shape.num_workers))  # the engine that waited longest is first
         self.open: dict[int, _Open] = {}
@@ -196,11 +198,12 @@ class SimulatedRun:
         self.buffer.serve(0)
         self.wakes_at = 0.0  # the last time that the pacer named
         self.asked = False
-        self.ahead = 0  # the version whose batch is taken next
+        self.ahead = 0  # the version whose minibatch is taken next
         self.next_batch: TrainBatch | None = None  # taken; the learner has not got it
         self.training: TrainBatch | None = None
-        self.trained: TrainBatch | None = None  # it waits for the end of the publish before
-        self.publishing: TrainBatch | None = None
+        self.of_step: tuple[int, ...] = ()  # trained groups of the open step
+        self.trained: tuple[int, ...] = ()  # of a step that waits for the end of the publish before
+        self.publishing: tuple[int, ...] = ()
         self.steps = random.Random(shape.lengths.seed)
         self.window: _Window | None = None
         self.outcome: Outcome | None = None
@@ -227,7 +230,7 @@ class SimulatedRun:
         window.slot_time += self.occupied * elapsed
         if self.asked:
             window.learner_waits += elapsed
-            if self.buffer.num_buffered >= self.shape.groups_per_step:
+            if self.buffer.num_buffered >= self.buffer.groups_per_take:
                 window.waits_for_deadlines += elapsed
 
     def _after(self, delay: float, happens: Callable[[], None]) -> None:
@@ -310,7 +313,7 @@ class SimulatedRun:
         self.buffer.offer(facts, payload=None)
 
     def _take(self) -> None:
-        is_idle = self.training is None and self.trained is None
+        is_idle = self.training is None and not self.trained
         has_more = self.next_batch is not None or self.buffer.steps_left
         if is_idle and has_more and not self.asked:
             finished = self.num_out - self.buffer.num_generating
@@ -322,11 +325,12 @@ class SimulatedRun:
         self._take_ahead()
         if self.asked and self.next_batch is not None:
             batch, self.next_batch, self.asked = self.next_batch, None, False
-            self.training, self.ahead = batch, batch.learner_version + 1
+            self.training, self.ahead = batch, batch.learner_version + batch.closes_step
             self.pacer.took(self.now)
             self._measure(batch)
             jitter = 1 + self.shape.jitter * self.steps.uniform(-1, 1)
-            self._after(self.shape.step_time * jitter, self._end_step)
+            minibatch_time = self.shape.step_time / self.shape.num_minibatches
+            self._after(minibatch_time * jitter, self._end_minibatch)
             self._take_ahead()
 
     def _take_ahead(self) -> None:
@@ -340,13 +344,13 @@ class SimulatedRun:
         bound = min(shape.max_staleness, shape.num_steps // 5)
         first, last = round(shape.warm_up * shape.num_steps), shape.num_steps - bound - 3
         groups = [self.open.pop(group_id) for group_id in batch.group_ids]
-        if step == first:
+        if step == first and self.window is None:
             self.window = _Window(self.now)
         elif self.window is not None and step <= last:
             self.window.groups += len(groups)
             self.window.tokens += sum(group.tokens for group in groups)
             self.window.staleness += sum(step * group.tokens - group.versions for group in groups)
-            if step == last:
+            if step == last and batch.closes_step:
                 self._close(self.window)
 
     def _close(self, window: _Window) -> None:
@@ -362,25 +366,27 @@ class SimulatedRun:
         )
         self.window = None
 
-    def _end_step(self) -> None:
+    def _end_minibatch(self) -> None:
         assert self.training is not None
-        self.buffer.trained(self.training.group_ids)
-        self.version += 1
-        self.trained, self.training = self.training, None
+        batch, self.training = self.training, None
+        self.buffer.trained(batch.group_ids)
+        self.of_step += batch.group_ids
+        if batch.closes_step:
+            self.version += 1
+            self.trained, self.of_step = self.of_step, ()
 
     def _publish(self) -> None:
         """One publish at a time: the learner waits with its snapshot for the end of the last."""
-        if self.trained is not None and self.publishing is None:
-            self.publishing, self.trained = self.trained, None
+        if self.trained and not self.publishing:
+            self.publishing, self.trained = self.trained, ()
             self._after(self.shape.publish * self.shape.step_time, self._serve)
 
     def _serve(self) -> None:
-        assert self.publishing is not None
         self.past_versions, self.served_since = self._versions(), self.now
-        self.served = self.version if self.trained is None else self.version - 1
+        self.served = self.version - bool(self.trained)
         self.buffer.serve(self.served)
-        self.buffer.release(self.publishing.group_ids)
-        self.publishing = None
+        self.buffer.release(self.publishing)
+        self.publishing = ()
 
 
 def simulate(shape: Shape) -> Outcome:

@@ -50,6 +50,7 @@ class Shape:
     split: float
     step_s: float
     response_steps: float  # duration of a mean response, in learner steps
+    minibatches: int = 1
     admission: str = "paced"
 
     @property
@@ -93,6 +94,7 @@ class Shape:
             num_steps=num_steps,
             warm_up=warm_up / num_steps,
             publish=0.0,
+            num_minibatches=self.minibatches,
             paced=self.admission == "paced",
         )
 
@@ -199,12 +201,15 @@ class SleepingHost(TorchHost):
 
 
 class SleepingRank(LearnerRank):
-    """Sleeps for a step, and changes the weights a little so that the handshake sees a change."""
+    """Sleeps for its share of a step for each minibatch.
+
+    Changes the weights a little so that the handshake sees a change.
+    """
 
     step_s: float
 
-    def step(self, groups: Sequence[Group], **_: Any) -> StepMetrics:
-        end_s = time.monotonic() + self.step_s
+    def minibatch(self, groups: Sequence[Group], **_: Any) -> StepMetrics:
+        end_s = time.monotonic() + self.step_s * len(groups) / GROUPS_PER_STEP
         metrics = rollout_metrics(groups, learner_version=self.version)
         tokens = np.concatenate(
             [each.completion.weight_versions for group in groups for each in group.rollouts]
@@ -214,7 +219,6 @@ class SleepingRank(LearnerRank):
             for parameter in self.decoder.parameters():
                 parameter.mul_(1.001)
         time.sleep(max(0.0, end_s - time.monotonic()))
-        self.version += 1
         flags = {"non_finite": 0.0, "skipped": 0.0}
         return metrics + StepMetrics({"staleness": staleness}, {"lr": 0.0}, flags)
 
@@ -242,7 +246,6 @@ def emulated(shape: Shape) -> tuple[type[RolloutActor], type[LearnerActor]]:
                 self._rank.decoder,
                 algorithm=config.algorithm,
                 learner=config.learner,
-                seed=config.seed,
             )
             rank.step_s = shape.step_s
 

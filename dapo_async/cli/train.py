@@ -215,7 +215,7 @@ def _memory_line(config: Config) -> str:
     """What a learner rank holds at most: the longest microbatch, all of it response."""
     import torch
 
-    from dapo_async.learner import MOST_ATTENDED, predict_memory
+    from dapo_async.learner import MOST_ATTENDED, needs_start_logprobs, predict_memory
     from dapo_async.model import ModelConfig
 
     learner, cuda = config.learner, config.model.torch_device == "cuda"
@@ -230,6 +230,7 @@ def _memory_line(config: Config) -> str:
         activations=getattr(torch, config.model.dtype),
         recompute_layers=model.num_layers if learner.recompute else 0,
         offload_optimizer=learner.offload_optimizer and cuda,
+        keeps_start_weights=learner.num_minibatches > 1 and needs_start_logprobs(config.algorithm),
         cuda=cuda,
     )
     parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.parts().items())

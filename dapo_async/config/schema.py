@@ -336,7 +336,11 @@ class LearnerConfig:
     grad_clip: float = knob(
         1.0, "maximum of the global gradient norm; a larger gradient is scaled down", above=0
     )
-    num_minibatches: int = knob(1, "optimizer updates per step", least=1)
+    num_minibatches: int = knob(
+        1,
+        "optimizer updates per step; each trains whole groups as soon as these are finished",
+        least=1,
+    )
     microbatch_tokens: int = knob(
         16_384,
         "maximum tokens per forward and backward pass; a longer sequence has its own pass",
@@ -349,8 +353,8 @@ class LearnerConfig:
     )
     offload_optimizer: bool = knob(
         False,
-        "keep AdamW's moments in host memory and copy them to the GPU bucket by bucket; no effect "
-        "on a CPU",
+        "keep AdamW's moments, and the weights at the start of a step, in host memory, and copy "
+        "them to the GPU in parts; no effect on a CPU",
     )
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"

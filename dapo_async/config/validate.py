@@ -179,17 +179,19 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
 
 def _learner_rules(config: Config) -> Iterator[Rule]:
     replay, learner, algorithm = config.replay, config.learner, config.algorithm
-    per_step = replay.groups_per_step * replay.group_size
+    per_step = replay.groups_per_step
     yield (
         per_step % learner.num_minibatches == 0,
-        f"replay.groups_per_step x replay.group_size ({replay.groups_per_step} x "
-        f"{replay.group_size} = {per_step}) must be a multiple of learner.num_minibatches "
-        f"({learner.num_minibatches}); set learner.num_minibatches to a divisor of {per_step}",
+        f"replay.groups_per_step ({per_step}) must be a multiple of learner.num_minibatches "
+        f"({learner.num_minibatches}), because a group is in one minibatch; set "
+        f"learner.num_minibatches to a divisor of {per_step}",
     )
     yield (
-        replay.groups_per_step >= learner.data_parallel,
-        f"learner.data_parallel ({learner.data_parallel}) must be at most replay.groups_per_step "
-        f"({replay.groups_per_step}): each rank trains whole groups",
+        per_step // learner.num_minibatches >= learner.data_parallel,
+        f"learner.data_parallel ({learner.data_parallel}) must be at most the groups of a "
+        f"minibatch, replay.groups_per_step / learner.num_minibatches ({per_step} / "
+        f"{learner.num_minibatches}): each rank trains whole groups; lower it or "
+        "learner.num_minibatches",
     )
     floor, cap = algorithm.correction_band
     in_order = floor is None or cap is None or floor <= cap

@@ -18,7 +18,7 @@ The learner actor in `runtime/` drives it.
 
 from typing import TYPE_CHECKING
 
-from dapo_async.learner.options import loss_options
+from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.utils.lazy import lazy_names
 
 if TYPE_CHECKING:  # these modules import torch
@@ -58,6 +58,7 @@ __all__ = [
     "RankState",
     "check_state",
     "loss_options",
+    "needs_start_logprobs",
     "predict_memory",
     "profiled",
     "read_whole_state",

@@ -1,7 +1,7 @@
 """Turns groups into packed microbatches.
 
-In: whole groups. Out: the tensors of each forward pass. In between: advantages, training sequences,
-minibatches. The learner rank calls these functions in the order of the file.
+In: whole groups. Out: the tensors of each forward pass. In between: advantages and training
+sequences. The learner rank calls these functions in the order of the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL_GROUP = 0.25  # of a microbatch: it is packed as one unit
 class TrainingSequence:
     """One rollout with its advantage, ready to be packed."""
 
-    sequence_id: int  # its position among all rollouts of the batch, over all ranks
+    sequence_id: int  # its position among all rollouts of the minibatch, over all ranks
     group: int  # siblings have the same number, and the same prompt
     prompt_ids: NDArray[np.int32]
     completion: Completion
@@ -82,7 +82,7 @@ def training_sequences(
 ) -> list[TrainingSequence]:
     """One sequence per rollout, in the groups' order, with advantages of the shaped rewards.
 
-    `positions`: where the groups are in the whole batch, if they are one rank's share of it. All
+    `positions`: where the groups are in the minibatch, if they are one rank's share of it. All
     groups then have the same number of rollouts.
     """
     numbered = [(number, each) for number, group in enumerate(groups) for each in group.rollouts]
@@ -109,30 +109,6 @@ def training_sequences(
             )
         )
     return sequences
-
-
-def split_minibatches(
-    sequences: Sequence[TrainingSequence],
-    num_minibatches: int,
-    *,
-    seed: tuple[int, int],
-    batch_size: int | None = None,
-) -> list[list[TrainingSequence]]:
-    """Splits the sequences of the batch into minibatches of equal counts.
-
-    The whole batch has `batch_size` sequences (None: these are all). It is shuffled by `seed` =
-    (run seed, step), and each minibatch keeps those of the given sequences that fall into it. A
-    rank's part of a minibatch may be empty. A single minibatch keeps the order.
-    """
-    if num_minibatches == 1:
-        return [list(sequences)]
-    mine = {sequence.sequence_id: sequence for sequence in sequences}
-    size = len(sequences) if batch_size is None else batch_size
-    order = np.random.default_rng(seed).permutation(size)
-    return [
-        [mine[index] for index in part if index in mine]
-        for part in np.array_split(order, num_minibatches)
-    ]
 
 
 def split_microbatches(

@@ -29,13 +29,15 @@ class RankMemory:
     weights: int  # float32 master weights, this rank's parts
     gradients: int  # float32, of the same parts
     moments: int  # AdamW's two, of the same parts
+    start_weights: int  # float32, of the same parts: the weights at the start of a step
     gathered: int  # copies of weights that the layers compute with: cast, or gathered by FSDP
     activations: int  # what the forward pass of the largest microbatch keeps for the backward pass
     recomputed: int  # activations of the one layer that is being computed again
     head: int  # two buffers for a chunk of logits, and the gradient of the head
     tables: int  # rotary cosines and sines
     snapshot: int  # the weights being published, and the previous ones while these are copied
-    host: int  # a checkpoint being written; moments and snapshots that are not on the device
+    # A checkpoint being written; moments, start weights and snapshots that are not on the device.
+    host: int
 
     @property
     def on_device(self) -> int:
@@ -131,12 +133,14 @@ def predict_memory(
     activations: torch.dtype = torch.float32,
     recompute_layers: int = 0,
     offload_optimizer: bool = False,
+    keeps_start_weights: bool = False,
     cuda: bool = False,
 ) -> RankMemory:
     """The memory of a rank that trains on microbatches of `num_tokens`.
 
     `num_attended` (None: equal): the same with a shared prompt counted for each of its sequences.
-    `num_targets` (None: all): response tokens.
+    `num_targets` (None: all): response tokens. `keeps_start_weights`: the step has several
+    minibatches, and later ones need the logprobs of its start.
     """
     forward = Pass(
         model=model,
@@ -159,17 +163,20 @@ def predict_memory(
     layers = (model.num_layers - recomputed) * forward.layer_bytes()
     snapshots, moments = 2 * whole * forward.width, 2 * own
     checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
+    start_weights = own if keeps_start_weights else 0
+    offloaded = moments + start_weights if offload_optimizer else 0
     return RankMemory(
         weights=own,
         gradients=own,
         moments=0 if offload_optimizer else moments,
+        start_weights=0 if offload_optimizer else start_weights,
         gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone),
         activations=layers + recomputed * forward.input_bytes() + forward.end_bytes(),
         recomputed=forward.layer_bytes() if recomputed else 0,
         head=forward.head_bytes(),
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
         snapshot=snapshots if alone else 0,
-        host=checkpoint + (moments if offload_optimizer else 0) + (0 if alone else snapshots),
+        host=checkpoint + offloaded + (0 if alone else snapshots),
     )
 
 

@@ -24,3 +24,8 @@ def loss_options(algorithm: AlgorithmConfig) -> LossOptions:
     names = [field.name for field in fields(LossOptions)]
     same = {name: getattr(algorithm, name) for name in names if name not in derived}
     return LossOptions(**derived, **same)
+
+
+def needs_start_logprobs(algorithm: AlgorithmConfig) -> bool:
+    """Whether every minibatch needs logprobs of the weights at the start of the step."""
+    return algorithm.proximal == "recompute" or algorithm.correction == "m2po"

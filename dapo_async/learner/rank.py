@@ -1,14 +1,17 @@
 """One learner rank: one optimizer update per minibatch.
 
-In: whole groups. Out: sums and counts of the step. The learner actor calls `step` once per step;
-between two steps the publisher takes snapshots of the decoder.
+In: the whole groups of a minibatch. Out: sums and counts. The learner actor calls `minibatch` for
+each minibatch of a step, as soon as its groups are finished, and `end_step` after the last one.
+Between two steps the publisher takes snapshots of the decoder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,22 +32,21 @@ from dapo_async.learner.batching import (
     TrainingSequence,
     filler,
     split_microbatches,
-    split_minibatches,
     training_sequences,
 )
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
 from dapo_async.learner.metrics import rollout_metrics, token_metrics
 from dapo_async.learner.mismatch import mismatch_metrics
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
-from dapo_async.learner.options import loss_options
+from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.learner.state import RankState, capture_state, load_state
-from dapo_async.model import Decoder, Mesh, PackedAttention
+from dapo_async.model import Decoder, Mesh, PackedAttention, reshard, shard_of
 from dapo_async.types import Group, StepMetrics
 
 
 @dataclass(frozen=True, slots=True)
-class StepStart:
-    """What a step computes before its first update, keyed by `id(microbatch)`.
+class MinibatchStart:
+    """What a minibatch computes before its update, keyed by `id(microbatch)`.
 
     `recomputed` lacks the microbatches whose proximal logprobs need no extra pass; `keep` is empty
     if M2PO is off.
@@ -74,7 +76,6 @@ class LearnerRank:
         *,
         algorithm: AlgorithmConfig,
         learner: LearnerConfig,
-        seed: int,
         version: int = 0,
         mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
     ) -> None:
@@ -87,7 +88,7 @@ class LearnerRank:
         assert precisions == {torch.float32}, f"master weights are float32, these are {precisions}"
         self.decoder, self.version = decoder, version
         decoder.recompute(decoder.config.num_layers if learner.recompute else 0)
-        self._algorithm, self._learner, self._seed = algorithm, learner, seed
+        self._algorithm, self._learner = algorithm, learner
         self._loss_options = loss_options(algorithm)
         self._optimizer = ShardedAdamW(
             decoder,
@@ -97,97 +98,109 @@ class LearnerRank:
             offload=learner.offload_optimizer,
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh
+        self.num_updates = 0  # of the step that is open
+        # This rank's shards at the start of the step, for later minibatches; empty: none needs it.
+        self._start_weights: list[Tensor] = []
 
     def step(
+        self, groups: Sequence[Group], *, groups_per_minibatch: int | None = None
+    ) -> StepMetrics:
+        """A whole step on `groups`, in minibatches of so many groups each, in their order.
+
+        None: as many minibatches as the config says, of about equal numbers of groups.
+        """
+        count = self._learner.num_minibatches
+        if groups_per_minibatch is not None:
+            count = -(-len(groups) // groups_per_minibatch)
+        bounds = [len(groups) * number // count for number in range(count + 1)]
+        metrics = StepMetrics()
+        for first, last in pairwise(bounds):
+            metrics = metrics + self.minibatch(groups[first:last], more=last < len(groups))
+            if metrics.totals["non_finite"]:
+                break
+        self.end_step()
+        return metrics
+
+    def minibatch(
         self,
         groups: Sequence[Group],
         *,
         positions: Sequence[int] | None = None,
-        num_groups: int | None = None,
+        more: bool = False,
     ) -> StepMetrics:
-        """Trains on one batch of groups and returns the sums and counts of the step.
+        """Trains on one minibatch of the step and returns its sums and counts.
 
         With several data-parallel ranks, `groups` is this rank's share: the groups at `positions`
-        in a batch of `num_groups`. The metrics are those of the share, and add up to the batch's.
+        of the minibatch. The metrics are those of the share, and add up to the minibatch's. `more`:
+        other minibatches of the step may follow.
 
-        A loss or gradient that is not finite ends the step (`non_finite` 1 in the totals), and its
-        minibatch changes no weight. If it was the first minibatch, the step has changed nothing
-        (`skipped` 1).
+        A loss or gradient that is not finite (`non_finite` 1 in the totals) changes no weight; the
+        step ends with it. If it was the first minibatch, the step has changed nothing (`skipped`
+        1).
         """
-        learner = self._learner
-        minibatches = self._minibatches(groups, positions, num_groups)
-        start = self._start(minibatches)
+        learner, first = self._learner, self.num_updates == 0
+        if first and more:
+            self._keep_start_weights()
+        batches = self._microbatches(self._sequences(groups, positions))
+        start = self._start(batches, first=first)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        metrics = rollout_metrics(groups, learner_version=self.version)
-        metrics = metrics + self._imbalance(minibatches)
-        non_finite, updates = False, 0
-        for minibatch in minibatches:
-            update, non_finite = self._update(minibatch, start, lr=lr, first=updates == 0)
-            metrics = metrics + update
-            if non_finite:
-                break
-            updates += 1
-        self.version += 1
-        flags = {"non_finite": float(non_finite), "skipped": float(updates == 0)}
+        metrics = rollout_metrics(groups, learner_version=self.version) + self._imbalance(batches)
+        update, non_finite = self._update(batches, start, lr=lr, first=first)
+        self.num_updates += not non_finite
+        flags = {"non_finite": float(non_finite), "skipped": float(self.num_updates == 0)}
         # The flags are equal on all ranks and counted once.
         totals = flags if self._mesh.dp.rank == 0 else {}
-        return metrics + StepMetrics(maxima={"lr": lr}, totals=totals)
+        return metrics + update + StepMetrics(maxima={"lr": lr}, totals=totals)
+
+    def end_step(self) -> None:
+        """The minibatches so far were the step."""
+        self.version += 1
+        self.num_updates = 0
 
     def capture_state(self) -> RankState:
-        """Copies of this rank's weights and moments in host memory, for `save_state`."""
+        """Copies of this rank's weights and moments in host memory, for `save_state`.
+
+        Not in the midst of a step: the weights between two minibatches have no version.
+        """
+        assert not self.num_updates, f"step {self.version} is open after {self.num_updates} updates"
         return capture_state(self.decoder, self._optimizer, version=self.version)
 
     def load(self, folder: Path) -> None:
         """Continues from a state that `save_state` wrote, on any number of ranks."""
         self.version = load_state(self.decoder, self._optimizer, folder)
 
-    def _minibatches(
-        self, groups: Sequence[Group], positions: Sequence[int] | None, num_groups: int | None
-    ) -> list[list[Microbatch]]:
-        """This rank's microbatches of each minibatch."""
-        sequences = training_sequences(
+    def _sequences(
+        self, groups: Sequence[Group], positions: Sequence[int] | None
+    ) -> list[TrainingSequence]:
+        return training_sequences(
             groups,
             normalize_std=self._algorithm.normalize_std,
             overlong_filtering=self._algorithm.overlong_filtering,
             positions=positions,
         )
-        minibatches = split_minibatches(
-            sequences,
-            self._learner.num_minibatches,
-            seed=(self._seed, self.version),
-            batch_size=None if num_groups is None else num_groups * len(groups[0].rollouts),
-        )
-        return self._pack(minibatches, sequences)
 
-    def _pack(
-        self,
-        minibatches: Sequence[Sequence[TrainingSequence]],
-        sequences: Sequence[TrainingSequence],
-    ) -> list[list[Microbatch]]:
-        """Packs each minibatch into equal numbers of microbatches on all data-parallel ranks.
+    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
+        """Packs this rank's share into equal numbers of microbatches on all data-parallel ranks.
 
         Ranks exchange parameters in every pass, so all must run the same number of passes. A rank
         with fewer microbatches splits its sequences finer, because all ranks wait for the largest
         microbatch of a pass. Fillers make up what is still missing.
         """
         limit, device = self._learner.microbatch_tokens, self._device
-        packed = [split_microbatches(each, limit, device=device) for each in minibatches]
-        counts = torch.tensor([len(batches) for batches in packed], device=device)
-        for number, count in enumerate(self._mesh.dp.max(counts).tolist()):
-            if len(packed[number]) < count:
-                finer = split_microbatches(minibatches[number], limit, parts=count, device=device)
-                packed[number] = finer if len(finer) <= count else packed[number]
-            missing = count - len(packed[number])
-            packed[number] += [filler(sequences, device=device) for _ in range(missing)]
-        return packed
+        packed = split_microbatches(sequences, limit, device=device)
+        count = int(self._mesh.dp.max(torch.tensor([len(packed)], device=device)).item())
+        if len(packed) < count:
+            finer = split_microbatches(sequences, limit, parts=count, device=device)
+            packed = finer if len(finer) <= count else packed
+        return packed + [filler(sequences, device=device) for _ in range(count - len(packed))]
 
-    def _imbalance(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepMetrics:
+    def _imbalance(self, batches: Sequence[Microbatch]) -> StepMetrics:
         """The ratio of possible to actual tokens, 1 if all ranks have equal work.
 
         Each pass takes as long as its largest microbatch on any rank.
         """
         dp = self._mesh.dp
-        sizes = [len(batch.token_ids) for minibatch in minibatches for batch in minibatch]
+        sizes = [len(batch.token_ids) for batch in batches]
         tokens = torch.tensor(sizes, dtype=torch.float64, device=self._device)
         total, fullest = dp.sum(tokens.sum()), dp.max(tokens.clone()).sum() * dp.size
         return StepMetrics(maxima={"imbalance": float(fullest / total)})
@@ -204,32 +217,61 @@ class LearnerRank:
         )
         return logprobs, entropies
 
-    def _start(self, minibatches: Sequence[Sequence[Microbatch]]) -> StepStart:
-        batches = [batch for minibatch in minibatches for batch in minibatch]
-        recomputed = self._recompute(minibatches)
-        return StepStart(recomputed, self._keep_masks(batches, recomputed))
+    def _start(self, batches: Sequence[Microbatch], *, first: bool) -> MinibatchStart:
+        recomputed = self._recompute(batches, first=first)
+        return MinibatchStart(recomputed, self._keep_masks(batches, recomputed))
 
     @record_function("proximal pass")
     @torch.no_grad()
-    def _recompute(self, minibatches: Sequence[Sequence[Microbatch]]) -> dict[int, Tensor]:
-        """Proximal logprobs by an extra forward pass, of the microbatches that need one.
+    def _recompute(self, batches: Sequence[Microbatch], *, first: bool) -> dict[int, Tensor]:
+        """Proximal logprobs by an extra forward pass with the weights at the start of the step.
 
         The first minibatch takes them from the pass that it makes anyway: no update has come
-        before it. M2PO's mask needs those of all microbatches before the first loss.
+        before it. M2PO's mask needs them before the first loss.
         """
-        if self._algorithm.correction == "m2po":
-            first = 0
-        elif self._algorithm.proximal == "recompute":
-            first = 1
-        else:
+        with_mask = self._algorithm.correction == "m2po"
+        if not with_mask and (first or self._algorithm.proximal != "recompute"):
             return {}
-        batches = [batch for minibatch in minibatches[first:] for batch in minibatch]
-        return {id(batch): self._forward(batch)[0] for batch in batches}
+        with nullcontext() if first else self._start_of_step():
+            return {id(batch): self._forward(batch)[0] for batch in batches}
+
+    @torch.no_grad()
+    def _keep_start_weights(self) -> None:
+        """Copies this rank's shards, if a later minibatch of the step needs the copies.
+
+        The copies are where the moments are: in host memory with `offload_optimizer`.
+        """
+        if not needs_start_logprobs(self._algorithm):
+            return
+        shards = [shard_of(parameter) for parameter in self.decoder.parameters()]
+        if not self._start_weights:
+            device = torch.device("cpu") if self._learner.offload_optimizer else self._device
+            self._start_weights = [torch.empty_like(shard, device=device) for shard in shards]
+        torch._foreach_copy_(self._start_weights, shards)
+
+    @contextmanager
+    def _start_of_step(self) -> Iterator[None]:
+        """The decoder has the weights of the start of the step meanwhile."""
+        self._swap_weights()
+        try:
+            yield
+        finally:
+            reshard(self.decoder)  # FSDP would use what it gathered for the pass in the next pass
+            self._swap_weights()
+
+    def _swap_weights(self) -> None:
+        """Exchanges the weights and the kept copies, one shard at a time."""
+        assert self._start_weights, "the first minibatch of a step keeps a copy of the weights"
+        for parameter, kept in zip(self.decoder.parameters(), self._start_weights, strict=True):
+            shard = shard_of(parameter)
+            current = shard.clone()
+            shard.copy_(kept)
+            kept.copy_(current)
 
     def _keep_masks(
         self, batches: Sequence[Microbatch], recomputed: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
-        """M2PO's mask over the tokens of all ranks and minibatches; empty if it is off."""
+        """M2PO's mask over the tokens of the minibatch on all ranks; empty if it is off."""
         if self._algorithm.correction != "m2po":
             return {}
         dp, nothing = self._mesh.dp, torch.zeros(0, device=self._device)
@@ -252,7 +294,7 @@ class LearnerRank:
 
     @record_function("minibatch")
     def _update(
-        self, minibatch: Sequence[Microbatch], start: StepStart, *, lr: float, first: bool
+        self, minibatch: Sequence[Microbatch], start: MinibatchStart, *, lr: float, first: bool
     ) -> tuple[StepMetrics, bool]:
         """One optimizer step, or none if loss or gradient is not finite; and whether that is so.
 

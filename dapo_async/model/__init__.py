@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # these modules import torch
         open_store,
         process_group,
     )
-    from dapo_async.model.parallel import is_split, part_of, shard_of
+    from dapo_async.model.parallel import is_split, part_of, reshard, shard_of
     from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
 else:
     __getattr__ = lazy_names(
@@ -73,7 +73,7 @@ else:
                 "open_store",
                 "process_group",
             ),
-            "parallel": ("is_split", "part_of", "shard_of"),
+            "parallel": ("is_split", "part_of", "reshard", "shard_of"),
             "snapshot": ("Snapshot", "checksum", "score_tokens", "take_snapshot"),
         },
     )
@@ -105,6 +105,7 @@ __all__ = [
     "part_of",
     "process_group",
     "read_weights",
+    "reshard",
     "save_weights",
     "score_tokens",
     "shard_of",

@@ -59,11 +59,23 @@ class ReplayBuffer:
         filters: Sequence[Filter],
         max_rejected_in_a_row: int,
         incarnation: str,
+        num_minibatches: int = 1,
+        whole_steps: bool = False,
     ) -> None:
-        """`max_rejected_in_a_row`: consecutive rejects after which admission stops for good."""
+        """A step takes its groups in `num_minibatches` equal takes, each as soon as it can be kept.
+
+        `whole_steps`: the first of them waits for the groups of all, so that the order in which
+        groups finish changes nothing. `max_rejected_in_a_row`: consecutive rejects after which
+        admission stops for good.
+        """
         assert groups_per_step > 0, groups_per_step
         assert max_staleness >= 0, max_staleness
+        assert groups_per_step % num_minibatches == 0, (groups_per_step, num_minibatches)
         self.groups_per_step = groups_per_step
+        self.groups_per_take = groups_per_step // num_minibatches
+        self._whole_steps = whole_steps
+        self._taken_now = 0  # groups of the step that is open: its takes are not all made
+        self._cut_version = -1  # of the newest step that was cut
         self.max_staleness = max_staleness
         self.num_steps = num_steps
         self.incarnation = incarnation
@@ -109,6 +121,8 @@ class ReplayBuffer:
         filters: Sequence[Filter],
         max_rejected_in_a_row: int,
         incarnation: str,
+        num_minibatches: int = 1,
+        whole_steps: bool = False,
     ) -> Self:
         """The buffer of a resumed run.
 
@@ -122,6 +136,8 @@ class ReplayBuffer:
             filters=filters,
             max_rejected_in_a_row=max_rejected_in_a_row,
             incarnation=incarnation,
+            num_minibatches=num_minibatches,
+            whole_steps=whole_steps,
         )
         buffer.next_step, buffer.learner_version = state.next_step, state.version
         buffer.failures.update(state.failures)
@@ -142,19 +158,22 @@ class ReplayBuffer:
 
         A batch that was taken and is not trained counts as finished groups. When a run ends, there
         may be two: one that the driver asked for and did not train, and one taken ahead after it.
+        A step that was cut short must be ended first (`cut_step`).
         """
-        versions = {taken.version for taken in self._taken.values()}
-        assert not versions or min(versions) >= version, (
-            f"a step before version {version} is not booked"
-        )
-        returned = {group_id: taken.group for group_id, taken in self._taken.items()}
+        taken = Counter(each.version for each in self._taken.values())
+        assert not taken or min(taken) >= version, f"a step before version {version} is not booked"
+        closed = taken.keys() & self._closed_logs.keys()
+        whole = Counter(dict.fromkeys(closed, self.groups_per_step))
+        open_step = Counter({self.next_step: self._taken_now})
+        assert taken == whole + open_step, f"a step is trained in part and not cut: {taken}"
+        returned = {group_id: each.group for group_id, each in self._taken.items()}
         return BufferState(
             version=version,
-            next_step=self.next_step - len(versions),
+            next_step=self.next_step - len(closed),
             **self._ledger.state(),
             failures=dict(self.failures),
             streak=self._streak.state(),
-            acceptance=self._log.reopened(self._closed_logs[each] for each in versions),
+            acceptance=self._log.reopened(self._closed_logs[each] for each in closed),
             reissue=tuple(sorted([*self._reissue, *self._generating])),
             buffered={**returned, **self._buffered},
         )
@@ -214,12 +233,16 @@ class ReplayBuffer:
         """How many groups may start now.
 
         These are the groups to be admitted again, and one new group per free credit, but never more
-        new groups than the remaining steps can take.
+        new groups than the remaining steps can take. None before the weights of a cut step are
+        served: that step has left places empty, and the deadline of a new group counts on them.
         """
         if self.closed or self.stop_reason is not None or self.served_version is None:
             return 0
+        if self.served_version <= self._cut_version:
+            return 0
         wanted = (
             self.steps_left * self.groups_per_step
+            - self._taken_now
             - self.num_generating
             - self.num_buffered
             - self.num_to_reissue
@@ -343,31 +366,36 @@ class ReplayBuffer:
         if learner_version == self.learner_version and not self._suspect:
             return {}
         self.learner_version, self._suspect = learner_version, False
-        if self._overload(self._deadlines.outstanding, learner_version) is None:
+        if self._overload(self._deadlines.outstanding, learner_version, self._taken_now) is None:
             return {}
         lost = doomed(
-            self._outstanding(), next_version=learner_version, groups_per_step=self.groups_per_step
+            self._outstanding(),
+            next_version=learner_version,
+            groups_per_step=self.groups_per_step,
+            taken=self._taken_now,
         )
         return {group_id: self._evict(group_id) for group_id in lost}
 
     def can_take(self, learner_version: int) -> bool:
         """Whether `take` returns a batch and evicts nothing."""
         return (
-            self.num_buffered >= self.groups_per_step
-            and self._overload(self._deadlines.outstanding, learner_version) is None
+            self._has_enough
+            and self._overload(self._deadlines.outstanding, learner_version, self._taken_now)
+            is None
             and self._overload_after_take(learner_version) is None
         )
 
     def take(self, learner_version: int) -> TrainBatch | None:
         """The finished groups with the earliest deadlines, in the order of their ids.
 
-        None means wait: for more groups, or for a straggler whose deadline would be lost.
-        `TrainBatch.evicted` has all evictions since the take before.
+        They are one minibatch of the step at `learner_version`. None means wait: for more groups,
+        or for a straggler whose deadline would be lost. `TrainBatch.evicted` has all evictions
+        since the take before.
         """
         assert not self.closed, "take after close"
         assert self.steps_left > 0, f"all {self.num_steps} steps are taken"
         self.evict_doomed(learner_version)
-        if self.num_buffered < self.groups_per_step:
+        if not self._has_enough:
             return None
         if self._overload_after_take(learner_version) is not None:
             return None
@@ -379,9 +407,10 @@ class ReplayBuffer:
         )
         for group_id, group in zip(group_ids, groups, strict=True):
             self._taken[group_id] = Taken(learner_version, group)
-        self.next_step += 1
-        self._closed_logs[learner_version] = self._log.state()
-        self.acceptance = self._log.close_step()
+        self._taken_now += len(groups)
+        closes_step = self._taken_now == self.groups_per_step
+        if closes_step:
+            self._close_step(learner_version)
         evicted, self._evicted_since_take = tuple(self._evicted_since_take), []
         return TrainBatch(
             learner_version=learner_version,
@@ -390,7 +419,29 @@ class ReplayBuffer:
             num_tokens=tuple(group.num_tokens for group in groups),
             references=tuple(group.payload for group in groups),
             evicted=evicted,
+            closes_step=closes_step,
         )
+
+    def cut_step(self, version: int) -> tuple[int, ...]:
+        """The learner has ended the step at `version` before its last minibatch.
+
+        Groups of it that were taken and are not trained are finished groups again; returns them.
+        """
+        self._cut_version = version
+        if self.next_step == version:
+            self._close_step(version)
+        returned = [each for each, taken in self._taken.items() if taken.version == version]
+        for group_id in returned:
+            self._keep(group_id, self._taken.pop(group_id).group)
+        self._closed_logs.pop(version, None)
+        self._suspect = True
+        return tuple(returned)
+
+    def _close_step(self, version: int) -> None:
+        self.next_step += 1
+        self._taken_now = 0
+        self._closed_logs[version] = self._log.state()
+        self.acceptance = self._log.close_step()
 
     def trained(self, group_ids: Iterable[int]) -> None:
         """The step of these groups is done; their credits wait for `release`."""
@@ -431,7 +482,7 @@ class ReplayBuffer:
         facts = WaitFacts(
             learner_version=learner_version,
             served_version=self.served_version,
-            groups_per_step=self.groups_per_step,
+            wanted=self._wanted,
             finished=self.num_buffered,
             generating=self._generating,
             in_training=len(self._taken),
@@ -466,9 +517,9 @@ class ReplayBuffer:
             yield Outstanding(group.deadline, group_id, generating=False)
 
     def _pick(self) -> list[int]:
-        """The finished groups with the earliest deadlines, as many as a step takes."""
+        """The finished groups with the earliest deadlines, as many as a take has."""
         picked: list[int] = []
-        while len(picked) < self.groups_per_step:
+        while len(picked) < self.groups_per_take:
             _, group_id = heapq.heappop(self._by_deadline)
             if group_id in self._buffered:
                 picked.append(group_id)
@@ -476,13 +527,31 @@ class ReplayBuffer:
 
     def _overload_after_take(self, learner_version: int) -> int | None:
         """The first deadline that a take at `learner_version` would lose."""
-        rest = self._deadlines.after_take(self.groups_per_step)
-        return self._overload(rest, learner_version + 1)
+        rest = self._deadlines.after_take(self.groups_per_take)
+        taken = self._taken_now + self.groups_per_take
+        if taken == self.groups_per_step:
+            return self._overload(rest, learner_version + 1)
+        return self._overload(rest, learner_version, taken)
 
-    def _overload(self, deadlines: Mapping[int, int], next_version: int) -> int | None:
+    def _overload(
+        self, deadlines: Mapping[int, int], next_version: int, taken: int = 0
+    ) -> int | None:
         return first_overload(
-            deadlines, next_version=next_version, groups_per_step=self.groups_per_step
+            deadlines,
+            next_version=next_version,
+            groups_per_step=self.groups_per_step,
+            taken=taken,
         )
+
+    @property
+    def _wanted(self) -> int:
+        """How many finished groups the next take needs."""
+        whole = self._whole_steps and self._taken_now == 0
+        return self.groups_per_step if whole else self.groups_per_take
+
+    @property
+    def _has_enough(self) -> bool:
+        return self.num_buffered >= self._wanted
 
     def _stop(self, group_id: int) -> Generating | None:
         """The group generates no longer; None when it did not."""

@@ -18,6 +18,9 @@ n earliest deadlines leave max(0, N(d) − n) ≤ (d − t)·n for every d, wher
 outstanding groups with a deadline of d or earlier: the take is allowed. When fewer than n are
 finished, publishing ends and its credits return; then at most n − 1 of at least n credits are held,
 and admission goes on. At S = 0, n groups start at version t and are the batch at t.
+
+**Minibatches.** A step of several minibatches takes its n groups in as many takes at one version t.
+After c of them are taken, version t has room for n − c more; both statements hold with that room.
 """
 
 from __future__ import annotations
@@ -65,18 +68,19 @@ class Outstanding(NamedTuple):
 
 
 def first_overload(
-    deadlines: Mapping[int, int], *, next_version: int, groups_per_step: int
+    deadlines: Mapping[int, int], *, next_version: int, groups_per_step: int, taken: int = 0
 ) -> int | None:
     """The earliest deadline d that takes of n groups at `next_version`, `next_version` + 1, … lose.
 
-    `deadlines`: number of groups by deadline. None when all can be kept. These are unit jobs on one
-    machine of capacity n per version: earliest deadline first keeps all iff for every d at most
-    max(0, d − next_version + 1)·n deadlines are ≤ d (Jackson 1955).
+    `deadlines`: number of groups by deadline. `taken`: groups that were taken at `next_version`
+    already. None when all can be kept. These are unit jobs on one machine of capacity n per
+    version: earliest deadline first keeps all iff for every d ≥ next_version at most
+    (d − next_version + 1)·n − taken deadlines are ≤ d (Jackson 1955).
     """
     count = 0
     for deadline in sorted(deadlines):
         count += deadlines[deadline]
-        if count > _capacity(deadline, next_version=next_version, groups_per_step=groups_per_step):
+        if count > _capacity(deadline, next_version, groups_per_step, taken):
             return deadline
     return None
 
@@ -113,9 +117,9 @@ class DeadlineCounts:
         self.outstanding.clear()
         self.finished.clear()
 
-    def after_take(self, groups_per_step: int) -> Counter[int]:
+    def after_take(self, num_groups: int) -> Counter[int]:
         """The outstanding groups without the finished ones of the earliest deadlines."""
-        left, rest = groups_per_step, self.outstanding.copy()
+        left, rest = num_groups, self.outstanding.copy()
         for deadline in sorted(self.finished):
             taken = min(left, self.finished[deadline])
             rest[deadline] -= taken
@@ -131,7 +135,7 @@ def _decrement(counts: Counter[int], deadline: int) -> None:
 
 
 def doomed(
-    groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int
+    groups: Iterable[Outstanding], *, next_version: int, groups_per_step: int, taken: int = 0
 ) -> tuple[int, ...]:
     """The fewest groups to give up so that all others can be taken in time.
 
@@ -143,14 +147,12 @@ def doomed(
     lost: list[int] = []
     for group in sorted(groups):
         kept.append(group)
-        if len(kept) > _capacity(
-            group.deadline, next_version=next_version, groups_per_step=groups_per_step
-        ):
+        if len(kept) > _capacity(group.deadline, next_version, groups_per_step, taken):
             victim = max(kept, key=lambda candidate: (candidate.generating, candidate.group_id))
             kept.remove(victim)
             lost.append(victim.group_id)
     return tuple(sorted(lost))
 
 
-def _capacity(deadline: int, *, next_version: int, groups_per_step: int) -> int:
-    return max(0, deadline - next_version + 1) * groups_per_step
+def _capacity(deadline: int, next_version: int, groups_per_step: int, taken: int) -> int:
+    return max(0, (deadline - next_version + 1) * groups_per_step - taken)

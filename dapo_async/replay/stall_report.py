@@ -18,7 +18,7 @@ class WaitFacts:
 
     learner_version: int
     served_version: int | None
-    groups_per_step: int
+    wanted: int  # finished groups that the take needs
     finished: int
     generating: Mapping[int, Generating]  # by group id
     in_training: int
@@ -40,12 +40,12 @@ def explain(facts: WaitFacts) -> str:
 
 
 def _lack(facts: WaitFacts) -> str:
-    have = f"{facts.finished} of {facts.groups_per_step} groups finished"
+    have = f"{facts.finished} of {facts.wanted} groups finished"
     if facts.closed:
         return f"{have}, but replay is closed"
     if facts.stop_reason is not None:
         return f"{have}, but {facts.stop_reason.reason}"
-    if facts.finished >= facts.groups_per_step and facts.overload is not None:
+    if facts.finished >= facts.wanted and facts.overload is not None:
         return (
             f"{have}, but taking them would lose deadline {facts.overload} of a group that is "
             "still generating"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -35,31 +36,27 @@ async def train_loop(
 ) -> StopReason | None:
     """Trains until the last step (None), or until the stop rule ends it (its reason).
 
-    replay ──batch──▶ learner.step ──snapshot──▶ publisher ──weights──▶ engines
-      ▲                                                 │ once every engine serves them
-      └─────────────────── credits of the trained groups ┘
+    replay ──minibatches──▶ learner ──snapshot──▶ publisher ──weights──▶ engines
+      ▲                                                  │ once every engine serves them
+      └──────────────────── credits of the trained groups ┘
     """
-    replay, learner, publisher = system.replay, system.learner, system.publisher
+    learner, publisher = system.learner, system.publisher
     clock = tracker.clock
     skipped_in_a_row = 0
     for step in range(first_step, config.train.num_steps):
-        clock.enter("wait for batch", f"step {step}")
-        batch = await replay.take(step)
-        if isinstance(batch, StopReason):
-            return batch
-        clock.enter("wait for step", f"step {step}")
-        metrics = await unbroken(
-            train_step(system, tracker, step, batch), deadline_s=config.deadlines.work_s
-        )
-        clock.enter("wait for publish", f"step {step}")
-        await publisher.start(
-            learner.snapshot(), on_served=partial(return_credits, system, batch.group_ids)
-        )
+        trained = await train_step(system, tracker, step, config=config)
+        if trained.group_ids:
+            clock.enter("wait for publish", f"step {step}")
+            await publisher.start(
+                learner.snapshot(), on_served=partial(return_credits, system, trained.group_ids)
+            )
+        if trained.stopped is not None:
+            return trained.stopped
         evaluations.start_if_due(step)
         if (step + 1) % config.train.checkpoint_every_steps == 0:
             clock.enter("freeze", f"step {step}")
             await checkpointer.start(step + 1)
-        skipped_in_a_row = skipped_in_a_row + 1 if metrics.totals["non_finite"] else 0
+        skipped_in_a_row = skipped_in_a_row + 1 if trained.non_finite else 0
         if skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise TrainingStopped(
                 f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; "
@@ -68,16 +65,111 @@ async def train_loop(
     return None
 
 
-async def train_step(system: System, tracker: Tracker, step: int, batch: TrainBatch) -> StepMetrics:
-    """One step of the learner and its bookkeeping: a checkpoint has both or neither."""
-    metrics = await system.learner.step(batch)
+@dataclass(slots=True)
+class Step:
+    """A step so far."""
+
+    number: int
+    batches: list[TrainBatch] = field(default_factory=list)  # its trained minibatches
+    metrics: StepMetrics = field(default_factory=StepMetrics)
+    in_learner: bool = False  # a minibatch is being trained or booked
+    stopped: StopReason | None = None  # no batch comes any more
+
+    @property
+    def group_ids(self) -> tuple[int, ...]:
+        return tuple(group_id for batch in self.batches for group_id in batch.group_ids)
+
+    @property
+    def non_finite(self) -> bool:
+        return bool(self.metrics.totals.get("non_finite"))
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.batches) and self.batches[-1].closes_step
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_whole or self.non_finite or self.stopped is not None
+
+
+async def train_step(system: System, tracker: Tracker, number: int, *, config: Config) -> Step:
+    """Trains on the minibatches of a step, each as soon as its groups are finished.
+
+    A step that is cut short ends with the minibatches that were trained. That happens when the run
+    ends, or after a loss that was not finite. In lockstep all groups of a step are finished before
+    its first minibatch, and the end of a run does not cut it: the resumed run is the same.
+    """
+    step, deadline_s = Step(number), config.deadlines.work_s
+    try:
+        while not step.is_over:
+            batch = await take_minibatch(system, tracker, step)
+            if batch is None:
+                break
+            if config.replay.admission == "lockstep":
+                work = train_the_rest(system, tracker, step, batch)
+            else:
+                work = train_minibatch(system, tracker, step, batch)
+            await unbroken(work, deadline_s=deadline_s)
+    except (asyncio.CancelledError, Exception) as error:
+        if not step.in_learner:
+            await end_after(error, system, tracker, step, deadline_s=deadline_s)
+        raise
+    await unbroken(end_step(system, tracker, step), deadline_s=deadline_s)
+    return step
+
+
+async def take_minibatch(system: System, tracker: Tracker, step: Step) -> TrainBatch | None:
+    """The next minibatch of `step`; None if the run ends."""
+    tracker.clock.enter("wait for batch", f"step {step.number}")
+    batch = await system.replay.take(step.number)
+    if isinstance(batch, StopReason):
+        step.stopped = batch
+        return None
+    return batch
+
+
+async def train_minibatch(system: System, tracker: Tracker, step: Step, batch: TrainBatch) -> None:
+    """One minibatch and its bookkeeping: a checkpoint has both or neither."""
+    tracker.clock.enter("wait for step", f"step {step.number}")
+    step.in_learner = True
+    metrics = await system.learner.minibatch(batch)
     await system.replay.trained(
-        batch.group_ids,
-        skipped=bool(metrics.totals["skipped"]),
-        non_finite=bool(metrics.totals["non_finite"]),
+        step.number, batch.group_ids, non_finite=bool(metrics.totals["non_finite"])
     )
-    system.in_background(tracker.log(step, metrics, batch), f"report of step {step}")
-    return metrics
+    step.batches.append(batch)
+    step.metrics = step.metrics + metrics
+    step.in_learner = False
+
+
+async def train_the_rest(
+    system: System, tracker: Tracker, step: Step, batch: TrainBatch | None
+) -> None:
+    """`batch` and the minibatches of its step that follow."""
+    while batch is not None:
+        await train_minibatch(system, tracker, step, batch)
+        batch = None if step.is_over else await take_minibatch(system, tracker, step)
+
+
+async def end_step(system: System, tracker: Tracker, step: Step) -> None:
+    """Ends the step in learner and replay actor, if some minibatches are missing, and logs it."""
+    if not step.batches:
+        return
+    if not step.is_whole:
+        await system.learner.end_step()
+        await system.replay.cut(step.number)
+    num_evicted = sum(len(batch.evicted) for batch in step.batches)
+    row = tracker.log(step.number, step.metrics, num_evicted=num_evicted)
+    system.in_background(row, f"report of step {step.number}")
+
+
+async def end_after(
+    error: BaseException, system: System, tracker: Tracker, step: Step, *, deadline_s: float
+) -> None:
+    """Ends the step after `error`, which stays the one that the run reports."""
+    try:
+        await unbroken(end_step(system, tracker, step), deadline_s=deadline_s)
+    except Exception as another:
+        raise error from another
 
 
 async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:

@@ -19,7 +19,7 @@ from dapo_async.runtime.handles.actors import SHORT_S
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline, TraceFile
-from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.types import StepMetrics
 from dapo_async.utils.state_clock import StateClock
 
 LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint")
@@ -57,7 +57,7 @@ class Tracker:
         self._system, self._run_dir, self._show = system, run_dir, show
         self._one_at_a_time = asyncio.Lock()
         self._pending: dict[
-            int, tuple[StepMetrics, TrainBatch, float]
+            int, tuple[StepMetrics, int, float]
         ] = {}  # steps whose row is not written yet, and when they ended
         self._next_row, self._row_written = first_step, asyncio.Event()
         self._slots: dict[
@@ -95,11 +95,13 @@ class Tracker:
         self._slots_at_start = self._slots_before = dict(self._slots)
         self._step_end_s = self.clock.now_s()
 
-    def log(self, step: int, metrics: StepMetrics, batch: TrainBatch) -> Coroutine[Any, Any, None]:
+    def log(
+        self, step: int, metrics: StepMetrics, *, num_evicted: int
+    ) -> Coroutine[Any, Any, None]:
         """Counts one step at once. Await the result to write and show its row, beside the next step
         and after the row before."""
         self._add_up(metrics)
-        self._pending[step] = (metrics, batch, self.clock.now_s())
+        self._pending[step] = (metrics, num_evicted, self.clock.now_s())
         return self._log()
 
     async def _log(self) -> None:
@@ -137,7 +139,7 @@ class Tracker:
         self,
         step: int,
         metrics: StepMetrics,
-        batch: TrainBatch,
+        num_evicted: int,
         now_s: float,
         *,
         rollout_idle: Mapping[str, float],
@@ -149,7 +151,7 @@ class Tracker:
         counts = self.replay.counts.flat()
         start_s, acceptance, publisher = (
             self._step_end_s,
-            self.replay.acceptance.get(batch.learner_version),
+            self.replay.acceptance.get(step),
             self._system.publisher,
         )
         row: dict[str, Any] = {
@@ -183,7 +185,7 @@ class Tracker:
             "idle.learner": self._learner_idle(self._busy_s(start_s), start_s, now_s),
             "idle.rollout": math.nan,
             **{f"idle.{name}": share for name, share in rollout_idle.items()},
-            "evicted": len(batch.evicted),
+            "evicted": num_evicted,
             "engine_restarts": self._system.restarts.total(),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,6 @@ def rank_of(
         decoder,
         algorithm=AlgorithmConfig(**(algorithm or {})),
         learner=LearnerConfig(**knobs),
-        seed=0,
         version=version,
     )
 
@@ -115,20 +115,18 @@ def rank_of(
 class PassBeforeEveryMinibatch(LearnerRank):
     """A reference: proximal logprobs by an extra pass over every microbatch of the step."""
 
-    def _recompute(self, minibatches: Sequence[Sequence[Microbatch]]) -> dict[int, Tensor]:
-        return super()._recompute([[], *minibatches])
+    def _recompute(self, batches: Sequence[Microbatch], *, first: bool) -> dict[int, Tensor]:
+        if not first or self._algorithm.proximal != "recompute":
+            return super()._recompute(batches, first=first)
+        with torch.no_grad():
+            return {id(batch): self._forward(batch)[0] for batch in batches}
 
 
 class PromptPerRollout(LearnerRank):
     """A reference: every rollout is packed with a prompt of its own."""
 
-    def _pack(
-        self,
-        minibatches: Sequence[Sequence[TrainingSequence]],
-        sequences: Sequence[TrainingSequence],
-    ) -> list[list[Microbatch]]:
-        alone = [[replace(each, group=each.sequence_id) for each in part] for part in minibatches]
-        return super()._pack(alone, sequences)
+    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
+        return super()._microbatches([replace(each, group=each.sequence_id) for each in sequences])
 
 
 @dataclass
@@ -199,13 +197,20 @@ class Naive:
         advantages = [advantage for group in groups for advantage in self.advantages(group)]
         # Before the first minibatch.
         proximal = [self.logprobs(*pair)[0].detach() for pair in rollouts]
-        keep = self.keep(rollouts, advantages, proximal)
-        order, num_minibatches = np.arange(len(rollouts)), self.learner.num_minibatches
-        if num_minibatches > 1:
-            order = np.random.default_rng((0, VERSION)).permutation(len(rollouts))
         losses, norms, num_tokens = 0.0, [], 0
-        for part in np.split(order, num_minibatches)[:kept_minibatches]:
-            live = [int(index) for index in part if self.in_loss(rollouts[index][1])]
+        for part in self.minibatches(groups)[:kept_minibatches]:
+            keep = dict(
+                zip(
+                    part,
+                    self.keep(
+                        [rollouts[index] for index in part],
+                        [advantages[index] for index in part],
+                        [proximal[index] for index in part],
+                    ),
+                    strict=True,
+                )
+            )
+            live = [index for index in part if self.in_loss(rollouts[index][1])]
             count = sum(rollouts[index][1].num_tokens for index in live)
             total, bonus = torch.zeros(()), torch.zeros(())
             for index in live:
@@ -222,6 +227,12 @@ class Naive:
             "grad_norm": sum(norms) / len(norms),
             "loss_tokens": num_tokens,
         }
+
+    def minibatches(self, groups: Sequence[Group]) -> list[list[int]]:
+        """The rollouts of each minibatch: whole groups, about as many in each."""
+        count, size = self.learner.num_minibatches, len(groups[0].rollouts)
+        bounds = [len(groups) * number // count * size for number in range(count + 1)]
+        return [[*range(first, last)] for first, last in pairwise(bounds)]
 
     def share(self, rollout: Rollout, num_tokens: int, num_rollouts: int) -> float:
         """What the tokens of a rollout weigh: 1, or so that all rollouts weigh the same."""

@@ -32,7 +32,7 @@ class TakesWithoutWaitingForStragglers(ReplayBuffer):
 
 class TakesInOrderOfCompletion(ReplayBuffer):
     def _pick(self) -> list[int]:
-        return list(self._buffered)[: self.groups_per_step]
+        return list(self._buffered)[: self.groups_per_take]
 
     def _overload_after_take(self, learner_version: int) -> None:
         return None
@@ -84,4 +84,4 @@ class SkipsAPublish(World):
 class ReleasesBeforeServing(World):
     def finish_publish(self) -> None:
         assert self.publishing is not None
-        self.buffer.release(self.publishing.group_ids)
+        self.buffer.release(self.publishing)

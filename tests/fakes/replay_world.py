@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,11 @@ class World:
         self.engine_versions = dict.fromkeys(workers, 0)
         self.generating: dict[int, tuple[str, int]] = {}  # group id → worker, version at its start
         self.oldest: dict[int, int] = {}  # of every offered group
-        self.training: TrainBatch | None = None
-        self.publishing: TrainBatch | None = None  # its weights are not on all engines yet
+        self.training: TrainBatch | None = None  # a minibatch
+        self.in_step: tuple[int, ...] = ()  # trained groups of the step that is open
+        # Groups of the last step, whose weights are not on all engines yet; None: all are.
+        self.publishing: tuple[int, ...] | None = None
+        self.missing = 0  # groups that steps have lacked because they were cut
         # Groups of lost engines → version at their start.
         self.partial_completions: dict[int, int] = {}
         self.endings: Counter[str] = Counter()
@@ -146,31 +150,60 @@ class World:
             assert payload == f"payload-{group_id}"
             staleness = self.version - self.oldest[group_id]
             assert staleness <= self.buffer.max_staleness, f"trained at staleness {staleness}"
-        assert len(batch.group_ids) == self.buffer.groups_per_step
+        assert len(batch.group_ids) == self.buffer.groups_per_take
+        in_step = len(self.in_step) + len(batch.group_ids)
+        assert batch.closes_step == (in_step == self.buffer.groups_per_step)
         self.training = batch
         return True
 
     def expected_batch(self) -> tuple[int, ...] | None:
         """What a take returns, by a look at each outstanding group and each deadline."""
-        size, buffer = self.buffer.groups_per_step, self.buffer
+        buffer = self.buffer
+        size, per_step, taken = buffer.groups_per_take, buffer.groups_per_step, len(self.in_step)
         finished = sorted((group.deadline, number) for number, group in buffer._buffered.items())
         rest = [deadline for deadline, _ in finished[size:]]
         rest += [started.deadline for started in buffer._generating.values()]
         fits = all(
-            sum(each <= deadline for each in rest) <= max(0, deadline - self.version) * size
+            sum(each <= deadline for each in rest)
+            <= max(0, (deadline - self.version + 1) * per_step - taken - size)
             for deadline in rest
         )
         if len(finished) < size or not fits:
             return None
         return tuple(sorted(number for _, number in finished[:size]))
 
-    def finish_step(self, *, finite: bool = True) -> None:
-        """The learner makes the next version; its publish starts at once."""
+    def can_finish(self, *, finite: bool = True) -> bool:
+        """Whether the learner can end its minibatch now: there is one publish at a time."""
+        training = self.training
+        return training is not None and (
+            self.publishing is None or (finite and not training.closes_step)
+        )
+
+    def finish_minibatch(self, *, finite: bool = True) -> None:
+        """The last minibatch makes the next version; its publish starts at once."""
+        assert self.can_finish(finite=finite)
         assert self.training is not None
-        assert self.publishing is None
-        (self.buffer.trained if finite else self.buffer.skipped)(self.training.group_ids)
-        self.endings["trained" if finite else "skipped"] += len(self.training.group_ids)
-        self.publishing, self.training = self.training, None
+        batch, self.training = self.training, None
+        (self.buffer.trained if finite else self.buffer.skipped)(batch.group_ids)
+        self.endings["trained" if finite else "skipped"] += len(batch.group_ids)
+        self.in_step += batch.group_ids
+        if not (finite or batch.closes_step):
+            self.cut()
+        elif batch.closes_step:
+            self.end_step()
+
+    def cut(self) -> None:
+        """The learner ends the step early. Groups whose deadline was this step are lost."""
+        assert self.in_step
+        returned = self.buffer.cut_step(self.version)
+        assert set(returned) == set(self.training.group_ids if self.training else ())
+        self.training = None
+        self.missing += self.buffer.groups_per_step - len(self.in_step)
+        self.healthy = False
+        self.end_step()
+
+    def end_step(self) -> None:
+        self.publishing, self.in_step = self.in_step, ()
         self.version += 1
         self.steps += 1
 
@@ -184,14 +217,16 @@ class World:
         for worker in self.engine_versions:
             self.update_engine(worker)
         self.buffer.serve(self.version)
-        self.buffer.release(self.publishing.group_ids)
+        self.buffer.release(self.publishing)
         self.publishing = None
 
     def resume(self) -> None:
         """Kills the run and resumes it from a checkpoint of this instant, written as JSON.
 
-        All engines then start with the newest weights.
+        All engines then start with the newest weights. A step that is open is cut.
         """
+        if self.in_step:
+            self.cut()
         state = self.buffer.snapshot(self.version)
         written = json.loads(json.dumps(state.to_json()))
         read = BufferState.from_json(
@@ -206,6 +241,8 @@ class World:
             filters=(has_tokens, dynamic_sampling),
             max_rejected_in_a_row=10**9,
             incarnation=before.incarnation,
+            num_minibatches=before.groups_per_step // before.groups_per_take,
+            whole_steps=before._whole_steps,
         )
         self.generating.clear()
         self.training = self.publishing = None
@@ -244,12 +281,14 @@ class World:
         assert deadlines.finished == finished
         assert deadlines.outstanding == finished + running
         total = (self.buffer.max_staleness + 1) * self.buffer.groups_per_step
-        unpublished = len(self.publishing.group_ids) if self.publishing else 0
+        unpublished = len(self.publishing or ()) + len(self.in_step)
         held = counts.in_flight + unpublished
         assert self.buffer.credits_held == held <= total, (
             f"{self.buffer.credits_held} credits are held by {held} groups"
         )
-        remaining = (self.buffer.num_steps - self.steps) * self.buffer.groups_per_step - in_training
+        remaining = (self.buffer.num_steps - self.steps) * self.buffer.groups_per_step
+        # The places of a step that was cut are lost, not the groups that were meant for them.
+        remaining += self.missing - in_training - len(self.in_step)
         outstanding = len(self.generating) + self.buffer.num_buffered + self.buffer.num_to_reissue
         assert outstanding <= remaining, (
             f"{outstanding} groups are outstanding for {remaining} places"
@@ -266,7 +305,7 @@ class World:
                 self.finish_publish()
                 moved = True
             if self.training is not None:
-                self.finish_step()
+                self.finish_minibatch()
                 moved = True
             for group_id in tuple(self.generating):
                 self.offer(group_id)
@@ -305,8 +344,9 @@ def wander(world: World, rng: random.Random, *, num_events: int, resumes: bool =
             events.append((0.2, lambda group_id=group_id: world.fail(group_id)))
         if world.training is None and not world.done:
             events.append((1, world.take))
-        if world.training is not None and world.publishing is None:
-            events.append((1, lambda: world.finish_step(finite=rng.random() > 0.1)))
+        finite = rng.random() > 0.1
+        if world.can_finish(finite=finite):
+            events.append((1, partial(world.finish_minibatch, finite=finite)))
         if world.publishing is not None:
             events.append((0.5, lambda: world.update_engine(rng.choice(workers))))
             events.append((1, world.finish_publish))

@@ -88,6 +88,7 @@ def test_run_that_has_nothing_left_to_learn_ends_solved(tmp_path: Path) -> None:
     )
     small = (
         "replay.groups_per_step=1",
+        "learner.num_minibatches=1",
         "replay.group_size=4",
         "rollout.num_slots=16",
     )

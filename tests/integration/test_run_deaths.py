@@ -186,12 +186,15 @@ def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
     check_end(run, exit_code=1, status="failed")
     reason = run.summary["reason"]
     assert reason.startswith("take waited 5 s: take at version "), reason
-    assert "of 16 groups finished" in reason, reason
+    assert "of 8 groups finished" in reason, reason  # a minibatch
     assert "rollout-0" in reason, reason
     assert run.summary["groups"]["in_flight"] == 0, (
         "the other actors' last counts were lost with the worker's"
     )
-    assert run.summary["caught"] == {"TimeoutError": 1, "the last reports": 1}
+    caught = run.summary["caught"]
+    # The row of a step that was cut in its midst waits for the worker, too.
+    caught.pop("the last rows of metrics", None)
+    assert caught == {"TimeoutError": 1, "the last reports": 1}
 
 
 @pytest.mark.parametrize("by_session", [False, True])

@@ -39,6 +39,7 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     small = (
         "replay.groups_per_step=8",
         "replay.group_size=4",
+        "learner.num_minibatches=1",  # with more, the learner trains while the engine generates
         "train.record=true",
         "evaluation.num_prompts=0",
     )

@@ -79,9 +79,12 @@ def test_two_by_two_ranks_train_the_quickstart_and_say_once_what_they_did(
 def test_profile_of_each_rank_has_its_steps_three_to_five(two_by_two: Finished) -> None:
     folder = two_by_two.root / "profile"
     assert {path.name for path in folder.iterdir()} == {
-        f"learner-{rank}_step_{step:06d}.json.gz" for rank in range(4) for step in (3, 4, 5)
+        f"learner-{rank}_step_{step:06d}_update_{update}.json.gz"
+        for rank in range(4)
+        for step in (3, 4, 5)
+        for update in range(2)
     }
-    with gzip.open(folder / "learner-3_step_000004.json.gz") as file:
+    with gzip.open(folder / "learner-3_step_000004_update_1.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"proximal pass", "minibatch", "aten::mm", "optimizer"} <= names
 

@@ -36,6 +36,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
     )
     small = (
         "replay.groups_per_step=1",
+        "learner.num_minibatches=1",
         "evaluation.num_prompts=4",
         "tracking.mlflow=null",
         "rollout.max_response_tokens=8",

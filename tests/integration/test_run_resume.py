@@ -197,8 +197,12 @@ def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(liv
     assert max(row["group_staleness_max"] for row in run.metrics) <= 2
     groups = run.summary["groups"]
     check_conservation(groups)
-    assert (groups["evicted"], groups["failed"], groups["trained"]) == (0, 0, 4 * steps)
-    assert groups["admitted"] <= summary["groups"]["admitted"] + 4 * MORE
+    assert groups["trained"] == sum(row["groups"] for row in run.metrics)
+    missing = 4 * steps - groups["trained"]  # the signal may have cut a step in its midst
+    assert missing in (0, 2)
+    assert groups["failed"] == 0
+    assert groups["evicted"] <= missing
+    assert groups["admitted"] <= summary["groups"]["admitted"] + 4 * MORE + groups["evicted"]
     assert run.summary["initial_accuracy"] == summary["initial_accuracy"]
     assert run.summary["tokens"] == sum(row["tokens"] for row in run.metrics)
     assert run.summary["train_s"] > summary["train_s"]

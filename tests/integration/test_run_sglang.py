@@ -81,7 +81,10 @@ def test_two_engines_feed_one_learner_and_a_killed_one_is_replaced(two: Finished
         0,
         {},
     )
-    assert summary["groups"]["trained"] == 4 * summary["steps"]
+    # The signal may have cut the last step in its midst.
+    trained = [row["groups"] for row in two.metrics]
+    assert summary["groups"]["trained"] == sum(trained)
+    assert {*trained[:-1]} == {4}
     for step in range(summary["steps"]):
         check_staleness(two.rollouts(step), max_staleness=2)
     assert "mismatch" not in summary["handshake"]

@@ -178,7 +178,6 @@ def test_learner_metrics_equal_those_of_an_independent_forward_pass(world: World
         load_decoder(world.other_folder),
         algorithm=AlgorithmConfig(),
         learner=LearnerConfig(),
-        seed=0,
         version=5,
     )
     metrics = rank.step(groups).flat()

@@ -232,7 +232,6 @@ def parts(tmp_path: Path) -> Parts:
         load_decoder(base),
         algorithm=AlgorithmConfig(),
         learner=LearnerConfig(lr=1e-3, warmup_steps=0),
-        seed=config.seed,
     )
     return Parts(
         config,

@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
     decoder, trained = (model.load_decoder(Path(folder)) for _ in range(2))
 engine = TorchEngine(decoder, num_slots=4, max_len=16, weight_update="recompute")
 rank = learner.LearnerRank(
-    trained, algorithm=AlgorithmConfig(), learner=LearnerConfig(), seed=0
+    trained, algorithm=AlgorithmConfig(), learner=LearnerConfig()
 )
 prompt = Prompt(0, "", np.arange(3, dtype=np.int32), "")
 sampling = rollout.SamplingParams(max_tokens=8, temperature=1.0, stop_token_ids=(), seed=0)

@@ -1,6 +1,6 @@
 """One learner rank as a Ray actor.
 
-Batches come in by reference, one step at a time. The first rank's weight snapshots go out to the
+Minibatches come in by reference, one at a time. The first rank's weight snapshots go out to the
 engines while the next step runs.
 
 This module must not import torch, because the driver imports it: `model.Mesh` imports it at its
@@ -112,7 +112,7 @@ class LearnerActor:
         )
         self._mesh = mesh
         self._rank = learner.LearnerRank(
-            decoder, algorithm=config.algorithm, learner=config.learner, seed=config.seed, mesh=mesh
+            decoder, algorithm=config.algorithm, learner=config.learner, mesh=mesh
         )
         if self._resume is not None:
             self._rank.load(self._resume / LEARNER_FOLDER)
@@ -126,8 +126,11 @@ class LearnerActor:
         step's thread, or None between steps."""
         return stack_location(self._stepping) if self._stepping is not None else None
 
-    async def step(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
-        """Fetches this rank's share, the groups at `positions` of the batch, and trains on them."""
+    async def minibatch(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
+        """Fetches this rank's share, the groups at `positions` of the batch, and trains on them.
+
+        The minibatch that closes a step ends it.
+        """
         # Locked before the fetch: a copy asked for now is taken after the step on every rank, even
         # on one that still fetches.
         async with self._between_steps:
@@ -139,22 +142,35 @@ class LearnerActor:
                 f"a batch for version {batch.learner_version} met the learner at {version}"
             )
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(self._step, groups, positions, len(batch.group_ids))
+                return await asyncio.to_thread(
+                    self._minibatch, groups, positions, closes_step=batch.closes_step
+                )
 
-    def _step(
-        self, groups: Sequence[Group], positions: Sequence[int], num_groups: int
+    def _minibatch(
+        self, groups: Sequence[Group], positions: Sequence[int], *, closes_step: bool
     ) -> StepMetrics:
         version, self._stepping = self._rank.version, threading.get_ident()
         wanted = self._config.learner.profile and version in PROFILED_STEPS
+        trace = f"{self.name}_step_{version:06d}"
+        if self._config.learner.num_minibatches > 1:
+            trace += f"_update_{self._rank.num_updates}"
         try:
             with (
-                learner.profiled(self._run_dir.profile / f"{self.name}_step_{version:06d}.json.gz")
+                learner.profiled(self._run_dir.profile / f"{trace}.json.gz")
                 if wanted
                 else nullcontext()
             ):
-                return self._rank.step(groups, positions=positions, num_groups=num_groups)
+                metrics = self._rank.minibatch(groups, positions=positions, more=not closes_step)
+            if closes_step:
+                self._rank.end_step()
+            return metrics
         finally:
             self._stepping = None
+
+    async def end_step(self) -> None:
+        """Ends a step early: the run ends, or a loss was not finite."""
+        async with self._between_steps:
+            self._rank.end_step()
 
     async def snapshot(self) -> Announcement | None:
         """Copies the current weights for the next publish; replaces the snapshot before.

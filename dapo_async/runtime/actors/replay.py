@@ -114,19 +114,27 @@ class ReplayActor:
             filters=_filters(config),
             max_rejected_in_a_row=config.replay.max_rejected_in_a_row,
             incarnation=incarnation,
+            num_minibatches=config.learner.num_minibatches,
+            whole_steps=config.replay.admission == "lockstep",
         )
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
-        self._pacer = Pacer(groups_per_take=config.replay.groups_per_step, credits=credits)
+        self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
         self._paced = config.replay.admission == "paced"
         self._lockstep = config.replay.admission == "lockstep"
         self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
         self._captured: BufferState | None = None
-        # Groups of the batches that the learner has got and that are not booked, by step.
-        self._in_training: dict[int, Sequence[Payload]] = {}
+        # Groups that the learner has got or gets next and that are not booked, by id.
+        self._in_training: dict[int, Payload] = {}
+        # The groups of the newest step that the learner has got so far, in the order of training.
+        self._of_step: dict[int, Payload] = {}
+        self._step = -1  # that step
+        self._whole = -1  # the newest step whose last minibatch the learner has got
+        self._cut = -1  # the newest step that has ended early
         self._writes: set[asyncio.Task[None]] = set()  # samples and recorded batches
         self._news = asyncio.Event()  # the buffer has changed: a waiting take looks again
         # The batch of the next step, on its way into Ray's store; None: not complete yet.
         self._next_batch: asyncio.Task[TrainBatch] | None = None
+        self._next_step = -1  # its step
         self._ahead: int | None = None  # the version whose batch may be taken before its take
         # By group id: of groups that were handed back, until they are admitted again.
         self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
@@ -251,7 +259,7 @@ class ReplayActor:
     @property
     def _num_out(self) -> int:
         """Groups that generate or are finished, and that the learner has not got."""
-        ahead = self._buffer.groups_per_step if self._next_batch is not None else 0
+        ahead = self._buffer.groups_per_take if self._next_batch is not None else 0
         return self._buffer.num_generating + self._buffer.num_buffered + ahead
 
     def _admission(self, group_id: int) -> Admission:
@@ -307,7 +315,7 @@ class ReplayActor:
         self._changed()
 
     async def take(self, learner_version: int) -> TrainBatch | StopReason:
-        """The batch of the learner's next step, or the reason that ends the run.
+        """The next minibatch of the learner's step, or the reason that ends the run.
 
         Raises TimeoutError after `deadlines.work_s`; its message says what the take waits for.
         """
@@ -336,8 +344,10 @@ class ReplayActor:
                         return stop_reason
                     self._news.clear()
                     await self._news.wait()
+                    self._assert_open(learner_version)
                 assert self._next_batch is not None
                 batch = await asyncio.shield(self._next_batch)
+                self._assert_open(learner_version)
         except TimeoutError as error:
             raise TimeoutError(
                 f"take waited {deadline_s:g} s: {self._buffer.explain_wait(learner_version)}"
@@ -346,14 +356,23 @@ class ReplayActor:
         assert batch.learner_version == learner_version, (batch.learner_version, learner_version)
         self._next_batch = None
         self._pacer.took(self._clock.now_s())
-        self._write_in_background(learner_version)
+        if learner_version != self._step:
+            self._step, self._of_step = learner_version, {}
+        self._of_step |= {group_id: self._in_training[group_id] for group_id in batch.group_ids}
+        if batch.closes_step:
+            self._whole = learner_version
+            self._write_in_background(learner_version)
         if self._buffer.steps_left and not self._lockstep:
-            self._ahead = learner_version + 1
+            self._ahead = learner_version + batch.closes_step
         self._changed()
         return batch
 
+    def _assert_open(self, step: int) -> None:
+        """Ends a take whose caller is gone. Ray does not cancel it with its caller."""
+        assert step > self._cut, f"step {step} was cut"
+
     def _take_ahead(self) -> None:
-        """Takes the batch of the next step as soon as it is complete, during the step before.
+        """Takes the next minibatch as soon as it is complete, while the learner trains on the last.
 
         The take before has been made, so this one leaves the buffer as it would later. A group that
         finishes meanwhile is in a later batch: `can_take` keeps its deadline.
@@ -368,12 +387,16 @@ class ReplayActor:
 
     def _put(self, batch: TrainBatch) -> None:
         """Books a batch that was just taken and puts it into Ray's store, beside this thread."""
-        step = batch.learner_version
+        if batch.closes_step:
+            self._keep_acceptance(batch.learner_version)
+        self._next_step = batch.learner_version
+        self._in_training.update(zip(batch.group_ids, batch.references, strict=True))
+        self._next_batch = asyncio.create_task(self._stored(batch))
+
+    def _keep_acceptance(self, step: int) -> None:
         assert self._buffer.acceptance is not None
         self._acceptance[step] = self._buffer.acceptance
         self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
-        self._in_training[step] = batch.references
-        self._next_batch = asyncio.create_task(self._stored(batch))
 
     async def _stored(self, batch: TrainBatch) -> TrainBatch:
         """The batch with one object per data-parallel rank. This actor owns the objects."""
@@ -383,9 +406,9 @@ class ReplayActor:
         return replace(batch, references=references)
 
     def _write_in_background(self, step: int) -> None:
-        """Writes the samples of a step that the learner begins, and the batch if it is recorded."""
-        payloads = self._in_training[step]
-        prompts = [self._stream[payload.facts.group_id].text for payload in payloads]
+        """Writes the samples of a step that is complete, and all its groups if it is recorded."""
+        payloads = [*self._of_step.values()]
+        prompts = [self._stream[group_id].text for group_id in self._of_step]
         task = asyncio.create_task(asyncio.to_thread(self._write, step, payloads, prompts))
         self._writes.add(task)
 
@@ -405,18 +428,38 @@ class ReplayActor:
         writes, self._writes = self._writes, set()
         await asyncio.gather(*writes)
 
-    async def trained(self, group_ids: Sequence[int], *, skipped: bool, non_finite: bool) -> None:
-        """Books the oldest batch that the learner has got.
+    async def trained(self, step: int, group_ids: Sequence[int], *, non_finite: bool) -> None:
+        """Books a minibatch of `step`.
 
-        A batch whose loss or gradient was not finite is kept on disk for inspection.
+        A minibatch whose loss or gradient was not finite is kept on disk for inspection.
         """
-        step = min(self._in_training)
-        payloads = self._in_training.pop(step)
+        payloads = [self._in_training.pop(group_id) for group_id in group_ids]
         if non_finite:
             path = self._run_dir.non_finite_step(step)
             await asyncio.to_thread(write_groups, path, [payload.group for payload in payloads])
-        (self._buffer.skipped if skipped else self._buffer.trained)(group_ids)
+        (self._buffer.skipped if non_finite else self._buffer.trained)(group_ids)
+        if step == self._whole:
+            self._of_step = {}  # frees the groups
         await self._written()
+
+    async def cut(self, step: int) -> None:
+        """The learner has ended `step` before its last minibatch: the run ends, or a loss was not
+        finite. The groups that it has not trained are for later steps."""
+        self._cut, self._ahead = step, None
+        if self._next_batch is not None and self._next_step == step:
+            self._next_batch = None
+        for group_id in self._buffer.cut_step(step):
+            del self._in_training[group_id]
+            self._of_step.pop(group_id, None)
+        if step not in self._acceptance:
+            self._keep_acceptance(step)
+        await self._written()  # the groups of the step may have been written with those returned
+        self._write_in_background(step)
+        self._of_step = {}
+        self._news.set()  # ends a take of the step whose caller is gone
+        if self._buffer.steps_left and not self._lockstep and self._next_batch is None:
+            self._ahead = step + 1
+        self._changed()
 
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         """Every engine serves `version`: the credits of the groups that trained it return."""

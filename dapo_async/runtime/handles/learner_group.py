@@ -41,18 +41,22 @@ class LearnerGroup:
         address = await self.first.open_mesh() if len(self.ranks) > 1 else None
         return await self._together(rank.ready(address) for rank in self.ranks)
 
-    async def step(self, batch: TrainBatch) -> StepMetrics:
-        """One step of all ranks; each data-parallel rank fetches its share of the groups only."""
+    async def minibatch(self, batch: TrainBatch) -> StepMetrics:
+        """One minibatch on all ranks; each data-parallel rank fetches only its share of groups."""
         shares = share_groups(batch.num_tokens, self._dp)
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
         metrics = await self._together(
-            rank.step(parts[number // self._tp], shares[number // self._tp])
+            rank.minibatch(parts[number // self._tp], shares[number // self._tp])
             for number, rank in enumerate(self.ranks)
         )
         # The ranks of one tensor-parallel axis saw the same groups: the first of each counts.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
+
+    async def end_step(self) -> None:
+        """Ends a step before its last minibatch, on all ranks."""
+        await self._together(rank.end_step() for rank in self.ranks)
 
     async def snapshot(self) -> Announcement:
         """Copies the current weights for the next publish; the first rank announces them."""

@@ -67,7 +67,7 @@ def test_missing_config_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
         (["replay.group_size=1"], "replay.group_size (1) must be at least 2: "),
         (
             ["learner.num_minibatches=7", "algorithm.proximal=recompute"],
-            "must be a multiple of learner.num_minibatches (7); ",
+            "must be a multiple of learner.num_minibatches (7), because a group is in one ",
         ),
         (["rollout.num_slots=4"], "rollout.num_slots (4) must be at least replay.group_size ("),
         (["rollout.temperature=0"], "rollout.temperature (0.0) must be positive: "),

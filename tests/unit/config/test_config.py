@@ -60,11 +60,11 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
         ("replay.group_size=1", "replay.group_size (1) must be at least 2"),
         (
             "learner.num_minibatches=3",
-            "(16 x 16 = 256) must be a multiple of learner.num_minibatches (3)",
+            "replay.groups_per_step (16) must be a multiple of learner.num_minibatches (3)",
         ),
         (
             "learner.data_parallel=17",
-            "learner.data_parallel (17) must be at most replay.groups_per_step (16): each rank",
+            "learner.data_parallel (17) must be at most the groups of a minibatch, ",
         ),
         ("learner.tensor_parallel=0", "learner.tensor_parallel (0) must be at least 1"),
         ("rollout.temperature=0", "rollout.temperature (0.0) must be positive"),

@@ -29,7 +29,6 @@ def learner_on(decoder: Decoder) -> LearnerRank:
         decoder,
         algorithm=AlgorithmConfig(),
         learner=LearnerConfig(lr=1e-2, warmup_steps=0, microbatch_tokens=70),
-        seed=0,
     )
 
 

@@ -139,15 +139,15 @@ def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str)
 
 
 def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
-    """Weights, gradients and moments of a rank after an update."""
+    """Weights and gradients of a rank after an update, and what its optimizer and step keep."""
     decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
     rank = LearnerRank(
         decoder,
         algorithm=AlgorithmConfig(),
         learner=LearnerConfig(offload_optimizer=offload),
-        seed=0,
         mesh=mesh,
     )
+    rank._keep_start_weights()
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(
@@ -159,7 +159,8 @@ def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
     return (
         sum(shard_of(each).nbytes for each in decoder.parameters()),
         gradients,
-        sum(tensor.nbytes for *_, tensor in rank._optimizer.moments()),
+        sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
+        + sum(each.nbytes for each in rank._start_weights),
     )
 
 
@@ -170,17 +171,23 @@ def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(
     dp: int, tp: int, offload: bool
 ) -> None:
     memory = predict_memory(
-        ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp, offload_optimizer=offload
+        ModelConfig.from_dict(SIZES),
+        num_tokens=10,
+        dp=dp,
+        tp=tp,
+        offload_optimizer=offload,
+        keeps_start_weights=True,
     )
     beside = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp).host
-    moments = memory.host - beside if offload else memory.moments
+    kept = memory.host - beside + memory.moments + memory.start_weights
+    assert (memory.moments + memory.start_weights == 0) == offload
     ranks = (
         [state_bytes(Mesh(), offload)]
         if dp * tp == 1
         else on_ranks(state_bytes, offload, dp=dp, tp=tp)
     )
     for held in ranks:
-        assert held == pytest.approx((memory.weights, memory.gradients, moments), rel=WITHIN)
+        assert held == pytest.approx((memory.weights, memory.gradients, kept), rel=WITHIN)
 
 
 def test_parts_that_scale_with_the_mesh_do_and_the_others_do_not() -> None:

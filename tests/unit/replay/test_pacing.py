@@ -175,6 +175,19 @@ def test_with_a_slow_learner_staleness_falls_nearly_to_one(
     assert 1.0 <= paced.staleness <= staleness
 
 
+def test_with_four_minibatches_a_slow_learner_is_nearly_on_policy() -> None:
+    shape = run_of(LEARNER_BOUND, response_steps=0.1, num_steps=90)
+    paced = simulate(replace(shape, num_minibatches=4))
+    assert paced.rate >= 0.98
+    assert 0.25 <= paced.staleness < 0.5
+
+
+@pytest.mark.parametrize("split", [LEARNER_BOUND, BALANCED, ENGINE_BOUND])
+def test_pacing_minibatches_costs_no_speed(split: float) -> None:
+    paced = replace(run_of(split), num_minibatches=4)
+    assert simulate(paced).rate >= 0.98 * simulate(replace(paced, paced=False)).rate
+
+
 def test_a_longest_response_of_two_steps_is_too_long_for_two_versions() -> None:
     shape = run_of(LEARNER_BOUND, tail=1.2, response_steps=0.5)  # the longest takes 2 steps
     paced, eager = simulate(shape), simulate(replace(shape, paced=False))

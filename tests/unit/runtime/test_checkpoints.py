@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_world import rank_of, synthetic_groups, tiny_decoder
+from learner_world import VERSION, rank_of, synthetic_groups, tiny_decoder
 from replay_world import make_buffer, make_group
 from safetensors.torch import load_file, save_file
 
@@ -228,6 +228,15 @@ def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
         not torch.equal(tensor, fresh.capture_state().parts[name].tensor)
         for name, tensor in whole.items()
     )
+
+
+def test_a_rank_in_the_midst_of_a_step_gives_no_state() -> None:
+    groups, rank = synthetic_groups(), rank_of(num_minibatches=2)
+    rank.minibatch(groups[:2], more=True)
+    with pytest.raises(AssertionError, match="step 3 is open after 1 updates"):
+        rank.capture_state()
+    rank.end_step()
+    assert rank.capture_state().version == VERSION + 1
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut"])

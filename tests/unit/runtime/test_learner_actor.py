@@ -18,13 +18,16 @@ from dapo_async.types import StepMetrics, TrainBatch
 
 
 class Rank:
-    """A step that only counts."""
+    """Minibatches that only count."""
 
-    version = 5
+    version, num_updates = 5, 0
 
-    def step(self, *_: Any, **__: Any) -> StepMetrics:
-        self.version += 1
+    def minibatch(self, *_: Any, **__: Any) -> StepMetrics:
+        self.num_updates += 1
         return StepMetrics()
+
+    def end_step(self) -> None:
+        self.version += 1
 
     def capture_state(self) -> int:
         return self.version
@@ -64,7 +67,7 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
         return []
 
     steps = [
-        asyncio.create_task(rank.step(batch_of(groups(number)), [0]))
+        asyncio.create_task(rank.minibatch(batch_of(groups(number)), [0]))
         for number, rank in enumerate(ranks)
     ]
     arrived[0].set()
@@ -94,8 +97,11 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
         async def groups() -> list[NDArray[np.uint8]]:
             return []
 
-        rank._rank.step = hang  # type: ignore[method-assign]
-        before, step = await rank.ping(), asyncio.create_task(rank.step(batch_of(groups()), [0]))
+        rank._rank.minibatch = hang  # type: ignore[method-assign]
+        before, step = (
+            await rank.ping(),
+            asyncio.create_task(rank.minibatch(batch_of(groups()), [0])),
+        )
         await asyncio.to_thread(begun.wait, 20.0)
         during = await rank.ping()
         over.set()
@@ -107,5 +113,5 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
     assert during is not None
     place, _, innermost = during.partition(" > ")
     assert place.startswith("runtime/actors/learner.py:")
-    assert place.endswith(" _step")
+    assert place.endswith(" _minibatch")
     assert innermost == "wait"

@@ -25,25 +25,27 @@ BATCH = TrainBatch(
     num_tokens=(5, 9, 3),
     references=("the only share",),
 )
-BROKEN = "failed in step: RuntimeError('Connection closed by peer')"
+BROKEN = "failed in minibatch: RuntimeError('Connection closed by peer')"
 
 
 class Rank:
-    """A rank without a process: `step` and `ping` answer, raise, or never end."""
+    """A rank without a process: `minibatch` and `ping` answer, raise, or never end."""
 
-    def __init__(self, name: str, *, step: Any = None, ping: Any = None) -> None:
-        self.name, self._step_answer, self._ping_answer = name, step, ping
+    def __init__(self, name: str, *, minibatch: Any = None, ping: Any = None) -> None:
+        self.name, self._minibatch_answer, self._ping_answer = name, minibatch, ping
         self.asked: list[tuple[Any, ...]] = []
 
-    async def step(self, *args: Any) -> Any:
+    async def minibatch(self, *args: Any) -> Any:
         self.asked.append(args)
-        return await answer(self._step_answer)
+        return await answer(self._minibatch_answer)
 
     async def ping(self) -> Any:
         return await answer(self._ping_answer)
 
     def handle(self, deadlines: DeadlinesConfig) -> LearnerHandle:
-        return LearnerHandle(self.name, fake_actor(step=self.step, ping=self.ping), deadlines)
+        return LearnerHandle(
+            self.name, fake_actor(minibatch=self.minibatch, ping=self.ping), deadlines
+        )
 
 
 async def answer(given: Any) -> Any:
@@ -68,7 +70,7 @@ def learner_of(*ranks: Rank, dp: int = 1, tp: int = 1) -> LearnerGroup:
 
 def spoken(learner: LearnerGroup) -> Exception:
     with pytest.raises((ActorDied, ActorFailed, TimeoutError)) as caught:
-        asyncio.run(learner.step(BATCH))
+        asyncio.run(learner.minibatch(BATCH))
     return caught.value
 
 
@@ -76,12 +78,14 @@ def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_
     ranks = [
         Rank(
             f"learner-{number}",
-            step=StepMetrics({"loss": (number, 1.0)}, {"top": number}, {"tokens": 10.0**number}),
+            minibatch=StepMetrics(
+                {"loss": (number, 1.0)}, {"top": number}, {"tokens": 10.0**number}
+            ),
         )
         for number in range(4)
     ]
     shared = replace(BATCH, references=("first share", "second share"))
-    metrics = asyncio.run(learner_of(*ranks, dp=2, tp=2).step(shared))
+    metrics = asyncio.run(learner_of(*ranks, dp=2, tp=2).minibatch(shared))
     assert [(part.references, share) for ((part, share),) in (rank.asked for rank in ranks)] == [
         (("first share",), [1])
     ] * 2 + [(("second share",), [0, 2])] * 2
@@ -94,17 +98,17 @@ def test_rank_that_hangs_is_named_though_another_is_heard_first(
 ) -> None:
     monkeypatch.setattr(learner_group, "PING_S", 0.1)
     late = learner_of(
-        Rank("learner-0", step=asyncio.Event),
-        Rank("learner-1", step=asyncio.Event, ping=asyncio.Event),
+        Rank("learner-0", minibatch=asyncio.Event),
+        Rank("learner-1", minibatch=asyncio.Event, ping=asyncio.Event),
         tp=2,
     )
     assert (
         str(spoken(late)) == "learner-1 did not answer for 0.1 s; "
-        "before that, the driver waited 0.1 s for learner-0 to finish step"
+        "before that, the driver waited 0.1 s for learner-0 to finish minibatch"
     )
     failed = learner_of(
-        Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
-        Rank("learner-1", step=asyncio.Event, ping=asyncio.Event),
+        Rank("learner-0", minibatch=ActorFailed(f"learner-0 {BROKEN}")),
+        Rank("learner-1", minibatch=asyncio.Event, ping=asyncio.Event),
         tp=2,
     )
     assert (
@@ -117,8 +121,8 @@ def test_rank_that_died_is_named_though_another_is_heard_first() -> None:
     death = ActorDied("learner-1", "died while the driver waited for ping: killed")
     error = spoken(
         learner_of(
-            Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
-            Rank("learner-1", step=asyncio.Event, ping=death),
+            Rank("learner-0", minibatch=ActorFailed(f"learner-0 {BROKEN}")),
+            Rank("learner-1", minibatch=asyncio.Event, ping=death),
             tp=2,
         )
     )
@@ -128,15 +132,15 @@ def test_rank_that_died_is_named_though_another_is_heard_first() -> None:
 def test_ranks_that_are_still_in_their_step_say_where() -> None:
     waits, hangs = "model/parallel.py:127 _all_gather", "model/layers.py:90 forward > linear"
     late = learner_of(
-        Rank("learner-0", step=asyncio.Event, ping=waits),
-        Rank("learner-1", step=asyncio.Event, ping=hangs),
+        Rank("learner-0", minibatch=asyncio.Event, ping=waits),
+        Rank("learner-1", minibatch=asyncio.Event, ping=hangs),
         tp=2,
     )
     told = f"still in their step: learner-0 in {waits}, learner-1 in {hangs}"
-    assert str(spoken(late)) == f"the driver waited 0.1 s for learner-0 to finish step; {told}"
+    assert str(spoken(late)) == f"the driver waited 0.1 s for learner-0 to finish minibatch; {told}"
     failed = learner_of(
-        Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
-        Rank("learner-1", step=asyncio.Event, ping=hangs),
+        Rank("learner-0", minibatch=ActorFailed(f"learner-0 {BROKEN}")),
+        Rank("learner-1", minibatch=asyncio.Event, ping=hangs),
         tp=2,
     )
     error = spoken(failed)
@@ -149,13 +153,13 @@ def test_ranks_that_are_still_in_their_step_say_where() -> None:
 def test_without_a_rank_that_died_or_hangs_the_first_error_is_told_as_it_is() -> None:
     error = spoken(
         learner_of(
-            Rank("learner-0", step=ActorFailed(f"learner-0 {BROKEN}")),
-            Rank("learner-1", step=asyncio.Event),
+            Rank("learner-0", minibatch=ActorFailed(f"learner-0 {BROKEN}")),
+            Rank("learner-1", minibatch=asyncio.Event),
             tp=2,
         )
     )
     assert str(error) == f"learner-0 {BROKEN}"
     assert (
-        str(spoken(learner_of(Rank("learner", step=asyncio.Event))))
-        == "the driver waited 0.1 s for learner to finish step"
+        str(spoken(learner_of(Rank("learner", minibatch=asyncio.Event))))
+        == "the driver waited 0.1 s for learner to finish minibatch"
     )

@@ -38,22 +38,27 @@ class Actor(replay_actor.ReplayActor):
 
 
 @pytest.fixture
-def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Actor]:
-    """An actor for one group per step, by `max_staleness`, without Ray; takes wait for 0.1 s."""
+def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Actor]:
+    """An actor for one group per minibatch, without Ray; takes wait for 0.5 s."""
     monkeypatch.setattr("ray.put", lambda share: share)
     (tmp_path / "rollouts").mkdir()
     config = knobs.load(QUICKSTART)
 
-    def make(max_staleness: int) -> Actor:
+    def make(max_staleness: int, num_minibatches: int = 1) -> Actor:
         small = replace(
             config.replay,
-            groups_per_step=1,
+            groups_per_step=num_minibatches,
             group_size=2,
             max_staleness=max_staleness,
             dynamic_sampling=False,
         )
         return Actor(
-            replace(config, replay=small, deadlines=replace(config.deadlines, work_s=0.1)),
+            replace(
+                config,
+                replay=small,
+                learner=replace(config.learner, num_minibatches=num_minibatches),
+                deadlines=replace(config.deadlines, work_s=0.5),
+            ),
             incarnation="first",
             run_dir=RunDir(tmp_path),
         )
@@ -62,7 +67,7 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
 
 
 def test_a_worker_learns_of_its_evicted_groups_without_asking_for_new_ones(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(1)
 
@@ -82,7 +87,7 @@ def test_a_worker_learns_of_its_evicted_groups_without_asking_for_new_ones(
 
 
 def test_credits_go_to_the_worker_that_waits_longest_and_wake_no_other(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(0)
 
@@ -106,7 +111,7 @@ def test_credits_go_to_the_worker_that_waits_longest_and_wake_no_other(
 
 
 def test_a_worker_gets_no_more_groups_than_fit_beside_admissions_on_their_way(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(5)
 
@@ -127,7 +132,7 @@ def test_a_worker_gets_no_more_groups_than_fit_beside_admissions_on_their_way(
 
 
 def test_exchange_without_credits_is_answered_in_time_and_keeps_nothing(
-    make_actor: Callable[[int], Actor], monkeypatch: pytest.MonkeyPatch
+    make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay_actor, "ANSWER_EVERY_S", 0.05)
     actor = make_actor(0)
@@ -150,7 +155,7 @@ async def fill(actor: Actor, count: int) -> list[int]:
 
 
 def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(2)
 
@@ -162,7 +167,7 @@ def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
         assert isinstance(batch, TrainBatch)
         await actor.offer("rollout-0", make_group(second, incarnation="first"))
         assert actor._buffer.num_buffered == 0  # group 1 is on its way to the learner
-        await actor.trained(batch.group_ids, skipped=False, non_finite=False)
+        await actor.trained(batch.learner_version, batch.group_ids, non_finite=False)
         state = actor._buffer.snapshot(1)
         assert (state.next_step, list(state.buffered)) == (1, [1])
         assert state.acceptance["accepted"] == 1  # counts again for the step that is repeated
@@ -184,8 +189,87 @@ def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
     asyncio.run(scene())
 
 
+def test_a_minibatch_is_handed_over_before_the_rest_of_its_step_is_finished(
+    make_actor: Callable[..., Actor], tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        actor = make_actor(1, num_minibatches=2)
+        await actor.serve(0)
+        first, second, third = await actor.ask("rollout-0", 3)
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        assert (batch.group_ids, batch.closes_step) == ((second,), False)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))  # is taken ahead
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        with pytest.raises(AssertionError, match="trained in part"):
+            actor._buffer.snapshot(0)
+        rest = await actor.take(0)
+        assert isinstance(rest, TrainBatch)
+        assert (rest.group_ids, rest.closes_step) == ((first,), True)
+        with pytest.raises(AssertionError, match="trained in part"):
+            actor._buffer.snapshot(0)
+        await actor.trained(0, rest.group_ids, non_finite=False)
+        assert not actor._of_step
+        (samples,) = (tmp_path / "rollouts").glob("*")
+        assert len(samples.read_text().splitlines()) == 4  # both groups of the step
+        assert actor._acceptance[0].accepted == 2
+        await actor.offer("rollout-0", make_group(third, incarnation="first"))
+        state = actor._buffer.snapshot(1)
+        assert (state.next_step, [*state.buffered]) == (1, [third])  # taken ahead, and given back
+
+    asyncio.run(scene())
+
+
+def test_a_step_that_is_cut_gives_back_what_the_learner_has_not_trained(
+    make_actor: Callable[..., Actor], tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        actor = make_actor(1, num_minibatches=3)
+        await actor.serve(0)
+        ids = await actor.ask("rollout-0", 4)
+        await actor.offer("rollout-0", make_group(ids[0], incarnation="first"))
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        for group_id in ids[1:3]:
+            await actor.offer("rollout-0", make_group(group_id, incarnation="first"))
+        # The driver stops here: it trains neither this minibatch nor the one that is taken ahead.
+        await actor.take(0)
+        await actor.cut(0)
+        state = actor._buffer.snapshot(1)
+        assert (state.next_step, [*state.buffered], state.reissue) == (1, [*ids[1:3]], (ids[3],))
+        await actor._written()
+        (written,) = (tmp_path / "rollouts").glob("*")
+        assert f"{ids[0]}" in written.read_text()
+        await actor.serve(1, batch.group_ids)
+        actor._buffer.check()
+
+    asyncio.run(scene())
+
+
+def test_a_take_whose_step_is_cut_ends(make_actor: Callable[..., Actor]) -> None:
+    async def scene() -> None:
+        actor = make_actor(1, num_minibatches=2)
+        await actor.serve(0)
+        first, second = await actor.ask("rollout-0", 2)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        waiting = asyncio.create_task(actor.take(0))  # Ray does not cancel it with its caller
+        await asyncio.sleep(0)
+        await actor.cut(0)
+        with pytest.raises(AssertionError, match="step 0 was cut"):
+            await waiting
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        assert [*actor._buffer.snapshot(1).buffered] == [second]
+
+    asyncio.run(scene())
+
+
 def test_nothing_is_taken_ahead_in_lockstep_or_if_a_deadline_would_be_lost(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     async def scene() -> None:
         actor = make_actor(1)
@@ -194,7 +278,7 @@ def test_nothing_is_taken_ahead_in_lockstep_or_if_a_deadline_would_be_lost(
         await actor.offer("rollout-0", make_group(first, incarnation="first"))
         batch = await actor.take(0)
         assert isinstance(batch, TrainBatch)
-        await actor.trained(batch.group_ids, skipped=False, non_finite=False)
+        await actor.trained(batch.learner_version, batch.group_ids, non_finite=False)
         await actor.serve(1, batch.group_ids)
         (third,) = await actor.ask("rollout-1", 1)
         newer = make_group(third, incarnation="first", version=1)
@@ -210,7 +294,7 @@ def test_nothing_is_taken_ahead_in_lockstep_or_if_a_deadline_would_be_lost(
 
 
 def test_accepted_groups_of_a_call_do_not_keep_the_bytes_of_the_others(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(2)
 
@@ -236,7 +320,7 @@ def test_packed_groups_arrive_as_they_were_sent(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("non_finite", [True, False])
 def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
-    tmp_path: Path, make_actor: Callable[[int], Actor], non_finite: bool
+    tmp_path: Path, make_actor: Callable[..., Actor], non_finite: bool
 ) -> None:
     actor = make_actor(0)
 
@@ -244,7 +328,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
         await fill(actor, 1)
         batch = await actor.take(0)
         assert isinstance(batch, TrainBatch)
-        await actor.trained(batch.group_ids, skipped=True, non_finite=non_finite)
+        await actor.trained(batch.learner_version, batch.group_ids, non_finite=non_finite)
         return batch
 
     batch = asyncio.run(step())
@@ -260,7 +344,7 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
 
 
 def test_a_paced_actor_starts_no_more_groups_than_its_limit(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(3)  # four credits
 
@@ -282,7 +366,7 @@ def test_a_paced_actor_starts_no_more_groups_than_its_limit(
 
 @pytest.mark.parametrize(("step_s", "served"), [(1e3, True), (5.0, False)])
 def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
-    make_actor: Callable[[int], Actor], step_s: float, served: bool
+    make_actor: Callable[..., Actor], step_s: float, served: bool
 ) -> None:
     actor = make_actor(3)
 
@@ -303,7 +387,7 @@ def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
 
 
 def test_a_passed_deadline_says_when_the_pacer_holds_groups_back(
-    make_actor: Callable[[int], Actor],
+    make_actor: Callable[..., Actor],
 ) -> None:
     actor = make_actor(3)
 

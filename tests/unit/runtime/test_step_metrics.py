@@ -15,7 +15,7 @@ from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import LearnerReport, ReplayReport, WorkerReport
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.types import StepMetrics
 from dapo_async.utils.state_clock import Span, StateClock
 
 METRICS = StepMetrics(
@@ -79,10 +79,6 @@ def tracked(tmp_path: Path) -> tuple[Tracker, System, Clock, list[dict[str, Any]
     return tracker, system, clock, rows
 
 
-def batch(version: int) -> TrainBatch:
-    return TrainBatch(version, (0,), (version,), (20,), (None,))
-
-
 def check_window(rows: list[dict[str, Any]], idle: float) -> None:
     """Time accounting: the shares of the steps, weighted by their seconds, give the whole share."""
     elapsed_s = sum(row["step_s"] for row in rows)
@@ -95,11 +91,11 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
         await tracker.start()
         for step, time_s in ((0, 104.0), (1, 110.0)):
             clock.time_s = time_s
-            late.append(tracker.log(step, METRICS, batch(step)))
+            late.append(tracker.log(step, METRICS, num_evicted=0))
         for log in late:
             await log
         clock.time_s = 120.0
-        await tracker.log(2, METRICS, batch(2))
+        await tracker.log(2, METRICS, num_evicted=0)
 
     late: list[Any] = []
     tracker, _, clock, rows = tracked(tmp_path)
@@ -129,7 +125,7 @@ def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none
     async def run() -> None:
         await tracker.start()
         clock.time_s, system.silent = 104.0, True
-        tracker.log(0, METRICS, batch(0)).close()
+        tracker.log(0, METRICS, num_evicted=0).close()
         with pytest.raises(TimeoutError):
             await tracker.flush(deadline_s=1.0)
 
