@@ -122,6 +122,7 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     small = (
         "seed=0",
         "replay.groups_per_step=2",
+        "learner.num_minibatches=1",
         "replay.group_size=16",
         "rollout.num_slots=32",
         "evaluation.num_prompts=8",
