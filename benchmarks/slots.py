@@ -35,10 +35,11 @@ from typing import Any
 import torch
 from engine import SHAPE, commit, hardware
 from support.refilled_engine import decode
-from support.simulated_run import UNLIMITED, Lengths, Shape, both_rules, simulate
+from support.simulated_run import UNLIMITED, Shape, both_rules, simulate
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.config import Config, load
+from dapo_async.planner import Lengths
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = (

@@ -25,6 +25,7 @@ Packages by level. A package imports only packages of lower levels:
     2  data       problems → a resumable stream of prompts
        rollout    native and SGLang engine, worker
        learner    packed batches, AdamW, the step, its state
+       planner    a cluster and a workload → simulated runs, before they are paid for
     3  weights    publishing and the handshake
        evaluate   accuracy, avg@k, pass@k, maj@k through an engine
        tracking   run directory, timeline, pictures, report, MLflow

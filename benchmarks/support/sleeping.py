@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from support import simulated_run
-from support.simulated_run import Lengths, is_kept
 
 from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.metrics import rollout_metrics
 from dapo_async.model import load_decoder
+from dapo_async.planner import Lengths
+from dapo_async.planner.lengths import Draws
 from dapo_async.rollout import GroupRequest
 from dapo_async.rollout.engine import UpdateReport
 from dapo_async.rollout.native.engine import TorchEngine
@@ -108,7 +109,8 @@ class Shape:
 class Open:
     """A group on the engine."""
 
-    lengths: tuple[int, ...]
+    lengths: list[int]
+    kept: bool  # by the filters
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -122,7 +124,7 @@ class SleepingEngine(TorchEngine):
     def __init__(self, decoder: Any, *, shape: Shape, max_len: int) -> None:
         super().__init__(decoder, num_slots=1, max_len=max_len)
         self.num_slots, self._shape = shape.slots, shape
-        self._simulated = shape.simulated()
+        self._draws = Draws(shape.simulated().lengths, group_size=GROUP_SIZE)
         self._open: dict[int, Open] = {}
         self._queue: list[tuple[int, int]] = []  # group and sibling, in order of submission
         self._ends: list[tuple[float, int, int, float]] = []  # heap: end, group, sibling, start
@@ -137,8 +139,9 @@ class SleepingEngine(TorchEngine):
         return bool(self._ends or self._queue)
 
     def submit(self, request: GroupRequest) -> None:
-        lengths = self._simulated.lengths.of_group(request.group_id, GROUP_SIZE)
-        self._open[request.group_id] = Open(lengths)
+        kept = self._draws.luck(request.group_id) < ACCEPTANCE
+        lengths = self._draws.lengths(request.group_id)
+        self._open[request.group_id] = Open(lengths, kept)
         self._queue += [(request.group_id, sibling) for sibling in range(request.num_siblings)]
 
     def abort(self, group_ids: Iterable[int]) -> list[int]:
@@ -179,8 +182,9 @@ class SleepingEngine(TorchEngine):
 
     def _completion(self, group_id: int, sibling: int, start_s: float) -> Completion:
         """Digits, the marker, and an answer that makes the group accepted or rejected."""
-        length = int(self._open[group_id].lengths[sibling])
-        right = sibling % 2 == 0 or not is_kept(self._simulated, group_id)
+        group = self._open[group_id]
+        length = group.lengths[sibling]
+        right = sibling % 2 == 0 or not group.kept
         ids = (np.arange(length) % 10).astype(np.int32)
         ids[-3:] = MARKER_ID, RIGHT if right else WRONG, EOS_ID
         times_s = start_s + np.arange(length) * self._shape.token_s

@@ -6,7 +6,6 @@ engine      the `Engine` protocol; it does not import torch, so that its import 
 native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
 sglang      the engine on an SGLang server
 slot_meter  the time of each slot: occupied, without credit, tail or sync
-slot_demand how many groups a worker asks for, by the sequences of its engine
 worker      sends groups to an engine as long as there are credits and empty slots
 """
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapo_async.replay.group_io import pack_group
+from dapo_async.replay.slot_demand import GroupInFlight, SlotDemand
 from dapo_async.reward import VerifierFailed
 from dapo_async.rollout.engine import (
     Aborted,
@@ -26,7 +27,6 @@ from dapo_async.rollout.engine import (
     SamplingParams,
     SiblingsEnded,
 )
-from dapo_async.rollout.slot_demand import GroupInFlight, SlotDemand
 from dapo_async.types import Admission, Completion, Group, GroupFacts
 
 

@@ -47,6 +47,7 @@ LIGHT_PACKAGES = (
     "learner",
     "rollout",
     "rollout.worker",
+    "planner",
     "evaluate",
     "weights",
 )

@@ -31,6 +31,7 @@ from dapo_async.replay import (
     dynamic_sampling,
     has_tokens,
 )
+from dapo_async.replay.grants import share_grants
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
 from dapo_async.replay.shares import share_groups
 from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
@@ -199,22 +200,25 @@ class ReplayActor:
         self._news.set()
 
     def _grant(self) -> None:
-        """Admits groups to the workers that wait, the longest wait first."""
+        """Admits groups to the workers that wait, so that they have about equally many."""
         if not self._waiting:
             return
         admissible = self._num_admissible()
-        for worker, wait in list(self._waiting.items()):
-            if admissible == 0:
-                break
-            wanted = wait.num_groups - self._buffer.num_generating_on(worker)
-            if worker in self._suspended or wanted <= 0:
-                continue
+        wanted = {
+            worker: max(0, wait.num_groups - self._buffer.num_generating_on(worker))
+            for worker, wait in self._waiting.items()
+            if worker not in self._suspended
+        }
+        if self._lockstep and any(wanted.values()):
+            # Lockstep admits a whole wave, whatever number of slots happens to be free.
+            granted = {next(iter(wanted)): admissible} if admissible else {}
+        else:
+            granted = share_grants(wanted, admissible)
+        for worker, count in granted.items():
             with self._clock.during("admit"):
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
-                # Lockstep admits a whole wave, whatever number of slots happens to be free.
-                count = admissible if self._lockstep else min(wanted, admissible)
                 group_ids = [self._buffer.admit(worker) for _ in range(count)]
-                del self._waiting[worker]
+                wait = self._waiting.pop(worker)
                 wait.granted.set_result(tuple(map(self._admission, group_ids)))
             admissible -= count
         if admissible == 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.simulated_run import Lengths, Shape, fleet, simulate
+from support.simulated_run import Shape, fleet, simulate
 
+from dapo_async.planner import Lengths
 from dapo_async.replay.pacing import WINDOW, Pacer
 
 N, CREDITS, STEP_S = 8, 40, 1.0

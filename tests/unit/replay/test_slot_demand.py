@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dapo_async.rollout.slot_demand import GroupInFlight, SlotDemand
+from dapo_async.replay.slot_demand import GroupInFlight, SlotDemand
 
 
 @pytest.mark.parametrize(
