@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import commit, hardware
+from engine import hardware
 
+from dapo_async.bench.about import commit
 from dapo_async.config import Source
 from dapo_async.data import Screening, load_fingerprints, load_prompts, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""On a GPU: the learner's utilisation, memory and speed, and the decoding of the native engine.
+"""On a GPU: the learner's utilisation, memory and speed.
 
 Measures model FLOPs utilisation and memory at 8 k packed tokens, and tokens/s beside Hugging Face.
 Random weights in the shapes of Qwen2.5-0.5B and 1.5B, bfloat16 activations, float32 masters. FLOPs
@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import SHAPE, commit, hardware
+from engine import SHAPE, hardware
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dapo_async.bench.about import commit
+from dapo_async.bench.made_up import made_up_group
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, predict_memory
 from dapo_async.learner.optimizer import ShardedAdamW
@@ -35,9 +37,7 @@ from dapo_async.model import (
     open_store,
     shard_of,
 )
-from dapo_async.rollout import GroupRequest, SamplingParams
-from dapo_async.rollout.native.engine import TorchEngine
-from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+from dapo_async.types import Group
 
 QWEN = {
     "vocab_size": 151_936,
@@ -102,20 +102,8 @@ def mesh_of_one(device: str) -> Mesh:
 
 def one_group(length: int, vocabulary: int) -> list[Group]:
     """Rollouts that fill one microbatch; half of them are correct."""
-    random = np.random.default_rng(0)
-    prompt = Prompt(0, "", random.integers(0, vocabulary, PROMPT_TOKENS, dtype=np.int32), "")
-    rollouts = []
-    for number in range(NUM_ROLLOUTS):
-        ids = random.integers(0, vocabulary, length - PROMPT_TOKENS, dtype=np.int32)
-        completion = Completion(
-            ids,
-            np.full(len(ids), -11.9, np.float32),
-            np.zeros(len(ids), np.int32),
-            0,
-            FinishReason.LENGTH,
-        )
-        rollouts.append(Rollout(completion, "", float(number % 2), float(number % 2), None))
-    return [Group(0, prompt, tuple(rollouts), "first", 1.0)]
+    lengths = np.full(NUM_ROLLOUTS, length - PROMPT_TOKENS)
+    return [made_up_group(0, lengths, prompt_tokens=PROMPT_TOKENS, vocabulary=vocabulary)]
 
 
 def step_flops(shape: dict[str, Any], length: int) -> float:
@@ -231,25 +219,6 @@ def learner(
     return report | ours | {"over_hugging_face": round(theirs_s / took_s, 2)}
 
 
-def decoding(shape: dict[str, Any], device: str, *, batch: int, new_tokens: int) -> int:
-    """Tokens/s of the native engine with `batch` slots and prompts of one length."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    decoder = random_decoder(shape, device, dtype=dtype)
-    engine = TorchEngine(
-        decoder, num_slots=batch, max_len=PROMPT_TOKENS + new_tokens, weight_update="recompute"
-    )
-    sampling = SamplingParams(max_tokens=new_tokens, temperature=1.0, stop_token_ids=(), seed=0)
-    for key in range(batch):
-        ids = np.random.default_rng(key).integers(
-            0, shape["vocab_size"], PROMPT_TOKENS, dtype=np.int32
-        )
-        engine.submit(GroupRequest(key, ids, 1, sampling))
-    began_s, ended = time.perf_counter(), 0
-    while ended < batch:
-        ended += len(engine.step())
-    return round(batch * new_tokens / (time.perf_counter() - began_s))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
@@ -262,9 +231,7 @@ def main() -> None:
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("this machine has no CUDA device; --quick runs the CPU form")
     device, shapes = ("cpu", {"tiny": SHAPE}) if options.quick else ("cuda", SHAPES)
-    length, rounds, batches, new_tokens = (
-        (96, 1, (4,), 8) if options.quick else (LENGTH, 5, (64, 256), 256)
-    )
+    length, rounds = (96, 1) if options.quick else (LENGTH, 5)
     report: dict[str, Any] = {
         "benchmark": "gpu",
         "commit": commit(),
@@ -275,13 +242,6 @@ def main() -> None:
     mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
     report["learner"] = {
         name: learner(shape, device, length=length, rounds=rounds, mesh=mesh)
-        for name, shape in shapes.items()
-    }
-    report["decode_tokens_per_s"] = {
-        name: {
-            str(batch): decoding(shape, device, batch=batch, new_tokens=new_tokens)
-            for batch in batches
-        }
         for name, shape in shapes.items()
     }
     print(json.dumps(report, indent=2))

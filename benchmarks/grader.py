@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine import commit, hardware
+from engine import hardware
 
+from dapo_async.bench.about import commit
 from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
 from dapo_async.reward.math_verifier.verify import verify
 

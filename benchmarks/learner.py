@@ -28,16 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import SHAPE, VOCABULARY, commit, hardware
+from engine import SHAPE, VOCABULARY, hardware
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dapo_async.bench.about import commit
+from dapo_async.bench.made_up import made_up_group
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.batching import split_microbatches, training_sequences
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW
 from dapo_async.model import load_decoder, token_logprobs
-from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+from dapo_async.types import Group
 
 SHAPES = {
     "0.9 M": (SHAPE, 8),
@@ -62,26 +64,13 @@ QUICK_HEAD = {"vocabulary": 20_000, "tokens": 512, "size": 64}
 
 def rollouts(num_groups: int, *, even: bool) -> list[Group]:
     """`even`: all of one length, about the mean of the other form, so that no form pads."""
-    random = np.random.default_rng(0)
-    groups = []
-    for index in range(num_groups):
-        prompt = Prompt(
-            index, "", random.integers(0, VOCABULARY, PROMPT_TOKENS, dtype=np.int32), ""
-        )
-        members = []
-        for sibling in range(GROUP_SIZE):
-            length = (SHORTEST + LONGEST) // 2 if even else int(random.integers(SHORTEST, LONGEST))
-            ids = random.integers(0, VOCABULARY, length, dtype=np.int32)
-            completion = Completion(
-                ids,
-                np.full(length, -6.0, np.float32),
-                np.zeros(length, np.int32),
-                0,
-                FinishReason.STOP,
-            )
-            members.append(Rollout(completion, "", float(sibling % 2), float(sibling % 2), None))
-        groups.append(Group(index, prompt, tuple(members), "first", 1.0))
-    return groups
+    lengths = np.random.default_rng(0).integers(SHORTEST, LONGEST, (num_groups, GROUP_SIZE))
+    if even:
+        lengths[:] = (SHORTEST + LONGEST) // 2
+    return [
+        made_up_group(index, row, prompt_tokens=PROMPT_TOKENS, vocabulary=VOCABULARY)
+        for index, row in enumerate(lengths)
+    ]
 
 
 def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], None]:

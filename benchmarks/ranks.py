@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit, hardware
+from engine import hardware
 from learner import SHAPES, rollouts
 
+from dapo_async.bench.about import commit
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import (

@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import NEW_TOKENS, PROMPT_TOKENS, SHAPE, commit, hardware, prompts
+from engine import NEW_TOKENS, PROMPT_TOKENS, SHAPE, hardware, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dapo_async.bench.about import commit
 from dapo_async.model import load_decoder, open_store, read_weights
 from dapo_async.rollout import Engine, GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine

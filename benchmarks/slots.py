@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import SHAPE, commit, hardware
+from engine import SHAPE, hardware
 from support.refilled_engine import decode
 from support.simulated_run import UNLIMITED, Shape, both_rules, simulate
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dapo_async.bench.about import commit
 from dapo_async.config import Config, load
 from dapo_async.planner import Lengths
 

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engine import commit, hardware
+from engine import hardware
+
+from dapo_async.bench.about import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import commit, hardware
+from engine import hardware
+
+from dapo_async.bench.about import commit
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

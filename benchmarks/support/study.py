@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import commit, hardware
+from engine import hardware
+
+from dapo_async.bench.about import commit
 
 LAST = 4  # a table's accuracy is the mean over so many last evaluations
 Run = dict[str, Any]

@@ -24,6 +24,7 @@ LEVELS = (
     {"data", "rollout", "learner", "planner"},
     {"weights", "evaluate", "tracking"},
     {"runtime"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,14 @@
+"""Measures one part of the system on the user's own config, model and hardware (`bench`).
+
+In: a config and what to sweep. Out: rows of figures, each with its repetitions. Called by
+`cli/bench.py`. No data set is needed: prompts and groups are made up.
+
+figures    the values of a figure, their median and quartiles, rows, the result and its JSON
+about      device, versions, commit and digest of the config
+session    warm-up, progress and interrupts around the cells of a subject
+compare    two results: ratios, and what got worse
+table      rows as lines for the terminal
+made_up    prompts, response lengths and groups without a data set
+rollout    subject: decoding and prefill of an engine
+learner    subject: steps of one learner rank
+"""

@@ -1,0 +1,241 @@
+"""`dapo-async bench`: a config and options come in, a table and a JSON file leave.
+
+It checks all input, also that of a comparison, before anything is loaded. Called by `cli/bench.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dapo_async.bench.about import about
+from dapo_async.bench.compare import check_comparable, compare, differences, lines
+from dapo_async.bench.figures import BenchResult
+from dapo_async.bench.learner import LearnerBench, made_up_groups, recorded_groups
+from dapo_async.bench.made_up import (
+    DEFAULT_PROMPT_TOKENS,
+    DEFAULT_SIGMA,
+    ResponseLengths,
+    fixed_lengths,
+    lengths_of_run,
+    lognormal_lengths,
+)
+from dapo_async.bench.rollout import DECODE_STEPS, RolloutSweep, TorchRolloutBench
+from dapo_async.bench.session import BenchSubject, Rounds, measure
+from dapo_async.bench.table import tables
+from dapo_async.config import Config
+from dapo_async.model import ModelConfig
+
+EXIT_WORSE = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """The options of the command line; None means the default for the config."""
+
+    subject: str
+    out: Path | None = None
+    compare: Path | None = None
+    tolerance: float = 0.05
+    repeats: int = 5
+    warm_up: int = 1
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    sigma: float | None = None
+    lengths_from: Path | None = None
+    running: Sequence[int] | None = None  # rollout
+    contexts: Sequence[int] | None = None  # rollout
+    microbatch_tokens: Sequence[int] | None = None  # learner
+    groups: int | None = None  # learner
+    recorded: Path | None = None  # learner
+
+
+# Options of one subject only, and how the command line writes them.
+OWN_OPTIONS = {
+    "running": ("rollout", "--running"),
+    "contexts": ("rollout", "--contexts"),
+    "microbatch_tokens": ("learner", "--microbatch-tokens"),
+    "groups": ("learner", "--groups"),
+    "recorded": ("learner", "--recorded"),
+}
+
+
+def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], None]) -> int:
+    """Measures, prints the table and compares.
+
+    Returns 0, 1 when a figure got worse, or 130 or 143 when interrupted. `config.model.path` is a
+    folder. Raises ValueError for wrong input.
+    """
+    _check(config, options)
+    model = ModelConfig.from_folder(Path(config.model.path))
+    torch.set_num_threads(max(1, int(config.model.num_cpus)))
+    subject = _subject(config, model, options)
+    old = None
+    if options.compare is not None:
+        old = BenchResult.read(options.compare)
+        check_comparable(old, options.subject, subject.cells)
+    settings = {"repeats": options.repeats, "warm_up": options.warm_up}
+    result = BenchResult(options.subject, about(config, model), settings)
+    say(f"bench {options.subject}: {len(subject.cells)} rows, {options.repeats} repetitions each")
+    code = measure(subject, result, out=options.out, say=say)
+    for line in tables(result.rows):
+        say(line)
+    say("median (first - third quartile)")
+    if options.out is not None and result.rows:
+        say(f"result    {options.out}")
+    if old is not None and result.rows:
+        worse = _show_comparison(old, result, tolerance=options.tolerance, say=say)
+        code = code or (EXIT_WORSE if worse else 0)
+    return code
+
+
+def _show_comparison(
+    old: BenchResult, new: BenchResult, *, tolerance: float, say: Callable[[str], None]
+) -> int:
+    """Prints the ratios; returns how many figures got worse."""
+    compared = compare(old, new, tolerance=tolerance)
+    measured = {row.key for row in new.rows}
+    say("")
+    if line := differences(old, new):
+        say(line)
+    for line in lines(compared, sum(row.key not in measured for row in old.rows)):
+        say(line)
+    worse = sum(each.verdict == "worse" for each in compared)
+    say(f"{worse} of {len(compared)} figures got worse by more than {tolerance:.0%}")
+    return worse
+
+
+def _check(config: Config, options: BenchOptions) -> None:
+    """Raises ValueError for options that no config allows."""
+    for name, (subject, written) in OWN_OPTIONS.items():
+        if getattr(options, name) is not None and subject != options.subject:
+            raise ValueError(f"{written} is an option of bench {subject}; leave it out")
+    numbers: list[tuple[str, float | None, float]] = [
+        ("--repeats", options.repeats, 1),
+        ("--warm-up", options.warm_up, 0),
+        ("--prompt-tokens", options.prompt_tokens, 1),
+        ("--response-tokens", options.response_tokens, 1),
+        ("--groups", options.groups, 1),
+        ("--sigma", options.sigma, 0),
+        ("--tolerance", options.tolerance, 0),
+    ]
+    for written, values in (
+        ("--running", options.running),
+        ("--contexts", options.contexts),
+        ("--microbatch-tokens", options.microbatch_tokens),
+    ):
+        numbers += [(written, value, 1) for value in values or ()]
+    for written, value, least in numbers:
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"{written} ({value:g}) must be at least {least:g}")
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ValueError(f"--json {options.out} is in no folder; make {options.out.parent} first")
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"--json {options.out} is a folder; give a file")
+    if not Path(config.model.path).is_dir():
+        raise ValueError(f"model.path ({config.model.path}) does not exist; give an existing path")
+    if config.model.torch_device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"model.device ({config.model.device}) asks for a GPU, but this machine has no CUDA "
+            "device; set model.device=cpu"
+        )
+
+
+def _subject(config: Config, model: ModelConfig, options: BenchOptions) -> BenchSubject:
+    rounds = Rounds(options.warm_up, options.repeats)
+    if options.subject == "learner":
+        return _learner(config, model, options, rounds)
+    return _rollout(config, model, options, rounds)
+
+
+def _rollout(
+    config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
+) -> BenchSubject:
+    rollout = config.rollout
+    if rollout.engine != "torch":
+        raise ValueError(
+            f"bench rollout measures the native engine; set rollout.engine=torch (it is "
+            f"{rollout.engine})"
+        )
+    max_len = min(config.data.max_prompt_tokens + rollout.max_response_tokens, model.max_positions)
+    most_context = max_len - DECODE_STEPS
+    if most_context < 1:
+        raise ValueError(
+            f"the longest sequence ({max_len} tokens) must have more than {DECODE_STEPS} tokens; "
+            "raise rollout.max_response_tokens"
+        )
+    running = options.running or _powers_of_4(rollout.num_slots)
+    if max(running) > rollout.num_slots:
+        raise ValueError(
+            f"--running ({max(running)}) must be at most rollout.num_slots ({rollout.num_slots}); "
+            "raise the knob or lower the option"
+        )
+    contexts = options.contexts or sorted(
+        {max(1, most_context // 8), max(1, most_context // 2), most_context}
+    )
+    if max(contexts) > most_context:
+        raise ValueError(
+            f"--contexts ({max(contexts)}) must be at most {most_context}: the longest sequence "
+            f"({max_len} tokens) less the {DECODE_STEPS} steps of a repetition; raise "
+            "rollout.max_response_tokens or lower the option"
+        )
+    prompt_tokens, lengths = _lengths(config, options, max_len=max_len)
+    kinds = [lengths]
+    if lengths.sigma or lengths.observed:
+        kinds = [fixed_lengths(round(lengths.mean)), lengths]
+    sweep = RolloutSweep(running, contexts, kinds, prompt_tokens, max_len)
+    return TorchRolloutBench(config, model, sweep, rounds)
+
+
+def _learner(
+    config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
+) -> BenchSubject:
+    most = config.learner.microbatch_tokens
+    sizes = options.microbatch_tokens or sorted({max(1, most // 4), max(1, most // 2), most})
+    if options.recorded is not None:
+        groups, label = recorded_groups(options.recorded, model), "recorded"
+    else:
+        prompt_tokens, lengths = _lengths(config, options, max_len=model.max_positions)
+        label = lengths.label
+        groups = made_up_groups(
+            config,
+            model,
+            lengths,
+            prompt_tokens=prompt_tokens,
+            microbatch_tokens=max(sizes),
+            count=options.groups,
+        )
+    return LearnerBench(config, groups, label, sizes, rounds)
+
+
+def _lengths(config: Config, options: BenchOptions, *, max_len: int) -> tuple[int, ResponseLengths]:
+    """Tokens of the made-up prompts, and the lengths of the responses."""
+    data, most = config.data, config.rollout.max_response_tokens
+    prompt_tokens = options.prompt_tokens or min(DEFAULT_PROMPT_TOKENS, data.max_prompt_tokens)
+    longest = min(most, max_len - prompt_tokens)
+    if longest < 1:
+        raise ValueError(
+            f"--prompt-tokens ({prompt_tokens}) leaves no room for a response in {max_len} tokens; "
+            "lower it"
+        )
+    if options.lengths_from is not None:
+        return prompt_tokens, lengths_of_run(options.lengths_from, longest=longest)
+    mean = options.response_tokens or max(1, most // 4)
+    if mean > longest:
+        raise ValueError(
+            f"--response-tokens ({mean}) must be at most {longest}, what rollout."
+            "max_response_tokens and the prompt leave; lower it"
+        )
+    sigma = DEFAULT_SIGMA if options.sigma is None else options.sigma
+    if sigma == 0:
+        return prompt_tokens, fixed_lengths(mean)
+    return prompt_tokens, lognormal_lengths(mean, sigma=sigma, longest=longest)
+
+
+def _powers_of_4(most: int) -> list[int]:
+    """1, 4, 16, …, and `most`."""
+    powers = [4**power for power in range(16) if 4**power < most]
+    return [*powers, most]

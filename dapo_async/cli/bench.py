@@ -1,0 +1,132 @@
+"""`dapo-async bench`: arguments for `bench.command`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dapo_async.cli.arguments import EXAMPLE, Parser, path, say
+from dapo_async.config import load
+
+HELP = "measure the engine or the learner alone on your config, model and hardware; without data"
+SUBJECTS = ("rollout", "learner")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds what `bench` takes."""
+    parser.epilog = "exit code: 0 done, 1 a figure got worse than in --compare, 130 interrupted"
+    parser.add_argument("config", help=f"YAML file, such as {EXAMPLE}")
+    parser.add_argument("subject", choices=SUBJECTS, metavar="{" + ",".join(SUBJECTS) + "}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides"
+    )
+    parser.add_argument(
+        "--json",
+        type=path,
+        metavar="OUT",
+        help="write the result there, after each row",
+    )
+    parser.add_argument(
+        "--compare", type=path, metavar="OLD.json", help="print ratios to an older result"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="a figure may be worse by this share (default: 0.05)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="counted rounds (default: 5)"
+    )
+    parser.add_argument(
+        "--warm-up", type=int, default=1, metavar="N", help="rounds before them (default: 1)"
+    )
+    _add_lengths(parser)
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument(
+        "--running",
+        type=_numbers,
+        metavar="1,8,64",
+        help="sequences that run at once (default: powers of 4 up to rollout.num_slots)",
+    )
+    rollout.add_argument(
+        "--contexts",
+        type=_numbers,
+        metavar="128,1024",
+        help="tokens of a sequence (default: an eighth, half and all of the longest sequence)",
+    )
+    learner = parser.add_argument_group("learner")
+    learner.add_argument(
+        "--microbatch-tokens",
+        type=_numbers,
+        metavar="4096,16384",
+        help="sizes (default: a quarter, half and all of learner.microbatch_tokens)",
+    )
+    learner.add_argument(
+        "--groups", type=int, metavar="N", help="groups of a step (default: four microbatches)"
+    )
+    learner.add_argument(
+        "--recorded", type=path, metavar="RUN_DIR", help="train a batch that this run has recorded"
+    )
+
+
+def _add_lengths(parser: Parser) -> None:
+    lengths = parser.add_argument_group("made-up prompts and responses")
+    lengths.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="tokens of a prompt (default: 256 at most)"
+    )
+    lengths.add_argument(
+        "--response-tokens",
+        type=int,
+        metavar="N",
+        help="mean tokens of a response (default: a quarter of rollout.max_response_tokens)",
+    )
+    lengths.add_argument(
+        "--sigma",
+        type=float,
+        help="of the lognormal distribution of response lengths (default: 1); 0: all are equal",
+    )
+    lengths.add_argument(
+        "--lengths-from", type=path, metavar="RUN_DIR", help="draw the lengths from this run"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures one subject and prints a table."""
+    # A benchmark reads no data. The config may lack it, or name what is on another machine.
+    data = ("data.train=unused", "data.heldout=unused", "data.contamination=off")
+    config = load(options.config, [*options.overrides, *data], files=False)
+
+    from dapo_async.bench.command import BenchOptions, run_bench  # takes seconds to import
+    from dapo_async.runtime.local_model import with_local_model
+
+    config, _ = with_local_model(config, download=True)
+    asked = BenchOptions(
+        subject=options.subject,
+        out=options.json and options.json.resolve(),
+        compare=options.compare,
+        tolerance=options.tolerance,
+        repeats=options.repeats,
+        warm_up=options.warm_up,
+        prompt_tokens=options.prompt_tokens,
+        response_tokens=options.response_tokens,
+        sigma=options.sigma,
+        lengths_from=options.lengths_from,
+        running=options.running,
+        contexts=options.contexts,
+        microbatch_tokens=options.microbatch_tokens,
+        groups=options.groups,
+        recorded=options.recorded,
+    )
+    return run_bench(config, asked, say=say)
+
+
+def _numbers(text: str) -> Sequence[int]:
+    """`1,8,64` as numbers."""
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be numbers separated by commas, such as 1,8,64"
+        ) from error
