@@ -36,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import psutil
 import ray
@@ -57,7 +56,6 @@ from support.sleeping import (
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.runtime import launch
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START
 from dapo_async.runtime.services import Services, build_services
@@ -181,22 +179,19 @@ def measure(shape: Shape, steps: int, warm_up: int, inputs: tuple[Path, Path]) -
         run_dir.rollouts.mkdir()
         cpu = CpuSeconds(warm_up - 1)
         sinks: Any = SimpleNamespace(step=cpu.on_step, say=lambda line: None)
-        worker, learner = emulated(shape)
+        classes = emulated(shape)
 
         async def run() -> Spent:
-            with (
-                mock.patch.object(launch, "RolloutActor", worker),
-                mock.patch.object(launch, "LearnerActor", learner),
-            ):
-                services = build_services(
-                    config,
-                    run_dir=run_dir,
-                    sinks=sinks,
-                    clock=StateClock("driver"),
-                    incarnation="bench",
-                    resume=START,
-                    driver_state=lambda tracker: {},
-                )
+            services = build_services(
+                config,
+                run_dir=run_dir,
+                sinks=sinks,
+                clock=StateClock("driver"),
+                incarnation="bench",
+                resume=START,
+                driver_state=lambda tracker: {},
+                classes=classes,
+            )
             try:
                 return await train(services, config, cpu)
             finally:

@@ -1,7 +1,7 @@
 """Engines and a learner that sleep by a latency model, in the real actors, for `asynchrony.py`.
 
-`SleepingEngine` replaces the decoding of the native engine, `SleepingRank` the learner's step. Both
-keep a tiny decoder, so that weights are sent and proved as in a run.
+`SleepingEngine` replaces the decoding of the native engine, `sleeping_learner` of the package the
+learner's step. Both keep a tiny decoder, so that weights are sent and proved as in a run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from support import simulated_run
 
+from dapo_async.bench.replaced import sleeping_learner
 from dapo_async.config import Config
-from dapo_async.learner import LearnerRank
-from dapo_async.learner.metrics import rollout_metrics
 from dapo_async.model import load_decoder
 from dapo_async.planner import Lengths
 from dapo_async.planner.lengths import Draws
@@ -30,9 +29,9 @@ from dapo_async.rollout.engine import UpdateReport
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.actors.engine_host import TorchHost
-from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.types import Completion, FinishReason, Group, StepMetrics
+from dapo_async.runtime.launch import ActorClasses
+from dapo_async.types import Completion, FinishReason
 
 GROUP_SIZE, GROUPS_PER_STEP, WORKERS = 8, 32, 2
 ACCEPTANCE = 0.75  # the other groups are all correct, and dynamic sampling rejects them
@@ -204,30 +203,7 @@ class SleepingHost(TorchHost):
         return f"sleeping engine, {core.num_slots} slots"
 
 
-class SleepingRank(LearnerRank):
-    """Sleeps for its share of a step for each minibatch.
-
-    Changes the weights a little so that the handshake sees a change.
-    """
-
-    step_s: float
-
-    def minibatch(self, groups: Sequence[Group], **_: Any) -> StepMetrics:
-        end_s = time.monotonic() + self.step_s * len(groups) / GROUPS_PER_STEP
-        metrics = rollout_metrics(groups, learner_version=self.version)
-        tokens = np.concatenate(
-            [each.completion.weight_versions for group in groups for each in group.rollouts]
-        )
-        staleness = (float((self.version - tokens).sum()), float(len(tokens)))
-        with torch.no_grad():
-            for parameter in self.decoder.parameters():
-                parameter.mul_(1.001)
-        time.sleep(max(0.0, end_s - time.monotonic()))
-        flags = {"non_finite": 0.0, "skipped": 0.0}
-        return metrics + StepMetrics({"staleness": staleness}, {"lr": 0.0}, flags)
-
-
-def emulated(shape: Shape) -> tuple[type[RolloutActor], type[LearnerActor]]:
+def emulated(shape: Shape) -> ActorClasses:
     """The actors of a run with engine and rank of this cell."""
 
     class EmulatedRollout(RolloutActor):
@@ -242,15 +218,7 @@ def emulated(shape: Shape) -> tuple[type[RolloutActor], type[LearnerActor]]:
             )
             host.shape = shape
 
-    class EmulatedLearner(LearnerActor):
-        def _load(self, mesh_address: tuple[str, int] | None) -> None:
-            super()._load(mesh_address)
-            config = self._config
-            self._rank = rank = SleepingRank(
-                self._rank.decoder,
-                algorithm=config.algorithm,
-                learner=config.learner,
-            )
-            rank.step_s = shape.step_s
-
-    return EmulatedRollout, EmulatedLearner
+    return ActorClasses(
+        learner=sleeping_learner(step_s=shape.step_s, groups_per_step=GROUPS_PER_STEP),
+        rollout=EmulatedRollout,
+    )

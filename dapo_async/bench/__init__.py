@@ -11,4 +11,8 @@ table      rows as lines for the terminal
 made_up    prompts, response lengths and groups without a data set
 rollout    subject: decoding and prefill of an engine
 learner    subject: steps of one learner rank
+memory     the peak of memory during a step
+loop       subjects: the real loop with one side replaced
+replaced   the actors in place of a side
+command    checks the input, chooses the subject, prints
 """

@@ -6,7 +6,7 @@ It checks all input, also that of a comparison, before anything is loaded. Calle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,11 +25,13 @@ from dapo_async.bench.made_up import (
 )
 from dapo_async.bench.rollout import DECODE_STEPS, RolloutSweep, TorchRolloutBench
 from dapo_async.bench.session import BenchSubject, Rounds, measure
+from dapo_async.bench.sglang_rollout import SGLANG_DECODE_STEPS, SGLangRolloutBench
 from dapo_async.bench.table import tables
 from dapo_async.config import Config
+from dapo_async.evaluate.engines import check_engines
 from dapo_async.model import ModelConfig
 
-EXIT_WORSE = 1
+EXIT_FAILED = EXIT_WORSE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +52,22 @@ class BenchOptions:
     contexts: Sequence[int] | None = None  # rollout
     microbatch_tokens: Sequence[int] | None = None  # learner
     groups: int | None = None  # learner
-    recorded: Path | None = None  # learner
+    recorded: Path | None = None  # learner, end-to-end
+    step_s: float | None = None  # end-to-end
+    transports: Sequence[str] | None = None  # publish
+    modes: Sequence[str] | None = None  # publish
 
 
-# Options of one subject only, and how the command line writes them.
-OWN_OPTIONS = {
-    "running": ("rollout", "--running"),
-    "contexts": ("rollout", "--contexts"),
-    "microbatch_tokens": ("learner", "--microbatch-tokens"),
-    "groups": ("learner", "--groups"),
-    "recorded": ("learner", "--recorded"),
+# Options of some subjects only, and how the command line writes them.
+OWN_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "running": (("rollout",), "--running"),
+    "contexts": (("rollout",), "--contexts"),
+    "microbatch_tokens": (("learner",), "--microbatch-tokens"),
+    "groups": (("learner",), "--groups"),
+    "recorded": (("learner", "end-to-end"), "--recorded"),
+    "step_s": (("end-to-end",), "--step-s"),
+    "transports": (("publish",), "--transports"),
+    "modes": (("publish",), "--modes"),
 }
 
 
@@ -80,7 +88,11 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
     settings = {"repeats": options.repeats, "warm_up": options.warm_up}
     result = BenchResult(options.subject, about(config, model), settings)
     say(f"bench {options.subject}: {len(subject.cells)} rows, {options.repeats} repetitions each")
-    code = measure(subject, result, out=options.out, say=say)
+    try:
+        code = measure(subject, result, out=options.out, say=say)
+    except (TimeoutError, RuntimeError) as error:  # of an engine or an actor
+        say(f"failed: {' '.join(str(error).split())}")
+        code = EXIT_FAILED
     for line in tables(result.rows):
         say(line)
     say("median (first - third quartile)")
@@ -110,9 +122,11 @@ def _show_comparison(
 
 def _check(config: Config, options: BenchOptions) -> None:
     """Raises ValueError for options that no config allows."""
-    for name, (subject, written) in OWN_OPTIONS.items():
-        if getattr(options, name) is not None and subject != options.subject:
-            raise ValueError(f"{written} is an option of bench {subject}; leave it out")
+    for name, (subjects, written) in OWN_OPTIONS.items():
+        if getattr(options, name) is not None and options.subject not in subjects:
+            raise ValueError(
+                f"{written} is an option of bench {' and '.join(subjects)}; leave it out"
+            )
     numbers: list[tuple[str, float | None, float]] = [
         ("--repeats", options.repeats, 1),
         ("--warm-up", options.warm_up, 0),
@@ -120,6 +134,7 @@ def _check(config: Config, options: BenchOptions) -> None:
         ("--response-tokens", options.response_tokens, 1),
         ("--groups", options.groups, 1),
         ("--sigma", options.sigma, 0),
+        ("--step-s", options.step_s, 0),
         ("--tolerance", options.tolerance, 0),
     ]
     for written, values in (
@@ -137,17 +152,17 @@ def _check(config: Config, options: BenchOptions) -> None:
         raise ValueError(f"--json {options.out} is a folder; give a file")
     if not Path(config.model.path).is_dir():
         raise ValueError(f"model.path ({config.model.path}) does not exist; give an existing path")
-    if config.model.torch_device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"model.device ({config.model.device}) asks for a GPU, but this machine has no CUDA "
-            "device; set model.device=cpu"
-        )
 
 
 def _subject(config: Config, model: ModelConfig, options: BenchOptions) -> BenchSubject:
     rounds = Rounds(options.warm_up, options.repeats)
+    without_engine = options.subject in ("learner", "replay")
+    rollout = replace(config.rollout, engine="torch") if without_engine else config.rollout
+    check_engines(replace(config, rollout=rollout))
     if options.subject == "learner":
         return _learner(config, model, options, rounds)
+    if options.subject != "rollout":
+        return _loop(config, model, options, rounds)
     return _rollout(config, model, options, rounds)
 
 
@@ -155,16 +170,12 @@ def _rollout(
     config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
 ) -> BenchSubject:
     rollout = config.rollout
-    if rollout.engine != "torch":
-        raise ValueError(
-            f"bench rollout measures the native engine; set rollout.engine=torch (it is "
-            f"{rollout.engine})"
-        )
     max_len = min(config.data.max_prompt_tokens + rollout.max_response_tokens, model.max_positions)
-    most_context = max_len - DECODE_STEPS
+    steps = DECODE_STEPS if rollout.engine == "torch" else SGLANG_DECODE_STEPS
+    most_context = max_len - steps
     if most_context < 1:
         raise ValueError(
-            f"the longest sequence ({max_len} tokens) must have more than {DECODE_STEPS} tokens; "
+            f"the longest sequence ({max_len} tokens) must have more than {steps} tokens; "
             "raise rollout.max_response_tokens"
         )
     running = options.running or _powers_of_4(rollout.num_slots)
@@ -179,7 +190,7 @@ def _rollout(
     if max(contexts) > most_context:
         raise ValueError(
             f"--contexts ({max(contexts)}) must be at most {most_context}: the longest sequence "
-            f"({max_len} tokens) less the {DECODE_STEPS} steps of a repetition; raise "
+            f"({max_len} tokens) less the {steps} steps of a repetition; raise "
             "rollout.max_response_tokens or lower the option"
         )
     prompt_tokens, lengths = _lengths(config, options, max_len=max_len)
@@ -187,7 +198,8 @@ def _rollout(
     if lengths.sigma or lengths.observed:
         kinds = [fixed_lengths(round(lengths.mean)), lengths]
     sweep = RolloutSweep(running, contexts, kinds, prompt_tokens, max_len)
-    return TorchRolloutBench(config, model, sweep, rounds)
+    kind = TorchRolloutBench if rollout.engine == "torch" else SGLangRolloutBench
+    return kind(config, model, sweep, rounds)
 
 
 def _learner(
@@ -209,6 +221,37 @@ def _learner(
             count=options.groups,
         )
     return LearnerBench(config, groups, label, sizes, rounds)
+
+
+def _loop(
+    config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
+) -> BenchSubject:
+    from dapo_async.bench.loop import MODES, TRANSPORTS, LoopBench  # imports Ray
+
+    max_len = min(
+        config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
+    )
+    prompt_tokens, lengths = _lengths(config, options, max_len=max_len)
+    shares_gpu = config.model.device == "shared_cuda"
+    transports = options.transports or (("disk",) if shares_gpu else TRANSPORTS)
+    if shares_gpu and "broadcast" in transports:
+        raise ValueError(
+            "--transports broadcast needs model.device=cuda, because NCCL refuses two processes "
+            "on one GPU; give --transports disk"
+        )
+    if options.recorded is not None:
+        recorded_groups(options.recorded, model)  # before anything starts
+    return LoopBench(
+        config,
+        options.subject,
+        rounds,
+        lengths,
+        prompt_tokens,
+        options.step_s or 0.0,
+        options.recorded and options.recorded.resolve(),
+        transports,
+        options.modes or MODES,
+    )
 
 
 def _lengths(config: Config, options: BenchOptions, *, max_len: int) -> tuple[int, ResponseLengths]:

@@ -6,14 +6,15 @@ its file after each cell. Called by `cli/bench.py`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dapo_async.bench.figures import BenchResult, BenchRow, spreads
 from dapo_async.bench.table import figure_text, what_text
@@ -34,6 +35,10 @@ class Rounds:
     def of(self, work: Callable[[], T]) -> list[T]:
         """What each counted round of `work` returned."""
         return [work() for _ in range(self.warm_up + self.repeats)][self.warm_up :]
+
+    async def of_async(self, work: Callable[[], Awaitable[T]]) -> list[T]:
+        """As `of`."""
+        return [await work() for _ in range(self.warm_up + self.repeats)][self.warm_up :]
 
 
 class BenchSubject(Protocol):
@@ -76,6 +81,19 @@ def measure(
             return 128 + number
         _write(result, out)
     return 0
+
+
+def run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. An interrupt lets it clean up before it is raised."""
+    loop = runner.get_loop()
+    task = loop.create_task(work)
+    try:
+        return loop.run_until_complete(task)
+    except KeyboardInterrupt:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        raise
 
 
 def _measure_cells(

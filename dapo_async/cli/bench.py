@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dapo_async.cli.arguments import EXAMPLE, Parser, path, say
-from dapo_async.config import load
+from dapo_async.config import Config, load
 
-HELP = "measure the engine or the learner alone on your config, model and hardware; without data"
-SUBJECTS = ("rollout", "learner")
+HELP = "measure one part of the system on your config, model and hardware; without data"
+LOOP_SUBJECTS = ("replay", "publish", "end-to-end")  # they start Ray
+SUBJECTS = ("rollout", "learner", *LOOP_SUBJECTS)
+TRANSPORTS, MODES = ("broadcast", "disk"), ("recompute", "keep_kv", "drain")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -67,7 +70,18 @@ def add_arguments(parser: Parser) -> None:
         "--groups", type=int, metavar="N", help="groups of a step (default: four microbatches)"
     )
     learner.add_argument(
-        "--recorded", type=path, metavar="RUN_DIR", help="train a batch that this run has recorded"
+        "--recorded",
+        type=path,
+        metavar="RUN_DIR",
+        help="a batch that this run has recorded; also the responses of end-to-end",
+    )
+    loop = parser.add_argument_group("publish and end-to-end")
+    loop.add_argument(
+        "--transports", type=_words(TRANSPORTS), metavar=",".join(TRANSPORTS), help="default: all"
+    )
+    loop.add_argument("--modes", type=_words(MODES), metavar=",".join(MODES), help="default: all")
+    loop.add_argument(
+        "--step-s", type=float, metavar="S", help="a step of the learner that sleeps (default: 0)"
     )
 
 
@@ -98,10 +112,14 @@ def run(options: argparse.Namespace) -> int:
     data = ("data.train=unused", "data.heldout=unused", "data.contamination=off")
     config = load(options.config, [*options.overrides, *data], files=False)
 
-    from dapo_async.bench.command import BenchOptions, run_bench  # takes seconds to import
     from dapo_async.runtime.local_model import with_local_model
 
     config, _ = with_local_model(config, download=True)
+    if options.subject in LOOP_SUBJECTS:
+        config = _with_ray(config)
+
+    from dapo_async.bench.command import BenchOptions, run_bench  # takes seconds to import
+
     asked = BenchOptions(
         subject=options.subject,
         out=options.json and options.json.resolve(),
@@ -118,8 +136,36 @@ def run(options: argparse.Namespace) -> int:
         microbatch_tokens=options.microbatch_tokens,
         groups=options.groups,
         recorded=options.recorded,
+        step_s=options.step_s,
+        transports=options.transports,
+        modes=options.modes,
     )
     return run_bench(config, asked, say=say)
+
+
+def _with_ray(config: Config) -> Config:
+    """The config with the address of its Ray; prepares the environment before Ray is imported."""
+    from dapo_async.runtime.cluster.address import choose
+    from dapo_async.runtime.cluster.environment import prepare
+
+    choice = choose(config.ray.address)
+    if choice.note:
+        say(choice.note)
+    prepare(choice.address)
+    return replace(config, ray=replace(config.ray, address=choice.address))
+
+
+def _words(known: Sequence[str]) -> Callable[[str], Sequence[str]]:
+    """The type of an option that takes some of the `known` words."""
+
+    def parse(text: str) -> Sequence[str]:
+        words = text.split(",")
+        for word in words:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word} must be one of {', '.join(known)}")
+        return words
+
+    return parse
 
 
 def _numbers(text: str) -> Sequence[int]:

@@ -51,8 +51,24 @@ class Actors:
         return [self.replay, *self.ranks, *self.workers, *evaluators]
 
 
+@dataclass(frozen=True, slots=True)
+class ActorClasses:
+    """What is started for a rank and for a worker; a benchmark replaces one of them."""
+
+    learner: type[LearnerActor] = LearnerActor
+    rollout: type[RolloutActor] = RolloutActor
+
+
+RUN_CLASSES = ActorClasses()
+
+
 def start_actors(
-    config: Config, run_dir: RunDir, *, incarnation: str, resume: Path | None
+    config: Config,
+    run_dir: RunDir,
+    *,
+    incarnation: str,
+    resume: Path | None,
+    classes: ActorClasses = RUN_CLASSES,
 ) -> Actors:
     """Returns at once; the actors start in the background, and `ready` of each waits for it.
 
@@ -71,7 +87,7 @@ def start_actors(
     )
     replay = start_replay(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
     start_rank = _starter(
-        LearnerActor,
+        classes.learner,
         num_cpus=config.model.num_cpus,
         num_gpus=config.gpus_per_rank,
         strategy=near(node, reserves=True),
@@ -93,7 +109,7 @@ def start_actors(
     ]
     shares_gpu = config.model.device == "shared_cuda"
     start_worker = _starter(
-        RolloutActor,
+        classes.rollout,
         num_cpus=config.model.num_cpus,
         num_gpus=config.gpus_per_worker,
         strategy=near(node, reserves=True) if shares_gpu else SPREAD,  # the learner's GPU

@@ -13,7 +13,7 @@ from dapo_async.config import Config
 from dapo_async.replay import Counts
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
-from dapo_async.runtime.launch import start_actors
+from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
@@ -94,12 +94,16 @@ def build_services(
     incarnation: str,
     resume: ResumePoint,
     driver_state: Callable[[Tracker], dict[str, Any]],
+    classes: ActorClasses = RUN_CLASSES,
 ) -> Services:
     """Starts the actors in the background; `system.start` waits for them.
 
     `driver_state` returns what a resumed driver must know, for `driver.json` of a checkpoint.
+    `classes`: the actors of a benchmark, which replaces one side of the loop.
     """
-    actors = start_actors(config, run_dir, incarnation=incarnation, resume=resume.state)
+    actors = start_actors(
+        config, run_dir, incarnation=incarnation, resume=resume.state, classes=classes
+    )
     system = System(config, actors, say=sinks.say)
     before = measured_before(resume)
     tracker = Tracker(

@@ -6,6 +6,7 @@ Logprobs, versions, weight updates while it generates, aborts.
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from paths import QUICKSTART
 from sglang_world import (
     CONFIGS,
     INCARNATION,
+    MAX_LEN,
     NUM_SLOTS,
     PROBE,
     VOCABULARY,
@@ -28,10 +31,12 @@ from sglang_world import (
     start_world,
 )
 
+from dapo_async.cli.main import main
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
 from dapo_async.rollout import Aborted, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang import engine as sglang_engine
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
@@ -256,6 +261,27 @@ def test_slots_whose_requests_wait_for_memory_are_not_occupied(
     assert slot_seconds == pytest.approx(64 * use.elapsed_s)
     assert 0.1 < use.occupied / slot_seconds < 0.6
     assert use.queued / (use.queued + use.occupied) > 0.4
+
+
+@on_one_family
+def test_bench_measures_the_rows_of_a_running_server(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SERVER_KEY, world.server.api_key)
+    out = tmp_path / "out.json"
+    options = ["--repeats=1", "--warm-up=0", "--running=2", "--contexts=24", f"--json={out}"]
+    knobs = [
+        f"model.path={world.folder}",
+        "rollout.engine=sglang",
+        f"rollout.servers={world.server.url}",
+        "rollout.num_slots=16",
+        "rollout.max_response_tokens=64",
+    ]
+    assert main(["bench", str(QUICKSTART), "rollout", *options, *knobs]) == 0
+    capacity, *others = json.loads(out.read_text())["rows"]
+    assert capacity["figures"]["kv_capacity_tokens"]["values"][0] >= NUM_SLOTS * MAX_LEN
+    assert [row["what"]["kind"] for row in others] == ["prefill", "decode", "generate", "generate"]
+    assert all(row["figures"] for row in others)
 
 
 @on_one_family

@@ -99,6 +99,14 @@ class SGLangClient:
         except (KeyError, TypeError, ValueError) as error:
             raise EngineFault(f"{self.url} sent a malformed load: {error!r}") from error
 
+    async def kv_capacity(self) -> int:
+        """How many tokens the server has memory for, as keys and values."""
+        answer = await self._ask("GET", "/server_info")
+        try:
+            return int(answer["max_total_num_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineFault(f"{self.url} does not tell its capacity: {error!r}") from error
+
     async def checksum(self) -> str:
         """Checksum of the weights on the server's GPUs, comparable between servers of one layout.
 

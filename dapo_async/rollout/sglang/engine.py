@@ -197,6 +197,10 @@ class SGLangEngine:
     def slot_use(self) -> SlotUse:
         return self._meter.read()
 
+    async def kv_capacity(self) -> int:
+        """How many tokens the server has memory for, as keys and values."""
+        return await self._client.kv_capacity()
+
     async def close(self) -> None:
         """Closes the connections; pending calls fail."""
         self._queue_watch.cancel()

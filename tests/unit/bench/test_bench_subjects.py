@@ -134,7 +134,7 @@ def test_bench_needs_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("rollouts",), "argument {rollout,learner}: invalid choice: 'rollouts'"),
+        (("rollouts",), ": invalid choice: 'rollouts'"),
         (("learner", "--running", "4"), "--running is an option of bench rollout; leave it out"),
         (("rollout", "--running", "4,x"), "argument --running: 4,x must be numbers separated"),
         (("rollout", "--running", "0"), "--running (0) must be at least 1"),
