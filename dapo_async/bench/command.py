@@ -95,7 +95,8 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
         code = EXIT_FAILED
     for line in tables(result.rows):
         say(line)
-    say("median (first - third quartile)")
+    if result.rows:
+        say("median (first - third quartile)")
     if options.out is not None and result.rows:
         say(f"result    {options.out}")
     if old is not None and result.rows:

@@ -16,7 +16,6 @@ import asyncio
 import json
 import math
 import secrets
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,13 +113,10 @@ class LoopBench:
     @contextmanager
     def measuring(self) -> Iterator[Callable[[Cell], Figures]]:
         """Starts or joins Ray once."""
-        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
             connection = RayConnection(self.config)
             try:
                 run_interruptible(runner, connection.open())
-                for number, handler in handlers.items():  # Ray has replaced them
-                    signal.signal(number, handler)
                 yield lambda cell: run_interruptible(runner, self._measure(cell, Path(folder)))
             finally:
                 run_interruptible(runner, connection.close())

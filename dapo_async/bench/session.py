@@ -11,7 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,6 +21,7 @@ from dapo_async.bench.table import figure_text, what_text
 from dapo_async.utils.files import atomic_write
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Cell = Mapping[str, str | int | float]
 Figures = Mapping[str, Sequence[float]]
 
@@ -84,16 +85,26 @@ def measure(
 
 
 def run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. An interrupt lets it clean up before it is raised."""
+    """The result of `work`. A signal cancels it, and is raised when it has cleaned up."""
     loop = runner.get_loop()
     task = loop.create_task(work)
+    received: list[signal.Signals] = []
+
+    def receive(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        loop.add_signal_handler(number, receive, number)
     try:
         return loop.run_until_complete(task)
-    except KeyboardInterrupt:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-        raise
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _measure_cells(
@@ -136,7 +147,7 @@ def _interrupts() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
         yield received
     finally:

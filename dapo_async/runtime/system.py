@@ -56,6 +56,8 @@ class System:
         learner = asyncio.create_task(self.learner.ready())
         tasks = {actor.name: asyncio.create_task(actor.ready()) for actor in others}
         everything = asyncio.gather(learner, *tasks.values())
+        # An interrupt cancels it unawaited: without this asyncio prints that.
+        everything.add_done_callback(lambda all_: all_.cancelled() or all_.exception())
         try:
             while not (await asyncio.wait([everything], timeout=SLOW_START_S))[0]:
                 slow = [

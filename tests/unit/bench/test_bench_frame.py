@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from dapo_async.bench.compare import check_comparable, compare, differences
 from dapo_async.bench.figures import BenchResult, BenchRow, Spread, higher_is_better
-from dapo_async.bench.session import Cell, Figures, Rounds, measure
+from dapo_async.bench.session import Cell, Figures, Rounds, measure, run_interruptible
 from dapo_async.bench.table import tables, value_text
 
 CPU = {"cpu": "A", "cores": 2, "threads": 1}
@@ -105,6 +106,24 @@ def test_interrupt_keeps_the_rows_before_it(
     read = BenchResult.read(out)
     assert (len(read.rows), read.complete, subject.closed) == (2, False, True)
     assert signal.getsignal(number) is before
+
+
+def test_interrupted_coroutine_cleans_up_before_the_signal_is_raised() -> None:
+    ended: list[str] = []
+
+    async def work() -> Figures:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            ended.append("cleaned up")
+        return {}
+
+    with asyncio.Runner() as runner:
+        subject = FakeSubject(lambda cell: run_interruptible(runner, work()))
+        assert measure(subject, BenchResult("fake", {}, {}), out=None, say=ended.append) == 143
+    assert ended == ["a note", "cleaned up", "SIGTERM: 0 of 3 rows were measured"]
 
 
 def test_cell_without_memory_fails_alone() -> None:

@@ -185,7 +185,10 @@ def test_overrides_may_stand_before_and_after_an_option(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "which command? give one of train, status, eval, report, rerun, grade, config; "),
+        (
+            (),
+            "which command? give one of train, status, eval, report, rerun, grade, bench, config; ",
+        ),
         (("trian",), "unknown command trian; did you mean train? There are train, status, eval, "),
         (("inspect",), "unknown command inspect; there are train, status, eval, report, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
