@@ -10,7 +10,18 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from dapo_async.cli import bench, config, evaluate, grade, report, rerun, status, train
+from dapo_async.cli import (
+    bench,
+    config,
+    evaluate,
+    grade,
+    plan,
+    report,
+    rerun,
+    simulate,
+    status,
+    train,
+)
 from dapo_async.cli.arguments import Parser, parse
 from dapo_async.tracking.terminal import lasting_streams
 from dapo_async.utils.files import is_disk_full
@@ -28,6 +39,8 @@ COMMANDS: Mapping[str, ModuleType] = {
     "rerun": rerun,
     "grade": grade,
     "bench": bench,
+    "plan": plan,
+    "simulate": simulate,
     "config": config,
 }
 RENAMED = {"replay": "rerun"}  # commands of earlier versions

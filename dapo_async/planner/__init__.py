@@ -8,6 +8,10 @@ simulator    plays it in virtual time on the real replay state machines
 engine       one engine: decode steps, prefill, KV cache, retraction
 lengths      response lengths, drawn from (seed, group)
 outcome      what a simulated run came to
+closed_forms the same figures on paper, and why a simulation differs
+settings     reads a scenario file
+sweep        finds the split of a cluster
+screens      what the commands print and write
 """
 
 from dapo_async.planner.engine import EngineSpeed

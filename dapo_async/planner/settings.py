@@ -1,0 +1,303 @@
+"""Reads a scenario file (YAML): the rates of both sides, the workload, the cluster.
+
+Every key has a default or is named as missing; an unknown key is refused with the nearest known
+one. `docs/planner.md` has the table of keys. The commands `simulate` and `plan` call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dapo_async.planner.engine import EngineSpeed
+from dapo_async.planner.lengths import Lengths, mixture
+from dapo_async.planner.scenario import LearnerSpeed, Outage, Scenario
+
+REQUIRED = object()
+# Section → key → default.
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "engine": {
+        "slots": REQUIRED,
+        "step_s": REQUIRED,
+        "context_s": 0.0,
+        "prefill_s": 0.0,
+        "kv_tokens": None,
+        "reserve_tokens": 64,
+        "gpus": 1,
+        "weight_update": "recompute",
+    },
+    "learner": {"token_s": REQUIRED, "fixed_s": 0.0, "jitter": 0.0, "gpus": 1, "minibatches": 1},
+    "lengths": {
+        "mean": None,
+        "max": REQUIRED,
+        "tail": 0.8,
+        "shared": 0.5,
+        "drift": 1.0,
+        "mixture": None,
+        "samples": None,
+    },
+    "replay": {
+        "groups_per_step": REQUIRED,
+        "group_size": 16,
+        "max_staleness": 2,
+        "admission": "paced",
+        "acceptance": 1.0,
+    },
+    "publish": {"seconds": 0.0, "pause_s": 0.0},
+    "checkpoint": {"seconds": 0.0, "every_steps": 0},
+    "evaluation": {"seconds": 0.0, "every_steps": 0},
+}
+TOP: Mapping[str, Any] = {
+    "engines": REQUIRED,
+    "prompt_tokens": 0,
+    "steps": 60,
+    "warm_up_steps": 20,
+    "seed": 0,
+    "colocated": False,
+    "outages": (),
+    "plan": None,
+}
+CHOICES = {
+    ("replay", "admission"): ("paced", "eager"),
+    ("engine", "weight_update"): ("recompute", "keep_kv", "drain"),
+}
+PLAN_KEYS: Mapping[str, Any] = {
+    "gpus": REQUIRED,
+    "max_staleness": (1, 2, 3, 4),
+    "slots": None,
+    "gpu_hour": None,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What `plan` may change, and the GPUs of both sides of the scenario."""
+
+    engine_gpus: int  # of one engine
+    learner_gpus: int  # of the learner in the scenario
+    gpus: int | None = None  # to be split; None: the file has no section `plan`
+    max_staleness: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    gpu_hour: float | None = None  # its price
+
+
+def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
+    """The scenario of a file. Raises ValueError with one line that names the file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"scenario file {path} can't be read ({error.strerror}); give a YAML file such as "
+            "docs/examples/plan_7b_64gpus.yaml"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(f"scenario file {path} is not valid YAML: {what}; correct it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"scenario file {path} must hold keys and sections; see docs/planner.md")
+    try:
+        return read_scenario(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_scenario(values: Mapping[str, Any]) -> tuple[Scenario, Cluster]:
+    """The scenario of the content of a file. Raises ValueError with one line."""
+    top = _section("", {key: each for key, each in values.items() if key not in KEYS}, TOP)
+    of = {name: _section(name, values.get(name), keys) for name, keys in KEYS.items()}
+    for (section, key), choices in CHOICES.items():
+        if of[section][key] not in choices:
+            raise ValueError(
+                f"{section}.{key} ({of[section][key]!r}) must be one of {', '.join(choices)}"
+            )
+    engine, learner, replay = of["engine"], of["learner"], of["replay"]
+    scenario = Scenario(
+        num_engines=_whole("engines", top["engines"]),
+        engine=_engine_speed(engine),
+        learner=LearnerSpeed(
+            token_s=_number("learner.token_s", learner["token_s"]),
+            fixed_s=_number("learner.fixed_s", learner["fixed_s"]),
+            jitter=_number("learner.jitter", learner["jitter"]),
+        ),
+        lengths=_lengths(of["lengths"], seed=_whole("seed", top["seed"], least=0)),
+        prompt_tokens=_whole("prompt_tokens", top["prompt_tokens"], least=0),
+        group_size=_whole("replay.group_size", replay["group_size"]),
+        groups_per_step=_whole("replay.groups_per_step", replay["groups_per_step"]),
+        num_minibatches=_whole("learner.minibatches", learner["minibatches"]),
+        max_staleness=_whole("replay.max_staleness", replay["max_staleness"], least=0),
+        num_steps=_whole("steps", top["steps"]),
+        warm_up_steps=_whole("warm_up_steps", top["warm_up_steps"], least=0),
+        acceptance=_acceptance(replay["acceptance"]),
+        admission=replay["admission"],
+        weight_update=engine["weight_update"],
+        publish_s=_number("publish.seconds", of["publish"]["seconds"]),
+        pause_s=_number("publish.pause_s", of["publish"]["pause_s"]),
+        checkpoint_s=_number("checkpoint.seconds", of["checkpoint"]["seconds"]),
+        checkpoint_every_steps=_whole(
+            "checkpoint.every_steps", of["checkpoint"]["every_steps"], least=0
+        ),
+        evaluation_s=_number("evaluation.seconds", of["evaluation"]["seconds"]),
+        evaluation_every_steps=_whole(
+            "evaluation.every_steps", of["evaluation"]["every_steps"], least=0
+        ),
+        outages=_outages(top["outages"]),
+        colocated=bool(top["colocated"]),
+    )
+    return scenario, _cluster(top["plan"], engine, learner, scenario)
+
+
+def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
+    """Decode step times for 0 … `slots` running sequences, from measured ones.
+
+    Linear between the points; below the first and above the last, along the nearest line. Raises
+    ValueError if a point or a result is not positive.
+    """
+    if not points or any(n < 0 or not seconds > 0 for n, seconds in points.items()):
+        raise ValueError(
+            f"engine.step_s ({dict(points)}) must give positive seconds by running sequences, such "
+            "as {1: 0.012, 128: 0.018}"
+        )
+    known = sorted(points.items())
+    if len(known) == 1:
+        return (known[0][1],) * (slots + 1)
+    table = []
+    for n in range(slots + 1):
+        place = max(1, next((i for i, (m, _) in enumerate(known) if m >= n), len(known) - 1))
+        (low, low_s), (high, high_s) = known[place - 1], known[place]
+        table.append(low_s + (high_s - low_s) * (n - low) / (high - low))
+    if min(table) <= 0:
+        raise ValueError(
+            f"engine.step_s ({dict(points)}) falls to {min(table):.3g} s within {slots} slots; "
+            "give a point for few and for many running sequences"
+        )
+    return tuple(table)
+
+
+def _engine_speed(engine: Mapping[str, Any]) -> EngineSpeed:
+    slots, step_s = _whole("engine.slots", engine["slots"]), engine["step_s"]
+    points = step_s if isinstance(step_s, Mapping) else {1: step_s}
+    numbers = {
+        _whole("engine.step_s", n, least=0): _number("engine.step_s", seconds)
+        for n, seconds in points.items()
+    }
+    kv_tokens = engine["kv_tokens"]
+    return EngineSpeed(
+        step_s=step_table(numbers, slots),
+        context_s=_number("engine.context_s", engine["context_s"]),
+        prefill_s=_number("engine.prefill_s", engine["prefill_s"]),
+        kv_tokens=float("inf") if kv_tokens is None else _number("engine.kv_tokens", kv_tokens),
+        reserve_tokens=_number("engine.reserve_tokens", engine["reserve_tokens"]),
+    )
+
+
+def _lengths(values: Mapping[str, Any], *, seed: int) -> Lengths:
+    samples: tuple[float, ...] = ()
+    if values["samples"] is not None:
+        samples = tuple(sorted(_number("lengths.samples", each) for each in values["samples"]))
+        if not samples or samples[0] <= 0:
+            raise ValueError("lengths.samples must be lengths above 0; leave other ones out")
+    elif values["mixture"] is not None:
+        samples = mixture([tuple(part) for part in values["mixture"]])
+    longest, mean = _whole("lengths.max", values["max"]), values["mean"]
+    if mean is None:
+        if not samples:
+            raise ValueError("lengths.mean is missing; give the mean response length in tokens")
+        mean = fmean(min(each, longest) for each in samples)
+    return Lengths(
+        tail=_number("lengths.tail", values["tail"]),
+        shared=_number("lengths.shared", values["shared"]),
+        mean_tokens=_number("lengths.mean", mean),
+        max_tokens=longest,
+        seed=seed,
+        samples=samples,
+        drift=_number("lengths.drift", values["drift"]),
+    )
+
+
+def _acceptance(value: Any) -> tuple[float, float]:
+    ends = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    if len(ends) != 2:
+        raise ValueError(
+            f"replay.acceptance ({value!r}) must be one share, or those of the first and the last "
+            "step, such as [0.8, 0.4]"
+        )
+    first, last = (_number("replay.acceptance", each) for each in ends)
+    return first, last
+
+
+def _outages(values: Any) -> tuple[Outage, ...]:
+    outages = []
+    for value in values:
+        fields = _section("outages", value, dict.fromkeys(("engine", "at_s", "back_s"), REQUIRED))
+        outages.append(
+            Outage(
+                _whole("outages.engine", fields["engine"], least=0),
+                _number("outages.at_s", fields["at_s"]),
+                _number("outages.back_s", fields["back_s"]),
+            )
+        )
+    return tuple(outages)
+
+
+def _cluster(
+    plan: Any, engine: Mapping[str, Any], learner: Mapping[str, Any], scenario: Scenario
+) -> Cluster:
+    cluster = Cluster(
+        engine_gpus=_whole("engine.gpus", engine["gpus"]),
+        learner_gpus=_whole("learner.gpus", learner["gpus"]),
+    )
+    if plan is None:
+        return cluster
+    values = _section("plan", plan, PLAN_KEYS)
+    slots = values["slots"] or (scenario.engine.num_slots,)
+    return replace(
+        cluster,
+        gpus=_whole("plan.gpus", values["gpus"]),
+        max_staleness=tuple(_whole("plan.max_staleness", each) for each in values["max_staleness"]),
+        slots=tuple(_whole("plan.slots", each) for each in slots),
+        gpu_hour=None
+        if values["gpu_hour"] is None
+        else _number("plan.gpu_hour", values["gpu_hour"]),
+    )
+
+
+def _section(name: str, values: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section with its defaults."""
+    prefix = f"{name}." if name else ""
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} ({values!r}) must be a section of keys; see docs/planner.md")
+    for key in values:
+        if key not in keys:
+            known = [*keys, *KEYS] if not name else list(keys)
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+    merged = {**keys, **values}
+    missing = [f"{prefix}{key}" for key, value in merged.items() if value is REQUIRED]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is missing; docs/planner.md describes every key")
+    return merged
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str):  # YAML reads 1e-6 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
+        raise ValueError(f"{name} ({value!r}) must be a number of at least 0; correct it")
+    return float(value)
+
+
+def _whole(name: str, value: Any, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+    return value

@@ -1,0 +1,201 @@
+"""Scenario files, the sweep, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paths import ROOT
+
+from dapo_async import config as knobs
+from dapo_async.cli.main import main
+from dapo_async.planner.closed_forms import closed_forms
+from dapo_async.planner.engine import EngineSpeed
+from dapo_async.planner.screens import overrides
+from dapo_async.planner.settings import Cluster, read_scenario, read_scenario_file, step_table
+from dapo_async.planner.simulator import simulate
+from dapo_async.planner.sweep import Plan, find_plan, ranked, smaller, split_of
+
+EXAMPLE = ROOT / "docs" / "examples" / "plan_7b_64gpus.yaml"
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    """The content of a small scenario file, with changes by dotted name (`__` for the dot)."""
+    content: dict[str, Any] = {
+        "engines": 4,
+        "steps": 24,
+        "warm_up_steps": 8,
+        "engine": {"slots": 32, "step_s": 0.02},
+        "learner": {"token_s": 1e-4, "gpus": 4},
+        "lengths": {"mean": 300, "max": 1000, "tail": 0.5},
+        "replay": {"groups_per_step": 32, "group_size": 4, "max_staleness": 2},
+        "plan": {"gpus": 8, "max_staleness": [2], "gpu_hour": 2.0},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            content[section] = {**content[section], key: value}
+        else:
+            content[section] = value
+    return content
+
+
+def plan_of(**changes: Any) -> Plan:
+    return find_plan(*read_scenario(values(**changes)))
+
+
+def test_the_example_file_is_read_and_no_key_lacks_its_line_in_the_docs() -> None:
+    from dapo_async.planner.settings import KEYS, PLAN_KEYS, TOP
+
+    scenario, cluster = read_scenario_file(EXAMPLE)
+    assert (scenario.num_engines, cluster.gpus) == (48, 64)
+    page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    described = {
+        (line[1].strip(), name.strip(" `")) for line in lines for name in line[2].split(",")
+    }
+    names = {("", name) for name in TOP if name != "plan"} | {("plan", key) for key in PLAN_KEYS}
+    names |= {(section, key) for section, keys in KEYS.items() for key in keys}
+    assert names == described - {("section", "key")}
+
+
+def test_step_times_are_linear_between_the_measured_points() -> None:
+    assert step_table({1: 0.010, 3: 0.014}, 4) == pytest.approx((0.008, 0.010, 0.012, 0.014, 0.016))
+    assert step_table({8: 0.02}, 2) == (0.02, 0.02, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engnes": 3}, "unknown key engnes; did you mean engine"),
+        ({"learner__tokens_s": 3}, "unknown key learner.tokens_s; did you mean learner.token_s"),
+        ({"engine": {"slots": 4}}, "engine.step_s is missing"),
+        ({"engine__slots": 0}, "engine.slots \\(0\\) must be a whole number of at least 1"),
+        ({"learner__token_s": -1}, "learner.token_s \\(-1\\) must be a number of at least 0"),
+        ({"engine__step_s": {1: 0.5, 2: 0.1}}, "falls to -"),
+        ({"lengths__mean": 5000}, "the mean \\(5000\\) must be between 1 and"),
+        ({"lengths__mixture": [[0, 1, 1]]}, "positive weight"),
+        ({"lengths__samples": []}, "lengths above 0"),
+        ({"replay__acceptance": 0}, "acceptance .* must be above 0"),
+        ({"replay__admission": "fifo"}, "must be one of paced, eager"),
+        ({"engines": 0}, "engines \\(0\\) must be a whole number of at least 1"),
+        ({"engine__kv_tokens": 500}, "the KV cache of an engine holds 500 tokens"),
+        ({"learner": 5}, "learner \\(5\\) must be a section of keys"),
+    ],
+)
+def test_a_wrong_scenario_is_refused_in_one_line(changes: Mapping[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as raised:
+        read_scenario(values(**changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"plan": None}, "has no section plan"),
+        ({"plan": {"gpus": 1}}, "leaves no GPU for one side"),
+        ({"engine__gpus": 8}, "leaves no GPU for one side: an engine takes 8"),
+    ],
+)
+def test_a_cluster_that_cannot_be_split_is_refused(changes: Mapping[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        plan_of(**changes)
+
+
+def test_the_plan_finds_the_split_at_which_both_sides_are_equally_fast() -> None:
+    plan = plan_of(
+        learner__token_s=2e-4,
+        engine__slots=16,
+        lengths={"mean": 300, "max": 600, "tail": 0.3},
+        plan={"gpus": 16, "max_staleness": [6]},
+    )
+    steps = {
+        gpus: max(
+            32 * 4 * 300 * 0.02 / 16 / (16 - gpus),  # tokens · step / slots / engines
+            32 * 4 * 300 * 2e-4 * 4 / gpus,
+        )
+        for gpus in range(1, 16)
+    }
+    fastest = min(steps, key=lambda gpus: steps[gpus])
+    assert abs(plan.best.learner_gpus - fastest) <= 1
+    assert plan.best.step_s == pytest.approx(steps[fastest], rel=0.1)
+    assert plan.pays
+
+
+def test_asynchrony_does_not_pay_when_training_takes_no_time() -> None:
+    plan = plan_of(
+        engine__slots=16, learner__token_s=1e-9, lengths={"mean": 300, "max": 1000, "tail": 0.0}
+    )
+    assert not plan.pays
+
+
+def test_a_smaller_fleet_has_about_the_same_step_time() -> None:
+    scenario, cluster = read_scenario(
+        values(engines=24, replay={"groups_per_step": 192, "group_size": 4, "max_staleness": 2})
+    )
+    small = smaller(scenario)
+    assert small.num_engines < 8
+    assert simulate(small).step_s == pytest.approx(simulate(scenario).step_s, rel=0.1)
+    assert closed_forms(small).step_s == pytest.approx(closed_forms(scenario).step_s, rel=0.05)
+    assert cluster == Cluster(
+        engine_gpus=1, learner_gpus=4, gpus=8, max_staleness=(2,), slots=(32,), gpu_hour=2.0
+    )
+
+
+def test_a_split_moves_gpus_from_one_side_to_the_other() -> None:
+    scenario, cluster = read_scenario(values())
+    other = split_of(scenario, cluster, 2, 1, 64)
+    assert (other.num_engines, other.max_staleness, other.engine.num_slots) == (6, 1, 64)
+    assert other.train_s == pytest.approx(2 * scenario.train_s)
+
+
+def test_of_equally_fast_candidates_the_fresher_one_is_first() -> None:
+    plan = plan_of()
+    best = plan.best
+    staler = replace(best, outcome=replace(best.outcome, staleness=5.0, step_s=best.step_s * 0.99))
+    slower = replace(best, outcome=replace(best.outcome, step_s=best.step_s * 1.5))
+    assert ranked([slower, staler, best]) == [best, staler, slower]
+
+
+def test_train_accepts_the_overrides_of_a_plan(tmp_path: Path) -> None:
+    plan = plan_of()
+    loaded = knobs.load(ROOT / "configs" / "quickstart.yaml", overrides(plan), files=False)
+    assert loaded.rollout.num_workers == plan.best.scenario.num_engines
+    assert loaded.learner.data_parallel == plan.best.learner_gpus
+
+
+def test_the_commands_print_and_write_their_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "scenario.yaml", tmp_path / "out.json"
+    file.write_text(yaml.safe_dump(values()))
+    assert main(["simulate", str(file), "--json", str(out)]) == 0
+    written, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert f"step       {written['step_s']:.4g} s; closed form" in printed
+    assert len(written["steps"]) == 24
+    assert main(["simulate", str(EXAMPLE)]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(file), "--json", str(out)]) == 0
+    written, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert printed.startswith("split      ")
+    assert "per million tokens" in printed
+    assert f"learner.data_parallel={written['candidates'][0]['learner_gpus']}" in printed
+
+
+def test_a_scenario_file_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml can't be read" in capsys.readouterr().err
+
+
+def test_context_and_batch_lower_the_rate_of_an_engine() -> None:
+    speed = EngineSpeed(step_s=(0.01, 0.01, 0.02), context_s=1e-5)
+    assert speed.tokens_per_s(1, 0) == pytest.approx(100)
+    assert speed.tokens_per_s(2, 0) == pytest.approx(100)
+    assert speed.tokens_per_s(2, 500) == pytest.approx(2 / 0.03)
