@@ -20,7 +20,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +36,11 @@ from dapo_async.bench.about import commit
 from dapo_async.bench.made_up import made_up_group
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import split_microbatches, training_sequences
+from dapo_async.learner.batch_plan import share_minibatch
+from dapo_async.learner.batching import TrainingSequence, pack, training_sequences
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW
 from dapo_async.model import load_decoder, token_logprobs
-from dapo_async.types import Group
+from dapo_async.types import Group, GroupFacts
 
 SHAPES = {
     "0.9 M": (SHAPE, 8),
@@ -84,15 +85,36 @@ def own_step(folder: Path, groups: list[Group], proximal: Any) -> Callable[[], N
     return step
 
 
+def neighbours(
+    sequences: Sequence[TrainingSequence], max_tokens: int
+) -> Iterator[list[TrainingSequence]]:
+    """Sequences that follow each other, at most `max_tokens` at a time."""
+    part: list[TrainingSequence] = []
+    for each in sequences:
+        if part and sum(other.num_tokens for other in part) + each.num_tokens > max_tokens:
+            yield part
+            part = []
+        part.append(each)
+    yield part
+
+
 def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     """Right padding; the clipped policy gradient over all response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = ShardedAdamW(model, lr=KNOBS.lr, weight_decay=KNOBS.weight_decay, betas=BETAS)
-    sequences = training_sequences(groups, normalize_std=True, overlong_filtering=False)
+    (share,) = share_minibatch(
+        [GroupFacts.of(group) for group in groups],
+        num_ranks=1,
+        max_tokens=KNOBS.microbatch_tokens,
+        pair_cost=0.0,
+    )
+    sequences = training_sequences(
+        groups, share.groups, normalize_std=True, overlong_filtering=False
+    )
     by_length = sorted(sequences, key=lambda each: each.num_tokens)
     # Each rollout is a group of its own: rollouts of similar length share a microbatch.
     alone = [replace(each, group=number) for number, each in enumerate(by_length)]
-    batches = split_microbatches(alone, KNOBS.microbatch_tokens)
+    batches = [pack(part) for part in neighbours(alone, KNOBS.microbatch_tokens)]
     num_tokens = sum(len(batch.targets) for batch in batches)
 
     def logprobs_of(batch: Any) -> Tensor:

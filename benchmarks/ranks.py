@@ -32,7 +32,6 @@ from dapo_async.model import (
     open_store,
     shard_of,
 )
-from dapo_async.replay.shares import share_groups
 
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp
@@ -75,19 +74,12 @@ def rank_process(
         decoder, algorithm=AlgorithmConfig(proximal="current"), learner=knobs, mesh=mesh
     )
     groups = rollouts(num_groups, even=False)
-    positions = share_groups([group.num_tokens for group in groups], dp)[mesh.dp.rank]
-    share = [groups[each] for each in positions]
-
-    def step() -> None:
-        rank.minibatch(share, positions=positions)
-        rank.end_step()
-
-    step()
+    rank.step(groups)
     moments = sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
     pipe.send(2 * sum(shard_of(each).nbytes for each in decoder.parameters()) + moments)
     while pipe.recv():
         began_s = time.perf_counter()
-        step()
+        rank.step(groups)
         pipe.send(time.perf_counter() - began_s)
 
 

@@ -135,10 +135,15 @@ class GroupFacts:
     incarnation: str
     oldest_version: int
     num_versions: int  # how many versions sampled one of its tokens
-    num_tokens: int
-    num_response_tokens: int
+    prompt_tokens: int
+    response_tokens: tuple[int, ...]  # per rollout, like the rest
+    rewards: tuple[float, ...]
     accuracies: tuple[float, ...]
     reasons: tuple[str, ...]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(self.response_tokens)
 
     @classmethod
     def of(cls, group: Group) -> Self:
@@ -151,8 +156,9 @@ class GroupFacts:
             group.incarnation,
             oldest,
             int(np.count_nonzero(np.bincount(versions - oldest))),
-            group.num_tokens,
-            group.num_response_tokens,
+            len(group.prompt.token_ids),
+            tuple(len(each.token_ids) for each in completions),
+            tuple(rollout.reward for rollout in group.rollouts),
             group.accuracies,
             group.reasons,
         )
@@ -178,9 +184,8 @@ class TrainBatch:
     learner_version: int  # the learner's weight version when the batch was taken
     group_ids: tuple[int, ...]
     oldest_versions: tuple[int, ...]  # per group
-    num_tokens: tuple[int, ...]  # per group, prompt and response
     # What the learner ranks fetch. From the buffer: the payload of each group. From the replay
-    # actor: one Ray object per data-parallel rank, with the payloads of its share of the groups.
+    # actor: one Ray object per data-parallel rank, with its share of the plan and its rollouts.
     references: tuple[Any, ...]
     evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
     closes_step: bool = True  # False: more minibatches of this step follow

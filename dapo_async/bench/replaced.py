@@ -20,6 +20,7 @@ import torch
 from dapo_async.bench.learner import recorded_groups
 from dapo_async.bench.made_up import ResponseLengths, made_up_group
 from dapo_async.learner import LearnerRank
+from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.metrics import rollout_metrics
 from dapo_async.model import Decoder, load_decoder
 from dapo_async.rollout import GroupRequest
@@ -39,10 +40,15 @@ class SleepingRank(LearnerRank):
     step_s: float
     groups_per_step: int
 
-    def minibatch(self, groups: Sequence[Group], **_: Any) -> StepMetrics:
+    def minibatch(
+        self, groups: Sequence[Group], *, share: RankShare | None = None, more: bool = False
+    ) -> StepMetrics:
         """See `LearnerRank.minibatch`: the metrics are those that do not need a forward pass."""
-        end_s = time.monotonic() + self.step_s * len(groups) / self.groups_per_step
-        metrics = rollout_metrics(groups, learner_version=self.version)
+        share = share or self.share_of(groups)
+        num_groups = sum(len(each.siblings) / len(each.rewards) for each in share.groups)
+        share_of_step = num_groups * self._mesh.dp.size / self.groups_per_step
+        end_s = time.monotonic() + self.step_s * share_of_step
+        metrics = rollout_metrics(groups, share, learner_version=self.version)
         tokens = np.concatenate(
             [each.completion.weight_versions for group in groups for each in group.rollouts]
         )

@@ -2,7 +2,8 @@
 
 The learner actor in `runtime/` drives it.
 
-    batching   groups -> advantages -> training sequences -> minibatches -> packed microbatches
+    batch_plan deals the rollouts of a minibatch to ranks and passes
+    batching   groups -> advantages -> training sequences -> packed microbatches
     rank       one rank's step: proximal logprobs, losses, one update per minibatch
     options    the options of the loss, from the config
     optimizer  AdamW on this rank's parts of the parameters, warm-up
@@ -18,11 +19,11 @@ The learner actor in `runtime/` drives it.
 
 from typing import TYPE_CHECKING
 
+from dapo_async.learner.batch_plan import MOST_ATTENDED
 from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.utils.lazy import lazy_names
 
 if TYPE_CHECKING:  # these modules import torch
-    from dapo_async.learner.batching import MOST_ATTENDED
     from dapo_async.learner.memory import RankMemory, predict_memory
     from dapo_async.learner.profiling import profiled
     from dapo_async.learner.rank import LearnerRank
@@ -37,7 +38,6 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "batching": ("MOST_ATTENDED",),
             "memory": ("RankMemory", "predict_memory"),
             "profiling": ("profiled",),
             "rank": ("LearnerRank",),

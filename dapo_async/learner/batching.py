@@ -1,14 +1,13 @@
-"""Turns groups into packed microbatches.
+"""Turns a rank's share of the groups into packed microbatches.
 
-In: whole groups. Out: the tensors of each forward pass. In between: advantages and training
-sequences. The learner rank calls these functions in the order of the file.
+In: the groups and the plan of the minibatch. Out: the tensors of each forward pass. In between:
+advantages and training sequences. The learner rank calls these functions in the order of the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,12 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_async.algorithm import group_advantages
-from dapo_async.types import Completion, Group
-
-# Attention works on every sequence with its whole prompt. These are at most so many times the
-# tokens of a microbatch, which bounds its memory.
-MOST_ATTENDED = 2
-SMALL_GROUP = 0.25  # of a microbatch: it is packed as one unit
+from dapo_async.learner.batch_plan import GroupShare, RankShare
+from dapo_async.types import Completion, FinishReason, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +24,7 @@ class TrainingSequence:
     """One rollout with its advantage, ready to be packed."""
 
     sequence_id: int  # its position among all rollouts of the minibatch, over all ranks
-    group: int  # siblings have the same number, and the same prompt
+    group: int  # siblings have the same number, and the same prompt: that of the first one
     prompt_ids: NDArray[np.int32]
     completion: Completion
     advantage: float
@@ -75,122 +70,69 @@ class Microbatch:
 
 def training_sequences(
     groups: Sequence[Group],
+    shares: Sequence[GroupShare],
     *,
     normalize_std: bool,
     overlong_filtering: bool,
-    positions: Sequence[int] | None = None,
 ) -> list[TrainingSequence]:
-    """One sequence per rollout, in the groups' order, with advantages of the shaped rewards.
+    """One sequence per rollout of `groups`, which have the rollouts that `shares` name.
 
-    `positions`: where the groups are in the minibatch, if they are one rank's share of it. All
-    groups then have the same number of rollouts.
+    Advantages compare with the rewards of all siblings.
     """
-    numbered = [(number, each) for number, group in enumerate(groups) for each in group.rollouts]
+    numbered = [(number, each) for number, share in enumerate(shares) for each in share.rewards]
     advantages = group_advantages(
-        torch.tensor([rollout.reward for _, rollout in numbered], dtype=torch.float64),
+        torch.tensor([reward for _, reward in numbered], dtype=torch.float64),
         torch.tensor([number for number, _ in numbered]),
         normalize_std=normalize_std,
-    ).tolist()
+    ).split([len(share.rewards) for share in shares])
     sequences = []
-    for index, ((number, rollout), advantage) in enumerate(zip(numbered, advantages, strict=True)):
-        group, sequence_id = groups[number], index
-        if positions is not None:
-            size = len(group.rollouts)
-            sequence_id = positions[number] * size + index % size
-        sequences.append(
-            TrainingSequence(
-                sequence_id=sequence_id,
-                group=number,
-                prompt_ids=group.prompt.token_ids,
-                completion=rollout.completion,
-                advantage=advantage,
-                temperature=group.temperature,
-                in_loss=not (overlong_filtering and rollout.truncated),
+    for group, share, of_group in zip(groups, shares, advantages, strict=True):
+        for sibling, rollout in zip(share.siblings, group.rollouts, strict=True):
+            sequences.append(
+                TrainingSequence(
+                    sequence_id=share.first_row + sibling,
+                    group=share.position,
+                    prompt_ids=group.prompt.token_ids,
+                    completion=rollout.completion,
+                    advantage=float(of_group[sibling]),
+                    temperature=group.temperature,
+                    in_loss=not (overlong_filtering and rollout.truncated),
+                )
             )
-        )
     return sequences
 
 
-def split_microbatches(
+def pack_share(
     sequences: Sequence[TrainingSequence],
-    max_tokens: int,
+    share: RankShare,
     *,
-    parts: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[Microbatch]:
-    """Packs sequences into the fewest balanced microbatches.
-
-    Each has at most `max_tokens` tokens, where siblings count their prompt once; a longer sequence
-    gets its own microbatch. If the result would be fewer than `parts` microbatches, it is about
-    `parts`. A small group stays together, and so do most siblings of a large one.
-    """
-    rest = sorted(sequences, key=lambda each: (each.group, each.num_tokens))
-    packs: list[Microbatch] = []
-    while rest:
-        part = _first_part(rest, max_tokens, parts=parts - len(packs))
-        rest = rest[len(part) :]
+    """The microbatch of each pass of the plan."""
+    batches, by_id = [], {each.sequence_id: each for each in sequences}
+    for rows in share.passes:
+        part = [by_id[row] for row in rows] or [FILLER]
         # Neighbours of equal length share a call of the attention.
-        packs.append(pack(sorted(part, key=lambda each: each.num_tokens), device=device))
-    return packs
+        batches.append(pack(sorted(part, key=lambda each: each.num_tokens), device=device))
+    return batches
 
 
-def _first_part(
-    ordered: Sequence[TrainingSequence], max_tokens: int, *, parts: int
-) -> list[TrainingSequence]:
-    """The first of the ordered sequences, for one microbatch.
-
-    Ends where the balanced share is reached, or before a unit if that is nearer to it than after;
-    always before a limit would be passed.
-    """
-    groups = [[*siblings] for _, siblings in groupby(ordered, key=lambda each: each.group)]
-    total = sum(_Filling().size_with(siblings) for siblings in groups)
-    target = total / max(parts, -(-total // max_tokens))
-    part = _Filling()
-    for siblings in groups:
-        small = _Filling().size_with(siblings) <= target * SMALL_GROUP
-        for unit in [siblings] if small else [[each] for each in siblings]:
-            size = part.size_with(unit)
-            nearer = parts > 1 and size - target > target - part.num_tokens
-            too_many = part.attended_with(unit) > MOST_ATTENDED * max_tokens or size > max_tokens
-            if part.sequences and (too_many or nearer or part.num_tokens >= target):
-                return part.sequences
-            part.add(unit)
-    return part.sequences
-
-
-class _Filling:
-    """A microbatch while sequences are put into it, several siblings at a time."""
-
-    def __init__(self) -> None:
-        self.sequences: list[TrainingSequence] = []
-        self.num_tokens = 0  # the prompt of siblings counts once
-        self.num_attended = 0  # it counts for each of them
-        self._groups: set[int] = set()
-
-    def size_with(self, siblings: Sequence[TrainingSequence]) -> int:
-        first = siblings[0]
-        prompt = 0 if first.group in self._groups else len(first.prompt_ids)
-        return self.num_tokens + prompt + sum(each.num_own_tokens for each in siblings)
-
-    def attended_with(self, siblings: Sequence[TrainingSequence]) -> int:
-        return self.num_attended + sum(each.num_tokens for each in siblings)
-
-    def add(self, siblings: Sequence[TrainingSequence]) -> None:
-        self.num_tokens = self.size_with(siblings)
-        self.num_attended = self.attended_with(siblings)
-        self._groups.add(siblings[0].group)
-        self.sequences += siblings
-
-
-def filler(
-    sequences: Sequence[TrainingSequence], *, device: torch.device | str = "cpu"
-) -> Microbatch:
-    """A microbatch without a token in the loss, for a rank that has fewer than the other ranks.
-
-    It holds the shortest sequence, so the pass is as cheap as possible.
-    """
-    shortest = min(sequences, key=lambda each: each.num_tokens)
-    return pack([replace(shortest, in_loss=False)], device=device)
+# For a rank that has nothing in a pass of the others. No token of it is in the loss.
+FILLER = TrainingSequence(
+    sequence_id=0,
+    group=-1,
+    prompt_ids=np.zeros(1, np.int32),
+    completion=Completion(
+        np.zeros(2, np.int32),
+        np.zeros(2, np.float32),
+        np.zeros(2, np.int32),
+        0,
+        FinishReason.STOP,
+    ),
+    advantage=0.0,
+    temperature=1.0,
+    in_loss=False,
+)
 
 
 def pack(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.batching import Microbatch
 from dapo_async.types import Group, StepMetrics
 
@@ -29,10 +30,13 @@ def token_metrics(
     return StepMetrics(sums=sums, maxima={"staleness_max": float(staleness.max())} if count else {})
 
 
-def rollout_metrics(groups: Sequence[Group], *, learner_version: int) -> StepMetrics:
-    """Means over rollouts: reward, accuracy, response length (tokens), two shares.
+def rollout_metrics(
+    groups: Sequence[Group], share: RankShare, *, learner_version: int
+) -> StepMetrics:
+    """Means over a rank's rollouts: reward, accuracy, response length (tokens), two fractions.
 
-    The shares are those of truncated rollouts, and of rollouts with tokens of several versions.
+    The fractions are those of truncated rollouts, and of rollouts with tokens of several versions.
+    A group counts on the rank that has its first rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     versions = [rollout.completion.weight_versions.tolist() for rollout in rollouts]
@@ -44,14 +48,14 @@ def rollout_metrics(groups: Sequence[Group], *, learner_version: int) -> StepMet
         "truncated": sum(rollout.truncated for rollout in rollouts),
         "mixed_versions": sum(len(set(each)) > 1 for each in versions),
     }
-    oldest = max(learner_version - group.oldest_version for group in groups)
+    staleness = [learner_version - group.oldest_version for group in groups]
     totals = {
-        "groups": float(len(groups)),
+        "groups": float(sum(each.siblings[0] == 0 for each in share.groups)),
         "rollouts": count,
         "tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
     }
     return StepMetrics(
         {name: (float(total), count) for name, total in sums.items()},
-        {"group_staleness_max": float(oldest)},
+        {"group_staleness_max": float(max(staleness))} if staleness else {},
         totals,
     )

@@ -1,6 +1,6 @@
 """One learner rank: one optimizer update per minibatch.
 
-In: the whole groups of a minibatch. Out: sums and counts. The learner actor calls `minibatch` for
+In: a share of a minibatch's groups. Out: sums and counts. The learner actor calls `minibatch` for
 each minibatch of a step, as soon as its groups are finished, and `end_step` after the last one.
 Between two steps the publisher takes snapshots of the decoder.
 """
@@ -27,11 +27,11 @@ from dapo_async.algorithm import (
     step_metrics,
 )
 from dapo_async.config import AlgorithmConfig, LearnerConfig
+from dapo_async.learner.batch_plan import RankShare, pair_cost, share_minibatch
 from dapo_async.learner.batching import (
     Microbatch,
     TrainingSequence,
-    filler,
-    split_microbatches,
+    pack_share,
     training_sequences,
 )
 from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
@@ -41,7 +41,7 @@ from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
 from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.learner.state import RankState, capture_state, load_state
 from dapo_async.model import Decoder, Mesh, PackedAttention, reshard, shard_of
-from dapo_async.types import Group, StepMetrics
+from dapo_async.types import Group, GroupFacts, StepMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +122,14 @@ class LearnerRank:
         return metrics
 
     def minibatch(
-        self,
-        groups: Sequence[Group],
-        *,
-        positions: Sequence[int] | None = None,
-        more: bool = False,
+        self, groups: Sequence[Group], *, share: RankShare | None = None, more: bool = False
     ) -> StepMetrics:
         """Trains on one minibatch of the step and returns its sums and counts.
 
-        With several data-parallel ranks, `groups` is this rank's share: the groups at `positions`
-        of the minibatch. The metrics are those of the share, and add up to the minibatch's. `more`:
-        other minibatches of the step may follow.
+        `share`: this rank's share of the minibatch; `groups` then have the rollouts that it names.
+        None: all ranks get the whole groups, and plan alike who trains what. The metrics are those
+        of the share, and add up to the minibatch's. `more`: other minibatches of the step may
+        follow.
 
         A loss or gradient that is not finite (`non_finite` 1 in the totals) changes no weight; the
         step ends with it. If it was the first minibatch, the step has changed nothing (`skipped`
@@ -141,16 +138,21 @@ class LearnerRank:
         learner, first = self._learner, self.num_updates == 0
         if first and more:
             self._keep_start_weights()
-        batches = self._microbatches(self._sequences(groups, positions))
+        if share is None:
+            share = self.share_of(groups)
+            groups = [each.part_of(groups[each.position]) for each in share.groups]
+        batches = pack_share(self._sequences(groups, share), share, device=self._device)
         start = self._start(batches, first=first)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        metrics = rollout_metrics(groups, learner_version=self.version) + self._imbalance(batches)
         update, non_finite = self._update(batches, start, lr=lr, first=first)
         self.num_updates += not non_finite
         flags = {"non_finite": float(non_finite), "skipped": float(self.num_updates == 0)}
-        # The flags are equal on all ranks and counted once.
-        totals = flags if self._mesh.dp.rank == 0 else {}
-        return metrics + update + StepMetrics(maxima={"lr": lr}, totals=totals)
+        metrics = StepMetrics(
+            maxima={"lr": lr, "imbalance": share.imbalance},
+            # The flags are equal on all ranks and counted once.
+            totals=flags if self._mesh.dp.rank == 0 else {},
+        )
+        return rollout_metrics(groups, share, learner_version=self.version) + update + metrics
 
     def end_step(self) -> None:
         """The minibatches so far were the step."""
@@ -169,41 +171,23 @@ class LearnerRank:
         """Continues from a state that `save_state` wrote, on any number of ranks."""
         self.version = load_state(self.decoder, self._optimizer, folder)
 
-    def _sequences(
-        self, groups: Sequence[Group], positions: Sequence[int] | None
-    ) -> list[TrainingSequence]:
+    def share_of(self, groups: Sequence[Group]) -> RankShare:
+        """This rank's share of a minibatch of whole groups."""
+        shares = share_minibatch(
+            [GroupFacts.of(group) for group in groups],
+            num_ranks=self._mesh.dp.size,
+            max_tokens=self._learner.microbatch_tokens,
+            pair_cost=pair_cost(self.decoder.config),
+        )
+        return shares[self._mesh.dp.rank]
+
+    def _sequences(self, groups: Sequence[Group], share: RankShare) -> list[TrainingSequence]:
         return training_sequences(
             groups,
+            share.groups,
             normalize_std=self._algorithm.normalize_std,
             overlong_filtering=self._algorithm.overlong_filtering,
-            positions=positions,
         )
-
-    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
-        """Packs this rank's share into equal numbers of microbatches on all data-parallel ranks.
-
-        Ranks exchange parameters in every pass, so all must run the same number of passes. A rank
-        with fewer microbatches splits its sequences finer, because all ranks wait for the largest
-        microbatch of a pass. Fillers make up what is still missing.
-        """
-        limit, device = self._learner.microbatch_tokens, self._device
-        packed = split_microbatches(sequences, limit, device=device)
-        count = int(self._mesh.dp.max(torch.tensor([len(packed)], device=device)).item())
-        if len(packed) < count:
-            finer = split_microbatches(sequences, limit, parts=count, device=device)
-            packed = finer if len(finer) <= count else packed
-        return packed + [filler(sequences, device=device) for _ in range(count - len(packed))]
-
-    def _imbalance(self, batches: Sequence[Microbatch]) -> StepMetrics:
-        """The ratio of possible to actual tokens, 1 if all ranks have equal work.
-
-        Each pass takes as long as its largest microbatch on any rank.
-        """
-        dp = self._mesh.dp
-        sizes = [len(batch.token_ids) for batch in batches]
-        tokens = torch.tensor(sizes, dtype=torch.float64, device=self._device)
-        total, fullest = dp.sum(tokens.sum()), dp.max(tokens.clone()).sum() * dp.size
-        return StepMetrics(maxima={"imbalance": float(fullest / total)})
 
     def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         attention = PackedAttention(batch.lengths, shared=batch.shared, device=self._device)

@@ -164,8 +164,9 @@ class SimulatedRun:
             incarnation=INCARNATION,
             oldest_version=group.oldest_version,
             num_versions=1,
-            num_tokens=group.tokens + len(group.lengths) * self.scenario.prompt_tokens,
-            num_response_tokens=group.tokens,
+            prompt_tokens=self.scenario.prompt_tokens,
+            response_tokens=tuple(group.lengths),
+            rewards=(),
             accuracies=MIXED if kept else EQUAL,
             reasons=(),
         )

@@ -13,7 +13,6 @@ stop_rule.py     stops the run after many consecutive rejects: solved or stuck
 step_stats.py    what was offered, accepted and rejected per step
 stall_report.py  one line about what the learner waits for
 group_io.py      groups in a safetensors file, or packed for transport
-shares.py        the share of each data-parallel rank in a batch
 slot_demand.py   how many groups a worker asks for, by the sequences of its engine
 state_io.py      counts of the replay part of a checkpoint
 """

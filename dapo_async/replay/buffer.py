@@ -303,9 +303,7 @@ class ReplayBuffer:
             self._log.reject(reason, group)
             self._streak.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
-        self._keep(
-            group_id, Buffered(started.worker, deadline, oldest_version, group.num_tokens, payload)
-        )
+        self._keep(group_id, Buffered(started.worker, deadline, oldest_version, payload))
         self._log.accept(group)
         self._streak.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
@@ -416,7 +414,6 @@ class ReplayBuffer:
             learner_version=learner_version,
             group_ids=group_ids,
             oldest_versions=oldest_versions,
-            num_tokens=tuple(group.num_tokens for group in groups),
             references=tuple(group.payload for group in groups),
             evicted=evicted,
             closes_step=closes_step,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def unpack_group(data: NDArray[np.uint8]) -> Group:
         start += size
     (group,) = _from_arrays(arrays)
     return group
+
+
+def take_rollouts(data: NDArray[np.uint8], siblings: Sequence[int]) -> NDArray[np.uint8]:
+    """A packed group with these of its rollouts only, in their order."""
+    group = unpack_group(data)
+    if len(siblings) == len(group.rollouts):
+        return data
+    rollouts = tuple(group.rollouts[sibling] for sibling in siblings)
+    return pack_group(replace(group, rollouts=rollouts))
 
 
 def _to_arrays(groups: Sequence[Group]) -> dict[str, NDArray[Any]]:

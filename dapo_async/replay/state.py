@@ -31,7 +31,6 @@ class Buffered:
     worker: str
     deadline: int  # oldest_version + max_staleness
     oldest_version: int  # as its engine attested, per token
-    num_tokens: int  # prompt and response tokens of all siblings
     payload: Any  # opaque: what the train batch refers to
 
 
@@ -92,7 +91,6 @@ class BufferState:
                 "worker": group.worker,
                 "deadline": group.deadline,
                 "oldest_version": group.oldest_version,
-                "num_tokens": group.num_tokens,
             }
             for group_id, group in self.buffered.items()
         ]

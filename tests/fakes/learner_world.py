@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,15 @@ from torch import Tensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import Microbatch, TrainingSequence
+from dapo_async.learner.batch_plan import RankShare, share_minibatch
+from dapo_async.learner.batching import (
+    Microbatch,
+    TrainingSequence,
+    pack_share,
+    training_sequences,
+)
 from dapo_async.model import Decoder, ModelConfig
-from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
+from dapo_async.types import Completion, FinishReason, Group, GroupFacts, Prompt, Rollout
 
 TINY_JSON = {
     "model_type": "qwen2",
@@ -122,11 +128,40 @@ class PassBeforeEveryMinibatch(LearnerRank):
             return {id(batch): self._forward(batch)[0] for batch in batches}
 
 
+def sequences_of(
+    groups: Sequence[Group], *, normalize_std: bool = True, overlong_filtering: bool = False
+) -> list[TrainingSequence]:
+    """The training sequences of whole groups."""
+    share = share_of([GroupFacts.of(group) for group in groups])
+    return training_sequences(
+        groups, share.groups, normalize_std=normalize_std, overlong_filtering=overlong_filtering
+    )
+
+
+def share_of(groups: Sequence[GroupFacts], max_tokens: int = 10**9) -> RankShare:
+    """The plan for a single rank."""
+    (share,) = share_minibatch(groups, num_ranks=1, max_tokens=max_tokens, pair_cost=0.0)
+    return share
+
+
+def microbatches_of(sequences: Sequence[TrainingSequence], max_tokens: int) -> list[Microbatch]:
+    """The microbatches of a single rank for sequences of whole groups, in the groups' order."""
+    groups = []
+    for _, members in groupby(sequences, key=lambda each: each.group):
+        siblings = [*members]
+        lengths = tuple(len(each.completion.token_ids) for each in siblings)
+        rewards = (0.0,) * len(siblings)
+        prompt_tokens = len(siblings[0].prompt_ids)
+        groups.append(GroupFacts(0, "", 0, 1, prompt_tokens, lengths, rewards, rewards, ()))
+    return pack_share(sequences, share_of(groups, max_tokens))
+
+
 class PromptPerRollout(LearnerRank):
     """A reference: every rollout is packed with a prompt of its own."""
 
-    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
-        return super()._microbatches([replace(each, group=each.sequence_id) for each in sequences])
+    def _sequences(self, groups: Sequence[Group], share: RankShare) -> list[TrainingSequence]:
+        shared = super()._sequences(groups, share)
+        return [replace(each, group=each.sequence_id) for each in shared]
 
 
 @dataclass

@@ -36,10 +36,7 @@ from torch.distributed.tensor import DTensor
 from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_whole_state, save_state
-from dapo_async.learner.batching import (
-    Microbatch,
-    split_microbatches,
-)
+from dapo_async.learner.batching import Microbatch, pack_share
 from dapo_async.learner.gradients import sum_gradients
 from dapo_async.model import (
     Axis,
@@ -60,7 +57,6 @@ from dapo_async.model import (
     shard_of,
     token_logprobs,
 )
-from dapo_async.replay.shares import share_groups
 from dapo_async.types import FinishReason, Group, StepMetrics
 
 pytestmark = pytest.mark.gloo
@@ -96,12 +92,17 @@ FORMS: tuple[dict[str, Any], ...] = (
         "algorithm": {"overlong_filtering": True},
         "num_silent": 2,
     },
-    # One rollout per microbatch: truncated ones have no token in the loss, and the ranks have
-    # different numbers of microbatches.
+    # One rollout per microbatch: truncated ones have no token in the loss.
     {
         "learner": {"microbatch_tokens": 1},
         "algorithm": {"overlong_filtering": True},
         "model": {"tie_embeddings": False},
+    },
+    # Nine rollouts in passes of one each: on two ranks the last pass of one is a filler.
+    {
+        "learner": {"microbatch_tokens": 1},
+        "algorithm": {"objective": "gspo", "correction": "mask"},
+        "num_groups": 3,
     },
 )
 # Tolerance of all metrics in float32 over three steps: relative, or absolute for values below 1.
@@ -262,9 +263,7 @@ def step_on(rank: LearnerRank, mesh: Mesh, groups: list[Group]) -> StepMetrics:
     size, metrics = len(groups) // rank._learner.num_minibatches, StepMetrics()
     for first in range(0, len(groups), size):
         part, more = groups[first : first + size], first + size < len(groups)
-        positions = share_groups([group.num_tokens for group in part], mesh.dp.size)[mesh.dp.rank]
-        share = [part[position] for position in positions]
-        metrics = metrics + rank.minibatch(share, positions=positions, more=more)
+        metrics = metrics + rank.minibatch(part, more=more)
     rank.end_step()
     return metrics
 
@@ -281,7 +280,7 @@ def three_steps(mesh: Mesh, form: dict[str, Any], kind: type[LearnerRank] = Lear
     rank = rank_on(
         mesh, kind=kind, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"]
     )
-    groups = uneven_groups(form.get("num_silent", 1))
+    groups = uneven_groups(form.get("num_silent", 1))[: form.get("num_groups")]
     steps = [step_on(rank, mesh, groups) for _ in range(3)]
     return Trained(
         steps,
@@ -355,20 +354,16 @@ def start_logprobs(mesh: Mesh) -> tuple[int, bool, bool]:
     the update, and whether the pass has changed no weight."""
     rank, groups = rank_on(mesh, num_minibatches=2, microbatch_tokens=20), uneven_groups()
 
-    def share(part: list[Group]) -> tuple[list[Group], list[int]]:
-        tokens = [group.num_tokens for group in part]
-        positions = share_groups(tokens, mesh.dp.size)[mesh.dp.rank]
-        return [part[position] for position in positions], positions
-
     def weights() -> list[torch.Tensor]:
         return [shard_of(each).clone() for each in rank.decoder.parameters()]
 
-    batches = rank._microbatches(rank._sequences(*share(groups[2:])))
+    share = rank.share_of(groups[2:])
+    parts = [each.part_of(groups[2:][each.position]) for each in share.groups]
+    batches = pack_share(rank._sequences(parts, share), share)
     with torch.no_grad():
         before = [rank._forward(batch)[0] for batch in batches]
     reshard(rank.decoder)
-    first, positions = share(groups[:2])
-    rank.minibatch(first, positions=positions, more=True)
+    rank.minibatch(groups[:2], more=True)
     updated = weights()
     again = [*rank._recompute(batches, first=False).values()]
     return (
@@ -415,33 +410,6 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
     first, second = on_ranks(count_passes, dp=2)
     assert first == second
     assert max(first) > 1
-
-
-def tokens_of_passes(mesh: Mesh) -> list[int]:
-    """The sizes of this rank's microbatches; the first rank has two groups, the second one."""
-    rank, groups = rank_on(mesh, microbatch_tokens=30), uneven_groups()
-    rows = rank._sequences([groups[1:3], groups[:1]][mesh.dp.rank], None)
-    return [len(batch.token_ids) for batch in rank._microbatches(rows)]
-
-
-def test_rank_with_fewer_tokens_splits_them_finer_instead_of_waiting_with_fillers() -> None:
-    first, second = on_ranks(tokens_of_passes, dp=2)
-    assert len(first) == len(second) == 2
-    assert (sum(first), second) == (37, [5, 10])
-
-
-def test_ranks_without_fillers_would_run_different_numbers_of_microbatches(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        LearnerRank,
-        "_microbatches",
-        lambda self, sequences: split_microbatches(sequences, 20),
-    )
-    # It compares the ranks' microbatches one by one.
-    monkeypatch.setattr(LearnerRank, "_imbalance", lambda *_: StepMetrics())
-    first, second = on_ranks(count_passes, dp=2)
-    assert first != second
 
 
 def one_bad_rank(mesh: Mesh) -> tuple[StepMetrics, bool]:
@@ -792,13 +760,6 @@ def vanish(mesh: Mesh) -> float:
 def test_rank_that_dies_fails_the_others_long_before_the_deadline() -> None:
     waited_s, _ = on_ranks(vanish, tp=2, dying=[1])
     assert waited_s < TIMEOUT_S / 2
-
-
-def test_groups_are_shared_by_tokens_and_every_rank_gets_one() -> None:
-    assert share_groups([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
-    assert share_groups([4, 4, 4, 4], 2) == [[0, 2], [1, 3]]
-    assert share_groups([9, 1], 2) == [[0], [1]]
-    assert share_groups([3, 2, 1], 1) == [[0, 1, 2]]
 
 
 def test_sizes_that_do_not_split_name_those_that_do() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from dapo_async.learner import RankState
+    from dapo_async.learner.batch_plan import RankShare
     from dapo_async.model import Snapshot
     from dapo_async.weights import WeightGroup
 
@@ -126,8 +127,8 @@ class LearnerActor:
         step's thread, or None between steps."""
         return stack_location(self._stepping) if self._stepping is not None else None
 
-    async def minibatch(self, batch: TrainBatch, positions: Sequence[int]) -> StepMetrics:
-        """Fetches this rank's share, the groups at `positions` of the batch, and trains on them.
+    async def minibatch(self, batch: TrainBatch) -> StepMetrics:
+        """Fetches this rank's share of the batch and trains on it.
 
         The minibatch that closes a step ends it.
         """
@@ -135,19 +136,20 @@ class LearnerActor:
         # on one that still fetches.
         async with self._between_steps:
             with self._clock.during("fetch", f"step {batch.learner_version}"):
-                shares = await asyncio.gather(*batch.references)
-                groups = [unpack_group(data) for share in shares for data in share]
+                (reference,) = batch.references
+                share, packed = await reference
+                groups = [unpack_group(data) for data in packed]
             version = self._rank.version
             assert version == batch.learner_version, (
                 f"a batch for version {batch.learner_version} met the learner at {version}"
             )
             with self._clock.during("train", f"step {batch.learner_version}"):
                 return await asyncio.to_thread(
-                    self._minibatch, groups, positions, closes_step=batch.closes_step
+                    self._minibatch, groups, share, closes_step=batch.closes_step
                 )
 
     def _minibatch(
-        self, groups: Sequence[Group], positions: Sequence[int], *, closes_step: bool
+        self, groups: Sequence[Group], share: RankShare, *, closes_step: bool
     ) -> StepMetrics:
         version, self._stepping = self._rank.version, threading.get_ident()
         wanted = self._config.learner.profile and version in PROFILED_STEPS
@@ -160,7 +162,7 @@ class LearnerActor:
                 if wanted
                 else nullcontext()
             ):
-                metrics = self._rank.minibatch(groups, positions=positions, more=not closes_step)
+                metrics = self._rank.minibatch(groups, share=share, more=not closes_step)
             if closes_step:
                 self._rank.end_step()
             return metrics

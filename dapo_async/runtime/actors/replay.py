@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from dapo_async.config import Config
 from dapo_async.data import PromptStream, load_set, load_tokenizer
+from dapo_async.learner.batch_plan import pair_cost, share_minibatch
+from dapo_async.model import ModelConfig
 from dapo_async.replay import (
     BufferState,
     Filter,
@@ -32,8 +35,13 @@ from dapo_async.replay import (
     has_tokens,
 )
 from dapo_async.replay.grants import share_grants
-from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
-from dapo_async.replay.shares import share_groups
+from dapo_async.replay.group_io import (
+    pack_group,
+    read_groups,
+    take_rollouts,
+    unpack_group,
+    write_groups,
+)
 from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
 from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
@@ -118,6 +126,7 @@ class ReplayActor:
             num_minibatches=config.learner.num_minibatches,
             whole_steps=config.replay.admission == "lockstep",
         )
+        self._pair_cost = pair_cost(ModelConfig.from_folder(Path(config.model.path)))
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
         self._paced = config.replay.admission == "paced"
@@ -404,10 +413,29 @@ class ReplayActor:
 
     async def _stored(self, batch: TrainBatch) -> TrainBatch:
         """The batch with one object per data-parallel rank. This actor owns the objects."""
-        shares = share_groups(batch.num_tokens, self._config.learner.data_parallel)
-        parts = [[batch.references[position].data for position in share] for share in shares]
-        references = await asyncio.to_thread(lambda: tuple(ray.put(part) for part in parts))
+        references = await asyncio.to_thread(self._put_shares, batch.references)
         return replace(batch, references=references)
+
+    def _put_shares(self, payloads: Sequence[Payload]) -> tuple[Any, ...]:
+        learner = self._config.learner
+        shares = share_minibatch(
+            [payload.facts for payload in payloads],
+            num_ranks=learner.data_parallel,
+            max_tokens=learner.microbatch_tokens,
+            pair_cost=self._pair_cost,
+        )
+        return tuple(
+            ray.put(
+                (
+                    share,
+                    [
+                        take_rollouts(payloads[each.position].data, each.siblings)
+                        for each in share.groups
+                    ],
+                )
+            )
+            for share in shares
+        )
 
     def _write_in_background(self, step: int) -> None:
         """Writes the samples of a step that is complete, and all its groups if it is recorded."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dapo_async.config import Config
-from dapo_async.replay.shares import share_groups
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import LearnerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
@@ -42,13 +41,11 @@ class LearnerGroup:
         return await self._together(rank.ready(address) for rank in self.ranks)
 
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
-        """One minibatch on all ranks; each data-parallel rank fetches only its share of groups."""
-        shares = share_groups(batch.num_tokens, self._dp)
+        """One minibatch on all ranks; each data-parallel rank fetches only its share."""
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
         metrics = await self._together(
-            rank.minibatch(parts[number // self._tp], shares[number // self._tp])
-            for number, rank in enumerate(self.ranks)
+            rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
         )
         # The ranks of one tensor-parallel axis saw the same groups: the first of each counts.
         first, *others = metrics[:: self._tp]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from completions import completion
+from learner_world import sequences_of
 from refusals import refusal
 from worker_world import FakeEngine, FakeReplay, play, settled
 
-from dapo_async.learner.batching import pack, training_sequences
+from dapo_async.learner.batching import pack
 from dapo_async.replay import custom_filter
 from dapo_async.reward import (
     Verdict,
@@ -232,11 +233,10 @@ def test_overlong_filtering_masks_what_was_cut_and_nothing_that_ended() -> None:
         for (length, finish), reward in zip(lengths, (1, 1, -1, -1), strict=True)
     )
     groups = [Group(0, Prompt(0, "", np.array([1, 2], np.int32), "4"), rollouts, "run-0", 1.0)]
-    rows = training_sequences(groups, normalize_std=False, overlong_filtering=True)
+    rows = sequences_of(groups, normalize_std=False, overlong_filtering=True)
     assert [row.in_loss for row in rows] == [True, True, False, False]
     assert [row.advantage for row in rows] == [1.0, 1.0, -1.0, -1.0]
     assert int(pack(rows).mask.sum()) == 39
     assert all(
-        row.in_loss
-        for row in training_sequences(groups, normalize_std=False, overlong_filtering=False)
+        row.in_loss for row in sequences_of(groups, normalize_std=False, overlong_filtering=False)
     )

@@ -20,8 +20,10 @@ from learner_world import (
     PassBeforeEveryMinibatch,
     StepOutcome,
     dense_logprobs,
+    microbatches_of,
     outcome,
     rank_of,
+    sequences_of,
     synthetic_groups,
     tiny_decoder,
 )
@@ -30,7 +32,7 @@ from torch import Tensor
 from dapo_async.algorithm import OBJECTIVES
 from dapo_async.algorithm.objectives import Objective, Surrogate, Terms
 from dapo_async.learner import LearnerRank
-from dapo_async.learner.batching import Microbatch, split_microbatches, training_sequences
+from dapo_async.learner.batching import Microbatch
 from dapo_async.learner.optimizer import warmed_up
 from dapo_async.learner.rank import MinibatchCounts
 from dapo_async.types import Group
@@ -144,14 +146,10 @@ class AveragesMicrobatchMeans(LearnerRank):
 def test_averaging_the_means_of_microbatches_is_detected() -> None:
     groups = synthetic_groups()
     at_once = outcome(rank_of(), groups)
-    broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=40)
+    broken = rank_of(kind=AveragesMicrobatchMeans, microbatch_tokens=30)
     assert isinstance(broken, AveragesMicrobatchMeans)
-    broken.num_microbatches = len(
-        split_microbatches(
-            training_sequences(groups, normalize_std=True, overlong_filtering=False), 40
-        )
-    )
-    assert broken.num_microbatches == 3
+    broken.num_microbatches = len(microbatches_of(sequences_of(groups), 30))
+    assert broken.num_microbatches == 4
     done = outcome(broken, groups)
     assert done.metrics["loss"] == pytest.approx(
         at_once.metrics["loss"], rel=1e-5
@@ -181,29 +179,27 @@ class PassAfterTheFirstUpdate(LearnerRank):
 
 
 def test_microbatches_hold_whole_sequences_within_the_limit_and_a_longer_one_alone() -> None:
-    rows = training_sequences(synthetic_groups(), normalize_std=True, overlong_filtering=False)
+    rows = sequences_of(synthetic_groups())
     lengths = sorted(row.num_tokens for row in rows)
     # Without the last token of each response, which predicts nothing.
     assert lengths == [2, 4, 5, 6, 7, 10, 10, 10, 10, 12, 14, 15]
-    assert [batch.lengths for batch in split_microbatches(rows, 14)] == [
-        (2, 5, 10),  # 13 tokens: the prompt of two tokens counts once
-        (4, 7),
-        (14,),
-        (6, 10),
-        (10,),
-        (10,),
-        (12,),
+    assert [batch.lengths for batch in microbatches_of(rows, 14)] == [
         (15,),
+        (14,),
+        (2, 5, 10),  # 13 tokens: the prompt of two tokens counts once
+        (6, 10),
+        (12,),
+        (10,),
+        (10,),
+        (4, 7),
     ]
-    # 77 tokens with each prompt once need two microbatches of at most 40. The first ends at its
-    # share. The siblings that follow need their prompt once more, so there are three.
-    batches = split_microbatches(rows, 40)
+    # 77 tokens with each prompt once fit two microbatches of at most 40.
+    batches = microbatches_of(rows, 40)
     assert [batch.lengths for batch in batches] == [
-        (2, 4, 5, 6, 7, 10, 14),
-        (10, 10, 10),
-        (12, 15),
+        (2, 5, 10, 10, 12, 15),
+        (4, 6, 7, 10, 10, 14),
     ]
-    assert [len(batch.token_ids) for batch in batches] == [38, 26, 22]
+    assert [len(batch.token_ids) for batch in batches] == [40, 37]
 
 
 @pytest.mark.parametrize("num_minibatches", [2, 4])
@@ -265,7 +261,7 @@ def test_the_first_minibatch_needs_no_proximal_pass_and_no_bit_changes(
     knobs: dict[str, Any] = {"num_minibatches": num_minibatches, "microbatch_tokens": 20}
     groups, rank = synthetic_groups(), rank_of(algorithm=form, **knobs)
     parts = {1: [groups], 3: [groups[:1], groups[1:2], groups[2:]]}[num_minibatches]
-    microbatches = [len(rank._microbatches(rank._sequences(part, None))) for part in parts]
+    microbatches = [len(rank.share_of(part).passes) for part in parts]
     assert microbatches[-1] > 1
     done, passes = counted_outcome(rank, groups)
     extra, most = counted_outcome(
@@ -283,7 +279,7 @@ def test_current_is_recompute_bit_for_bit_with_as_many_forward_passes() -> None:
         )
         for mode in ("current", "recompute")
     }
-    assert {mode: passes for mode, (_, passes) in results.items()} == {"current": 3, "recompute": 3}
+    assert {mode: passes for mode, (_, passes) in results.items()} == {"current": 2, "recompute": 2}
     assert_equal_bits(results["current"][0], results["recompute"][0])
     assert results["current"][0].metrics["current_log_ratio_max"] == 0.0
 

@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 from paths import QUICKSTART
 
 from dapo_async import config as knobs
+from dapo_async.learner.batch_plan import RankShare
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import StepMetrics, TrainBatch
+
+SHARE = RankShare((), ((),), 1.0)
+Fetched = tuple[RankShare, list[NDArray[np.uint8]]]
 
 
 class Rank:
@@ -50,7 +54,6 @@ def batch_of(groups: Any) -> TrainBatch:
         learner_version=5,
         group_ids=(0,),
         oldest_versions=(5,),
-        num_tokens=(1,),
         references=(groups,),
     )
 
@@ -62,12 +65,12 @@ async def frozen_in_a_step(folder: Path) -> list[int]:
         [asyncio.Event(), asyncio.Event()],
     )
 
-    async def groups(number: int) -> list[NDArray[np.uint8]]:
+    async def groups(number: int) -> Fetched:
         await arrived[number].wait()
-        return []
+        return SHARE, []
 
     steps = [
-        asyncio.create_task(rank.minibatch(batch_of(groups(number)), [0]))
+        asyncio.create_task(rank.minibatch(batch_of(groups(number))))
         for number, rank in enumerate(ranks)
     ]
     arrived[0].set()
@@ -94,13 +97,13 @@ def test_a_rank_tells_where_its_step_is_while_it_lasts(tmp_path: Path) -> None:
         return StepMetrics()
 
     async def places() -> list[str | None]:
-        async def groups() -> list[NDArray[np.uint8]]:
-            return []
+        async def groups() -> Fetched:
+            return SHARE, []
 
         rank._rank.minibatch = hang  # type: ignore[method-assign]
         before, step = (
             await rank.ping(),
-            asyncio.create_task(rank.minibatch(batch_of(groups()), [0])),
+            asyncio.create_task(rank.minibatch(batch_of(groups()))),
         )
         await asyncio.to_thread(begun.wait, 20.0)
         during = await rank.ping()

@@ -21,7 +21,7 @@ STOP = StopReason({RejectReason.ALL_WRONG: 512})
 
 
 def batch(group_id: int, *, closes_step: bool = False) -> TrainBatch:
-    return TrainBatch(0, (group_id,), (0,), (1,), (), evicted=(9,), closes_step=closes_step)
+    return TrainBatch(0, (group_id,), (0,), (), evicted=(9,), closes_step=closes_step)
 
 
 class Fakes:

@@ -44,7 +44,7 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     (tmp_path / "rollouts").mkdir()
     config = knobs.load(QUICKSTART)
 
-    def make(max_staleness: int, num_minibatches: int = 1) -> Actor:
+    def make(max_staleness: int, num_minibatches: int = 1, data_parallel: int = 1) -> Actor:
         small = replace(
             config.replay,
             groups_per_step=num_minibatches,
@@ -56,7 +56,9 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             replace(
                 config,
                 replay=small,
-                learner=replace(config.learner, num_minibatches=num_minibatches),
+                learner=replace(
+                    config.learner, num_minibatches=num_minibatches, data_parallel=data_parallel
+                ),
                 deadlines=replace(config.deadlines, work_s=0.5),
             ),
             incarnation="first",
@@ -64,6 +66,36 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         )
 
     return make
+
+
+def test_each_rank_is_sent_its_rollouts_only_with_the_rewards_of_all_siblings(
+    make_actor: Callable[..., Actor],
+) -> None:
+    async def scene() -> tuple[Group, TrainBatch]:
+        actor = make_actor(0, data_parallel=2)
+        await actor.serve(0)
+        (group_id,) = await actor.ask("rollout-0", 1)
+        group = make_group(group_id, incarnation="first")
+        first, second = group.rollouts
+        longer = replace(first.completion, token_ids=np.arange(3, dtype=np.int32))
+        group = replace(group, rollouts=(replace(first, completion=longer), second))
+        await actor.offer("rollout-0", group)
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        return group, batch
+
+    group, batch = asyncio.run(scene())
+    assert len(batch.references) == 2
+    trained = set()
+    for share, packed in batch.references:
+        (of_group,), (part,) = share.groups, map(unpack_group, packed)
+        assert share.passes == (of_group.siblings,)
+        assert of_group.rewards == tuple(rollout.reward for rollout in group.rollouts)
+        (sibling,), (rollout,) = of_group.siblings, part.rollouts
+        wanted = group.rollouts[sibling].completion
+        assert rollout.completion.token_ids.tolist() == wanted.token_ids.tolist()
+        trained.add(sibling)
+    assert trained == {0, 1}
 
 
 def test_a_worker_learns_of_its_evicted_groups_without_asking_for_new_ones(
@@ -176,8 +208,8 @@ def test_batch_of_the_next_step_is_taken_ahead_and_a_checkpoint_gives_it_back(
         ahead = await actor.take(1)
         assert isinstance(ahead, TrainBatch)
         assert (ahead.learner_version, ahead.group_ids) == (1, (1,))
-        (share,) = ahead.references
-        assert unpack_group(share[0]).group_id == 1
+        ((_, packed),) = ahead.references
+        assert unpack_group(packed[0]).group_id == 1
         # The run ends here: batch 1 is not trained, and the one after it was taken ahead.
         assert actor._buffer.num_buffered == 0
         state = actor._buffer.snapshot(1)
@@ -335,11 +367,11 @@ def test_batch_of_a_step_that_was_not_finite_is_kept_on_disk(
     kept = tmp_path / "non_finite" / "step_000000.safetensors"
     assert kept.exists() == non_finite
     if non_finite:
-        (group,) = read_groups(kept)
+        (group,), ((_, packed),) = read_groups(kept), batch.references
         assert group.group_id == batch.group_ids[0]
         assert (
             group.rollouts[0].completion.token_ids.tolist()
-            == unpack_group(batch.references[0][0]).rollouts[0].completion.token_ids.tolist()
+            == unpack_group(packed[0]).rollouts[0].completion.token_ids.tolist()
         )
 
 
