@@ -293,7 +293,9 @@ class SimulatedRun:
         self.pacer.took(self.now_s)
         groups = [self.open.pop(group_id) for group_id in batch.group_ids]
         speed = self.scenario.learner
-        seconds = speed.minibatch_s(tokens=sum(batch.num_tokens), groups=len(groups))
+        prompt = self.scenario.prompt_tokens
+        tokens = sum(group.tokens + len(group.lengths) * prompt for group in groups)
+        seconds = speed.minibatch_s(tokens=tokens, groups=len(groups))
         if speed.jitter:
             seconds *= 1 + speed.jitter * self._jitter.uniform(-1, 1)
         self.measuring.minibatch(self.now_s, batch, groups, waited_s=waited_s, train_s=seconds)
