@@ -24,6 +24,7 @@ from dapo_async.bench.made_up import (
     lognormal_lengths,
 )
 from dapo_async.bench.rollout import DECODE_STEPS, RolloutSweep, TorchRolloutBench
+from dapo_async.bench.scenario import scenario_line, scenario_of
 from dapo_async.bench.session import BenchSubject, Rounds, measure
 from dapo_async.bench.sglang_rollout import SGLANG_DECODE_STEPS, SGLangRolloutBench
 from dapo_async.bench.table import tables
@@ -97,6 +98,8 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
         say(line)
     if result.rows:
         say("median (first - third quartile)")
+    if sections := scenario_of(result.rows, slots=config.rollout.num_slots):
+        say(f"scenario  {scenario_line(sections)}")
     if options.out is not None and result.rows:
         say(f"result    {options.out}")
     if old is not None and result.rows:

@@ -1,0 +1,66 @@
+"""What a result tells the planner."""
+
+from __future__ import annotations
+
+import pytest
+
+from dapo_async.bench.figures import BenchRow, Spread
+from dapo_async.bench.scenario import scenario_line, scenario_of
+from dapo_async.planner import EngineSpeed
+
+
+def row(figures: dict[str, float], **what: str | int) -> BenchRow:
+    return BenchRow(what, {name: Spread((value,)) for name, value in figures.items()})
+
+
+def decode_rows(step_s: dict[int, float], context_s: float) -> list[BenchRow]:
+    return [
+        row(
+            {"decode_step_s": seconds + context_s * running * context, "tokens_per_s": 1.0},
+            kind="decode",
+            running=running,
+            context=context,
+        )
+        for context in (128, 1024, 4096)
+        for running, seconds in step_s.items()
+    ]
+
+
+def test_speed_of_an_engine_is_found_again_from_its_steps() -> None:
+    step_s = {1: 0.009, 64: 0.011, 128: 0.014}
+    rows = decode_rows(step_s, 1.6e-8)
+    rows += [
+        row({"prefill_tokens_per_s": 40_000.0}, kind="prefill", context=1024),
+        row({"kv_capacity_tokens": 900_000.0, "kv_bytes": 1.0}, kind="capacity"),
+    ]
+    engine = scenario_of(rows, slots=128)["engine"]
+    assert engine["step_s"] == pytest.approx(step_s, rel=1e-3)
+    assert engine["context_s"] == pytest.approx(1.6e-8, rel=1e-3)
+    assert (engine["slots"], engine["kv_tokens"], engine["prefill_s"]) == (128, 900_000, 2.5e-5)
+    assert scenario_line({"engine": engine}) == (
+        "engine: {slots: 128, step_s: {1: 0.009, 64: 0.011, 128: 0.014}, context_s: 1.6e-08, "
+        "prefill_s: 2.5e-05, kv_tokens: 900000}"
+    )
+    speed = EngineSpeed(step_s=(engine["step_s"][64],) * 65, context_s=engine["context_s"])
+    assert speed.tokens_per_s(64, 1024) == pytest.approx(64 / (0.011 + 1.6e-8 * 64 * 1024))
+
+
+def test_noise_makes_no_part_of_a_step_negative() -> None:
+    falling = scenario_of(decode_rows({1: 0.1, 8: 0.2}, -1e-7), slots=8)["engine"]
+    assert falling["context_s"] == 0.0
+    steep = scenario_of(decode_rows({1: -1e-9, 8: 1e-9}, 1e-5), slots=8)["engine"]
+    assert min(steep["step_s"].values()) > 0
+
+
+def test_speed_of_a_learner_is_that_of_its_best_microbatch() -> None:
+    rows = [
+        row({"step_s": 1.0, "tokens_per_s": rate}, kind="step", **{"microbatch tokens": size})
+        for size, rate in ((1024, 20_000.0), (4096, 50_000.0))
+    ]
+    assert scenario_of(rows, slots=4) == {"learner": {"token_s": 2e-5}}
+
+
+def test_rows_that_failed_or_are_of_another_subject_tell_nothing() -> None:
+    failed = BenchRow({"kind": "decode", "running": 4, "context": 64}, {}, "out of memory")
+    assert scenario_of([failed], slots=4) == {}
+    assert scenario_of([row({"publish_s": 1.0}, kind="publish")], slots=4) == {}
