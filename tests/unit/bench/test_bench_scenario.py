@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from dapo_async.bench.figures import BenchRow, Spread
 from dapo_async.bench.scenario import scenario_line, scenario_of
 from dapo_async.planner import EngineSpeed
+from dapo_async.planner.settings import read_scenario
+
+RUN = {"engines": 1, "lengths": {"mean": 10, "max": 20}, "replay": {"groups_per_step": 4}}
 
 
 def row(figures: dict[str, float], **what: str | int) -> BenchRow:
@@ -41,6 +45,9 @@ def test_speed_of_an_engine_is_found_again_from_its_steps() -> None:
         "engine: {slots: 128, step_s: {1: 0.009, 64: 0.011, 128: 0.014}, context_s: 1.6e-08, "
         "prefill_s: 2.5e-05, kv_tokens: 900000}"
     )
+    settings = yaml.safe_load(scenario_line({"engine": engine}))
+    scenario, _ = read_scenario({**RUN, **settings, "learner": {"token_s": 1e-5}})
+    assert scenario.engine.step_s[64] == 0.011
     speed = EngineSpeed(step_s=(engine["step_s"][64],) * 65, context_s=engine["context_s"])
     assert speed.tokens_per_s(64, 1024) == pytest.approx(64 / (0.011 + 1.6e-8 * 64 * 1024))
 
