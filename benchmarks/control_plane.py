@@ -25,7 +25,7 @@ from support.output import show, write_result
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.replay import ReplayBuffer, dynamic_sampling, has_tokens
+from dapo_async.replay import ReplayBuffer, TokenBook, dynamic_sampling, has_tokens
 from dapo_async.replay.group_io import pack_group
 from dapo_async.rollout import (
     GroupRequest,
@@ -78,7 +78,7 @@ class Engine:
     num_slots = GROUP_SIZE
 
     def __init__(self, host: Host) -> None:
-        self._host = host
+        self._host, self.tokens = host, TokenBook()
 
     @property
     def version(self) -> int:

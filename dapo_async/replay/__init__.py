@@ -8,6 +8,7 @@ state.py         the states of a group, the answers to an offer, the snapshot fo
 credits.py       staleness bound: number of admitted groups, deadlines of a batch
 pacing.py        just-in-time admission: how many groups should be out
 ledger.py        conservation: every admitted group has exactly one outcome
+token_flow.py    what became of the generated tokens, in exact counts
 filters.py       dynamic sampling and the user's own filter
 stop_rule.py     stops the run after many consecutive rejects: solved or stuck
 step_stats.py    what was offered, accepted and rejected per step
@@ -24,6 +25,7 @@ from dapo_async.replay.pacing import Pacer
 from dapo_async.replay.state import BufferState, OfferOutcome, OfferResult, Refusal
 from dapo_async.replay.step_stats import StepAcceptance
 from dapo_async.replay.stop_rule import StopReason
+from dapo_async.replay.token_flow import TokenBook, TokenCounts, TokenOutcome, num_tokens
 
 __all__ = [
     "BufferState",
@@ -37,7 +39,11 @@ __all__ = [
     "ReplayBuffer",
     "StepAcceptance",
     "StopReason",
+    "TokenBook",
+    "TokenCounts",
+    "TokenOutcome",
     "custom_filter",
     "dynamic_sampling",
     "has_tokens",
+    "num_tokens",
 ]

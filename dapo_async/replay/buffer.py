@@ -41,7 +41,11 @@ from dapo_async.replay.state import (
 )
 from dapo_async.replay.step_stats import AcceptanceLog, StepAcceptance
 from dapo_async.replay.stop_rule import RejectStreak, StopReason
+from dapo_async.replay.token_flow import TokenBook, TokenOutcome
 from dapo_async.types import Group, GroupFacts, RejectReason, TrainBatch
+
+# Tokens of a refused offer that this incarnation generated, and how they end.
+_REFUSED_TOKENS = {Refusal.CLOSED: TokenOutcome.UNUSED, Refusal.ENDED: TokenOutcome.EVICTED}
 
 
 class ReplayBuffer:
@@ -86,6 +90,8 @@ class ReplayBuffer:
         self.closed = False
         self.acceptance: StepAcceptance | None = None  # of the step that was taken last
         self.failures: Counter[str] = Counter()  # failed groups by the worker's reason
+        self.tokens = TokenBook()  # tokens that end in the buffer or in the learner
+        self.num_offered = self.num_accepted = 0  # groups that the filters judged, and accepted
 
         self._filters = tuple(filters)
         self._credits = Credits((max_staleness + 1) * groups_per_step)
@@ -143,6 +149,7 @@ class ReplayBuffer:
         buffer.failures.update(state.failures)
         for group_id, group in state.buffered.items():
             buffer._keep(group_id, group)
+            buffer.tokens.resume(group.num_response_tokens)
         buffer._reissue = dict.fromkeys(state.reissue, -1)
         outstanding = [*state.buffered, *state.reissue]
         for group_id in outstanding:
@@ -288,22 +295,36 @@ class ReplayBuffer:
         refusal = self._refusal(group)
         if refusal is not None:
             self._log.refuse()
+            if refusal in _REFUSED_TOKENS:
+                self.tokens.end(_REFUSED_TOKENS[refusal], group.num_response_tokens)
             return OfferResult(OfferOutcome.REFUSED, refusal)
         group_id, oldest_version = group.group_id, group.oldest_version
         deadline = oldest_version + self.max_staleness
         if deadline < self.learner_version:
             self._evict(group_id)
+            self.tokens.end(TokenOutcome.EVICTED, group.num_response_tokens)
             return OfferResult(OfferOutcome.EVICTED)
         reason = first_reason(group, self._filters)
         started = self._stop(group_id)
         assert started is not None
         self._suspect |= deadline < started.deadline
+        self.num_offered += 1
         if reason is not None:
             self._end(group_id, reason)
+            self.tokens.end(reason, group.num_response_tokens)
             self._log.reject(reason, group)
             self._streak.reject(reason)
             return OfferResult(OfferOutcome.REJECTED, reason)
-        self._keep(group_id, Buffered(started.worker, deadline, oldest_version, payload))
+        kept = Buffered(
+            started.worker,
+            deadline,
+            oldest_version,
+            payload,
+            group.num_response_tokens,
+        )
+        self._keep(group_id, kept)
+        self.num_accepted += 1
+        self.tokens.accept(group.num_response_tokens)
         self._log.accept(group)
         self._streak.accept()
         return OfferResult(OfferOutcome.ACCEPTED)
@@ -464,6 +485,8 @@ class ReplayBuffer:
 
     def close(self) -> Counts:
         """The run ends: groups in flight end unused, later offers are refused."""
+        finished = [*self._buffered.values(), *(taken.group for taken in self._taken.values())]
+        self.tokens.end(TokenOutcome.UNUSED, sum(each.num_response_tokens for each in finished))
         for groups in (self._generating, self._buffered, self._taken, self._reissue):
             for group_id in groups:
                 self._end(group_id, GroupOutcome.UNUSED)
@@ -570,17 +593,25 @@ class ReplayBuffer:
 
     def _evict(self, group_id: int) -> str:
         """Ends the group; returns its worker."""
-        group = self._stop(group_id) or self._leave(group_id)
+        started = self._stop(group_id)
+        if started is not None:
+            worker = started.worker  # it books the tokens
+        else:
+            finished = self._leave(group_id)
+            worker = finished.worker
+            self.tokens.end(TokenOutcome.EVICTED, finished.num_response_tokens)
         self._end(group_id, GroupOutcome.EVICTED)
         self._evicted_since_take.append(group_id)
-        return group.worker
+        return worker
 
     def _finish_step(self, group_ids: Iterable[int], outcome: GroupOutcome) -> None:
         for group_id in group_ids:
             assert group_id in self._taken, (
                 f"group {group_id} is not in a step and can't end as {outcome.value}"
             )
-            version = self._taken.pop(group_id).version
+            taken = self._taken.pop(group_id)
+            version = taken.version
+            self.tokens.end(TokenOutcome(outcome.value), taken.group.num_response_tokens)
             # A skipped step changed no weights: its groups wait for no newer version.
             self._awaiting[group_id] = version + 1 if outcome is GroupOutcome.TRAINED else version
             self._ledger.end(group_id, outcome)

@@ -32,6 +32,7 @@ class Buffered:
     deadline: int  # oldest_version + max_staleness
     oldest_version: int  # as its engine attested, per token
     payload: Any  # opaque: what the train batch refers to
+    num_response_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class BufferState:
                 "worker": group.worker,
                 "deadline": group.deadline,
                 "oldest_version": group.oldest_version,
+                "num_response_tokens": group.num_response_tokens,
             }
             for group_id, group in self.buffered.items()
         ]

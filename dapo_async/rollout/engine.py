@@ -14,6 +14,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.replay import TokenBook
 from dapo_async.types import Completion
 
 WeightUpdate = Literal["recompute", "keep_kv", "drain"]
@@ -25,14 +26,22 @@ WEIGHT_UPDATES: tuple[str, ...] = get_args(WeightUpdate)
 
 
 class Aborted(Exception):
-    """Raised by `generate` when its group was taken off the engine before its end."""
+    """Raised by `generate` when its group was taken off the engine before its end.
+
+    `num_tokens`: what the engine had generated for the group.
+    """
+
+    def __init__(self, message: str, num_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
 
 
 class EngineFault(RuntimeError):
     """The engine can't be used: its server is gone, silent or wrong.
 
     Another engine may generate the group. `partial_completions` has per sibling what was received:
-    a complete one, one with finish reason ABORT, or None. Empty: nothing was received.
+    a complete one, one with finish reason ABORT, or None. Empty: nothing was received. The engine
+    has booked the other tokens of the group as repeated.
     """
 
     def __init__(
@@ -78,7 +87,7 @@ class SamplingParams:
 class GroupRequest:
     """One prompt to be answered `num_siblings` times."""
 
-    group_id: int  # names the group and keys its noise
+    group_id: int  # names the group and keys its noise; negative for a held-out prompt
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
@@ -133,6 +142,14 @@ class Engine(Protocol):
     @property
     def version(self) -> int:
         """Version of the weights that sample the next token."""
+        ...
+
+    @property
+    def tokens(self) -> TokenBook:
+        """Counts the tokens of this engine.
+
+        The engine books the end of those for held-out prompts, and its user that of all others.
+        """
         ...
 
     async def generate(

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.replay import TokenOutcome, num_tokens
 from dapo_async.replay.group_io import pack_group
 from dapo_async.replay.slot_demand import GroupInFlight, SlotDemand
 from dapo_async.reward import VerifierFailed
@@ -130,6 +131,7 @@ class RolloutWorker:
         self._num_asking = 0  # exchanges in flight that ask for groups
         # Evicted groups that were not in hand: their admissions may still be on their way.
         self._evicted: set[int] = set()
+        self._given_up: set[int] = set()  # failed by a quarantine, while their tasks still run
         self._loss: _Loss | None = None  # None: the engine is not lost, or was restarted
         self._num_losses = 0
 
@@ -176,6 +178,7 @@ class RolloutWorker:
         for admission in admissions:
             if admission.group_id in self._evicted:
                 self._evicted.discard(admission.group_id)
+                self._end_tokens(admission.group_id, num_tokens(admission.partial_completions))
                 continue
             self._wanted.add(admission.group_id)
             rolling = self._roll(admission, self._demand.start())
@@ -230,22 +233,33 @@ class RolloutWorker:
         finally:
             in_flight.stop()
             self._changed.set()
-        if completions is None or admission.group_id not in self._wanted:
+        if completions is None:
+            return
+        group_id, count = admission.group_id, num_tokens(completions)
+        if group_id not in self._wanted:
+            self._end_tokens(group_id, count)
             return
         try:
             group = await self._score(admission, completions)
         except VerifierFailed as failure:
-            if self._claim(admission.group_id):
-                await self._replay.fail([admission.group_id], str(failure))
+            if self._claim(group_id):
+                self.engine.tokens.end(TokenOutcome.FAILED, count)
+                await self._replay.fail([group_id], str(failure))
+            else:
+                self._end_tokens(group_id, count)
             return
         while self.state is WorkerState.HOLDING:
             await self._state_changed.wait()
         if not proved and num_losses != self._num_losses:
             # The engine was lost before its weights were proved: they never will be.
-            await self._hand_back(admission.group_id, admission.partial_completions)
-        elif self._claim(admission.group_id):
+            partial_completions = admission.partial_completions
+            self.engine.tokens.end(TokenOutcome.REPEATED, count - num_tokens(partial_completions))
+            await self._hand_back(group_id, partial_completions)
+        elif self._claim(group_id):
             self._offers.append(Offer(GroupFacts.of(group), pack_group(group)))
             self._changed.set()
+        else:
+            self._end_tokens(group_id, count)
 
     async def _wait_to_start(self, admission: Admission) -> bool:
         """Waits for the end of a quarantine that began after the request for this group.
@@ -256,7 +270,11 @@ class RolloutWorker:
             await self._state_changed.wait()
         if self.state is WorkerState.LOST:
             await self._hand_back(admission.group_id, admission.partial_completions)
-        return admission.group_id in self._wanted
+            return False
+        if admission.group_id in self._wanted:
+            return True
+        self._end_tokens(admission.group_id, num_tokens(admission.partial_completions))
+        return False
 
     async def _generate(
         self, admission: Admission, siblings_ended: SiblingsEnded
@@ -276,10 +294,14 @@ class RolloutWorker:
             self.lose(str(fault))
             # The newest tokens may come from weights that were never proved.
             known = fault.partial_completions if self._is_proved else admission.partial_completions
+            dropped = num_tokens(fault.partial_completions) - num_tokens(known)
+            self.engine.tokens.end(TokenOutcome.REPEATED, dropped)
             await self._hand_back(group_id, known)
-        except Aborted:
+        except Aborted as aborted:
             if group_id in self._wanted:
                 raise  # this worker did not abort it: its credit would never return
+            continued = num_tokens(admission.partial_completions)
+            self._end_tokens(group_id, continued + aborted.num_tokens)
         return None
 
     @property
@@ -299,6 +321,15 @@ class RolloutWorker:
     ) -> None:
         if self._claim(group_id):
             await self._replay.hand_back(group_id, partial_completions)
+        else:
+            self._end_tokens(group_id, num_tokens(partial_completions))
+
+    def _end_tokens(self, group_id: int, count: int) -> None:
+        """Books the tokens of a group that is not wanted any more."""
+        failed = group_id in self._given_up
+        self._given_up.discard(group_id)
+        outcome = TokenOutcome.FAILED if failed else TokenOutcome.EVICTED
+        self.engine.tokens.end(outcome, count)
 
     # What happens to the engine. Each call moves the state as its docstring says, or not at all.
 
@@ -323,6 +354,7 @@ class RolloutWorker:
         if self.state in GENERATING:
             self._enter(WorkerState.QUARANTINED)
         given_up = sorted(self._wanted)
+        self._given_up.update(given_up)
         self._wanted.clear()
         if given_up:
             await self.engine.abort(given_up)

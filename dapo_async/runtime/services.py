@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dapo_async.config import Config
-from dapo_async.replay import Counts
+from dapo_async.replay import Counts, TokenCounts
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
+from dapo_async.runtime.throughput import NO_RATES, Sides
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.utils.state_clock import StateClock
@@ -30,6 +31,8 @@ class Measured:
     train_s: float = 0.0
     counts: Mapping[str, int] = field(default_factory=lambda: Counts(0).flat())
     failures: Mapping[str, int] = field(default_factory=dict)
+    token_flow: Mapping[str, int] = field(default_factory=lambda: TokenCounts().flat())
+    rates: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: NO_RATES)
     idle: Mapping[str, float] = field(default_factory=lambda: {"rollout": 0.0, "learner": 0.0})
     seconds_by_state: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     weight_versions: int = 0
@@ -73,6 +76,8 @@ class Services:
             train_s=tracker.train_s,
             counts=report.counts.flat() if report else before.counts,
             failures=dict(report.failures) if report else before.failures,
+            token_flow=tracker.token_flow,
+            rates=tracker.rates or NO_RATES,
             idle=tracker.idle,
             seconds_by_state={
                 actor: tracker.timeline.totals(actor) for actor in tracker.timeline.actors
@@ -113,6 +118,7 @@ def build_services(
         show=sinks.step,
         totals=before.totals,
         first_step=resume.version,
+        sides=Sides.of(config),
     )
     evaluations = Evaluations(config, system=system, run_dir=run_dir, sinks=sinks)
     checkpointer = Checkpointer(

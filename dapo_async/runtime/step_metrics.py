@@ -13,10 +13,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dapo_async.algorithm import summarise
+from dapo_async.replay import TokenCounts
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import SHORT_S
 from dapo_async.runtime.system import System
+from dapo_async.runtime.throughput import Flow, Sides
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline, TraceFile
 from dapo_async.types import StepMetrics
@@ -49,6 +51,7 @@ class Tracker:
         show: Callable[[dict[str, Any]], None],
         totals: Totals,
         first_step: int = 0,
+        sides: Sides = Sides(),  # noqa: B008 (frozen)
     ) -> None:
         """`show` gets each row after it is written. `totals` are those of earlier incarnations."""
         self.clock, self.totals = clock, totals
@@ -65,6 +68,9 @@ class Tracker:
         ] = {}  # by worker: the newest, at the start of training, at the end of the step before
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
+        self._sides = sides
+        self._engine_tokens: dict[str, TokenCounts] = {}  # by worker, the newest
+        self._flow = self._flow_at_start = self._flow_before = Flow.of(clock.now_s(), None, ())
         self._step_end_s = clock.now_s()
         self.replay: ReplayReport | None = None  # the newest report
         self.longest_step_s = 0.0
@@ -83,8 +89,10 @@ class Tracker:
             self.timeline.add(actor, report.spans)
             if isinstance(report, WorkerReport):
                 self._slots[actor] = report.slot_use
+                self._engine_tokens[actor] = report.tokens
             if isinstance(report, ReplayReport):
                 self.replay = report
+        self._flow = Flow.of(self.clock.now_s(), self.replay, self._engine_tokens.values())
         for report in reports.values():
             if isinstance(report, BaseException):
                 raise report
@@ -93,6 +101,7 @@ class Tracker:
         """Marks the start of training. Generation and waiting before it do not count."""
         await self.collect()
         self._slots_at_start = self._slots_before = dict(self._slots)
+        self._flow_at_start = self._flow_before = self._flow
         self._step_end_s = self.clock.now_s()
 
     def log(
@@ -127,10 +136,12 @@ class Tracker:
     def _write_pending(self) -> None:
         if not self._pending:
             return
-        # Steps that one report tells of share its slot use: none of them was measured alone.
+        # Steps that one report covers share its slot use and its rates.
         idle, self._slots_before = rollout_idle(self._slots_before, self._slots), dict(self._slots)
+        shared = self._between_reports()
+        self._flow_before = self._flow
         for step in sorted(self._pending):
-            self._write(step, *self._pending.pop(step), rollout_idle=idle)
+            self._write(step, *self._pending.pop(step), rollout_idle=idle, shared=shared)
             self._next_row = step + 1
             self._row_written.set()
             self._row_written = asyncio.Event()
@@ -143,6 +154,7 @@ class Tracker:
         now_s: float,
         *,
         rollout_idle: Mapping[str, float],
+        shared: Mapping[str, float],
     ) -> None:
         assert self.replay is not None
         if self._busy_before_s is None and self.replay.first_admission_s is not None:
@@ -185,6 +197,7 @@ class Tracker:
             "idle.learner": self._learner_idle(self._busy_s(start_s), start_s, now_s),
             "idle.rollout": math.nan,
             **{f"idle.{name}": share for name, share in rollout_idle.items()},
+            **shared,
             "evicted": num_evicted,
             "engine_restarts": self._system.restarts.total(),
             "publish_pause_s": publisher.last_pause_s,
@@ -198,6 +211,24 @@ class Tracker:
         self._show(row)
         self._step_end_s = now_s
         self.timeline.forget(now_s)
+
+    def _between_reports(self) -> dict[str, float]:
+        """Rates since the report before, and the counts of tokens so far."""
+        rates = self._flow.rates(self._flow_before, self._sides)
+        return {
+            **{f"{of}.{kind}": rate for of, each in rates.items() for kind, rate in each.items()},
+            **{f"token_flow.{name}": count for name, count in self.token_flow.items()},
+        }
+
+    @property
+    def token_flow(self) -> dict[str, int]:
+        """What became of the tokens of this incarnation, up to the newest reports."""
+        return self._flow.tokens.flat()
+
+    @property
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Tokens and groups per second from the start of training to the newest row."""
+        return self._flow_before.rates(self._flow_at_start, self._sides)
 
     def _add_up(self, metrics: StepMetrics) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))

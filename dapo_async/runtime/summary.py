@@ -61,6 +61,8 @@ def summarise_run(
         "tokens": int(totals.tokens),
         "staleness": {"mean": staleness, "max": totals.staleness_max},
         "groups": _groups(measured.counts),
+        "token_flow": dict(measured.token_flow),
+        **{name: dict(rates) for name, rates in measured.rates.items()},
         "idle": dict(measured.idle),
         "bottleneck": bottleneck,
         "slot_advice": slot_advice(config),

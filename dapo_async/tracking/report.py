@@ -43,6 +43,8 @@ from dapo_async.tracking.verdict import duration, part, verdict
 from dapo_async.utils.files import atomic_write
 
 MAX_LISTED = 100  # problems by row
+# Names of `token_flow` whose tokens were generated and not trained.
+WASTE = ("rejected", "evicted", "failed", "repeated", "skipped", "unused", "evaluation")
 TOTALS = ("avg@{k}", "pass@1", "pass@{k}", "maj@{k}")
 
 
@@ -125,6 +127,15 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         if count
     ]
     yield "rejected groups", ", ".join(rejected) or "none"
+    rates, flow = part(summary, "tokens_per_s"), part(summary, "token_flow")
+    yield "generated tokens/s", figures(rates.get("generated"), ",.0f")
+    yield "trained tokens/s", figures(rates.get("trained"), ",.0f")
+    wasted = [
+        f"{figures(count, ',.0f')} {text(str(name))}"
+        for name, count in flow.items()
+        if name in WASTE and count
+    ]
+    yield "tokens not trained", ", ".join(wasted) or "none"
 
 
 def _change(summary: Mapping[str, Any], name: str, form: str) -> str:

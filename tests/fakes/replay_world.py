@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,9 @@ class World:
         # Groups of lost engines → version at their start.
         self.partial_completions: dict[int, int] = {}
         self.endings: Counter[str] = Counter()
+        self.offered_tokens = 0  # in this incarnation
+        self.tokens: dict[int, int] = {}  # of every offered group that has not ended
+        self.ended_tokens: Counter[str] = Counter()
         self.steps = 0
         buffer.serve(0)
 
@@ -107,13 +110,22 @@ class World:
         """
         worker, started = self.generating.pop(group_id)
         self.oldest[group_id] = min(started + newer, max(started, self.engine_versions[worker]))
-        result = self.buffer.offer(
-            make_group(group_id, accuracies=accuracies, version=self.oldest[group_id]),
-            payload=f"payload-{group_id}",
+        group = make_group(
+            group_id,
+            accuracies=accuracies,
+            version=self.oldest[group_id],
+            num_tokens=1 + group_id % 5,
         )
+        self.tokens[group_id] = group.num_response_tokens
+        self.offered_tokens += group.num_response_tokens
+        result = self.buffer.offer(group, payload=f"payload-{group_id}")
         if result.outcome in (OfferOutcome.REJECTED, OfferOutcome.EVICTED):
             self.endings[result.outcome.value] += 1
+            self.end_tokens(result.outcome.value, [group_id])
         return result.outcome
+
+    def end_tokens(self, outcome: str, group_ids: Iterable[int]) -> None:
+        self.ended_tokens[outcome] += sum(self.tokens.pop(each, 0) for each in group_ids)
 
     def fail(self, group_id: int) -> None:
         del self.generating[group_id]
@@ -140,6 +152,7 @@ class World:
         for group_id in self.buffer.evict_doomed(self.version):
             self.generating.pop(group_id, None)
             self.endings["evicted"] += 1
+            self.end_tokens("evicted", [group_id])
         expected = self.expected_batch()
         batch = self.buffer.take(self.version)
         if type(self.buffer) is ReplayBuffer:
@@ -186,6 +199,7 @@ class World:
         batch, self.training = self.training, None
         (self.buffer.trained if finite else self.buffer.skipped)(batch.group_ids)
         self.endings["trained" if finite else "skipped"] += len(batch.group_ids)
+        self.end_tokens("trained" if finite else "skipped", batch.group_ids)
         self.in_step += batch.group_ids
         if not (finite or batch.closes_step):
             self.cut()
@@ -245,6 +259,9 @@ class World:
             whole_steps=before._whole_steps,
         )
         self.generating.clear()
+        self.offered_tokens = 0  # the resumed incarnation has a book of its own
+        self.ended_tokens.clear()
+        assert self.buffer.tokens.counts.resumed == sum(self.tokens.values())
         self.training = self.publishing = None
         self.engine_versions = dict.fromkeys(self.engine_versions, self.version)
         self.check()
@@ -254,6 +271,7 @@ class World:
     def check(self) -> None:
         """The buffer's own checks, and its counts against the records of this world."""
         self.buffer.check()
+        self.check_tokens()
         counts = self.buffer.counts
         assert not (self.healthy and counts.evicted), (
             f"evicted {counts.evicted} groups of a healthy run"
@@ -293,6 +311,13 @@ class World:
         assert outstanding <= remaining, (
             f"{outstanding} groups are outstanding for {remaining} places"
         )
+
+    def check_tokens(self) -> None:
+        """Every token of an offered group has ended as its group, or its group is finished."""
+        flow = self.buffer.tokens.counts.flat()
+        ended = {name: flow[name] for name in ("trained", "skipped", "evicted", "rejected")}
+        assert ended == {**dict.fromkeys(ended, 0), **self.ended_tokens}
+        assert self.offered_tokens + flow["in_flight"] == sum(self.tokens.values())
 
     def drain(self) -> None:
         """Finishes every group and every step until the run ends.

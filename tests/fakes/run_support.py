@@ -251,6 +251,15 @@ def check_conservation(groups: Mapping[str, Any]) -> None:
     )
 
 
+def check_token_flow(flow: Mapping[str, int]) -> None:
+    """Every generated token is trained, wasted for one reason, or in flight."""
+    work = ("prefilled", "recomputed", "generated", "resumed")
+    ended = sum(count for name, count in flow.items() if name not in work)
+    assert flow["generated"] + flow["resumed"] == ended, f"tokens do not add up: {flow}"
+    # Two reports are some milliseconds apart: only what is in flight may show that.
+    assert all(count >= 0 for name, count in flow.items() if name != "in_flight"), flow
+
+
 Row = list[tuple[str, float, float]]  # state, start and end in seconds
 
 

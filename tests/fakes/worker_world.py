@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
+from dapo_async.replay import TokenBook
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.rollout import (
     Aborted,
@@ -35,7 +36,7 @@ class FakeEngine:
     version = 0
 
     def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+        self.num_slots, self.tokens = num_slots, TokenBook()
         self.requests: list[GroupRequest] = []
         self.aborted: list[int] = []
         self.starving_calls: list[bool] = []

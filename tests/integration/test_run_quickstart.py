@@ -19,6 +19,7 @@ from run_support import (
     check_metrics,
     check_staleness,
     check_time_law,
+    check_token_flow,
     finished,
     overlap_share,
     rows_of,
@@ -247,6 +248,25 @@ def test_metrics_follow_from_the_rollouts(quickstart: Finished, synchronous: Fin
     for run in (quickstart, synchronous):
         for row in run.metrics:
             check_metrics(row, run.rollouts(row["step"]))
+
+
+def test_generated_tokens_are_trained_wasted_for_a_reason_or_in_flight(
+    quickstart: Finished, synchronous: Finished
+) -> None:
+    for run in (quickstart, synchronous):
+        flow = run.summary["token_flow"]
+        check_token_flow(flow)
+        assert flow["trained"] == run.summary["tokens"] > 0, "the learner counts them by itself"
+        assert (flow["rejected"] > 0) == any(run.summary["groups"]["rejected"].values())
+        assert 0 < flow["evaluation"] < flow["generated"]
+        for row in run.metrics:
+            named = {
+                name.removeprefix("token_flow."): count
+                for name, count in row.items()
+                if name.startswith("token_flow.")
+            }
+            check_token_flow(named)
+            assert row["tokens_per_s.generated"] >= 0
 
 
 def test_every_number_is_documented_and_every_documented_one_is_written(

@@ -75,6 +75,7 @@ class TorchEngine:
         self.version = version
         self.draining = False  # True: nothing new starts; set by the thread before a `drain` update
         self.prefilled_tokens = 0  # prompt tokens read so far
+        self.reread_tokens = 0  # of them, read again under new weights
         self.num_drawn = 0  # tokens drawn in the last step = slots that it occupied
         self.num_ended: Counter[int] = Counter()  # siblings of the last step, by group id
         self._decoder = decoder.eval().requires_grad_(False)
@@ -140,6 +141,18 @@ class TorchEngine:
         owners = enumerate(self._table.owners)
         self._vacate([row for row, (group, _) in owners if group.request.group_id in aborted])
         return aborted
+
+    def num_generated(self, group_ids: Iterable[int]) -> dict[int, int]:
+        """Tokens generated so far for each of the groups that are on the engine."""
+        counts = {each: 0 for each in group_ids if each in self._groups}
+        for group_id in counts:
+            completions = self._groups[group_id].completions.values()
+            counts[group_id] = sum(len(each.token_ids) for each in completions)
+        lengths = self._table.lengths[: len(self._table)].tolist()
+        for (group, _), length in zip(self._table.owners, lengths, strict=True):
+            if group.request.group_id in counts:
+                counts[group.request.group_id] += length - len(group.prompt_ids)
+        return counts
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, tuple[Completion, ...]]]:
@@ -293,6 +306,8 @@ class TorchEngine:
             ends = num_decoding + np.cumsum(prompt_lengths)
             for group, prefix, end in zip(fresh, prefill.prefixes(), ends, strict=True):
                 group.prefix, group.hidden = prefix, hidden[end - 1]
+                self.reread_tokens += len(group.prompt_ids) if group.was_read else 0
+                group.was_read = True
             self.prefilled_tokens += sum(prompt_lengths)
         return hidden[:num_decoding]
 

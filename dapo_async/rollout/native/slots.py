@@ -26,6 +26,7 @@ class RunningGroup:
     request: GroupRequest
     prompt_ids: Tensor  # [P] int64 on the engine's device
     num_started: int = 0
+    was_read: bool = False  # its prompt, by some version
     # Kept while siblings wait, dropped when the weights change:
     prefix: Tensor | None = None  # keys and values of the prompt, [layers, 2, KV, P, D]
     hidden: Tensor | None = None  # hidden state of the last prompt token, [D]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dapo_async.replay import TokenBook, TokenOutcome, num_tokens
 from dapo_async.rollout.engine import (
     Aborted,
     GroupRequest,
@@ -101,6 +102,8 @@ class ThreadedEngine:
         """From now on only the thread may use `core`."""
         self._core, self._clock = core, clock
         self._meter = SlotMeter(clock, slots=core.num_slots)
+        self.tokens = TokenBook()
+        self._read = self._reread = 0  # prompt tokens that are booked already
         self._inbox: queue.SimpleQueue[list[tuple[_Command, _Waiter]]] = queue.SimpleQueue()
         self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
         self._lock = threading.Lock()  # guards `_error`: whether the inbox is still read
@@ -216,7 +219,10 @@ class ThreadedEngine:
                 self._updates.popleft()
         if core.has_work:
             self._clock.enter("generate")
-            for group_id, completions in core.step():
+            finished = core.step()
+            self._book_step()
+            for group_id, completions in finished:
+                self._book_heldout(group_id, num_tokens(completions))
                 self._generating.pop(group_id)[0].answer(completions)
             for group_id, count in core.num_ended.items():
                 if group_id in self._generating:  # else its answer tells the end
@@ -224,6 +230,19 @@ class ThreadedEngine:
                     waiter.call(siblings_ended, count)
             self._meter.spent(running=core.num_drawn)
         return True
+
+    def _book_step(self) -> None:
+        """Books the tokens of a step, before anybody can book how they end."""
+        core = self._core
+        read, reread = core.prefilled_tokens - self._read, core.reread_tokens - self._reread
+        self._read, self._reread = core.prefilled_tokens, core.reread_tokens
+        self.tokens.generate(core.num_drawn)
+        self.tokens.prefill(read - reread)
+        self.tokens.recompute(reread)
+
+    def _book_heldout(self, group_id: int, count: int) -> None:
+        if group_id < 0:
+            self.tokens.end(TokenOutcome.EVALUATION, count)
 
     def _execute(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
         match command:
@@ -235,10 +254,11 @@ class ThreadedEngine:
                 else:
                     self._generating[request.group_id] = waiter, siblings_ended
             case _Abort(group_ids):
+                counts = self._core.num_generated(group_ids)
                 for group_id in self._core.abort(group_ids):
-                    self._generating.pop(group_id)[0].fail(
-                        Aborted(f"group {group_id} was taken off the engine")
-                    )
+                    self._book_heldout(group_id, counts[group_id])
+                    message = f"group {group_id} was taken off the engine"
+                    self._generating.pop(group_id)[0].fail(Aborted(message, counts[group_id]))
                 waiter.answer(None)
             case _Update():
                 self._updates.append((command, waiter))
@@ -254,6 +274,7 @@ class ThreadedEngine:
                 self._core.draining = False
                 waiter.fail(error)
             else:
+                self.tokens.recompute(report.recomputed_tokens)
                 waiter.answer(report)
         self._meter.spent(running=0, syncing=True)
 

@@ -44,6 +44,7 @@ class Chunk:
     finish: Mapping[str, Any] | None  # in the last chunk: why the response ended
     versions: Sequence[Mapping[str, Any]]  # in the last chunk: the versions of all its tokens
     weight_version: str  # the version that the server says it serves
+    cached_tokens: int = 0  # of the input, whose keys and values the server had
 
 
 class CallRefused(EngineFault):
@@ -161,6 +162,7 @@ class SGLangClient:
             meta["finish_reason"],
             meta.get("weight_versions") or (),
             str(meta["weight_version"]),
+            int(meta.get("cached_tokens") or 0),
         )
 
     async def prompt_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:

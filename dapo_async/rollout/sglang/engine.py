@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.replay import TokenBook, TokenOutcome, num_tokens
 from dapo_async.rollout.engine import (
     Aborted,
     EngineFault,
@@ -62,6 +63,7 @@ class _Running:
     responses: dict[int, ResponseStream] = field(default_factory=dict)
     partial_completions: dict[int, Completion] = field(default_factory=dict)
     aborted: bool = False
+    num_generated: int = 0  # tokens received from this engine
 
 
 class SGLangEngine:
@@ -84,6 +86,7 @@ class SGLangEngine:
         self._client, self._clock = client, clock
         self._mode, self._incarnation = weight_update, incarnation
         self._meter = SlotMeter(clock, slots=num_slots)
+        self.tokens = TokenBook()
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0  # requests at the server, those in its queue included
@@ -130,13 +133,16 @@ class SGLangEngine:
         except ExceptionGroup as errors:
             first = errors.exceptions[0]
             if isinstance(first, EngineFault) and not group.aborted:
-                raise EngineFault(str(first), self._received(group, request)) from None
+                raise EngineFault(str(first), self._give_up(group, request)) from None
             if not group.aborted:
                 raise first from None
         finally:
             del self._running[request.group_id]
+            if request.group_id < 0:
+                self.tokens.end(TokenOutcome.EVALUATION, group.num_generated)
         if group.aborted:
-            raise Aborted(f"group {request.group_id} was taken off the engine")
+            message = f"group {request.group_id} was taken off the engine"
+            raise Aborted(message, group.num_generated)
         return tuple(sibling.result() for sibling in group.siblings)
 
     async def abort(self, group_ids: Iterable[int]) -> None:
@@ -172,6 +178,7 @@ class SGLangEngine:
         pause_s = time.monotonic() - start_s
         incarnation, self.version = read_version(await self._client.weight_version())
         after = await self._client.prompt_logprobs(probe_ids)
+        self.tokens.recompute(recomputed)
         return incarnation, UpdateReport(
             self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed
         )
@@ -206,6 +213,15 @@ class SGLangEngine:
         self._queue_watch.cancel()
         await self._client.close()
 
+    def _give_up(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
+        """Books the tokens of a lost group that nobody continues; returns the others."""
+        received = self._received(group, request)
+        if request.group_id < 0:
+            return received
+        kept = num_tokens(received) - num_tokens(request.partial_completions)
+        self.tokens.end(TokenOutcome.REPEATED, group.num_generated - kept)
+        return received
+
     def _received(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
         """Per sibling the tokens received so far, complete responses included; None: no token.
 
@@ -235,7 +251,7 @@ class SGLangEngine:
             group.responses[sibling] = response
             self._count(+1)
             try:
-                return await self._stream(request, response, partial)
+                return await self._stream(group, request, response, partial)
             finally:
                 del group.responses[sibling]
                 if response.token_ids:
@@ -245,7 +261,11 @@ class SGLangEngine:
                 self._ended.set()
 
     async def _stream(
-        self, request: GroupRequest, response: ResponseStream, partial: Completion | None
+        self,
+        group: _Running,
+        request: GroupRequest,
+        response: ResponseStream,
+        partial: Completion | None,
     ) -> Completion:
         """One response, continued from the end of `partial`."""
         so_far = partial.token_ids.tolist() if partial is not None else []
@@ -257,9 +277,13 @@ class SGLangEngine:
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
         # Read to the very end of the stream: the server aborts a request whose client leaves early.
+        first = True
         async for chunk in self._client.stream(body):
+            if first:
+                self._book_input(len(request.prompt_ids), len(so_far), chunk.cached_tokens)
+                first = False
             try:
-                self._receive(chunk, response)
+                self._receive(chunk, response, group)
             except EngineFault as fault:
                 self._trusted = self._trusted and not isinstance(fault, WrongVersion)
                 raise EngineFault(f"{self._client.url} {fault}") from None
@@ -277,9 +301,19 @@ class SGLangEngine:
             )
         return joined(partial, completion)
 
-    def _receive(self, chunk: Chunk, response: ResponseStream) -> None:
+    def _book_input(self, prompt_tokens: int, continued: int, cached: int) -> None:
+        """Books the tokens that the server read before a response: all but the cached ones.
+
+        A lost engine had read the input of a response that is continued.
+        """
+        read = max(0, prompt_tokens + continued - cached)
+        (self.tokens.recompute if continued else self.tokens.prefill)(read)
+
+    def _receive(self, chunk: Chunk, response: ResponseStream, group: _Running) -> None:
         newest_version = max(self.version, response.sent_version)
         response.add(chunk, newest_version=newest_version, incarnation=self._incarnation)
+        group.num_generated += len(chunk.token_ids)
+        self.tokens.generate(len(chunk.token_ids))
         if chunk.finish is not None:
             response.end(
                 chunk.finish,

@@ -30,9 +30,11 @@ from dapo_async.replay import (
     ReplayBuffer,
     StepAcceptance,
     StopReason,
+    TokenOutcome,
     custom_filter,
     dynamic_sampling,
     has_tokens,
+    num_tokens,
 )
 from dapo_async.replay.grants import share_grants
 from dapo_async.replay.group_io import (
@@ -277,11 +279,11 @@ class ReplayActor:
 
     def _admission(self, group_id: int) -> Admission:
         partial_completions = self._partial_completions.pop(group_id, ())
+        if not self._buffer.continues(group_id):
+            self._buffer.tokens.end(TokenOutcome.REPEATED, num_tokens(partial_completions))
+            partial_completions = ()
         return Admission(
-            group_id,
-            self._stream[group_id],
-            self._config.replay.group_size,
-            partial_completions if self._buffer.continues(group_id) else (),
+            group_id, self._stream[group_id], self._config.replay.group_size, partial_completions
         )
 
     async def evictions(self, worker: str) -> tuple[int, ...]:
@@ -320,10 +322,10 @@ class ReplayActor:
             (each.oldest_version for each in partial_completions if each is not None),
             default=None,
         )
-        if (
-            self._buffer.hand_back(group_id, oldest_version=oldest_version)
-            and oldest_version is not None
-        ):
+        if not self._buffer.hand_back(group_id, oldest_version=oldest_version):
+            outcome = TokenOutcome.UNUSED if self._buffer.closed else TokenOutcome.EVICTED
+            self._buffer.tokens.end(outcome, num_tokens(partial_completions))
+        elif oldest_version is not None:
             self._partial_completions[group_id] = partial_completions
         self._changed()
 
@@ -509,6 +511,9 @@ class ReplayActor:
         """The run ends: groups in flight end unused, offers are refused."""
         if not self._buffer.closed:
             self._buffer.close()
+            for partial_completions in self._partial_completions.values():
+                self._buffer.tokens.end(TokenOutcome.UNUSED, num_tokens(partial_completions))
+            self._partial_completions.clear()
         self._buffer.check()
         self._ahead = None
         self._news.set()
@@ -537,4 +542,7 @@ class ReplayActor:
             credits_held=buffer.credits_held,
             served_version=buffer.served_version,
             failures=dict(buffer.failures),
+            tokens=buffer.tokens.counts,
+            offered=buffer.num_offered,
+            accepted=buffer.num_accepted,
         )

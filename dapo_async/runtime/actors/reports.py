@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import ray
 
-from dapo_async.replay import Counts, StepAcceptance
+from dapo_async.replay import Counts, StepAcceptance, TokenCounts
 from dapo_async.rollout import SlotUse
 from dapo_async.utils.state_clock import Span
 
@@ -48,6 +48,9 @@ class ReplayReport:
     credits_held: int
     served_version: int | None
     failures: Mapping[str, int]
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    offered: int = 0  # groups that the filters judged, in this incarnation
+    accepted: int = 0  # groups of them that the filters accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class WorkerReport:
     spans: tuple[Span, ...]
     slot_use: SlotUse
     version: int
+    tokens: TokenCounts = field(default_factory=TokenCounts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,7 +206,10 @@ class RolloutActor:
 
     async def report(self) -> WorkerReport:
         return WorkerReport(
-            tuple(self._clock.take_spans()), self._host.engine.slot_use(), self._host.engine.version
+            tuple(self._clock.take_spans()),
+            self._host.engine.slot_use(),
+            self._host.engine.version,
+            self._host.engine.tokens.counts,
         )
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:

@@ -100,5 +100,7 @@ def test_siblings_that_fail_with_their_server_are_not_reported() -> None:
         assert ends == [1]
         assert fault.value.partial_completions[:2] == (None, None)
         assert fault.value.partial_completions[2] is not None
+        counts = engine.tokens.counts
+        assert (counts.generated, counts.prefilled, counts.in_flight) == (1, 2, 1), counts
 
     asyncio.run(main())

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from dapo_async.replay import Counts
+from dapo_async.replay import Counts, TokenCounts, TokenOutcome
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import LearnerReport, ReplayReport, WorkerReport
 from dapo_async.runtime.step_metrics import Totals, Tracker
+from dapo_async.runtime.throughput import Sides
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.types import StepMetrics
+from dapo_async.types import RejectReason, StepMetrics
 from dapo_async.utils.state_clock import Span, StateClock
 
 METRICS = StepMetrics(
@@ -46,6 +47,7 @@ class System:
         )
         self.restarts = Counter[str]()
         self.silent = False
+        self.generated_per_s = 0
 
     async def reports(self, *, deadline_s: float) -> dict[str, Any]:
         if self.silent:
@@ -64,18 +66,32 @@ class System:
             sync=0.0,
         )
         cut_s = max(since_s, min(105.0, now_s))
+        tokens = int(self.generated_per_s * (now_s - 100.0))
+        engine = TokenCounts(generated=tokens, prefilled=tokens // 10)
+        buffer = TokenCounts(
+            accepted=tokens // 2,
+            ended={RejectReason.ALL_WRONG: tokens // 2, TokenOutcome.TRAINED: tokens // 4},
+        )
+        groups = tokens // 50
+        counts = Counts(groups, trained=groups // 4)
+        replay = ReplayReport((), counts, {}, 100.0, 0, 0, 0, 0, {}, buffer, groups, groups // 2)
         return {
             "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
-            "rollout-0": WorkerReport((), use, 0),
-            "replay": ReplayReport((), Counts(0), {}, 100.0, 0, 0, 0, 0, {}),
+            "rollout-0": WorkerReport((), use, 0, engine),
+            "replay": replay,
         }
 
 
-def tracked(tmp_path: Path) -> tuple[Tracker, System, Clock, list[dict[str, Any]]]:
+def tracked(
+    tmp_path: Path,
+    *,
+    sides: Sides = Sides(),  # noqa: B008
+) -> tuple[Tracker, System, Clock, list[dict[str, Any]]]:
     clock = Clock("driver")
     rows: list[dict[str, Any]] = []
     system: Any = System(clock)
-    tracker = Tracker(system, RunDir(tmp_path), clock, show=rows.append, totals=Totals())
+    run_dir = RunDir(tmp_path)
+    tracker = Tracker(system, run_dir, clock, show=rows.append, totals=Totals(), sides=sides)
     return tracker, system, clock, rows
 
 
@@ -117,6 +133,33 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
     }
     with pytest.raises(AssertionError, match="was idle, it was"):
         check_window([rows[0], {**rows[1], "idle.rollout": 0.0}, rows[2]], tracker.idle["rollout"])
+
+
+def test_rates_of_a_row_are_those_between_two_reports_and_add_up(tmp_path: Path) -> None:
+    async def run() -> None:
+        await tracker.start()
+        clock.time_s = 110.0
+        await tracker.log(0, METRICS, num_evicted=0)
+
+    tracker, system, clock, rows = tracked(tmp_path, sides=Sides(2, 4, 5))
+    system.generated_per_s = 200
+    asyncio.run(run())
+    rates = {name: value for name, value in rows[0].items() if "_per_s." in name}
+    tokens = {"prefilled": 20.0, "generated": 200.0, "accepted": 100.0, "trained": 50.0}
+    groups = {"generated": 4.0, "accepted": 2.0, "trained": 1.0}
+    expected = {
+        f"{of}.{per}{kind}": rate / count
+        for of, kinds in (("tokens_per_s", tokens), ("groups_per_s", groups))
+        for per, count in (("", 1), ("per_engine.", 2), ("per_device.", 4))
+        for kind, rate in kinds.items()
+        if kind != "trained" or not per
+    }
+    expected |= {"tokens_per_s.per_device.trained": 10.0, "groups_per_s.per_device.trained": 0.2}
+    assert rates == expected
+    assert rows[0]["token_flow.generated"] == 2000
+    assert rows[0]["token_flow.rejected"] == 1000
+    assert rows[0]["token_flow.in_flight"] == 500
+    assert tracker.rates["tokens_per_s"]["generated"] == 200.0
 
 
 def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none(
