@@ -130,6 +130,8 @@ def test_worker_books_every_token_of_a_random_run_exactly_once(seed: int) -> Non
             elif event < 0.85:
                 (world.gate.clear if world.gate.is_set() else world.gate.set)()
             elif running and worker.state is WorkerState.SERVING:
+                if rng.random() < 0.5:
+                    worker.hold()  # its newest weights are not proved
                 for group_id in running:
                     world.lose(group_id, kept=[rng.random() < 0.5 for _ in range(3)])
                 await settled()
