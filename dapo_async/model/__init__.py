@@ -7,6 +7,7 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     config           sizes and switches of a model; the supported families
     decoder, layers, linear, rotary, attention
                      the forward pass on packed tokens
+    cost, peak       FLOPs and bytes of a model; what a device can do at most
     logprob          logprobs and entropies from hidden states, chunk by chunk
     mesh             ranks, process groups, collectives
     tensor_parallel  token exchange inside a layer

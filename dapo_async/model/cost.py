@@ -1,0 +1,99 @@
+"""FLOPs and bytes of a decoder, from its sizes alone; imports no torch.
+
+A multiply-add is 2 FLOPs. Counted are the dense products and the causal attention, each token once:
+a prompt that siblings share counts once, and nothing that is computed again counts. Norms, rotary
+embeddings, softmax and sampling are left out, because they are below 1 % of a real model.
+
+Attention is counted in pairs: a token that attends to k tokens, itself included, makes k pairs. One
+pair costs 4 · heads · head_dim FLOPs per layer: the score and the weighted sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dapo_async.model.config import ModelConfig
+from dapo_async.model.parameters import parameter_shapes
+
+BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
+Siblings = tuple[int, Sequence[int]]  # tokens of a prompt, and of each of its responses
+
+
+def causal_pairs(length: int, *, before: int = 0) -> int:
+    """Pairs of the tokens `before + 1 … length` of one sequence, each with its past and itself."""
+    return (length * (length + 1) - before * (before + 1)) // 2
+
+
+def token_flops(config: ModelConfig) -> int:
+    """The dense products of all layers, for one token. Without the head."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.hidden_size * (2 * query + 2 * key)  # query and output; key and value
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return 2 * config.num_layers * (attention + mlp)
+
+
+def head_flops(config: ModelConfig) -> int:
+    """The logits of one token."""
+    return 2 * config.hidden_size * config.vocab_size
+
+
+def pair_flops(config: ModelConfig) -> int:
+    """One attention pair, over all layers."""
+    return 4 * config.num_layers * config.num_heads * config.head_dim
+
+
+def forward_flops(config: ModelConfig, *, tokens: int, pairs: int, predicted: int) -> int:
+    """A forward pass of `tokens` tokens with `pairs` attention pairs and `predicted` logits."""
+    layers = tokens * token_flops(config) + pairs * pair_flops(config)
+    return layers + predicted * head_flops(config)
+
+
+def train_flops(config: ModelConfig, groups: Sequence[Siblings]) -> int:
+    """Forward and backward pass of one minibatch, three times the forward pass.
+
+    A group is `(prompt tokens, tokens of each response)`. Its prompt is computed once. The last
+    token of a response predicts nothing and is not computed. Logits exist for response tokens only.
+    """
+    tokens = pairs = predicted = 0
+    for prompt, responses in groups:
+        own = sum(response - 1 for response in responses)
+        tokens += prompt + own
+        pairs += causal_pairs(prompt)
+        pairs += sum(causal_pairs(prompt + each - 1, before=prompt) for each in responses)
+        predicted += sum(responses)
+    forward = forward_flops(config, tokens=tokens, pairs=pairs, predicted=predicted)
+    return (1 + BACKWARD) * forward
+
+
+def prefill_flops(config: ModelConfig, lengths: Sequence[int]) -> int:
+    """Reading prompts of these lengths, with the logits of each last token."""
+    pairs = sum(map(causal_pairs, lengths))
+    return forward_flops(config, tokens=sum(lengths), pairs=pairs, predicted=len(lengths))
+
+
+def decode_flops(config: ModelConfig, batch: int, context: float) -> float:
+    """One decode step of `batch` sequences that attend to `context` tokens each on average."""
+    one = token_flops(config) + head_flops(config) + context * pair_flops(config)
+    return batch * one
+
+
+def kv_bytes(config: ModelConfig, *, num_bytes: int) -> int:
+    """Keys and values of one token, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_bytes
+
+
+def weight_bytes(config: ModelConfig, *, num_bytes: int) -> int:
+    """The weights that a decode step reads: all, without the embedding if it is not the head."""
+    shapes = parameter_shapes(config)
+    skipped = "" if config.tie_embeddings else "model.embed_tokens.weight"
+    return num_bytes * sum(math.prod(shape) for name, shape in shapes.items() if name != skipped)
+
+
+def decode_bytes(config: ModelConfig, batch: int, context: float, *, num_bytes: int = 2) -> float:
+    """What one decode step reads: the weights once, and keys and values of every sequence.
+
+    `num_bytes` of a number; 2 for bfloat16.
+    """
+    cache = batch * context * kv_bytes(config, num_bytes=num_bytes)
+    return weight_bytes(config, num_bytes=num_bytes) + cache
