@@ -241,7 +241,7 @@ def figures(shape: Shape, rows: Sequence[Row], spent: Spent, *, steps: int, warm
     rate, rate_in_virtual_time = groups / seconds, simulated["groups/s"]
     mean = {
         name: statistics.mean(row[name] for row in measured)
-        for name in ("staleness", "idle.learner", "idle.rollout", "step_s")
+        for name in ("staleness", "idle.learner", "slots.idle", "step_s")
     }
     return {
         **cell(shape),
@@ -253,7 +253,7 @@ def figures(shape: Shape, rows: Sequence[Row], spent: Spent, *, steps: int, warm
         "staleness": mean["staleness"],
         "staleness in virtual time": simulated["staleness"],
         "idle learner": mean["idle.learner"],
-        "idle rollout": mean["idle.rollout"],
+        "idle rollout": mean["slots.idle"],
         **{f"{name} CPU, ms/group": 1e3 * cpu[name] / groups for name in ("replay", "driver")},
         "replay + driver CPU, ms/step": 1e3 * (cpu["replay"] + cpu["driver"]) / len(measured),
         "rollout CPU, ms/group": 1e3 * cpu["rollout"] / groups,

@@ -28,10 +28,12 @@ from dapo_async.config import Config
 from dapo_async.replay import ReplayBuffer, TokenBook, dynamic_sampling, has_tokens
 from dapo_async.replay.group_io import pack_group
 from dapo_async.rollout import (
+    EngineWork,
     GroupRequest,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
+    TimeUse,
     ignore_ends,
 )
 from dapo_async.rollout.worker import RolloutWorker
@@ -94,6 +96,14 @@ class Engine:
         raise AssertionError(f"a healthy run evicts nothing, but {group_ids}")
 
     def starving(self, on: bool) -> None: ...
+
+    def dead(self, on: bool) -> None: ...
+
+    def time_use(self) -> TimeUse:
+        raise NotImplementedError
+
+    def work(self) -> EngineWork:
+        raise NotImplementedError("the worker does not read the work")
 
     def slot_use(self) -> SlotUse:
         raise NotImplementedError

@@ -41,6 +41,7 @@ from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
 from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.learner.state import RankState, capture_state, load_state
 from dapo_async.model import Decoder, Mesh, PackedAttention, reshard, shard_of
+from dapo_async.model.cost import train_flops
 from dapo_async.types import Group, GroupFacts, StepMetrics
 
 
@@ -150,9 +151,20 @@ class LearnerRank:
         metrics = StepMetrics(
             maxima={"lr": lr, "imbalance": share.imbalance},
             # The flags are equal on all ranks and counted once.
-            totals=flags if self._mesh.dp.rank == 0 else {},
+            totals={
+                **(flags if self._mesh.dp.rank == 0 else {}),
+                "train_flops": self._flops(groups),
+            },
         )
         return rollout_metrics(groups, share, learner_version=self.version) + update + metrics
+
+    def _flops(self, groups: Sequence[Group]) -> float:
+        """Model FLOPs of one forward and backward pass of this rank; see `model/cost.py`."""
+        lengths = [
+            (len(group.prompt.token_ids), [each.num_tokens for each in group.rollouts])
+            for group in groups
+        ]
+        return float(train_flops(self.decoder.config, lengths))
 
     def end_step(self) -> None:
         """The minibatches so far were the step."""

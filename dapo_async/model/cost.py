@@ -57,10 +57,10 @@ def train_flops(config: ModelConfig, groups: Sequence[Siblings]) -> int:
     """
     tokens = pairs = predicted = 0
     for prompt, responses in groups:
-        own = sum(response - 1 for response in responses)
+        own = sum(max(0, response - 1) for response in responses)
         tokens += prompt + own
         pairs += causal_pairs(prompt)
-        pairs += sum(causal_pairs(prompt + each - 1, before=prompt) for each in responses)
+        pairs += sum(causal_pairs(prompt + each - 1, before=prompt) for each in responses if each)
         predicted += sum(responses)
     forward = forward_flops(config, tokens=tokens, pairs=pairs, predicted=predicted)
     return (1 + BACKWARD) * forward

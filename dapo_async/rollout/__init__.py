@@ -5,7 +5,7 @@ Every token of a completion has a behaviour logprob and a weight version.
 engine      the `Engine` protocol; it does not import torch, so that its import is fast
 native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
 sglang      the engine on an SGLang server
-slot_meter  the time of each slot: occupied, without credit, tail or sync
+slot_meter  the time of an engine and of each slot, by state
 worker      sends groups to an engine as long as there are credits and empty slots
 """
 
@@ -13,10 +13,12 @@ from dapo_async.rollout.engine import (
     Aborted,
     Engine,
     EngineFault,
+    EngineWork,
     GroupRequest,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
+    TimeUse,
     UpdateReport,
     WeightUpdate,
     ignore_ends,
@@ -26,10 +28,12 @@ __all__ = [
     "Aborted",
     "Engine",
     "EngineFault",
+    "EngineWork",
     "GroupRequest",
     "SamplingParams",
     "SiblingsEnded",
     "SlotUse",
+    "TimeUse",
     "UpdateReport",
     "WeightUpdate",
     "ignore_ends",

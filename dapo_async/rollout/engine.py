@@ -109,9 +109,9 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True)
 class SlotUse:
-    """Slot-seconds since the engine started.
+    """Slot-seconds since the engine started; all states add up to slots × elapsed_s.
 
-    occupied + queued + no_credit + tail + sync = slots × elapsed_s (time accounting).
+    See `slot_meter.py` for the states (time accounting).
     """
 
     slots: int
@@ -121,6 +121,39 @@ class SlotUse:
     no_credit: float  # idle while the worker waited for an admission
     tail: float  # idle while the worker waited for none: mostly before an update with `drain`
     sync: float  # all slots, during weight updates
+    evaluation: float = 0.0  # a sequence for a held-out prompt ran
+    dead: float = 0.0  # all slots, while the engine can't be used
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUse:
+    """Seconds since the engine started; all states add up to elapsed_s (time accounting).
+
+    Unlike `SlotUse` this does not depend on the number of slots.
+    """
+
+    elapsed_s: float = 0.0
+    running: float = 0.0  # a sequence of a training group ran
+    evaluation: float = 0.0  # only sequences for held-out prompts ran
+    queued: float = 0.0  # none ran, and requests waited at a server
+    no_credit: float = 0.0  # none ran or waited, and the worker waited for an admission
+    tail: float = 0.0  # the same, and it waited for none
+    sync: float = 0.0  # weight updates
+    dead: float = 0.0  # the engine was lost or had wrong weights
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWork:
+    """What an engine has computed since it started, for its use of FLOPs and of memory bandwidth.
+
+    A token that attends to k tokens, itself included, makes k pairs. What is computed again counts
+    nowhere.
+    """
+
+    steps: float = 0.0  # decode steps: each reads all weights once
+    decoded: int = 0  # tokens of these steps
+    decode_pairs: int = 0
+    prefill_pairs: int = 0
 
 
 SiblingsEnded = Callable[[int], None]
@@ -179,8 +212,20 @@ class Engine(Protocol):
         """
         ...
 
+    def dead(self, on: bool) -> None:
+        """The caller can't use the engine any more (on), or can use it again."""
+        ...
+
     def slot_use(self) -> SlotUse:
         """How the slots were used since the engine started."""
+        ...
+
+    def time_use(self) -> TimeUse:
+        """How the time was used since the engine started."""
+        ...
+
+    def work(self) -> EngineWork:
+        """What the engine has computed since it started."""
         ...
 
     async def close(self) -> None:

@@ -1,40 +1,55 @@
-"""Time accounting of slots: every slot-second is occupied, queued, no_credit, tail or sync.
+"""Time accounting of an engine, in seconds and in slot-seconds; both add up to the elapsed time.
 
-The engine records how many slots ran or were queued at a server. The rollout worker records when it
-waits for an admission. The run's metrics read the sums.
+At each moment the engine is in one state, and so is each of its slots:
+
+    dead        the worker can't use the engine: it was lost, or its weights are wrong
+    sync        weights are loaded
+    running     a sequence runs (its slot: occupied)
+    evaluation  a sequence for a held-out prompt runs, and no other one
+    queued      none runs, but requests wait at a server, mostly for memory for keys and values
+    no_credit   none runs or waits, and the worker waits for an admission
+    tail        the same, but it waits for none: mostly before an update with `drain`
+
+The engine records how many sequences ran or were queued. The rollout worker records when it waits
+for an admission and when it can't use the engine. The run's metrics read the sums.
 """
 
 from __future__ import annotations
 
 import threading
 
-from dapo_async.rollout.engine import SlotUse
+from dapo_async.rollout.engine import SlotUse, TimeUse
 from dapo_async.utils.state_clock import StateClock
 
 
 class SlotMeter:
-    """Integrates slot use over time; thread-safe.
+    """Integrates the use of an engine over time; thread-safe.
 
     The number of occupied slots is known only at the end of a decode step, but the worker may start
-    or stop waiting for an admission during it. So until a step is recorded, the seconds with and
-    without waiting are counted separately.
+    or stop waiting for an admission during it. So until a step is recorded, the seconds are counted
+    separately by what the worker does.
     """
 
     def __init__(self, clock: StateClock, *, slots: int) -> None:
         self._clock, self._slots, self._lock = clock, slots, threading.Lock()
         self._start_s = self._since_s = clock.now_s()
-        self._running, self._queued, self._syncing, self._waiting = 0, 0, False, False
-        self._unrecorded_s = {True: 0.0, False: 0.0}  # by `_waiting`
-        self._sums = {"occupied": 0.0, "queued": 0.0, "no_credit": 0.0, "tail": 0.0, "sync": 0.0}
+        self._running = self._queued = self._heldout = 0
+        self._syncing = self._waiting = self._dead = False
+        self._unrecorded_s: dict[tuple[bool, bool], float] = {}  # by `_dead`, `_waiting`
+        self._slot_s = dict.fromkeys(SLOT_STATES, 0.0)
+        self._time_s = dict.fromkeys(TIME_STATES, 0.0)
 
-    def spent(self, *, running: int, queued: int = 0, syncing: bool = False) -> None:
-        """Records the time since the last call: `running` slots were occupied and `queued` other
-        ones queued at a server, or all were in sync.
+    def spent(
+        self, *, running: int, queued: int = 0, heldout: int = 0, syncing: bool = False
+    ) -> None:
+        """Records the time since the last call: `running` slots were occupied, `heldout` of them by
+        held-out prompts, and `queued` other ones queued at a server; or all were in sync.
 
-        `read` assumes that the same holds until now.
+        `slots` and `time` assume that the same holds until now.
         """
         with self._lock:
             self._running, self._queued, self._syncing = running, queued, syncing
+            self._heldout = heldout
             self._record()
 
     def starving(self, on: bool) -> None:
@@ -43,26 +58,63 @@ class SlotMeter:
             self._advance()
             self._waiting = on
 
-    def read(self) -> SlotUse:
-        """The sums up to now."""
+    def dead(self, on: bool) -> None:
+        """From now on the worker can't use the engine (on), or can."""
+        with self._lock:
+            self._advance()
+            self._dead = on
+
+    def slots(self) -> SlotUse:
+        """The slot-seconds up to now."""
         with self._lock:
             self._record()
-            return SlotUse(slots=self._slots, elapsed_s=self._since_s - self._start_s, **self._sums)
+            return SlotUse(slots=self._slots, elapsed_s=self._elapsed_s, **self._slot_s)
+
+    def time(self) -> TimeUse:
+        """The seconds up to now."""
+        with self._lock:
+            self._record()
+            return TimeUse(elapsed_s=self._elapsed_s, **self._time_s)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._since_s - self._start_s
 
     def _advance(self) -> None:
-        now_s = self._clock.now_s()
-        self._unrecorded_s[self._waiting] += now_s - self._since_s
+        now_s, worker = self._clock.now_s(), (self._dead, self._waiting)
+        before_s = self._unrecorded_s.get(worker, 0.0)
+        self._unrecorded_s[worker] = before_s + now_s - self._since_s
         self._since_s = now_s
 
     def _record(self) -> None:
         self._advance()
-        waiting_s, other_s = self._unrecorded_s[True], self._unrecorded_s[False]
-        self._unrecorded_s = {True: 0.0, False: 0.0}
-        if self._syncing:
-            self._sums["sync"] += self._slots * (waiting_s + other_s)
-            return
-        idle = self._slots - self._running - self._queued
-        self._sums["occupied"] += self._running * (waiting_s + other_s)
-        self._sums["queued"] += self._queued * (waiting_s + other_s)
-        self._sums["no_credit"] += idle * waiting_s
-        self._sums["tail"] += idle * other_s
+        for (dead, waiting), seconds in self._unrecorded_s.items():
+            self._time_s[self._state(dead, waiting)] += seconds
+            for state, count in self._slot_states(dead, waiting).items():
+                self._slot_s[state] += count * seconds
+        self._unrecorded_s.clear()
+
+    def _state(self, dead: bool, waiting: bool) -> str:
+        """Of the engine."""
+        if dead or self._syncing:
+            return "dead" if dead else "sync"
+        if self._running:
+            return "running" if self._running > self._heldout else "evaluation"
+        if self._queued:
+            return "queued"
+        return "no_credit" if waiting else "tail"
+
+    def _slot_states(self, dead: bool, waiting: bool) -> dict[str, int]:
+        """How many slots are in each state."""
+        if dead or self._syncing:
+            return {"dead" if dead else "sync": self._slots}
+        return {
+            "occupied": self._running - self._heldout,
+            "evaluation": self._heldout,
+            "queued": self._queued,
+            "no_credit" if waiting else "tail": self._slots - self._running - self._queued,
+        }
+
+
+SLOT_STATES = ("occupied", "evaluation", "queued", "no_credit", "tail", "sync", "dead")
+TIME_STATES = ("running", "evaluation", "queued", "no_credit", "tail", "sync", "dead")

@@ -392,6 +392,7 @@ class RolloutWorker:
             f"{self.name} can't go from {self.state.value} to {state.value}"
         )
         self.state = state
+        self.engine.dead(state not in GENERATING)
         self._notify()
 
     def _notify(self) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.model import ModelConfig
 from dapo_async.replay import Counts, TokenCounts
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
@@ -17,7 +19,7 @@ from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
-from dapo_async.runtime.throughput import NO_RATES, Sides
+from dapo_async.runtime.throughput import NO_RATES, NO_USE, Devices, Sides
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.utils.state_clock import StateClock
@@ -34,6 +36,9 @@ class Measured:
     token_flow: Mapping[str, int] = field(default_factory=lambda: TokenCounts().flat())
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: NO_RATES)
     idle: Mapping[str, float] = field(default_factory=lambda: {"rollout": 0.0, "learner": 0.0})
+    slots: Mapping[str, float] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    use: Mapping[str, float | None] = field(default_factory=lambda: NO_USE)
     seconds_by_state: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     weight_versions: int = 0
     handshake: Mapping[str, int] = field(default_factory=dict)
@@ -79,6 +84,9 @@ class Services:
             token_flow=tracker.token_flow,
             rates=tracker.rates or NO_RATES,
             idle=tracker.idle,
+            slots=tracker.slots,
+            engines=tracker.engines,
+            use=tracker.use,
             seconds_by_state={
                 actor: tracker.timeline.totals(actor) for actor in tracker.timeline.actors
             },
@@ -119,6 +127,7 @@ def build_services(
         totals=before.totals,
         first_step=resume.version,
         sides=Sides.of(config),
+        devices=Devices.of(config, ModelConfig.from_folder(Path(config.model.path))),
     )
     evaluations = Evaluations(config, system=system, run_dir=run_dir, sinks=sinks)
     checkpointer = Checkpointer(

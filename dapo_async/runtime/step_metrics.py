@@ -13,12 +13,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dapo_async.algorithm import summarise
-from dapo_async.replay import TokenCounts
+from dapo_async.model.peak import Peak
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import SHORT_S
 from dapo_async.runtime.system import System
-from dapo_async.runtime.throughput import Flow, Sides
+from dapo_async.runtime.throughput import (
+    BestRate,
+    Devices,
+    EngineFlow,
+    Flow,
+    Sides,
+    rollout_idle,
+)
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline, TraceFile
 from dapo_async.types import StepMetrics
@@ -52,8 +59,12 @@ class Tracker:
         totals: Totals,
         first_step: int = 0,
         sides: Sides = Sides(),  # noqa: B008 (frozen)
+        devices: Devices | None = None,
     ) -> None:
-        """`show` gets each row after it is written. `totals` are those of earlier incarnations."""
+        """`show` gets each row after it is written. `totals` are those of earlier incarnations.
+
+        Without `devices` no use of FLOPs and bandwidth is computed.
+        """
         self.clock, self.totals = clock, totals
         self.timeline = Timeline(TraceFile(run_dir.timeline, start_s=clock.began_s))
         self._busy_before_s: float | None = None  # of all ranks, before the first admission
@@ -68,9 +79,11 @@ class Tracker:
         ] = {}  # by worker: the newest, at the start of training, at the end of the step before
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
-        self._sides = sides
-        self._engine_tokens: dict[str, TokenCounts] = {}  # by worker, the newest
-        self._flow = self._flow_at_start = self._flow_before = Flow.of(clock.now_s(), None, ())
+        self._sides, self._devices, self._best_rate = sides, devices, BestRate()
+        self._engines: dict[str, EngineFlow] = {}  # by worker, the newest
+        self._peaks: dict[str, Peak] = {}  # of a device, by actor
+        self._flow = self._flow_at_start = self._flow_before = Flow.of(clock.now_s(), None, {})
+        self._trained_flops = self._trainable_flops = 0.0  # of all rows; what the peak allowed
         self._step_end_s = clock.now_s()
         self.replay: ReplayReport | None = None  # the newest report
         self.longest_step_s = 0.0
@@ -89,10 +102,13 @@ class Tracker:
             self.timeline.add(actor, report.spans)
             if isinstance(report, WorkerReport):
                 self._slots[actor] = report.slot_use
-                self._engine_tokens[actor] = report.tokens
+                self._engines[actor] = EngineFlow.of(report)
             if isinstance(report, ReplayReport):
                 self.replay = report
-        self._flow = Flow.of(self.clock.now_s(), self.replay, self._engine_tokens.values())
+            elif report.peak is not None:
+                self._peaks[actor] = report.peak
+        self._flow = Flow.of(self.clock.now_s(), self.replay, self._engines)
+        self._best_rate.learn(self._flow)
         for report in reports.values():
             if isinstance(report, BaseException):
                 raise report
@@ -137,11 +153,11 @@ class Tracker:
         if not self._pending:
             return
         # Steps that one report covers share its slot use and its rates.
-        idle, self._slots_before = rollout_idle(self._slots_before, self._slots), dict(self._slots)
-        shared = self._between_reports()
+        slots, self._slots_before = slot_shares(self._slots_before, self._slots), dict(self._slots)
+        shared = {**slots, **self._between_reports()}
         self._flow_before = self._flow
         for step in sorted(self._pending):
-            self._write(step, *self._pending.pop(step), rollout_idle=idle, shared=shared)
+            self._write(step, *self._pending.pop(step), shared=shared)
             self._next_row = step + 1
             self._row_written.set()
             self._row_written = asyncio.Event()
@@ -153,7 +169,6 @@ class Tracker:
         num_evicted: int,
         now_s: float,
         *,
-        rollout_idle: Mapping[str, float],
         shared: Mapping[str, float],
     ) -> None:
         assert self.replay is not None
@@ -195,8 +210,8 @@ class Tracker:
             "buffered": self.replay.buffered,
             "credits_held": self.replay.credits_held,
             "idle.learner": self._learner_idle(self._busy_s(start_s), start_s, now_s),
+            "mfu.learner": self._learner_mfu(values["train_flops"], start_s, now_s),
             "idle.rollout": math.nan,
-            **{f"idle.{name}": share for name, share in rollout_idle.items()},
             **shared,
             "evicted": num_evicted,
             "engine_restarts": self._system.restarts.total(),
@@ -213,9 +228,15 @@ class Tracker:
         self.timeline.forget(now_s)
 
     def _between_reports(self) -> dict[str, float]:
-        """Rates since the report before, and the counts of tokens so far."""
-        rates = self._flow.rates(self._flow_before, self._sides)
+        """Rates and shares of time since the report before, and the counts of tokens so far."""
+        before, after = self._flow_before, self._flow
+        rates, shares = after.rates(before, self._sides), after.engine_time(before)
+        efficiency = self._best_rate.efficiency(before, after)
         return {
+            **{f"idle.{name}": share for name, share in rollout_idle(shares).items()},
+            **{f"engine_time.{state}": share for state, share in shares.items()},
+            **({"efficiency.rollout": efficiency} if efficiency is not None else {}),
+            **self._engine_use(before, after),
             **{f"{of}.{kind}": rate for of, each in rates.items() for kind, rate in each.items()},
             **{f"token_flow.{name}": count for name, count in self.token_flow.items()},
         }
@@ -242,9 +263,60 @@ class Tracker:
     def idle(self) -> dict[str, float]:
         """Idle shares from the first admission to the last learner step."""
         start_s = (self.replay.first_admission_s if self.replay else None) or self._step_end_s
-        rollout = {"rollout": 0.0} | rollout_idle(self._slots_at_start, self._slots_before)
+        shares = self._flow_before.engine_time(self._flow_at_start)
+        rollout = {"rollout": 0.0} | rollout_idle(shares)
         learner = self._learner_idle(self._busy_before_s or 0.0, start_s, self._step_end_s)
         return {"learner": learner, **rollout}
+
+    @property
+    def slots(self) -> dict[str, float]:
+        """Shares of the slots from the start of training to the newest row."""
+        return slot_shares(self._slots_at_start, self._slots_before)
+
+    @property
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """By engine, of this incarnation: seconds and slot-seconds by state, generated tokens."""
+        return {
+            name: {
+                "seconds": engine.seconds(),
+                "slot_seconds": engine.slot_seconds(),
+                "generated": engine.tokens.generated,
+            }
+            for name, engine in self._engines.items()
+        }
+
+    @property
+    def use(self) -> dict[str, float | None]:
+        """MFU, MBU and efficiency from the start of training to the newest row."""
+        before, after = self._flow_at_start, self._flow_before
+        able = self._trainable_flops
+        return {
+            "mfu.learner": self._trained_flops / able if able else None,
+            "mfu.rollout": None,
+            "mbu.rollout": None,
+            **self._engine_use(before, after),
+            "efficiency.rollout": self._best_rate.efficiency(before, after),
+        }
+
+    def _engine_use(self, before: Flow, after: Flow) -> dict[str, float]:
+        if self._devices is None or not self._peaks:
+            return {}
+        anyone = next(iter(self._peaks.values()))  # the learner's first rank measures on a CPU
+        peaks = {name: self._peaks.get(name, anyone) for name in after.engines}
+        return self._devices.engine_use(before, after, peaks)
+
+    def _learner_mfu(self, flops: float, start_s: float, end_s: float) -> float:
+        """Model FLOPs over what the ranks' devices can do in the time in which they train."""
+        if not self._peaks:
+            return math.nan
+        anyone, able = next(iter(self._peaks.values())), 0.0
+        for rank in self._system.learner.ranks:
+            trained_s = self.timeline.seconds(rank.name, ("train",), until_s=end_s)
+            trained_s -= self.timeline.seconds(rank.name, ("train",), until_s=start_s)
+            able += trained_s * self._peaks.get(rank.name, anyone).flops_per_s
+        self._trained_flops += flops
+        self._trainable_flops += able
+        return flops / able if able > 0 else math.nan
 
     def _learner_idle(self, busy_before_s: float, start_s: float, end_s: float) -> float:
         """Idle share of all ranks from `start_s`, before which they were busy, to `end_s`."""
@@ -265,9 +337,9 @@ class Tracker:
         return self.totals.train_s + (max(0.0, self._step_end_s - first_s) if first_s else 0.0)
 
 
-def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
-    """Idle share of all engines, 1 - time-averaged occupied slots / slots, and its parts: queued,
-    no credit, tail, sync (time accounting). Empty when no time has passed."""
+def slot_shares(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
+    """`slots.idle`, which is 1 - time-averaged occupied slots / slots over all engines, and its
+    parts by state (time accounting). Empty when no time has passed."""
     spent = {
         item.name: sum(
             getattr(new, item.name) - getattr(old, item.name)
@@ -279,6 +351,6 @@ def rollout_idle(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) ->
     total = sum(spent.values())
     if total <= 0:
         return {}
-    parts = {f"rollout.{name}": share / total for name, share in spent.items()}
-    del parts["rollout.occupied"]
-    return {"rollout": 1.0 - spent["occupied"] / total, **parts}
+    parts = {f"slots.{name}": share / total for name, share in spent.items()}
+    del parts["slots.occupied"]
+    return {"slots.idle": 1.0 - spent["occupied"] / total, **parts}

@@ -1,4 +1,4 @@
-"""Rates of a run: tokens and groups per second between two reports, per engine and per device.
+"""Rates and use of the devices between two reports, from the counts of all actors.
 
 In: the reports of all actors at two instants. Out: numbers by their names in `metrics.jsonl`. All
 rates of a row are over the same seconds, so they add up as the counts do.
@@ -7,12 +7,19 @@ rates of a row are over the same seconds, so they add up as the counts do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 from dapo_async.config import Config
+from dapo_async.model import ModelConfig
+from dapo_async.model.cost import forward_flops, kv_bytes, weight_bytes
+from dapo_async.model.peak import Peak
 from dapo_async.replay import TokenCounts
-from dapo_async.runtime.actors.reports import ReplayReport
+from dapo_async.rollout import EngineWork, SlotUse, TimeUse
+from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
+
+NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LEAST_S = 0.5  # a best rate is measured over at least so much time with running sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +42,53 @@ class Sides:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFlow:
+    """What one engine has done up to a report."""
+
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    time: TimeUse = field(default_factory=TimeUse)
+    work: EngineWork = field(default_factory=EngineWork)
+    slots: SlotUse | None = None
+
+    @classmethod
+    def of(cls, report: WorkerReport) -> Self:
+        return cls(report.tokens, report.time_use, report.work, report.slot_use)
+
+    def seconds(self) -> dict[str, float]:
+        """By state of the engine; they add up to the time since its start."""
+        return _parts(self.time)
+
+    def slot_seconds(self) -> dict[str, float]:
+        """By state of a slot; they add up to slots × the time since its start."""
+        return _parts(self.slots) if self.slots is not None else {}
+
+
+def _parts(use: TimeUse | SlotUse) -> dict[str, float]:
+    names = [item.name for item in fields(use) if item.name not in ("slots", "elapsed_s")]
+    return {name: getattr(use, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
 class Flow:
     """What has passed through a run up to one instant of this incarnation."""
 
     time_s: float
     tokens: TokenCounts
     groups: Mapping[str, int]  # generated, accepted, trained
+    engines: Mapping[str, EngineFlow] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, time_s: float, replay: ReplayReport | None, engines: Iterable[TokenCounts]) -> Self:
-        tokens = sum(engines, start=TokenCounts())
+    def of(
+        cls, time_s: float, replay: ReplayReport | None, engines: Mapping[str, EngineFlow]
+    ) -> Self:
+        """The newest reports; None before the replay actor's first one."""
+        tokens = sum((each.tokens for each in engines.values()), start=TokenCounts())
         if replay is None:
-            return cls(time_s, tokens, {"generated": 0, "accepted": 0, "trained": 0})
+            groups = {"generated": 0, "accepted": 0, "trained": 0}
+            return cls(time_s, tokens, groups, dict(engines))
         trained = replay.counts.trained
         groups = {"generated": replay.offered, "accepted": replay.accepted, "trained": trained}
-        return cls(time_s, tokens + replay.tokens, groups)
+        return cls(time_s, tokens + replay.tokens, groups, dict(engines))
 
     def rates(self, before: Flow, sides: Sides) -> dict[str, dict[str, float]]:
         """`tokens_per_s` and `groups_per_s` since `before`, each by kind.
@@ -75,6 +114,121 @@ class Flow:
             "groups_per_s": _per_second(groups, elapsed_s, sides),
         }
 
+    def engine_time(self, before: Flow) -> dict[str, float]:
+        """Shares of the engines' time since `before`, by state; they add up to 1."""
+        spent = _added(
+            _subtracted(engine.seconds(), before.engines[name].seconds())
+            for name, engine in self.engines.items()
+            if name in before.engines
+        )
+        total_s = sum(spent.values())
+        return {state: seconds / total_s for state, seconds in spent.items()} if total_s else {}
+
+
+def rollout_idle(shares: Mapping[str, float]) -> dict[str, float]:
+    """The share of time in which no sequence runs, from `engine_time`; empty without it."""
+    return {"rollout": 1.0 - shares["running"] - shares["evaluation"]} if shares else {}
+
+
+@dataclass(slots=True)
+class BestRate:
+    """The most tokens per second that an engine of this run has generated while it ran.
+
+    The rate over some steps is compared with it: the engine's efficiency. It is learned from the
+    run itself, so early steps are compared with less.
+    """
+
+    tokens_per_s: float = 0.0
+    _since: dict[str, EngineFlow] = field(default_factory=dict)  # where a measurement began
+
+    def learn(self, now: Flow) -> None:
+        """Measures each engine over at least `LEAST_S` seconds of running sequences."""
+        for name, engine in now.engines.items():
+            tokens, running_s, _ = _speed(self._since.setdefault(name, engine), engine)
+            if running_s >= LEAST_S:
+                self.tokens_per_s = max(self.tokens_per_s, tokens / running_s)
+                self._since[name] = engine
+
+    def efficiency(self, before: Flow, after: Flow) -> float | None:
+        """Tokens per second of the elapsed time, over the best; the mean of the engines.
+
+        At most 1: a short interval can be faster than the best. None if nothing was generated.
+        """
+        common = before.engines.keys() & after.engines.keys()
+        speeds = [_speed(before.engines[name], after.engines[name]) for name in common]
+        rates = [tokens / elapsed_s for tokens, _, elapsed_s in speeds if elapsed_s > 0]
+        while_running = [tokens / running_s for tokens, running_s, _ in speeds if running_s > 0]
+        best = self.tokens_per_s or max(while_running, default=0.0)
+        return min(1.0, sum(rates) / len(rates) / best) if rates and best else None
+
+
+def _speed(before: EngineFlow, after: EngineFlow) -> tuple[int, float, float]:
+    """Generated tokens, seconds with running sequences, and all seconds."""
+    seconds = _subtracted(after.seconds(), before.seconds())
+    running_s = seconds["running"] + seconds["evaluation"]
+    return after.tokens.generated - before.tokens.generated, running_s, sum(seconds.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """The model and the devices, for the use of FLOPs (MFU) and of memory bandwidth (MBU)."""
+
+    model: ModelConfig
+    num_bytes: int  # of a number in the engine
+    per_engine: int = 1  # devices
+
+    @classmethod
+    def of(cls, config: Config, model: ModelConfig) -> Self:
+        sides = Sides.of(config)
+        return cls(model, NUM_BYTES[config.model.dtype], sides.rollout_devices // sides.engines)
+
+    def engine_use(self, before: Flow, after: Flow, peaks: Mapping[str, Peak]) -> dict[str, float]:
+        """`mfu.rollout` and `mbu.rollout`, while sequences ran; empty if none did.
+
+        FLOPs: dense products and causal attention of all prefilled and decoded tokens. Bytes: the
+        weights once per decode step, and keys and values of each sequence. What is computed again
+        is not counted. `peaks`: of one device, by engine.
+        """
+        flops = num_bytes = most_flops = most_bytes = 0.0
+        for name, engine in after.engines.items():
+            if name not in peaks or name not in before.engines:
+                continue
+            flops_now, bytes_now = self._done(engine)
+            flops_old, bytes_old = self._done(before.engines[name])
+            flops, num_bytes = flops + flops_now - flops_old, num_bytes + bytes_now - bytes_old
+            seconds = _subtracted(engine.seconds(), before.engines[name].seconds())
+            device_s = (seconds["running"] + seconds["evaluation"]) * self.per_engine
+            most_flops += device_s * peaks[name].flops_per_s
+            most_bytes += device_s * peaks[name].bytes_per_s
+        if most_flops <= 0:
+            return {}
+        return {"mfu.rollout": flops / most_flops, "mbu.rollout": num_bytes / most_bytes}
+
+    def _done(self, engine: EngineFlow) -> tuple[float, float]:
+        """FLOPs and bytes of an engine so far."""
+        work, tokens = engine.work, engine.tokens
+        flops = forward_flops(
+            self.model,
+            tokens=tokens.prefilled + work.decoded,
+            pairs=work.prefill_pairs + work.decode_pairs,
+            predicted=tokens.generated,
+        )
+        weights = work.steps * weight_bytes(self.model, num_bytes=self.num_bytes)
+        cache = work.decode_pairs * kv_bytes(self.model, num_bytes=self.num_bytes)
+        return flops, weights + cache
+
+
+def _subtracted(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - before[name] for name, value in after.items()}
+
+
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
 
 def _per_second(counts: Mapping[str, int], elapsed_s: float, sides: Sides) -> dict[str, float]:
     rates = {kind: count / elapsed_s for kind, count in counts.items()}
@@ -88,4 +242,5 @@ def _per_second(counts: Mapping[str, int], elapsed_s: float, sides: Sides) -> di
 
 
 # Of a run that ended before its first report.
-NO_RATES = Flow.of(1.0, None, ()).rates(Flow.of(0.0, None, ()), Sides())
+NO_RATES = Flow.of(1.0, None, {}).rates(Flow.of(0.0, None, {}), Sides())
+NO_USE = dict.fromkeys(("mfu.learner", "mfu.rollout", "mbu.rollout", "efficiency.rollout"))

@@ -77,7 +77,7 @@ class Idle:
     @classmethod
     def over(cls, rows: Sequence[Row]) -> Idle | None:
         """None if no step has both shares."""
-        known = [row for row in rows if not math.isnan(row.get("idle.rollout", math.nan))]
+        known = [row for row in rows if not math.isnan(row.get("slots.idle", math.nan))]
         total_s = sum(row["step_s"] for row in known)
         if total_s <= 0:
             return None
@@ -85,8 +85,8 @@ class Idle:
         def mean(name: str) -> float:
             return sum(row.get(name, 0.0) * row["step_s"] for row in known) / total_s
 
-        parts = {name: mean(f"idle.rollout.{name}") for name in PARTS}
-        return cls(mean("idle.learner"), mean("idle.rollout"), parts)
+        parts = {name: mean(f"slots.{name}") for name in PARTS}
+        return cls(mean("idle.learner"), mean("slots.idle"), parts)
 
     def __str__(self) -> str:
         return f"idle: learner {self.learner:.0%}, engine slots {self.rollout:.0%}"
@@ -402,8 +402,8 @@ class BottleneckWatch:
         means = {
             "step_s": sum(row["step_s"] for row in rows),
             "idle.learner": idle.learner,
-            "idle.rollout": idle.rollout,
-            **{f"idle.rollout.{name}": share for name, share in idle.parts.items()},
+            "slots.idle": idle.rollout,
+            **{f"slots.{name}": share for name, share in idle.parts.items()},
             "group_staleness_max": _mean(rows, "group_staleness_max"),
             "offered": sum(row.get("offered", 0.0) for row in rows),
             "acceptance": _acceptance(rows),

@@ -65,8 +65,12 @@ PANELS = (
     ),
     Panel(
         "Idle shares",
-        (Curve("idle.learner", "learner"), Curve("idle.rollout", "rollout slots")),
-        "Share of the learner's time and of the engines' slots that is not used.",
+        (
+            Curve("idle.learner", "learner"),
+            Curve("idle.rollout", "rollout"),
+            Curve("slots.idle", "rollout slots"),
+        ),
+        "Share of time in which a side does not work, and share of slots without a sequence.",
         in_picture=True,
     ),
     Panel(
@@ -133,10 +137,10 @@ PANELS = (
     Panel(
         "Idle slots by cause (share)",
         (
-            Curve("idle.rollout.queued", "queued"),
-            Curve("idle.rollout.no_credit", "no credit"),
-            Curve("idle.rollout.tail", "tail"),
-            Curve("idle.rollout.sync", "sync"),
+            Curve("slots.queued", "queued"),
+            Curve("slots.no_credit", "no credit"),
+            Curve("slots.tail", "tail"),
+            Curve("slots.sync", "sync"),
         ),
         "queued: a server is short of KV memory. no credit: the learner is behind. "
         "tail: last siblings run. sync: weights are loaded.",

@@ -119,7 +119,8 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     bound = f"(max {figures(staleness.get('max'), '.0f')})"
     yield "staleness", f"{figures(staleness.get('mean'), '.2f')} {bound}"
     yield "idle learner", figures(idle.get("learner"), ".0%")
-    yield "idle rollout slots", figures(idle.get("rollout"), ".0%")
+    yield "idle rollout", figures(idle.get("rollout"), ".0%")
+    yield "idle rollout slots", figures(summary.get("slots.idle"), ".0%")
     yield "trained groups", figures(groups.get("trained"), ",.0f")
     rejected = [
         f"{figures(count, ',.0f')} {text(str(reason).replace('_', ' '))}"
@@ -130,6 +131,10 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     rates, flow = part(summary, "tokens_per_s"), part(summary, "token_flow")
     yield "generated tokens/s", figures(rates.get("generated"), ",.0f")
     yield "trained tokens/s", figures(rates.get("trained"), ",.0f")
+    yield "efficiency of rollout", figures(summary.get("efficiency.rollout"), ".0%")
+    yield "MFU of the learner", figures(summary.get("mfu.learner"), ".1%")
+    both = (figures(summary.get(f"{name}.rollout"), ".1%") for name in ("mfu", "mbu"))
+    yield "MFU, MBU of rollout", ", ".join(both)
     wasted = [
         f"{figures(count, ',.0f')} {text(str(name))}"
         for name, count in flow.items()

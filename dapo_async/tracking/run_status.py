@@ -207,13 +207,15 @@ def _idle(row: Mapping[str, float]) -> Iterator[str]:
     if "idle.learner" in row:
         yield f"learner {row['idle.learner']:.0%}"
     if "idle.rollout" in row:
-        shares = {part: row.get(f"idle.rollout.{part}", 0.0) for part in PARTS}
+        yield f"rollout {row['idle.rollout']:.0%}"
+    if "slots.idle" in row:
+        shares = {part: row.get(f"slots.{part}", 0.0) for part in PARTS}
         parts = ", ".join(
             f"{part.replace('_', ' ')} {share:.0%}"
             for part, share in shares.items()
             if share >= 0.005
         )
-        yield f"engine slots {row['idle.rollout']:.0%}" + (f" ({parts})" if parts else "")
+        yield f"engine slots {row['slots.idle']:.0%}" + (f" ({parts})" if parts else "")
     if lost := row.get("engine_restarts", 0.0):
         yield f"engines restarted {lost:.0f} times"
 

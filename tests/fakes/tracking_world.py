@@ -52,6 +52,7 @@ def step_row(step: int, **more: float | None) -> dict[str, Any]:
         "group_staleness_max": 2.0,
         "idle.learner": 0.25,
         "idle.rollout": 0.5,
+        "slots.idle": 0.5,
         "offered": 8,
         "acceptance": 0.5,
         "rejected.all_wrong": 4,
@@ -180,13 +181,15 @@ def check_documented(written: set[str], names: Iterable[str]) -> None:
     assert not idle, f"documented, but never written: {sorted(idle)}"
 
 
+# Maps by actor, result or error.
+WHOLE = ("seconds_by_state", "handshake", "caught", "failures", "engines")
+
+
 def summary_names(summary: Mapping[str, Any]) -> set[str]:
     """The keys of a summary, `a.b` for nested ones. Maps by actor, result or error stay whole."""
     names = set()
     for name, value in summary.items():
-        whole = name in ("seconds_by_state", "handshake", "caught", "failures") or not isinstance(
-            value, Mapping
-        )
+        whole = name in WHOLE or not isinstance(value, Mapping)
         names |= {name} if whole else {f"{name}.{part}" for part in summary_names(value)}
     return names
 

@@ -13,10 +13,12 @@ from dapo_async.replay import TokenBook
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.rollout import (
     Aborted,
+    EngineWork,
     GroupRequest,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
+    TimeUse,
     ignore_ends,
 )
 from dapo_async.rollout.worker import Offer, RolloutWorker
@@ -40,6 +42,7 @@ class FakeEngine:
         self.requests: list[GroupRequest] = []
         self.aborted: list[int] = []
         self.starving_calls: list[bool] = []
+        self.dead_calls: list[bool] = []
         self._running: dict[int, asyncio.Future[tuple[Completion, ...]]] = {}
         self._siblings_ended: dict[int, SiblingsEnded] = {}
 
@@ -58,6 +61,15 @@ class FakeEngine:
 
     def starving(self, on: bool) -> None:
         self.starving_calls.append(on)
+
+    def dead(self, on: bool) -> None:
+        self.dead_calls.append(on)
+
+    def time_use(self) -> TimeUse:
+        raise NotImplementedError("the worker does not read time use")
+
+    def work(self) -> EngineWork:
+        raise NotImplementedError("the worker does not read the work")
 
     def slot_use(self) -> SlotUse:
         raise NotImplementedError("the worker does not read slot use")

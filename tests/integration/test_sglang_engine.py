@@ -35,7 +35,8 @@ from dapo_async.cli.main import main
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
-from dapo_async.rollout import Aborted, SlotUse, UpdateReport, WeightUpdate
+from dapo_async.replay import TokenCounts
+from dapo_async.rollout import Aborted, EngineWork, SlotUse, TimeUse, UpdateReport, WeightUpdate
 from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang import engine as sglang_engine
 from dapo_async.rollout.sglang.engine import SGLangEngine
@@ -239,28 +240,37 @@ def test_slots_whose_requests_wait_for_memory_are_not_occupied(
         "qwen3", tmp_path, f"--max-total-tokens={16 * (len(PROMPT) + num_tokens)}", num_slots=64
     )
 
-    async def generate() -> SlotUse:
+    async def generate() -> tuple[SlotUse, TimeUse, TokenCounts, EngineWork]:
         client = world.client()
         engine = make_engine(client, num_slots=64)
         await engine.update(from_disk(client, world.folder), version=0, probe_ids=PROBE)
         before = engine.slot_use()
         await engine.generate(request(1, PROMPT, siblings=128, max_tokens=num_tokens))
-        after = engine.slot_use()
+        after, time = engine.slot_use(), engine.time_use()
         await engine.close()
         spent = {
             item.name: getattr(after, item.name) - getattr(before, item.name)
             for item in fields(SlotUse)
         }
-        return SlotUse(**{**spent, "slots": 64})
+        use = SlotUse(**{**spent, "slots": 64})
+        return use, time, engine.tokens.counts, engine.work()
 
     try:
-        use = asyncio.run(generate())
+        use, time, tokens, work = asyncio.run(generate())
     finally:
         asyncio.run(world.server.close())
     slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
     assert slot_seconds == pytest.approx(64 * use.elapsed_s)
     assert 0.1 < use.occupied / slot_seconds < 0.6
     assert use.queued / (use.queued + use.occupied) > 0.4
+    states = [getattr(time, item.name) for item in fields(TimeUse) if item.name != "elapsed_s"]
+    assert sum(states) == pytest.approx(time.elapsed_s)
+    assert time.running > 0.8 * use.elapsed_s, "a sequence runs all the time, whatever waits"
+    assert tokens.generated == 128 * num_tokens
+    assert tokens.prefilled < 128 * len(PROMPT) / 2, "siblings share the prompt's cache"
+    assert work.decoded == 128 * (num_tokens - 1)
+    # Each step decodes a token of every running sequence; about 16 run.
+    assert 1 / 40 < work.steps / work.decoded < 1 / 6
 
 
 @on_one_family

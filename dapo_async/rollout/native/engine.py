@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_async.model import Decoder, PackedAttention, token_logprobs
+from dapo_async.model.cost import causal_pairs
 from dapo_async.rollout.engine import WEIGHT_UPDATES, GroupRequest, UpdateReport, WeightUpdate
 from dapo_async.rollout.native.kv_cache import (
     DecodeAttention,
@@ -77,6 +78,10 @@ class TorchEngine:
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.reread_tokens = 0  # of them, read again under new weights
         self.num_drawn = 0  # tokens drawn in the last step = slots that it occupied
+        self.num_heldout = 0  # of these slots, those of held-out prompts
+        # Of decode steps: their number, their tokens, and the tokens that these attended to.
+        self.num_decodes = self.decoded_tokens = self.decode_pairs = 0
+        self.prefill_pairs = 0  # the same for prompts that were read for the first time
         self.num_ended: Counter[int] = Counter()  # siblings of the last step, by group id
         self._decoder = decoder.eval().requires_grad_(False)
         self._device = device
@@ -167,6 +172,7 @@ class TorchEngine:
             return []
         hidden = self._forward(num_decoding, started)
         self.num_drawn = len(self._table)
+        self.num_heldout = self._count_heldout()
         ended = self._table.sample(self._decoder.logits(hidden), version=self.version)
         if not ended:
             return []
@@ -180,6 +186,12 @@ class TorchEngine:
                 finished.append((group_id, completions))
         self._vacate(ended)
         return finished
+
+    def _count_heldout(self) -> int:
+        """Occupied slots whose group id is negative; mostly there is no such group."""
+        if all(group_id >= 0 for group_id in self._groups):
+            return 0
+        return sum(group.request.group_id < 0 for group, _ in self._table.owners)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The live parameters by Hugging Face name."""
@@ -292,7 +304,10 @@ class TorchEngine:
         parts: list[DecodeAttention | PrefillAttention] = []
         if num_decoding:
             lengths = self._table.lengths[:num_decoding]
-            longest = int(lengths.max())
+            longest, attended = torch.stack((lengths.max(), lengths.sum())).tolist()
+            self.num_decodes += 1
+            self.decoded_tokens += num_decoding
+            self.decode_pairs += attended
             parts.append(DecodeAttention(self._cache, positions=lengths - 1, longest=longest))
         if fresh:
             prompt_lengths = [len(group.prompt_ids) for group in fresh]
@@ -306,7 +321,9 @@ class TorchEngine:
             ends = num_decoding + np.cumsum(prompt_lengths)
             for group, prefix, end in zip(fresh, prefill.prefixes(), ends, strict=True):
                 group.prefix, group.hidden = prefix, hidden[end - 1]
-                self.reread_tokens += len(group.prompt_ids) if group.was_read else 0
+                length = len(group.prompt_ids)
+                self.reread_tokens += length if group.was_read else 0
+                self.prefill_pairs += 0 if group.was_read else causal_pairs(length)
                 group.was_read = True
             self.prefilled_tokens += sum(prompt_lengths)
         return hidden[:num_decoding]

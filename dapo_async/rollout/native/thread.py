@@ -22,9 +22,11 @@ from torch import Tensor
 from dapo_async.replay import TokenBook, TokenOutcome, num_tokens
 from dapo_async.rollout.engine import (
     Aborted,
+    EngineWork,
     GroupRequest,
     SiblingsEnded,
     SlotUse,
+    TimeUse,
     UpdateReport,
     ignore_ends,
 )
@@ -151,8 +153,20 @@ class ThreadedEngine:
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
 
+    def dead(self, on: bool) -> None:
+        self._meter.dead(on)
+
     def slot_use(self) -> SlotUse:
-        return self._meter.read()
+        return self._meter.slots()
+
+    def time_use(self) -> TimeUse:
+        return self._meter.time()
+
+    def work(self) -> EngineWork:
+        core = self._core
+        return EngineWork(
+            core.num_decodes, core.decoded_tokens, core.decode_pairs, core.prefill_pairs
+        )
 
     async def close(self) -> None:
         """Stops the thread. Raises TimeoutError when its last step does not end."""
@@ -228,7 +242,7 @@ class ThreadedEngine:
                 if group_id in self._generating:  # else its answer tells the end
                     waiter, siblings_ended = self._generating[group_id]
                     waiter.call(siblings_ended, count)
-            self._meter.spent(running=core.num_drawn)
+            self._meter.spent(running=core.num_drawn, heldout=core.num_heldout)
         return True
 
     def _book_step(self) -> None:

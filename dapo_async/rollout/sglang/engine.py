@@ -28,13 +28,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.model.cost import causal_pairs
 from dapo_async.replay import TokenBook, TokenOutcome, num_tokens
 from dapo_async.rollout.engine import (
     Aborted,
     EngineFault,
+    EngineWork,
     GroupRequest,
     SiblingsEnded,
     SlotUse,
+    TimeUse,
     UpdateReport,
     WeightUpdate,
     ignore_ends,
@@ -87,10 +90,13 @@ class SGLangEngine:
         self._mode, self._incarnation = weight_update, incarnation
         self._meter = SlotMeter(clock, slots=num_slots)
         self.tokens = TokenBook()
+        self._steps = 0.0  # these four: see EngineWork
+        self._decoded = self._decode_pairs = self._prefill_pairs = 0
         self._slots = asyncio.Semaphore(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0  # requests at the server, those in its queue included
         self._num_queued = 0  # of them, in its queue
+        self._num_heldout = 0  # of them, for held-out prompts
         # Of the weights whose load has begun: a request sent after that meets them or older KV.
         self._newest_version = 0
         # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
@@ -201,8 +207,18 @@ class SGLangEngine:
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
 
+    def dead(self, on: bool) -> None:
+        self._meter.dead(on)
+
     def slot_use(self) -> SlotUse:
-        return self._meter.read()
+        return self._meter.slots()
+
+    def time_use(self) -> TimeUse:
+        return self._meter.time()
+
+    def work(self) -> EngineWork:
+        """The number of steps is estimated: a token is one step, shared by all that run then."""
+        return EngineWork(self._steps, self._decoded, self._decode_pairs, self._prefill_pairs)
 
     async def kv_capacity(self) -> int:
         """How many tokens the server has memory for, as keys and values."""
@@ -247,9 +263,10 @@ class SGLangEngine:
             # Unique, because an abort may come late. With a dot at the end, because the server
             # aborts all requests whose id begins with the given id.
             name = f"{self._nonce}.{next(self._serial)}.{request.group_id}.{sibling}."
-            response = ResponseStream(name, len(request.prompt_ids), self._newest_version)
+            length = len(request.prompt_ids) + num_tokens((partial,))
+            response = ResponseStream(name, length, self._newest_version)
             group.responses[sibling] = response
-            self._count(+1)
+            self._count(+1, heldout=request.group_id < 0)
             try:
                 return await self._stream(group, request, response, partial)
             finally:
@@ -257,7 +274,7 @@ class SGLangEngine:
                 if response.token_ids:
                     received = response.completion or response.partial()
                     group.partial_completions[sibling] = joined(partial, received)
-                self._count(-1)
+                self._count(-1, heldout=request.group_id < 0)
                 self._ended.set()
 
     async def _stream(
@@ -306,14 +323,30 @@ class SGLangEngine:
 
         A lost engine had read the input of a response that is continued.
         """
-        read = max(0, prompt_tokens + continued - cached)
-        (self.tokens.recompute if continued else self.tokens.prefill)(read)
+        length = prompt_tokens + continued
+        cached = min(cached, length)
+        (self.tokens.recompute if continued else self.tokens.prefill)(length - cached)
+        self._prefill_pairs += 0 if continued else causal_pairs(length, before=cached)
+
+    def _book_output(self, count: int, *, before: int, received: int) -> None:
+        """Books `count` tokens of a response that had `before` tokens with its prompt.
+
+        The first token of a response needs no decode step: it follows from the prefill.
+        """
+        decoded = count - (received == 0 and count > 0)
+        self._decoded += decoded
+        self._decode_pairs += causal_pairs(before + count - 1, before=before + count - 1 - decoded)
+        self._steps += decoded / max(1, self._num_running - self._num_queued)
 
     def _receive(self, chunk: Chunk, response: ResponseStream, group: _Running) -> None:
         newest_version = max(self.version, response.sent_version)
+        received = len(response.token_ids)
         response.add(chunk, newest_version=newest_version, incarnation=self._incarnation)
         group.num_generated += len(chunk.token_ids)
         self.tokens.generate(len(chunk.token_ids))
+        self._book_output(
+            len(chunk.token_ids), before=response.prompt_tokens + received, received=received
+        )
         if chunk.finish is not None:
             response.end(
                 chunk.finish,
@@ -365,9 +398,10 @@ class SGLangEngine:
             self._num_queued = min(num_queued, self._num_running)
             self._record_time()
 
-    def _count(self, change: int) -> None:
+    def _count(self, change: int, *, heldout: bool) -> None:
         self._record_time()
         self._num_running += change
+        self._num_heldout += change * heldout
         self._num_queued = min(self._num_queued, self._num_running)
         self._record_time()
 
@@ -378,9 +412,11 @@ class SGLangEngine:
 
     def _record_time(self) -> None:
         """Adds the time until now to the slot meter and sets the state of the clock."""
+        running = self._num_running - self._num_queued
         self._meter.spent(
-            running=self._num_running - self._num_queued,
+            running=running,
             queued=self._num_queued,
+            heldout=min(running, self._num_heldout),
             syncing=self._syncing,
         )
         self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")

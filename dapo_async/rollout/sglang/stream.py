@@ -27,7 +27,7 @@ class ResponseStream:
     """The tokens of one sibling so far."""
 
     request_id: str  # its name at the server
-    prompt_tokens: int
+    prompt_tokens: int  # with the tokens of a partial completion that it continues
     sent_version: int  # the newest version when the request was sent
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dapo_async import learner, model, weights
 from dapo_async.config import Config
+from dapo_async.model.peak import Peak, device_peak
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster.connect import own_host
@@ -66,6 +67,7 @@ class LearnerActor:
         # Ray shows an actor its own GPU only.
         self._device = "cuda:0" if config.model.torch_device == "cuda" else "cpu"
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._peak: Peak | None = None  # of the device, after the first report
         self._stepping: int | None = None  # the thread of the step that runs
         # Held during a step, and while something is read that a step changes.
         self._between_steps = asyncio.Lock()
@@ -291,7 +293,10 @@ class LearnerActor:
             )
 
     async def report(self) -> LearnerReport:
-        return LearnerReport(tuple(self._clock.take_spans()))
+        if self._peak is None and (self._number == 0 or self._device != "cpu"):
+            # The first report comes before the steps. On a CPU one rank measures, undisturbed.
+            self._peak = await asyncio.to_thread(device_peak, self._device)
+        return LearnerReport(tuple(self._clock.take_spans()), self._peak)
 
     def _frozen(self, version: int) -> Snapshot:
         assert self._snapshot is not None, f"version {version} was requested before any snapshot"

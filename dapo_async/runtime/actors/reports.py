@@ -9,8 +9,9 @@ from typing import Self
 
 import ray
 
+from dapo_async.model.peak import Peak
 from dapo_async.replay import Counts, StepAcceptance, TokenCounts
-from dapo_async.rollout import SlotUse
+from dapo_async.rollout import EngineWork, SlotUse, TimeUse
 from dapo_async.utils.state_clock import Span
 
 
@@ -59,8 +60,12 @@ class WorkerReport:
     slot_use: SlotUse
     version: int
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    time_use: TimeUse = field(default_factory=TimeUse)
+    work: EngineWork = field(default_factory=EngineWork)
+    peak: Peak | None = None  # of one of its devices; None: as the learner's
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerReport:
     spans: tuple[Span, ...]
+    peak: Peak | None = None  # of its device; None: as the first rank's

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 
 from dapo_async.config import Config, DeadlinesConfig
 from dapo_async.evaluate import Evaluation
+from dapo_async.model.peak import Peak, gpu_of_process
 from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
@@ -75,6 +76,7 @@ class RolloutActor:
         self._config, self._incarnation = config, incarnation
         self._clock = StateClock(self.name)
         self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
+        self._peak: Peak | None = None  # of one device
         self._host = self._make_host(logs, outer_key=outer_key)
 
     def _make_host(self, logs: Path, *, outer_key: str) -> EngineHost:
@@ -110,6 +112,8 @@ class RolloutActor:
         """Starts the engine."""
         detail = await self._host.start()
         config = self._config
+        if config.model.torch_device == "cuda":
+            self._peak = await asyncio.to_thread(gpu_of_process)
         sampling = SamplingParams(
             max_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
@@ -210,6 +214,9 @@ class RolloutActor:
             self._host.engine.slot_use(),
             self._host.engine.version,
             self._host.engine.tokens.counts,
+            self._host.engine.time_use(),
+            self._host.engine.work(),
+            self._peak,
         )
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, Never
 
@@ -14,7 +15,7 @@ import pytest
 from native_engine_world import group, naive_tokens, run, tiny_decoder, tiny_engine
 
 from dapo_async.rollout import Aborted
-from dapo_async.rollout.engine import SlotUse
+from dapo_async.rollout.engine import SlotUse, TimeUse
 from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.utils.state_clock import StateClock
@@ -261,7 +262,7 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -
     meter.spent(running=256)
     after(2)  # a server runs 64 of its 256 requests: 128 occupied, 384 queued
     meter.spent(running=64, queued=192)
-    use = meter.read()
+    use = meter.slots()
     assert use == SlotUse(
         slots=256,
         elapsed_s=66,
@@ -272,6 +273,34 @@ def test_idle_slots_are_without_credit_exactly_while_an_admission_is_awaited() -
         sync=12288,
     )
     assert use.occupied + use.queued + use.no_credit + use.tail + use.sync == 256 * 66
+    time = meter.time()
+    # Of the waits for an admission only those without a running sequence count: 2 s; the next 4 s
+    # and 8 s belong to the decode step of 128 slots.
+    assert time == TimeUse(66, running=4 + 8 + 1 + 2, no_credit=2, tail=1, sync=48)
+    after(8)
+    meter.spent(running=4, queued=2, heldout=4)  # only held-out prompts run
+    after(16)
+    meter.spent(running=5, heldout=4)  # a training group as well
+    after(32)
+    meter.spent(running=0, queued=7)
+    meter.dead(True)
+    after(64)
+    meter.spent(running=0, syncing=True)  # a restarted server loads weights
+    after(128)
+    meter.dead(False)
+    meter.spent(running=0)
+    time, slots = meter.time(), meter.slots()
+    assert (time.evaluation, time.running, time.queued, time.dead) == (8, 15 + 16, 32, 192)
+    assert sum(seconds_of(time)) == time.elapsed_s == 66 + 248
+    assert slots.evaluation == 4 * 8 + 4 * 16
+    assert slots.dead == 256 * 192
+    assert sum(seconds_of(slots)) == 256 * slots.elapsed_s
+
+
+def seconds_of(use: SlotUse | TimeUse) -> list[float]:
+    """The parts that add up."""
+    names = [item.name for item in fields(use) if item.name not in ("slots", "elapsed_s")]
+    return [getattr(use, name) for name in names]
 
 
 def test_slot_use_adds_up_to_the_elapsed_time_and_tells_its_reasons_apart() -> None:

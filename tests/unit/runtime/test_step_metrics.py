@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dapo_async.replay import Counts, TokenCounts, TokenOutcome
-from dapo_async.rollout import SlotUse
+from dapo_async.rollout import SlotUse, TimeUse
 from dapo_async.runtime.actors.reports import LearnerReport, ReplayReport, WorkerReport
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.throughput import Sides
@@ -22,7 +22,7 @@ from dapo_async.utils.state_clock import Span, StateClock
 METRICS = StepMetrics(
     sums={"staleness": (30.0, 20.0), "accuracy": (2.0, 4.0), "response_tokens": (20.0, 4.0)},
     maxima={"group_staleness_max": 2.0},
-    totals={"tokens": 20.0},
+    totals={"tokens": 20.0, "train_flops": 3e9},
 )
 
 
@@ -36,8 +36,8 @@ class Clock(StateClock):
 
 
 class System:
-    """Ten slots: half of them occupied until second 110, all from then on. The learner trains from
-    second 105 on."""
+    """Ten slots: half of them occupied until second 110, all from then on; a sequence runs 75 % of
+    the time until then. The learner trains from second 105 on."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._told_s = clock, 100.0
@@ -65,6 +65,8 @@ class System:
             tail=10 * idle_s,
             sync=0.0,
         )
+        still_s = 0.25 * (min(now_s, 110.0) - 100.0)
+        time = TimeUse(now_s - 100.0, running=now_s - 100.0 - still_s, tail=still_s)
         cut_s = max(since_s, min(105.0, now_s))
         tokens = int(self.generated_per_s * (now_s - 100.0))
         engine = TokenCounts(generated=tokens, prefilled=tokens // 10)
@@ -77,7 +79,7 @@ class System:
         replay = ReplayReport((), counts, {}, 100.0, 0, 0, 0, 0, {}, buffer, groups, groups // 2)
         return {
             "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
-            "rollout-0": WorkerReport((), use, 0, engine),
+            "rollout-0": WorkerReport((), use, 0, engine, time),
             "replay": replay,
         }
 
@@ -95,10 +97,10 @@ def tracked(
     return tracker, system, clock, rows
 
 
-def check_window(rows: list[dict[str, Any]], idle: float) -> None:
+def check_window(rows: list[dict[str, Any]], name: str, idle: float) -> None:
     """Time accounting: the shares of the steps, weighted by their seconds, give the whole share."""
     elapsed_s = sum(row["step_s"] for row in rows)
-    share = sum(row["idle.rollout"] * row["step_s"] for row in rows) / elapsed_s
+    share = sum(row[name] * row["step_s"] for row in rows) / elapsed_s
     assert abs(share - idle) < 1e-9, f"the steps say that {share:.3f} was idle, it was {idle:.3f}"
 
 
@@ -116,23 +118,22 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
     late: list[Any] = []
     tracker, _, clock, rows = tracked(tmp_path)
     asyncio.run(run())
-    assert [row["idle.rollout"] for row in rows] == [0.5, 0.5, 0.0]
-    assert [row["idle.rollout.tail"] for row in rows] == [0.5, 0.5, 0.0]
+    assert [row["slots.idle"] for row in rows] == [0.5, 0.5, 0.0]
+    assert [row["slots.tail"] for row in rows] == [0.5, 0.5, 0.0]
+    assert [row["idle.rollout"] for row in rows] == [0.25, 0.25, 0.0]
+    assert [row["engine_time.tail"] for row in rows] == [0.25, 0.25, 0.0]
     assert [row["step_s"] for row in rows] == [4.0, 6.0, 10.0]
     assert [row["time_s"] for row in rows] == [4.0, 10.0, 20.0]
     assert [row["tokens_per_s"] for row in rows] == [5.0, 20.0 / 6.0, 2.0]
     assert [row["idle.learner"] for row in rows] == [1.0, pytest.approx(1.0 / 6.0), 0.0]
-    check_window(rows, tracker.idle["rollout"])
-    assert tracker.idle == {
-        "learner": 0.25,
-        "rollout": 0.25,
-        "rollout.queued": 0.0,
-        "rollout.no_credit": 0.0,
-        "rollout.tail": 0.25,
-        "rollout.sync": 0.0,
-    }
+    check_window(rows, "slots.idle", tracker.slots["slots.idle"])
+    check_window(rows, "idle.rollout", tracker.idle["rollout"])
+    assert tracker.idle == {"learner": 0.25, "rollout": 0.125}
+    idle = ("queued", "no_credit", "tail", "sync", "evaluation", "dead")
+    parts = {f"slots.{state}": 0.25 * (state == "tail") for state in idle}
+    assert tracker.slots == {"slots.idle": 0.25, **parts}
     with pytest.raises(AssertionError, match="was idle, it was"):
-        check_window([rows[0], {**rows[1], "idle.rollout": 0.0}, rows[2]], tracker.idle["rollout"])
+        check_window([rows[0], {**rows[1], "slots.idle": 0.0}, rows[2]], "slots.idle", 0.25)
 
 
 def test_rates_of_a_row_are_those_between_two_reports_and_add_up(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def rows(count: int = WINDOW, /, *, first: int = 0, **values: Any) -> list[dict[
     base = {
         "step_s": 10.0,
         "idle.learner": 0.05,
-        "idle.rollout": 0.05,
+        "slots.idle": 0.05,
         "behaviour_ess": 0.95,
         "clip_low_fraction": 0.01,
         "clip_high_fraction": 0.01,
@@ -55,8 +55,8 @@ def rows(count: int = WINDOW, /, *, first: int = 0, **values: Any) -> list[dict[
 def idle(learner: float, rollout: float, part: str = "no_credit") -> dict[str, Any]:
     return {
         "idle__learner": learner,
-        "idle__rollout": rollout,
-        f"idle__rollout__{part}": rollout,
+        "slots__idle": rollout,
+        f"slots__{part}": rollout,
     }
 
 
@@ -110,7 +110,7 @@ def test_bottleneck_is_named_with_its_evidence_and_the_next_change(
     assert found is not None
     assert found.kind == kind
     assert said in found.line
-    evidence = f"learner {shares['idle__learner']:.0%}, engine slots {shares['idle__rollout']:.0%}"
+    evidence = f"learner {shares['idle__learner']:.0%}, engine slots {shares['slots__idle']:.0%}"
     assert evidence in found.line
 
 
@@ -194,7 +194,7 @@ def test_short_run_is_judged_by_all_its_steps() -> None:
 
 
 def test_steps_without_measured_slots_have_no_bottleneck() -> None:
-    unknown = rows(idle__rollout=float("nan"))
+    unknown = rows(slots__idle=float("nan"))
     assert bottleneck(unknown, LAYOUT) is None
     watch = BottleneckWatch(LAYOUT)
     assert [watch.add(row) for row in unknown] == [None] * WINDOW

@@ -43,7 +43,7 @@ def test_running_run_has_its_step_pace_and_remaining_time(tmp_path: Path) -> Non
     assert (status.pace_s, status.left_s) == (1.5, 9.0)
     screen = "\n".join(lines(status))
     assert "running, step 4/10   about 9 s left" in screen
-    assert "idle       learner 25%   engine slots 50%" in screen
+    assert "idle       learner 25%   rollout 50%   engine slots 50%" in screen
     assert "rejected 16 all wrong" in screen
     assert "saved      no checkpoint yet" in screen
 
