@@ -11,10 +11,9 @@ The simulator calls the engine; the engine calls nothing.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dapo_async.replay.slot_demand import GroupInFlight, SlotDemand
@@ -111,7 +110,9 @@ class SimulatedEngine:
         self.alive, self.draining, self.stamp = True, False, 0
         self.version = 0
         self.waiting: deque[Sequence] = deque()
-        self.heap: list[tuple[float, int, Sequence]] = []  # decode step of the end, order
+        # The running sequences, the next one to end last, and minus the decode steps of their ends.
+        self.sequences: list[Sequence] = []
+        self._ends: list[float] = []
         self.slot_s = SlotSeconds()
         self.generated = 0.0  # tokens
         self.num_retracted = 0
@@ -120,19 +121,18 @@ class SimulatedEngine:
         self._resume_s = 0.0  # until then it prefills or loads weights, and decodes nothing
         self._steps = 0.0  # decode steps so far
         self._context = 0.0  # tokens of the running sequences
-        self._order = 0
         self._target = 0.0  # decode step of the next event
         self._versions, self._versions_since = 0.0, 0.0  # sum of versions until a decode step
 
     @property
     def running(self) -> int:
-        return len(self.heap)
+        return len(self.sequences)
 
     def advance(self, now_s: float) -> None:
         """Decodes until `now_s`; nothing ends before it."""
         begin_s = self._resume_s if self._resume_s > self._at_s else self._at_s
-        if now_s > begin_s and self.heap:
-            n = len(self.heap)
+        if now_s > begin_s and self.sequences:
+            n = len(self.sequences)
             at_once, growth = self._step_time(n)
             elapsed_s = now_s - begin_s
             root = math.sqrt(at_once * at_once + 4 * growth * elapsed_s)
@@ -141,7 +141,7 @@ class SimulatedEngine:
 
     def arrive(self, now_s: float) -> None:
         """As `advance`, to the event that `next_event_s` predicted."""
-        if n := len(self.heap):
+        if n := len(self.sequences):
             grown = n * (self._target - self._steps)
             self._steps = self._target
             self._context += grown
@@ -150,11 +150,11 @@ class SimulatedEngine:
 
     def next_event_s(self) -> float:
         """When the next sequence ends or the KV cache is full, if nothing else happens."""
-        heap, speed = self.heap, self.speed
-        if not heap:
+        ends, speed = self._ends, self.speed
+        if not ends:
             return NEVER
-        n, context = len(heap), self._context
-        steps: float = heap[0][0] - self._steps
+        n, context = len(ends), self._context
+        steps = -ends[-1] - self._steps
         if speed.kv_tokens - context < steps * n:
             steps = max(0.0, speed.kv_tokens - context) / n
         self._target = self._steps + steps
@@ -165,10 +165,11 @@ class SimulatedEngine:
 
     def finish(self) -> list[OpenGroup]:
         """Takes the sequences off that have ended; returns the groups whose last one it was."""
-        ended, heap, steps = [], self.heap, self._steps + 1e-6
+        ended, ends, steps = [], self._ends, -self._steps - 1e-6
         versions = self._version_sum()
-        while heap and heap[0][0] <= steps:
-            sequence = heapq.heappop(heap)[2]
+        while ends and ends[-1] >= steps:
+            ends.pop()
+            sequence = self.sequences.pop()
             group = sequence.group
             total = sequence.left + sequence.done
             self._context -= self.prompt_tokens + total
@@ -179,7 +180,7 @@ class SimulatedEngine:
             if not group.left:
                 group.demand.stop()
                 ended.append(group)
-        if not heap:
+        if not ends:
             self._context = 0.0  # without the error of many sums
         return ended
 
@@ -191,34 +192,34 @@ class SimulatedEngine:
     def retract(self) -> None:
         """The KV cache is full: sends the shortest responses back to the queue."""
         speed = self.speed
-        while len(self.heap) > 1:
-            needed = self._context + speed.reserve_tokens * len(self.heap)
+        while len(self.sequences) > 1:
+            needed = self._context + speed.reserve_tokens * len(self.sequences)
             if needed < speed.kv_tokens:
                 break
-            entry = max(self.heap, key=lambda each: (each[2].start - each[2].done, each[1]))
-            self.heap.remove(entry)
-            sequence = entry[2]
+            grown = [sequence.start - sequence.done for sequence in self.sequences]
+            place = grown.index(max(grown))
+            del self._ends[place]
+            sequence = self.sequences.pop(place)
             self._interrupt(sequence)
             self.waiting.appendleft(sequence)
             self.num_retracted += 1
-        heapq.heapify(self.heap)
 
     def fill(self) -> None:
         """Starts waiting sequences in free slots, as far as the KV cache has room."""
-        speed = self.speed
-        while self.waiting and len(self.heap) < self.num_slots and not self.draining:
-            sequence = self.waiting[0]
+        speed, waiting, running = self.speed, self.waiting, self.sequences
+        while waiting and len(running) < self.num_slots and not self.draining:
+            sequence = waiting[0]
             context = self.prompt_tokens + sequence.done
-            reserve = speed.reserve_tokens * (len(self.heap) + 1)
-            if self.heap and self._context + context + reserve > speed.kv_tokens:
+            reserve = speed.reserve_tokens * (len(running) + 1)
+            if running and self._context + context + reserve > speed.kv_tokens:
                 return
-            self.waiting.popleft()
+            waiting.popleft()
             self._start(sequence, context)
 
     def pause(self, seconds: float) -> None:
         """The engine decodes nothing for so long, because it loads weights or evaluates."""
         self._resume_s = max(self._resume_s, self._at_s) + seconds
-        lost = len(self.heap) * seconds
+        lost = len(self.sequences) * seconds
         self.slot_s.running -= lost
         self.slot_s.sync += lost
 
@@ -233,20 +234,16 @@ class SimulatedEngine:
     def fail(self) -> list[OpenGroup]:
         """The engine is lost; returns its groups, with what is left of them in `parts`."""
         groups: dict[int, OpenGroup] = {}
-        running = [sequence for _, _, sequence in self.heap]
-        for sequence in running:
+        for sequence in self.sequences:
             self._interrupt(sequence)
-        for sequence in [*running, *self.waiting]:
+        for sequence in [*self.sequences, *self.waiting]:
             group = groups.setdefault(sequence.group.group_id, sequence.group)
             group.parts.append((sequence.left, sequence.done))
-        self.heap, self.waiting, self.alive, self.draining = [], deque(), False, False
+        self.sequences, self._ends, self.waiting = [], [], deque()
+        self.alive = self.draining = False
         for group in groups.values():
             group.demand.stop()
         return list(groups.values())
-
-    def sequences(self) -> Iterator[Sequence]:
-        """The running ones."""
-        return (sequence for _, _, sequence in self.heap)
 
     def _start(self, sequence: Sequence, context: float) -> None:
         group = sequence.group
@@ -258,8 +255,10 @@ class SimulatedEngine:
             self._prefill(prompt + sequence.done)
         sequence.start, sequence.versions = self._steps, self._version_sum()
         self._context += context
-        self._order += 1
-        heapq.heappush(self.heap, (self._steps + sequence.left, self._order, sequence))
+        end = -self._steps - sequence.left
+        place = bisect_left(self._ends, end)
+        self._ends.insert(place, end)
+        self.sequences.insert(place, sequence)
 
     def _interrupt(self, sequence: Sequence) -> None:
         """The sequence leaves its slot; it keeps its tokens."""
@@ -292,9 +291,11 @@ class SimulatedEngine:
 
     def _account(self, now_s: float) -> None:
         elapsed_s, self._at_s = now_s - self._at_s, now_s
-        slot_s, n = self.slot_s, len(self.heap)
-        free_s = (self.num_slots - n) * elapsed_s
+        slot_s, n = self.slot_s, len(self.sequences)
         slot_s.running += n * elapsed_s
+        if n == self.num_slots:
+            return
+        free_s = (self.num_slots - n) * elapsed_s
         if not self.alive:
             slot_s.dead += free_s
         elif self.draining:

@@ -60,9 +60,9 @@ class Scenario:
     evaluation_s: float = 0.0  # the engines decode evaluations only
     evaluation_every_steps: int = 0  # 0: none
     outages: tuple[Outage, ...] = ()
-    # Finished groups at which no group starts, in steps. Other systems bound their queue so, in
-    # place of credits. None: no such bound.
-    queue_steps: float | None = None
+    # Groups that may be out or in training, in steps. Other systems bound them so: by a fraction
+    # of a staleness bound, or by C sequences in flight and a queue of q steps. None: all credits.
+    credit_steps: float | None = None
     # The engines wait while the learner trains, because both use the same GPUs.
     colocated: bool = False
 

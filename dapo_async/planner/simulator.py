@@ -30,6 +30,7 @@ from dapo_async.replay.slot_demand import SlotDemand
 from dapo_async.types import GroupFacts, TrainBatch
 
 INCARNATION = "simulation"
+NO_ENGINE = -1  # the stamp of an event that stays valid
 MIXED, EQUAL = (1.0, 0.0), (0.0, 0.0)  # accuracies of a group that filters keep, and reject
 
 
@@ -78,7 +79,8 @@ class SimulatedRun:
         self.handed_back: dict[int, OpenGroup] = {}
         self.measuring = Measuring(scenario, self.engines)
         self.most_in_flight = 0  # sequences on one engine
-        self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        # Time, order, what happens and to what; a planned event of an engine has its stamp.
+        self._events: list[tuple[float, int, Callable[[Any], None], Any, int]] = []
         self._num_events = 0
         self._dirty = True  # the buffer or a demand changed: something may have become possible
         self._wakes_at_s = 0.0  # the last time that the pacer named
@@ -106,8 +108,9 @@ class SimulatedRun:
                 self._admit()
             if not events or self._is_over:
                 break
-            self.now_s, _, happens, argument = heapq.heappop(events)
-            happens(argument)
+            self.now_s, _, happens, argument, stamp = heapq.heappop(events)
+            if stamp == NO_ENGINE or stamp == argument.stamp:
+                happens(argument)
         assert buffer.steps_left == 0, buffer.explain_wait(self.version)
         buffer.check()
         return self.measuring.outcome(
@@ -123,7 +126,7 @@ class SimulatedRun:
 
     def _at(self, time_s: float, happens: Callable[[Any], None], argument: Any) -> None:
         self._num_events += 1
-        heapq.heappush(self._events, (time_s, self._num_events, happens, argument))
+        heapq.heappush(self._events, (time_s, self._num_events, happens, argument, NO_ENGINE))
 
     # Engines.
 
@@ -135,13 +138,10 @@ class SimulatedRun:
             self._num_events += 1
             heapq.heappush(
                 self._events,
-                (time_s, self._num_events, self._engine_event, (engine, engine.stamp)),
+                (time_s, self._num_events, self._engine_event, engine, engine.stamp),
             )
 
-    def _engine_event(self, argument: tuple[SimulatedEngine, int]) -> None:
-        engine, stamp = argument
-        if stamp != engine.stamp:
-            return
+    def _engine_event(self, engine: SimulatedEngine) -> None:
         engine.arrive(self.now_s)
         for group in engine.finish():
             self._offer(group)
@@ -149,7 +149,7 @@ class SimulatedRun:
             engine.retract()
         if engine.waiting:
             engine.fill()
-        if engine.draining and not engine.heap:
+        if engine.draining and not engine.sequences:
             self._switch(engine)
         else:
             self._schedule(engine)
@@ -211,9 +211,9 @@ class SimulatedRun:
 
     def _num_admissible(self) -> int:
         scenario, admissible = self.scenario, self.buffer.admissible()
-        if scenario.queue_steps is not None and admissible:
-            most = scenario.queue_steps * scenario.groups_per_step
-            admissible = admissible if self.num_finished < most else 0
+        if scenario.credit_steps is not None:
+            credits = round(scenario.credit_steps * scenario.groups_per_step)
+            admissible = max(0, min(admissible, credits - self.buffer.credits_held))
         if scenario.admission == "eager" or not admissible:
             return admissible
         room = self.pacer.room(self.now_s, out=self.num_out, served_version=self._served)
@@ -342,7 +342,7 @@ class SimulatedRun:
             if engine.number not in publish.waits_for:
                 continue
             engine.advance(self.now_s)
-            if self.scenario.weight_update == "drain" and engine.heap:
+            if self.scenario.weight_update == "drain" and engine.sequences:
                 engine.draining = True
             else:
                 self._switch(engine)

@@ -20,15 +20,15 @@ def engine_of(speed: EngineSpeed, *lengths: int, prompt_tokens: int = 0) -> Simu
 
 def play(engine: SimulatedEngine) -> list[tuple[float, int]]:
     """Time and finished sequences of each event, until the engine is empty."""
-    events, before = [], len(engine.heap) + len(engine.waiting)
-    while engine.heap:
+    events, before = [], len(engine.sequences) + len(engine.waiting)
+    while engine.sequences:
         time_s = engine.next_event_s()
         engine.arrive(time_s)
         engine.finish()
         if engine.is_full:
             engine.retract()
         engine.fill()
-        left = len(engine.heap) + len(engine.waiting)
+        left = len(engine.sequences) + len(engine.waiting)
         events.append((time_s, before - left))
         before = left
     return events
@@ -101,7 +101,7 @@ def test_a_full_cache_retracts_the_shortest_and_loses_no_token() -> None:
 
 def test_tokens_have_the_version_that_the_engine_served_when_they_were_sampled() -> None:
     engine = engine_of(EngineSpeed.constant(1.0, 2), 10, 20)
-    (sequence, _) = engine.sequences()
+    sequence = engine.sequences[0]
     group = sequence.group
     engine.advance(5.0)
     engine.switch(3, recompute=False)
