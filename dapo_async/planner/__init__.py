@@ -9,6 +9,7 @@ engine       one engine: decode steps, prefill, KV cache, retraction
 lengths      response lengths, drawn from (seed, group)
 outcome      what a simulated run came to
 closed_forms the same figures on paper, and why a simulation differs
+cost_model   rates from a model's config.json and the name of a GPU
 settings     reads a scenario file
 sweep        finds the split of a cluster
 screens      what the commands print and write

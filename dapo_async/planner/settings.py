@@ -9,11 +9,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from dapo_async.planner.cost_model import (
+    Efficiency,
+    engine_speed,
+    fewest_learner_gpus,
+    find_gpu,
+    learner_speed,
+    read_model,
+)
 from dapo_async.planner.engine import EngineSpeed
 from dapo_async.planner.lengths import Lengths, mixture
 from dapo_async.planner.scenario import LearnerSpeed, Outage, Scenario
@@ -52,6 +60,11 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "checkpoint": {"seconds": 0.0, "every_steps": 0},
     "evaluation": {"seconds": 0.0, "every_steps": 0},
 }
+MODEL_KEYS: Mapping[str, Any] = {
+    "path": REQUIRED,
+    "gpu": REQUIRED,
+    **{item.name: item.default for item in fields(Efficiency)},
+}
 TOP: Mapping[str, Any] = {
     "engines": REQUIRED,
     "prompt_tokens": 0,
@@ -60,6 +73,7 @@ TOP: Mapping[str, Any] = {
     "seed": 0,
     "colocated": False,
     "outages": (),
+    "model": None,
     "plan": None,
 }
 CHOICES = {
@@ -84,6 +98,7 @@ class Cluster:
     max_staleness: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     gpu_hour: float | None = None  # its price
+    fewest_learner_gpus: int = 1  # by memory
 
 
 def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
@@ -103,13 +118,21 @@ def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
     if not isinstance(values, dict):
         raise ValueError(f"scenario file {path} must hold keys and sections; see docs/planner.md")
     try:
-        return read_scenario(values)
+        return read_scenario(values, folder=path.resolve().parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_scenario(values: Mapping[str, Any]) -> tuple[Scenario, Cluster]:
-    """The scenario of the content of a file. Raises ValueError with one line."""
+def read_scenario(
+    values: Mapping[str, Any], *, folder: Path | None = None
+) -> tuple[Scenario, Cluster]:
+    """The scenario of the content of a file. Raises ValueError with one line.
+
+    `folder`: what a relative `model.path` is relative to; None: the current folder.
+    """
+    fewest = 1
+    if values.get("model") is not None:
+        values, fewest = _with_model(values, folder or Path())
     top = _section("", {key: each for key, each in values.items() if key not in KEYS}, TOP)
     of = {name: _section(name, values.get(name), keys) for name, keys in KEYS.items()}
     for (section, key), choices in CHOICES.items():
@@ -150,7 +173,7 @@ def read_scenario(values: Mapping[str, Any]) -> tuple[Scenario, Cluster]:
         outages=_outages(top["outages"]),
         colocated=bool(top["colocated"]),
     )
-    return scenario, _cluster(top["plan"], engine, learner, scenario)
+    return scenario, _cluster(top["plan"], engine, learner, scenario, fewest)
 
 
 def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
@@ -178,6 +201,58 @@ def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
             "give a point for few and for many running sequences"
         )
     return tuple(table)
+
+
+def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
+    """The values with the rates that the cost model knows, and the fewest GPUs of the learner.
+
+    Measured rates in the file stay.
+    """
+    settings = _section("model", values["model"], MODEL_KEYS)
+    efficiency = Efficiency(
+        **{
+            item.name: _number(f"model.{item.name}", settings[item.name])
+            for item in fields(Efficiency)
+        }
+    )
+    model, gpu = read_model(folder / str(settings["path"])), find_gpu(str(settings["gpu"]))
+    engine = _section("engine", {"step_s": 1.0, **(values.get("engine") or {})}, KEYS["engine"])
+    learner = _section(
+        "learner", {"token_s": 1.0, **(values.get("learner") or {})}, KEYS["learner"]
+    )
+    replay = _section("replay", values.get("replay"), KEYS["replay"])
+    speed = engine_speed(
+        model,
+        gpu,
+        gpus=_whole("engine.gpus", engine["gpus"]),
+        slots=_whole("engine.slots", engine["slots"]),
+        efficiency=efficiency,
+    )
+    trains = learner_speed(
+        model,
+        gpu,
+        gpus=_whole("learner.gpus", learner["gpus"]),
+        prompt_tokens=_whole("prompt_tokens", values.get("prompt_tokens", 0), least=0),
+        response_tokens=round(
+            _lengths(
+                _section("lengths", values.get("lengths"), KEYS["lengths"]), seed=0
+            ).mean_tokens
+        ),
+        group_size=_whole("replay.group_size", replay["group_size"]),
+        efficiency=efficiency,
+    )
+    rates = {
+        "step_s": dict(enumerate(speed.step_s)),
+        "context_s": speed.context_s,
+        "prefill_s": speed.prefill_s,
+        "kv_tokens": speed.kv_tokens,
+    }
+    merged = {
+        **values,
+        "engine": {**rates, **(values.get("engine") or {})},
+        "learner": {"token_s": trains.token_s, **(values.get("learner") or {})},
+    }
+    return merged, fewest_learner_gpus(model, gpu, efficiency)
 
 
 def _engine_speed(engine: Mapping[str, Any]) -> EngineSpeed:
@@ -247,9 +322,14 @@ def _outages(values: Any) -> tuple[Outage, ...]:
 
 
 def _cluster(
-    plan: Any, engine: Mapping[str, Any], learner: Mapping[str, Any], scenario: Scenario
+    plan: Any,
+    engine: Mapping[str, Any],
+    learner: Mapping[str, Any],
+    scenario: Scenario,
+    fewest: int,
 ) -> Cluster:
     cluster = Cluster(
+        fewest_learner_gpus=fewest,
         engine_gpus=_whole("engine.gpus", engine["gpus"]),
         learner_gpus=_whole("learner.gpus", learner["gpus"]),
     )

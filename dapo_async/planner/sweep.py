@@ -74,7 +74,8 @@ def find_plan(scenario: Scenario, cluster: Cluster) -> Plan:
     if not splits:
         raise ValueError(
             f"plan.gpus ({cluster.gpus}) leaves no GPU for one side: an engine takes "
-            f"{cluster.engine_gpus}, the learner at least 1; give more GPUs"
+            f"{cluster.engine_gpus}, the learner at least {cluster.fewest_learner_gpus}; give more "
+            "GPUs"
         )
     at = partial(split_of, scenario, cluster)
     asynchronous = [bound for bound in cluster.max_staleness if bound > 0] or [1]
@@ -174,7 +175,8 @@ def _splits(cluster: Cluster) -> list[int]:
     assert cluster.gpus is not None
     unit = cluster.engine_gpus
     first = cluster.gpus % unit or unit
-    every = list(range(first, cluster.gpus - unit + 1, unit))
+    possible = range(first, cluster.gpus - unit + 1, unit)
+    every = [gpus for gpus in possible if gpus >= cluster.fewest_learner_gpus]
     stride = -(-len(every) // MOST_SPLITS) or 1
     return every[::stride]
 

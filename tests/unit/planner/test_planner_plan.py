@@ -50,16 +50,20 @@ def plan_of(**changes: Any) -> Plan:
 
 
 def test_the_example_file_is_read_and_no_key_lacks_its_line_in_the_docs() -> None:
-    from dapo_async.planner.settings import KEYS, PLAN_KEYS, TOP
+    from dapo_async.planner.settings import KEYS, MODEL_KEYS, PLAN_KEYS, TOP
 
     scenario, cluster = read_scenario_file(EXAMPLE)
     assert (scenario.num_engines, cluster.gpus) == (48, 64)
     page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    _, page = page.split("## Keys of a scenario")
     lines = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
     described = {
         (line[1].strip(), name.strip(" `")) for line in lines for name in line[2].split(",")
     }
-    names = {("", name) for name in TOP if name != "plan"} | {("plan", key) for key in PLAN_KEYS}
+    names = {("", name) for name in TOP if name not in ("plan", "model")} | {
+        ("plan", key) for key in PLAN_KEYS
+    }
+    names |= {("model", key) for key in MODEL_KEYS}
     names |= {(section, key) for section, keys in KEYS.items() for key in keys}
     assert names == described - {("section", "key")}
 
