@@ -12,17 +12,24 @@ HELP = "how to split GPUs between engines and learner"
 
 def add_arguments(parser: Parser) -> None:
     """Adds what `plan` takes."""
-    parser.add_argument("scenario", type=path, help="YAML file with a section plan")
+    parser.add_argument("scenario", type=path, nargs="?", help="YAML file with a section plan")
+    parser.add_argument(
+        "--from-run", type=path, metavar="RUN_DIR", help="take the rates of the last steps of a run"
+    )
     parser.add_argument("--json", type=path, metavar="OUT", help="also write all figures there")
 
 
 def run(options: argparse.Namespace) -> int:
     """Finds the split and prints it."""
-    from dapo_async.planner.screens import plan_as_json, plan_lines
-    from dapo_async.planner.settings import read_scenario_file
+    from dapo_async.planner.inputs import read_input
+    from dapo_async.planner.screens import measured_line, plan_as_json, plan_lines
+    from dapo_async.planner.simulator import simulate
     from dapo_async.planner.sweep import find_plan
 
-    plan = find_plan(*read_scenario_file(options.scenario))
+    scenario, cluster, measured = read_input(options.scenario, from_run=options.from_run)
+    if measured is not None:
+        say(measured_line(measured, simulate(scenario)))
+    plan = find_plan(scenario, cluster)
     for line in plan_lines(plan):
         say(line)
     if options.json is not None:

@@ -13,20 +13,27 @@ HELP = "play a run of a scenario in virtual time"
 
 def add_arguments(parser: Parser) -> None:
     """Adds what `simulate` takes."""
-    parser.add_argument("scenario", type=path, help="YAML file; docs/planner.md describes it")
+    parser.add_argument(
+        "scenario", type=path, nargs="?", help="YAML file; docs/planner.md describes it"
+    )
+    parser.add_argument(
+        "--from-run", type=path, metavar="RUN_DIR", help="take the rates of the last steps of a run"
+    )
     parser.add_argument("--json", type=path, metavar="OUT", help="also write all figures there")
 
 
 def run(options: argparse.Namespace) -> int:
     """Plays the run and prints its figures."""
-    from dapo_async.planner.screens import as_json, simulation_lines
-    from dapo_async.planner.settings import read_scenario_file
+    from dapo_async.planner.inputs import read_input
+    from dapo_async.planner.screens import as_json, measured_line, simulation_lines
     from dapo_async.planner.simulator import simulate
 
-    scenario, _ = read_scenario_file(options.scenario)
+    scenario, _, measured = read_input(options.scenario, from_run=options.from_run)
     outcome = simulate(scenario)
     for line in simulation_lines(scenario, outcome):
         say(line)
+    if measured is not None:
+        say(measured_line(measured, outcome))
     if options.json is not None:
         out: Path = options.json
         out.write_text(json.dumps(as_json(scenario, outcome), indent=1) + "\n")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dapo_async.planner.closed_forms import closed_forms, differences
+from dapo_async.planner.from_run import Measured
 from dapo_async.planner.outcome import Outcome
 from dapo_async.planner.scenario import Scenario
 from dapo_async.planner.sweep import Candidate, Plan
@@ -44,6 +45,17 @@ def simulation_lines(scenario: Scenario, outcome: Outcome) -> Iterator[str]:
     yield f"engines    {shares(outcome.engines)}"
     if outcome.num_retracted:
         yield f"KV cache   full {outcome.num_retracted} times; a response went back to the queue"
+
+
+def measured_line(measured: Measured, outcome: Outcome) -> str:
+    """A run's own figures beside those of its simulation."""
+    idle_learner = 1 - outcome.learner["train"]
+    return (
+        f"measured   {measured.step_s:.4g} s per step in the last {measured.steps}, simulated "
+        f"{outcome.step_s:.4g} s ({outcome.step_s / measured.step_s - 1:+.0%}); staleness "
+        f"{measured.staleness:.2f}, simulated {outcome.staleness:.2f}; idle learner "
+        f"{measured.idle_learner:.0%}, simulated {idle_learner:.0%}"
+    )
 
 
 def shares(values: Any) -> str:

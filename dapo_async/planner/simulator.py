@@ -228,7 +228,9 @@ class SimulatedRun:
 
     def _start(self, engine: SimulatedEngine, count: int) -> None:
         """Admits `count` groups to the engine."""
-        has_free_slot = engine.running < engine.speed.num_slots
+        has_free_slot = engine.running < engine.num_slots
+        if has_free_slot:
+            engine.advance(self.now_s)
         for _ in range(count):
             group_id = self.buffer.admit(engine.name)
             returned = self.handed_back.pop(group_id, None)
@@ -244,7 +246,6 @@ class SimulatedRun:
             engine.waiting.extend(Sequence(group, left, done) for left, done in parts)
         self.most_in_flight = max(self.most_in_flight, engine.running + len(engine.waiting))
         if has_free_slot:
-            engine.advance(self.now_s)
             engine.fill()
             self._schedule(engine)
 

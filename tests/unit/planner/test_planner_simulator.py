@@ -39,6 +39,7 @@ def test_a_synchronous_step_is_the_sum_of_generation_training_and_publish() -> N
     assert outcome.step_s == pytest.approx(DECODE_S + 10.0 + 3.0)
     assert outcome.staleness == outcome.group_staleness_max == 0
     assert outcome.engines["running"] == pytest.approx(DECODE_S / 33)
+    assert outcome.engines["no_credit"] == pytest.approx(13 / 33)
     assert outcome.learner["train"] == pytest.approx(10 / 33)
 
 

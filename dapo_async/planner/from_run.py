@@ -1,0 +1,154 @@
+"""A scenario from the last steps of a run: its own rates, lengths and acceptance.
+
+In: a run directory (`config.yaml`, `metrics.jsonl`, `rollouts/`). Out: the content of a scenario
+file for `read_scenario`, and what was measured, to be compared with the simulation.
+
+The rates are those at the run's own concurrency. A split with the same slots per engine is
+predicted from them; more slots would need a measurement (`dapo-async bench`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dapo_async.config import Config, load
+
+FEWEST_STEPS = 10  # a run with fewer says too little
+SHARE = 0.5  # of its steps: the last ones are measured
+FEWEST_LENGTHS = 50  # below it, the lognormal distribution stands for the responses
+NEEDED = ("step_s", "tokens", "response_tokens", "idle.learner", "slots.idle", "offered")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run did in its last steps."""
+
+    steps: int
+    step_s: float
+    staleness: float
+    idle_learner: float
+    generated_tokens_per_s: float
+
+
+def scenario_of_run(folder: Path) -> tuple[dict[str, Any], Measured]:
+    """The content of a scenario file, and what was measured.
+
+    Raises ValueError if the folder is no run, or if the run has too few steps.
+    """
+    config_file = folder / "config.yaml"
+    if not config_file.is_file() or not (folder / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"{folder} is no run directory: it needs config.yaml and metrics.jsonl; give the "
+            "run_dir of a run"
+        )
+    config = load(config_file, files=False)
+    rows = _last_rows(folder / "metrics.jsonl")
+    measured = _measured(rows)
+    return _values(config, rows, measured, _lengths(folder, rows)), measured
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the last steps that have every needed number."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that goes on
+        if isinstance(row, dict) and all(_is_number(row.get(name)) for name in NEEDED):
+            rows.append(row)
+    if len(rows) < FEWEST_STEPS:
+        raise ValueError(
+            f"{path} has {len(rows)} steps with rates, {FEWEST_STEPS} are needed; let the run go on"
+        )
+    return rows[-max(FEWEST_STEPS, round(SHARE * len(rows))) :]
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    elapsed_s = sum(row["step_s"] for row in rows)
+    tokens = sum(row["tokens"] for row in rows)
+    behind = sum((row.get("staleness") or 0.0) * row["tokens"] for row in rows)
+    generated = [
+        (row["tokens_per_s.generated"], row["step_s"])
+        for row in rows
+        if _is_number(row.get("tokens_per_s.generated"))
+    ]
+    if not generated:
+        raise ValueError(
+            "the run has no rate of generated tokens (tokens_per_s.generated); use a run of this "
+            "version"
+        )
+    return Measured(
+        steps=len(rows),
+        step_s=elapsed_s / len(rows),
+        staleness=behind / tokens,
+        idle_learner=sum(row["idle.learner"] * row["step_s"] for row in rows) / elapsed_s,
+        generated_tokens_per_s=sum(rate * seconds for rate, seconds in generated)
+        / sum(seconds for _, seconds in generated),
+    )
+
+
+def _values(
+    config: Config,
+    rows: Sequence[Mapping[str, Any]],
+    measured: Measured,
+    lengths: Mapping[str, Any],
+) -> dict[str, Any]:
+    rollout, replay, learner = config.rollout, config.replay, config.learner
+    elapsed_s = sum(row["step_s"] for row in rows)
+    occupied = sum((1 - row["slots.idle"]) * row["step_s"] for row in rows) / elapsed_s
+    running = occupied * rollout.num_workers * rollout.num_slots
+    offered = sum(row["offered"] for row in rows)
+    accepted = sum((row.get("acceptance") or 0.0) * row["offered"] for row in rows)
+    busy_s = elapsed_s * (1 - measured.idle_learner)
+    pauses = [row["publish_pause_s"] for row in rows if _is_number(row.get("publish_pause_s"))]
+    pause_s = sum(pauses) / len(pauses) if pauses else 0.0
+    learner_ranks = learner.data_parallel * learner.tensor_parallel
+    return {
+        "engines": rollout.num_workers,
+        "seed": config.seed,
+        "engine": {
+            "slots": rollout.num_slots,
+            "step_s": running / measured.generated_tokens_per_s,
+            "gpus": rollout.tensor_parallel,
+            "weight_update": rollout.weight_update,
+        },
+        "learner": {
+            "token_s": busy_s / sum(row["tokens"] for row in rows),
+            "gpus": learner_ranks,
+            "minibatches": learner.num_minibatches,
+        },
+        "lengths": {"max": rollout.max_response_tokens, **lengths},
+        "replay": {
+            "groups_per_step": replay.groups_per_step,
+            "group_size": replay.group_size,
+            "max_staleness": replay.max_staleness,
+            "admission": "eager" if replay.admission == "eager" else "paced",
+            "acceptance": accepted / offered if offered else 1.0,
+        },
+        "publish": {"seconds": pause_s, "pause_s": pause_s},
+        "plan": {"gpus": rollout.num_workers * rollout.tensor_parallel + learner_ranks},
+    }
+
+
+def _lengths(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of the trained responses, and the written ones as a distribution."""
+    tokens = sum(row["tokens"] for row in rows)
+    mean = tokens / sum(row["tokens"] / row["response_tokens"] for row in rows)
+    samples: list[float] = []
+    for row in rows:
+        file = folder / "rollouts" / f"step_{int(row['step']):06d}.jsonl"
+        if file.is_file():
+            written = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            samples += [float(each["tokens"]) for each in written if each["tokens"] > 0]
+    if len(samples) < FEWEST_LENGTHS:
+        return {"mean": mean}
+    return {"mean": mean, "samples": samples}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
