@@ -26,7 +26,11 @@ from dapo_async.bench.made_up import (
 from dapo_async.bench.rollout import DECODE_STEPS, RolloutSweep, TorchRolloutBench
 from dapo_async.bench.scenario import scenario_line, scenario_of
 from dapo_async.bench.session import BenchSubject, Rounds, measure
-from dapo_async.bench.sglang_rollout import SGLANG_DECODE_STEPS, SGLangRolloutBench
+from dapo_async.bench.sglang_rollout import (
+    SGLANG_DECODE_STEPS,
+    SPARE_POSITIONS,
+    SGLangRolloutBench,
+)
 from dapo_async.bench.table import tables
 from dapo_async.config import Config
 from dapo_async.evaluate.engines import check_engines
@@ -174,7 +178,8 @@ def _rollout(
     config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
 ) -> BenchSubject:
     rollout = config.rollout
-    max_len = min(config.data.max_prompt_tokens + rollout.max_response_tokens, model.max_positions)
+    most = model.max_positions - (SPARE_POSITIONS if rollout.engine == "sglang" else 0)
+    max_len = min(config.data.max_prompt_tokens + rollout.max_response_tokens, most)
     steps = DECODE_STEPS if rollout.engine == "torch" else SGLANG_DECODE_STEPS
     most_context = max_len - steps
     if most_context < 1:

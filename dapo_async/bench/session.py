@@ -26,6 +26,10 @@ Cell = Mapping[str, str | int | float]
 Figures = Mapping[str, Sequence[float]]
 
 
+class CellFailed(RuntimeError):
+    """A cell can't be measured, and neither can those after it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rounds:
     """How often each figure is measured."""
@@ -115,6 +119,8 @@ def _measure_cells(
             began_s = time.monotonic()
             try:
                 row = BenchRow(cell, spreads(measure_cell(cell)))
+            except ValueError as error:  # all input was checked before
+                raise CellFailed(f"{what_text(cell)}: {error}") from error
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise

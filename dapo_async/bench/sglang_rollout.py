@@ -30,6 +30,8 @@ from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.types import Completion
 
 SGLANG_DECODE_STEPS = 32  # per repetition: several chunks of a stream
+# A server ends a response before the last positions of the model, which it keeps for itself.
+SPARE_POSITIONS = 4
 SHORTEST_STEP_S = 1e-6  # noise of two requests may make their difference negative
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dapo_async.bench.compare import check_comparable, compare, differences
 from dapo_async.bench.figures import BenchResult, BenchRow, Spread, higher_is_better
-from dapo_async.bench.session import Cell, Figures, Rounds, measure, run_interruptible
+from dapo_async.bench.session import Cell, CellFailed, Figures, Rounds, measure, run_interruptible
 from dapo_async.bench.table import tables, value_text
 
 CPU = {"cpu": "A", "cores": 2, "threads": 1}
@@ -143,6 +143,18 @@ def test_other_errors_of_a_cell_are_raised() -> None:
 
     with pytest.raises(RuntimeError, match="wrong"):
         measure(FakeSubject(act), BenchResult("fake", {}, {}), out=None, say=lambda line: None)
+
+
+def test_cell_that_an_engine_refuses_is_no_wrong_input() -> None:
+    def act(cell: int) -> Figures:
+        if cell == 1:
+            raise ValueError("too long")
+        return {"step_s": [1.0]}
+
+    result = BenchResult("fake", {}, {})
+    with pytest.raises(CellFailed, match="cell number 1: too long"):
+        measure(FakeSubject(act), result, out=None, say=lambda line: None)
+    assert len(result.rows) == 1
 
 
 def test_figure_is_worse_only_beyond_tolerance_and_spread() -> None:
