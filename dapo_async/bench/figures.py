@@ -15,7 +15,7 @@ from typing import Any, Self
 
 FORMAT = 1  # of the JSON file
 # The end of a figure's name gives its unit, and whether a higher or a lower value is better.
-HIGHER_ENDINGS = ("_per_s", "capacity_tokens", "mfu")
+HIGHER_ENDINGS = ("_per_s", "capacity_tokens", "mfu", "mbu")
 LOWER_ENDINGS = ("_s", "_bytes")
 
 

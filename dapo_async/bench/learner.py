@@ -23,6 +23,7 @@ from dapo_async.config import Config
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.rerun import recorded_steps
 from dapo_async.model import ModelConfig, load_decoder
+from dapo_async.model.peak import device_peak
 from dapo_async.replay.group_io import read_groups
 from dapo_async.types import Group
 
@@ -74,20 +75,21 @@ class LearnerBench:
     def _measure(self, cell: Cell) -> Figures:
         gc.collect()  # the learner of the cell before
         config, device = self.config, self.config.model.torch_device
+        place = "cuda:0" if device == "cuda" else device
         decoder = load_decoder(
             Path(config.model.path),
             activations=getattr(torch, config.model.dtype),
-            device="cuda:0" if device == "cuda" else device,
+            device=place,
         )
         rank = LearnerRank(
             decoder,
             algorithm=config.algorithm,
             learner=replace(config.learner, microbatch_tokens=int(cell["microbatch tokens"])),
         )
-        memory = PeakMemory(device)
+        memory, peak = PeakMemory(device), device_peak(place)
 
-        def step() -> tuple[float, float]:
-            """Seconds and peak of memory of one step."""
+        def step() -> tuple[float, float, float]:
+            """Seconds, MFU and peak of memory of one step."""
             memory.reset()
             began_s = time.perf_counter()
             metrics = rank.step(self.groups)
@@ -98,14 +100,16 @@ class LearnerBench:
                     "the loss of a step was not finite, so its time says nothing; "
                     "lower learner.lr or check the model"
                 )
-            return took_s, memory.peak_bytes()
+            mfu = metrics.totals["train_flops"] / (took_s * peak.flops_per_s)
+            return took_s, mfu, memory.peak_bytes()
 
         taken = self.rounds.of(step)
         tokens = sum(group.num_tokens for group in self.groups)
         return {
-            "step_s": [took_s for took_s, _ in taken],
-            "tokens_per_s": [tokens / took_s for took_s, _ in taken],
-            "peak_bytes": [max(peak for _, peak in taken)] if memory.is_known else [],
+            "step_s": [took_s for took_s, _, _ in taken],
+            "tokens_per_s": [tokens / took_s for took_s, _, _ in taken],
+            "mfu": [mfu for _, mfu, _ in taken],
+            "peak_bytes": [max(num_bytes for *_, num_bytes in taken)] if memory.is_known else [],
         }
 
 

@@ -56,8 +56,8 @@ class SleepingRank(LearnerRank):
             for parameter in self.decoder.parameters():
                 parameter.mul_(WEIGHT_CHANGE)
         time.sleep(max(0.0, end_s - time.monotonic()))
-        flags = {"non_finite": 0.0, "skipped": 0.0}
-        return metrics + StepMetrics({"staleness": staleness}, {"lr": 0.0}, flags)
+        totals = {"non_finite": 0.0, "skipped": 0.0, "train_flops": 0.0}  # it computes nothing
+        return metrics + StepMetrics({"staleness": staleness}, {"lr": 0.0}, totals)
 
 
 def sleeping_learner(*, step_s: float, groups_per_step: int) -> type[LearnerActor]:
@@ -130,6 +130,9 @@ class AnsweringEngine(TorchEngine):
 
     def submit(self, request: GroupRequest) -> None:
         self._open[request.group_id] = request
+
+    def num_generated(self, group_ids: Iterable[int]) -> dict[int, int]:
+        return {each: 0 for each in group_ids if each in self._open}
 
     def abort(self, group_ids: Iterable[int]) -> list[int]:
         return [each for each in group_ids if self._open.pop(each, None) is not None]

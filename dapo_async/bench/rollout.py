@@ -28,6 +28,8 @@ from dapo_async.bench.made_up import ResponseLengths, random_ids
 from dapo_async.bench.session import Cell, Figures, Rounds
 from dapo_async.config import Config
 from dapo_async.model import ModelConfig, load_decoder
+from dapo_async.model.cost import decode_bytes
+from dapo_async.model.peak import device_peak
 from dapo_async.rollout import GroupRequest, SamplingParams
 from dapo_async.rollout.memory import predict_engine_memory
 from dapo_async.rollout.native.engine import TorchEngine
@@ -66,6 +68,25 @@ class RolloutSweep:
 
     def lengths_of(self, cell: Cell) -> ResponseLengths:
         return next(each for each in self.lengths if each.label == cell["lengths"])
+
+
+def decode_figures(
+    config: Config, model: ModelConfig, taken: Sequence[float], *, running: int, context: int
+) -> Figures:
+    """The figures of decode steps from their seconds.
+
+    `mbu`: the bytes of weights, keys and values that a step reads, over those that all devices of
+    the engine could read in its time.
+    """
+    device = "cuda:0" if config.model.torch_device == "cuda" else "cpu"
+    num_bytes = getattr(torch, config.model.dtype).itemsize
+    read = decode_bytes(model, running, context, num_bytes=num_bytes)
+    least_s = read / (device_peak(device).bytes_per_s * config.rollout.tensor_parallel)
+    return {
+        "decode_step_s": taken,
+        "tokens_per_s": [running / seconds for seconds in taken],
+        "mbu": [least_s / seconds for seconds in taken],
+    }
 
 
 @dataclass(slots=True)
@@ -183,10 +204,9 @@ class TorchRolloutBench:
             return took_s / DECODE_STEPS
 
         taken = self.rounds.of(decode)
-        return {
-            "decode_step_s": taken,
-            "tokens_per_s": [running / seconds for seconds in taken],
-        }
+        return decode_figures(
+            self.config, self.model, taken, running=running, context=int(cell["context"])
+        )
 
     def _generate(self, engine: TorchEngine, requests: RequestMaker, cell: Cell) -> Figures:
         running, lengths = int(cell["running"]), self.sweep.lengths_of(cell)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dapo_async.bench.made_up import ResponseLengths
-from dapo_async.bench.rollout import PREFILL_TOKENS, RequestMaker, RolloutSweep
+from dapo_async.bench.rollout import PREFILL_TOKENS, RequestMaker, RolloutSweep, decode_figures
 from dapo_async.bench.session import Cell, Figures, Rounds, run_interruptible
 from dapo_async.config import Config
 from dapo_async.evaluate.engines import open_engines
@@ -137,10 +137,7 @@ class SGLangRolloutBench:
             return max(SHORTEST_STEP_S, (await seconds(1 + steps) - short_s) / steps)
 
         taken = await self.rounds.of_async(decode)
-        return {
-            "decode_step_s": taken,
-            "tokens_per_s": [running / step_s for step_s in taken],
-        }
+        return decode_figures(self.config, self.model, taken, running=running, context=context)
 
     async def _generate(
         self,

@@ -134,7 +134,10 @@ def test_rows_of_an_engine_behind_its_protocol_are_those_of_the_sweep() -> None:
 
     prefill, *others = asyncio.run(measured())
     assert prefill == {"prefill_tokens_per_s": 2}
-    assert others == [{"decode_step_s": 2, "tokens_per_s": 2}] * 2 + [{"tokens_per_s": 2}] * 4
+    assert (
+        others
+        == [{"decode_step_s": 2, "tokens_per_s": 2, "mbu": 2}] * 2 + [{"tokens_per_s": 2}] * 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -80,20 +80,20 @@ def test_learner_measures_each_size_and_compares_with_an_older_result(
     assert main([*LEARNER, *SMALL, "--json", str(old)]) == 0
     result = read(old)
     assert [row["what"]["microbatch tokens"] for row in result["rows"]] == [256, 1024]
-    assert {"step_s", "tokens_per_s"} <= result["rows"][0]["figures"].keys()
+    assert {"step_s", "tokens_per_s", "mfu"} <= result["rows"][0]["figures"].keys()
     for row in result["rows"]:
         for figure in row["figures"].values():
             figure["values"] = [value * 1000 for value in figure["values"]]
     old.write_text(json.dumps(result))
     capsys.readouterr()
-    # A thousandth of the tokens/s is worse, a thousandth of the seconds is better.
+    # A thousandth of tokens/s and MFU is worse, a thousandth of the seconds is better.
     assert main([*LEARNER, *SMALL, "--json", str(out), "--compare", str(old)]) == 1
     printed = capsys.readouterr().out
-    assert "2 of " in printed.splitlines()[-1]
+    assert printed.splitlines()[-1].startswith("4 of ")
     assert "the results differ" not in printed
     for row in result["rows"]:
         for name, figure in row["figures"].items():
-            scale = 1e-6 if name.endswith("per_s") else 1.0
+            scale = 1e-6 if name.endswith(("per_s", "mfu")) else 1.0
             figure["values"] = [value * scale for value in figure["values"]]
     old.write_text(json.dumps(result))
     assert main([*LEARNER, *SMALL, "learner.lr=1e-3", "--compare", str(old)]) == 0
