@@ -11,6 +11,8 @@ outcome      what a simulated run came to
 closed_forms the same figures on paper, and why a simulation differs
 cost_model   rates from a model's config.json and the name of a GPU
 settings     reads a scenario file
+from_run     a scenario from the last steps of a run
+inputs       a scenario from a file or from a run
 sweep        finds the split of a cluster
 screens      what the commands print and write
 """

@@ -34,7 +34,7 @@ class EngineSpeed:
     prefill_s: float = 0.0  # per token that is prefilled; decoding waits meanwhile
     kv_tokens: float = math.inf  # what the KV cache holds
     # Tokens per running sequence that stay free when a sequence starts; SGLang's estimate.
-    reserve_tokens: float = 64.0
+    reserve_tokens: float = 256.0
 
     @property
     def num_slots(self) -> int:

@@ -35,7 +35,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "context_s": 0.0,
         "prefill_s": 0.0,
         "kv_tokens": None,
-        "reserve_tokens": 64,
+        "reserve_tokens": 256,
         "gpus": 1,
         "weight_update": "recompute",
     },

@@ -218,7 +218,9 @@ def test_a_higher_bound_helps_long_responses() -> None:
 
 
 def test_a_smaller_cache_limits_the_concurrency() -> None:
-    small = replace(SLOW_ENGINES, engine=replace(SLOW_ENGINES.engine, kv_tokens=12_000))
+    small = replace(
+        SLOW_ENGINES, engine=replace(SLOW_ENGINES.engine, kv_tokens=12_000, reserve_tokens=64)
+    )
     outcome = simulate(small)
     assert outcome.engines["queued"] > 0.2
     assert outcome.num_retracted > 0
