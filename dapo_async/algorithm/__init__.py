@@ -10,7 +10,8 @@ and sums for its metrics. Only the learner calls it. In the order of a step:
     sequence_mean_weights  GRPO's mean over responses, as one weight per token
     microbatch_loss        LossInputs, LossOptions -> the corrected, clipped loss and its sums
     policy_loss            the same with plain arguments, for use from outside
-    step_metrics           those sums as StepMetrics, which add up over microbatches and ranks
+    step_metrics           those sums as StepMetrics, which add up over microbatches and ranks;
+                           sums_and_counts: the same of numbers on the host
     summarise              the sums divided once, at the end
 
 Nothing here depends on configs, processes or devices.
@@ -26,7 +27,7 @@ from dapo_async.utils.lazy import lazy_names
 if TYPE_CHECKING:  # these modules import torch
     from dapo_async.algorithm.advantages import group_advantages
     from dapo_async.algorithm.corrections import second_moment_mask
-    from dapo_async.algorithm.diagnostics import step_metrics
+    from dapo_async.algorithm.diagnostics import step_metrics, sums_and_counts
     from dapo_async.algorithm.loss import microbatch_loss, policy_loss, sequence_mean_weights
     from dapo_async.algorithm.proximal import PROXIMAL_MODES, proximal_from
 else:
@@ -35,7 +36,7 @@ else:
         {
             "advantages": ("group_advantages",),
             "corrections": ("second_moment_mask",),
-            "diagnostics": ("step_metrics",),
+            "diagnostics": ("step_metrics", "sums_and_counts"),
             "loss": ("microbatch_loss", "policy_loss", "sequence_mean_weights"),
             "proximal": ("PROXIMAL_MODES", "proximal_from"),
         },
@@ -56,4 +57,5 @@ __all__ = [
     "sequence_mean_weights",
     "step_metrics",
     "summarise",
+    "sums_and_counts",
 ]

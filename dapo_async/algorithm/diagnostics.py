@@ -83,10 +83,17 @@ def loss_diagnostics(
 
 def step_metrics(diagnostics: Mapping[str, Tensor]) -> StepMetrics:
     """The diagnostics of one microbatch as sums and counts, in one transfer from the device."""
-    values = dict(zip(diagnostics, torch.stack([*diagnostics.values()]).tolist(), strict=True))
-    num_tokens = values.pop("num_tokens")
+    values = torch.stack([*diagnostics.values()]).tolist()
+    return sums_and_counts(dict(zip(diagnostics, values, strict=True)))
+
+
+def sums_and_counts(diagnostics: Mapping[str, float]) -> StepMetrics:
+    """`step_metrics` of numbers that were transferred already; their keys say how they add up."""
+    num_tokens = diagnostics["num_tokens"]
     sums, maxima = {}, {}
-    for name, value in values.items():
+    for name, value in diagnostics.items():
+        if name == "num_tokens":
+            continue
         if name.endswith("_max"):
             maxima[name] = value
         elif name.endswith("_tokens"):

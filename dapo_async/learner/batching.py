@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dapo_async.algorithm import group_advantages
 from dapo_async.learner.batch_plan import GroupShare, RankShare
+from dapo_async.model import send
 from dapo_async.types import Completion, FinishReason, Group
 
 
@@ -61,11 +63,8 @@ class Microbatch:
     advantages: Tensor  # [N]
     mask: Tensor  # [N] bool: the token counts in the loss
     sequence_ids: Tensor  # [N]
-
-    @property
-    def num_sequences(self) -> int:
-        """The number of sequences that have a token in the loss."""
-        return len(self.sequence_ids[self.mask].unique())
+    num_loss_tokens: int  # tokens that count in the loss
+    num_sequences: int  # sequences that have one
 
 
 def training_sequences(
@@ -84,9 +83,10 @@ def training_sequences(
         torch.tensor([reward for _, reward in numbered], dtype=torch.float64),
         torch.tensor([number for number, _ in numbered]),
         normalize_std=normalize_std,
-    ).split([len(share.rewards) for share in shares])
+    ).tolist()
+    firsts = accumulate((len(share.rewards) for share in shares), initial=0)
     sequences = []
-    for group, share, of_group in zip(groups, shares, advantages, strict=True):
+    for group, share, first in zip(groups, shares, firsts, strict=False):
         for sibling, rollout in zip(share.siblings, group.rollouts, strict=True):
             sequences.append(
                 TrainingSequence(
@@ -94,7 +94,7 @@ def training_sequences(
                     group=share.position,
                     prompt_ids=group.prompt.token_ids,
                     completion=rollout.completion,
-                    advantage=float(of_group[sibling]),
+                    advantage=advantages[first + sibling],
                     temperature=group.temperature,
                     in_loss=not (overlong_filtering and rollout.truncated),
                 )
@@ -147,10 +147,12 @@ def pack(
     counts = torch.tensor([len(completion.token_ids) for completion in completions])
 
     def per_token(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.repeat_interleave(torch.tensor(values, dtype=dtype), counts).to(device)
+        return send(torch.repeat_interleave(torch.tensor(values, dtype=dtype), counts), device)
 
     def joined(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.concatenate(arrays), device=device).to(dtype)
+        return send(torch.as_tensor(np.concatenate(arrays)).to(dtype), device)
+
+    in_loss = [each for each in sequences if each.in_loss and len(each.completion.token_ids)]
 
     return Microbatch(
         lengths=tuple(each.num_tokens for each in sequences),
@@ -165,6 +167,8 @@ def pack(
         advantages=per_token([each.advantage for each in sequences], torch.float32),
         mask=per_token([each.in_loss for each in sequences], torch.bool),
         sequence_ids=per_token([each.sequence_id for each in sequences], torch.long),
+        num_loss_tokens=sum(len(each.completion.token_ids) for each in in_loss),
+        num_sequences=len(in_loss),
     )
 
 

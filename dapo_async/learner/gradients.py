@@ -5,8 +5,6 @@ FSDP2 has already summed it over the data-parallel axis. The learner rank calls 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -32,10 +30,11 @@ def sum_gradients(decoder: Decoder, mesh: Mesh) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> float:
+def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> Tensor:
     """Scales the gradient down to the global norm `max_norm`, and returns the norm before.
 
-    The same formula as torch's clip_grad_norm_; every part counts once.
+    The same formula as torch's clip_grad_norm_; every part counts once. Nothing is read back from
+    the device.
     """
     split: list[Tensor] = []
     whole: list[Tensor] = []
@@ -47,15 +46,7 @@ def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> float:
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*split, *whole):
         gradient.mul_(scale)
-    return float(norm)
-
-
-def sum_numbers(values: Sequence[float], mesh: Mesh, device: torch.device) -> list[float]:
-    """Sums plain numbers over the data-parallel axis, in float64."""
-    if mesh.dp.size == 1:
-        return list(values)
-    total = mesh.dp.sum(torch.tensor(values, dtype=torch.float64, device=device))
-    return [float(each) for each in total.tolist()]
+    return norm
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:

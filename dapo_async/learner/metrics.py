@@ -1,33 +1,71 @@
-"""Metrics of a step beside the loss: per token of a microbatch, per rollout of a batch."""
+"""Metrics of a minibatch: of the tokens of its passes, and of its rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dapo_async.algorithm import sums_and_counts
 from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.batching import Microbatch
+from dapo_async.learner.mismatch import mismatch_metrics
+from dapo_async.model import Mesh
 from dapo_async.types import Group, StepMetrics
 
 
 @torch.no_grad()
-def token_metrics(
+def token_sums(
     batch: Microbatch, logprobs: Tensor, entropies: Tensor, *, learner_version: int
-) -> StepMetrics:
+) -> dict[str, Tensor]:
     """Over the tokens in the loss: entropy (nats), probability of the token, staleness (versions).
 
-    `logprobs`, `entropies` [N].
+    `logprobs`, `entropies` [N]. The names say how each adds up, as those of the loss's diagnostics.
     """
-    mask, count = batch.mask, float(batch.mask.sum())
-    staleness = (learner_version - batch.behaviour_versions)[mask]
-    sums = {
-        "entropy": (float(entropies[mask].sum()), count),
-        "probability": (float(logprobs[mask].exp().sum()), count),
-        "staleness": (float(staleness.sum()), count),
+    staleness = (learner_version - batch.behaviour_versions).masked_fill(~batch.mask, 0)
+    return {
+        "entropy_sum": entropies.masked_fill(~batch.mask, 0.0).sum(),
+        "probability_sum": logprobs.exp().masked_fill(~batch.mask, 0.0).sum(),
+        "staleness_sum": staleness.sum(),
+        "staleness_max": staleness.max(),
     }
-    return StepMetrics(sums=sums, maxima={"staleness_max": float(staleness.max())} if count else {})
+
+
+class PassSums:
+    """The sums of all passes of a minibatch. They stay on the device until one read at its end.
+
+    A read would make the host wait for the device in every pass.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[tuple[str, ...]] = []  # of the loss and tokens, of the mismatch
+        self._rows: list[Tensor] = []  # one per pass, the loss first
+
+    def add(
+        self, loss: Tensor, token_sums: Mapping[str, Tensor], mismatch: Mapping[str, Tensor]
+    ) -> None:
+        self._names = [tuple(token_sums), tuple(mismatch)]
+        values = [loss, *token_sums.values(), *mismatch.values()]
+        self._rows.append(torch.stack([value.double() for value in values]))
+
+    def read(self, gradient_norm: Tensor, mesh: Mesh) -> tuple[StepMetrics, float, float]:
+        """Metrics of these passes, the loss of the minibatch over all ranks, and the norm."""
+        rows = torch.stack(self._rows)
+        loss = mesh.dp.sum(rows[:, 0].sum())
+        *values, total_loss, norm = torch.cat(
+            [rows.flatten(), loss.reshape(1), gradient_norm.double().reshape(1)]
+        ).tolist()
+        of_tokens, of_mismatch = self._names
+        metrics, size = StepMetrics(), rows.shape[1]
+        for start in range(0, len(values), size):
+            row = values[start + 1 : start + size]
+            middle = len(of_tokens)
+            metrics = metrics + sums_and_counts(dict(zip(of_tokens, row[:middle], strict=True)))
+            if of_mismatch:
+                gaps = dict(zip(of_mismatch, row[middle:], strict=True))
+                metrics = metrics + mismatch_metrics(gaps)
+        return metrics, total_loss, norm
 
 
 def rollout_metrics(

@@ -24,7 +24,6 @@ from dapo_async.algorithm import (
     proximal_from,
     second_moment_mask,
     sequence_mean_weights,
-    step_metrics,
 )
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner.batch_plan import RankShare, pair_cost, share_minibatch
@@ -34,9 +33,9 @@ from dapo_async.learner.batching import (
     pack_share,
     training_sequences,
 )
-from dapo_async.learner.gradients import clip_gradients, sum_gradients, sum_numbers
-from dapo_async.learner.metrics import rollout_metrics, token_metrics
-from dapo_async.learner.mismatch import mismatch_metrics
+from dapo_async.learner.gradients import clip_gradients, sum_gradients
+from dapo_async.learner.metrics import PassSums, rollout_metrics, token_sums
+from dapo_async.learner.mismatch import mismatch_sums
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
 from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.learner.state import RankState, capture_state, load_state
@@ -296,9 +295,7 @@ class LearnerRank:
 
         Adds up the gradients of the microbatches, each divided by the minibatch's token count.
         """
-        counts = self._counts(minibatch)
-        metrics = StepMetrics()
-        total_loss = 0.0
+        counts, passes = self._counts(minibatch), PassSums()
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
             # The learner's logprobs at the start of the step, if known: before the first update
@@ -307,15 +304,13 @@ class LearnerRank:
             keep = start.keep.get(id(batch))
             loss, diagnostics = self._loss(batch, logprobs, entropies, proximal, keep, counts)
             loss.backward()
-            total_loss += float(loss.detach())
-            metrics = metrics + step_metrics(diagnostics)
-            metrics = metrics + token_metrics(
+            tokens = token_sums(
                 batch, logprobs.detach(), entropies.detach(), learner_version=self.version
             )
-            metrics = metrics + self._mismatch(batch, proximal)
+            passes.add(loss.detach(), diagnostics | tokens, self._mismatch(batch, proximal))
         sum_gradients(self.decoder, self._mesh)
-        norm = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
-        (total_loss,) = sum_numbers([total_loss], self._mesh, self._device)
+        norm_before = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
+        metrics, total_loss, norm = passes.read(norm_before, self._mesh)
         non_finite = not (math.isfinite(norm) and math.isfinite(total_loss))
         if not non_finite:
             self._optimizer.step(lr=lr)
@@ -325,17 +320,20 @@ class LearnerRank:
 
     def _counts(self, minibatch: Sequence[Microbatch]) -> MinibatchCounts:
         own = [
-            float(sum(int(batch.mask.sum()) for batch in minibatch)),
-            float(sum(batch.num_sequences for batch in minibatch)),
+            sum(batch.num_loss_tokens for batch in minibatch),
+            sum(batch.num_sequences for batch in minibatch),
         ]
-        num_tokens, num_sequences = sum_numbers(own, self._mesh, self._device)
+        dp = self._mesh.dp
+        if dp.size > 1:
+            own = dp.sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
+        num_tokens, num_sequences = own
         return MinibatchCounts(max(1.0, num_tokens), max(1.0, num_sequences))
 
-    def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> StepMetrics:
+    def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> dict[str, Tensor]:
         if proximal_logprobs is None:
-            return StepMetrics()
+            return {}
         floor, cap = self._algorithm.correction_band
-        return mismatch_metrics(
+        return mismatch_sums(
             batch, proximal_logprobs, learner_version=self.version, cap=cap, floor=floor
         )
 

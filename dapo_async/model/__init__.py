@@ -14,6 +14,7 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     parallel         parameters split over the mesh
     gather           whole weights from the ranks' shards; buckets
     snapshot         weights and probe of one version, as they are published
+    transfer         copies to a device that the host does not wait for
     special_tokens   stop tokens, begin of text and padding, from all files of a folder
     weight_files     which files of a folder are the model
     hf, download     loads and writes folders of models; the Hugging Face hub
@@ -56,11 +57,13 @@ if TYPE_CHECKING:  # these modules import torch
     )
     from dapo_async.model.parallel import is_split, part_of, reshard, shard_of
     from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
+    from dapo_async.model.transfer import send
 else:
     __getattr__ = lazy_names(
         __name__,
         {
             "attention": ("PackedAttention",),
+            "transfer": ("send",),
             "decoder": ("Decoder",),
             "gather": ("buckets", "gather_weights"),
             "hf": ("build_decoder", "export_folder", "fill", "load_decoder", "save_weights"),
@@ -109,6 +112,7 @@ __all__ = [
     "reshard",
     "save_weights",
     "score_tokens",
+    "send",
     "shard_of",
     "special_tokens",
     "take_snapshot",

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from dapo_async.model.transfer import send
+
 
 class PackedAttention:
     """Causal attention within each of the packed sequences.
@@ -54,7 +56,7 @@ class PackedAttention:
         self._rows, self._places = None, None
         if any(prefix for _, prefix in pairs):
             rows, places = _rows(pairs)
-            self._rows, self._places = rows.to(self.device), places.to(self.device)
+            self._rows, self._places = send(rows, self.device), send(places, self.device)
         # (count, length) of neighbours with equal lengths
         self._runs = [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
@@ -67,8 +69,8 @@ class PackedAttention:
     @property
     def positions(self) -> Tensor:
         """`[T]` position of each token within its sequence."""
-        parts = [torch.arange(length, device=self.device) for length in self.lengths]
-        every = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
+        parts = [torch.arange(length) for length in self.lengths]
+        every = send(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long), self.device)
         return every if self._places is None else every[self._places]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -168,4 +170,4 @@ def _rows(sequences: Sequence[tuple[int, range]]) -> tuple[Tensor, Tensor]:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return send(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)

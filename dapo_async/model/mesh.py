@@ -58,14 +58,6 @@ class Axis:
             self.group.allreduce([tensor]).wait()
         return tensor
 
-    def max(self, tensor: Tensor) -> Tensor:
-        """The maximum over the axis, in place."""
-        if self.size > 1 and tensor.numel():
-            options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-            self.group.allreduce([tensor], options).wait()
-        return tensor
-
     def stack(self, tensor: Tensor) -> Tensor:
         """`[size, …]`: the tensors of all ranks, which have equal shapes."""
         if self.size == 1:

@@ -105,10 +105,11 @@ def rank_of(
     kind: type[LearnerRank] = LearnerRank,
     version: int = VERSION,
     activations: torch.dtype = torch.float32,
+    device: str = "cpu",
     **learner: Any,
 ) -> LearnerRank:
     knobs = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.1, "grad_clip": 0.5} | learner
-    decoder = tiny_decoder()
+    decoder = tiny_decoder().to(device)
     decoder.activations = activations
     return kind(
         decoder,

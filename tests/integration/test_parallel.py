@@ -38,6 +38,8 @@ from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_whole_state, save_state
 from dapo_async.learner.batching import Microbatch, pack_share
 from dapo_async.learner.gradients import sum_gradients
+from dapo_async.learner.metrics import PassSums
+from dapo_async.learner.rank import MinibatchCounts
 from dapo_async.model import (
     Axis,
     Decoder,
@@ -449,8 +451,9 @@ def test_a_rank_that_checks_only_its_own_numbers_would_train_on(
     from dapo_async.learner import rank
 
     # Neither the norm nor the loss is shared: the skip is each rank's own.
-    monkeypatch.setattr(rank, "clip_gradients", lambda decoder, max_norm, mesh: 1.0)
-    monkeypatch.setattr(rank, "sum_numbers", lambda values, mesh, device: list(values))
+    read = PassSums.read
+    monkeypatch.setattr(rank, "clip_gradients", lambda decoder, max_norm, mesh: torch.ones(()))
+    monkeypatch.setattr(PassSums, "read", lambda self, norm, mesh: read(self, norm, Mesh()))
     assert sorted(untouched for _, untouched in on_ranks(one_bad_rank, dp=2)) == [False, True]
 
 
@@ -503,12 +506,14 @@ def test_gradients_of_a_frequent_token_add_up_in_float32_on_ranks_too() -> None:
 def test_a_loss_divided_by_the_tokens_of_each_rank_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dapo_async.learner import rank
+    def local(self: LearnerRank, minibatch: Sequence[Microbatch]) -> MinibatchCounts:
+        return MinibatchCounts(
+            sum(batch.num_loss_tokens for batch in minibatch),
+            sum(batch.num_sequences for batch in minibatch),
+        )
 
     alone = three_steps(Mesh(), FORMS[0])
-    monkeypatch.setattr(
-        rank, "sum_numbers", lambda values, mesh, device: list(values)
-    )  # the denominator is local
+    monkeypatch.setattr(LearnerRank, "_counts", local)
     first, _ = on_ranks(three_steps, FORMS[0], dp=2)
     assert summarise(first.steps[0])["grad_norm"] != pytest.approx(
         summarise(alone.steps[0])["grad_norm"], rel=1e-2
