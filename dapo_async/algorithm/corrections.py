@@ -64,6 +64,20 @@ def behaviour_weight(
     return BehaviourWeight(weight, above_cap, below_floor)
 
 
+def outside_sequence_band(
+    log_ratio: Tensor, sequences: Sequences, band: tuple[float | None, float | None]
+) -> Tensor:
+    """Which tokens [T] belong to a sequence that is rejected as a whole, bool.
+
+    That is so if the geometric mean of its token ratios π_prox/π_beh, exp(mean log-ratio), is
+    outside `band` (floor, cap; None is no edge). Source: geometric rejection, verl. `log_ratio` [T]
+    is 0 where masked. A nan ratio is not rejected, so that a broken logprob shows.
+    """
+    floor, cap = band
+    ratio = bounded(sequences.mean(log_ratio)).exp()
+    return (ratio > (math.inf if cap is None else cap)) | (ratio < (floor or 0.0))
+
+
 def second_moment_mask(
     proximal_logprobs: Tensor,
     *,

@@ -10,7 +10,8 @@ up:
     X_max        a maximum over them               ->  X_max
 
 Rules: clip_low, clip_high, dual_clip (the clips of the objective); weight_truncated, weight_floored
-(correction truncate); weight_rejected (correction mask); dropped (`keep`).
+(correction truncate); weight_rejected (correction mask); sequence_rejected (`sequence_band`);
+dropped (`keep`).
 
 Values, with ρ = π_prox/π_beh and u = π_θ/π_prox per token: behaviour_kl_k1 = −log ρ,
 behaviour_kl_k3 = ρ − 1 − log ρ, behaviour_chi2 = ρ² − 1, behaviour_ratio = ρ; current_kl_k1 and
@@ -41,6 +42,7 @@ def loss_diagnostics(
     clips: Mapping[str, Tensor],
     live: Tensor,
     kept: Tensor,
+    rejected: Tensor,
 ) -> dict[str, Tensor]:
     """Sums over the unmasked tokens of one microbatch, in two reductions for all of them.
 
@@ -58,6 +60,7 @@ def loss_diagnostics(
         "weight_truncated_tokens": corrected.above_cap if truncates else zero,
         "weight_floored_tokens": corrected.below_floor if truncates else zero,
         "weight_rejected_tokens": corrected.above_cap | corrected.below_floor if masks else zero,
+        "sequence_rejected_tokens": rejected,
         "dropped_tokens": ~kept,
         "loss_sum": token_loss,
         "behaviour_kl_k1_sum": -log_rho,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dapo_async.algorithm.corrections import behaviour_weight
+from dapo_async.algorithm.corrections import behaviour_weight, outside_sequence_band
 from dapo_async.algorithm.diagnostics import loss_diagnostics
 from dapo_async.algorithm.objectives import Terms
 from dapo_async.algorithm.options import LossInputs, LossOptions
@@ -48,6 +48,7 @@ def policy_loss(
     correction_level: str | None = None,
     correction_cap: float | None = 2.0,
     correction_floor: float | None = None,
+    sequence_band: tuple[float | None, float | None] | None = None,
     num_tokens: float | Tensor | None = None,
     sequence_ids: Tensor | None = None,
     keep: Tensor | None = None,
@@ -68,6 +69,7 @@ def policy_loss(
         correction_level=correction_level,
         correction_cap=correction_cap,
         correction_floor=correction_floor,
+        sequence_band=sequence_band,
         entropy_bonus=entropy_bonus,
     )
     inputs = LossInputs(
@@ -105,6 +107,10 @@ def microbatch_loss(
     )
     sequences = _sequences(inputs, options, live=live) if options.needs_sequences else None
     drift, mismatch = current - proximal, proximal - behaviour
+    rejected = torch.zeros_like(live)
+    if options.sequence_band is not None:
+        assert sequences is not None, "needs_sequences counts the sequence band"
+        rejected = outside_sequence_band(mismatch, sequences, options.sequence_band)
     corrected = behaviour_weight(
         mismatch,
         correction=options.correction,
@@ -126,7 +132,7 @@ def microbatch_loss(
     share = torch.ones_like(current.detach())
     if inputs.token_weights is not None:
         share = _fill(current, inputs.token_weights, live=live)[1]
-    token_loss = -(corrected.weight * kept * share) * gain.value
+    token_loss = -(corrected.weight * kept * ~rejected * share) * gain.value
     diagnostics = loss_diagnostics(
         token_loss,
         drift=drift,
@@ -136,6 +142,7 @@ def microbatch_loss(
         clips=gain.clips,
         live=live,
         kept=kept,
+        rejected=rejected,
     )
     bonus = _bonus(inputs.entropies, options.entropy_bonus, share=share, live=live)
     return (token_loss.sum() - bonus) / _denominator(num_tokens, live=live), diagnostics
@@ -184,8 +191,9 @@ def _fill(current: Tensor, *fixed: Tensor, live: Tensor) -> tuple[Tensor, ...]:
 def _sequences(inputs: LossInputs, options: LossOptions, *, live: Tensor) -> Sequences:
     if inputs.sequence_ids is None:
         raise ValueError(
-            f"objective {options.objective} with correction_level {options.level} needs "
-            "sequence_ids; give the sequence of every token, [T]"
+            f"objective {options.objective} with correction_level {options.level} and "
+            f"sequence_band {options.sequence_band} needs sequence_ids; give the sequence of every "
+            "token, [T]"
         )
     return Sequences.of(inputs.sequence_ids, live=live)
 

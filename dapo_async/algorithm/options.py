@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ class LossOptions:
     correction_level: str | None = None  # None: the first level that the objective supports
     correction_cap: float | None = 2.0
     correction_floor: float | None = None
+    # Sequences whose geometric mean of π_prox/π_beh is outside (floor, cap) are not trained; this
+    # is besides the correction. None: no such rule.
+    sequence_band: tuple[float | None, float | None] | None = None
     entropy_bonus: float = 0.0  # subtracts this times the mean entropy from the loss
 
     def __post_init__(self) -> None:
@@ -56,7 +60,7 @@ class LossOptions:
     def needs_sequences(self) -> bool:
         """Whether the loss has to know which tokens form a sequence."""
         corrects_sequences = self.correction != "none" and self.level != "token"
-        return self.rules.of_sequences or corrects_sequences
+        return self.rules.of_sequences or corrects_sequences or self.sequence_band is not None
 
     def _check_objective(self) -> None:
         if self.level not in self.rules.correction_levels:
@@ -95,6 +99,18 @@ class LossOptions:
             )
 
     def _check_band(self) -> None:
+        self._check_correction_band()
+        if self.sequence_band is None:
+            return
+        floor, cap = self.sequence_band
+        lowest, highest = floor or 0.0, math.inf if cap is None else cap
+        if not 0 <= lowest <= 1 <= highest:  # also for nan
+            raise ValueError(
+                f"sequence_band ({floor}, {cap}) must enclose 1, the ratio of an unchanged policy, "
+                "with a floor of at least 0; set (0.999, 1.001), or None for no rule"
+            )
+
+    def _check_correction_band(self) -> None:
         cap, floor = self.correction_cap, self.correction_floor
         if cap is not None and not cap > 0:
             raise ValueError(

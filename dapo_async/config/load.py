@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, get_args, get_origin
 
 from dapo_async.config.schema import Config, knobs
 from dapo_async.config.text import literal, one_line, redacted
@@ -33,7 +34,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
     every = tuple(knobs())
     names = [knob.name for knob in every]
     paths = {knob.name: knob.path for knob in every if knob.path}
-    pairs = [knob.name for knob in every if get_origin(knob.type) is tuple]
+    pairs = {
+        knob.name: NoneType in get_args(knob.type)
+        for knob in every
+        if tuple in (get_origin(knob.type), *map(get_origin, get_args(knob.type)))
+    }
     texts = {*paths, "run_dir", "tracking.mlflow"}
     try:
         file, dotted = read_file(path, names), read_overrides(overrides, names, texts)

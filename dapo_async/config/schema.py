@@ -199,6 +199,11 @@ class AlgorithmConfig:
     correction_band: tuple[float | None, float | None] = knob(
         (None, 2.0), "lower and upper edge of the band, on the ratio itself; null: no edge"
     )
+    sequence_band: tuple[float | None, float | None] | None = knob(
+        None,
+        "besides the correction: do not train sequences whose geometric mean of the ratios "
+        "pi_prox / pi_beh is outside [FLOOR, CAP]; null: off",
+    )
     loss_mean: Literal["token", "sequence"] = knob(
         "token",
         "mean over all tokens (DAPO), or over the tokens of each response and then over responses "

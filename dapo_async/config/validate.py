@@ -187,10 +187,10 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         f"learner.num_minibatches to a divisor of {per_step}",
     )
     yield (
-        per_step // learner.num_minibatches >= learner.data_parallel,
-        f"learner.data_parallel ({learner.data_parallel}) must be at most the groups of a "
-        f"minibatch, replay.groups_per_step / learner.num_minibatches ({per_step} / "
-        f"{learner.num_minibatches}): each rank trains whole groups; lower it or "
+        per_step // learner.num_minibatches * replay.group_size >= learner.data_parallel,
+        f"learner.data_parallel ({learner.data_parallel}) must be at most the rollouts of a "
+        "minibatch, replay.groups_per_step / learner.num_minibatches * replay.group_size "
+        f"({per_step} / {learner.num_minibatches} * {replay.group_size}); lower it or "
         "learner.num_minibatches",
     )
     floor, cap = algorithm.correction_band
@@ -200,6 +200,13 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
         f"algorithm.correction_band ({shown(algorithm.correction_band)}) must be [FLOOR, CAP] with "
         "0 <= FLOOR <= CAP and CAP > 0, because it bounds the ratio, not its logarithm; "
         "set [null, 2.0], or null for an edge that is off",
+    )
+    lowest, highest = algorithm.sequence_band or (None, None)
+    yield (
+        0 <= (lowest or 0.0) <= 1 and (highest is None or highest >= 1),
+        f"algorithm.sequence_band ({shown(algorithm.sequence_band)}) must be [FLOOR, CAP] with "
+        "0 <= FLOOR <= 1 <= CAP, because an unchanged policy has the ratio 1; set [0.999, 1.001], "
+        "or null for no such rule",
     )
     yield (
         algorithm.proximal != "current" or learner.num_minibatches == 1,

@@ -98,17 +98,20 @@ def _check_names(tree: DictConfig, names: Sequence[str]) -> None:
             )
 
 
-def check_pairs(tree: DictConfig, names: Sequence[str]) -> None:
+def check_pairs(tree: DictConfig, pairs: Mapping[str, bool]) -> None:
     """Raises ValueError for a value of one of these knobs that is no list of two numbers or nulls.
 
-    OmegaConf's own messages name neither the knob nor a remedy.
+    `pairs`: name -> whether the knob may also be null as a whole. OmegaConf's own messages name
+    neither the knob nor a remedy.
     """
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(tree, resolve=False)
-    for name in names:
+    for name, nullable in pairs.items():
         section, _, leaf = name.partition(".")
         value = (values.get(section) or {}).get(leaf, [None, None])
+        if value is None and nullable:
+            continue
         is_pair = isinstance(value, list | tuple) and len(value) == 2
         if not is_pair or not all(type(number) in (int, float, NoneType) for number in value):
             raise ValueError(

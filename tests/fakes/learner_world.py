@@ -362,4 +362,10 @@ class Naive:
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         if knobs.objective == "cispo":
             gain = clipped.detach() * advantage * current
+        if knobs.sequence_band is not None:
+            floor, cap = knobs.sequence_band
+            assert floor is not None
+            assert cap is not None
+            whole = float((proximal - behaviour).mean().exp())
+            weight = weight * (floor <= whole <= cap)
         return -(weight * keep * gain).sum()

@@ -103,7 +103,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     # Nine rollouts in passes of one each: on two ranks the last pass of one is a filler.
     {
         "learner": {"microbatch_tokens": 1},
-        "algorithm": {"objective": "gspo", "correction": "mask"},
+        "algorithm": {"objective": "gspo", "sequence_band": (0.9, 1.1)},
         "num_groups": 3,
     },
 )

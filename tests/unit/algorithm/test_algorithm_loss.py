@@ -150,6 +150,13 @@ def test_the_clip_bounds_gains_and_the_dual_clip_bounds_losses() -> None:
             [1, 0.70710678, 1, 0.70710678],
             {},
         ),
+        # Token truncation, and rejection of sequence −1 as a whole.
+        (
+            {"sequence_band": (0.8, None)},
+            [2, 0, 0.25, 0],
+            {"weight_truncated_fraction": 0.25, "sequence_rejected_fraction": 0.5},
+        ),
+        ({"correction": "none", "sequence_band": (0.7, 1.0)}, [1, 1, 1, 1], {}),
     ],
     ids=str,
 )
@@ -166,6 +173,7 @@ def test_each_correction_gives_the_weights_computed_by_hand(
         "weight_truncated_fraction",
         "weight_floored_fraction",
         "weight_rejected_fraction",
+        "sequence_rejected_fraction",
         "dropped_fraction",
     )
     assert {rule: metrics[rule] for rule in rules if metrics[rule]} == touched
@@ -391,6 +399,9 @@ def test_a_proximal_mode_without_its_input_is_refused() -> None:
             {"correction_cap": 2.0, "correction_floor": 3.0},
             r"correction_cap \(2\.0\) must not be below correction_floor \(3\.0\)",
         ),
+        ({"sequence_band": (1.1, 2.0)}, r"sequence_band \(1\.1, 2\.0\) must enclose 1"),
+        ({"sequence_band": (None, 0.9)}, r"sequence_band \(None, 0\.9\) must enclose 1"),
+        ({"sequence_band": (math.nan, None)}, r"sequence_band \(nan, None\) must enclose 1"),
     ],
     ids=str,
 )
@@ -420,6 +431,7 @@ def test_sequence_forms_without_sequence_ids_and_wrong_shapes_are_refused() -> N
         {"objective": "gspo"},
         {"objective": "gspo", "correction": "none"},
         {"correction_level": "sequence_mean"},
+        {"sequence_band": (0.9, 1.1)},
     ]
     for options in forms:
         with pytest.raises(ValueError, match="needs sequence_ids"):

@@ -28,6 +28,7 @@ FORMS: list[dict[str, Any]] = [
     {"dual_clip": 1.5},
     {"correction": "mask", "correction_floor": 0.7, "correction_cap": 1.4},
     {"correction_level": "sequence"},
+    {"sequence_band": (0.95, 1.05)},
     {
         "correction_level": "sequence_mean",
         "correction": "mask",

@@ -63,8 +63,8 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             "replay.groups_per_step (16) must be a multiple of learner.num_minibatches (3)",
         ),
         (
-            "learner.data_parallel=17",
-            "learner.data_parallel (17) must be at most the groups of a minibatch, ",
+            "learner.data_parallel=257",
+            "learner.data_parallel (257) must be at most the rollouts of a minibatch, ",
         ),
         ("learner.tensor_parallel=0", "learner.tensor_parallel (0) must be at least 1"),
         ("rollout.temperature=0", "rollout.temperature (0.0) must be positive"),
@@ -96,6 +96,9 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             )
         ),
         ("algorithm.correction_band=[.nan,2]", "correction_band (nan) must be a finite number"),
+        ("algorithm.sequence_band=[1.1,2]", "sequence_band ([1.1, 2.0]) must be [FLOOR, CAP] with"),
+        ("algorithm.sequence_band=[null,0.9]", "sequence_band ([null, 0.9]) must be [FLOOR, CAP]"),
+        ("algorithm.sequence_band=2", "sequence_band (2) must be a list of two"),
         (
             "data.contamination=keep",
             "data.contamination (keep) must begin with drop, warn, off; write for example drop or",
