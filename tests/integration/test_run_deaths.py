@@ -27,6 +27,7 @@ from run_support import (
     Live,
     check_checkpoint,
     check_conservation,
+    check_token_flow,
     running,
 )
 
@@ -74,6 +75,7 @@ def check_end(run: Finished, *, exit_code: int, status: str) -> Path:
     assert "Traceback" not in run.output, run.output
     assert summary["steps"] == len(run.metrics) >= 5
     check_conservation(summary["groups"])
+    check_token_flow(summary["token_flow"])
     assert summary["groups"]["evicted"] == 0
     assert (run.root / "timeline.json").exists()
     checkpoint = run.checkpoint

@@ -23,6 +23,7 @@ from run_support import (
     Finished,
     check_checkpoint,
     check_conservation,
+    check_token_flow,
     command,
     finished,
     read_rows,
@@ -183,6 +184,7 @@ def test_sigint_ends_with_130_and_a_checkpoint(lives: Lives) -> None:
     assert summary["steps"] == lives.trained >= 9
     assert summary["checkpoint"] == f"checkpoints/step_{lives.trained:06d}"
     check_conservation(summary["groups"])
+    check_token_flow(summary["token_flow"])
     assert summary["groups"]["in_flight"] == 0
     assert f"train --resume {run.root}" in run.output
 
@@ -197,6 +199,7 @@ def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(liv
     assert max(row["group_staleness_max"] for row in run.metrics) <= 2
     groups = run.summary["groups"]
     check_conservation(groups)
+    check_token_flow(run.summary["token_flow"])
     assert groups["trained"] == sum(row["groups"] for row in run.metrics)
     missing = 4 * steps - groups["trained"]  # the signal may have cut a step in its midst
     assert missing in (0, 2)

@@ -18,6 +18,7 @@ from run_support import (
     check_checkpoint,
     check_conservation,
     check_staleness,
+    check_token_flow,
     command,
     finished,
     running,
@@ -74,6 +75,10 @@ def test_two_engines_feed_one_learner_and_a_killed_one_is_replaced(two: Finished
     summary = two.summary
     assert summary["status"] == "interrupted"
     check_conservation(summary["groups"])
+    check_token_flow(summary["token_flow"])
+    assert summary["token_flow"]["trained"] == summary["tokens"]
+    assert summary["engines"]["rollout-1"]["seconds"]["dead"] > 0
+    assert summary["engines"]["rollout-0"]["seconds"]["dead"] == 0
     check_restarts(two, **{"rollout-1": 1})
     # No credit and no group was lost with the server: what ran there was generated elsewhere.
     assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (

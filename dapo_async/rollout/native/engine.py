@@ -144,7 +144,9 @@ class TorchEngine:
             if group.num_waiting:
                 self._waiting.remove(group)
         owners = enumerate(self._table.owners)
-        self._vacate([row for row, (group, _) in owners if group.request.group_id in aborted])
+        rows = [row for row, (group, _) in owners if group.request.group_id in aborted]
+        self._table.total_length -= int(self._table.lengths[rows].sum())
+        self._vacate(rows)
         return aborted
 
     def num_generated(self, group_ids: Iterable[int]) -> dict[int, int]:
@@ -166,12 +168,15 @@ class TorchEngine:
         Returns `(group_id, completions)` of the groups whose last sibling ended.
         """
         self.num_ended.clear()
-        num_decoding = len(self._table)
+        num_decoding, attended = len(self._table), self._table.total_length
         started = self._admit()
         if not len(self._table):
             return []
         hidden = self._forward(num_decoding, started)
         self.num_drawn = len(self._table)
+        self.num_decodes += num_decoding > 0
+        self.decoded_tokens += num_decoding
+        self.decode_pairs += attended
         self.num_heldout = self._count_heldout()
         ended = self._table.sample(self._decoder.logits(hidden), version=self.version)
         if not ended:
@@ -304,10 +309,7 @@ class TorchEngine:
         parts: list[DecodeAttention | PrefillAttention] = []
         if num_decoding:
             lengths = self._table.lengths[:num_decoding]
-            longest, attended = torch.stack((lengths.max(), lengths.sum())).tolist()
-            self.num_decodes += 1
-            self.decoded_tokens += num_decoding
-            self.decode_pairs += attended
+            longest = int(lengths.max())
             parts.append(DecodeAttention(self._cache, positions=lengths - 1, longest=longest))
         if fresh:
             prompt_lengths = [len(group.prompt_ids) for group in fresh]

@@ -56,6 +56,7 @@ class SlotTable:
         # the response is cut; stop tokens, padded with −1.
         self._numbers = table(4, dtype=torch.int64)
         self._starts = torch.arange(0, num_slots * max_len, max_len, device=device)
+        self.total_length = 0  # of all running rows, known without a look at the device
         self._num_special = 0  # running rows that are greedy or truncated: evaluation only
 
     def __len__(self) -> int:
@@ -95,6 +96,7 @@ class SlotTable:
         self.owners += [(group, sibling) for sibling in siblings]
         self._num_special += count * _is_special(sampling)
         group.num_started += count
+        self.total_length += count * prompt_length
         return rows
 
     def sample(self, logits: Tensor, *, version: int) -> list[int]:
@@ -115,6 +117,7 @@ class SlotTable:
         self.versions.view(-1).index_fill_(0, entries, version)
         self._numbers[:n, 0] = tokens
         lengths += 1  # a view: this updates the table
+        self.total_length += n
         cut = lengths >= self._numbers[:n, 2]
         stopped = (tokens[:, None] == self._numbers[:n, 3:]).any(-1)
         # One transfer from the device finds both the rows that ended and those without a logprob.
@@ -145,6 +148,7 @@ class SlotTable:
         tables = (self.token_ids, self.logprobs, self.versions, self.lengths)
         which = self._index(rows)
         tokens, logprobs, versions, lengths = (tensor[which].cpu().numpy() for tensor in tables)
+        self.total_length -= int(lengths.sum())
         groups: dict[RunningGroup, None] = {}
         for index, row in enumerate(rows):
             group, sibling = self.owners[row]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from native_engine_world import group, tiny_decoder, tiny_engine
 from worker_world import FakeEngine, FakeReplay, play, score, settled
 
+from dapo_async.model.cost import causal_pairs
 from dapo_async.replay import TokenBook, TokenCounts, TokenOutcome, num_tokens
 from dapo_async.reward import VerifierFailed
 from dapo_async.rollout import Aborted, EngineFault
@@ -181,6 +182,34 @@ def test_native_engine_books_drawn_prefilled_and_recomputed_tokens() -> None:
     counts, unbooked = asyncio.run(main())
     assert counts.prefilled == 7
     assert counts.in_flight > unbooked, "the caller books how an aborted group ends"
+
+
+def test_native_engine_counts_decode_steps_and_attended_tokens_exactly() -> None:
+    async def main() -> None:
+        engine = ThreadedEngine(tiny_engine(num_slots=4, max_len=120), StateClock("engine"))
+        requests = [group(key, [1] * (2 + key), siblings=3, max_tokens=30) for key in range(3)]
+        answers = await asyncio.gather(*(engine.generate(each) for each in requests))
+        work = engine.work()
+        responses = [
+            (2 + key, len(each.token_ids)) for key, done in enumerate(answers) for each in done
+        ]
+        # The first token follows from the prefill; each later one attends to all before it.
+        assert work.decoded == sum(length - 1 for _, length in responses)
+        assert work.decode_pairs == sum(
+            causal_pairs(prompt + length - 1, before=prompt) for prompt, length in responses
+        )
+        assert work.prefill_pairs == sum(causal_pairs(2 + key) for key in range(3))
+        assert work.decoded / 4 <= work.steps <= work.decoded
+        running = asyncio.create_task(engine.generate(group(9, [1, 2], siblings=2, max_tokens=100)))
+        while engine.work().decoded < work.decoded + 6:
+            await asyncio.sleep(0.001)
+        await engine.abort([9])
+        with pytest.raises(Aborted):
+            await running
+        assert engine._core._table.total_length == 0
+        await engine.close()
+
+    asyncio.run(main())
 
 
 def test_counts_of_actors_add_up_and_give_one_number_per_name() -> None:
