@@ -22,7 +22,7 @@ from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder
 from dapo_async.replay.group_io import read_groups
 
-LAYOUT_METRICS = ("imbalance",)  # describe how the batch was split over the ranks
+LAYOUT_METRICS = ("imbalance", "train_flops")  # depend on how the batch was split over the ranks
 SEVERAL_RANKS = 1e-2  # relative tolerance: rounding that every step amplifies
 # Smaller numbers have the tolerance of this one. The advantages of a group add up to 0, so some
 # gradients are only rounding, and AdamW scales them up.
