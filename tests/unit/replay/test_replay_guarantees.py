@@ -28,7 +28,7 @@ from replay_breakers import (
 )
 from replay_world import MIXED, RIGHT, WRONG, World, make_buffer, make_group, wander
 
-from dapo_async.replay import OfferOutcome, ReplayBuffer
+from dapo_async.replay import OfferOutcome, Refusal, ReplayBuffer
 
 WORKERS = ("worker-0", "worker-1")
 
@@ -79,10 +79,12 @@ class Interleavings(RuleBasedStateMachine):
     @rule(group_id=st.integers(-1, 40))
     def offer_of_an_unknown_group_is_refused(self, group_id: int) -> None:
         if group_id not in self.world.generating:
-            assert (
-                self.world.buffer.offer(make_group(group_id), "junk").outcome
-                is OfferOutcome.REFUSED
-            )
+            group = make_group(group_id)
+            result = self.world.buffer.offer(group, "junk")
+            assert result.outcome is OfferOutcome.REFUSED
+            if result.reason is Refusal.ENDED:  # it was generated, and is too late
+                self.world.offered_tokens += group.num_response_tokens
+                self.world.ended_tokens["evicted"] += group.num_response_tokens
 
     @precondition(lambda self: self.world.generating)
     @rule(pick=st.integers(0))

@@ -329,7 +329,7 @@ def test_runs_share_each_chart_a_colour_each_and_a_line_per_curve(tmp_path: Path
     names = [name for name, *_ in legend(shown, alone=False)]
     assert names == ["one", "two", "trained", "held out"]
     idle = traces(panel_of("Idle shares"), runs)
-    assert [dash_of(trace, alone=False) for trace in idle] == ["", "6 3", "", "6 3"]
+    assert [dash_of(trace, alone=False) for trace in idle] == ["", "6 3", "1.5 2.5"] * 2
     assert traces(panel_of("Gradient norm"), runs) == []
 
 
