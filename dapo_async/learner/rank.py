@@ -99,6 +99,7 @@ class LearnerRank:
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh
         self.num_updates = 0  # of the step that is open
+        self._non_finite = False  # the newest minibatch had such a loss or gradient
         # This rank's shards at the start of the step, for later minibatches; empty: none needs it.
         self._start_weights: list[Tensor] = []
 
@@ -116,7 +117,7 @@ class LearnerRank:
         metrics = StepMetrics()
         for first, last in pairwise(bounds):
             metrics = metrics + self.minibatch(groups[first:last], more=last < len(groups))
-            if metrics.totals["non_finite"]:
+            if self._non_finite:
                 break
         self.end_step()
         return metrics
@@ -145,6 +146,7 @@ class LearnerRank:
         start = self._start(batches, first=first)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
         update, non_finite = self._update(batches, start, lr=lr, first=first)
+        self._non_finite = non_finite
         self.num_updates += not non_finite
         flags = {"non_finite": float(non_finite), "skipped": float(self.num_updates == 0)}
         metrics = StepMetrics(
