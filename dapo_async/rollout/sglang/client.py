@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from dapo_async.rollout.engine import EngineFault
 
-# The server closes a connection after 5 s without a request. One that is as old may be closing.
-KEEP_ALIVE_S = 2.0
 HEALTH_S = 5.0
 POLL_S = 0.25
 EVENT = b"\n\n"  # between two server-sent events
@@ -59,7 +57,9 @@ class SGLangClient:
         self.url, self._silence_s = url, silence_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=silence_s)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        # Each request has a connection of its own: a busy server may close an idle one in the moment
+        # in which the next request is sent on it.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector)
 
     async def close(self) -> None:

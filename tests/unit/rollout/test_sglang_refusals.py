@@ -1,6 +1,7 @@
-"""An SGLang server answers 400 to a wrong request, and also when it is broken itself.
+"""What the client makes of refusals and connections of an SGLang server.
 
-The first ends the run, the second only costs a restart of the engine.
+A server answers 400 to a wrong request, and also when it is broken itself. The first ends the run,
+the second only costs a restart of the engine.
 """
 
 from __future__ import annotations
@@ -93,3 +94,25 @@ def test_call_is_refused_by_a_server_that_works_only(
     message: str, status: int, kind: type[Exception]
 ) -> None:
     assert type(fault_of(pause, message, status=status)) is kind
+
+
+def test_no_request_is_sent_on_a_connection_that_the_server_may_be_closing() -> None:
+    told: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        told.append(request.headers["Connection"])
+        return web.Response(text="ok")
+
+    async def ask() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        async with TestServer(app) as server:
+            client = SGLangClient(str(server.make_url("")).rstrip("/"), api_key="")
+            try:
+                await client.abort(["one"])
+                await client.abort(["two"])
+            finally:
+                await client.close()
+
+    asyncio.run(ask())
+    assert told == ["close", "close"]
