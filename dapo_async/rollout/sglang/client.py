@@ -57,8 +57,8 @@ class SGLangClient:
         self.url, self._silence_s = url, silence_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=silence_s)
-        # Each request has a connection of its own: a busy server may close an idle one in the moment
-        # in which the next request is sent on it.
+        # Each request has a connection of its own: a busy server may close an idle one while the
+        # next request is sent on it.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector)
 
