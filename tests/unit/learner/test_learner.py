@@ -91,6 +91,7 @@ def assert_equals_the_naive_step(
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_loss_gradient_weights_and_metrics_do_not_depend_on_microbatches_or_order(
     form: Form,

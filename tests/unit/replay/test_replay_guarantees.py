@@ -178,6 +178,7 @@ def healthy_run(
     return world
 
 
+@pytest.mark.slow
 def test_two_thousand_random_runs_keep_bound_and_conservation_and_end() -> None:
     endings = {ending for seed in range(2000) for ending in healthy_run(seed).endings}
     # Every way in which a group of a healthy run can end did occur.
