@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.bench.about import commit
 from dapo_async.bench.made_up import made_up_group
 from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner import LearnerRank, predict_memory
+from dapo_async.learner import LearnerRank
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import (
     Decoder,
@@ -35,6 +35,7 @@ from dapo_async.model import (
     build_decoder,
     build_mesh,
     open_store,
+    predict_memory,
     shard_of,
 )
 from dapo_async.types import Group

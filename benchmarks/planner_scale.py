@@ -17,13 +17,9 @@ from typing import Any
 from support.output import show, write_result
 
 from dapo_async.planner import Lengths, Outage, Scenario, simulate
-from dapo_async.planner.cost_model import (
-    Efficiency,
-    engine_speed,
-    find_gpu,
-    learner_speed,
-    model_of,
-)
+from dapo_async.planner.cost_model import Efficiency, Training, engine_speed, learner_speed
+from dapo_async.planner.hardware import find_gpu
+from dapo_async.planner.planned_model import model_of
 
 QWEN_32B: Mapping[str, Any] = {
     "model_type": "qwen2",
@@ -38,7 +34,7 @@ QWEN_32B: Mapping[str, Any] = {
     "intermediate_size": 27_648,
     "tie_word_embeddings": False,
 }
-ENGINE_GPUS, SLOTS, LEARNER_SHARE = 4, 128, 0.3
+ENGINE_GPUS, SLOTS, LEARNER_SHARE, MINIBATCHES = 4, 128, 0.3, 16
 PROMPT, RESPONSE, LONGEST, GROUP_SIZE = 200, 6000, 20_480, 16
 OUTAGE_S = 900.0
 # Name → GPUs, groups per step, staleness bound, publish and its pause in seconds, steps, outages.
@@ -65,7 +61,7 @@ def scenario_of(
     num_outages: int,
 ) -> Scenario:
     """One case; the losses are spread over the measured steps."""
-    model, gpu, efficiency = model_of(QWEN_32B), find_gpu("H100"), Efficiency()
+    model, gpu, efficiency = model_of(QWEN_32B), find_gpu("H100"), Efficiency(minibatch_s=0.0)
     learner_gpus = int(LEARNER_SHARE * gpus)
     engines = (gpus - learner_gpus) // ENGINE_GPUS
     outages = [
@@ -78,17 +74,22 @@ def scenario_of(
         learner=learner_speed(
             model,
             gpu,
+            Training(
+                prompt_tokens=PROMPT,
+                response_tokens=RESPONSE,
+                longest_tokens=LONGEST,
+                group_size=GROUP_SIZE,
+                groups=groups // MINIBATCHES,
+                microbatch_tokens=32_768,
+            ),
             gpus=learner_gpus,
-            prompt_tokens=PROMPT,
-            response_tokens=RESPONSE,
-            group_size=GROUP_SIZE,
             efficiency=efficiency,
         ),
         lengths=Lengths(tail=0.8, mean_tokens=RESPONSE, max_tokens=LONGEST),
         prompt_tokens=PROMPT,
         group_size=GROUP_SIZE,
         groups_per_step=groups,
-        num_minibatches=16,
+        num_minibatches=MINIBATCHES,
         max_staleness=max_staleness,
         num_steps=num_steps,
         warm_up_steps=8,

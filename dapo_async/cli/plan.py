@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 from dapo_async.cli.arguments import Parser, path, say
 
@@ -16,6 +17,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--from-run", type=path, metavar="RUN_DIR", help="take the rates of the last steps of a run"
     )
+    parser.add_argument(
+        "--cost-per-gpu-hour", type=float, metavar="PRICE", help="price of a GPU, as plan.gpu_hour"
+    )
     parser.add_argument("--json", type=path, metavar="OUT", help="also write all figures there")
 
 
@@ -27,6 +31,10 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.planner.sweep import find_plan
 
     scenario, cluster, measured = read_input(options.scenario, from_run=options.from_run)
+    if (price := options.cost_per_gpu_hour) is not None:
+        if not 0 < price < 1e9:
+            raise ValueError(f"--cost-per-gpu-hour ({price:g}) must be above 0")
+        cluster = replace(cluster, gpu_hour=price)
     if measured is not None:
         say(measured_line(measured, simulate(scenario)))
     plan = find_plan(scenario, cluster)

@@ -215,8 +215,8 @@ def _memory_line(config: Config) -> str:
     """What a learner rank holds at most: the longest microbatch, all of it response."""
     import torch
 
-    from dapo_async.learner import MOST_ATTENDED, needs_start_logprobs, predict_memory
-    from dapo_async.model import ModelConfig
+    from dapo_async.learner import MOST_ATTENDED, needs_start_logprobs
+    from dapo_async.model import ModelConfig, predict_memory
 
     learner, cuda = config.learner, config.model.torch_device == "cuda"
     model = ModelConfig.from_folder(Path(config.model.path))

@@ -12,7 +12,6 @@ The learner actor in `runtime/` drives it.
     mismatch   how far the engine's logprobs are from the learner's for the same weights
     state      the learner's part of a checkpoint, which any number of ranks can read; its tensors
                are `parts`, its files are read and written by `state_files`
-    memory     predicts the memory of a rank
     profiling  a profiler's trace of a step
     rerun      the learner alone on the recorded batches of a run
 """
@@ -24,7 +23,6 @@ from dapo_async.learner.options import loss_options, needs_start_logprobs
 from dapo_async.utils.lazy import lazy_names
 
 if TYPE_CHECKING:  # these modules import torch
-    from dapo_async.learner.memory import RankMemory, predict_memory
     from dapo_async.learner.profiling import profiled
     from dapo_async.learner.rank import LearnerRank
     from dapo_async.learner.state import (
@@ -38,7 +36,6 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "memory": ("RankMemory", "predict_memory"),
             "profiling": ("profiled",),
             "rank": ("LearnerRank",),
             "state": (
@@ -54,12 +51,10 @@ else:
 __all__ = [
     "MOST_ATTENDED",
     "LearnerRank",
-    "RankMemory",
     "RankState",
     "check_state",
     "loss_options",
     "needs_start_logprobs",
-    "predict_memory",
     "profiled",
     "read_whole_state",
     "read_whole_weights",

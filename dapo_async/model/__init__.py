@@ -8,6 +8,7 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     decoder, layers, linear, rotary, attention
                      the forward pass on packed tokens
     cost, peak       FLOPs and bytes of a model; what a device can do at most
+    memory           predicts the memory of a learner rank
     logprob          logprobs and entropies from hidden states, chunk by chunk
     mesh             ranks, process groups, collectives
     tensor_parallel  token exchange inside a layer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # these modules import torch
         save_weights,
     )
     from dapo_async.model.logprob import token_logprobs
+    from dapo_async.model.memory import RankMemory, predict_memory
     from dapo_async.model.mesh import (
         ALONE,
         Axis,
@@ -68,6 +70,7 @@ else:
             "gather": ("buckets", "gather_weights"),
             "hf": ("build_decoder", "export_folder", "fill", "load_decoder", "save_weights"),
             "logprob": ("token_logprobs",),
+            "memory": ("RankMemory", "predict_memory"),
             "mesh": (
                 "ALONE",
                 "Axis",
@@ -89,6 +92,7 @@ __all__ = [
     "Mesh",
     "ModelConfig",
     "PackedAttention",
+    "RankMemory",
     "Snapshot",
     "SpecialTokens",
     "WeightFiles",
@@ -107,6 +111,7 @@ __all__ = [
     "load_decoder",
     "open_store",
     "part_of",
+    "predict_memory",
     "process_group",
     "read_weights",
     "reshard",

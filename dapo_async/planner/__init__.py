@@ -10,6 +10,9 @@ lengths      response lengths, drawn from (seed, group)
 outcome      what a simulated run came to
 closed_forms the same figures on paper, and why a simulation differs
 cost_model   rates from a model's config.json and the name of a GPU
+hardware     GPUs by name, and those of a file
+planned_model a model's sizes, dense or a mixture of experts
+rates        both sides on other numbers of GPUs
 settings     reads a scenario file
 from_run     a scenario from the last steps of a run
 inputs       a scenario from a file or from a run

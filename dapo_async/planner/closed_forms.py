@@ -3,7 +3,7 @@
 With C sequences in flight, B rollouts per step, rho = production / consumption, and M = expected
 longest response of a group over the expected response, a group whose version counts from its start
 has a mean staleness of C·M/B + rho when the engines are the bottleneck (rho < 1; published by
-Applied Compute, 2026). The forms know no deadlines, no KV limit and no variance between steps.
+Applied Compute, 2026). The forms know no deadlines and no variance between steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dapo_async.planner.outcome import Outcome
 from dapo_async.planner.scenario import Scenario
 
 CLOSE = 0.10  # a larger difference is explained
+CLOSE_STALENESS = 0.1  # versions: a smaller difference is no difference
+NOTICEABLE = 0.03  # a share of time that a reason names
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,9 @@ class ClosedForms:
     """Times in seconds."""
 
     generate_s: float  # of the groups of a step, engines full
-    train_s: float
+    train_s: float  # with the control plane
     step_s: float
+    tokens_per_s: float  # trained response tokens
     group_staleness: float | None  # None: no form for this mode
 
     @property
@@ -33,25 +36,31 @@ class ClosedForms:
 
 def closed_forms(scenario: Scenario) -> ClosedForms:
     """The step is the sum of both sides at staleness 0, else the longer one."""
-    mean, batch = scenario.lengths.mean_tokens, scenario.groups_per_step * scenario.group_size
-    credits = (scenario.max_staleness + 1) * batch
-    in_flight = min(scenario.num_slots, credits)
+    mean, batch = scenario.mean_tokens, scenario.groups_per_step * scenario.group_size
+    engine = scenario.engine
+    credits = float((scenario.max_staleness + 1) * batch)
+    if scenario.credit_steps is not None:
+        credits = min(credits, scenario.credit_steps * batch)
+    context = scenario.prompt_tokens + scenario.lengths.context_tokens * (
+        mean / scenario.lengths.mean_tokens
+    )
+    in_kv = scenario.num_engines * engine.kv_tokens / (context + engine.reserve_tokens)
+    in_flight = max(float(scenario.num_engines), min(float(scenario.num_slots), credits, in_kv))
     if scenario.max_staleness == 0:
-        in_flight = min(in_flight, batch)
+        in_flight = min(in_flight, float(batch))
     per_engine = in_flight / scenario.num_engines
-    context = scenario.prompt_tokens + mean / 2
-    token_s = per_engine / scenario.engine.tokens_per_s(per_engine, context)
+    token_s = per_engine / engine.tokens_per_s(per_engine, context)
     acceptance = sum(scenario.acceptance) / 2
-    prefill = batch / scenario.group_size * scenario.prompt_tokens * scenario.engine.prefill_s
+    prefill = batch / scenario.group_size * scenario.prompt_tokens * engine.prefill_s
     generate_s = (batch * mean * token_s / in_flight + prefill / scenario.num_engines) / acceptance
-    train_s = scenario.train_s
+    train_s = scenario.train_s + scenario.control_s
     if scenario.max_staleness == 0:
         # The last response of the batch decides; the longest one is a bound for it.
         longest = min(scenario.lengths.max_tokens, mean * scenario.lengths.longest_of(batch))
-        generate_s += (longest - mean) * scenario.engine.step_s[1]
+        generate_s += (longest - mean) * engine.step_s[1]
         step_s = generate_s + train_s + scenario.publish_s
-        return ClosedForms(generate_s, train_s, step_s, 0.0)
-    generate_s += scenario.pause_s
+        return ClosedForms(generate_s, train_s, step_s, batch * mean / step_s, 0.0)
+    generate_s += scenario.pause_s + _recomputing_s(scenario, per_engine * context)
     step_s = max(generate_s, train_s)
     staleness = None
     if generate_s > train_s:
@@ -61,31 +70,80 @@ def closed_forms(scenario: Scenario) -> ClosedForms:
         staleness = min(scenario.max_staleness, started + train_s / generate_s + publish)
     elif scenario.admission == "eager":
         staleness = float(scenario.max_staleness)
-    return ClosedForms(generate_s, train_s, step_s, staleness)
+    return ClosedForms(generate_s, train_s, step_s, batch * mean / step_s, staleness)
+
+
+def balanced_share(scenario: Scenario, *, engine_gpus: int, learner_gpus: int) -> float:
+    """The learner's share of the GPUs at which both sides take equally long.
+
+    If both sides' times fall with their GPUs: T·g / (T·g + G·e) with the learner's time T on g GPUs
+    and the engines' time G on e.
+    """
+    forms = closed_forms(scenario)
+    trains = forms.train_s * learner_gpus
+    return trains / (trains + forms.generate_s * engine_gpus)
 
 
 def differences(scenario: Scenario, forms: ClosedForms, outcome: Outcome) -> list[str]:
-    """Why the simulated step time differs from the closed form, if by more than 10 %."""
-    if abs(outcome.step_s / forms.step_s - 1) <= CLOSE:
-        return []
-    reasons = []
-    if outcome.learner["deadline"] > 0.03:
+    """Why the simulated step time or staleness differs from its closed form by more than 10 %."""
+    lines = []
+    if abs(outcome.step_s / forms.step_s - 1) > CLOSE:
+        lines += _slower(scenario, forms, outcome) or [
+            "lengths of the batches vary, and the slower side changes from step to step"
+        ]
+    paper, simulated = forms.group_staleness, outcome.group_staleness
+    if paper is not None and abs(simulated - paper) > max(CLOSE * paper, CLOSE_STALENESS):
+        lines.append(f"staleness: {_staler(scenario, forms, outcome)}")
+    return lines
+
+
+def _recomputing_s(scenario: Scenario, context: float) -> float:
+    """Of an engine per publish, for the keys and values of its running sequences."""
+    if scenario.weight_update != "recompute":
+        return 0.0
+    return context * scenario.engine.prefill_s
+
+
+def _slower(scenario: Scenario, forms: ClosedForms, outcome: Outcome) -> list[str]:
+    """Where the simulated run loses time, or why it is faster."""
+    engines, reasons = outcome.engines, []
+    if outcome.step_s < forms.step_s:
+        if scenario.max_staleness == 0:
+            return ["the form waits for the longest response that a batch may have at all"]
+        return ["fewer sequences run than the form assumes, so a decode step is shorter"]
+    if outcome.learner["deadline"] > NOTICEABLE:
         reasons.append(
             f"the learner waits {outcome.learner['deadline']:.0%} of the time for late groups, "
             "because their deadline would be lost"
         )
-    if outcome.engines["queued"] > 0.03:
-        reasons.append(f"the KV cache leaves {outcome.engines['queued']:.0%} of the slots empty")
-    if outcome.engines["sync"] + outcome.engines["tail"] > 0.03:
-        lost = outcome.engines["sync"] + outcome.engines["tail"]
+    if engines["queued"] > NOTICEABLE:
+        reasons.append(f"the KV cache leaves {engines['queued']:.0%} of the slots empty")
+    if engines["sync"] + engines["tail"] > NOTICEABLE:
+        lost = engines["sync"] + engines["tail"]
         reasons.append(f"weight updates cost {lost:.0%} of the slots' time")
-    if outcome.engines["dead"] > 0.03:
-        reasons.append(f"lost engines cost {outcome.engines['dead']:.0%} of the slots' time")
+    if engines["dead"] > NOTICEABLE:
+        reasons.append(f"lost engines cost {engines['dead']:.0%} of the slots' time")
     if scenario.lengths.drift != 1.0:
         reasons.append("responses change their length during the run")
-    if outcome.engines["no_credit"] > 0.1 and forms.rho < 1:
+    if engines["no_credit"] > 0.1 and forms.rho < 1:
         reasons.append(
-            f"credits or the end of a batch leave {outcome.engines['no_credit']:.0%} of the slots "
-            "empty"
+            f"credits or the end of a batch leave {engines['no_credit']:.0%} of the slots empty"
         )
-    return reasons or ["lengths of the batches vary, and the slower side changes from step to step"]
+    return reasons
+
+
+def _staler(scenario: Scenario, forms: ClosedForms, outcome: Outcome) -> str:
+    """Why groups are staler or fresher than the form says."""
+    if outcome.group_staleness < (forms.group_staleness or 0.0):
+        if outcome.engines["running"] < 1 - 2 * NOTICEABLE:
+            return (
+                f"only {outcome.engines['running']:.0%} of the slots run, the form takes all of "
+                "them; fewer groups in flight are fresher"
+            )
+        return "the learner often has its batch before it asks, so groups wait less than rho steps"
+    if outcome.learner["deadline"] > NOTICEABLE:
+        return "the learner waits for late groups, and finished ones become older meanwhile"
+    return (
+        "a batch is not taken in the order of completion: groups whose deadline is near go first, "
+        "and fresher ones wait"
+    )

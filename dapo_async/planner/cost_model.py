@@ -1,48 +1,29 @@
 """Rates of engines and learner from a model's `config.json` and the name of a GPU.
 
 For a cluster that nobody has measured. A decode step reads the weights and the keys and values, or
-is limited by its FLOPs; training is limited by its FLOPs. `Efficiency` has what hardware reaches of
-its peaks: assumptions, each of which a measurement should replace (`dapo-async bench`).
-
-In a mixture of experts a token uses `num_experts_per_tok` experts. For its FLOPs it is a dense
-model with that many times the inner size of an expert. A decode step reads every expert that a
-token of the batch chose. FLOPs and bytes are those of `dapo_async.model.cost`.
+is limited by its FLOPs. Training is limited by its FLOPs or by the exchange of parameters.
+`Efficiency` has what hardware reaches of its peaks: assumptions, each of which a measurement should
+replace (`dapo-async bench`). FLOPs and bytes are those of `dapo_async.model.cost`. `rates.py` calls
+this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.cost import (
-    head_flops,
-    kv_bytes,
-    token_flops,
-    train_flops,
-    weight_bytes,
-)
-from dapo_async.model.peak import Peak, known_peak
-from dapo_async.model.special_tokens import read_json
+from dapo_async.model.cost import head_flops, kv_bytes, token_flops, train_flops
 from dapo_async.planner.engine import EngineSpeed
+from dapo_async.planner.hardware import Gpu
+from dapo_async.planner.planned_model import HALF, PlannedModel
 from dapo_async.planner.scenario import LearnerSpeed
 
-HALF = 2  # bytes of a bfloat16 number
-TRAINING_BYTES = 16  # per parameter: weight, gradient and two moments in float32
-# Memory of a GPU in 10^9 bytes, by the start of its name.
-MEMORY = {
-    "GB200": 186,
-    "B200": 180,
-    "H200": 141,
-    "H20": 96,
-    "H800": 80,
-    "H100": 80,
-    "A100": 80,
-    "L40S": 48,
-}
-MIXTURES = {"qwen3_moe": "qwen3", "mixtral": "llama"}  # and the family of their attention
+FLOAT32 = 4
+STATE_BYTES = 16  # per parameter: weight, gradient and two moments in float32
+NODE_GPUS = 8
+MOST_LEARNER_GPUS = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,103 +32,48 @@ class Efficiency:
 
     bandwidth: float = 0.6  # of the memory bandwidth, in a decode step
     prefill: float = 0.5  # of the FLOPs, in a prefill or a large decode batch
-    mfu: float = 0.35  # of the FLOPs, in training; published: 0.27 to 0.36 on H100 and H200
+    mfu: float = 0.35  # of the FLOPs, in training without waits for other GPUs
     step_s: float = 0.002  # of a decode step beside the GPU's work
     exchange_s: float = 2e-5  # of one exchange between the GPUs of an engine; two per layer
     memory: float = 0.88  # of a GPU's memory, for weights, keys and values of an engine
-    training_memory: float = 0.7  # of a GPU's memory, for weights, gradients and moments
+    training_memory: float = 0.9  # of a GPU's memory, for a learner rank
+    link: float = 0.6  # of the bandwidth between the GPUs of a node
+    network_gb_per_s: float = 25.0  # of a GPU to GPUs of other nodes, as reached
+    minibatch_s: float = 0.2  # of a minibatch beside the GPU's work
+    sync_gb_per_s: float = 4.0  # of a broadcast to the engines; published: 2 to 5
+    sync_s: float = 2.0  # of a publish beside the transport
+    disk_gb_per_s: float = 2.0  # of the disk that learner and engines share, written or read
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "prefill", "mfu", "memory", "training_memory"):
+        for name in ("bandwidth", "prefill", "mfu", "memory", "training_memory", "link"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"model.{name} ({value:g}) must be above 0 and at most 1")
+        for name in ("network_gb_per_s", "sync_gb_per_s", "disk_gb_per_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} ({getattr(self, name):g}) must be above 0")
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """Peaks and memory of one device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The work of one minibatch, and how a rank does it."""
 
-    name: str
-    peak: Peak
-    memory_bytes: float
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """A dense model, or what one token of a mixture of experts uses."""
-
-    used: ModelConfig  # of a mixture: with the inner size of the experts that a token uses
-    num_experts: int = 1
-    experts_per_token: int = 1
-
-    @property
-    def expert_bytes(self) -> float:
-        """One expert of all layers."""
-        inner = self.used.intermediate_size / self.experts_per_token
-        return 3 * HALF * self.used.num_layers * self.used.hidden_size * inner
+    prompt_tokens: int
+    response_tokens: int  # the mean
+    longest_tokens: int  # of a response
+    group_size: int
+    groups: int  # of a minibatch
+    microbatch_tokens: int = 16_384
+    recompute: bool = True  # layers are computed again in the backward pass
+    several_minibatches: bool = False  # of a step: a rank keeps the weights of its start
 
     @property
-    def weights_bytes(self) -> float:
-        """All weights that an engine holds."""
-        skipped = 0 if self.used.tie_embeddings else self.used.vocab_size * self.used.hidden_size
-        unused = self.num_experts - self.experts_per_token
-        return weight_bytes(self.used, num_bytes=HALF) + HALF * skipped + unused * self.expert_bytes
+    def tokens(self) -> int:
+        """Prompt and response tokens of a minibatch."""
+        return self.groups * self.group_size * (self.prompt_tokens + self.response_tokens)
 
     @property
-    def num_parameters(self) -> float:
-        return self.weights_bytes / HALF
-
-    def read_bytes(self, batch: int) -> float:
-        """The weights that a decode step with `batch` sequences reads.
-
-        If tokens choose their experts independently, 1 − (1 − k / E)^batch of the experts.
-        """
-        share = self.experts_per_token / self.num_experts
-        chosen = self.num_experts * (1 - (1 - share) ** batch)
-        extra = max(0.0, chosen - self.experts_per_token)
-        return weight_bytes(self.used, num_bytes=HALF) + extra * self.expert_bytes
-
-
-def find_gpu(name: str) -> Gpu:
-    """The datasheet of a GPU. Raises ValueError for an unknown one."""
-    peak = known_peak(name)
-    memory = next((size for start, size in MEMORY.items() if name.upper().startswith(start)), None)
-    if peak is None or memory is None:
-        raise ValueError(f"model.gpu ({name!r}) is not known; give one of {', '.join(MEMORY)}")
-    return Gpu(name, peak, memory * 1e9)
-
-
-def read_model(path: Path) -> PlannedModel:
-    """The model of a folder or of a `config.json`. Raises ValueError for another form."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"model.path ({path}) has no config.json; give a model folder or the file")
-    try:
-        return model_of(read_json(file, "give the config.json of a Hugging Face model"))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def model_of(values: Mapping[str, Any]) -> PlannedModel:
-    """The model of the content of a `config.json`, dense or a mixture of experts."""
-    family = MIXTURES.get(str(values.get("model_type")))
-    if family is None:
-        return PlannedModel(ModelConfig.from_dict(values))
-    experts: Any = values.get("num_experts", values.get("num_local_experts"))
-    chosen: Any = values.get("num_experts_per_tok")
-    inner: Any = values.get("moe_intermediate_size", values.get("intermediate_size"))
-    sizes = (experts, chosen, inner)
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or experts < chosen:
-        raise ValueError(
-            f"num_experts, num_experts_per_tok and moe_intermediate_size {sizes} must be whole "
-            "numbers above 0; copy the config.json of the base model"
-        )
-    if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-        raise ValueError(
-            "layers without experts are not supported; use a model with experts in all"
-        )
-    dense = {**values, "model_type": family, "intermediate_size": chosen * inner}
-    return PlannedModel(ModelConfig.from_dict(dense), experts, chosen)
+    def largest_microbatch(self) -> int:
+        return max(self.microbatch_tokens, self.prompt_tokens + self.longest_tokens)
 
 
 def engine_speed(
@@ -189,21 +115,151 @@ def engine_speed(
 def learner_speed(
     model: PlannedModel,
     gpu: Gpu,
+    work: Training,
     *,
     gpus: int,
-    prompt_tokens: int,
-    response_tokens: int,
-    group_size: int,
+    tensor_parallel: int = 1,
     efficiency: Efficiency,
 ) -> LearnerSpeed:
-    """Seconds per token of prompts and responses on `gpus` GPUs, for responses of this mean."""
-    flops = train_flops(model.used, [(prompt_tokens, [response_tokens] * group_size)])
-    tokens = group_size * (prompt_tokens + response_tokens)
-    peak = gpus * gpu.peak.flops_per_s * efficiency.mfu
-    return LearnerSpeed(token_s=flops / tokens / peak)
+    """Seconds per token and per minibatch on `gpus` GPUs.
+
+    A pass over one microbatch per rank takes the longer of its FLOPs and the exchange of parameters
+    by FSDP, plus the exchange of tokens between tensor-parallel ranks. With more GPUs a minibatch
+    has fewer passes, but each exchanges as much as before.
+    """
+    ranks, tokens = gpus // tensor_parallel, work.tokens
+    flops = train_flops(
+        model.used, [(work.prompt_tokens, [work.response_tokens] * work.group_size)]
+    )
+    compute_s = work.groups * flops / (gpus * gpu.peak.flops_per_s * efficiency.mfu)
+    passes = math.ceil(tokens / ranks / work.microbatch_tokens)
+    own = model.num_parameters / tensor_parallel
+    exchanged = (ranks - 1) / ranks * own * (2 * HALF + FLOAT32)  # weights twice, gradients once
+    link = gpu.link_bytes_per_s * efficiency.link
+    between = link if gpus <= NODE_GPUS else efficiency.network_gb_per_s * 1e9
+    gather_s = passes * exchanged / between
+    share = (tensor_parallel - 1) / tensor_parallel
+    # Per layer four exchanges forward and four backward.
+    moved = 8 * model.used.num_layers * model.used.hidden_size * HALF * share * tokens / ranks
+    optimizer_s = 2 * STATE_BYTES * model.num_parameters / gpus / gpu.peak.bytes_per_s
+    return LearnerSpeed(
+        token_s=(max(compute_s, gather_s) + moved / link) / tokens,
+        fixed_s=efficiency.minibatch_s + optimizer_s,
+    )
 
 
-def fewest_learner_gpus(model: PlannedModel, gpu: Gpu, efficiency: Efficiency) -> int:
-    """GPUs that hold weights, gradients and moments, divided among all of them."""
-    needed = TRAINING_BYTES * model.num_parameters
-    return int(-(-needed // (gpu.memory_bytes * efficiency.training_memory)))
+def publish_times(
+    model: PlannedModel, *, disk: bool, efficiency: Efficiency
+) -> tuple[float, float]:
+    """Seconds of a publish, and those of them in which an engine stands still.
+
+    An engine stands still while it receives a broadcast or reads the files. Other engines receive
+    or read at the same time. KV entries that are computed again are simulated, not added here.
+    """
+    if disk:
+        read_s = model.weights_bytes / (efficiency.disk_gb_per_s * 1e9)
+        return efficiency.sync_s + 2 * read_s, read_s
+    sent_s = model.weights_bytes / (efficiency.sync_gb_per_s * 1e9)
+    return efficiency.sync_s + sent_s, sent_s
+
+
+def rank_bytes(model: PlannedModel, work: Training, *, gpus: int, tensor_parallel: int) -> float:
+    """What a learner rank holds on its GPU, by `predict_memory`.
+
+    Experts that a token does not use are added: their weights, gradients and moments, and those of
+    one layer that FSDP gathers. Raises ValueError if the layers cannot be split.
+    """
+    ranks = gpus // tensor_parallel
+    predicted = _predicted(
+        model.used,
+        work.largest_microbatch,
+        ranks,
+        tensor_parallel,
+        work.recompute,
+        work.several_minibatches,
+    )
+    state_bytes = STATE_BYTES + (FLOAT32 if work.several_minibatches else 0)
+    layer = model.unused_parameters / model.used.num_layers / tensor_parallel
+    gathered = 3 * HALF * layer if gpus > 1 else HALF * model.unused_parameters
+    return predicted + state_bytes * model.unused_parameters / gpus + gathered
+
+
+@functools.cache
+def _predicted(
+    model: ModelConfig,
+    num_tokens: int,
+    ranks: int,
+    tensor_parallel: int,
+    recompute: bool,
+    keeps_start_weights: bool,
+) -> float:
+    import torch
+
+    from dapo_async.model.memory import predict_memory  # imports torch
+
+    model.check_split(tensor_parallel)
+    return predict_memory(
+        model,
+        num_tokens=num_tokens,
+        dp=ranks,
+        tp=tensor_parallel,
+        activations=torch.bfloat16,
+        recompute_layers=model.num_layers if recompute else 0,
+        keeps_start_weights=keeps_start_weights,
+        cuda=True,
+    ).on_device
+
+
+def learner_fits(
+    model: PlannedModel,
+    gpu: Gpu,
+    work: Training,
+    *,
+    gpus: int,
+    tensor_parallel: int,
+    efficiency: Efficiency,
+) -> bool:
+    """Whether a rank fits its GPU."""
+    if gpus % tensor_parallel:
+        return False
+    needed = rank_bytes(model, work, gpus=gpus, tensor_parallel=tensor_parallel)
+    return needed <= gpu.memory_bytes * efficiency.training_memory
+
+
+def fewest_learner_gpus(
+    model: PlannedModel,
+    gpu: Gpu,
+    work: Training,
+    *,
+    tensor_parallel: int = 1,
+    efficiency: Efficiency,
+) -> int:
+    """The smallest multiple of `tensor_parallel` whose ranks fit their GPUs.
+
+    Raises ValueError if no number does: then activations alone are too large.
+    """
+
+    def fits(ranks: int) -> bool:
+        return learner_fits(
+            model,
+            gpu,
+            work,
+            gpus=ranks * tensor_parallel,
+            tensor_parallel=tensor_parallel,
+            efficiency=efficiency,
+        )
+
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high * tensor_parallel > MOST_LEARNER_GPUS:
+            raise ValueError(
+                f"a learner rank does not fit a {gpu.name} with microbatches of "
+                f"{work.largest_microbatch} tokens on any number of GPUs; raise "
+                "learner.tensor_parallel, or lower lengths.max or model.microbatch_tokens"
+            )
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * tensor_parallel

@@ -120,6 +120,7 @@ def _values(
         "learner": {
             "token_s": busy_s / sum(row["tokens"] for row in rows),
             "gpus": learner_ranks,
+            "tensor_parallel": learner.tensor_parallel,
             "minibatches": learner.num_minibatches,
         },
         "lengths": {"max": rollout.max_response_tokens, **lengths},

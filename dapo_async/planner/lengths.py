@@ -39,6 +39,15 @@ class Lengths:
         """Of the siblings, in tokens, without drift."""
         return tuple(Draws(self, group_size=group_size).lengths(group_id))
 
+    @property
+    def context_tokens(self) -> float:
+        """Mean tokens so far of a running sequence: E[L²] / (2·E[L]).
+
+        Long responses run longer, so it is more than half of the mean.
+        """
+        cut = np.minimum(_factor(self) * _quantiles(self), self.max_tokens)
+        return float((cut**2).mean() / (2 * cut.mean()))
+
     def longest_of(self, group_size: int) -> float:
         """The expected longest length of a group over the expected length: M in closed forms."""
         draws = Draws(self, group_size=group_size)
@@ -123,14 +132,19 @@ def _normal_grid(count: int) -> np.ndarray:
 
 
 @cache
+def _quantiles(lengths: Lengths) -> np.ndarray:
+    """Equally likely lengths, before they are scaled to the mean."""
+    if lengths.samples:
+        return np.array(lengths.samples)
+    normal = NormalDist()
+    z = [normal.inv_cdf((k + 0.5) / (2 * QUANTILES)) for k in range(2 * QUANTILES)]
+    return np.exp(lengths.tail * np.array(z))
+
+
+@cache
 def _factor(lengths: Lengths) -> float:
     """By what the shape is multiplied so that lengths have their mean after the cut."""
-    if lengths.samples:
-        values = np.array(lengths.samples)
-    else:
-        normal = NormalDist()
-        z = [normal.inv_cdf((k + 0.5) / (2 * QUANTILES)) for k in range(2 * QUANTILES)]
-        values = np.exp(lengths.tail * np.array(z))
+    values = _quantiles(lengths)
     low, high = 0.0, 2 * lengths.max_tokens / float(values.min())
     for _ in range(80):
         middle = (low + high) / 2

@@ -55,6 +55,9 @@ class Scenario:
     weight_update: Literal["recompute", "keep_kv", "drain"] = "recompute"
     publish_s: float = 0.0  # from the end of a step until every engine serves the new weights
     pause_s: float = 0.0  # of these: an engine decodes nothing
+    # The control plane, while the learner trains nothing.
+    fetch_s: float = 0.0  # per minibatch, from a finished batch to its training
+    snapshot_s: float = 0.0  # per step: weights are copied for the publish
     checkpoint_s: float = 0.0  # the learner waits
     checkpoint_every_steps: int = 0  # 0: none
     evaluation_s: float = 0.0  # the engines decode evaluations only
@@ -75,13 +78,24 @@ class Scenario:
         return self.num_engines * self.engine.num_slots
 
     @property
+    def mean_tokens(self) -> float:
+        """Of a response, halfway through the run."""
+        lengths = self.lengths
+        return min(lengths.max_tokens, lengths.mean_tokens * (1 + lengths.drift) / 2)
+
+    @property
     def tokens_per_group(self) -> float:
-        """Prompt and response tokens of a group, at the start of the run."""
-        return self.group_size * (self.prompt_tokens + self.lengths.mean_tokens)
+        """Prompt and response tokens of a group, halfway through the run."""
+        return self.group_size * (self.prompt_tokens + self.mean_tokens)
+
+    @property
+    def control_s(self) -> float:
+        """Of a step: the learner waits for the control plane."""
+        return self.num_minibatches * self.fetch_s + self.snapshot_s
 
     @property
     def train_s(self) -> float:
-        """Of a step without any wait, at the start of the run."""
+        """Of a step without any wait, halfway through the run."""
         tokens = self.groups_per_step * self.tokens_per_group
         fixed_s = self.num_minibatches * self.learner.fixed_s
         groups_s = self.groups_per_step * self.learner.group_s
@@ -132,6 +146,8 @@ def _check(scenario: Scenario) -> None:
             f"pause_s ({scenario.pause_s:g}) must be between 0 and publish_s "
             f"({scenario.publish_s:g}); it is a part of it"
         )
+    if min(scenario.fetch_s, scenario.snapshot_s) < 0:
+        raise ValueError("fetch_s and snapshot_s must be at least 0; correct them")
     if scenario.warm_up_steps + 4 > scenario.num_steps:
         raise ValueError(
             f"num_steps ({scenario.num_steps}) must be at least warm_up_steps "

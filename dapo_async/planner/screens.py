@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from dapo_async.planner.closed_forms import closed_forms, differences
+from dapo_async.planner.closed_forms import balanced_share, closed_forms, differences
 from dapo_async.planner.from_run import Measured
 from dapo_async.planner.outcome import Outcome
 from dapo_async.planner.scenario import Scenario
@@ -27,20 +27,18 @@ def simulation_lines(scenario: Scenario, outcome: Outcome) -> Iterator[str]:
         f"step       {outcome.step_s:.4g} s; closed form {forms.step_s:.4g} s "
         f"(generation {forms.generate_s:.4g} s, training {forms.train_s:.4g} s)"
     )
-    for reason in differences(scenario, forms, outcome):
-        yield f"           differs: {reason}"
     yield (
         f"tokens/s   {outcome.trained_tokens_per_s:,.0f} trained, "
         f"{outcome.generated_tokens_per_s:,.0f} generated; acceptance {outcome.acceptance:.0%}"
     )
-    form = "" if forms.group_staleness is None else f"; closed form {forms.group_staleness:.2f}"
     yield (
         f"staleness  {outcome.staleness:.2f} per token, {outcome.group_staleness:.2f} per group, "
-        f"at most {outcome.group_staleness_max}{form}"
+        f"at most {outcome.group_staleness_max}"
     )
     groups = sum(outcome.histogram.values())
     for staleness, count in outcome.histogram.items():
         yield f"           {staleness:>2} {'#' * round(BAR * count / groups)} {count / groups:.0%}"
+    yield from closed_form_lines(scenario, outcome)
     yield f"learner    {shares(outcome.learner)}"
     yield f"engines    {shares(outcome.engines)}"
     if outcome.num_retracted:
@@ -80,11 +78,12 @@ def as_json(scenario: Scenario, outcome: Outcome) -> dict[str, Any]:
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The split, the reason, the expected figures, and the alternatives."""
     best = plan.best
-    scenario, outcome = best.scenario, best.outcome
+    scenario, outcome, shape = best.scenario, best.outcome, best.shape
     yield (
-        f"split      {best.engine_gpus} GPUs generate ({scenario.num_engines} engines, "
-        f"{scenario.engine.num_slots} slots each), {best.learner_gpus} train; "
-        f"max_staleness {scenario.max_staleness}"
+        f"split      {best.engine_gpus} GPUs generate ({scenario.num_engines} engines of "
+        f"{shape.engine_gpus}, {scenario.engine.num_slots} slots each), {best.learner_gpus} train "
+        f"(tensor_parallel {shape.tensor_parallel}); max_staleness {scenario.max_staleness}, "
+        f"{scenario.weight_update}"
     )
     yield f"because    {reason(best)}"
     yield (
@@ -92,32 +91,81 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"tokens/s, staleness {outcome.staleness:.2f}{price(plan, best)}"
     )
     yield f"idle       learner {1 - outcome.learner['train']:.0%}, slots {idle(outcome):.0%}"
+    yield from closed_form_lines(scenario, outcome, best)
+    yield from _synchronous_lines(plan)
+    yield from _other_lines(plan)
+    for name, ratio in plan.sensitivity.items():
+        yield f"if         {name}: {ratio:.2f} times the step time"
+    if plan.left_out:
+        named = ", ".join(f"{count} by {why}" for why, count in plan.left_out.items())
+        yield f"left out   {named}"
+    yield f"overrides  {' '.join(overrides(plan))}"
+
+
+def closed_form_lines(
+    scenario: Scenario, outcome: Outcome, candidate: Candidate | None = None
+) -> Iterator[str]:
+    """The closed forms beside the simulated figures, and why they differ."""
     forms = closed_forms(scenario)
-    yield f"paper      {forms.step_s:.4g} s per step by the closed form"
+    staleness = "none for this mode"
+    if forms.group_staleness is not None:
+        staleness = f"{forms.group_staleness:.2f} ({outcome.group_staleness:.2f})"
+    yield (
+        f"paper      closed forms (simulated): step {forms.step_s:.4g} s ({outcome.step_s:.4g}), "
+        f"{forms.tokens_per_s:,.0f} tokens/s ({outcome.trained_tokens_per_s:,.0f}), staleness per "
+        f"group {staleness}"
+    )
+    if candidate is not None:
+        share = balanced_share(
+            scenario, engine_gpus=candidate.engine_gpus, learner_gpus=candidate.learner_gpus
+        )
+        total = candidate.engine_gpus + candidate.learner_gpus
+        yield (
+            f"           both sides are equally fast with {share * total:.1f} GPUs for the learner "
+            f"({candidate.learner_gpus} chosen)"
+        )
     for text in differences(scenario, forms, outcome):
         yield f"           differs: {text}"
+
+
+def _synchronous_lines(plan: Plan) -> Iterator[str]:
     ways = {"split": plan.synchronous, "all GPUs in turns": plan.colocated}
     for name, way in ways.items():
+        gpus = "" if way.shape.gpus == plan.best.shape.gpus else f" on {way.shape.gpus} GPUs"
         yield (
-            f"synchronous, {name}: {way.step_s:.4g} s per step, "
-            f"{way.step_s / best.step_s:.2f} times as long"
+            f"synchronous, {name}: {way.step_s:.4g} s per step{gpus}, "
+            f"{way.step_s / plan.best.step_s:.2f} times as long"
         )
     if not plan.pays:
         yield "asynchrony does not pay here: it saves less than 5 % of a step"
+
+
+def _other_lines(plan: Plan) -> Iterator[str]:
+    """The alternatives, the fastest first; then the cheapest one."""
     yield (
-        "others     learner GPUs  engine GPUs  slots  bound  step s  staleness  idle learner  slots"
+        "others     learner GPUs (tp)  engine GPUs (each)  slots  bound  update     step s  "
+        "staleness  idle learner  slots  GPU s per 1,000 tokens"
     )
     for each in plan.candidates[1:]:
-        figures = each.outcome
+        figures, shape = each.outcome, each.shape
+        learner = f"{each.learner_gpus} ({shape.tensor_parallel})"
+        engines = f"{each.engine_gpus} ({shape.engine_gpus})"
         yield (
-            f"           {each.learner_gpus:>12}  {each.engine_gpus:>11}  "
-            f"{each.scenario.engine.num_slots:>5}  {each.scenario.max_staleness:>5}  "
+            f"           {learner:>17}  {engines:>18}  {shape.slots:>5}  "
+            f"{each.scenario.max_staleness:>5}  {each.scenario.weight_update:<9}  "
             f"{each.step_s:>6.4g}  {figures.staleness:>9.2f}  "
-            f"{1 - figures.learner['train']:>12.0%}  {idle(figures):>5.0%}"
+            f"{1 - figures.learner['train']:>12.0%}  {idle(figures):>5.0%}  "
+            f"{1000 * each.gpu_s_per_token:>22.3g}"
         )
-    for name, ratio in plan.sensitivity.items():
-        yield f"if         {name}: {ratio:.2f} times the step time"
-    yield f"overrides  {' '.join(overrides(plan))}"
+    cheapest = plan.cheapest
+    if cheapest is not plan.best:
+        saved = 1 - cheapest.gpu_s_per_token / plan.best.gpu_s_per_token
+        if saved > 0.01:
+            yield (
+                f"cheapest   {cheapest.learner_gpus} + {cheapest.engine_gpus} GPUs: {saved:.0%} "
+                f"less per trained token, {cheapest.step_s:.4g} s per step"
+                f"{price(plan, cheapest)}"
+            )
 
 
 def reason(candidate: Candidate) -> str:
@@ -147,28 +195,31 @@ def idle(outcome: Outcome) -> float:
 
 def price(plan: Plan, candidate: Candidate) -> str:
     """The cost of a million trained tokens, if the price of a GPU is known."""
-    if plan.cluster.gpu_hour is None or plan.cluster.gpus is None:
+    if plan.cluster.gpu_hour is None:
         return ""
-    per_s = plan.cluster.gpu_hour * plan.cluster.gpus / 3600
-    return f", {1e6 * per_s / candidate.outcome.trained_tokens_per_s:.3g} per million tokens"
+    cost = 1e6 * candidate.gpu_s_per_token * plan.cluster.gpu_hour / 3600
+    return f", {cost:.3g} per million tokens"
 
 
 def overrides(plan: Plan) -> list[str]:
     """The best split as overrides of `dapo-async train`."""
-    scenario = plan.best.scenario
-    values = {
+    scenario, shape = plan.best.scenario, plan.best.shape
+    values: dict[str, int | str] = {
         "rollout.num_workers": scenario.num_engines,
-        "rollout.tensor_parallel": plan.cluster.engine_gpus,
+        "rollout.tensor_parallel": shape.engine_gpus,
         "rollout.num_slots": scenario.engine.num_slots,
         "rollout.max_response_tokens": scenario.lengths.max_tokens,
         "rollout.weight_update": scenario.weight_update,
-        "learner.data_parallel": plan.best.learner_gpus,
+        "learner.data_parallel": shape.learner_gpus // shape.tensor_parallel,
+        "learner.tensor_parallel": shape.tensor_parallel,
         "learner.num_minibatches": scenario.num_minibatches,
         "replay.groups_per_step": scenario.groups_per_step,
         "replay.group_size": scenario.group_size,
         "replay.max_staleness": scenario.max_staleness,
         "replay.admission": scenario.admission,
     }
+    if shape.engine_gpus > 1:
+        values["rollout.engine"] = "sglang"  # the native engine has one GPU
     return [f"{name}={value}" for name, value in values.items()]
 
 
@@ -179,8 +230,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         written = as_json(candidate.scenario, candidate.outcome)
         del written["steps"]
         return {
+            "gpus": candidate.shape.gpus,
             "learner_gpus": candidate.learner_gpus,
+            "learner_tensor_parallel": candidate.shape.tensor_parallel,
             "engine_gpus": candidate.engine_gpus,
+            "gpus_per_engine": candidate.shape.engine_gpus,
+            "weight_update": candidate.scenario.weight_update,
+            "gpu_s_per_token": candidate.gpu_s_per_token,
             "num_engines": candidate.scenario.num_engines,
             "slots": candidate.scenario.engine.num_slots,
             "max_staleness": candidate.scenario.max_staleness,
@@ -192,6 +248,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "synchronous": figures(plan.synchronous),
         "colocated": figures(plan.colocated),
         "asynchrony_pays": plan.pays,
+        "left_out": dict(plan.left_out),
         "sensitivity": dict(plan.sensitivity),
         "overrides": overrides(plan),
     }

@@ -9,21 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dapo_async.planner.cost_model import (
-    Efficiency,
-    engine_speed,
-    fewest_learner_gpus,
-    find_gpu,
-    learner_speed,
-    read_model,
-)
+from dapo_async.planner.cost_model import Efficiency, Training, publish_times
 from dapo_async.planner.engine import EngineSpeed
+from dapo_async.planner.hardware import find_gpu
 from dapo_async.planner.lengths import Lengths, mixture
+from dapo_async.planner.planned_model import read_model
+from dapo_async.planner.rates import ComputedRates, Rates, between_points
 from dapo_async.planner.scenario import LearnerSpeed, Outage, Scenario
 
 REQUIRED = object()
@@ -39,7 +35,15 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "gpus": 1,
         "weight_update": "recompute",
     },
-    "learner": {"token_s": REQUIRED, "fixed_s": 0.0, "jitter": 0.0, "gpus": 1, "minibatches": 1},
+    "learner": {
+        "token_s": REQUIRED,
+        "fixed_s": 0.0,
+        "jitter": 0.0,
+        "gpus": 1,
+        "tensor_parallel": 1,
+        "scaling": 0.75,
+        "minibatches": 1,
+    },
     "lengths": {
         "mean": None,
         "max": REQUIRED,
@@ -57,12 +61,17 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "acceptance": 1.0,
     },
     "publish": {"seconds": 0.0, "pause_s": 0.0},
+    "control": {"fetch_s": 0.0, "snapshot_s": 0.0},
     "checkpoint": {"seconds": 0.0, "every_steps": 0},
     "evaluation": {"seconds": 0.0, "every_steps": 0},
 }
 MODEL_KEYS: Mapping[str, Any] = {
     "path": REQUIRED,
     "gpu": REQUIRED,
+    "hardware": None,
+    "transport": "broadcast",
+    "microbatch_tokens": 16_384,
+    "recompute": True,
     **{item.name: item.default for item in fields(Efficiency)},
 }
 TOP: Mapping[str, Any] = {
@@ -76,29 +85,34 @@ TOP: Mapping[str, Any] = {
     "model": None,
     "plan": None,
 }
+WEIGHT_UPDATES = ("recompute", "keep_kv", "drain")
 CHOICES = {
     ("replay", "admission"): ("paced", "eager"),
-    ("engine", "weight_update"): ("recompute", "keep_kv", "drain"),
+    ("engine", "weight_update"): WEIGHT_UPDATES,
 }
 PLAN_KEYS: Mapping[str, Any] = {
     "gpus": REQUIRED,
     "max_staleness": (1, 2, 3, 4),
     "slots": None,
+    "engine_gpus": None,
+    "tensor_parallel": None,
+    "weight_update": None,
     "gpu_hour": None,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What `plan` may change, and the GPUs of both sides of the scenario."""
+    """What `plan` may change, and the rates of other sizes."""
 
-    engine_gpus: int  # of one engine
-    learner_gpus: int  # of the learner in the scenario
-    gpus: int | None = None  # to be split; None: the file has no section `plan`
+    rates: Rates
+    gpus: tuple[int, ...] = ()  # to be split; empty: the file has no section `plan`
     max_staleness: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
+    engine_gpus: tuple[int, ...] = ()  # of one engine
+    tensor_parallel: tuple[int, ...] = ()  # of the learner
+    weight_update: tuple[str, ...] = ()
     gpu_hour: float | None = None  # its price
-    fewest_learner_gpus: int = 1  # by memory
 
 
 def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
@@ -130,22 +144,19 @@ def read_scenario(
 
     `folder`: what a relative `model.path` is relative to; None: the current folder.
     """
-    fewest = 1
+    computed, given = None, values
     if values.get("model") is not None:
-        values, fewest = _with_model(values, folder or Path())
+        values, computed = _with_model(values, folder or Path())
     top = _section("", {key: each for key, each in values.items() if key not in KEYS}, TOP)
     of = {name: _section(name, values.get(name), keys) for name, keys in KEYS.items()}
     for (section, key), choices in CHOICES.items():
-        if of[section][key] not in choices:
-            raise ValueError(
-                f"{section}.{key} ({of[section][key]!r}) must be one of {', '.join(choices)}"
-            )
+        _choice(f"{section}.{key}", of[section][key], choices)
     engine, learner, replay = of["engine"], of["learner"], of["replay"]
     scenario = Scenario(
         num_engines=_whole("engines", top["engines"]),
         engine=_engine_speed(engine),
         learner=LearnerSpeed(
-            token_s=_number("learner.token_s", learner["token_s"]),
+            token_s=_token_s(learner),
             fixed_s=_number("learner.fixed_s", learner["fixed_s"]),
             jitter=_number("learner.jitter", learner["jitter"]),
         ),
@@ -162,6 +173,8 @@ def read_scenario(
         weight_update=engine["weight_update"],
         publish_s=_number("publish.seconds", of["publish"]["seconds"]),
         pause_s=_number("publish.pause_s", of["publish"]["pause_s"]),
+        fetch_s=_number("control.fetch_s", of["control"]["fetch_s"]),
+        snapshot_s=_number("control.snapshot_s", of["control"]["snapshot_s"]),
         checkpoint_s=_number("checkpoint.seconds", of["checkpoint"]["seconds"]),
         checkpoint_every_steps=_whole(
             "checkpoint.every_steps", of["checkpoint"]["every_steps"], least=0
@@ -173,7 +186,18 @@ def read_scenario(
         outages=_outages(top["outages"]),
         colocated=bool(top["colocated"]),
     )
-    return scenario, _cluster(top["plan"], engine, learner, scenario, fewest)
+    rates = Rates(
+        engine=scenario.engine,
+        engine_gpus=_whole("engine.gpus", engine["gpus"]),
+        learner=scenario.learner,
+        learner_gpus=_whole("learner.gpus", learner["gpus"]),
+        tensor_parallel=_whole("learner.tensor_parallel", learner["tensor_parallel"]),
+        scaling=_share("learner.scaling", learner["scaling"]),
+        token_s=_points(learner["token_s"]),
+        computed=computed,
+        is_engine_computed=computed is not None and "step_s" not in (given.get("engine") or {}),
+    )
+    return scenario, _cluster(top["plan"], rates, scenario)
 
 
 def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
@@ -203,43 +227,28 @@ def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
     return tuple(table)
 
 
-def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], int]:
-    """The values with the rates that the cost model knows, and the fewest GPUs of the learner.
+def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], ComputedRates]:
+    """The values with the rates that the cost model knows, and the cost model.
 
     Measured rates in the file stay.
     """
     settings = _section("model", values["model"], MODEL_KEYS)
-    efficiency = Efficiency(
-        **{
-            item.name: _number(f"model.{item.name}", settings[item.name])
-            for item in fields(Efficiency)
-        }
-    )
-    model, gpu = read_model(folder / str(settings["path"])), find_gpu(str(settings["gpu"]))
     engine = _section("engine", {"step_s": 1.0, **(values.get("engine") or {})}, KEYS["engine"])
     learner = _section(
         "learner", {"token_s": 1.0, **(values.get("learner") or {})}, KEYS["learner"]
     )
-    replay = _section("replay", values.get("replay"), KEYS["replay"])
-    speed = engine_speed(
-        model,
-        gpu,
-        gpus=_whole("engine.gpus", engine["gpus"]),
-        slots=_whole("engine.slots", engine["slots"]),
-        efficiency=efficiency,
+    computed = _computed(settings, values, learner, folder)
+    speed = computed.engine(
+        gpus=_whole("engine.gpus", engine["gpus"]), slots=_whole("engine.slots", engine["slots"])
     )
-    trains = learner_speed(
-        model,
-        gpu,
+    trains = computed.learner(
         gpus=_whole("learner.gpus", learner["gpus"]),
-        prompt_tokens=_whole("prompt_tokens", values.get("prompt_tokens", 0), least=0),
-        response_tokens=round(
-            _lengths(
-                _section("lengths", values.get("lengths"), KEYS["lengths"]), seed=0
-            ).mean_tokens
-        ),
-        group_size=_whole("replay.group_size", replay["group_size"]),
-        efficiency=efficiency,
+        tensor_parallel=_whole("learner.tensor_parallel", learner["tensor_parallel"]),
+    )
+    publish_s, pause_s = publish_times(
+        computed.model,
+        disk=_choice("model.transport", settings["transport"], ("broadcast", "disk")) == "disk",
+        efficiency=computed.efficiency,
     )
     rates = {
         "step_s": dict(enumerate(speed.step_s)),
@@ -247,12 +256,79 @@ def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
         "prefill_s": speed.prefill_s,
         "kv_tokens": speed.kv_tokens,
     }
+    training = {"token_s": trains.token_s, "fixed_s": trains.fixed_s}
+    if "token_s" in (values.get("learner") or {}):
+        training = {}  # the measured time of a token has a part of the fixed one
     merged = {
         **values,
         "engine": {**rates, **(values.get("engine") or {})},
-        "learner": {"token_s": trains.token_s, **(values.get("learner") or {})},
+        "learner": {**training, **(values.get("learner") or {})},
+        "publish": values.get("publish") or {"seconds": publish_s, "pause_s": pause_s},
     }
-    return merged, fewest_learner_gpus(model, gpu, efficiency)
+    return merged, computed
+
+
+def _computed(
+    settings: Mapping[str, Any],
+    values: Mapping[str, Any],
+    learner: Mapping[str, Any],
+    folder: Path,
+) -> ComputedRates:
+    """The cost model of the section `model`, for the workload of the file."""
+    replay = _section("replay", values.get("replay"), KEYS["replay"])
+    lengths = _lengths(_section("lengths", values.get("lengths"), KEYS["lengths"]), seed=0)
+    groups = _whole("replay.groups_per_step", replay["groups_per_step"])
+    minibatches = _whole("learner.minibatches", learner["minibatches"])
+    hardware = settings["hardware"]
+    if not isinstance(settings["recompute"], bool):
+        raise ValueError(f"model.recompute ({settings['recompute']!r}) must be true or false")
+    return ComputedRates(
+        model=read_model(folder / str(settings["path"])),
+        gpu=find_gpu(str(settings["gpu"]), None if hardware is None else folder / str(hardware)),
+        work=Training(
+            prompt_tokens=_whole("prompt_tokens", values.get("prompt_tokens", 0), least=0),
+            response_tokens=round(lengths.mean_tokens),
+            longest_tokens=lengths.max_tokens,
+            group_size=_whole("replay.group_size", replay["group_size"]),
+            groups=max(1, groups // minibatches),
+            microbatch_tokens=_whole("model.microbatch_tokens", settings["microbatch_tokens"]),
+            recompute=settings["recompute"],
+            several_minibatches=minibatches > 1,
+        ),
+        efficiency=Efficiency(
+            **{
+                item.name: _number(f"model.{item.name}", settings[item.name])
+                for item in fields(Efficiency)
+            }
+        ),
+    )
+
+
+def _points(token_s: Any) -> dict[int, float]:
+    """Measured seconds per token by GPUs of the learner; empty for a single number."""
+    if not isinstance(token_s, Mapping):
+        return {}
+    points = {
+        _whole("learner.token_s", gpus): _number("learner.token_s", seconds)
+        for gpus, seconds in token_s.items()
+    }
+    if not points or min(points.values()) <= 0:
+        raise ValueError(
+            f"learner.token_s ({dict(token_s)}) must give positive seconds per token by GPUs, such "
+            "as {8: 2.0e-5, 32: 6.5e-6}"
+        )
+    return points
+
+
+def _token_s(learner: Mapping[str, Any]) -> float:
+    """At the learner's GPUs."""
+    points, gpus = _points(learner["token_s"]), _whole("learner.gpus", learner["gpus"])
+    if not points:
+        return _number("learner.token_s", learner["token_s"])
+    if len(points) > 1:
+        return between_points(points, gpus)
+    ((at, seconds),) = points.items()
+    return float(seconds * (at / gpus) ** _share("learner.scaling", learner["scaling"]))
 
 
 def _engine_speed(engine: Mapping[str, Any]) -> EngineSpeed:
@@ -321,27 +397,29 @@ def _outages(values: Any) -> tuple[Outage, ...]:
     return tuple(outages)
 
 
-def _cluster(
-    plan: Any,
-    engine: Mapping[str, Any],
-    learner: Mapping[str, Any],
-    scenario: Scenario,
-    fewest: int,
-) -> Cluster:
-    cluster = Cluster(
-        fewest_learner_gpus=fewest,
-        engine_gpus=_whole("engine.gpus", engine["gpus"]),
-        learner_gpus=_whole("learner.gpus", learner["gpus"]),
-    )
+def _cluster(plan: Any, rates: Rates, scenario: Scenario) -> Cluster:
     if plan is None:
-        return cluster
+        return Cluster(rates=rates)
     values = _section("plan", plan, PLAN_KEYS)
-    slots = values["slots"] or (scenario.engine.num_slots,)
-    return replace(
-        cluster,
-        gpus=_whole("plan.gpus", values["gpus"]),
-        max_staleness=tuple(_whole("plan.max_staleness", each) for each in values["max_staleness"]),
-        slots=tuple(_whole("plan.slots", each) for each in slots),
+
+    def whole(key: str, default: int | None = None, *, least: int = 1) -> tuple[int, ...]:
+        given = values[key] if values[key] is not None else default
+        several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+        if not several:
+            raise ValueError(f"plan.{key} is empty; give at least one number")
+        return tuple(_whole(f"plan.{key}", each, least=least) for each in several)
+
+    modes = values["weight_update"] or (scenario.weight_update,)
+    if isinstance(modes, str):
+        modes = (modes,)
+    return Cluster(
+        rates=rates,
+        gpus=whole("gpus"),
+        max_staleness=whole("max_staleness", least=0),
+        slots=whole("slots", scenario.engine.num_slots),
+        engine_gpus=whole("engine_gpus", rates.engine_gpus),
+        tensor_parallel=whole("tensor_parallel", rates.tensor_parallel),
+        weight_update=tuple(_choice("plan.weight_update", each, WEIGHT_UPDATES) for each in modes),
         gpu_hour=None
         if values["gpu_hour"] is None
         else _number("plan.gpu_hour", values["gpu_hour"]),
@@ -366,6 +444,19 @@ def _section(name: str, values: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing; docs/planner.md describes every key")
     return merged
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+    return str(value)
+
+
+def _share(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number > 1:
+        raise ValueError(f"{name} ({number:g}) must be from 0 to 1; correct it")
+    return number
 
 
 def _number(name: str, value: Any) -> float:

@@ -5,8 +5,8 @@
                              └───────────────── credits ───────────────────────┘
 
 The replay state machines are those of a real run (`dapo_async.replay`): credits, deadlines,
-filters, ledger, pacer, and the rule by which a worker asks for groups. The control plane takes no
-time. Two calls with equal scenarios give equal results.
+filters, ledger, pacer, and the rule by which a worker asks for groups. The control plane takes the
+time that the scenario gives it. Two calls with equal scenarios give equal results.
 
 `simulate` is called by the commands, the sweep and the benchmarks.
 """
@@ -89,7 +89,7 @@ class SimulatedRun:
         self._ahead = 0  # the version whose minibatch is taken next
         self._next_batch: TrainBatch | None = None  # taken; the learner has not got it
         self._training: TrainBatch | None = None
-        self._busy_until_s = 0.0  # the learner saves a checkpoint
+        self._busy_until_s = 0.0  # the learner copies its weights or saves a checkpoint
         self._of_step: tuple[int, ...] = ()  # trained groups of the open step
         self._trained: deque[Publish] = deque()  # waits for the end of the publish before
         self._publish: Publish | None = None
@@ -302,7 +302,7 @@ class SimulatedRun:
         self.measuring.minibatch(self.now_s, batch, groups, waited_s=waited_s, train_s=seconds)
         if self.scenario.colocated:
             self._pause_all(seconds)
-        self._at(self.now_s + seconds, self._end_minibatch, None)
+        self._at(self.now_s + self.scenario.fetch_s + seconds, self._end_minibatch, None)
 
     def _end_minibatch(self, _: None) -> None:
         batch, self._training = self._training, None
@@ -314,13 +314,17 @@ class SimulatedRun:
             self._trained.append(Publish(self.version, self._of_step, set()))
             self._of_step = ()
             self.measuring.step_ended(self.now_s)
-            self._save_if_due()
+            self._stop_after_step()
         self._dirty = True
 
-    def _save_if_due(self) -> None:
-        every = self.scenario.checkpoint_every_steps
+    def _stop_after_step(self) -> None:
+        """The learner copies its weights, and saves a checkpoint if one is due."""
+        scenario = self.scenario
+        busy_s, every = scenario.snapshot_s, scenario.checkpoint_every_steps
         if every and self.version % every == 0:
-            self._busy_until_s = self.now_s + self.scenario.checkpoint_s
+            busy_s += scenario.checkpoint_s
+        if busy_s:
+            self._busy_until_s = self.now_s + busy_s
             self._at(self._busy_until_s, self._wake, None)
 
     # Publishing.

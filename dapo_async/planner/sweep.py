@@ -1,46 +1,76 @@
 """Finds the split of a cluster: which share of the GPUs generates, and which one trains.
 
-In: a scenario with the measured rates of its own split, and the number of GPUs. Out: a `Plan`: the
+In: a scenario with the rates of its own split, and what `plan` may change. Out: a `Plan`: the
 fastest split, alternatives, the synchronous ways, and how the figures move when an assumption does.
 
-The closed forms choose the splits to simulate. These are simulated on a smaller fleet of the same
-proportions, and the best ones once more in full size. The learner's time per token is taken to fall
-with its GPUs.
+1. Shapes whose weights, KV cache or learner ranks do not fit are left out.
+2. The closed forms choose the shapes to simulate.
+3. These are simulated on a smaller fleet of the same proportions with the largest staleness bound,
+   the best ones with each bound, and the best of these with each update mode.
+4. The best ones are simulated once more in full size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from dapo_async.planner.closed_forms import closed_forms
+from dapo_async.planner.cost_model import NODE_GPUS
 from dapo_async.planner.outcome import Outcome
 from dapo_async.planner.scenario import Scenario
 from dapo_async.planner.settings import Cluster
 from dapo_async.planner.simulator import simulate
 
-MOST_SPLITS = 24  # that the closed forms compare
-SIMULATED = 5  # splits that are simulated
+MOST_SPLITS = 24  # per number of GPUs and kind of engine that the closed forms compare
+SIMULATED = 5  # shapes that are simulated
+SHOWN = 4  # splits that are simulated in full size
 SMALLEST_ENGINES, SMALLEST_GROUPS = 4, 32  # of the smaller fleet
 STEPS, WARM_UP = 36, 12  # of a simulation in a sweep
 EQUAL = 0.02  # step times that differ less are equal: then the smaller staleness is better
-NODE_GPUS = 8
 PAYS = 0.05  # asynchrony pays if it saves more than this share of a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How GPUs are used."""
+
+    gpus: int
+    learner_gpus: int
+    tensor_parallel: int  # of the learner
+    engine_gpus: int  # of one engine
+    slots: int  # of one engine
+
+    @property
+    def num_engines(self) -> int:
+        return (self.gpus - self.learner_gpus) // self.engine_gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to use the GPUs, and what it came to."""
 
-    learner_gpus: int
-    engine_gpus: int  # of all engines
+    shape: Shape
     scenario: Scenario
     outcome: Outcome
 
     @property
     def step_s(self) -> float:
         return self.outcome.step_s
+
+    @property
+    def learner_gpus(self) -> int:
+        return self.shape.learner_gpus
+
+    @property
+    def engine_gpus(self) -> int:
+        """Of all engines."""
+        return self.scenario.num_engines * self.shape.engine_gpus
+
+    @property
+    def gpu_s_per_token(self) -> float:
+        """GPU seconds per trained token: what a token costs."""
+        return self.shape.gpus / self.outcome.trained_tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +81,19 @@ class Plan:
     candidates: Sequence[Candidate]
     synchronous: Candidate  # engines and learner on their own GPUs, staleness 0
     colocated: Candidate  # engines and learner share all GPUs and take turns
-    sensitivity: Mapping[str, float] = field(
-        default_factory=dict
-    )  # step time over that of the best
+    tried: Sequence[Candidate] = ()  # on the smaller fleet
+    left_out: Mapping[str, int] = field(default_factory=dict)  # shapes, by the reason
+    # What changes → step time over that of the best.
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Candidate:
         return self.candidates[0]
+
+    @property
+    def cheapest(self) -> Candidate:
+        """The least GPU seconds per trained token."""
+        return min(self.candidates, key=lambda each: each.gpu_s_per_token)
 
     @property
     def pays(self) -> bool:
@@ -67,58 +103,63 @@ class Plan:
 
 
 def find_plan(scenario: Scenario, cluster: Cluster) -> Plan:
-    """Sweeps splits, staleness bounds and slots. Raises ValueError if no split is possible."""
-    if cluster.gpus is None:
+    """Sweeps splits, kinds of engine and learner, slots, staleness bounds and update modes.
+
+    Raises ValueError if no shape is possible.
+    """
+    if not cluster.gpus:
         raise ValueError("the scenario has no section plan; give plan.gpus, the GPUs to be split")
-    splits = _splits(cluster)
-    if not splits:
-        raise ValueError(
-            f"plan.gpus ({cluster.gpus}) leaves no GPU for one side: an engine takes "
-            f"{cluster.engine_gpus}, the learner at least {cluster.fewest_learner_gpus}; give more "
-            "GPUs"
-        )
-    at = partial(split_of, scenario, cluster)
-    asynchronous = [bound for bound in cluster.max_staleness if bound > 0] or [1]
-    by_form = sorted(splits, key=lambda gpus: closed_forms(at(gpus, asynchronous[-1])).step_s)[
-        :SIMULATED
-    ]
-    tried = [
-        _candidate(at(gpus, bound, slots), gpus, cluster, small=True)
-        for gpus in by_form
-        for bound in asynchronous
-        for slots in cluster.slots
-    ]
-    best = [
-        _candidate(each.scenario, each.learner_gpus, cluster, small=False)
+    bounds = sorted(bound for bound in cluster.max_staleness if bound > 0) or [1]
+    made, left_out = _shapes(scenario, cluster, bounds[-1])
+    chosen = _by_closed_form(made)
+    tried = [_candidate(shape, whole, small=True) for shape, whole in chosen]
+    tried += [
+        _candidate(each.shape, replace(each.scenario, max_staleness=bound), small=True)
         for each in _distinct(ranked(tried))
+        for bound in bounds[:-1]
     ]
-    by_sum = min(splits, key=lambda gpus: closed_forms(at(gpus, 0)).step_s)
-    synchronous = _candidate(at(by_sum, 0), by_sum, cluster, small=True)
-    colocated = _candidate(_on_all_gpus(scenario, cluster), cluster.gpus, cluster, small=True)
-    plan = Plan(cluster, ranked(best), synchronous, colocated)
-    return replace(plan, sensitivity=dict(_sensitivity(plan.best, cluster)))
+    modes = [mode for mode in cluster.weight_update if mode != scenario.weight_update]
+    tried += [
+        _candidate(each.shape, replace(each.scenario, weight_update=mode), small=True)  # type: ignore[arg-type]
+        for each in _distinct(ranked(tried))
+        for mode in modes
+    ]
+    best = [_candidate(each.shape, each.scenario, small=False) for each in _distinct(ranked(tried))]
+    most = max(cluster.gpus)
+    synchronous = min(
+        (
+            (shape, replace(whole, max_staleness=0))
+            for shape, whole in made.items()
+            if shape.gpus == most
+        ),
+        key=lambda each: closed_forms(each[1]).step_s,
+        default=None,
+    ) or min(
+        ((shape, replace(whole, max_staleness=0)) for shape, whole in made.items()),
+        key=lambda each: closed_forms(each[1]).step_s,
+    )
+    shape = synchronous[0]
+    plan = Plan(
+        cluster,
+        ranked(best),
+        _candidate(*synchronous, small=True),
+        _candidate(shape, _on_all_gpus(scenario, cluster, shape), small=True),
+        tried,
+        left_out,
+    )
+    return replace(plan, sensitivity=dict(_sensitivity(plan.best)))
 
 
-def split_of(
-    scenario: Scenario,
-    cluster: Cluster,
-    learner_gpus: int,
-    max_staleness: int,
-    slots: int | None = None,
+def scenario_of_shape(
+    scenario: Scenario, cluster: Cluster, shape: Shape, max_staleness: int
 ) -> Scenario:
-    """The scenario on another split, with as many engines as the other GPUs can hold."""
-    assert cluster.gpus is not None
-    engine = scenario.engine
-    if slots is not None and slots != engine.num_slots:
-        engine = replace(engine, step_s=_resized(engine.step_s, slots))
+    """The scenario on another shape. Raises ValueError if the rates are unknown or do not fit."""
+    rates = cluster.rates
     return replace(
         scenario,
-        num_engines=(cluster.gpus - learner_gpus) // cluster.engine_gpus,
-        engine=engine,
-        learner=replace(
-            scenario.learner,
-            token_s=scenario.learner.token_s * cluster.learner_gpus / learner_gpus,
-        ),
+        num_engines=shape.num_engines,
+        engine=rates.engine_at(gpus=shape.engine_gpus, slots=shape.slots),
+        learner=rates.learner_at(gpus=shape.learner_gpus, tensor_parallel=shape.tensor_parallel),
         max_staleness=max_staleness,
         num_steps=STEPS + 2 * max_staleness,
         warm_up_steps=WARM_UP,
@@ -160,43 +201,117 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     return ordered
 
 
+def _shapes(
+    scenario: Scenario, cluster: Cluster, max_staleness: int
+) -> tuple[dict[Shape, Scenario], dict[str, int]]:
+    """The possible shapes with their scenarios, and how many are left out by reason."""
+    made: dict[Shape, Scenario] = {}
+    left_out: dict[str, int] = {}
+    problem = ""
+    for shape in _splits(cluster):
+        if not cluster.rates.learner_fits(
+            gpus=shape.learner_gpus, tensor_parallel=shape.tensor_parallel
+        ):
+            reason = "the memory of the learner"
+        else:
+            try:
+                made[shape] = scenario_of_shape(scenario, cluster, shape, max_staleness)
+                continue
+            except ValueError as error:
+                reason, problem = "the memory of an engine", str(error)
+                if "plan." in problem:
+                    raise
+        left_out[reason] = left_out.get(reason, 0) + 1
+    if made:
+        return made, left_out
+    engine, gpus = min(cluster.engine_gpus), max(cluster.gpus)
+    if problem:
+        raise ValueError(problem)
+    if left_out:
+        raise ValueError(
+            f"plan.gpus ({gpus}): the learner's ranks do not fit on the GPUs that an engine of "
+            f"{engine} leaves; give more GPUs, or raise plan.tensor_parallel"
+        )
+    raise ValueError(
+        f"plan.gpus ({gpus}) leaves no GPU for one side: an engine takes {engine}, the learner at "
+        f"least {min(cluster.tensor_parallel)}; give more GPUs"
+    )
+
+
+def _splits(cluster: Cluster) -> Iterator[Shape]:
+    """Whole engines use all GPUs that the learner does not."""
+    for gpus in cluster.gpus:
+        for engine in cluster.engine_gpus:
+            first = gpus % engine or engine
+            for tensor_parallel in cluster.tensor_parallel:
+                possible = [
+                    learner
+                    for learner in range(first, gpus - engine + 1, engine)
+                    if learner % tensor_parallel == 0
+                ]
+                stride = -(-len(possible) // MOST_SPLITS) or 1
+                for learner in possible[::stride]:
+                    for slots in cluster.slots:
+                        yield Shape(
+                            gpus=gpus,
+                            learner_gpus=learner,
+                            tensor_parallel=tensor_parallel,
+                            engine_gpus=engine,
+                            slots=slots,
+                        )
+
+
+def _by_closed_form(made: Mapping[Shape, Scenario]) -> list[tuple[Shape, Scenario]]:
+    """The fastest splits on paper, each with its best other sizes.
+
+    With several numbers of GPUs, also the cheapest ones, which are mostly smaller.
+    """
+    step_s = {shape: closed_forms(scenario).step_s for shape, scenario in made.items()}
+    chosen: dict[tuple[int, int, int], Shape] = {}
+    for shape in sorted(made, key=lambda each: step_s[each]):
+        chosen.setdefault((shape.gpus, shape.learner_gpus, shape.slots), shape)
+    fastest = list(chosen.values())
+    cheapest = sorted(fastest, key=lambda each: step_s[each] * each.gpus)
+    several = len({shape.gpus for shape in made}) > 1
+    picked = dict.fromkeys(_splits_first(fastest)[: SIMULATED * 2])
+    if several:
+        picked |= dict.fromkeys(_splits_first(cheapest)[:SIMULATED])
+    return [(shape, made[shape]) for shape in picked]
+
+
+def _splits_first(shapes: Sequence[Shape]) -> list[Shape]:
+    """The best `SIMULATED` splits, with at most three numbers of slots each."""
+    splits: dict[tuple[int, int], list[Shape]] = {}
+    for shape in shapes:
+        splits.setdefault((shape.gpus, shape.learner_gpus), []).append(shape)
+    return [shape for several in list(splits.values())[:SIMULATED] for shape in several[:3]]
+
+
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The first four, each split once."""
-    chosen: list[Candidate] = []
+    """The first four, each split once; and the cheapest one."""
+    chosen: dict[tuple[int, int], Candidate] = {}
     for candidate in candidates:
-        splits = [each.learner_gpus for each in chosen]
-        if candidate.learner_gpus not in splits:
-            chosen.append(candidate)
-    return chosen[:4]
+        chosen.setdefault((candidate.shape.gpus, candidate.learner_gpus), candidate)
+    first = list(chosen.values())[:SHOWN]
+    cheapest = min(chosen.values(), key=lambda each: each.gpu_s_per_token)
+    if cheapest not in first and len({each.shape.gpus for each in chosen.values()}) > 1:
+        first.append(cheapest)
+    return first
 
 
-def _splits(cluster: Cluster) -> list[int]:
-    """GPUs of the learner, so that whole engines use the others."""
-    assert cluster.gpus is not None
-    unit = cluster.engine_gpus
-    first = cluster.gpus % unit or unit
-    possible = range(first, cluster.gpus - unit + 1, unit)
-    every = [gpus for gpus in possible if gpus >= cluster.fewest_learner_gpus]
-    stride = -(-len(every) // MOST_SPLITS) or 1
-    return every[::stride]
+def _candidate(shape: Shape, scenario: Scenario, *, small: bool) -> Candidate:
+    return Candidate(shape, scenario, simulate(smaller(scenario) if small else scenario))
 
 
-def _candidate(
-    scenario: Scenario, learner_gpus: int, cluster: Cluster, *, small: bool
-) -> Candidate:
-    engine_gpus = scenario.num_engines * cluster.engine_gpus
-    outcome = simulate(smaller(scenario) if small else scenario)
-    return Candidate(learner_gpus, engine_gpus, scenario, outcome)
-
-
-def _on_all_gpus(scenario: Scenario, cluster: Cluster) -> Scenario:
+def _on_all_gpus(scenario: Scenario, cluster: Cluster, shape: Shape) -> Scenario:
     """Synchronous and colocated: both sides on all GPUs."""
-    assert cluster.gpus is not None
-    whole = split_of(scenario, replace(cluster, gpus=2 * cluster.gpus), cluster.gpus, 0)
-    return replace(whole, colocated=True)
+    gpus = shape.gpus - shape.gpus % shape.engine_gpus
+    gpus -= gpus % shape.tensor_parallel
+    both = replace(shape, gpus=2 * gpus, learner_gpus=max(gpus, shape.tensor_parallel))
+    return replace(scenario_of_shape(scenario, cluster, both, 0), colocated=True)
 
 
-def _sensitivity(best: Candidate, cluster: Cluster) -> Iterator[tuple[str, float]]:
+def _sensitivity(best: Candidate) -> Iterator[tuple[str, float]]:
     """What if an assumption is wrong: step time over that of the best split."""
     scenario = best.scenario
     before = simulate(smaller(scenario)).step_s
@@ -204,13 +319,13 @@ def _sensitivity(best: Candidate, cluster: Cluster) -> Iterator[tuple[str, float
         scenario.lengths,
         mean_tokens=min(2 * scenario.lengths.mean_tokens, 0.9 * scenario.lengths.max_tokens),
     )
-    lost = max(1, NODE_GPUS // cluster.engine_gpus)
+    lost = max(1, NODE_GPUS // best.shape.engine_gpus)
     changes: dict[str, Scenario] = {
         "responses twice as long": replace(scenario, lengths=longer),
         "acceptance 30 %": replace(scenario, acceptance=(0.3, 0.3)),
     }
     if scenario.num_engines > lost:
-        name = f"{lost} of {scenario.num_engines} engines lost"
+        name = f"one node lost ({lost} of {scenario.num_engines} engines)"
         changes[name] = replace(scenario, num_engines=scenario.num_engines - lost)
     longest = scenario.prompt_tokens + scenario.lengths.max_tokens
     if longest <= scenario.engine.kv_tokens / 2 < float("inf"):
@@ -218,13 +333,3 @@ def _sensitivity(best: Candidate, cluster: Cluster) -> Iterator[tuple[str, float
         changes["half of the KV cache"] = replace(scenario, engine=half)
     for name, changed in changes.items():
         yield name, simulate(smaller(changed)).step_s / before
-
-
-def _resized(step_s: tuple[float, ...], slots: int) -> tuple[float, ...]:
-    """Step times for another number of slots; along the line of the last quarter above it."""
-    if slots < len(step_s):
-        return step_s[: slots + 1]
-    quarter = max(1, len(step_s) // 4)
-    slope = (step_s[-1] - step_s[-1 - quarter]) / quarter
-    more = (step_s[-1] + slope * (n - len(step_s) + 1) for n in range(len(step_s), slots + 1))
-    return (*step_s, *more)

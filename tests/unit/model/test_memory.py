@@ -10,8 +10,15 @@ import torch
 from gloo import on_ranks
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner import LearnerRank, predict_memory
-from dapo_async.model import Mesh, ModelConfig, PackedAttention, build_decoder, shard_of
+from dapo_async.learner import LearnerRank
+from dapo_async.model import (
+    Mesh,
+    ModelConfig,
+    PackedAttention,
+    build_decoder,
+    predict_memory,
+    shard_of,
+)
 
 SIZES = {
     "model_type": "qwen2",

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from dapo_async.model.cost import train_flops
 from dapo_async.planner.cost_model import (
     Efficiency,
-    PlannedModel,
+    Training,
     engine_speed,
     fewest_learner_gpus,
-    find_gpu,
     learner_speed,
-    model_of,
-    read_model,
+    publish_times,
+    rank_bytes,
 )
+from dapo_async.planner.hardware import find_gpu
+from dapo_async.planner.planned_model import PlannedModel, model_of, read_model
 from dapo_async.planner.settings import read_scenario
 
 QWEN3: dict[str, Any] = {
@@ -61,6 +63,10 @@ QWEN3_30B_A3B = {
 }
 SMALL, MIDDLE, MIXTURE = map(model_of, (QWEN3_06B, QWEN3_4B, QWEN3_30B_A3B))
 H100, USUAL = find_gpu("H100"), Efficiency()
+SIMPLE = Efficiency(minibatch_s=0.0)
+WORK = Training(
+    prompt_tokens=200, response_tokens=3000, longest_tokens=8000, group_size=16, groups=64
+)
 
 
 @pytest.mark.parametrize(
@@ -79,15 +85,10 @@ def test_training_at_a_published_mfu_has_the_published_rate(
     context: int, mfu: float, tokens_per_s: float
 ) -> None:
     """prime-rl, Qwen3-0.6B on one H100."""
-    speed = learner_speed(
-        SMALL,
-        H100,
-        gpus=1,
-        prompt_tokens=0,
-        response_tokens=context,
-        group_size=1,
-        efficiency=Efficiency(mfu=mfu),
+    work = Training(
+        prompt_tokens=0, response_tokens=context, longest_tokens=context, group_size=1, groups=1
     )
+    speed = learner_speed(SMALL, H100, work, gpus=1, efficiency=Efficiency(mfu=mfu))
     assert 1 / speed.token_s == pytest.approx(tokens_per_s, rel=0.01)
 
 
@@ -126,25 +127,112 @@ def test_more_gpus_per_engine_and_better_hardware_are_faster(model: PlannedModel
     assert step_s("H200", 2) < step_s("H100", 2) < step_s("A100", 2)
 
 
-def test_a_learner_twice_as_large_is_twice_as_fast() -> None:
-    def token_s(gpus: int, response: int) -> float:
-        return learner_speed(
-            MIDDLE,
-            H100,
-            gpus=gpus,
-            prompt_tokens=200,
-            response_tokens=response,
-            group_size=8,
-            efficiency=USUAL,
-        ).token_s
+def test_published_mfu_counts_attention_by_the_hidden_size() -> None:
+    """prime-rl, 64k tokens: 12 · layers · hidden · context, not halved for the causal mask.
 
-    assert token_s(8, 1000) == pytest.approx(2 * token_s(16, 1000))
+    That equals the causal count where heads · head_dim is twice the hidden size, as in Qwen3-0.6B.
+    In Qwen3-4B it is 1.6 times the hidden size, so the published count is 18 % higher.
+    """
+    for model, published, ratio in ((SMALL, 2.612e10, 1.0), (MIDDLE, 9.67e10, 1.178)):
+        used = model.used
+        attention = 12 * used.num_layers * used.hidden_size * 65_536
+        assert 6 * model.num_parameters + attention == pytest.approx(published, rel=0.002)
+        counted = train_flops(used, [(0, [65_536])]) / 65_536
+        assert published / counted == pytest.approx(ratio, rel=0.003)
+
+
+def test_a_compute_bound_learner_twice_as_large_is_twice_as_fast() -> None:
+    def token_s(gpus: int, response: int = 1000) -> float:
+        work = replace(WORK, response_tokens=response, microbatch_tokens=100_000)
+        return learner_speed(MIDDLE, H100, work, gpus=gpus, efficiency=USUAL).token_s
+
+    assert token_s(2) == pytest.approx(2 * token_s(4))
     assert token_s(8, 8000) > 1.1 * token_s(8, 1000), "attention grows with the response"
 
 
+def test_many_gpus_are_limited_by_the_exchange_of_parameters() -> None:
+    """Each pass gathers 8 bytes per parameter, and every rank has at least one pass."""
+
+    def minibatch_s(gpus: int, tensor_parallel: int = 1) -> float:
+        speed = learner_speed(
+            MIDDLE, H100, WORK, gpus=gpus, tensor_parallel=tensor_parallel, efficiency=SIMPLE
+        )
+        return speed.token_s * WORK.tokens
+
+    one_pass = 255 / 256 * 8 * MIDDLE.num_parameters / 25e9
+    assert minibatch_s(256) == pytest.approx(one_pass, rel=1e-6)
+    assert minibatch_s(512) == pytest.approx(one_pass, rel=0.01), "more GPUs change nothing"
+    assert minibatch_s(8) > 4 * minibatch_s(256)
+    assert minibatch_s(8, 8) > minibatch_s(8), "tensor parallelism exchanges tokens"
+
+
+def test_the_optimizer_and_launches_are_the_fixed_time_of_a_minibatch() -> None:
+    speed = learner_speed(MIDDLE, H100, WORK, gpus=8, efficiency=USUAL)
+    optimizer_s = 32 * MIDDLE.num_parameters / 8 / 3.35e12
+    assert speed.fixed_s == pytest.approx(0.2 + optimizer_s)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_publish_takes_the_time_of_its_bytes(disk: bool) -> None:
+    seconds, pause_s = publish_times(MIDDLE, disk=disk, efficiency=USUAL)
+    once_s = MIDDLE.weights_bytes / (2e9 if disk else 4e9)
+    assert pause_s == pytest.approx(once_s), "an engine stands still while it receives or reads"
+    assert seconds == pytest.approx(2.0 + (2 if disk else 1) * once_s), "a disk is also written"
+
+
 def test_memory_sets_the_fewest_gpus_of_the_learner() -> None:
-    assert fewest_learner_gpus(MIDDLE, H100, USUAL) == 2  # 64.4 GB, 56 GB of each GPU
-    assert fewest_learner_gpus(MIXTURE, H100, USUAL) == 9
+    fewest = fewest_learner_gpus(MIDDLE, H100, WORK, efficiency=USUAL)
+    assert fewest == 2
+    assert rank_bytes(MIDDLE, WORK, gpus=1, tensor_parallel=1) > 0.9 * 80e9
+    assert 16 * MIDDLE.num_parameters / 2 < rank_bytes(MIDDLE, WORK, gpus=2, tensor_parallel=1)
+    longer = replace(WORK, longest_tokens=200_000, recompute=False)
+    with pytest.raises(ValueError, match="does not fit a H100 with microbatches of 200200 tokens"):
+        fewest_learner_gpus(MIDDLE, H100, longer, efficiency=USUAL)
+    assert fewest_learner_gpus(
+        MIXTURE, H100, WORK, efficiency=USUAL
+    ) > 16 * MIXTURE.num_parameters / (0.9 * 80e9)
+
+
+def test_tensor_parallel_ranks_hold_fewer_activations() -> None:
+    split, whole = (rank_bytes(MIDDLE, WORK, gpus=8, tensor_parallel=ranks) for ranks in (8, 1))
+    assert split < 0.7 * whole
+
+
+def test_a_file_describes_another_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "gpus.yaml"
+    file.write_text("{MI300X: {tflops: 1307, tb_per_s: 5.3, memory_gb: 192, link_gb_per_s: 448}}")
+    gpu = find_gpu("MI300X", file)
+    assert (gpu.peak.flops_per_s, gpu.memory_bytes) == (1307e12, 192e9)
+    assert find_gpu("H100", file) == H100
+    values = scenario_values(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    values["model"] = {"path": "config.json", "gpu": "MI300X", "hardware": "gpus.yaml"}
+    scenario, _ = read_scenario(values, folder=tmp_path)
+    assert scenario.engine.step_s[1] == pytest.approx(0.002 + MIDDLE.read_bytes(1) / 5.3e12 / 0.6)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{MI300X: {tflops: 1307}}", "MI300X must have exactly tflops, tb_per_s"),
+        ("[1]", "must hold GPUs by name"),
+        (
+            "{A: {tflops: x, tb_per_s: 1, memory_gb: 1, link_gb_per_s: 1}}",
+            "A.tflops \\('x'\\) must",
+        ),
+        ("{", "is not valid YAML"),
+        (None, "can't be read"),
+    ],
+)
+def test_a_wrong_hardware_file_is_refused_in_one_line(
+    content: str | None, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "gpus.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=says) as raised:
+        find_gpu("MI300X", file)
+    assert "\n" not in str(raised.value)
 
 
 def scenario_values(path: Path, **engine: Any) -> dict[str, Any]:
@@ -163,7 +251,9 @@ def test_a_scenario_with_a_model_needs_no_rates_and_keeps_measured_ones(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
     scenario, cluster = read_scenario(scenario_values(tmp_path))
     assert scenario.engine == engine_speed(MIDDLE, H100, gpus=1, slots=64, efficiency=USUAL)
-    assert cluster.fewest_learner_gpus == 2
+    assert not cluster.rates.learner_fits(gpus=1, tensor_parallel=1)
+    assert cluster.rates.learner_fits(gpus=2, tensor_parallel=1)
+    assert scenario.publish_s == pytest.approx(2 + MIDDLE.weights_bytes / 4e9)
     measured, _ = read_scenario(scenario_values(tmp_path / "config.json", prefill_s=3e-5))
     assert measured.engine == replace(scenario.engine, prefill_s=3e-5)
     assert measured.train_s == scenario.train_s
@@ -176,6 +266,10 @@ def test_a_scenario_with_a_model_needs_no_rates_and_keeps_measured_ones(tmp_path
         ({"path": "/none"}, "has no config.json"),
         ({"mfu": 0}, "model.mfu \\(0\\) must be above 0"),
         ({"flops": 3}, "unknown key model.flops"),
+        ({"transport": "rdma"}, "model.transport \\('rdma'\\) must be one of broadcast, disk"),
+        ({"recompute": 3}, "model.recompute \\(3\\) must be true or false"),
+        ({"microbatch_tokens": 0}, "model.microbatch_tokens \\(0\\) must be a whole number"),
+        ({"sync_gb_per_s": 0}, "model.sync_gb_per_s \\(0\\) must be above 0"),
     ],
 )
 def test_a_wrong_model_section_is_refused_in_one_line(

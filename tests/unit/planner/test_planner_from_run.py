@@ -69,7 +69,7 @@ def test_a_run_is_simulated_as_it_was_measured(tmp_path: Path) -> None:
     assert values["learner"]["token_s"] == pytest.approx(3.0 / TOKENS)
     assert set(values["lengths"]["samples"]) == {150.0, 250.0}
     scenario, cluster = read_scenario(values)
-    assert (cluster.gpus, cluster.learner_gpus, scenario.acceptance) == (3, 1, (0.5, 0.5))
+    assert (cluster.gpus, cluster.rates.learner_gpus, scenario.acceptance) == ((3,), 1, (0.5, 0.5))
     outcome = simulate(scenario)
     assert outcome.step_s == pytest.approx(STEP_S, rel=0.1)
     assert outcome.learner["train"] == pytest.approx(1 - IDLE, abs=0.08)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from dapo_async.cli.main import main
 from dapo_async.planner.closed_forms import closed_forms
 from dapo_async.planner.engine import EngineSpeed
 from dapo_async.planner.screens import overrides
-from dapo_async.planner.settings import Cluster, read_scenario, read_scenario_file, step_table
+from dapo_async.planner.settings import read_scenario, read_scenario_file, step_table
 from dapo_async.planner.simulator import simulate
-from dapo_async.planner.sweep import Plan, find_plan, ranked, smaller, split_of
+from dapo_async.planner.sweep import Plan, Shape, find_plan, ranked, scenario_of_shape, smaller
 
 EXAMPLE = ROOT / "docs" / "examples" / "plan_7b_64gpus.yaml"
 
@@ -31,7 +32,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "steps": 24,
         "warm_up_steps": 8,
         "engine": {"slots": 32, "step_s": 0.02},
-        "learner": {"token_s": 1e-4, "gpus": 4},
+        "learner": {"token_s": 1e-4, "gpus": 4, "scaling": 1.0},
         "lengths": {"mean": 300, "max": 1000, "tail": 0.5},
         "replay": {"groups_per_step": 32, "group_size": 4, "max_staleness": 2},
         "plan": {"gpus": 8, "max_staleness": [2], "gpu_hour": 2.0},
@@ -49,11 +50,16 @@ def plan_of(**changes: Any) -> Plan:
     return find_plan(*read_scenario(values(**changes)))
 
 
+@cache
+def usual_plan() -> Plan:
+    return plan_of()
+
+
 def test_the_example_file_is_read_and_no_key_lacks_its_line_in_the_docs() -> None:
     from dapo_async.planner.settings import KEYS, MODEL_KEYS, PLAN_KEYS, TOP
 
     scenario, cluster = read_scenario_file(EXAMPLE)
-    assert (scenario.num_engines, cluster.gpus) == (48, 64)
+    assert (scenario.num_engines, cluster.gpus) == (48, (64,))
     page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
     _, page = page.split("## Keys of a scenario")
     lines = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
@@ -90,6 +96,13 @@ def test_step_times_are_linear_between_the_measured_points() -> None:
         ({"engines": 0}, "engines \\(0\\) must be a whole number of at least 1"),
         ({"engine__kv_tokens": 500}, "the KV cache of an engine holds 500 tokens"),
         ({"learner": 5}, "learner \\(5\\) must be a section of keys"),
+        ({"learner__scaling": 1.5}, "learner.scaling \\(1.5\\) must be from 0 to 1"),
+        ({"learner__token_s": {}}, "must give positive seconds per token by GPUs"),
+        ({"learner__token_s": {4: 0}}, "must give positive seconds per token by GPUs"),
+        ({"control": {"fetch_s": -1}}, "control.fetch_s \\(-1\\) must be a number of at least 0"),
+        ({"plan__weight_update": ["pause"]}, "plan.weight_update \\('pause'\\) must be one of rec"),
+        ({"plan__slots": []}, "plan.slots is empty"),
+        ({"plan__gpus": [8, 0]}, "plan.gpus \\(0\\) must be a whole number of at least 1"),
     ],
 )
 def test_a_wrong_scenario_is_refused_in_one_line(changes: Mapping[str, Any], says: str) -> None:
@@ -104,6 +117,8 @@ def test_a_wrong_scenario_is_refused_in_one_line(changes: Mapping[str, Any], say
         ({"plan": None}, "has no section plan"),
         ({"plan": {"gpus": 1}}, "leaves no GPU for one side"),
         ({"engine__gpus": 8}, "leaves no GPU for one side: an engine takes 8"),
+        ({"plan__engine_gpus": [2]}, "rates hold for engines of 1 GPUs, not of 2; add the section"),
+        ({"plan__tensor_parallel": [2]}, "rates hold for a learner of 1 tensor-parallel ranks"),
     ],
 )
 def test_a_cluster_that_cannot_be_split_is_refused(changes: Mapping[str, Any], says: str) -> None:
@@ -146,20 +161,96 @@ def test_a_smaller_fleet_has_about_the_same_step_time() -> None:
     assert small.num_engines < 8
     assert simulate(small).step_s == pytest.approx(simulate(scenario).step_s, rel=0.1)
     assert closed_forms(small).step_s == pytest.approx(closed_forms(scenario).step_s, rel=0.05)
-    assert cluster == Cluster(
-        engine_gpus=1, learner_gpus=4, gpus=8, max_staleness=(2,), slots=(32,), gpu_hour=2.0
-    )
+    assert (cluster.gpus, cluster.engine_gpus, cluster.tensor_parallel) == ((8,), (1,), (1,))
+    assert (cluster.max_staleness, cluster.slots, cluster.gpu_hour) == ((2,), (32,), 2.0)
+    assert cluster.weight_update == ("recompute",)
 
 
 def test_a_split_moves_gpus_from_one_side_to_the_other() -> None:
     scenario, cluster = read_scenario(values())
-    other = split_of(scenario, cluster, 2, 1, 64)
+    shape = Shape(gpus=8, learner_gpus=2, tensor_parallel=1, engine_gpus=1, slots=64)
+    other = scenario_of_shape(scenario, cluster, shape, 1)
     assert (other.num_engines, other.max_staleness, other.engine.num_slots) == (6, 1, 64)
     assert other.train_s == pytest.approx(2 * scenario.train_s)
 
 
+def test_measured_points_say_how_the_learner_scales() -> None:
+    scenario, cluster = read_scenario(values(learner__token_s={2: 4e-4, 8: 1.6e-4}))
+    assert scenario.learner.token_s == pytest.approx(4e-4 / 2.5**0.5)
+    assert cluster.rates.learner_at(gpus=8, tensor_parallel=1).token_s == pytest.approx(1.6e-4)
+    assert cluster.rates.learner_at(gpus=32, tensor_parallel=1).token_s == pytest.approx(6.4e-5)
+
+
+def test_without_points_the_time_of_a_token_falls_with_a_power_of_the_gpus() -> None:
+    _, cluster = read_scenario(values(learner__scaling=0.75))
+    assert cluster.rates.learner_at(gpus=16, tensor_parallel=1).token_s == pytest.approx(
+        1e-4 / 4**0.75
+    )
+
+
+def test_a_longer_fetch_lengthens_a_step_that_the_learner_limits() -> None:
+    learner = {"token_s": 4e-4, "minibatches": 2}
+    quick, _ = read_scenario(values(learner=learner))
+    slow, _ = read_scenario(
+        values(learner=learner, control={"fetch_s": 0.4, "snapshot_s": 0.3}),
+    )
+    before, after = simulate(quick), simulate(slow)
+    assert before.learner["train"] > 0.99
+    assert after.step_s == pytest.approx(before.step_s + 2 * 0.4 + 0.3, rel=0.01)
+    assert closed_forms(slow).step_s == pytest.approx(after.step_s, rel=0.02)
+    assert after.learner["other"] == pytest.approx(1.1 / after.step_s, rel=0.02)
+
+
+def test_a_plan_sweeps_update_modes_and_numbers_of_gpus() -> None:
+    plan = plan_of(
+        engine={"slots": 32, "step_s": 0.02, "prefill_s": 5e-4},
+        plan={"gpus": [6, 8], "max_staleness": [2], "weight_update": ["recompute", "keep_kv"]},
+    )
+    assert {each.shape.gpus for each in plan.tried} == {6, 8}
+    assert plan.best.scenario.weight_update == "keep_kv", "recomputing takes time here"
+    assert plan.best.shape.gpus == 8
+    cheapest = plan.cheapest
+    assert cheapest.gpu_s_per_token == min(each.gpu_s_per_token for each in plan.candidates)
+
+
+def test_a_model_lets_a_plan_choose_both_tensor_parallel_sizes(tmp_path: Path) -> None:
+    model = {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1e6,
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27_648,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    content = {
+        **values(),
+        "model": {"path": "config.json", "gpu": "H100"},
+        "engine": {"slots": 64, "gpus": 4},
+        "learner": {"gpus": 16},
+        "lengths": {"mean": 2000, "max": 24_000},
+        "plan": {
+            "gpus": 32,
+            "max_staleness": [2],
+            "engine_gpus": [1, 4],
+            "tensor_parallel": [1, 8],
+        },
+    }
+    plan = find_plan(*read_scenario(content, folder=tmp_path))
+    assert plan.left_out["the memory of an engine"] > 0, "one GPU holds no whole response"
+    assert plan.left_out["the memory of the learner"] > 0
+    assert plan.best.shape.engine_gpus == 4
+    loaded = knobs.load(ROOT / "configs" / "quickstart.yaml", overrides(plan), files=False)
+    assert loaded.learner.tensor_parallel == plan.best.shape.tensor_parallel
+
+
 def test_of_equally_fast_candidates_the_fresher_one_is_first() -> None:
-    plan = plan_of()
+    plan = usual_plan()
     best = plan.best
     staler = replace(best, outcome=replace(best.outcome, staleness=5.0, step_s=best.step_s * 0.99))
     slower = replace(best, outcome=replace(best.outcome, step_s=best.step_s * 1.5))
@@ -167,7 +258,7 @@ def test_of_equally_fast_candidates_the_fresher_one_is_first() -> None:
 
 
 def test_train_accepts_the_overrides_of_a_plan(tmp_path: Path) -> None:
-    plan = plan_of()
+    plan = usual_plan()
     loaded = knobs.load(ROOT / "configs" / "quickstart.yaml", overrides(plan), files=False)
     assert loaded.rollout.num_workers == plan.best.scenario.num_engines
     assert loaded.learner.data_parallel == plan.best.learner_gpus

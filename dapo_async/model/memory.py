@@ -1,6 +1,7 @@
-"""Predicts the memory of a learner rank, by part, before it is started (`--dry-run`).
+"""Predicts the memory of a learner rank, by part, before it is started.
 
-In: sizes of the model, the mesh and the microbatches. Out: bytes.
+In: sizes of the model, the mesh and the microbatches. Out: bytes. `train --dry-run` and the planner
+call it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dapo_async.model import Decoder, ModelConfig
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
+from dapo_async.model.parameters import Shape, parameter_shapes
 
 FLOAT32 = 4  # bytes
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +152,7 @@ def predict_memory(
         width=activations.itemsize,
         cuda=cuda,
     )
-    with torch.device("meta"):
-        shapes = {name: tuple(each.shape) for name, each in Decoder(model).named_parameters()}
+    shapes = parameter_shapes(model)
     on_tp = {
         name: _part(shape, split_dim(name, tp=tp, num_kv_heads=model.num_kv_heads), tp)
         for name, shape in shapes.items()
