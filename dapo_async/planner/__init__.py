@@ -16,6 +16,7 @@ rates        both sides on other numbers of GPUs
 settings     reads a scenario file
 from_run     a scenario from the last steps of a run
 inputs       a scenario from a file or from a run
+recipe       a config for `train` with the split of a plan
 sweep        finds the split of a cluster
 screens      what the commands print and write
 """

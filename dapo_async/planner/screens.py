@@ -47,12 +47,12 @@ def simulation_lines(scenario: Scenario, outcome: Outcome) -> Iterator[str]:
 
 def measured_line(measured: Measured, outcome: Outcome) -> str:
     """A run's own figures beside those of its simulation."""
-    idle_learner = 1 - outcome.learner["train"]
+    simulated_idle = idle_learner(outcome)
     return (
         f"measured   {measured.step_s:.4g} s per step in the last {measured.steps}, simulated "
         f"{outcome.step_s:.4g} s ({outcome.step_s / measured.step_s - 1:+.0%}); staleness "
         f"{measured.staleness:.2f}, simulated {outcome.staleness:.2f}; idle learner "
-        f"{measured.idle_learner:.0%}, simulated {idle_learner:.0%}"
+        f"{measured.idle_learner:.0%}, simulated {simulated_idle:.0%}"
     )
 
 
@@ -90,7 +90,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"expected   {outcome.step_s:.4g} s per step, {outcome.trained_tokens_per_s:,.0f} trained "
         f"tokens/s, staleness {outcome.staleness:.2f}{price(plan, best)}"
     )
-    yield f"idle       learner {1 - outcome.learner['train']:.0%}, slots {idle(outcome):.0%}"
+    yield f"idle       learner {idle_learner(outcome):.0%}, slots {idle(outcome):.0%}"
     yield from closed_form_lines(scenario, outcome, best)
     yield from _synchronous_lines(plan)
     yield from _other_lines(plan)
@@ -154,7 +154,7 @@ def _other_lines(plan: Plan) -> Iterator[str]:
             f"           {learner:>17}  {engines:>18}  {shape.slots:>5}  "
             f"{each.scenario.max_staleness:>5}  {each.scenario.weight_update:<9}  "
             f"{each.step_s:>6.4g}  {figures.staleness:>9.2f}  "
-            f"{1 - figures.learner['train']:>12.0%}  {idle(figures):>5.0%}  "
+            f"{idle_learner(figures):>12.0%}  {idle(figures):>5.0%}  "
             f"{1000 * each.gpu_s_per_token:>22.3g}"
         )
     cheapest = plan.cheapest
@@ -186,6 +186,11 @@ def reason(candidate: Candidate) -> str:
         f"both sides are about equally fast: the learner works {outcome.learner['train']:.0%} of "
         f"the time, {outcome.engines['running']:.0%} of the slots run"
     )
+
+
+def idle_learner(outcome: Outcome) -> float:
+    """Share of the time in which the learner does not train."""
+    return max(0.0, 1 - outcome.learner["train"])
 
 
 def idle(outcome: Outcome) -> float:

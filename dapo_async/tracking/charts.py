@@ -150,7 +150,7 @@ def draw(axes: Axes, shown: Sequence[Trace], *, alone: bool) -> None:
 def chart(shown: Sequence[Trace], *, alone: bool) -> Chart:
     """The traces of one panel as SVG, without a legend."""
     with project_style():
-        figure, axes = _figure(WIDTH, HEIGHT, MARGINS)
+        figure, axes = svg_figure(WIDTH, HEIGHT, MARGINS)
         draw(axes, shown, alone=alone)
         axes.set_xlabel("learner step")
         whole_steps(axes)
@@ -212,7 +212,7 @@ def pass_rate_chart(rates: PassRates, *, across: str) -> Chart | None:
         slanted = max(map(len, rates.evaluations)) > 8
         height = 60.0 + min(230.0, max(60.0, 2.0 * len(lines))) + (40.0 if slanted else 0.0)
         margins = {"left": 26.0, "right": 8.0, "top": 6.0, "bottom": 70.0 if slanted else 30.0}
-        figure, axes = _figure(WIDTH, height, margins)
+        figure, axes = svg_figure(WIDTH, height, margins)
         colours = mpl.colormaps["YlGnBu"].with_extremes(bad="0.75")
         axes.imshow(lines, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap=colours)
         axes.grid(visible=False)
@@ -272,7 +272,7 @@ def legend(shown: Sequence[Trace], *, alone: bool) -> list[tuple[str, str, str, 
     return entries
 
 
-def _figure(width: float, height: float, margins: dict[str, float]) -> tuple[Figure, Axes]:
+def svg_figure(width: float, height: float, margins: dict[str, float]) -> tuple[Figure, Axes]:
     """A figure of points at 72 dpi, so that its coordinates are those of the SVG."""
     from matplotlib.figure import Figure
 

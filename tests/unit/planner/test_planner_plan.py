@@ -15,9 +15,10 @@ from paths import ROOT
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
-from dapo_async.planner.closed_forms import closed_forms
+from dapo_async.planner.closed_forms import balanced_share, closed_forms
 from dapo_async.planner.engine import EngineSpeed
-from dapo_async.planner.screens import overrides
+from dapo_async.planner.recipe import planned_config
+from dapo_async.planner.screens import closed_form_lines, overrides
 from dapo_async.planner.settings import read_scenario, read_scenario_file, step_table
 from dapo_async.planner.simulator import simulate
 from dapo_async.planner.sweep import Plan, Shape, find_plan, ranked, scenario_of_shape, smaller
@@ -275,11 +276,74 @@ def test_the_commands_print_and_write_their_figures(
     assert len(written["steps"]) == 24
     assert main(["simulate", str(EXAMPLE)]) == 0
     capsys.readouterr()
-    assert main(["plan", str(file), "--json", str(out)]) == 0
+    page, config = tmp_path / "plan.html", tmp_path / "planned.yaml"
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    arguments = ["plan", str(file), "--json", str(out), "--html", str(page)]
+    arguments += ["--config", str(config), "--recipe", str(quickstart)]
+    assert main([*arguments, "--cost-per-gpu-hour", "4"]) == 0
     written, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert printed.startswith("split      ")
     assert "per million tokens" in printed
     assert f"learner.data_parallel={written['candidates'][0]['learner_gpus']}" in printed
+    planned, recipe = knobs.load(config), knobs.load(quickstart)
+    assert planned.rollout.num_workers == written["candidates"][0]["num_engines"]
+    assert (planned.data, planned.algorithm) == (recipe.data, recipe.algorithm)
+    check_plan_page(page.read_text())
+
+
+def check_plan_page(content: str) -> None:
+    """It has its pictures and tables, and fetches nothing."""
+    assert content.count('<svg class="plot"') == 3
+    for part in ("Frontier", "Staleness", "Both sides over time", "Overrides for dapo-async train"):
+        assert part in content
+    assert "http://" not in content.replace("http://www.w3.org", "")
+    assert "<img" not in content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--html", "plan.pdf"], "--html plan.pdf must end with .html"),
+        (["--config", "out.yaml"], "--config needs --recipe CONFIG"),
+        (["--recipe", "configs/quickstart.yaml"], "--recipe is for --config OUT"),
+        (["--config", "out.yaml", "--recipe", "none.yaml"], "none.yaml"),
+        (["--cost-per-gpu-hour", "-1"], "--cost-per-gpu-hour (-1) must be above 0"),
+    ],
+)
+def test_wrong_options_of_plan_are_refused_before_anything_is_simulated(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(EXAMPLE), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_a_config_that_does_not_accept_the_split_is_named() -> None:
+    with pytest.raises(ValueError, match=r"quickstart\.yaml does not accept the split: "):
+        planned_config(ROOT / "configs" / "quickstart.yaml", ["rollout.tensor_parallel=4"])
+
+
+def test_closed_forms_stand_beside_the_simulation_and_differences_are_explained() -> None:
+    free, _ = read_scenario(values(learner__token_s=1e-6))
+    tight, _ = read_scenario(values(learner__token_s=1e-6, engine__kv_tokens=1500))
+    for scenario in (free, tight):
+        outcome, forms = simulate(scenario), closed_forms(scenario)
+        lines = list(closed_form_lines(scenario, outcome))
+        assert f"step {forms.step_s:.4g} s ({outcome.step_s:.4g})" in lines[0]
+        is_close = abs(outcome.step_s / forms.step_s - 1) <= 0.1
+        explained = any("staleness" not in line for line in lines[1:])
+        assert explained == (not is_close)
+    assert closed_forms(tight).step_s > 2 * closed_forms(free).step_s, "the forms know the KV cache"
+
+
+def test_the_balance_point_is_where_both_sides_take_equally_long() -> None:
+    scenario, cluster = read_scenario(values(engine__slots=16))
+    share = balanced_share(scenario, engine_gpus=4, learner_gpus=4)
+    forms = closed_forms(scenario)
+    trains, generates = forms.train_s * 4 / (8 * share), forms.generate_s * 4 / (8 * (1 - share))
+    assert trains == pytest.approx(generates)
+    assert cluster.gpus == (8,)
 
 
 def test_a_scenario_file_that_is_missing_is_named(
