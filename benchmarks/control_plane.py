@@ -30,6 +30,7 @@ from dapo_async.replay.group_io import pack_group
 from dapo_async.rollout import (
     EngineWork,
     GroupRequest,
+    KVUse,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
@@ -100,6 +101,9 @@ class Engine:
     def dead(self, on: bool) -> None: ...
 
     def time_use(self) -> TimeUse:
+        raise NotImplementedError
+
+    def kv_use(self) -> KVUse:
         raise NotImplementedError
 
     def work(self) -> EngineWork:

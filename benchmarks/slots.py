@@ -79,7 +79,7 @@ def shape_of(config: Config, *, max_staleness: int) -> Shape:
         factor *= 2
     return Shape(
         num_workers=rollout.num_workers // factor,
-        num_slots=rollout.num_slots,
+        num_slots=rollout.fixed_slots,
         group_size=replay.group_size,
         groups_per_step=replay.groups_per_step // factor,
         max_staleness=max_staleness,

@@ -83,6 +83,7 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
     folder. Raises ValueError for wrong input.
     """
     _check(config, options)
+    config = _with_fixed_slots(config, options)
     model = ModelConfig.from_folder(Path(config.model.path))
     torch.set_num_threads(max(1, int(config.model.num_cpus)))
     subject = _subject(config, model, options)
@@ -102,7 +103,7 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
         say(line)
     if result.rows:
         say("median (first - third quartile)")
-    if sections := scenario_of(result.rows, slots=config.rollout.num_slots):
+    if sections := scenario_of(result.rows, slots=config.rollout.fixed_slots):
         say(f"scenario  {scenario_line(sections)}")
     if options.out is not None and result.rows:
         say(f"result    {options.out}")
@@ -174,6 +175,15 @@ def _subject(config: Config, model: ModelConfig, options: BenchOptions) -> Bench
     return _rollout(config, model, options, rounds)
 
 
+def _with_fixed_slots(config: Config, options: BenchOptions) -> Config:
+    """With a number for `rollout.num_slots=auto`: what is measured must not change meanwhile."""
+    rollout = config.rollout
+    if rollout.num_slots != "auto":
+        return config
+    slots = max([rollout.fixed_slots, *(options.running or ())])
+    return replace(config, rollout=replace(rollout, num_slots=slots))
+
+
 def _rollout(
     config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
 ) -> BenchSubject:
@@ -187,10 +197,11 @@ def _rollout(
             f"the longest sequence ({max_len} tokens) must have more than {steps} tokens; "
             "raise rollout.max_response_tokens"
         )
-    running = options.running or _powers_of_4(rollout.num_slots)
-    if max(running) > rollout.num_slots:
+    slots = rollout.fixed_slots
+    running = options.running or _powers_of_4(slots)
+    if max(running) > slots:
         raise ValueError(
-            f"--running ({max(running)}) must be at most rollout.num_slots ({rollout.num_slots}); "
+            f"--running ({max(running)}) must be at most rollout.num_slots ({slots}); "
             "raise the knob or lower the option"
         )
     contexts = options.contexts or sorted(

@@ -161,7 +161,7 @@ def answering_rollout(lengths: ResponseLengths, recorded: Path | None) -> type[R
             core = AnsweringEngine(
                 decoder,
                 AnswerSource(lengths, self.model.vocab_size, groups),
-                num_slots=self._config.rollout.num_slots,
+                num_slots=self._config.rollout.fixed_slots,
                 max_len=self.max_len,
             )
             self.engine = ThreadedEngine(core, self._clock)

@@ -132,7 +132,7 @@ class TorchRolloutBench:
     @property
     def notes(self) -> list[str]:
         rollout = self.config.rollout
-        return [f"torch engine, {rollout.num_slots} slots of {self.sweep.max_len} tokens"]
+        return [f"torch engine, {rollout.fixed_slots} slots of {self.sweep.max_len} tokens"]
 
     @contextmanager
     def measuring(self) -> Iterator[Callable[[Cell], Figures]]:
@@ -143,7 +143,7 @@ class TorchRolloutBench:
             Path(config.model.path), dtype=getattr(torch, config.model.dtype), device=device
         )
         engine = TorchEngine(
-            decoder, num_slots=config.rollout.num_slots, max_len=self.sweep.max_len
+            decoder, num_slots=config.rollout.fixed_slots, max_len=self.sweep.max_len
         )
         requests = RequestMaker(self.model.vocab_size)
         kinds: dict[str, Callable[[Cell], Figures]] = {
@@ -159,13 +159,13 @@ class TorchRolloutBench:
         rollout, sweep = self.config.rollout, self.sweep
         memory = predict_engine_memory(
             self.model,
-            num_slots=rollout.num_slots,
+            num_slots=rollout.fixed_slots,
             max_len=sweep.max_len,
             num_bytes=getattr(torch, self.config.model.dtype).itemsize,
             tensor_parallel=1,
         )
         return {
-            "kv_capacity_tokens": [rollout.num_slots * sweep.max_len],
+            "kv_capacity_tokens": [rollout.fixed_slots * sweep.max_len],
             "kv_bytes": [memory.kv_all_slots],
         }
 

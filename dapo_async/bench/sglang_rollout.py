@@ -52,7 +52,7 @@ class SGLangRolloutBench:
     def notes(self) -> list[str]:
         urls = self.config.rollout.server_urls
         server = f"the server {urls[0]}" if urls else "a new SGLang server"
-        return [f"{server}, {self.config.rollout.num_slots} slots"]
+        return [f"{server}, {self.config.rollout.fixed_slots} slots"]
 
     @contextmanager
     def measuring(self) -> Iterator[Callable[[Cell], Figures]]:

@@ -252,16 +252,18 @@ def _engine_memory_line(config: Config) -> str:
     max_len = min(longest, model.max_positions)
     memory = predict_engine_memory(
         model,
-        num_slots=rollout.num_slots,
+        num_slots=rollout.fixed_slots,
         max_len=max_len,
         num_bytes=getattr(torch, config.model.dtype).itemsize,
         tensor_parallel=rollout.tensor_parallel,
     )
     need = (
         f"each engine would hold {_size(memory.weights)} of weights, and "
-        f"{_size(memory.kv_per_sequence)} of keys and values per sequence of {max_len} tokens, "
-        f"{_size(memory.kv_all_slots)} for {rollout.num_slots} of them"
+        f"{_size(memory.kv_per_sequence)} of keys and values per sequence of {max_len} tokens"
     )
+    if rollout.adapts_slots:
+        return f"{need}; it runs as many sequences as its memory and speed allow (num_slots auto)"
+    need += f", {_size(memory.kv_all_slots)} for {rollout.fixed_slots} of them"
     if rollout.engine == "torch":
         return need
     return f"{need}; with less, the SGLang server queues requests (--mem-fraction-static)"

@@ -56,8 +56,14 @@ This page is generated from `dapo_async/config/schema.py`:
 def allowed(knob: Knob) -> str:
     """Type and allowed values of a knob, such as `integer, at least 1` or `token | sequence`."""
     options = [option for option in _options(knob.type) if option is not NoneType]
+    words = [
+        str(value)
+        for option in options
+        if get_origin(option) is Literal
+        for value in get_args(option)
+    ]
     if get_origin(options[0]) is Literal:
-        text = " | ".join(str(value) for value in get_args(options[0]))
+        text, words = " | ".join(words), []
     elif get_origin(options[0]) is tuple:
         text = "[number or null, number or null]"
     else:
@@ -69,8 +75,8 @@ def allowed(knob: Knob) -> str:
         text += ", positive"
     if bounds.most is not None:
         text += f", at most {bounds.most.value:,.0f}"
-    nullable = NoneType in _options(knob.type)
-    return text + (" | null" if nullable else "")
+    words += ["null"] if NoneType in _options(knob.type) else []
+    return " | ".join([text, *words])
 
 
 def listing(config: Config | None = None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
 REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
+AUTO_SLOTS = 64  # of an engine with a fixed number of slots, with rollout.num_slots=auto
 MAX_RESTARTS = 3  # of one worker's engine; the next fault ends the run
 STOP_S = 10.0  # how long each part of a run's end may take: actors, MLflow, Ray
 PROCESS = "each one is a process"
@@ -247,9 +248,10 @@ class RolloutConfig:
         "further flags of the SGLang servers, such as --mem-fraction-static 0.8; they replace "
         "equal flags of the run",
     )
-    num_slots: int = knob(
-        64,
-        "number of sequences that one engine generates at the same time",
+    num_slots: int | Literal["auto"] = knob(
+        "auto",
+        "number of sequences that one engine generates at the same time; auto: an SGLang engine "
+        "finds it while it runs, from its KV memory, queue and speed, and the native engine has 64",
         least=1,
         most=(100_000, "the KV cache of each slot takes memory"),
     )
@@ -270,6 +272,16 @@ class RolloutConfig:
         "running responses when weights change: compute their keys and values (KV) again "
         "(recompute), keep the KV of the old weights (keep_kv), or finish them first (drain)",
     )
+
+    @property
+    def fixed_slots(self) -> int:
+        """The slots of an engine whose number does not change; `auto` stands for 64."""
+        return AUTO_SLOTS if self.num_slots == "auto" else self.num_slots
+
+    @property
+    def adapts_slots(self) -> bool:
+        """Whether each engine finds the number of its slots while it runs."""
+        return self.num_slots == "auto" and self.engine == "sglang"
 
     @property
     def server_urls(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def _number_rules(config: Config) -> Iterator[Rule]:
                     f"{name} ({number}) must be a finite number, below 2^63 in size",
                 )
     for knob in knobs():
-        if values[knob.name] is not None:
+        if isinstance(values[knob.name], int | float):
             yield from _bound_rules(knob, values[knob.name])
     num_cpus = config.model.num_cpus
     yield (
@@ -111,8 +111,8 @@ def _exists(source: Source, *, pattern: bool = True) -> bool:
 def _cross_rules(config: Config) -> Iterator[Rule]:
     rollout, replay = config.rollout, config.replay
     yield (
-        rollout.num_slots >= replay.group_size,
-        f"rollout.num_slots ({rollout.num_slots}) must be at least replay.group_size "
+        rollout.adapts_slots or rollout.fixed_slots >= replay.group_size,
+        f"rollout.num_slots ({rollout.fixed_slots}) must be at least replay.group_size "
         f"({replay.group_size}), so that all rollouts of a group can run together",
     )
     yield (

@@ -80,7 +80,8 @@ def _torch_engine(config: Config, checkpoint: Path, max_len: int) -> ThreadedEng
     device = config.model.torch_device
     decoder = load_decoder(checkpoint, dtype=getattr(torch, config.model.dtype), device=device)
     return ThreadedEngine(
-        TorchEngine(decoder, num_slots=rollout.num_slots, max_len=max_len), StateClock("evaluation")
+        TorchEngine(decoder, num_slots=rollout.fixed_slots, max_len=max_len),
+        StateClock("evaluation"),
     )
 
 
@@ -97,7 +98,7 @@ async def _own_server(
         dtype=config.model.dtype,
         device=config.model.torch_device,
         tensor_parallel=rollout.tensor_parallel,
-        num_slots=rollout.num_slots,
+        num_slots=rollout.fixed_slots,
         max_len=max_len,
         host=LOOPBACK,
         seed=seed,
@@ -152,7 +153,7 @@ async def _engine(
     engine = SGLangEngine(
         client,
         StateClock("evaluation"),
-        num_slots=config.rollout.num_slots,
+        num_slots=config.rollout.fixed_slots,
         weight_update="drain",
         incarnation=incarnation,
     )

@@ -101,7 +101,10 @@ def _values(
     rollout, replay, learner = config.rollout, config.replay, config.learner
     elapsed_s = sum(row["step_s"] for row in rows)
     occupied = sum((1 - row["slots.idle"]) * row["step_s"] for row in rows) / elapsed_s
-    running = occupied * rollout.num_workers * rollout.num_slots
+    # Of an engine; with `auto` the mean of what it had.
+    slots = sum(row.get("slots_per_engine", rollout.fixed_slots) * row["step_s"] for row in rows)
+    slots /= elapsed_s
+    running = occupied * rollout.num_workers * slots
     offered = sum(row["offered"] for row in rows)
     accepted = sum((row.get("acceptance") or 0.0) * row["offered"] for row in rows)
     busy_s = elapsed_s * (1 - measured.idle_learner)
@@ -112,7 +115,7 @@ def _values(
         "engines": rollout.num_workers,
         "seed": config.seed,
         "engine": {
-            "slots": rollout.num_slots,
+            "slots": max(1, round(slots)),
             "step_s": running / measured.generated_tokens_per_s,
             "gpus": rollout.tensor_parallel,
             "weight_update": rollout.weight_update,

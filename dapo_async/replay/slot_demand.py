@@ -22,6 +22,10 @@ class SlotDemand:
         self._aim, self._group_size = num_slots + group_size, group_size
         self.in_flight = 0
 
+    def resize(self, num_slots: int) -> None:
+        """From now on the engine has so many slots."""
+        self._aim = num_slots + self._group_size
+
     @property
     def num_groups(self) -> int:
         """How many groups the engine should get now."""

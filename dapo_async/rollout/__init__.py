@@ -6,6 +6,8 @@ engine      the `Engine` protocol; it does not import torch, so that its import 
 native      the engine on the learner's own decoder: `ThreadedEngine(TorchEngine(...), clock)`
 sglang      the engine on an SGLang server
 slot_meter  the time of an engine and of each slot, by state
+kv_meter    the memory for keys and values, averaged over time
+slot_control  the number of slots with `rollout.num_slots: auto`
 worker      sends groups to an engine as long as there are credits and empty slots
 """
 
@@ -15,6 +17,7 @@ from dapo_async.rollout.engine import (
     EngineFault,
     EngineWork,
     GroupRequest,
+    KVUse,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
@@ -30,6 +33,7 @@ __all__ = [
     "EngineFault",
     "EngineWork",
     "GroupRequest",
+    "KVUse",
     "SamplingParams",
     "SiblingsEnded",
     "SlotUse",

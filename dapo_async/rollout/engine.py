@@ -111,10 +111,11 @@ class UpdateReport:
 class SlotUse:
     """Slot-seconds since the engine started; all states add up to slots × elapsed_s.
 
-    See `slot_meter.py` for the states (time accounting).
+    See `slot_meter.py` for the states (time accounting). If the number of slots changes, the states
+    add up to its integral over time.
     """
 
-    slots: int
+    slots: int  # now
     elapsed_s: float
     occupied: float  # its sequence ran
     queued: float  # its request waited at a server, mostly for memory for keys and values
@@ -156,6 +157,21 @@ class EngineWork:
     prefill_pairs: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class KVUse:
+    """Memory for keys and values (KV) since the engine started.
+
+    The mean share in use is full_s / elapsed_s. Cached prefixes that no sequence uses count as
+    free.
+    """
+
+    elapsed_s: float = 0.0
+    full_s: float = 0.0  # the share in use, integrated over time
+    retractions: int = 0  # running sequences that lost their memory to others
+    input_tokens: int = 0  # of the prompts that sequences began with
+    cached_tokens: int = 0  # of them, those whose KV was there already
+
+
 SiblingsEnded = Callable[[int], None]
 """Called with how many siblings of a group ended since its last call."""
 
@@ -169,7 +185,7 @@ class Engine(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """How many sequences decode at once."""
+        """How many sequences decode at once; with `rollout.num_slots=auto` it changes."""
         ...
 
     @property
@@ -226,6 +242,10 @@ class Engine(Protocol):
 
     def work(self) -> EngineWork:
         """What the engine has computed since it started."""
+        ...
+
+    def kv_use(self) -> KVUse:
+        """How its memory for keys and values was used since the engine started."""
         ...
 
     async def close(self) -> None:

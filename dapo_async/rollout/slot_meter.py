@@ -52,6 +52,12 @@ class SlotMeter:
             self._heldout = heldout
             self._record()
 
+    def resize(self, slots: int) -> None:
+        """From now on the engine has so many slots."""
+        with self._lock:
+            self._record()
+            self._slots = slots
+
     def starving(self, on: bool) -> None:
         """From now on the worker waits for an admission (on), or not."""
         with self._lock:
@@ -105,14 +111,19 @@ class SlotMeter:
         return "no_credit" if waiting else "tail"
 
     def _slot_states(self, dead: bool, waiting: bool) -> dict[str, int]:
-        """How many slots are in each state."""
+        """How many slots are in each state.
+
+        After a cut, more requests than slots may be at the server: each counts as a slot.
+        """
+        in_use = self._running + self._queued
+        slots = max(self._slots, in_use)
         if dead or self._syncing:
-            return {"dead" if dead else "sync": self._slots}
+            return {"dead" if dead else "sync": slots}
         return {
             "occupied": self._running - self._heldout,
             "evaluation": self._heldout,
             "queued": self._queued,
-            "no_credit" if waiting else "tail": self._slots - self._running - self._queued,
+            "no_credit" if waiting else "tail": slots - in_use,
         }
 
 

@@ -216,6 +216,7 @@ class RolloutWorker:
     @property
     def _num_free(self) -> int:
         """Groups that could start now."""
+        self._demand.resize(self.engine.num_slots)
         return self._demand.num_groups if self.state in GENERATING else 0
 
     async def _roll(self, admission: Admission, in_flight: GroupInFlight) -> None:

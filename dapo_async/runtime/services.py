@@ -19,7 +19,7 @@ from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
-from dapo_async.runtime.throughput import NO_RATES, NO_USE, Devices, Sides
+from dapo_async.runtime.throughput import NO_RATES, NO_STATE, NO_USE, Devices, Sides
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.utils.state_clock import StateClock
@@ -39,6 +39,7 @@ class Measured:
     slots: Mapping[str, float] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     use: Mapping[str, float | None] = field(default_factory=lambda: NO_USE)
+    engine_state: Mapping[str, float | None] = field(default_factory=lambda: NO_STATE)
     seconds_by_state: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     weight_versions: int = 0
     handshake: Mapping[str, int] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class Services:
             slots=tracker.slots,
             engines=tracker.engines,
             use=tracker.use,
+            engine_state=tracker.engine_state,
             seconds_by_state={
                 actor: tracker.timeline.totals(actor) for actor in tracker.timeline.actors
             },

@@ -13,13 +13,17 @@ HIGHEST_STALENESS = 8  # the most that is advised: beyond it the loss needs a sm
 def slot_advice(config: Config) -> str | None:
     """One line if some slots can never be occupied; None if the credits suffice for all slots.
 
+    Engines that find the number of their slots have no more than the credits allow.
+
     With n groups per step and a staleness bound of S there are (S + 1)·n credits, so at most
     (S + 1)·n·G sequences are in flight.
     """
     replay, rollout = config.replay, config.rollout
+    if rollout.adapts_slots:
+        return None
     per_step = replay.groups_per_step * replay.group_size
     allowed = (replay.max_staleness + 1) * per_step
-    slots = rollout.num_workers * rollout.num_slots
+    slots = rollout.num_workers * rollout.fixed_slots
     if allowed >= slots:
         return None
     matching = [f"rollout.num_slots={max(1, allowed // rollout.num_workers)}"]

@@ -19,6 +19,7 @@ from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import SHORT_S
 from dapo_async.runtime.system import System
 from dapo_async.runtime.throughput import (
+    NO_STATE,
     BestRate,
     Devices,
     EngineFlow,
@@ -237,6 +238,7 @@ class Tracker:
             **{f"engine_time.{state}": share for state, share in shares.items()},
             **({"efficiency.rollout": efficiency} if efficiency is not None else {}),
             **self._engine_use(before, after),
+            **after.engine_state(before),
             **{f"{of}.{kind}": rate for of, each in rates.items() for kind, rate in each.items()},
             **{f"token_flow.{name}": count for name, count in self.token_flow.items()},
         }
@@ -272,6 +274,11 @@ class Tracker:
     def slots(self) -> dict[str, float]:
         """Shares of the slots from the start of training to the newest row."""
         return slot_shares(self._slots_at_start, self._slots_before)
+
+    @property
+    def engine_state(self) -> dict[str, float | None]:
+        """KV memory, prefix cache and decode batch from the start of training to the newest row."""
+        return {**NO_STATE, **self._flow_before.engine_state(self._flow_at_start)}
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:

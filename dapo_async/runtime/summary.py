@@ -66,6 +66,7 @@ def summarise_run(
         "idle": dict(measured.idle),
         **measured.use,
         **measured.slots,
+        **measured.engine_state,
         "engines": dict(measured.engines),
         "bottleneck": bottleneck,
         "slot_advice": slot_advice(config),

@@ -15,7 +15,7 @@ from dapo_async.model import ModelConfig
 from dapo_async.model.cost import forward_flops, kv_bytes, weight_bytes
 from dapo_async.model.peak import Peak
 from dapo_async.replay import TokenCounts
-from dapo_async.rollout import EngineWork, SlotUse, TimeUse
+from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,10 +49,11 @@ class EngineFlow:
     time: TimeUse = field(default_factory=TimeUse)
     work: EngineWork = field(default_factory=EngineWork)
     slots: SlotUse | None = None
+    kv: KVUse = field(default_factory=KVUse)
 
     @classmethod
     def of(cls, report: WorkerReport) -> Self:
-        return cls(report.tokens, report.time_use, report.work, report.slot_use)
+        return cls(report.tokens, report.time_use, report.work, report.slot_use, report.kv_use)
 
     def seconds(self) -> dict[str, float]:
         """By state of the engine; they add up to the time since its start."""
@@ -123,6 +124,44 @@ class Flow:
         )
         total_s = sum(spent.values())
         return {state: seconds / total_s for state, seconds in spent.items()} if total_s else {}
+
+    def engine_state(self, before: Flow) -> dict[str, float]:
+        """Memory for keys and values (KV), prefix cache and decode batch of the engines.
+
+        `kv.use`: share of the memory in use, mean over time and engines. `kv.retractions`:
+        sequences that lost their memory, since the engines' start. `prefix.hit`: share of the
+        prompt tokens that sequences began with and whose KV was there. `decode.batch`: sequences
+        per decode step. `slots_per_engine`: slots of an engine, mean over time. A number without
+        any event since `before` is left out.
+        """
+        pairs = [
+            (before.engines[name], engine)
+            for name, engine in self.engines.items()
+            if name in before.engines
+        ]
+        elapsed_s = sum(new.kv.elapsed_s - old.kv.elapsed_s for old, new in pairs)
+        prompts = sum(new.kv.input_tokens - old.kv.input_tokens for old, new in pairs)
+        steps = sum(new.work.steps - old.work.steps for old, new in pairs)
+        found: dict[str, float] = {}
+        if elapsed_s > 0:
+            full_s = sum(new.kv.full_s - old.kv.full_s for old, new in pairs)
+            slot_s = sum(
+                sum(new.slot_seconds().values()) - sum(old.slot_seconds().values())
+                for old, new in pairs
+            )
+            engine_s = sum(
+                sum(new.seconds().values()) - sum(old.seconds().values()) for old, new in pairs
+            )
+            found["kv.use"] = full_s / elapsed_s
+            found["slots_per_engine"] = slot_s / engine_s if engine_s > 0 else 0.0
+        if pairs:
+            found["kv.retractions"] = sum(new.kv.retractions for _, new in pairs)
+        if prompts > 0:
+            cached = sum(new.kv.cached_tokens - old.kv.cached_tokens for old, new in pairs)
+            found["prefix.hit"] = cached / prompts
+        if steps > 0:
+            found["decode.batch"] = sum(n.work.decoded - o.work.decoded for o, n in pairs) / steps
+        return found
 
 
 def rollout_idle(shares: Mapping[str, float]) -> dict[str, float]:
@@ -243,4 +282,7 @@ def _per_second(counts: Mapping[str, int], elapsed_s: float, sides: Sides) -> di
 
 # Of a run that ended before its first report.
 NO_RATES = Flow.of(1.0, None, {}).rates(Flow.of(0.0, None, {}), Sides())
+NO_STATE = dict.fromkeys(
+    ("kv.use", "kv.retractions", "prefix.hit", "decode.batch", "slots_per_engine")
+)
 NO_USE = dict.fromkeys(("mfu.learner", "mfu.rollout", "mbu.rollout", "efficiency.rollout"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from dapo_async.config import Config
@@ -39,6 +39,7 @@ class Layout:
     num_slots: int  # of one engine
     max_staleness: int
     on_gpus: bool  # else both sides share the cores of a machine
+    adapts_slots: bool = False  # `num_slots` is what it is now
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -48,7 +49,8 @@ class Layout:
             learner_unit=learner.tensor_parallel,
             engines=rollout.num_workers,
             engine_devices=rollout.tensor_parallel,
-            num_slots=rollout.num_slots,
+            num_slots=rollout.fixed_slots,
+            adapts_slots=rollout.adapts_slots,
             max_staleness=config.replay.max_staleness,
             on_gpus=config.model.torch_device == "cuda",
         )
@@ -73,6 +75,7 @@ class Idle:
     learner: float
     rollout: float
     parts: Mapping[str, float]  # of `rollout`
+    num_slots: float = math.nan  # of one engine, mean; nan: as in the config
 
     @classmethod
     def over(cls, rows: Sequence[Row]) -> Idle | None:
@@ -86,7 +89,19 @@ class Idle:
             return sum(row.get(name, 0.0) * row["step_s"] for row in known) / total_s
 
         parts = {name: mean(f"slots.{name}") for name in PARTS}
-        return cls(mean("idle.learner"), mean("slots.idle"), parts)
+        measured = all("slots_per_engine" in row for row in known)
+        num_slots = mean("slots_per_engine") if measured else math.nan
+        return cls(mean("idle.learner"), mean("slots.idle"), parts, num_slots)
+
+    def slots(self, layout: Layout) -> int:
+        """Of one engine in these steps."""
+        return layout.num_slots if math.isnan(self.num_slots) else round(self.num_slots)
+
+    @property
+    def queue_is_long(self) -> bool:
+        """Whether requests that wait for KV memory are the main reason for idle slots."""
+        queued = self.parts["queued"]
+        return queued >= IDLE and queued == max(self.parts.values())
 
     def __str__(self) -> str:
         return f"idle: learner {self.learner:.0%}, engine slots {self.rollout:.0%}"
@@ -139,7 +154,9 @@ def better_split(idle: Idle, layout: Layout) -> tuple[int, int, float] | None:
 
 def _split_advice(idle: Idle, layout: Layout) -> str:
     """A better division of the GPUs, or an empty text."""
-    split = better_split(idle, layout) if layout.on_gpus else None
+    # An engine whose requests queue for memory is busy: its slots are too many.
+    busy = replace(idle, rollout=max(0.0, idle.rollout - idle.parts["queued"]))
+    split = better_split(busy, layout) if layout.on_gpus else None
     if split is None:
         return ""
     devices, engines, gain = split
@@ -151,9 +168,13 @@ def _split_advice(idle: Idle, layout: Layout) -> str:
 
 
 def _learner_limits(idle: Idle, layout: Layout) -> Finding:
+    if idle.queue_is_long:
+        advice = f"{_full_memory(idle, layout)}; more engines do not help, {_less_queueing(layout)}"
+        return _finding("the learner", "the learner limits the speed", idle, advice)
     advice = _split_advice(idle, layout)
-    enough = math.ceil(layout.num_slots * (1.0 - idle.rollout))
-    if not advice and enough <= 0.8 * layout.num_slots:
+    slots = idle.slots(layout)
+    enough = math.ceil(slots * (1.0 - idle.rollout))
+    if not advice and not layout.adapts_slots and enough <= 0.8 * slots:
         advice = f"rollout.num_slots={enough} is enough: same speed, fresher tokens"
     return _finding("the learner", "the learner limits the speed", idle, advice)
 
@@ -167,13 +188,26 @@ def _generation_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Findi
 
 
 def _memory_limits(idle: Idle, layout: Layout) -> Finding:
-    queued, occupied = idle.parts["queued"], 1.0 - idle.rollout
-    enough = max(1, round(layout.num_slots * occupied / (occupied + queued)))
+    split = _split_advice(idle, layout)
     advice = (
-        f"{queued:.0%} of the slots wait in the servers' queues. Give the servers more memory "
-        f"(rollout.server_flags), or set rollout.num_slots={enough}: same speed, fresher tokens"
+        f"{_full_memory(idle, layout)}; more slots do not help, {_less_queueing(layout)}"
+        f"{f'; {split}' if split else ''}"
     )
     return _finding("KV memory", "the KV memory of the engines limits the speed", idle, advice)
+
+
+def _full_memory(idle: Idle, layout: Layout) -> str:
+    slots = idle.slots(layout)
+    running = round(slots * (1.0 - idle.rollout))
+    return f"engines run {running} of {slots} slots because the KV cache is full"
+
+
+def _less_queueing(layout: Layout) -> str:
+    """What to change if requests queue for KV memory."""
+    memory = "give the servers more memory (rollout.server_flags)"
+    if layout.adapts_slots:
+        return memory
+    return f"lower rollout.num_slots (same speed, fresher tokens; auto finds it) or {memory}"
 
 
 def _bound_limits(idle: Idle, layout: Layout) -> Finding:
@@ -404,6 +438,7 @@ class BottleneckWatch:
             "idle.learner": idle.learner,
             "slots.idle": idle.rollout,
             **{f"slots.{name}": share for name, share in idle.parts.items()},
+            "slots_per_engine": idle.slots(self._layout),
             "group_staleness_max": _mean(rows, "group_staleness_max"),
             "offered": sum(row.get("offered", 0.0) for row in rows),
             "acceptance": _acceptance(rows),

@@ -114,6 +114,7 @@ def lines(status: RunStatus) -> Iterator[str]:
         ("learning", [*_learning(status)]),
         ("speed", [*_speed(status)]),
         ("idle", [*_idle(row)]),
+        ("engines", [*_engines(row)]),
         ("groups", [*_groups(row)]),
         ("staleness", [*_staleness(row)]),
         ("weights", [*_weights(row)]),
@@ -218,6 +219,18 @@ def _idle(row: Mapping[str, float]) -> Iterator[str]:
         yield f"engine slots {row['slots.idle']:.0%}" + (f" ({parts})" if parts else "")
     if lost := row.get("engine_restarts", 0.0):
         yield f"engines restarted {lost:.0f} times"
+
+
+def _engines(row: Mapping[str, float]) -> Iterator[str]:
+    yield from _numbers(
+        row,
+        ("slots_per_engine", "slots", ".0f"),
+        ("decode.batch", "decode batch", ".1f"),
+        ("kv.use", "KV memory", ".0%"),
+        ("prefix.hit", "prefix hits", ".0%"),
+    )
+    if count := row.get("kv.retractions", 0.0):
+        yield f"retracted {count:.0f} sequences"
 
 
 def _numbers(row: Mapping[str, float], *wanted: tuple[str, str, str]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from dapo_async.rollout import GroupRequest, SamplingParams, WeightUpdate
 from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
+from dapo_async.rollout.slot_control import SlotControl
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import Manifest, WeightGroup
 from dapo_async.weights.collective import GROUP_NAME
@@ -132,7 +133,11 @@ class World:
 
 
 def make_engine(
-    client: SGLangClient, weight_update: WeightUpdate = "recompute", *, num_slots: int = NUM_SLOTS
+    client: SGLangClient,
+    weight_update: WeightUpdate = "recompute",
+    *,
+    num_slots: int = NUM_SLOTS,
+    control: SlotControl | None = None,
 ) -> SGLangEngine:
     return SGLangEngine(
         client,
@@ -140,6 +145,7 @@ def make_engine(
         num_slots=num_slots,
         weight_update=weight_update,
         incarnation=INCARNATION,
+        control=control,
     )
 
 

@@ -15,6 +15,7 @@ from dapo_async.rollout import (
     Aborted,
     EngineWork,
     GroupRequest,
+    KVUse,
     SamplingParams,
     SiblingsEnded,
     SlotUse,
@@ -67,6 +68,9 @@ class FakeEngine:
 
     def time_use(self) -> TimeUse:
         raise NotImplementedError("the worker does not read time use")
+
+    def kv_use(self) -> KVUse:
+        raise NotImplementedError("the worker does not read KV use")
 
     def work(self) -> EngineWork:
         raise NotImplementedError("the worker does not read the work")

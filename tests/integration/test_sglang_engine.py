@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,25 @@ from sglang_world import (
 )
 
 from dapo_async.cli.main import main
-from dapo_async.config import AlgorithmConfig, LearnerConfig
+from dapo_async.config import AlgorithmConfig, Config, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
 from dapo_async.replay import TokenCounts
-from dapo_async.rollout import Aborted, EngineWork, SlotUse, TimeUse, UpdateReport, WeightUpdate
+from dapo_async.rollout import (
+    Aborted,
+    EngineWork,
+    KVUse,
+    SlotUse,
+    TimeUse,
+    UpdateReport,
+    WeightUpdate,
+)
 from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang import engine as sglang_engine
 from dapo_async.rollout.sglang.engine import SGLangEngine
+from dapo_async.rollout.slot_control import SlotControl
+from dapo_async.rollout.slot_meter import SLOT_STATES, TIME_STATES
+from dapo_async.tracking.bottleneck import Layout, bottleneck
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
 pytestmark = pytest.mark.sglang
@@ -234,43 +245,77 @@ def test_slots_whose_requests_wait_for_memory_are_not_occupied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 slots on a server with room for the keys and values of 16 sequences."""
-    monkeypatch.setattr(sglang_engine, "QUEUE_EVERY_S", 0.1)
+    monkeypatch.setattr(sglang_engine, "LOAD_EVERY_S", 0.1)
     num_tokens = 150
     world = start_world(
         "qwen3", tmp_path, f"--max-total-tokens={16 * (len(PROMPT) + num_tokens)}", num_slots=64
     )
 
-    async def generate() -> tuple[SlotUse, TimeUse, TokenCounts, EngineWork]:
+    async def generate(adapts: bool) -> StarvedUse:
         client = world.client()
-        engine = make_engine(client, num_slots=64)
+        control = SlotControl(start=64, least=8, most=64) if adapts else None
+        engine = make_engine(client, num_slots=64, control=control)
         await engine.update(from_disk(client, world.folder), version=0, probe_ids=PROBE)
         before = engine.slot_use()
-        await engine.generate(request(1, PROMPT, siblings=128, max_tokens=num_tokens))
-        after, time = engine.slot_use(), engine.time_use()
+        siblings = 64 if adapts else 128
+        await engine.generate(request(1, PROMPT, siblings=siblings, max_tokens=num_tokens))
+        after, time, slots = engine.slot_use(), engine.time_use(), engine.num_slots
         await engine.close()
         spent = {
             item.name: getattr(after, item.name) - getattr(before, item.name)
             for item in fields(SlotUse)
         }
-        use = SlotUse(**{**spent, "slots": 64})
-        return use, time, engine.tokens.counts, engine.work()
+        use = SlotUse(**{**spent, "slots": slots})
+        return StarvedUse(use, time, engine.tokens.counts, engine.work(), engine.kv_use())
 
     try:
-        use, time, tokens, work = asyncio.run(generate())
+        starved, adapted = asyncio.run(generate(False)), asyncio.run(generate(True))
     finally:
         asyncio.run(world.server.close())
-    slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
+    use, tokens, work, kv = starved.slots, starved.tokens, starved.work, starved.kv
+    slot_seconds = sum(getattr(use, state) for state in SLOT_STATES)
     assert slot_seconds == pytest.approx(64 * use.elapsed_s)
     assert 0.1 < use.occupied / slot_seconds < 0.6
     assert use.queued / (use.queued + use.occupied) > 0.4
-    states = [getattr(time, item.name) for item in fields(TimeUse) if item.name != "elapsed_s"]
-    assert sum(states) == pytest.approx(time.elapsed_s)
-    assert time.running > 0.8 * use.elapsed_s, "a sequence runs all the time, whatever waits"
+    for time in (starved.time, adapted.time):
+        states = [getattr(time, state) for state in TIME_STATES]
+        assert sum(states) == pytest.approx(time.elapsed_s)
+    assert starved.time.running > 0.8 * use.elapsed_s, "a sequence runs all the time"
     assert tokens.generated == 128 * num_tokens
     assert tokens.prefilled < 128 * len(PROMPT) / 2, "siblings share the prompt's cache"
+    assert kv.input_tokens == 128 * len(PROMPT)
+    assert kv.cached_tokens == kv.input_tokens - tokens.prefilled
+    assert 0.3 < kv.full_s / use.elapsed_s <= 1
     assert work.decoded == 128 * (num_tokens - 1)
     # Each step decodes a token of every running sequence; about 16 run.
     assert 1 / 40 < work.steps / work.decoded < 1 / 6
+    found = bottleneck([verdict_row(use)], Layout.of(Config()))
+    assert found is not None
+    running = round(64 * use.occupied / slot_seconds)
+    assert f"engines run {running} of 64 slots because the KV cache is full" in found.line
+    # The same server with slots that adapt: soon few requests queue.
+    assert adapted.slots.slots < 48
+    assert adapted.tokens.generated == 64 * num_tokens
+    assert adapted.slots.queued / adapted.slots.occupied < use.queued / use.occupied
+
+
+@dataclass(frozen=True, slots=True)
+class StarvedUse:
+    """What an engine measured on a server that has too little memory."""
+
+    slots: SlotUse
+    time: TimeUse
+    tokens: TokenCounts
+    work: EngineWork
+    kv: KVUse
+
+
+def verdict_row(use: SlotUse) -> dict[str, float]:
+    """A row of metrics.jsonl, as far as the bottleneck needs it; the learner waits too."""
+    total = sum(getattr(use, state) for state in SLOT_STATES)
+    parts = {f"slots.{state}": getattr(use, state) / total for state in SLOT_STATES}
+    busy = {"idle.learner": 0.5, "slots.idle": 1.0 - parts["slots.occupied"]}
+    return {"version": 1.0, "step_s": use.elapsed_s, **parts, **busy}
 
 
 @on_one_family

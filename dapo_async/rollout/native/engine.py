@@ -77,6 +77,7 @@ class TorchEngine:
         self.draining = False  # True: nothing new starts; set by the thread before a `drain` update
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.reread_tokens = 0  # of them, read again under new weights
+        self.started_tokens = 0  # prompt tokens of all siblings that started
         self.num_drawn = 0  # tokens drawn in the last step = slots that it occupied
         self.num_heldout = 0  # of these slots, those of held-out prompts
         # Of decode steps: their number, their tokens, and the tokens that these attended to.
@@ -98,6 +99,16 @@ class TorchEngine:
     def num_running(self) -> int:
         """Occupied slots."""
         return len(self._table)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of the running sequences."""
+        return self._table.total_length
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens that all slots have room for."""
+        return self.num_slots * self.max_len
 
     @property
     def has_work(self) -> bool:
@@ -276,6 +287,7 @@ class TorchEngine:
             num_free = self.num_slots - len(self._table)
             rows = self._table.start(group, min(num_free, group.num_waiting))
             started.append((group, rows))
+            self.started_tokens += len(group.prompt_ids) * (rows.stop - rows.start)
             if not group.num_waiting:
                 self._waiting.popleft()
         return started

@@ -24,12 +24,14 @@ from dapo_async.rollout.engine import (
     Aborted,
     EngineWork,
     GroupRequest,
+    KVUse,
     SiblingsEnded,
     SlotUse,
     TimeUse,
     UpdateReport,
     ignore_ends,
 )
+from dapo_async.rollout.kv_meter import KVMeter
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion
@@ -103,9 +105,9 @@ class ThreadedEngine:
     def __init__(self, core: TorchEngine, clock: StateClock) -> None:
         """From now on only the thread may use `core`."""
         self._core, self._clock = core, clock
-        self._meter = SlotMeter(clock, slots=core.num_slots)
+        self._meter, self._kv = SlotMeter(clock, slots=core.num_slots), KVMeter(clock)
         self.tokens = TokenBook()
-        self._read = self._reread = 0  # prompt tokens that are booked already
+        self._read = self._reread = self._started = 0  # prompt tokens that are booked already
         self._inbox: queue.SimpleQueue[list[tuple[_Command, _Waiter]]] = queue.SimpleQueue()
         self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
         self._lock = threading.Lock()  # guards `_error`: whether the inbox is still read
@@ -168,6 +170,10 @@ class ThreadedEngine:
             core.num_decodes, core.decoded_tokens, core.decode_pairs, core.prefill_pairs
         )
 
+    def kv_use(self) -> KVUse:
+        """Each slot has memory for the longest sequence, so nothing is ever retracted."""
+        return self._kv.use()
+
     async def close(self) -> None:
         """Stops the thread. Raises TimeoutError when its last step does not end."""
         if self._thread.is_alive():
@@ -215,6 +221,7 @@ class ThreadedEngine:
         if idle:
             self._clock.enter("wait")
             self._meter.spent(running=0)
+            self._kv.holds(0, capacity_tokens=core.kv_capacity)
         if idle or not self._inbox.empty():  # only this thread takes from the inbox
             self._taken.extend(self._inbox.get())
         if idle:
@@ -249,7 +256,11 @@ class ThreadedEngine:
         """Books the tokens of a step, before anybody can book how they end."""
         core = self._core
         read, reread = core.prefilled_tokens - self._read, core.reread_tokens - self._reread
+        started = core.started_tokens - self._started
         self._read, self._reread = core.prefilled_tokens, core.reread_tokens
+        self._started = core.started_tokens
+        self._kv.read_prompt(started, cached=started - read)
+        self._kv.holds(core.kv_tokens, capacity_tokens=core.kv_capacity)
         self.tokens.generate(core.num_drawn)
         self.tokens.prefill(read - reread)
         self.tokens.recompute(reread)

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 
 from dapo_async.rollout.engine import EngineFault
 
@@ -30,6 +31,7 @@ DONE = b"[DONE]"
 BROKEN = re.compile(
     r"json_invalid|not enough memory|out of memory|bad_alloc|MemoryError|n.t allocate", re.I
 )
+RETRACTIONS = "sglang:num_retracted_requests_total"
 TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 
@@ -43,6 +45,47 @@ class Chunk:
     versions: Sequence[Mapping[str, Any]]  # in the last chunk: the versions of all its tokens
     weight_version: str  # the version that the server says it serves
     cached_tokens: int = 0  # of the input, whose keys and values the server had
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """Requests and memory for keys and values (KV) of a server at one moment."""
+
+    running: int = 0  # requests that decode
+    queued: int = 0  # requests that wait for memory, or for their prefill
+    used_tokens: int = 0  # with KV; cached prefixes that no request uses are left out
+    capacity_tokens: int = 0
+
+    def __add__(self, other: ServerLoad) -> ServerLoad:
+        """Two data-parallel ranks of one server."""
+        return ServerLoad(
+            self.running + other.running,
+            self.queued + other.queued,
+            self.used_tokens + other.used_tokens,
+            self.capacity_tokens + other.capacity_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a server has room for."""
+
+    kv_tokens: int  # with keys and values
+    running_requests: int
+
+
+def retractions_in(metrics: str) -> int | None:
+    """The number of retracted requests in a server's Prometheus text; None if it has none.
+
+    Raises ValueError for text that is no Prometheus text.
+    """
+    counts = [
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == RETRACTIONS
+    ]
+    return int(sum(counts)) if counts else None
 
 
 class CallRefused(EngineFault):
@@ -90,22 +133,41 @@ class SGLangClient:
         info = await self._ask("GET", "/model_info")
         return str(info["weight_version"])
 
-    async def num_queued(self) -> int:
-        """How many requests wait at the server, for memory or for the next prefill.
-
-        The server counts at each prefill and every few decode steps.
-        """
+    async def load(self) -> ServerLoad:
+        """What the server does now; it counts at each prefill and every 15 decode steps."""
         answer = await self._ask("GET", "/v1/loads?include=core")
         try:
-            return sum(int(rank["num_waiting_reqs"]) for rank in answer["loads"])
+            loads = [
+                ServerLoad(
+                    running=int(rank["num_running_reqs"]),
+                    queued=int(rank["num_waiting_reqs"]),
+                    used_tokens=int(rank["num_used_tokens"]),
+                    capacity_tokens=int(rank["max_total_num_tokens"]),
+                )
+                for rank in answer["loads"]
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineFault(f"{self.url} sent a malformed load: {error!r}") from error
+        return sum(loads, start=ServerLoad())
 
-    async def kv_capacity(self) -> int:
-        """How many tokens the server has memory for, as keys and values."""
+    async def num_retractions(self) -> int | None:
+        """How many running requests lost their memory since the server's start.
+
+        None if it does not say, because it was started without --enable-metrics. A pause for new
+        weights is no retraction.
+        """
+        try:
+            text = await self._ask_text("GET", "/metrics")
+            return retractions_in(text)
+        except (EngineFault, ValueError):
+            return None
+
+    async def limits(self) -> ServerLimits:
+        """What the server has room for."""
         answer = await self._ask("GET", "/server_info")
         try:
-            return int(answer["max_total_num_tokens"])
+            (state, *_), tokens = answer["internal_states"], int(answer["max_total_num_tokens"])
+            return ServerLimits(tokens, int(state["effective_max_running_requests_per_dp"]))
         except (KeyError, TypeError, ValueError) as error:
             raise EngineFault(f"{self.url} does not tell its capacity: {error!r}") from error
 
@@ -278,6 +340,14 @@ class SGLangClient:
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, text: bool = False
     ) -> dict[str, Any]:
+        """The answer as JSON; with `text` it is not read."""
+        content = await self._ask_text(method, path, body)
+        try:
+            return {} if text else dict(json.loads(content))
+        except json.JSONDecodeError as error:
+            raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
+
+    async def _ask_text(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
         self._check_open()
         try:
             async with self._session.request(method, f"{self.url}{path}", json=body) as answer:
@@ -286,13 +356,13 @@ class SGLangClient:
                     why = _one_line(content)
                     fault = CallRefused if _refuses(answer.status, why) else EngineFault
                     raise fault(f"{self.url} answers {path} with {answer.status}: {why}")
-                return {} if text else dict(json.loads(content))
+                return content
         except TimeoutError as error:  # before ClientError: aiohttp's timeouts are both
             raise EngineFault(
                 f"{self.url} did not answer {path} within {self._silence_s:g} s "
                 "(deadlines.answer_s)"
             ) from error
-        except (aiohttp.ClientError, json.JSONDecodeError) as error:
+        except aiohttp.ClientError as error:
             raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
 
 

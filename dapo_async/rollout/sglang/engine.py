@@ -1,9 +1,11 @@
 """The `Engine` protocol over HTTP: group requests in, completions out; the server loads weights.
 
 Each sibling is one streamed request. At most `num_slots` requests are at the server; the others
-wait here, where slot use is measured. Each second the server says how many requests it has queued:
-those occupy no slot. Siblings share the KV of their prompt in the server's prefix
-cache. Cache entries carry the number of the update before them, so no other weights use them.
+wait here, where slot use is measured. Each second the server says how many requests it has queued,
+how much KV memory it uses, and how many requests it has retracted. Queued requests occupy no slot.
+With a `SlotControl` these answers set the number of slots. Siblings share the KV of their prompt in
+the server's prefix cache. Cache entries carry the number of the update before them, so no other
+weights use them.
 
     update:  probe ─▶ pause (see `weight_update`) ─▶ `load` ─▶ resume ─▶ probe
 
@@ -35,6 +37,7 @@ from dapo_async.rollout.engine import (
     EngineFault,
     EngineWork,
     GroupRequest,
+    KVUse,
     SiblingsEnded,
     SlotUse,
     TimeUse,
@@ -42,7 +45,9 @@ from dapo_async.rollout.engine import (
     WeightUpdate,
     ignore_ends,
 )
-from dapo_async.rollout.sglang.client import Chunk, SGLangClient
+from dapo_async.rollout.kv_meter import KVMeter
+from dapo_async.rollout.sglang.client import Chunk, ServerLoad, SGLangClient
+from dapo_async.rollout.sglang.slot_gate import SlotGate
 from dapo_async.rollout.sglang.stream import (
     ResponseStream,
     WrongVersion,
@@ -50,11 +55,12 @@ from dapo_async.rollout.sglang.stream import (
     read_version,
     sampling_body,
 )
+from dapo_async.rollout.slot_control import Observation, SlotControl
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion, FinishReason
 from dapo_async.utils.state_clock import StateClock
 
-QUEUE_EVERY_S = 1.0  # the server is asked so often how many requests it has queued
+LOAD_EVERY_S = 1.0  # the server is asked so often what it does
 
 
 @dataclass(slots=True)
@@ -80,23 +86,28 @@ class SGLangEngine:
         num_slots: int,
         weight_update: WeightUpdate,
         incarnation: str,
+        control: SlotControl | None = None,
     ) -> None:
         """`clock` gets the states generate, wait and sync.
 
-        The server knows versions as `incarnation:number`.
+        The server knows versions as `incarnation:number`. `num_slots`: at the start, if `control`
+        changes it.
         """
-        self.num_slots, self.version = num_slots, 0
+        self.version, self._control = 0, control
         self._client, self._clock = client, clock
         self._mode, self._incarnation = weight_update, incarnation
-        self._meter = SlotMeter(clock, slots=num_slots)
+        self._meter, self._kv = SlotMeter(clock, slots=num_slots), KVMeter(clock)
         self.tokens = TokenBook()
         self._steps = 0.0  # these four: see EngineWork
         self._decoded = self._decode_pairs = self._prefill_pairs = 0
-        self._slots = asyncio.Semaphore(num_slots)
+        self._slots = SlotGate(num_slots)
         self._running: dict[int, _Running] = {}
         self._num_running = 0  # requests at the server, those in its queue included
         self._num_queued = 0  # of them, in its queue
         self._num_heldout = 0  # of them, for held-out prompts
+        self._num_ended = 0  # requests that left the server
+        # What this server said last; None: it does not count retractions.
+        self._retractions: int | None = 0
         # Of the weights whose load has begun: a request sent after that meets them or older KV.
         self._newest_version = 0
         # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
@@ -111,7 +122,12 @@ class SGLangEngine:
         # Make request ids that no other client of this server uses.
         self._nonce, self._serial = secrets.token_hex(4), itertools.count()
         clock.enter("wait")
-        self._queue_watch = asyncio.create_task(self._watch_queue())
+        self._load_watch = asyncio.create_task(self._watch_load())
+
+    @property
+    def num_slots(self) -> int:
+        """See `Engine`."""
+        return self._slots.num_slots
 
     async def generate(
         self, request: GroupRequest, siblings_ended: SiblingsEnded = ignore_ends
@@ -201,7 +217,7 @@ class SGLangEngine:
             siblings = [task for group in self._running.values() for task in group.siblings]
             await asyncio.gather(*siblings, return_exceptions=True)
             await asyncio.sleep(0)
-        self._client, self.version = client, -1
+        self._client, self.version, self._retractions = client, -1, 0
         self._trusted, self._disconnected = True, False
 
     def starving(self, on: bool) -> None:
@@ -220,13 +236,16 @@ class SGLangEngine:
         """The number of steps is estimated: a token is one step, shared by all that run then."""
         return EngineWork(self._steps, self._decoded, self._decode_pairs, self._prefill_pairs)
 
+    def kv_use(self) -> KVUse:
+        return self._kv.use()
+
     async def kv_capacity(self) -> int:
         """How many tokens the server has memory for, as keys and values."""
-        return await self._client.kv_capacity()
+        return (await self._client.limits()).kv_tokens
 
     async def close(self) -> None:
         """Closes the connections; pending calls fail."""
-        self._queue_watch.cancel()
+        self._load_watch.cancel()
         await self._client.close()
 
     def _give_up(self, group: _Running, request: GroupRequest) -> tuple[Completion | None, ...]:
@@ -275,6 +294,7 @@ class SGLangEngine:
                     received = response.completion or response.partial()
                     group.partial_completions[sibling] = joined(partial, received)
                 self._count(-1, heldout=request.group_id < 0)
+                self._num_ended += 1
                 self._ended.set()
 
     async def _stream(
@@ -325,6 +345,8 @@ class SGLangEngine:
         """
         length = prompt_tokens + continued
         cached = min(cached, length)
+        if not continued:
+            self._kv.read_prompt(prompt_tokens, cached=cached)
         (self.tokens.recompute if continued else self.tokens.prefill)(length - cached)
         self._prefill_pairs += 0 if continued else causal_pairs(length, before=cached)
 
@@ -386,17 +408,46 @@ class SGLangEngine:
             for response in group.responses.values():
                 yield response.prompt_tokens + len(response.token_ids)
 
-    async def _watch_queue(self) -> None:
-        """Follows the server's queue; a server that does not answer has lost its requests."""
+    async def _watch_load(self) -> None:
+        """Follows what the server does; one that does not answer has lost its requests."""
         while True:
-            await asyncio.sleep(QUEUE_EVERY_S)
+            await asyncio.sleep(LOAD_EVERY_S)
+            client = self._client
             try:
-                num_queued = await self._client.num_queued()
+                load = await client.load()
             except EngineFault:
-                num_queued = 0
+                load = ServerLoad()
+            retractions = None if self._retractions is None else await client.num_retractions()
+            if client is not self._client:
+                continue  # another server has taken its place
             self._record_time()
-            self._num_queued = min(num_queued, self._num_running)
+            self._num_queued = min(load.queued, self._num_running)
             self._record_time()
+            self._kv.holds(load.used_tokens, capacity_tokens=load.capacity_tokens)
+            if retractions is not None:
+                self._kv.retract(max(0, retractions - (self._retractions or 0)))
+            self._retractions = retractions
+            self._adapt(load)
+
+    def _adapt(self, load: ServerLoad) -> None:
+        """Sets the number of slots by what was seen; not while an update stops the requests."""
+        if self._control is None or self._syncing or not load.capacity_tokens:
+            return
+        time, running = self._meter.time(), self._num_running - self._num_queued
+        slots = self._control.observe(
+            Observation(
+                running=running,
+                queued=self._num_queued,
+                kv_use=load.used_tokens / load.capacity_tokens,
+                retractions=self._kv.use().retractions,
+                ended=self._num_ended,
+                generated=self.tokens.counts.generated,
+                running_s=time.running + time.evaluation,
+            )
+        )
+        if slots != self.num_slots:
+            self._meter.resize(slots)
+            self._slots.resize(slots)
 
     def _count(self, change: int, *, heldout: bool) -> None:
         self._record_time()

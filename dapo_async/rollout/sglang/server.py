@@ -45,11 +45,12 @@ class ServerOptions:
     dtype: str
     device: Literal["cpu", "cuda"]
     tensor_parallel: int  # GPUs that share one copy of the model
-    num_slots: int
+    num_slots: int  # requests that run at once, at most
     max_len: int  # tokens of one sequence, prompt and response
     host: str  # the interface that it listens on
     seed: int
     log: Path
+    kv_sequences: int | None = None  # on a CPU: longest sequences with memory; None: num_slots
     overlap: bool = True  # on CUDA: launch a decode step before the last step's tokens are handled
     extra: tuple[str, ...] = ()  # further flags, which override the flags above
 
@@ -70,12 +71,11 @@ class ServerOptions:
             "--skip-server-warmup",
             "--skip-tokenizer-init",
             "--incremental-streaming-output",
+            "--enable-metrics",  # the engine reads the number of retracted requests
         ]
         if self.device == "cpu":
-            flags |= {
-                "device": "cpu",
-                "max-total-tokens": (self.num_slots + SPARE_SLOTS) * (self.max_len + 1),
-            }
+            sequences = (self.kv_sequences or self.num_slots) + SPARE_SLOTS
+            flags |= {"device": "cpu", "max-total-tokens": sequences * (self.max_len + 1)}
             switches.append("--sleep-on-idle")  # an idle server would keep one core busy
         if self.device == "cpu" or not self.overlap:
             switches.append("--disable-overlap-schedule")

@@ -120,12 +120,12 @@ class TorchHost(EngineHost):
         )
         core = TorchEngine(
             decoder,
-            num_slots=rollout.num_slots,
+            num_slots=rollout.fixed_slots,
             max_len=self.max_len,
             weight_update=rollout.weight_update,
         )
         self.engine = ThreadedEngine(core, self._clock)
-        return f"torch engine, {rollout.num_slots} slots"
+        return f"torch engine, {rollout.fixed_slots} slots"
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
         self._group = await asyncio.to_thread(

@@ -39,7 +39,7 @@ class EvaluatorActor:
     async def ready(self) -> ProcessInfo:
         """Returns at once; the engine starts in the background."""
         self._loading = asyncio.create_task(self._load())
-        slots, engine = self._config.rollout.num_slots, self._config.evaluation.engine
+        slots, engine = self._config.rollout.fixed_slots, self._config.evaluation.engine
         return ProcessInfo.own(NAME, f"torch engine, {slots} slots, {engine}")
 
     async def _load(self) -> TorchHost:

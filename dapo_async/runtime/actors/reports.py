@@ -11,7 +11,7 @@ import ray
 
 from dapo_async.model.peak import Peak
 from dapo_async.replay import Counts, StepAcceptance, TokenCounts
-from dapo_async.rollout import EngineWork, SlotUse, TimeUse
+from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
 from dapo_async.utils.state_clock import Span
 
 
@@ -62,6 +62,7 @@ class WorkerReport:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     time_use: TimeUse = field(default_factory=TimeUse)
     work: EngineWork = field(default_factory=EngineWork)
+    kv_use: KVUse = field(default_factory=KVUse)
     peak: Peak | None = None  # of one of its devices; None: as the learner's
 
 

@@ -216,6 +216,7 @@ class RolloutActor:
             self._host.engine.tokens.counts,
             self._host.engine.time_use(),
             self._host.engine.work(),
+            self._host.engine.kv_use(),
             self._peak,
         )
 

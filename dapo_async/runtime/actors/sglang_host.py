@@ -12,13 +12,26 @@ from dapo_async.config import Config
 from dapo_async.model import folder_for_sglang
 from dapo_async.rollout.sglang.client import CallRefused, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
-from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
+from dapo_async.rollout.sglang.server import SPARE_SLOTS, ServerOptions, SGLangServer
+from dapo_async.rollout.slot_control import SlotControl, slots_at_start
 from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation
 from dapo_async.weights.collective import GROUP_NAME
 from dapo_async.weights.disk import version_folder
+
+MOST_SLOTS = 1024  # of one engine with `rollout.num_slots=auto`
+
+
+def most_slots(config: Config) -> int:
+    """Of one engine; with `rollout.num_slots=auto` what the credits allow."""
+    rollout, replay = config.rollout, config.replay
+    if not rollout.adapts_slots:
+        return rollout.fixed_slots
+    credits = (replay.max_staleness + 1) * replay.groups_per_step
+    groups = -(-credits // rollout.num_workers)
+    return max(replay.group_size, min(MOST_SLOTS, groups * replay.group_size))
 
 
 class SGLangHost(EngineHost):
@@ -46,16 +59,35 @@ class SGLangHost(EngineHost):
         self._connecting = asyncio.Lock()  # a restart and a join never overlap
 
     async def start(self) -> str:
+        """See `EngineHost`. With `rollout.num_slots=auto` the server's memory sets the slots."""
         rollout = self._config.rollout
         self._client = await self._connect()
+        control = await self._slot_control() if rollout.adapts_slots else None
+        slots = rollout.fixed_slots if control is None else control.slots
         self.engine = SGLangEngine(
             self._client,
             self._clock,
-            num_slots=rollout.num_slots,
+            num_slots=slots,
             weight_update=rollout.weight_update,
             incarnation=self._incarnation,
+            control=control,
         )
-        return f"SGLang at {self._client.url}, {rollout.num_slots} slots"
+        at_start = " at the start" if control is not None else ""
+        return f"SGLang at {self._client.url}, {slots} slots{at_start}"
+
+    async def _slot_control(self) -> SlotControl:
+        """For `rollout.num_slots=auto`: from what the server has memory for."""
+        limits = await self._client.limits()
+        least = self._config.replay.group_size
+        most = min(most_slots(self._config), limits.running_requests - SPARE_SLOTS)
+        if most < least:
+            raise ValueError(
+                f"{self._client.url} runs at most {limits.running_requests} requests, and "
+                f"rollout.num_slots=auto needs replay.group_size + {SPARE_SLOTS} "
+                f"({least + SPARE_SLOTS}); start the server with a larger --max-running-requests"
+            )
+        start = slots_at_start(limits.kv_tokens, self.max_len)
+        return SlotControl(start=start, least=least, most=most)
 
     async def restart(self) -> None:
         if self._server is not None:
@@ -88,7 +120,8 @@ class SGLangHost(EngineHost):
             dtype=config.model.dtype,
             device="cuda" if self._device == "cuda" else "cpu",
             tensor_parallel=config.rollout.tensor_parallel,
-            num_slots=config.rollout.num_slots,
+            num_slots=most_slots(config),
+            kv_sequences=config.rollout.fixed_slots,
             max_len=self.max_len,
             host=own_host(config),
             seed=config.seed + self._number,  # engines with one seed would draw the same noise

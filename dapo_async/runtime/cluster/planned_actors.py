@@ -40,7 +40,8 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
     num_cpus = config.model.num_cpus
     for name in rank_names(config):
         yield PlannedActor(name, num_cpus, config.gpus_per_rank, detail)
-    detail = f"{rollout.engine} engine, {rollout.num_slots} slots, {rollout.weight_update}"
+    slots = "adaptive slots" if rollout.adapts_slots else f"{rollout.fixed_slots} slots"
+    detail = f"{rollout.engine} engine, {slots}, {rollout.weight_update}"
     for number in range(rollout.num_workers):
         yield PlannedActor(f"rollout-{number}", num_cpus, config.gpus_per_worker, detail)
     if evaluation.during_training:
@@ -49,7 +50,7 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
             "evaluator",
             num_cpus if dedicated else 0,
             config.gpus_of_evaluator,
-            f"torch engine, {rollout.num_slots} slots, {evaluation.num_prompts} prompts "
+            f"torch engine, {rollout.fixed_slots} slots, {evaluation.num_prompts} prompts "
             f"each {evaluation.every_steps} steps",
         )
 

@@ -137,6 +137,11 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             "tensor_parallel=2",
             "did you mean rollout.tensor_parallel or learner.tensor_parallel?",
         ),
+        ("rollout.num_slots=many", "rollout.num_slots: Value 'many' of type 'str' is incompatible"),
+        (
+            "replay.group_size=65",
+            "rollout.num_slots (64) must be at least replay.group_size (65), so that all rollouts",
+        ),
         (
             "rollout.num_slots=1000000000",
             "rollout.num_slots (1000000000) must be at most 100,000: the KV cache of each slot",

@@ -25,7 +25,7 @@ def test_the_page_of_the_docs_is_what_the_schema_says() -> None:
         ("learner.recompute", "true or false"),
         ("learner.lr", "number, at least 0"),
         ("deadlines.work_s", "number, positive, at most 2,592,000"),
-        ("rollout.num_slots", "integer, at least 1, at most 100,000"),
+        ("rollout.num_slots", "integer, at least 1, at most 100,000 | auto"),
         ("learner.grad_clip", "number, positive"),
         ("algorithm.correction_band", "[number or null, number or null]"),
         ("train.max_wall_s", "number | null"),
@@ -59,7 +59,7 @@ def test_the_listing_of_a_config_marks_what_differs() -> None:
 def test_defaults_keep_the_bounds_of_their_knobs() -> None:
     for knob in KNOBS.values():
         least, above, most = knob.bounds
-        if knob.default is not None:
+        if knob.default not in (None, "auto"):
             assert least is None or knob.default >= least.value
             assert above is None or knob.default > above.value
             assert most is None or (knob.default <= most.value and most.why)

@@ -12,6 +12,12 @@ from dapo_async.runtime.slot_advice import slot_advice
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
+        ("rollout.engine=sglang rollout.num_slots=auto replay.groups_per_step=2", None),
+        (
+            "rollout.num_slots=auto replay.groups_per_step=2 replay.max_staleness=0",
+            "credits allow 32 sequences in flight, the engines have 64 slots: "
+            "set replay.max_staleness=1 or rollout.num_slots=32",
+        ),
         # 32 x 16 x 3 = 1536 sequences
         ("rollout.num_slots=1536", None),
         (

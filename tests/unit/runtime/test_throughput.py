@@ -11,7 +11,7 @@ from dapo_async.model import ModelConfig
 from dapo_async.model.cost import decode_bytes, decode_flops, prefill_flops
 from dapo_async.model.peak import Peak
 from dapo_async.replay import TokenCounts
-from dapo_async.rollout import EngineWork, TimeUse
+from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.runtime.throughput import BestRate, Devices, EngineFlow, Flow, rollout_idle
 
@@ -131,3 +131,24 @@ def test_mfu_and_mbu_of_an_engine_follow_from_its_batch_and_context() -> None:
     devices = Devices(MODEL, 2, per_engine=2)
     assert devices.engine_use(before, flow(10.0, recomputed), {"rollout-0": peak}) == use
     assert devices.engine_use(before, before, {"rollout-0": peak}) == {}
+
+
+def test_engine_state_is_that_of_the_time_between_two_reports() -> None:
+    def engine(scale: int, *, retractions: int = 0) -> EngineFlow:
+        """`scale` times: 10 s with 16 slots, half of the KV memory, 8 siblings per prompt read."""
+        kv = KVUse(10.0 * scale, 5.0 * scale, retractions, 80 * scale, 70 * scale)
+        slots = SlotUse(16, 10.0 * scale, 100.0 * scale, 0.0, 60.0 * scale, 0.0, 0.0)
+        time = TimeUse(elapsed_s=10.0 * scale, running=10.0 * scale)
+        work = EngineWork(steps=20.0 * scale, decoded=200 * scale)
+        return EngineFlow(time=time, work=work, slots=slots, kv=kv)
+
+    before = flow(0.0, engine(1, retractions=1))
+    assert flow(30.0, engine(4, retractions=3)).engine_state(before) == {
+        "kv.use": 0.5,
+        "slots_per_engine": 16.0,
+        "kv.retractions": 3,
+        "prefix.hit": 7 / 8,
+        "decode.batch": 10.0,
+    }
+    assert before.engine_state(before) == {"kv.retractions": 1}
+    assert flow(0.0, EngineFlow()).engine_state(Flow.of(0.0, None, {})) == {}

@@ -12,7 +12,7 @@ from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.rollout.engine import EngineFault
-from dapo_async.rollout.sglang.client import CallRefused, SGLangClient
+from dapo_async.rollout.sglang.client import CallRefused, ServerLimits, SGLangClient
 from dapo_async.runtime.actors.sglang_host import SGLangHost
 from dapo_async.runtime.handles.actors import LearnerHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorFailed
@@ -29,6 +29,9 @@ class Client:
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls, self.url = name, calls, f"http://{name}"
         self.failures: dict[str, Exception] = {}
+
+    async def limits(self) -> ServerLimits:
+        return ServerLimits(10_000, 65)
 
     async def leave_group(self, group: str) -> None:
         await self._call("leave")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,8 +93,15 @@ def idle(learner: float, rollout: float, part: str = "no_credit") -> dict[str, A
         (
             idle(0.31, 0.66, "queued"),
             "KV memory",
-            "66% of the slots wait in the servers' queues. Give the servers more memory "
-            "(rollout.server_flags), or set rollout.num_slots=22: same speed, fresher tokens",
+            "engines run 22 of 64 slots because the KV cache is full; more slots do not help, "
+            "lower rollout.num_slots (same speed, fresher tokens; auto finds it) or give the "
+            "servers more memory (rollout.server_flags)",
+        ),
+        (
+            idle(0.04, 0.66, "queued"),
+            "the learner",
+            "engines run 22 of 64 slots because the KV cache is full; more engines do not help, "
+            "lower rollout.num_slots",
         ),
         (idle(0.5, 0.4, "tail"), "long responses", "rollout.weight_update=recompute"),
         (
@@ -112,6 +120,22 @@ def test_bottleneck_is_named_with_its_evidence_and_the_next_change(
     assert said in found.line
     evidence = f"learner {shares['idle__learner']:.0%}, engine slots {shares['slots__idle']:.0%}"
     assert evidence in found.line
+
+
+def test_full_memory_is_named_with_the_slots_that_engines_had() -> None:
+    window = rows(**idle(0.31, 0.5, "queued"), slots_per_engine=40.0)
+    adaptive = replace(LAYOUT, adapts_slots=True)
+    found = bottleneck(window, adaptive)
+    assert found is not None
+    assert "engines run 20 of 40 slots because the KV cache is full" in found.line
+    assert "more slots do not help, give the servers more memory" in found.line
+    assert "num_slots" not in found.line, "it adapts"
+    assert "7 instead of 8" not in found.line
+    free = bottleneck(
+        rows(**idle(0.04, 0.5), slots_per_engine=40.0), replace(adaptive, on_gpus=False)
+    )
+    assert free is not None
+    assert "num_slots" not in free.line
 
 
 @pytest.mark.parametrize(
