@@ -57,7 +57,7 @@ class Credits:
         await asyncio.Event().wait()
         return ()
 
-    async def fail(self, group_ids: Sequence[int], why: str) -> None:
+    async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
         raise AssertionError(f"groups {group_ids} failed: {why}")
 
     async def hand_back(

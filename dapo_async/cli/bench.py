@@ -148,7 +148,7 @@ def _with_ray(config: Config) -> Config:
     from dapo_async.runtime.cluster.address import choose
     from dapo_async.runtime.cluster.environment import prepare
 
-    choice = choose(config.ray.address)
+    choice = choose(config.ray.address, allow_unauthenticated=config.ray.allow_unauthenticated)
     if choice.note:
         say(choice.note)
     prepare(choice.address)

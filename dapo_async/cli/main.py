@@ -21,6 +21,7 @@ from dapo_async.cli import (
     simulate,
     status,
     train,
+    verify,
 )
 from dapo_async.cli.arguments import Parser, parse
 from dapo_async.tracking.terminal import lasting_streams
@@ -36,6 +37,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "status": status,
     "eval": evaluate,
     "report": report,
+    "verify": verify,
     "rerun": rerun,
     "grade": grade,
     "bench": bench,

@@ -42,7 +42,15 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.learner.rerun import recorded_steps, rerun, tolerance_for
     from dapo_async.runtime.local_model import with_local_model
     from dapo_async.runtime.resume import with_model_at_hand
+    from dapo_async.utils.manifest import damage
 
+    recorded = {
+        name: each
+        for name, each in run_dir.listed_files().items()
+        if name.startswith(f"{run_dir.recorded.name}/")
+    }
+    if found := damage(run_dir.root, recorded):
+        raise ValueError(f"{found[0]}; copy the recorded batches again")
     moved = [f"model.path={json.dumps(str(options.model))}"] if options.model else []
     config = load(run_dir.config, moved, files=False)
     state = _first_state(run_dir, recorded_steps(run_dir.recorded)[0])

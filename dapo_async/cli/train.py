@@ -34,6 +34,13 @@ def add_arguments(parser: Parser) -> None:
         help="continue the run in this folder with its own config; give no CONFIG",
     )
     parser.add_argument(
+        "--from",
+        dest="at",
+        metavar="STEP",
+        help="with --resume: roll back to this checkpoint, such as step_000120; newer ones are "
+        "set aside (default: the newest whole one)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would start, and start nothing"
     )
 
@@ -44,21 +51,17 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.cluster.environment import prepare
     from dapo_async.runtime.local_model import with_local_model
     from dapo_async.runtime.resume import (
-        START,
         find_resume_point,
-        newest_checkpoint,
         with_model_at_hand,
     )
-    from dapo_async.tracking.run_dir import RunDir, unusable
+    from dapo_async.tracking.run_dir import unusable
 
-    config, root = _config_and_root(options)
-    if options.resume and not options.dry_run:
-        RunDir(root).lock()  # first of all: a running run changes its checkpoints
+    config, root, point = _config_and_root(options)
     config, saved = with_local_model(config, download=not options.dry_run)
     saved = replace(saved, run_dir="")  # the folder may be moved
     if options.resume:
-        config = with_model_at_hand(config, newest_checkpoint(config))
-    choice = choose(config.ray.address)
+        config = with_model_at_hand(config, point.checkpoint)
+    choice = choose(config.ray.address, allow_unauthenticated=config.ray.allow_unauthenticated)
     # The run gets the address that was chosen; `saved` keeps the knob, a resumed run chooses anew.
     config = replace(config, ray=replace(config.ray, address=choice.address))
     prepare(choice.address)
@@ -66,12 +69,19 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.preflight import check_inputs
 
     inputs = check_inputs(config, dry_run=options.dry_run)
-    point = START
     if options.resume:
         point = find_resume_point(
-            config, train_data=inputs.fingerprint, heldout_data=inputs.heldout_fingerprint
+            config,
+            train_data=inputs.fingerprint,
+            heldout_data=inputs.heldout_fingerprint,
+            point=point,
         )
-    for line in (choice.note, *inputs.notes, *_data_lines(inputs, dry_run=options.dry_run)):
+    for line in (
+        choice.note,
+        *point.notes,
+        *inputs.notes,
+        *_data_lines(inputs, dry_run=options.dry_run),
+    ):
         if line:
             say(line)
     if options.dry_run:
@@ -110,7 +120,8 @@ def _train(
     def ready_run_dir() -> None:
         """Once Ray runs: a resume that can't begin leaves everything as it was."""
         if resume:
-            run_dir.reopen(point.version)
+            for name in run_dir.reopen(point.version):
+                progress.say(f"set aside {name}: the run continues before it")
             atomic_write(run_dir.config, to_yaml(saved))
 
     try:
@@ -159,10 +170,11 @@ def _new_run_dir(root: Path, config: str, made: Sequence[Path]) -> RunDir:
     return run_dir
 
 
-def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
-    """The config of a new or resumed run, and its run directory."""
+def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path, ResumePoint]:
+    """The config of a new or resumed run, its run directory, and the checkpoint to resume from."""
     from dapo_async.runtime.cluster.environment import run_root
-    from dapo_async.runtime.resume import resumed_config
+    from dapo_async.runtime.resume import START, choose_checkpoint, resumed_config, saved_config
+    from dapo_async.tracking.run_dir import RunDir
 
     if options.resume:
         if options.config is not None:
@@ -171,13 +183,19 @@ def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
                 "changes as key=value"
             )
         root = options.resume.resolve()
-        return resumed_config(root, options.overrides), root
+        saved_config(root)
+        if not options.dry_run:
+            RunDir(root).lock()  # first of all: a running run changes its checkpoints
+        point = choose_checkpoint(root, at=options.at)
+        return resumed_config(root, options.overrides, checkpoint=point.checkpoint), root, point
+    if options.at is not None:
+        raise ValueError(f"--from {options.at} needs --resume RUN_DIR; add it")
     if options.config is None:
         raise ValueError(f"which config? give a YAML file, such as {EXAMPLE}, or --resume RUN_DIR")
     config = load(options.config, options.overrides)
     name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     root = run_root(config.run_dir, name=name)
-    return replace(config, run_dir=str(root)), root
+    return replace(config, run_dir=str(root)), root, START
 
 
 def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:

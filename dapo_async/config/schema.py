@@ -424,6 +424,13 @@ class TrainConfig:
         "number of newest checkpoints that are kept; the best one by evaluation is kept too",
         least=1,
     )
+    guards: Literal["warn", "skip", "stop"] = knob(
+        "warn",
+        "what happens when a batch would do harm (exploding ratio, hardly any effective sample, "
+        "all responses cut) or nothing is learned any more (entropy collapse, equal rewards, wrong "
+        "weights on an engine): a warning; a warning and no update by that batch; or the end of "
+        "the run. A loss that is not finite never makes an update",
+    )
     record: bool = knob(
         False,
         "write every batch to recorded/ (for dapo-async rerun) and all its groups to rollouts/",
@@ -460,6 +467,11 @@ class ClusterConfig:
         "auto",
         "local: start a new Ray; HOST:PORT: join that cluster; auto: join the cluster of "
         "RAY_ADDRESS or of this machine; if there is none, start a new Ray",
+    )
+    allow_unauthenticated: bool = knob(
+        False,
+        "join also a cluster without authentication, with a warning; otherwise it is refused, "
+        "because anybody who can reach its ports can run any code there",
     )
 
 

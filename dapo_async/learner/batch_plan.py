@@ -100,6 +100,18 @@ def share_minibatch(
     return shares
 
 
+def halved(share: RankShare) -> RankShare:
+    """The same rollouts in passes of half as many; a pass of one rollout stays as it is.
+
+    Loss and gradient do not depend on it (token-mean exactness).
+    """
+    passes: list[tuple[int, ...]] = []
+    for rows in share.passes:
+        middle = -(-len(rows) // 2)
+        passes += [rows[:middle], rows[middle:]] if len(rows) > 1 else [rows]
+    return replace(share, passes=tuple(passes))
+
+
 Row = tuple[int, int]  # group, sibling
 
 

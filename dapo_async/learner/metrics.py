@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +33,22 @@ def token_sums(
     }
 
 
+# Sums of the loss's diagnostics over all ranks, for the rules of `algorithm.guards`.
+GUARDED = ("behaviour_kl_k3_sum", "behaviour_ratio_sum", "behaviour_chi2_sum", "num_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSums:
+    """Of a minibatch over all ranks: its loss, the norm of its gradient, and sums over tokens."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: float
+    kl_sum: float
+    ratio_sum: float
+    chi2_sum: float
+
+
 class PassSums:
     """The sums of all passes of a minibatch. They stay on the device until one read at its end.
 
@@ -49,14 +66,17 @@ class PassSums:
         values = [loss, *token_sums.values(), *mismatch.values()]
         self._rows.append(torch.stack([value.double() for value in values]))
 
-    def read(self, gradient_norm: Tensor, mesh: Mesh) -> tuple[StepMetrics, float, float]:
-        """Metrics of these passes, the loss of the minibatch over all ranks, and the norm."""
+    def read(self, gradient_norm: Tensor, mesh: Mesh) -> tuple[StepMetrics, WholeSums]:
+        """Metrics of these passes, and what they add up to over all ranks."""
         rows = torch.stack(self._rows)
-        loss = mesh.dp.sum(rows[:, 0].sum())
-        *values, total_loss, norm = torch.cat(
-            [rows.flatten(), loss.reshape(1), gradient_norm.double().reshape(1)]
-        ).tolist()
         of_tokens, of_mismatch = self._names
+        places = [0, *(1 + of_tokens.index(name) for name in GUARDED)]
+        # Over both axes, although tensor-parallel ranks have equal numbers: so every rank gets
+        # the same bits, and decides alike.
+        whole = mesh.every.sum(rows.sum(0)[places]) / mesh.tp.size
+        *values, loss, kl, ratio, chi2, num_tokens, norm = torch.cat(
+            [rows.flatten(), whole, gradient_norm.double().reshape(1)]
+        ).tolist()
         metrics, size = StepMetrics(), rows.shape[1]
         for start in range(0, len(values), size):
             row = values[start + 1 : start + size]
@@ -65,7 +85,7 @@ class PassSums:
             if of_mismatch:
                 gaps = dict(zip(of_mismatch, row[middle:], strict=True))
                 metrics = metrics + mismatch_metrics(gaps)
-        return metrics, total_loss, norm
+        return metrics, WholeSums(loss, norm, num_tokens, kl, ratio, chi2)
 
 
 def rollout_metrics(

@@ -7,7 +7,7 @@ Between two steps the publisher takes snapshots of the decoder.
 
 from __future__ import annotations
 
-import math
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,14 +25,16 @@ from dapo_async.algorithm import (
     second_moment_mask,
     sequence_mean_weights,
 )
+from dapo_async.algorithm.guards import Guard, MinibatchFacts, broken_by_minibatch, flags
 from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner.batch_plan import RankShare, pair_cost, share_minibatch
+from dapo_async.learner.batch_plan import RankShare, halved, pair_cost, share_minibatch
 from dapo_async.learner.batching import (
     Microbatch,
     TrainingSequence,
     pack_share,
     training_sequences,
 )
+from dapo_async.learner.device_memory import is_out_of_memory
 from dapo_async.learner.gradients import clip_gradients, sum_gradients
 from dapo_async.learner.metrics import PassSums, rollout_metrics, token_sums
 from dapo_async.learner.mismatch import mismatch_sums
@@ -58,10 +60,12 @@ class MinibatchStart:
 
 @dataclass(frozen=True, slots=True)
 class MinibatchCounts:
-    """Of one minibatch over all data-parallel ranks, at least 1 each."""
+    """Of one minibatch over all data-parallel ranks."""
 
-    num_tokens: float  # tokens in the loss
-    num_sequences: float  # sequences that have a token in the loss
+    num_tokens: float  # tokens in the loss, at least 1
+    num_sequences: float  # sequences that have a token in the loss, at least 1
+    num_rollouts: float = 0.0
+    num_truncated: float = 0.0  # rollouts that were cut
 
 
 class LearnerRank:
@@ -78,9 +82,12 @@ class LearnerRank:
         learner: LearnerConfig,
         version: int = 0,
         mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+        guards: str = "warn",
     ) -> None:
         """The decoder's parameters are the master weights: float32 for any dtype of activations.
 
+        `guards`: `train.guards`; with skip and stop a minibatch that breaks a rule of
+        `algorithm.guards` changes no weight.
         With a `mesh` the decoder is this rank's part of one, and all ranks call every method.
         Raises ValueError for options that the loss does not support.
         """
@@ -99,7 +106,9 @@ class LearnerRank:
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh
         self.num_updates = 0  # of the step that is open
-        self._non_finite = False  # the newest minibatch had such a loss or gradient
+        self._guards = guards
+        self._held = False  # the newest minibatch has changed no weight
+        self._num_halvings = 0  # of every pass, because the device lacked memory
         # This rank's shards at the start of the step, for later minibatches; empty: none needs it.
         self._start_weights: list[Tensor] = []
 
@@ -117,7 +126,7 @@ class LearnerRank:
         metrics = StepMetrics()
         for first, last in pairwise(bounds):
             metrics = metrics + self.minibatch(groups[first:last], more=last < len(groups))
-            if self._non_finite:
+            if self._held:
                 break
         self.end_step()
         return metrics
@@ -132,9 +141,14 @@ class LearnerRank:
         of the share, and add up to the minibatch's. `more`: other minibatches of the step may
         follow.
 
-        A loss or gradient that is not finite (`non_finite` 1 in the totals) changes no weight; the
-        step ends with it. If it was the first minibatch, the step has changed nothing (`skipped`
-        1).
+        The totals have a `guard.NAME` of 1 for each rule of `algorithm.guards` that the minibatch
+        breaks. A loss or gradient that is not finite changes no weight, with `guards` skip and stop
+        neither does any other broken rule (`held` 1); the step ends with it. If it was the first
+        minibatch, the step has changed nothing (`skipped` 1).
+
+        If the device lacks memory, a single rank halves its passes, and those of all later
+        minibatches, and tries again once. Raises RuntimeError, which names the microbatch, when
+        that does not help.
         """
         learner, first = self._learner, self.num_updates == 0
         if first and more:
@@ -142,22 +156,80 @@ class LearnerRank:
         if share is None:
             share = self.share_of(groups)
             groups = [each.part_of(groups[each.position]) for each in share.groups]
-        batches = pack_share(self._sequences(groups, share), share, device=self._device)
-        start = self._start(batches, first=first)
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        update, non_finite = self._update(batches, start, lr=lr, first=first)
-        self._non_finite = non_finite
-        self.num_updates += not non_finite
-        flags = {"non_finite": float(non_finite), "skipped": float(self.num_updates == 0)}
+        update, broken = self._trained(groups, share, lr=lr, first=first)
+        self._held = Guard.NON_FINITE in broken or (bool(broken) and self._guards != "warn")
+        self.num_updates += not self._held
+        counts = {
+            **flags(broken),
+            "held": float(self._held),
+            "skipped": float(self.num_updates == 0),
+        }
         metrics = StepMetrics(
             maxima={"lr": lr, "imbalance": share.imbalance},
             # The flags are equal on all ranks and counted once.
             totals={
-                **(flags if self._mesh.dp.rank == 0 else {}),
+                **(counts if self._mesh.dp.rank == 0 else {}),
                 "train_flops": self._flops(groups),
             },
         )
         return rollout_metrics(groups, share, learner_version=self.version) + update + metrics
+
+    def _trained(
+        self, groups: Sequence[Group], share: RankShare, *, lr: float, first: bool
+    ) -> tuple[StepMetrics, tuple[Guard, ...]]:
+        """The passes of a minibatch and its update; once more in halves if memory is short."""
+        for _ in range(self._num_halvings):
+            share = halved(share)
+        try:
+            return self._passes(groups, share, lr=lr, first=first)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            finer = halved(share)
+            if self._mesh.every.size > 1 or finer == share:
+                # Other ranks are in the midst of the same pass: it can't be repeated.
+                raise self._too_large(groups, share, error) from error
+        self._release_memory()
+        self._num_halvings += 1
+        try:
+            return self._passes(groups, finer, lr=lr, first=first)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._too_large(groups, finer, error) from error
+
+    def _passes(
+        self, groups: Sequence[Group], share: RankShare, *, lr: float, first: bool
+    ) -> tuple[StepMetrics, tuple[Guard, ...]]:
+        batches = pack_share(self._sequences(groups, share), share, device=self._device)
+        start = self._start(batches, first=first)
+        cut = sum(rollout.truncated for group in groups for rollout in group.rollouts)
+        count = sum(len(group.rollouts) for group in groups)
+        counts = self._counts(batches, num_rollouts=count, num_truncated=cut)
+        return self._update(batches, start, counts, lr=lr, first=first)
+
+    def _release_memory(self) -> None:
+        """Drops the gradients of the passes so far, and what the allocator keeps."""
+        gc.collect()  # the failed passes, as far as they are in cycles
+        self._optimizer.zero_grad()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _too_large(
+        self, groups: Sequence[Group], share: RankShare, error: BaseException
+    ) -> RuntimeError:
+        tokens = [
+            len(group.prompt.token_ids) + rollout.num_tokens
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        return RuntimeError(
+            f"the learner's device lacks memory for a microbatch: {len(tokens)} rollouts of at "
+            f"most {max(tokens, default=0)} tokens in {len(share.passes)} passes "
+            f"({str(error)[:200]}); lower learner.microbatch_tokens "
+            f"({self._learner.microbatch_tokens}), or set learner.recompute=true"
+        )
 
     def _flops(self, groups: Sequence[Group]) -> float:
         """Model FLOPs of one forward and backward pass of this rank; see `model/cost.py`."""
@@ -291,13 +363,19 @@ class LearnerRank:
 
     @record_function("minibatch")
     def _update(
-        self, minibatch: Sequence[Microbatch], start: MinibatchStart, *, lr: float, first: bool
-    ) -> tuple[StepMetrics, bool]:
-        """One optimizer step, or none if loss or gradient is not finite; and whether that is so.
+        self,
+        minibatch: Sequence[Microbatch],
+        start: MinibatchStart,
+        counts: MinibatchCounts,
+        *,
+        lr: float,
+        first: bool,
+    ) -> tuple[StepMetrics, tuple[Guard, ...]]:
+        """One optimizer step, or none if a guard forbids it; and the guards that were broken.
 
         Adds up the gradients of the microbatches, each divided by the minibatch's token count.
         """
-        counts, passes = self._counts(minibatch), PassSums()
+        passes = PassSums()
         for batch in minibatch:
             logprobs, entropies = self._forward(batch)
             # The learner's logprobs at the start of the step, if known: before the first update
@@ -312,24 +390,39 @@ class LearnerRank:
             passes.add(loss.detach(), diagnostics | tokens, self._mismatch(batch, proximal))
         sum_gradients(self.decoder, self._mesh)
         norm_before = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
-        metrics, total_loss, norm = passes.read(norm_before, self._mesh)
-        non_finite = not (math.isfinite(norm) and math.isfinite(total_loss))
-        if not non_finite:
-            self._optimizer.step(lr=lr)
-            metrics = metrics + StepMetrics(sums={"grad_norm": (norm, 1.0)})
+        metrics, whole = passes.read(norm_before, self._mesh)
+        facts = MinibatchFacts(
+            loss=whole.loss,
+            grad_norm=whole.grad_norm,
+            num_tokens=whole.num_tokens,
+            kl_sum=whole.kl_sum,
+            ratio_sum=whole.ratio_sum,
+            chi2_sum=whole.chi2_sum,
+            num_rollouts=counts.num_rollouts,
+            num_truncated=counts.num_truncated,
+        )
+        broken = broken_by_minibatch(facts)
+        if Guard.NON_FINITE not in broken:
+            if not broken or self._guards == "warn":
+                self._optimizer.step(lr=lr)
+            metrics = metrics + StepMetrics(sums={"grad_norm": (whole.grad_norm, 1.0)})
         self._optimizer.zero_grad()
-        return metrics, non_finite
+        return metrics, broken
 
-    def _counts(self, minibatch: Sequence[Microbatch]) -> MinibatchCounts:
-        own = [
+    def _counts(
+        self, minibatch: Sequence[Microbatch], *, num_rollouts: int, num_truncated: int
+    ) -> MinibatchCounts:
+        own: list[float] = [
             sum(batch.num_loss_tokens for batch in minibatch),
             sum(batch.num_sequences for batch in minibatch),
+            num_rollouts,
+            num_truncated,
         ]
         dp = self._mesh.dp
         if dp.size > 1:
             own = dp.sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
-        num_tokens, num_sequences = own
-        return MinibatchCounts(max(1.0, num_tokens), max(1.0, num_sequences))
+        num_tokens, num_sequences, rollouts, truncated = own
+        return MinibatchCounts(max(1.0, num_tokens), max(1.0, num_sequences), rollouts, truncated)
 
     def _mismatch(self, batch: Microbatch, proximal_logprobs: Tensor | None) -> dict[str, Tensor]:
         if proximal_logprobs is None:

@@ -86,7 +86,12 @@ def rerun(
     """
     torch.set_num_threads(max(1, int(config.model.num_cpus)))
     decoder = load_decoder(Path(config.model.path), activations=getattr(torch, config.model.dtype))
-    rank = LearnerRank(decoder, algorithm=config.algorithm, learner=config.learner)
+    rank = LearnerRank(
+        decoder,
+        algorithm=config.algorithm,
+        learner=config.learner,
+        guards=config.train.guards,
+    )
     steps = recorded_steps(recorded)
     tolerance = tolerance_for(config)
     if state is not None:

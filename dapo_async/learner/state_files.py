@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from dapo_async.learner.parts import Part
 from dapo_async.model import Mesh
+from dapo_async.utils.files import disk_fault
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -53,7 +54,7 @@ class LoadPlanner(DefaultLoadPlanner):
 def write_parts(parts: Mapping[str, Part], folder: Path, mesh: Mesh) -> None:
     """Writes this rank's parts; returns when the parts of all ranks are there.
 
-    Raises RuntimeError if they cannot be written.
+    Raises OSError if the disk refuses them, and RuntimeError for anything else.
     """
     alone = mesh.every.size == 1
     try:
@@ -65,6 +66,9 @@ def write_parts(parts: Mapping[str, Part], folder: Path, mesh: Mesh) -> None:
             no_dist=alone,
         )
     except CheckpointException as error:  # a BaseException, which no caller would count
+        for failure, _ in error.failures.values():
+            if disk_fault(failure) is not None:
+                raise failure from error
         raise RuntimeError(
             f"the learner's state can't be written to {folder}: {_last_line(error)}"
         ) from error

@@ -5,6 +5,7 @@ The rollout worker calls `score_group`. docs/rewards.md is the page for users.
 verdict        `Verdict`, which every verifier returns
 thinking       which part of a response is thinking
 verifiers      verifiers by name and by data source
+own_verifier   the user's function, in processes that have a deadline (`own_process.py`)
 math_verifier  the verifier of mathematical answers
 math           its public import path for other projects
 overlong       DAPO's soft punishment of long responses
@@ -15,7 +16,7 @@ grading        verdicts for a file of rows, `dapo-async grade`
 from dapo_async.reward.math_verifier.verify import vote_key
 from dapo_async.reward.overlong import soft_overlong_punishment
 from dapo_async.reward.score import score_group
-from dapo_async.reward.verdict import Verdict, Verifier, VerifierFailed
+from dapo_async.reward.verdict import VERIFIER_FAILED, Verdict, Verifier, VerifierFailed
 from dapo_async.reward.verifiers import (
     MARKER,
     VERIFIERS,
@@ -28,6 +29,7 @@ from dapo_async.reward.verifiers import (
 __all__ = [
     "MARKER",
     "VERIFIERS",
+    "VERIFIER_FAILED",
     "Verdict",
     "Verifier",
     "VerifierChoice",

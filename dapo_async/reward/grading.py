@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,8 @@ from dapo_async.reward.math_verifier.pool import NUM_PROCESSES
 from dapo_async.reward.math_verifier.verify import TIMEOUT_S, Extraction, verify
 from dapo_async.reward.thinking import prompt_text
 from dapo_async.reward.verdict import FAILED, Verdict
-from dapo_async.reward.verifiers import WrongVerdict, get_verifier
+from dapo_async.reward.verifiers import get_verifier
 from dapo_async.utils.files import atomic_file, partial_path
-from dapo_async.utils.plugins import is_custom
 
 CHUNK_ROWS = 1000
 
@@ -113,18 +111,10 @@ def _row_judge(verifier: str, timeout_s: float) -> RowJudge:
             raise ValueError(
                 f"extraction needs --verifier math, but the verifier is {verifier}; leave it out"
             )
-        if not is_custom(verifier):
-            return function(prediction, gold, prompt=prompt)
-        try:
-            return function(prediction, gold, prompt=prompt)
-        except WrongVerdict as error:
-            raise ValueError(f"{error}; correct the function") from error
-        except Exception as error:  # whatever the user's function raises becomes one line
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"{verifier} raised {what} ({place.filename}:{place.lineno}); correct the function"
-            ) from error
+        verdict = function(prediction, gold, prompt=prompt)
+        if verdict.detail:  # the user's own function raised, hung or returned something else
+            raise ValueError(f"{verdict.detail}; correct the function")
+        return verdict
 
     return judge
 

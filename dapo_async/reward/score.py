@@ -39,9 +39,11 @@ def score_group(
         f"group {admission.group_id}: {len(completions)} completions of {admission.group_size}"
     )
     prompt = admission.prompt
-    verdicts = [verify(text, prompt.answer, prompt=prompt.text) for text in texts]
-    if any(verdict.failed for verdict in verdicts):
-        raise VerifierFailed("verifier failed")
+    verdicts = []
+    for text in texts:
+        verdicts.append(verify(text, prompt.answer, prompt=prompt.text))
+        if verdicts[-1].failed:  # it may have waited for a deadline: the others are not judged
+            raise VerifierFailed(detail=verdicts[-1].detail)
     rollouts = []
     for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
         reward = 2.0 * verdict.accuracy - 1.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FAILED = "failed"  # the reason when the verifier died, so that nothing is known about the response
+VERIFIER_FAILED = "verifier failed"  # how failures of groups are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,7 @@ class Verdict:
     correct: bool | float  # a float in [0, 1] gives partial credit
     extracted: str | None  # the answer that the verifier read; None: it found none
     reason: str  # one word, which is counted: "correct", "wrong", "no_answer", …
+    detail: str = ""  # why the verdict failed, for a message
 
     @property
     def accuracy(self) -> float:
@@ -27,7 +29,14 @@ class Verdict:
 
 
 class VerifierFailed(Exception):
-    """One verdict of a group failed, so the group can't be trained; its text is counted."""
+    """One verdict of a group failed, so the group can't be trained; its text is counted.
+
+    `detail`: what the verifier did, for a message.
+    """
+
+    def __init__(self, why: str = VERIFIER_FAILED, detail: str = "") -> None:
+        super().__init__(why)
+        self.detail = detail
 
 
 class Verifier(Protocol):

@@ -7,21 +7,18 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from dapo_async.reward.math_verifier.verify import TIMEOUT_S
 from dapo_async.reward.math_verifier.verify import verify as verify_math
+from dapo_async.reward.own_verifier import OwnVerifier, load_own_verifier
 from dapo_async.reward.thinking import conclusion, opened_by
 from dapo_async.reward.verdict import Verdict, Verifier
-from dapo_async.utils.plugins import has_parameter, is_custom, load_function
+from dapo_async.utils.plugins import is_custom
 
 MARKER = "####"  # GSM8K writes the final answer after it
-
-
-class WrongVerdict(AssertionError):
-    """The user's function returned something else than a `Verdict` with an accuracy in [0, 1]."""
 
 
 def verify_marker(response: str, gold: str, *, prompt: str = "") -> Verdict:
@@ -75,15 +72,14 @@ def get_verifier(
 ) -> Verifier:
     """A built-in verifier, or the user's `module:function` with parameters `(response, gold)`.
 
-    A function that has a parameter `prompt` gets the text of the prompt as a keyword.
-    `timeout_s` is the deadline of `math`; `knob` is where `name` comes from, for messages. Raises
-    ValueError for an unknown name, a missing math-verify, or a function that can't be used.
+    A function that has a parameter `prompt` gets the text of the prompt as a keyword. It runs in
+    processes of its own, see `own_verifier.py`. `timeout_s` is the deadline of `math`; `knob` is
+    where `name` comes from, for messages. Raises ValueError for an unknown name, a missing
+    math-verify, or a function that can't be used.
     """
     if is_custom(name):
-        function = load_function(
-            name, knob=knob, parameters=("response", "gold"), optional=("prompt",)
-        )
-        return _checked(function, name)
+        load_own_verifier(name, knob=knob)
+        return OwnVerifier(name)
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -136,28 +132,6 @@ def _entries(text: str) -> list[tuple[str, str]]:
             )
         found.append((source, name) if equals else ("", source))
     return found
-
-
-def _checked(function: Callable[..., object], name: str) -> Verifier:
-    """The user's function; raises WrongVerdict when its answer can't be used."""
-    takes_prompt = has_parameter(function, "prompt")
-
-    @functools.wraps(function)
-    def verify(response: str, gold: str, /, *, prompt: str = "") -> Verdict:
-        verdict = (
-            function(response, gold, prompt=prompt) if takes_prompt else function(response, gold)
-        )
-        if not isinstance(verdict, Verdict):
-            raise WrongVerdict(
-                f"{name} returned {type(verdict).__name__}, must return dapo_async.reward.Verdict"
-            )
-        if not 0.0 <= verdict.accuracy <= 1.0:
-            raise WrongVerdict(
-                f"{name} returned accuracy {verdict.accuracy}, which must lie in [0, 1]"
-            )
-        return verdict
-
-    return verify
 
 
 def _compared(answer: str, gold: str) -> Verdict:

@@ -57,8 +57,11 @@ class ReplayPort(Protocol):
         """Waits for groups of `worker` that were evicted; none: the worker is to ask again."""
         ...
 
-    async def fail(self, group_ids: Sequence[int], why: str) -> None:
-        """Returns the credits of groups that will not be offered. Ended groups are ignored."""
+    async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
+        """Returns the credits of groups that will not be offered. Ended groups are ignored.
+
+        `why` is counted; `detail` is for a message.
+        """
         ...
 
     async def hand_back(
@@ -245,7 +248,7 @@ class RolloutWorker:
         except VerifierFailed as failure:
             if self._claim(group_id):
                 self.engine.tokens.end(TokenOutcome.FAILED, count)
-                await self._replay.fail([group_id], str(failure))
+                await self._replay.fail([group_id], str(failure), failure.detail)
             else:
                 self._end_tokens(group_id, count)
             return

@@ -1,8 +1,12 @@
 """Checkpoints of the whole run: learner, replay buffer and driver at one instant between two steps.
 
 freeze   on the step path: copies in memory, timed (`checkpoint_pause_s`)
-write    beside the steps: the Hugging Face export and the state; one rename when the metrics of its
-         steps are on disk; then old checkpoints are removed
+write    beside the steps: the Hugging Face export and the state, then a manifest with the checksum
+         of each file; one rename when the metrics of its steps are on disk; then old checkpoints
+         are removed
+
+When the disk refuses a checkpoint, training goes on: all older checkpoints but the newest whole
+one and the best one are removed, and the next step tries again. `MAX_FAILED` in a row end the run.
 
 Called by the main loop and at the end of a run.
 """
@@ -21,7 +25,13 @@ from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
-from dapo_async.utils.files import sync
+from dapo_async.utils.files import disk_fault, sync
+
+MAX_FAILED = 5  # checkpoints in a row that the disk refused: the last one ends the run
+
+
+class DiskRefused(RuntimeError):
+    """The disk refused every checkpoint for too long."""
 
 
 class Checkpointer:
@@ -36,12 +46,17 @@ class Checkpointer:
         run_dir: RunDir,
         driver_state: Callable[[], dict[str, Any]],
         in_evaluation: Callable[[], int | None],
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`in_evaluation`: the version that is being evaluated and may turn out the best."""
         self.folder = CheckpointFolder(run_dir.checkpoints)
-        self.saved = self.skipped = 0
+        self.saved = self.skipped = self.refused = 0
+        self.is_late = False  # the disk refused the newest one: the next step tries again
+        self._refused_in_a_row = 0
+        self._say = say
         self.pause_s = self.write_s = 0.0  # sums: on the step path, and beside the steps
         self.longest_write_s = 0.0
+        self.checksum_s = 0.0  # the part of `write_s` in which the files are read for the manifest
         self._config, self._system, self._tracker = config, system, tracker
         self._run_dir, self._driver_state = run_dir, driver_state
         self._in_evaluation = in_evaluation
@@ -50,14 +65,15 @@ class Checkpointer:
     async def start(self, version: int) -> None:
         """Called between two steps; returns when everything is copied.
 
-        The write runs in the background; if it fails, the run ends.
+        The write runs in the background. If it fails, the run ends, unless the disk refused it.
         """
+        self.is_late = False
         if self._writing is not None and not self._writing.done():
             self.skipped += 1
             return
         driver = await self._freeze(version)
         self._writing = asyncio.create_task(
-            self._write(version, driver), name=f"checkpoint of version {version}"
+            self._write_or_postpone(version, driver), name=f"checkpoint of version {version}"
         )
         # The end of a run cancels background tasks, but never a checkpoint half-way.
         self._system.in_background(_until_done(self._writing), self._writing.get_name())
@@ -65,15 +81,18 @@ class Checkpointer:
     async def save(self, *, deadline_s: float) -> None:
         """At the end of a run: saves the newest state unless it is saved already.
 
-        Waits for a running step. Raises TimeoutError.
+        Waits for a running step. Raises TimeoutError, and DiskRefused if the disk refuses it twice.
         """
         try:
             async with asyncio.timeout(deadline_s):
                 if self._writing is not None:
                     await asyncio.wait([self._writing])
                 version = await self._system.learner.version()
+                for _ in range(2):
+                    if version not in self.folder.versions():
+                        await self._write_or_postpone(version, await self._freeze(version))
                 if version not in self.folder.versions():
-                    await self._write(version, await self._freeze(version))
+                    raise DiskRefused(f"the disk refused the checkpoint of version {version}")
         except TimeoutError as error:
             raise TimeoutError(
                 f"the driver waited {deadline_s:g} s for learner and replay to be saved"
@@ -85,8 +104,10 @@ class Checkpointer:
         return {
             "saved": self.saved,
             "skipped": self.skipped,
+            "refused": self.refused,
             "pause_s": self.pause_s / count,
             "write_s": self.write_s / count,
+            "checksum_s": self.checksum_s / count,
         }
 
     async def _freeze(self, version: int) -> dict[str, Any]:
@@ -101,17 +122,63 @@ class Checkpointer:
         self.pause_s += self._tracker.clock.now_s() - began_s
         return {"version": version, **self._driver_state()}
 
+    async def _write_or_postpone(self, version: int, driver: dict[str, Any]) -> None:
+        """Writes a checkpoint. If the disk refuses it, makes room and lets a later step try again.
+
+        Raises DiskRefused after `MAX_FAILED` in a row.
+        """
+        try:
+            await self._write(version, driver)
+        except Exception as error:
+            if (why := disk_fault(error)) is None:
+                raise
+            await self._make_room(version, why)
+        else:
+            self._refused_in_a_row = 0
+
+    async def _make_room(self, version: int, why: str) -> None:
+        self.refused, self._refused_in_a_row = self.refused + 1, self._refused_in_a_row + 1
+        before = self.folder.versions()
+        try:
+            await asyncio.to_thread(self.folder.clear)
+            await asyncio.to_thread(self.folder.prune, keep=1, spare=self._spared())
+        except OSError as error:
+            why = f"{why}; old checkpoints can't be removed: {error.strerror}"
+        removed = len(before) - len(self.folder.versions())
+        line = f"the checkpoint of version {version} can't be written: {why}"
+        if self._refused_in_a_row >= MAX_FAILED:
+            raise DiskRefused(
+                f"{line}, {self._refused_in_a_row} times in a row; free some space in "
+                f"{self.folder.root}, and continue with --resume"
+            )
+        # Once at the next step; after that only when a checkpoint is due.
+        self.is_late = self._refused_in_a_row == 1
+        self._say(
+            f"{line}; {removed} older checkpoints were removed, training goes on, and the run ends "
+            f"after {MAX_FAILED - self._refused_in_a_row} more such failures; free some space"
+        )
+
     async def _write(self, version: int, driver: dict[str, Any]) -> None:
         began_s = self._tracker.clock.now_s()
         partial = await asyncio.to_thread(self.folder.begin, version)
-        await asyncio.gather(
-            self._system.learner.save(partial), self._system.replay.save(partial / STATE)
+        # Both end before an error is raised: nobody writes into a folder that is removed.
+        written = await asyncio.gather(
+            self._system.learner.save(partial),
+            self._system.replay.save(partial / STATE),
+            return_exceptions=True,
         )
+        failures = [each for each in written if isinstance(each, BaseException)]
+        if failures:  # one that is not the disk's comes first
+            raise min(failures, key=lambda each: disk_fault(each) is not None)
         (partial / STATE / DRIVER_FILE).write_text(json.dumps(driver, indent=2) + "\n")
         # A checkpoint never holds a step whose metrics are not on disk.
         await self._tracker.written(version)
+        self._tracker.rows.flush()
         if self._run_dir.metrics.exists():
             await asyncio.to_thread(sync, self._run_dir.metrics)
+        sealing_s = self._tracker.clock.now_s()
+        await asyncio.to_thread(self.folder.seal, version)
+        self.checksum_s += self._tracker.clock.now_s() - sealing_s
         await asyncio.to_thread(self.folder.commit, version)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s

@@ -25,10 +25,12 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.evaluator import NAME
 from dapo_async.runtime.handles.actors import EvaluatorHandle
+from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.timeline import Timeline
+from dapo_async.utils.files import disk_fault
 from dapo_async.weights import Announcement, check_attestation
 from dapo_async.weights.handshake import HandshakeOutcome
 from dapo_async.weights.publisher import HandshakeError
@@ -102,7 +104,8 @@ class Evaluations:
         deadline_s, began_s = self._config.deadlines.work_s, time.monotonic()
         try:
             async with asyncio.timeout(deadline_s) as limit:
-                await self._load(evaluator, announcement)
+                if not await self._load(evaluator, announcement):
+                    return
                 loaded_s = time.monotonic()
                 self._waiting_for = f"{evaluator.name} to evaluate"
                 evaluation = await evaluator.evaluate()
@@ -121,9 +124,9 @@ class Evaluations:
             waited_s=loaded_s - began_s,
         )
 
-    async def _load(self, evaluator: EvaluatorHandle, announcement: Announcement) -> None:
+    async def _load(self, evaluator: EvaluatorHandle, announcement: Announcement) -> bool:
         """The learner writes the published snapshot, the evaluator reads it and attests what it
-        serves (handshake). Raises HandshakeError."""
+        serves (handshake). False: the disk refused the snapshot. Raises HandshakeError."""
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
             self._waiting_for = f"{learner.first.name} to write"
@@ -132,6 +135,14 @@ class Evaluations:
             )
             self._waiting_for = f"{evaluator.name} to load"
             attestation = await evaluator.read(announcement, str(folder))
+        except ActorFailed as error:
+            if (why := disk_fault(error)) is None:
+                raise
+            self.num_skipped += 1
+            self._sinks.disk.note(
+                "weights for an evaluation", why, consequence="this evaluation is skipped"
+            )
+            return False
         finally:
             await asyncio.to_thread(self.clear)
         tolerance = self._config.model.probe_tolerance
@@ -139,6 +150,7 @@ class Evaluations:
         result = check_attestation(announced, attestation, tolerance=tolerance)
         if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {result.detail}")
+        return True
 
     def _book(
         self, evaluation: Evaluation, name: str, *, engine: str, began_s: float, waited_s: float
@@ -158,7 +170,14 @@ class Evaluations:
             "waited_s": waited_s,
         }
         self.rows.append(row)
-        self._run_dir.log_evaluation(row, accuracies=evaluation.accuracies)
+        try:
+            self._run_dir.log_evaluation(row, accuracies=evaluation.accuracies)
+        except OSError as error:
+            self._sinks.disk.note(
+                self._run_dir.evaluations.name,
+                disk_fault(error) or str(error),
+                consequence="the result of this evaluation is only in this output",
+            )
         self._sinks.evaluation(row)
         place = "" if engine == "all" else f", {engine}, {wall_s:.1f} s"
         self._sinks.say(

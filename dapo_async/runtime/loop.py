@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from dapo_async.algorithm.guards import guards_in
 from dapo_async.config import Config
 from dapo_async.replay import StopReason
 from dapo_async.runtime.checkpointer import Checkpointer
@@ -18,7 +19,7 @@ from dapo_async.runtime.system import System
 from dapo_async.types import StepMetrics, TrainBatch
 
 T = TypeVar("T")
-MAX_SKIPPED_STEPS = 3  # this many non-finite steps in a row end the run
+MAX_SKIPPED_STEPS = 3  # this many steps in a row that changed no weight end the run
 
 
 class TrainingStopped(RuntimeError):
@@ -53,14 +54,22 @@ async def train_loop(
         if trained.stopped is not None:
             return trained.stopped
         evaluations.start_if_due(step)
-        if (step + 1) % config.train.checkpoint_every_steps == 0:
+        if checkpointer.is_late or (step + 1) % config.train.checkpoint_every_steps == 0:
             clock.enter("freeze", f"step {step}")
             await checkpointer.start(step + 1)
-        skipped_in_a_row = skipped_in_a_row + 1 if trained.non_finite else 0
+        if tracker.guards.stop_reason is not None:
+            raise TrainingStopped(tracker.guards.stop_reason)
+        skipped_in_a_row = skipped_in_a_row + 1 if trained.held else 0
         if skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            if trained.non_finite:
+                raise TrainingStopped(
+                    f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; "
+                    "lower learner.lr, read non_finite/"
+                )
+            names = ", ".join(guard.value for guard in guards_in(trained.metrics.totals))
             raise TrainingStopped(
-                f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; "
-                "lower learner.lr, read non_finite/"
+                f"{skipped_in_a_row} steps in a row had a batch that train.guards=skip has left "
+                f"out ({names}); lower learner.lr or replay.max_staleness, read guarded/"
             )
     return None
 
@@ -84,12 +93,17 @@ class Step:
         return bool(self.metrics.totals.get("non_finite"))
 
     @property
+    def held(self) -> bool:
+        """Its newest minibatch has changed no weight."""
+        return self.non_finite or bool(self.metrics.totals.get("held"))
+
+    @property
     def is_whole(self) -> bool:
         return bool(self.batches) and self.batches[-1].closes_step
 
     @property
     def is_over(self) -> bool:
-        return self.is_whole or self.non_finite or self.stopped is not None
+        return self.is_whole or self.held or self.stopped is not None
 
 
 async def train_step(system: System, tracker: Tracker, number: int, *, config: Config) -> Step:
@@ -134,7 +148,11 @@ async def train_minibatch(system: System, tracker: Tracker, step: Step, batch: T
     step.in_learner = True
     metrics = await system.learner.minibatch(batch)
     await system.replay.trained(
-        step.number, batch.group_ids, non_finite=bool(metrics.totals["non_finite"])
+        step.number,
+        batch.group_ids,
+        non_finite=bool(metrics.totals["non_finite"]),
+        held=bool(metrics.totals.get("held")),
+        guarded=bool(tracker.guards.to_keep(metrics.totals)),
     )
     step.batches.append(batch)
     step.metrics = step.metrics + metrics

@@ -32,7 +32,7 @@ from dapo_async.replay import custom_filter
 from dapo_async.reward import choose_verifiers, named_sources
 from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang.given_servers import server_fault
-from dapo_async.runtime.cluster import own_ray, ray_variables
+from dapo_async.runtime.cluster import limits, own_ray, ray_variables
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.tracking.run_dir import too_full
 from dapo_async.utils.paths import check_path
@@ -67,6 +67,7 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
     can check the run of a cluster.
     """
     _check_options(config)
+    limits.raise_open_files()  # the processes of an own Ray inherit it
     missing = list(_missing(config))
     if missing and not dry_run:
         raise ValueError(missing[0])
@@ -90,6 +91,9 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         if not dry_run:
             raise ValueError(line)
         notes.append(f"could not start on this machine: {line}")
+    elif config.run_dir:
+        size = _checkpoint_bytes(weights)
+        notes += limits.space_notes(Path(config.run_dir), config, checkpoint_bytes=size)
     tokenizer = usable_tokenizer(folder)
     check_tokenizer(tokenizer, model, folder=folder)
     check_template(config, tokenizer, stop_token_ids=model.eos_token_ids)
@@ -138,6 +142,10 @@ def _missing(config: Config) -> Iterator[str]:
     if config.rollout.engine == "sglang":
         yield from _sglang_faults(config)
     if (line := ray_variables.fault()) is not None:
+        yield line
+    if (line := limits.open_files_fault(config)) is not None:
+        yield line
+    if config.run_dir and (line := limits.inodes_fault(Path(config.run_dir), config)) is not None:
         yield line
     if config.ray.address != "local":
         return

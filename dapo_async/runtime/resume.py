@@ -7,6 +7,7 @@ the command line, before anything is started.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dapo_async.replay import Counts
 from dapo_async.replay.state_io import read_outcomes
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE, CheckpointFolder
+from dapo_async.utils.manifest import damage
 from dapo_async.utils.paths import for_shell
 
 # What may change when a run is resumed: its length, its place, its speed, and where its files lie.
@@ -45,6 +47,7 @@ class ResumePoint:
     driver: dict[str, Any]  # the driver's state; empty without a checkpoint
     counts: Counts = field(default_factory=lambda: Counts(0))  # of all groups up to there
     failures: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # lines about the choice of this checkpoint
 
     @property
     def state(self) -> Path | None:
@@ -54,17 +57,26 @@ class ResumePoint:
 START = ResumePoint(None, 0, {})
 
 
-def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
-    """The saved config of the run in `root`, wherever that folder is now, with `overrides`.
-
-    Raises ValueError where there is no run, and for an override that would make it another run.
-    """
+def saved_config(root: Path) -> Path:
+    """The config file of the run in `root`. Raises ValueError where there is no run."""
     saved = RunDir(root).config
     if not saved.is_file():
         raise ValueError(
             f"--resume {root}: there is no config.yaml, so this is no run directory; "
             "give the folder that a run has printed"
         )
+    return saved
+
+
+def resumed_config(
+    root: Path, overrides: Sequence[str], *, checkpoint: Path | None = None
+) -> Config:
+    """The saved config of the run in `root`, wherever that folder is now, with `overrides`.
+
+    `checkpoint`: the one to resume from; None: the newest. Raises ValueError where there is no run,
+    and for an override that would make it another run.
+    """
+    saved = saved_config(root)
     before = knobs.load(saved, files=False)
     after = knobs.load(saved, overrides, files=False)
     for name in [knob.name for knob in knobs.knobs()]:
@@ -75,7 +87,7 @@ def resumed_config(root: Path, overrides: Sequence[str]) -> Config:
                 f"only {', '.join(SAFE)} may change; start a new run from a checkpoint "
                 "of this run instead (model.path=CHECKPOINT)"
             )
-    checkpoint = CheckpointFolder(RunDir(root).checkpoints).newest
+    checkpoint = checkpoint or CheckpointFolder(RunDir(root).checkpoints).newest
     if after.model.path != before.model.path:
         _check_same_model(after.model.path, checkpoint)
     check(with_model_at_hand(after, checkpoint))
@@ -130,26 +142,61 @@ def with_model_at_hand(config: Config, checkpoint: Path | None) -> Config:
     return replace(config, model=replace(config.model, path=str(checkpoint)))
 
 
-def newest_checkpoint(config: Config) -> Path | None:
-    """Of the run directory; None before the first one."""
-    return CheckpointFolder(RunDir(Path(config.run_dir)).checkpoints).newest
+def choose_checkpoint(root: Path, *, at: str | None = None) -> ResumePoint:
+    """The newest checkpoint of the run in `root` whose files are whole; START before the first.
+
+    A damaged one is stepped over, with a note. `at`: the checkpoint that the user has named, such
+    as step_000120 or 120. Raises ValueError if it is not there, or if no checkpoint is whole.
+    """
+    folder = CheckpointFolder(RunDir(root).checkpoints)
+    notes: list[str] = []
+    first_error: ValueError | None = None
+    for version in _candidates(folder, at):
+        try:
+            point = _read_point(folder, version)
+        except ValueError as error:
+            first_error = first_error or error
+            why = str(error).partition(";")[0]
+            notes.append(f"{folder.path(version).name} is damaged, so it is not used: {why}")
+            continue
+        return replace(point, notes=(*notes, *point.notes))
+    if first_error is not None:
+        raise first_error
+    return START
+
+
+def _candidates(folder: CheckpointFolder, at: str | None) -> list[int]:
+    """The versions to try, the best first."""
+    versions = folder.versions()
+    if at is None:
+        return versions[::-1]
+    number = at.rstrip("/").rpartition("/")[2].removeprefix("step_")
+    if not number.isdecimal() or int(number) not in versions:
+        there = ", ".join(folder.path(version).name for version in versions) or "none yet"
+        raise ValueError(
+            f"--from {at} is no checkpoint in {folder.root}; give one of those there: {there}"
+        )
+    return [int(number)]
 
 
 def find_resume_point(
-    config: Config, *, train_data: str | None, heldout_data: str | None = None
+    config: Config,
+    *,
+    train_data: str | None,
+    heldout_data: str | None = None,
+    point: ResumePoint | None = None,
 ) -> ResumePoint:
-    """The newest complete checkpoint of the run directory.
+    """`point`, or what `choose_checkpoint` finds, after a check that the run may continue there.
 
     `train_data`, `heldout_data`: fingerprints of the prompts (`Inputs`); None: not compared, for
     they are not loaded. Raises ValueError when no step is left, when the data differ, and for
     a checkpoint that can't be read.
     """
     run_dir = RunDir(Path(config.run_dir))
-    folder = CheckpointFolder(run_dir.checkpoints)
-    if folder.newest is None:
-        return START
-    newest = for_shell(folder.newest)
-    point = _read_point(folder.newest, version=folder.versions()[-1])
+    point = point or choose_checkpoint(run_dir.root)
+    if point.checkpoint is None:
+        return point
+    newest = for_shell(point.checkpoint)
     if point.version >= config.train.num_steps:
         raise ValueError(
             f"--resume {run_dir.root}: all {config.train.num_steps} steps (train.num_steps) are "
@@ -172,14 +219,32 @@ def find_resume_point(
     return point
 
 
-def _read_point(checkpoint: Path, *, version: int) -> ResumePoint:
-    """Checks that every file which the actors will read is there."""
+def _read_point(folder: CheckpointFolder, version: int) -> ResumePoint:
+    """Checks every file of a checkpoint, and that the actors will find what they read.
+
+    Raises ValueError, which names the file.
+    """
     from dapo_async.learner import check_state  # imports torch, which a new run does not need here
 
+    checkpoint, began_s = folder.path(version), time.monotonic()
     driver = read_driver_state(checkpoint)
     check_state(checkpoint / STATE / LEARNER_FOLDER)
     counts, failures = read_outcomes(checkpoint / STATE)
-    return ResumePoint(checkpoint, version, driver, counts, failures)
+    sums = folder.manifest(version)
+    if sums is None:
+        note = f"{checkpoint.name} has no checksums, so the content of its files is not checked"
+        return ResumePoint(checkpoint, version, driver, counts, failures, (note,))
+    if found := damage(checkpoint, sums):
+        raise ValueError(
+            f"{found[0]}; copy the checkpoint whole, or remove {checkpoint} to resume from the one "
+            "before"
+        )
+    size = sum(each.num_bytes for each in sums.values()) / 2**20
+    note = (
+        f"{checkpoint.name} is whole: {len(sums)} files, {size:,.1f} MiB, checked in "
+        f"{time.monotonic() - began_s:.2f} s"
+    )
+    return ResumePoint(checkpoint, version, driver, counts, failures, (note,))
 
 
 def read_driver_state(checkpoint: Path) -> dict[str, Any]:

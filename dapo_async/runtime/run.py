@@ -7,6 +7,7 @@ The command `train` calls `run_training`. Whatever ends the run, it ends in orde
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
@@ -43,8 +44,11 @@ from dapo_async.tracking.plot import draw_dynamics, import_library
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Progress
+from dapo_async.utils.files import atomic_write, disk_fault
 from dapo_async.utils.paths import for_shell
 from dapo_async.utils.state_clock import StateClock
+
+RETRY_S = 1.0  # between two tries to write a summary that the disk refused
 
 
 def run_training(
@@ -108,6 +112,8 @@ class Run:
             sinks.say, self._note, self._end_at_once, is_ending=lambda: self._is_ending
         )
         self._services: Services | None = None
+        self._unwritten_summary: dict[str, Any] | None = None  # the disk refused it
+        self._refusal: OSError | None = None
         evaluations = resume.driver.get("evaluations", {})
         self._record = RunProgress(
             evaluations={name: Evaluation.from_json(values) for name, values in evaluations.items()}
@@ -154,7 +160,25 @@ class Run:
         finish = asyncio.to_thread(self._sinks.finish, outcome.status.value, outcome.reason)
         await self._attempt("the end of MLflow's run", finish, within_s=2 * STOP_S)
         self._write_summary()  # again, with what the sinks have caught
+        await self._insist_on_summary()
         return outcome
+
+    async def _insist_on_summary(self) -> None:
+        """On a full disk: tries for STOP_S, then prints the summary, so that nothing is lost.
+
+        Raises the error of the disk then: a summary that is there is of an earlier start.
+        """
+        tries = int(STOP_S / RETRY_S)
+        while self._unwritten_summary is not None and tries:
+            await asyncio.sleep(RETRY_S)
+            self._write_summary()
+            tries -= 1
+        if self._unwritten_summary is not None:
+            outcome = self._record.outcome
+            self._sinks.say(f"{outcome.status.value}: {outcome.reason}")
+            self._sinks.say(f"summary.json: {json.dumps(self._unwritten_summary)}")
+            assert self._refusal is not None
+            raise self._refusal
 
     async def _close_ray(self) -> None:
         within_s = 2 * STOP_S  # half of it for a start that goes on
@@ -252,13 +276,24 @@ class Run:
             self._record.outcome = replace(self._record.outcome, lost_actor=lost_actor, hangs=hangs)
             return
         reason = " ".join(str(error).split()) or repr(error)
+        if (why := disk_fault(error)) is not None:
+            told = "" if why in reason.lower() else f": {why}"
+            reason = (
+                f"{reason.rstrip('.;')}{told}; free some space on the disk of "
+                f"{self._run_dir.root}, and continue with "
+                f"dapo-async train --resume {for_shell(self._run_dir.root)}"
+            )
         if hangs and self._services is not None:
             reason += self._services.system.unserved()
         self._record.outcome = RunOutcome(
             Status.FAILED, reason, EXIT_FAILED, lost_actor=lost_actor, hangs=hangs
         )
-        with suppress(OSError):  # a full disk; the reason is in the summary and on the terminal
-            self._run_dir.error.write_text("".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        try:
+            atomic_write(self._run_dir.error, trace)
+        except OSError as refused:  # the reason is in the summary and on the terminal
+            consequence = "the run ends without the traceback"
+            self._sinks.disk.note("error.txt", disk_fault(refused), consequence=consequence)
 
     def _note(self, number: signal.Signals) -> None:
         """Writes the summary before the running step has ended: the process may be killed before
@@ -319,20 +354,29 @@ class Run:
 
     def _write_summary(self) -> None:
         measured = self._services.measured() if self._services is not None else self._before
-        self._run_dir.write_summary(
-            summarise_run(
-                self._record,
-                measured,
-                config=self._config,
-                run_dir=self._run_dir,
-                incarnation=self._incarnation,
-                resume=self._resume,
-                wall_s=self._wall_s,
-                mlflow_run_id=self._sinks.mlflow_run_id,
-                caught=self._sinks.caught,
-                bottleneck=self._sinks.bottleneck,
-            )
+        summary = summarise_run(
+            self._record,
+            measured,
+            config=self._config,
+            run_dir=self._run_dir,
+            incarnation=self._incarnation,
+            resume=self._resume,
+            wall_s=self._wall_s,
+            mlflow_run_id=self._sinks.mlflow_run_id,
+            caught=self._sinks.caught,
+            bottleneck=self._sinks.bottleneck,
         )
+        self._unwritten_summary = summary
+        try:
+            self._run_dir.write_summary(summary)
+        except OSError as error:
+            self._refusal = error
+            consequence = "it is kept in memory, and written as soon as there is space"
+            self._sinks.disk.note(
+                "summary.json", disk_fault(error) or str(error), consequence=consequence
+            )
+        else:
+            self._unwritten_summary = None
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -45,6 +45,8 @@ class Measured:
     handshake: Mapping[str, int] = field(default_factory=dict)
     engine_restarts: int = 0
     evaluations_skipped: int = 0
+    quarantined: int = 0  # prompts
+    guards: Mapping[str, int] = field(default_factory=dict)  # steps by the rule that they broke
     checkpoints: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -96,6 +98,8 @@ class Services:
             handshake=dict(publisher.outcomes),
             engine_restarts=self.system.restarts.total(),
             evaluations_skipped=self.evaluations.num_skipped,
+            quarantined=tracker.num_quarantined,
+            guards=dict(tracker.guards.counts),
             checkpoints=self.checkpointer.summary(),
         )
 
@@ -127,6 +131,9 @@ def build_services(
         clock,
         show=sinks.step,
         totals=before.totals,
+        disk=sinks.disk,
+        say=sinks.say,
+        guards=config.train.guards,
         first_step=resume.version,
         sides=Sides.of(config),
         devices=Devices.of(config, ModelConfig.from_folder(Path(config.model.path))),
@@ -139,5 +146,6 @@ def build_services(
         run_dir=run_dir,
         driver_state=lambda: driver_state(tracker),
         in_evaluation=lambda: evaluations.in_flight,
+        say=sinks.say,
     )
     return Services(system, tracker, evaluations, checkpointer, before)

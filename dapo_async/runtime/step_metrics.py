@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dapo_async.algorithm import summarise
+from dapo_async.algorithm.guards import RunGuards
 from dapo_async.model.peak import Peak
 from dapo_async.rollout import SlotUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
@@ -27,10 +29,12 @@ from dapo_async.runtime.throughput import (
     Sides,
     rollout_idle,
 )
+from dapo_async.tracking.disk_faults import DiskFaults, RowFile
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.timeline import Timeline, TraceFile
 from dapo_async.types import StepMetrics
 from dapo_async.utils.state_clock import StateClock
+from dapo_async.weights.handshake import HandshakeOutcome
 
 LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint")
 
@@ -58,18 +62,28 @@ class Tracker:
         *,
         show: Callable[[dict[str, Any]], None],
         totals: Totals,
+        disk: DiskFaults | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        guards: str = "warn",
         first_step: int = 0,
         sides: Sides = Sides(),  # noqa: B008 (frozen)
         devices: Devices | None = None,
     ) -> None:
         """`show` gets each row after it is written. `totals` are those of earlier incarnations.
+        `disk` counts what could not be written. `say` prints a line for the user. `guards`:
+        `train.guards`.
 
         Without `devices` no use of FLOPs and bandwidth is computed.
         """
         self.clock, self.totals = clock, totals
         self.timeline = Timeline(TraceFile(run_dir.timeline, start_s=clock.began_s))
         self._busy_before_s: float | None = None  # of all ranks, before the first admission
-        self._system, self._run_dir, self._show = system, run_dir, show
+        self._system, self._show = system, show
+        self._disk = disk or DiskFaults(lambda _: None)
+        self.rows = RowFile(run_dir.metrics, self._disk)
+        self._say, self.num_quarantined = say, 0
+        self.guards = RunGuards(guards)
+        self._num_unwritten: Counter[str] = Counter()  # of the newest report of the replay actor
         self._one_at_a_time = asyncio.Lock()
         self._pending: dict[
             int, tuple[StepMetrics, int, float]
@@ -106,6 +120,8 @@ class Tracker:
                 self._engines[actor] = EngineFlow.of(report)
             if isinstance(report, ReplayReport):
                 self.replay = report
+                self._note_unwritten(report)
+                self._name_quarantined(report)
             elif report.peak is not None:
                 self._peaks[actor] = report.peak
         self._flow = Flow.of(self.clock.now_s(), self.replay, self._engines)
@@ -113,6 +129,21 @@ class Tracker:
         for report in reports.values():
             if isinstance(report, BaseException):
                 raise report
+
+    def _name_quarantined(self, report: ReplayReport) -> None:
+        for line in report.quarantined[self.num_quarantined :]:
+            self._say(line)
+        self.num_quarantined = len(report.quarantined)
+
+    def _note_unwritten(self, report: ReplayReport) -> None:
+        """Files that the replay actor could not write since the report before."""
+        for what, count in report.unwritten.items():
+            if count > (known := self._num_unwritten[what]):
+                consequence = "the run goes on without"
+                self._disk.note(
+                    what, report.disk_fault, consequence=consequence, count=count - known
+                )
+                self._num_unwritten[what] = count
 
     async def start(self) -> None:
         """Marks the start of training. Generation and waiting before it do not count."""
@@ -127,8 +158,15 @@ class Tracker:
         """Counts one step at once. Await the result to write and show its row, beside the next step
         and after the row before."""
         self._add_up(metrics)
+        self._guard(step, metrics)
         self._pending[step] = (metrics, num_evicted, self.clock.now_s())
         return self._log()
+
+    def _guard(self, step: int, metrics: StepMetrics) -> None:
+        """Judges a step by `train.guards`, with a line for each rule that it newly breaks."""
+        mismatches = self._system.publisher.outcomes[HandshakeOutcome.MISMATCH]
+        for line in self.guards.after_step(step, summarise(metrics), mismatches=mismatches):
+            self._say(line)
 
     async def _log(self) -> None:
         async with self._one_at_a_time:
@@ -215,6 +253,8 @@ class Tracker:
             "idle.rollout": math.nan,
             **shared,
             "evicted": num_evicted,
+            "quarantined": self.num_quarantined,
+            "guards": self.guards.counts.total(),
             "engine_restarts": self._system.restarts.total(),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
@@ -223,7 +263,7 @@ class Tracker:
         }
         self.checkpoint_pause_s = 0.0
         self.longest_step_s = max(self.longest_step_s, row["step_s"])
-        self._run_dir.log_step(row)
+        self.rows.append(row)
         self._show(row)
         self._step_end_s = now_s
         self.timeline.forget(now_s)

@@ -82,6 +82,8 @@ def summarise_run(
         "engine_restarts": measured.engine_restarts,
         "caught": dict(record.caught + caught),
         "failures": dict(measured.failures),
+        "quarantined": measured.quarantined,
+        "guards": dict(measured.guards),
         "seed": config.seed,
         "incarnation": incarnation,
     }

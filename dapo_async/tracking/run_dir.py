@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapo_async.tracking.disk_faults import append_whole, row_bytes
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
 from dapo_async.utils.files import PARTIAL, atomic_write
+from dapo_async.utils.manifest import FileSum, sums_of
 from dapo_async.utils.paths import for_shell
+from dapo_async.utils.reasons import unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,13 @@ class RunDir:
             with suppress(OSError):  # something else is in it
                 folder.rmdir()
 
-    def reopen(self, version: int) -> None:
+    def reopen(self, version: int) -> list[Path]:
         """Prepares a resume at learner `version`: removes what later steps wrote.
 
-        The summary stays until the next one replaces it.
+        The summary stays until the next one replaces it. Checkpoints of later steps are renamed;
+        returns their new paths.
         """
+        aside = CheckpointFolder(self.checkpoints).set_aside(after=version)
         _keep_rows(self.metrics, lambda row: row["step"] < version)
         _keep_rows(self.evaluations, lambda row: row["version"] <= version > 0)
         for folder in (self.rollouts, self.recorded):
@@ -61,6 +66,7 @@ class RunDir:
                 unfinished = path.name.endswith(PARTIAL)  # a kill left it
                 if unfinished or int(path.stem.removeprefix("step_")) >= version:
                     path.unlink()
+        _keep_rows(self.files, lambda row: (self.root / row["file"]).exists())
         for path in self.problems.glob("version_*.json"):
             if not int(path.stem.removeprefix("version_")) <= version > 0:
                 path.unlink()
@@ -70,6 +76,7 @@ class RunDir:
         if self.timeline.exists():
             number = 1 + len([*self.root.glob("timeline.*.json")])
             self.timeline.rename(self.root / f"timeline.{number}.json")
+        return aside
 
     def lock(self) -> None:
         """Held until this process ends. Raises ValueError when another process holds it."""
@@ -126,6 +133,42 @@ class RunDir:
         """Whole batches, with `train.record`."""
         return self.root / "recorded"
 
+    @property
+    def files(self) -> Path:
+        """One JSON row, with the checksum, per file of `rollouts/`, `recorded/`, `non_finite/` and
+        `guarded/`."""
+        return self.root / "files.jsonl"
+
+    def list_file(self, path: Path) -> None:
+        """Adds a file that was just written to `files.jsonl`."""
+        (written,) = sums_of([path])
+        row = {"file": str(path.relative_to(self.root)), **written.to_json()}
+        append_whole(self.files, [row_bytes(row)])
+
+    @property
+    def quarantine(self) -> Path:
+        """One JSON row per prompt that is left out, because the verifier failed on it so often."""
+        return self.root / "quarantine.jsonl"
+
+    def log_quarantine(self, values: Mapping[str, Any]) -> None:
+        append_whole(self.quarantine, [row_bytes(values)])
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The rows of `quarantine.jsonl`; a last line that a kill left unfinished is dropped."""
+        if not self.quarantine.exists():
+            return []
+        lines = self.quarantine.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def listed_files(self) -> dict[str, FileSum]:
+        """The sums in `files.jsonl`, by path from this folder. Raises ValueError."""
+        rows = self.files.read_text().splitlines() if self.files.exists() else []
+        try:
+            listed = [json.loads(line) for line in rows]
+            return {str(row["file"]): FileSum.from_json(row) for row in listed}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.files} can't be read ({unreadable(error)})") from error
+
     def recorded_step(self, step: int) -> Path:
         self.recorded.mkdir(exist_ok=True)
         return self.recorded / f"step_{step:06d}.safetensors"
@@ -133,6 +176,12 @@ class RunDir:
     def non_finite_step(self, step: int) -> Path:
         """The batch of a step whose loss or gradient was not finite; format of `recorded`."""
         folder = self.root / "non_finite"
+        folder.mkdir(exist_ok=True)
+        return folder / f"step_{step:06d}.safetensors"
+
+    def guarded_step(self, step: int) -> Path:
+        """A batch of a step that broke a rule of `train.guards`; format of `recorded`."""
+        folder = self.root / "guarded"
         folder.mkdir(exist_ok=True)
         return folder / f"step_{step:06d}.safetensors"
 
@@ -190,11 +239,11 @@ class RunDir:
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Appends a flat JSON object; null stands for nan and infinity."""
-        _append_row(self.metrics, values)
+        append_whole(self.metrics, [row_bytes(values)])
 
     def log_evaluation(self, values: Mapping[str, Any], *, accuracies: Mapping[int, float]) -> None:
         """Appends a JSON object; writes the `accuracies` by problem to a file of the version."""
-        _append_row(self.evaluations, values)
+        append_whole(self.evaluations, [row_bytes(values)])
         self.problems.mkdir(exist_ok=True)
         rows = sorted(accuracies)
         solved = {
@@ -266,15 +315,6 @@ def missing_folders(path: Path) -> list[Path]:
     """`path` and its parents as far as they do not exist, the innermost first."""
     # Unlike Path.exists it raises nothing.
     return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
-
-
-def _append_row(path: Path, values: Mapping[str, Any]) -> None:
-    known = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    with path.open("a") as file:
-        file.write(json.dumps(known, allow_nan=False) + "\n")
 
 
 def _keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 from dapo_async.types import Group, GroupFacts
+from dapo_async.utils.files import atomic_write
 
 
 def choose_samples(groups: Sequence[GroupFacts], prompts: Sequence[str], count: int) -> list[int]:
@@ -54,8 +55,10 @@ def choose_samples(groups: Sequence[GroupFacts], prompts: Sequence[str], count: 
     return chosen
 
 
-def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:
-    """A JSON line per rollout; `weight_versions` as spans of [version, first token, end]."""
+def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> Path:
+    """Writes the file of a step and returns it.
+
+    A JSON line per rollout; `weight_versions` as spans of [version, first token, end]."""
     rows = [
         {
             "step": step,
@@ -76,7 +79,9 @@ def write_rollouts(folder: Path, *, step: int, groups: Sequence[Group]) -> None:
         for sibling, rollout in enumerate(group.rollouts)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+    path = folder / f"step_{step:06d}.jsonl"
+    atomic_write(path, text)
+    return path
 
 
 def version_spans(versions: Sequence[int]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dapo_async.config import STOP_S, Config
 from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
+from dapo_async.tracking.disk_faults import DiskFaults
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.terminal import Outlet, Progress
@@ -46,6 +47,7 @@ class Sinks:
                 config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir)
             )
         self.say = progress.say
+        self.disk = DiskFaults(progress.say)
         self._bottleneck = BottleneckWatch(Layout.of(config))
 
     def start(self) -> None:
@@ -83,7 +85,8 @@ class Sinks:
     @property
     def caught(self) -> Counter[str]:
         """Errors of the sinks, by name, that did not reach the run."""
-        return self._progress.caught + (self._mlflow.caught if self._mlflow else Counter())
+        mlflow = self._mlflow.caught if self._mlflow else Counter[str]()
+        return self._progress.caught + mlflow + self.disk.counts
 
     @property
     def mlflow_run_id(self) -> str | None:

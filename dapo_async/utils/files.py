@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (*FULL, errno.EIO, errno.EROFS)
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust name it
 
 
 def partial_path(path: Path) -> Path:
@@ -47,7 +51,31 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def is_disk_full(error: OSError) -> bool:
     """Whether a file could not be written because the disk or the quota is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error.errno in FULL
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Why the disk refused a write, such as "no space left on device"; None for another error.
+
+    Looks also at what caused `error`, and at the errors in a group or in an actor's answer.
+    """
+    left, seen = [error], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        number = each.errno if isinstance(each, OSError) else None
+        if number is None and (named := OS_ERROR.search(str(each))):
+            number = int(named[1])
+        if number in REFUSED:
+            return os.strerror(number).lower()
+        if isinstance(each, BaseExceptionGroup):
+            left += each.exceptions
+        # Ray keeps the error of an actor as `cause`.
+        causes = (each.__cause__, getattr(each, "cause", None))
+        left += [cause for cause in causes if isinstance(cause, BaseException)]
+    return None
 
 
 def sync(path: Path) -> None:

@@ -154,7 +154,7 @@ class FakeReplay:
             evicted, self._evicted = tuple(self._evicted), []
             return evicted
 
-    async def fail(self, group_ids: Sequence[int], why: str) -> None:
+    async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
         self.failed.append((list(group_ids), why))
         self._open -= len(group_ids)
         await self.give(len(group_ids))

@@ -21,6 +21,7 @@ from dapo_async.config import Config
 from dapo_async.model.peak import Peak, device_peak
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
+from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
@@ -60,6 +61,7 @@ class LearnerActor:
         self.name, self._number, self._incarnation = name, number, incarnation
         self._config, self._run_dir, self._resume = config, run_dir, resume
         self._clock = StateClock(name)
+        limits.raise_open_files()
         import torch
 
         torch.set_num_threads(max(1, int(config.model.num_cpus)))
@@ -87,6 +89,8 @@ class LearnerActor:
 
     async def ready(self, mesh_address: tuple[str, int] | None) -> ProcessInfo:
         """Meets the other ranks, where there are any, and loads this rank's shard."""
+        if (fault := limits.open_files_fault(self._config)) is not None:
+            raise ValueError(fault)
         await asyncio.to_thread(self._load, mesh_address)
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
         self._clock.enter("wait")
@@ -115,7 +119,11 @@ class LearnerActor:
         )
         self._mesh = mesh
         self._rank = learner.LearnerRank(
-            decoder, algorithm=config.algorithm, learner=config.learner, mesh=mesh
+            decoder,
+            algorithm=config.algorithm,
+            learner=config.learner,
+            mesh=mesh,
+            guards=config.train.guards,
         )
         if self._resume is not None:
             self._rank.load(self._resume / LEARNER_FOLDER)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,12 +44,15 @@ from dapo_async.replay.group_io import (
     unpack_group,
     write_groups,
 )
+from dapo_async.replay.quarantine import Quarantine
 from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
+from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import choose_samples, write_rollouts
-from dapo_async.types import Admission, Completion, Group, GroupFacts, TrainBatch
+from dapo_async.types import Admission, Completion, Group, GroupFacts, Prompt, TrainBatch
+from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
 
 SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
@@ -128,6 +131,7 @@ class ReplayActor:
             num_minibatches=config.learner.num_minibatches,
             whole_steps=config.replay.admission == "lockstep",
         )
+        self._quarantine = Quarantine(len(self._prompts.prompts), run_dir.quarantined())
         self._pair_cost = pair_cost(ModelConfig.from_folder(Path(config.model.path)))
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
@@ -143,6 +147,8 @@ class ReplayActor:
         self._whole = -1  # the newest step whose last minibatch the learner has got
         self._cut = -1  # the newest step that has ended early
         self._writes: set[asyncio.Task[None]] = set()  # samples and recorded batches
+        self._unwritten: Counter[str] = Counter()  # files that the disk refused, by kind
+        self._disk_fault: str | None = None  # the newest reason
         self._news = asyncio.Event()  # the buffer has changed: a waiting take looks again
         # The batch of the next step, on its way into Ray's store; None: not complete yet.
         self._next_batch: asyncio.Task[TrainBatch] | None = None
@@ -200,6 +206,8 @@ class ReplayActor:
         for offered, data in zip(facts, packed, strict=True):
             whole = self._config.replay.filter is not None
             payload = Payload(offered, data)
+            if self._quarantine.counts_failures:
+                self._quarantine.judged(self._stream[offered.group_id])
             result = self._buffer.offer(payload.group if whole else offered, payload)
             if result.outcome is OfferOutcome.ACCEPTED and several:
                 payload.data = data.copy()  # a view would keep the bytes of all groups of the call
@@ -228,12 +236,20 @@ class ReplayActor:
         for worker, count in granted.items():
             with self._clock.during("admit"):
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
-                group_ids = [self._buffer.admit(worker) for _ in range(count)]
+                group_ids = [self._admit(worker) for _ in range(count)]
                 wait = self._waiting.pop(worker)
                 wait.granted.set_result(tuple(map(self._admission, group_ids)))
             admissible -= count
         if admissible == 0:
             self._grant_at_next_start()
+
+    def _admit(self, worker: str) -> int:
+        """Admits the next group. Groups of prompts in quarantine end as failed at once."""
+        while True:
+            group_id = self._buffer.admit(worker)
+            if not self._quarantine.rows or not self._quarantine.holds(self._stream[group_id]):
+                return group_id
+            self._buffer.fail(group_id, why="prompt in quarantine")
 
     def _num_admissible(self) -> int:
         """Groups that may start now: what the credits allow, and no more than the pacer wants."""
@@ -308,11 +324,17 @@ class ReplayActor:
         (self._suspended.add if on else self._suspended.discard)(worker)
         self._changed()
 
-    async def fail(self, group_ids: Sequence[int], why: str) -> None:
-        """The worker gave these groups up: their credits return."""
+    async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
+        """The worker gave these groups up: their credits return. `why` is counted."""
         for group_id in group_ids:
-            self._buffer.fail(group_id, why=why)
+            if self._buffer.fail(group_id, why=why) and why == VERIFIER_FAILED:
+                self._verifier_failed(self._stream[group_id], detail)
         self._changed()
+
+    def _verifier_failed(self, prompt: Prompt, detail: str) -> None:
+        row = self._quarantine.failed(prompt, detail)
+        if row is not None:
+            self._attempt("quarantine.jsonl", partial(self._run_dir.log_quarantine, row))
 
     async def hand_back(
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
@@ -354,6 +376,8 @@ class ReplayActor:
                     # Evictions return credits.
                     self._changed()
                     # Groups that are still generating may fill a last batch.
+                    if self._quarantine.fault is not None:
+                        raise RuntimeError(self._quarantine.fault)
                     stop_reason = self._buffer.stop_reason
                     if stop_reason is not None and self._buffer.num_generating == 0:
                         return stop_reason
@@ -452,26 +476,63 @@ class ReplayActor:
         count = len(payloads) if record else SAMPLE_GROUPS
         chosen = choose_samples([payload.facts for payload in payloads], prompts, count)
         samples = [payloads[each].group for each in chosen]
-        write_rollouts(self._run_dir.rollouts, step=step, groups=samples)
+        self._attempt(
+            "rollouts/",
+            lambda: write_rollouts(self._run_dir.rollouts, step=step, groups=samples),
+        )
         if record:
-            groups = [payload.group for payload in payloads]
-            write_groups(self._run_dir.recorded_step(step), groups)
+            self._attempt(
+                "recorded/", lambda: self._write_batch(self._run_dir.recorded_step, step, payloads)
+            )
+
+    def _write_batch(
+        self, path: Callable[[int], Path], step: int, payloads: Sequence[Payload]
+    ) -> Path:
+        file = path(step)
+        write_groups(file, [payload.group for payload in payloads])
+        return file
+
+    def _attempt(self, what: str, write: Callable[[], Path | None]) -> None:
+        """Writes something without which the run goes on; a file is listed with its checksum.
+
+        What the disk refuses is counted.
+        """
+        try:
+            if (path := write()) is not None:
+                self._run_dir.list_file(path)
+        except Exception as error:
+            if (why := disk_fault(error)) is None:
+                raise
+            self._unwritten[what] += 1
+            self._disk_fault = why
 
     async def _written(self) -> None:
         """Waits for the writes in the background; raises what they raised."""
         writes, self._writes = self._writes, set()
         await asyncio.gather(*writes)
 
-    async def trained(self, step: int, group_ids: Sequence[int], *, non_finite: bool) -> None:
-        """Books a minibatch of `step`.
+    async def trained(
+        self,
+        step: int,
+        group_ids: Sequence[int],
+        *,
+        non_finite: bool,
+        held: bool = False,
+        guarded: bool = False,
+    ) -> None:
+        """Books a minibatch of `step`; one that is `non_finite` or `held` has changed no weight.
 
-        A minibatch whose loss or gradient was not finite is kept on disk for inspection.
+        A minibatch whose loss or gradient was not finite is kept on disk for inspection, and so is
+        a `guarded` one.
         """
         payloads = [self._in_training.pop(group_id) for group_id in group_ids]
         if non_finite:
-            path = self._run_dir.non_finite_step(step)
-            await asyncio.to_thread(write_groups, path, [payload.group for payload in payloads])
-        (self._buffer.skipped if non_finite else self._buffer.trained)(group_ids)
+            write = partial(self._write_batch, self._run_dir.non_finite_step, step, payloads)
+            await asyncio.to_thread(self._attempt, "non_finite/", write)
+        elif guarded:
+            write = partial(self._write_batch, self._run_dir.guarded_step, step, payloads)
+            await asyncio.to_thread(self._attempt, "guarded/", write)
+        (self._buffer.skipped if non_finite or held else self._buffer.trained)(group_ids)
         if step == self._whole:
             self._of_step = {}  # frees the groups
         await self._written()
@@ -545,4 +606,7 @@ class ReplayActor:
             tokens=buffer.tokens.counts,
             offered=buffer.num_offered,
             accepted=buffer.num_accepted,
+            quarantined=self._quarantine.lines,
+            unwritten=dict(self._unwritten),
+            disk_fault=self._disk_fault,
         )

@@ -52,6 +52,9 @@ class ReplayReport:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     offered: int = 0  # groups that the filters judged, in this incarnation
     accepted: int = 0  # groups of them that the filters accepted
+    quarantined: tuple[str, ...] = ()  # a line per prompt
+    unwritten: Mapping[str, int] = field(default_factory=dict)  # files the disk refused, by kind
+    disk_fault: str | None = None  # the newest reason
 
 
 @dataclass(frozen=True, slots=True)

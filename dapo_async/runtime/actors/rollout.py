@@ -22,6 +22,7 @@ from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
 from dapo_async.runtime.actors.offers import Exchange, to_arguments
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
+from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.handles.handle import Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
@@ -76,6 +77,7 @@ class RolloutActor:
         self._config, self._incarnation = config, incarnation
         self._clock = StateClock(self.name)
         self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
+        limits.raise_open_files()
         self._peak: Peak | None = None  # of one device
         self._host = self._make_host(logs, outer_key=outer_key)
 
@@ -110,6 +112,8 @@ class RolloutActor:
 
     async def ready(self) -> ProcessInfo:
         """Starts the engine."""
+        if (fault := limits.open_files_fault(self._config)) is not None:
+            raise ValueError(fault)
         detail = await self._host.start()
         config = self._config
         if config.model.torch_device == "cuda":

@@ -12,11 +12,15 @@ auto               the cluster of RAY_ADDRESS (which a Ray job sets), else the o
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.own_ray import temp_folder
+
+if TYPE_CHECKING:
+    import grpc
 
 AUTO = "auto"
 PROBE_S = 5.0  # a live GCS answers in milliseconds; Ray would wait minutes for a dead one
@@ -34,10 +38,29 @@ class Choice:
 
     address: str
     note: str = ""
+    authenticated: bool = True
 
 
-def choose(address: str) -> Choice:
-    """Decides for `ray.address`. Raises ValueError when a cluster is named that can't be joined."""
+def choose(address: str, *, allow_unauthenticated: bool = False) -> Choice:
+    """Decides for `ray.address`. Raises ValueError when a cluster is named that can't be joined.
+
+    `allow_unauthenticated`: also joins a cluster that asks nobody for a token, with a warning.
+    """
+    choice = _choose(address)
+    if choice.authenticated:
+        return choice
+    risk = "anybody who can reach its ports can run any code there"
+    if not allow_unauthenticated:
+        raise ValueError(
+            f"the Ray cluster at {choice.address} has no authentication: {risk}; start it with "
+            "RAY_AUTH_MODE=token, or set ray.address=local, or join it anyway with "
+            "ray.allow_unauthenticated=true"
+        )
+    note = f"warning: the Ray cluster at {choice.address} has no authentication: {risk}"
+    return replace(choice, note=note)
+
+
+def _choose(address: str) -> Choice:
     named = os.environ.get("RAY_ADDRESS", "").strip()
     if address != AUTO:
         return _join(address, named_by="ray.address")
@@ -73,13 +96,13 @@ def _join(address: str, *, named_by: str) -> Choice:
             f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; "
             "set ray.address to one of them"
         )
-    if os.environ.get("RAY_USE_TLS") != "1":  # only Ray itself has the certificates
-        _probe(address, named_by)
-    return Choice(address)
+    if os.environ.get("RAY_USE_TLS") == "1":  # only Ray itself has the certificates
+        return Choice(address)
+    return Choice(address, authenticated=_probe(address, named_by))
 
 
-def _probe(address: str, named_by: str) -> None:
-    """Asks the GCS at `address` whether it lives.
+def _probe(address: str, named_by: str) -> bool:
+    """Asks the GCS at `address` whether it lives; False when it answers without a token.
 
     Raises Gone, or ValueError when it refuses the token of this environment.
     """
@@ -88,25 +111,35 @@ def _probe(address: str, named_by: str) -> None:
     token = _token()
     # No proxy between the nodes of a cluster, as in Ray.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary(CHECK)(
-                b"",
-                timeout=PROBE_S,
-                metadata=[("authorization", f"Bearer {token}")] if token else [],
-            )
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                raise Gone(
-                    f"{named_by} ({address}) can't be joined: no Ray cluster answered within "
-                    f"{PROBE_S:g} s ({error.code().name}); start a cluster there, or set "
-                    "ray.address=local to start a new Ray"
-                ) from error
-            raise ValueError(
-                f"{named_by} ({address}) can't be joined: the cluster asks for "
-                f"{'another token' if token else 'a token'}; export RAY_AUTH_MODE=token and its "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local to start a "
-                "new Ray"
-            ) from error
+        check = channel.unary_unary(CHECK)
+        for tried in ("", token) if token else ("",):
+            metadata = [("authorization", f"Bearer {tried}")] if tried else []
+            try:
+                check(b"", timeout=PROBE_S, metadata=metadata)
+                return bool(tried)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNAUTHENTICATED and tried != token:
+                    continue
+                raise _unreachable(error, address, named_by, has_token=bool(token)) from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _unreachable(
+    error: grpc.RpcError, address: str, named_by: str, *, has_token: bool
+) -> ValueError:
+    """Nobody answers, or the token is refused."""
+    if error.code().name != "UNAUTHENTICATED":
+        return Gone(
+            f"{named_by} ({address}) can't be joined: no Ray cluster answered within "
+            f"{PROBE_S:g} s ({error.code().name}); start a cluster there, or set "
+            "ray.address=local to start a new Ray"
+        )
+    return ValueError(
+        f"{named_by} ({address}) can't be joined: the cluster asks for "
+        f"{'another token' if has_token else 'a token'}; export RAY_AUTH_MODE=token and its "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set ray.address=local to start a "
+        "new Ray"
+    )
 
 
 def _token() -> str:

@@ -18,7 +18,6 @@ from dapo_async.runtime.cluster.ray_variables import given_variables
 MAX_SOCKET_BYTES = 107  # of the path of a Unix socket on Linux
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest one
 MIN_FREE_BYTES = 10 * 2**20  # in Ray's folder: a session begins with some 3 MB
-MIN_OPEN_FILES = 256  # of one process; Ray raises the soft limit to the hard one
 LOOPBACK = "127.0.0.1"
 ANSWER_S = 2.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -32,7 +31,7 @@ def temp_folder() -> str:
 
 def faults() -> Iterator[str]:
     """What keeps an own Ray from starting on this machine, each as one line with its remedy."""
-    for check in (_temp_folder, _open_files, _shared_memory, _loopback):
+    for check in (_temp_folder, _shared_memory, _loopback):
         if (line := check()) is not None:
             yield line
 
@@ -80,16 +79,6 @@ def _named() -> str:
 def _nearest(path: Path) -> Path:
     """`path`, or the innermost of its parents that exists."""
     return next(each for each in (path, *path.parents) if each.exists())
-
-
-def _open_files() -> str | None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard >= MIN_OPEN_FILES:
-        return None
-    return (
-        f"a process may open {hard} files at most, Ray needs {MIN_OPEN_FILES}; raise the limit "
-        "with ulimit -n 8192, or LimitNOFILE of the service that starts this command"
-    )
 
 
 def _shared_memory() -> str | None:

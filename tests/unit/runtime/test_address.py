@@ -65,6 +65,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
     (tmp_path / "ray").mkdir()
     return tmp_path / "ray" / "ray_current_cluster"
 
@@ -87,7 +89,7 @@ def test_auto_without_any_cluster_is_an_own_ray() -> None:
 
 
 def test_auto_joins_the_live_cluster_of_the_address_file(machine: Path) -> None:
-    with gcs(FakeGcs(token=None)) as live:
+    with gcs(FakeGcs(token="right")) as live:
         machine.write_text(f"{live}\n")
         assert choose("auto") == Choice(live)
         assert choose("local") == Choice("local")
@@ -107,7 +109,7 @@ def test_ray_address_wins_over_the_address_file_and_must_live(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.write_text(closed_port())
-    with gcs(FakeGcs(token=None)) as live:
+    with gcs(FakeGcs(token="right")) as live:
         monkeypatch.setenv("RAY_ADDRESS", live)
         assert choose("auto") == Choice(live)
     assert refusal("auto").startswith(
@@ -118,7 +120,7 @@ def test_ray_address_wins_over_the_address_file_and_must_live(
 
 
 def test_named_cluster_must_live_and_be_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    with gcs(FakeGcs(token=None)) as live:
+    with gcs(FakeGcs(token="right")) as live:
         assert choose(live) == Choice(live)
     assert refusal(live).startswith(
         f"ray.address ({live}) can't be joined: no Ray cluster answered within 5 s "
@@ -141,6 +143,8 @@ def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(
 ) -> None:
     with gcs(FakeGcs(token="right")) as live:
         machine.write_text(live)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            monkeypatch.delenv(name)
         assert (
             "the cluster asks for a token; export RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
             in refusal("auto")
@@ -155,6 +159,26 @@ def test_cluster_that_asks_for_another_token_is_named_and_never_replaced(
         (tmp_path / "token").write_text("right\n")
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
         assert choose("auto") == Choice(live)
+
+
+def test_cluster_without_authentication_is_joined_only_if_the_user_says_so(
+    machine: Path,
+) -> None:
+    with gcs(FakeGcs(token=None)) as live:
+        machine.write_text(live)
+        for given in ("auto", live):
+            assert refusal(given) == (
+                f"the Ray cluster at {live} has no authentication: anybody who can reach its ports "
+                "can run any code there; start it with RAY_AUTH_MODE=token, or set "
+                "ray.address=local, or join it anyway with ray.allow_unauthenticated=true"
+            )
+            choice = choose(given, allow_unauthenticated=True)
+            assert choice.address == live
+            assert choice.note == (
+                f"warning: the Ray cluster at {live} has no authentication: anybody who can reach "
+                "its ports can run any code there"
+            )
+        assert choose("local") == Choice("local")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +219,7 @@ def test_dry_run_says_which_ray_it_would_use(machine: Path) -> None:
         own := command("train", str(QUICKSTART), "--dry-run").stdout
     )
     assert " on a new Ray on this machine, " in own
-    with gcs(FakeGcs(token=None)) as live:
+    with gcs(FakeGcs(token="right")) as live:
         machine.write_text(live)
         assert (
             f" on the Ray cluster at {live}, "

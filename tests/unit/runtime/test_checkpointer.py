@@ -9,11 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small_disk import fill_up, make_room, small_disk
 
 from dapo_async.config import Config, TrainConfig
-from dapo_async.runtime.checkpointer import Checkpointer
+from dapo_async.runtime.checkpointer import MAX_FAILED, Checkpointer, DiskRefused
+from dapo_async.runtime.handles.handle import ActorFailed
+from dapo_async.tracking.disk_faults import DiskFaults, RowFile
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE
+
+LINES: list[str] = []  # what the newest checkpointer has printed
 
 
 class Writer:
@@ -39,21 +44,40 @@ class Learner(Writer):
         return self.at
 
 
+class LargeLearner(Learner):
+    """Its state has so many KiB; the disk's refusal comes as that of an actor."""
+
+    kib = 20
+
+    async def save(self, folder: Path) -> None:
+        try:
+            (folder / self._name).write_bytes(bytes(1024 * self.kib))
+        except OSError as error:
+            raise ActorFailed("learner failed in save") from error
+
+
 async def _written(version: int) -> None:
     return None
 
 
-def checkpointer(root: Path, *, keep: int, evaluated: int | None) -> tuple[Checkpointer, Learner]:
-    learner = Learner("model.safetensors")
+def checkpointer(
+    root: Path, *, keep: int, evaluated: int | None, learner: Learner | None = None
+) -> tuple[Checkpointer, Learner]:
+    LINES.clear()
+    learner = learner or Learner("model.safetensors")
     made = Checkpointer(
         replace(Config(), train=TrainConfig(keep_checkpoints=keep)),
         system=SimpleNamespace(learner=learner, replay=Replay("replay.json")),  # type: ignore[arg-type]
         tracker=SimpleNamespace(  # type: ignore[arg-type]
-            clock=SimpleNamespace(now_s=lambda: 0.0), checkpoint_pause_s=0.0, written=_written
+            clock=SimpleNamespace(now_s=lambda: 0.0),
+            checkpoint_pause_s=0.0,
+            written=_written,
+            rows=RowFile(root / "metrics.jsonl", DiskFaults(LINES.append)),
         ),
         run_dir=RunDir(root),
         driver_state=dict,
         in_evaluation=lambda: evaluated,
+        say=LINES.append,
     )
     return made, learner
 
@@ -79,3 +103,64 @@ def test_a_version_that_is_being_evaluated_stays_however_old(tmp_path: Path) -> 
     made, learner = checkpointer(tmp_path, keep=1, evaluated=4)
     asyncio.run(save_versions(made, learner, [2, 4, 6, 8]))
     assert made.folder.versions() == [4, 8]
+
+
+def test_a_full_disk_costs_old_checkpoints_and_the_next_step_tries_again(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=120) as disk:
+        made, learner = checkpointer(
+            disk, keep=3, evaluated=None, learner=LargeLearner("model.safetensors")
+        )
+
+        async def train() -> None:
+            await save_versions(made, learner, [2, 4])
+            fill_up(disk)
+            await started(made, learner, 6)
+            assert made.is_late  # the next step tries again, with the space of version 2
+            await started(made, learner, 7)
+
+        asyncio.run(train())
+        assert made.folder.versions() == [4, 7]
+        assert (made.folder.path(7) / "model.safetensors").stat().st_size == 20 * 1024
+    assert not made.is_late
+    assert (made.saved, made.refused) == (3, 1)
+    assert made.summary()["refused"] == 1
+    assert LINES == [
+        "the checkpoint of version 6 can't be written: no space left on device; 1 older "
+        "checkpoints were removed, training goes on, and the run ends after 4 more such failures; "
+        "free some space"
+    ]
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_newest_checkpoint(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path / "disk", kib=100) as disk:
+        made, learner = checkpointer(
+            disk, keep=3, evaluated=None, learner=LargeLearner("model.safetensors")
+        )
+
+        async def train() -> None:
+            await save_versions(made, learner, [2])
+            fill_up(disk)
+            for version in range(3, 2 + MAX_FAILED):
+                await started(made, learner, version)
+                assert made.is_late == (version == 3)
+            with pytest.raises(DiskRefused, match="left on device, 5 times in a row; free "):
+                await started(made, learner, 2 + MAX_FAILED)
+            assert made.folder.versions() == [2]
+            assert not [*made.folder.root.glob("*.partial")]
+            make_room(disk)
+            learner.at = 8
+            await made.save(deadline_s=60.0)  # the end of the run tries once more
+
+        asyncio.run(train())
+        assert made.folder.versions() == [2, 8]
+
+
+async def started(made: Checkpointer, learner: Learner, version: int) -> None:
+    """A checkpoint beside the steps, until its write has ended."""
+    learner.at = version
+    background: list[Any] = []
+    made._system.in_background = lambda work, _: background.append(work)  # type: ignore[method-assign, assignment, return-value]
+    await made.start(version)
+    await background[0]

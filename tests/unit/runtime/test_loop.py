@@ -11,6 +11,7 @@ import pytest
 from paths import QUICKSTART
 
 from dapo_async import config as knobs
+from dapo_async.algorithm.guards import RunGuards
 from dapo_async.replay import StopReason
 from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.runtime.loop import Step, train_step
@@ -42,6 +43,7 @@ class Fakes:
         self.answers, self.bad, self.calls = iter(answers), bad, list[Any]()
         self.clock = StateClock("driver")
         self.replay = self.learner = self
+        self.guards = RunGuards()
 
     async def take(self, _: int) -> TrainBatch | StopReason:
         answer = next(self.answers)

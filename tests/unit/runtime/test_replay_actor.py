@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from paths import QUICKSTART
 from replay_world import make_group
 
 from dapo_async import config as knobs
-from dapo_async.replay import StopReason
+from dapo_async.replay import StopReason, quarantine
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
+from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors import replay as replay_actor
 from dapo_async.runtime.actors.offers import Exchange, from_arguments, to_arguments
 from dapo_async.tracking.run_dir import RunDir
@@ -434,3 +436,79 @@ def test_a_passed_deadline_says_when_the_pacer_holds_groups_back(
             await actor.take(0)
 
     asyncio.run(scene())
+
+
+def test_a_prompt_that_the_verifier_cannot_judge_is_left_out_also_after_a_resume(
+    tmp_path: Path, make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "FAILURES", 1)
+
+    async def scene() -> tuple[Actor, int]:
+        actor = make_actor(1)
+        await actor.serve(0)
+        first, second = await actor.ask("rollout-0", 2)
+        await actor.fail([second], "quarantine of rollout-0")  # not the verifier's fault
+        assert (await actor.report()).quarantined == ()
+        await actor.fail([first], VERIFIER_FAILED, "my:judge raised KeyError: 3")
+        report = await actor.report()
+        assert report.failures == {"quarantine of rollout-0": 1, VERIFIER_FAILED: 1}
+        (line,) = report.quarantined
+        assert line.endswith("the last time: my:judge raised KeyError: 3")
+        return actor, actor._stream[first].row
+
+    _, row = asyncio.run(scene())
+    (kept,) = RunDir(tmp_path).quarantined()
+    assert (kept["row"], kept["why"]) == (row, "my:judge raised KeyError: 3")
+
+    async def resumed() -> None:
+        actor = make_actor(1)  # it reads the file, and its first prompt is this one
+        await actor.serve(0)
+        assert await actor.ask("rollout-0", 1) == [1]
+        report = await actor.report()
+        assert report.failures == {"prompt in quarantine": 1}
+        assert (report.counts.admitted, report.counts.failed) == (2, 1)
+
+    asyncio.run(resumed())
+
+
+def test_a_verifier_that_fails_on_everything_ends_the_take_with_its_last_words(
+    make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "MOST_IN_A_ROW", 2)
+
+    async def scene() -> None:
+        actor = make_actor(1)
+        await actor.serve(0)
+        take = asyncio.create_task(actor.take(0))
+        for group_id in await actor.ask("rollout-0", 2):
+            await actor.fail([group_id], VERIFIER_FAILED, "my:judge gave no verdict within 60 s")
+        with pytest.raises(RuntimeError, match="failed on 2 groups in a row; the last time: my:"):
+            await take
+
+    asyncio.run(scene())
+
+
+def test_samples_that_the_disk_refuses_are_counted_and_the_step_is_trained(
+    tmp_path: Path, make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(replay_actor, "write_rollouts", refused)
+    actor = make_actor(0)
+
+    async def step() -> None:
+        await fill(actor, 1)
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.trained(batch.learner_version, batch.group_ids, non_finite=False)
+        await actor.close()
+        report = await actor.report()
+        assert (report.unwritten, report.disk_fault) == (
+            {"rollouts/": 1},
+            "no space left on device",
+        )
+        assert report.counts.trained == 1
+
+    asyncio.run(step())
+    assert not RunDir(tmp_path).files.exists()

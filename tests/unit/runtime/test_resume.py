@@ -17,13 +17,14 @@ from dapo_async.runtime.actors.replay import write_state
 from dapo_async.runtime.preflight import check_inputs
 from dapo_async.runtime.resume import (
     START,
+    choose_checkpoint,
     find_resume_point,
-    newest_checkpoint,
     resumed_config,
     with_model_at_hand,
 )
 from dapo_async.runtime.services import measured_before
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.manifest import MANIFEST, write_manifest
 
 DATA = "f00d"  # fingerprint of the training prompts
 REPLAY = BufferState(
@@ -65,6 +66,87 @@ def run_of(root: Path, base: Path, *, versions: tuple[int, ...] = (2, 4)) -> Pat
     return root
 
 
+def seal(root: Path) -> None:
+    """Writes the manifests of all checkpoints."""
+    for path in (root / "checkpoints").iterdir():
+        write_manifest(path, path / "state" / MANIFEST)
+
+
+def flip(path: Path, *, count: int = 1) -> None:
+    """Damages bytes in the middle of a file without changing its size."""
+    content = bytearray(path.read_bytes())
+    start = len(content) // 2
+    for place in range(start, min(len(content), start + count)):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "state/learner/part.safetensors"]
+)
+def test_a_checkpoint_with_flipped_bytes_is_stepped_over_with_one_line(
+    name: str, tmp_path: Path
+) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    seal(root)
+    point = choose_checkpoint(root)
+    assert point.version == 4
+    assert re.fullmatch(
+        r"step_000004 is whole: \d+ files, \d+\.\d MiB, checked in \d+\.\d\d s", point.notes[0]
+    )
+    damaged = root / "checkpoints" / "step_000004" / name
+    flip(damaged, count=64)
+    point = choose_checkpoint(root)
+    assert point.version == 2
+    assert point.notes[0] == (
+        f"step_000004 is damaged, so it is not used: {damaged} has other content than was written"
+    )
+    assert point.notes[1].startswith("step_000002 is whole: ")
+    flip(root / "checkpoints" / "step_000002" / "state" / "replay.json")
+    with pytest.raises(ValueError, match="other content than was written; copy the checkpoint"):
+        choose_checkpoint(root)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used_without_a_check_of_its_content(
+    tmp_path: Path,
+) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    assert choose_checkpoint(root).notes == (
+        "step_000004 has no checksums, so the content of its files is not checked",
+    )
+    (root / "checkpoints" / "step_000004" / "state" / MANIFEST).write_text("{")
+    assert choose_checkpoint(root).version == 2
+
+
+@pytest.mark.parametrize("at", ["step_000002", "2", "checkpoints/step_000002/"])
+def test_a_run_can_be_rolled_back_to_an_older_checkpoint(tmp_path: Path, at: str) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    run_dir = RunDir(root)
+    for name in ("rollouts", "recorded"):
+        (root / name).mkdir()
+    for step in range(4):
+        run_dir.log_step({"step": step})
+        run_dir.recorded_step(step).write_text(f"batch {step}")
+        run_dir.list_file(run_dir.recorded_step(step))
+    point = choose_checkpoint(root, at=at)
+    assert (point.version, point.checkpoint) == (2, root / "checkpoints" / "step_000002")
+    aside = run_dir.reopen(point.version)
+    assert [path.name for path in aside] == ["step_000004.aside1"]
+    assert [row["step"] for row in run_dir.rows()] == [0, 1]
+    assert [*run_dir.listed_files()] == [
+        f"recorded/step_00000{step}.safetensors" for step in (0, 1)
+    ]
+    assert choose_checkpoint(root).version == 2
+    shutil.copytree(aside[0], root / "checkpoints" / "step_000004")  # the run came there again
+    assert [path.name for path in run_dir.reopen(2)] == ["step_000004.aside2"]
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    with pytest.raises(ValueError, match=r"--from step_3 .* there: step_000002, step_000004$"):
+        choose_checkpoint(root, at="step_3")
+
+
 def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "11", "answer": "2"}\n')
@@ -95,7 +177,7 @@ def test_a_moved_run_is_found_where_it_is_now(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_stands_in_for_a_base_model_that_is_gone(tmp_path: Path) -> None:
     root = run_of(tmp_path / "run", tmp_path / "base")
     config = resumed_config(root, [])
-    checkpoint = newest_checkpoint(config)
+    checkpoint = choose_checkpoint(root).checkpoint
     assert with_model_at_hand(config, checkpoint) == config
     shutil.rmtree(tmp_path / "base")
     assert resumed_config(root, []) == config
@@ -160,13 +242,16 @@ def test_a_broken_driver_state_is_named_with_the_remedy(
         shutil.rmtree(path.parent)
     else:
         path.write_text(content)
+    point = find_resume_point(resumed_config(root, []), train_data=DATA)
+    assert point.version == 2  # the damaged one is stepped over
+    line = f"step_000004 is damaged, so it is not used: {path} can't be read "
+    assert point.notes[0].startswith(line)
+    shutil.rmtree(root / "checkpoints" / "step_000002")
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))} can't be read .*{why}"
     ) as raised:
         find_resume_point(resumed_config(root, []), train_data=DATA)
     assert "to resume from the one before" in str(raised.value)
-    shutil.rmtree(root / "checkpoints" / "step_000004")  # the remedy
-    assert find_resume_point(resumed_config(root, []), train_data=DATA).version == 2
 
 
 def test_a_resume_point_has_the_counts_of_its_checkpoint(tmp_path: Path) -> None:
@@ -201,7 +286,7 @@ def test_a_resume_point_has_the_counts_of_its_checkpoint(tmp_path: Path) -> None
 def test_a_missing_part_of_a_checkpoint_is_named_before_anything_starts(
     name: str, content: str | None, why: str, tmp_path: Path
 ) -> None:
-    root = run_of(tmp_path / "run", tmp_path / "base")
+    root = run_of(tmp_path / "run", tmp_path / "base", versions=(4,))
     state = root / "checkpoints" / "step_000004" / "state"
     if content is not None:
         (state / name).write_text(content)

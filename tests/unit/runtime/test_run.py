@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dapo_async.config import Config, TrackingConfig, TrainConfig
 from dapo_async.replay import Counts
@@ -165,3 +169,52 @@ def test_signal_in_an_ending_for_lack_of_time_leaves_it_out_of_time(tmp_path: Pa
     assert (outcome.status, outcome.exit_code) == (Status.OUT_OF_TIME, 0)
     assert summary["status"] == "out_of_time"
     assert summary["reason"].startswith("train.max_wall_s (11) would have passed ")
+
+
+class FullDisk(RunDir):
+    """Refuses the summary so many times."""
+
+    refusals = 2
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        if FullDisk.refusals:
+            FullDisk.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write_summary(summary)
+
+
+def test_a_summary_that_the_disk_refuses_is_written_when_there_is_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_async.runtime.run.RETRY_S", 0.01)
+    monkeypatch.setattr(FullDisk, "refusals", 4)  # at the end of the run, again, and two tries
+    lines, run_dir = Lines(), FullDisk(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    outcome = asyncio.run(run_of(run_dir, NoRay(full), lines).live())
+    assert outcome.exit_code == 1
+    summary = json.loads(run_dir.summary.read_text())
+    assert (summary["status"], summary["caught"]["summary.json"]) == ("failed", 4)
+    assert summary["reason"] == (
+        "[Errno 28] No space left on device; free some space on the disk of "
+        f"{tmp_path}, and continue with dapo-async train --resume {tmp_path}"
+    )
+    assert [line for line in lines.said if "summary" in line] == [
+        "summary.json can't be written: no space left on device; it is kept in memory, and written "
+        "as soon as there is space"
+    ]
+
+
+def test_a_summary_that_is_refused_to_the_end_is_printed_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_async.runtime.run.RETRY_S", 5.0)
+    monkeypatch.setattr(FullDisk, "refusals", 100)
+    lines, run_dir = Lines(), FullDisk(tmp_path)
+    run_dir.summary.write_text("of the start before")
+    (tmp_path / "error.txt").mkdir()  # can't be written either
+    with pytest.raises(OSError, match="No space left"):  # the command makes one line of it
+        asyncio.run(run_of(run_dir, NoRay(OSError("no Ray today")), lines).live())
+    assert run_dir.summary.read_text() == "of the start before"
+    (printed,) = [line for line in lines.said if line.startswith("summary.json: ")]
+    assert json.loads(printed.removeprefix("summary.json: "))["reason"] == "no Ray today"
+    assert "failed: no Ray today" in lines.said
