@@ -297,6 +297,8 @@ def _size(num_bytes: int) -> str:
 
 def closing_lines(root: Path) -> Iterator[str]:
     """What a run has come to, from its summary.json, and the files that it has written."""
+    from dapo_async.tracking.next_split import split_line
+
     summary = json.loads((root / "summary.json").read_text())
     yield f"\n{summary['status']}: {summary['reason']}"
     if summary["final_accuracy"] is not None:
@@ -312,7 +314,8 @@ def closing_lines(root: Path) -> Iterator[str]:
         f"staleness mean {staleness['mean']:.2f} max {staleness['max']}; "
         f"idle learner {idle['learner']:.0%}, rollout {idle['rollout']:.0%}"
     )
-    for advice in (summary["bottleneck"], summary["slot_advice"]):
+    advices = (summary["bottleneck"], split_line(summary["split"]), summary["slot_advice"])
+    for advice in advices:
         if advice:
             yield advice
     yield f"{'checkpoint':<10} {root / summary['checkpoint']}"

@@ -3,7 +3,8 @@
 With C sequences in flight, B rollouts per step, rho = production / consumption, and M = expected
 longest response of a group over the expected response, a group whose version counts from its start
 has a mean staleness of C·M/B + rho when the engines are the bottleneck (rho < 1; published by
-Applied Compute, 2026). The forms know no deadlines and no variance between steps.
+Applied Compute, 2026). A group has S + 1 steps until its deadline, so a step takes at least the
+longest response of S + 1 batches over S + 1. The forms know no variance between steps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class ClosedForms:
 
     generate_s: float  # of the groups of a step, engines full
     train_s: float  # with the control plane
+    deadline_s: float  # the longest response must end within its deadline
     step_s: float
     tokens_per_s: float  # trained response tokens
     group_staleness: float | None  # None: no form for this mode
@@ -59,18 +61,24 @@ def closed_forms(scenario: Scenario) -> ClosedForms:
         longest = min(scenario.lengths.max_tokens, mean * scenario.lengths.longest_of(batch))
         generate_s += (longest - mean) * engine.step_s[1]
         step_s = generate_s + train_s + scenario.publish_s
-        return ClosedForms(generate_s, train_s, step_s, batch * mean / step_s, 0.0)
+        return ClosedForms(generate_s, train_s, 0.0, step_s, batch * mean / step_s, 0.0)
     generate_s += scenario.pause_s + _recomputing_s(scenario, per_engine * context)
-    step_s = max(generate_s, train_s)
+    steps = scenario.max_staleness + 1
+    longest = min(scenario.lengths.max_tokens, mean * scenario.lengths.longest_of(steps * batch))
+    deadline_s = longest * token_s / steps
+    step_s = max(generate_s, train_s, deadline_s)
     staleness = None
-    if generate_s > train_s:
+    if deadline_s >= step_s:
+        pass  # no published form
+    elif generate_s > train_s:
         longest_share = scenario.lengths.longest_of(scenario.group_size)
         started = in_flight * longest_share / (batch / acceptance)
         publish = scenario.publish_s / step_s
         staleness = min(scenario.max_staleness, started + train_s / generate_s + publish)
     elif scenario.admission == "eager":
         staleness = float(scenario.max_staleness)
-    return ClosedForms(generate_s, train_s, step_s, batch * mean / step_s, staleness)
+    tokens_per_s = batch * mean / step_s
+    return ClosedForms(generate_s, train_s, deadline_s, step_s, tokens_per_s, staleness)
 
 
 def balanced_share(scenario: Scenario, *, engine_gpus: int, learner_gpus: int) -> float:

@@ -20,6 +20,7 @@ from dapo_async.config import Config, load
 FEWEST_STEPS = 10  # a run with fewer says too little
 SHARE = 0.5  # of its steps: the last ones are measured
 FEWEST_LENGTHS = 50  # below it, the lognormal distribution stands for the responses
+GENERATED = "tokens_per_s.generated"
 NEEDED = ("step_s", "tokens", "response_tokens", "idle.learner", "slots.idle", "offered")
 
 
@@ -47,8 +48,7 @@ def scenario_of_run(folder: Path) -> tuple[dict[str, Any], Measured]:
         )
     config = load(config_file, files=False)
     rows = _last_rows(folder / "metrics.jsonl")
-    measured = _measured(rows)
-    return _values(config, rows, measured, _lengths(folder, rows)), measured
+    return values_of_rows(config, rows, samples=_samples(folder, rows)), measured_in(rows)
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue  # the last line of a run that goes on
-        if isinstance(row, dict) and all(_is_number(row.get(name)) for name in NEEDED):
+        if isinstance(row, dict) and has_step(row):
             rows.append(row)
     if len(rows) < FEWEST_STEPS:
         raise ValueError(
@@ -68,23 +68,38 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     return rows[-max(FEWEST_STEPS, round(SHARE * len(rows))) :]
 
 
-def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
+def has_step(row: Mapping[str, Any]) -> bool:
+    """Whether the row has all needed numbers, but for the rate of the engines."""
+    return all(_is_number(row.get(name)) for name in NEEDED)
+
+
+def has_rates(row: Mapping[str, Any]) -> bool:
+    """Whether a scenario can be made of the row: both sides worked in its step."""
+    return (
+        has_step(row)
+        and _is_number(row.get(GENERATED))
+        and row[GENERATED] > 0
+        and row["tokens"] > 0
+        and row["idle.learner"] < 1
+        and row["slots.idle"] < 1
+    )
+
+
+def measured_in(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """What these rows say. Raises ValueError if they have no rate of generated tokens."""
     elapsed_s = sum(row["step_s"] for row in rows)
+    steps = round(sum(row.get("steps", 1) for row in rows))  # a row may stand for several
     tokens = sum(row["tokens"] for row in rows)
     behind = sum((row.get("staleness") or 0.0) * row["tokens"] for row in rows)
-    generated = [
-        (row["tokens_per_s.generated"], row["step_s"])
-        for row in rows
-        if _is_number(row.get("tokens_per_s.generated"))
-    ]
+    generated = [(row[GENERATED], row["step_s"]) for row in rows if _is_number(row.get(GENERATED))]
     if not generated:
         raise ValueError(
             "the run has no rate of generated tokens (tokens_per_s.generated); use a run of this "
             "version"
         )
     return Measured(
-        steps=len(rows),
-        step_s=elapsed_s / len(rows),
+        steps=steps,
+        step_s=elapsed_s / steps,
         staleness=behind / tokens,
         idle_learner=sum(row["idle.learner"] * row["step_s"] for row in rows) / elapsed_s,
         generated_tokens_per_s=sum(rate * seconds for rate, seconds in generated)
@@ -92,12 +107,14 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> Measured:
     )
 
 
-def _values(
-    config: Config,
-    rows: Sequence[Mapping[str, Any]],
-    measured: Measured,
-    lengths: Mapping[str, Any],
+def values_of_rows(
+    config: Config, rows: Sequence[Mapping[str, Any]], *, samples: Sequence[float] = ()
 ) -> dict[str, Any]:
+    """The content of a scenario file with the rates of these rows.
+
+    `samples`: measured response lengths; with fewer than 50 a lognormal distribution is assumed.
+    """
+    measured = measured_in(rows)
     rollout, replay, learner = config.rollout, config.replay, config.learner
     elapsed_s = sum(row["step_s"] for row in rows)
     occupied = sum((1 - row["slots.idle"]) * row["step_s"] for row in rows) / elapsed_s
@@ -126,7 +143,11 @@ def _values(
             "tensor_parallel": learner.tensor_parallel,
             "minibatches": learner.num_minibatches,
         },
-        "lengths": {"max": rollout.max_response_tokens, **lengths},
+        "lengths": {
+            "max": rollout.max_response_tokens,
+            "mean": _mean_length(rows),
+            **({"samples": list(samples)} if len(samples) >= FEWEST_LENGTHS else {}),
+        },
         "replay": {
             "groups_per_step": replay.groups_per_step,
             "group_size": replay.group_size,
@@ -139,19 +160,21 @@ def _values(
     }
 
 
-def _lengths(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of the trained responses, and the written ones as a distribution."""
+def _mean_length(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the trained responses."""
     tokens = sum(row["tokens"] for row in rows)
-    mean = tokens / sum(row["tokens"] / row["response_tokens"] for row in rows)
+    return float(tokens / sum(row["tokens"] / row["response_tokens"] for row in rows))
+
+
+def _samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Lengths of the written responses."""
     samples: list[float] = []
     for row in rows:
         file = folder / "rollouts" / f"step_{int(row['step']):06d}.jsonl"
         if file.is_file():
             written = map(json.loads, file.read_text(encoding="utf-8").splitlines())
             samples += [float(each["tokens"]) for each in written if each["tokens"] > 0]
-    if len(samples) < FEWEST_LENGTHS:
-        return {"mean": mean}
-    return {"mean": mean, "samples": samples}
+    return samples
 
 
 def _is_number(value: Any) -> bool:

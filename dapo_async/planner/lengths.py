@@ -16,6 +16,7 @@ import numpy as np
 
 BLOCK = 256  # groups that are drawn together
 QUANTILES = 2000
+LARGE_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,7 @@ class Lengths:
 
     def longest_of(self, group_size: int) -> float:
         """The expected longest length of a group over the expected length: M in closed forms."""
-        draws = Draws(self, group_size=group_size)
-        groups = [draws.lengths(group_id) for group_id in range(4 * BLOCK)]
-        return fmean(map(max, groups)) / fmean(fmean(group) for group in groups)
+        return _longest_of(self, group_size)
 
 
 def mixture(parts: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
@@ -129,6 +128,19 @@ def _normal_grid(count: int) -> np.ndarray:
     """The upper ends of `count` equally likely intervals of a normal variable."""
     normal = NormalDist()
     return np.array([normal.inv_cdf((k + 1) / count) for k in range(count - 1)])
+
+
+@cache
+def _longest_of(lengths: Lengths, size: int) -> float:
+    """By drawn groups if these are small, else by the quantile that one of `size` exceeds."""
+    if size > 2 * LARGE_GROUP:
+        # Siblings correlate, but there are many groups.
+        cut = np.sort(np.minimum(_factor(lengths) * _quantiles(lengths), lengths.max_tokens))
+        place = min(len(cut) - 1, math.ceil(len(cut) * 0.5614 ** (1 / size)))  # e^-gamma
+        return float(cut[place] / cut.mean())
+    draws = Draws(lengths, group_size=size)
+    groups = [draws.lengths(group_id) for group_id in range(4 * BLOCK)]
+    return fmean(map(max, groups)) / fmean(fmean(group) for group in groups)
 
 
 @cache

@@ -365,6 +365,7 @@ class Run:
             mlflow_run_id=self._sinks.mlflow_run_id,
             caught=self._sinks.caught,
             bottleneck=self._sinks.bottleneck,
+            split=self._sinks.split,
         )
         self._unwritten_summary = summary
         try:

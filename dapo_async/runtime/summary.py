@@ -40,11 +40,12 @@ def summarise_run(
     mlflow_run_id: str | None,
     caught: Counter[str],
     bottleneck: str | None,
+    split: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`; 0 or null for what the run never came to.
 
     `wall_s`: of all incarnations. `caught`: errors that the sinks caught. `bottleneck`: one
-    sentence on what limited the speed.
+    sentence on what limited the speed. `split`: what the planner says, see `next_split.compared`.
     """
     saved = CheckpointFolder(run_dir.checkpoints)
     best = run_dir.best_version(saved.versions())
@@ -69,6 +70,7 @@ def summarise_run(
         **measured.engine_state,
         "engines": dict(measured.engines),
         "bottleneck": bottleneck,
+        "split": split,
         "slot_advice": slot_advice(config),
         "weight_versions": measured.weight_versions,
         "handshake": dict(measured.handshake),

@@ -12,8 +12,11 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.planner.from_run import has_rates
+from dapo_async.tracking.next_split import added_rates, compared, next_split
 
 WINDOW = 10  # steps that one finding is about
 IDLE = 0.1  # below this share a side does not wait noticeably
@@ -40,6 +43,7 @@ class Layout:
     max_staleness: int
     on_gpus: bool  # else both sides share the cores of a machine
     adapts_slots: bool = False  # `num_slots` is what it is now
+    config: Config | None = None  # with it the planner advises
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -53,6 +57,7 @@ class Layout:
             adapts_slots=rollout.adapts_slots,
             max_staleness=config.replay.max_staleness,
             on_gpus=config.model.torch_device == "cuda",
+            config=config,
         )
 
 
@@ -116,12 +121,14 @@ def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
     if max(learner, rollout) < IDLE:
         return Finding("nothing", f"learner and engines are both busy ({idle})")
     if learner < IDLE or learner < MUCH_LESS * rollout:
-        return _learner_limits(idle, layout)
+        return _learner_limits(idle, layout, rows)
     if rollout < IDLE or rollout < MUCH_LESS * learner:
         return _generation_limits(idle, layout, rows)
     largest = max(idle.parts, key=lambda name: idle.parts[name])
     if largest == "no_credit" and _mean(rows, "group_staleness_max") < layout.max_staleness - 0.5:
         return _admission_limits(idle)
+    if largest == "queued":
+        return _memory_limits(idle, layout, rows)
     return _BOTH_WAIT[largest](idle, layout)
 
 
@@ -152,11 +159,22 @@ def better_split(idle: Idle, layout: Layout) -> tuple[int, int, float] | None:
     return best[1], best[2], now / best[0]
 
 
-def _split_advice(idle: Idle, layout: Layout) -> str:
-    """A better division of the GPUs, or an empty text."""
-    # An engine whose requests queue for memory is busy: its slots are too many.
-    busy = replace(idle, rollout=max(0.0, idle.rollout - idle.parts["queued"]))
-    split = better_split(busy, layout) if layout.on_gpus else None
+def _split_advice(idle: Idle, layout: Layout, rows: Sequence[Row]) -> str:
+    """A better division of the GPUs by the planner, or an empty text.
+
+    Rows without the rates that the planner needs: by the idle shares alone.
+    """
+    if not layout.on_gpus:
+        return ""
+    if layout.config is not None and any(map(has_rates, rows)):
+        planned = next_split(rows, layout.config)
+        split = None
+        if planned is not None:
+            split = planned.learner_gpus, planned.engines, planned.gain
+    else:
+        # An engine whose requests queue for memory is busy: its slots are too many.
+        busy = replace(idle, rollout=max(0.0, idle.rollout - idle.parts["queued"]))
+        split = better_split(busy, layout)
     if split is None:
         return ""
     devices, engines, gain = split
@@ -167,11 +185,11 @@ def _split_advice(idle: Idle, layout: Layout) -> str:
     )
 
 
-def _learner_limits(idle: Idle, layout: Layout) -> Finding:
+def _learner_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Finding:
     if idle.queue_is_long:
         advice = f"{_full_memory(idle, layout)}; more engines do not help, {_less_queueing(layout)}"
         return _finding("the learner", "the learner limits the speed", idle, advice)
-    advice = _split_advice(idle, layout)
+    advice = _split_advice(idle, layout, rows)
     slots = idle.slots(layout)
     enough = math.ceil(slots * (1.0 - idle.rollout))
     if not advice and not layout.adapts_slots and enough <= 0.8 * slots:
@@ -180,15 +198,17 @@ def _learner_limits(idle: Idle, layout: Layout) -> Finding:
 
 
 def _generation_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Finding:
-    advice = _split_advice(idle, layout) or "more engines (rollout.num_workers) make it faster"
+    advice = (
+        _split_advice(idle, layout, rows) or "more engines (rollout.num_workers) make it faster"
+    )
     acceptance = _acceptance(rows)
     if acceptance < 1.0 - IDLE:
         advice = f"the filters accept {acceptance:.0%} of the groups; {advice}"
     return _finding("generation", "generation limits the speed", idle, advice)
 
 
-def _memory_limits(idle: Idle, layout: Layout) -> Finding:
-    split = _split_advice(idle, layout)
+def _memory_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Finding:
+    split = _split_advice(idle, layout, rows)
     advice = (
         f"{_full_memory(idle, layout)}; more slots do not help, {_less_queueing(layout)}"
         f"{f'; {split}' if split else ''}"
@@ -245,7 +265,6 @@ def _updates_limit(idle: Idle, layout: Layout) -> Finding:
 
 
 _BOTH_WAIT: Mapping[str, Callable[[Idle, Layout], Finding]] = {
-    "queued": _memory_limits,
     "no_credit": _bound_limits,
     "tail": _tail_limits,
     "sync": _updates_limit,
@@ -410,6 +429,12 @@ class BottleneckWatch:
                 return each
         return None
 
+    def split(self) -> dict[str, Any] | None:
+        """What the planner says about the last steps, for summary.json; None without rates."""
+        if self._layout.config is None:
+            return None
+        return compared([means for _, _, means, _ in self._windows[-1:]], self._layout.config)
+
     def summary(self) -> str | None:
         """One sentence on the whole run: its bottleneck, or its bottlenecks by steps."""
         rest = self._rows if len(self._rows) >= WINDOW // 2 or not self._windows else []
@@ -442,5 +467,6 @@ class BottleneckWatch:
             "group_staleness_max": _mean(rows, "group_staleness_max"),
             "offered": sum(row.get("offered", 0.0) for row in rows),
             "acceptance": _acceptance(rows),
+            **added_rates(rows),
         }
         return [(int(rows[0]["version"]), int(rows[-1]["version"]), means, found)]

@@ -33,6 +33,7 @@ from dapo_async.tracking.mlflow_run import (
     prepare_environment,
     store_uri,
 )
+from dapo_async.tracking.next_split import split_line
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.verdict import verdict
 from dapo_async.utils.files import atomic_write
@@ -127,6 +128,7 @@ class MlflowStore:
             "status": status,
             "reason": redacted(reason),
             "bottleneck": str(summary.get("bottleneck") or "not measured"),
+            "split": split_line(summary.get("split")) or "not measured",
             NOTE: redacted(note(self._config, run_dir, said=verdict(summary, []))),
         }
         self._queue.put(partial(_close, status=status, tags=tags))

@@ -83,6 +83,11 @@ class Sinks:
         return self._bottleneck.summary()
 
     @property
+    def split(self) -> dict[str, Any] | None:
+        """What the planner says about the last steps; None without rates."""
+        return self._bottleneck.split()
+
+    @property
     def caught(self) -> Counter[str]:
         """Errors of the sinks, by name, that did not reach the run."""
         mlflow = self._mlflow.caught if self._mlflow else Counter[str]()

@@ -324,7 +324,7 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
         "status": "failed", "reason": "no batch", "steps": 0, "tokens": 0, "final_accuracy": None,
         "groups": {"admitted": 3, "trained": 0, "rejected": {"all_wrong": 3}},
         "staleness": {"mean": 0.0, "max": 0}, "idle": {"learner": 1.0, "rollout": 0.0},
-        "slot_advice": None, "bottleneck": "the learner limits the speed",
+        "slot_advice": None, "split": None, "bottleneck": "the learner limits the speed",
         "checkpoint": str(tmp_path / "checkpoints" / "step_000000"),
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))

@@ -30,6 +30,7 @@ def summary_of(record: RunProgress, measured: Measured, root: Path) -> dict[str,
         mlflow_run_id=None,
         caught=Counter(display=1),
         bottleneck="the learner limits the speed",
+        split=None,
     )
     json.dumps(summary)
     return summary
