@@ -8,8 +8,9 @@ The rule is additive increase, multiplicative decrease (AIMD), as in the congest
 slots show their effect on speed and memory only after that.
 
     start      the KV memory of the server / the longest sequence
-    search     the slots double each round, as long as memory is left and the speed grows
-    grow       later by `step` a round, while KV use is low and no request queues
+    search     the slots double each round while memory is left; a doubling that does not pay is
+               taken back, and tried again later
+    grow       after the first cut: by `step` a round, while KV use is low and no request queues
     cut        requests queue for memory: to the number that runs, but at most by half;
                a sequence was retracted: the same, and at least by a tenth
 """
@@ -26,7 +27,7 @@ PATIENCE = 3  # observations in which requests queue: a prefill takes less, or m
 QUEUE_SHARE = 0.1  # of the slots: shorter queues are no sign of too little memory
 DRAINED = 0.9  # a queue that shrinks to this share within an observation waits for a prefill
 FULL = 0.9  # of the slots are in use: else a larger number has no effect
-PROBE_ROUNDS = 16  # so long after a cut the number that was cut is tried again
+PROBE_ROUNDS = 16  # so long a number that was too large is not tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,11 @@ class SlotControl:
         self._step = step or max(1, least // 4)
         self.slots = min(max(start, least), most)
         self._searching = True
-        self._before: tuple[int, float] | None = None  # slots and speed of the round before
+        # Slots and speed of the round before, if the slots were doubled since.
+        self._before: tuple[int, float] | None = None
         self._ceiling, self._rounds_since_cut = most, 0  # a number that was too large, less one
-        self._knee = most  # more slots did not make the engine faster
+        # Growth that did not make the engine faster is tried again after so many rounds.
+        self._rounds_to_search = 0
         self._draining = False  # after a cut, until only `slots` requests are at the server
         self._crowded = 0  # successive observations with requests that queue for memory
         self._last: Observation | None = None
@@ -101,7 +104,7 @@ class SlotControl:
         self._ceiling, self._rounds_since_cut = max(self._least, self.slots - 1), 0
         self.slots = max(self._least, fewest, min(most, max(self._ran)))
         self._draining, self._crowded = True, 0
-        self._searching = False
+        self._searching, self._before = False, None
         self._start_round(now)
 
     def _end_round(self, began: Observation, now: Observation) -> None:
@@ -113,27 +116,29 @@ class SlotControl:
         self._rounds_since_cut += 1
         if self._rounds_since_cut >= PROBE_ROUNDS:
             self._ceiling = self._most
+        before, self._before = self._before, None
         if not was_full or crowded:
-            self._before = None
             return
-        if self._searching and self._before is not None and not self._paid_off(speed):
-            self.slots, self._knee = self._before[0], self._before[0]
-            self._searching, self._before = False, None
+        if before is not None and not _pays(before, (self.slots, speed)):
+            self.slots, self._rounds_to_search = before[0], PROBE_ROUNDS
+        self._rounds_to_search = max(0, self._rounds_to_search - 1)
+        if self._rounds_to_search:
             return
-        self._before = (self.slots, speed)
         fits = int(self.slots * HIGH_USE / use) if use > 0 else self._most
         wanted = 2 * self.slots if self._searching else self.slots + self._step
-        self._searching = self._searching and wanted <= min(fits, self._most)
-        self.slots = max(self.slots, min(wanted, fits, self._ceiling, self._knee, self._most))
-
-    def _paid_off(self, speed: float) -> bool:
-        """Whether the newest growth made the engine faster."""
-        assert self._before is not None
-        slots, before = self._before
-        growth = self.slots / slots - 1.0
-        return growth <= 0 or speed >= before * (1.0 + WORTH * growth)
+        larger = min(wanted, fits, self._ceiling, self._most)
+        if larger > self.slots:
+            # A small step changes the speed by less than its noise.
+            self._before = (self.slots, speed) if self._searching else None
+            self.slots = larger
 
     def _start_round(self, now: Observation) -> None:
         self._round = now
         self._num_seen = self._num_full = 0
         self._peak_use = 0.0
+
+
+def _pays(before: tuple[int, float], now: tuple[int, float]) -> bool:
+    """Whether more slots made the engine faster: two pairs of slots and speed."""
+    growth = now[0] / before[0] - 1.0
+    return now[1] >= before[1] * (1.0 + WORTH * growth)

@@ -18,7 +18,6 @@ from typing import Any
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 
 from dapo_async.rollout.engine import EngineFault
 
@@ -31,7 +30,6 @@ DONE = b"[DONE]"
 BROKEN = re.compile(
     r"json_invalid|not enough memory|out of memory|bad_alloc|MemoryError|n.t allocate", re.I
 )
-RETRACTIONS = "sglang:num_retracted_requests_total"
 TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 
@@ -45,6 +43,8 @@ class Chunk:
     versions: Sequence[Mapping[str, Any]]  # in the last chunk: the versions of all its tokens
     weight_version: str  # the version that the server says it serves
     cached_tokens: int = 0  # of the input, whose keys and values the server had
+    # How often the request lost its memory so far: to others, or in a pause that drops it.
+    retractions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +72,6 @@ class ServerLimits:
 
     kv_tokens: int  # with keys and values
     running_requests: int
-
-
-def retractions_in(metrics: str) -> int | None:
-    """The number of retracted requests in a server's Prometheus text; None if it has none.
-
-    Raises ValueError for text that is no Prometheus text.
-    """
-    counts = [
-        sample.value
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-        if sample.name == RETRACTIONS
-    ]
-    return int(sum(counts)) if counts else None
 
 
 class CallRefused(EngineFault):
@@ -150,18 +136,6 @@ class SGLangClient:
             raise EngineFault(f"{self.url} sent a malformed load: {error!r}") from error
         return sum(loads, start=ServerLoad())
 
-    async def num_retractions(self) -> int | None:
-        """How many running requests lost their memory since the server's start.
-
-        None if it does not say, because it was started without --enable-metrics. A pause for new
-        weights is no retraction.
-        """
-        try:
-            text = await self._ask_text("GET", "/metrics")
-            return retractions_in(text)
-        except (EngineFault, ValueError):
-            return None
-
     async def limits(self) -> ServerLimits:
         """What the server has room for."""
         answer = await self._ask("GET", "/server_info")
@@ -225,6 +199,7 @@ class SGLangClient:
             meta.get("weight_versions") or (),
             str(meta["weight_version"]),
             int(meta.get("cached_tokens") or 0),
+            int(meta.get("num_retractions") or 0),
         )
 
     async def prompt_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -340,14 +315,6 @@ class SGLangClient:
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, text: bool = False
     ) -> dict[str, Any]:
-        """The answer as JSON; with `text` it is not read."""
-        content = await self._ask_text(method, path, body)
-        try:
-            return {} if text else dict(json.loads(content))
-        except json.JSONDecodeError as error:
-            raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
-
-    async def _ask_text(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
         self._check_open()
         try:
             async with self._session.request(method, f"{self.url}{path}", json=body) as answer:
@@ -356,13 +323,13 @@ class SGLangClient:
                     why = _one_line(content)
                     fault = CallRefused if _refuses(answer.status, why) else EngineFault
                     raise fault(f"{self.url} answers {path} with {answer.status}: {why}")
-                return content
+                return {} if text else dict(json.loads(content))
         except TimeoutError as error:  # before ClientError: aiohttp's timeouts are both
             raise EngineFault(
                 f"{self.url} did not answer {path} within {self._silence_s:g} s "
                 "(deadlines.answer_s)"
             ) from error
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
 
 

@@ -2,10 +2,10 @@
 
 Each sibling is one streamed request. At most `num_slots` requests are at the server; the others
 wait here, where slot use is measured. Each second the server says how many requests it has queued,
-how much KV memory it uses, and how many requests it has retracted. Queued requests occupy no slot.
-With a `SlotControl` these answers set the number of slots. Siblings share the KV of their prompt in
-the server's prefix cache. Cache entries carry the number of the update before them, so no other
-weights use them.
+and how much KV memory it uses. Queued requests occupy no slot. Each chunk of a response says how
+often its request was retracted. With a `SlotControl` these numbers set the number of slots.
+Siblings share the KV of their prompt in the server's prefix cache. Cache entries carry the number
+of the update before them, so no other weights use them.
 
     update:  probe ─▶ pause (see `weight_update`) ─▶ `load` ─▶ resume ─▶ probe
 
@@ -106,8 +106,6 @@ class SGLangEngine:
         self._num_queued = 0  # of them, in its queue
         self._num_heldout = 0  # of them, for held-out prompts
         self._num_ended = 0  # requests that left the server
-        # What this server said last; None: it does not count retractions.
-        self._retractions: int | None = 0
         # Of the weights whose load has begun: a request sent after that meets them or older KV.
         self._newest_version = 0
         # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
@@ -217,7 +215,7 @@ class SGLangEngine:
             siblings = [task for group in self._running.values() for task in group.siblings]
             await asyncio.gather(*siblings, return_exceptions=True)
             await asyncio.sleep(0)
-        self._client, self.version, self._retractions = client, -1, 0
+        self._client, self.version = client, -1
         self._trusted, self._disconnected = True, False
 
     def starving(self, on: bool) -> None:
@@ -364,6 +362,7 @@ class SGLangEngine:
         newest_version = max(self.version, response.sent_version)
         received = len(response.token_ids)
         response.add(chunk, newest_version=newest_version, incarnation=self._incarnation)
+        self._kv.retract(response.retracted(chunk.retractions))
         group.num_generated += len(chunk.token_ids)
         self.tokens.generate(len(chunk.token_ids))
         self._book_output(
@@ -392,6 +391,8 @@ class SGLangEngine:
             start_s = time.monotonic()
         else:
             await self._client.pause("retract" if self._mode == "recompute" else "in_place")
+            if self._mode == "recompute":
+                self._count_pause()
         self._sync(True)
         try:
             yield start_s
@@ -401,6 +402,11 @@ class SGLangEngine:
             self._may_send.set()
         else:
             await self._client.resume()
+
+    def _count_pause(self) -> None:
+        for group in self._running.values():
+            for response in group.responses.values():
+                response.pauses += 1
 
     def _known_tokens(self) -> Iterable[int]:
         """Tokens of each response at the server that were received, its prompt included."""
@@ -417,16 +423,12 @@ class SGLangEngine:
                 load = await client.load()
             except EngineFault:
                 load = ServerLoad()
-            retractions = None if self._retractions is None else await client.num_retractions()
             if client is not self._client:
                 continue  # another server has taken its place
             self._record_time()
             self._num_queued = min(load.queued, self._num_running)
             self._record_time()
             self._kv.holds(load.used_tokens, capacity_tokens=load.capacity_tokens)
-            if retractions is not None:
-                self._kv.retract(max(0, retractions - (self._retractions or 0)))
-            self._retractions = retractions
             self._adapt(load)
 
     def _adapt(self, load: ServerLoad) -> None:

@@ -71,7 +71,7 @@ class ServerOptions:
             "--skip-server-warmup",
             "--skip-tokenizer-init",
             "--incremental-streaming-output",
-            "--enable-metrics",  # the engine reads the number of retracted requests
+            "--enable-metrics",  # for Prometheus; the engine itself does not read them
         ]
         if self.device == "cpu":
             sequences = (self.kv_sequences or self.num_slots) + SPARE_SLOTS

@@ -33,6 +33,8 @@ class ResponseStream:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # a lower bound per token, until the end
     completion: Completion | None = None  # after the end
+    retractions: int = 0  # that the server has told
+    pauses: int = 0  # since the newest chunk, those that drop the memory of running requests
     _next_version: int = -1
 
     def add(self, chunk: Chunk, *, newest_version: int, incarnation: str) -> None:
@@ -51,6 +53,16 @@ class ResponseStream:
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self._next_version = newest_version
+
+    def retracted(self, total: int) -> int:
+        """How often the request lost its memory to others since the last call.
+
+        `total`: as the server counts, with the pauses. A pause drops the memory of a running
+        request only, so a retraction before a pause may be left out.
+        """
+        new, self.retractions = total - self.retractions - self.pauses, total
+        self.pauses = 0
+        return max(0, new)
 
     def partial(self) -> Completion:
         """The tokens so far, with finish reason ABORT."""

@@ -113,8 +113,11 @@ def test_slots_converge_to_what_the_memory_holds(start: int, capacity: int, seed
 def test_slots_stop_growing_where_more_make_the_engine_no_faster() -> None:
     server = SimulatedServer(capacity=10_000_000, knee=32)
     slots = play(server, SlotControl(start=8, least=8, most=1024), 400)
-    assert 32 <= slots[-1] <= 128, slots[-1]
-    assert len(set(slots[200:])) == 1
+    settled = slots[100:]
+    usual = int(np.median(settled))
+    assert 32 <= usual <= 128
+    assert set(settled) == {usual, 2 * usual}, "it tries the double now and then"
+    assert settled.count(2 * usual) < 0.25 * len(settled)
 
 
 def test_slots_that_nobody_fills_do_not_grow() -> None:
