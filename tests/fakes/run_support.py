@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paths import QUICKSTART
 
@@ -129,11 +129,14 @@ def processes_of(mark: str, *, session: int) -> dict[int, str]:
 class Live:
     """A run that goes on; its output is appended to that of the lives before it."""
 
-    def __init__(self, root: Path, arguments: Sequence[str], *, before: str = "") -> None:
+    def __init__(
+        self, root: Path, arguments: Sequence[str], *, before: str = "", reader: bool = True
+    ) -> None:
+        """Without `reader`, standard output and error are a pipe that nobody reads, as `| true`."""
         self.root, self._mark = root, uuid.uuid4().hex
         self._output = root.with_name(f"{root.name}.out")
         self._before = len(self._output.read_text()) if self._output.exists() else 0
-        with self._output.open("a") as file:
+        with self._output.open("a") if reader else _closed_pipe() as file:
             self._process = subprocess.Popen(
                 [*(patched(before) if before else [COMMAND]), "train", *arguments],
                 env=environment(**{MARKER: self._mark}),
@@ -202,9 +205,20 @@ class Live:
         self._process.wait(10)
 
 
+def _closed_pipe() -> IO[str]:
+    """The writing end of a pipe whose reader has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
 @contextmanager
 def running(
-    root: Path, *overrides: str, config: Path | None = QUICKSTART, before: str = ""
+    root: Path,
+    *overrides: str,
+    config: Path | None = QUICKSTART,
+    before: str = "",
+    reader: bool = True,
 ) -> Iterator[Live]:
     """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit.
 
@@ -216,6 +230,7 @@ def running(
         if config is None
         else [str(config), *overrides, f"run_dir={root}"],
         before=before,
+        reader=reader,
     )
     try:
         yield live
@@ -224,10 +239,14 @@ def running(
 
 
 def finished(
-    root: Path, *overrides: str, config: Path | None = QUICKSTART, timeout_s: float = 240.0
+    root: Path,
+    *overrides: str,
+    config: Path | None = QUICKSTART,
+    timeout_s: float = 240.0,
+    reader: bool = True,
 ) -> Finished:
     """A whole run that ends by itself."""
-    with running(root, *overrides, config=config) as live:
+    with running(root, *overrides, config=config, reader=reader) as live:
         return live.finish(timeout_s=timeout_s)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -133,12 +134,15 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
             live.seconds_until_nothing_is_left(timeout_s=30.0)
         killed_at.append(len(read_rows(tmp_path / "killed" / "metrics.jsonl")))
         config = None
-    resumed = finished(tmp_path / "killed", config=None)
+    # As `train --resume RUN | true`: a closed output changes nothing.
+    resumed = finished(tmp_path / "killed", config=None, reader=False)
     print(f"killed after steps {killed_at}")
     assert resumed.exit_code == 0, resumed.output
     assert resumed.summary["groups"] == whole.summary["groups"]
     check_conservation(resumed.summary["groups"])
+    assert resumed.summary["status"] == "done"
     assert_same_course(resumed, whole, num_steps=28)
+    check_whole(resumed)
     # The learner alone repeats every number of the resumed run; one changed digit is noticed.
     again = command("rerun", str(resumed.root))
     assert (again.returncode, again.stdout.splitlines()[-1]) == (
@@ -151,6 +155,13 @@ def test_run_in_lockstep_that_was_killed_again_and_again_equals_the_one_that_was
     changed = command("rerun", str(resumed.root))
     assert (changed.returncode, changed.stdout.splitlines()[-1]) == (1, "1 of 28 steps differ")
     assert [line[:9] for line in changed.stdout.splitlines() if "DIFFERS" in line] == ["step    8"]
+
+
+def check_whole(run: Finished) -> None:
+    """Every file has its checksum, and every admission ended once."""
+    verified = command("verify", str(run.root))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verified.stdout.splitlines()[-1] == "everything is whole"
 
 
 @dataclass(frozen=True)
@@ -208,6 +219,8 @@ def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(liv
     assert f"resuming at step {lives.trained} from {run.root / summary['checkpoint']}" in run.output
     assert [row["step"] for row in run.metrics] == list(range(steps))
     assert max(row["group_staleness_max"] for row in run.metrics) <= 2
+    assert re.search(rf"step_{lives.trained:06d} is whole: \d+ files, .* checked in ", run.output)
+    check_whole(run)
     groups = run.summary["groups"]
     check_conservation(groups)
     check_token_flow(run.summary["token_flow"])

@@ -17,17 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_world import VERSION, rank_of, synthetic_groups, tiny_decoder
+from learner_world import TINY_JSON, VERSION, rank_of, synthetic_groups, tiny_decoder
 from replay_world import make_buffer, make_group
 from safetensors.torch import load_file, save_file
+from small_disk import fill_up, small_disk
 
 from dapo_async.learner import read_whole_state, save_state
-from dapo_async.model import Mesh
+from dapo_async.model import Mesh, export_folder
 from dapo_async.replay import BufferState, ReplayBuffer
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group, write_groups
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
+from dapo_async.utils.files import disk_fault
+from dapo_async.utils.manifest import write_manifest
 
 FILE_EVENTS = {
     "open",
@@ -249,6 +252,38 @@ def test_state_of_which_a_file_is_not_whole_is_refused_by_name(harm: str, tmp_pa
         ValueError, match=f"{re.escape(str(file))} .*copy the checkpoint whole, or take another one"
     ):
         rank.load(tmp_path)
+
+
+def test_each_writer_of_a_checkpoint_names_a_full_disk_as_such(tmp_path: Path) -> None:
+    rank = rank_of()
+    state = rank.capture_state()
+    shapes = {name: tuple(each.shape) for name, each in rank.decoder.named_parameters()}
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(TINY_JSON))
+
+    def export(folder: Path) -> None:
+        whole = dict(rank.decoder.named_parameters())
+        export_folder(
+            shapes,
+            lambda names: {name: whole[name].detach() for name in names},
+            dtype=torch.float32,
+            base=base,
+            out=folder,
+        )
+
+    writers: dict[str, Callable[[Path], object]] = {
+        "learner": lambda folder: save_state(state, folder, Mesh()),
+        "export": export,
+        "groups": lambda folder: write_groups(folder / "groups", [make_group(0, num_tokens=9999)]),
+        "manifest": lambda folder: write_manifest(tmp_path / "base", folder / "manifest"),
+    }
+    with small_disk(tmp_path / "disk", kib=16) as disk:
+        fill_up(disk)
+        for name, write in writers.items():
+            with pytest.raises(Exception) as caught:
+                write(disk)
+            assert disk_fault(caught.value) == "no space left on device", (name, caught.value)
 
 
 def test_state_that_lost_a_group_is_refused() -> None:
