@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapo_async.replay.state_io import STATE_FILE, read_outcomes
+from safetensors import SafetensorError
+
+from dapo_async.replay.group_io import read_groups
+from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE, read_outcomes
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 from dapo_async.utils.files import PARTIAL
@@ -67,13 +70,18 @@ def _admissions(checkpoint: Path) -> Finding:
     try:
         counts, _ = read_outcomes(checkpoint / STATE)
         state: dict[str, Any] = json.loads((checkpoint / STATE / STATE_FILE).read_text())
-        open_ids = [*map(int, state["reissue"]), *map(int, state["buffered"])]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = str(error) if type(error) is ValueError else unreadable(error)
+        finished = [int(each["group_id"]) for each in state["buffered"]]
+        open_ids = [*map(int, state["reissue"]), *finished]
+        kept = [group.group_id for group in read_groups(checkpoint / STATE / GROUPS_FILE)]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        own_words = type(error) in (ValueError, SafetensorError)
+        why = str(error) if own_words else unreadable(error)
         return Finding(f"{name}: {why}", is_whole=False)
     ended = counts.admitted - counts.in_flight
     fault = ""
-    if len(set(open_ids)) != len(open_ids):
+    if sorted(kept) != sorted(finished):
+        fault = f"{GROUPS_FILE} has the groups {kept}, {STATE_FILE} names {finished}"
+    elif len(set(open_ids)) != len(open_ids):
         fault = "a group is open twice"
     elif any(not 0 <= group_id < counts.admitted for group_id in open_ids):
         fault = "a group is open that was never admitted"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import QUICKSTART
@@ -14,6 +15,7 @@ from dapo_async.cli.main import main
 from dapo_async.config import load, to_yaml
 from dapo_async.replay import BufferState
 from dapo_async.replay.group_io import write_groups
+from dapo_async.replay.state import Buffered
 from dapo_async.runtime.actors.replay import write_state
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import write_rollouts
@@ -27,8 +29,8 @@ REPLAY = BufferState(
     failures={},
     streak={},
     acceptance={},
-    reissue=(3, 4),
-    buffered={},
+    reissue=(3,),
+    buffered={4: Buffered("rollout-0", 2, 0, SimpleNamespace(group=make_group(4)), 3)},
 )
 
 
@@ -58,10 +60,10 @@ def flip(path: Path) -> None:
 
 
 def edit_admissions(root: Path) -> None:
-    """A group that is open twice, in a checkpoint whose manifest was written after that."""
+    """A group that is open twice, in a checkpoint whose manifest is written after that."""
     checkpoint = root / "checkpoints" / "step_000002"
     state = json.loads((checkpoint / STATE / "replay.json").read_text())
-    state["reissue"] = [3, 3]
+    state["reissue"] = [4]
     (checkpoint / STATE / "replay.json").write_text(json.dumps(state))
     checkpoint.rename(checkpoint.with_name("step_000002.partial"))
     CheckpointFolder(root / "checkpoints").seal(2)
