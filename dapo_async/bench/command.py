@@ -83,7 +83,7 @@ def run_bench(config: Config, options: BenchOptions, *, say: Callable[[str], Non
     folder. Raises ValueError for wrong input.
     """
     _check(config, options)
-    config = _with_fixed_slots(config, options)
+    config = with_fixed_slots(config, options)
     model = ModelConfig.from_folder(Path(config.model.path))
     torch.set_num_threads(max(1, int(config.model.num_cpus)))
     subject = _subject(config, model, options)
@@ -175,7 +175,7 @@ def _subject(config: Config, model: ModelConfig, options: BenchOptions) -> Bench
     return _rollout(config, model, options, rounds)
 
 
-def _with_fixed_slots(config: Config, options: BenchOptions) -> Config:
+def with_fixed_slots(config: Config, options: BenchOptions) -> Config:
     """With a number for `rollout.num_slots=auto`: what is measured must not change meanwhile."""
     rollout = config.rollout
     if rollout.num_slots != "auto":

@@ -145,6 +145,11 @@ PANELS = (
         "queued: a server is short of KV memory. no credit: the learner is behind. "
         "tail: last siblings run. sync: weights are loaded.",
     ),
+    Panel(
+        "KV memory (share)",
+        (Curve("kv.use", "in use"), Curve("prefix.hit", "prefix hits")),
+        "Memory of the engines for keys and values; prompt tokens that were in it already.",
+    ),
     Panel("Seconds per step", _one("step_s", "seconds"), "From the end of the previous step."),
 )
 

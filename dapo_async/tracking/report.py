@@ -121,6 +121,10 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     yield "idle learner", figures(idle.get("learner"), ".0%")
     yield "idle rollout", figures(idle.get("rollout"), ".0%")
     yield "idle rollout slots", figures(summary.get("slots.idle"), ".0%")
+    yield "slots of an engine", figures(summary.get("slots_per_engine"), ".0f")
+    retracted = figures(summary.get("kv.retractions"), ",.0f")
+    yield "KV memory in use", f"{figures(summary.get('kv.use'), '.0%')}, {retracted} retractions"
+    yield "prefix hits", figures(summary.get("prefix.hit"), ".0%")
     yield "trained groups", figures(groups.get("trained"), ",.0f")
     rejected = [
         f"{figures(count, ',.0f')} {text(str(reason).replace('_', ' '))}"
