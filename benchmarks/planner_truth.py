@@ -5,7 +5,7 @@ python benchmarks/planner_truth.py [--runs FILE] [--json OUT] [--quick]
 The file holds published tables by name (see `TABLES`); unknown ones are left out. At most half of
 a table's rows calibrate, and no constant is fitted to a row that it predicts. What a table does not
 say (response lengths, the batch of a small run) is assumed; `assumed` has it. Tables that can't be
-predicted have a line that says why.
+predicted have a line that says why. So has a table without its calibrating rows.
 
 The last line is the speed of the simulator: CPU seconds for 128 GPUs and 100 steps of 512 groups of
 16 rollouts.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,11 @@ from typing import Any
 from support.output import show, write_result
 
 from dapo_async.planner import EngineSpeed, LearnerSpeed, Lengths, Scenario, simulate
+from dapo_async.planner.cost_model import Efficiency, Training, engine_speed, learner_speed
+from dapo_async.planner.hardware import find_gpu
+from dapo_async.planner.planned_model import model_of
+from dapo_async.planner.rates import between_points
+from dapo_async.planner.settings import KEYS
 
 Row = dict[str, Any]
 STEP_BOUND, STALENESS_BOUND = 0.15, 0.10  # relative errors that count as true
@@ -34,6 +39,55 @@ NOT_PREDICTED = {
     "verl_v1_async": "one synchronous row does not separate generation and training",
     "pipeline_rl": "a single row",
     "llama_rl": "speedups without a row to calibrate on",
+    "weight_sync": "each row has another number of GPUs on both sides",
+    "learner_one_gpu": "MFU falls from 0.27 to 0.11 with the context: two rows, two constants",
+}
+QWEN_7B: Mapping[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32_768,
+    "rope_theta": 1e6,
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18_944,
+    "tie_word_embeddings": False,
+}
+QWEN3_4B: Mapping[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+    "hidden_size": 2560,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "tie_word_embeddings": True,
+}
+QWEN3_30B: Mapping[str, Any] = {
+    **QWEN3_4B,
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+# Layers, and GB in bfloat16.
+SYNC_SIZES: Mapping[str, tuple[int, float]] = {
+    "7B": (28, 15.2),
+    "32B": (64, 65.5),
+    "72B": (80, 145.4),
+    "30B-A3B": (48, 61.1),
+    "235B": (94, 470.0),
 }
 
 
@@ -66,118 +120,233 @@ def row(
 
 
 def verl_7b(table: Mapping[str, Any]) -> Iterator[Row]:
-    """Calibrated on the asynchronous row of staleness 0; predicts the one of staleness 0.5."""
-    known, wanted = (
-        next(row for row in table["rows"] if row["mode"] == "async" and row["staleness"] == bound)
-        for bound in (0.0, 0.5)
-    )
-    other_s = known["step"] - known["gen"] - known["update"]  # neither wait nor update
-    for mean, tail in ((2500, 0.8), (4000, 1.0), (7000, 1.0)):
-        lengths = Lengths(tail=tail, mean_tokens=mean, max_tokens=28_000)
-        tokens = 64 * 16 * mean
+    """Calibrated on the asynchronous row of staleness 0; predicts the other asynchronous ones.
 
-        def run(token_s: float, lengths: Lengths = lengths, tokens: int = tokens) -> Scenario:
+    The decode step is that of the cost model on H20, whose few FLOPs limit large batches. The mean
+    length is what makes the calibrating row take its time.
+    """
+    rows = [row for row in table["rows"] if row["mode"] == "async"]
+    known = next(row for row in rows if row["staleness"] == 0.0)
+    other_s = known["step"] - known["gen"] - known["update"]  # neither wait nor update
+    engine = engine_speed(
+        model_of(QWEN_7B), find_gpu("H20"), gpus=4, slots=512, efficiency=Efficiency()
+    )
+    for tail in (0.8, 1.0):
+
+        def run(mean: float, tail: float = tail) -> Scenario:
+            tokens = 64 * 16 * (mean + 150)
             return Scenario(
                 num_engines=2,  # an eighth of the fleet with an eighth of the batch
-                engine=EngineSpeed.constant(token_s, 512),
+                engine=engine,
                 learner=LearnerSpeed(token_s=known["update"] / tokens, fixed_s=other_s / 4),
-                lengths=lengths,
+                lengths=Lengths(tail=tail, mean_tokens=mean, max_tokens=28_000),
+                prompt_tokens=150,
                 groups_per_step=64,
                 num_minibatches=4,
                 max_staleness=0,
                 admission="eager",
-                num_steps=30,
-                warm_up_steps=8,
+                num_steps=24,
+                warm_up_steps=6,
             )
 
-        token_s = bisect(partial(step_of, run), known["step"], 1e-4, 0.05)
-        outcome = simulate(replace(run(token_s), max_staleness=1, credit_steps=1.5))
-        yield row(
-            "verl_fully_async_qwen2.5_math_7b",
-            "step, staleness 0.5",
-            outcome.step_s,
-            wanted["step"],
-            bound=STEP_BOUND,
-            calibrated="row of staleness 0: its step and update",
-            assumed=f"lengths: mean {mean}, tail {tail}",
-        )
+        mean = bisect(partial(step_of, run), known["step"], 500, 8000)
+        for wanted in rows:
+            if wanted is known:
+                continue
+            outcome = simulate(
+                replace(run(mean), max_staleness=4, credit_steps=1 + wanted["staleness"])
+            )
+            yield row(
+                "verl_fully_async_qwen2.5_math_7b",
+                f"step, staleness {wanted['staleness']}",
+                outcome.step_s,
+                wanted["step"],
+                bound=STEP_BOUND,
+                calibrated="row of staleness 0: its step and update",
+                assumed=f"decode steps of the cost model; tail {tail}; no deadlines",
+            )
 
 
 def verl_30b(table: Mapping[str, Any]) -> Iterator[Row]:
-    """Calibrated on the synchronous row; predicts the asynchronous one."""
+    """Calibrated on the synchronous row; predicts the asynchronous ones.
+
+    Decode steps are those of the cost model times what makes the calibrating row take its time. The
+    learner's time falls with (GPUs)^0.75, the planner's default: AReaL's tables have 0.73 and 0.77.
+    """
     known = next(row for row in table["rows"] if row["mode"] == "sync")
-    wanted = next(row for row in table["rows"] if row["mode"] == "async")
-    rollout = known["gpus"] / wanted["rollout_gpus"]
-    learner = known["gpus"] / wanted["learner_gpus"]
-    lengths = Lengths(tail=0.8, mean_tokens=2500, max_tokens=8192)
-    tokens = 32 * 16 * 2500
-
-    def run(token_s: float) -> Scenario:
-        return Scenario(
-            num_engines=4,
-            engine=EngineSpeed.constant(token_s, 128),
-            learner=LearnerSpeed(token_s=1e-9),
-            lengths=lengths,
-            groups_per_step=32,
-            max_staleness=0,
-            admission="eager",
-            num_steps=30,
-            warm_up_steps=8,
-        )
-
-    token_s = bisect(partial(step_of, run), known["gen"], 1e-4, 1.0)
-    train_s = (known["update"] + known["ref"]) * learner
-    outcome = simulate(
-        replace(
-            run(token_s * rollout),
-            learner=LearnerSpeed(token_s=train_s / tokens),
-            max_staleness=1,
-            credit_steps=1.5,
-            num_minibatches=4,
-        )
+    engine = engine_speed(
+        model_of(QWEN3_30B), find_gpu("H20"), gpus=4, slots=512, efficiency=Efficiency()
     )
-    yield row(
-        "verl_fully_async_qwen3_30b_a3b",
-        "step, 96 + 32 GPUs",
-        outcome.step_s,
-        wanted["step"],
-        bound=STEP_BOUND,
-        calibrated="synchronous row",
-        assumed="training scales with its GPUs; lengths: mean 2500, tail 0.8",
-    )
+    for mean, tail in ((1500, 0.8), (2500, 0.8)):
 
+        def run(factor: float, mean: int = mean, tail: float = tail) -> Scenario:
+            return Scenario(
+                num_engines=known["gpus"] // 4 // 8,  # an eighth of the fleet and of the batch
+                engine=replace(
+                    engine,
+                    step_s=tuple(factor * seconds for seconds in engine.step_s),
+                    context_s=factor * engine.context_s,
+                ),
+                learner=LearnerSpeed(token_s=0.0),
+                lengths=Lengths(tail=tail, mean_tokens=mean, max_tokens=8192),
+                prompt_tokens=150,
+                groups_per_step=64,
+                max_staleness=0,
+                admission="eager",
+                num_steps=24,
+                warm_up_steps=6,
+            )
 
-def areal_scaling(table: Mapping[str, Any]) -> Iterator[Row]:
-    """Calibrated on the first and third size: a fixed time per step, and one that scales."""
-    for each in table["rows"]:
-        sizes, rates = each["gpus"], each["async"]
-        (first, third), (rate, other) = (sizes[0], sizes[2]), (rates[0], rates[2])
-        batch = 512 * 16 * 8.0  # thousands of tokens of a step; any number gives the same rates
-        first_s, third_s = batch / rate, batch / other
-        scaled = (first_s - third_s) / (1 / first - 1 / third)  # seconds × GPUs
-        fixed_s = first_s - scaled / first
-        for gpus, published in zip(sizes[1::2], rates[1::2], strict=True):
+        factor = bisect(partial(step_of, run), known["gen"], 0.5, 20)
+        for wanted in table["rows"]:
+            if wanted["mode"] != "async":
+                continue
+            learner = (known["gpus"] / wanted["learner_gpus"]) ** KEYS["learner"]["scaling"]
+            train_s = (known["update"] + known.get("ref", 0.0)) * learner
             outcome = simulate(
-                Scenario(
-                    num_engines=4,
-                    engine=EngineSpeed.constant(first_s / 40_000, 256),
-                    learner=LearnerSpeed(token_s=scaled / gpus / (32 * 16 * 8000), fixed_s=fixed_s),
-                    lengths=Lengths(tail=0.5, mean_tokens=8000, max_tokens=27_648),
-                    groups_per_step=32,
+                replace(
+                    run(factor),
+                    num_engines=wanted["rollout_gpus"] // 4 // 8,
+                    learner=LearnerSpeed(token_s=train_s / (64 * 16 * (mean + 150))),
                     max_staleness=4,
-                    num_steps=40,
-                    warm_up_steps=12,
+                    credit_steps=1 + wanted.get("staleness", 0.5),
+                    num_minibatches=4,
                 )
             )
             yield row(
-                "areal_scaling_ktok_s",
-                f"{each['model']}, {gpus} GPUs",
-                batch / outcome.step_s,
-                published,
+                "verl_fully_async_qwen3_30b_a3b",
+                f"step, {wanted['rollout_gpus']} + {wanted['learner_gpus']} GPUs",
+                outcome.step_s,
+                wanted["step"],
                 bound=STEP_BOUND,
-                calibrated=f"{first} and {third} GPUs",
-                assumed="the learner is the bottleneck",
+                calibrated="synchronous row",
+                assumed=f"mean {mean}, tail {tail}; training by GPUs^0.75",
             )
+
+
+def areal_scaling(table: Mapping[str, Any]) -> Iterator[Row]:
+    """Calibrated on the smallest and the largest size; predicts the sizes between them.
+
+    Two measured numbers of GPUs give a part of the step that falls with them and a part that does
+    not, as in a plan with `learner.token_s` by GPUs. Both modes are one learner-bound run here, and
+    their ratio is the speedup.
+    """
+    for each in table["rows"]:
+        sizes = each["gpus"]
+        predicted: dict[tuple[str, int], float] = {}
+        for mode in ("async", "sync_verl"):
+            seconds = {gpus: 1 / rate for gpus, rate in zip(sizes, each[mode], strict=True)}
+            ends = {gpus: seconds[gpus] for gpus in (sizes[0], sizes[-1])}
+            for gpus in sizes[1:-1]:
+                predicted[mode, gpus] = _rate(between_points(ends, gpus))
+                yield row(
+                    "areal_scaling_ktok_s",
+                    f"{each['model']}, {gpus} GPUs, {mode}",
+                    predicted[mode, gpus],
+                    1 / seconds[gpus],
+                    bound=STEP_BOUND,
+                    calibrated=f"{sizes[0]} and {sizes[-1]} GPUs",
+                    assumed="a part of the step falls with the GPUs",
+                )
+        for gpus in sizes[1:-1]:
+            place = sizes.index(gpus)
+            yield row(
+                "areal_scaling_ktok_s",
+                f"{each['model']}, {gpus} GPUs, speedup",
+                predicted["async", gpus] / predicted["sync_verl", gpus],
+                each["async"][place] / each["sync_verl"][place],
+                bound=STEP_BOUND,
+                calibrated=f"{sizes[0]} and {sizes[-1]} GPUs",
+                assumed="as above",
+            )
+
+
+def _rate(seconds: float) -> float:
+    """Thousands of tokens per second of a simulated run whose learner needs `seconds` for them."""
+    tokens = 32 * 16 * 8.0  # thousands, of a step
+    outcome = simulate(
+        Scenario(
+            num_engines=4,
+            engine=EngineSpeed.constant(seconds / 40, 256),
+            learner=LearnerSpeed(token_s=seconds / 1000),
+            lengths=Lengths(tail=0.5, mean_tokens=8000, max_tokens=27_648),
+            groups_per_step=32,
+            max_staleness=4,
+            num_steps=40,
+            warm_up_steps=12,
+        )
+    )
+    return tokens / outcome.step_s
+
+
+def learner_rates(table: Mapping[str, Any]) -> Iterator[Row]:
+    """Calibrated on Qwen3-4B on 8 H100: its MFU by our count; predicts H200."""
+    known, wanted = table["Qwen3-4B_8xH100"], table["Qwen3-4B_8xH200"]
+    work = Training(
+        prompt_tokens=0,
+        response_tokens=65_536,
+        longest_tokens=65_536,
+        group_size=1,
+        groups=8,
+        microbatch_tokens=65_536,
+    )
+
+    def rate(gpu: str, mfu: float) -> float:
+        speed = learner_speed(
+            model_of(QWEN3_4B), find_gpu(gpu), work, gpus=8, efficiency=Efficiency(mfu=mfu)
+        )
+        return 1 / speed.token_s
+
+    mfu = 0.3 * known["tok_s"] / rate("H100", 0.3)
+    yield row(
+        "learner_mfu",
+        "Qwen3-4B, 8 H200, tokens/s",
+        rate("H200", mfu),
+        wanted["tok_s"],
+        bound=STEP_BOUND,
+        calibrated="8 H100",
+        assumed=f"the same MFU ({mfu:.3f} by our count of FLOPs)",
+    )
+
+
+def weight_sync(table: Mapping[str, Any]) -> Iterator[Row]:
+    """Full synchronisation. Dense: calibrated on the smallest and the largest model; a time per
+    layer and one per byte. Mixtures: on the smallest one; a time per byte.
+    """
+    full = {row["model"]: _middle(row["full"]) for row in table["rows"]}
+    dense = [name for name in SYNC_SIZES if name in full and "A3B" not in name and name != "235B"]
+    first, last = dense[0], dense[-1]
+    (layers, size), (more_layers, larger) = SYNC_SIZES[first], SYNC_SIZES[last]
+    byte_s = (full[last] * layers - full[first] * more_layers) / (
+        larger * layers - size * more_layers
+    )
+    layer_s = (full[first] - byte_s * size) / layers
+    predicted = {
+        name: (
+            layer_s * SYNC_SIZES[name][0] + byte_s * SYNC_SIZES[name][1],
+            f"{first} and {last}",
+            "seconds per layer and per byte",
+        )
+        for name in dense[1:-1]
+    }
+    if "30B-A3B" in full and "235B" in full:
+        ratio = SYNC_SIZES["235B"][1] / SYNC_SIZES["30B-A3B"][1]
+        predicted["235B"] = full["30B-A3B"] * ratio, "30B-A3B", "seconds per byte"
+    for name, (seconds, calibrated, assumed) in predicted.items():
+        yield row(
+            "verl_delta_weight_sync",
+            f"full synchronisation, {name}",
+            seconds,
+            full[name],
+            bound=STEP_BOUND,
+            calibrated=calibrated,
+            assumed=assumed,
+        )
+
+
+def _middle(value: Any) -> float:
+    """Of a number or of a range."""
+    return float(sum(value) / len(value) if isinstance(value, list) else value)
 
 
 def tail_of(longest: float, group_size: int) -> float:
@@ -270,7 +439,33 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "verl_fully_async_qwen2.5_math_7b": verl_7b,
     "verl_fully_async_qwen3_30b_a3b": verl_30b,
     "areal_scaling_ktok_s": areal_scaling,
+    "learner_mfu": learner_rates,
+    "verl_delta_weight_sync": weight_sync,
 }
+
+
+def predict(name: str, table: Mapping[str, Any]) -> list[Row]:
+    """The rows of a table; none, with a line, if it lacks what calibrates."""
+    try:
+        return list(TABLES[name](table))
+    except (LookupError, StopIteration, RuntimeError) as error:
+        what = error.__cause__ or error
+        print(f"{name} is not predicted: it lacks the calibrating rows ({what!r})")
+        return []
+
+
+def orders(rows: Sequence[Row]) -> Iterator[str]:
+    """Per table whether its predicted rows have the order of the published ones."""
+    for table in dict.fromkeys(row["table"] for row in rows):
+        pairs = [
+            (row["published"], row["predicted"])
+            for row in rows
+            if row["table"] == table and "speedup" not in row["what"]
+        ]
+        pairs = [pairs[0], *(each for each in pairs[1:] if each[0] != pairs[0][0])]
+        if len(pairs) > 1:
+            right = sorted(pairs) == sorted(pairs, key=lambda each: each[1])
+            yield f"{table}: the order of the rows is {'right' if right else 'wrong'}"
 
 
 def speed(num_steps: int) -> Row:
@@ -312,9 +507,11 @@ def main() -> None:
     if not runs:
         print("without --runs there are no published tables to compare with")
     names = list(TABLES)[:1] if options.quick else list(TABLES)
-    rows = [each for name in names if name in runs for each in TABLES[name](runs[name])]
+    rows = [each for name in names if name in runs for each in predict(name, runs[name])]
     if rows:
         show(rows)
+    for line in orders(rows):
+        print(line)
     for name, why in NOT_PREDICTED.items():
         if name in runs:
             print(f"{name} is not predicted: {why}")

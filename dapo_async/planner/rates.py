@@ -63,7 +63,7 @@ class Rates:
     """The rates of the scenario, and how they change with the GPUs.
 
     With a model, a measured rate is multiplied by the ratio of the computed ones. Without one, the
-    learner's time per token falls with (GPUs)^scaling, or is read between measured points.
+    learner's time per token falls with (GPUs)^scaling, or is interpolated between measured points.
     """
 
     engine: EngineSpeed
@@ -139,10 +139,17 @@ class Rates:
 
 
 def between_points(points: Mapping[int, float], at: int) -> float:
-    """Linear in the logarithms of both; beyond the points along the nearest line."""
+    """Seconds on `at` GPUs, from those on others: a part that falls with the GPUs and one that does
+    not. Beyond the points by the nearest two. Where more GPUs are more than proportionally faster,
+    by a power of the GPUs.
+    """
     known = sorted(points.items())
     place = max(1, next((i for i, (size, _) in enumerate(known) if size >= at), len(known) - 1))
     (low, low_s), (high, high_s) = known[place - 1], known[place]
+    falls = (low_s - high_s) / (1 / low - 1 / high)
+    stays = low_s - falls / low
+    if stays >= 0 and falls >= 0:
+        return falls / at + stays
     slope = math.log(high_s / low_s) / math.log(high / low)
     return low_s * math.exp(slope * math.log(at / low))
 

@@ -175,9 +175,11 @@ def test_the_optimizer_and_launches_are_the_fixed_time_of_a_minibatch() -> None:
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_publish_takes_the_time_of_its_bytes(disk: bool) -> None:
     seconds, pause_s = publish_times(MIDDLE, disk=disk, efficiency=USUAL)
-    once_s = MIDDLE.weights_bytes / (2e9 if disk else 4e9)
+    once_s = MIDDLE.weights_bytes / (2e9 if disk else 8.4e9)
     assert pause_s == pytest.approx(once_s), "an engine stands still while it receives or reads"
-    assert seconds == pytest.approx(2.0 + (2 if disk else 1) * once_s), "a disk is also written"
+    assert seconds == pytest.approx(36 * 0.14 + (2 if disk else 1) * once_s), (
+        "a disk is also written"
+    )
 
 
 def test_memory_sets_the_fewest_gpus_of_the_learner() -> None:
@@ -253,7 +255,7 @@ def test_a_scenario_with_a_model_needs_no_rates_and_keeps_measured_ones(tmp_path
     assert scenario.engine == engine_speed(MIDDLE, H100, gpus=1, slots=64, efficiency=USUAL)
     assert not cluster.rates.learner_fits(gpus=1, tensor_parallel=1)
     assert cluster.rates.learner_fits(gpus=2, tensor_parallel=1)
-    assert scenario.publish_s == pytest.approx(2 + MIDDLE.weights_bytes / 4e9)
+    assert scenario.publish_s == pytest.approx(36 * 0.14 + MIDDLE.weights_bytes / 8.4e9)
     measured, _ = read_scenario(scenario_values(tmp_path / "config.json", prefill_s=3e-5))
     assert measured.engine == replace(scenario.engine, prefill_s=3e-5)
     assert measured.train_s == scenario.train_s

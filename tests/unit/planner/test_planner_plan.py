@@ -17,6 +17,7 @@ from dapo_async import config as knobs
 from dapo_async.cli.main import main
 from dapo_async.planner.closed_forms import balanced_share, closed_forms
 from dapo_async.planner.engine import EngineSpeed
+from dapo_async.planner.rates import between_points
 from dapo_async.planner.recipe import planned_config
 from dapo_async.planner.screens import closed_form_lines, overrides
 from dapo_async.planner.settings import read_scenario, read_scenario_file, step_table
@@ -177,9 +178,17 @@ def test_a_split_moves_gpus_from_one_side_to_the_other() -> None:
 
 def test_measured_points_say_how_the_learner_scales() -> None:
     scenario, cluster = read_scenario(values(learner__token_s={2: 4e-4, 8: 1.6e-4}))
-    assert scenario.learner.token_s == pytest.approx(4e-4 / 2.5**0.5)
+    falls, stays = 6.4e-4, 0.8e-4  # 2 and 8 GPUs: 3.2e-4 + 0.8e-4, 0.8e-4 + 0.8e-4
+    assert scenario.learner.token_s == pytest.approx(falls / 4 + stays)
     assert cluster.rates.learner_at(gpus=8, tensor_parallel=1).token_s == pytest.approx(1.6e-4)
-    assert cluster.rates.learner_at(gpus=32, tensor_parallel=1).token_s == pytest.approx(6.4e-5)
+    assert cluster.rates.learner_at(gpus=32, tensor_parallel=1).token_s == pytest.approx(
+        falls / 32 + stays
+    )
+
+
+def test_more_than_proportional_points_are_read_as_a_power_of_the_gpus() -> None:
+    assert between_points({2: 8.0, 4: 2.0}, 8) == pytest.approx(0.5)
+    assert between_points({2: 8.0, 4: 2.0}, 2) == pytest.approx(8.0)
 
 
 def test_without_points_the_time_of_a_token_falls_with_a_power_of_the_gpus() -> None:
