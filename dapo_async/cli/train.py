@@ -37,8 +37,8 @@ def add_arguments(parser: Parser) -> None:
         "--from",
         dest="at",
         metavar="STEP",
-        help="with --resume: roll back to this checkpoint, such as step_000120; newer ones are "
-        "set aside (default: the newest whole one)",
+        help="with --resume: roll back to this checkpoint, such as step_000120, or best; newer "
+        "ones are set aside (default: the newest whole one)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would start, and start nothing"

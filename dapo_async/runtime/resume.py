@@ -36,6 +36,7 @@ SAFE = (
     "learner.profile",
 )  # fmt: skip
 DRIVER_FILE = "driver.json"
+BEST = "best"  # --from best
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +147,19 @@ def choose_checkpoint(root: Path, *, at: str | None = None) -> ResumePoint:
     """The newest checkpoint of the run in `root` whose files are whole; START before the first.
 
     A damaged one is stepped over, with a note. `at`: the checkpoint that the user has named, such
-    as step_000120 or 120. Raises ValueError if it is not there, or if no checkpoint is whole.
+    as step_000120 or 120; `best` is the one with the best evaluation. Raises ValueError if it is
+    not there, or if no checkpoint is whole.
     """
-    folder = CheckpointFolder(RunDir(root).checkpoints)
+    run_dir = RunDir(root)
+    folder = CheckpointFolder(run_dir.checkpoints)
+    if at == BEST:
+        best = run_dir.best_version(folder.versions())
+        if best is None:
+            raise ValueError(
+                f"--from {BEST}: no checkpoint in {folder.root} was evaluated "
+                "(evaluation.every_steps); name one of them"
+            )
+        at = folder.path(best).name
     notes: list[str] = []
     first_error: ValueError | None = None
     for version in _candidates(folder, at):

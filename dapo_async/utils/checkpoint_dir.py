@@ -6,7 +6,7 @@
                           and manifest.json with the checksum of every file of the checkpoint
     step_000030.partial/  being written
     step_000010.removed/  being deleted
-    step_000030.aside1/   damaged, or newer than the one that a resume used
+    aside1.step_000030/   damaged, or newer than the one that a resume used
 
 Only complete folders are read. The next save deletes what a kill left of `.partial` and `.removed`.
 """
@@ -25,7 +25,8 @@ from dapo_async.utils.manifest import MANIFEST, FileSum, read_manifest, write_ma
 STATE = "state"
 LEARNER_FOLDER = "learner"  # in the state
 COMPLETE = re.compile(r"step_(\d{6,})")
-REMOVED, ASIDE = ".removed", ".aside"
+REMOVED = ".removed"
+ASIDE = "aside"  # before the name, so that no pattern for checkpoints finds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class CheckpointFolder:
         for version in self.versions():
             if version > after:
                 path, number = self.path(version), 1
-                while (aside := path.with_name(f"{path.name}{ASIDE}{number}")).exists():
+                while (aside := path.with_name(f"{ASIDE}{number}.{path.name}")).exists():
                     number += 1
                 renamed.append(path.rename(aside))
         return renamed

@@ -131,14 +131,23 @@ def test_a_run_can_be_rolled_back_to_an_older_checkpoint(tmp_path: Path, at: str
     point = choose_checkpoint(root, at=at)
     assert (point.version, point.checkpoint) == (2, root / "checkpoints" / "step_000002")
     aside = run_dir.reopen(point.version)
-    assert [path.name for path in aside] == ["step_000004.aside1"]
+    assert [path.name for path in aside] == ["aside1.step_000004"]
     assert [row["step"] for row in run_dir.rows()] == [0, 1]
     assert [*run_dir.listed_files()] == [
         f"recorded/step_00000{step}.safetensors" for step in (0, 1)
     ]
     assert choose_checkpoint(root).version == 2
     shutil.copytree(aside[0], root / "checkpoints" / "step_000004")  # the run came there again
-    assert [path.name for path in run_dir.reopen(2)] == ["step_000004.aside2"]
+    assert [path.name for path in run_dir.reopen(2)] == ["aside2.step_000004"]
+
+
+def test_a_run_can_be_rolled_back_to_its_best_checkpoint(tmp_path: Path) -> None:
+    root = run_of(tmp_path / "run", tmp_path / "base")
+    with pytest.raises(ValueError, match=r"--from best: no checkpoint in .* was evaluated"):
+        choose_checkpoint(root, at="best")
+    for version, accuracy in ((2, 0.9), (3, 1.0), (4, 0.4)):  # 3 has no checkpoint
+        RunDir(root).log_evaluation({"version": version, "accuracy": accuracy}, accuracies={})
+    assert choose_checkpoint(root, at="best").version == 2
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(tmp_path: Path) -> None:
