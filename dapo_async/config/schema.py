@@ -459,6 +459,9 @@ class DeadlinesConfig:
         "one publish with its handshake; also the time in which a busy SGLang server must return a "
         "token",
     )
+    ping_s: float = deadline(
+        30.0, "the answer to a ping; an actor that is silent for longer counts as dead"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

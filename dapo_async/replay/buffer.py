@@ -355,12 +355,12 @@ class ReplayBuffer:
         return self._generating[group_id].continues
 
     def lose_worker(self, worker: str) -> tuple[int, ...]:
-        """Fails the groups that `worker` generates and returns their ids; its offers stay."""
+        """Hands back the groups that `worker` generates and returns their ids; its offers stay."""
         lost = tuple(
             group_id for group_id, started in self._generating.items() if started.worker == worker
         )
         for group_id in lost:
-            self.fail(group_id, why=f"lost {worker}")
+            self.hand_back(group_id)
         return lost
 
     # Calls on behalf of the learner and the publisher.

@@ -380,6 +380,11 @@ class RolloutWorker:
         assert self.state is WorkerState.LOST, f"{self.name} restarted while {self.state.value}"
         self._loss = None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine can't be used, and was not restarted."""
+        return self._loss is not None
+
     async def lost(self) -> str:
         """Waits until the engine is lost; returns why."""
         while self._loss is None:

@@ -25,7 +25,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.evaluator import NAME
 from dapo_async.runtime.handles.actors import EvaluatorHandle
-from dapo_async.runtime.handles.handle import ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
@@ -39,7 +39,8 @@ from dapo_async.weights.publisher import HandshakeError
 class Evaluations:
     """Starts evaluations and records their results.
 
-    `rows`: results of this incarnation. `num_skipped`: evaluations that fell due while another ran.
+    `rows`: results of this incarnation. `num_skipped`: evaluations that fell due while another ran,
+    or whose evaluator died.
     """
 
     def __init__(self, config: Config, *, system: System, run_dir: RunDir, sinks: Sinks) -> None:
@@ -109,6 +110,12 @@ class Evaluations:
                 loaded_s = time.monotonic()
                 self._waiting_for = f"{evaluator.name} to evaluate"
                 evaluation = await evaluator.evaluate()
+        except ActorDied as error:
+            if error.actor != evaluator.name:
+                raise
+            self.num_skipped += 1
+            self._sinks.say(f"evaluation of version {announcement.version} skipped: {error}")
+            return
         except TimeoutError as error:
             if not limit.expired():
                 raise  # another deadline, whose message says what was waited for

@@ -29,6 +29,7 @@ from dapo_async.tracking.run_dir import RunDir
 
 ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
+WORKER = "rollout-"  # and its number: the name of a worker
 AnyHandle = ReplayHandle | LearnerHandle | WorkerHandle | EvaluatorHandle
 
 # Calls that the replay actor has in hand at most: of the driver, and of each worker, which waits
@@ -44,6 +45,10 @@ class Actors:
     ranks: Sequence[LearnerHandle]
     workers: Sequence[WorkerHandle]
     evaluator: EvaluatorHandle | None  # None: nothing is evaluated during training
+    # Start the actor of one more process: of a worker, by its name and how many it has had before;
+    # of the evaluator.
+    start_worker: Callable[[str, int], Any]
+    start_evaluator: Callable[[], Any]
 
     @property
     def all(self) -> list[AnyHandle]:
@@ -114,36 +119,38 @@ def start_actors(
         num_gpus=config.gpus_per_worker,
         strategy=near(node, reserves=True) if shares_gpu else SPREAD,  # the learner's GPU
     )
-    workers = [
-        WorkerHandle(
-            f"rollout-{number}",
-            start_worker(
-                config,
-                number=number,
-                incarnation=incarnation,
-                replay=replay,
-                logs=run_dir.engines,
-                outer_key=os.environ.get(SERVER_KEY, ""),
-            ),
-            deadlines,
+
+    def worker(name: str, start: int) -> Any:
+        return start_worker(
+            config,
+            number=int(name.removeprefix(WORKER)),
+            incarnation=incarnation,
+            replay=replay,
+            logs=run_dir.engines,
+            outer_key=os.environ.get(SERVER_KEY, ""),
+            start=start,
         )
-        for number in range(rollout.num_workers)
-    ]
+
+    def evaluator() -> Any:
+        return _start_evaluator(config, incarnation=incarnation, node=node)
+
+    names = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
     return Actors(
         ReplayHandle("replay", replay, deadlines),
         ranks,
-        workers,
-        _start_evaluator(config, incarnation=incarnation, node=node),
+        [WorkerHandle(name, worker(name, 0), deadlines) for name in names],
+        EvaluatorHandle(EVALUATOR, evaluator(), deadlines)
+        if config.evaluation.during_training
+        else None,
+        worker,
+        evaluator,
     )
 
 
-def _start_evaluator(config: Config, *, incarnation: str, node: str) -> EvaluatorHandle | None:
+def _start_evaluator(config: Config, *, incarnation: str, node: str) -> Any:
     """A dedicated evaluator reserves what it needs; any other runs on the learner's `node`, which
     writes the weights that it reads, and reserves nothing."""
-    evaluation = config.evaluation
-    if not evaluation.during_training:
-        return None
-    if evaluation.engine == "dedicated":
+    if config.evaluation.engine == "dedicated":
         start = _starter(
             EvaluatorActor,
             num_cpus=config.model.num_cpus,
@@ -152,7 +159,7 @@ def _start_evaluator(config: Config, *, incarnation: str, node: str) -> Evaluato
         )
     else:
         start = _starter(EvaluatorActor, strategy=near(node, reserves=False))
-    return EvaluatorHandle(EVALUATOR, start(config, incarnation=incarnation), config.deadlines)
+    return start(config, incarnation=incarnation)
 
 
 def _starter(
@@ -167,7 +174,7 @@ def _starter(
 
     `max_concurrency`: calls that the actor may have in hand; None: Ray's 1000.
 
-    Actors are not restarted by Ray: the driver decides what a death means.
+    Actors are not restarted by Ray: the supervisor decides what a death means.
     """
     options: dict[str, Any] = {
         "num_cpus": num_cpus,

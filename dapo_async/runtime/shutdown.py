@@ -36,8 +36,6 @@ async def shut_down(
     if outcome.status in UNFINISHED:
         await attempt("the last rows of metrics", tracker.flush(deadline_s=LAST_ROWS_S))
         await _save(services, outcome, config=config, attempt=attempt)
-    if outcome.lost_actor is not None:
-        await attempt("the lost groups", system.replay.lose_worker(outcome.lost_actor))
     await attempt("the last counts", system.replay.close())
     if system.started:
         await attempt("the last reports", tracker.collect(deadline_s=report_s))

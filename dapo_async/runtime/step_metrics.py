@@ -96,6 +96,9 @@ class Tracker:
         self._slots_before: dict[str, SlotUse] = {}
         self._sides, self._devices, self._best_rate = sides, devices, BestRate()
         self._engines: dict[str, EngineFlow] = {}  # by worker, the newest
+        # By worker: the sum of its lost processes, and how many they are.
+        self._lost: dict[str, EngineFlow] = {}
+        self._num_lost: Counter[str] = Counter()
         self._peaks: dict[str, Peak] = {}  # of a device, by actor
         self._flow = self._flow_at_start = self._flow_before = Flow.of(clock.now_s(), None, {})
         self._trained_flops = self._trainable_flops = 0.0  # of all rows; what the peak allowed
@@ -110,14 +113,14 @@ class Tracker:
         If an actor can't answer, its error is raised after all others have answered.
         """
         reports = await self._system.reports(deadline_s=deadline_s)
+        self._retire()
         self.timeline.add(self.clock.actor, self.clock.take_spans())
         for actor, report in reports.items():
             if isinstance(report, BaseException):
                 continue
             self.timeline.add(actor, report.spans)
             if isinstance(report, WorkerReport):
-                self._slots[actor] = report.slot_use
-                self._engines[actor] = EngineFlow.of(report)
+                self._take_flow(actor, report)
             if isinstance(report, ReplayReport):
                 self.replay = report
                 self._note_unwritten(report)
@@ -144,6 +147,24 @@ class Tracker:
                     what, report.disk_fault, consequence=consequence, count=count - known
                 )
                 self._num_unwritten[what] = count
+
+    def _take_flow(self, worker: str, report: WorkerReport) -> None:
+        """Adds the processes that this worker has had before."""
+        if report.start < self._num_lost[worker]:
+            return  # of a process that was lost meanwhile
+        flow = EngineFlow.of(report)
+        if worker in self._lost:
+            flow = self._lost[worker] + flow
+        self._engines[worker] = flow
+        if flow.slots is not None:
+            self._slots[worker] = flow.slots
+
+    def _retire(self) -> None:
+        """Closes the books of worker processes that are lost."""
+        for worker, retired in self._system.supervisor.take_retired().items():
+            self._num_lost[worker] = retired.start
+            flow = self._engines.get(worker, EngineFlow()).ended(retired.balance)
+            self._lost[worker] = self._engines[worker] = flow
 
     async def start(self) -> None:
         """Marks the start of training. Generation and waiting before it do not count."""
@@ -255,7 +276,7 @@ class Tracker:
             "evicted": num_evicted,
             "quarantined": self.num_quarantined,
             "guards": self.guards.counts.total(),
-            "engine_restarts": self._system.restarts.total(),
+            "engine_restarts": self._system.supervisor.restarts.total(),
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
             "probe_gap": max((result.probe_gap for result in publisher.last_results), default=0.0),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from dapo_async.config import MAX_RESTARTS, Config
+from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.handles.actors import (
@@ -20,6 +19,7 @@ from dapo_async.runtime.handles.actors import (
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.launch import Actors
+from dapo_async.runtime.supervisor import Supervisor, until_silent
 from dapo_async.weights import Publisher
 
 T = TypeVar("T")
@@ -35,7 +35,6 @@ class System:
         """`say` prints a line for the user."""
         self._config, self._actors, self._say = config, actors, say
         self.started = False
-        self.restarts: Counter[str] = Counter()  # of lost engines, by worker
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
         self.learner = LearnerGroup(actors.ranks, config)
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints, reports, evaluations
@@ -46,6 +45,15 @@ class System:
             tolerance=config.model.probe_tolerance,
             deadline_s=config.deadlines.answer_s,
             regroup=self._regroup,
+        )
+        self.supervisor = Supervisor(
+            replay=self.replay,
+            publisher=self.publisher,
+            start_worker=actors.start_worker,
+            start_evaluator=actors.start_evaluator,
+            silence_s=config.deadlines.ping_s,
+            start_s=config.deadlines.start_s,
+            say=say,
         )
 
     async def start(self) -> list[ProcessInfo]:
@@ -109,16 +117,22 @@ class System:
         await asyncio.gather(*self.background)
 
     async def watched(self, main: Coroutine[Any, Any, T]) -> T:
-        """Runs `main`; the first death of an actor or failure in the background ends it
-        (no silent death)."""
+        """Runs `main`. Workers and the evaluator are replaced when they are lost. The first death
+        of another actor, or a failure in the background, ends it (no silent death)."""
         task = asyncio.create_task(main, name="main")
+        supervisor = self.supervisor
+        core: list[ReplayHandle | LearnerHandle] = [self.replay, *self.learner.ranks]
         watches = [
-            asyncio.create_task(actor.watch(), name=actor.name) for actor in self._actors.all
+            *(asyncio.create_task(actor.watch(), name=actor.name) for actor in core),
+            *(asyncio.create_task(self._answers(actor), name=actor.name) for actor in core),
+            *(
+                asyncio.create_task(supervisor.keep_worker(worker), name=worker.name)
+                for worker in self.workers
+            ),
         ]
-        if self._config.rollout.engine == "sglang":
-            watches += [
-                asyncio.create_task(self._mend(worker), name=worker.name) for worker in self.workers
-            ]
+        if self.evaluator is not None:
+            keep = supervisor.keep_evaluator(self.evaluator)
+            watches.append(asyncio.create_task(keep, name=self.evaluator.name))
         try:
             while not task.done():
                 running = self._running()
@@ -145,6 +159,12 @@ class System:
             # What they raise now follows from the first failure, which is the one to report.
             await asyncio.gather(*others, return_exceptions=True)
 
+    async def _answers(self, actor: ReplayHandle | LearnerHandle) -> None:
+        """Ends when the actor hangs: raises ActorDied, and kills it."""
+        why = await until_silent(actor, self._config.deadlines.ping_s)
+        actor.kill()
+        raise ActorDied(actor.name, why.removeprefix(f"{actor.name} "))
+
     def unserved(self) -> str:
         """Which engines the publish in flight waits for, for the message of a passed deadline: a
         hanging engine delays a batch through the credits of that publish."""
@@ -164,39 +184,20 @@ class System:
             running.discard(done)
         return running
 
-    async def _mend(self, worker: WorkerHandle) -> None:
-        """Restarts the worker's engine each time it is lost; never returns.
-
-        The engine reads the newest weights and attests them before its worker gets credits again
-        (staleness bound, handshake).
-        """
-        while True:
-            why = await worker.lost()
-            self.restarts[worker.name] += 1
-            count = self.restarts[worker.name]
-            if count > MAX_RESTARTS:
-                raise ActorFailed(
-                    f"{worker.name} lost its engine {count} times and may restart it "
-                    f"{MAX_RESTARTS} times; the last time: {why}"
-                )
-            self._say(
-                f"{worker.name} lost its engine: {why}; restarting it ({count} of {MAX_RESTARTS})"
-            )
-            await self.replay.suspend(worker.name, True)
-            self.publisher.lose(worker)
-            await worker.restart()
-            if await self.publisher.restore(worker):
-                await self.replay.suspend(worker.name, False)
-                self._say(f"{worker.name} generates again")
-
     async def evaluate(self) -> Evaluation:
         """Greedy accuracy on the held-out prompts, shared among the workers. A worker that loses
-        its engine evaluates its share when the engine is back."""
+        its engine or its process evaluates its share when it is back."""
 
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:
-            while (evaluation := await worker.evaluate(part, len(self.workers))) is None:
-                await worker.back()
-            return evaluation
+            while True:
+                try:
+                    evaluation = await worker.evaluate(part, len(self.workers))
+                    if evaluation is not None:
+                        return evaluation
+                    await worker.back()
+                except ActorDied:
+                    await asyncio.sleep(DEATH_NEWS_S)  # the supervisor hears of it, too
+                    await self.supervisor.is_back(worker.name)
 
         first, *others = await asyncio.gather(
             *(evaluate(worker, part) for part, worker in enumerate(self.workers))
@@ -205,7 +206,7 @@ class System:
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | BaseException]:
         """Each actor's report, or the error that came instead. The evaluator is left out: with the
-        lowest priority it may answer late."""
+        lowest priority it may answer late. So are workers whose process is lost."""
         actors: list[ReplayHandle | LearnerHandle | WorkerHandle] = [
             self.replay,
             *self.learner.ranks,
@@ -215,7 +216,12 @@ class System:
             actor.within(deadline_s).report() for actor in actors
         ]
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        return dict(zip((actor.name for actor in actors), answers, strict=True))
+        workers = {worker.name for worker in self.workers}
+        return {
+            actor.name: answer
+            for actor, answer in zip(actors, answers, strict=True)
+            if not (actor.name in workers and isinstance(answer, ActorDied))
+        }
 
     def kill(self) -> None:
         for actor in self._actors.all:

@@ -7,15 +7,20 @@ rates of a row are over the same seconds, so they add up as the counts do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Self, TypeVar
 
 from dapo_async.config import Config
 from dapo_async.model import ModelConfig
 from dapo_async.model.cost import forward_flops, kv_bytes, weight_bytes
 from dapo_async.model.peak import Peak
+<<<<<<< HEAD
 from dapo_async.replay import TokenCounts
 from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
+=======
+from dapo_async.replay import TokenCounts, TokenOutcome
+from dapo_async.rollout import EngineWork, SlotUse, TimeUse
+>>>>>>> d0ece41 (Replace workers and the evaluator while training goes on)
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -55,6 +60,30 @@ class EngineFlow:
     def of(cls, report: WorkerReport) -> Self:
         return cls(report.tokens, report.time_use, report.work, report.slot_use, report.kv_use)
 
+    def __add__(self, later: Self) -> EngineFlow:
+        """The sum of two processes of one worker, one after the other."""
+        slots = later.slots or self.slots
+        if self.slots is not None and later.slots is not None:
+            slots = _sum_of(self.slots, later.slots)
+        return EngineFlow(
+            self.tokens + later.tokens,
+            _sum_of(self.time, later.time),
+            _sum_of(self.work, later.work),
+            slots,
+        )
+
+    def ended(self, balance: int) -> EngineFlow:
+        """What stays of the processes of a worker, of which the last one is lost.
+
+        `balance`: response tokens that the replay actor got from them, less those that it gave. The
+        other tokens died with it, and other engines generate them again. What it did after its last
+        report is not known; if it gave more tokens than it had reported, it has generated them.
+        """
+        lost = self.tokens.in_flight - balance
+        missing = TokenCounts(generated=max(0, -lost))
+        again = TokenCounts(ended={TokenOutcome.REPEATED: max(0, lost)})
+        return replace(self, tokens=self.tokens + missing + again)
+
     def seconds(self) -> dict[str, float]:
         """By state of the engine; they add up to the time since its start."""
         return _parts(self.time)
@@ -62,6 +91,19 @@ class EngineFlow:
     def slot_seconds(self) -> dict[str, float]:
         """By state of a slot; they add up to slots × the time since its start."""
         return _parts(self.slots) if self.slots is not None else {}
+
+
+Use = TypeVar("Use", TimeUse, SlotUse, EngineWork)
+
+
+def _sum_of(first: Use, second: Use) -> Use:
+    """Adds everything but the number of slots, which is the second one's."""
+    sums = {
+        item.name: getattr(first, item.name) + getattr(second, item.name)
+        for item in fields(first)
+        if item.name != "slots"
+    }
+    return replace(second, **sums)
 
 
 def _parts(use: TimeUse | SlotUse) -> dict[str, float]:

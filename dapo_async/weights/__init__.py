@@ -10,7 +10,13 @@ publisher     runs a publish, one at a time, during the next learner step
 from typing import TYPE_CHECKING
 
 from dapo_async.utils.lazy import lazy_names
-from dapo_async.weights.announcement import BUCKET_BYTES, Announcement, Attestation, Manifest
+from dapo_async.weights.announcement import (
+    BUCKET_BYTES,
+    Announcement,
+    Attestation,
+    BrokenOff,
+    Manifest,
+)
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
 from dapo_async.weights.publisher import Publisher
 
@@ -27,6 +33,7 @@ __all__ = [
     "SENDER",
     "Announcement",
     "Attestation",
+    "BrokenOff",
     "HandshakeOutcome",
     "HandshakeResult",
     "Manifest",

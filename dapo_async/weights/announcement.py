@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # the driver passes these records on without torch
 BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receivers split alike
 
 
+class BrokenOff(RuntimeError):
+    """The broadcast ended before an engine had everything; its weights are those of before."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Name, dtype and shape of one tensor."""

@@ -8,7 +8,7 @@ An engine is lost when `lose` says so, or when it answers None instead of an att
 no part in a broadcast, and nothing waits for it. `restore` has it read the newest version from disk
 and prove it. Publishes and restores never overlap, so the learner keeps the snapshot of the newest
 publish until both are done. The group of a broadcast is formed again when its members change. When
-an engine is lost while the group forms, the other engines read this version from disk.
+an engine is lost while the group forms or sends, the other engines read this version from disk.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class WeightSource(Protocol):
 
 
 class WeightReceiver(Protocol):
-    """An engine. `receive` and `read` return when it serves the weights, None when it is lost."""
+    """An engine. `receive` and `read` return when it serves the weights.
+
+    `read` returns None when the engine is lost, `receive` also when the broadcast broke off.
+    """
 
     name: str
 
@@ -243,14 +246,31 @@ class Publisher:
         failure, attestations = await asyncio.gather(
             self._source.broadcast(announcement), receiving
         )
-        if failure is not None:
-            self._members = ()
-            if None not in attestations:
-                raise RuntimeError(
-                    f"the broadcast of version {announcement.version} broke off, though every "
-                    f"engine took part: {failure}"
-                )
+        if failure is None and None not in attestations:
+            return attestations
+        self._members = ()
+        attestations = await self._complete_by_disk(announcement, receivers, attestations)
+        if failure is not None and None not in attestations:
+            raise RuntimeError(
+                f"the broadcast of version {announcement.version} broke off, though no engine "
+                f"was lost: {failure}"
+            )
         return attestations
+
+    async def _complete_by_disk(
+        self,
+        announcement: Announcement,
+        receivers: Sequence[WeightReceiver],
+        attestations: Sequence[Attestation | None],
+    ) -> list[Attestation | None]:
+        """After a broadcast that broke off: the engines that it did not reach read from disk. None:
+        the engine is lost."""
+        folder = await self._write(announcement)
+
+        async def read(receiver: WeightReceiver, done: Attestation | None) -> Attestation | None:
+            return done if done is not None else await receiver.read(announcement, folder)
+
+        return await asyncio.gather(*map(read, receivers, attestations))
 
     async def _deliver_by_disk(
         self,

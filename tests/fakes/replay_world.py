@@ -144,7 +144,7 @@ class World:
         assert set(self.buffer.lose_worker(worker)) == mine
         for group_id in mine:
             del self.generating[group_id]
-        self.endings["failed"] += len(mine)
+            self.partial_completions.pop(group_id, None)
 
     def take(self) -> bool:
         assert self.training is None

@@ -175,7 +175,10 @@ class Live:
             time.sleep(0.005)
 
     def pid(self, actor: str) -> int:
-        return int(self.wait_for(rf"^{actor} +pid (\d+) ")[1])
+        """Of the newest process of `actor`."""
+        pattern = rf"^{actor} +pid (\d+) "
+        self.wait_for(pattern)
+        return int(re.findall(pattern, self.output, re.MULTILINE)[-1])
 
     def finish(self, *, timeout_s: float) -> Finished:
         """Waits for the end by itself. Raises subprocess.TimeoutExpired."""

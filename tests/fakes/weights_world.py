@@ -81,7 +81,8 @@ class FakeLearner:
 class FakeEngine:
     """Loads what it gets and attests it.
 
-    While `lost`, it answers None. `loads`: weights that it loads instead of what it gets.
+    While `lost`, it answers None; while `unreached`, no broadcast reaches it. `loads`: weights that
+    it loads instead of what it gets.
     `keeps_weights`: it loads nothing. `same_layout`: its checksums compare with the learner's.
     `own_checksums`: its next checksums for engines of the same layout. `before_receive`: awaited
     before it takes part in a broadcast.
@@ -90,7 +91,7 @@ class FakeEngine:
     def __init__(self, learner: FakeLearner, name: str = "rollout-0", *, seed: int = 99) -> None:
         self.name, self.learner, self.model = name, learner, make_decoder(seed)
         self.version = -1
-        self.lost = False
+        self.lost = self.unreached = False
         self.loads: Weights | None = None
         self.keeps_weights, self.same_layout = False, True
         self.own_checksums: list[str] = []
@@ -102,7 +103,9 @@ class FakeEngine:
         await asyncio.sleep(0)
         if self.before_receive is not None:
             await self.before_receive()
-        return None if self.lost else self._load(announcement, self.learner.received)
+        if self.lost or self.unreached:
+            return None
+        return self._load(announcement, self.learner.received)
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
         if self.lost:

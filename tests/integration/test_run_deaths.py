@@ -1,4 +1,5 @@
-"""No silent death, on real processes: whatever dies or hangs, the run ends soon and says who.
+"""No silent death, on real processes: workers and the evaluator are replaced when they die or hang;
+when another actor does, the run ends soon and says who.
 
 It keeps its counts and a checkpoint, and leaves no process behind.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from run_support import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
+from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.launch import Actors
 from dapo_async.runtime.loop import unbroken
@@ -84,7 +86,7 @@ def check_end(run: Finished, *, exit_code: int, status: str) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("victim", ["rollout-0", "replay", "learner"])
+@pytest.mark.parametrize("victim", ["replay", "learner"])
 def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str) -> None:
     with running(tmp_path / "run", *TINY, *LONG) as live:
         run = end_after(live, lambda: os.kill(live.pid(victim), signal.SIGKILL))
@@ -92,20 +94,45 @@ def test_death_of_an_actor_ends_the_run_in_its_name(tmp_path: Path, victim: str)
     summary = run.summary
     assert summary["reason"].startswith(f"{victim} died"), summary["reason"]
     assert not [
-        name
-        for name in ("rollout-0", "replay", "learner")
-        if name != victim and name in summary["reason"]
+        name for name in ("replay", "learner") if name != victim and name in summary["reason"]
     ], summary["reason"]
     assert summary["caught"]["ActorDied"] == 1
-    # Without learner or replay actor the last periodic checkpoint counts, else the newest step.
-    steps = summary["steps"]
+    # Without learner or replay actor the last periodic checkpoint counts.
     assert checkpoint.parent == run.root / "checkpoints"
-    assert int(checkpoint.name.removeprefix("step_")) in (
-        (steps,) if victim == "rollout-0" else range(2, steps + 1)
-    )
+    assert int(checkpoint.name.removeprefix("step_")) in range(2, summary["steps"] + 1)
     if victim != "replay":  # the ledger lives: nothing stays open
         assert summary["groups"]["in_flight"] == 0
         assert summary["groups"]["failed"] + summary["groups"]["unused"] > 0
+
+
+@pytest.mark.ray
+def test_workers_and_evaluator_that_die_or_hang_are_replaced_while_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    two = ("rollout.num_workers=2", "evaluation.every_steps=2", "deadlines.ping_s=3")
+    back = "rollout-1 generates again"
+    with running(tmp_path / "run", *TINY, *LONG, *two) as live:
+        live.wait_for(r"^step +3/")
+        os.kill(live.pid("evaluator"), signal.SIGKILL)
+        for times, blow in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+            began_s = time.monotonic()
+            os.kill(live.pid("rollout-1"), blow)
+            live.wait_for(f"(?s:{'.*'.join([back] * times)})", timeout_s=60.0)
+            print(f"{blow.name}: {time.monotonic() - began_s:.1f} s until it generated again")
+        before = [int(step) for step in re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)]
+        live.wait_for(rf"^step +{before[-1] + 5}/")
+        live.wait_for("^evaluator lost its process")
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=END_S)
+        live.seconds_until_nothing_is_left(timeout_s=END_S)
+    check_end(run, exit_code=130, status="interrupted")
+    summary = run.summary
+    assert "rollout-1 did not answer for 3 s" in run.output
+    assert summary["groups"]["failed"] == 0, "the groups of the lost worker were given up"
+    assert summary["engine_restarts"] == 3, run.output  # one of them is the evaluator
+    assert summary["token_flow"]["repeated"] > 0
+    assert summary["token_flow"]["in_flight"] == 0, summary["token_flow"]
+    assert summary["handshake"]["mismatch"] == 0
 
 
 @pytest.mark.ray
@@ -218,7 +245,11 @@ def test_search_for_processes_notices_one_that_is_left_behind(by_session: bool) 
     assert live.seconds_until_nothing_is_left(timeout_s=5.0) < 5.0
 
 
-def watched_error(*, worker_dies_after_s: float | None) -> Exception:
+def _never(*_: object) -> None:
+    raise AssertionError("nothing is replaced here")
+
+
+def watched_error(*, replay_dies_after_s: float | None) -> Exception:
     """What ends a run whose learner notices a broken connection at once."""
     config = knobs.load(QUICKSTART)
 
@@ -226,17 +257,21 @@ def watched_error(*, worker_dies_after_s: float | None) -> Exception:
         await asyncio.Event().wait()
 
     async def die() -> None:
-        if worker_dies_after_s is not None:
-            await asyncio.sleep(worker_dies_after_s)
+        if replay_dies_after_s is not None:
+            await asyncio.sleep(replay_dies_after_s)
             raise RayActorError
         await live()
 
-    actor = fake_actor(alive=live, run=die)
+    async def ping() -> None:
+        pass
+
     actors = Actors(
-        ReplayHandle("replay", actor, config.deadlines),
-        [LearnerHandle("learner", actor, config.deadlines)],
-        [WorkerHandle("rollout-0", actor, config.deadlines)],
+        ReplayHandle("replay", fake_actor(alive=die, ping=ping), config.deadlines),
+        [LearnerHandle("learner", fake_actor(alive=live, ping=ping), config.deadlines)],
+        [],
         None,
+        start_worker=_never,
+        start_evaluator=_never,
     )
 
     async def main() -> None:
@@ -251,13 +286,13 @@ def watched_error(*, worker_dies_after_s: float | None) -> Exception:
 
 
 def test_death_is_named_even_if_its_consequence_is_heard_first() -> None:
-    error = watched_error(worker_dies_after_s=0.2)
+    error = watched_error(replay_dies_after_s=0.2)
     assert isinstance(error, ActorDied)
-    assert error.actor == "rollout-0"
+    assert error.actor == "replay"
 
 
 def test_failure_without_a_death_is_told_as_it_is() -> None:
-    assert str(watched_error(worker_dies_after_s=None)).startswith("learner failed in broadcast")
+    assert str(watched_error(replay_dies_after_s=None)).startswith("learner failed in broadcast")
 
 
 def received(*pauses_s: float) -> tuple[list[str], list[signal.Signals], list[signal.Signals]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.types import Completion, Prompt
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, WeightGroup
+from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff, WeightGroup
 from dapo_async.weights.disk import read_version
 
 
@@ -65,7 +66,7 @@ class EngineHost(ABC):
 
     @abstractmethod
     async def receive(self, announcement: Announcement) -> Attestation:
-        """Receives weights by broadcast; returns when the engine serves them."""
+        """Receives weights by broadcast; returns when the engine serves them. Raises BrokenOff."""
 
     @abstractmethod
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
@@ -128,25 +129,31 @@ class TorchHost(EngineHost):
         return f"torch engine, {rollout.fixed_slots} slots"
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
-        self._group = await asyncio.to_thread(
-            WeightGroup.join,
-            address,
-            rank=first_rank,
-            world_size=world_size,
-            host=own_host(self._config),
-            device=self._device,
-            timeout_s=self._config.deadlines.answer_s,
-        )
-        self.in_group = True
-        return True
+        self.in_group, self._group = False, None
+        with suppress(RuntimeError):  # a member was lost meanwhile
+            self._group = await asyncio.to_thread(
+                WeightGroup.join,
+                address,
+                rank=first_rank,
+                world_size=world_size,
+                host=own_host(self._config),
+                device=self._device,
+                timeout_s=self._config.deadlines.answer_s,
+            )
+            self.in_group = True
+        return self.in_group
 
     async def receive(self, announcement: Announcement) -> Attestation:
         assert self._group is not None, "receive before join"
-        weights = await asyncio.to_thread(
-            self._group.receive,
-            announcement.manifest,
-            bucket_bytes=BUCKET_BYTES,
-        )
+        try:
+            weights = await asyncio.to_thread(
+                self._group.receive,
+                announcement.manifest,
+                bucket_bytes=BUCKET_BYTES,
+            )
+        except RuntimeError as error:  # a member was lost meanwhile
+            self.in_group, self._group = False, None
+            raise BrokenOff(str(error)) from error
         return await self._swap(announcement, weights)
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:

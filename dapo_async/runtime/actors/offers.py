@@ -34,6 +34,7 @@ class Exchange:
     num_open: int  # groups that it has in hand, without those offered
     facts: Sequence[GroupFacts] = ()
     sizes: Sequence[int] = ()  # bytes of each packed group
+    start: int = 0  # how many processes the worker has had before
 
 
 def to_arguments(groups: Sequence[Bytes]) -> list[bytes]:

@@ -27,6 +27,7 @@ from dapo_async.replay import (
     Filter,
     OfferOutcome,
     Pacer,
+    Refusal,
     ReplayBuffer,
     StepAcceptance,
     StopReason,
@@ -55,6 +56,8 @@ from dapo_async.types import Admission, Completion, Group, GroupFacts, Prompt, T
 from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
 
+# Offers that no incarnation of this run has generated: their tokens are not counted.
+UNBOOKED = (Refusal.FOREIGN_INCARNATION, Refusal.UNKNOWN)
 SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
 KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 # A worker's wait is answered at least this often; twice as long without an answer means a hang.
@@ -158,6 +161,9 @@ class ReplayActor:
         self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
         self._waiting: dict[str, Waiting] = {}  # by worker, the longest wait first
         self._suspended: set[str] = set()  # workers that are admitted nothing
+        self._num_lost: Counter[str] = Counter()  # by worker, its processes that are gone
+        # By worker: response tokens that its processes have brought, less those that they got.
+        self._balance: Counter[str] = Counter()
         self._evicted: defaultdict[str, list[int]] = defaultdict(list)  # by worker, to be named
         self._eviction_waits: dict[str, asyncio.Future[None]] = {}  # by worker
         self._acceptance: dict[int, StepAcceptance] = {}
@@ -171,6 +177,9 @@ class ReplayActor:
         """Never returns. The driver awaits it to notice the death of this actor."""
         await asyncio.Event().wait()
 
+    async def ping(self) -> None:
+        """Shows that the process lives and its event loop runs."""
+
     async def exchange(self, exchange: Exchange, *arguments: bytes) -> tuple[Admission, ...]:
         """Takes over the scored groups of the exchange, then waits for admissions.
 
@@ -181,9 +190,14 @@ class ReplayActor:
         Admissions on their way to the worker count as open, so that it never gets too many.
         """
         worker = exchange.worker
+        is_lost = exchange.start < self._num_lost[worker]
         if exchange.facts:
             with self._clock.during("offer"):
-                self._offer(exchange.facts, from_arguments(arguments, exchange.sizes))
+                tokens = self._offer(exchange.facts, from_arguments(arguments, exchange.sizes))
+                self._balance[worker] += 0 if is_lost else tokens
+        if is_lost:  # a call that was under way when the process died
+            self._changed()
+            return ()
         before = self._waiting.get(worker)
         if before is not None:
             before.granted.set_result(())
@@ -201,8 +215,9 @@ class ReplayActor:
         del self._waiting[worker]
         return ()
 
-    def _offer(self, facts: Sequence[GroupFacts], packed: Sequence[Bytes]) -> None:
-        several = len(facts) > 1
+    def _offer(self, facts: Sequence[GroupFacts], packed: Sequence[Bytes]) -> int:
+        """Returns the response tokens that the buffer has booked."""
+        several, booked = len(facts) > 1, 0
         for offered, data in zip(facts, packed, strict=True):
             whole = self._config.replay.filter is not None
             payload = Payload(offered, data)
@@ -211,6 +226,9 @@ class ReplayActor:
             result = self._buffer.offer(payload.group if whole else offered, payload)
             if result.outcome is OfferOutcome.ACCEPTED and several:
                 payload.data = data.copy()  # a view would keep the bytes of all groups of the call
+            if result.reason not in UNBOOKED:
+                booked += offered.num_response_tokens
+        return booked
 
     def _changed(self) -> None:
         """After each change of the buffer: everything that has become possible happens now."""
@@ -238,7 +256,10 @@ class ReplayActor:
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 group_ids = [self._admit(worker) for _ in range(count)]
                 wait = self._waiting.pop(worker)
-                wait.granted.set_result(tuple(map(self._admission, group_ids)))
+                admissions = tuple(map(self._admission, group_ids))
+                for admission in admissions:
+                    self._balance[worker] -= num_tokens(admission.partial_completions)
+                wait.granted.set_result(admissions)
             admissible -= count
         if admissible == 0:
             self._grant_at_next_start()
@@ -337,9 +358,10 @@ class ReplayActor:
             self._attempt("quarantine.jsonl", partial(self._run_dir.log_quarantine, row))
 
     async def hand_back(
-        self, group_id: int, partial_completions: tuple[Completion | None, ...]
+        self, worker: str, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
         """The engine of this group was lost: the next worker that asks continues it."""
+        self._balance[worker] += num_tokens(partial_completions)
         oldest_version = min(
             (each.oldest_version for each in partial_completions if each is not None),
             default=None,
@@ -562,11 +584,20 @@ class ReplayActor:
         self._buffer.release(release)
         self._changed()
 
-    async def lose_worker(self, worker: str) -> None:
-        """`worker` is gone: the groups that it generated failed, their credits return."""
+    async def lose_worker(self, worker: str, start: int) -> int:
+        """The process of `worker` that was started after `start` others is gone.
+
+        The groups that it generated are admitted again, to the next worker that asks. Returns the
+        response tokens that all processes of the worker have brought, less those that they got.
+        """
+        self._num_lost[worker] = start + 1
         self._buffer.lose_worker(worker)
         self._evicted.pop(worker, None)
+        waiting = self._waiting.pop(worker, None)
+        if waiting is not None and not waiting.granted.done():
+            waiting.granted.set_result(())
         self._changed()
+        return self._balance[worker]
 
     async def close(self) -> None:
         """The run ends: groups in flight end unused, offers are refused."""

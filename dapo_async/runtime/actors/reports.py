@@ -67,6 +67,7 @@ class WorkerReport:
     work: EngineWork = field(default_factory=EngineWork)
     kv_use: KVUse = field(default_factory=KVUse)
     peak: Peak | None = None  # of one of its devices; None: as the learner's
+    start: int = 0  # how many processes the worker has had before
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
 
@@ -26,7 +26,7 @@ from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.handles.handle import Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import Announcement, Attestation
+from dapo_async.weights import Announcement, Attestation, BrokenOff
 
 if TYPE_CHECKING:
     from dapo_async.runtime.actors.engine_host import EngineHost
@@ -45,16 +45,26 @@ class ReplayClient(Handle[ReplayActor]):
 
     evictions = remote(ReplayActor.evictions, _answer)
     fail = remote(ReplayActor.fail, _answer)
-    hand_back = remote(ReplayActor.hand_back, _answer)
+    _hand_back = remote(ReplayActor.hand_back, _answer)
     _exchange = remote(ReplayActor.exchange, _answer)
+
+    def __init__(self, *args: Any, start: int = 0, **kwargs: Any) -> None:
+        """`start`: how many processes the worker has had before."""
+        super().__init__(*args, **kwargs)
+        self._start = start
 
     async def exchange(
         self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
     ) -> tuple[Admission, ...]:
         facts, packed = [each.facts for each in offers], [each.data for each in offers]
         sizes = [len(data) for data in packed]
-        exchange = Exchange(worker, num_free, num_open, facts, sizes)
+        exchange = Exchange(worker, num_free, num_open, facts, sizes, self._start)
         return await self._exchange(exchange, *to_arguments(packed))
+
+    async def hand_back(
+        self, group_id: int, partial_completions: tuple[Completion | None, ...]
+    ) -> None:
+        await self._hand_back(self._caller, group_id, partial_completions)
 
 
 class RolloutActor:
@@ -70,13 +80,16 @@ class RolloutActor:
         replay: ActorHandle[ReplayActor],
         logs: Path,
         outer_key: str = "",
+        start: int = 0,
     ) -> None:
         """`logs`: folder for the output of SGLang servers. `outer_key`: API key of the servers in
-        `rollout.servers`."""
-        self.name, self._number = f"rollout-{number}", number
+        `rollout.servers`. `start`: how many processes this worker has had before."""
+        self.name, self._number, self._start = f"rollout-{number}", number, start
         self._config, self._incarnation = config, incarnation
         self._clock = StateClock(self.name)
-        self._replay = ReplayClient("replay", replay, config.deadlines, caller=self.name)
+        self._replay = ReplayClient(
+            "replay", replay, config.deadlines, caller=self.name, start=start
+        )
         limits.raise_open_files()
         self._peak: Peak | None = None  # of one device
         self._host = self._make_host(logs, outer_key=outer_key)
@@ -138,6 +151,9 @@ class RolloutActor:
         """Generates groups until the run ends; the driver watches it."""
         await self._worker.run()
 
+    async def ping(self) -> None:
+        """Shows that the process lives and its event loop runs."""
+
     async def lost(self) -> str:
         """Waits until the engine is lost; returns why."""
         return await self._worker.lost()
@@ -162,13 +178,15 @@ class RolloutActor:
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
         """Receives weights by broadcast. Groups that finish from now on are held back until the
-        weights are proved. None: the engine was lost meanwhile."""
+        weights are proved. None: the broadcast broke off, or the engine was lost."""
         if not self._host.in_group:  # it was restarted since it joined
             return None
         return await self._update(self._host.receive(announcement))
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
         """As `receive`, from disk."""
+        if self._worker.is_lost:
+            return None
         return await self._update(self._host.read(announcement, folder))
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
@@ -179,7 +197,8 @@ class RolloutActor:
 
     @asynccontextmanager
     async def _losing_engine(self, what: str, *, share: float) -> AsyncIterator[None]:
-        """A fault of the engine, or a server that is late, loses the engine and ends the body.
+        """A fault of the engine, or a server that is late, loses the engine and ends the body. A
+        broadcast that breaks off ends the body only.
 
         A server is late after this share of `deadlines.answer_s`: before the whole publish is.
         """
@@ -187,6 +206,8 @@ class RolloutActor:
         try:
             async with asyncio.timeout(limit_s) as limit:
                 yield
+        except BrokenOff:
+            pass
         except EngineFault as fault:
             self._worker.lose(str(fault))
         except TimeoutError:
@@ -222,6 +243,7 @@ class RolloutActor:
             self._host.engine.work(),
             self._host.engine.kv_use(),
             self._peak,
+            self._start,
         )
 
     async def _score(self, admission: Admission, completions: Sequence[Completion]) -> Group:

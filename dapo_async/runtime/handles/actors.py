@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from dapo_async.config import DeadlinesConfig
 from dapo_async.runtime.actors.evaluator import EvaluatorActor
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.runtime.handles.handle import Handle, remote
+from dapo_async.runtime.handles.handle import ActorDied, Handle, remote
+from dapo_async.weights import Announcement, Attestation
 
 SHORT_S = 60.0  # for calls that a healthy actor answers at once
 # An actor that gives up waiting by itself can say why, so it gets to do so first.
@@ -56,6 +59,7 @@ class ReplayHandle(Handle[ReplayActor]):
 
     ready = remote(ReplayActor.ready, _start_with_margin)
     watch = remote(ReplayActor.alive, _unlimited)
+    ping = remote(ReplayActor.ping, _short)
     take = remote(ReplayActor.take, _take)
     trained = remote(ReplayActor.trained, _short)
     cut = remote(ReplayActor.cut, _short)
@@ -91,20 +95,48 @@ class LearnerHandle(Handle[LearnerActor]):
 
 
 class WorkerHandle(Handle[RolloutActor]):
-    """One rollout worker; the publisher's `WeightReceiver`."""
+    """One rollout worker; the publisher's `WeightReceiver`.
+
+    For the publisher a worker whose process is gone is a lost engine: the supervisor replaces it.
+    """
 
     ready = remote(RolloutActor.ready, _start_with_margin)
+    comes = remote(RolloutActor.ready, _unlimited)
+    ping = remote(RolloutActor.ping, _short)
     watch = remote(RolloutActor.run, _unlimited)
     lost = remote(RolloutActor.lost, _unlimited)
     restart = remote(RolloutActor.restart, _start_with_margin)
     back = remote(RolloutActor.back, _return)
-    join = remote(RolloutActor.join, _answer)
-    receive = remote(RolloutActor.receive, _answer)
-    read = remote(RolloutActor.read, _answer)
-    quarantine = remote(RolloutActor.quarantine, _short)
-    confirm = remote(RolloutActor.confirm, _short)
     evaluate = remote(RolloutActor.evaluate, _work)
     report = remote(RolloutActor.report, _short)
+    _join = remote(RolloutActor.join, _answer)
+    _receive = remote(RolloutActor.receive, _answer)
+    _read = remote(RolloutActor.read, _answer)
+    _quarantine = remote(RolloutActor.quarantine, _short)
+    _confirm = remote(RolloutActor.confirm, _short)
+
+    async def join(self, address: tuple[str, int], first_rank: int, size: int) -> bool | None:
+        with suppress(ActorDied):
+            return await self._join(address, first_rank, size)
+        return None
+
+    async def receive(self, announcement: Announcement) -> Attestation | None:
+        with suppress(ActorDied):
+            return await self._receive(announcement)
+        return None
+
+    async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
+        with suppress(ActorDied):
+            return await self._read(announcement, folder)
+        return None
+
+    async def quarantine(self) -> None:
+        with suppress(ActorDied):
+            await self._quarantine()
+
+    async def confirm(self) -> None:
+        with suppress(ActorDied):
+            await self._confirm()
 
 
 class EvaluatorHandle(Handle[EvaluatorActor]):

@@ -62,6 +62,10 @@ class Handle(Generic[ActorClass]):
     def kill(self) -> None:
         ray.kill(self._actor)
 
+    def replace(self, actor: Any) -> None:
+        """From now on the calls go to `actor`, which does the work of the one before."""
+        self._actor = actor
+
     async def _call(
         self, method: str, deadline: Deadline, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

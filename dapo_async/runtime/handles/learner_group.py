@@ -28,7 +28,6 @@ class LearnerGroup:
 
     def __init__(self, ranks: Sequence[LearnerHandle], config: Config) -> None:
         self.ranks = list(ranks)
-        self._engines_can_be_lost = config.rollout.engine == "sglang"
         self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
 
     @property
@@ -64,16 +63,16 @@ class LearnerGroup:
     async def join(self, world_size: int) -> str | None:
         """Joins the weight group. Returns why it was not formed, or None.
 
-        It may fail only where engines are servers, which can be lost. The rendezvous is closed
-        then, so that the other engines stop waiting for the rest.
+        It fails when an engine is lost. The rendezvous is closed then, so that the other engines
+        stop waiting for the rest.
         """
         return await self._with_engines(self.first.join(world_size))
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Sends the weights to the engines. Returns why the broadcast broke off, or None.
 
-        It may break off only where engines are servers, which can be lost. The group is closed
-        then, so that the other engines stop waiting for the rest.
+        It breaks off when an engine is lost. The group is closed then, so that the other engines
+        stop waiting for the rest.
         """
         return await self._with_engines(self.first.broadcast(announcement))
 
@@ -82,8 +81,6 @@ class LearnerGroup:
         try:
             await call
         except ActorFailed as error:
-            if not self._engines_can_be_lost:
-                raise
             await self.first.leave_group()
             return str(error)
         return None

@@ -92,7 +92,7 @@ def test_unexpected_offers_are_refused_and_change_nothing() -> None:
     assert buffer.offer(make_group(second), None).reason is Refusal.ENDED
     buffer.close()
     assert buffer.offer(make_group(second), None).reason is Refusal.CLOSED
-    assert buffer.counts == Counts(admitted=2, failed=1, unused=1)
+    assert buffer.counts == Counts(admitted=2, unused=2)
 
 
 def test_group_of_a_lost_engine_keeps_its_credit_and_is_admitted_first() -> None:
@@ -146,16 +146,17 @@ def test_group_starts_again_when_its_partial_completions_are_too_old() -> None:
     buffer.check()
 
 
-def test_lost_worker_fails_its_running_groups_and_its_offered_groups_stay() -> None:
+def test_lost_worker_hands_back_its_running_groups_and_its_offered_groups_stay() -> None:
     buffer = serving(groups_per_step=4)
     admit_and_offer(buffer)
     mine, other = buffer.admit("worker-0"), buffer.admit("worker-1")
     assert buffer.lose_worker("worker-0") == (mine,)
-    assert (buffer.num_buffered, buffer.num_generating) == (1, 1)
+    assert (buffer.num_buffered, buffer.num_generating, buffer.num_to_reissue) == (1, 1, 1)
     assert buffer.admissible() == 2
+    assert buffer.admit("worker-1") == mine
     assert buffer.fail(other, why="engine out of memory")
     assert not buffer.fail(other, why="engine out of memory")
-    assert buffer.failures == {"lost worker-0": 1, "engine out of memory": 1}
+    assert buffer.failures == {"engine out of memory": 1}
 
 
 # Takes.

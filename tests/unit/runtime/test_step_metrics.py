@@ -14,6 +14,7 @@ from dapo_async.replay import Counts, TokenCounts, TokenOutcome
 from dapo_async.rollout import SlotUse, TimeUse
 from dapo_async.runtime.actors.reports import LearnerReport, ReplayReport, WorkerReport
 from dapo_async.runtime.step_metrics import Totals, Tracker
+from dapo_async.runtime.supervisor import Retired
 from dapo_async.runtime.throughput import Sides
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import RejectReason, StepMetrics
@@ -45,7 +46,11 @@ class System:
         self.publisher = SimpleNamespace(
             last_pause_s=0.0, last_results=(), outcomes=Counter(passed=1)
         )
-        self.restarts = Counter[str]()
+        self.retired: dict[str, Retired] = {}
+        self.supervisor = SimpleNamespace(
+            restarts=Counter[str](), take_retired=lambda: self.__dict__.pop("retired", {})
+        )
+        self.start = 0
         self.silent = False
         self.generated_per_s = 0
 
@@ -79,7 +84,7 @@ class System:
         replay = ReplayReport((), counts, {}, 100.0, 0, 0, 0, 0, {}, buffer, groups, groups // 2)
         return {
             "learner": LearnerReport((Span("wait", since_s, cut_s), Span("train", cut_s, now_s))),
-            "rollout-0": WorkerReport((), use, 0, engine, time),
+            "rollout-0": WorkerReport((), use, 0, engine, time, start=self.start),
             "replay": replay,
         }
 
@@ -178,3 +183,29 @@ def test_idle_slots_of_a_step_that_nobody_could_tell_of_are_unknown_and_not_none
     (row,) = RunDir(tmp_path).rows()
     assert row["idle.rollout"] is None
     assert tracker.idle["rollout"] == 0.0
+
+
+def test_counts_of_a_lost_worker_process_stay_and_its_tokens_add_up(tmp_path: Path) -> None:
+    """A process has reported 400 tokens and brought 300 of them; the next one counts from 0."""
+    tracker, system, clock, _ = tracked(tmp_path)
+    system.generated_per_s = 100
+
+    async def run() -> None:
+        clock.time_s = 104.0
+        await tracker.start()
+        system.retired, system.silent = {"rollout-0": Retired(1, 300)}, False
+        clock.time_s = 106.0
+        await tracker.collect()  # its last report comes too late
+
+    asyncio.run(run())
+    lost = tracker._engines["rollout-0"].tokens
+    assert (lost.generated, lost.in_flight) == (400, 300), "what it brought is with the buffer"
+    assert lost.ended == {TokenOutcome.REPEATED: 100}
+    system.start = 1
+    asyncio.run(tracker.collect())
+    both = tracker._engines["rollout-0"]
+    assert both.tokens.generated == 400 + 600
+    assert both.time.elapsed_s == 4.0 + 6.0
+    # A process that brings more than it had reported has generated it.
+    ended = both.ended(1300).tokens
+    assert (ended.generated, ended.in_flight) == (1400, 1300)

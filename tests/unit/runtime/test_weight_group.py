@@ -156,6 +156,8 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str], list
         ranks=[LearnerHandle("learner", rank, config.deadlines)],
         workers=[worker(number, answer) for number, answer in enumerate(engines)],
         evaluator=None,
+        start_worker=cast(Any, None),
+        start_evaluator=cast(Any, None),
     )
     system = System(config, actors, say=lambda line: None)
     return asyncio.run(system._regroup([each.name for each in actors.workers])), calls

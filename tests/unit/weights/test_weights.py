@@ -422,6 +422,26 @@ def test_broken_broadcast_is_tolerated_only_if_an_engine_was_lost_in_it(tmp_path
     assert publish(publisher, learner.announce(2)) == [2]
     assert groups.formed == [("rollout-0",), ("rollout-0",)]
     learner.failure = "connection closed by peer"
-    line = "version 3 broke off, though every engine took part: connection closed by peer"
+    line = "version 3 broke off, though no engine was lost: connection closed by peer"
     with pytest.raises(RuntimeError, match=line):
         publish(publisher, learner.announce(3))
+
+
+def test_engines_that_a_broken_broadcast_did_not_reach_read_from_disk(tmp_path: Path) -> None:
+    """One of three is lost in the broadcast, and the group breaks before the third has it."""
+    learner, groups = FakeLearner(tmp_path), Groups()
+    engines = [FakeEngine(learner, f"rollout-{number}") for number in range(3)]
+    publisher = make_publisher(learner, *engines, groups=groups)
+    learner.failure, engines[1].lost, engines[2].unreached = "connection closed", True, True
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert [engine.version for engine in engines] == [1, -1, 1]
+    assert publisher.serving == (engines[0], engines[2])
+    learner.failure = None
+    for engine in engines:
+        engine.lost = engine.unreached = False
+    assert publish(publisher, learner.announce(2)) == [2]
+    assert groups.formed == [
+        ("rollout-0", "rollout-1", "rollout-2"),
+        ("rollout-0", "rollout-2"),
+    ]
+    assert publisher.outcomes["mismatch"] == 0

@@ -1,0 +1,340 @@
+"""Keeps the rollout workers and the evaluator of a run alive: replaces what dies, hangs or fails.
+
+In: the handles of the actors, and how to start a new one. Out: the same handles, in front of new
+processes. `system` runs one task per actor. The policies (`RestartBudget`, `Pulse`) are pure.
+
+A worker goes through these states:
+
+    healthy ──▶ suspect ──▶ dead ──▶ restarting ──▶ stale ──▶ healthy
+       │           │ it answers again                 │
+       └───────────┴──── its engine is lost ──────────┘ (without a new process)
+
+`stale`: it runs, and gets no groups before it has proved the newest weights (staleness bound,
+handshake). Its unfinished groups go to other workers at once; finished groups stay in the replay
+buffer. A worker that uses up its budget of restarts ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from dapo_async.config import MAX_RESTARTS
+from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.weights import Publisher
+
+REFILL_S = 1800.0  # a restart no longer counts after this time
+LONGEST_PAUSE_S = 60.0  # before a restart
+PINGS = 3  # that are lost in a row before an actor counts as dead
+
+
+class WorkerState(StrEnum):
+    """See the module docstring."""
+
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"  # it has not answered the last ping
+    DEAD = "dead"
+    RESTARTING = "restarting"
+    STALE = "stale"
+
+
+@dataclass(slots=True)
+class RestartBudget:
+    """How often one component may be restarted: `limit` times within `REFILL_S`.
+
+    The first restart comes at once, each further one after a pause that doubles.
+    """
+
+    limit: int = MAX_RESTARTS
+    _starts_s: deque[float] = field(default_factory=deque)
+
+    def spend(self, now_s: float) -> float | None:
+        """Seconds to wait before the restart; None: the budget is used up."""
+        while self._starts_s and now_s - self._starts_s[0] >= REFILL_S:
+            self._starts_s.popleft()
+        spent = len(self._starts_s)
+        if spent >= self.limit:
+            return None
+        self._starts_s.append(now_s)
+        return min(2.0 ** (spent - 1), LONGEST_PAUSE_S) if spent else 0.0
+
+    @property
+    def spent(self) -> int:
+        """Restarts that count now."""
+        return len(self._starts_s)
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Tells an actor that is alive from one that hangs, by its answers to pings."""
+
+    lost_in_a_row: int = 0
+
+    def beat(self, answered: bool) -> WorkerState:
+        """The state after one more ping."""
+        self.lost_in_a_row = 0 if answered else self.lost_in_a_row + 1
+        if self.lost_in_a_row >= PINGS:
+            return WorkerState.DEAD
+        return WorkerState.SUSPECT if self.lost_in_a_row else WorkerState.HEALTHY
+
+
+class Pinged(Protocol):
+    """An actor's handle."""
+
+    name: str
+
+    def within(self, limit_s: float) -> Pinged: ...
+
+    def ping(self) -> Coroutine[Any, Any, Any]: ...
+
+
+async def until_silent(
+    actor: Pinged, silence_s: float, seen: Callable[[WorkerState], None] = lambda _: None
+) -> str:
+    """Returns why, when `actor` has not answered its pings for about `silence_s` seconds.
+
+    A ping that fails counts as answered: whoever watches the actor learns of its death. A stopped
+    driver notices nothing wrong when it goes on, because one late answer is not enough.
+    """
+    pulse, limit_s = Pulse(), silence_s / PINGS
+    while True:
+        answered = True
+        try:
+            await actor.within(limit_s).ping()
+        except TimeoutError:
+            answered = False
+        except (ActorDied, ActorFailed):
+            pass
+        state = pulse.beat(answered)
+        seen(state)
+        if state is WorkerState.DEAD:
+            return f"{actor.name} did not answer for {silence_s:g} s (deadlines.ping_s)"
+        if answered:
+            await asyncio.sleep(limit_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a worker can't go on."""
+
+    why: str
+    process: bool  # its process is gone or useless; False: only its engine is
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """What the lost processes of a worker leave behind."""
+
+    start: int  # how many they are
+    balance: int  # response tokens that the replay actor got from them, less those that it gave
+
+
+class Supervisor:
+    """Replaces workers and the evaluator. `keep_worker` and `keep_evaluator` run for ever."""
+
+    def __init__(
+        self,
+        *,
+        replay: ReplayHandle,
+        publisher: Publisher,
+        start_worker: Callable[[str, int], Any],
+        start_evaluator: Callable[[], Any],
+        silence_s: float,
+        start_s: float,
+        say: Callable[[str], None],
+        now_s: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`start_worker(name, start)` and `start_evaluator()` return Ray's handle of a new actor.
+
+        `start`: 1 for the first replacement of a worker, and so on. `start_s`: after that time a
+        worker that is not ready is reported.
+        """
+        self._replay, self._publisher = replay, publisher
+        self._start_worker, self._start_evaluator = start_worker, start_evaluator
+        self._silence_s, self._start_s, self._say = silence_s, start_s, say
+        self._now_s, self._pause = now_s, pause
+        self.restarts: Counter[str] = Counter()  # of engines and processes, by actor
+        self.states: dict[str, WorkerState] = {}
+        self._starts: Counter[str] = Counter()  # of processes, by worker
+        self._is_back: dict[str, asyncio.Event] = {}  # by worker, set while its process lives
+        self._retired: dict[str, Retired] = {}
+
+    def take_retired(self) -> Mapping[str, Retired]:
+        """By name: the workers whose process was lost since the last call."""
+        retired, self._retired = self._retired, {}
+        return retired
+
+    def is_gone(self, worker: str) -> bool:
+        """Whether the worker's process is being replaced."""
+        return worker in self._is_back and not self._is_back[worker].is_set()
+
+    async def is_back(self, worker: str) -> None:
+        """Waits until the worker has a process that is ready."""
+        if worker in self._is_back:
+            await self._is_back[worker].wait()
+
+    async def keep_worker(self, worker: WorkerHandle) -> None:
+        """Runs the worker; never returns. Raises ActorFailed when its budget is used up."""
+        budget = RestartBudget()
+        self._is_back[worker.name] = asyncio.Event()
+        self._is_back[worker.name].set()
+        running = asyncio.create_task(worker.watch(), name=worker.name)
+        try:
+            while True:
+                self.states[worker.name] = WorkerState.HEALTHY
+                loss = await self._until_lost(worker, running)
+                self.states[worker.name] = WorkerState.DEAD
+                await self._suspend(worker, loss)
+                await self._spend(budget, worker.name, loss)
+                self.states[worker.name] = WorkerState.RESTARTING
+                if loss.process:
+                    running.cancel()
+                    await asyncio.gather(running, return_exceptions=True)
+                    lost_again = await self._replace(worker)
+                else:
+                    lost_again = await self._restart(worker)
+                if lost_again:
+                    running = _failed(lost_again)
+                    continue
+                if loss.process:
+                    running = asyncio.create_task(worker.watch(), name=worker.name)
+                self.states[worker.name] = WorkerState.STALE
+                try:
+                    is_proved = await self._publisher.restore(worker)
+                except TimeoutError as error:  # it hangs
+                    running.cancel()
+                    await asyncio.gather(running, return_exceptions=True)
+                    running = _failed(str(error))
+                    continue
+                if is_proved:
+                    await self._replay.suspend(worker.name, False)
+                    self._say(f"{worker.name} generates again")
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def keep_evaluator(self, evaluator: EvaluatorHandle) -> None:
+        """Watches the evaluator; never returns. An evaluation that dies with it is left out."""
+        budget, is_new = RestartBudget(), False
+        while True:
+            try:
+                if is_new:
+                    await evaluator.ready()
+                await evaluator.watch()
+                why = "it ended by itself"
+            except (ActorDied, ActorFailed, TimeoutError) as error:
+                why = str(error)
+            await self._spend(budget, evaluator.name, Loss(why, process=True))
+            evaluator.kill()
+            evaluator.replace(self._start_evaluator())
+            is_new = True
+
+    async def _until_lost(self, worker: WorkerHandle, running: asyncio.Task[None]) -> Loss:
+        """Waits until the engine is lost, or the process is dead, silent or has failed."""
+
+        def seen(state: WorkerState) -> None:
+            self.states[worker.name] = state
+
+        lost = asyncio.create_task(worker.lost())
+        silent = asyncio.create_task(until_silent(worker, self._silence_s, seen))
+        try:
+            await asyncio.wait({running, lost, silent}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done() and lost.exception() is None:
+                return Loss(lost.result(), process=False)
+            if silent.done() and silent.exception() is None:
+                return Loss(silent.result(), process=True)
+            return Loss(_end(running if running.done() else lost), process=True)
+        finally:
+            for task in (lost, silent):
+                task.cancel()
+            await asyncio.gather(lost, silent, return_exceptions=True)
+
+    async def _suspend(self, worker: WorkerHandle, loss: Loss) -> None:
+        """The worker gets no groups, no weights, and nothing waits for it. A dead one's groups go
+        to other workers."""
+        if loss.process:
+            self._is_back[worker.name].clear()
+            worker.kill()  # it may hang; breaks off the calls that wait for it
+        await self._replay.suspend(worker.name, True)
+        self._publisher.lose(worker)
+        if loss.process:
+            start = self._starts[worker.name]
+            balance = await self._replay.lose_worker(worker.name, start)
+            self._retired[worker.name] = Retired(start + 1, balance)
+
+    async def _spend(self, budget: RestartBudget, name: str, loss: Loss) -> None:
+        """Counts a restart, says so, and waits for the pause before it."""
+        what = "its process" if loss.process else "its engine"
+        pause_s = budget.spend(self._now_s())
+        if pause_s is None:
+            raise ActorFailed(
+                f"{name} lost {what}, after {budget.spent} restarts in {REFILL_S / 60:g} minutes "
+                f"({budget.limit} are allowed): {loss.why}"
+            )
+        self.restarts[name] += 1
+        after = f" in {pause_s:g} s" if pause_s else ""
+        self._say(
+            f"{name} lost {what}: {loss.why}; restarting it{after} "
+            f"({budget.spent} of {budget.limit})"
+        )
+        await self._pause(pause_s)
+
+    async def _restart(self, worker: WorkerHandle) -> str:
+        """Restarts the engine in its process. Returns why that failed, or nothing."""
+        try:
+            await worker.restart()
+        except (ActorDied, ActorFailed, TimeoutError) as error:
+            return str(error)
+        return ""
+
+    async def _replace(self, worker: WorkerHandle) -> str:
+        """Starts a new process, wherever there is room. Returns why that failed, or nothing.
+
+        While there is no room, training goes on with the other workers.
+        """
+        self._starts[worker.name] += 1
+        worker.replace(self._start_worker(worker.name, self._starts[worker.name]))
+        began_s = self._now_s()
+        coming = asyncio.create_task(worker.comes())
+        try:
+            while not (await asyncio.wait([coming], timeout=self._start_s))[0]:
+                self._say(
+                    f"{worker.name} is not ready after {self._now_s() - began_s:.0f} s: "
+                    "it waits for a node with room, or starts slowly"
+                )
+                if all(self.is_gone(name) for name in self._is_back):
+                    return (
+                        f"no worker is left, and {worker.name} was not ready within "
+                        f"{self._start_s:g} s (deadlines.start_s)"
+                    )
+            info = coming.result()
+        except (ActorDied, ActorFailed, TimeoutError) as error:
+            return str(error)
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        self._say(f"{worker.name} pid {info.pid} on {info.node}  {info.detail}")
+        self._is_back[worker.name].set()
+        return ""
+
+
+def _end(task: asyncio.Task[Any]) -> str:
+    """Why a task that must not end has ended."""
+    error = task.exception()
+    return "it ended by itself" if error is None else str(error)
+
+
+def _failed(why: str) -> asyncio.Task[None]:
+    """A task that has ended for this reason."""
+
+    async def fail() -> None:
+        raise ActorFailed(why)
+
+    return asyncio.create_task(fail())
