@@ -41,6 +41,11 @@ def add_arguments(parser: Parser) -> None:
         "ones are set aside (default: the newest whole one)",
     )
     parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the run again from its newest checkpoint when it dies, fails or hangs",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would start, and start nothing"
     )
 
@@ -56,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     )
     from dapo_async.tracking.run_dir import unusable
 
+    if options.supervise and not options.dry_run:
+        return _supervise(options)
     config, root, point = _config_and_root(options)
     config, saved = with_local_model(config, download=not options.dry_run)
     saved = replace(saved, run_dir="")  # the folder may be moved
@@ -94,6 +101,22 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     return _train(config, saved, root, inputs=inputs, point=point, resume=bool(options.resume))
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    """Runs the command in child processes, until one of them ends the run."""
+    from dapo_async.runtime.resume import saved_config
+    from dapo_async.runtime.run_keeper import RunKeeper
+
+    if options.resume and options.config is None:
+        root = options.resume.resolve()
+        config = saved_config(root)
+        rollback = ["--from", options.at] if options.at else []
+        words = ["--resume", str(root), *rollback, *options.overrides]
+    else:
+        config, root, _ = _config_and_root(options)  # refuses what does not go together
+        words = [str(options.config), *options.overrides, f"run_dir={root}"]
+    return RunKeeper(root, silence_s=config.deadlines.ping_s, say=say).keep(words)
 
 
 def _train(

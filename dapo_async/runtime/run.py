@@ -26,8 +26,9 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.handles.handle import ActorDied
-from dapo_async.runtime.loop import train_loop
+from dapo_async.runtime.loop import TrainingStopped, train_loop
 from dapo_async.runtime.resume import START, ResumePoint
+from dapo_async.runtime.run_keeper import beat
 from dapo_async.runtime.services import Services, build_services, measured_before
 from dapo_async.runtime.shutdown import shut_down
 from dapo_async.runtime.signals import Interrupts
@@ -124,6 +125,7 @@ class Run:
         task = asyncio.create_task(self._work())
         self._interrupts.listen(task)
         time_limit = asyncio.create_task(self._watch_time_limit(task))
+        beats = asyncio.create_task(beat())  # kept, so that it is not collected
         try:
             await task
         except asyncio.CancelledError:
@@ -161,6 +163,7 @@ class Run:
         await self._attempt("the end of MLflow's run", finish, within_s=2 * STOP_S)
         self._write_summary()  # again, with what the sinks have caught
         await self._insist_on_summary()
+        beats.cancel()
         return outcome
 
     async def _insist_on_summary(self) -> None:
@@ -234,7 +237,7 @@ class Run:
             self._record.outcome = (
                 RunOutcome(Status.SOLVED, stopped.reason)
                 if stopped.solved
-                else RunOutcome(Status.FAILED, stopped.reason, EXIT_FAILED)
+                else RunOutcome(Status.FAILED, stopped.reason, EXIT_FAILED, restartable=False)
             )
         await system.replay.close()
         # For the picture, while the driver waits for the evaluation.
@@ -286,7 +289,12 @@ class Run:
         if hangs and self._services is not None:
             reason += self._services.system.unserved()
         self._record.outcome = RunOutcome(
-            Status.FAILED, reason, EXIT_FAILED, lost_actor=lost_actor, hangs=hangs
+            Status.FAILED,
+            reason,
+            EXIT_FAILED,
+            lost_actor=lost_actor,
+            hangs=hangs,
+            restartable=not isinstance(error, TrainingStopped),
         )
         trace = "".join(traceback.format_exception(error))
         try:

@@ -30,3 +30,4 @@ class RunOutcome:
     exit_code: int = 0
     lost_actor: str | None = None  # its death ended the run
     hangs: bool = False  # a passed deadline ended the run: something may hang
+    restartable: bool = True  # False: the run would end in the same way again

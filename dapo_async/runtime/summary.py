@@ -81,6 +81,7 @@ def summarise_run(
         "resumed_from": run_dir.relative(resume.checkpoint) if resume.checkpoint else None,
         "seconds_by_state": dict(measured.seconds_by_state),
         "mlflow_run_id": mlflow_run_id,
+        "restartable": record.outcome.restartable,
         "engine_restarts": measured.engine_restarts,
         "caught": dict(record.caught + caught),
         "failures": dict(measured.failures),

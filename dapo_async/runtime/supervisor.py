@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 from dapo_async.config import MAX_RESTARTS
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
 from dapo_async.weights import Publisher
 
-REFILL_S = 1800.0  # a restart no longer counts after this time
-LONGEST_PAUSE_S = 60.0  # before a restart
 PINGS = 3  # that are lost in a row before an actor counts as dead
 
 
@@ -42,32 +41,6 @@ class WorkerState(StrEnum):
     DEAD = "dead"
     RESTARTING = "restarting"
     STALE = "stale"
-
-
-@dataclass(slots=True)
-class RestartBudget:
-    """How often one component may be restarted: `limit` times within `REFILL_S`.
-
-    The first restart comes at once, each further one after a pause that doubles.
-    """
-
-    limit: int = MAX_RESTARTS
-    _starts_s: deque[float] = field(default_factory=deque)
-
-    def spend(self, now_s: float) -> float | None:
-        """Seconds to wait before the restart; None: the budget is used up."""
-        while self._starts_s and now_s - self._starts_s[0] >= REFILL_S:
-            self._starts_s.popleft()
-        spent = len(self._starts_s)
-        if spent >= self.limit:
-            return None
-        self._starts_s.append(now_s)
-        return min(2.0 ** (spent - 1), LONGEST_PAUSE_S) if spent else 0.0
-
-    @property
-    def spent(self) -> int:
-        """Restarts that count now."""
-        return len(self._starts_s)
 
 
 @dataclass(slots=True)
@@ -182,7 +155,7 @@ class Supervisor:
 
     async def keep_worker(self, worker: WorkerHandle) -> None:
         """Runs the worker; never returns. Raises ActorFailed when its budget is used up."""
-        budget = RestartBudget()
+        budget = RestartBudget(MAX_RESTARTS)
         self._is_back[worker.name] = asyncio.Event()
         self._is_back[worker.name].set()
         running = asyncio.create_task(worker.watch(), name=worker.name)
@@ -222,7 +195,7 @@ class Supervisor:
 
     async def keep_evaluator(self, evaluator: EvaluatorHandle) -> None:
         """Watches the evaluator; never returns. An evaluation that dies with it is left out."""
-        budget, is_new = RestartBudget(), False
+        budget, is_new = RestartBudget(MAX_RESTARTS), False
         while True:
             try:
                 if is_new:

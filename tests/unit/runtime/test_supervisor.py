@@ -15,15 +15,8 @@ from dapo_async import config as knobs
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import EvaluatorHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorFailed
-from dapo_async.runtime.supervisor import (
-    LONGEST_PAUSE_S,
-    PINGS,
-    REFILL_S,
-    Pulse,
-    RestartBudget,
-    Supervisor,
-    WorkerState,
-)
+from dapo_async.runtime.supervisor import PINGS, Pulse, Supervisor, WorkerState
+from dapo_async.utils.restart_budget import LONGEST_PAUSE_S, REFILL_S, RestartBudget
 
 DEADLINES = knobs.load(QUICKSTART, ["deadlines.ping_s=0.3"]).deadlines
 

@@ -1,0 +1,189 @@
+"""`train --supervise`: runs training in a child process, and starts it again when it dies or fails.
+
+In: the command line of `train` and the run directory. Out: the exit code of the last child. Each
+further child resumes the run from its newest checkpoint. The child is restarted when
+
+- it is killed, or its machine's Ray ends it,
+- it fails, unless `summary.json` says that a restart does not help,
+- it hangs: its event loop writes to a pipe each second, and has not done so for `silence_s`.
+
+The budget refills whenever a child has saved a newer checkpoint than the one before. This module
+imports neither torch nor Ray, so the parent is small and outlives both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
+from dapo_async.utils.restart_budget import RestartBudget
+
+PULSE_FD = "DAPO_ASYNC_PULSE_FD"  # environment variable: where the child writes
+BEAT_S = 1.0
+WRONG_INPUT = 2
+RESTARTS = 5  # without a newer checkpoint
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+async def beat(environment: Mapping[str, str] = os.environ) -> None:
+    """In the child: shows the parent that the event loop runs. Returns at once without a parent."""
+    if PULSE_FD not in environment:
+        return
+    number = int(environment[PULSE_FD])
+    os.set_blocking(number, False)
+    while True:
+        try:
+            os.write(number, b".")
+        except BlockingIOError:
+            pass  # the parent is late
+        except OSError:
+            return  # the parent is gone; training goes on
+        await asyncio.sleep(BEAT_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one child has ended."""
+
+    code: int  # negative: the signal that killed it
+    hung: bool
+
+    @property
+    def line(self) -> str:
+        if self.hung:
+            return "the driver hung"
+        if self.code < 0:
+            return f"the driver was killed by {signal.Signals(-self.code).name}"
+        return f"the driver ended with exit code {self.code}"
+
+
+class RunKeeper:
+    """Runs children one after another until one of them ends the run."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        silence_s: float,
+        say: Callable[[str], None],
+        program: Sequence[str] = (sys.executable, "-m", "dapo_async"),
+    ) -> None:
+        self._run_dir, self._silence_s, self._say = RunDir(root), silence_s, say
+        self._program = program
+        self._signal: signal.Signals | None = None  # that was received
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def keep(self, first: Sequence[str]) -> int:
+        """Runs `train` with the words `first`, then `--resume`; returns the last exit code."""
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            return self._keep(first)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _keep(self, first: Sequence[str]) -> int:
+        words, budget, num_starts = list(first), RestartBudget(RESTARTS), 0
+        while True:
+            newest, began_s = self._newest, time.time()
+            ended = self._run(words)
+            num_starts += 1
+            code = ended.code if ended.code >= 0 else 128 - ended.code
+            if not self._may_restart(ended, num_starts=num_starts, since_s=began_s):
+                return code
+            if self._newest != newest:
+                budget = RestartBudget(RESTARTS)
+            pause_s = budget.spend(time.monotonic())
+            if pause_s is None:
+                self._say(
+                    f"{ended.line}; it was restarted {RESTARTS} times without a newer checkpoint, "
+                    "so the run ends"
+                )
+                return code
+            self._say(
+                f"{ended.line}; resuming the run{f' in {pause_s:g} s' if pause_s else ''} "
+                f"({budget.spent} of {RESTARTS} restarts without a newer checkpoint)"
+            )
+            if self._wait_for_signal(pause_s):
+                return code
+            words = ["--resume", str(self._run_dir.root)]
+
+    def _may_restart(self, ended: Ended, *, num_starts: int, since_s: float) -> bool:
+        """Whether another child can do better."""
+        if ended.code == 0 or self._signal is not None or not self._run_dir.config.exists():
+            return False
+        if ended.code == WRONG_INPUT and not ended.hung:
+            return num_starts > 1  # the first one was checked; now the cluster may be away
+        if ended.code < 0 or ended.hung:
+            return True
+        summary = self._run_dir.summary
+        if not summary.exists() or summary.stat().st_mtime < since_s:
+            return True
+        return bool(json.loads(summary.read_text()).get("restartable", True))
+
+    def _run(self, words: Sequence[str]) -> Ended:
+        """One child, from its start to its end."""
+        reader, writer = os.pipe()
+        try:
+            self._child = child = subprocess.Popen(
+                [*self._program, "train", *words],
+                env={**os.environ, PULSE_FD: str(writer)},
+                pass_fds=[writer],
+            )
+            os.close(writer)
+            if self._signal is not None:  # it came before there was a child
+                child.send_signal(self._signal)
+            hung = self._watch(child, reader)
+            return Ended(child.wait(), hung)
+        finally:
+            self._child = None
+            os.close(reader)
+
+    def _watch(self, child: subprocess.Popen[bytes], reader: int) -> bool:
+        """Waits for the end of the child; kills it and returns True if it hangs.
+
+        Until its first beat it imports and checks its input, which has no limit here.
+        """
+        last_s: float | None = None
+        while child.poll() is None:
+            ready, _, _ = select.select([reader], [], [], BEAT_S / 2)
+            now_s = time.monotonic()
+            if ready:
+                if os.read(reader, 4096):
+                    last_s = now_s
+                else:  # closed: the child is about to end
+                    time.sleep(BEAT_S / 10)
+            elif last_s is not None and now_s - last_s > self._silence_s:
+                self._say(f"the driver did not run for {self._silence_s:g} s; ending it")
+                child.kill()
+                child.wait()
+                return True
+        return False
+
+    def _wait_for_signal(self, seconds: float) -> bool:
+        """Waits; returns early, and whether a signal has come."""
+        until_s = time.monotonic() + seconds
+        while self._signal is None and time.monotonic() < until_s:
+            time.sleep(min(0.2, seconds))
+        return self._signal is not None
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self._signal = signal.Signals(number)
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    @property
+    def _newest(self) -> int:
+        """Version of the newest checkpoint; -1 before the first one."""
+        return max(CheckpointFolder(self._run_dir.checkpoints).versions(), default=-1)
