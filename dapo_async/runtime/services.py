@@ -96,7 +96,7 @@ class Services:
             },
             weight_versions=publisher.num_served,
             handshake=dict(publisher.outcomes),
-            engine_restarts=self.system.supervisor.restarts.total(),
+            engine_restarts=self.system.supervisor.num_restarts,
             evaluations_skipped=self.evaluations.num_skipped,
             quarantined=tracker.num_quarantined,
             guards=dict(tracker.guards.counts),

@@ -276,7 +276,7 @@ class Tracker:
             "evicted": num_evicted,
             "quarantined": self.num_quarantined,
             "guards": self.guards.counts.total(),
-            "engine_restarts": self._system.supervisor.restarts.total(),
+            "engine_restarts": self._system.supervisor.num_restarts,
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
             "probe_gap": max((result.probe_gap for result in publisher.last_results), default=0.0),

@@ -144,6 +144,11 @@ class Supervisor:
         retired, self._retired = self._retired, {}
         return retired
 
+    @property
+    def num_restarts(self) -> int:
+        """Restarts of workers, of their engines or of their processes."""
+        return sum(count for name, count in self.restarts.items() if name in self._is_back)
+
     def is_gone(self, worker: str) -> bool:
         """Whether the worker's process is being replaced."""
         return worker in self._is_back and not self._is_back[worker].is_set()
@@ -234,6 +239,7 @@ class Supervisor:
         to other workers."""
         if loss.process:
             self._is_back[worker.name].clear()
+            worker.is_absent = True
             worker.kill()  # it may hang; breaks off the calls that wait for it
         await self._replay.suspend(worker.name, True)
         self._publisher.lose(worker)
@@ -294,6 +300,7 @@ class Supervisor:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
         self._say(f"{worker.name} pid {info.pid} on {info.node}  {info.detail}")
+        worker.is_absent = False
         self._is_back[worker.name].set()
         return ""
 

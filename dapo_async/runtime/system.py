@@ -92,8 +92,16 @@ class System:
         tp = self._config.rollout.tensor_parallel
         members = [worker for worker in self.workers if worker.name in names]
         size = 1 + len(members) * tp
-        address = await self.learner.first.open_group()
-        joins = [worker.join(address, 1 + place * tp, size) for place, worker in enumerate(members)]
+        first = self.learner.first
+        address = await first.open_group()
+
+        async def join(place: int, worker: WorkerHandle) -> bool | None:
+            joined = await worker.join(address, 1 + place * tp, size)
+            if joined is None:  # lost: nobody has to wait for it
+                await first.leave_group()
+            return joined
+
+        joins = [join(place, worker) for place, worker in enumerate(members)]
         failure, *joined = await asyncio.gather(self.learner.join(size), *joins)
         lost = [worker.name for worker, each in zip(members, joined, strict=True) if each is None]
         if not lost and (failure is not None or not all(joined)):
@@ -101,8 +109,6 @@ class System:
                 "the weight group was not formed, though no engine was lost: "
                 f"{failure or 'an engine could not join'}"
             )
-        if lost and failure is None:
-            await self.learner.first.leave_group()
         return frozenset(lost)
 
     def in_background(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -210,7 +216,7 @@ class System:
         actors: list[ReplayHandle | LearnerHandle | WorkerHandle] = [
             self.replay,
             *self.learner.ranks,
-            *self.workers,
+            *(worker for worker in self.workers if not self.supervisor.is_gone(worker.name)),
         ]
         calls: list[Coroutine[Any, Any, Report]] = [
             actor.within(deadline_s).report() for actor in actors

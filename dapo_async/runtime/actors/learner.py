@@ -229,9 +229,10 @@ class LearnerActor:
         assert self._store is not None, "join before open_group"
         # Half the deadline: the publish can still do without a member that hangs.
         host, timeout_s = own_host(self._config), self._config.deadlines.answer_s / 2
+        # As a client: closing the rendezvous (`leave_group`) ends this wait, too.
         self._group = await asyncio.to_thread(
-            weights.WeightGroup,
-            self._store,
+            weights.WeightGroup.join,
+            (host, self._store.port),
             rank=weights.SENDER,
             world_size=world_size,
             host=host,

@@ -98,8 +98,10 @@ class WorkerHandle(Handle[RolloutActor]):
     """One rollout worker; the publisher's `WeightReceiver`.
 
     For the publisher a worker whose process is gone is a lost engine: the supervisor replaces it.
+    `is_absent`: from then on until the new process is ready.
     """
 
+    is_absent = False
     ready = remote(RolloutActor.ready, _start_with_margin)
     comes = remote(RolloutActor.ready, _unlimited)
     ping = remote(RolloutActor.ping, _short)
@@ -116,27 +118,32 @@ class WorkerHandle(Handle[RolloutActor]):
     _confirm = remote(RolloutActor.confirm, _short)
 
     async def join(self, address: tuple[str, int], first_rank: int, size: int) -> bool | None:
-        with suppress(ActorDied):
-            return await self._join(address, first_rank, size)
+        if not self.is_absent:
+            with suppress(ActorDied):
+                return await self._join(address, first_rank, size)
         return None
 
     async def receive(self, announcement: Announcement) -> Attestation | None:
-        with suppress(ActorDied):
-            return await self._receive(announcement)
+        if not self.is_absent:
+            with suppress(ActorDied):
+                return await self._receive(announcement)
         return None
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
-        with suppress(ActorDied):
-            return await self._read(announcement, folder)
+        if not self.is_absent:
+            with suppress(ActorDied):
+                return await self._read(announcement, folder)
         return None
 
     async def quarantine(self) -> None:
-        with suppress(ActorDied):
-            await self._quarantine()
+        if not self.is_absent:
+            with suppress(ActorDied):
+                await self._quarantine()
 
     async def confirm(self) -> None:
-        with suppress(ActorDied):
-            await self._confirm()
+        if not self.is_absent:
+            with suppress(ActorDied):
+                await self._confirm()
 
 
 class EvaluatorHandle(Handle[EvaluatorActor]):

@@ -48,7 +48,7 @@ class System:
         )
         self.retired: dict[str, Retired] = {}
         self.supervisor = SimpleNamespace(
-            restarts=Counter[str](), take_retired=lambda: self.__dict__.pop("retired", {})
+            num_restarts=0, take_retired=lambda: self.__dict__.pop("retired", {})
         )
         self.start = 0
         self.silent = False
