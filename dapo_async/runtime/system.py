@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.cluster.head_watch import head_listens, watch_head
 from dapo_async.runtime.handles.actors import (
     EvaluatorHandle,
     LearnerHandle,
@@ -136,6 +137,7 @@ class System:
                 for worker in self.workers
             ),
         ]
+        watches.append(asyncio.create_task(watch_head(), name="Ray's head"))
         if self.evaluator is not None:
             keep = supervisor.keep_evaluator(self.evaluator)
             watches.append(asyncio.create_task(keep, name=self.evaluator.name))
@@ -230,5 +232,7 @@ class System:
         }
 
     def kill(self) -> None:
-        for actor in self._actors.all:
-            actor.kill()
+        """Ends all actors. Without Ray's head they end with the driver instead."""
+        if head_listens():
+            for actor in self._actors.all:
+                actor.kill()

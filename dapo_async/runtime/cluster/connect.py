@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import signal
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
@@ -17,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.head_watch import head_address, head_listens
 from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, LOOPBACK, refusal
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 
@@ -189,13 +189,10 @@ def disconnect() -> None:
     """
     if not ray.is_initialized():
         return
-    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
-    try:
-        socket.create_connection((host, int(port)), timeout=1.0).close()
-    except OSError:
-        log.debug("Ray at %s:%s is gone", host, port)
-    else:
+    if head_listens():
         ray.shutdown()
+    else:
+        log.debug("Ray at %s is gone", head_address())
 
 
 def own_host(config: Config) -> str:

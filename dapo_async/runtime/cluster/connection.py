@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 
 import psutil
+import ray
 
 from dapo_async.config import STOP_S, Config
 from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.head_watch import head_listens
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
 from dapo_async.runtime.cluster.own_ray import refusal
 
@@ -72,16 +74,19 @@ class RayConnection:
         if self._connecting is None:
             return
         started, _ = await asyncio.wait([self._connecting], timeout=STOP_S)
-        if started:
+        if started and self._reaper is not None and ray.is_initialized() and not head_listens():
+            self._end_all()  # Ray can't end what is left of an own Ray without its head
+        elif started:
             with self._reaper.hasten() if self._reaper is not None else nullcontext():
                 await asyncio.get_running_loop().run_in_executor(self._thread, disconnect)
         if self._reaper is not None:
             self._reaper.dismiss()
             if not self._is_open:
-                self._end_half_started()
+                self._end_all()
 
-    def _end_half_started(self) -> None:
-        """Kills what a failed start of an own Ray has left; Ray itself ends it only at exit."""
+    def _end_all(self) -> None:
+        """Kills what an own Ray has left, which Ray itself ends only at exit: of a failed start, or
+        of a Ray that has lost its head."""
         left = _children() - self._children
         for process in left:
             with suppress(psutil.NoSuchProcess):
