@@ -36,6 +36,7 @@ class System:
         """`say` prints a line for the user."""
         self._config, self._actors, self._say = config, actors, say
         self.started = False
+        self.processes: dict[str, ProcessInfo] = {}  # by name, as they started
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
         self.learner = LearnerGroup(actors.ranks, config)
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints, reports, evaluations
@@ -83,7 +84,9 @@ class System:
             await asyncio.gather(learner, *tasks.values(), return_exceptions=True)
         self.started = True
         replay, *infos = (task.result() for task in tasks.values())
-        return [replay, *learner.result(), *infos]
+        every = [replay, *learner.result(), *infos]
+        self.processes = {info.name: info for info in every}
+        return every
 
     async def _regroup(self, names: Sequence[str]) -> frozenset[str]:
         """Forms the weight group: the learner's first rank and the ranks of the named engines.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_actors import fake_actor
 from paths import QUICKSTART
@@ -132,6 +133,44 @@ def test_workers_and_evaluator_that_die_or_hang_are_replaced_while_training_goes
     assert summary["engine_restarts"] == 2, run.output
     assert summary["token_flow"]["in_flight"] == 0, summary["token_flow"]
     assert summary["handshake"].get("mismatch", 0) == 0
+
+
+def trains(live: Live, *, starts: int, timeout_s: float = 120.0) -> None:
+    """Waits until the run has been started so often and has trained since."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        lives = live.output.split("run directory ")[1:]
+        if len(lives) == starts and re.search(r"^step +\d+/", lives[-1], re.MULTILINE):
+            return
+        assert time.monotonic() < deadline_s, live.output
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+def test_supervised_run_survives_the_deaths_of_its_driver_and_of_its_learner(
+    tmp_path: Path,
+) -> None:
+    """Each time it resumes from its newest checkpoint; nothing is trained twice."""
+    with running(tmp_path / "run", *TINY, *LONG, "--supervise") as live:
+        for starts, victim in enumerate(("driver", "learner"), start=1):
+            trains(live, starts=starts)
+            live.wait_for_checkpoint()
+            began_s = time.monotonic()
+            driver = psutil.Process(live.driver).children()[0].pid
+            os.kill(driver if victim == "driver" else live.pid(victim), signal.SIGKILL)
+            trains(live, starts=starts + 1)
+            print(f"start {starts + 1}: trains again after {time.monotonic() - began_s:.1f} s")
+        os.kill(live.driver, signal.SIGTERM)
+        run = live.finish(timeout_s=2 * END_S)
+        live.seconds_until_nothing_is_left(timeout_s=30.0)
+    check_end(run, exit_code=143, status="interrupted")
+    assert [row["step"] for row in run.metrics] == [*range(len(run.metrics))]
+    for line in (
+        "the driver was killed by SIGKILL; resuming the run",
+        "failed: learner died",
+        "the driver ended with exit code 1; resuming the run",
+    ):
+        assert line in run.output, run.output
 
 
 @pytest.mark.ray

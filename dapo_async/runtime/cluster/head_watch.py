@@ -35,8 +35,9 @@ def head_listens(*, timeout_s: float = 1.0) -> bool:
     return True
 
 
-async def watch_head(*, gone_s: float = GONE_S) -> None:
-    """Raises RayGone when the GCS has not answered for `gone_s` seconds; never returns."""
+async def watch_head() -> None:
+    """Raises RayGone when the GCS has not answered for `GONE_S` seconds; never returns."""
+    gone_s = GONE_S
     address, answered_s = head_address(), asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(CHECK_S)
