@@ -204,7 +204,8 @@ class Supervisor:
         while True:
             try:
                 if is_new:
-                    await evaluator.ready()
+                    info = await evaluator.ready()
+                    self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
                 await evaluator.watch()
                 why = "it ended by itself"
             except (ActorDied, ActorFailed, TimeoutError) as error:

@@ -271,8 +271,8 @@ def test_dead_evaluator_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise RayActorError
             await asyncio.Event().wait()
 
-        async def ready() -> None:
-            world.log.append("evaluator is ready")
+        async def ready() -> ProcessInfo:
+            return ProcessInfo("evaluator", 7, "192.0.2.2", "node", "fake engine")
 
         actor = SimpleNamespace(
             alive=SimpleNamespace(remote=alive), ready=SimpleNamespace(remote=ready)
@@ -282,7 +282,7 @@ def test_dead_evaluator_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluator = EvaluatorHandle("evaluator", actor, DEADLINES)
         keep = asyncio.create_task(world.supervisor.keep_evaluator(evaluator))
         dying.set()
-        await world.until("evaluator is ready")
+        await world.until("say evaluator pid 7 on 192.0.2.2  fake engine")
         keep.cancel()
 
     asyncio.run(scene())

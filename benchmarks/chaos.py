@@ -1,0 +1,246 @@
+"""Random kills in a supervised run: what dies, what happens, seconds until it trains again.
+
+python benchmarks/chaos.py [--kills 100] [--seed 0] [--engine torch|sglang] [--json OUT] [--quick]
+
+One run of the quickstart's task with two rollout workers, an evaluator and `train --supervise`. A
+victim is drawn, gets SIGKILL (workers now and then SIGSTOP), and the next one is drawn when the run
+has recovered. Then the run trains on to its last step.
+
+- `worker`, `evaluator`, `server` (of SGLang): recovered when its replacement works
+- `learner`, `replay`, `driver`, `head` (Ray's GCS), `raylet`: recovered when the resumed run has
+  trained a step
+
+Checked at the end: exit code 0, the accuracy, every admitted group has one outcome, no step is
+missing or twice in metrics.jsonl, no group is trained in two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from quickstart import CONFIG
+from support.output import show, write_result
+
+from dapo_async.replay.group_io import read_groups
+
+# How often each victim is drawn.
+WEIGHTS = {
+    "worker": 6,
+    "worker (SIGSTOP)": 2,
+    "evaluator": 3,
+    "learner": 3,
+    "replay": 2,
+    "driver": 2,
+    "head": 1,
+    "raylet": 1,
+}
+SERVER_WEIGHTS = {"server": 6, "worker": 3, "learner": 2, "replay": 1, "driver": 1}
+RESUMED = {"learner", "replay", "driver", "head", "raylet"}  # the run starts again
+PING_S = 5.0
+LONGEST_S = 300.0  # for one recovery
+SETTINGS = (
+    "rollout.num_workers=2",
+    "evaluation.every_steps=5",
+    "train.checkpoint_every_steps=2",
+    "train.record=true",
+    "tracking.mlflow=null",
+    f"deadlines.ping_s={PING_S}",
+)
+QUICK = ("replay.groups_per_step=4", "replay.group_size=8", "evaluation.num_prompts=64")
+SGLANG = ("rollout.engine=sglang", "rollout.server_flags=--max-total-tokens 16384")
+TRAINED = re.compile(r"^step +(\d+)/", re.MULTILINE)
+
+
+class Victim:
+    """The supervised run."""
+
+    def __init__(self, folder: Path, settings: list[str]) -> None:
+        self.root, self._log = folder / "run", folder / "run.out"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "dapo_async", "train", str(CONFIG), "--supervise"),
+                    *(*settings, f"run_dir={self.root}"),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def newest_start(self) -> str:
+        """What the run has printed since it was started last."""
+        return self.output.rpartition("run directory ")[2]
+
+    @property
+    def num_starts(self) -> int:
+        return self.output.count("run directory ")
+
+    def wait(self, done: Callable[[], bool], what: str) -> float:
+        """Seconds until `done`. Raises RuntimeError with the last lines when that takes too long,
+        and when the run has ended."""
+        began_s = time.monotonic()
+        while not done():
+            if self.process.poll() is not None or time.monotonic() - began_s > LONGEST_S:
+                raise RuntimeError(f"{what}: not within {LONGEST_S:g} s\n{self.output[-3000:]}")
+            time.sleep(0.02)
+        return time.monotonic() - began_s
+
+    def trains(self) -> bool:
+        return bool(TRAINED.search(self.newest_start))
+
+    def pid(self, name: str) -> int:
+        """Of an actor's newest process."""
+        return int(re.findall(rf"^{name} +pid (\d+) ", self.newest_start, re.MULTILINE)[-1])
+
+    def descendant(self, title: str) -> int:
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if title in " ".join(process.cmdline()):
+                return process.pid
+        raise ProcessLookupError(title)
+
+    def blow(self, kind: str, rng: random.Random) -> Callable[[], bool]:
+        """Strikes; returns what tells that the run has recovered."""
+        starts, said = self.num_starts, self.output
+        if kind in RESUMED:
+            pid = {
+                "driver": lambda: psutil.Process(self.process.pid).children()[0].pid,
+                "head": lambda: self.descendant("gcs_server"),
+                "raylet": lambda: self.descendant("raylet/raylet"),
+            }.get(kind, lambda: self.pid(kind))()
+            os.kill(pid, signal.SIGKILL)
+            return lambda: self.num_starts > starts and self.trains()
+        name = "evaluator" if kind == "evaluator" else f"rollout-{rng.randrange(2)}"
+        line = f"{name} pid" if kind == "evaluator" else f"{name} generates again"
+        count = said.count(line)
+        number = signal.SIGSTOP if "SIGSTOP" in kind else signal.SIGKILL
+        pid = self.pid(name)
+        if kind == "server":
+            pid = psutil.Process(pid).children()[0].pid
+        os.kill(pid, number)
+        # More restarts than a worker's budget allows end the run, and it is resumed.
+        return lambda: (
+            self.output.count(line) > count or (self.num_starts > starts and self.trains())
+        )
+
+
+def kill_at_random(victim: Victim, *, kills: int, seed: int, weights: dict[str, int]) -> Any:
+    """Kind and seconds of each recovery."""
+    rng, recoveries = random.Random(seed), []
+    for number in range(kills):
+        victim.wait(victim.trains, "the first step")
+        time.sleep(rng.uniform(0.5, 3.0))
+        (kind,) = rng.choices([*weights], weights=[*weights.values()])
+        try:
+            recovered = victim.blow(kind, rng)
+        except (ProcessLookupError, psutil.NoSuchProcess, IndexError):
+            continue  # between two starts
+        took_s = victim.wait(recovered, f"kill {number + 1}, {kind}")
+        print(f"{number + 1:4} {kind:18} {took_s:6.1f} s", flush=True)
+        recoveries.append((kind, took_s))
+    return recoveries
+
+
+def check(root: Path) -> dict[str, Any]:
+    """Counts of what must not happen, from the files of the run."""
+    summary = json.loads((root / "summary.json").read_text())
+    groups = dict(summary["groups"])
+    admitted = groups.pop("admitted")
+    ended = sum(sum(each.values()) if isinstance(each, dict) else each for each in groups.values())
+    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    times: Counter[int] = Counter()
+    for path in sorted((root / "recorded").glob("step_*.safetensors")):
+        times.update(group.group_id for group in read_groups(path))
+    return {
+        "accuracy": summary["final_accuracy"],
+        "steps": len(steps),
+        "steps_missing_or_twice": len(set(range(len(steps))) ^ set(steps))
+        + len(steps)
+        - len({*steps}),
+        "groups_admitted": admitted,
+        "groups_lost": admitted - ended,
+        "groups_trained_twice": sum(count > 1 for count in times.values()),
+        "groups_failed": groups.get("failed", 0),
+        "staleness_max": summary["staleness"]["max"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400, help="of the run; kills come before")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=("torch", "sglang"), default="torch")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--quick", action="store_true", help="one kill of a worker, a tiny run")
+    options = parser.parse_args()
+    weights = WEIGHTS if options.engine == "torch" else SERVER_WEIGHTS
+    settings, steps = [*SETTINGS], options.steps
+    if options.quick:
+        options.kills, steps, weights = 1, 40, {"worker": 1}
+        settings += QUICK
+    if options.engine == "sglang":
+        settings += SGLANG
+    with tempfile.TemporaryDirectory() as folder:
+        victim = Victim(Path(folder), [*settings, f"train.num_steps={steps}"])
+        try:
+            began_s = time.monotonic()
+            recoveries = kill_at_random(
+                victim, kills=options.kills, seed=options.seed, weights=weights
+            )
+            code = victim.process.wait(3600)
+            wall_s = time.monotonic() - began_s
+            if code != 0:
+                raise RuntimeError(f"exit code {code}\n{victim.output[-3000:]}")
+            found = check(victim.root)
+        finally:
+            if victim.process.poll() is None:
+                os.killpg(victim.process.pid, signal.SIGKILL)
+    by_kind = defaultdict(list)
+    for kind, took_s in recoveries:
+        by_kind[kind].append(took_s)
+    rows = [
+        {
+            "what is killed": kind,
+            "kills": len(times),
+            "median s": statistics.median(times),
+            "worst s": max(times),
+        }
+        for kind, times in sorted(by_kind.items())
+    ]
+    show(rows)
+    show([{**found, "wall_s": wall_s}])
+    assert found["groups_lost"] == found["groups_trained_twice"] == 0, found
+    assert found["steps_missing_or_twice"] == 0, found
+    write_result(
+        options.json,
+        "chaos",
+        engine=options.engine,
+        seed=options.seed,
+        rows=rows,
+        wall_s=wall_s,
+        **found,
+    )
+
+
+if __name__ == "__main__":
+    main()
