@@ -110,7 +110,7 @@ def _supervise(options: argparse.Namespace) -> int:
 
     if options.resume and options.config is None:
         root = options.resume.resolve()
-        config = saved_config(root)
+        config = load(saved_config(root), files=False)
         rollback = ["--from", options.at] if options.at else []
         words = ["--resume", str(root), *rollback, *options.overrides]
     else:

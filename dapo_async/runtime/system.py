@@ -200,6 +200,7 @@ class System:
         its engine or its process evaluates its share when it is back."""
 
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:
+            """One part, again and again until it is evaluated."""
             while True:
                 try:
                     evaluation = await worker.evaluate(part, len(self.workers))

@@ -14,13 +14,8 @@ from dapo_async.config import Config
 from dapo_async.model import ModelConfig
 from dapo_async.model.cost import forward_flops, kv_bytes, weight_bytes
 from dapo_async.model.peak import Peak
-<<<<<<< HEAD
-from dapo_async.replay import TokenCounts
-from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
-=======
 from dapo_async.replay import TokenCounts, TokenOutcome
-from dapo_async.rollout import EngineWork, SlotUse, TimeUse
->>>>>>> d0ece41 (Replace workers and the evaluator while training goes on)
+from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
 from dapo_async.runtime.actors.reports import ReplayReport, WorkerReport
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,6 +65,7 @@ class EngineFlow:
             _sum_of(self.time, later.time),
             _sum_of(self.work, later.work),
             slots,
+            _sum_of(self.kv, later.kv),
         )
 
     def ended(self, balance: int) -> EngineFlow:
@@ -93,7 +89,7 @@ class EngineFlow:
         return _parts(self.slots) if self.slots is not None else {}
 
 
-Use = TypeVar("Use", TimeUse, SlotUse, EngineWork)
+Use = TypeVar("Use", TimeUse, SlotUse, EngineWork, KVUse)
 
 
 def _sum_of(first: Use, second: Use) -> Use:
