@@ -135,12 +135,13 @@ def test_workers_and_evaluator_that_die_or_hang_are_replaced_while_training_goes
     assert summary["handshake"].get("mismatch", 0) == 0
 
 
-def trains(live: Live, *, starts: int, timeout_s: float = 120.0) -> None:
-    """Waits until the run has been started so often and has trained since."""
+def trains(live: Live, *, starts: int, steps: int = 1, timeout_s: float = 120.0) -> None:
+    """Waits until the run has been started so often and has trained so many steps since."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         lives = live.output.split("run directory ")[1:]
-        if len(lives) == starts and re.search(r"^step +\d+/", lives[-1], re.MULTILINE):
+        trained = re.findall(r"^step +\d+/", lives[-1], re.MULTILINE) if lives else []
+        if len(lives) == starts and len(trained) >= steps:
             return
         assert time.monotonic() < deadline_s, live.output
         time.sleep(0.02)
@@ -160,6 +161,7 @@ def test_supervised_run_survives_the_deaths_of_its_driver_and_of_its_learner(
             os.kill(driver if victim == "driver" else live.pid(victim), signal.SIGKILL)
             trains(live, starts=starts + 1)
             print(f"start {starts + 1}: trains again after {time.monotonic() - began_s:.1f} s")
+        trains(live, starts=3, steps=5)
         os.kill(live.driver, signal.SIGTERM)
         run = live.finish(timeout_s=2 * END_S)
         live.seconds_until_nothing_is_left(timeout_s=30.0)
