@@ -58,6 +58,7 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
         "config.yaml",
         "summary.json",
         "metrics.jsonl",
+        "files.jsonl",
         "evaluations.jsonl",
         "timeline.json",
         "dynamics.png",
