@@ -2,7 +2,7 @@
 
 A scenario has the speed of an engine as `step_s[n] + context_s · K` seconds per decode step, with n
 running sequences and K tokens of context in all, and that of a learner as seconds per token. See
-`planner.EngineSpeed` and `planner.LearnerSpeed`.
+`planner.EngineSpeed` and `planner.LearnerSpeed`. The publish is that of the first row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_CONTEXT = 0.9  # of a measured step: what the context may explain
 
 
 def scenario_of(rows: Sequence[BenchRow], *, slots: int) -> dict[str, Any]:
-    """The sections `engine` and `learner` that these rows tell; empty if they tell none.
+    """The sections that these rows tell; empty if they tell none.
 
     `slots`: of one engine.
     """
@@ -38,6 +38,12 @@ def scenario_of(rows: Sequence[BenchRow], *, slots: int) -> dict[str, Any]:
     if "step" in kinds:
         fastest = max(row.figures["tokens_per_s"].median for row in kinds["step"])
         sections["learner"] = {"token_s": _rounded(1 / fastest)}
+    if "publish" in kinds:
+        sections["publish"] = _publish(kinds["publish"][0])
+    if "replay" in kinds:
+        # Nothing overlaps while both sides take no time, so it is an upper bound.
+        step_s = kinds["replay"][0].figures["step_s"].median
+        sections["control"] = {"fetch_s": _rounded(step_s)}
     return sections
 
 
@@ -67,6 +73,12 @@ def _decode(rows: Sequence[BenchRow]) -> dict[str, Any]:
     context_s = min(max(0.0, products / squares), most) if squares else 0.0
     step_s = {running: _rounded(y - context_s * x) for running, (x, y) in sorted(means.items())}
     return {"step_s": step_s, "context_s": _rounded(context_s)}
+
+
+def _publish(row: BenchRow) -> dict[str, float]:
+    """An engine can't stand still longer than the publish takes."""
+    seconds, pause_s = (row.figures[name].median for name in ("publish_s", "standstill_s"))
+    return {"seconds": _rounded(seconds), "pause_s": _rounded(min(pause_s, seconds))}
 
 
 def _rounded(value: float) -> float:

@@ -70,4 +70,20 @@ def test_speed_of_a_learner_is_that_of_its_best_microbatch() -> None:
 def test_rows_that_failed_or_are_of_another_subject_tell_nothing() -> None:
     failed = BenchRow({"kind": "decode", "running": 4, "context": 64}, {}, "out of memory")
     assert scenario_of([failed], slots=4) == {}
-    assert scenario_of([row({"publish_s": 1.0}, kind="publish")], slots=4) == {}
+    assert scenario_of([row({"step_s": 1.0}, kind="end-to-end")], slots=4) == {}
+
+
+def test_a_publish_and_the_control_plane_become_sections() -> None:
+    rows = [
+        row({"publish_s": 1.0, "standstill_s": 1.5}, kind="publish"),
+        row({"publish_s": 9.0, "standstill_s": 3.0}, kind="publish"),
+        row({"step_s": 0.07}, kind="replay"),
+    ]
+    sections = scenario_of(rows, slots=4)
+    assert sections == {
+        "publish": {"seconds": 1.0, "pause_s": 1.0},
+        "control": {"fetch_s": 0.07},
+    }
+    whole = {**RUN, "engine": {"slots": 4, "step_s": 0.01}, "learner": {"token_s": 1e-5}}
+    scenario, _ = read_scenario({**whole, **sections})
+    assert (scenario.publish_s, scenario.fetch_s) == (1.0, 0.07)
