@@ -80,10 +80,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     best = plan.best
     scenario, outcome, shape = best.scenario, best.outcome, best.shape
     yield (
-        f"split      {best.engine_gpus} GPUs generate ({scenario.num_engines} engines of "
-        f"{shape.engine_gpus}, {scenario.engine.num_slots} slots each), {best.learner_gpus} train "
-        f"(tensor_parallel {shape.tensor_parallel}); max_staleness {scenario.max_staleness}, "
-        f"{scenario.weight_update}"
+        f"split      {best.engine_gpus} GPUs generate: {scenario.num_engines} engines of "
+        f"{shape.engine_gpus}, {scenario.engine.num_slots} slots each, {scenario.weight_update}; "
+        f"{best.learner_gpus} train"
+    )
+    yield (
+        f"           tensor_parallel {shape.tensor_parallel} of the learner, max_staleness "
+        f"{scenario.max_staleness}"
     )
     yield f"because    {reason(best)}"
     yield (
@@ -112,9 +115,9 @@ def closed_form_lines(
         staleness = f"{forms.group_staleness:.2f} ({outcome.group_staleness:.2f})"
     yield (
         f"paper      closed forms (simulated): step {forms.step_s:.4g} s ({outcome.step_s:.4g}), "
-        f"{forms.tokens_per_s:,.0f} tokens/s ({outcome.trained_tokens_per_s:,.0f}), staleness per "
-        f"group {staleness}"
+        f"{forms.tokens_per_s:,.0f} tokens/s ({outcome.trained_tokens_per_s:,.0f}),"
     )
+    yield (f"           staleness per group {staleness}")
     if candidate is not None:
         share = balanced_share(
             scenario, engine_gpus=candidate.engine_gpus, learner_gpus=candidate.learner_gpus
@@ -143,19 +146,19 @@ def _synchronous_lines(plan: Plan) -> Iterator[str]:
 def _other_lines(plan: Plan) -> Iterator[str]:
     """The alternatives, the fastest first; then the cheapest one."""
     yield (
-        "others     learner GPUs (tp)  engine GPUs (each)  slots  bound  update     step s  "
-        "staleness  idle learner  slots  GPU s per 1,000 tokens"
+        "others     learner (tp)  engines (each)  slots  bound  update     step s  stale  "
+        "idle learner, slots  GPU ms/token"
     )
     for each in plan.candidates[1:]:
         figures, shape = each.outcome, each.shape
         learner = f"{each.learner_gpus} ({shape.tensor_parallel})"
         engines = f"{each.engine_gpus} ({shape.engine_gpus})"
         yield (
-            f"           {learner:>17}  {engines:>18}  {shape.slots:>5}  "
+            f"           {learner:>12}  {engines:>14}  {shape.slots:>5}  "
             f"{each.scenario.max_staleness:>5}  {each.scenario.weight_update:<9}  "
-            f"{each.step_s:>6.4g}  {figures.staleness:>9.2f}  "
+            f"{each.step_s:>6.4g}  {figures.staleness:>5.2f}  "
             f"{idle_learner(figures):>12.0%}  {idle(figures):>5.0%}  "
-            f"{1000 * each.gpu_s_per_token:>22.3g}"
+            f"{1000 * each.gpu_s_per_token:>12.3g}"
         )
     cheapest = plan.cheapest
     if cheapest is not plan.best:
@@ -250,8 +253,11 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
     return {
         "candidates": [figures(each) for each in plan.candidates],
-        "synchronous": figures(plan.synchronous),
-        "colocated": figures(plan.colocated),
+        "synchronous": {
+            "step_s": plan.synchronous.step_s,
+            "learner_gpus": plan.synchronous.learner_gpus,
+        },
+        "colocated": {"step_s": plan.colocated.step_s},
         "asynchrony_pays": plan.pays,
         "left_out": dict(plan.left_out),
         "sensitivity": dict(plan.sensitivity),

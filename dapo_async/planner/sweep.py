@@ -12,6 +12,7 @@ fastest split, alternatives, the synchronous ways, and how the figures move when
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -125,17 +126,9 @@ def find_plan(scenario: Scenario, cluster: Cluster) -> Plan:
         for mode in modes
     ]
     best = [_candidate(each.shape, each.scenario, small=False) for each in _distinct(ranked(tried))]
-    most = max(cluster.gpus)
+    most = max(shape.gpus for shape in made)
     synchronous = min(
-        (
-            (shape, replace(whole, max_staleness=0))
-            for shape, whole in made.items()
-            if shape.gpus == most
-        ),
-        key=lambda each: closed_forms(each[1]).step_s,
-        default=None,
-    ) or min(
-        ((shape, replace(whole, max_staleness=0)) for shape, whole in made.items()),
+        ((shape, _synchronous(whole)) for shape, whole in made.items() if shape.gpus == most),
         key=lambda each: closed_forms(each[1]).step_s,
     )
     shape = synchronous[0]
@@ -308,7 +301,25 @@ def _on_all_gpus(scenario: Scenario, cluster: Cluster, shape: Shape) -> Scenario
     gpus = shape.gpus - shape.gpus % shape.engine_gpus
     gpus -= gpus % shape.tensor_parallel
     both = replace(shape, gpus=2 * gpus, learner_gpus=max(gpus, shape.tensor_parallel))
-    return replace(scenario_of_shape(scenario, cluster, both, 0), colocated=True)
+    return replace(_synchronous(scenario_of_shape(scenario, cluster, both, 0)), colocated=True)
+
+
+def _synchronous(scenario: Scenario) -> Scenario:
+    """At staleness 0. All groups that a step needs, rejected ones too, are generated at once.
+
+    So no group has to wait for the end of a rejected one, as synchronous systems do it.
+    """
+    share = sum(scenario.acceptance) / 2
+    minibatch = math.ceil(scenario.groups_per_step / share / scenario.num_minibatches)
+    groups = minibatch * scenario.num_minibatches
+    trained, speed = scenario.groups_per_step / groups, scenario.learner
+    return replace(
+        scenario,
+        max_staleness=0,
+        groups_per_step=groups,
+        acceptance=(1.0, 1.0),
+        learner=replace(speed, token_s=trained * speed.token_s, group_s=trained * speed.group_s),
+    )
 
 
 def _sensitivity(best: Candidate) -> Iterator[tuple[str, float]]:

@@ -155,6 +155,17 @@ def test_asynchrony_does_not_pay_when_training_takes_no_time() -> None:
     assert not plan.pays
 
 
+def test_a_synchronous_run_generates_the_rejected_groups_at_once() -> None:
+    lengths = {"mean": 300, "max": 300, "tail": 0.0}
+    plan = plan_of(
+        lengths=lengths, replay={"groups_per_step": 8, "group_size": 4, "acceptance": 0.5}
+    )
+    scenario = plan.synchronous.scenario
+    assert (scenario.groups_per_step, scenario.acceptance) == (16, (1.0, 1.0))
+    assert scenario.train_s == pytest.approx(8 * 4 * 300 * 1e-4 * 4 / plan.synchronous.learner_gpus)
+    assert plan.synchronous.step_s == pytest.approx(300 * 0.02 + scenario.train_s)
+
+
 def test_a_smaller_fleet_has_about_the_same_step_time() -> None:
     scenario, cluster = read_scenario(
         values(engines=24, replay={"groups_per_step": 192, "group_size": 4, "max_staleness": 2})
