@@ -448,7 +448,7 @@ def predict(name: str, table: Mapping[str, Any]) -> list[Row]:
     """The rows of a table; none, with a line, if it lacks what calibrates."""
     try:
         return list(TABLES[name](table))
-    except (LookupError, StopIteration, RuntimeError) as error:
+    except (LookupError, RuntimeError, ArithmeticError, ValueError) as error:
         what = error.__cause__ or error
         print(f"{name} is not predicted: it lacks the calibrating rows ({what!r})")
         return []

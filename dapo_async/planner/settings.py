@@ -152,6 +152,7 @@ def read_scenario(
     for (section, key), choices in CHOICES.items():
         _choice(f"{section}.{key}", of[section][key], choices)
     engine, learner, replay = of["engine"], of["learner"], of["replay"]
+    _check_groups_of_ranks(learner)
     scenario = Scenario(
         num_engines=_whole("engines", top["engines"]),
         engine=_engine_speed(engine),
@@ -200,6 +201,16 @@ def read_scenario(
     return scenario, _cluster(top["plan"], rates, scenario)
 
 
+def _check_groups_of_ranks(learner: Mapping[str, Any]) -> None:
+    gpus = _whole("learner.gpus", learner["gpus"])
+    size = _whole("learner.tensor_parallel", learner["tensor_parallel"])
+    if gpus % size:
+        raise ValueError(
+            f"learner.gpus ({gpus}) must be a multiple of learner.tensor_parallel ({size}); change "
+            "one of them"
+        )
+
+
 def step_table(points: Mapping[int, float], slots: int) -> tuple[float, ...]:
     """Decode step times for 0 … `slots` running sequences, from measured ones.
 
@@ -233,6 +244,9 @@ def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
     Measured rates in the file stay.
     """
     settings = _section("model", values["model"], MODEL_KEYS)
+    for name in ("engine", "learner"):
+        if not isinstance(values.get(name) or {}, Mapping):
+            raise ValueError(f"{name} ({values[name]!r}) must be a section of keys")
     engine = _section("engine", {"step_s": 1.0, **(values.get("engine") or {})}, KEYS["engine"])
     learner = _section(
         "learner", {"token_s": 1.0, **(values.get("learner") or {})}, KEYS["learner"]

@@ -22,6 +22,7 @@ from dapo_async.planner.cost_model import (
 from dapo_async.planner.hardware import find_gpu
 from dapo_async.planner.planned_model import PlannedModel, model_of, read_model
 from dapo_async.planner.settings import read_scenario
+from dapo_async.planner.sweep import find_plan
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -282,6 +283,24 @@ def test_a_wrong_model_section_is_refused_in_one_line(
     values["model"].update(changes)
     with pytest.raises(ValueError, match=says):
         read_scenario(values)
+
+
+@pytest.mark.parametrize("section", ["engine", "learner"])
+def test_a_section_that_holds_no_keys_is_refused_with_a_model_too(
+    section: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    with pytest.raises(ValueError, match=rf"{section} \(5\) must be a section of keys"):
+        read_scenario({**scenario_values(tmp_path), section: 5})
+
+
+def test_a_learner_that_the_model_cannot_be_split_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    values = scenario_values(tmp_path)
+    values["plan"] = {"gpus": 8, "tensor_parallel": [3]}
+    with pytest.raises(ValueError, match=r"learner\.tensor_parallel \(3\) must divide") as raised:
+        find_plan(*read_scenario(values))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_model_that_does_not_fit_its_engine_is_refused() -> None:

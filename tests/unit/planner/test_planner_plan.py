@@ -98,6 +98,7 @@ def test_step_times_are_linear_between_the_measured_points() -> None:
         ({"engines": 0}, "engines \\(0\\) must be a whole number of at least 1"),
         ({"engine__kv_tokens": 500}, "the KV cache of an engine holds 500 tokens"),
         ({"learner": 5}, "learner \\(5\\) must be a section of keys"),
+        ({"learner__tensor_parallel": 3}, "learner.gpus \\(4\\) must be a multiple of learner"),
         ({"learner__scaling": 1.5}, "learner.scaling \\(1.5\\) must be from 0 to 1"),
         ({"learner__token_s": {}}, "must give positive seconds per token by GPUs"),
         ({"learner__token_s": {4: 0}}, "must give positive seconds per token by GPUs"),
