@@ -183,15 +183,14 @@ class Flow:
         found: dict[str, float] = {}
         if elapsed_s > 0:
             full_s = sum(new.kv.full_s - old.kv.full_s for old, new in pairs)
-            slot_s = sum(
-                sum(new.slot_seconds().values()) - sum(old.slot_seconds().values())
-                for old, new in pairs
-            )
-            engine_s = sum(
-                sum(new.seconds().values()) - sum(old.seconds().values()) for old, new in pairs
-            )
             found["kv.use"] = full_s / elapsed_s
-            found["slots_per_engine"] = slot_s / engine_s if engine_s > 0 else 0.0
+        slots = [(old.slots, new.slots) for old, new in pairs if old.slots and new.slots]
+        slots_s = sum(new.elapsed_s - old.elapsed_s for old, new in slots)
+        if slots_s > 0:
+            slot_s = sum(
+                sum(_parts(new).values()) - sum(_parts(old).values()) for old, new in slots
+            )
+            found["slots_per_engine"] = slot_s / slots_s
         if pairs:
             found["kv.retractions"] = sum(new.kv.retractions for _, new in pairs)
         if prompts > 0:

@@ -125,7 +125,7 @@ def test_slots_adapt_to_a_server_that_lacks_memory(tmp_path: Path) -> None:
             shares = [value for name, value in row.items() if name.startswith("engine_time.")]
             assert abs(sum(shares) - 1.0) < 1e-6
     fixed, adaptive = runs["64"].summary, runs["auto"].summary
-    assert fixed["slots_per_engine"] == 64
+    assert fixed["slots_per_engine"] == pytest.approx(64)
     assert adaptive["slots_per_engine"] < 48
     assert fixed["slots.queued"] > 0.1
     assert adaptive["slots.queued"] < fixed["slots.queued"]

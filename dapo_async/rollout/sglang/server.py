@@ -71,7 +71,6 @@ class ServerOptions:
             "--skip-server-warmup",
             "--skip-tokenizer-init",
             "--incremental-streaming-output",
-            "--enable-metrics",  # for Prometheus; the engine itself does not read them
         ]
         if self.device == "cpu":
             sequences = (self.kv_sequences or self.num_slots) + SPARE_SLOTS
