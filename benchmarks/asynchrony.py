@@ -56,9 +56,11 @@ from support.sleeping import (
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
+from dapo_async.runtime.launch import ActorClasses
 from dapo_async.runtime.loop import train_loop
 from dapo_async.runtime.resume import START
 from dapo_async.runtime.services import Services, build_services
+from dapo_async.tracking.disk_faults import DiskFaults
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.state_clock import StateClock
 
@@ -171,34 +173,42 @@ async def train(services: Services, config: Config, cpu: CpuSeconds) -> Spent:
     return Spent(spent, {name: timeline.totals(name) for name in ("learner", "driver")})
 
 
+def play(config: Config, classes: ActorClasses, cpu: CpuSeconds) -> tuple[list[Row], Spent]:
+    """A run of `config` with these actors: the rows of its metrics, and what it spent."""
+    run_dir = RunDir(Path(config.run_dir))
+    run_dir.rollouts.mkdir()
+    sinks: Any = SimpleNamespace(
+        step=cpu.on_step,
+        say=lambda line: None,
+        event=lambda *names, **values: None,
+        disk=DiskFaults(lambda line: None),
+    )
+
+    async def run() -> Spent:
+        services = build_services(
+            config,
+            run_dir=run_dir,
+            sinks=sinks,
+            clock=StateClock("driver"),
+            incarnation="bench",
+            resume=START,
+            driver_state=lambda tracker: {},
+            classes=classes,
+        )
+        try:
+            return await train(services, config, cpu)
+        finally:
+            services.system.kill()
+
+    spent = asyncio.run(run())
+    return [json.loads(line) for line in run_dir.metrics.read_text().splitlines()], spent
+
+
 def measure(shape: Shape, steps: int, warm_up: int, inputs: tuple[Path, Path]) -> Row:
     """One run; figures of the steps from `warm_up` on."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(shape, steps + shape.extra_steps, Path(folder), inputs)
-        run_dir = RunDir(Path(folder))
-        run_dir.rollouts.mkdir()
-        cpu = CpuSeconds(warm_up - 1)
-        sinks: Any = SimpleNamespace(step=cpu.on_step, say=lambda line: None)
-        classes = emulated(shape)
-
-        async def run() -> Spent:
-            services = build_services(
-                config,
-                run_dir=run_dir,
-                sinks=sinks,
-                clock=StateClock("driver"),
-                incarnation="bench",
-                resume=START,
-                driver_state=lambda tracker: {},
-                classes=classes,
-            )
-            try:
-                return await train(services, config, cpu)
-            finally:
-                services.system.kill()
-
-        spent = asyncio.run(run())
-        rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+        rows, spent = play(config, emulated(shape), CpuSeconds(warm_up - 1))
     return figures(shape, rows[warm_up - 1 : steps], spent, steps=steps, warm_up=warm_up)
 
 

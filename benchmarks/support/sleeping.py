@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from dapo_async.types import Completion, FinishReason
 GROUP_SIZE, GROUPS_PER_STEP, WORKERS = 8, 32, 2
 ACCEPTANCE = 0.75  # the other groups are all correct, and dynamic sampling rejects them
 MEAN_TOKENS, CAP = 128, 4.0  # tokens of a response; the longest, in means
+RESERVE_TOKENS = 64  # per running sequence that stay free in the KV cache
 TICK_S = 0.005  # commands wait for the engine's thread at most so long, as for a decode step
 MARKER_ID, EOS_ID = 11, 12  # of the quickstart's tokenizer; 0 … 9 are the digits
 RIGHT, WRONG = 1, 0  # the answer of every problem, and another one
@@ -52,6 +54,7 @@ class Shape:
     response_steps: float  # duration of a mean response, in learner steps
     minibatches: int = 1
     admission: str = "paced"
+    kv_tokens: float = math.inf  # what the KV cache of an engine holds
 
     @property
     def token_s(self) -> float:
@@ -148,7 +151,8 @@ class SleepingEngine(TorchEngine):
 
     def step(self) -> list[tuple[int, tuple[Completion, ...]]]:
         """Fills free slots, sleeps until the next sequence ends, for `TICK_S` at most."""
-        now_s, free = time.monotonic(), self.num_slots - len(self._ends)
+        now_s = time.monotonic()
+        free = min(self.num_slots - len(self._ends), self._room(now_s))
         starting, self._queue = self._queue[:free], self._queue[free:]
         for group_id, sibling in starting:
             end_s = now_s + float(self._open[group_id].lengths[sibling]) * self._shape.token_s
@@ -156,6 +160,14 @@ class SleepingEngine(TorchEngine):
         self.num_drawn = len(self._ends)
         time.sleep(max(0.0, min(TICK_S, self._ends[0][0] - time.monotonic())))
         return self._finish(time.monotonic())
+
+    def _room(self, now_s: float) -> int:
+        """Sequences for which the KV cache has room, as in the planner's engine."""
+        if self._shape.kv_tokens == math.inf:
+            return self.num_slots
+        context = sum(now_s - start_s for *_, start_s in self._ends) / self._shape.token_s
+        left = self._shape.kv_tokens - context - RESERVE_TOKENS * len(self._ends)
+        return max(0 if self._ends else 1, int(left / RESERVE_TOKENS))
 
     def update_weights(
         self, weights: Mapping[str, torch.Tensor], *, version: int, probe_ids: NDArray[np.int32]
