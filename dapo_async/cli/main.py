@@ -13,6 +13,7 @@ from types import ModuleType
 from dapo_async.cli import (
     bench,
     config,
+    dump,
     evaluate,
     grade,
     plan,
@@ -35,6 +36,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
     "status": status,
+    "dump": dump,
     "eval": evaluate,
     "report": report,
     "verify": verify,

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from dapo_async.config import STOP_S, Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.dump import write_dump
 from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.loop import TrainingStopped, train_loop
 from dapo_async.runtime.resume import START, ResumePoint
@@ -42,7 +43,7 @@ from dapo_async.runtime.status import (
 from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.summary import RunProgress, summarise_run
 from dapo_async.tracking.plot import draw_dynamics, import_library
-from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.run_dir import DUMP_SIGNAL, RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Progress
 from dapo_async.utils.files import atomic_write, disk_fault
@@ -141,6 +142,8 @@ class Run:
         time_limit.cancel()
         self._clock.enter("stop")
         try:
+            if self._services is not None and self._record.outcome.hangs:
+                await self._attempt("a dump", self._dump(self._record.outcome.reason))
             if self._services is not None:
                 await shut_down(
                     self._services,
@@ -194,6 +197,9 @@ class Run:
             except ValueError as error:
                 raise WrongInput(str(error)) from error
             self._prepare()
+            with suppress(OSError):  # a full disk; only `dapo-async dump` needs it
+                self._run_dir.sign()
+            asyncio.get_running_loop().add_signal_handler(DUMP_SIGNAL, self._dump_on_request)
             # Again: Ray has replaced the handlers by its own, which print a stack trace.
             task = asyncio.current_task()
             assert task is not None
@@ -305,6 +311,17 @@ class Run:
         except OSError as refused:  # the reason is in the summary and on the terminal
             consequence = "the run ends without the traceback"
             self._sinks.disk.note("error.txt", disk_fault(refused), consequence=consequence)
+
+    def _dump_on_request(self) -> None:
+        dump = self._attempt("a dump", self._dump(f"{DUMP_SIGNAL.name} received"))
+        self._dumping = asyncio.create_task(dump)  # kept, so that it is not collected
+
+    async def _dump(self, why: str) -> None:
+        """Writes what every actor does now."""
+        if self._services is None:
+            return
+        path = await write_dump(self._services.system, self._run_dir, self._clock, why=why)
+        self._sinks.say(f"dump: {path}")
 
     def _note(self, number: signal.Signals) -> None:
         """Writes the summary before the running step has ended: the process may be killed before

@@ -19,7 +19,7 @@ from dapo_async.runtime.handles.actors import (
 )
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
-from dapo_async.runtime.launch import Actors
+from dapo_async.runtime.launch import Actors, AnyHandle
 from dapo_async.runtime.supervisor import Supervisor, until_silent
 from dapo_async.weights import Publisher
 
@@ -234,6 +234,10 @@ class System:
             for actor, answer in zip(actors, answers, strict=True)
             if not (actor.name in workers and isinstance(answer, ActorDied))
         }
+
+    @property
+    def every_actor(self) -> list[AnyHandle]:
+        return self._actors.all
 
     def kill(self) -> None:
         """Ends all actors. Without Ray's head they end with the driver instead."""

@@ -10,6 +10,9 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from dapo_async.utils.files import PARTIAL, atomic_write
 from dapo_async.utils.manifest import FileSum, sums_of
 from dapo_async.utils.paths import for_shell
 from dapo_async.utils.reasons import unreadable
+
+DUMP_SIGNAL = signal.SIGUSR1  # asks the driver for a dump
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,37 @@ class RunDir:
                 f"the run in {self.root} is still running in another process; "
                 "wait for its end, or end it first"
             ) from error
+
+    def is_locked(self) -> bool:
+        """Whether a run is running in this directory."""
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(folder)
+        return False
+
+    def sign(self) -> None:
+        """Notes which process runs in this directory, for `dapo-async dump`."""
+        signed = {"pid": os.getpid(), "host": socket.gethostname()}
+        atomic_write(self.driver, json.dumps(signed) + "\n")
+
+    @property
+    def driver(self) -> Path:
+        """{pid, host} of the newest driver."""
+        return self.root / "process.json"
+
+    @property
+    def dumps(self) -> Path:
+        """What every actor did at some instant, as text."""
+        return self.root / "dumps"
+
+    def new_dump(self) -> Path:
+        self.dumps.mkdir(exist_ok=True)
+        count = len([*self.dumps.glob("*.txt")])
+        return self.dumps / f"{count + 1:03d}-{time.strftime('%H%M%S')}.txt"
 
     def best_version(self, versions: Sequence[int]) -> int | None:
         """The version with the best evaluation, the newer of two equal ones; None without any."""

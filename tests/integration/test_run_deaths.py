@@ -31,6 +31,7 @@ from run_support import (
     check_checkpoint,
     check_conservation,
     check_token_flow,
+    command,
     running,
 )
 
@@ -251,12 +252,21 @@ def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
     )
     soon = "from dapo_async import config; config.STOP_S = 5.0"
     with running(tmp_path / "run", *TINY, *LONG, *slow, before=soon) as live:
+        live.wait_for(r"^step +3/")
+        on_request = command("dump", str(live.root))
         run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)
     check_end(run, exit_code=1, status="failed")
     reason = run.summary["reason"]
     assert reason.startswith("take waited 5 s: take at version "), reason
     assert "of 8 groups finished" in reason, reason  # a minibatch
     assert "rollout-0" in reason, reason
+    assert on_request.returncode == 0, on_request
+    first, at_end = sorted((run.root / "dumps").iterdir())
+    assert str(first) in on_request.stdout
+    for name in ("driver", "replay", "learner", "rollout-0"):
+        assert f"=== {name}\npid " in first.read_text(), f"{name} did not answer"
+    assert at_end.read_text().startswith("why: take waited 5 s")
+    assert "=== rollout-0\nno answer: the driver waited 3 s" in at_end.read_text()
     assert run.summary["groups"]["in_flight"] == 0, (
         "the other actors' last counts were lost with the worker's"
     )

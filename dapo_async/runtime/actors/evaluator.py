@@ -15,6 +15,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.utils.state_clock import Span, StateClock
+from dapo_async.utils.thread_stack import process_dump
 
 if TYPE_CHECKING:
     from dapo_async.runtime.actors.engine_host import TorchHost
@@ -93,6 +94,10 @@ class EvaluatorActor:
         host = await self._host()
         with self._clock.during("evaluate", f"version {host.engine.version}"):
             return await host.evaluate(part=0, num_parts=1)
+
+    async def dump(self) -> str:
+        """What this process does now."""
+        return process_dump(self._clock)
 
     async def take_spans(self) -> list[Span]:
         return self._clock.take_spans()

@@ -27,7 +27,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.utils.thread_stack import stack_location
+from dapo_async.utils.thread_stack import process_dump, stack_location
 from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest
 
 if TYPE_CHECKING:
@@ -300,6 +300,10 @@ class LearnerActor:
                 base=Path(self._config.model.path),
                 out=folder,
             )
+
+    async def dump(self) -> str:
+        """What this process does now."""
+        return process_dump(self._clock)
 
     async def report(self) -> LearnerReport:
         if self._peak is None and (self._number == 0 or self._device != "cpu"):

@@ -55,6 +55,7 @@ from dapo_async.tracking.samples import choose_samples, write_rollouts
 from dapo_async.types import Admission, Completion, Group, GroupFacts, Prompt, TrainBatch
 from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
+from dapo_async.utils.thread_stack import process_dump
 
 # Offers that no incarnation of this run has generated: their tokens are not counted.
 UNBOOKED = (Refusal.FOREIGN_INCARNATION, Refusal.UNKNOWN)
@@ -620,6 +621,10 @@ class ReplayActor:
         captured, self._captured = self._captured, None
         assert captured is not None, "save before capture_state"
         await asyncio.to_thread(write_state, state, captured)
+
+    async def dump(self) -> str:
+        """What this process does now."""
+        return process_dump(self._clock, self._buffer.counts)
 
     async def report(self) -> ReplayReport:
         buffer = self._buffer

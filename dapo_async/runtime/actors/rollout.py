@@ -26,6 +26,7 @@ from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.handles.handle import Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
+from dapo_async.utils.thread_stack import process_dump
 from dapo_async.weights import Announcement, Attestation, BrokenOff
 
 if TYPE_CHECKING:
@@ -232,6 +233,10 @@ class RolloutActor:
         except EngineFault as fault:
             self._worker.lose(str(fault))
             return None
+
+    async def dump(self) -> str:
+        """What this process does now."""
+        return process_dump(self._clock, self._worker.state.value)
 
     async def report(self) -> WorkerReport:
         return WorkerReport(

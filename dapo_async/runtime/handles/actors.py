@@ -70,6 +70,7 @@ class ReplayHandle(Handle[ReplayActor]):
     save = remote(ReplayActor.save, _work)
     close = remote(ReplayActor.close, _short)
     report = remote(ReplayActor.report, _short)
+    dump = remote(ReplayActor.dump, _short)
 
 
 class LearnerHandle(Handle[LearnerActor]):
@@ -92,6 +93,7 @@ class LearnerHandle(Handle[LearnerActor]):
     capture_state = remote(LearnerActor.capture_state, _work)
     save = remote(LearnerActor.save, _work)
     report = remote(LearnerActor.report, _short)
+    dump = remote(LearnerActor.dump, _short)
 
 
 class WorkerHandle(Handle[RolloutActor]):
@@ -111,6 +113,7 @@ class WorkerHandle(Handle[RolloutActor]):
     back = remote(RolloutActor.back, _return)
     evaluate = remote(RolloutActor.evaluate, _work)
     report = remote(RolloutActor.report, _short)
+    dump = remote(RolloutActor.dump, _short)
     _join = remote(RolloutActor.join, _answer)
     _receive = remote(RolloutActor.receive, _answer)
     _read = remote(RolloutActor.read, _answer)
@@ -154,3 +157,4 @@ class EvaluatorHandle(Handle[EvaluatorActor]):
     read = remote(EvaluatorActor.read, _work)
     evaluate = remote(EvaluatorActor.evaluate, _work)
     take_spans = remote(EvaluatorActor.take_spans, _short)
+    dump = remote(EvaluatorActor.dump, _short)

@@ -187,11 +187,11 @@ def test_overrides_may_stand_before_and_after_an_option(
     [
         (
             (),
-            "which command? give one of train, status, eval, report, rerun, grade, bench, plan, "
-            "simulate, config; ",
+            "which command? give one of train, status, dump, eval, report, verify, rerun, grade, "
+            "bench, plan, simulate, config; ",
         ),
-        (("trian",), "unknown command trian; did you mean train? There are train, status, eval, "),
-        (("inspect",), "unknown command inspect; there are train, status, eval, report, "),
+        (("trian",), "unknown command trian; did you mean train? There are train, status, dump, "),
+        (("inspect",), "unknown command inspect; there are train, status, dump, eval, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
         (
             ("train",),
@@ -199,7 +199,7 @@ def test_overrides_may_stand_before_and_after_an_option(
         ),
         ((*TRAIN, "--dryrun", "seed=1"), "unknown option --dryrun; did you mean --dry-run?"),
         ((*TRAIN, "--dry"), "unknown option --dry; did you mean --dry-run?"),
-        ((*TRAIN, "--gpus=3"), "unknown option --gpus=3; there are --help, --resume, --dry-run"),
+        ((*TRAIN, "--gpus=3"), "unknown option --gpus=3; there are --help, --resume, --from, "),
         ((*TRAIN, "--learner.lr=3"), "learner.lr is a knob, not an option; write learner.lr=3"),
         ((*TRAIN, "--seed", "3"), "seed is a knob, not an option; write seed=..."),
         ((*TRAIN, "--learner.lrr=3"), "a knob is written without dashes, as in learner.lr=1e-4"),
