@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--cost-per-gpu-hour ({price:g}) must be above 0")
         cluster = replace(cluster, gpu_hour=price)
     if measured is not None:
-        say(measured_line(measured, simulate(scenario)))
+        say(measured_line(measured, scenario, simulate(scenario)))
     plan = find_plan(scenario, cluster)
     for line in plan_lines(plan):
         say(line)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     for line in simulation_lines(scenario, outcome):
         say(line)
     if measured is not None:
-        say(measured_line(measured, outcome))
+        say(measured_line(measured, scenario, outcome))
     if options.json is not None:
         out: Path = options.json
         out.write_text(json.dumps(as_json(scenario, outcome), indent=1) + "\n")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dapo_async.planner.from_run import Measured, scenario_of_run
 from dapo_async.planner.scenario import Scenario
 from dapo_async.planner.settings import Cluster, read_scenario, read_scenario_file
+from dapo_async.planner.simulator import simulate
+
+LEAST_REST = 0.03  # of a step: less is noise
+LEARNER_BOUND = 0.9  # share of time in which the simulated learner trains
 
 
 def read_input(
@@ -22,4 +27,18 @@ def read_input(
         return *read_scenario_file(file), None
     assert from_run is not None
     values, measured = scenario_of_run(from_run)
-    return *read_scenario(values), measured
+    scenario, cluster = read_scenario(values)
+    return with_control_plane(scenario, measured), cluster, measured
+
+
+def with_control_plane(scenario: Scenario, measured: Measured) -> Scenario:
+    """With what a step took beyond both sides' work as `snapshot_s`.
+
+    If the simulated learner hardly waits, then the real one did not wait for generation but for the
+    control plane. It would do so on another split too.
+    """
+    outcome = simulate(scenario)
+    rest_s = measured.step_s - outcome.step_s
+    if rest_s < LEAST_REST * measured.step_s or outcome.learner["train"] < LEARNER_BOUND:
+        return scenario
+    return replace(scenario, snapshot_s=rest_s)

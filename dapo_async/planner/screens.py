@@ -45,14 +45,17 @@ def simulation_lines(scenario: Scenario, outcome: Outcome) -> Iterator[str]:
         yield f"KV cache   full {outcome.num_retracted} times; a response went back to the queue"
 
 
-def measured_line(measured: Measured, outcome: Outcome) -> str:
+def measured_line(measured: Measured, scenario: Scenario, outcome: Outcome) -> str:
     """A run's own figures beside those of its simulation."""
+    control = ""
+    if scenario.control_s:
+        control = f"; of a step {scenario.control_s:.2g} s are the control plane"
     simulated_idle = idle_learner(outcome)
     return (
         f"measured   {measured.step_s:.4g} s per step in the last {measured.steps}, simulated "
         f"{outcome.step_s:.4g} s ({outcome.step_s / measured.step_s - 1:+.0%}); staleness "
         f"{measured.staleness:.2f}, simulated {outcome.staleness:.2f}; idle learner "
-        f"{measured.idle_learner:.0%}, simulated {simulated_idle:.0%}"
+        f"{measured.idle_learner:.0%}, simulated {simulated_idle:.0%}{control}"
     )
 
 

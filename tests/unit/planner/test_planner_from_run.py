@@ -13,6 +13,7 @@ from dapo_async import config as knobs
 from dapo_async.cli.main import main
 from dapo_async.planner.from_run import scenario_of_run
 from dapo_async.planner.inputs import read_input
+from dapo_async.planner.screens import measured_line
 from dapo_async.planner.settings import read_scenario
 from dapo_async.planner.simulator import simulate
 
@@ -74,6 +75,22 @@ def test_a_run_is_simulated_as_it_was_measured(tmp_path: Path) -> None:
     assert outcome.step_s == pytest.approx(STEP_S, rel=0.1)
     assert outcome.learner["train"] == pytest.approx(1 - IDLE, abs=0.08)
     assert outcome.engines["running"] > 0.95
+
+
+def test_a_wait_that_is_not_for_generation_is_the_control_plane(tmp_path: Path) -> None:
+    """The learner works for 3 of 4 s, though a fifth of the slots suffice for what is generated."""
+    few: dict[str, Any] = {"slots.idle": 0.8}
+    scenario, _, measured = read_input(None, from_run=write_run(tmp_path, **few))
+    assert measured is not None
+    assert scenario.snapshot_s == pytest.approx(STEP_S - 3.0, abs=0.1)
+    outcome = simulate(scenario)
+    assert outcome.step_s == pytest.approx(STEP_S, rel=0.03)
+    assert "s are the control plane" in measured_line(measured, scenario, outcome)
+
+
+def test_a_wait_for_generation_is_no_control_plane(tmp_path: Path) -> None:
+    scenario, _, _ = read_input(None, from_run=write_run(tmp_path))
+    assert scenario.control_s == 0.0
 
 
 def test_without_written_rollouts_the_mean_is_enough(tmp_path: Path) -> None:
