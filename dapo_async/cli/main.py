@@ -21,6 +21,7 @@ from dapo_async.cli import (
     rerun,
     simulate,
     status,
+    trace,
     train,
     verify,
 )
@@ -40,6 +41,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "eval": evaluate,
     "report": report,
     "verify": verify,
+    "trace": trace,
     "rerun": rerun,
     "grade": grade,
     "bench": bench,

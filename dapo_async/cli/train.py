@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo_async.cli.arguments import EXAMPLE, Parser, add_config, path, say
-from dapo_async.config import Config, load, parse_source, to_yaml
+from dapo_async.cli.dry_run import dry_run_lines
+from dapo_async.config import Config, load, to_yaml
 from dapo_async.utils.paths import for_shell
 
 if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
     from dapo_async.tracking.run_dir import RunDir
 
 HELP = "train a model; writes a run directory"
-MIB = 2**20
 RESUMABLE = ("interrupted", "out_of_time", "failed")  # statuses after which a run can go on
 
 
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             say(f"could not start on this machine: {fault}")
         for line in inputs.model:
             say(line)
-        for line in _dry_run_lines(config, root, first_step=point.version):
+        for line in dry_run_lines(config, root, first_step=point.version):
             say(line)
         return 0
 
@@ -226,96 +226,6 @@ def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
         yield f"training   {inputs.train.summary}"
     if inputs.heldout and (dry_run or inputs.heldout.left_out.counts):
         yield f"held-out   {inputs.heldout.summary}"
-
-
-def _dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[str]:
-    from dapo_async.runtime.cluster.planned_actors import planned_actors
-    from dapo_async.runtime.slot_advice import slot_advice
-
-    replay, rollout = config.replay, config.rollout
-    local = config.ray.address == "local"
-    where = "a new Ray on this machine" if local else f"the Ray cluster at {config.ray.address}"
-    actors = list(planned_actors(config))
-    yield f"would write {root}"
-    yield f"would start {len(actors)} actors, one process each, on {where}, and this driver:"
-    for actor in actors:
-        yield f"  {actor.name:<10} {actor.num_cpus:g} CPU {actor.num_gpus:g} GPU  {actor.detail}"
-    if advice := slot_advice(config):
-        yield advice
-    if parse_source(config.model.path).hub is None:  # else there are no sizes yet
-        yield _memory_line(config)
-        yield _engine_memory_line(config)
-    yield (
-        f"would train {config.train.num_steps - first_step} steps of "
-        f"{replay.groups_per_step * replay.group_size} rollouts of at most "
-        f"{rollout.max_response_tokens} tokens"
-    )
-
-
-def _memory_line(config: Config) -> str:
-    """What a learner rank holds at most: the longest microbatch, all of it response."""
-    import torch
-
-    from dapo_async.learner import MOST_ATTENDED, needs_start_logprobs
-    from dapo_async.model import ModelConfig, predict_memory
-
-    learner, cuda = config.learner, config.model.torch_device == "cuda"
-    model = ModelConfig.from_folder(Path(config.model.path))
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    memory = predict_memory(
-        model,
-        num_tokens=max(learner.microbatch_tokens, longest),
-        num_attended=max(MOST_ATTENDED * learner.microbatch_tokens, longest),
-        dp=learner.data_parallel,
-        tp=learner.tensor_parallel,
-        activations=getattr(torch, config.model.dtype),
-        recompute_layers=model.num_layers if learner.recompute else 0,
-        offload_optimizer=learner.offload_optimizer and cuda,
-        keeps_start_weights=learner.num_minibatches > 1 and needs_start_logprobs(config.algorithm),
-        cuda=cuda,
-    )
-    parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.parts().items())
-    return (
-        f"each learner rank would need up to {memory.on_device / MIB:,.0f} MiB on its device and "
-        f"{memory.host / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
-    )
-
-
-def _engine_memory_line(config: Config) -> str:
-    """What one engine holds on each of its devices."""
-    import torch
-
-    from dapo_async.model import ModelConfig
-    from dapo_async.rollout.memory import predict_engine_memory
-
-    rollout, model = config.rollout, ModelConfig.from_folder(Path(config.model.path))
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    max_len = min(longest, model.max_positions)
-    memory = predict_engine_memory(
-        model,
-        num_slots=rollout.fixed_slots,
-        max_len=max_len,
-        num_bytes=getattr(torch, config.model.dtype).itemsize,
-        tensor_parallel=rollout.tensor_parallel,
-    )
-    need = (
-        f"each engine would hold {_size(memory.weights)} of weights, and "
-        f"{_size(memory.kv_per_sequence)} of keys and values per sequence of {max_len} tokens"
-    )
-    if rollout.adapts_slots:
-        return f"{need}; it runs as many sequences as its memory and speed allow (num_slots auto)"
-    need += f", {_size(memory.kv_all_slots)} for {rollout.fixed_slots} of them"
-    if rollout.engine == "torch":
-        return need
-    return f"{need}; with less, the SGLang server queues requests (--mem-fraction-static)"
-
-
-def _size(num_bytes: int) -> str:
-    """`1536` as `1.5 KiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes / 2**10:,.1f} KiB"
 
 
 def closing_lines(root: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from dapo_async.replay.credits import (
@@ -184,6 +184,10 @@ class ReplayBuffer:
             reissue=tuple(sorted([*self._reissue, *self._generating])),
             buffered={**returned, **self._buffered},
         )
+
+    def watch_ends(self, on_end: Callable[[int, GroupOutcome | RejectReason], None]) -> None:
+        """`on_end` is called with each group that ends from now on, and its outcome."""
+        self._ledger.on_end = on_end
 
     # State that callers read.
 

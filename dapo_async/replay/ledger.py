@@ -6,7 +6,7 @@ The buffer books admissions and outcomes; the summary and the metrics read the c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -60,6 +60,10 @@ class Counts:
         return {"admitted": self.admitted, **named, **reasons, "in_flight": self.in_flight}
 
 
+def _ignore(group_id: int, outcome: GroupOutcome | RejectReason) -> None:
+    """Nobody watches the ends."""
+
+
 class Ledger:
     """Numbers the admitted groups 0, 1, 2, … and books one outcome for each.
 
@@ -68,6 +72,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.admitted = 0
+        # Called with the group and its outcome, after it was booked.
+        self.on_end: Callable[[int, GroupOutcome | RejectReason], None] = _ignore
         self._open: set[int] = set()
         self._ended: Counter[GroupOutcome | RejectReason] = Counter()
 
@@ -83,6 +89,7 @@ class Ledger:
         )
         self._open.remove(group_id)
         self._ended[outcome] += 1
+        self.on_end(group_id, outcome)
 
     def state(self) -> dict[str, Any]:
         return {

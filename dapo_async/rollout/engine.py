@@ -8,8 +8,8 @@ engine gets tensors, an SGLang server loads the weights itself (see `runtime/act
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SiblingTimes:
+    """When each sibling of a group takes a slot, gets its first token, and ends; None: not yet.
+
+    In seconds of `time.monotonic`. The engine writes them, in whatever thread it runs.
+    """
+
+    started: list[float | None]
+    first_token: list[float | None]
+    ended: list[float | None]
+
+    @classmethod
+    def of(cls, num_siblings: int) -> Self:
+        return cls([None] * num_siblings, [None] * num_siblings, [None] * num_siblings)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRequest:
     """One prompt to be answered `num_siblings` times."""
 
@@ -93,6 +109,7 @@ class GroupRequest:
     sampling: SamplingParams
     # Per sibling what a lost engine returned, to be continued; see Admission. Empty: nothing.
     partial_completions: tuple[Completion | None, ...] = ()
+    times: SiblingTimes | None = field(default=None, compare=False)  # None: nobody reads them
 
 
 @dataclass(frozen=True, slots=True)

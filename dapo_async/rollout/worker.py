@@ -8,6 +8,8 @@ Each group has its own asyncio task, so a slow group delays no other. The rollou
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +29,9 @@ from dapo_async.rollout.engine import (
     GroupRequest,
     SamplingParams,
     SiblingsEnded,
+    SiblingTimes,
 )
+from dapo_async.rollout.group_record import Update, group_record
 from dapo_async.types import Admission, Completion, Group, GroupFacts
 
 
@@ -37,6 +41,7 @@ class Offer:
 
     facts: GroupFacts
     data: NDArray[np.uint8]  # the whole group, packed
+    record: str = ""  # of its generation, see `group_record`
 
 
 class ReplayPort(Protocol):
@@ -93,6 +98,7 @@ TRANSITIONS: Mapping[WorkerState, frozenset[WorkerState]] = {
 }
 ABORT_S = 60.0  # an engine aborts groups within this time
 EXCHANGES = 2  # in flight: one waits for credits, the next one ends its wait
+KEPT_UPDATES = 64  # weight updates; no group lives through more of them
 GENERATING = frozenset({WorkerState.SERVING, WorkerState.HOLDING})
 
 
@@ -137,6 +143,7 @@ class RolloutWorker:
         self._given_up: set[int] = set()  # failed by a quarantine, while their tasks still run
         self._loss: _Loss | None = None  # None: the engine is not lost, or was restarted
         self._num_losses = 0
+        self._updates: deque[Update] = deque(maxlen=KEPT_UPDATES)
 
     async def run(self) -> None:
         """Generates groups until it is cancelled.
@@ -229,10 +236,13 @@ class RolloutWorker:
             in_flight.end_siblings(count)
             self._changed.set()
 
+        admitted_s, times = time.monotonic(), SiblingTimes.of(admission.group_size)
         try:
             may_start = await self._wait_to_start(admission)
             num_losses = self._num_losses
-            completions = await self._generate(admission, siblings_ended) if may_start else None
+            completions = (
+                await self._generate(admission, siblings_ended, times) if may_start else None
+            )
             proved = self._is_proved
         finally:
             in_flight.stop()
@@ -252,6 +262,7 @@ class RolloutWorker:
             else:
                 self._end_tokens(group_id, count)
             return
+        scored_s = time.monotonic()
         while self.state is WorkerState.HOLDING:
             await self._state_changed.wait()
         if not proved and num_losses != self._num_losses:
@@ -260,7 +271,10 @@ class RolloutWorker:
             self.engine.tokens.end(TokenOutcome.REPEATED, count - num_tokens(partial_completions))
             await self._hand_back(group_id, partial_completions)
         elif self._claim(group_id):
-            self._offers.append(Offer(GroupFacts.of(group), pack_group(group)))
+            record = group_record(
+                completions, times, self._updates, admitted_s=admitted_s, scored_s=scored_s
+            )
+            self._offers.append(Offer(GroupFacts.of(group), pack_group(group), record))
             self._changed.set()
         else:
             self._end_tokens(group_id, count)
@@ -281,7 +295,7 @@ class RolloutWorker:
         return False
 
     async def _generate(
-        self, admission: Admission, siblings_ended: SiblingsEnded
+        self, admission: Admission, siblings_ended: SiblingsEnded, times: SiblingTimes
     ) -> tuple[Completion, ...] | None:
         """One completion per sibling; None when the group was aborted or handed back."""
         group_id = admission.group_id
@@ -291,6 +305,7 @@ class RolloutWorker:
             admission.group_size,
             self._sampling,
             admission.partial_completions,
+            times,
         )
         try:
             return await self.engine.generate(request, siblings_ended)
@@ -343,6 +358,10 @@ class RolloutWorker:
             self._enter(WorkerState.HOLDING)
         elif self.state is WorkerState.LOST and self._loss is None:
             self._enter(WorkerState.QUARANTINED)
+
+    def updated(self, version: int, *, began_s: float) -> None:
+        """The engine has served `version` from now on; `began_s`: since when it was updated."""
+        self._updates.append(Update(version, began_s, time.monotonic()))
 
     def confirm(self) -> None:
         """The handshake proved the weights: holding or quarantined → serving."""

@@ -186,6 +186,7 @@ class Checkpointer:
             self.write_s + took_s,
             max(self.longest_write_s, took_s),
         )
+        self._system.event("checkpoint", version=version, write_s=round(took_s, 3))
         await asyncio.to_thread(
             self.folder.prune, keep=self._config.train.keep_checkpoints, spare=self._spared()
         )

@@ -206,3 +206,4 @@ async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
 async def return_credits(system: System, group_ids: Sequence[int], version: int) -> None:
     """Every engine serves `version`: the credits of the groups that it was trained on return."""
     await system.replay.serve(version, group_ids)
+    system.served(version)

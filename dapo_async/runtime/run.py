@@ -157,6 +157,11 @@ class Run:
             # already, its end may take this process with it.
             self._write_summary()
         outcome = self._record.outcome
+        self._note_end()
+        if self._services is not None:
+            state = "done" if not outcome.is_unfinished else "ended"
+            last = self._services.beat.end(state, outcome.reason)
+            await self._attempt("the last status", last)
         await asyncio.gather(
             self._close_ray(),
             self._attempt("the picture", asyncio.to_thread(self._draw, self._run_dir)),
@@ -214,9 +219,20 @@ class Run:
                 driver_state=self._driver_state,
             )
             own_ray = self._config.ray.address == LOCAL
+            self._sinks.event(
+                "start", incarnation=self._incarnation, first_step=self._resume.version
+            )
             for info in await services.system.start():
+                self._sinks.event(
+                    "actor_ready",
+                    actor=info.name,
+                    pid=info.pid,
+                    node=info.node,
+                    detail=info.detail,
+                )
                 node = info.node if own_ray else f"{info.node} (node {info.node_id})"
                 self._sinks.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
+            services.beat.start()
             self._sinks.start()
         await services.system.watched(self._train(services))
 
@@ -344,12 +360,23 @@ class Run:
         try:
             self._ray.watch_orphans()
             self._write_summary()
+            self._note_end()
             self._sinks.say(
                 f"{number.name} again: ended at once; "
                 f"continue with dapo-async train --resume {for_shell(self._run_dir.root)}"
             )
         finally:
             os._exit(outcome.exit_code)
+
+    def _note_end(self) -> None:
+        outcome = self._record.outcome
+        self._sinks.event(
+            "end",
+            status=outcome.status.value,
+            reason=outcome.reason,
+            exit_code=outcome.exit_code,
+            lost_actor=outcome.lost_actor,
+        )
 
     async def _watch_time_limit(self, task: asyncio.Task[None]) -> None:
         """Ends `task` so early that one more step, a checkpoint and an orderly end still fit into
@@ -393,6 +420,7 @@ class Run:
             mlflow_run_id=self._sinks.mlflow_run_id,
             caught=self._sinks.caught,
             bottleneck=self._sinks.bottleneck,
+            faults=self._sinks.faults,
             split=self._sinks.split,
         )
         self._unwritten_summary = summary

@@ -13,8 +13,10 @@ from typing import Any
 from dapo_async.config import Config
 from dapo_async.model import ModelConfig
 from dapo_async.replay import Counts, TokenCounts
+from dapo_async.runtime.beat import Beat
 from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.runtime.gauges import Gauges
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
@@ -70,6 +72,7 @@ class Services:
     evaluations: Evaluations
     checkpointer: Checkpointer
     before: Measured  # by earlier incarnations
+    beat: Beat
 
     @property
     def longest_step_s(self) -> float:
@@ -123,13 +126,23 @@ def build_services(
     actors = start_actors(
         config, run_dir, incarnation=incarnation, resume=resume.state, classes=classes
     )
-    system = System(config, actors, say=sinks.say)
+    system = System(config, actors, say=sinks.say, event=sinks.event)
     before = measured_before(resume)
+    gauges = Gauges(run_dir.root.name)
+    beat = Beat(config, run_dir, bottleneck=lambda: sinks.newest_bottleneck)
+    sinks.on_evaluation += [gauges.evaluation, beat.evaluation]
+
+    def show(row: dict[str, Any]) -> None:
+        sinks.step(row)
+        sinks.guards({str(guard): count for guard, count in tracker.guards.counts.items()})
+        gauges.step(row, tracker.by_engine)
+        beat.step(row, tracker.by_engine)
+
     tracker = Tracker(
         system,
         run_dir,
         clock,
-        show=sinks.step,
+        show=show,
         totals=before.totals,
         disk=sinks.disk,
         say=sinks.say,
@@ -148,4 +161,4 @@ def build_services(
         in_evaluation=lambda: evaluations.in_flight,
         say=sinks.say,
     )
-    return Services(system, tracker, evaluations, checkpointer, before)
+    return Services(system, tracker, evaluations, checkpointer, before, beat)

@@ -31,3 +31,8 @@ class RunOutcome:
     lost_actor: str | None = None  # its death ended the run
     hangs: bool = False  # a passed deadline ended the run: something may hang
     restartable: bool = True  # False: the run would end in the same way again
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether steps are left to train."""
+        return self.status not in (Status.DONE, Status.SOLVED)

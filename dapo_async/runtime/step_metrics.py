@@ -100,6 +100,8 @@ class Tracker:
         self._lost: dict[str, EngineFlow] = {}
         self._num_lost: Counter[str] = Counter()
         self._peaks: dict[str, Peak] = {}  # of a device, by actor
+        self._versions: dict[str, int] = {}  # that each engine serves
+        self.by_engine: dict[str, dict[str, float]] = {}  # see `_by_engine`
         self._flow = self._flow_at_start = self._flow_before = Flow.of(clock.now_s(), None, {})
         self._trained_flops = self._trainable_flops = 0.0  # of all rows; what the peak allowed
         self._step_end_s = clock.now_s()
@@ -121,12 +123,15 @@ class Tracker:
             self.timeline.add(actor, report.spans)
             if isinstance(report, WorkerReport):
                 self._take_flow(actor, report)
+                self._versions[actor] = report.version
             if isinstance(report, ReplayReport):
                 self.replay = report
                 self._note_unwritten(report)
                 self._name_quarantined(report)
             elif report.peak is not None:
                 self._peaks[actor] = report.peak
+        if self.replay is not None and self.replay is reports.get("replay"):
+            self.timeline.flow(self.replay.flow)
         self._flow = Flow.of(self.clock.now_s(), self.replay, self._engines)
         self._best_rate.learn(self._flow)
         for report in reports.values():
@@ -215,6 +220,7 @@ class Tracker:
         # Steps that one report covers share its slot use and its rates.
         slots, self._slots_before = slot_shares(self._slots_before, self._slots), dict(self._slots)
         shared = {**slots, **self._between_reports()}
+        self.by_engine = self._by_engine(self._flow_before, self._flow)
         self._flow_before = self._flow
         for step in sorted(self._pending):
             self._write(step, *self._pending.pop(step), shared=shared)
@@ -351,6 +357,14 @@ class Tracker:
                 "generated": engine.tokens.generated,
             }
             for name, engine in self._engines.items()
+        }
+
+    def _by_engine(self, before: Flow, after: Flow) -> dict[str, dict[str, float]]:
+        """By engine between two reports: the version that it serves, generated tokens per second,
+        the share of time in which sequences ran, and its mean number of occupied slots."""
+        return {
+            name: {"version": self._versions.get(name, 0), **engine.pace(before.engines.get(name))}
+            for name, engine in after.engines.items()
         }
 
     @property

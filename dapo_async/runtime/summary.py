@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def summarise_run(
     mlflow_run_id: str | None,
     caught: Counter[str],
     bottleneck: str | None,
+    faults: Sequence[str] = (),
     split: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`; 0 or null for what the run never came to.
@@ -70,6 +71,7 @@ def summarise_run(
         **measured.engine_state,
         "engines": dict(measured.engines),
         "bottleneck": bottleneck,
+        "faults": list(faults),
         "split": split,
         "slot_advice": slot_advice(config),
         "weight_versions": measured.weight_versions,

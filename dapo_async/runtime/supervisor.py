@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from dapo_async.config import MAX_RESTARTS
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
 from dapo_async.weights import Publisher
 
@@ -121,6 +122,7 @@ class Supervisor:
         silence_s: float,
         start_s: float,
         say: Callable[[str], None],
+        event: Event = ignore_event,
         now_s: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -132,6 +134,7 @@ class Supervisor:
         self._replay, self._publisher = replay, publisher
         self._start_worker, self._start_evaluator = start_worker, start_evaluator
         self._silence_s, self._start_s, self._say = silence_s, start_s, say
+        self._event = event
         self._now_s, self._pause = now_s, pause
         self.restarts: Counter[str] = Counter()  # of engines and processes, by actor
         self.states: dict[str, WorkerState] = {}
@@ -194,6 +197,7 @@ class Supervisor:
                 if is_proved:
                     await self._replay.suspend(worker.name, False)
                     self._say(f"{worker.name} generates again")
+                    self._event("engine_replaced", actor=worker.name)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -259,6 +263,8 @@ class Supervisor:
                 f"({budget.limit} are allowed): {loss.why}"
             )
         self.restarts[name] += 1
+        lost = "process_lost" if loss.process else "engine_lost"
+        self._event(lost, actor=name, why=loss.why, count=self.restarts[name])
         after = f" in {pause_s:g} s" if pause_s else ""
         self._say(
             f"{name} lost {what}: {loss.why}; restarting it{after} "

@@ -21,6 +21,7 @@ from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.launch import Actors, AnyHandle
 from dapo_async.runtime.supervisor import Supervisor, until_silent
+from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.weights import Publisher
 
 T = TypeVar("T")
@@ -32,9 +33,16 @@ SLOW_START_S = 20.0  # a start that takes longer is reported, again and again
 class System:
     """Uses the actors of one run, which `launch.start_actors` has started; `kill` ends them."""
 
-    def __init__(self, config: Config, actors: Actors, *, say: Callable[[str], None]) -> None:
-        """`say` prints a line for the user."""
-        self._config, self._actors, self._say = config, actors, say
+    def __init__(
+        self,
+        config: Config,
+        actors: Actors,
+        *,
+        say: Callable[[str], None],
+        event: Event = ignore_event,
+    ) -> None:
+        """`say` prints a line for the user; `event` adds one to the log of events."""
+        self._config, self._actors, self._say, self.event = config, actors, say, event
         self.started = False
         self.processes: dict[str, ProcessInfo] = {}  # by name, as they started
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
@@ -56,6 +64,7 @@ class System:
             silence_s=config.deadlines.ping_s,
             start_s=config.deadlines.start_s,
             say=say,
+            event=event,
         )
 
     async def start(self) -> list[ProcessInfo]:
@@ -87,6 +96,17 @@ class System:
         every = [replay, *learner.result(), *infos]
         self.processes = {info.name: info for info in every}
         return every
+
+    def served(self, version: int) -> None:
+        """Notes that every engine serves `version`, with the newest publish."""
+        results = self.publisher.last_results
+        self.event(
+            "publish",
+            version=version,
+            engines=len(results),
+            pause_s=round(self.publisher.last_pause_s, 4),
+            probe_gap=max((result.probe_gap for result in results), default=0.0),
+        )
 
     async def _regroup(self, names: Sequence[str]) -> frozenset[str]:
         """Forms the weight group: the learner's first rank and the ranks of the named engines.

@@ -84,6 +84,20 @@ class EngineFlow:
         """By state of the engine; they add up to the time since its start."""
         return _parts(self.time)
 
+    def pace(self, before: EngineFlow | None) -> dict[str, float]:
+        """Tokens per second, share of time running and occupied slots since `before`."""
+        old = before or EngineFlow()
+        seconds = _subtracted(self.seconds(), old.seconds())
+        elapsed_s = sum(seconds.values())
+        if elapsed_s <= 0:
+            return {}
+        slots = self.slot_seconds().get("occupied", 0.0) - old.slot_seconds().get("occupied", 0.0)
+        return {
+            "tokens_per_s": (self.tokens.generated - old.tokens.generated) / elapsed_s,
+            "running": seconds["running"] / elapsed_s,
+            "slots": slots / elapsed_s,
+        }
+
     def slot_seconds(self) -> dict[str, float]:
         """By state of a slot; they add up to slots × the time since its start."""
         return _parts(self.slots) if self.slots is not None else {}

@@ -1,6 +1,7 @@
 """What limits a run: faults first, then the slower side, with the next thing to change.
 
-In: rows of metrics.jsonl in order, and the layout of the run. Out: findings in one sentence each.
+In: rows of metrics.jsonl in order, and the layout of the run. Out: findings in one sentence each;
+`faults.py` has the rules about faults.
 Nothing here reads a clock or a file. `sinks.py` prints a finding when it is new; `summary.json` has
 the sentence on the whole run.
 """
@@ -9,26 +10,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from dapo_async.config import Config
 from dapo_async.planner.from_run import has_rates
+from dapo_async.tracking.faults import WINDOW, Finding, Row, acceptance_of, faults, mean_of
 from dapo_async.tracking.next_split import added_rates, compared, next_split
 
-WINDOW = 10  # steps that one finding is about
 IDLE = 0.1  # below this share a side does not wait noticeably
 MUCH_LESS = 0.25  # the side whose idle share is below this times the other's limits the speed
 LEAST_GAIN = 1.05  # smaller gains are not advised
-SLOW_STEP = 6.0  # times the median
-LOW_ESS = 0.5  # of `behaviour_ess`: below it half of a batch's samples no longer count
-LOW_ACCEPTANCE, LOW_ENTROPY = 0.3, 0.1
-MANY_FAILED, MANY_CLIPPED, MANY_TRUNCATED = 0.05, 0.3, 0.2
-LEARNED = 0.9  # accuracy from which on a low entropy is no fault
 PARTS = ("queued", "no_credit", "tail", "sync")
-Row = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +57,6 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that a user should know. `kind` names it in a few words.
-
-    An event is shown each time, a state only when it begins.
-    """
-
-    kind: str
-    line: str
-    is_event: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Idle:
     """Idle shares of both sides over some steps, weighted by the seconds of the steps."""
 
@@ -81,6 +64,7 @@ class Idle:
     rollout: float
     parts: Mapping[str, float]  # of `rollout`
     num_slots: float = math.nan  # of one engine, mean; nan: as in the config
+    efficiency: float = math.nan  # tokens/s of the engines over their best rate
 
     @classmethod
     def over(cls, rows: Sequence[Row]) -> Idle | None:
@@ -94,9 +78,22 @@ class Idle:
             return sum(row.get(name, 0.0) * row["step_s"] for row in known) / total_s
 
         parts = {name: mean(f"slots.{name}") for name in PARTS}
-        measured = all("slots_per_engine" in row for row in known)
-        num_slots = mean("slots_per_engine") if measured else math.nan
-        return cls(mean("idle.learner"), mean("slots.idle"), parts, num_slots)
+        num_slots, efficiency = (
+            mean(name) if _all_have(known, name) else math.nan
+            for name in ("slots_per_engine", "efficiency.rollout")
+        )
+        return cls(mean("idle.learner"), mean("slots.idle"), parts, num_slots, efficiency)
+
+    @property
+    def engines(self) -> float:
+        """The share of their speed that the engines lose by waiting.
+
+        A slot may be idle without loss, because an engine with fewer sequences is as fast. And an
+        engine may be slower than its best rate with all slots busy.
+        """
+        if math.isnan(self.efficiency):
+            return self.rollout
+        return min(self.rollout, 1.0 - self.efficiency)
 
     def slots(self, layout: Layout) -> int:
         """Of one engine in these steps."""
@@ -109,7 +106,13 @@ class Idle:
         return queued >= IDLE and queued == max(self.parts.values())
 
     def __str__(self) -> str:
-        return f"idle: learner {self.learner:.0%}, engine slots {self.rollout:.0%}"
+        idle = f"idle: learner {self.learner:.0%}, engine slots {self.rollout:.0%}"
+        known = not math.isnan(self.efficiency)
+        return f"{idle}; engines at {self.efficiency:.0%} of their best rate" if known else idle
+
+
+def _all_have(rows: Sequence[Row], name: str) -> bool:
+    return all(not math.isnan(row.get(name, math.nan)) for row in rows)
 
 
 def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
@@ -117,15 +120,17 @@ def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
     idle = Idle.over(rows)
     if idle is None:
         return None
-    learner, rollout = idle.learner, idle.rollout
+    learner, rollout = idle.learner, idle.engines
     if max(learner, rollout) < IDLE:
         return Finding("nothing", f"learner and engines are both busy ({idle})")
     if learner < IDLE or learner < MUCH_LESS * rollout:
         return _learner_limits(idle, layout, rows)
     if rollout < IDLE or rollout < MUCH_LESS * learner:
+        if idle.queue_is_long:
+            return _memory_limits(idle, layout, rows)
         return _generation_limits(idle, layout, rows)
     largest = max(idle.parts, key=lambda name: idle.parts[name])
-    if largest == "no_credit" and _mean(rows, "group_staleness_max") < layout.max_staleness - 0.5:
+    if largest == "no_credit" and mean_of(rows, "group_staleness_max") < layout.max_staleness - 0.5:
         return _admission_limits(idle)
     if largest == "queued":
         return _memory_limits(idle, layout, rows)
@@ -145,8 +150,8 @@ def better_split(idle: Idle, layout: Layout) -> tuple[int, int, float] | None:
         layout.learner_devices + layout.engines * layout.engine_devices,
     )
     learner_work = layout.learner_devices * (1.0 - idle.learner)
-    engine_work = layout.engines * size * (1.0 - idle.rollout)
-    now = max(1.0 - idle.learner, 1.0 - idle.rollout)
+    engine_work = layout.engines * size * (1.0 - idle.engines)
+    now = max(1.0 - idle.learner, 1.0 - idle.engines)
     best: tuple[float, int, int] | None = None
     for engines in range(1, total // size + 1):
         devices = total - engines * size
@@ -190,20 +195,32 @@ def _learner_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Finding:
         advice = f"{_full_memory(idle, layout)}; more engines do not help, {_less_queueing(layout)}"
         return _finding("the learner", "the learner limits the speed", idle, advice)
     advice = _split_advice(idle, layout, rows)
-    slots = idle.slots(layout)
-    enough = math.ceil(slots * (1.0 - idle.rollout))
-    if not advice and not layout.adapts_slots and enough <= 0.8 * slots:
-        advice = f"rollout.num_slots={enough} is enough: same speed, fresher tokens"
+    advice = "; ".join(filter(None, (advice, _fewer_slots(idle, layout))))
     return _finding("the learner", "the learner limits the speed", idle, advice)
+
+
+def _fewer_slots(idle: Idle, layout: Layout) -> str:
+    """A number of slots that costs no speed; empty if most slots are in use."""
+    slots = idle.slots(layout)
+    enough = math.ceil(slots * (1.0 - idle.rollout) - 1e-6)
+    if layout.adapts_slots or enough > 0.8 * slots:
+        return ""
+    return f"rollout.num_slots={enough} instead of {slots}: same speed, fresher tokens"
 
 
 def _generation_limits(idle: Idle, layout: Layout, rows: Sequence[Row]) -> Finding:
     advice = (
         _split_advice(idle, layout, rows) or "more engines (rollout.num_workers) make it faster"
     )
-    acceptance = _acceptance(rows)
+    acceptance = acceptance_of(rows)
     if acceptance < 1.0 - IDLE:
         advice = f"the filters accept {acceptance:.0%} of the groups; {advice}"
+    if not math.isnan(idle.efficiency) and idle.parts["no_credit"] >= IDLE:
+        more = layout.max_staleness + 1
+        advice += (
+            f"; {idle.parts['no_credit']:.0%} of the slots have no credit: "
+            f"replay.max_staleness={more} lets engines run more sequences at once"
+        )
     return _finding("generation", "generation limits the speed", idle, advice)
 
 
@@ -275,130 +292,20 @@ def _finding(kind: str, what: str, idle: Idle, advice: str) -> Finding:
     return Finding(kind, f"{what} ({idle}){f'; {advice}' if advice else ''}")
 
 
-def faults(rows: Sequence[Row], *, first: Row) -> Iterator[Finding]:
-    """What is wrong in these steps, the most urgent first; `first` is the first row of the run."""
-    for name, rule in _FAULTS:
-        if line := rule(rows, first):
-            yield Finding(name, line, is_event=name in _EVENTS)
+def change_in(rows: Sequence[Row]) -> int:
+    """The step at which the balance of the two sides changes in these steps.
 
+    The difference of the idle shares is taken as constant before and after the change; the place
+    with the smallest squared error counts.
+    """
+    balance = [row.get("idle.learner", 0.0) - row.get("slots.idle", 0.0) for row in rows]
 
-def _not_finite(rows: Sequence[Row], first: Row) -> str:
-    count = sum(row.get("non_finite", 0.0) > 0 for row in rows)
-    if not count:
-        return ""
-    return (
-        f"{count} of {len(rows)} steps had a loss or gradient that is not finite: lower learner.lr"
-    )
+    def error(part: Sequence[float]) -> float:
+        middle = statistics.fmean(part)
+        return sum((each - middle) ** 2 for each in part)
 
-
-def _engines_lost(rows: Sequence[Row], first: Row) -> str:
-    counts = [row.get("engine_restarts", 0.0) for row in rows]
-    lost = counts[-1] - counts[0]
-    return f"engines were lost {lost:.0f} times: read the logs in engines/" if lost > 0 else ""
-
-
-def _unjudged(rows: Sequence[Row], first: Row) -> str:
-    totals = {
-        name: sum(row.get(f"verdicts.{name}", 0.0) for row in rows)
-        for name in {key[9:] for row in rows for key in row if key.startswith("verdicts.")}
-    }
-    failed, everything = totals.get("failed", 0.0), sum(totals.values())
-    if not failed or failed < MANY_FAILED * everything:
-        return ""
-    return f"the verifier failed on {failed / everything:.0%} of the responses: see `failures`"
-
-
-def _no_gradient(rows: Sequence[Row], first: Row) -> str:
-    acceptance = _acceptance(rows)
-    if acceptance >= LOW_ACCEPTANCE:
-        return ""
-    counts = {
-        name: sum(row.get(f"rejected.{name}", 0.0) for row in rows)
-        for name in {key[9:] for row in rows for key in row if key.startswith("rejected.")}
-    }
-    most = max(counts, key=lambda name: counts[name], default="rejected").replace("_", " ")
-    remedy = {"all wrong": "easier", "all correct": "harder"}.get(most)
-    hint = f": {remedy} prompts cost less" if remedy else ""
-    return f"only {acceptance:.0%} of the groups have a gradient, most others are {most}{hint}"
-
-
-def _few_effective(rows: Sequence[Row], first: Row) -> str:
-    share = _mean(rows, "behaviour_ess")
-    if not share < LOW_ESS:
-        return ""
-    return (
-        f"effective samples {share:.0%}: the tokens are too stale for this learning rate; "
-        "lower replay.max_staleness or learner.lr"
-    )
-
-
-def _much_clipped(rows: Sequence[Row], first: Row) -> str:
-    share = _mean(rows, "clip_low_fraction") + _mean(rows, "clip_high_fraction")
-    return (
-        f"{share:.0%} of the tokens are clipped: lower learner.lr" if share > MANY_CLIPPED else ""
-    )
-
-
-def _much_truncated(rows: Sequence[Row], first: Row) -> str:
-    share = _mean(rows, "truncated")
-    if not share > MANY_TRUNCATED:
-        return ""
-    return f"{share:.0%} of the responses are cut: raise rollout.max_response_tokens"
-
-
-def _no_exploration(rows: Sequence[Row], first: Row) -> str:
-    now, before = _mean(rows, "entropy"), first.get("entropy", math.nan)
-    if not now < LOW_ENTROPY * before or _mean(rows, "accuracy") > LEARNED:
-        return ""
-    return (
-        f"the entropy fell from {before:.2f} to {now:.3f}: responses no longer differ; "
-        "raise algorithm.clip_high or lower learner.lr"
-    )
-
-
-def _one_slow_step(rows: Sequence[Row], first: Row) -> str:
-    seconds = [row["step_s"] for row in rows]
-    slowest = max(rows, key=lambda row: row["step_s"])
-    median = statistics.median(seconds)
-    if len(rows) < WINDOW or slowest["step_s"] < SLOW_STEP * median:
-        return ""
-    pauses = {
-        "a checkpoint": slowest.get("checkpoint_pause_s", 0.0),
-        "a publish": slowest.get("publish_pause_s", 0.0),
-        "the learner's wait for a batch": slowest.get("idle.learner", 0.0) * slowest["step_s"],
-    }
-    longest = max(pauses, key=lambda name: pauses[name])
-    return (
-        f"step {slowest['version']:.0f} took {slowest['step_s']:.1f} s, the median is "
-        f"{median:.1f} s; {pauses[longest]:.1f} s of it were {longest}"
-    )
-
-
-_FAULTS: Sequence[tuple[str, Callable[[Sequence[Row], Row], str]]] = (
-    ("not finite", _not_finite),
-    ("engines lost", _engines_lost),
-    ("verifier failures", _unjudged),
-    ("groups without gradient", _no_gradient),
-    ("stale tokens", _few_effective),
-    ("clipping", _much_clipped),
-    ("truncation", _much_truncated),
-    ("entropy", _no_exploration),
-    ("slow step", _one_slow_step),
-)
-_EVENTS = {"not finite", "engines lost", "slow step"}
-
-
-def _acceptance(rows: Sequence[Row]) -> float:
-    """The share of the offered groups that the filters accepted; 1 if none was offered."""
-    offered = sum(row.get("offered", 0.0) for row in rows)
-    accepted = sum(row.get("offered", 0.0) * row.get("acceptance", 1.0) for row in rows)
-    return accepted / offered if offered else 1.0
-
-
-def _mean(rows: Sequence[Row], name: str) -> float:
-    """The mean over the steps that have the number, else nan."""
-    values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
-    return statistics.mean(values) if values else math.nan
+    place = min(range(1, len(rows)), key=lambda each: error(balance[:each]) + error(balance[each:]))
+    return int(rows[place]["version"])
 
 
 class BottleneckWatch:
@@ -408,6 +315,11 @@ class BottleneckWatch:
         self._layout = layout
         self._first: Row | None = None
         self._rows: list[Row] = []  # of the window that is being filled
+        self._before: list[Row] = []  # of the window before it
+        self._changes: dict[int, int] = {}  # first step of a window → where its regime began
+        self._faults: dict[
+            str, tuple[int, int, str]
+        ] = {}  # kind → first and last step, newest line
         self._windows: list[tuple[int, int, Row, Finding]] = []  # steps, mean shares, bottleneck
         self._shown: set[str] = set()  # kinds that were returned and still hold
 
@@ -420,14 +332,31 @@ class BottleneckWatch:
             return None
         rows, self._rows = self._rows, []
         window = self._window(rows)
+        if window and self._windows and window[0][3].kind != self._windows[-1][3].kind:
+            self._changes[window[0][0]] = change_in([*self._before, *rows])
         self._windows += window
-        found = [*faults(rows, first=self._first), *(each[3] for each in window)]
+        self._before = rows
+        wrong = list(faults(rows, first=self._first))
+        for fault in wrong:
+            first, _, _ = self._faults.get(fault.kind, (int(rows[0]["version"]), 0, ""))
+            self._faults[fault.kind] = first, int(rows[-1]["version"]), fault.line
+        found = [*wrong, *(each[3] for each in window)]
         self._shown &= {each.kind for each in found}
         for each in found:
             if each.is_event or each.kind not in self._shown:
                 self._shown.add(each.kind)
                 return each
         return None
+
+    @property
+    def newest(self) -> str | None:
+        """The bottleneck of the newest window; None before the first one."""
+        return self._windows[-1][3].line if self._windows else None
+
+    @property
+    def faults(self) -> list[str]:
+        """What was wrong in the run, with the first and the last step of each fault."""
+        return [f"steps {first}-{last}: {line}" for first, last, line in self._faults.values()]
 
     def split(self) -> dict[str, Any] | None:
         """What the planner says about the last steps, for summary.json; None without rates."""
@@ -447,8 +376,11 @@ class BottleneckWatch:
         if len(regimes) == 1:
             found = bottleneck([means for _, _, means, _ in windows], self._layout)
             return found.line if found else None
+        starts = [self._changes.get(members[0][0], members[0][0]) for _, members in regimes]
+        ends = [start - 1 for start in starts[1:]] + [windows[-1][1]]
         spans = ", ".join(
-            f"by {kind} in steps {members[0][0]}-{members[-1][1]}" for kind, members in regimes
+            f"by {kind} in steps {start}-{end}"
+            for (kind, _), start, end in zip(regimes, starts, ends, strict=True)
         )
         last = bottleneck([means for _, _, means, _ in regimes[-1][1]], self._layout)
         return f"limited {spans}; at the end: {last.line}" if last else f"limited {spans}"
@@ -464,9 +396,10 @@ class BottleneckWatch:
             "slots.idle": idle.rollout,
             **{f"slots.{name}": share for name, share in idle.parts.items()},
             "slots_per_engine": idle.slots(self._layout),
-            "group_staleness_max": _mean(rows, "group_staleness_max"),
+            "efficiency.rollout": idle.efficiency,
+            "group_staleness_max": mean_of(rows, "group_staleness_max"),
             "offered": sum(row.get("offered", 0.0) for row in rows),
-            "acceptance": _acceptance(rows),
+            "acceptance": acceptance_of(rows),
             **added_rates(rows),
         }
         return [(int(rows[0]["version"]), int(rows[-1]["version"]), means, found)]

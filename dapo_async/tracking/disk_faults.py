@@ -90,3 +90,14 @@ def append_whole(path: Path, lines: Sequence[bytes] | deque[bytes]) -> None:
             raise
     finally:
         os.close(file)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """As `append_whole`, for a file that is never read during a run: a line that a kill has cut is
+    ended first. Raises OSError."""
+    whole = True
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            whole = file.read() == b"\n"
+    append_whole(path, [b"" if whole else b"\n", text.encode()])

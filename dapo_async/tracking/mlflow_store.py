@@ -128,6 +128,7 @@ class MlflowStore:
             "status": status,
             "reason": redacted(reason),
             "bottleneck": str(summary.get("bottleneck") or "not measured"),
+            "faults": "; ".join(map(str, summary.get("faults") or ())) or "none",
             "split": split_line(summary.get("split")) or "not measured",
             NOTE: redacted(note(self._config, run_dir, said=verdict(summary, []))),
         }

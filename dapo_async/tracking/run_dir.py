@@ -21,7 +21,7 @@ from typing import Any
 
 from dapo_async.tracking.disk_faults import append_whole, row_bytes
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
-from dapo_async.utils.files import PARTIAL, atomic_write
+from dapo_async.utils.files import PARTIAL, atomic_write, partial_path
 from dapo_async.utils.manifest import FileSum, sums_of
 from dapo_async.utils.paths import for_shell
 from dapo_async.utils.reasons import unreadable
@@ -222,6 +222,16 @@ class RunDir:
         return folder / f"step_{step:06d}.safetensors"
 
     @property
+    def groups(self) -> Path:
+        """What happened to each group and when, see `group_log.py`."""
+        return self.root / "groups.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per event of the run, see `event_log.py`."""
+        return self.root / "events.jsonl"
+
+    @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
 
@@ -261,6 +271,11 @@ class RunDir:
         return self.root / "summary.json"
 
     @property
+    def status(self) -> Path:
+        """The newest state of the run and of each engine, see `runtime/beat.py`."""
+        return self.root / "status.json"
+
+    @property
     def picture(self) -> Path:
         return self.root / "dynamics.png"
 
@@ -294,6 +309,12 @@ class RunDir:
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of every step so far."""
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def write_status(self, text: str) -> None:
+        """The newest state, for readers of a run that goes on; a power failure may lose it."""
+        partial = partial_path(self.status)
+        partial.write_text(text + "\n")
+        partial.replace(self.status)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         atomic_write(self.summary, json.dumps(summary, indent=2) + "\n")

@@ -1,29 +1,33 @@
-"""Where a run stands, from its directory: for `dapo-async status`.
+"""Where a run stands, for `dapo-async status`.
 
-In: the files of a running or ended run. Out: a record, and the lines of one screen. It only reads.
-In a copy of the folder it can't see whether the run still goes on.
+In: the files of a running or ended run, or the newest state that its driver has posted
+(`runtime/beat.py`). Out: a record, and the lines of one screen. It only reads. In a copy of the
+folder it can't see whether the run still goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config, load
 from dapo_async.tracking.bottleneck import PARTS, BottleneckWatch, Layout
-from dapo_async.tracking.report_reading import read_run
+from dapo_async.tracking.report_reading import number, read_run
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.verdict import duration
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
+MOST_ENGINES = 4  # are shown one by one
 STEPS_FOR_PACE = 10  # rates and the remaining time use the newest 10 steps
 
 
@@ -56,6 +60,7 @@ class RunStatus:
     checkpoint_age_s: float | None
     bottleneck: str | None
     notes: tuple[str, ...]
+    engines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the newest state
 
     def to_json(self) -> dict[str, Any]:
         """All fields; null stands for nan."""
@@ -102,7 +107,64 @@ def read_status(root: Path) -> RunStatus:
         checkpoint_age_s=time.time() - saved.stat().st_mtime if saved else None,
         bottleneck=_bottleneck(rows, config),
         notes=tuple(notes),
+        engines=_posted_engines(run_dir) if running else {},
     )
+
+
+def status_of_post(facts: Mapping[str, Any]) -> RunStatus:
+    """From what the driver of a run has posted. Whether the driver lives is seen by the time."""
+    quiet_s = max(0.0, time.time() - facts["time_s"])
+    state = RunState(facts["state"])
+    if state is RunState.RUNNING and quiet_s > facts["work_s"]:
+        state = RunState.STUCK
+    row, recent = _numbers_of(facts["row"]), facts["recent"]
+    paces_s = [each["step_s"] for each in recent]
+    pace_s = statistics.median(paces_s) if paces_s else None
+    step, is_over = int(row.get("version", 0)), state in (RunState.DONE, RunState.ENDED)
+    left_s = None if is_over or pace_s is None else (facts["num_steps"] - step) * pace_s
+    return RunStatus(
+        root=Path(facts["root"]),
+        state=state,
+        reason=facts["reason"],
+        quiet_s=quiet_s,
+        step=step,
+        num_steps=facts["num_steps"],
+        left_s=left_s,
+        row=row,
+        pace_s=pace_s,
+        tokens_per_s=sum(each["tokens"] for each in recent) / sum(paces_s) if paces_s else None,
+        evaluation=_numbers_of(facts["evaluation"]),
+        checkpoint=facts["checkpoint"],
+        checkpoint_age_s=None,
+        bottleneck=facts["bottleneck"],
+        notes=(f"as its driver on {facts['host']} (pid {facts['pid']}) has posted it",),
+        engines={} if is_over else facts["engines"],
+    )
+
+
+def newest_run(folder: Path) -> Path:
+    """The run directory in `folder` that was written last. Raises ValueError if there is none."""
+    marks = [*folder.glob("*/config.yaml")] if folder.is_dir() else []
+    if not marks:
+        raise ValueError(
+            f"{folder} has no run directories; give a run directory, or the address of a cluster"
+        )
+    return max(
+        (path.parent for path in marks),
+        key=lambda root: max(file.stat().st_mtime for file in root.iterdir() if file.is_file()),
+    )
+
+
+def _numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: each for name, value in values.items() if not math.isnan(each := number(value))}
+
+
+def _posted_engines(run_dir: RunDir) -> dict[str, dict[str, float]]:
+    """The newest state of each engine; empty where it can't be read."""
+    engines = _posted_facts(run_dir).get("engines")
+    if not isinstance(engines, dict):
+        return {}
+    return {name: _numbers_of(state) for name, state in engines.items() if isinstance(state, dict)}
 
 
 def lines(status: RunStatus) -> Iterator[str]:
@@ -115,6 +177,7 @@ def lines(status: RunStatus) -> Iterator[str]:
         ("speed", [*_speed(status)]),
         ("idle", [*_idle(row)]),
         ("engines", [*_engines(row)]),
+        ("by engine", [*_engine_facts(status.engines)]),
         ("groups", [*_groups(row)]),
         ("staleness", [*_staleness(row)]),
         ("weights", [*_weights(row)]),
@@ -129,7 +192,7 @@ def lines(status: RunStatus) -> Iterator[str]:
 def _state(
     run_dir: RunDir, summary: Mapping[str, Any], quiet_s: float, config: Config | None
 ) -> RunState:
-    if _is_held(run_dir.root):
+    if _is_held(run_dir.root) or _goes_on_elsewhere(run_dir):
         limit_s = (config or Config()).deadlines.work_s
         return RunState.STUCK if quiet_s > limit_s else RunState.RUNNING
     if "status" not in summary:
@@ -149,9 +212,31 @@ def _is_held(root: Path) -> bool:
     return False
 
 
+def _goes_on_elsewhere(run_dir: RunDir) -> bool:
+    """Whether a driver on another machine, whose lock may not be seen here, has not ended yet."""
+    facts = _posted_facts(run_dir)
+    return facts.get("state") == RunState.RUNNING and facts.get("host") != os.uname().nodename
+
+
+def _posted_facts(run_dir: RunDir) -> dict[str, Any]:
+    """`status.json`; empty where it can't be read."""
+    try:
+        facts = json.loads(run_dir.status.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def _quiet_s(run_dir: RunDir, saved: Path | None) -> float:
     """Seconds since the run wrote its last row, checkpoint or summary, or since its start."""
-    files = (run_dir.config, run_dir.metrics, run_dir.evaluations, run_dir.summary, saved)
+    files = (
+        run_dir.config,
+        run_dir.metrics,
+        run_dir.evaluations,
+        run_dir.status,
+        run_dir.summary,
+        saved,
+    )
     times = [path.stat().st_mtime for path in files if path is not None and path.exists()]
     return max(0.0, time.time() - max(times)) if times else 0.0
 
@@ -200,8 +285,25 @@ def _learning(status: RunStatus) -> Iterator[str]:
 def _speed(status: RunStatus) -> Iterator[str]:
     if status.pace_s is not None:
         yield f"{status.pace_s:.1f} s/step"
+    row = status.row
+    if "tokens_per_s.generated" in row:
+        yield f"{row['tokens_per_s.generated']:,.0f} generated tokens/s"
     if status.tokens_per_s is not None:
         yield f"{status.tokens_per_s:,.0f} trained tokens/s"
+    if "groups_per_s.generated" in row:
+        yield (
+            f"{row['groups_per_s.generated']:.2g} generated and "
+            f"{row.get('groups_per_s.trained', 0.0):.2g} trained groups/s"
+        )
+    use = [
+        f"{name} {row[key]:.0%}"
+        for name, key in (("learner", "mfu.learner"), ("rollout", "mfu.rollout"))
+        if key in row
+    ]
+    if use:
+        yield f"MFU {', '.join(use)}"
+    if "efficiency.rollout" in row:
+        yield f"engines at {row['efficiency.rollout']:.0%} of their best rate"
 
 
 def _idle(row: Mapping[str, float]) -> Iterator[str]:
@@ -231,6 +333,33 @@ def _engines(row: Mapping[str, float]) -> Iterator[str]:
     )
     if count := row.get("kv.retractions", 0.0):
         yield f"retracted {count:.0f} sequences"
+
+
+def _engine_facts(engines: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Each engine if there are few; else the versions, the range of rates and the slowest one."""
+    if len(engines) <= MOST_ENGINES:
+        for name, state in engines.items():
+            yield f"{name} " + ", ".join(
+                _numbers(
+                    state,
+                    ("version", "version", ".0f"),
+                    ("tokens_per_s", "tokens/s", ",.0f"),
+                    ("slots", "busy slots", ".1f"),
+                )
+            )
+        return
+    versions = Counter(int(state["version"]) for state in engines.values() if "version" in state)
+    served = ", ".join(f"version {each} on {count}" for each, count in versions.most_common())
+    yield f"{len(engines)} engines: {served}"
+    rates = {
+        name: state["tokens_per_s"] for name, state in engines.items() if "tokens_per_s" in state
+    }
+    if rates:
+        slowest = min(rates, key=lambda name: rates[name])
+        yield (
+            f"tokens/s {rates[slowest]:,.0f} ({slowest}) to {max(rates.values()):,.0f}, "
+            f"median {statistics.median(rates.values()):,.0f}"
+        )
 
 
 def _numbers(row: Mapping[str, float], *wanted: tuple[str, str, str]) -> Iterator[str]:
@@ -281,5 +410,7 @@ def _weights(row: Mapping[str, float]) -> Iterator[str]:
 def _saved(status: RunStatus) -> Iterator[str]:
     if status.checkpoint is None:
         yield "no checkpoint yet"
-    elif status.checkpoint_age_s is not None:
+    elif status.checkpoint_age_s is None:
+        yield status.checkpoint
+    else:
         yield f"{status.checkpoint}, {duration(status.checkpoint_age_s)} ago"

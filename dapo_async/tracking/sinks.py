@@ -10,15 +10,19 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dapo_async.config import STOP_S, Config
 from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
 from dapo_async.tracking.disk_faults import DiskFaults
+from dapo_async.tracking.event_log import EventLog
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.terminal import Outlet, Progress
+
+# Counts of metrics.jsonl that are events when they grow.
+GUARDED_COUNTS = ("groups.evicted", "groups.failed", "handshake.mismatch")
 
 
 def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
@@ -49,6 +53,10 @@ class Sinks:
         self.say = progress.say
         self.disk = DiskFaults(progress.say)
         self._bottleneck = BottleneckWatch(Layout.of(config))
+        self._events = EventLog(run_dir.events, self.disk, run=run_dir.root.name)
+        self.event = self._events.add
+        self.on_evaluation: list[Callable[[Mapping[str, Any]], None]] = []  # get each row, too
+        self._guarded: dict[str, float] = {}  # by kind: the count of the newest row
 
     def start(self) -> None:
         """Opens the MLflow run in the background."""
@@ -58,10 +66,23 @@ class Sinks:
     def step(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics.jsonl."""
         self._progress.step(row)
+        self._events.step = row["version"]
+        if not self._guarded and row["step"] > 0:  # a resumed run: earlier ones are known
+            self._guarded = {name: row.get(name, 0) for name in GUARDED_COUNTS}
+        self.guards({name: row.get(name, 0) for name in GUARDED_COUNTS})
         if found := self._bottleneck.add(row):
             self.say(f"after step {row['version']}: {found.line}")
+            self.event("verdict", kind=found.kind, line=found.line)
         if self._mlflow is not None:
             self._mlflow.log_step(row)
+
+    def guards(self, counts: Mapping[str, float]) -> None:
+        """An event for each count that has grown: steps by broken rule, evicted groups, …"""
+        for kind, count in counts.items():
+            before = self._guarded.get(kind, 0)
+            if count > before:
+                self.event("guard", kind=kind, count=count - before)
+            self._guarded[kind] = count
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Takes one row of evaluations.jsonl.
@@ -69,6 +90,9 @@ class Sinks:
         It has `version`, `accuracy`, `mean_response_tokens` and any further measured number.
         """
         self._progress.evaluation(row)
+        self.event("evaluation", **row)
+        for listener in self.on_evaluation:
+            listener(row)
         if self._mlflow is not None:
             self._mlflow.log_evaluation(row)
 
@@ -86,6 +110,16 @@ class Sinks:
     def split(self) -> dict[str, Any] | None:
         """What the planner says about the last steps; None without rates."""
         return self._bottleneck.split()
+
+    @property
+    def faults(self) -> list[str]:
+        """What was wrong in the run, with the steps of each fault."""
+        return self._bottleneck.faults
+
+    @property
+    def newest_bottleneck(self) -> str | None:
+        """What limits the speed now; None during the first ten steps."""
+        return self._bottleneck.newest
 
     @property
     def caught(self) -> Counter[str]:

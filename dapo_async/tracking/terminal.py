@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO, cast
 
-from dapo_async.tracking.bottleneck import LOW_ESS
+from dapo_async.tracking.faults import LOW_ESS
 
 
 class Outlet:

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from dapo_async.tracking.group_log import FlowPoint
 from dapo_async.utils.files import atomic_write
 from dapo_async.utils.state_clock import Span
 
 SHORT_STAY_S = 0.01  # a stay shorter than this has no bar of its own
+MOST_UNPLACED = 1000  # points of arrows that wait for the report of their step
+KEPT_STEPS = 32  # steps whose groups may still be reported as trained
 
 
 class Timeline:
@@ -29,6 +32,9 @@ class Timeline:
             lambda: defaultdict(float)
         )
         self._recent: defaultdict[str, list[Span]] = defaultdict(list)
+        # By the name of a step: which rank trained it, and when, in the middle of it.
+        self._trained: dict[str, tuple[str, float]] = {}
+        self._unplaced: list[FlowPoint] = []  # in a step that no rank has reported yet
 
     @property
     def actors(self) -> list[str]:
@@ -39,9 +45,28 @@ class Timeline:
         spans = [span for span in spans if span.end_s > span.start_s]
         for span in spans:
             self._totals[actor][span.state] += span.end_s - span.start_s
+            if span.state == "train":
+                self._trained[span.detail] = actor, (span.start_s + span.end_s) / 2
+                if len(self._trained) > KEPT_STEPS:
+                    del self._trained[next(iter(self._trained))]
         self._recent[actor] += spans
         if self._trace is not None:
             self._trace.add(actor, spans)
+
+    def flow(self, points: Iterable[FlowPoint]) -> None:
+        """Draws points of the groups' arrows, those of a step as soon as a rank has reported it."""
+        if self._trace is None:
+            return
+        placed, waiting = [], list[FlowPoint]()
+        for point in (*self._unplaced, *points):
+            if point.step is None:
+                placed.append((point, point.actor, point.time_s))
+            elif (trained := self._trained.get(f"step {point.step}")) is not None:
+                placed.append((point, *trained))
+            else:
+                waiting.append(point)
+        self._unplaced = waiting[-MOST_UNPLACED:]
+        self._trace.flow(placed)
 
     def totals(self, actor: str) -> dict[str, float]:
         """Seconds per state so far, largest first."""
@@ -145,6 +170,22 @@ class TraceFile:
             events += self._events(actor, self._bars.pop(actor))
         self._write(events)
 
+    def flow(self, points: Iterable[tuple[FlowPoint, str, float]]) -> None:
+        """Writes points of arrows: each with its actor and time. An arrow joins the points of a
+        group in order of time, and each point belongs to the bar at its time."""
+        for point, actor, time_s in points:
+            pid, row = self._row(actor)
+            event = {
+                "name": f"group {point.group_id}",
+                "cat": "group",
+                "ph": point.phase,
+                "id": point.group_id,
+                "ts": round((time_s - self._start_s) * 1e6),
+                "pid": pid,
+                "tid": 0,
+            }
+            self._write([*row, event | ({"bp": "e"} if point.phase == "f" else {})])
+
     def close(self) -> None:
         """Writes what is left and makes the file an object; a second call does nothing.
 
@@ -168,9 +209,7 @@ class TraceFile:
             raise OSError(f"{self._path} is not complete: {error}")
 
     def _events(self, actor: str, bar: _Bar) -> list[dict[str, Any]]:
-        named = actor in self._numbers
-        pid = self._numbers.setdefault(actor, len(self._numbers) + 1)
-        row = {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": actor}}
+        pid, row = self._row(actor)
         start, end = (round((time_s - self._start_s) * 1e6) for time_s in (bar.start_s, bar.end_s))
         event: dict[str, Any] = {
             "name": bar.state,
@@ -187,7 +226,15 @@ class TraceFile:
             }
         if args:
             event["args"] = args
-        return [event] if named else [row, event]
+        return [*row, event]
+
+    def _row(self, actor: str) -> tuple[int, list[dict[str, Any]]]:
+        """The number of an actor, and the event that names its row, once."""
+        if actor in self._numbers:
+            return self._numbers[actor], []
+        self._numbers[actor] = pid = len(self._numbers) + 1
+        name = {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": actor}}
+        return pid, [name]
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         lines = [json.dumps(event, separators=(",", ":")) for event in events]

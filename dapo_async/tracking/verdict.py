@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dapo_async.tracking.bottleneck import MANY_TRUNCATED
+from dapo_async.tracking.faults import MANY_TRUNCATED
 from dapo_async.tracking.report_reading import number
 
 SAME_ACCURACY = 0.005
@@ -18,7 +18,9 @@ SAME_ACCURACY = 0.005
 def verdict(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
     """For example: "Trained 30 steps in 0:52; held-out accuracy rose from 0.14 to 1.00; …"."""
     limit = str(summary.get("bottleneck") or "")
-    parts = [_outcome(summary, rows), _accuracy(summary), limit, _truncated(rows)]
+    faults = summary.get("faults")
+    known = [str(fault) for fault in faults] if isinstance(faults, list) else [_truncated(rows)]
+    parts = [_outcome(summary, rows), _accuracy(summary), limit, *known]
     return "; ".join(part for part in parts if part) + "."
 
 

@@ -288,14 +288,16 @@ Row = list[tuple[str, float, float]]  # state, start and end in seconds
 def rows_of(trace: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
     """The spans of each actor in order of time.
 
-    Raises unless this is a Chrome trace of complete events with a named row per actor.
+    Raises unless this is a Chrome trace of complete events and arrows, with a named row per actor.
     """
     names: dict[int, str] = {}
     rows: defaultdict[str, Row] = defaultdict(list)
     for event in trace:
-        assert event["ph"] in ("M", "X"), event
+        assert event["ph"] in ("M", "X", "s", "t", "f"), event
         assert isinstance(event["pid"], int), event
         assert isinstance(event["tid"], int), event
+        if event["ph"] in ("s", "t", "f"):
+            continue
         if event["ph"] == "M":
             assert event["name"] == "process_name", event
             names[event["pid"]] = event["args"]["name"]

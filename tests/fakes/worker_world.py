@@ -104,6 +104,7 @@ class FakeReplay:
         self.credits, self.next_group_id = credits, 0
         self.asked: list[int] = []
         self.offered: list[int] = []
+        self.records: list[str] = []  # of the offered groups
         self.exchanges: list[list[int]] = []  # the groups offered by each exchange that has any
         self.failed: list[tuple[list[int], str]] = []
         self.handed_back: list[tuple[int, tuple[Completion | None, ...]]] = []
@@ -125,6 +126,7 @@ class FakeReplay:
             ]
             self.exchanges.append([each.facts.group_id for each in offers])
             self.offered += self.exchanges[-1]
+            self.records += [each.record for each in offers]
             self._open -= len(offers)
             await self.offers_answered.wait()
         if num_free:

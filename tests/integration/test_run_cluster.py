@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -26,7 +27,9 @@ from typing import Any
 import psutil
 import pytest
 from paths import ROOT
+from prometheus_client.parser import text_string_to_metric_families
 from run_support import (
+    COMMAND,
     MARKER,
     TINY,
     check_checkpoint,
@@ -38,6 +41,7 @@ from run_support import (
 )
 
 from dapo_async.runtime.cluster.environment import RUNS
+from dapo_async.runtime.gauges import all_names
 
 REPOSITORY = ROOT
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -138,6 +142,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_worker_niceness": "0",
+        "RAY_metrics_report_interval_ms": "1000",  # else gauges are exported every 10 s
         RUNS: str(folder / "runs"),
     }
     started = Cluster(folder, f"{head}:{port}", f"http://127.0.0.1:{dashboard}", environment)
@@ -224,6 +229,33 @@ def listens_on(actor: Actor) -> set[str]:
     return {each.laddr.ip for each in listening} - {"0.0.0.0"}
 
 
+def scraped(cluster: Cluster) -> dict[str, dict[str, float]]:
+    """The gauges of runs as Prometheus finds and reads them: name → labels → value."""
+    found = json.loads((cluster.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+    gauges: dict[str, dict[str, float]] = {}
+    for target in (each for group in found for each in group["targets"]):
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_dapo_async_"):
+                    labels = "/".join(sample.labels[name] for name in ("run", "actor", "engine"))
+                    gauges.setdefault(sample.name, {})[labels] = sample.value
+    return gauges
+
+
+def status_of(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dapo-async status`, which reads the cluster's key-value store."""
+    return subprocess.run(
+        [COMMAND, "status", *arguments],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+        check=False,
+    )
+
+
 def check_placement(actors: dict[str, Actor]) -> None:
     """Rollout workers on all nodes in turn; learner and replay actor on one."""
     assert set(actors) == {"replay", "learner", "rollout-0", "rollout-1"}
@@ -274,6 +306,21 @@ def test_job_without_a_place_for_its_files_is_refused_in_one_line(cluster: Clust
     assert "Traceback" not in ended.stdout
 
 
+def check_gauges(cluster: Cluster) -> None:
+    """Ray's endpoint has the numbers of the run `stopped`, in its words."""
+    wait_until(
+        lambda: "ray_dapo_async_engine_version" in scraped(cluster),
+        timeout_s=30.0,
+        what="the gauges of the run",
+    )
+    gauges = scraped(cluster)
+    assert gauges.keys() <= all_names()
+    assert gauges["ray_dapo_async_version"]["stopped/driver/"] >= 1
+    assert gauges["ray_dapo_async_tokens_per_s_generated"]["stopped/rollout/"] > 0
+    for engine in ("rollout-0", "rollout-1"):
+        assert gauges["ray_dapo_async_engine_version"][f"stopped/{engine}/{engine}"] >= 0
+
+
 @pytest.mark.ray
 def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Cluster) -> None:
     submitted = cluster.submit(
@@ -292,6 +339,13 @@ def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Clu
     # The weight group: the learner's rendezvous and each member's end, on its own node's interface.
     for name in ("learner", "rollout-0", "rollout-1"):
         assert listens_on(actors[name]) == {actors[name].ip}, name
+    check_gauges(cluster)
+    shown = status_of(cluster, cluster.address, "--json")
+    assert shown.returncode == 3, shown.stderr  # running
+    status = json.loads(shown.stdout)
+    assert (status["root"], status["state"], status["num_steps"]) == (str(root), "running", 5000)
+    assert status["step"] >= 3
+    assert status["engines"].keys() == {"rollout-0", "rollout-1"}
     (driver,) = [
         each
         for each in psutil.process_iter(["cmdline"])
@@ -312,6 +366,14 @@ def test_stopped_job_leaves_a_summary_and_a_checkpoint_and_no_actor(cluster: Clu
     print(f"the driver of a stopped job ended {time.monotonic() - began_s:.1f} s after SIGTERM")
     assert stop.wait(30.0) == 0
     assert_gone(actors, within_s=30.0)
+    events = read_rows(root / "events.jsonl")
+    told = [(event["event"], event["actor"]) for event in events]
+    ready = sorted(actor for name, actor in told if name == "actor_ready")
+    assert ready == ["learner", "replay", "rollout-0", "rollout-1"]
+    assert told[0] == ("start", "driver")
+    assert {"publish", "checkpoint"} <= {name for name, _ in told}
+    assert (events[-1]["event"], events[-1]["status"]) == ("end", "interrupted")
+    assert status_of(cluster, cluster.address).returncode == 1  # ended
     summary = json.loads((root / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("interrupted", "SIGTERM received")
     assert summary["steps"] == len(read_rows(metrics)) >= 3

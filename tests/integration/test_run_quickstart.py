@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from run_support import (
     check_token_flow,
     finished,
     overlap_share,
+    read_rows,
     rows_of,
 )
 from tracking_world import check_documented, check_history, documented, summary_names
 
 from dapo_async import config as knobs
+from dapo_async.tracking.group_trace import trace_group
 
 pytestmark = pytest.mark.ray
 NUM_STEPS = 30
@@ -59,6 +62,9 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
         "summary.json",
         "metrics.jsonl",
         "files.jsonl",
+        "groups.jsonl",
+        "events.jsonl",
+        "status.json",
         "evaluations.jsonl",
         "timeline.json",
         "dynamics.png",
@@ -171,6 +177,45 @@ def test_every_version_was_served_and_attested(quickstart: Finished) -> None:
     assert "mismatch" not in summary["handshake"]
     assert sum(summary["handshake"].values()) == NUM_STEPS + 1
     assert summary["handshake"]["passed"] >= NUM_STEPS // 2
+
+
+def test_log_of_groups_has_every_outcome_and_tells_the_events_of_a_group(
+    quickstart: Finished,
+) -> None:
+    counts: Counter[str] = Counter()
+    for row in read_rows(quickstart.root / "groups.jsonl"):
+        counts[row["event"]] += len(row.get("group_ids", ()))
+    groups = quickstart.summary["groups"]
+    assert counts["admitted"] == groups["admitted"]
+    assert counts["trained"] == counts["released"] == groups["trained"]
+    assert counts["rejected"] == sum(groups["rejected"].values())
+    assert counts["unused"] == groups["unused"]
+    group_id = quickstart.rollouts(9)[0]["group_id"]
+    header, _, *events, responses = trace_group(quickstart.root, group_id)
+    assert header.endswith(": trained")
+    assert responses.endswith("rollouts/step_000009.jsonl")
+    told = " ".join(events)
+    size = knobs.load(quickstart.root / "config.yaml").replay.group_size
+    assert sum(" ends with " in event for event in events) == size
+    order = ("admitted to", " start", " ends with ", "scored", "offered", "taken", "trained")
+    places = [told.index(event) for event in (*order, "released")]
+    assert places == sorted(places), told
+
+
+def test_arrows_of_groups_join_bars_of_all_actors(quickstart: Finished) -> None:
+    points = [event for event in quickstart.trace if event["ph"] in ("s", "t", "f")]
+    bars = [event for event in quickstart.trace if event["ph"] == "X"]
+    for point in points:
+        assert any(
+            bar["pid"] == point["pid"] and bar["ts"] <= point["ts"] <= bar["ts"] + bar["dur"]
+            for bar in bars
+        ), point
+    whole = [each for each in points if each["ph"] == "f"]
+    assert len(whole) >= NUM_STEPS / 2
+    by_group: dict[int, dict[int, Any]] = {each["id"]: {} for each in whole}
+    for point in points:
+        by_group.get(point["id"], {})[point["pid"]] = point
+    assert max(len(actors) for actors in by_group.values()) == 3  # replay, rollout-0, learner
 
 
 def test_timeline_is_a_chrome_trace_with_a_row_per_actor(quickstart: Finished) -> None:

@@ -179,6 +179,7 @@ class TorchEngine:
         Returns `(group_id, completions)` of the groups whose last sibling ended.
         """
         self.num_ended.clear()
+        began_s = time.monotonic()
         num_decoding, attended = len(self._table), self._table.total_length
         started = self._admit()
         if not len(self._table):
@@ -190,6 +191,7 @@ class TorchEngine:
         self.decode_pairs += attended
         self.num_heldout = self._count_heldout()
         ended = self._table.sample(self._decoder.logits(hidden), version=self.version)
+        self._note_times(began_s, started, ended)
         if not ended:
             return []
         self.num_ended.update(self._table.owners[row][0].request.group_id for row in ended)
@@ -202,6 +204,21 @@ class TorchEngine:
                 finished.append((group_id, completions))
         self._vacate(ended)
         return finished
+
+    def _note_times(
+        self, began_s: float, started: Sequence[tuple[RunningGroup, slice]], ended: Sequence[int]
+    ) -> None:
+        """Tells the groups that want to know it when their siblings started and ended."""
+        now_s = time.monotonic()
+        fresh = [row for _, rows in started for row in range(rows.start, rows.stop)]
+        for row in fresh:
+            group, sibling = self._table.owners[row]
+            if (times := group.request.times) is not None:
+                times.started[sibling], times.first_token[sibling] = began_s, now_s
+        for row in ended:
+            group, sibling = self._table.owners[row]
+            if (times := group.request.times) is not None:
+                times.ended[sibling] = now_s
 
     def _count_heldout(self) -> int:
         """Occupied slots whose group id is negative; mostly there is no such group."""

@@ -284,9 +284,14 @@ class SGLangEngine:
             response = ResponseStream(name, length, self._newest_version)
             group.responses[sibling] = response
             self._count(+1, heldout=request.group_id < 0)
+            if request.times is not None:
+                request.times.started[sibling] = time.monotonic()
             try:
                 return await self._stream(group, request, response, partial)
             finally:
+                if request.times is not None:
+                    request.times.first_token[sibling] = response.first_token_s
+                    request.times.ended[sibling] = time.monotonic()
                 del group.responses[sibling]
                 if response.token_ids:
                     received = response.completion or response.partial()
@@ -316,7 +321,7 @@ class SGLangEngine:
         async for chunk in self._client.stream(body):
             if first:
                 self._book_input(len(request.prompt_ids), len(so_far), chunk.cached_tokens)
-                first = False
+                response.first_token_s, first = time.monotonic(), False
             try:
                 self._receive(chunk, response, group)
             except EngineFault as fault:

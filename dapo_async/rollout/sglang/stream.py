@@ -35,6 +35,7 @@ class ResponseStream:
     completion: Completion | None = None  # after the end
     retractions: int = 0  # that the server has told
     pauses: int = 0  # since the newest chunk, those that drop the memory of running requests
+    first_token_s: float | None = None  # when it arrived, of time.monotonic
     _next_version: int = -1
 
     def add(self, chunk: Chunk, *, newest_version: int, incarnation: str) -> None:

@@ -35,6 +35,7 @@ class Exchange:
     facts: Sequence[GroupFacts] = ()
     sizes: Sequence[int] = ()  # bytes of each packed group
     start: int = 0  # how many processes the worker has had before
+    records: Sequence[str] = ()  # of each group, see `rollout/group_record.py`
 
 
 def to_arguments(groups: Sequence[Bytes]) -> list[bytes]:

@@ -25,6 +25,7 @@ from dapo_async.model import ModelConfig
 from dapo_async.replay import (
     BufferState,
     Filter,
+    GroupOutcome,
     OfferOutcome,
     Pacer,
     Refusal,
@@ -50,9 +51,18 @@ from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
 from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
+from dapo_async.tracking.group_log import GroupLog
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import choose_samples, write_rollouts
-from dapo_async.types import Admission, Completion, Group, GroupFacts, Prompt, TrainBatch
+from dapo_async.types import (
+    Admission,
+    Completion,
+    Group,
+    GroupFacts,
+    Prompt,
+    RejectReason,
+    TrainBatch,
+)
 from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump
@@ -136,6 +146,14 @@ class ReplayActor:
             whole_steps=config.replay.admission == "lockstep",
         )
         self._quarantine = Quarantine(len(self._prompts.prompts), run_dir.quarantined())
+        self._log = GroupLog(
+            run_dir.groups,
+            now_s=self._clock.now_s,
+            incarnation=incarnation,
+            version=self._buffer.learner_version,
+            follow_every=config.replay.groups_per_step,
+        )
+        self._buffer.watch_ends(self._log_end)
         self._pair_cost = pair_cost(ModelConfig.from_folder(Path(config.model.path)))
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
@@ -194,7 +212,7 @@ class ReplayActor:
         is_lost = exchange.start < self._num_lost[worker]
         if exchange.facts:
             with self._clock.during("offer"):
-                tokens = self._offer(exchange.facts, from_arguments(arguments, exchange.sizes))
+                tokens = self._offer(exchange, from_arguments(arguments, exchange.sizes))
                 self._balance[worker] += 0 if is_lost else tokens
         if is_lost:  # a call that was under way when the process died
             self._changed()
@@ -216,23 +234,41 @@ class ReplayActor:
         del self._waiting[worker]
         return ()
 
-    def _offer(self, facts: Sequence[GroupFacts], packed: Sequence[Bytes]) -> int:
+    def _offer(self, exchange: Exchange, packed: Sequence[Bytes]) -> int:
         """Returns the response tokens that the buffer has booked."""
-        several, booked = len(facts) > 1, 0
-        for offered, data in zip(facts, packed, strict=True):
+        several, booked = len(packed) > 1, 0
+        records = exchange.records or [""] * len(packed)
+        for offered, data, record in zip(exchange.facts, packed, records, strict=True):
             whole = self._config.replay.filter is not None
             payload = Payload(offered, data)
             if self._quarantine.counts_failures:
                 self._quarantine.judged(self._stream[offered.group_id])
+            self._log.offer(offered, worker=exchange.worker, record=record)
             result = self._buffer.offer(payload.group if whole else offered, payload)
+            if result.outcome is OfferOutcome.REFUSED:
+                self._log.add("refused", [offered.group_id], reason=result.reason)
             if result.outcome is OfferOutcome.ACCEPTED and several:
                 payload.data = data.copy()  # a view would keep the bytes of all groups of the call
             if result.reason not in UNBOOKED:
                 booked += offered.num_response_tokens
         return booked
 
+    def _log_end(self, group_id: int, outcome: GroupOutcome | RejectReason) -> None:
+        if isinstance(outcome, RejectReason):
+            self._log.add("rejected", [group_id], reason=outcome.value)
+        else:
+            self._log.add(outcome.value, [group_id])
+
+    def _write_log(self) -> None:
+        """Writes the newest events of the groups, beside this thread."""
+        write = partial(self._log.append, self._log.take_text())
+        writing = asyncio.to_thread(self._attempt, "groups.jsonl", write)
+        self._writes.add(asyncio.create_task(writing))
+
     def _changed(self) -> None:
         """After each change of the buffer: everything that has become possible happens now."""
+        if self._log.is_full:
+            self._write_log()
         self._grant()
         self._take_ahead()
         self._news.set()
@@ -256,11 +292,12 @@ class ReplayActor:
             with self._clock.during("admit"):
                 self._first_admission_s = self._first_admission_s or self._clock.now_s()
                 group_ids = [self._admit(worker) for _ in range(count)]
-                wait = self._waiting.pop(worker)
                 admissions = tuple(map(self._admission, group_ids))
                 for admission in admissions:
                     self._balance[worker] -= num_tokens(admission.partial_completions)
-                wait.granted.set_result(admissions)
+                rows = [admission.prompt.row for admission in admissions]
+                self._log.admit(group_ids, worker=worker, version=self._served_version, rows=rows)
+                self._waiting.pop(worker).granted.set_result(admissions)
             admissible -= count
         if admissible == 0:
             self._grant_at_next_start()
@@ -348,6 +385,7 @@ class ReplayActor:
 
     async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
         """The worker gave these groups up: their credits return. `why` is counted."""
+        self._log.add("given_up", group_ids, why=why)
         for group_id in group_ids:
             if self._buffer.fail(group_id, why=why) and why == VERIFIER_FAILED:
                 self._verifier_failed(self._stream[group_id], detail)
@@ -367,6 +405,7 @@ class ReplayActor:
             (each.oldest_version for each in partial_completions if each is not None),
             default=None,
         )
+        self._log.add("handed_back", [group_id], tokens=num_tokens(partial_completions))
         if not self._buffer.hand_back(group_id, oldest_version=oldest_version):
             outcome = TokenOutcome.UNUSED if self._buffer.closed else TokenOutcome.EVICTED
             self._buffer.tokens.end(outcome, num_tokens(partial_completions))
@@ -452,6 +491,7 @@ class ReplayActor:
         if batch.closes_step:
             self._keep_acceptance(batch.learner_version)
         self._next_step = batch.learner_version
+        self._log.add("taken", batch.group_ids, step=batch.learner_version)
         self._in_training.update(zip(batch.group_ids, batch.references, strict=True))
         self._next_batch = asyncio.create_task(self._stored(batch))
 
@@ -555,7 +595,9 @@ class ReplayActor:
         elif guarded:
             write = partial(self._write_batch, self._run_dir.guarded_step, step, payloads)
             await asyncio.to_thread(self._attempt, "guarded/", write)
+        self._log.trained(group_ids, step=step)
         (self._buffer.skipped if non_finite or held else self._buffer.trained)(group_ids)
+        self._write_log()
         if step == self._whole:
             self._of_step = {}  # frees the groups
         await self._written()
@@ -566,7 +608,9 @@ class ReplayActor:
         self._cut, self._ahead = step, None
         if self._next_batch is not None and self._next_step == step:
             self._next_batch = None
-        for group_id in self._buffer.cut_step(step):
+        returned = self._buffer.cut_step(step)
+        self._log.add("returned", returned, step=step)
+        for group_id in returned:
             del self._in_training[group_id]
             self._of_step.pop(group_id, None)
         if step not in self._acceptance:
@@ -583,6 +627,7 @@ class ReplayActor:
         """Every engine serves `version`: the credits of the groups that trained it return."""
         self._buffer.serve(version)
         self._buffer.release(release)
+        self._log.add("released", release, version=version)
         self._changed()
 
     async def lose_worker(self, worker: str, start: int) -> int:
@@ -592,7 +637,7 @@ class ReplayActor:
         response tokens that all processes of the worker have brought, less those that they got.
         """
         self._num_lost[worker] = start + 1
-        self._buffer.lose_worker(worker)
+        self._log.add("handed_back", self._buffer.lose_worker(worker), tokens=0)
         self._evicted.pop(worker, None)
         waiting = self._waiting.pop(worker, None)
         if waiting is not None and not waiting.granted.done():
@@ -610,6 +655,7 @@ class ReplayActor:
         self._buffer.check()
         self._ahead = None
         self._news.set()
+        self._write_log()
         await self._written()
 
     async def capture_state(self, version: int) -> None:
@@ -645,4 +691,5 @@ class ReplayActor:
             quarantined=self._quarantine.lines,
             unwritten=dict(self._unwritten),
             disk_fault=self._disk_fault,
+            flow=tuple(self._log.take_points()),
         )

@@ -12,6 +12,7 @@ import ray
 from dapo_async.model.peak import Peak
 from dapo_async.replay import Counts, StepAcceptance, TokenCounts
 from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
+from dapo_async.tracking.group_log import FlowPoint
 from dapo_async.utils.state_clock import Span
 
 
@@ -55,6 +56,7 @@ class ReplayReport:
     quarantined: tuple[str, ...] = ()  # a line per prompt
     unwritten: Mapping[str, int] = field(default_factory=dict)  # files the disk refused, by kind
     disk_fault: str | None = None  # the newest reason
+    flow: tuple[FlowPoint, ...] = ()  # of arrows in the timeline, each once
 
 
 @dataclass(frozen=True, slots=True)

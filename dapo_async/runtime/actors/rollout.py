@@ -6,6 +6,7 @@ This module must not import torch, because the driver imports it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,8 +59,8 @@ class ReplayClient(Handle[ReplayActor]):
         self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
     ) -> tuple[Admission, ...]:
         facts, packed = [each.facts for each in offers], [each.data for each in offers]
-        sizes = [len(data) for data in packed]
-        exchange = Exchange(worker, num_free, num_open, facts, sizes, self._start)
+        sizes, records = [len(data) for data in packed], [each.record for each in offers]
+        exchange = Exchange(worker, num_free, num_open, facts, sizes, self._start, records)
         return await self._exchange(exchange, *to_arguments(packed))
 
     async def hand_back(
@@ -192,8 +193,11 @@ class RolloutActor:
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
         self._worker.hold()
+        began_s = time.monotonic()
         async with self._losing_engine("serve new weights", share=UPDATE_SHARE):
-            return await update
+            attestation = await update
+            self._worker.updated(attestation.version, began_s=began_s)
+            return attestation
         return None
 
     @asynccontextmanager

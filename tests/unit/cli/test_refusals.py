@@ -187,7 +187,8 @@ def test_overrides_may_stand_before_and_after_an_option(
     [
         (
             (),
-            "which command? give one of train, status, dump, eval, report, verify, rerun, grade, "
+            "which command? give one of train, status, dump, eval, report, verify, trace, rerun, "
+            "grade, "
             "bench, plan, simulate, config; ",
         ),
         (("trian",), "unknown command trian; did you mean train? There are train, status, dump, "),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
+import time
 from pathlib import Path
 from typing import Any, Never
 
 import httpx
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from hub_server import COMMIT, hub_server
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from dapo_async.model import download_model
+from dapo_async.model.download import model_shape
 
 FILES = {
     "config.json": b"{}",
@@ -172,3 +175,54 @@ def test_each_error_of_the_network_and_the_disk_has_its_own_remedy(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert expected in refusal("nobody/nothing")
+
+
+SHAPE = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+
+
+def test_sizes_come_from_the_config_alone_and_nothing_is_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_server({"config.json": json.dumps(SHAPE).encode()}) as url:
+        use_hub(url, monkeypatch)
+        model = model_shape("me/here")
+    assert (model.num_layers, model.num_kv_heads, model.head_dim) == (28, 2, 128)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("repository", "config", "said"),
+    [
+        ("me/here", b'{"model_type": "mamba"}', "model_type 'mamba' is not supported"),
+        ("me/here", b"<html>", "config.json of me/here can't be read from the Hugging Face hub"),
+        ("me/gated", b"", "config.json of me/gated can't be read from the Hugging Face hub"),
+    ],
+)
+def test_sizes_that_can_not_be_read_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, repository: str, config: bytes, said: str
+) -> None:
+    with hub_server({"config.json": config}) as url:
+        use_hub(url, monkeypatch)
+        with pytest.raises(ValueError, match=said) as error:
+            model_shape(repository)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_that_is_not_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub("http://127.0.0.1:9", monkeypatch)
+    began_s = time.monotonic()
+    with pytest.raises(ValueError, match="can't be read from the Hugging Face hub"):
+        model_shape("me/here")
+    assert time.monotonic() - began_s < 5.0

@@ -15,6 +15,7 @@ from dapo_async.config import Config, TrainConfig
 from dapo_async.runtime.checkpointer import MAX_FAILED, Checkpointer, DiskRefused
 from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.tracking.disk_faults import DiskFaults, RowFile
+from dapo_async.tracking.event_log import ignore_event
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE
 
@@ -67,7 +68,9 @@ def checkpointer(
     learner = learner or Learner("model.safetensors")
     made = Checkpointer(
         replace(Config(), train=TrainConfig(keep_checkpoints=keep)),
-        system=SimpleNamespace(learner=learner, replay=Replay("replay.json")),  # type: ignore[arg-type]
+        system=SimpleNamespace(  # type: ignore[arg-type]
+            learner=learner, replay=Replay("replay.json"), event=ignore_event
+        ),
         tracker=SimpleNamespace(  # type: ignore[arg-type]
             clock=SimpleNamespace(now_s=lambda: 0.0),
             checkpoint_pause_s=0.0,

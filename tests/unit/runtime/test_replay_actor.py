@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -512,3 +514,47 @@ def test_samples_that_the_disk_refuses_are_counted_and_the_step_is_trained(
 
     asyncio.run(step())
     assert not RunDir(tmp_path).files.exists()
+
+
+def test_every_end_of_a_group_is_in_its_log_as_the_ledger_counts_them(
+    make_actor: Callable[..., Actor], tmp_path: Path
+) -> None:
+    actor = make_actor(1)
+
+    async def scene() -> None:
+        await actor.serve(0)
+        trained, given_up = await actor.ask("rollout-0", 2)
+        await actor.offer("rollout-0", make_group(trained, incarnation="first"))
+        await actor.fail([given_up], "the verifier failed")
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        await actor.serve(1, batch.group_ids)
+        await actor.ask("rollout-1", 1)
+        await actor.lose_worker("rollout-1", 0)
+        (handed_back,) = await actor.ask("rollout-0", 1)
+        await actor.hand_back("rollout-0", handed_back, ())
+        await actor.close()
+        report = await actor.report()
+        assert (report.counts.trained, report.counts.failed, report.counts.unused) == (1, 1, 1)
+        assert [point.phase for point in report.flow if point.group_id == trained] == [
+            *"stttf"  # admitted, offered, taken, trained, released: this worker kept no times
+        ]
+
+    asyncio.run(scene())
+    counts: Counter[str] = Counter()
+    for line in (tmp_path / "groups.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        counts[event["event"]] += len(event.get("group_ids", ()))
+    assert counts == {
+        "start": 0,
+        "admitted": 4,
+        "offered": 1,
+        "taken": 1,
+        "trained": 1,
+        "released": 1,
+        "given_up": 1,
+        "failed": 1,
+        "handed_back": 2,
+        "unused": 1,
+    }

@@ -10,14 +10,14 @@ from paths import CONFIGS
 
 from dapo_async.config import load
 from dapo_async.tracking.bottleneck import (
-    WINDOW,
     BottleneckWatch,
     Idle,
     Layout,
     better_split,
     bottleneck,
-    faults,
+    change_in,
 )
+from dapo_async.tracking.faults import WINDOW, faults
 
 LAYOUT = Layout(
     learner_devices=8,
@@ -180,12 +180,47 @@ def test_lost_engines_and_a_slow_step_are_events_that_are_shown_each_time() -> N
             shown.append(watch.add(row))
     kinds = [found.kind for found in shown if found is not None]
     assert kinds == ["nothing", "engines lost", "engines lost"]
-    slow = rows()
-    slow[6] |= {"step_s": 80.0, "checkpoint_pause_s": 66.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"step_s": 80.0, "checkpoint_pause_s": 66.0},
+            "step 7 took 80.0 s, the median is 10.0 s; 66.0 s of it were a checkpoint",
+        ),
+        (
+            {"publish_pause_s": 18.0},
+            "in step 7 a publish took 18.0 s, the median is 0.5 s (a step takes 10.0 s)",
+        ),
+        (
+            {"step_s": 14.0, "idle.learner": 0.8},
+            "in step 7 the learner's wait for a batch took 11.2 s, the median is 0.5 s "
+            "(a step takes 10.0 s)",
+        ),
+    ],
+)
+def test_phase_that_takes_six_times_its_median_is_named(
+    change: dict[str, float], line: str
+) -> None:
+    slow = rows(publish_pause_s=0.5)
+    slow[6] |= change
     (found,) = faults(slow, first=slow[0])
-    assert found.line == (
-        "step 7 took 80.0 s, the median is 10.0 s; 66.0 s of it were a checkpoint"
-    )
+    assert (found.kind, found.is_event, found.line) == ("slow phase", True, line)
+
+
+def test_longer_phase_that_costs_little_is_no_fault() -> None:
+    quick = rows(publish_pause_s=0.01)
+    quick[6] |= {"publish_pause_s": 0.3}
+    assert list(faults(quick, first=quick[0])) == []
+
+
+@pytest.mark.parametrize(("accuracy", "kinds"), [(0.0, ["equal rewards"]), (1.0, [])])
+def test_equal_rewards_are_a_fault_unless_the_task_is_solved(
+    accuracy: float, kinds: list[str]
+) -> None:
+    found = list(faults(rows(accuracy=accuracy), first=rows(1)[0]))
+    assert [each.kind for each in found] == kinds
 
 
 def test_state_is_shown_when_it_begins_and_not_again() -> None:
@@ -194,6 +229,66 @@ def test_state_is_shown_when_it_begins_and_not_again() -> None:
     for window, shares in enumerate([idle(0.02, 0.6)] * 3 + [idle(0.6, 0.02)] * 2):
         shown += [watch.add(row) for row in rows(first=window * WINDOW, **shares)]
     assert [place for place, found in enumerate(shown) if found is not None] == [9, 39]
+
+
+@pytest.mark.parametrize("num_slots", [16, 64, 512, 1536])
+def test_verdict_does_not_change_with_the_number_of_slots_alone(num_slots: int) -> None:
+    """The engine has 16 sequences at its best rate, whatever number of slots it has."""
+    idle_slots = 1.0 - 16 / num_slots
+    layout = replace(LAYOUT, num_slots=num_slots, on_gpus=False)
+    window = rows(**idle(0.6, idle_slots), efficiency__rollout=0.97)
+    found = bottleneck(window, layout)
+    assert found is not None
+    assert found.kind == "generation"
+    assert "engines at 97% of their best rate" in found.line
+    assert ("have no credit: replay.max_staleness=3" in found.line) == (num_slots > 16)
+    free = bottleneck(rows(**idle(0.02, idle_slots), efficiency__rollout=0.5), layout)
+    assert free is not None
+    assert free.kind == ("the learner" if num_slots > 16 else "nothing")
+    said = f"rollout.num_slots=16 instead of {num_slots}: same speed, fresher tokens"
+    assert (said in free.line) == (num_slots > 16)
+
+
+def test_busy_engine_that_is_below_its_best_rate_does_not_wait() -> None:
+    """All slots are busy, with longer responses than at its best."""
+    found = bottleneck(rows(**idle(0.4, 0.02), efficiency__rollout=0.6), LAYOUT)
+    assert found is not None
+    assert found.kind == "generation"
+
+
+def test_full_memory_limits_engines_that_run_at_their_best_rate() -> None:
+    """The learner waits, and a third of the slots is all that the KV memory has room for."""
+    window = rows(**idle(0.31, 0.66, "queued"), efficiency__rollout=1.0)
+    found = bottleneck(window, LAYOUT)
+    assert found is not None
+    assert found.kind == "KV memory"
+    assert "engines run 22 of 64 slots because the KV cache is full" in found.line
+    assert "GPUs for the learner and rollout.num_workers=" in found.line
+
+
+@pytest.mark.parametrize("change", [11, 15, 20, 21, 22])
+def test_regime_begins_at_its_own_step_and_not_at_that_of_a_window(change: int) -> None:
+    watch = BottleneckWatch(LAYOUT)
+    for step in range(1, 31):
+        shares = idle(0.6, 0.02) if step >= change else idle(0.02, 0.6)
+        watch.add(rows(1, first=step - 1, **shares)[0])
+    said = str(watch.summary())
+    if change > 11 and (change - 1) % WINDOW == 0:
+        assert f"by the learner in steps 1-{change - 1}, by generation in steps {change}-30" in said
+    assert said.startswith("limited by the learner in steps 1-")
+    window = [*rows(change - 1, **idle(0.02, 0.6)), *rows(9, first=change - 1, **idle(0.6, 0.02))]
+    assert change_in(window) == change
+
+
+def test_faults_of_the_whole_run_are_kept_with_their_steps() -> None:
+    watch = BottleneckWatch(LAYOUT)
+    for window in range(4):
+        share = 0.4 if window in (1, 2) else 0.02
+        for row in rows(first=window * WINDOW, truncated=share):
+            watch.add(row)
+    assert watch.faults == [
+        "steps 11-30: 40% of the responses are cut: raise rollout.max_response_tokens"
+    ]
 
 
 def test_summary_tells_the_regimes_of_a_run_apart() -> None:
@@ -249,7 +344,7 @@ def test_fewer_slots_are_named_where_they_cost_nothing() -> None:
     alone = Layout(1, 1, 1, 1, 64, 2, on_gpus=True)
     found = bottleneck(rows(**idle(0.02, 0.6)), alone)
     assert found is not None
-    assert "rollout.num_slots=26 is enough: same speed, fresher tokens" in found.line
+    assert "rollout.num_slots=26 instead of 64: same speed, fresher tokens" in found.line
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -11,7 +11,8 @@ from paths import ROOT
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.tracking.bottleneck import WINDOW, BottleneckWatch, Layout
+from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
+from dapo_async.tracking.faults import WINDOW
 from dapo_async.tracking.next_split import compared, next_split, split_line
 
 GROUPS, SIZE, MEAN, SLOTS = 16, 8, 400, 64

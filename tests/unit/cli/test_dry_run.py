@@ -1,0 +1,120 @@
+"""A dry run: devices of each side, credits against slots, memory and what is left of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from paths import CONFIGS, QUICKSTART
+
+from dapo_async import config as knobs
+from dapo_async.cli import dry_run
+from dapo_async.cli.dry_run import Device, dry_run_lines
+
+GPU_RECIPE = CONFIGS / "dapo_qwen2.5_7b_math.yaml"
+QWEN_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 151645,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with the config of a 7B model, and no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    return f"model.path={tmp_path}"
+
+
+def printed(file: Path, *overrides: str) -> list[str]:
+    config = knobs.load(file, ["ray.address=local", *overrides])
+    return list(dry_run_lines(config, Path("runs/x"), first_step=0))
+
+
+def one(lines: list[str], part: str) -> str:
+    (line,) = [line for line in lines if part in line]
+    return line
+
+
+def test_gpus_of_each_side_add_up(model: str) -> None:
+    config = knobs.load(GPU_RECIPE, [model])
+    line = one(printed(GPU_RECIPE, model), " GPUs: ")
+    learner = config.learner.data_parallel * config.learner.tensor_parallel
+    rollout = config.rollout.num_workers * config.rollout.tensor_parallel
+    assert f"{learner} for the learner" in line
+    assert f"{rollout} for rollout" in line
+    assert int(line.split()[0]) == learner + rollout + config.gpus_of_evaluator
+
+
+def test_memory_of_an_engine_names_what_is_left_of_the_gpu(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: Device("a test GPU", 80 * 10**9))
+    lines = printed(
+        GPU_RECIPE,
+        model,
+        "rollout.tensor_parallel=1",
+        "rollout.num_slots=64",
+        "data.max_prompt_tokens=1024",
+        "rollout.max_response_tokens=3072",
+    )
+    # 7.6 billion parameters of 2 bytes; 2 x 28 layers x 4 heads x 128 x 2 bytes per token.
+    assert "14.2 GiB of weights, and 224.0 MiB of keys and values per sequence of 4096 tokens" in (
+        one(lines, "each engine would hold")
+    )
+    assert one(lines, "an engine with all slots: ") == (
+        "an engine with all slots: 38.9 GiB left of the 67.1 GiB usable on a test GPU"
+    )
+    assert one(lines, "room for") == (
+        "an engine has room for 241 sequences of the longest length on a test GPU"
+    )
+
+
+def test_gpu_that_would_be_large_enough_is_named_on_a_machine_without_one(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: None)
+    lines = printed(GPU_RECIPE, model, "rollout.tensor_parallel=1", "rollout.num_slots=16")
+    assert "would need a GPU with 24 GB or more" in one(lines, "an engine with all slots")
+
+
+def test_gpu_that_is_too_small_is_named_with_what_is_missing(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: Device("a small GPU", 16 * 10**9))
+    lines = printed(GPU_RECIPE, model, "rollout.tensor_parallel=1")
+    assert "too much for the 13.4 GiB usable on a small GPU" in one(lines, "an engine with all")
+    assert one(lines, "room for").startswith("an engine has room for 0 sequences")
+
+
+def test_credits_are_compared_with_slots() -> None:
+    assert one(printed(QUICKSTART), "sequences in flight") == (
+        "enough credits: up to 1536 sequences in flight for the 128 slots of all engines"
+    )
+    few = one(printed(QUICKSTART, "rollout.num_slots=2000"), "sequences in flight")
+    assert few.startswith("credits allow 1536 sequences in flight")
+
+
+def test_run_on_cpus_is_compared_with_the_memory_that_is_free() -> None:
+    assert "free" in one(printed(QUICKSTART), "learner and engines together would need")
+
+
+def test_model_of_the_hub_that_can_not_be_asked_leaves_the_memory_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    gone = template.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", gone)
+    line = one(printed(GPU_RECIPE), "memory is not known")
+    assert "can't be read from the Hugging Face hub" in line
