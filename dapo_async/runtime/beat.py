@@ -37,7 +37,6 @@ class Beat:
         """`post` gets the run directory and the JSON text, in a thread."""
         self._run_dir, self._bottleneck, self._post = run_dir, bottleneck, post
         self._facts: dict[str, Any] = {
-            "root": str(run_dir.root),
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "work_s": config.deadlines.work_s,
@@ -85,10 +84,9 @@ class Beat:
             "bottleneck": self._bottleneck(),
             "checkpoint": self._run_dir.relative(saved) if saved else None,
         }
-        text = json.dumps(self._facts)
+        root = str(self._run_dir.root)
         with suppress(OSError):  # such as a full disk: the metrics of this step say so
-            self._run_dir.write_status(text)
+            self._run_dir.write_status(json.dumps(self._facts))  # it names no folder: that may move
+        text = json.dumps({"root": root, **self._facts})
         if self._posting is None or self._posting.done():  # else the next one has newer facts
-            self._posting = asyncio.create_task(
-                asyncio.to_thread(self._post, self._facts["root"], text)
-            )
+            self._posting = asyncio.create_task(asyncio.to_thread(self._post, root, text))
