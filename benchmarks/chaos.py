@@ -55,7 +55,7 @@ PING_S = 5.0
 LONGEST_S = 300.0  # for one recovery
 SETTINGS = (
     "rollout.num_workers=2",
-    "evaluation.every_steps=5",
+    "evaluation.every_steps=6",
     "train.checkpoint_every_steps=2",
     "train.record=true",
     "tracking.mlflow=null",
@@ -100,7 +100,9 @@ class Victim:
         and when the run has ended."""
         began_s = time.monotonic()
         while not done():
-            if self.process.poll() is not None or time.monotonic() - began_s > LONGEST_S:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{what}: the run has ended\n{self.output[-3000:]}")
+            if time.monotonic() - began_s > LONGEST_S:
                 raise RuntimeError(f"{what}: not within {LONGEST_S:g} s\n{self.output[-3000:]}")
             time.sleep(0.02)
         return time.monotonic() - began_s
