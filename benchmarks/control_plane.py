@@ -120,9 +120,9 @@ class Client(ReplayClient):
 
     num_calls = 0
 
-    async def _call(self, *args: Any) -> Any:
+    async def _call(self, *args: Any, **kwargs: Any) -> Any:
         Client.num_calls += 1
-        return await super()._call(*args)
+        return await super()._call(*args, **kwargs)
 
 
 class Host:

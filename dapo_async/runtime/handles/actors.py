@@ -58,18 +58,18 @@ class ReplayHandle(Handle[ReplayActor]):
     """The replay actor."""
 
     ready = remote(ReplayActor.ready, _start_with_margin)
-    watch = remote(ReplayActor.alive, _unlimited)
-    ping = remote(ReplayActor.ping, _short)
+    watch = remote(ReplayActor.alive, _unlimited, repeatable=True)
+    ping = remote(ReplayActor.ping, _short, repeatable=True)
     take = remote(ReplayActor.take, _take)
     trained = remote(ReplayActor.trained, _short)
     cut = remote(ReplayActor.cut, _short)
     serve = remote(ReplayActor.serve, _short)
-    suspend = remote(ReplayActor.suspend, _short)
-    lose_worker = remote(ReplayActor.lose_worker, _short)
+    suspend = remote(ReplayActor.suspend, _short, repeatable=True)
+    lose_worker = remote(ReplayActor.lose_worker, _short, repeatable=True)
     capture_state = remote(ReplayActor.capture_state, _short)
     save = remote(ReplayActor.save, _work)
     close = remote(ReplayActor.close, _short)
-    report = remote(ReplayActor.report, _short)
+    report = remote(ReplayActor.report, _short, repeatable=True)
     dump = remote(ReplayActor.dump, _short)
 
 
@@ -78,8 +78,8 @@ class LearnerHandle(Handle[LearnerActor]):
 
     open_mesh = remote(LearnerActor.open_mesh, _start)
     ready = remote(LearnerActor.ready, _start)
-    watch = remote(LearnerActor.alive, _unlimited)
-    ping = remote(LearnerActor.ping, _short)
+    watch = remote(LearnerActor.alive, _unlimited, repeatable=True)
+    ping = remote(LearnerActor.ping, _short, repeatable=True)
     minibatch = remote(LearnerActor.minibatch, _work)
     end_step = remote(LearnerActor.end_step, _answer)
     snapshot = remote(LearnerActor.snapshot, _answer)
@@ -89,10 +89,10 @@ class LearnerHandle(Handle[LearnerActor]):
     leave_group = remote(LearnerActor.leave_group, _answer)
     broadcast = remote(LearnerActor.broadcast, _answer)
     write = remote(LearnerActor.write, _answer)
-    version = remote(LearnerActor.version, _work)
+    version = remote(LearnerActor.version, _work, repeatable=True)
     capture_state = remote(LearnerActor.capture_state, _work)
     save = remote(LearnerActor.save, _work)
-    report = remote(LearnerActor.report, _short)
+    report = remote(LearnerActor.report, _short, repeatable=True)
     dump = remote(LearnerActor.dump, _short)
 
 
@@ -106,13 +106,13 @@ class WorkerHandle(Handle[RolloutActor]):
     is_absent = False
     ready = remote(RolloutActor.ready, _start_with_margin)
     comes = remote(RolloutActor.ready, _unlimited)
-    ping = remote(RolloutActor.ping, _short)
+    ping = remote(RolloutActor.ping, _short, repeatable=True)
     watch = remote(RolloutActor.run, _unlimited)
-    lost = remote(RolloutActor.lost, _unlimited)
+    lost = remote(RolloutActor.lost, _unlimited, repeatable=True)
     restart = remote(RolloutActor.restart, _start_with_margin)
-    back = remote(RolloutActor.back, _return)
+    back = remote(RolloutActor.back, _return, repeatable=True)
     evaluate = remote(RolloutActor.evaluate, _work)
-    report = remote(RolloutActor.report, _short)
+    report = remote(RolloutActor.report, _short, repeatable=True)
     dump = remote(RolloutActor.dump, _short)
     _join = remote(RolloutActor.join, _answer)
     _receive = remote(RolloutActor.receive, _answer)
@@ -153,7 +153,7 @@ class EvaluatorHandle(Handle[EvaluatorActor]):
     """The evaluator, in runs that evaluate during training."""
 
     ready = remote(EvaluatorActor.ready, _start_with_margin)
-    watch = remote(EvaluatorActor.alive, _unlimited)
+    watch = remote(EvaluatorActor.alive, _unlimited, repeatable=True)
     read = remote(EvaluatorActor.read, _work)
     evaluate = remote(EvaluatorActor.evaluate, _work)
     take_spans = remote(EvaluatorActor.take_spans, _short)

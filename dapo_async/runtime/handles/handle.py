@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from dapo_async.config import DeadlinesConfig
 
@@ -25,6 +25,8 @@ ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Deadline = Callable[[DeadlinesConfig], float | None]  # seconds; None: wait without limit
+BREAK_S = 20.0  # a connection that is broken for longer is a death
+PAUSE_S = 0.5  # between two calls over a broken connection
 
 
 class ActorDied(RuntimeError):
@@ -67,11 +69,19 @@ class Handle(Generic[ActorClass]):
         self._actor = actor
 
     async def _call(
-        self, method: str, deadline: Deadline, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        method: str,
+        deadline: Deadline,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        repeatable: bool,
     ) -> Any:
         limit_s = self._limit_s if self._limit_s is not None else deadline(self._deadlines)
         try:
             async with asyncio.timeout(limit_s):
+                if repeatable:
+                    return await self._call_again(method, args, kwargs)
                 return await getattr(self._actor, method).remote(*args, **kwargs)
         except TimeoutError as error:
             if isinstance(error, RayTaskError):  # the actor itself gave up waiting
@@ -86,18 +96,41 @@ class Handle(Generic[ActorClass]):
         except RayTaskError as error:
             raise ActorFailed(f"{self.name} failed in {method}: {_original(error)!r}") from error
 
+    async def _call_again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Repeats the call while the connection is broken, for `BREAK_S` at most.
+
+        Ray can't tell then whether the actor has got the call.
+        """
+        loop = asyncio.get_running_loop()
+        broken_s: float | None = None
+        while True:
+            began_s = loop.time()
+            try:
+                return await getattr(self._actor, method).remote(*args, **kwargs)
+            except ActorUnavailableError:
+                if broken_s is None or loop.time() - began_s > BREAK_S:
+                    broken_s = loop.time()  # it worked meanwhile
+                if loop.time() - broken_s > BREAK_S:
+                    raise
+            await asyncio.sleep(PAUSE_S)
+
 
 def remote(
     method: Callable[Concatenate[ActorClass, Arguments], Coroutine[Any, Any, Result]],
     deadline: Deadline,
+    *,
+    repeatable: bool = False,
 ) -> Callable[Concatenate[Handle[ActorClass], Arguments], Coroutine[Any, Any, Result]]:
-    """A handle's method that calls `method` of the actor."""
+    """A handle's method that calls `method` of the actor.
+
+    `repeatable`: a second call does no harm, so it is made when the connection breaks.
+    """
     name = method.__name__
 
     async def call(
         self: Handle[ActorClass], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        result: Result = await self._call(name, deadline, args, kwargs)
+        result: Result = await self._call(name, deadline, args, kwargs, repeatable=repeatable)
         return result
 
     return call

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from fake_actors import fake_actor
 from paths import QUICKSTART
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from dapo_async import config as knobs
 from dapo_async.runtime.actors.rollout import ReplayClient
+from dapo_async.runtime.handles import handle
 from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 
@@ -83,3 +84,34 @@ def test_a_dead_actor_is_named_and_its_error_can_be_pickled() -> None:
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.actor, str(copy)) == ("rollout-0", str(caught.value))
     assert str(copy).startswith("rollout-0 died while the driver waited for run: ")
+
+
+def test_a_connection_that_breaks_for_a_moment_is_no_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handle, "PAUSE_S", 0.01)
+    monkeypatch.setattr(handle, "BREAK_S", 0.2)
+    calls: list[str] = []
+
+    def breaking(times: float) -> Any:
+        async def call() -> str:
+            calls.append("call")
+            if len(calls) <= times:
+                raise ActorUnavailableError("Socket closed", b"0" * 16)
+            return "line"
+
+        return call
+
+    learner = LearnerHandle("learner", fake_actor(ping=breaking(3)), DEADLINES)
+    assert asyncio.run(learner.ping()) == "line"
+    assert len(calls) == 4
+    calls.clear()
+    lasting = LearnerHandle("learner", fake_actor(ping=breaking(10_000)), DEADLINES)
+    with pytest.raises(ActorDied, match="learner died while the driver waited for ping"):
+        asyncio.run(lasting.ping())
+    # A minibatch may have been trained already: it is never repeated.
+    calls.clear()
+    once = LearnerHandle("learner", fake_actor(end_step=breaking(1)), DEADLINES)
+    with pytest.raises(ActorDied):
+        asyncio.run(once.end_step())
+    assert len(calls) == 1
