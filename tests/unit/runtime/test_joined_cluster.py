@@ -70,7 +70,7 @@ def test_error_of_joining_ends_train_with_exit_code_2_and_leaves_nothing(
     def refuse(**_: Any) -> Never:
         raise error
 
-    monkeypatch.setattr(address, "_probe", lambda *_: None)
+    monkeypatch.setattr(address, "_probe", lambda *_: True)
     monkeypatch.setattr(ray, "init", refuse)
     root = tmp_path / "runs" / "run"
     words = ["train", str(QUICKSTART), f"run_dir={root}", f"ray.address={ADDRESS}"]
