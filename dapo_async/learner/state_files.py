@@ -68,7 +68,9 @@ def write_parts(parts: Mapping[str, Part], folder: Path, mesh: Mesh) -> None:
     except CheckpointException as error:  # a BaseException, which no caller would count
         for failure, _ in error.failures.values():
             if disk_fault(failure) is not None:
-                raise failure from error
+                # A new error: `failure` with `error` as its cause is a circle, because torch
+                # prints every failure, with its cause, in the text of `error`.
+                raise _same(failure) from None
         raise RuntimeError(
             f"the learner's state can't be written to {folder}: {_last_line(error)}"
         ) from error
@@ -100,6 +102,13 @@ def read_into(tensors: Mapping[str, Part | Tensor], folder: Path) -> None:
         raise ValueError(
             f"the learner's state in {folder} can't be read: {_last_line(error)}"
         ) from error
+
+
+def _same(failure: BaseException) -> Exception:
+    """A copy of an error by which the disk refused a write."""
+    if isinstance(failure, OSError):
+        return OSError(failure.errno, failure.strerror, failure.filename)
+    return RuntimeError(str(failure))
 
 
 def _last_line(error: BaseException) -> str:

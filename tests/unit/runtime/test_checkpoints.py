@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_each_writer_of_a_checkpoint_names_a_full_disk_as_such(tmp_path: Path) -
             with pytest.raises(Exception) as caught:
                 write(disk)
             assert disk_fault(caught.value) == "no space left on device", (name, caught.value)
+            assert traceback.format_exception(caught.value)  # an actor's error is printed whole
 
 
 def test_state_that_lost_a_group_is_refused() -> None:
