@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from dapo_async.algorithm import summarise
+from dapo_async.algorithm.guards import Guard
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank, read_whole_state, save_state
 from dapo_async.learner.batching import Microbatch, pack_share
@@ -400,9 +401,11 @@ def count_passes(mesh: Mesh) -> list[int]:
         mesh, num_minibatches=2, microbatch_tokens=20, algorithm={"proximal": "behaviour"}
     )
 
-    def update(minibatch: Sequence[Microbatch], *_: Any, **__: Any) -> tuple[StepMetrics, bool]:
+    def update(
+        minibatch: Sequence[Microbatch], *_: Any, **__: Any
+    ) -> tuple[StepMetrics, tuple[Guard, ...]]:
         counts.append(len(minibatch))
-        return StepMetrics(), False
+        return StepMetrics(), ()
 
     setattr(rank, "_update", update)  # noqa: B010 (mypy refuses to assign a method)
     step_on(rank, mesh, uneven_groups())
