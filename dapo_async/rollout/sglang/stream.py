@@ -33,8 +33,8 @@ class ResponseStream:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # a lower bound per token, until the end
     completion: Completion | None = None  # after the end
-    retractions: int = 0  # that the server has told
-    pauses: int = 0  # since the newest chunk, those that drop the memory of running requests
+    retractions: int = 0  # that were returned by `retracted`
+    pauses: int = 0  # of the server, those that drop the memory of running requests
     first_token_s: float | None = None  # when it arrived, of time.monotonic
     _next_version: int = -1
 
@@ -58,12 +58,13 @@ class ResponseStream:
     def retracted(self, total: int) -> int:
         """How often the request lost its memory to others since the last call.
 
-        `total`: as the server counts, with the pauses. A pause drops the memory of a running
-        request only, so a retraction before a pause may be left out.
+        `total`: as the server counts, with the pauses. A chunk that was on its way during a pause
+        does not have it in its count yet. A pause drops the memory of a running request only, so
+        after a pause in the server's queue one retraction is left out.
         """
-        new, self.retractions = total - self.retractions - self.pauses, total
-        self.pauses = 0
-        return max(0, new)
+        new = max(0, total - self.pauses - self.retractions)
+        self.retractions += new
+        return new
 
     def partial(self) -> Completion:
         """The tokens so far, with finish reason ABORT."""

@@ -125,6 +125,7 @@ def test_retractions_are_those_for_memory_and_not_those_of_pauses() -> None:
     assert response.retracted(0) == 0
     assert response.retracted(2) == 2
     response.pauses += 1
+    assert response.retracted(2) == 0, "a chunk from before the pause"
     assert response.retracted(3) == 0, "it ran when the server was paused"
     response.pauses += 1
     assert response.retracted(5) == 1
