@@ -445,3 +445,22 @@ def test_engines_that_a_broken_broadcast_did_not_reach_read_from_disk(tmp_path: 
         ("rollout-0", "rollout-2"),
     ]
     assert publisher.outcomes["mismatch"] == 0
+
+
+def test_engine_that_runs_again_before_its_broadcast_ends_counts_as_lost(tmp_path: Path) -> None:
+    """Its process died in the broadcast, and the next one is ready when the others read."""
+    learner = FakeLearner(tmp_path)
+    first, second = FakeEngine(learner, "rollout-0"), FakeEngine(learner, "rollout-1")
+    publisher = make_publisher(learner, first, second)
+
+    async def die_and_come_back() -> None:
+        publisher.lose(second)
+        second.unreached = True
+
+    second.before_receive, learner.failure = die_and_come_back, "connection closed"
+    assert publish(publisher, learner.announce(1)) == [1]
+    assert (first.version, second.version) == (1, -1)
+    second.before_receive, second.unreached, learner.failure = None, False, None
+    assert asyncio.run(publisher.restore(second))
+    assert publish(publisher, learner.announce(2)) == [2]
+    assert (first.version, second.version) == (2, 2)
