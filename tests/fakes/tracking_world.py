@@ -182,7 +182,7 @@ def check_documented(written: set[str], names: Iterable[str]) -> None:
 
 
 # Maps by actor, result or error.
-WHOLE = ("seconds_by_state", "handshake", "caught", "failures", "engines", "guards")
+WHOLE = ("seconds_by_state", "handshake", "caught", "failures", "engines", "split", "guards")
 
 
 def summary_names(summary: Mapping[str, Any]) -> set[str]:

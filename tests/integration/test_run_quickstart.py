@@ -65,6 +65,7 @@ def test_run_ends_done_with_every_file_in_its_directory(quickstart: Finished) ->
         "groups.jsonl",
         "events.jsonl",
         "status.json",
+        "process.json",
         "evaluations.jsonl",
         "timeline.json",
         "dynamics.png",
