@@ -55,6 +55,7 @@ PING_S = 5.0
 LONGEST_S = 300.0  # for one recovery
 SETTINGS = (
     "rollout.num_workers=2",
+    "replay.dynamic_sampling=false",  # else the last steps wait for groups that are not solved
     "evaluation.every_steps=6",
     "train.checkpoint_every_steps=2",
     "train.record=true",

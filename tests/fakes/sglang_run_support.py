@@ -59,7 +59,7 @@ def replaced(
     server = server_of(live.root, name)
     session = [server, *server.children(recursive=True)]
     harm(server)
-    lost = rf"^{name} lost its engine: .*; restarting it \({count} of {of}\)$"
+    lost = rf"^{name} lost its engine: .*; restarting it(?: in \d+ s)? \({count} of {of}\)$"
     live.wait_for(lost, timeout_s=60.0)
     live.wait_for(rf"{lost}[\s\S]*?^{name} generates again$", timeout_s=120.0)
     steps = len(read_rows(live.root / "metrics.jsonl"))

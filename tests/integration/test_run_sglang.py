@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +20,6 @@ from run_support import (
     finished,
     running,
 )
-from sglang_proxy import BREAK_OFF, proxy
 from sglang_run_support import (
     CONFIG,
     SERVERS,
@@ -36,7 +32,6 @@ from sglang_run_support import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 
 pytestmark = pytest.mark.sglang
 
@@ -137,7 +132,7 @@ def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: P
         os.kill(
             server_of(live.root, "rollout-0").pid, signal.SIGKILL
         )  # once more: the limit of restarts is not reached
-        live.wait_for(r"restarting it \(2 of 3\)$", timeout_s=60.0)
+        live.wait_for(r"restarting it in 1 s \(2 of 3\)$", timeout_s=60.0)
         os.kill(live.driver, signal.SIGKILL)
         assert not psutil.wait_procs(session, timeout=5.0)[1]
         live.seconds_until_nothing_is_left(timeout_s=30.0)
@@ -158,64 +153,11 @@ def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
         live.seconds_until_nothing_is_left(timeout_s=10.0)
     assert run.exit_code == 1, run.output
     assert run.summary["reason"].startswith(
-        "rollout-0 lost its engine 2 times and may restart it 1 times; the last time: http://"
+        "rollout-0 lost its engine, after 1 restarts in 30 minutes (1 are allowed): http://"
     ), run.summary["reason"]
     check_conservation(run.summary["groups"])
     check_checkpoint(run.checkpoint)
     assert not psutil.wait_procs(session, timeout=5.0)[1]
-
-
-def test_server_that_runs_already_is_waited_for_when_an_evaluation_loses_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The test starts the server, behind a proxy that breaks off one response of the first
-    evaluation and one of a training step."""
-    options = ServerOptions(
-        model=Path(knobs.load(CONFIG).model.path),
-        dtype="float32",
-        device="cpu",
-        tensor_parallel=1,
-        num_slots=32,
-        max_len=64,
-        host="127.0.0.1",
-        seed=0,
-        log=tmp_path / "server.log",
-    )
-    server, told = SGLangServer(options), Counter[str]()
-
-    def tamper(path: str, answer: Any) -> Any:
-        name = (
-            answer["meta_info"]["id"].split(".")
-            if path == "/generate" and answer != "[DONE]"
-            else []
-        )
-        if len(name) < 3:  # a probe's, or the end of a stream
-            return answer
-        kind = "of a group" if int(name[2]) >= 0 else "of an evaluation"
-        told[kind] += 1
-        return (
-            BREAK_OFF
-            if (kind, told[kind]) in (("of an evaluation", 5), ("of a group", 100))
-            else answer
-        )
-
-    async def train() -> Finished:
-        await server.start(timeout_s=120.0)
-        async with proxy(server.url, tamper) as url:
-            monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
-            flags = (*TINY, *SERVERS, f"rollout.servers={url}", "train.num_steps=12")
-            return await asyncio.to_thread(finished, tmp_path / "run", *flags)
-
-    try:
-        run = asyncio.run(train())
-    finally:
-        asyncio.run(server.close())
-    assert run.exit_code == 0, run.output
-    assert run.summary["engine_restarts"] == 2, run.output
-    assert run.summary["groups"]["failed"] == 0
-    assert [row["num_prompts"] for row in run.evaluations] == [64, 64]
-    check_conservation(run.summary["groups"])
-    assert server.api_key not in run.output
 
 
 def test_server_of_several_ranks_takes_part_with_each_of_them(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ It takes too long for every change; `.ci/full` runs it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +23,11 @@ from run_support import (
     finished,
     running,
 )
+from sglang_proxy import BREAK_OFF, proxy
 from sglang_run_support import CONFIG, SERVERS, check_restarts, hang, kill, replaced, starve
+
+from dapo_async import config as knobs
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 FAULTS = (kill, hang, starve)
@@ -130,3 +137,56 @@ def test_quickstart_learns_its_task_on_a_server(tmp_path: Path) -> None:
     first, *_, last = run.evaluations
     assert first["accuracy"] < 0.3
     assert last["accuracy"] > 0.9
+
+
+def test_server_that_runs_already_is_waited_for_when_an_evaluation_loses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test starts the server, behind a proxy that breaks off one response of the first
+    evaluation and one of a training step."""
+    options = ServerOptions(
+        model=Path(knobs.load(CONFIG).model.path),
+        dtype="float32",
+        device="cpu",
+        tensor_parallel=1,
+        num_slots=32,
+        max_len=64,
+        host="127.0.0.1",
+        seed=0,
+        log=tmp_path / "server.log",
+    )
+    server, told = SGLangServer(options), Counter[str]()
+
+    def tamper(path: str, answer: Any) -> Any:
+        name = (
+            answer["meta_info"]["id"].split(".")
+            if path == "/generate" and answer != "[DONE]"
+            else []
+        )
+        if len(name) < 3:  # a probe's, or the end of a stream
+            return answer
+        kind = "of a group" if int(name[2]) >= 0 else "of an evaluation"
+        told[kind] += 1
+        return (
+            BREAK_OFF
+            if (kind, told[kind]) in (("of an evaluation", 5), ("of a group", 100))
+            else answer
+        )
+
+    async def train() -> Finished:
+        await server.start(timeout_s=120.0)
+        async with proxy(server.url, tamper) as url:
+            monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
+            flags = (*TINY, *SERVERS, f"rollout.servers={url}", "train.num_steps=12")
+            return await asyncio.to_thread(finished, tmp_path / "run", *flags)
+
+    try:
+        run = asyncio.run(train())
+    finally:
+        asyncio.run(server.close())
+    assert run.exit_code == 0, run.output
+    assert run.summary["engine_restarts"] == 2, run.output
+    assert run.summary["groups"]["failed"] == 0
+    assert [row["num_prompts"] for row in run.evaluations] == [64, 64]
+    check_conservation(run.summary["groups"])
+    assert server.api_key not in run.output
