@@ -181,7 +181,10 @@ def play(config: Config, classes: ActorClasses, cpu: CpuSeconds) -> tuple[list[R
         step=cpu.on_step,
         say=lambda line: None,
         event=lambda *names, **values: None,
+        guards=lambda counts: None,
         disk=DiskFaults(lambda line: None),
+        on_evaluation=[],
+        newest_bottleneck=None,
     )
 
     async def run() -> Spent:
