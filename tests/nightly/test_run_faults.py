@@ -1,0 +1,89 @@
+"""Whole runs on a disk that fills up, and with a verifier that raises.
+
+`.ci/full` runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from run_support import TINY, check_conservation, command, read_rows, running
+from small_disk import fill_up, make_room, small_disk
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+JUDGE = """
+from dapo_async.reward import Verdict
+
+def judge(response, gold, prompt):
+    if int(gold) % 9 == 0:
+        raise KeyError(f"no entry for {gold}")
+    answer = response.strip()
+    return Verdict(answer == gold, answer, "correct" if answer == gold else "wrong")
+"""
+
+
+def test_a_run_outlasts_a_full_disk_and_loses_no_row(tmp_path: Path) -> None:
+    often = ("train.num_steps=60", "train.checkpoint_every_steps=6")
+    with small_disk(tmp_path / "disk", kib=10 * 1024) as disk:
+        with running(disk / "run", *TINY, *often) as live:
+            live.wait_for(r"^step +14/")
+            live.wait_for_checkpoint()
+            fill_up(disk)
+            live.wait_for(r"^the checkpoint of version \d+ can't be written: no space left on")
+            live.wait_for(
+                r"^metrics\.jsonl can't be written: no space left on device; the run goes"
+            )
+            make_room(disk)
+            run = live.finish(timeout_s=240.0)
+        assert run.exit_code == 0, run.output
+        assert "Traceback" not in run.output, run.output
+        summary = run.summary
+        assert (summary["status"], summary["steps"]) == ("done", 60)
+        assert summary["checkpoints"]["refused"] >= 1
+        assert summary["caught"]["metrics.jsonl"] >= 1
+        check_conservation(summary["groups"])
+        assert [row["step"] for row in run.metrics] == [*range(60)]
+        verified = command("verify", str(run.root))
+        assert verified.returncode == 0, verified.stdout
+        assert run.checkpoint.name == "step_000060"
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_its_summary_printed(
+    tmp_path: Path,
+) -> None:
+    often = ("train.num_steps=500", "train.checkpoint_every_steps=2")
+    # The run's output goes to a file beside the small disk.
+    with small_disk(tmp_path / "run", kib=10 * 1024) as disk:
+        with running(disk, *TINY, *often) as live:
+            live.wait_for(r"^step +6/")
+            live.wait_for_checkpoint()
+            fill_up(disk)
+            run = live.finish(timeout_s=240.0)
+        assert run.exit_code == 1, run.output
+        assert "Traceback" not in run.output, run.output
+        assert re.search(r"[5-9] times in a row; free some space", run.output), run.output
+        assert "summary.json: {" in run.output
+        make_room(disk)
+        verified = command("verify", str(run.root))
+        assert verified.returncode == 0, verified.stdout
+
+
+def test_a_verifier_that_raises_on_some_prompts_costs_these_prompts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_judge.py").write_text(JUDGE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with running(
+        tmp_path / "run", *TINY, "reward.verifier=my_judge:judge", "train.num_steps=40"
+    ) as live:
+        run = live.finish(timeout_s=300.0)
+    assert run.exit_code == 0, run.output
+    summary = run.summary
+    check_conservation(summary["groups"])
+    assert summary["groups"]["failed"] == summary["failures"]["verifier failed"] > 0
+    kept = run.root / "quarantine.jsonl"
+    assert summary["quarantined"] == (len(read_rows(kept)) if kept.exists() else 0)
