@@ -510,10 +510,18 @@ def test_gradients_of_a_frequent_token_add_up_in_float32_on_ranks_too() -> None:
 def test_a_loss_divided_by_the_tokens_of_each_rank_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def local(self: LearnerRank, minibatch: Sequence[Microbatch]) -> MinibatchCounts:
+    def local(
+        self: LearnerRank,
+        minibatch: Sequence[Microbatch],
+        *,
+        num_rollouts: int,
+        num_truncated: int,
+    ) -> MinibatchCounts:
         return MinibatchCounts(
             sum(batch.num_loss_tokens for batch in minibatch),
             sum(batch.num_sequences for batch in minibatch),
+            num_rollouts,
+            num_truncated,
         )
 
     alone = three_steps(Mesh(), FORMS[0])

@@ -207,7 +207,8 @@ def test_a_summary_that_the_disk_refuses_is_written_when_there_is_space(
 def test_a_summary_that_is_refused_to_the_end_is_printed_and_the_old_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dapo_async.runtime.run.RETRY_S", 5.0)
+    monkeypatch.setattr("dapo_async.runtime.run.STOP_S", 0.2)
+    monkeypatch.setattr("dapo_async.runtime.run.RETRY_S", 0.1)
     monkeypatch.setattr(FullDisk, "refusals", 100)
     lines, run_dir = Lines(), FullDisk(tmp_path)
     run_dir.summary.write_text("of the start before")
