@@ -242,8 +242,9 @@ def measure(shape: dict[str, Any], root: Path, *, quick: bool, with_rates: bool)
                 rates(server, folder, batches=(1, 16) if quick else (1, 16, 64), rounds=rounds)
             )
         large = not with_rates  # a token takes it long: shorter responses
+        short = large or quick
         part["updates"] = asyncio.run(
-            updates(server, folder, rounds=rounds, response_tokens=48 if large else 192)
+            updates(server, folder, rounds=rounds, response_tokens=48 if short else 192)
         )
         return part
     finally:

@@ -160,16 +160,6 @@ def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
     assert not psutil.wait_procs(session, timeout=5.0)[1]
 
 
-def test_server_of_several_ranks_takes_part_with_each_of_them(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.tensor_parallel=2")
-    assert run.exit_code == 0, run.output
-    assert run.summary["handshake"]["passed"] == run.summary["steps"] == 6
-    assert "mismatch" not in run.summary["handshake"]
-    fresh = [row["mismatch_max"] for row in run.metrics if "mismatch_max" in row]
-    assert fresh
-    assert 0 < max(fresh) <= 1e-4
-
-
 def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     run = finished(
         tmp_path / "run", *TINY, *SERVERS, "rollout.server_flags=--no-such-flag", timeout_s=120.0

@@ -190,3 +190,13 @@ def test_server_that_runs_already_is_waited_for_when_an_evaluation_loses_it(
     assert [row["num_prompts"] for row in run.evaluations] == [64, 64]
     check_conservation(run.summary["groups"])
     assert server.api_key not in run.output
+
+
+def test_server_of_several_ranks_takes_part_with_each_of_them(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", *TINY, *SERVERS, "rollout.tensor_parallel=2")
+    assert run.exit_code == 0, run.output
+    assert run.summary["handshake"]["passed"] == run.summary["steps"] == 6
+    assert "mismatch" not in run.summary["handshake"]
+    fresh = [row["mismatch_max"] for row in run.metrics if "mismatch_max" in row]
+    assert fresh
+    assert 0 < max(fresh) <= 1e-4
