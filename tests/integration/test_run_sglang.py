@@ -169,7 +169,7 @@ def test_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Pa
     assert "--no-such-flag" in run.summary["reason"]
 
 
-def test_sglang_quickstart_differs_from_the_torch_one_by_engine_and_length_only() -> None:
+def test_sglang_quickstart_differs_from_the_torch_one_by_engine_slots_and_length() -> None:
     sglang, torch = knobs.load(CONFIG), knobs.load(CONFIG.with_name("quickstart.yaml"))
     names = [name for name, *_ in knobs.knobs()]
 
@@ -180,6 +180,7 @@ def test_sglang_quickstart_differs_from_the_torch_one_by_engine_and_length_only(
 
     assert [name for name in names if value(sglang, name) != value(torch, name)] == [
         "rollout.engine",
+        "rollout.num_slots",  # auto
         "train.num_steps",
     ]
     assert command("train", str(CONFIG), "--dry-run").returncode == 0
