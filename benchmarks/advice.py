@@ -26,8 +26,7 @@ from support.output import show, write_result
 from support.sleeping import Shape, emulated
 
 from dapo_async.config import Config
-from dapo_async.tracking.bottleneck import Layout, bottleneck
-from dapo_async.tracking.next_split import next_split
+from dapo_async.tracking.bottleneck import Idle, Layout, advised_split, bottleneck
 
 GPUS = 8
 CASES = {"learner-bound": 2, "engine-bound": 6, "balanced": 3}  # GPUs of the learner
@@ -88,8 +87,9 @@ def measure(
     rows, config = rows_of(split_of(learner_gpus, engines, scale), steps, inputs)
     seen = rows[warm_up : len(rows) - LAST]
     wanted = on_gpus(config, learner_gpus)
-    verdict = bottleneck(seen, Layout.of(wanted))
-    found = next_split(seen, wanted)
+    layout = Layout.of(wanted)
+    verdict, idle = bottleneck(seen, layout), Idle.over(seen)
+    found = advised_split(idle, layout, seen) if idle is not None else None
     row: Row = {
         "run": name,
         "GPUs, learner + engines": f"{learner_gpus} + {engines}",
@@ -104,13 +104,14 @@ def measure(
     print(verdict.line if verdict else "no verdict", flush=True)
     if found is None:
         return row
-    after, _ = rows_of(split_of(found.learner_gpus, found.engines, scale), steps, inputs)
+    other_gpus, other_engines, gain = found
+    after, _ = rows_of(split_of(other_gpus, other_engines, scale), steps, inputs)
     measured = row["step s"] / step_s(after, warm_up)
     return row | {
-        "advice": f"{found.learner_gpus} + {found.engines}",
-        "promised": found.gain,
+        "advice": f"{other_gpus} + {other_engines}",
+        "promised": gain,
         "measured": measured,
-        "half of the gain": measured - 1.0 >= 0.5 * (found.gain - 1.0),
+        "half of the gain": measured - 1.0 >= 0.5 * (gain - 1.0),
     }
 
 

@@ -164,22 +164,32 @@ def better_split(idle: Idle, layout: Layout) -> tuple[int, int, float] | None:
     return best[1], best[2], now / best[0]
 
 
-def _split_advice(idle: Idle, layout: Layout, rows: Sequence[Row]) -> str:
-    """A better division of the GPUs by the planner, or an empty text.
+def advised_split(idle: Idle, layout: Layout, rows: Sequence[Row]) -> tuple[int, int, float] | None:
+    """Learner devices, engines and gain of a better division of the GPUs; None without one.
 
-    Rows without the rates that the planner needs: by the idle shares alone.
+    The planner finds it, and the idle shares limit the gain that it promises: engines that work
+    most of the time can't do with fewer GPUs (benchmarks/advice.py). Rows without the rates that
+    the planner needs: by the idle shares alone.
     """
     if not layout.on_gpus:
-        return ""
-    if layout.config is not None and any(map(has_rates, rows)):
-        planned = next_split(rows, layout.config)
-        split = None
-        if planned is not None:
-            split = planned.learner_gpus, planned.engines, planned.gain
-    else:
-        # An engine whose requests queue for memory is busy: its slots are too many.
-        busy = replace(idle, rollout=max(0.0, idle.rollout - idle.parts["queued"]))
-        split = better_split(busy, layout)
+        return None
+    # An engine whose requests queue for memory is busy: its slots are too many.
+    busy = replace(idle, rollout=max(0.0, idle.rollout - idle.parts["queued"]))
+    if layout.config is None or not any(map(has_rates, rows)):
+        return better_split(busy, layout)
+    planned = next_split(rows, layout.config)
+    if planned is None:
+        return None
+    learner_work = layout.learner_devices * (1.0 - busy.learner) / planned.learner_gpus
+    engine_work = layout.engines * (1.0 - busy.engines) / planned.engines
+    now, then = max(1.0 - busy.learner, 1.0 - busy.engines), max(learner_work, engine_work)
+    gain = min(planned.gain, now / then) if then > 0 else planned.gain
+    return (planned.learner_gpus, planned.engines, gain) if gain >= LEAST_GAIN else None
+
+
+def _split_advice(idle: Idle, layout: Layout, rows: Sequence[Row]) -> str:
+    """A better division of the GPUs, or an empty text."""
+    split = advised_split(idle, layout, rows)
     if split is None:
         return ""
     devices, engines, gain = split

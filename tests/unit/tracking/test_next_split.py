@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from paths import ROOT
 
 from dapo_async import config as knobs
 from dapo_async.config import Config
-from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
+from dapo_async.tracking import bottleneck
+from dapo_async.tracking.bottleneck import BottleneckWatch, Idle, Layout, advised_split
 from dapo_async.tracking.faults import WINDOW
-from dapo_async.tracking.next_split import compared, next_split, split_line
+from dapo_async.tracking.next_split import NextSplit, compared, next_split, split_line
 
 GROUPS, SIZE, MEAN, SLOTS = 16, 8, 400, 64
 TOKENS = float(GROUPS * SIZE * MEAN)
@@ -74,7 +75,31 @@ def test_the_finding_of_a_window_takes_the_planners_split() -> None:
     assert line is not None
     assert found is not None
     assert f"rollout.num_workers={found.engines} instead of 2" in line.line
-    assert f"about {found.gain:.2f} times" in line.line
+    # The learner worked a quarter of the time on six GPUs: on three of them half of it.
+    assert (found.learner_gpus, found.gain > 0.98 / 0.5) == (3, True)
+    assert "about 1.96 times" in line.line
+
+
+def test_gain_of_a_split_is_not_more_than_the_idle_shares_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in benchmarks/advice.py: five engines worked 78 % of the time, so four gain nothing."""
+    config = config_of("learner.data_parallel=3", "rollout.num_workers=5")
+    promised = NextSplit(4, 4, 1.19, cast(Any, None))
+    monkeypatch.setattr(bottleneck, "next_split", lambda *_: promised)
+    shares: dict[str, Any] = {"idle.learner": 0.05, "slots.idle": 0.22}
+    balanced = rows(**shares)
+    idle, layout = Idle.over(balanced), Layout.of(config)
+    assert idle is not None
+    assert advised_split(idle, layout, balanced) is None
+    shares = {"idle.learner": 0.02, "slots.idle": 0.6}
+    waiting = rows(**shares)
+    idle = Idle.over(waiting)
+    assert idle is not None
+    found = advised_split(idle, layout, waiting)
+    assert found is not None
+    assert found[:2] == (4, 4)
+    assert found[2] == pytest.approx(1.19)
 
 
 def test_the_summary_has_measured_predicted_and_recommended() -> None:
