@@ -11,8 +11,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -21,13 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 from dapo_async.reward.verdict import FAILED, Verdict
+from dapo_async.reward.verdict_process import kill_session, read_reply
 from dapo_async.utils.plugins import load_function
 
 TIMEOUT_S = 60.0  # of one verdict, by the clock
 GRACE_S = 2.0  # beyond it, in which the process ends itself and says where it hung
 START_S = 120.0  # the import of the user's module
 WAIT_S = 600.0  # for a free process
-CHUNK = 65_536
 
 
 class OwnVerifier:
@@ -118,14 +116,7 @@ class _Process:
         process, self._process = self._process, None
         if process is None:
             return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            assert process.poll() is not None  # it had ended before
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
+        kill_session(process)
 
     def _start(self) -> None:
         # The process finds modules where this one does.
@@ -142,19 +133,7 @@ class _Process:
     def _read(self, within_s: float) -> dict[str, Any] | None:
         """The next line; None when the process ended or the time is over."""
         assert self._process is not None
-        assert self._process.stdout is not None
-        deadline_s = time.monotonic() + within_s
-        pipe, said = self._process.stdout.fileno(), b""
-        while not said.endswith(b"\n"):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
-                return None
-            chunk = os.read(pipe, CHUNK)
-            if not chunk:
-                return None
-            said += chunk
-        reply: dict[str, Any] = json.loads(said)
-        return reply
+        return read_reply(self._process, time.monotonic() + within_s)
 
 
 def load_own_verifier(name: str, *, knob: str) -> Callable[..., object]:

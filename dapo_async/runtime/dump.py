@@ -29,9 +29,10 @@ async def write_dump(system: System, run_dir: RunDir, clock: StateClock, *, why:
     answers = await asyncio.gather(
         *(actor.within(ANSWER_S).dump() for actor in actors), return_exceptions=True
     )
+    states = ", ".join(f"{name} {state}" for name, state in system.supervisor.states.items())
     parts = [
         f"why: {why}\nat: {time.strftime('%Y-%m-%d %H:%M:%S')}",
-        _part("driver", process_dump(clock)),
+        _part("driver", process_dump(clock, states)),
     ]
     for actor, answer in zip(actors, answers, strict=True):
         text = f"no answer: {answer}" if isinstance(answer, BaseException) else answer

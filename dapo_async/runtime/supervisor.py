@@ -34,7 +34,7 @@ from dapo_async.weights import Publisher
 PINGS = 3  # that are lost in a row before an actor counts as dead
 
 
-class WorkerState(StrEnum):
+class ProcessState(StrEnum):
     """See the module docstring."""
 
     HEALTHY = "healthy"
@@ -50,12 +50,12 @@ class Pulse:
 
     lost_in_a_row: int = 0
 
-    def beat(self, answered: bool) -> WorkerState:
+    def beat(self, answered: bool) -> ProcessState:
         """The state after one more ping."""
         self.lost_in_a_row = 0 if answered else self.lost_in_a_row + 1
         if self.lost_in_a_row >= PINGS:
-            return WorkerState.DEAD
-        return WorkerState.SUSPECT if self.lost_in_a_row else WorkerState.HEALTHY
+            return ProcessState.DEAD
+        return ProcessState.SUSPECT if self.lost_in_a_row else ProcessState.HEALTHY
 
 
 class Pinged(Protocol):
@@ -69,7 +69,7 @@ class Pinged(Protocol):
 
 
 async def until_silent(
-    actor: Pinged, silence_s: float, seen: Callable[[WorkerState], None] = lambda _: None
+    actor: Pinged, silence_s: float, seen: Callable[[ProcessState], None] = lambda _: None
 ) -> str:
     """Returns why, when `actor` has not answered its pings for about `silence_s` seconds.
 
@@ -87,7 +87,7 @@ async def until_silent(
             pass
         state = pulse.beat(answered)
         seen(state)
-        if state is WorkerState.DEAD:
+        if state is ProcessState.DEAD:
             return f"{actor.name} did not answer for {silence_s:g} s (deadlines.ping_s)"
         if answered:
             await asyncio.sleep(limit_s)
@@ -137,7 +137,7 @@ class Supervisor:
         self._event = event
         self._now_s, self._pause = now_s, pause
         self.restarts: Counter[str] = Counter()  # of engines and processes, by actor
-        self.states: dict[str, WorkerState] = {}
+        self.states: dict[str, ProcessState] = {}  # by worker, for a dump of the run
         self._starts: Counter[str] = Counter()  # of processes, by worker
         self._is_back: dict[str, asyncio.Event] = {}  # by worker, set while its process lives
         self._retired: dict[str, Retired] = {}
@@ -169,12 +169,12 @@ class Supervisor:
         running = asyncio.create_task(worker.watch(), name=worker.name)
         try:
             while True:
-                self.states[worker.name] = WorkerState.HEALTHY
+                self.states[worker.name] = ProcessState.HEALTHY
                 loss = await self._until_lost(worker, running)
-                self.states[worker.name] = WorkerState.DEAD
+                self.states[worker.name] = ProcessState.DEAD
                 await self._suspend(worker, loss)
                 await self._spend(budget, worker.name, loss)
-                self.states[worker.name] = WorkerState.RESTARTING
+                self.states[worker.name] = ProcessState.RESTARTING
                 if loss.process:
                     running.cancel()
                     await asyncio.gather(running, return_exceptions=True)
@@ -186,7 +186,7 @@ class Supervisor:
                     continue
                 if loss.process:
                     running = asyncio.create_task(worker.watch(), name=worker.name)
-                self.states[worker.name] = WorkerState.STALE
+                self.states[worker.name] = ProcessState.STALE
                 try:
                     is_proved = await self._publisher.restore(worker)
                 except TimeoutError as error:  # it hangs
@@ -222,7 +222,7 @@ class Supervisor:
     async def _until_lost(self, worker: WorkerHandle, running: asyncio.Task[None]) -> Loss:
         """Waits until the engine is lost, or the process is dead, silent or has failed."""
 
-        def seen(state: WorkerState) -> None:
+        def seen(state: ProcessState) -> None:
             self.states[worker.name] = state
 
         lost = asyncio.create_task(worker.lost())

@@ -96,11 +96,11 @@ class RunDir:
             ) from error
 
     def is_locked(self) -> bool:
-        """Whether a run is running in this directory."""
+        """Whether a process of this machine, or of one that shares the lock, runs in the folder."""
         folder = os.open(self.root, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
         finally:
             os.close(folder)

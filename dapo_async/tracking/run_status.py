@@ -7,7 +7,6 @@ folder it can't see whether the run still goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -192,24 +191,12 @@ def lines(status: RunStatus) -> Iterator[str]:
 def _state(
     run_dir: RunDir, summary: Mapping[str, Any], quiet_s: float, config: Config | None
 ) -> RunState:
-    if _is_held(run_dir.root) or _goes_on_elsewhere(run_dir):
+    if run_dir.is_locked() or _goes_on_elsewhere(run_dir):
         limit_s = (config or Config()).deadlines.work_s
         return RunState.STUCK if quiet_s > limit_s else RunState.RUNNING
     if "status" not in summary:
         return RunState.KILLED
     return RunState.DONE if summary["status"] in ("done", "solved") else RunState.ENDED
-
-
-def _is_held(root: Path) -> bool:
-    """Whether a process of this machine, or of one that shares the lock, runs in the folder."""
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(folder)
-    return False
 
 
 def _goes_on_elsewhere(run_dir: RunDir) -> bool:

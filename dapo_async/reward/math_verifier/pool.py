@@ -9,8 +9,6 @@ import atexit
 import json
 import os
 import queue
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.reward.math_verifier.worker import wall_s
+from dapo_async.reward.verdict_process import kill_session, read_reply
 
 NUM_PROCESSES = 2
 RECYCLE_AFTER = 2000  # verdicts, after which a process is replaced
@@ -26,7 +25,6 @@ START_S = 120.0  # the import of math-verify takes seconds, more on a busy machi
 GRACE_S = 2.0  # beyond the wall-clock deadline, in which a process kills its child
 WAIT_S = 600.0  # for a free process
 COMMAND = (sys.executable, "-P", "-m", "dapo_async.reward.math_verifier.worker")
-CHUNK = 65_536
 FAILED_REPLY: dict[str, Any] = {"reason": "failed"}
 
 
@@ -101,30 +99,12 @@ class VerifierProcess:
         process, self._process = self._process, None
         if process is None:
             return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            assert process.poll() is not None  # the process had ended before
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
+        kill_session(process)
 
     def _read(self, deadline: float) -> dict[str, Any] | None:
         """The next line; None when the process ended or the deadline passed."""
         assert self._process is not None
-        assert self._process.stdout is not None
-        pipe, said = self._process.stdout.fileno(), b""
-        while not said.endswith(b"\n"):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
-                return None
-            chunk = os.read(pipe, CHUNK)
-            if not chunk:
-                return None
-            said += chunk
-        reply: dict[str, Any] = json.loads(said)
-        return reply
+        return read_reply(self._process, deadline)
 
 
 class Pool:

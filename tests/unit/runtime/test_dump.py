@@ -19,6 +19,7 @@ from paths import QUICKSTART
 from dapo_async import config as knobs
 from dapo_async.runtime.dump import request_dump, write_dump
 from dapo_async.runtime.handles.actors import ReplayHandle, WorkerHandle
+from dapo_async.runtime.supervisor import ProcessState
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump
@@ -70,15 +71,17 @@ def test_dump_of_a_run_names_the_actors_that_do_not_answer(
         return ""
 
     system: Any = SimpleNamespace(
+        supervisor=SimpleNamespace(states={"rollout-0": ProcessState.SUSPECT}),
         every_actor=[
             ReplayHandle("replay", fake_actor(dump=answer), DEADLINES),
             WorkerHandle("rollout-0", fake_actor(dump=hang), DEADLINES),
-        ]
+        ],
     )
     run_dir = RunDir(tmp_path)
     path = asyncio.run(write_dump(system, run_dir, StateClock("driver"), why="a passed deadline"))
     text = path.read_text()
     assert text.startswith("why: a passed deadline\nat: ")
+    assert "rollout-0 suspect" in text
     assert "=== replay\npid 7 on node" in text
     assert "=== rollout-0\nno answer: the driver waited 0.1 s for rollout-0" in text
 

@@ -15,7 +15,7 @@ from dapo_async import config as knobs
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import EvaluatorHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorFailed
-from dapo_async.runtime.supervisor import PINGS, Pulse, Supervisor, WorkerState
+from dapo_async.runtime.supervisor import PINGS, ProcessState, Pulse, Supervisor
 from dapo_async.utils.restart_budget import LONGEST_PAUSE_S, REFILL_S, RestartBudget
 
 DEADLINES = knobs.load(QUICKSTART, ["deadlines.ping_s=0.3"]).deadlines
@@ -35,7 +35,7 @@ def test_budget_pauses_longer_each_time_and_refills() -> None:
 def test_one_late_answer_is_no_death() -> None:
     pulse = Pulse()
     answers = [True, False, False, True, *[False] * PINGS]
-    healthy, suspect, dead = WorkerState.HEALTHY, WorkerState.SUSPECT, WorkerState.DEAD
+    healthy, suspect, dead = ProcessState.HEALTHY, ProcessState.SUSPECT, ProcessState.DEAD
     expected = [healthy, suspect, suspect, healthy, suspect, suspect, dead]
     assert [pulse.beat(answered) for answered in answers] == expected
 

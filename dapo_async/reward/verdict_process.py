@@ -1,0 +1,44 @@
+"""A child process that gives verdicts: one line of JSON per reply, and the end of its session.
+
+Used by the pool of `math` and by the processes of own verifiers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from typing import Any
+
+CHUNK = 65536
+
+
+def read_reply(process: subprocess.Popen[bytes], deadline_s: float) -> dict[str, Any] | None:
+    """The next line of the process; None when it has ended, or at `deadline_s` (monotonic)."""
+    assert process.stdout is not None
+    pipe, said = process.stdout.fileno(), b""
+    while not said.endswith(b"\n"):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
+            return None
+        chunk = os.read(pipe, CHUNK)
+        if not chunk:
+            return None
+        said += chunk
+    reply: dict[str, Any] = json.loads(said)
+    return reply
+
+
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kills the process and what it has started, and closes its pipes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        assert process.poll() is not None  # it had ended before
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
