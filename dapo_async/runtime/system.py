@@ -222,6 +222,7 @@ class System:
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:
             """One part, again and again until it is evaluated."""
             while True:
+                await self.supervisor.is_back(worker.name)
                 try:
                     evaluation = await worker.evaluate(part, len(self.workers))
                     if evaluation is not None:
@@ -229,7 +230,6 @@ class System:
                     await worker.back()
                 except ActorDied:
                     await asyncio.sleep(DEATH_NEWS_S)  # the supervisor hears of it, too
-                    await self.supervisor.is_back(worker.name)
 
         first, *others = await asyncio.gather(
             *(evaluate(worker, part) for part, worker in enumerate(self.workers))

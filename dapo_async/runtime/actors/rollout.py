@@ -94,6 +94,7 @@ class RolloutActor:
         )
         limits.raise_open_files()
         self._peak: Peak | None = None  # of one device
+        self._is_ready = False
         self._host = self._make_host(logs, outer_key=outer_key)
 
     def _make_host(self, logs: Path, *, outer_key: str) -> EngineHost:
@@ -147,6 +148,7 @@ class RolloutActor:
             sampling=sampling,
             group_size=config.replay.group_size,
         )
+        self._is_ready = True
         return ProcessInfo.own(self.name, detail)
 
     async def run(self) -> None:
@@ -240,7 +242,8 @@ class RolloutActor:
 
     async def dump(self) -> str:
         """What this process does now."""
-        return process_dump(self._clock, self._worker.state.value)
+        state = self._worker.state.value if self._is_ready else "starting"
+        return process_dump(self._clock, state)
 
     async def report(self) -> WorkerReport:
         return WorkerReport(
