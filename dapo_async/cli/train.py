@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.cluster.environment import prepare
     from dapo_async.runtime.local_model import with_local_model
     from dapo_async.runtime.resume import (
+        START,
+        complete_line,
         find_resume_point,
         with_model_at_hand,
     )
@@ -63,10 +65,15 @@ def run(options: argparse.Namespace) -> int:
 
     if options.supervise and not options.dry_run:
         return _supervise(options)
-    config, root, point = _config_and_root(options)
+    config, root, point = _begin(options)
+    resume = point is not None
+    point = point or START
+    if config.train.resume == "auto" and (line := complete_line(root, config, point)):
+        say(line)
+        return 0
     config, saved = with_local_model(config, download=not options.dry_run)
     saved = replace(saved, run_dir="")  # the folder may be moved
-    if options.resume:
+    if resume:
         config = with_model_at_hand(config, point.checkpoint)
     choice = choose(config.ray.address, allow_unauthenticated=config.ray.allow_unauthenticated)
     # The run gets the address that was chosen; `saved` keeps the knob, a resumed run chooses anew.
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     from dapo_async.runtime.preflight import check_inputs
 
     inputs = check_inputs(config, dry_run=options.dry_run)
-    if options.resume:
+    if resume:
         point = find_resume_point(
             config,
             train_data=inputs.fingerprint,
@@ -92,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         if line:
             say(line)
     if options.dry_run:
-        if not options.resume and (fault := unusable(root)) is not None:
+        if not resume and (fault := unusable(root)) is not None:
             say(f"could not start on this machine: {fault}")
         for line in inputs.model:
             say(line)
@@ -100,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
             say(line)
         return 0
 
-    return _train(config, saved, root, inputs=inputs, point=point, resume=bool(options.resume))
+    return _train(config, saved, root, inputs=inputs, point=point, resume=resume)
 
 
 def _supervise(options: argparse.Namespace) -> int:
@@ -114,7 +121,7 @@ def _supervise(options: argparse.Namespace) -> int:
         rollback = ["--from", options.at] if options.at else []
         words = ["--resume", str(root), *rollback, *options.overrides]
     else:
-        config, root, _ = _config_and_root(options)  # refuses what does not go together
+        config, root = _given(options)  # refuses what does not go together
         words = [str(options.config), *options.overrides, f"run_dir={root}"]
     return RunKeeper(root, silence_s=config.deadlines.ping_s, say=say).keep(words)
 
@@ -193,32 +200,63 @@ def _new_run_dir(root: Path, config: str, made: Sequence[Path]) -> RunDir:
     return run_dir
 
 
-def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path, ResumePoint]:
-    """The config of a new or resumed run, its run directory, and the checkpoint to resume from."""
-    from dapo_async.runtime.cluster.environment import run_root
-    from dapo_async.runtime.resume import START, choose_checkpoint, resumed_config, saved_config
+def _begin(options: argparse.Namespace) -> tuple[Config, Path, ResumePoint | None]:
+    """The config, its run directory, and where the run there continues; None: it is a new run."""
+    from dapo_async.config.validate import check
+    from dapo_async.runtime.resume import (
+        choose_checkpoint,
+        continued_config,
+        resumed_config,
+        saved_config,
+    )
     from dapo_async.tracking.run_dir import RunDir
 
-    if options.resume:
-        if options.config is not None:
-            raise ValueError(
-                f"--resume uses the config of the run; leave out {options.config}, and give "
-                "changes as key=value"
-            )
+    if options.resume and options.config is None:
         root = options.resume.resolve()
         saved_config(root)
         if not options.dry_run:
             RunDir(root).lock()  # first of all: a running run changes its checkpoints
         point = choose_checkpoint(root, at=options.at)
         return resumed_config(root, options.overrides, checkpoint=point.checkpoint), root, point
+    config, root = _given(options)
+    if config.train.resume == "auto" and root.is_dir():
+        run_dir = RunDir(root)
+        if run_dir.config.is_file():
+            if not options.dry_run:
+                run_dir.lock()
+            point = choose_checkpoint(root)
+            return continued_config(root, config, checkpoint=point.checkpoint), root, point
+        if not options.dry_run and not run_dir.is_locked():
+            run_dir.discard(())  # the empty folders of a start that was killed
+    check(config)
+    return config, root, None
+
+
+def _given(options: argparse.Namespace) -> tuple[Config, Path]:
+    """The config of CONFIG and the overrides, and its run directory. Files are not checked yet.
+
+    Raises ValueError for arguments that do not go together.
+    """
+    from dapo_async.runtime.cluster.environment import run_root
+
+    if options.resume:
+        raise ValueError(
+            f"--resume uses the config of the run; leave out {options.config}, and give "
+            "changes as key=value"
+        )
     if options.at is not None:
         raise ValueError(f"--from {options.at} needs --resume RUN_DIR; add it")
     if options.config is None:
         raise ValueError(f"which config? give a YAML file, such as {EXAMPLE}, or --resume RUN_DIR")
-    config = load(options.config, options.overrides)
+    config = load(options.config, options.overrides, files=False)
+    if config.train.resume == "auto" and not config.run_dir:
+        raise ValueError(
+            "train.resume=auto needs a fixed run_dir, because each start without one makes a new "
+            "folder; set run_dir=NAME"
+        )
     name = f"{Path(options.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     root = run_root(config.run_dir, name=name)
-    return replace(config, run_dir=str(root)), root, START
+    return replace(config, run_dir=str(root)), root
 
 
 def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
@@ -229,11 +267,15 @@ def _data_lines(inputs: Inputs, *, dry_run: bool) -> Iterator[str]:
 
 
 def closing_lines(root: Path) -> Iterator[str]:
-    """What a run has come to, from its summary.json, and the files that it has written."""
+    """What a run has come to, from its summary.json, and the files that it has written.
+
+    The reason of a failure is the last line, because the log of a job is read from its end.
+    """
     from dapo_async.tracking.next_split import split_line
 
     summary = json.loads((root / "summary.json").read_text())
-    yield f"\n{summary['status']}: {summary['reason']}"
+    end, failed = f"{summary['status']}: {summary['reason']}", summary["status"] == "failed"
+    yield "" if failed else f"\n{end}"
     if summary["final_accuracy"] is not None:
         yield (
             f"held-out accuracy {summary['initial_accuracy']:.3f} -> "
@@ -266,6 +308,8 @@ def closing_lines(root: Path) -> Iterator[str]:
         yield f"{'continue':<10} dapo-async train --resume {for_shell(root)}"
     if (root / "mlflow.json").exists():
         yield _mlflow_line(json.loads((root / "mlflow.json").read_text()), root)
+    if failed:
+        yield end
 
 
 def _group_counts(groups: dict[str, Any]) -> str:

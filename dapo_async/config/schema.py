@@ -416,6 +416,12 @@ class TrainConfig:
         "the run ends with a checkpoint before its process has run for this many seconds; null: no "
         "limit",
     )
+    resume: Literal["never", "auto"] = knob(
+        "never",
+        "what a start with a run_dir that has been used does. never: it is refused; auto: the run "
+        "continues from its newest checkpoint, starts again if there is none, and ends with exit "
+        "code 0 if all its steps are trained. For commands that a queue or a cluster repeats",
+    )
     checkpoint_every_steps: int = knob(
         20, "steps between checkpoints; one more is written at the end of a run", least=1
     )

@@ -1,4 +1,4 @@
-"""`train --resume RUN_DIR`: where a run continues, and with which config.
+"""`train --resume RUN_DIR` and `train.resume=auto`: where a run continues, and with which config.
 
 The run's own config comes in, with the few knobs that may change; a `ResumePoint` leaves. Called by
 the command line, before anything is started.
@@ -19,6 +19,7 @@ from dapo_async.config.validate import check
 from dapo_async.model import special_tokens
 from dapo_async.replay import Counts
 from dapo_async.replay.state_io import read_outcomes
+from dapo_async.runtime.status import Status
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE, CheckpointFolder
 from dapo_async.utils.manifest import damage
@@ -80,6 +81,42 @@ def resumed_config(
     saved = saved_config(root)
     before = knobs.load(saved, files=False)
     after = knobs.load(saved, overrides, files=False)
+    return _same_run(before, after, root, checkpoint)
+
+
+def continued_config(root: Path, given: Config, *, checkpoint: Path | None) -> Config:
+    """The config `given` at a start with `train.resume=auto`, for the run that is in `root`.
+
+    Until the first checkpoint nothing is trained, so every knob may differ. Raises ValueError for a
+    knob that would make it another run, and for files that do not exist.
+    """
+    if checkpoint is None:
+        check(given)
+        return replace(given, run_dir=str(root))
+    before = knobs.load(saved_config(root), files=False)
+    same = replace(given, run_dir=before.run_dir)
+    ours, saved = parse_source(given.model.path), parse_source(before.model.path)
+    if ours.hub is not None and ours == replace(saved, revision=None):
+        # The run has saved the exact revision.
+        same = replace(same, model=replace(same.model, path=before.model.path))
+    return _same_run(before, same, root, checkpoint)
+
+
+def complete_line(root: Path, config: Config, point: ResumePoint) -> str | None:
+    """One line where nothing is left to train in `root`, else None."""
+    summary = RunDir(root).summary
+    ended = json.loads(summary.read_text()) if summary.is_file() else {}
+    if point.version > 0 and point.version >= config.train.num_steps:
+        why = f"all {config.train.num_steps} steps (train.num_steps) are trained"
+    elif ended.get("status") == Status.SOLVED and ended.get("steps") == point.version:
+        why = str(ended["reason"])
+    else:
+        return None
+    return f"the run in {root} is complete: {why}"
+
+
+def _same_run(before: Config, after: Config, root: Path, checkpoint: Path | None) -> Config:
+    """`after`, if it continues the run that has the config `before`."""
     for name in [knob.name for knob in knobs.knobs()]:
         old, new = _value(before, name), _value(after, name)
         if old != new and not name.startswith(SAFE):

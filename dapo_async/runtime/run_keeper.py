@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
@@ -106,9 +107,10 @@ class RunKeeper:
                 budget = RestartBudget(RESTARTS)
             pause_s = budget.spend(time.monotonic())
             if pause_s is None:
+                reason = self._summary(since_s=began_s).get("reason")
                 self._say(
                     f"{ended.line}; it was restarted {RESTARTS} times without a newer checkpoint, "
-                    "so the run ends"
+                    f"so the run ends{f': {reason}' if reason else ''}"
                 )
                 return code
             self._say(
@@ -127,10 +129,15 @@ class RunKeeper:
             return num_starts > 1  # the first one was checked; now the cluster may be away
         if ended.code < 0 or ended.hung:
             return True
-        summary = self._run_dir.summary
-        if not summary.exists() or summary.stat().st_mtime < since_s:
-            return True
-        return bool(json.loads(summary.read_text()).get("restartable", True))
+        return bool(self._summary(since_s=since_s).get("restartable", True))
+
+    def _summary(self, *, since_s: float) -> dict[str, Any]:
+        """What the child that began at `since_s` has written; empty if it has written nothing."""
+        path = self._run_dir.summary
+        if not path.exists() or path.stat().st_mtime < since_s:
+            return {}
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary
 
     def _run(self, words: Sequence[str]) -> Ended:
         """One child, from its start to its end."""

@@ -330,11 +330,11 @@ def test_closing_lines_name_only_files_that_were_written(tmp_path: Path) -> None
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines = list(closing_lines(tmp_path))
-    assert lines[0] == "\nfailed: no batch"
+    assert (lines[0], lines[-1]) == ("", "failed: no batch")
     assert lines[1] == "0 steps, 0 tokens; groups: admitted 3, rejected all_wrong 3"
     assert f"summary    {tmp_path / 'summary.json'}" in lines
     assert not [line for line in lines if line.startswith(("metrics", "timeline", "MLflow"))]
-    assert lines[-1] == f"continue   dapo-async train --resume {tmp_path}"
+    assert lines[-2] == f"continue   dapo-async train --resume {tmp_path}"
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert f"metrics    {tmp_path / 'metrics.jsonl'}" in closing_lines(tmp_path)
     advised = summary | {"slot_advice": "credits allow 64 sequences"}

@@ -36,7 +36,7 @@ SAVES = "(root / 'checkpoints' / f'step_{number:06d}').mkdir(parents=True); sys.
 
 
 def failed(restartable: bool) -> str:
-    summary = json.dumps({"restartable": restartable})
+    summary = json.dumps({"restartable": restartable, "reason": "no batch"})
     return f"(root / 'summary.json').write_text({summary!r}); sys.exit(1)"
 
 
@@ -91,6 +91,8 @@ def test_budget_ends_the_run_unless_checkpoints_get_newer(
     code, calls, said = keep(tmp_path / "stuck", "sys.exit(1)", "sys.exit(1)", "sys.exit(0)")
     assert (code, len(calls)) == (1, 2)
     assert said[-1].endswith("it was restarted 1 times without a newer checkpoint, so the run ends")
+    _, _, said = keep(tmp_path / "failed", failed(True), failed(True))
+    assert said[-1].endswith("so the run ends: no batch")  # the last line of a job has the reason
     code, calls, _ = keep(tmp_path / "moves", SAVES, SAVES, SAVES, "sys.exit(0)")
     assert (code, len(calls)) == (0, 4)
 
