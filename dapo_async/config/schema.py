@@ -396,12 +396,39 @@ class EvaluationConfig:
         "evaluate only before and after training",
         least=0,
     )
+    k: int = knob(
+        1,
+        "responses per held-out prompt; the accuracy is avg@k. DAPO reports avg@32",
+        least=1,
+        most=(10_000, "an evaluation keeps all its responses in memory"),
+    )
+    temperature: float = knob(
+        0.0,
+        "sampling temperature of every evaluation; 0: greedy. DAPO: 1",
+        least=0,
+        most=(100, "a higher one draws tokens at random"),
+    )
+    top_p: float = knob(
+        1.0,
+        "only the likeliest tokens that hold this share of the probability are drawn; 1: all. "
+        "DAPO: 0.7",
+        above=0,
+        most=(1, "it is a share"),
+    )
     engine: Literal["snapshot", "dedicated"] = knob(
         "snapshot",
-        "where evaluations during training run: in a process that uses idle CPU time (snapshot), "
-        "or in one with its own model.num_cpus CPUs and, with model.device=cuda, its own GPU "
-        "(dedicated)",
+        "where evaluations during training run: in a native engine that uses idle CPU time "
+        "(snapshot), or in an engine of the kind of rollout.engine with its own model.num_cpus "
+        "CPUs and, with model.device=cuda, its own rollout.tensor_parallel GPUs (dedicated)",
     )
+
+    @property
+    def how(self) -> str:
+        """The sampling in words: `greedy`, or `avg@32 at temperature 1, top-p 0.7`."""
+        if self.temperature == 0:
+            return "greedy"
+        truncated = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"avg@{self.k} at temperature {self.temperature:g}{truncated}"
 
     @property
     def during_training(self) -> bool:
@@ -522,8 +549,9 @@ class Config:
 
     @property
     def gpus_of_evaluator(self) -> float:
-        """What Ray reserves for a dedicated evaluator."""
-        return float(self.model.device == "cuda" and self.evaluation.engine == "dedicated")
+        """What Ray reserves for a dedicated evaluator: the GPUs of one rollout engine."""
+        dedicated = self.model.device == "cuda" and self.evaluation.engine == "dedicated"
+        return float(self.rollout.tensor_parallel) if dedicated else 0.0
 
 
 def knobs(tree: type[Any] = Config, prefix: str = "") -> Iterator[Knob]:

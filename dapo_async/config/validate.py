@@ -256,3 +256,9 @@ def _evaluation_rules(config: Config) -> Iterator[Rule]:
         f"set evaluation.every_steps={-(-every // saved) * saved} or "
         f"train.checkpoint_every_steps={every}",
     )
+    yield (
+        config.evaluation.k == 1 or config.evaluation.temperature > 0,
+        f"evaluation.k ({config.evaluation.k}) needs evaluation.temperature above 0, because "
+        "greedy responses to one prompt are all equal; set evaluation.k=1 or "
+        "evaluation.temperature=1",
+    )

@@ -6,7 +6,8 @@ Each evaluation writes one row of `evaluations.jsonl`, which belongs to exactly 
 
     version, weight_versions [version], step    what was measured; step: learner steps by then
     accuracy, mean_response_tokens,
-    truncated (share), num_prompts              the result, sampled greedily
+    truncated (share), num_prompts              the result; the accuracy is avg@k
+    k, temperature, top_p                       how the responses were sampled
     engine (all | snapshot | dedicated)         where
     wall_s, waited_s                            duration, and the part before the first prompt
 
@@ -110,6 +111,9 @@ class Evaluations:
                 loaded_s = time.monotonic()
                 self._waiting_for = f"{evaluator.name} to evaluate"
                 evaluation = await evaluator.evaluate()
+                if evaluation is None:
+                    self._skip_lost(announcement)
+                    return
         except ActorDied as error:
             if error.actor != evaluator.name:
                 raise
@@ -133,7 +137,10 @@ class Evaluations:
 
     async def _load(self, evaluator: EvaluatorHandle, announcement: Announcement) -> bool:
         """The learner writes the published snapshot, the evaluator reads it and attests what it
-        serves (handshake). False: the disk refused the snapshot. Raises HandshakeError."""
+        serves (handshake). False: the disk refused the snapshot, or the engine is lost.
+
+        Raises HandshakeError.
+        """
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
             self._waiting_for = f"{learner.first.name} to write"
@@ -152,12 +159,23 @@ class Evaluations:
             return False
         finally:
             await asyncio.to_thread(self.clear)
+        if attestation is None:
+            self._skip_lost(announcement)
+            return False
         tolerance = self._config.model.probe_tolerance
         announced = replace(announcement, checksum=checksum)
         result = check_attestation(announced, attestation, tolerance=tolerance)
         if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {result.detail}")
         return True
+
+    def _skip_lost(self, announcement: Announcement) -> None:
+        """The supervisor says why the engine was lost, and starts another evaluator."""
+        self.num_skipped += 1
+        self._sinks.say(
+            f"evaluation of version {announcement.version} skipped: the evaluator has lost its "
+            "engine"
+        )
 
     def _book(
         self, evaluation: Evaluation, name: str, *, engine: str, began_s: float, waited_s: float
@@ -170,7 +188,10 @@ class Evaluations:
             "accuracy": evaluation.accuracy,
             "mean_response_tokens": evaluation.mean_response_tokens,
             "num_prompts": evaluation.num_prompts,
-            "truncated": evaluation.num_truncated / evaluation.num_prompts,
+            "truncated": evaluation.truncated,
+            "k": evaluation.num_samples,
+            "temperature": self._config.evaluation.temperature,
+            "top_p": self._config.evaluation.top_p,
             "weight_versions": [version],
             "engine": engine,
             "wall_s": wall_s,
@@ -190,5 +211,5 @@ class Evaluations:
         self._sinks.say(
             f"{name} of version {version}: accuracy {evaluation.accuracy:.3f}, "
             f"length {evaluation.mean_response_tokens:.1f}, "
-            f"{evaluation.num_prompts} held-out prompts, greedy{place}"
+            f"{evaluation.num_prompts} held-out prompts, {self._config.evaluation.how}{place}"
         )

@@ -132,7 +132,7 @@ def start_actors(
         )
 
     def evaluator() -> Any:
-        return _start_evaluator(config, incarnation=incarnation, node=node)
+        return _start_evaluator(config, incarnation=incarnation, node=node, logs=run_dir.engines)
 
     names = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
     return Actors(
@@ -147,7 +147,7 @@ def start_actors(
     )
 
 
-def _start_evaluator(config: Config, *, incarnation: str, node: str) -> Any:
+def _start_evaluator(config: Config, *, incarnation: str, node: str, logs: Path) -> Any:
     """A dedicated evaluator reserves what it needs; any other runs on the learner's `node`, which
     writes the weights that it reads, and reserves nothing."""
     if config.evaluation.engine == "dedicated":
@@ -159,7 +159,7 @@ def _start_evaluator(config: Config, *, incarnation: str, node: str) -> Any:
         )
     else:
         start = _starter(EvaluatorActor, strategy=near(node, reserves=False))
-    return start(config, incarnation=incarnation)
+    return start(config, incarnation=incarnation, logs=logs)
 
 
 def _starter(

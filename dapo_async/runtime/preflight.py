@@ -164,8 +164,9 @@ def _missing(config: Config) -> Iterator[str]:
 def _sglang_faults(config: Config) -> Iterator[str]:
     from dapo_async.rollout.sglang.server import missing_sglang  # imports aiohttp
 
-    urls = config.rollout.server_urls
-    if not urls and (line := missing_sglang()):
+    urls, evaluation = config.rollout.server_urls, config.evaluation
+    has_evaluator = evaluation.during_training and evaluation.engine == "dedicated"
+    if (not urls or has_evaluator) and (line := missing_sglang()):
         yield line
     architectures, key = _architectures(Path(config.model.path)), os.environ.get(SERVER_KEY, "")
     for url in urls:

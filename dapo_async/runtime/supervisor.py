@@ -210,8 +210,7 @@ class Supervisor:
                 if is_new:
                     info = await evaluator.ready()
                     self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
-                await evaluator.watch()
-                why = "it ended by itself"
+                why = await evaluator.watch()
             except (ActorDied, ActorFailed, TimeoutError) as error:
                 why = str(error)
             await self._spend(budget, evaluator.name, Loss(why, process=True))

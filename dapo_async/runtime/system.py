@@ -216,7 +216,7 @@ class System:
         return running
 
     async def evaluate(self) -> Evaluation:
-        """Greedy accuracy on the held-out prompts, shared among the workers. A worker that loses
+        """Accuracy on the held-out prompts, shared among the workers. A worker that loses
         its engine or its process evaluates its share when it is back."""
 
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:

@@ -45,7 +45,7 @@ PANELS = (
     Panel(
         "Accuracy",
         _one("accuracy"),
-        "Trained groups, which dynamic sampling keeps near one half, and held-out prompts, greedy.",
+        "Trained groups, which dynamic sampling keeps near one half, and held-out prompts.",
         held_out="accuracy",
         in_picture=True,
     ),

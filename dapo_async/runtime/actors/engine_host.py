@@ -21,6 +21,7 @@ from dapo_async.evaluate import Evaluation, evaluate
 from dapo_async.model import ModelConfig, checksum, load_decoder
 from dapo_async.reward import choose_verifiers
 from dapo_async.rollout import Engine
+from dapo_async.rollout.engine import SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.cluster.connect import own_host
@@ -73,7 +74,7 @@ class EngineHost(ABC):
         """As `receive`, from disk."""
 
     async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
-        """Greedy accuracy on every `num_parts`-th held-out prompt, from the `part`-th on."""
+        """avg@k on every `num_parts`-th held-out prompt, from the `part`-th on."""
         config = self._config
         prompts = (
             await asyncio.to_thread(load_set, config, config.data.heldout, self._tokenizer)
@@ -83,8 +84,14 @@ class EngineHost(ABC):
             self.engine,
             share,
             judge=self._judge,
-            max_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=self.stop_token_ids,
+            num_samples=config.evaluation.k,
+            sampling=SamplingParams(
+                max_tokens=config.rollout.max_response_tokens,
+                temperature=config.evaluation.temperature,
+                stop_token_ids=self.stop_token_ids,
+                seed=config.seed,
+                top_p=config.evaluation.top_p,
+            ),
         )
 
     def decode(self, completion: Completion) -> str:

@@ -231,7 +231,7 @@ class RolloutActor:
         self._worker.confirm()
 
     async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
-        """Greedy accuracy on one part of the held-out prompts. None: the engine can't generate."""
+        """Accuracy on one part of the held-out prompts. None: the engine can't generate."""
         if self._worker.state not in GENERATING:
             return None
         try:

@@ -46,12 +46,13 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
         yield PlannedActor(f"rollout-{number}", num_cpus, config.gpus_per_worker, detail)
     if evaluation.during_training:
         dedicated = evaluation.engine == "dedicated"
+        kind = rollout.engine if dedicated else "torch"
         yield PlannedActor(
             "evaluator",
             num_cpus if dedicated else 0,
             config.gpus_of_evaluator,
-            f"torch engine, {rollout.fixed_slots} slots, {evaluation.num_prompts} prompts "
-            f"each {evaluation.every_steps} steps",
+            f"{kind} engine, {rollout.fixed_slots} slots, {evaluation.num_prompts} prompts "
+            f"each {evaluation.every_steps} steps, {evaluation.how}",
         )
 
 

@@ -231,6 +231,7 @@ def test_urls_of_servers_are_read_from_one_text(file: Path) -> None:
         (["model.device=cuda", *SERVERS], (1.0, 4.0, 0.0)),
         (["model.device=cuda", *SERVERS, "rollout.servers='http://a,http://b'"], (1.0, 0.0, 0.0)),
         (["model.device=cuda", "evaluation.engine=dedicated"], (1.0, 1.0, 1.0)),
+        (["model.device=cuda", "evaluation.engine=dedicated", *SERVERS], (1.0, 4.0, 4.0)),
         (["evaluation.engine=dedicated"], (0.0, 0.0, 0.0)),
         (SHARED, (0.5, 0.5, 0.0)),
     ],

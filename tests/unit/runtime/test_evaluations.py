@@ -5,7 +5,7 @@ import json
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from run_support import read_rows
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
+from dapo_async.rollout import EngineFault
+from dapo_async.runtime.actors.evaluator import EvaluatorActor, own_server_config
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.tracking.run_dir import RunDir
@@ -27,6 +29,7 @@ def announce(version: int) -> Announcement:
     )
 
 
+DEDICATED = "evaluation.engine=dedicated"
 Scene = Callable[[Evaluations, "System"], Awaitable[None]]
 
 
@@ -140,7 +143,8 @@ def test_each_due_version_but_the_last_is_measured_beside_the_steps(tmp_path: Pa
     assert 0.0 <= row.pop("waited_s") <= row.pop("wall_s")
     assert row == {
         "version": 2, "step": 2, "weight_versions": [2], "engine": "snapshot", "accuracy": 0.75,
-        "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25,
+        "mean_response_tokens": 5.0, "num_prompts": 4, "truncated": 0.25, "k": 1,
+        "temperature": 0.0, "top_p": 1.0,
     }  # fmt: skip
     assert said[0].startswith(
         "evaluation of version 2: accuracy 0.750, length 5.0, 4 held-out prompts, greedy, "
@@ -235,6 +239,63 @@ def test_an_evaluator_with_other_weights_than_were_published_measures_nothing(
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
+@pytest.mark.parametrize("call", ["read", "evaluate"])
+def test_an_evaluator_that_lost_its_engine_skips_one_evaluation(tmp_path: Path, call: str) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
+        async def lost(*_: object) -> None:
+            return None
+
+        setattr(system.evaluator, call, lost)
+        await steps(evaluations, system, 2)
+        system.evaluator = Evaluator()  # the supervisor's replacement
+        await steps(evaluations, system, 4)
+
+    said, evaluations = play(scene, tmp_path)
+    assert evaluations.num_skipped == 1
+    assert said[0] == "evaluation of version 2 skipped: the evaluator has lost its engine"
+    assert [row["version"] for row in evaluations.rows][-1] == 4
+
+
+def test_the_evaluator_reports_a_lost_server_once_and_raises_nothing(tmp_path: Path) -> None:
+    class Host:
+        engine = SimpleNamespace(version=3)
+
+        async def evaluate(self, *, part: int, num_parts: int) -> Evaluation:
+            raise EngineFault("http://127.0.0.1:1 is gone")
+
+    async def main() -> None:
+        actor = EvaluatorActor(knobs.load(QUICKSTART, [DEDICATED]), incarnation="a", logs=tmp_path)
+        loaded: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        loaded.set_result(Host())
+        actor._loading = cast(Any, loaded)
+        alive = asyncio.create_task(actor.alive())
+        await asyncio.sleep(0)
+        assert not alive.done()
+        assert await actor.evaluate() is None
+        assert await alive == "http://127.0.0.1:1 is gone"
+
+    asyncio.run(main())
+
+
+def test_a_dedicated_evaluator_starts_a_server_beside_running_ones() -> None:
+    file = QUICKSTART.with_name("quickstart_sglang.yaml")
+    urls = "rollout.servers='http://a:1,http://b:2'"
+    config = knobs.load(file, [urls, "rollout.num_workers=2", "rollout.num_slots=auto"])
+    own = own_server_config(config)
+    assert (own.rollout.server_urls, own.rollout.adapts_slots) == ((), False)
+    assert own.rollout.fixed_slots == config.rollout.fixed_slots
+
+
+def test_an_evaluation_with_samples_says_how_they_were_drawn(tmp_path: Path) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
+        await evaluations.measure_all("initial")
+
+    published = ("evaluation.k=32", "evaluation.temperature=1", "evaluation.top_p=0.7")
+    said, evaluations = play(scene, tmp_path, *published)
+    assert said[0].endswith("4 held-out prompts, avg@32 at temperature 1, top-p 0.7")
+    assert (evaluations.rows[0]["temperature"], evaluations.rows[0]["top_p"]) == (1.0, 0.7)
+
+
 def test_an_evaluation_that_is_given_up_leaves_no_weights_behind(tmp_path: Path) -> None:
     async def scene(evaluations: Evaluations, system: System) -> None:
         reading = asyncio.Event()
@@ -303,6 +364,11 @@ def test_a_dry_run_lists_an_evaluator_with_what_it_reserves(
             "evaluation.engine=lease",
             "evaluation.engine.*lease.*snapshot.*dedicated",
         ),
+        (
+            "evaluation.k=4",
+            r"evaluation.k \(4\) needs evaluation.temperature above 0, because greedy",
+        ),
+        ("evaluation.top_p=1.5", r"evaluation.top_p \(1.5\)"),
         ("evaluation.every_steps=-1", r"evaluation.every_steps \(-1\) must be at least 0"),
     ],
 )
