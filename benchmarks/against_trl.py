@@ -111,7 +111,7 @@ def own_command(
         f"train.checkpoint_every_steps={inputs.steps}",
         "evaluation.every_steps=0",
         "evaluation.num_prompts=0",
-        "tracking.mlflow=null",
+        "tracking.sinks=none",
     ]
     if synchronous:
         overrides += ["replay.max_staleness=0", f"model.num_cpus={THREADS}"]

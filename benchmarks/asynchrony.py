@@ -112,7 +112,7 @@ def config_of(shape: Shape, steps: int, folder: Path, inputs: tuple[Path, Path])
             f"train.checkpoint_every_steps={steps + 1}",
             "evaluation.every_steps=0",
             "evaluation.num_prompts=0",
-            "tracking.mlflow=null",
+            "tracking.sinks=none",
         ],
     )
 

@@ -59,7 +59,7 @@ SETTINGS = (
     "evaluation.every_steps=6",
     "train.checkpoint_every_steps=2",
     "train.record=true",
-    "tracking.mlflow=null",
+    "tracking.sinks=none",
     f"deadlines.ping_s={PING_S}",
 )
 QUICK = ("replay.groups_per_step=4", "replay.group_size=8", "evaluation.num_prompts=64")

@@ -218,7 +218,7 @@ def native_config(case: Case, folder: Path, steps: int) -> Config:
             "learner.lr=0",
             "evaluation.every_steps=0",
             "evaluation.num_prompts=0",
-            "tracking.mlflow=null",
+            "tracking.sinks=none",
         ],
     )
 

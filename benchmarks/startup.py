@@ -35,7 +35,7 @@ TINY = (
     "replay.group_size=4",
     "replay.dynamic_sampling=false",
     "evaluation.num_prompts=16",
-    "tracking.mlflow=null",
+    "tracking.sinks=none",
 )
 # Phase → the line of the command that ends it.
 LINES = {

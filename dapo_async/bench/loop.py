@@ -241,7 +241,7 @@ class LoopBench:
                 max_wall_s=None,
                 record=False,
             ),
-            tracking=replace(config.tracking, mlflow=None),
+            tracking=replace(config.tracking, sinks="none"),
         )
 
 

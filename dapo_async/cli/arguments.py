@@ -40,7 +40,9 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
             and "=" in options.config
             and not Path(options.config).exists()
         ):
-            if getattr(options, "resume", None):  # there is no CONFIG, so argparse took an override
+            if getattr(options, "resume", None) or getattr(
+                options, "watch", None
+            ):  # there is no CONFIG, so argparse took an override
                 options.config, options.overrides = None, [options.config, *options.overrides]
                 return options
             raise ValueError(

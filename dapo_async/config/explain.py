@@ -28,7 +28,7 @@ SECTIONS = {
     "weights": "how new weights reach the engines",
     "evaluation": "accuracy on held-out problems",
     "train": "length, checkpoints and records of a run",
-    "tracking": "MLflow",
+    "tracking": "MLflow, TensorBoard and W&B",
     "deadlines": "how long something may take before the run ends, in seconds",
     "ray": "the cluster",
 }

@@ -39,7 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, files: bool = True)
         for knob in every
         if tuple in (get_origin(knob.type), *map(get_origin, get_args(knob.type)))
     }
-    texts = {*paths, "run_dir", "tracking.mlflow"}
+    texts = {*paths, "run_dir", "tracking.mlflow", "tracking.sinks"}
     try:
         file, dotted = read_file(path, names), read_overrides(overrides, names, texts)
         for tree in (file, dotted):
@@ -69,5 +69,5 @@ def to_yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     uri = config.tracking.mlflow
-    shown = replace(config, tracking=replace(config.tracking, mlflow=uri and redacted(uri)))
+    shown = replace(config, tracking=replace(config.tracking, mlflow=redacted(uri)))
     return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(shown))))

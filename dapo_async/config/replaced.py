@@ -61,6 +61,7 @@ REPLACED: Mapping[str, str] = {
 
 # (name, old value) → what to say about it.
 REPLACED_VALUES: Mapping[tuple[str, str], str] = {
+    ("tracking.mlflow", "None"): _USE.format("tracking.sinks=none to turn MLflow off"),
     ("evaluation.engine", "lease"): _USE.format("evaluation.engine=snapshot or dedicated"),
 }
 
@@ -71,7 +72,8 @@ def refuse_replaced(tree: Mapping[str, Any]) -> None:
         if name in REPLACED:
             raise ValueError(f"{name} {REPLACED[name]}")
         if (name, str(value)) in REPLACED_VALUES:
-            raise ValueError(f"{name}={value} {REPLACED_VALUES[name, str(value)]}")
+            shown = "null" if value is None else value
+            raise ValueError(f"{name}={shown} {REPLACED_VALUES[name, str(value)]}")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

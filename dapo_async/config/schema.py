@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+SINKS = ("mlflow", "tensorboard", "wandb")
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
 REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
@@ -472,11 +473,22 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingConfig:
-    mlflow: str | None = knob(
+    sinks: str = knob(
+        "mlflow",
+        "where metrics go beside the run directory: mlflow, tensorboard, wandb, separated by "
+        "commas; none: nowhere else. tensorboard and wandb are extras of the package",
+    )
+    mlflow: str = knob(
         "local",
         "where MLflow data go: local (SQLite file mlflow.db beside the run directory), or a "
-        "tracking URI; null: off",
+        "tracking URI",
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sinks as a tuple; empty for `none`."""
+        given = tuple(name.strip() for name in self.sinks.split(","))
+        return () if given == ("none",) else given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

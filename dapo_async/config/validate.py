@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
-from dapo_async.config.schema import STOP_S, Config, Knob, knobs, values_of
+from dapo_async.config.schema import SINKS, STOP_S, Config, Knob, knobs, values_of
 from dapo_async.config.sources import Source, matches, parse_contamination, parse_source
 from dapo_async.config.text import shown
 
@@ -128,10 +128,16 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         "run; raise it, or set null",
     )
     uri = config.tracking.mlflow
+    sinks = config.tracking.names
     yield (
-        uri in (None, "local") or "://" in str(uri) or str(uri).startswith("databricks"),
-        f"tracking.mlflow ({uri!r}) must be local, a tracking URI such as http://HOST:5000 or "
-        "sqlite:///FILE, or null",
+        set(sinks) <= set(SINKS) and len(set(sinks)) == len(sinks),
+        f"tracking.sinks ({config.tracking.sinks!r}) must be none or some of {', '.join(SINKS)}, "
+        "separated by commas, each once; write tracking.sinks=mlflow,tensorboard",
+    )
+    yield (
+        uri == "local" or "://" in str(uri) or str(uri).startswith("databricks"),
+        f"tracking.mlflow ({uri!r}) must be local, or a tracking URI such as http://HOST:5000 or "
+        "sqlite:///FILE; tracking.sinks=none turns MLflow off",
     )
     cache = config.reward.overlong_cache_tokens
     yield (

@@ -79,21 +79,25 @@ def run(
 
     Raises ValueError for wrong input.
     """
-    job = prepare_evaluation(file, overrides, options)
+    return measure(prepare_evaluation(file, overrides, options), out=options.out, say=say)
+
+
+def measure(job: Job, *, out: Path | None, say: Callable[[str], None]) -> int:
+    """Evaluates into `out`; the exit code as of `run`. Raises ValueError for a wrong `out`."""
     config = job.config
     say(
         f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems "
         f"of {config.data.heldout} x {job.num_siblings} responses"
     )
-    with Record(options.out, job.settings) as record:
+    with Record(out, job.settings) as record:
         if record.done:
-            path = options.out if record.finished else record.partial
+            path = out if record.finished else record.partial
             say(f"{len(record.done)} problems are done already, in {path}")
         todo = [prompt for prompt in job.prompts if prompt.row not in record.done]
         stop = Interrupt()
         try:
             if todo:
-                asyncio.run(_answer(job, todo, record, log=_log(options.out), say=say, stop=stop))
+                asyncio.run(_answer(job, todo, record, log=_log(out), say=say, stop=stop))
             problems = [record.done[prompt.row] for prompt in job.prompts]
             totals = evaluation_totals(
                 problems, num_siblings=job.num_siblings, seed=job.sampling.seed
@@ -114,7 +118,7 @@ def run(
                     "problems": [problem.to_json() for problem in problems],
                 }
             )
-    for line in _table(totals, num_siblings=job.num_siblings, out=options.out):
+    for line in _table(totals, num_siblings=job.num_siblings, out=out):
         say(line)
     return 0
 

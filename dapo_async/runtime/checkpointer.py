@@ -3,7 +3,7 @@
 freeze   on the step path: copies in memory, timed (`checkpoint_pause_s`)
 write    beside the steps: the Hugging Face export and the state, then a manifest with the checksum
          of each file; one rename when the metrics of its steps are on disk; then old checkpoints
-         are removed
+         are removed, except those that `dapo-async eval --watch` has still to measure
 
 When the disk refuses a checkpoint, training goes on: all older checkpoints but the newest whole
 one and the best one are removed, and the next step tries again. `MAX_FAILED` in a row end the run.
@@ -24,6 +24,7 @@ from dapo_async.runtime.resume import DRIVER_FILE
 from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.watch_folder import WatchClaims
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 from dapo_async.utils.files import disk_fault, sync
 
@@ -60,6 +61,7 @@ class Checkpointer:
         self._config, self._system, self._tracker = config, system, tracker
         self._run_dir, self._driver_state = run_dir, driver_state
         self._in_evaluation = in_evaluation
+        self._claims = WatchClaims(run_dir.watched)
         self._writing: asyncio.Task[None] | None = None
 
     async def start(self, version: int) -> None:
@@ -187,12 +189,15 @@ class Checkpointer:
             max(self.longest_write_s, took_s),
         )
         self._system.event("checkpoint", version=version, write_s=round(took_s, 3))
+        unmeasured = self._claims.unmeasured(self.folder.versions())
         await asyncio.to_thread(
-            self.folder.prune, keep=self._config.train.keep_checkpoints, spare=self._spared()
+            self.folder.prune,
+            keep=self._config.train.keep_checkpoints,
+            spare=[*self._spared(), *unmeasured],
         )
 
     def _spared(self) -> list[int]:
-        """Versions that stay however old they are."""
+        """Versions that stay however old they are, also on a full disk."""
         versions = self.folder.versions()
         best, in_evaluation = self._run_dir.best_version(versions), self._in_evaluation()
         # A run whose base model is gone reads config and tokenizer from one of its checkpoints.

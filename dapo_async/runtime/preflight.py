@@ -6,6 +6,7 @@ machine. The command `train` calls it, dry runs included.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def _check_options(config: Config) -> None:
     ):
         if text:
             check_path(name, text)
-    if "://***@" in (config.tracking.mlflow or ""):
+    if "://***@" in config.tracking.mlflow:
         raise ValueError(
             f"tracking.mlflow ({config.tracking.mlflow}) has no password, because a run "
             "never saves it; give tracking.mlflow=URI with the password again, or use a URI "
@@ -141,6 +142,7 @@ def _missing(config: Config) -> Iterator[str]:
     """
     if config.rollout.engine == "sglang":
         yield from _sglang_faults(config)
+    yield from _sink_faults(config)
     if (line := ray_variables.fault()) is not None:
         yield line
     if (line := limits.open_files_fault(config)) is not None:
@@ -159,6 +161,17 @@ def _missing(config: Config) -> Iterator[str]:
             "devices; set model.device=cpu, or model.device=shared_cuda for one GPU, or "
             "ray.address to a cluster that has them"
         )
+
+
+def _sink_faults(config: Config) -> Iterator[str]:
+    """Sinks whose package is an extra that is not installed."""
+    for name in config.tracking.names:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name is no package
+            yield (
+                f"tracking.sinks names {name}, and its package is not installed here; install it "
+                f"with pip install 'dapo-async[{name}]', or leave it out of tracking.sinks"
+            )
 
 
 def _sglang_faults(config: Config) -> Iterator[str]:

@@ -6,9 +6,9 @@ every error.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ ACTIVE = "active"  # the stage of an experiment or run that is not deleted
 ARTIFACTS = "mlartifacts"  # folder of the local store
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # URIs that MLflow gives to SQLAlchemy
 LOCAL = "local"  # tracking.mlflow: SQLite beside the run directories
-MAX_PARAMETERS, MAX_PARAMETER_CHARACTERS, MAX_TAG_CHARACTERS = 100, 6000, 5000  # MLflow's limits
+MAX_PARAMETERS, MAX_TAG_CHARACTERS = 100, 5000  # MLflow's limits
 NOTE, SOURCE, SOURCE_TYPE = "mlflow.note.content", "mlflow.source.name", "mlflow.source.type"
 # A request without an answer ends after 3 s. MLflow's default, 7 retries of 120 s, would delay the
 # end of a run by minutes.
@@ -73,32 +73,6 @@ def _sqlite_uri(file: Path) -> str:
     # With the name of the driver, because MLflow makes the folder of a quoted path for sqlite:///.
     quoted = URL.create("sqlite+pysqlite", database=str(file))
     return quoted.render_as_string(hide_password=False)
-
-
-def flat_parameters(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Knobs as dotted names and texts that MLflow accepts: `("learner.lr", "0.0003")`."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat_parameters(value, f"{prefix}{name}.")
-        else:
-            shown = "null" if value is None else str(value)
-            yield prefix + name, shown[:MAX_PARAMETER_CHARACTERS]
-
-
-def metric_name(name: str) -> str:
-    """`idle.learner` as `idle/learner`: MLflow's pages group metrics by the part before `/`."""
-    return name.replace(".", "/")
-
-
-def finite_numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The metrics of a row: its finite numbers, except its step and version."""
-    return {
-        metric_name(prefix + name): float(value)
-        for name, value in row.items()
-        if isinstance(value, int | float)
-        and math.isfinite(value)
-        and name not in ("step", "version")
-    }
 
 
 class MlflowRun:
@@ -188,6 +162,17 @@ class MlflowRun:
     def close(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
+
+
+def log_to_known_run(uri: str, run_id: str, *, step: int, values: Mapping[str, float]) -> None:
+    """Adds metrics to a run that another process has opened, and changes nothing else of it."""
+    _connect_once(uri)
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    time_ms = int(time.time() * 1000)
+    metrics = [Metric(name, value, time_ms, step) for name, value in values.items()]
+    MlflowClient(uri).log_batch(run_id, metrics=metrics)
 
 
 def _connect_once(uri: str) -> None:

@@ -13,7 +13,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +20,7 @@ from threading import Event, Thread
 from typing import Any
 
 from dapo_async.config import Config, redacted
+from dapo_async.tracking.metric_names import finite_numbers, parameters_of
 from dapo_async.tracking.mlflow_faults import Course, fault_of
 from dapo_async.tracking.mlflow_run import (
     NOTE,
@@ -28,8 +28,6 @@ from dapo_async.tracking.mlflow_run import (
     SOURCE_TYPE,
     Description,
     MlflowRun,
-    finite_numbers,
-    flat_parameters,
     prepare_environment,
     store_uri,
 )
@@ -72,7 +70,6 @@ class MlflowStore:
         retry_s: float = RETRY_S,
     ) -> None:
         """`run_id`: the MLflow run to continue, if the store still has it."""
-        assert config.tracking.mlflow is not None, "tracking.mlflow is off"
         prepare_environment()
         self.run_id: str | None = None  # known when the store has answered
         self.caught: Counter[str] = Counter()
@@ -200,16 +197,13 @@ class MlflowStore:
 
 def describe(config: Config, run_dir: RunDir) -> Description:
     """The MLflow run that belongs to `run_dir`."""
-    assert config.tracking.mlflow is not None, "tracking.mlflow is off"
     uri, artifacts = store_uri(config.tracking.mlflow, run_dir.root.parent)
-    without_password = replace(config.tracking, mlflow=redacted(config.tracking.mlflow))
-    shown = replace(config, tracking=without_password)
     return Description(
         uri=uri,
         experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
         name=run_dir.root.name,
         artifacts=artifacts,
-        parameters=dict(flat_parameters(asdict(shown))),
+        parameters=parameters_of(config),
         tags={
             "status": "running",
             "run_dir": str(run_dir.root),
@@ -239,7 +233,7 @@ def known_run_id(config: Config, run_dir: RunDir) -> str | None:
     if not run_dir.mlflow.exists():
         return None
     known, wanted = json.loads(run_dir.mlflow.read_text()), describe(config, run_dir)
-    store = redacted(config.tracking.mlflow or "")
+    store = redacted(config.tracking.mlflow)
     same = (known["uri"], known["experiment"]) == (store, wanted.experiment)
     return str(known["run_id"]) if same else None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dapo_async.tracking.charts import SERIES, chart, legend, pass_rate_chart
 from dapo_async.tracking.panels import PANELS, traces
+from dapo_async.tracking.published import curves, is_comparable, measured, rung
 from dapo_async.tracking.report_page import (
     chart_figure,
     colour_choice,
@@ -81,6 +82,7 @@ def _sections(runs: Sequence[RunRecord], steps: Sequence[int] | None) -> Iterato
     if runs:
         yield from _overview(runs)
         yield from _charts(runs)
+        yield from _published(runs)
         yield from _solved(runs)
         yield from _rollouts(runs, steps)
         yield from _configs(runs)
@@ -174,13 +176,48 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[str]:
         yield note(f"no numbers yet for: {', '.join(missing)}")
 
 
+TABLE_1_HEAD = (
+    "run", "rung of DAPO's Table 1", "published", "best measured", "last measured", "how",
+)  # fmt: skip
+
+
+def _published(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Figure 1 and Table 1 of the DAPO paper, where runs were evaluated with several responses."""
+    lines = curves(runs)
+    if not lines:
+        return
+    yield "<h2>Held-out accuracy and published values</h2>"
+    alone = len(runs) == 1
+    caption = (
+        "Mean accuracy of k responses per held-out problem. Published values: avg@32 on AIME 2024 "
+        "(arXiv 2503.14476, Figure 1 and Table 1), beside runs that are measured on it."
+    )
+    keys = legend(lines, alone=alone)
+    figure = chart_figure(chart(lines, alone=alone), "Held-out avg@k", caption, keys)
+    yield f'<div class="charts">{figure}</div>'
+    yield table(TABLE_1_HEAD, [_table_1_row(run) for run in runs if measured(run) is not None])
+
+
+def _table_1_row(run: RunRecord) -> tuple[str, ...]:
+    found = measured(run)
+    assert found is not None, "only measured runs have a row"
+    name, value = rung(run.config) if is_comparable(run) else ("–", math.nan)
+    best, last = (
+        f"{figures(row['accuracy'], '.3f')} at step {row['version']:.0f}"
+        for row in (found.best, found.last)
+    )
+    settings = (("temperature", "temperature"), ("top-p", "top_p"), ("problems", "num_prompts"))
+    how = ", ".join(f"{word} {figures(found.last.get(key), 'g')}" for word, key in settings)
+    return (
+        text(run.name), text(name), figures(value, ".2f"), best, last, f"{found.label}, {how}",
+    )  # fmt: skip
+
+
 def _solved(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield "<h2>Held-out problems over training</h2>"
     yield '<div class="charts">'
     for run in runs:
-        drawn = pass_rate_chart(
-            run.pass_rates, across="weight version that was evaluated, greedily"
-        )
+        drawn = pass_rate_chart(run.pass_rates, across="weight version that was evaluated")
         body = note("no evaluation has said which problems it solved")
         if drawn is not None:
             body = plot(drawn) + _courses(run.pass_rates)

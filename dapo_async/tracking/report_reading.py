@@ -37,6 +37,7 @@ class RunRecord:
     root: Path
     rows: list[dict[str, float]]  # the numbers of metrics.jsonl, ascending in `step`
     evaluations: list[dict[str, float]]  # of evaluations.jsonl, ascending in `version`
+    watched: list[dict[str, float]]  # of `eval --watch`, ascending in `version`
     pass_rates: PassRates
     summary: dict[str, Any]
     config: dict[str, Any]  # by dotted knob
@@ -92,6 +93,7 @@ def read_run(root: Path, name: str) -> RunRecord:
         root=root,
         rows=rows,
         evaluations=evaluations,
+        watched=_numbers(run_dir.watched.rows(), by="version", notes=notes, name="watched"),
         pass_rates=_pass_rates(run_dir.problems, notes),
         summary=_json_object(run_dir.summary, notes),
         config=_config(run_dir.config, notes),

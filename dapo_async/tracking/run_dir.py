@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.tracking.disk_faults import append_whole, row_bytes
+from dapo_async.tracking.watch_folder import WatchFolder, watched_row
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 from dapo_async.utils.files import PARTIAL, atomic_write, partial_path
 from dapo_async.utils.manifest import FileSum, sums_of
@@ -75,6 +76,7 @@ class RunDir:
         for path in self.problems.glob("version_*.json"):
             if not int(path.stem.removeprefix("version_")) <= version > 0:
                 path.unlink()
+        self.watched.forget(after=version)
         for folder in (self.weights, self.evaluated):
             shutil.rmtree(folder, ignore_errors=True)
         self.error.unlink(missing_ok=True)
@@ -127,12 +129,14 @@ class RunDir:
         return self.dumps / f"{count + 1:03d}-{time.strftime('%H%M%S')}.txt"
 
     def best_version(self, versions: Sequence[int]) -> int | None:
-        """The version with the best evaluation, the newer of two equal ones; None without any."""
-        rows = (
-            [json.loads(line) for line in self.evaluations.read_text().splitlines()]
-            if self.evaluations.exists()
-            else []
-        )
+        """The version with the best evaluation, the newer of two equal ones; None without any.
+
+        The results of `dapo-async eval --watch` count, if there are any, else those of the run.
+        """
+        found = [watched_row(version, self.watched.read(version)) for version in versions]
+        rows = [row for row in found if row]
+        if not rows and self.evaluations.exists():
+            rows = [json.loads(line) for line in self.evaluations.read_text().splitlines()]
         known = [(row["accuracy"], row["version"]) for row in rows if row["version"] in versions]
         return max(known)[1] if known else None
 
@@ -163,6 +167,11 @@ class RunDir:
         The report draws the pass rates per problem from them.
         """
         return self.root / "evaluations"
+
+    @property
+    def watched(self) -> WatchFolder:
+        """Results of `dapo-async eval --watch`, and its claim on checkpoints."""
+        return WatchFolder(self.root / "watched")
 
     @property
     def recorded(self) -> Path:
@@ -283,6 +292,11 @@ class RunDir:
     def mlflow(self) -> Path:
         """Which MLflow run this is: {uri, experiment, run_id}, uri as in tracking.mlflow."""
         return self.root / "mlflow.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files, with `tracking.sinks=tensorboard`."""
+        return self.root / "tensorboard"
 
     def relative(self, path: Path) -> str:
         """As files of the run folder name `path`: from this folder where it lies inside."""

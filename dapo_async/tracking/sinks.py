@@ -1,7 +1,7 @@
-"""Everything that shows a run while it goes on: the progress output and MLflow.
+"""Everything that shows a run while it goes on: the progress output and the sinks of metrics.
 
 In: rows of metrics and of evaluations, and lines, from the driver in `runtime/`. Out: the same rows
-on the terminal and, where `tracking.mlflow` is set, in an MLflow run.
+on the terminal and in what `tracking.sinks` names: MLflow, TensorBoard, W&B.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,9 +18,13 @@ from dapo_async.config import STOP_S, Config
 from dapo_async.tracking.bottleneck import BottleneckWatch, Layout
 from dapo_async.tracking.disk_faults import DiskFaults
 from dapo_async.tracking.event_log import EventLog
+from dapo_async.tracking.metric_names import parameters_of
 from dapo_async.tracking.mlflow_store import MlflowStore, known_run_id
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.sink_thread import MetricSink, ThreadedSink
+from dapo_async.tracking.tensorboard_writer import TensorBoardWriter
 from dapo_async.tracking.terminal import Outlet, Progress
+from dapo_async.tracking.wandb_writer import WandbWriter
 
 # Counts of metrics.jsonl that are events when they grow.
 GUARDED_COUNTS = ("groups.evicted", "groups.failed", "handshake.mismatch")
@@ -37,19 +42,34 @@ def open_progress(*, num_steps: int, max_staleness: int) -> Progress:
     return LiveProgress(out, num_steps=num_steps, max_staleness=max_staleness)
 
 
+def _file_sinks(config: Config, run_dir: RunDir, say: Callable[[str], None]) -> list[MetricSink]:
+    """The sinks that write to the run directory."""
+    sinks: list[MetricSink] = []
+    if "tensorboard" in config.tracking.names:
+        folder = run_dir.tensorboard
+        sinks.append(ThreadedSink("tensorboard", lambda: TensorBoardWriter(folder), say=say))
+    if "wandb" in config.tracking.names:
+        parameters = parameters_of(config)
+        sinks.append(ThreadedSink("wandb", lambda: WandbWriter(run_dir.root, parameters), say=say))
+    return sinks
+
+
 class Sinks:
     """Passes rows and lines on. No method raises or waits, except `finish`.
 
-    `finish` waits for MLflow for at most STOP_S.
+    `finish` waits for all sinks together for at most STOP_S.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, progress: Progress) -> None:
         self._progress = progress
         self._mlflow: MlflowStore | None = None
-        if config.tracking.mlflow is not None:
+        # MLflow comes last: at the end of a run it may need all of the time that the others leave.
+        self._stores: list[MetricSink] = _file_sinks(config, run_dir, progress.say)
+        if "mlflow" in config.tracking.names:
             self._mlflow = MlflowStore(
                 config, run_dir, say=progress.say, run_id=known_run_id(config, run_dir)
             )
+            self._stores.append(self._mlflow)
         self.say = progress.say
         self.disk = DiskFaults(progress.say)
         self._bottleneck = BottleneckWatch(Layout.of(config))
@@ -59,9 +79,9 @@ class Sinks:
         self._guarded: dict[str, float] = {}  # by kind: the count of the newest row
 
     def start(self) -> None:
-        """Opens the MLflow run in the background."""
-        if self._mlflow is not None:
-            self._mlflow.start()
+        """Opens every sink in the background."""
+        for store in self._stores:
+            store.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics.jsonl."""
@@ -73,8 +93,8 @@ class Sinks:
         if found := self._bottleneck.add(row):
             self.say(f"after step {row['version']}: {found.line}")
             self.event("verdict", kind=found.kind, line=found.line)
-        if self._mlflow is not None:
-            self._mlflow.log_step(row)
+        for store in self._stores:
+            store.log_step(row)
 
     def guards(self, counts: Mapping[str, float]) -> None:
         """An event for each count that has grown: steps by broken rule, evicted groups, …"""
@@ -93,13 +113,14 @@ class Sinks:
         self.event("evaluation", **row)
         for listener in self.on_evaluation:
             listener(row)
-        if self._mlflow is not None:
-            self._mlflow.log_evaluation(row)
+        for store in self._stores:
+            store.log_evaluation(row)
 
     def finish(self, status: str, reason: str) -> None:
-        """Ends the MLflow run; call it when the run directory is complete, summary included."""
-        if self._mlflow is not None:
-            self._mlflow.finish(status, reason, deadline_s=STOP_S)
+        """Ends every sink; call it when the run directory is complete, summary included."""
+        end_s = time.monotonic() + STOP_S
+        for store in self._stores:
+            store.finish(status, reason, deadline_s=max(0.1, end_s - time.monotonic()))
 
     @property
     def bottleneck(self) -> str | None:
@@ -124,8 +145,8 @@ class Sinks:
     @property
     def caught(self) -> Counter[str]:
         """Errors of the sinks, by name, that did not reach the run."""
-        mlflow = self._mlflow.caught if self._mlflow else Counter[str]()
-        return self._progress.caught + mlflow + self.disk.counts
+        stores = sum((store.caught for store in self._stores), start=Counter[str]())
+        return self._progress.caught + stores + self.disk.counts
 
     @property
     def mlflow_run_id(self) -> str | None:

@@ -38,7 +38,7 @@ TINY = (
     "evaluation.num_prompts=64",
     "evaluation.every_steps=0",
     "train.num_steps=6",
-    "tracking.mlflow=null",
+    "tracking.sinks=none",
 )
 
 

@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # rollout and reports use these helpers without MLflow
 PACKAGE = ROOT / "dapo_async"
 
 
-def config_with(mlflow: str | None, *, num_steps: int = 4) -> Config:
+def config_with(mlflow: str = "local", *, sinks: str = "mlflow", num_steps: int = 4) -> Config:
     return replace(
         Config(),
-        tracking=TrackingConfig(mlflow=mlflow),
+        tracking=TrackingConfig(sinks=sinks, mlflow=mlflow),
         train=TrainConfig(num_steps=num_steps),
     )
 

@@ -21,7 +21,7 @@ from snippets import PAGES, Snippet, run, snippets, workplace, write_file
 pytestmark = pytest.mark.timeout(600)
 ALL = [snippet for page in PAGES for snippet in snippets(page)]
 CLUSTER = [snippet for snippet in ALL if snippet.how == "cluster"]
-SHORT = "configs/quickstart.yaml train.num_steps=1 evaluation.num_prompts=0 tracking.mlflow=null"
+SHORT = "configs/quickstart.yaml train.num_steps=1 evaluation.num_prompts=0 tracking.sinks=none"
 PORTS = (6379, 8265)  # of `ray start --head`: the GCS and the dashboard
 
 

@@ -38,7 +38,7 @@ def test_real_prompts_that_a_random_model_never_solves_end_with_a_clear_message(
         "replay.groups_per_step=1",
         "learner.num_minibatches=1",
         "evaluation.num_prompts=4",
-        "tracking.mlflow=null",
+        "tracking.sinks=none",
         "rollout.max_response_tokens=8",
         "train.record=true",
     )

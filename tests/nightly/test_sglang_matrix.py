@@ -132,7 +132,7 @@ def test_run_with_adaptive_slots_adds_up(tmp_path: Path) -> None:
 
 
 def test_quickstart_learns_its_task_on_a_server(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run", "tracking.mlflow=null", config=CONFIG, timeout_s=400.0)
+    run = finished(tmp_path / "run", "tracking.sinks=none", config=CONFIG, timeout_s=400.0)
     assert run.exit_code == 0, run.output
     first, *_, last = run.evaluations
     assert first["accuracy"] < 0.3

@@ -74,7 +74,7 @@ def test_error_of_joining_ends_train_with_exit_code_2_and_leaves_nothing(
     monkeypatch.setattr(ray, "init", refuse)
     root = tmp_path / "runs" / "run"
     words = ["train", str(QUICKSTART), f"run_dir={root}", f"ray.address={ADDRESS}"]
-    assert main([*words, "tracking.mlflow=null"]) == 2
+    assert main([*words, "tracking.sinks=none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"dapo-async: ray.address ({ADDRESS}) can't be joined: ")
     assert line.endswith(", or set ray.address=local")

@@ -57,7 +57,7 @@ def run_of(
     resume: ResumePoint = START,
     **more: Any,
 ) -> Run:
-    config = replace(config or Config(), tracking=TrackingConfig(mlflow=None))
+    config = replace(config or Config(), tracking=TrackingConfig(sinks="none"))
     return Run(
         config,
         run_dir,

@@ -31,12 +31,11 @@ from tracking_world import (
 from dapo_async import config as knobs
 from dapo_async.config import Config, LearnerConfig, redacted
 from dapo_async.tracking import mlflow_store
+from dapo_async.tracking.metric_names import MAX_PARAMETER_CHARACTERS, flat_parameters
 from dapo_async.tracking.mlflow_faults import Course, fault_of
 from dapo_async.tracking.mlflow_run import (
-    MAX_PARAMETER_CHARACTERS,
     Description,
     MlflowRun,
-    flat_parameters,
     prepare_environment,
     store_uri,
 )

@@ -46,7 +46,7 @@ def test_quotes_around_a_path_and_null_are_still_yaml() -> None:
     given = {"'a #b'": "a #b", '"a #b"': "a #b", "''": ""}
     for written, expected in given.items():
         assert knobs.load(QUICKSTART, [f"run_dir={written}"]).run_dir == expected
-    assert knobs.load(QUICKSTART, ["tracking.mlflow=null"]).tracking.mlflow is None
+    assert knobs.load(QUICKSTART, ["tracking.sinks=none"]).tracking.names == ()
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\tb", "\x1b[31m", "a\x00b", "\x7f"])
