@@ -95,6 +95,7 @@ class MlflowRun:
         self._client.update_run(self.run_id, status="RUNNING")
         self._log_parameters(description.parameters, known.data.params)
         self.tag(description.tags)
+        self._monitor = _system_monitor(description.uri, self.run_id)
 
     def _find_experiment(self, description: Description) -> str:
         from mlflow.exceptions import MlflowException
@@ -161,7 +162,27 @@ class MlflowRun:
 
     def close(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
+        if self._monitor is not None:
+            self._monitor.finish()
         self._client.set_terminated(self.run_id, status)
+
+
+def _system_monitor(uri: str, run_id: str) -> Any:
+    """A thread that sends the use of CPU, memory, disk, network and GPUs of this machine.
+
+    None unless MLflow's variable MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is set.
+    """
+    from mlflow import environment_variables
+
+    switch: Any = environment_variables.MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    if not switch.get():
+        return None
+    from mlflow.system_metrics import system_metrics_monitor
+
+    make: Any = system_metrics_monitor.SystemMetricsMonitor
+    monitor = make(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
 
 
 def log_to_known_run(uri: str, run_id: str, *, step: int, values: Mapping[str, float]) -> None:

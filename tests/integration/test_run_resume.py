@@ -177,7 +177,7 @@ class Lives:
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
     root = tmp_path_factory.mktemp("lives") / "run"
-    often = ("train.checkpoint_every_steps=5", "evaluation.every_steps=5", "tracking.mlflow=local")
+    often = ("train.checkpoint_every_steps=5", "evaluation.every_steps=5", "tracking.sinks=mlflow")
     with running(root, *TINY, "train.num_steps=200", *often) as live:
         live.wait_for(r"^step +9/")
         began_s = time.monotonic()

@@ -156,9 +156,8 @@ def test_closing_the_terminal_ends_the_display_and_not_the_run(
 
 def test_run_reports_a_silent_tracking_server_once_and_ends_well(tmp_path: Path) -> None:
     with silent_port() as port:
-        run = finished(
-            tmp_path / "run", *TINY, f"tracking.mlflow=http://me:secret@127.0.0.1:{port}"
-        )
+        server = f"tracking.mlflow=http://me:secret@127.0.0.1:{port}"
+        run = finished(tmp_path / "run", *TINY, "tracking.sinks=mlflow", server)
     assert run.exit_code == 0, run.output
     assert run.output.count("MLflow") == 1
     assert "MLflow at http://***@127.0.0.1:" in run.output

@@ -40,7 +40,7 @@ def test_an_interrupted_run_continues_in_another_folder_without_its_base_model(
         f"data.train={job}/data/train.jsonl",
         f"data.heldout={job}/data/heldout.jsonl",
     )
-    options = ("train.num_steps=200", "train.record=true", "tracking.mlflow=local")
+    options = ("train.num_steps=200", "train.record=true", "tracking.sinks=mlflow")
     with running(first, *TINY, *options, *files) as live:
         live.wait_for(r"^step +2/")
         os.kill(live.driver, signal.SIGINT)

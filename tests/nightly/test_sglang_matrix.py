@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,16 @@ from run_support import (
     running,
 )
 from sglang_proxy import BREAK_OFF, proxy
-from sglang_run_support import CONFIG, SERVERS, check_restarts, hang, kill, replaced, starve
+from sglang_run_support import (
+    CONFIG,
+    SERVERS,
+    check_restarts,
+    hang,
+    kill,
+    replaced,
+    server_of,
+    starve,
+)
 
 from dapo_async import config as knobs
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
@@ -137,6 +147,35 @@ def test_quickstart_learns_its_task_on_a_server(tmp_path: Path) -> None:
     first, *_, last = run.evaluations
     assert first["accuracy"] < 0.3
     assert last["accuracy"] > 0.9
+
+
+def test_a_dedicated_evaluator_samples_on_a_server_of_its_own(tmp_path: Path) -> None:
+    with running(
+        tmp_path / "run",
+        *TINY,
+        *SERVERS,
+        "train.num_steps=5000",
+        "train.checkpoint_every_steps=2",
+        "evaluation.every_steps=2",
+        "evaluation.engine=dedicated",
+        "evaluation.num_prompts=8",
+        "evaluation.k=4",
+        "evaluation.temperature=1",
+        "evaluation.top_p=0.7",
+    ) as live:
+        measured = r"^evaluation of version (\d+): .*8 held-out prompts, avg@4 at temperature 1"
+        live.wait_for(measured)
+        kill(server_of(tmp_path / "run", "evaluator"))
+        live.wait_for(r"^evaluation of version \d+ skipped: the evaluator has lost its engine")
+        count = len(re.findall(measured, live.output, re.MULTILINE))
+        live.wait_for(rf"(?s)({measured[1:]}.*?){{{count + 1}}}")
+        os.kill(live.driver, signal.SIGTERM)
+        run = live.finish(timeout_s=60.0)
+        live.seconds_until_nothing_is_left(timeout_s=10.0)
+    assert run.exit_code == 143, run.output
+    row = next(row for row in run.evaluations if row["engine"] == "dedicated")
+    assert (row["k"], row["num_prompts"], row["top_p"]) == (4, 8, 0.7)
+    assert row["weight_versions"] == [row["version"]]
 
 
 def test_server_that_runs_already_is_waited_for_when_an_evaluation_loses_it(

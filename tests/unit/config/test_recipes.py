@@ -111,6 +111,13 @@ def test_the_recipe_of_the_paper_has_its_values() -> None:
     ) == ("dapo", 0.0, True)
 
 
+@pytest.mark.parametrize("file", [name for name in DAPO if "1.5b" not in name])
+def test_the_recipes_on_aime_evaluate_as_the_paper(file: str) -> None:
+    config = knobs.load(CONFIGS / file)
+    assert (config.data.heldout, config.evaluation.num_prompts) == ("hub:aime24", 30)
+    assert config.evaluation.how == "avg@32 at temperature 1, top-p 0.7"
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
     file: str, capsys: pytest.CaptureFixture[str]

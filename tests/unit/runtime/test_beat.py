@@ -21,7 +21,9 @@ def test_newest_state_is_in_the_file_and_posted_to_the_cluster(tmp_path: Path) -
 
     async def scene() -> None:
         run_dir = RunDir.create(tmp_path / "run")
-        beat = Beat(config_with(None, num_steps=9), run_dir, bottleneck=lambda: "none", post=post)
+        beat = Beat(
+            config_with(sinks="none", num_steps=9), run_dir, bottleneck=lambda: "none", post=post
+        )
         beat.start()
         for step in range(12):
             beat.step(step_row(step), {"rollout-0": {"version": float(step)}})

@@ -17,6 +17,7 @@ from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.tracking.disk_faults import DiskFaults, RowFile
 from dapo_async.tracking.event_log import ignore_event
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.tracking.watch_folder import WatchLease
 from dapo_async.utils.checkpoint_dir import STATE
 
 LINES: list[str] = []  # what the newest checkpointer has printed
@@ -106,6 +107,19 @@ def test_a_version_that_is_being_evaluated_stays_however_old(tmp_path: Path) -> 
     made, learner = checkpointer(tmp_path, keep=1, evaluated=4)
     asyncio.run(save_versions(made, learner, [2, 4, 6, 8]))
     assert made.folder.versions() == [4, 8]
+
+
+def test_checkpoints_stay_until_a_living_watcher_has_measured_them(tmp_path: Path) -> None:
+    made, learner = checkpointer(tmp_path, keep=1, evaluated=None)
+    folder = RunDir(tmp_path).watched
+    with WatchLease(folder):
+        asyncio.run(save_versions(made, learner, [2, 4, 6]))
+        assert made.folder.versions() == [2, 4, 6]
+        folder.result(2).write_text("{}")
+        asyncio.run(save_versions(made, learner, [8]))
+        assert made.folder.versions() == [4, 6, 8]
+    asyncio.run(save_versions(made, learner, [10]))
+    assert made.folder.versions() == [10]
 
 
 def test_a_full_disk_costs_old_checkpoints_and_the_next_step_tries_again(tmp_path: Path) -> None:

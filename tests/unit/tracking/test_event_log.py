@@ -65,7 +65,7 @@ def test_full_disk_loses_events_and_is_counted_and_said_once() -> None:
 
 def test_verdicts_evaluations_and_guards_are_events(tmp_path: Path) -> None:
     progress = Progress(Outlet.on(io.StringIO()), num_steps=40, max_staleness=2)
-    sinks = Sinks(config_with(None), RunDir(tmp_path), progress)
+    sinks = Sinks(config_with(sinks="none"), RunDir(tmp_path), progress)
     for step in range(10):
         evicted = {"groups.evicted": 2.0 if step >= 3 else 0.0}
         waits = {"slots.no_credit": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import threading
@@ -227,6 +228,8 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     with mlflow_server(tmp_path) as url:
         run_dir = run_dir_with(tmp_path / "remote")
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "served")
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
         remote = track(config_with(url), run_dir, run_dir.rows(), status="failed")
         assert (remote.caught, remote.said) == ({}, [])  # type: ignore[attr-defined]
         for store, status in ((local, "FINISHED"), (remote, "FAILED")):
@@ -237,6 +240,9 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
         assert [(point["step"], point["value"]) for point in history] == [
             (step + 1, 0.25 * step) for step in range(4)
         ]
+        cpu = "system/cpu_utilization_percentage"  # by MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+        system = ask(url, f"metrics/get-history?run_id={remote.run_id}&metric_key={cpu}")
+        assert system["metrics"]
         files = {
             item["path"] for item in ask(url, f"artifacts/list?run_id={remote.run_id}")["files"]
         }
@@ -298,8 +304,10 @@ class Answering(BaseHTTPRequestHandler):
     """Answers every request in the same way."""
 
     status, body = 200, b""
+    credentials: list[str | None]  # of the requests so far
 
     def answer(self) -> None:
+        self.credentials.append(self.headers["Authorization"])
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
@@ -311,9 +319,11 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(status: int, body: str) -> Iterator[str]:
-    """A server that gives this answer to every request; its URL."""
-    handler = type("Handler", (Answering,), {"status": status, "body": body.encode()})
+def answering(status: int, body: str, credentials: list[str | None] | None = None) -> Iterator[str]:
+    """A server that gives this answer to every request; its URL. `credentials` gets those."""
+    seen = [] if credentials is None else credentials
+    values = {"status": status, "body": body.encode(), "credentials": seen}
+    handler = type("Handler", (Answering,), values)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -325,6 +335,17 @@ def opening_error(uri: str, tmp_path: Path, name: str = "x") -> Exception:
     with pytest.raises(Exception) as caught:
         MlflowRun(Description(uri, name, "run", None, {}, {}), None)
     return caught.value
+
+
+def test_credentials_come_from_the_environment_and_not_from_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    seen: list[str | None] = []
+    with answering(404, "{}", seen) as url:
+        opening_error(url, tmp_path)
+    assert set(seen) == {f"Basic {base64.b64encode(b'me:secret').decode()}"}
 
 
 @pytest.mark.parametrize(
