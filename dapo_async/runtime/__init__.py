@@ -17,5 +17,6 @@ loop          the main loop
 step_metrics  one row of metrics per step
 evaluations   evaluations before, during and after training
 checkpointer  checkpoints, written while the steps run
+watch         measures the checkpoints of a run from another process, without Ray
 shutdown      the end of a run
 """

@@ -63,7 +63,8 @@ class Watcher:
                 f"--watch {root} is no run directory: it has no {self._run_dir.config.name}; "
                 "give the folder that a run has printed"
             )
-        self._overrides, self._options = overrides, options
+        # Never the servers that generate for the run: an evaluation loads other weights into them.
+        self._overrides, self._options = ("rollout.servers=''", *overrides), options
         self._until_end, self._say = until_end, say
         self._poll_s, self._patience_s = poll_s, patience_s
         self._prepare, self._measure, self._state = prepare, measure, state

@@ -88,13 +88,17 @@ def silent_port() -> Iterator[int]:
 
 @contextmanager
 def mlflow_server(
-    folder: Path, *, command: Sequence[str] = ("server",), timeout_s: float = 120.0
+    folder: Path,
+    *,
+    command: Sequence[str] = ("server",),
+    database: str | None = None,
+    timeout_s: float = 120.0,
 ) -> Iterator[str]:
-    """The real tracking server over `folder`/mlflow.db; its URL."""
+    """The real tracking server over `database`, by default `folder`/mlflow.db; its URL."""
     port = free_port()
     store = [
         "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
+        database or f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",
         str(folder / "served"),
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from paths import QUICKSTART
+from paths import CONFIGS, QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
@@ -56,6 +56,7 @@ class World:
     codes: list[int] = field(default_factory=list)  # of the next evaluations; then 0
     then: Callable[[int], None] = lambda version: None
     has_base: bool = True
+    overrides: Sequence[str] = ()  # of the newest evaluation
 
     def __post_init__(self) -> None:
         run_dir = RunDir.create(self.root)
@@ -69,6 +70,7 @@ class World:
 
     def prepare(self, file: str, overrides: Sequence[str], options: Options) -> Job:
         assert file == str(self.run_dir.config)
+        self.overrides = overrides
         if options.checkpoint is None and not self.has_base:
             raise ValueError("model.path is not here")
         settings = {"k": options.k, "checkpoint": str(options.checkpoint)}
@@ -116,6 +118,17 @@ def test_the_base_model_and_every_checkpoint_are_measured_in_order(tmp_path: Pat
     assert settings["checkpoint_sums"]
     assert world.said[-1] == f"3 versions are measured, in {world.run_dir.watched.root}"
     assert not world.run_dir.watched.lease.exists()
+
+
+def test_the_servers_that_generate_for_the_run_are_not_used(tmp_path: Path) -> None:
+    world = World(tmp_path / "run")
+    servers = ["rollout.servers='http://a:1,http://b:2'", "rollout.num_workers=2"]
+    config = knobs.load(CONFIGS / "quickstart_sglang.yaml", servers)
+    world.run_dir.config.write_text(knobs.to_yaml(config))
+    world.watch()
+    assert knobs.load(world.run_dir.config, world.overrides).rollout.server_urls == ()
+    again = knobs.load(world.run_dir.config, [*world.overrides, *servers])
+    assert again.rollout.server_urls == config.rollout.server_urls
 
 
 def test_checkpoints_that_appear_during_the_watch_are_measured_before_it_ends(
