@@ -33,6 +33,7 @@ from dapo_async.bench.session import Cell, Figures, Rounds, run_interruptible
 from dapo_async.config import Config, DataConfig, RewardConfig
 from dapo_async.rollout.engine import WeightUpdate
 from dapo_async.runtime.cluster.connection import RayConnection
+from dapo_async.runtime.cluster.reservation import reserve
 from dapo_async.runtime.launch import ActorClasses
 from dapo_async.runtime.loop import return_credits, train_loop, train_step
 from dapo_async.runtime.resume import START
@@ -124,6 +125,7 @@ class LoopBench:
     async def _measure(self, cell: Cell, folder: Path) -> Figures:
         config = self._config_of(cell, folder)
         run_dir = RunDir.create(folder / secrets.token_hex(4))
+        reservation = await reserve(config, say=lambda _: None)
         with open("/dev/null", "w") as nowhere:
             progress = SilentProgress(Outlet.on(nowhere))
             services = build_services(
@@ -135,11 +137,13 @@ class LoopBench:
                 resume=START,
                 driver_state=lambda tracker: {},
                 classes=self._classes_of(cell, config),
+                reservation=reservation,
             )
             try:
                 return await self._steps(cell, services, config, run_dir)
             finally:
                 services.system.kill()
+                reservation.release()
 
     async def _steps(
         self, cell: Cell, services: Services, config: Config, run_dir: RunDir

@@ -274,6 +274,12 @@ class RolloutConfig:
         "(recompute), keep the KV of the old weights (keep_kv), or finish them first (drain)",
     )
 
+    node_resource: str = knob(
+        "",
+        "custom resource of the nodes that may take engines on a joined cluster, as in ray start "
+        "--resources='{\"rollout\": 1}'; empty: any node",
+    )
+
     @property
     def fixed_slots(self) -> int:
         """The slots of an engine whose number does not change; `auto` stands for 64."""
@@ -373,6 +379,11 @@ class LearnerConfig:
         False,
         "keep AdamW's moments, and the weights at the start of a step, in host memory, and copy "
         "them to the GPU in parts; no effect on a CPU",
+    )
+    node_resource: str = knob(
+        "",
+        "custom resource of the nodes that may take learner ranks on a joined cluster, as in ray "
+        "start --resources='{\"learner\": 1}'; empty: any node",
     )
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
@@ -520,6 +531,13 @@ class ClusterConfig:
         False,
         "join also a cluster without authentication, with a warning; otherwise it is refused, "
         "because anybody who can reach its ports can run any code there",
+    )
+    wait_for_nodes_s: float = knob(
+        0.0,
+        "how long a run waits for nodes that a joined cluster does not have yet, because its "
+        "autoscaler or a batch queue adds them; 0: a cluster that is too small is refused at once",
+        least=0,
+        most=(DAYS_30, "a longer wait is no deadline"),
     )
 
 

@@ -7,6 +7,7 @@ remedy.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import chain
 
@@ -19,6 +20,8 @@ Rule = tuple[bool, str]  # whether it holds, and the message if it does not
 NUMBERS_END = 2**63  # what 64 bits hold, in torch and numpy
 SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
+NODE_RESOURCE = re.compile(r"[A-Za-z0-9_][\w./-]*")
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 OWN_FLAGS = ("--api-key", "--config", "--host", "--port")  # each worker sets them for its server
 
 
@@ -31,6 +34,7 @@ def check(config: Config, *, files: bool = True) -> None:
         _engine_rules(config),
         _learner_rules(config),
         _shared_gpu_rules(config),
+        _node_rules(config),
         _evaluation_rules(config),
     ):
         if not holds:
@@ -250,6 +254,18 @@ def _shared_gpu_rules(config: Config) -> Iterator[Rule]:
             value == needed,
             f"model.device=shared_cuda needs {name}={needed} (it is {value}): {why}; "
             "set it, or model.device=cuda",
+        )
+
+
+def _node_rules(config: Config) -> Iterator[Rule]:
+    for name, value in (
+        ("learner.node_resource", config.learner.node_resource),
+        ("rollout.node_resource", config.rollout.node_resource),
+    ):
+        yield (
+            value == "" or (NODE_RESOURCE.fullmatch(value) is not None and value not in RAYS_OWN),
+            f"{name} ({value}) must be the name of a custom resource: letters, digits, _ . - and "
+            "/, and none of Ray's own; set a name such as learner, or leave it out",
         )
 
 

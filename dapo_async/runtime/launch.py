@@ -1,10 +1,12 @@
-"""Starts the actors of a run, in the order of `planned_actors`, each on the node that suits it."""
+"""Starts the actors of a run, in the order of `planned_actors`, each where it is reserved."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,8 +19,8 @@ from dapo_async.runtime.actors.evaluator import EvaluatorActor
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.runtime.cluster.connect import SPREAD, near, node_for_learner
 from dapo_async.runtime.cluster.planned_actors import rank_names
+from dapo_async.runtime.cluster.reservation import Reservation
 from dapo_async.runtime.handles.actors import (
     EvaluatorHandle,
     LearnerHandle,
@@ -74,53 +76,51 @@ def start_actors(
     incarnation: str,
     resume: Path | None,
     classes: ActorClasses = RUN_CLASSES,
+    reservation: Reservation | None = None,
 ) -> Actors:
     """Returns at once; the actors start in the background, and `ready` of each waits for it.
 
-    `resume`: the `state/` folder of the checkpoint to resume from.
+    `resume`: the `state/` folder of the checkpoint to resume from. `reservation`: where each actor
+    starts; None: anywhere.
     """
     rollout, deadlines = config.rollout, config.deadlines
-    names = rank_names(config)
-    # Replay actor and learner pass batches through the memory of one node.
-    node = node_for_learner(
-        num_cpus=len(names) * config.model.num_cpus, num_gpus=len(names) * config.gpus_per_rank
-    )
+    reservation = reservation or Reservation()
+    ranks = rank_names(config)
+    workers = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
+    run = run_dir.root.name
     start_replay = _starter(
         ReplayActor,
-        strategy=near(node, reserves=False),
+        f"{run}/replay",
+        strategy=reservation.beside_learner,
         max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
     )
     replay = start_replay(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
-    start_rank = _starter(
-        classes.learner,
-        num_cpus=config.model.num_cpus,
-        num_gpus=config.gpus_per_rank,
-        strategy=near(node, reserves=True),
-    )
-    ranks = [
-        LearnerHandle(
-            name,
-            start_rank(
-                config,
-                number=number,
-                name=name,
-                incarnation=incarnation,
-                run_dir=run_dir,
-                resume=resume,
-            ),
-            deadlines,
+
+    def rank(number: int, name: str) -> Any:
+        start = _starter(
+            classes.learner,
+            f"{run}/{name}",
+            num_cpus=config.model.num_cpus,
+            num_gpus=config.gpus_per_rank,
+            strategy=reservation.strategy(name),
         )
-        for number, name in enumerate(names)
-    ]
-    shares_gpu = config.model.device == "shared_cuda"
-    start_worker = _starter(
-        classes.rollout,
-        num_cpus=config.model.num_cpus,
-        num_gpus=config.gpus_per_worker,
-        strategy=near(node, reserves=True) if shares_gpu else SPREAD,  # the learner's GPU
-    )
+        return start(
+            config,
+            number=number,
+            name=name,
+            incarnation=incarnation,
+            run_dir=run_dir,
+            resume=resume,
+        )
 
     def worker(name: str, start: int) -> Any:
+        start_worker = _starter(
+            classes.rollout,
+            f"{run}/{name}" + (f".{start}" if start else ""),
+            num_cpus=config.model.num_cpus,
+            num_gpus=config.gpus_per_worker,
+            strategy=reservation.renewed(name) if start else reservation.strategy(name),
+        )
         return start_worker(
             config,
             number=int(name.removeprefix(WORKER)),
@@ -131,14 +131,26 @@ def start_actors(
             start=start,
         )
 
-    def evaluator() -> Any:
-        return _start_evaluator(config, incarnation=incarnation, node=node, logs=run_dir.engines)
+    evaluator_starts = count()
 
-    names = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
+    def evaluator() -> Any:
+        """A dedicated one reserves what it needs. Any other is beside the learner, which writes the
+        weights that it reads, and reserves nothing."""
+        start, dedicated = next(evaluator_starts), config.evaluation.engine == "dedicated"
+        place = reservation.renewed if start else reservation.strategy
+        start_evaluator = _starter(
+            EvaluatorActor,
+            f"{run}/{EVALUATOR}" + (f".{start}" if start else ""),
+            num_cpus=config.model.num_cpus if dedicated else 0,
+            num_gpus=config.gpus_of_evaluator,
+            strategy=place(EVALUATOR) if dedicated else reservation.beside_learner,
+        )
+        return start_evaluator(config, incarnation=incarnation, logs=run_dir.engines)
+
     return Actors(
         ReplayHandle("replay", replay, deadlines),
-        ranks,
-        [WorkerHandle(name, worker(name, 0), deadlines) for name in names],
+        [LearnerHandle(name, rank(number, name), deadlines) for number, name in enumerate(ranks)],
+        [WorkerHandle(name, worker(name, 0), deadlines) for name in workers],
         EvaluatorHandle(EVALUATOR, evaluator(), deadlines)
         if config.evaluation.during_training
         else None,
@@ -147,42 +159,36 @@ def start_actors(
     )
 
 
-def _start_evaluator(config: Config, *, incarnation: str, node: str, logs: Path) -> Any:
-    """A dedicated evaluator reserves what it needs; any other runs on the learner's `node`, which
-    writes the weights that it reads, and reserves nothing."""
-    if config.evaluation.engine == "dedicated":
-        start = _starter(
-            EvaluatorActor,
-            num_cpus=config.model.num_cpus,
-            num_gpus=config.gpus_of_evaluator,
-            strategy=SPREAD,
-        )
-    else:
-        start = _starter(EvaluatorActor, strategy=near(node, reserves=False))
-    return start(config, incarnation=incarnation, logs=logs)
-
-
 def _starter(
     actor_class: Callable[Arguments, ActorClass],
+    name: str,
     *,
     num_cpus: float = 0,
     num_gpus: float = 0,
     max_concurrency: int | None = None,
     strategy: Any,
 ) -> Callable[Arguments, Any]:
-    """Starts one actor per call, with the arguments of its class; returns Ray's handle.
+    """Starts one actor, with the arguments of its class; returns Ray's handle.
+
+    `name`: as `ray list actors` and the dashboard show it; each process of a driver has its own.
 
     `max_concurrency`: calls that the actor may have in hand; None: Ray's 1000.
 
     Actors are not restarted by Ray: the supervisor decides what a death means.
     """
     options: dict[str, Any] = {
+        "name": name,
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "scheduling_strategy": strategy,
     }
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency
-    ray_class: Any = ray.remote(actor_class)  # Ray's own types know nothing of the arguments
-    start: Callable[Arguments, Any] = ray_class.options(**options).remote
+    start: Callable[Arguments, Any] = _ray_class(actor_class).options(**options).remote
     return start
+
+
+@cache
+def _ray_class(actor_class: type[Any] | Callable[..., Any]) -> Any:
+    """Once per class: Ray sends each one to the cluster. Its types know nothing of arguments."""
+    return ray.remote(actor_class)

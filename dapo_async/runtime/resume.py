@@ -34,7 +34,7 @@ SAFE = (
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
     "learner.tensor_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.offload_optimizer",
-    "learner.profile",
+    "learner.profile", "learner.node_resource", "rollout.node_resource",
 )  # fmt: skip
 DRIVER_FILE = "driver.json"
 BEST = "best"  # --from best

@@ -25,6 +25,7 @@ from dapo_async.config import STOP_S, Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.reservation import reserve
 from dapo_async.runtime.dump import write_dump
 from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.loop import TrainingStopped, train_loop
@@ -199,16 +200,17 @@ class Run:
         with self._timed("start_s"):
             try:
                 self._sinks.say(await self._ray.open())
+                # Again: Ray has replaced the handlers by its own, which print a stack trace.
+                task = asyncio.current_task()
+                assert task is not None
+                self._interrupts.listen(task)
+                reservation = await reserve(self._config, say=self._sinks.say)
             except ValueError as error:
                 raise WrongInput(str(error)) from error
             self._prepare()
             with suppress(OSError):  # a full disk; only `dapo-async dump` needs it
                 self._run_dir.sign()
             asyncio.get_running_loop().add_signal_handler(DUMP_SIGNAL, self._dump_on_request)
-            # Again: Ray has replaced the handlers by its own, which print a stack trace.
-            task = asyncio.current_task()
-            assert task is not None
-            self._interrupts.listen(task)
             self._services = services = build_services(
                 self._config,
                 run_dir=self._run_dir,
@@ -217,6 +219,7 @@ class Run:
                 incarnation=self._incarnation,
                 resume=self._resume,
                 driver_state=self._driver_state,
+                reservation=reservation,
             )
             own_ray = self._config.ray.address == LOCAL
             self._sinks.event(

@@ -15,6 +15,7 @@ from dapo_async.model import ModelConfig
 from dapo_async.replay import Counts, TokenCounts
 from dapo_async.runtime.beat import Beat
 from dapo_async.runtime.checkpointer import Checkpointer
+from dapo_async.runtime.cluster.reservation import Reservation
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.gauges import Gauges
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
@@ -117,14 +118,21 @@ def build_services(
     resume: ResumePoint,
     driver_state: Callable[[Tracker], dict[str, Any]],
     classes: ActorClasses = RUN_CLASSES,
+    reservation: Reservation | None = None,
 ) -> Services:
     """Starts the actors in the background; `system.start` waits for them.
 
     `driver_state` returns what a resumed driver must know, for `driver.json` of a checkpoint.
     `classes`: the actors of a benchmark, which replaces one side of the loop.
+    `reservation`: what they have on a joined cluster.
     """
     actors = start_actors(
-        config, run_dir, incarnation=incarnation, resume=resume.state, classes=classes
+        config,
+        run_dir,
+        incarnation=incarnation,
+        resume=resume.state,
+        classes=classes,
+        reservation=reservation,
     )
     system = System(config, actors, say=sinks.say, event=sinks.event)
     before = measured_before(resume)

@@ -273,6 +273,9 @@ def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(
     assert ended.returncode == 0, output
     assert f"joined the Ray cluster at {cluster.address}: 2 nodes, 4 CPUs (" in output
     check_placement(actors_of(output))
+    plan = dict(re.findall(r"^  (127\.0\.0\.\d) +2 of 2 CPUs free: (.+)$", output, re.MULTILINE))
+    assert sorted(plan) == sorted(NODES), output
+    assert {"learner, rollout-1, replay", "rollout-0"} == set(plan.values())
     match = re.search(r"^run directory (\S+)$", output, re.MULTILINE)
     assert match is not None, output
     root = Path(match[1])

@@ -1,18 +1,17 @@
-"""Starts an own Ray or joins a running cluster, and says where actors go."""
+"""Starts an own Ray or joins a running cluster."""
 
 from __future__ import annotations
 
 import logging
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
 import ray
 from ray._private.node import Node
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
@@ -25,14 +24,13 @@ log = logging.getLogger(__name__)
 # dashboard and the forwarder of logs. ray.init waits for the second, and has no option for any.
 UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
 VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # in Ray's error
-SPREAD = "SPREAD"  # Ray's strategy that places actors on all nodes in turn
 
 
 def connect(config: Config) -> str:
     """Starts an own Ray or joins the one at `ray.address`; returns a line about it.
 
     `ray.address` is LOCAL or HOST:PORT here: `address.choose` has resolved auto. Raises ValueError
-    when Ray can't be joined or is too small for the run.
+    when Ray can't be started or joined. `reservation` checks whether a cluster is large enough.
     """
     actors = list(planned_actors(config))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -54,13 +52,6 @@ def connect(config: Config) -> str:
             ray.init(address=config.ray.address, **quiet)
         except (Exception, SystemExit) as error:
             raise ValueError(_not_joined(config.ray.address, error)) from error
-    nodes = [node["Resources"] for node in _nodes()]
-    shares = {
-        "CPU": ({actor.name: actor.num_cpus for actor in actors}, "model.num_cpus"),
-        "GPU": ({actor.name: actor.num_gpus for actor in actors}, "rollout.tensor_parallel"),
-    }
-    for kind, (by_actor, knob) in shares.items():
-        _check_resources(by_actor, [node.get(kind, 0.0) for node in nodes], kind=kind, knob=knob)
     if config.ray.address == LOCAL:
         return "started a new Ray"
     free, there = ray.available_resources(), ray.cluster_resources()
@@ -68,7 +59,8 @@ def connect(config: Config) -> str:
         f"{there.get(kind, 0.0):g} {kind}s ({free.get(kind, 0.0):g} free)"
         for kind in ("CPU", "GPU")
     )
-    count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    count = "1 node" if nodes == 1 else f"{nodes} nodes"
     return f"joined the Ray cluster at {config.ray.address}: {count}, {resources}"
 
 
@@ -130,56 +122,6 @@ def _without(services: Sequence[str]) -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
-
-
-def _nodes() -> list[dict[str, Any]]:
-    """The live nodes, the driver's first."""
-    own = ray.get_runtime_context().get_node_id()
-    return sorted(
-        (node for node in ray.nodes() if node["Alive"]),
-        key=lambda node: bool(node["NodeID"] != own),
-    )
-
-
-def _check_resources(
-    shares: Mapping[str, float], nodes: Sequence[float], *, kind: str, knob: str
-) -> None:
-    """Raises ValueError unless all `shares` together fit the `nodes` and each fits one node: Ray
-    would wait for a larger node without end."""
-    wanted, there, largest = sum(shares.values()), sum(nodes), max(nodes)
-    listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-    if there < wanted:
-        raise ValueError(
-            f"the run reserves {wanted:g} {kind}s ({listed}), the cluster has {there:g}; "
-            f"lower rollout.num_workers or {knob}, or add nodes"
-        )
-    if largest < max(shares.values()):
-        raise ValueError(
-            f"one actor needs all its {kind}s on one node ({listed}), the largest node has "
-            f"{largest:g}; lower {knob}, or add a larger node"
-        )
-
-
-def node_for_learner(*, num_cpus: float, num_gpus: float) -> str:
-    """The id of the node for learner and replay actor: the driver's, or the first one that fits all
-    ranks."""
-    nodes = _nodes()
-    fitting = [
-        node
-        for node in nodes
-        if node["Resources"].get("CPU", 0.0) >= num_cpus
-        and node["Resources"].get("GPU", 0.0) >= num_gpus
-    ]
-    return str((fitting or nodes)[0]["NodeID"])
-
-
-def near(node_id: str, *, reserves: bool) -> NodeAffinitySchedulingStrategy:
-    """On that node; an actor that `reserves` something goes to another node while this one is busy,
-    instead of waiting without end.
-
-    An actor that reserves nothing always fits, and Ray ignores a soft preference for it.
-    """
-    return NodeAffinitySchedulingStrategy(node_id, soft=reserves, _spill_on_unavailable=reserves)
 
 
 def disconnect() -> None:

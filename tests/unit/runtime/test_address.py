@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -17,7 +16,6 @@ from run_support import command
 
 from dapo_async.runtime.cluster import address
 from dapo_async.runtime.cluster.address import CHECK, Choice, Gone, choose
-from dapo_async.runtime.cluster.connect import _check_resources
 from dapo_async.runtime.cluster.environment import JOB, RUNS, prepare, run_root
 
 
@@ -287,20 +285,3 @@ def test_run_directory_of_nobody_is_one_line() -> None:
         match=r"run_dir \('~no_such_user/run'\) is no usable path: .*; give another path",
     ):
         run_root("~no_such_user/run", name="quickstart-1")
-
-
-def test_every_actor_must_fit_one_node_and_all_of_them_the_cluster() -> None:
-    cpus: dict[str, Any] = {"kind": "CPU", "knob": "model.num_cpus"}
-    _check_resources({"learner": 2, "rollout-0": 2}, [2, 2], **cpus)
-    with pytest.raises(
-        ValueError,
-        match=r"the run reserves 5 CPUs \(learner 2, rollout-0 3\), the cluster has 4; "
-        r"lower rollout.num_workers or model.num_cpus",
-    ):
-        _check_resources({"learner": 2, "rollout-0": 3}, [2, 2], **cpus)
-    with pytest.raises(
-        ValueError,
-        match=r"one actor needs all its CPUs on one node \(learner 1, rollout-0 3\), "
-        r"the largest node has 2; lower ",
-    ):
-        _check_resources({"learner": 1, "rollout-0": 3}, [2, 2], **cpus)

@@ -1,0 +1,245 @@
+"""Reserves what a run needs on a joined cluster, before any of its actors starts.
+
+In: the config and the cluster. Out: a `Reservation`, which says for each actor where it starts.
+`run` calls `reserve`, `launch` uses the result.
+
+Each gang of `placement` is one placement group: STRICT_PACK, and aimed at its planned node. So
+all of a run is reserved or nothing, and an autoscaler sees all of the demand at once. One group
+for the whole run would pin its engines to nodes: when an engine is replaced, its group is made
+anew without an aim, so the engine may start on a node that joined later. A run's own Ray is one
+machine and has what the run asked for: nothing is reserved there, which saves its start the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from dapo_async.config import Config
+from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.placement import (
+    WAIT_KNOB,
+    Gang,
+    Node,
+    assign,
+    misfit,
+    missing_line,
+    plan_lines,
+    planned_gangs,
+)
+
+ANYWHERE, SPREAD = "DEFAULT", "SPREAD"  # Ray's strategies
+POLL_S = 0.1
+LOOK_S = 1.0  # between two looks at the nodes
+SETTLE_S = 2.0  # Ray places waiting groups on new nodes, and frees removed ones, within this time
+REPORT_S = 20.0  # between two lines about a wait
+CREATED = "CREATED"
+Strategy = Any  # Ray's word for where an actor starts
+
+
+class Reservation:
+    """Says where each actor starts. Without gangs: anywhere, as on a run's own Ray."""
+
+    def __init__(
+        self,
+        gangs: Sequence[Gang] = (),
+        groups: Sequence[PlacementGroup | None] = (),
+        learner_node: str | None = None,
+    ) -> None:
+        """`groups`: those of `gangs`; None for a gang that reserves nothing."""
+        self._gangs = {name: gang for gang in gangs for name in gang.names}
+        self._groups = {
+            gang.names: group
+            for gang, group in zip(gangs, groups, strict=True)
+            if group is not None
+        }
+        self._learner_node = learner_node
+
+    @property
+    def beside_learner(self) -> Strategy:
+        """For an actor that reserves nothing: the first node of the learner."""
+        if self._learner_node is None:
+            return ANYWHERE
+        return NodeAffinitySchedulingStrategy(self._learner_node, soft=False)
+
+    def strategy(self, name: str) -> Strategy:
+        """For the first process of the actor `name`."""
+        if name not in self._gangs:
+            return ANYWHERE
+        gang = self._gangs[name]
+        group = self._groups.get(gang.names)
+        if group is None:
+            return self.beside_learner if name.startswith("learner") else SPREAD
+        return PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=0 if gang.shares_bundle else gang.names.index(name)
+        )
+
+    def renewed(self, name: str) -> Strategy:
+        """For a process that replaces a lost one: any node with room, also one that is new."""
+        gang = self._gangs.get(name)
+        if gang is not None and len(gang.names) == 1 and gang.names in self._groups:
+            old = self._groups[gang.names]
+            self._groups[gang.names] = _reserve(gang, name=name, node_id=None)
+            remove_placement_group(old)
+        return self.strategy(name)
+
+    def release(self) -> None:
+        """Gives everything back. Ray does so at the end of a driver."""
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self._groups = {}
+
+
+async def reserve(config: Config, *, say: Callable[[str], None]) -> Reservation:
+    """Prints the plan, reserves it, and waits until all of it is there.
+
+    It waits for resources that other jobs hold, for `deadlines.start_s`, and for nodes that are not
+    there yet only with `ray.wait_for_nodes_s`. Raises ValueError, with nothing reserved, when
+    the cluster is too small or the deadline passes.
+    """
+    if config.ray.address == LOCAL:
+        return Reservation()
+    gangs, wait = planned_gangs(config), _Wait(config, say)
+    while True:
+        nodes = live_nodes()
+        if not config.ray.wait_for_nodes_s and (line := misfit(config, nodes)) is not None:
+            raise ValueError(line)
+        placed = assign(gangs, [node.free for node in nodes])
+        for line in plan_lines(gangs, nodes, placed):
+            say(line)
+        groups: list[PlacementGroup | None] = []
+        is_reserved = False
+        try:
+            for gang, place in zip(gangs, placed, strict=True):
+                node_id = None if place is None else nodes[place].node_id
+                groups.append(
+                    _reserve(gang, name=gang.names[0], node_id=node_id) if gang.bundle else None
+                )
+            is_reserved = await wait.until_reserved(gangs, groups, nodes)
+        finally:
+            if not is_reserved:
+                for group in groups:
+                    if group is not None:
+                        remove_placement_group(group)
+        if is_reserved:
+            return Reservation(gangs, groups, _learner_node(groups[0], nodes, placed[0]))
+        await asyncio.sleep(SETTLE_S)
+
+
+class _Wait:
+    """The wait of one run for all of its placement groups, with one deadline."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        for_nodes_s = config.ray.wait_for_nodes_s
+        self._limit_s = for_nodes_s or config.deadlines.start_s
+        self._knob = WAIT_KNOB if for_nodes_s else "deadlines.start_s"
+        self._began_s = self._reported_s = time.monotonic()
+
+    async def until_reserved(
+        self,
+        gangs: Sequence[Gang],
+        groups: Sequence[PlacementGroup | None],
+        planned_on: Sequence[Node],
+    ) -> bool:
+        """False: nodes have joined, the run fits now, and Ray did not find how: plan it again.
+
+        Raises ValueError with what is missing when the deadline passes.
+        """
+        looked_s, fits_s = time.monotonic(), None
+        before = {node.node_id for node in planned_on}
+        while True:
+            states = placement_group_table()
+            is_missing = [
+                group is not None and states.get(group.id.hex(), {}).get("state") != CREATED
+                for group in groups
+            ]
+            if not any(is_missing):
+                return True
+            now_s = time.monotonic()
+            self._check(missing_line(gangs, is_missing), now_s)
+            if fits_s is not None and now_s - fits_s >= SETTLE_S:
+                return False
+            if fits_s is None and now_s - looked_s >= LOOK_S:
+                looked_s, nodes = now_s, live_nodes()
+                has_new = bool({node.node_id for node in nodes} - before)
+                fits_s = now_s if has_new and misfit(self._config, nodes) is None else None
+            await asyncio.sleep(POLL_S)
+
+    def _check(self, missing: str, now_s: float) -> None:
+        """Reports the wait now and then; ends it at the deadline."""
+        waited_s = now_s - self._began_s
+        if waited_s >= self._limit_s:
+            raise ValueError(
+                f"the Ray cluster at {self._config.ray.address} had no room for {missing} within "
+                f"{self._limit_s:g} s ({self._knob}): {_free_line(live_nodes())}; end other jobs, "
+                f"lower rollout.num_workers, or raise {self._knob}"
+            )
+        if now_s - self._reported_s >= REPORT_S:
+            self._reported_s = now_s
+            self._say(
+                f"waits for room for {missing}: {waited_s:.0f} of {self._limit_s:g} s "
+                f"({self._knob})"
+            )
+
+
+def _free_line(nodes: Sequence[Node]) -> str:
+    free = [
+        f"{sum(node.free.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU")
+    ]
+    return f"{len(nodes)} nodes have {' and '.join(free)} free"
+
+
+def live_nodes() -> list[Node]:
+    """The live nodes, the driver's first."""
+    own, free = ray.get_runtime_context().get_node_id(), available_resources_per_node()
+    nodes = [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["Resources"],
+            free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: node.node_id != own)
+
+
+def _reserve(gang: Gang, *, name: str, node_id: str | None) -> PlacementGroup:
+    """Returns at once; Ray makes the group in the background.
+
+    The name has a suffix: Ray refuses that of a group which is still being removed.
+    """
+    group: PlacementGroup = placement_group(
+        [dict(gang.bundle)] * gang.count,
+        strategy="STRICT_PACK",
+        name=f"{name}.{secrets.token_hex(4)}",
+        _soft_target_node_id=node_id,
+    )
+    return group
+
+
+def _learner_node(
+    group: PlacementGroup | None, nodes: Sequence[Node], place: int | None
+) -> str | None:
+    """Where the first gang of the learner really is."""
+    if group is not None:
+        return str(placement_group_table(group)["bundles_to_node_id"][0])
+    return None if place is None else nodes[place].node_id

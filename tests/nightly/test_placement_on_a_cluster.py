@@ -1,0 +1,225 @@
+"""Placement groups on emulated Ray nodes, which claim GPUs that this machine does not have.
+
+Four nodes of eight GPUs. Only the placement matters, so hardly any actor is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from paths import QUICKSTART
+
+from dapo_async.config import Config, load
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+SMALL: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 10**8, "include_dashboard": False}
+CUDA = ("model.device=cuda", "rollout.engine=sglang", "model.num_cpus=0.01")
+# 16 ranks in groups of 4, and 8 engines of 2 GPUs: 32 of 32 GPUs.
+LARGE = (
+    *CUDA,
+    "learner.tensor_parallel=4",
+    "learner.data_parallel=4",
+    "rollout.num_workers=8",
+    "rollout.tensor_parallel=2",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Ray's own emulation: one raylet per node. The driver is on a node without GPUs."""
+    given = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
+    }
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args=SMALL)
+    try:
+        for _ in range(4):
+            started.add_node(num_gpus=8, resources={"machine": 1}, **SMALL)
+        ray.init(address=started.address, log_to_driver=False)
+        yield started
+    finally:
+        ray.shutdown()
+        started.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def config_of(cluster: Any, *overrides: str) -> Config:
+    return load(QUICKSTART, [f"ray.address={cluster.address}", *overrides], files=False)
+
+
+def free_gpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("GPU", 0.0))
+
+
+def wait_until(done: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := done()):
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.05)
+    return value
+
+
+@contextmanager
+def reserved(config: Config, lines: list[str]) -> Iterator[Any]:
+    from dapo_async.runtime.cluster.reservation import reserve
+
+    all_gpus = free_gpus()
+    reservation = asyncio.run(reserve(config, say=lines.append))
+    try:
+        yield reservation
+    finally:
+        reservation.release()
+        wait_until(lambda: free_gpus() >= all_gpus, timeout_s=20.0, what="the release")
+
+
+def refusal(config: Config) -> str:
+    """The one line of a refused run; nothing stays reserved."""
+    before = free_gpus()
+    with pytest.raises(ValueError) as error, reserved(config, []):
+        pass
+    wait_until(lambda: free_gpus() == before, timeout_s=20.0, what="the GPUs of a refused run")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def node_of(strategy: Any) -> str:
+    """Where the bundle of an actor is."""
+    from ray.util.placement_group import placement_group_table
+
+    table = placement_group_table(strategy.placement_group)
+    return str(table["bundles_to_node_id"][strategy.placement_group_bundle_index])
+
+
+def nodes_of(reservation: Any, names: Sequence[str]) -> list[str]:
+    return [node_of(reservation.strategy(name)) for name in names]
+
+
+def test_no_group_of_a_full_cluster_is_split_and_engines_are_spread(cluster: Any) -> None:
+    lines: list[str] = []
+    with reserved(config_of(cluster, *LARGE), lines) as reservation:
+        learner = nodes_of(reservation, [f"learner-{rank}" for rank in range(16)])
+        groups = [set(learner[first : first + 4]) for first in range(0, 16, 4)]
+        assert [len(group) for group in groups] == [1, 1, 1, 1]
+        assert sorted(Counter(learner).values()) == [8, 8]
+        engines = nodes_of(reservation, [f"rollout-{number}" for number in range(8)])
+        assert sorted(Counter(engines).values()) == [4, 4]
+        assert not set(engines) & set(learner)
+        assert reservation.beside_learner.node_id == learner[0]
+        assert free_gpus() == 0
+    assert len(lines) == 4
+    assert sum("8 of 8 GPUs free: learner-" in line for line in lines) == 2
+    assert sum(line.endswith(", replay") for line in lines) == 1
+
+
+def test_cluster_that_is_one_gpu_short_is_refused_in_one_line(cluster: Any) -> None:
+    began_s = time.monotonic()
+    line = refusal(
+        config_of(cluster, *LARGE, "rollout.tensor_parallel=1", "rollout.num_workers=17")
+    )
+    assert time.monotonic() - began_s < 5.0
+    assert line == (
+        "the run reserves 33 GPUs (learner 16, 17 engines 17), the cluster has 32; "
+        "set rollout.num_workers=16, or add nodes, or set ray.wait_for_nodes_s if an autoscaler "
+        "or a queue adds some"
+    )
+
+
+def test_fragmented_cluster_is_refused_in_one_line(cluster: Any) -> None:
+    line = refusal(
+        config_of(
+            cluster,
+            *CUDA,
+            "learner.tensor_parallel=5",
+            "learner.data_parallel=4",
+            "rollout.num_workers=3",
+            "rollout.tensor_parallel=4",
+        )
+    )
+    assert line.startswith(
+        "the cluster is fragmented: it has 32 GPUs and the run reserves 32 GPUs, but each "
+        "tensor-parallel group of the learner needs 5 GPUs on one node, each engine needs 4 GPUs "
+        "on one node, and the nodes have 0 GPUs, 8 GPUs, 8 GPUs, 8 GPUs, 8 GPUs; "
+    )
+
+
+def test_gpus_that_another_job_holds_are_waited_for_with_a_deadline(cluster: Any) -> None:
+    lines: list[str] = []
+    with reserved(config_of(cluster, *CUDA, "rollout.num_workers=6"), []):
+        config = config_of(cluster, *LARGE, "deadlines.start_s=2")
+        line = refusal(config)
+        assert " had no room for rollout-" in line
+        assert " within 2 s (deadlines.start_s): 5 nodes have " in line
+    with reserved(config_of(cluster, *LARGE), lines):
+        assert not [line for line in lines if "no room" in line]
+
+
+def test_demand_for_missing_nodes_is_posted_where_an_autoscaler_sees_it(cluster: Any) -> None:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    from dapo_async.runtime.cluster.reservation import reserve
+
+    config = config_of(cluster, *LARGE, "rollout.num_workers=9", "ray.wait_for_nodes_s=60")
+    seen: list[Any] = []
+
+    async def look_while_it_waits() -> None:
+        waiting = asyncio.create_task(reserve(config, say=lines.append))
+        while not seen and not waiting.done():
+            await asyncio.sleep(0.5)
+            status = await asyncio.to_thread(get_cluster_status, cluster.address)
+            seen.extend(status.resource_demands.placement_group_demand)
+        waiting.cancel()  # as an interrupt does
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    lines: list[str] = []
+    asyncio.run(look_while_it_waits())
+    assert "  no room yet: rollout-8 (0.01 CPUs, 2 GPUs on one node each)" in lines
+    (bundles,) = [each.bundles_by_count for each in seen]
+    assert [(each.bundle, each.count) for each in bundles] == [({"CPU": 0.01, "GPU": 2.0}, 1)]
+    wait_until(lambda: free_gpus() == 32, timeout_s=20.0, what="the release by an interrupt")
+
+
+def test_an_engine_of_a_lost_node_starts_on_a_node_that_joins_later(cluster: Any) -> None:
+    import ray
+
+    class Engine:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    with reserved(config_of(cluster, *LARGE), []) as reservation:
+        engines = [f"rollout-{number}" for number in range(8)]
+        before = dict(zip(engines, nodes_of(reservation, engines), strict=True))
+        lost = before["rollout-0"]
+        (node,) = [each for each in cluster.worker_nodes if each.node_id == lost]
+        cluster.remove_node(node)
+        wait_until(
+            lambda: not any(each["Alive"] for each in ray.nodes() if each["NodeID"] == lost),
+            timeout_s=60.0,
+            what="the loss of a node",
+        )
+        options = {"num_cpus": 0.01, "num_gpus": 2}
+        strategy = reservation.renewed("rollout-0")
+        engine: Any = ray.remote(Engine).options(**options, scheduling_strategy=strategy).remote()
+        answer = engine.node.remote()
+        assert ray.wait([answer], timeout=1.0)[0] == [], "there is no room yet"
+        joined = cluster.add_node(num_gpus=8, resources={"machine": 1}, **SMALL)
+        assert ray.get(answer, timeout=60.0) == joined.node_id
+        kept = [name for name, node_id in before.items() if node_id != lost]
+        assert nodes_of(reservation, kept) == [before[name] for name in kept]
+        ray.kill(engine)
