@@ -36,6 +36,7 @@ class WandbWriter:
             disable_code=True,
             disable_git=True,
             silent=True,
+            x_disable_meta=True,  # it has the command line, which may name a password
         )
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),

@@ -133,6 +133,7 @@ def test_wandb_offline_keeps_every_number_the_knobs_and_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["train", "tracking.mlflow=http://me:secret@127.0.0.1:1"])
     run_dir, said = run_dir_with(tmp_path / "run"), list[str]()
     sinks = sinks_of(run_dir, "wandb", said)
     sinks.start()
@@ -159,6 +160,8 @@ def test_wandb_offline_keeps_every_number_the_knobs_and_the_end(
     for each in records:
         summary |= values_of(each.summary.update)
     assert (summary["status"], summary["reason"]) == ("done", "all steps trained")
+    told = [path for path in run_dir.root.rglob("*") if path.is_file()]
+    assert not [path for path in told if b"secret" in path.read_bytes()]
 
 
 def test_a_refused_call_is_said_once_counted_and_the_next_ones_go_on() -> None:
