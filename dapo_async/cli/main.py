@@ -21,6 +21,7 @@ from dapo_async.cli import (
     rerun,
     simulate,
     status,
+    submit,
     trace,
     train,
     verify,
@@ -36,6 +37,7 @@ EXIT_INTERRUPTED = 130
 # Each module has HELP, `add_arguments(parser)` and `run(options)`, which returns the exit code.
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
+    "submit": submit,
     "status": status,
     "dump": dump,
     "eval": evaluate,

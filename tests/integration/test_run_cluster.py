@@ -8,34 +8,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from paths import ROOT
 from prometheus_client.parser import text_string_to_metric_families
+from ray_cluster import NODES, RAY, Cluster, started_cluster, wait_until
 from run_support import (
     COMMAND,
-    MARKER,
     TINY,
     check_checkpoint,
     check_conservation,
     finished,
-    processes_of,
     read_rows,
     running,
 )
@@ -43,146 +33,13 @@ from run_support import (
 from dapo_async.runtime.cluster.environment import RUNS
 from dapo_async.runtime.gauges import all_names
 
-REPOSITORY = ROOT
-RAY = str(Path(sys.executable).with_name("ray"))
-NODES = ("127.0.0.2", "127.0.0.3")  # each node has an interface of its own, as on two machines
 TRAIN = ("dapo-async", "train", "configs/quickstart.yaml", *TINY, "rollout.num_workers=2")
-
-
-def free_port(host: str) -> str:
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return str(free.getsockname()[1])
-
-
-def wait_until(done: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := done()):
-        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.05)
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """Two nodes of two CPUs each, started by `ray start`; every command needs `environment`."""
-
-    folder: Path
-    address: str
-    dashboard: str
-    environment: dict[str, str]
-
-    def start_node(self, *arguments: str, ip: str) -> subprocess.Popen[bytes]:
-        node = (
-            "--node-ip-address",
-            ip,
-            "--num-cpus",
-            "2",
-            "--memory",
-            str(2 * 10**9),
-            "--object-store-memory",
-            str(10**8),
-            "--disable-usage-stats",
-            # Ray's default is one port per machine. The node that loses it takes no jobs.
-            "--dashboard-agent-listen-port",
-            free_port(ip),
-        )
-        with (self.folder / f"{ip}.log").open("w") as log:
-            return subprocess.Popen(
-                [RAY, "start", "--block", *node, *arguments],
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def job(
-        self, command: str, *arguments: str, timeout_s: float = 90.0
-    ) -> subprocess.CompletedProcess[str]:
-        """`ray job COMMAND` in the repository."""
-        line = [RAY, "job", command, "--address", self.dashboard, *arguments]
-        return subprocess.run(
-            line,
-            env=self.environment,
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-    def submit(
-        self, name: str, *command: str, options: Sequence[str] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs `command` as the job `name` in Ray's copy of the repository."""
-        return self.job(
-            "submit", "--submission-id", name, "--working-dir", ".", *options, "--", *command
-        )
-
-    @property
-    def runs(self) -> Path:
-        """The folder of all runs, as the cluster's nodes know it."""
-        return Path(self.environment[RUNS])
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(
-        tempfile.mkdtemp(prefix="dapo-", dir="/tmp")
-    )  # short: a Unix socket's path has at most 107 characters
-    mark, (head, other) = uuid.uuid4().hex, NODES
-    port, dashboard = free_port(head), free_port("127.0.0.1")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
-    } | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        MARKER: mark,
-        "RAY_TMPDIR": str(folder),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_worker_niceness": "0",
-        "RAY_metrics_report_interval_ms": "1000",  # else gauges are exported every 10 s
-        RUNS: str(folder / "runs"),
-    }
-    started = Cluster(folder, f"{head}:{port}", f"http://127.0.0.1:{dashboard}", environment)
-    ports = (
-        "--port",
-        port,
-        "--dashboard-host",
-        "127.0.0.1",
-        "--dashboard-port",
-        dashboard,
-        "--ray-client-server-port",
-        free_port(head),
-    )
-    nodes = [started.start_node("--head", *ports, "--temp-dir", str(folder / "ray"), ip=head)]
-    try:
-        wait_until(
-            lambda: "Ray runtime started" in (folder / f"{head}.log").read_text(),
-            timeout_s=120.0,
-            what="the head node",
-        )
-        nodes.append(started.start_node("--address", started.address, ip=other))
-        wait_until(
-            lambda: "Ray runtime started" in (folder / f"{other}.log").read_text(),
-            timeout_s=120.0,
-            what="the second node",
-        )
-        # The nodes are up before their agents take jobs.
-        deadline_s = time.monotonic() + 120.0
-        while (first := started.job("submit", "--", "true")).returncode != 0:
-            assert time.monotonic() < deadline_s, f"no job starts within 120 s: {first.stdout}"
+    with started_cluster() as started:
         yield started
-    finally:
-        for node in reversed(nodes):
-            node.terminate()  # it ends its own processes, in order
-        for node in nodes:
-            node.wait(30.0)
-            for pid in processes_of(mark, session=node.pid):
-                with suppress(psutil.NoSuchProcess):
-                    psutil.Process(pid).kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

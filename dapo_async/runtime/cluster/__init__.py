@@ -9,5 +9,6 @@ connect        starts or joins Ray
 placement      plans which node of a joined cluster gets which actors
 reservation    reserves what is planned, as Ray's placement groups
 connection     the driver's connection from its start to the end of Ray
+jobs           submits, follows and stops a job of a cluster
 orphan_reaper  ends an own Ray whose driver was killed
 """

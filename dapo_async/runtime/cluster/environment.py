@@ -25,6 +25,8 @@ def prepare(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray gives its workers niceness 15, so that any other busy process would starve the actors.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray colours its messages in the log of a job, too.
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if address == LOCAL:
         # Ray listens on every interface; only processes with the token of this run can connect.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -13,17 +13,20 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-# Set by `environment.prepare`, by Ray at its import or by Ray for a job, so not by the user.
+# Set by `environment.prepare`, by `submit`, by Ray at its import or by Ray for a job, so not by the
+# user.
 OWN_VARIABLES = {
     "RAY_ADDRESS",
     "RAY_AUTH_MODE",
     "RAY_AUTH_TOKEN",
     "RAY_CLIENT_MODE",
+    "RAY_COLOR_PREFIX",
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_JOB_STOP_WAIT_TIME_S",
     "RAY_RAYLET_PID",
     "RAY_USAGE_STATS_ENABLED",
 }
-TEXTS = {"RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH"}  # Ray takes any text
+TEXTS = {"RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"}  # Ray takes any text
 NICENESS, NO_NICENESS = "RAY_worker_niceness", "0"
 # `ray.shutdown` imports ray.dag.
 CHILD = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); import ray.dag"

@@ -187,12 +187,14 @@ def test_overrides_may_stand_before_and_after_an_option(
     [
         (
             (),
-            "which command? give one of train, status, dump, eval, report, verify, trace, rerun, "
-            "grade, "
-            "bench, plan, simulate, config; ",
+            "which command? give one of train, submit, status, dump, eval, report, verify, trace, "
+            "rerun, grade, bench, plan, simulate, config; ",
         ),
-        (("trian",), "unknown command trian; did you mean train? There are train, status, dump, "),
-        (("inspect",), "unknown command inspect; there are train, status, dump, eval, "),
+        (
+            ("trian",),
+            "unknown command trian; did you mean train? There are train, submit, status, dump, ",
+        ),
+        (("inspect",), "unknown command inspect; there are train, submit, status, dump, eval, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
         (
             ("train",),
@@ -210,7 +212,7 @@ def test_overrides_may_stand_before_and_after_an_option(
         (("config", "--explain", "configs"), "config file configs "),
         (("config", "--explain", "--all"), "unknown option --all; there are --help, --explain"),
         (("rerun", "run", "seed=3"), "dapo-async rerun does not take seed=3; leave it out"),
-        (("eval", "--k", "3"), "the following arguments are required: config; dapo-async eval --h"),
+        (("eval", "--k", "3"), "the config file is missing; give a YAML file"),
         (
             ("report", "nope"),
             "nope is neither a run directory nor the result of dapo-async eval: no",
