@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -273,3 +273,21 @@ def test_numbers_go_to_the_mlflow_run_of_the_driver_and_are_kept_while_it_is_awa
     sink.close("over")
     assert sent == [("http://127.0.0.1:1", "abc", 2, 0.25), ("http://127.0.0.1:1", "abc", 4, 0.5)]
     assert len(said) == 1
+
+
+def test_a_real_evaluation_of_base_model_and_checkpoint_leaves_two_rows(tmp_path: Path) -> None:
+    world = World(tmp_path / "run")
+    world.save(2)
+    base = Path(knobs.load(QUICKSTART).model.path)
+    shutil.copytree(base, world.checkpoints.path(2), dirs_exist_ok=True)
+    short = ("rollout.max_response_tokens=4", "rollout.num_slots=16", "replay.group_size=8")
+    options = replace(ASKED, max_problems=3)
+    said = world.said
+    watcher = Watcher(
+        world.root, short, options, until_end=True, say=said.append, state=lambda _: RunState.DONE
+    )
+    assert watcher.run() == 0, said
+    base_row, row = world.run_dir.watched.rows()
+    assert (base_row["version"], row["version"], row["k"], row["num_prompts"]) == (0, 2, 4, 3)
+    assert {**base_row, "version": 2} == row  # the same weights, and the same noise
+    assert not [*world.run_dir.watched.root.glob("*.partial*")]
