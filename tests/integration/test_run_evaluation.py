@@ -42,6 +42,9 @@ def dedicated(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         tmp_path_factory.mktemp("dedicated") / "run",
         *SMALL,
         "evaluation.engine=dedicated",
+        "evaluation.k=2",
+        "evaluation.temperature=1",
+        "evaluation.top_p=0.7",
         "rollout.num_workers=2",
     )
 
@@ -151,7 +154,8 @@ def test_evaluations_lose_no_credit_and_keep_the_staleness_bound(run: Finished) 
     assert run.metrics[-1]["credits_held"] <= 3 * 16
 
 
-def test_every_engine_proves_every_version_beside_evaluations(dedicated: Finished) -> None:
+def test_every_engine_proves_every_version_beside_sampled_evaluations(dedicated: Finished) -> None:
+    assert {(row["k"], row["top_p"]) for row in dedicated.evaluations} == {(2, 0.7)}
     assert "mismatch" not in dedicated.summary["handshake"]
     assert sum(dedicated.summary["handshake"].values()) == 2 * (NUM_STEPS + 1)
     assert dedicated.summary["weight_versions"] == NUM_STEPS + 1
