@@ -16,7 +16,8 @@ dropped (`keep`).
 Values, with ρ = π_prox/π_beh and u = π_θ/π_prox per token: behaviour_kl_k1 = −log ρ,
 behaviour_kl_k3 = ρ − 1 − log ρ, behaviour_chi2 = ρ² − 1, behaviour_ratio = ρ; current_kl_k1 and
 current_kl_k3 are the same of u; behaviour_weight is w after the correction; loss is the loss of the
-token. Estimators k1 and k3: Schulman, "Approximating KL Divergence" (2020).
+token; reference_kl, with a KL term only, is its estimate (`ratios.kl_estimate`). Estimators k1 and
+k3: Schulman, "Approximating KL Divergence" (2020).
 """
 
 from __future__ import annotations

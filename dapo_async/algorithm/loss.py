@@ -16,6 +16,9 @@ responses is the same sum with weights of tokens.
 Dual clip: for A < 0 the loss before w is at most −dual_clip·A.
 Entropy bonus: minus entropy_bonus times the mean entropy of π_θ over the same tokens, with its
 gradient (1602.01783).
+KL term: plus kl_coef times the mean over the same tokens of an estimate of KL(π_θ ‖ π_ref), with
+its gradient (GRPO, 2402.03300, equation 3). Tokens that a correction or `keep` drops have both
+terms.
 
 The learner calls `microbatch_loss` with options that it has checked once. `policy_loss` is the
 public form with plain arguments.
@@ -30,7 +33,7 @@ from dapo_async.algorithm.corrections import behaviour_weight, outside_sequence_
 from dapo_async.algorithm.diagnostics import loss_diagnostics
 from dapo_async.algorithm.objectives import Terms
 from dapo_async.algorithm.options import LossInputs, LossOptions
-from dapo_async.algorithm.ratios import Sequences
+from dapo_async.algorithm.ratios import Sequences, kl_estimate
 
 
 def policy_loss(
@@ -54,6 +57,9 @@ def policy_loss(
     keep: Tensor | None = None,
     entropies: Tensor | None = None,
     entropy_bonus: float = 0.0,
+    reference_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`microbatch_loss` with plain arguments; `LossInputs` and `LossOptions` explain each of them.
@@ -71,6 +77,8 @@ def policy_loss(
         correction_floor=correction_floor,
         sequence_band=sequence_band,
         entropy_bonus=entropy_bonus,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
     )
     inputs = LossInputs(
         current_logprobs=current_logprobs,
@@ -81,6 +89,7 @@ def policy_loss(
         sequence_ids=sequence_ids,
         keep=keep,
         entropies=entropies,
+        reference_logprobs=reference_logprobs,
         token_weights=token_weights,
     )
     return microbatch_loss(inputs, options, num_tokens=num_tokens)
@@ -144,8 +153,14 @@ def microbatch_loss(
         kept=kept,
         rejected=rejected,
     )
-    bonus = _bonus(inputs.entropies, options.entropy_bonus, share=share, live=live)
-    return (token_loss.sum() - bonus) / _denominator(num_tokens, live=live), diagnostics
+    total = token_loss.sum() - _bonus(
+        inputs.entropies, options.entropy_bonus, share=share, live=live
+    )
+    if options.kl_coef:
+        estimate = _reference_kl(current, inputs.reference_logprobs, options, live=live)
+        diagnostics["reference_kl_sum"] = estimate.detach().sum()
+        total = total + options.kl_coef * (share * estimate).sum()
+    return total / _denominator(num_tokens, live=live), diagnostics
 
 
 def sequence_mean_weights(
@@ -178,6 +193,18 @@ def _bonus(
             "entropy_bonus needs entropies; give the entropy of pi_theta at every token, [T]"
         )
     return entropy_bonus * (share * _fill(entropies, live=live)[0]).sum()
+
+
+def _reference_kl(
+    current: Tensor, reference: Tensor | None, options: LossOptions, *, live: Tensor
+) -> Tensor:
+    """The KL estimate of each token [T], with gradient; 0 where masked."""
+    if reference is None:
+        raise ValueError(
+            "kl_coef needs reference_logprobs; give the logprob of every token under the reference "
+            "policy, [T]"
+        )
+    return kl_estimate(options.kl_estimator, current - _fill(current, reference, live=live)[1])
 
 
 def _fill(current: Tensor, *fixed: Tensor, live: Tensor) -> tuple[Tensor, ...]:

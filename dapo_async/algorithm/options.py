@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # preflight checks the options of the loss without torch
     from torch import Tensor
 
 CORRECTIONS = ("truncate", "mask", "none")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +38,14 @@ class LossOptions:
     # is besides the correction. None: no such rule.
     sequence_band: tuple[float | None, float | None] | None = None
     entropy_bonus: float = 0.0  # subtracts this times the mean entropy from the loss
+    kl_coef: float = 0.0  # adds this times the mean KL estimate to the reference policy
+    kl_estimator: str = "k3"  # of it: k1 | k2 | k3
 
     def __post_init__(self) -> None:
         check_name("objective", self.objective, tuple(OBJECTIVES))
         check_name("correction", self.correction, CORRECTIONS)
         check_name("correction_level", self.level, CORRECTION_LEVELS)
+        check_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         self._check_objective()
         self._check_clips()
         self._check_band()
@@ -97,6 +101,11 @@ class LossOptions:
                 f"entropy_bonus ({self.entropy_bonus}) must not be negative; "
                 "set 0.001, or 0 for none"
             )
+        if not 0 <= self.kl_coef < float("inf"):
+            raise ValueError(
+                f"kl_coef ({self.kl_coef}) must not be negative, because the KL term keeps the "
+                "policy near the reference; set 0.04, or 0 for none"
+            )
 
     def _check_band(self) -> None:
         self._check_correction_band()
@@ -144,7 +153,8 @@ class LossInputs:
     sequence_ids: Tensor | None = None  # any integers; sequence forms need whole sequences
     keep: Tensor | None = None  # bool: tokens that second_moment_mask keeps; None: all
     entropies: Tensor | None = None  # of the current policy; an entropy bonus needs them
-    token_weights: Tensor | None = None  # multiply each token's loss and entropy; None: 1
+    reference_logprobs: Tensor | None = None  # of the frozen reference; a KL term needs them
+    token_weights: Tensor | None = None  # multiply each token's loss, entropy and KL; None: 1
 
     def __post_init__(self) -> None:
         shape = self.current_logprobs.shape

@@ -21,6 +21,23 @@ def bounded(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def kl_estimate(estimator: str, log_ratio: Tensor) -> Tensor:
+    """An estimate of KL(π_θ ‖ π_ref) per token that π_θ has sampled, with gradient.
+
+    `log_ratio` d = log π_θ − log π_ref. Source: Schulman, "Approximating KL Divergence" (2020).
+
+        k1  d                 its gradient has the mean 0 on policy: it only adds noise to a loss
+        k2  d² / 2            its gradient is that of the KL divergence on policy
+        k3  e^−d − 1 + d      never negative; the form of GRPO (2402.03300, equation 4)
+
+    d is bounded to ±20, as every log-ratio here.
+    """
+    gap = bounded(log_ratio)
+    if estimator == "k1":
+        return gap
+    return gap.square() / 2 if estimator == "k2" else (-gap).exp() - 1 + gap
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Which sequence each packed token belongs to. Every sequence is whole, in any order."""

@@ -121,7 +121,7 @@ def _rank_memory(config: Config, model: ModelConfig) -> RankMemory:
     """What a learner rank holds at most: the longest microbatch, all of it response."""
     import torch
 
-    from dapo_async.learner import MOST_ATTENDED, needs_start_logprobs
+    from dapo_async.learner import MOST_ATTENDED, needs_reference, needs_start_logprobs
     from dapo_async.model import predict_memory
 
     learner, cuda = config.learner, config.model.torch_device == "cuda"
@@ -136,6 +136,7 @@ def _rank_memory(config: Config, model: ModelConfig) -> RankMemory:
         recompute_layers=model.num_layers if learner.recompute else 0,
         offload_optimizer=learner.offload_optimizer and cuda,
         keeps_start_weights=learner.num_minibatches > 1 and needs_start_logprobs(config.algorithm),
+        keeps_reference=needs_reference(config.algorithm),
         cuda=cuda,
     )
 

@@ -216,6 +216,17 @@ class AlgorithmConfig:
         "weight of the entropy bonus: the loss is lower by this times the mean entropy; 0: off, as "
         "in DAPO",
     )
+    kl_coef: float = knob(
+        0.0,
+        "weight of the KL term to the reference policy, the frozen base model (model.path); "
+        "0: off, as in DAPO",
+        least=0,
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = knob(
+        "k3",
+        "estimate of the KL divergence per token, d being log pi_theta - log pi_ref: d (k1), "
+        "d * d / 2 (k2), or exp(-d) - 1 + d (k3, as in GRPO)",
+    )
     normalize_std: bool = knob(
         True,
         "divide advantages by the standard deviation of the group; false: do not, as in Dr.GRPO",
@@ -377,8 +388,8 @@ class LearnerConfig:
     )
     offload_optimizer: bool = knob(
         False,
-        "keep AdamW's moments, and the weights at the start of a step, in host memory, and copy "
-        "them to the GPU in parts; no effect on a CPU",
+        "keep AdamW's moments, the weights at the start of a step and the reference policy in host "
+        "memory, and copy them to the GPU in parts; no effect on a CPU",
     )
     node_resource: str = knob(
         "",

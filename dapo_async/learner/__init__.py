@@ -6,6 +6,8 @@ The learner actor in `runtime/` drives it.
     batching   groups -> advantages -> training sequences -> packed microbatches
     rank       one rank's step: proximal logprobs, losses, one update per minibatch
     options    the options of the loss, from the config
+    kept_weights
+               copies of weights for other policies: the start of the step, the reference
     optimizer  AdamW on this rank's parts of the parameters, warm-up
     gradients  summed over the ranks, clipped by their global norm
     metrics    all metrics except those of the loss
@@ -19,7 +21,11 @@ The learner actor in `runtime/` drives it.
 from typing import TYPE_CHECKING
 
 from dapo_async.learner.batch_plan import MOST_ATTENDED
-from dapo_async.learner.options import loss_options, needs_start_logprobs
+from dapo_async.learner.options import (
+    loss_options,
+    needs_reference,
+    needs_start_logprobs,
+)
 from dapo_async.utils.lazy import lazy_names
 
 if TYPE_CHECKING:  # these modules import torch
@@ -54,6 +60,7 @@ __all__ = [
     "RankState",
     "check_state",
     "loss_options",
+    "needs_reference",
     "needs_start_logprobs",
     "profiled",
     "read_whole_state",

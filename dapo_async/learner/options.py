@@ -26,6 +26,11 @@ def loss_options(algorithm: AlgorithmConfig) -> LossOptions:
     return LossOptions(**derived, **same)
 
 
+def needs_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether the loss has a KL term, so that the learner keeps the base model's weights."""
+    return algorithm.kl_coef > 0
+
+
 def needs_start_logprobs(algorithm: AlgorithmConfig) -> bool:
     """Whether every minibatch needs logprobs of the weights at the start of the step."""
     return algorithm.proximal == "recompute" or algorithm.correction == "m2po"

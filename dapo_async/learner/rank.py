@@ -8,8 +8,8 @@ Between two steps the publisher takes snapshots of the decoder.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,12 +36,13 @@ from dapo_async.learner.batching import (
 )
 from dapo_async.learner.device_memory import is_out_of_memory
 from dapo_async.learner.gradients import clip_gradients, sum_gradients
+from dapo_async.learner.kept_weights import KeptWeights
 from dapo_async.learner.metrics import PassSums, rollout_metrics, token_sums
 from dapo_async.learner.mismatch import mismatch_sums
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
-from dapo_async.learner.options import loss_options, needs_start_logprobs
-from dapo_async.learner.state import RankState, capture_state, load_state
-from dapo_async.model import Decoder, Mesh, PackedAttention, reshard, shard_of
+from dapo_async.learner.options import loss_options, needs_reference, needs_start_logprobs
+from dapo_async.learner.state import RankState, capture_state, check_state, load_state
+from dapo_async.model import Decoder, Mesh, PackedAttention, checksum_of_parts, reshard
 from dapo_async.model.cost import train_flops
 from dapo_async.types import Group, GroupFacts, StepMetrics
 
@@ -51,11 +52,12 @@ class MinibatchStart:
     """What a minibatch computes before its update, keyed by `id(microbatch)`.
 
     `recomputed` lacks the microbatches whose proximal logprobs need no extra pass; `keep` is empty
-    if M2PO is off.
+    if M2PO is off, and `reference` without a KL term.
     """
 
     recomputed: Mapping[int, Tensor]  # proximal logprobs [N] by an extra forward pass
     keep: Mapping[int, Tensor]  # M2PO's mask [N]
+    reference: Mapping[int, Tensor]  # logprobs [N] of the reference policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class LearnerRank:
         `guards`: `train.guards`; with skip and stop a minibatch that breaks a rule of
         `algorithm.guards` changes no weight.
         With a `mesh` the decoder is this rank's part of one, and all ranks call every method.
+        With a KL term the weights that the decoder has now are those of the reference policy.
         Raises ValueError for options that the loss does not support.
         """
         precisions = {parameter.dtype for parameter in decoder.parameters()}
@@ -109,8 +112,14 @@ class LearnerRank:
         self._guards = guards
         self._held = False  # the newest minibatch has changed no weight
         self._num_halvings = 0  # of every pass, because the device lacked memory
-        # This rank's shards at the start of the step, for later minibatches; empty: none needs it.
-        self._start_weights: list[Tensor] = []
+        device = torch.device("cpu") if learner.offload_optimizer else self._device
+        self._start_weights = KeptWeights(decoder, device=device)  # of the step, if they are needed
+        self._reference: KeptWeights | None = None
+        self._reference_sum: str | None = None
+        if needs_reference(algorithm):
+            self._reference = KeptWeights(decoder, device=device)
+            self._reference.copy()
+            self._reference_sum = checksum_of_parts(decoder, mesh, torch.float32)
 
     def step(
         self, groups: Sequence[Group], *, groups_per_minibatch: int | None = None
@@ -151,8 +160,8 @@ class LearnerRank:
         that does not help.
         """
         learner, first = self._learner, self.num_updates == 0
-        if first and more:
-            self._keep_start_weights()
+        if first and more and needs_start_logprobs(self._algorithm):
+            self._start_weights.copy()
         if share is None:
             share = self.share_of(groups)
             groups = [each.part_of(groups[each.position]) for each in share.groups]
@@ -250,10 +259,23 @@ class LearnerRank:
         Not in the midst of a step: the weights between two minibatches have no version.
         """
         assert not self.num_updates, f"step {self.version} is open after {self.num_updates} updates"
-        return capture_state(self.decoder, self._optimizer, version=self.version)
+        return capture_state(
+            self.decoder, self._optimizer, version=self.version, reference=self._reference_sum
+        )
 
     def load(self, folder: Path) -> None:
-        """Continues from a state that `save_state` wrote, on any number of ranks."""
+        """Continues from a state that `save_state` wrote, on any number of ranks.
+
+        Raises ValueError if a file is missing, or if the state was trained with another reference
+        policy.
+        """
+        reference = check_state(folder).get("reference")
+        if self._reference_sum is not None and reference != self._reference_sum:
+            raise ValueError(
+                f"the reference policy of the KL term has changed: the base model (model.path) has "
+                f"the weights {self._reference_sum}, the checkpoint was trained with {reference}; "
+                "give the base model of the run"
+            )
         self.version = load_state(self.decoder, self._optimizer, folder)
 
     def share_of(self, groups: Sequence[Group]) -> RankShare:
@@ -288,7 +310,8 @@ class LearnerRank:
 
     def _start(self, batches: Sequence[Microbatch], *, first: bool) -> MinibatchStart:
         recomputed = self._recompute(batches, first=first)
-        return MinibatchStart(recomputed, self._keep_masks(batches, recomputed))
+        keep = self._keep_masks(batches, recomputed)
+        return MinibatchStart(recomputed, keep, self._reference_logprobs(batches))
 
     @record_function("proximal pass")
     @torch.no_grad()
@@ -301,41 +324,18 @@ class LearnerRank:
         with_mask = self._algorithm.correction == "m2po"
         if not with_mask and (first or self._algorithm.proximal != "recompute"):
             return {}
-        with nullcontext() if first else self._start_of_step():
+        with nullcontext() if first else self._start_weights.in_use():
             return {id(batch): self._forward(batch)[0] for batch in batches}
 
+    @record_function("reference pass")
     @torch.no_grad()
-    def _keep_start_weights(self) -> None:
-        """Copies this rank's shards, if a later minibatch of the step needs the copies.
-
-        The copies are where the moments are: in host memory with `offload_optimizer`.
-        """
-        if not needs_start_logprobs(self._algorithm):
-            return
-        shards = [shard_of(parameter) for parameter in self.decoder.parameters()]
-        if not self._start_weights:
-            device = torch.device("cpu") if self._learner.offload_optimizer else self._device
-            self._start_weights = [torch.empty_like(shard, device=device) for shard in shards]
-        torch._foreach_copy_(self._start_weights, shards)
-
-    @contextmanager
-    def _start_of_step(self) -> Iterator[None]:
-        """The decoder has the weights of the start of the step meanwhile."""
-        self._swap_weights()
-        try:
-            yield
-        finally:
-            reshard(self.decoder)  # FSDP would use what it gathered for the pass in the next pass
-            self._swap_weights()
-
-    def _swap_weights(self) -> None:
-        """Exchanges the weights and the kept copies, one shard at a time."""
-        assert self._start_weights, "the first minibatch of a step keeps a copy of the weights"
-        for parameter, kept in zip(self.decoder.parameters(), self._start_weights, strict=True):
-            shard = shard_of(parameter)
-            current = shard.clone()
-            shard.copy_(kept)
-            kept.copy_(current)
+    def _reference_logprobs(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
+        """By a forward pass with the reference policy's weights; empty without a KL term."""
+        if self._reference is None:
+            return {}
+        reshard(self.decoder)  # M2PO's pass before the first update leaves gathered weights
+        with self._reference.in_use():
+            return {id(batch): self._forward(batch)[0] for batch in batches}
 
     def _keep_masks(
         self, batches: Sequence[Microbatch], recomputed: Mapping[int, Tensor]
@@ -381,8 +381,10 @@ class LearnerRank:
             # The learner's logprobs at the start of the step, if known: before the first update
             # they are those of this pass.
             proximal = start.recomputed.get(id(batch), logprobs.detach() if first else None)
-            keep = start.keep.get(id(batch))
-            loss, diagnostics = self._loss(batch, logprobs, entropies, proximal, keep, counts)
+            keep, reference = start.keep.get(id(batch)), start.reference.get(id(batch))
+            loss, diagnostics = self._loss(
+                batch, logprobs, entropies, proximal, keep, counts, reference
+            )
             loss.backward()
             tokens = token_sums(
                 batch, logprobs.detach(), entropies.detach(), learner_version=self.version
@@ -440,10 +442,12 @@ class LearnerRank:
         start_logprobs: Tensor | None,
         keep: Tensor | None,
         counts: MinibatchCounts,
+        reference_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the minibatch's loss, and its diagnostics.
 
-        `start_logprobs [N]` are those of the weights at the start of the step.
+        `start_logprobs [N]` are those of the weights at the start of the step,
+        `reference_logprobs [N]` those of the reference policy.
         """
         proximal = proximal_from(
             self._algorithm.proximal,
@@ -470,6 +474,7 @@ class LearnerRank:
             sequence_ids=batch.sequence_ids,
             keep=keep,
             entropies=entropies,
+            reference_logprobs=reference_logprobs,
             token_weights=weights,
         )
         return microbatch_loss(inputs, self._loss_options, num_tokens=counts.num_tokens)

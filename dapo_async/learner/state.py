@@ -32,17 +32,20 @@ class RankState:
 
     version: int
     updates: int  # optimizer updates so far
+    reference: str | None  # content sum of the reference policy; None: without a KL term
     parts: Mapping[str, Part]
 
 
 @torch.no_grad()
-def capture_state(decoder: Decoder, optimizer: ShardedAdamW, *, version: int) -> RankState:
+def capture_state(
+    decoder: Decoder, optimizer: ShardedAdamW, *, version: int, reference: str | None = None
+) -> RankState:
     """Copies this rank's parts, without communication."""
     copies = {
         key: Part(part.tensor.to("cpu", copy=True), part.place, part.shape)
         for key, part in _parts(decoder, optimizer).items()
     }
-    return RankState(version, optimizer.updates, copies)
+    return RankState(version, optimizer.updates, reference, copies)
 
 
 def _parts(decoder: Decoder, optimizer: ShardedAdamW) -> dict[str, Part]:
@@ -77,6 +80,8 @@ def save_state(state: RankState, folder: Path, mesh: Mesh) -> None:
     if mesh.is_first:
         files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
         counts = {"version": state.version, "updates": state.updates, "files": files}
+        if state.reference is not None:
+            counts["reference"] = state.reference
         (folder / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
 
 

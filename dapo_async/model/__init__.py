@@ -15,6 +15,7 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     parallel         parameters split over the mesh
     gather           whole weights from the ranks' shards; buckets
     snapshot         weights and probe of one version, as they are published
+    content          a 64-bit sum over all weights, equal for every layout
     transfer         copies to a device that the host does not wait for
     special_tokens   stop tokens, begin of text and padding, from all files of a folder
     weight_files     which files of a folder are the model
@@ -37,6 +38,7 @@ from dapo_async.utils.lazy import lazy_names
 
 if TYPE_CHECKING:  # these modules import torch
     from dapo_async.model.attention import PackedAttention
+    from dapo_async.model.content import checksum, checksum_of_parts
     from dapo_async.model.decoder import Decoder
     from dapo_async.model.gather import buckets, gather_weights
     from dapo_async.model.hf import (
@@ -58,13 +60,14 @@ if TYPE_CHECKING:  # these modules import torch
         process_group,
     )
     from dapo_async.model.parallel import is_split, part_of, reshard, shard_of
-    from dapo_async.model.snapshot import Snapshot, checksum, score_tokens, take_snapshot
+    from dapo_async.model.snapshot import Snapshot, score_tokens, take_snapshot
     from dapo_async.model.transfer import send
 else:
     __getattr__ = lazy_names(
         __name__,
         {
             "attention": ("PackedAttention",),
+            "content": ("checksum", "checksum_of_parts"),
             "transfer": ("send",),
             "decoder": ("Decoder",),
             "gather": ("buckets", "gather_weights"),
@@ -81,7 +84,7 @@ else:
                 "process_group",
             ),
             "parallel": ("is_split", "part_of", "reshard", "shard_of"),
-            "snapshot": ("Snapshot", "checksum", "score_tokens", "take_snapshot"),
+            "snapshot": ("Snapshot", "score_tokens", "take_snapshot"),
         },
     )
 
@@ -100,6 +103,7 @@ __all__ = [
     "build_decoder",
     "build_mesh",
     "checksum",
+    "checksum_of_parts",
     "download_model",
     "export_folder",
     "fill",

@@ -31,13 +31,14 @@ class RankMemory:
     gradients: int  # float32, of the same parts
     moments: int  # AdamW's two, of the same parts
     start_weights: int  # float32, of the same parts: the weights at the start of a step
+    reference: int  # float32, of the same parts: the reference policy of a KL term
     gathered: int  # copies of weights that the layers compute with: cast, or gathered by FSDP
     activations: int  # what the forward pass of the largest microbatch keeps for the backward pass
     recomputed: int  # activations of the one layer that is being computed again
     head: int  # two buffers for a chunk of logits, and the gradient of the head
     tables: int  # rotary cosines and sines
     snapshot: int  # the weights being published, and the previous ones while these are copied
-    # A checkpoint being written; moments, start weights and snapshots that are not on the device.
+    # A checkpoint being written; moments, kept weights and snapshots that are not on the device.
     host: int
 
     @property
@@ -135,13 +136,15 @@ def predict_memory(
     recompute_layers: int = 0,
     offload_optimizer: bool = False,
     keeps_start_weights: bool = False,
+    keeps_reference: bool = False,
     cuda: bool = False,
 ) -> RankMemory:
     """The memory of a rank that trains on microbatches of `num_tokens`.
 
     `num_attended` (None: equal): the same with a shared prompt counted for each of its sequences.
     `num_targets` (None: all): response tokens. `keeps_start_weights`: the step has several
-    minibatches, and later ones need the logprobs of its start.
+    minibatches, and later ones need the logprobs of its start. `keeps_reference`: the loss has a KL
+    term.
     """
     forward = Pass(
         model=model,
@@ -164,12 +167,14 @@ def predict_memory(
     snapshots, moments = 2 * whole * forward.width, 2 * own
     checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
     start_weights = own if keeps_start_weights else 0
-    offloaded = moments + start_weights if offload_optimizer else 0
+    reference = own if keeps_reference else 0
+    offloaded = moments + start_weights + reference if offload_optimizer else 0
     return RankMemory(
         weights=own,
         gradients=own,
         moments=0 if offload_optimizer else moments,
         start_weights=0 if offload_optimizer else start_weights,
+        reference=0 if offload_optimizer else reference,
         gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone),
         activations=layers + recomputed * forward.input_bytes() + forward.end_bytes(),
         recomputed=forward.layer_bytes() if recomputed else 0,

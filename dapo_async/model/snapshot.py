@@ -6,7 +6,6 @@ snapshots; `weights/` sends them.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,13 +78,3 @@ def take_snapshot(
     probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)
     weights = gather_weights(decoder, mesh, dtype)
     return Snapshot(version, weights, probe_ids, score_tokens(decoder, probe_ids))
-
-
-def checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -111,12 +111,26 @@ def rank_of(
     knobs = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.1, "grad_clip": 0.5} | learner
     decoder = tiny_decoder().to(device)
     decoder.activations = activations
-    return kind(
+    rank = kind(
         decoder,
         algorithm=AlgorithmConfig(**(algorithm or {})),
         learner=LearnerConfig(**knobs),
         version=version,
     )
+    if rank._reference is not None:
+        for kept, weight in zip(rank._reference.shards, reference().parameters(), strict=True):
+            kept.copy_(weight.detach())
+    return rank
+
+
+def reference() -> Decoder:
+    """A reference policy near the first one, so that the KL term of a first step is not 0."""
+    decoder = tiny_decoder()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return decoder
 
 
 class PassBeforeEveryMinibatch(LearnerRank):
@@ -214,6 +228,7 @@ class Naive:
     def __init__(self, *, algorithm: Mapping[str, Any] | None = None, **learner: Any) -> None:
         rank = rank_of(algorithm=algorithm, **learner)
         self.algorithm, self.learner, self.decoder = rank._algorithm, rank._learner, rank.decoder
+        self.reference = reference()
         matrices = [parameter for parameter in self.decoder.parameters() if parameter.ndim == 2]
         vectors = [parameter for parameter in self.decoder.parameters() if parameter.ndim == 1]
         groups = [
@@ -248,14 +263,16 @@ class Naive:
             )
             live = [index for index in part if self.in_loss(rollouts[index][1])]
             count = sum(rollouts[index][1].num_tokens for index in live)
-            total, bonus = torch.zeros(()), torch.zeros(())
+            total, bonus, kl = torch.zeros(()), torch.zeros(()), torch.zeros(())
             for index in live:
                 share = self.share(rollouts[index][1], count, len(live))
                 total = total + share * self.rollout_loss(
                     *rollouts[index], advantages[index], proximal[index], keep[index]
                 )
                 bonus = bonus + share * self.logprobs(*rollouts[index])[1].sum()
-            ((total - self.algorithm.entropy_bonus * bonus) / count).backward()
+                kl = kl + share * self.kl(*rollouts[index])
+            extra = self.algorithm.kl_coef * kl - self.algorithm.entropy_bonus * bonus
+            ((total + extra) / count).backward()
             norms.append(self.update())
             losses, num_tokens = losses + float(total.detach()), num_tokens + count
         return {
@@ -369,3 +386,12 @@ class Naive:
             whole = float((proximal - behaviour).mean().exp())
             weight = weight * (floor <= whole <= cap)
         return -(weight * keep * gain).sum()
+
+    def kl(self, group: Group, rollout: Rollout) -> Tensor | float:
+        """The sum of the KL estimates over the tokens of one rollout."""
+        if not self.algorithm.kl_coef:
+            return 0.0
+        given = (group.prompt.token_ids, rollout.completion.token_ids, group.temperature)
+        gap = self.logprobs(group, rollout)[0] - dense_logprobs(self.reference, *given)[0].detach()
+        forms = {"k1": gap, "k2": gap**2 / 2, "k3": (-gap).exp() - 1 + gap}
+        return forms[self.algorithm.kl_estimator].sum()

@@ -50,6 +50,8 @@ from dapo_async.model import (
     PackedAttention,
     buckets,
     build_decoder,
+    checksum,
+    checksum_of_parts,
     fill,
     gather_weights,
     hf,
@@ -79,7 +81,12 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"learner": {"num_minibatches": 2, "microbatch_tokens": 20, "recompute": True}},
     {
         "learner": {"num_minibatches": 2, "offload_optimizer": True},
-        "algorithm": {"correction": "m2po", "overlong_filtering": True},
+        "algorithm": {
+            "correction": "m2po",
+            "overlong_filtering": True,
+            "kl_coef": 0.5,
+            "kl_estimator": "k2",
+        },
     },
     {
         "learner": {"num_minibatches": 2},
@@ -88,7 +95,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     },
     {
         "learner": {"num_minibatches": 2},
-        "algorithm": {"loss_mean": "sequence", "overlong_filtering": True},
+        "algorithm": {"loss_mean": "sequence", "overlong_filtering": True, "kl_coef": 0.5},
     },
     # In the first of two minibatches no rank has a token in the loss.
     {
@@ -602,11 +609,11 @@ def test_state_loads_at_any_other_size_whole_and_without_a_change(tmp_path: Path
 
 
 def gathered(mesh: Mesh) -> State:
-    return gather_weights(
-        rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder,
-        mesh,
-        torch.bfloat16,
-    )
+    decoder = rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder
+    weights = gather_weights(decoder, mesh, torch.bfloat16)
+    content = checksum_of_parts(decoder, mesh, torch.bfloat16)
+    assert not mesh.is_first or content == checksum(weights)
+    return weights
 
 
 @pytest.mark.parametrize(("dp", "tp"), MESHES)
@@ -639,9 +646,11 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=LR)
     save_state(rank.capture_state(), folder, mesh)
-    return {
-        name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()
-    }, gather_weights(decoder, mesh)
+    weights = gather_weights(decoder, mesh)
+    content = checksum_of_parts(decoder, mesh, torch.float32)
+    assert not mesh.is_first or content == checksum(weights)
+    rows = {name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()}
+    return rows, weights
 
 
 @pytest.mark.parametrize(("vocab_size", "dp", "tp"), [(13, 3, 2), (23, 4, 1)])

@@ -85,6 +85,44 @@ def test_entropy_bonus_rewards_the_mean_entropy_of_the_tokens_in_the_loss() -> N
         policy_loss(**given, **CLIP, entropies=entropies, entropy_bonus=-1)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_term_equals_a_loop_over_tokens_in_double_precision(estimator: str) -> None:
+    given = drawn(30, seed=4)
+    random = torch.Generator().manual_seed(9)
+    reference = given["current_logprobs"].detach() + torch.randn(30, generator=random).double()
+    reference[given["mask"] == 0] = math.nan
+    shares = torch.rand(30, generator=random).double()
+    options = {"token_weights": shares, "num_tokens": 40.0}
+    plain, gradient = loss_and_gradient(given, **options)
+    loss, with_kl = loss_and_gradient(
+        given, **options, reference_logprobs=reference, kl_coef=0.3, kl_estimator=estimator
+    )
+    expected = 0.0
+    for token in torch.nonzero(given["mask"]).flatten().tolist():
+        gap = float(given["current_logprobs"][token]) - float(reference[token])
+        value, slope = {
+            "k1": (gap, 1.0),
+            "k2": (gap**2 / 2, gap),
+            "k3": (math.exp(-gap) - 1 + gap, 1 - math.exp(-gap)),
+        }[estimator]
+        share = 0.3 * float(shares[token]) / 40
+        expected += share * value
+        assert with_kl[token] - gradient[token] == pytest.approx(share * slope, abs=1e-15)
+    assert loss - plain == pytest.approx(expected, abs=1e-14)
+
+
+def test_a_kl_term_without_its_reference_or_with_a_wrong_option_is_refused() -> None:
+    given = on_policy(logs(1, 1))
+    with pytest.raises(ValueError, match="kl_coef needs reference_logprobs"):
+        policy_loss(**given, **CLIP, kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"kl_coef \(-0.1\) must not be negative"):
+        policy_loss(**given, **CLIP, kl_coef=-0.1)
+    with pytest.raises(
+        ValueError, match=r"kl_estimator \('k4'\) is unknown; set one of k1, k2, k3"
+    ):
+        policy_loss(**given, **CLIP, kl_estimator="k4")
+
+
 def test_the_clip_bounds_gains_and_the_dual_clip_bounds_losses() -> None:
     # u = 1.5 and 0.5 with A = 2: min(3, 2.56) and min(1, 1.6).
     # u = 0.5 and 8 with A = −1: −0.8 and −8, or −3 under the dual clip.

@@ -24,7 +24,8 @@ LADDER = (
 DAPO = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
 
 GSM8K = ["gsm8k_0.5b_1gpu.yaml", "gsm8k_1.5b_2gpu.yaml"]
-FILES = DAPO + GSM8K
+GRPO = ["grpo_qwen2_7b.yaml"]
+FILES = DAPO + GSM8K + GRPO
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -118,6 +119,24 @@ def test_the_recipes_on_aime_evaluate_as_the_paper(file: str) -> None:
     assert config.evaluation.how == "avg@32 at temperature 1, top-p 0.7"
 
 
+def test_the_recipe_of_grpo_has_the_published_values() -> None:
+    values = values_of("grpo_qwen2_7b.yaml")
+    verl = {
+        "algorithm.clip_low": 0.2,
+        "algorithm.clip_high": 0.2,
+        "algorithm.kl_coef": 0.001,
+        "algorithm.kl_estimator": "k3",
+        "rollout.max_response_tokens": 1024,
+        "data.max_prompt_tokens": 512,
+        "replay.groups_per_step": 1024,
+        "replay.group_size": 5,
+        "replay.dynamic_sampling": False,
+        "learner.lr": 1e-6,
+        "learner.num_minibatches": 4,
+    }
+    assert {name: values[name] for name in verl} == verl
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
     file: str, capsys: pytest.CaptureFixture[str]
@@ -129,7 +148,7 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
         f"would download the model {config.model.path} (safetensors, config and tokenizer)"
         in printed
     )
-    published = "openai/gsm8k/main" if file in GSM8K else "BytedTsinghua-SIA/DAPO-Math-17k"
+    published = "openai/gsm8k/main" if file in GSM8K + GRPO else "BytedTsinghua-SIA/DAPO-Math-17k"
     assert f"would load the data set hub:{published}:train from the Hugging Face hub\n" in printed
     assert f"would train {config.train.num_steps} steps of " in printed
     ranks = config.learner.data_parallel * config.learner.tensor_parallel

@@ -53,6 +53,9 @@ FORMS: list[Form] = [
     {"entropy_bonus": 0.3, "overlong_filtering": True},
     {"loss_mean": "sequence"},
     {"loss_mean": "sequence", "entropy_bonus": 0.3, "overlong_filtering": True},
+    {"kl_coef": 0.5, "kl_estimator": "k1"},
+    {"kl_coef": 0.5, "kl_estimator": "k2", "overlong_filtering": True},
+    {"kl_coef": 0.5, "loss_mean": "sequence", "sequence_band": (0.9, 1.1)},
 ]
 STALE_FORMS: list[Form] = [  # with several minibatches the clips act
     {},
@@ -62,6 +65,7 @@ STALE_FORMS: list[Form] = [  # with several minibatches the clips act
     {"objective": "gspo", "clip_low": 0.01, "clip_high": 0.01},
     {"objective": "cispo", "clip_low": 0.02, "clip_high": 0.02},
     {"loss_mean": "sequence", "overlong_filtering": True},
+    {"kl_coef": 0.5, "correction": "m2po", "loss_mean": "sequence"},
 ]
 
 
@@ -141,6 +145,7 @@ class AveragesMicrobatchMeans(LearnerRank):
         start_logprobs: Tensor | None,
         keep: Tensor | None,
         counts: MinibatchCounts,
+        reference_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         own = replace(counts, num_tokens=float(batch.mask.sum()) * self.num_microbatches)
         return super()._loss(batch, logprobs, entropies, start_logprobs, keep, own)
@@ -177,6 +182,7 @@ class PassAfterTheFirstUpdate(LearnerRank):
         start_logprobs: Tensor | None,
         keep: Tensor | None,
         counts: MinibatchCounts,
+        reference_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return super()._loss(batch, logprobs, entropies, logprobs.detach(), keep, counts)
 

@@ -150,11 +150,12 @@ def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
     decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
     rank = LearnerRank(
         decoder,
-        algorithm=AlgorithmConfig(),
+        algorithm=AlgorithmConfig(kl_coef=0.1),
         learner=LearnerConfig(offload_optimizer=offload),
         mesh=mesh,
     )
-    rank._keep_start_weights()
+    rank._start_weights.copy()
+    assert rank._reference is not None
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(
@@ -167,7 +168,8 @@ def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
         sum(shard_of(each).nbytes for each in decoder.parameters()),
         gradients,
         sum(tensor.nbytes for *_, tensor in rank._optimizer.moments())
-        + sum(each.nbytes for each in rank._start_weights),
+        + sum(each.nbytes for each in rank._start_weights.shards)
+        + sum(each.nbytes for each in rank._reference.shards),
     )
 
 
@@ -184,10 +186,12 @@ def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(
         tp=tp,
         offload_optimizer=offload,
         keeps_start_weights=True,
+        keeps_reference=True,
     )
     beside = predict_memory(ModelConfig.from_dict(SIZES), num_tokens=10, dp=dp, tp=tp).host
-    kept = memory.host - beside + memory.moments + memory.start_weights
-    assert (memory.moments + memory.start_weights == 0) == offload
+    on_device = memory.moments + memory.start_weights + memory.reference
+    kept = memory.host - beside + on_device
+    assert (on_device == 0) == offload
     ranks = (
         [state_bytes(Mesh(), offload)]
         if dp * tp == 1
