@@ -3,6 +3,7 @@
 announcement  the records: the learner's announcement, an engine's attestation
 collective    transport `broadcast`: one process group of the learner and all engines
 disk          transport `disk`: safetensors; also reloads an engine that served wrong weights
+server_hashes what an SGLang server must hash the weights to
 handshake     compares an attestation with the announcement: passed, inconclusive or mismatch
 publisher     runs a publish, one at a time, during the next learner step
 """
@@ -23,9 +24,15 @@ from dapo_async.weights.publisher import Publisher
 if TYPE_CHECKING:  # these modules import torch
     from dapo_async.weights.collective import SENDER, WeightGroup
     from dapo_async.weights.disk import write_version
+    from dapo_async.weights.server_hashes import server_hashes
 else:
     __getattr__ = lazy_names(
-        __name__, {"collective": ("SENDER", "WeightGroup"), "disk": ("write_version",)}
+        __name__,
+        {
+            "collective": ("SENDER", "WeightGroup"),
+            "disk": ("write_version",),
+            "server_hashes": ("server_hashes",),
+        },
     )
 
 __all__ = [
@@ -40,5 +47,6 @@ __all__ = [
     "Publisher",
     "WeightGroup",
     "check_attestation",
+    "server_hashes",
     "write_version",
 ]

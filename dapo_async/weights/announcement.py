@@ -91,6 +91,8 @@ class Announcement:
     checksum: str | None  # of the weights as sent; None until the publisher has asked for it
     probe_ids: NDArray[np.int32]  # [P] a prompt that no engine has seen before
     probe_logprobs: NDArray[np.float32]  # [P - 1] the learner's logprobs of probe_ids[1:]
+    # What SGLang servers hash some tensors of these weights to, per rank; empty: there are none.
+    server_hashes: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +109,7 @@ class Attestation:
     checksum_after: str | None = None
     # A checksum that is comparable between engines of one layout only.
     own_checksum: str | None = None
+    # The hash of each tensor, by name, per rank of an SGLang server; empty: it computes none.
+    hashes: tuple[Mapping[str, str], ...] = ()
     pause_s: float = 0.0  # how long generation was paused
     recomputed_tokens: int = 0

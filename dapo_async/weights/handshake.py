@@ -38,13 +38,15 @@ def check_attestation(
     *,
     tolerance: float,
     peer: Attestation | None = None,
+    before: Attestation | None = None,
 ) -> HandshakeResult:
     """Compares an engine's attestation with the learner's announcement.
 
     Version and checksum (where the layouts are equal) must be equal, and the probe's logprobs
     within `tolerance` (nats). `peer` is an engine of the same layout that has proved this version:
     its own checksum must be equal too. The outcome is `passed` only if the weights before the
-    update differed, by checksum or by more than the tolerance on the probe.
+    update differed: by checksum, by the engine's own checksum in its last attestation `before`, or
+    by more than the tolerance on the probe.
     """
     assert announced.checksum is not None, "a handshake needs the learner's checksum"
     gap = float(np.abs(attested.probe_after - announced.probe_logprobs).max())
@@ -54,6 +56,8 @@ def check_attestation(
     version = f"version {announced.version}"
     gap_before = float(np.abs(attested.probe_before - announced.probe_logprobs).max())
     other_checksum = attested.checksum_before not in (None, announced.checksum)
+    if before is not None and before.own_checksum is not None:
+        other_checksum = other_checksum or before.own_checksum != attested.own_checksum
     if other_checksum or not gap_before <= tolerance:
         outcome, detail = HandshakeOutcome.PASSED, f"{version}, probe gap {gap:.1e}"
     else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal, Protocol
@@ -33,6 +33,10 @@ class WeightSource(Protocol):
 
     async def checksum(self, announcement: Announcement) -> str:
         """The checksum of the weights as sent."""
+        ...
+
+    async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
+        """What SGLang servers must hash some of the weights to; empty: there are no servers."""
         ...
 
     async def broadcast(self, announcement: Announcement) -> str | None:
@@ -70,6 +74,7 @@ class WeightReceiver(Protocol):
 
 
 MOST_UNCHANGED = 3  # updates in a row after which an engine may answer its probe bit for bit alike
+MOST_INCONCLUSIVE = 10  # handshakes in a row in which the learner's weights changed
 
 
 class HandshakeError(RuntimeError):
@@ -108,6 +113,10 @@ class Publisher:
         # many updates since then changed no answer.
         self._before: dict[str, tuple[str | None, Attestation]] = {}
         self._num_unchanged: Counter[str] = Counter()
+        self._num_inconclusive: Counter[str] = Counter()
+        # By engine and rank: tensors whose hash has been that of the learner. Others may have
+        # another layout in the server.
+        self._comparable: dict[str, list[set[str]]] = {}
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # of all handshakes of the run
         self.num_served = 0  # versions that every receiver has served
@@ -196,11 +205,15 @@ class Publisher:
         receivers = self.serving
         self._unproved = {receiver.name for receiver in receivers}
         async with self._deadline(f"publish of version {announcement.version}"):
-            # The loop does not wait for the checksum: the learner computes it beside its next step.
-            attestations, checksum = await asyncio.gather(
-                self._deliver(announcement, receivers), self._source.checksum(announcement)
+            # The loop does not wait for checksums: the learner computes them beside its next step.
+            attestations, checksum, hashes = await asyncio.gather(
+                self._deliver(announcement, receivers),
+                self._source.checksum(announcement),
+                self._source.server_hashes(announcement),
             )
-            self.newest = announcement = replace(announcement, checksum=checksum)
+            self.newest = announcement = replace(
+                announcement, checksum=checksum, server_hashes=hashes
+            )
             pauses, handshakes = [], []
             for receiver, attested in zip(receivers, attestations, strict=True):
                 if attested is None:
@@ -317,10 +330,18 @@ class Publisher:
         last handshake."""
         first = self._proved
         peer = first if first is not None and first.version == announcement.version else None
-        result = check_attestation(announcement, attested, tolerance=self._tolerance, peer=peer)
-        is_wrong = result.outcome is HandshakeOutcome.MISMATCH
-        if not is_wrong and (stale := self._stale(announcement, attested)) is not None:
-            result = replace(result, outcome=HandshakeOutcome.MISMATCH, detail=stale)
+        _, before = self._before.get(attested.engine, (None, None))
+        result = check_attestation(
+            announcement, attested, tolerance=self._tolerance, peer=peer, before=before
+        )
+        if result.outcome is not HandshakeOutcome.MISMATCH:
+            wrong = (
+                self._stale(announcement, attested)
+                or self._other_tensor(announcement, attested)
+                or self._undecided(announcement, attested, result.outcome)
+            )
+            if wrong is not None:
+                result = replace(result, outcome=HandshakeOutcome.MISMATCH, detail=wrong)
         self.outcomes[result.outcome] += 1
         if result.outcome is not HandshakeOutcome.MISMATCH:
             self._before[attested.engine] = announcement.checksum, attested
@@ -354,6 +375,47 @@ class Publisher:
         return (
             f"{engine} answers its probe bit for bit alike before and after {version}, for the "
             f"{count}th update in a row in which the learner's weights changed"
+        )
+
+    def _other_tensor(self, announcement: Announcement, attested: Attestation) -> str | None:
+        """Which tensor of a server is not the learner's, by its hash; None: all that compare are.
+
+        A tensor compares once its hash has been the learner's. At the first publish that proves the
+        layout, because a server starts with the weights that are published then.
+        """
+        known = self._comparable.setdefault(attested.engine, [set() for _ in attested.hashes])
+        for rank, (ours, theirs) in enumerate(
+            zip(announcement.server_hashes, attested.hashes, strict=False)
+        ):
+            for name, expected in ours.items():
+                if theirs.get(name) == expected:
+                    known[rank].add(name)
+                elif name in known[rank]:
+                    return (
+                        f"{attested.engine} serves another {name} on its rank {rank} (hash "
+                        f"{theirs.get(name)}) than the learner published as version "
+                        f"{announcement.version} (hash {expected})"
+                    )
+        return None
+
+    def _undecided(
+        self, announcement: Announcement, attested: Attestation, outcome: HandshakeOutcome
+    ) -> str | None:
+        """Why an engine is not trusted any more that no handshake could prove, several times."""
+        engine = attested.engine
+        checksum, _ = self._before.get(engine, (None, attested))
+        if outcome is not HandshakeOutcome.INCONCLUSIVE:
+            self._num_inconclusive[engine] = 0
+        elif checksum is not None and checksum != announcement.checksum:
+            self._num_inconclusive[engine] += 1
+        count = self._num_inconclusive[engine]
+        if count < MOST_INCONCLUSIVE:
+            return None
+        return (
+            f"the handshake of {engine} was inconclusive {count} times in a row although the "
+            "learner's weights changed: it sends no checksum, and its answers to the probe before "
+            "and after an update are within the tolerance; use an SGLang server whose "
+            "/weights_checker works, such as 0.5.21"
         )
 
     async def _reload(

@@ -51,6 +51,7 @@ class FakeLearner:
         self.sends: Weights | None = None
         self.failure: str | None = None
         self.weights: Weights = {}
+        self.expected: tuple[Mapping[str, str], ...] = ()  # hashes of servers
         self.received: Weights = {}  # what engines receive from the broadcast in flight
 
     def announce(self, version: int) -> Announcement:
@@ -67,6 +68,9 @@ class FakeLearner:
 
     async def checksum(self, announcement: Announcement) -> str:
         return checksum(self.weights)
+
+    async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
+        return self.expected
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         copies = {name: tensor.clone() for name, tensor in self.weights.items()}
@@ -95,6 +99,7 @@ class FakeEngine:
         self.loads: Weights | None = None
         self.keeps_weights, self.same_layout = False, True
         self.own_checksums: list[str] = []
+        self.hashes: list[tuple[Mapping[str, str], ...]] = []  # of a server, the next ones
         self.before_receive: Callable[[], Awaitable[None]] | None = None
         self.quarantined: list[int] = []  # the versions that were wrong
         self.confirmed: list[int] = []
@@ -133,6 +138,10 @@ class FakeEngine:
             checksum_before if self.same_layout else None,
             checksum(self.model.state_dict()) if self.same_layout else None,
         )
+        if self.hashes:
+            hashes = self.hashes.pop(0)
+            own = str(sorted(hashes[0].items()) + sorted(hashes[-1].items()))
+            return replace(attestation, hashes=hashes, own_checksum=own)
         if self.own_checksums:
             return replace(attestation, own_checksum=self.own_checksums.pop(0))
         return attestation

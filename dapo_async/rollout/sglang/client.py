@@ -74,6 +74,14 @@ class ServerLimits:
     running_requests: int
 
 
+@dataclass(frozen=True, slots=True)
+class ServerHashes:
+    """What a server says of the weights that it holds."""
+
+    checksum: str  # of all of them, comparable between servers of one layout
+    tensors: tuple[Mapping[str, str], ...]  # the hash of each tensor, per tensor-parallel rank
+
+
 class CallRefused(EngineFault):
     """The server answered that it did not do what it was asked for. It still works."""
 
@@ -145,13 +153,22 @@ class SGLangClient:
         except (KeyError, TypeError, ValueError) as error:
             raise EngineFault(f"{self.url} does not tell its capacity: {error!r}") from error
 
-    async def checksum(self) -> str:
-        """Checksum of the weights on the server's GPUs, comparable between servers of one layout.
+    async def hashes(self) -> ServerHashes | None:
+        """Of the weights that the server holds; None: it can't compute them.
 
-        SGLang 0.5.21 has none on a CPU.
+        SGLang 0.5.21 computes them on a CPU only with the stand-in of `cluster/sglang_cpu`.
         """
-        answer = await self._ask_checked("weights_checker", {"action": "checksum"})
-        return str(answer["per_engine_checksum"])
+        try:
+            answer = await self._ask_checked("weights_checker", {"action": "checksum"})
+            ranks = sorted(
+                answer["ranks"], key=lambda each: int(each["parallelism_info"][0]["tp_rank"])
+            )
+            tensors = tuple(dict(each["checksums"]) for each in ranks)
+            return ServerHashes(str(answer["per_engine_checksum"]), tensors)
+        except CallRefused:
+            return None
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineFault(f"{self.url} sent malformed checksums: {error!r}") from error
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[Chunk]:
         """One response, in chunks.

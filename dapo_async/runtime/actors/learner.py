@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -215,6 +215,19 @@ class LearnerActor:
         self._frozen(announcement.version)
         assert self._checksum is not None, "a snapshot has a checksum"
         return await self._checksum
+
+    async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
+        """Of the snapshot as SGLang servers compute them, beside the next step."""
+        snapshot = self._frozen(announcement.version)
+        if self._config.rollout.engine != "sglang":
+            return ()
+        return await asyncio.to_thread(
+            weights.server_hashes,
+            snapshot.weights,
+            self._rank.decoder.config,
+            tensor_parallel=self._config.rollout.tensor_parallel,
+            cuda=self._device != "cpu",
+        )
 
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; returns the address at

@@ -183,16 +183,16 @@ class SGLangHost(EngineHost):
         incarnation, report = await self.engine.update(
             load, version=announcement.version, probe_ids=announcement.probe_ids
         )
-        checksum = (
-            await self._client.checksum() if self._device == "cuda" else None
-        )  # SGLang computes none on a CPU
+        # On a CPU SGLang waits for a GPU before it hashes, and torch raises an error then.
+        hashes = await self._client.hashes() if self._device == "cuda" else None
         return Attestation(
             engine=self._name,
             incarnation=incarnation,
             version=report.version,
             probe_before=report.probe_before,
             probe_after=report.probe_after,
-            own_checksum=checksum,
+            own_checksum=hashes.checksum if hashes is not None else None,
+            hashes=hashes.tensors if hashes is not None else (),
             pause_s=report.pause_s,
             recomputed_tokens=report.recomputed_tokens,
         )

@@ -84,6 +84,7 @@ class LearnerHandle(Handle[LearnerActor]):
     end_step = remote(LearnerActor.end_step, _answer)
     snapshot = remote(LearnerActor.snapshot, _answer)
     checksum = remote(LearnerActor.checksum, _answer)
+    server_hashes = remote(LearnerActor.server_hashes, _answer)
     open_group = remote(LearnerActor.open_group, _answer)
     join = remote(LearnerActor.join, _answer)
     leave_group = remote(LearnerActor.leave_group, _answer)

@@ -7,7 +7,7 @@ together on the model; the first one alone publishes and writes weights.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +88,10 @@ class LearnerGroup:
     async def checksum(self, announcement: Announcement) -> str:
         """The checksum of the announced weights."""
         return await self.first.checksum(announcement)
+
+    async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
+        """What SGLang servers must hash some of the announced weights to."""
+        return await self.first.server_hashes(announcement)
 
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
         """Writes the weights to `folder`, by default the run's folder of versions; returns it."""
