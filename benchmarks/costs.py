@@ -2,7 +2,10 @@
 
 One run of the quickstart that saves every other step; copying and writing of larger models.
 
-python benchmarks/costs.py [--json OUT] [--quick]
+With `--recorded RUN_DIR`, a run with `train.record=true`: its learner alone trains on its batches
+again, and the share of the weights is counted that each publish changes in bfloat16.
+
+python benchmarks/costs.py [--json OUT] [--quick] [--recorded RUN_DIR]
 """
 
 from __future__ import annotations
@@ -13,18 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from quickstart import CONFIG, QUICK, environment
+from torch import Tensor
 
-from dapo_async.config import AlgorithmConfig, LearnerConfig
+from dapo_async.config import AlgorithmConfig, LearnerConfig, load
 from dapo_async.learner import LearnerRank, save_state
-from dapo_async.model import Decoder, Mesh, ModelConfig, checksum, take_snapshot
+from dapo_async.learner.rerun import recorded_steps
+from dapo_async.model import Decoder, Mesh, ModelConfig, checksum, load_decoder, take_snapshot
+from dapo_async.replay.group_io import read_groups
 
 EVERY_STEPS = 2
+RATES = (1e-4, 1e-5, 1e-6)  # the last one is that of the DAPO paper
+BLOCK = 64  # weights: 128 bytes
 SHAPES = {"5 M": (256, 6, 4096), "50 M": (640, 9, 8192)}  # hidden size, layers, vocabulary
 
 
@@ -107,6 +116,58 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     return times
 
 
+def changed_shares(run_dir: Path, *, lr: float | None) -> dict[str, float]:
+    """What a publish in bfloat16 would change, over the steps of a recorded run.
+
+    `lr`: another learning rate, constant from the first step on; None: that of the run.
+    """
+    config = load(run_dir / "config.yaml", files=False)
+    learner = config.learner
+    if lr is not None:
+        learner = replace(learner, lr=lr, warmup_steps=0)
+    decoder = load_decoder(CONFIG.parent / "base" / "quickstart")
+    rank = LearnerRank(decoder, algorithm=config.algorithm, learner=learner)
+    size = config.replay.groups_per_step // learner.num_minibatches
+    steps = recorded_steps(run_dir / "recorded")
+    elements, blocks = [], []
+    before = rounded(rank)
+    for step in steps:
+        groups = read_groups(run_dir / "recorded" / f"step_{step:06d}.safetensors")
+        rank.step(groups, groups_per_minibatch=size)
+        after = rounded(rank)
+        changed = before != after
+        elements.append(changed.float().mean().item())
+        whole = len(changed) // BLOCK * BLOCK
+        blocks.append(changed[:whole].view(-1, BLOCK).any(1).float().mean().item())
+        before = after
+    late = slice(len(steps) // 2, None)
+    return {
+        "lr": learner.lr,
+        "steps": len(steps),
+        "changed_share": fmean(elements),
+        "changed_share_late": fmean(elements[late]),
+        "changed_blocks_share": fmean(blocks),
+    }
+
+
+def rounded(rank: LearnerRank) -> Tensor:
+    """All weights in bfloat16, one after the other."""
+    parts = [each.detach().bfloat16().flatten() for each in rank.decoder.parameters()]
+    return torch.cat(parts)
+
+
+def print_changed(run_dir: Path) -> list[dict[str, float]]:
+    """A table of `changed_shares` by learning rate."""
+    rows = [changed_shares(run_dir, lr=lr) for lr in (None, *RATES)]
+    print("| lr | changed weights | in the second half | changed blocks of 64 |\n|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['lr']:g} | {row['changed_share']:.1%} | {row['changed_share_late']:.1%} "
+            f"| {row['changed_blocks_share']:.1%} |"
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
@@ -115,8 +176,14 @@ def main() -> None:
         action="store_true",
         help="a tiny run: shows that the benchmark works, without meaningful numbers",
     )
+    parser.add_argument("--recorded", type=Path, metavar="RUN_DIR")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.recorded:
+        rows = print_changed(options.recorded)
+        if options.json:
+            options.json.write_text(json.dumps({"changed": rows}, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         run = of_a_run(Path(folder), QUICK if options.quick else ())
         models = (
