@@ -190,7 +190,9 @@ async def broadcasting(client: SGLangClient, folder: Path) -> AsyncIterator[Load
         await client.leave_group(GROUP_NAME)
 
 
-def start_world(family: str, root: Path, *flags: str, num_slots: int = NUM_SLOTS) -> World:
+def start_world(
+    family: str, root: Path, *flags: str, num_slots: int = NUM_SLOTS, tensor_parallel: int = 1
+) -> World:
     """`flags`: more arguments of the server."""
     folder, other_folder = root / "base", root / "other"
     base, other = make_model(family, folder, seed=1), make_model(family, other_folder, seed=2)
@@ -198,7 +200,7 @@ def start_world(family: str, root: Path, *flags: str, num_slots: int = NUM_SLOTS
         model=folder,
         dtype="float32",
         device="cpu",
-        tensor_parallel=1,
+        tensor_parallel=tensor_parallel,
         num_slots=num_slots,
         max_len=MAX_LEN,
         host="127.0.0.1",

@@ -51,7 +51,7 @@ def with_one_old_tensor(world: World, folder: Path) -> Path:
 def test_a_server_hashes_every_tensor_to_what_the_learner_expects(
     family: str, ranks: int, tmp_path: Path
 ) -> None:
-    world = start_world(family, tmp_path / "world", "--tensor-parallel-size", str(ranks))
+    world = start_world(family, tmp_path / "world", tensor_parallel=ranks)
     try:
         stale_folder = with_one_old_tensor(world, tmp_path / "stale")
         base, other, stale = served_after(world, world.folder, world.other_folder, stale_folder)
