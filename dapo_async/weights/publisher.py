@@ -75,6 +75,7 @@ class WeightReceiver(Protocol):
 
 MOST_UNCHANGED = 3  # updates in a row after which an engine may answer its probe bit for bit alike
 MOST_INCONCLUSIVE = 10  # handshakes in a row in which the learner's weights changed
+NEARER = 0.5  # of the gap before an update: an answer that is nearer shows that something changed
 
 
 class HandshakeError(RuntimeError):
@@ -338,7 +339,7 @@ class Publisher:
             wrong = (
                 self._stale(announcement, attested)
                 or self._other_tensor(announcement, attested)
-                or self._undecided(announcement, attested, result.outcome)
+                or self._undecided(announcement, attested, result)
             )
             if wrong is not None:
                 result = replace(result, outcome=HandshakeOutcome.MISMATCH, detail=wrong)
@@ -399,12 +400,18 @@ class Publisher:
         return None
 
     def _undecided(
-        self, announcement: Announcement, attested: Attestation, outcome: HandshakeOutcome
+        self, announcement: Announcement, attested: Attestation, result: HandshakeResult
     ) -> str | None:
-        """Why an engine is not trusted any more that no handshake could prove, several times."""
+        """Why an engine is not trusted any more that no handshake could prove, several times.
+
+        Answers that came much nearer to the learner's with the update are no proof, but they end
+        the row.
+        """
         engine = attested.engine
         checksum, _ = self._before.get(engine, (None, attested))
-        if outcome is not HandshakeOutcome.INCONCLUSIVE:
+        gap_before = float(np.abs(attested.probe_before - announcement.probe_logprobs).max())
+        nearer = result.probe_gap < NEARER * gap_before
+        if result.outcome is not HandshakeOutcome.INCONCLUSIVE or nearer:
             self._num_inconclusive[engine] = 0
         elif checksum is not None and checksum != announcement.checksum:
             self._num_inconclusive[engine] += 1
@@ -413,9 +420,9 @@ class Publisher:
             return None
         return (
             f"the handshake of {engine} was inconclusive {count} times in a row although the "
-            "learner's weights changed: it sends no checksum, and its answers to the probe before "
-            "and after an update are within the tolerance; use an SGLang server whose "
-            "/weights_checker works, such as 0.5.21"
+            "learner's weights changed: it sends no checksum, and no update brought its answers to "
+            "the probe nearer to the learner's; use an SGLang server whose /weights_checker works, "
+            "such as 0.5.21"
         )
 
     async def _reload(

@@ -219,14 +219,14 @@ class LearnerActor:
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
         """Of the snapshot as SGLang servers compute them, beside the next step."""
         snapshot = self._frozen(announcement.version)
-        if self._config.rollout.engine != "sglang":
-            return ()
+        if self._config.rollout.engine != "sglang" or self._device == "cpu":
+            return ()  # servers on a CPU are not asked for hashes
         return await asyncio.to_thread(
             weights.server_hashes,
             snapshot.weights,
             self._rank.decoder.config,
             tensor_parallel=self._config.rollout.tensor_parallel,
-            cuda=self._device != "cpu",
+            cuda=True,
         )
 
     async def open_group(self) -> tuple[str, int]:
