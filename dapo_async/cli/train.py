@@ -29,9 +29,10 @@ def add_arguments(parser: Parser) -> None:
     add_config(parser, needed=False)
     parser.add_argument(
         "--resume",
-        type=path,
+        type=_run_or_url,
         metavar="RUN_DIR",
-        help="continue the run in this folder with its own config; give no CONFIG",
+        help="continue the run in this folder with its own config; give no CONFIG. A URL, such as "
+        "s3://bucket/runs/NAME, is downloaded first",
     )
     parser.add_argument(
         "--from",
@@ -63,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
     )
     from dapo_async.tracking.run_dir import unusable
 
+    if isinstance(options.resume, str) and options.config is None:
+        if (root := _download(options)) is None:
+            return 0
+        options.resume = root
     if options.supervise and not options.dry_run:
         return _supervise(options)
     config, root, point = _begin(options)
@@ -229,7 +234,60 @@ def _begin(options: argparse.Namespace) -> tuple[Config, Path, ResumePoint | Non
         if not options.dry_run and not run_dir.is_locked():
             run_dir.discard(())  # the empty folders of a start that was killed
     check(config)
+    if config.train.checkpoint_mirror and _is_on_mirror(config, root, dry_run=options.dry_run):
+        RunDir(root).lock()
+        point = choose_checkpoint(root)
+        return continued_config(root, config, checkpoint=point.checkpoint), root, point
     return config, root, None
+
+
+def _is_on_mirror(config: Config, root: Path, *, dry_run: bool) -> bool:
+    """Whether the mirror has checkpoints of the run; downloads the newest one, unless `dry_run`.
+
+    Raises ValueError for a new run whose place on the mirror is taken.
+    """
+    from dapo_async.runtime.mirror import mirror_of
+
+    mirror = mirror_of(config.train.checkpoint_mirror, root)
+    versions = mirror.versions()
+    if not versions:
+        return False
+    if config.train.resume != "auto":
+        raise ValueError(
+            f"{mirror.url} has checkpoints of a run; continue it with train.resume=auto or "
+            f"--resume {mirror.url}, or choose another run_dir"
+        )
+    if dry_run:
+        say(f"would download step_{versions[-1]:06d} of {mirror.url} to {root}")
+        return False
+    for line in mirror.download(root):
+        say(line)
+    return True
+
+
+def _download(options: argparse.Namespace) -> Path | None:
+    """The new run directory with the run of `--resume URL`; None after a dry run."""
+    from dapo_async.runtime.cluster.environment import run_root
+    from dapo_async.runtime.mirror import Mirror, fetched
+
+    if options.at is not None:
+        raise ValueError(
+            f"--from {options.at} needs a run directory of this machine, because only the newest "
+            "checkpoint is downloaded; leave it out"
+        )
+    mirror = Mirror(options.resume)
+    root = run_root("", name=mirror.name)
+    if options.dry_run:
+        say(f"would download the newest of the versions {mirror.versions()} to {root}")
+        return None
+    for line in fetched(mirror, root):
+        say(line)
+    return root
+
+
+def _run_or_url(text: str) -> Path | str:
+    """The type of --resume."""
+    return text if "://" in text else path(text)
 
 
 def _given(options: argparse.Namespace) -> tuple[Config, Path]:

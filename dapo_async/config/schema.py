@@ -480,6 +480,11 @@ class TrainConfig:
         "number of newest checkpoints that are kept; the best one by evaluation is kept too",
         least=1,
     )
+    checkpoint_mirror: str = knob(
+        "",
+        "URL of a folder for copies of the checkpoints, such as s3://bucket/runs; a run writes to "
+        "URL/NAME, where NAME is the name of its run directory; empty: no copies",
+    )
     guards: Literal["warn", "skip", "stop"] = knob(
         "warn",
         "what happens when a batch would do harm (exploding ratio, hardly any effective sample, "

@@ -131,6 +131,18 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         f"train.max_wall_s ({limit}) must be more than {STOP_S:g}, the seconds for the end of the "
         "run; raise it, or set null",
     )
+    mirror = config.train.checkpoint_mirror
+    host = mirror.partition("://")[2].partition("/")[0]
+    yield (
+        not mirror or "://" in mirror,
+        f"train.checkpoint_mirror ({mirror}) must be a URL, such as s3://bucket/runs; write a "
+        "folder as file:///PATH",
+    )
+    yield (
+        "@" not in host,
+        "train.checkpoint_mirror must not have a password, because it is saved and printed; set "
+        "the variables of the store, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    )
     uri = config.tracking.mlflow
     sinks = config.tracking.names
     yield (

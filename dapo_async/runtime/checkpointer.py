@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.runtime.mirror import Uploads
 from dapo_async.runtime.resume import DRIVER_FILE
 from dapo_async.runtime.step_metrics import Tracker
 from dapo_async.runtime.system import System
@@ -48,13 +49,14 @@ class Checkpointer:
         driver_state: Callable[[], dict[str, Any]],
         in_evaluation: Callable[[], int | None],
         say: Callable[[str], None] = lambda _: None,
+        uploads: Uploads | None = None,
     ) -> None:
         """`in_evaluation`: the version that is being evaluated and may turn out the best."""
         self.folder = CheckpointFolder(run_dir.checkpoints)
         self.saved = self.skipped = self.refused = 0
         self.is_late = False  # the disk refused the newest one: the next step tries again
         self._refused_in_a_row = 0
-        self._say = say
+        self._say, self._uploads = say, uploads
         self.pause_s = self.write_s = 0.0  # sums: on the step path, and beside the steps
         self.longest_write_s = 0.0
         self.checksum_s = 0.0  # the part of `write_s` in which the files are read for the manifest
@@ -103,7 +105,8 @@ class Checkpointer:
     def summary(self) -> dict[str, float]:
         """Counts of this incarnation, and seconds per checkpoint on the step path and beside it."""
         count = max(1, self.saved)
-        return {
+        copies = self._uploads.summary() if self._uploads is not None else {}
+        return copies | {
             "saved": self.saved,
             "skipped": self.skipped,
             "refused": self.refused,
@@ -111,6 +114,11 @@ class Checkpointer:
             "write_s": self.write_s / count,
             "checksum_s": self.checksum_s / count,
         }
+
+    async def finish_copies(self, *, deadline_s: float) -> None:
+        """Waits until the newest checkpoint is on the mirror. Raises TimeoutError."""
+        if self._uploads is not None:
+            await self._uploads.finish(deadline_s=deadline_s)
 
     async def _freeze(self, version: int) -> dict[str, Any]:
         began_s = self._tracker.clock.now_s()
@@ -190,6 +198,8 @@ class Checkpointer:
         )
         self._system.event("checkpoint", version=version, write_s=round(took_s, 3))
         unmeasured = self._claims.unmeasured(self.folder.versions())
+        if self._uploads is not None:
+            self._uploads.offer(version)
         await asyncio.to_thread(
             self.folder.prune,
             keep=self._config.train.keep_checkpoints,
@@ -200,12 +210,13 @@ class Checkpointer:
         """Versions that stay however old they are, also on a full disk."""
         versions = self.folder.versions()
         best, in_evaluation = self._run_dir.best_version(versions), self._in_evaluation()
+        copied = self._uploads.in_use if self._uploads is not None else set()
         # A run whose base model is gone reads config and tokenizer from one of its checkpoints.
         base = Path(self._config.model.path)
         return [
             version
             for version in versions
-            if version in (best, in_evaluation) or self.folder.path(version) == base
+            if version in (best, in_evaluation, *copied) or self.folder.path(version) == base
         ]
 
 

@@ -19,6 +19,7 @@ from dapo_async.runtime.cluster.reservation import Reservation
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.gauges import Gauges
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
+from dapo_async.runtime.mirror import Uploads, mirror_of
 from dapo_async.runtime.resume import ResumePoint
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
@@ -160,6 +161,10 @@ def build_services(
         devices=Devices.of(config, ModelConfig.from_folder(Path(config.model.path))),
     )
     evaluations = Evaluations(config, system=system, run_dir=run_dir, sinks=sinks)
+    uploads = None
+    if config.train.checkpoint_mirror:
+        mirror = mirror_of(config.train.checkpoint_mirror, run_dir.root)
+        uploads = Uploads(mirror, run_dir, first=resume.version, say=sinks.say)
     checkpointer = Checkpointer(
         config,
         system=system,
@@ -168,5 +173,6 @@ def build_services(
         driver_state=lambda: driver_state(tracker),
         in_evaluation=lambda: evaluations.in_flight,
         say=sinks.say,
+        uploads=uploads,
     )
     return Services(system, tracker, evaluations, checkpointer, before, beat)

@@ -33,7 +33,7 @@ async def shut_down(
     """Saves and collects what can still be had, then kills the actors."""
     system, tracker = services.system, services.tracker
     report_s = REPORT_SHARE * STOP_S
-    if outcome.status in UNFINISHED:
+    if outcome.status in UNFINISHED and system.started:  # before that nothing is new
         await attempt("the last rows of metrics", tracker.flush(deadline_s=LAST_ROWS_S))
         await _save(services, outcome, config=config, attempt=attempt)
     await attempt("the last counts", system.replay.close())
@@ -47,6 +47,9 @@ async def shut_down(
     await attempt("the timeline", write_timeline())
     system.kill()
     services.evaluations.clear()
+    copy_s = max(STOP_S, config.deadlines.work_s)
+    copies = services.checkpointer.finish_copies(deadline_s=copy_s)
+    await attempt("a copy of the newest checkpoint", copies, within_s=copy_s + STOP_S)
 
 
 async def _save(

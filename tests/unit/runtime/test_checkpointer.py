@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from small_disk import fill_up, make_room, small_disk
 from dapo_async.config import Config, TrainConfig
 from dapo_async.runtime.checkpointer import MAX_FAILED, Checkpointer, DiskRefused
 from dapo_async.runtime.handles.handle import ActorFailed
+from dapo_async.runtime.mirror import Mirror, Uploads
 from dapo_async.tracking.disk_faults import DiskFaults, RowFile
 from dapo_async.tracking.event_log import ignore_event
 from dapo_async.tracking.run_dir import RunDir
@@ -63,7 +65,12 @@ async def _written(version: int) -> None:
 
 
 def checkpointer(
-    root: Path, *, keep: int, evaluated: int | None, learner: Learner | None = None
+    root: Path,
+    *,
+    keep: int,
+    evaluated: int | None,
+    learner: Learner | None = None,
+    uploads: Uploads | None = None,
 ) -> tuple[Checkpointer, Learner]:
     LINES.clear()
     learner = learner or Learner("model.safetensors")
@@ -82,6 +89,7 @@ def checkpointer(
         driver_state=dict,
         in_evaluation=lambda: evaluated,
         say=LINES.append,
+        uploads=uploads,
     )
     return made, learner
 
@@ -101,6 +109,31 @@ def test_the_newest_keep_checkpoints_stay(tmp_path: Path, keep: int) -> None:
     assert (newest / "model.safetensors").read_text() == "8"
     assert (newest / STATE / "replay.json").is_file()
     assert made.saved == 4
+
+
+def test_copies_follow_the_checkpoints_and_none_is_removed_while_it_is_read(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Slow(Mirror):
+        def upload(self, run_dir: RunDir, version: int) -> None:
+            time.sleep(0.1)
+            assert (run_dir.checkpoints / f"step_{version:06d}" / "model.safetensors").exists()
+            super().upload(run_dir, version)
+            read.append(version)
+
+    async def train() -> Checkpointer:
+        mirror = Slow(f"memory://bucket/{tmp_path.name}")
+        uploads = Uploads(mirror, RunDir(tmp_path), first=0, say=LINES.append)
+        made, learner = checkpointer(tmp_path, keep=1, evaluated=None, uploads=uploads)
+        await save_versions(made, learner, [2, 4, 6, 8])
+        await made.finish_copies(deadline_s=60.0)
+        assert mirror.versions()[-1] == 8
+        return made
+
+    made = asyncio.run(train())
+    assert (read[-1], LINES) == (8, [])
+    summary = made.summary()
+    assert (summary["uploaded"], summary["not_uploaded"]) == (len(read), 0)
 
 
 def test_a_version_that_is_being_evaluated_stays_however_old(tmp_path: Path) -> None:
