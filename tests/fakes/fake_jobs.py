@@ -45,6 +45,7 @@ class FakeJobs:
     taken: set[str] = field(default_factory=set)  # ids that others take while they are submitted
     submitted: list[dict[str, Any]] = field(default_factory=list)
     stop_answers: list[bool] = field(default_factory=list)
+    submit_errors: list[Exception] = field(default_factory=list)  # raised first, in turn
     num_asked: int = 0
 
     def submit_job(
@@ -55,6 +56,8 @@ class FakeJobs:
         runtime_env: dict[str, Any],
         metadata: dict[str, str],
     ) -> str:
+        if self.submit_errors:
+            raise self.submit_errors.pop(0)
         if submission_id in self.taken:
             self.known.append(details(submission_id, "RUNNING"))
             raise RuntimeError(

@@ -21,10 +21,12 @@ from urllib.parse import urlsplit
 Answer = TypeVar("Answer")
 ANSWER_S = 60.0  # for one answer of the job server; an upload of the working directory: UPLOAD_S
 UPLOAD_S = 1800.0
+READY_S = 120.0  # for a cluster that has just started and has no node yet that takes jobs
 LOST_S = 300.0  # a job is followed without an answer of the job server
 POLL_S = 1.0
 # Ray kills a job that has not ended so long after it was stopped. The last checkpoint has to fit.
 STOP_VARIABLE, STOP_WAIT_S = "RAY_JOB_STOP_WAIT_TIME_S", 600
+NOT_READY = "No available agent to submit job"  # Ray's words
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 STOPPED_CODE = 143  # of a process that SIGTERM ended
 LONGEST_REASON = 300
@@ -134,8 +136,10 @@ class JobServer:
     def submit(self, job: Job) -> str:
         """Sends the working directory, and starts the job under the first free id; returns the id.
 
-        Raises ValueError when a job that has to be alone still runs, and for what Ray refuses.
+        Waits for a cluster that has just started. Raises ValueError when a job that has to be alone
+        still runs, and for what Ray refuses.
         """
+        deadline_s = time.monotonic() + READY_S
         while True:
             known = {
                 each.submission_id: str(each.status.value)
@@ -157,8 +161,11 @@ class JobServer:
             except Unreachable:
                 raise
             except ValueError as error:
-                if "already exists" not in str(error):  # another submit has taken the id meanwhile
+                if "already exists" in str(error):  # another submit has taken the id meanwhile
+                    continue
+                if NOT_READY not in str(error) or time.monotonic() > deadline_s:
                     raise
+                self._pause(POLL_S)
 
     def state(self, job: str) -> JobState:
         """Raises ValueError for an unknown job, Unreachable without an answer."""

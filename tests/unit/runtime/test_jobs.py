@@ -68,6 +68,18 @@ def test_an_id_that_another_submit_takes_meanwhile_is_passed_over() -> None:
     ]
 
 
+def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    early = RuntimeError(
+        "Request failed with status code 500: No available agent to submit job, please try again "
+        "later."
+    )
+    client = FakeJobs(submit_errors=[early, early])
+    assert server(client).submit(job()) == "math"
+    monkeypatch.setattr(jobs, "READY_S", -1.0)
+    with pytest.raises(ValueError, match=r"refuses: .*No available agent to submit job"):
+        server(FakeJobs(submit_errors=[early])).submit(job())
+
+
 def test_a_job_gets_variables_by_name_and_the_time_for_its_last_checkpoint() -> None:
     given = {"env_vars": {"A": "1"}, "excludes": ["/big"], "pip": ["einops"]}
     made = job_environment(given, ["KEY"], {"KEY": "secret", "OTHER": "2"})
