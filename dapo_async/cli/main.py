@@ -16,6 +16,7 @@ from dapo_async.cli import (
     dump,
     evaluate,
     grade,
+    launch,
     plan,
     report,
     rerun,
@@ -49,6 +50,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "bench": bench,
     "plan": plan,
     "simulate": simulate,
+    "launch": launch,
     "config": config,
 }
 RENAMED = {"replay": "rerun"}  # commands of earlier versions

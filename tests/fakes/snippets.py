@@ -1,4 +1,4 @@
-"""The fenced code blocks of README.md and docs/, and how a test runs them.
+"""The fenced code blocks of README.md, cluster/README.md and docs/, and how a test runs them.
 
 A comment directly above a block says how it is tested; without one the block is run as it stands.
 
@@ -25,7 +25,12 @@ from pathlib import Path
 import yaml
 from paths import ROOT
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 FENCE = re.compile(
     r"(?:^<!-- snippet: (?P<how>[^>]*?) -->\n)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n"
     r"(?P<code>.*?)^(?P=indent)```$",

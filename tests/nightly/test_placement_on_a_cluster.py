@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from paths import QUICKSTART
+from run_support import TINY, command, running
 
 from dapo_async.config import Config, load
 
@@ -141,6 +144,21 @@ def test_cluster_that_is_one_gpu_short_is_refused_in_one_line(cluster: Any) -> N
     )
 
 
+def test_command_of_a_run_that_does_not_fit_ends_with_exit_code_2_and_no_folder(
+    cluster: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    more = ("rollout.num_workers=12", f"run_dir={root}", f"ray.address={cluster.address}")
+    ended = command("train", str(QUICKSTART), *TINY, *more)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(
+        "dapo-async: the run reserves 13 CPUs (learner 1, 12 engines 12), the cluster has 10; set "
+        "rollout.num_workers=9, or add nodes"
+    )
+    assert ended.stderr.count("\n") == 1
+    assert not root.exists()
+
+
 def test_fragmented_cluster_is_refused_in_one_line(cluster: Any) -> None:
     line = refusal(
         config_of(
@@ -223,3 +241,63 @@ def test_an_engine_of_a_lost_node_starts_on_a_node_that_joins_later(cluster: Any
         kept = [name for name, node_id in before.items() if node_id != lost]
         assert nodes_of(reservation, kept) == [before[name] for name in kept]
         ray.kill(engine)
+
+
+def test_a_dead_worker_of_a_run_is_replaced_and_the_end_gives_everything_back(
+    cluster: Any, tmp_path: Path
+) -> None:
+    import ray
+
+    def names() -> set[str]:
+        return {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
+
+    more = ("train.num_steps=5000", "rollout.num_workers=2", f"ray.address={cluster.address}")
+    with running(tmp_path / "my-run", *TINY, *more) as live:
+        live.wait_for(r"^  \S+ +2 of 2 CPUs free: learner, (rollout-\d, )?replay$")
+        live.wait_for(r"^step +3/")
+        workers = {"my-run/rollout-0", "my-run/rollout-1"}
+        assert names() == {"my-run/replay", "my-run/learner", *workers}
+        os.kill(live.pid("rollout-1"), signal.SIGKILL)
+        live.wait_for(r"rollout-1 generates again")
+        assert names() - {"my-run/rollout-1"} == {
+            "my-run/replay",
+            "my-run/learner",
+            "my-run/rollout-0",
+            "my-run/rollout-1.1",
+        }
+        os.kill(live.driver, signal.SIGINT)
+        assert live.finish(timeout_s=60.0).exit_code == 130, live.output
+    cpus = ray.cluster_resources()["CPU"]
+    wait_until(
+        lambda: ray.available_resources()["CPU"] == cpus, timeout_s=30.0, what="all CPUs back"
+    )
+
+
+def test_nodes_that_join_while_the_run_waits_are_used(cluster: Any) -> None:
+    """An autoscaler, or a batch queue that starts the nodes one after another."""
+    from dapo_async.runtime.cluster.reservation import reserve
+
+    # 45 GPUs: groups of 5 ranks leave 3 GPUs of a node for one engine of 3.
+    shape = ("learner.tensor_parallel=5", "learner.data_parallel=5", "rollout.tensor_parallel=3")
+    config = config_of(cluster, *CUDA, *shape, "rollout.num_workers=6", "ray.wait_for_nodes_s=120")
+    lines: list[str] = []
+
+    async def join_while_it_waits() -> Any:
+        waiting = asyncio.create_task(reserve(config, say=lines.append))
+        for _ in range(2):
+            await asyncio.sleep(1.0)
+            assert not waiting.done()
+            cluster.add_node(num_gpus=8, **SMALL)  # in the main thread: it sets signal handlers
+        return await waiting
+
+    reservation = asyncio.run(join_while_it_waits())
+    try:
+        assert any("no room yet" in line for line in lines)
+        learner = nodes_of(reservation, [f"learner-{rank}" for rank in range(25)])
+        groups = [set(learner[first : first + 5]) for first in range(0, 25, 5)]
+        assert [len(group) for group in groups] == [1] * 5
+        assert len(set.union(*groups)) == 5
+        engines = nodes_of(reservation, [f"rollout-{number}" for number in range(6)])
+        assert len(set(engines)) >= 5
+    finally:
+        reservation.release()

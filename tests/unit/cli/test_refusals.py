@@ -188,7 +188,7 @@ def test_overrides_may_stand_before_and_after_an_option(
         (
             (),
             "which command? give one of train, submit, status, dump, eval, report, verify, trace, "
-            "rerun, grade, bench, plan, simulate, config; ",
+            "rerun, grade, bench, plan, simulate, launch, config; ",
         ),
         (
             ("trian",),
