@@ -6,9 +6,9 @@ One run of the quickstart's task with two rollout workers, an evaluator and `tra
 victim is drawn, gets SIGKILL (workers now and then SIGSTOP), and the next one is drawn when the run
 has recovered. Then the run trains on to its last step.
 
-- `worker`, `evaluator`, `server` (of SGLang): recovered when its replacement works
-- `learner`, `replay`, `driver`, `head` (Ray's GCS), `raylet`: recovered when the resumed run has
-  trained a step
+- `worker`, `evaluator`, `learner`, `replay`, `server` (of SGLang): recovered when its replacement
+  works
+- `driver`, `head` (Ray's GCS), `raylet`: recovered when the resumed run has trained a step
 
 Checked at the end: exit code 0, the accuracy, every admitted group has one outcome, no step is
 missing or twice in metrics.jsonl, no group is trained in two steps.
@@ -50,7 +50,12 @@ WEIGHTS = {
     "raylet": 1,
 }
 SERVER_WEIGHTS = {"server": 6, "worker": 3, "learner": 2, "replay": 1, "driver": 1}
-RESUMED = {"learner", "replay", "driver", "head", "raylet"}  # the run starts again
+RESUMED = {"driver", "head", "raylet"}  # the run starts again
+BACK = {  # what the run says when the replacement of another one works
+    "evaluator": "evaluator pid",
+    "learner": "the learner trains again",
+    "replay": "replay goes on after",
+}
 PING_S = 5.0
 LONGEST_S = 300.0  # for one recovery
 SETTINGS = (
@@ -132,15 +137,15 @@ class Victim:
             }.get(kind, lambda: self.pid(kind))()
             os.kill(pid, signal.SIGKILL)
             return lambda: self.num_starts > starts and self.trains()
-        name = "evaluator" if kind == "evaluator" else f"rollout-{rng.randrange(2)}"
-        line = f"{name} pid" if kind == "evaluator" else f"{name} generates again"
+        name = kind if kind in BACK else f"rollout-{rng.randrange(2)}"
+        line = BACK.get(kind, f"{name} generates again")
         count = said.count(line)
         number = signal.SIGSTOP if "SIGSTOP" in kind else signal.SIGKILL
         pid = self.pid(name)
         if kind == "server":
             pid = psutil.Process(pid).children()[0].pid
         os.kill(pid, number)
-        # More restarts than a worker's budget allows end the run, and it is resumed.
+        # More restarts than an actor's budget allows end the run, and it is resumed.
         return lambda: (
             self.output.count(line) > count or (self.num_starts > starts and self.trains())
         )
@@ -192,11 +197,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=400, help="of the run; kills come before")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=WEIGHTS, metavar="VICTIM")
     parser.add_argument("--engine", choices=("torch", "sglang"), default="torch")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true", help="one kill of a worker, a tiny run")
     options = parser.parse_args()
     weights = WEIGHTS if options.engine == "torch" else SERVER_WEIGHTS
+    if options.only:
+        weights = {kind: weights[kind] for kind in options.only}
     settings, steps = [*SETTINGS], options.steps
     if options.quick:
         options.kills, steps, weights = 1, 40, {"worker": 1}

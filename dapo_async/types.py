@@ -189,6 +189,7 @@ class TrainBatch:
     references: tuple[Any, ...]
     evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
     closes_step: bool = True  # False: more minibatches of this step follow
+    process: int = 0  # replay actors before the one that owns the objects
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ RESERVE_TOKENS = 64  # per running sequence that stay free in the KV cache
 TICK_S = 0.005  # commands wait for the engine's thread at most so long, as for a decode step
 MARKER_ID, EOS_ID = 11, 12  # of the quickstart's tokenizer; 0 … 9 are the digits
 RIGHT, WRONG = 1, 0  # the answer of every problem, and another one
+SHORTEST = 3  # tokens of a response: marker, answer and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class SleepingEngine(TorchEngine):
 
     def submit(self, request: GroupRequest) -> None:
         kept = self._draws.luck(request.group_id) < ACCEPTANCE
-        lengths = self._draws.lengths(request.group_id)
+        lengths = [max(SHORTEST, each) for each in self._draws.lengths(request.group_id)]
         self._open[request.group_id] = Open(lengths, kept)
         self._queue += [(request.group_id, sibling) for sibling in range(request.num_siblings)]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from dapo_async.replay.credits import (
@@ -79,7 +79,7 @@ class ReplayBuffer:
         self.groups_per_take = groups_per_step // num_minibatches
         self._whole_steps = whole_steps
         self._taken_now = 0  # groups of the step that is open: its takes are not all made
-        self._cut_version = -1  # of the newest step that was cut
+        self.cut_version = -1  # of the newest step that was cut
         self.max_staleness = max_staleness
         self.num_steps = num_steps
         self.incarnation = incarnation
@@ -203,6 +203,27 @@ class ReplayBuffer:
         return self._generating_on[worker]
 
     @property
+    def buffered(self) -> Mapping[int, Buffered]:
+        """Finished groups that wait for a take, by id."""
+        return self._buffered
+
+    def generating_on(self, worker: str) -> set[int]:
+        """The groups that `worker` generates."""
+        return {each for each, started in self._generating.items() if started.worker == worker}
+
+    def is_generating(self, group_id: int) -> bool:
+        return group_id in self._generating
+
+    def awaits(self, group_id: int) -> bool:
+        """Whether the credit of this trained group waits for `release`."""
+        return group_id in self._awaiting
+
+    @property
+    def to_reissue(self) -> Collection[int]:
+        """Groups that are to be admitted again."""
+        return self._reissue.keys()
+
+    @property
     def num_to_reissue(self) -> int:
         return len(self._reissue)
 
@@ -249,7 +270,7 @@ class ReplayBuffer:
         """
         if self.closed or self.stop_reason is not None or self.served_version is None:
             return 0
-        if self.served_version <= self._cut_version:
+        if self.served_version <= self.cut_version:
             return 0
         wanted = (
             self.steps_left * self.groups_per_step
@@ -354,6 +375,11 @@ class ReplayBuffer:
         )
         return True
 
+    def drop_partial_completions(self, group_id: int) -> None:
+        """The partial completions of a group that is to be admitted again are gone."""
+        assert group_id in self._reissue, group_id
+        self._reissue[group_id] = -1
+
     def continues(self, group_id: int) -> bool:
         """Whether the group, just admitted again, continues its partial completions."""
         return self._generating[group_id].continues
@@ -449,7 +475,7 @@ class ReplayBuffer:
 
         Groups of it that were taken and are not trained are finished groups again; returns them.
         """
-        self._cut_version = version
+        self.cut_version = version
         if self.next_step == version:
             self._close_step(version)
         returned = [each for each, taken in self._taken.items() if taken.version == version]

@@ -135,6 +135,7 @@ class RolloutWorker:
         # Admitted groups that are to be offered; evicted ones and those of wrong weights are not.
         self._wanted: set[int] = set()
         self._offers: list[Offer] = []  # scored groups, for the next exchange
+        self._offered: set[int] = set()  # groups of exchanges in flight
         self._num_sent = self._num_answered = 0  # exchanges
         self._num_asked = 0  # groups that the newest exchange asks for, while it is in flight
         self._num_asking = 0  # exchanges in flight that ask for groups
@@ -175,12 +176,15 @@ class RolloutWorker:
         """Offers groups and starts those that are admitted; the engine counts idle slots meanwhile
         as without credit."""
         self._count_asking(num_free > 0)
+        offered = {each.facts.group_id for each in offers}
+        self._offered |= offered
         try:
             admissions = await self._replay.exchange(
                 self.name, offers, num_free=num_free, num_open=len(self._wanted)
             )
         finally:
             self._count_asking(-(num_free > 0))
+            self._offered -= offered
             self._num_answered += 1
             if number == self._num_sent:
                 self._num_asked = 0
@@ -222,6 +226,12 @@ class RolloutWorker:
             raise TimeoutError(
                 f"{self.name} waited {ABORT_S:g} s for its engine to abort evicted groups {groups}"
             ) from error
+
+    @property
+    def open_groups(self) -> list[int]:
+        """Groups that were admitted and that the replay actor has not got back."""
+        waiting = {each.facts.group_id for each in self._offers}
+        return sorted(self._wanted | self._offered | waiting)
 
     @property
     def _num_free(self) -> int:

@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dapo_async.config import Config
+from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.mirror import Uploads
 from dapo_async.runtime.resume import DRIVER_FILE
 from dapo_async.runtime.step_metrics import Tracker
@@ -134,11 +136,18 @@ class Checkpointer:
 
     async def _write_or_postpone(self, version: int, driver: dict[str, Any]) -> None:
         """Writes a checkpoint. If the disk refuses it, makes room and lets a later step try again.
+        A learner or a replay actor that is lost meanwhile postpones it, too.
 
         Raises DiskRefused after `MAX_FAILED` in a row.
         """
         try:
             await self._write(version, driver)
+        except ActorDied as error:
+            if not self._system.learner.restarts.is_kept:
+                raise
+            self.is_late = True
+            await asyncio.to_thread(self.folder.clear)
+            self._say(f"the checkpoint of version {version} is postponed: {error}")
         except Exception as error:
             if (why := disk_fault(error)) is None:
                 raise
@@ -190,6 +199,9 @@ class Checkpointer:
         await asyncio.to_thread(self.folder.seal, version)
         self.checksum_s += self._tracker.clock.now_s() - sealing_s
         await asyncio.to_thread(self.folder.commit, version)
+        self._system.learner.saved(version, self.folder.path(version) / STATE)
+        with suppress(ActorDied):  # the next checkpoint tells it
+            await self._system.replay.checkpointed(version)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s
         self.write_s, self.longest_write_s = (

@@ -114,9 +114,7 @@ class Evaluations:
                 if evaluation is None:
                     self._skip_lost(announcement)
                     return
-        except ActorDied as error:
-            if error.actor != evaluator.name:
-                raise
+        except ActorDied as error:  # the supervisor replaces evaluator and learner
             self.num_skipped += 1
             self._sinks.say(f"evaluation of version {announcement.version} skipped: {error}")
             return
@@ -144,9 +142,7 @@ class Evaluations:
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
             self._waiting_for = f"{learner.first.name} to write"
-            _, checksum = await asyncio.gather(
-                learner.write(announcement, folder), learner.checksum(announcement)
-            )
+            checksum = await learner.write_once(announcement, folder)
             self._waiting_for = f"{evaluator.name} to load"
             attestation = await evaluator.read(announcement, str(folder))
         except ActorFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,8 +48,11 @@ class Actors:
     ranks: Sequence[LearnerHandle]
     workers: Sequence[WorkerHandle]
     evaluator: EvaluatorHandle | None  # None: nothing is evaluated during training
-    # Start the actor of one more process: of a worker, by its name and how many it has had before;
-    # of the evaluator.
+    # Start the actor of one more process: of replay, by how many it has had before; of a rank, by
+    # its number and the `state/` folder that it loads; of a worker, by its name and how many it has
+    # had before; of the evaluator.
+    start_replay: Callable[[int], Any]
+    start_rank: Callable[[int, Path | None], Any]
     start_worker: Callable[[str, int], Any]
     start_evaluator: Callable[[], Any]
 
@@ -88,29 +92,38 @@ def start_actors(
     ranks = rank_names(config)
     workers = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
     run = run_dir.root.name
-    start_replay = _starter(
-        ReplayActor,
-        f"{run}/replay",
-        strategy=reservation.beside_learner,
-        max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
-    )
-    replay = start_replay(config, incarnation=incarnation, run_dir=run_dir, resume=resume)
 
-    def rank(number: int, name: str) -> Any:
-        start = _starter(
+    def replay(process: int) -> Any:
+        start_replay = _starter(
+            ReplayActor,
+            f"{run}/replay" + (f".{process}" if process else ""),
+            strategy=reservation.beside_learner,
+            max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
+        )
+        return start_replay(
+            config, incarnation=incarnation, run_dir=run_dir, resume=resume, process=process
+        )
+
+    handle = ReplayHandle("replay", replay(0), deadlines)
+    rank_starts: Counter[int] = Counter()
+
+    def rank(number: int, state: Path | None) -> Any:
+        name, start = ranks[number], rank_starts[number]
+        rank_starts[number] += 1
+        start_rank = _starter(
             classes.learner,
-            f"{run}/{name}",
+            f"{run}/{name}" + (f".{start}" if start else ""),
             num_cpus=config.model.num_cpus,
             num_gpus=config.gpus_per_rank,
             strategy=reservation.strategy(name),
         )
-        return start(
+        return start_rank(
             config,
             number=number,
             name=name,
             incarnation=incarnation,
             run_dir=run_dir,
-            resume=resume,
+            resume=state,
         )
 
     def worker(name: str, start: int) -> Any:
@@ -125,7 +138,7 @@ def start_actors(
             config,
             number=int(name.removeprefix(WORKER)),
             incarnation=incarnation,
-            replay=replay,
+            replay=handle.actor,
             logs=run_dir.engines,
             outer_key=os.environ.get(SERVER_KEY, ""),
             start=start,
@@ -148,12 +161,14 @@ def start_actors(
         return start_evaluator(config, incarnation=incarnation, logs=run_dir.engines)
 
     return Actors(
-        ReplayHandle("replay", replay, deadlines),
-        [LearnerHandle(name, rank(number, name), deadlines) for number, name in enumerate(ranks)],
+        handle,
+        [LearnerHandle(name, rank(number, resume), deadlines) for number, name in enumerate(ranks)],
         [WorkerHandle(name, worker(name, 0), deadlines) for name in workers],
         EvaluatorHandle(EVALUATOR, evaluator(), deadlines)
         if config.evaluation.during_training
         else None,
+        replay,
+        rank,
         worker,
         evaluator,
     )

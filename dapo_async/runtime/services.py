@@ -18,6 +18,7 @@ from dapo_async.runtime.checkpointer import Checkpointer
 from dapo_async.runtime.cluster.reservation import Reservation
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.gauges import Gauges
+from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.mirror import Uploads, mirror_of
 from dapo_async.runtime.resume import ResumePoint
@@ -135,7 +136,8 @@ def build_services(
         classes=classes,
         reservation=reservation,
     )
-    system = System(config, actors, say=sinks.say, event=sinks.event)
+    redo = RedoLog(resume.version, resume.state)
+    system = System(config, actors, say=sinks.say, event=sinks.event, redo=redo)
     before = measured_before(resume)
     gauges = Gauges(run_dir.root.name)
     beat = Beat(config, run_dir, bottleneck=lambda: sinks.newest_bottleneck)

@@ -1,4 +1,4 @@
-"""Keeps the rollout workers and the evaluator of a run alive: replaces what dies, hangs or fails.
+"""Keeps the actors of a run alive: replaces what dies, hangs or fails.
 
 In: the handles of the actors, and how to start a new one. Out: the same handles, in front of new
 processes. `system` runs one task per actor. The policies (`RestartBudget`, `Pulse`) are pure.
@@ -11,7 +11,11 @@ A worker goes through these states:
 
 `stale`: it runs, and gets no groups before it has proved the newest weights (staleness bound,
 handshake). Its unfinished groups go to other workers at once; finished groups stay in the replay
-buffer. A worker that uses up its budget of restarts ends the run.
+buffer. A worker that uses up its budget of restarts ends the run, and so does the learner.
+
+A lost learner rank restarts all ranks, which do the steps since the newest checkpoint again
+(`LearnerGroup.restore`). A lost replay actor is replaced by one that goes on from its journal. The
+engines generate meanwhile, within the staleness bound.
 """
 
 from __future__ import annotations
@@ -19,14 +23,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 from dapo_async.config import MAX_RESTARTS
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
 from dapo_async.weights import Publisher
@@ -117,6 +123,8 @@ class Supervisor:
         *,
         replay: ReplayHandle,
         publisher: Publisher,
+        start_replay: Callable[[int], Any],
+        start_rank: Callable[[int, Path | None], Any],
         start_worker: Callable[[str, int], Any],
         start_evaluator: Callable[[], Any],
         silence_s: float,
@@ -126,12 +134,15 @@ class Supervisor:
         now_s: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`start_worker(name, start)` and `start_evaluator()` return Ray's handle of a new actor.
+        """`start_replay(process)`, `start_rank(number, state)`, `start_worker(name, start)` and
+        `start_evaluator()` return Ray's handle of a new actor.
 
-        `start`: 1 for the first replacement of a worker, and so on. `start_s`: after that time a
-        worker that is not ready is reported.
+        `state`: the `state/` folder of the checkpoint that the rank loads. `start`: 1 for the first
+        replacement of a worker, and so on. `start_s`: after that time a worker that is not ready is
+        reported.
         """
         self._replay, self._publisher = replay, publisher
+        self._start_replay, self._start_rank = start_replay, start_rank
         self._start_worker, self._start_evaluator = start_worker, start_evaluator
         self._silence_s, self._start_s, self._say = silence_s, start_s, say
         self._event = event
@@ -162,7 +173,7 @@ class Supervisor:
             await self._is_back[worker].wait()
 
     async def keep_worker(self, worker: WorkerHandle) -> None:
-        """Runs the worker; never returns. Raises ActorFailed when its budget is used up."""
+        """Runs the worker; never returns. Raises ActorDied when its budget is used up."""
         budget = RestartBudget(MAX_RESTARTS)
         self._is_back[worker.name] = asyncio.Event()
         self._is_back[worker.name].set()
@@ -201,6 +212,87 @@ class Supervisor:
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    async def keep_learner(self, learner: LearnerGroup) -> None:
+        """Restarts the ranks when one is lost; never returns. Raises ActorDied when that is not
+        possible."""
+        budget = RestartBudget(MAX_RESTARTS)
+        learner.restarts.is_kept = True
+        try:
+            rank, why = await self._until_a_rank_is_lost(learner)
+            while True:
+                if learner.redo.fault is not None:
+                    raise ActorDied(rank, f"{why}; {learner.redo.fault}")
+                learner.lose()
+                self._publisher.lose_source()
+                began_s = self._now_s()
+                await self._spend(budget, rank, Loss(why, process=True))
+                newest = self._publisher.newest
+                published = newest.version if newest is not None else None
+                try:
+                    infos = await learner.restore(self._start_rank, published=published)
+                except (ActorDied, ActorFailed, TimeoutError) as error:
+                    rank, why = getattr(error, "actor", rank), str(error)
+                    continue
+                for info in infos:
+                    self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
+                again = sum(done.batch is not None for done in learner.redo.entries)
+                self._say(
+                    f"the learner trains again after {self._now_s() - began_s:.1f} s, in which it "
+                    f"did {again} minibatches since version {learner.redo.version} again"
+                )
+                self._event("learner_restarted", actor=rank, minibatches=again)
+                rank, why = await self._until_a_rank_is_lost(learner)
+        finally:
+            learner.restarts.is_kept = False
+            learner.restarts.go_on()
+
+    async def _until_a_rank_is_lost(self, learner: LearnerGroup) -> tuple[str, str]:
+        """The rank that died, failed or hangs, and why."""
+        ranks = learner.ranks
+        watches = {
+            asyncio.create_task(watch): rank.name
+            for rank in ranks
+            for watch in (rank.watch(), until_silent(rank, self._silence_s))
+        }
+        watches[asyncio.create_task(learner.broken())] = learner.first.name
+        return await _first_end(watches)
+
+    async def keep_replay(self, workers: Sequence[WorkerHandle]) -> None:
+        """Restarts the replay actor, which recovers from its journal; never returns. Raises
+        ActorDied when its budget is used up."""
+        replay, budget = self._replay, RestartBudget(MAX_RESTARTS)
+        replay.restarts.is_kept = True
+        try:
+            why = await self._until_replay_is_lost()
+            while True:
+                replay.lose()
+                began_s = self._now_s()
+                await self._spend(budget, replay.name, Loss(why, process=True))
+                replay.replace(self._start_replay(replay.restarts.num_losses))
+                try:
+                    info = await replay.ready()
+                except (ActorDied, ActorFailed, TimeoutError) as error:
+                    why = str(error)
+                    continue
+                replay.restarts.go_on()
+                await asyncio.gather(*(worker.reconnect(replay.actor) for worker in workers))
+                self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
+                took_s = self._now_s() - began_s
+                self._say(f"replay goes on after {took_s:.1f} s, from its journal")
+                self._event("replay_restarted", actor=replay.name, seconds=round(took_s, 2))
+                why = await self._until_replay_is_lost()
+        finally:
+            replay.restarts.is_kept = False
+            replay.restarts.go_on()
+
+    async def _until_replay_is_lost(self) -> str:
+        replay = self._replay
+        watches = {
+            asyncio.create_task(watch): replay.name
+            for watch in (replay.watch(), until_silent(replay, self._silence_s))
+        }
+        return (await _first_end(watches))[1]
 
     async def keep_evaluator(self, evaluator: EvaluatorHandle) -> None:
         """Watches the evaluator; never returns. An evaluation that dies with it is left out."""
@@ -257,9 +349,10 @@ class Supervisor:
         what = "its process" if loss.process else "its engine"
         pause_s = budget.spend(self._now_s())
         if pause_s is None:
-            raise ActorFailed(
-                f"{name} lost {what}, after {budget.spent} restarts in {REFILL_S / 60:g} minutes "
-                f"({budget.limit} are allowed): {loss.why}"
+            raise ActorDied(
+                name,
+                f"lost {what}, after {budget.spent} restarts in {REFILL_S / 60:g} minutes "
+                f"({budget.limit} are allowed): {loss.why}",
             )
         self.restarts[name] += 1
         lost = "process_lost" if loss.process else "engine_lost"
@@ -309,6 +402,18 @@ class Supervisor:
         worker.is_absent = False
         self._is_back[worker.name].set()
         return ""
+
+
+async def _first_end(watches: Mapping[asyncio.Task[Any], str]) -> tuple[str, str]:
+    """The name of the watch that ends first, and why it has ended."""
+    try:
+        ended, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        first = next(iter(ended))
+        return watches[first], _end(first) if first.exception() else str(first.result())
+    finally:
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
 
 
 def _end(task: asyncio.Task[Any]) -> str:

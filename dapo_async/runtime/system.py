@@ -19,14 +19,15 @@ from dapo_async.runtime.handles.actors import (
 )
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
+from dapo_async.runtime.handles.redo_log import RedoLog
+from dapo_async.runtime.handles.restarts import DEATH_NEWS_S
 from dapo_async.runtime.launch import Actors, AnyHandle
-from dapo_async.runtime.supervisor import Supervisor, until_silent
+from dapo_async.runtime.supervisor import Supervisor
 from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.weights import Publisher
 
 T = TypeVar("T")
 Report = ReplayReport | LearnerReport | WorkerReport
-DEATH_NEWS_S = 2.0  # Ray reports a death within this time
 SLOW_START_S = 20.0  # a start that takes longer is reported, again and again
 
 
@@ -40,13 +41,16 @@ class System:
         *,
         say: Callable[[str], None],
         event: Event = ignore_event,
+        redo: RedoLog | None = None,
     ) -> None:
-        """`say` prints a line for the user; `event` adds one to the log of events."""
+        """`say` prints a line for the user; `event` adds one to the log of events. `redo`: of the
+        checkpoint that the learner resumes from."""
         self._config, self._actors, self._say, self.event = config, actors, say, event
         self.started = False
         self.processes: dict[str, ProcessInfo] = {}  # by name, as they started
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
-        self.learner = LearnerGroup(actors.ranks, config)
+        self.learner = LearnerGroup(actors.ranks, config, redo=redo)
+        self.learner.again = self.replay.batch_again
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints, reports, evaluations
         self.publisher = Publisher(
             self.learner,
@@ -59,6 +63,8 @@ class System:
         self.supervisor = Supervisor(
             replay=self.replay,
             publisher=self.publisher,
+            start_replay=actors.start_replay,
+            start_rank=actors.start_rank,
             start_worker=actors.start_worker,
             start_evaluator=actors.start_evaluator,
             silence_s=config.deadlines.ping_s,
@@ -108,30 +114,32 @@ class System:
             probe_gap=max((result.probe_gap for result in results), default=0.0),
         )
 
-    async def _regroup(self, names: Sequence[str]) -> frozenset[str]:
+    async def _regroup(self, names: Sequence[str]) -> frozenset[str] | None:
         """Forms the weight group: the learner's first rank and the ranks of the named engines.
 
-        Returns the engines that were lost meanwhile. If there are any, no group is left.
+        Returns None, or the engines that were lost meanwhile, if the group was not formed.
         """
+        learner, losses = self.learner, self.learner.restarts.num_losses
         tp = self._config.rollout.tensor_parallel
         members = [worker for worker in self.workers if worker.name in names]
         size = 1 + len(members) * tp
-        first = self.learner.first
-        address = await first.open_group()
+        address = await learner.open_group()
 
         async def join(place: int, worker: WorkerHandle) -> bool | None:
             joined = await worker.join(address, 1 + place * tp, size)
             if joined is None:  # lost: nobody has to wait for it
-                await first.leave_group()
+                await learner.leave_group()
             return joined
 
         joins = [join(place, worker) for place, worker in enumerate(members)]
-        failure, *joined = await asyncio.gather(self.learner.join(size), *joins)
+        failure, *joined = await asyncio.gather(learner.join(size), *joins)
+        if failure is None and all(joined):
+            return None
         lost = [worker.name for worker, each in zip(members, joined, strict=True) if each is None]
-        if not lost and (failure is not None or not all(joined)):
+        if not lost and learner.restarts.num_losses == losses:
             raise RuntimeError(
-                "the weight group was not formed, though no engine was lost: "
-                f"{failure or 'an engine could not join'}"
+                "the weight group was not formed, though neither an engine nor the learner was "
+                f"lost: {failure or 'an engine could not join'}"
             )
         return frozenset(lost)
 
@@ -147,14 +155,13 @@ class System:
         await asyncio.gather(*self.background)
 
     async def watched(self, main: Coroutine[Any, Any, T]) -> T:
-        """Runs `main`. Workers and the evaluator are replaced when they are lost. The first death
-        of another actor, or a failure in the background, ends it (no silent death)."""
+        """Runs `main`. Actors that are lost are replaced. An actor that can't be replaced, or a
+        failure in the background, ends it (no silent death)."""
         task = asyncio.create_task(main, name="main")
         supervisor = self.supervisor
-        core: list[ReplayHandle | LearnerHandle] = [self.replay, *self.learner.ranks]
         watches = [
-            *(asyncio.create_task(actor.watch(), name=actor.name) for actor in core),
-            *(asyncio.create_task(self._answers(actor), name=actor.name) for actor in core),
+            asyncio.create_task(supervisor.keep_replay(self.workers), name=self.replay.name),
+            asyncio.create_task(supervisor.keep_learner(self.learner), name="learner"),
             *(
                 asyncio.create_task(supervisor.keep_worker(worker), name=worker.name)
                 for worker in self.workers
@@ -189,12 +196,6 @@ class System:
                 each.cancel()
             # What they raise now follows from the first failure, which is the one to report.
             await asyncio.gather(*others, return_exceptions=True)
-
-    async def _answers(self, actor: ReplayHandle | LearnerHandle) -> None:
-        """Ends when the actor hangs: raises ActorDied, and kills it."""
-        why = await until_silent(actor, self._config.deadlines.ping_s)
-        actor.kill()
-        raise ActorDied(actor.name, why.removeprefix(f"{actor.name} "))
 
     def unserved(self) -> str:
         """Which engines the publish in flight waits for, for the message of a passed deadline: a
@@ -238,21 +239,23 @@ class System:
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | BaseException]:
         """Each actor's report, or the error that came instead. The evaluator is left out: with the
-        lowest priority it may answer late. So are workers whose process is lost."""
+        lowest priority it may answer late. So are processes that are lost and being replaced."""
         actors: list[ReplayHandle | LearnerHandle | WorkerHandle] = [
             self.replay,
-            *self.learner.ranks,
+            *(self.learner.ranks if self.learner.restarts.is_whole else ()),
             *(worker for worker in self.workers if not self.supervisor.is_gone(worker.name)),
         ]
         calls: list[Coroutine[Any, Any, Report]] = [
             actor.within(deadline_s).report() for actor in actors
         ]
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        workers = {worker.name for worker in self.workers}
+        replaced = {worker.name for worker in self.workers}
+        if self.learner.restarts.is_kept:
+            replaced |= {rank.name for rank in self.learner.ranks}
         return {
             actor.name: answer
             for actor, answer in zip(actors, answers, strict=True)
-            if not (actor.name in workers and isinstance(answer, ActorDied))
+            if not (actor.name in replaced and isinstance(answer, ActorDied))
         }
 
     @property

@@ -241,6 +241,11 @@ class RunDir:
         return self.root / "events.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """Of the replay actor, while the run goes on."""
+        return self.root / "journal"
+
+    @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
 

@@ -40,7 +40,7 @@ class WeightSource(Protocol):
         ...
 
     async def broadcast(self, announcement: Announcement) -> str | None:
-        """Returns None, or why the broadcast broke off where receivers can be lost."""
+        """Returns None, or why the broadcast broke off: a receiver or the source was lost."""
         ...
 
     async def write(self, announcement: Announcement) -> str:
@@ -93,10 +93,10 @@ class Publisher:
         transport: Literal["broadcast", "disk"],
         tolerance: float,
         deadline_s: float,
-        regroup: Callable[[Sequence[str]], Awaitable[frozenset[str]]] | None = None,
+        regroup: Callable[[Sequence[str]], Awaitable[frozenset[str] | None]] | None = None,
     ) -> None:
         """`regroup` forms the process group of a broadcast from the source and the named receivers.
-        It returns the receivers that were lost meanwhile; if there are any, there is no group.
+        Where that fails, because one of them was lost, it returns the receivers that were lost.
 
         None: there is no group to form. `tolerance` is that of the handshake's probe, in nats.
         """
@@ -107,6 +107,7 @@ class Publisher:
         self._turn = asyncio.Lock()  # held by a publish, its snapshot included, or by a restore
         self._members: tuple[str, ...] = ()  # receivers in the process group of a broadcast
         self._lost: set[str] = set()
+        self._num_source_losses = 0
         self._unproved: set[str] = set()  # receivers whose handshake is awaited
         self._written: asyncio.Task[str] | None = None  # the newest version on disk
         self._proved: Attestation | None = None  # the first right one of the newest version
@@ -172,6 +173,11 @@ class Publisher:
         self._lost.add(receiver.name)
         self._members = ()
         self._unproved.discard(receiver.name)
+
+    def lose_source(self) -> None:
+        """The learner is being restarted. Its calls wait for that; its process group is gone."""
+        self._members = ()
+        self._num_source_losses += 1
 
     async def restore(self, receiver: WeightReceiver) -> bool:
         """Brings a lost `receiver`, whose engine runs again, to the newest version.
@@ -253,9 +259,10 @@ class Publisher:
         if members != self._members and self._regroup is not None:
             self._members = members  # before the await: `lose` during it must clear this
             absent = await self._regroup(members)
-            if absent:
+            if absent is not None:
                 self._members = ()
                 return await self._deliver_by_disk(announcement, receivers, absent=absent)
+        source_losses = self._num_source_losses
         receiving = asyncio.gather(*(receiver.receive(announcement) for receiver in receivers))
         failure, attestations = await asyncio.gather(
             self._source.broadcast(announcement), receiving
@@ -264,10 +271,11 @@ class Publisher:
             return attestations
         self._members = ()
         attestations = await self._complete_by_disk(announcement, receivers, attestations)
-        if failure is not None and None not in attestations:
+        is_explained = None in attestations or self._num_source_losses > source_losses
+        if failure is not None and not is_explained:
             raise RuntimeError(
-                f"the broadcast of version {announcement.version} broke off, though no engine "
-                f"was lost: {failure}"
+                f"the broadcast of version {announcement.version} broke off, though neither an "
+                f"engine nor the learner was lost: {failure}"
             )
         return attestations
 

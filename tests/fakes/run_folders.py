@@ -11,7 +11,7 @@ from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.replay import BufferState
-from dapo_async.runtime.actors.replay import write_state
+from dapo_async.runtime.actors.replay_files import write_state
 
 DATA = "f00d"  # fingerprint of the training prompts
 REPLAY = BufferState(

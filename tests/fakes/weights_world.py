@@ -152,9 +152,9 @@ class Groups:
 
     def __init__(self) -> None:
         self.formed: list[tuple[str, ...]] = []
-        self.absent: frozenset[str] = frozenset()  # receivers that are lost while a group forms
+        self.absent: frozenset[str] | None = None  # receivers that are lost while a group forms
 
-    async def form(self, names: Sequence[str]) -> frozenset[str]:
+    async def form(self, names: Sequence[str]) -> frozenset[str] | None:
         self.formed.append(tuple(names))
         return self.absent
 

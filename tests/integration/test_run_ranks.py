@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -112,7 +113,7 @@ def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(
 
 
 @pytest.mark.ray
-def test_one_rank_resumes_from_the_checkpoint_of_two_after_the_death_of_one(
+def test_two_ranks_survive_the_death_of_one_and_one_rank_resumes_their_checkpoint(
     tmp_path: Path,
 ) -> None:
     with running(
@@ -120,10 +121,15 @@ def test_one_rank_resumes_from_the_checkpoint_of_two_after_the_death_of_one(
     ) as live:
         live.wait_for(r"^step +5/")
         os.kill(live.pid("learner-1"), signal.SIGKILL)
+        live.wait_for("^the learner trains again after", timeout_s=60.0)
+        trained = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)
+        live.wait_for(rf"^step +{int(trained[-1]) + 2}/")
+        os.kill(live.driver, signal.SIGINT)
         run = live.finish(timeout_s=20.0)
         live.seconds_until_nothing_is_left(timeout_s=10.0)
-    assert run.exit_code == 1
-    assert run.summary["reason"].startswith("learner-1 died"), run.summary["reason"]
+    assert run.exit_code == 130
+    assert "learner-1 lost its process: learner-1 died" in run.output
+    assert [row["step"] for row in run.metrics] == list(range(len(run.metrics)))
     checkpoint = run.checkpoint
     version = int(checkpoint.name.removeprefix("step_"))
     assert version >= 2

@@ -71,25 +71,20 @@ def test_a_reader_that_has_seen_enough_takes_the_lines_with_it_and_not_the_run(
     assert (summary["status"], summary["steps"], summary["caught"]) == ("done", 6, {"display": 1})
 
 
-def test_death_of_the_evaluator_ends_the_run_in_its_name(tmp_path: Path) -> None:
+def test_evaluator_runs_at_the_lowest_priority(tmp_path: Path) -> None:
     often = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "evaluation.every_steps=2")
     with running(tmp_path / "run", *TINY, *often) as live:
         live.wait_for(r"^evaluation of version \d+: ")
-        evaluator = live.pid("evaluator")
         engine = [
             thread.id
-            for thread in psutil.Process(evaluator).threads()
+            for thread in psutil.Process(live.pid("evaluator")).threads()
             if os.getpriority(os.PRIO_PROCESS, thread.id) == 19
         ]
         assert engine, "no thread of the evaluator is of the lowest priority"
-        os.kill(evaluator, signal.SIGKILL)
+        os.kill(live.driver, signal.SIGINT)
         run = live.finish(timeout_s=60.0)
         live.seconds_until_nothing_is_left(timeout_s=30.0)
-    assert run.exit_code == 1, run.output
-    assert run.summary["status"] == "failed"
-    assert run.summary["reason"].startswith("evaluator died"), run.summary["reason"]
     check_conservation(run.summary["groups"])
-    assert run.summary["groups"]["in_flight"] == 0
     assert not (run.root / "evaluated").exists()
 
 

@@ -36,6 +36,8 @@ class Exchange:
     sizes: Sequence[int] = ()  # bytes of each packed group
     start: int = 0  # how many processes the worker has had before
     records: Sequence[str] = ()  # of each group, see `rollout/group_record.py`
+    number: int = -1  # of the call among those of the worker; -1: it is not repeated
+    again: bool = False  # the replay actor may have got a call with this number before it died
 
 
 def to_arguments(groups: Sequence[Bytes]) -> list[bytes]:

@@ -3,16 +3,19 @@
 Rollout workers call exchange, evictions, fail and hand_back; the driver calls the rest. The actor
 also owns the position in the prompt stream. Its methods change the buffer between two awaits, so
 that they need no lock, and wake exactly the calls that can go on.
+
+When its process dies, another one recovers from the journal (`replay_recovery.py`) and the callers
+repeat their calls. So a call that is made twice has the effect of one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,6 @@ from dapo_async.replay import (
     OfferOutcome,
     Pacer,
     Refusal,
-    ReplayBuffer,
-    StepAcceptance,
     StopReason,
     TokenOutcome,
     custom_filter,
@@ -39,52 +40,39 @@ from dapo_async.replay import (
     num_tokens,
 )
 from dapo_async.replay.grants import share_grants
-from dapo_async.replay.group_io import (
-    pack_group,
-    read_groups,
-    take_rollouts,
-    unpack_group,
-    write_groups,
-)
+from dapo_async.replay.group_io import take_rollouts
+from dapo_async.replay.journal import Journal
 from dapo_async.replay.quarantine import Quarantine
-from dapo_async.replay.state_io import GROUPS_FILE, STATE_FILE
 from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
+from dapo_async.runtime.actors.replay_files import Payload, ReplayFiles, write_state
+from dapo_async.runtime.actors.replay_recovery import (
+    book_batch,
+    drop_batches,
+    image_extras,
+    keep_acceptance,
+    new_start,
+    payload_in,
+    recovered_start,
+)
 from dapo_async.runtime.actors.reports import ProcessInfo, ReplayReport
+from dapo_async.runtime.handles.redo_log import MOST_STEPS
 from dapo_async.tracking.group_log import GroupLog
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.tracking.samples import choose_samples, write_rollouts
 from dapo_async.types import (
     Admission,
     Completion,
-    Group,
-    GroupFacts,
     Prompt,
     RejectReason,
     TrainBatch,
 )
-from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump
 
 # Offers that no incarnation of this run has generated: their tokens are not counted.
 UNBOOKED = (Refusal.FOREIGN_INCARNATION, Refusal.UNKNOWN)
-SAMPLE_GROUPS = 2  # per step in rollouts/, unless train.record asks for all
-KEPT_ACCEPTANCES = 4  # steps whose reports may still be on their way
 # A worker's wait is answered at least this often; twice as long without an answer means a hang.
 ANSWER_EVERY_S = 30.0
-
-
-@dataclass(slots=True)
-class Payload:
-    """An accepted group: its facts, and the whole of it, packed."""
-
-    facts: GroupFacts
-    data: Bytes
-
-    @property
-    def group(self) -> Group:
-        return unpack_group(self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +81,6 @@ class Waiting:
 
     num_groups: int  # groups that the worker may have open, these included
     granted: asyncio.Future[tuple[Admission, ...]]
-
-
-def write_state(folder: Path, state: BufferState) -> None:
-    """The replay part of a checkpoint: the buffer's state as JSON, finished groups beside it."""
-    write_groups(folder / GROUPS_FILE, [each.payload.group for each in state.buffered.values()])
-    (folder / STATE_FILE).write_text(json.dumps(state.to_json()) + "\n")
-
-
-def read_state(folder: Path) -> BufferState:
-    """What `write_state` wrote."""
-    payloads = {
-        group.group_id: Payload(GroupFacts.of(group), pack_group(group))
-        for group in read_groups(folder / GROUPS_FILE)
-    }
-    return BufferState.from_json(json.loads((folder / STATE_FILE).read_text()), payloads)
 
 
 def _filters(config: Config) -> list[Filter]:
@@ -123,27 +96,64 @@ class ReplayActor:
     """Workers wait for credits in the order of their calls; each change serves the first ones."""
 
     def __init__(
-        self, config: Config, *, incarnation: str, run_dir: RunDir, resume: Path | None = None
+        self,
+        config: Config,
+        *,
+        incarnation: str,
+        run_dir: RunDir,
+        resume: Path | None = None,
+        process: int = 0,
     ) -> None:
-        """`resume`: the `state/` folder of the checkpoint to continue from."""
+        """`resume`: the `state/` folder of the checkpoint to continue from.
+
+        `process`: replay actors of this incarnation that were before this one. If there were any,
+        it goes on from their journal, and raises RuntimeError if there is none.
+        """
+        self._process = process
         self._config, self._run_dir = config, run_dir
         self._clock = StateClock("replay")
         self._prompts = load_set(
             config, config.data.train, load_tokenizer(Path(config.model.path)), training=True
         )
         self._stream = PromptStream(self._prompts.prompts, seed=config.seed)
-        new_buffer = (
-            partial(ReplayBuffer.from_snapshot, read_state(resume)) if resume else ReplayBuffer
-        )
-        self._buffer = new_buffer(
-            groups_per_step=config.replay.groups_per_step,
-            max_staleness=config.replay.max_staleness,
-            num_steps=config.train.num_steps,
-            filters=_filters(config),
-            max_rejected_in_a_row=config.replay.max_rejected_in_a_row,
-            incarnation=incarnation,
-            num_minibatches=config.learner.num_minibatches,
-            whole_steps=config.replay.admission == "lockstep",
+        self._files = ReplayFiles(run_dir, record=config.train.record)
+        options: dict[str, Any] = {
+            "groups_per_step": config.replay.groups_per_step,
+            "max_staleness": config.replay.max_staleness,
+            "num_steps": config.train.num_steps,
+            "filters": _filters(config),
+            "max_rejected_in_a_row": config.replay.max_rejected_in_a_row,
+            "incarnation": incarnation,
+            "num_minibatches": config.learner.num_minibatches,
+            "whole_steps": config.replay.admission == "lockstep",
+        }
+        journal = Journal(run_dir.journal)
+        if process:
+            self._state = state = recovered_start(options, journal)
+        else:
+            journal.remove()
+            self._state = state = new_start(options, resume)
+        self._buffer, self._book = state.buffer, state.book
+        # Batches of the process before, of which the learner may have got the first one.
+        self._left = deque(state.untrained)
+        # By group id: of groups that were handed back, until they are admitted again.
+        self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
+        # Groups that the learner has got or gets next and that are not booked, by id.
+        self._in_training: dict[int, Payload] = {
+            group_id: payload
+            for batch in state.untrained
+            for group_id, payload in zip(batch.group_ids, batch.references, strict=True)
+        }
+        # The step that is open, or the newest one, and its groups that are booked, in their order.
+        self._step = state.untrained[0].learner_version if state.untrained else -1
+        self._of_step: dict[int, Payload] = {
+            group_id: payload_in(journal, group_id)
+            for group_id, step in state.kept.items()
+            if step == self._step
+        }
+        self._cut = self._buffer.cut_version  # the newest step that has ended early
+        self._buffer.keep_journal(
+            journal, data_of=attrgetter("data"), extras=partial(image_extras, state)
         )
         self._quarantine = Quarantine(len(self._prompts.prompts), run_dir.quarantined())
         self._log = GroupLog(
@@ -161,32 +171,13 @@ class ReplayActor:
         self._lockstep = config.replay.admission == "lockstep"
         self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
         self._captured: BufferState | None = None
-        # Groups that the learner has got or gets next and that are not booked, by id.
-        self._in_training: dict[int, Payload] = {}
-        # The groups of the newest step that the learner has got so far, in the order of training.
-        self._of_step: dict[int, Payload] = {}
-        self._step = -1  # that step
-        self._whole = -1  # the newest step whose last minibatch the learner has got
-        self._cut = -1  # the newest step that has ended early
-        self._writes: set[asyncio.Task[None]] = set()  # samples and recorded batches
-        self._unwritten: Counter[str] = Counter()  # files that the disk refused, by kind
-        self._disk_fault: str | None = None  # the newest reason
         self._news = asyncio.Event()  # the buffer has changed: a waiting take looks again
         # The batch of the next step, on its way into Ray's store; None: not complete yet.
         self._next_batch: asyncio.Task[TrainBatch] | None = None
         self._next_step = -1  # its step
         self._ahead: int | None = None  # the version whose batch may be taken before its take
-        # By group id: of groups that were handed back, until they are admitted again.
-        self._partial_completions: dict[int, tuple[Completion | None, ...]] = {}
         self._waiting: dict[str, Waiting] = {}  # by worker, the longest wait first
-        self._suspended: set[str] = set()  # workers that are admitted nothing
-        self._num_lost: Counter[str] = Counter()  # by worker, its processes that are gone
-        # By worker: response tokens that its processes have brought, less those that they got.
-        self._balance: Counter[str] = Counter()
-        self._evicted: defaultdict[str, list[int]] = defaultdict(list)  # by worker, to be named
         self._eviction_waits: dict[str, asyncio.Future[None]] = {}  # by worker
-        self._acceptance: dict[int, StepAcceptance] = {}
-        self._first_admission_s: float | None = None
         self._clock.enter("wait")
 
     async def ready(self) -> ProcessInfo:
@@ -208,12 +199,12 @@ class ReplayActor:
 
         Admissions on their way to the worker count as open, so that it never gets too many.
         """
-        worker = exchange.worker
-        is_lost = exchange.start < self._num_lost[worker]
-        if exchange.facts:
+        worker, number = exchange.worker, exchange.number
+        is_lost = self._book.is_lost(worker, exchange.start)
+        if exchange.facts and not self._book.was_made(worker, number):
             with self._clock.during("offer"):
                 tokens = self._offer(exchange, from_arguments(arguments, exchange.sizes))
-                self._balance[worker] += 0 if is_lost else tokens
+                self._book.call(worker, number, tokens=0 if is_lost else tokens)
         if is_lost:  # a call that was under way when the process died
             self._changed()
             return ()
@@ -224,8 +215,8 @@ class ReplayActor:
             self._waiting.pop(worker, None)
             self._changed()
             return ()
-        granted = asyncio.get_running_loop().create_future()
-        wait = Waiting(exchange.num_free + exchange.num_open, granted)
+        future = asyncio.get_running_loop().create_future()
+        wait = Waiting(exchange.num_free + exchange.num_open, future)
         self._waiting[worker] = wait  # in the place of the wait before
         self._changed()
         await asyncio.wait([wait.granted], timeout=ANSWER_EVERY_S)
@@ -234,11 +225,26 @@ class ReplayActor:
         del self._waiting[worker]
         return ()
 
+    async def resume(self, worker: str, start: int, open_groups: Sequence[int]) -> None:
+        """`worker`, which the process before has known, has these groups in hand.
+
+        Other groups that it was admitted never reached it: they go to the next worker that asks.
+        """
+        if self._book.is_lost(worker, start):
+            return
+        lost = self._buffer.generating_on(worker) - {*open_groups}
+        for group_id in sorted(lost):
+            self._buffer.hand_back(group_id)
+        self._log.add("handed_back", sorted(lost), tokens=0)
+        self._changed()
+
     def _offer(self, exchange: Exchange, packed: Sequence[Bytes]) -> int:
         """Returns the response tokens that the buffer has booked."""
         several, booked = len(packed) > 1, 0
         records = exchange.records or [""] * len(packed)
         for offered, data, record in zip(exchange.facts, packed, records, strict=True):
+            if exchange.again and not self._buffer.is_generating(offered.group_id):
+                continue  # the process before has got it, or it has ended since
             whole = self._config.replay.filter is not None
             payload = Payload(offered, data)
             if self._quarantine.counts_failures:
@@ -259,16 +265,10 @@ class ReplayActor:
         else:
             self._log.add(outcome.value, [group_id])
 
-    def _write_log(self) -> None:
-        """Writes the newest events of the groups, beside this thread."""
-        write = partial(self._log.append, self._log.take_text())
-        writing = asyncio.to_thread(self._attempt, "groups.jsonl", write)
-        self._writes.add(asyncio.create_task(writing))
-
     def _changed(self) -> None:
         """After each change of the buffer: everything that has become possible happens now."""
         if self._log.is_full:
-            self._write_log()
+            self._files.write_log(self._log)
         self._grant()
         self._take_ahead()
         self._news.set()
@@ -281,7 +281,7 @@ class ReplayActor:
         wanted = {
             worker: max(0, wait.num_groups - self._buffer.num_generating_on(worker))
             for worker, wait in self._waiting.items()
-            if worker not in self._suspended
+            if worker not in self._book.suspended
         }
         if self._lockstep and any(wanted.values()):
             # Lockstep admits a whole wave, whatever number of slots happens to be free.
@@ -290,11 +290,15 @@ class ReplayActor:
             granted = share_grants(wanted, admissible)
         for worker, count in granted.items():
             with self._clock.during("admit"):
-                self._first_admission_s = self._first_admission_s or self._clock.now_s()
+                if self._state.first_admission_s is None:
+                    self._state.first_admission_s = now_s = self._clock.now_s()
+                    self._buffer.note("first", s=now_s)
                 group_ids = [self._admit(worker) for _ in range(count)]
                 admissions = tuple(map(self._admission, group_ids))
                 for admission in admissions:
-                    self._balance[worker] -= num_tokens(admission.partial_completions)
+                    tokens = num_tokens(admission.partial_completions)
+                    self._state.partial_tokens.pop(admission.group_id, None)
+                    self._book.add_tokens(worker, -tokens)
                 rows = [admission.prompt.row for admission in admissions]
                 self._log.admit(group_ids, worker=worker, version=self._served_version, rows=rows)
                 self._waiting.pop(worker).granted.set_result(admissions)
@@ -355,22 +359,29 @@ class ReplayActor:
     def _admission(self, group_id: int) -> Admission:
         partial_completions = self._partial_completions.pop(group_id, ())
         if not self._buffer.continues(group_id):
-            self._buffer.tokens.end(TokenOutcome.REPEATED, num_tokens(partial_completions))
+            self._end_tokens(TokenOutcome.REPEATED, num_tokens(partial_completions), group_id)
             partial_completions = ()
         return Admission(
             group_id, self._stream[group_id], self._config.replay.group_size, partial_completions
         )
 
+    def _end_tokens(self, outcome: TokenOutcome, count: int, group_id: int = -1) -> None:
+        """Tokens of partial completions end here."""
+        self._state.partial_tokens.pop(group_id, None)
+        if count:
+            self._buffer.tokens.end(outcome, count)
+            self._buffer.note("ended", o=outcome.value, n=count, id=group_id)
+
     async def evictions(self, worker: str) -> tuple[int, ...]:
         """Waits for evicted groups of `worker`; names none after `ANSWER_EVERY_S`."""
-        if worker not in self._evicted:
+        if worker not in self._state.evicted:
             wait = asyncio.get_running_loop().create_future()
             self._eviction_waits[worker] = wait
             await asyncio.wait([wait], timeout=ANSWER_EVERY_S)
-        return tuple(self._evicted.pop(worker, ()))
+        return tuple(self._state.evicted.pop(worker, ()))
 
     def _evict(self, group_id: int, worker: str) -> None:
-        self._evicted[worker].append(group_id)
+        self._state.evicted[worker].append(group_id)
         wait = self._eviction_waits.pop(worker, None)
         if wait is not None and not wait.done():
             wait.set_result(None)
@@ -380,7 +391,7 @@ class ReplayActor:
 
         Its engine is lost, so its weights do not follow the served version.
         """
-        (self._suspended.add if on else self._suspended.discard)(worker)
+        self._book.suspend(worker, on)
         self._changed()
 
     async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
@@ -394,23 +405,35 @@ class ReplayActor:
     def _verifier_failed(self, prompt: Prompt, detail: str) -> None:
         row = self._quarantine.failed(prompt, detail)
         if row is not None:
-            self._attempt("quarantine.jsonl", partial(self._run_dir.log_quarantine, row))
+            self._files.write_quarantine(row)
 
     async def hand_back(
-        self, worker: str, group_id: int, partial_completions: tuple[Completion | None, ...]
+        self,
+        worker: str,
+        group_id: int,
+        partial_completions: tuple[Completion | None, ...],
+        number: int = -1,
     ) -> None:
-        """The engine of this group was lost: the next worker that asks continues it."""
-        self._balance[worker] += num_tokens(partial_completions)
+        """The engine of this group was lost: the next worker that asks continues it.
+
+        `number`: of the call.
+        """
+        tokens = num_tokens(partial_completions)
+        if self._book.was_made(worker, number):
+            return
+        self._book.call(worker, number, tokens=tokens)
         oldest_version = min(
             (each.oldest_version for each in partial_completions if each is not None),
             default=None,
         )
-        self._log.add("handed_back", [group_id], tokens=num_tokens(partial_completions))
+        self._log.add("handed_back", [group_id], tokens=tokens)
         if not self._buffer.hand_back(group_id, oldest_version=oldest_version):
             outcome = TokenOutcome.UNUSED if self._buffer.closed else TokenOutcome.EVICTED
-            self._buffer.tokens.end(outcome, num_tokens(partial_completions))
+            self._end_tokens(outcome, tokens)
         elif oldest_version is not None:
             self._partial_completions[group_id] = partial_completions
+            self._state.partial_tokens[group_id] = tokens
+            self._buffer.note("partial", id=group_id, n=tokens)
         self._changed()
 
     async def take(self, learner_version: int) -> TrainBatch | StopReason:
@@ -427,6 +450,7 @@ class ReplayActor:
         )
         try:
             async with asyncio.timeout(deadline_s):
+                self._hand_over_again()
                 while self._next_batch is None:
                     with self._clock.during("take", f"version {learner_version}"):
                         for group_id, worker in self._buffer.evict_doomed(learner_version).items():
@@ -457,16 +481,17 @@ class ReplayActor:
         assert batch.learner_version == learner_version, (batch.learner_version, learner_version)
         self._next_batch = None
         self._pacer.took(self._clock.now_s())
-        if learner_version != self._step:
-            self._step, self._of_step = learner_version, {}
-        self._of_step |= {group_id: self._in_training[group_id] for group_id in batch.group_ids}
-        if batch.closes_step:
-            self._whole = learner_version
-            self._write_in_background(learner_version)
-        if self._buffer.steps_left and not self._lockstep:
+        if self._buffer.steps_left and not self._lockstep and not self._left:
             self._ahead = learner_version + batch.closes_step
         self._changed()
         return batch
+
+    def _hand_over_again(self) -> None:
+        """The next batch is one of the process before, if it has left one."""
+        if self._left and self._next_batch is None:
+            batch = self._left.popleft()
+            self._next_step = batch.learner_version
+            self._next_batch = asyncio.create_task(self._stored(batch))
 
     def _assert_open(self, step: int) -> None:
         """Ends a take whose caller is gone. Ray does not cancel it with its caller."""
@@ -489,21 +514,17 @@ class ReplayActor:
     def _put(self, batch: TrainBatch) -> None:
         """Books a batch that was just taken and puts it into Ray's store, beside this thread."""
         if batch.closes_step:
-            self._keep_acceptance(batch.learner_version)
+            keep_acceptance(self._state, batch.learner_version)
         self._next_step = batch.learner_version
         self._log.add("taken", batch.group_ids, step=batch.learner_version)
+        self._state.untrained.append(batch)
         self._in_training.update(zip(batch.group_ids, batch.references, strict=True))
         self._next_batch = asyncio.create_task(self._stored(batch))
-
-    def _keep_acceptance(self, step: int) -> None:
-        assert self._buffer.acceptance is not None
-        self._acceptance[step] = self._buffer.acceptance
-        self._acceptance.pop(step - KEPT_ACCEPTANCES, None)
 
     async def _stored(self, batch: TrainBatch) -> TrainBatch:
         """The batch with one object per data-parallel rank. This actor owns the objects."""
         references = await asyncio.to_thread(self._put_shares, batch.references)
-        return replace(batch, references=references)
+        return replace(batch, references=references, process=self._process)
 
     def _put_shares(self, payloads: Sequence[Payload]) -> tuple[Any, ...]:
         learner = self._config.learner
@@ -526,53 +547,18 @@ class ReplayActor:
             for share in shares
         )
 
-    def _write_in_background(self, step: int) -> None:
-        """Writes the samples of a step that is complete, and all its groups if it is recorded."""
-        payloads = [*self._of_step.values()]
-        prompts = [self._stream[group_id].text for group_id in self._of_step]
-        task = asyncio.create_task(asyncio.to_thread(self._write, step, payloads, prompts))
-        self._writes.add(task)
+    async def again(self, batch: TrainBatch) -> TrainBatch:
+        """`batch` with new objects: those of the process before are gone with it."""
+        payloads = [self._payload(group_id) for group_id in batch.group_ids]
+        return await self._stored(replace(batch, references=tuple(payloads)))
 
-    def _write(self, step: int, payloads: Sequence[Payload], prompts: Sequence[str]) -> None:
-        """Unpacks only the groups that it writes."""
-        record = self._config.train.record
-        count = len(payloads) if record else SAMPLE_GROUPS
-        chosen = choose_samples([payload.facts for payload in payloads], prompts, count)
-        samples = [payloads[each].group for each in chosen]
-        self._attempt(
-            "rollouts/",
-            lambda: write_rollouts(self._run_dir.rollouts, step=step, groups=samples),
-        )
-        if record:
-            self._attempt(
-                "recorded/", lambda: self._write_batch(self._run_dir.recorded_step, step, payloads)
-            )
-
-    def _write_batch(
-        self, path: Callable[[int], Path], step: int, payloads: Sequence[Payload]
-    ) -> Path:
-        file = path(step)
-        write_groups(file, [payload.group for payload in payloads])
-        return file
-
-    def _attempt(self, what: str, write: Callable[[], Path | None]) -> None:
-        """Writes something without which the run goes on; a file is listed with its checksum.
-
-        What the disk refuses is counted.
-        """
-        try:
-            if (path := write()) is not None:
-                self._run_dir.list_file(path)
-        except Exception as error:
-            if (why := disk_fault(error)) is None:
-                raise
-            self._unwritten[what] += 1
-            self._disk_fault = why
-
-    async def _written(self) -> None:
-        """Waits for the writes in the background; raises what they raised."""
-        writes, self._writes = self._writes, set()
-        await asyncio.gather(*writes)
+    def _payload(self, group_id: int) -> Payload:
+        """A group of the learner, from memory or from the journal."""
+        known = self._in_training.get(group_id) or self._of_step.get(group_id)
+        if known is not None:
+            return known
+        assert self._buffer.journal is not None
+        return payload_in(self._buffer.journal, group_id)
 
     async def trained(
         self,
@@ -586,38 +572,64 @@ class ReplayActor:
         """Books a minibatch of `step`; one that is `non_finite` or `held` has changed no weight.
 
         A minibatch whose loss or gradient was not finite is kept on disk for inspection, and so is
-        a `guarded` one.
+        a `guarded` one. A minibatch that was booked before is not booked again.
         """
-        payloads = [self._in_training.pop(group_id) for group_id in group_ids]
-        if non_finite:
-            write = partial(self._write_batch, self._run_dir.non_finite_step, step, payloads)
-            await asyncio.to_thread(self._attempt, "non_finite/", write)
-        elif guarded:
-            write = partial(self._write_batch, self._run_dir.guarded_step, step, payloads)
-            await asyncio.to_thread(self._attempt, "guarded/", write)
-        self._log.trained(group_ids, step=step)
+        await self._files.written()  # of the minibatch before
+        batch = book_batch(self._state, group_ids)
+        if batch is None:
+            return
+        if self._left and self._left[0].group_ids == batch.group_ids:
+            self._left.popleft()  # the learner had got it
         (self._buffer.skipped if non_finite or held else self._buffer.trained)(group_ids)
-        self._write_log()
-        if step == self._whole:
-            self._of_step = {}  # frees the groups
-        await self._written()
+        self._log.trained(group_ids, step=step)
+        payloads = {group_id: self._in_training.pop(group_id) for group_id in group_ids}
+        if step != self._step:
+            self._step, self._of_step = step, {}
+        self._of_step |= payloads
+        if batch.closes_step:
+            self._write_step()
+        self._files.write_log(self._log)
+        if non_finite or guarded:
+            kind = "non_finite" if non_finite else "guarded"
+            await self._files.keep_batch(kind, step, [*payloads.values()])
+        self._forget(step - MOST_STEPS)
+
+    def _write_step(self) -> None:
+        """Writes samples of the step, which has ended, and frees its groups."""
+        prompts = [self._stream[group_id].text for group_id in self._of_step]
+        self._files.write_step(self._step, [*self._of_step.values()], prompts)
+        self._of_step = {}
+
+    async def checkpointed(self, version: int) -> None:
+        """A checkpoint of `version` is on disk: a restarted learner needs no step before it."""
+        self._forget(version - 1)
+
+    def _forget(self, step: int) -> None:
+        """The groups of this step and of those before it need not be kept in the journal."""
+        kept, journal = self._state.kept, self._buffer.journal
+        for group_id in [each for each, of_step in kept.items() if of_step <= step]:
+            del kept[group_id]
+        if journal is not None and journal.is_open:
+            journal.forget({*kept, *self._in_training, *self._buffer.buffered})
 
     async def cut(self, step: int) -> None:
         """The learner has ended `step` before its last minibatch: the run ends, or a loss was not
         finite. The groups that it has not trained are for later steps."""
+        if step <= self._cut:
+            return  # the process before has done it
         self._cut, self._ahead = step, None
         if self._next_batch is not None and self._next_step == step:
             self._next_batch = None
         returned = self._buffer.cut_step(step)
         self._log.add("returned", returned, step=step)
+        drop_batches(self._state, returned)
+        self._left = deque(batch for batch in self._left if batch.learner_version != step)
         for group_id in returned:
             del self._in_training[group_id]
-            self._of_step.pop(group_id, None)
-        if step not in self._acceptance:
-            self._keep_acceptance(step)
-        await self._written()  # the groups of the step may have been written with those returned
-        self._write_in_background(step)
-        self._of_step = {}
+        if step not in self._state.acceptance:
+            keep_acceptance(self._state, step)
+        if self._step == step and self._of_step:
+            self._write_step()
         self._news.set()  # ends a take of the step whose caller is gone
         if self._buffer.steps_left and not self._lockstep and self._next_batch is None:
             self._ahead = step + 1
@@ -626,7 +638,7 @@ class ReplayActor:
     async def serve(self, version: int, release: Sequence[int] = ()) -> None:
         """Every engine serves `version`: the credits of the groups that trained it return."""
         self._buffer.serve(version)
-        self._buffer.release(release)
+        self._buffer.release([each for each in release if self._buffer.awaits(each)])
         self._log.add("released", release, version=version)
         self._changed()
 
@@ -636,31 +648,34 @@ class ReplayActor:
         The groups that it generated are admitted again, to the next worker that asks. Returns the
         response tokens that all processes of the worker have brought, less those that they got.
         """
-        self._num_lost[worker] = start + 1
+        self._book.lose(worker, start)
         self._log.add("handed_back", self._buffer.lose_worker(worker), tokens=0)
-        self._evicted.pop(worker, None)
+        self._state.evicted.pop(worker, None)
         waiting = self._waiting.pop(worker, None)
         if waiting is not None and not waiting.granted.done():
             waiting.granted.set_result(())
         self._changed()
-        return self._balance[worker]
+        return self._book.balance[worker]
 
     async def close(self) -> None:
         """The run ends: groups in flight end unused, offers are refused."""
         if not self._buffer.closed:
             self._buffer.close()
-            for partial_completions in self._partial_completions.values():
-                self._buffer.tokens.end(TokenOutcome.UNUSED, num_tokens(partial_completions))
+            for group_id, partial_completions in self._partial_completions.items():
+                self._end_tokens(TokenOutcome.UNUSED, num_tokens(partial_completions), group_id)
             self._partial_completions.clear()
         self._buffer.check()
         self._ahead = None
         self._news.set()
-        self._write_log()
-        await self._written()
+        self._files.write_log(self._log)
+        await self._files.written()
+        if self._buffer.journal is not None:  # the last checkpoint has everything
+            await asyncio.to_thread(self._buffer.journal.remove)
 
     async def capture_state(self, version: int) -> None:
         """Keeps the state of this moment, between two steps of the learner, for `save`."""
         self._captured = self._buffer.snapshot(version)
+        self._buffer.begin_segment()
 
     async def save(self, state: Path) -> None:
         """Writes the captured state into the folder `state`, beside everything else."""
@@ -678,8 +693,8 @@ class ReplayActor:
         return ReplayReport(
             spans=tuple(self._clock.take_spans()),
             counts=buffer.counts,
-            acceptance=dict(self._acceptance),
-            first_admission_s=self._first_admission_s,
+            acceptance=dict(self._state.acceptance),
+            first_admission_s=self._state.first_admission_s,
             buffered=buffer.num_buffered,
             generating=buffer.num_generating,
             credits_held=buffer.credits_held,
@@ -689,7 +704,7 @@ class ReplayActor:
             offered=buffer.num_offered,
             accepted=buffer.num_accepted,
             quarantined=self._quarantine.lines,
-            unwritten=dict(self._unwritten),
-            disk_fault=self._disk_fault,
+            unwritten=dict(self._files.unwritten),
+            disk_fault=self._files.disk_fault,
             flow=tuple(self._log.take_points()),
         )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.actor import ActorHandle
 
@@ -24,7 +26,7 @@ from dapo_async.runtime.actors.offers import Exchange, to_arguments
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.cluster import limits
-from dapo_async.runtime.handles.handle import Handle, remote
+from dapo_async.runtime.handles.handle import ActorDied, Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump
@@ -33,8 +35,10 @@ from dapo_async.weights import Announcement, Attestation, BrokenOff
 if TYPE_CHECKING:
     from dapo_async.runtime.actors.engine_host import EngineHost
 
+T = TypeVar("T")
 JOIN_SHARE = 0.6  # of deadlines.answer_s; the learner waits half of it for the weight group
 UPDATE_SHARE = 0.8  # of deadlines.answer_s, for one engine's part of an update
+CALLS_OF_A_PROCESS = 10**12  # numbers of calls that one process of a worker has for itself
 ANSWER_S = 2 * ANSWER_EVERY_S  # a healthy replay actor has answered by then
 
 
@@ -43,30 +47,89 @@ def _answer(_: DeadlinesConfig) -> float:
 
 
 class ReplayClient(Handle[ReplayActor]):
-    """The worker's handle of the replay actor, which answers within `ANSWER_EVERY_S`."""
+    """The worker's handle of the replay actor, which answers within `ANSWER_EVERY_S`.
 
-    evictions = remote(ReplayActor.evictions, _answer)
-    fail = remote(ReplayActor.fail, _answer)
-    _hand_back = remote(ReplayActor.hand_back, _answer)
-    _exchange = remote(ReplayActor.exchange, _answer)
+    A call that the death of the replay actor breaks off is repeated to the next one, which tells by
+    its number whether the one before has made it.
+    """
+
+    _evictions = remote(ReplayActor.evictions, _answer, repeatable=True)
+    _fail = remote(ReplayActor.fail, _answer, repeatable=True)
+    _hand_back = remote(ReplayActor.hand_back, _answer, repeatable=True)
+    _resume = remote(ReplayActor.resume, _answer, repeatable=True)
+    _exchange = remote(ReplayActor.exchange, _answer, repeatable=True)
 
     def __init__(self, *args: Any, start: int = 0, **kwargs: Any) -> None:
         """`start`: how many processes the worker has had before."""
         super().__init__(*args, **kwargs)
         self._start = start
+        self._numbers = count(start * CALLS_OF_A_PROCESS)
+        self._num_replaced, self._is_replaced = 0, asyncio.Event()
+
+    async def go_on_with(self, actor: Any, open_groups: Sequence[int]) -> None:
+        """From now on the calls go to `actor`, which is told the groups in hand first."""
+        self.replace(actor)
+        await self._resume(self._caller, self._start, open_groups)
+        self._num_replaced += 1
+        self._is_replaced.set()
+
+    async def evictions(self, worker: str) -> tuple[int, ...]:
+        return await self._again(lambda _: self._evictions(worker))
+
+    async def fail(self, group_ids: Sequence[int], why: str, detail: str = "") -> None:
+        await self._again(lambda _: self._fail(group_ids, why, detail))
 
     async def exchange(
         self, worker: str, offers: Sequence[Offer], *, num_free: int, num_open: int
     ) -> tuple[Admission, ...]:
         facts, packed = [each.facts for each in offers], [each.data for each in offers]
-        sizes, records = [len(data) for data in packed], [each.record for each in offers]
-        exchange = Exchange(worker, num_free, num_open, facts, sizes, self._start, records)
-        return await self._exchange(exchange, *to_arguments(packed))
+        exchange = Exchange(
+            worker,
+            num_free,
+            num_open,
+            facts,
+            sizes=[len(data) for data in packed],
+            start=self._start,
+            records=[each.record for each in offers],
+            number=next(self._numbers),
+        )
+        arguments = to_arguments(packed)
+        return await self._again(
+            lambda again: self._exchange(replace(exchange, again=again), *arguments)
+        )
 
     async def hand_back(
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
-        await self._hand_back(self._caller, group_id, partial_completions)
+        number = next(self._numbers)
+        await self._again(
+            lambda _: self._hand_back(self._caller, group_id, partial_completions, number)
+        )
+
+    async def _again(self, call: Callable[[bool], Awaitable[T]]) -> T:
+        """The result of `call(again)`. Raises ActorDied when no new replay actor comes in time."""
+        again = False
+        while True:
+            replaced = self._num_replaced
+            try:
+                return await call(again)
+            except ActorDied:
+                again = True
+                await self._next(replaced)
+
+    async def _next(self, replaced: int) -> None:
+        """Waits for the replay actor after the one that has died."""
+        limit_s = self._deadlines.start_s
+        try:
+            async with asyncio.timeout(limit_s):
+                while self._num_replaced == replaced:
+                    self._is_replaced.clear()
+                    await self._is_replaced.wait()
+        except TimeoutError as error:
+            raise ActorDied(
+                self.name,
+                f"died, and {self._caller} waited {limit_s:g} s (deadlines.start_s) for a new one",
+            ) from error
 
 
 class RolloutActor:
@@ -161,6 +224,11 @@ class RolloutActor:
     async def lost(self) -> str:
         """Waits until the engine is lost; returns why."""
         return await self._worker.lost()
+
+    async def reconnect(self, replay: ActorHandle[ReplayActor]) -> None:
+        """The replay actor was restarted: its calls go to `replay` from now on."""
+        open_groups = self._worker.open_groups if self._is_ready else []
+        await self._replay.go_on_with(replay, open_groups)
 
     async def restart(self) -> None:
         """Starts a lost engine again; it generates nothing before `read` and `confirm`."""

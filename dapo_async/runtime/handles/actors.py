@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from dapo_async.config import DeadlinesConfig
 from dapo_async.runtime.actors.evaluator import EvaluatorActor
@@ -13,6 +17,8 @@ from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import RolloutActor
 from dapo_async.runtime.handles.handle import ActorDied, Handle, remote
+from dapo_async.runtime.handles.restarts import Restarts
+from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation
 
 SHORT_S = 60.0  # for calls that a healthy actor answers at once
@@ -54,8 +60,44 @@ def _return(deadlines: DeadlinesConfig) -> float:
     return _start_with_margin(deadlines) + deadlines.answer_s
 
 
+# Calls of the replay actor that are for one process.
+UNREPEATED = frozenset(("ready", "alive", "ping", "dump"))
+
+
 class ReplayHandle(Handle[ReplayActor]):
-    """The replay actor."""
+    """The replay actor. Calls that its death breaks off are repeated to the next process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.restarts = Restarts()
+        self._captured_after = 0  # losses before the newest capture
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        call = partial(super()._call, method, *args, **kwargs)
+        if method in UNREPEATED:
+            return await call()
+        return await self.restarts.again(call)
+
+    def lose(self) -> None:
+        """Its process is dead or useless."""
+        self.restarts.lose()
+        self.kill()
+
+    async def batch_again(self, batch: TrainBatch) -> TrainBatch:
+        """`batch`, with new objects if its own are gone with the process that made them."""
+        if batch.process == self.restarts.num_losses:
+            return batch
+        return await self._again(replace(batch, references=()))
+
+    async def capture_state(self, version: int) -> None:
+        await self._capture_state(version)
+        self._captured_after = self.restarts.num_losses
+
+    async def save(self, state: Path) -> None:
+        """Raises ActorDied after a loss, with which the captured state is gone."""
+        if self._captured_after != self.restarts.num_losses:
+            raise ActorDied(self.name, "was restarted after its state was captured")
+        await self._save(state)
 
     ready = remote(ReplayActor.ready, _start_with_margin)
     watch = remote(ReplayActor.alive, _unlimited, repeatable=True)
@@ -66,8 +108,10 @@ class ReplayHandle(Handle[ReplayActor]):
     serve = remote(ReplayActor.serve, _short)
     suspend = remote(ReplayActor.suspend, _short, repeatable=True)
     lose_worker = remote(ReplayActor.lose_worker, _short, repeatable=True)
-    capture_state = remote(ReplayActor.capture_state, _short)
-    save = remote(ReplayActor.save, _work)
+    checkpointed = remote(ReplayActor.checkpointed, _short)
+    _again = remote(ReplayActor.again, _work)
+    _capture_state = remote(ReplayActor.capture_state, _short)
+    _save = remote(ReplayActor.save, _work)
     close = remote(ReplayActor.close, _short)
     report = remote(ReplayActor.report, _short, repeatable=True)
     dump = remote(ReplayActor.dump, _short)
@@ -118,6 +162,7 @@ class WorkerHandle(Handle[RolloutActor]):
     _join = remote(RolloutActor.join, _answer)
     _receive = remote(RolloutActor.receive, _answer)
     _read = remote(RolloutActor.read, _answer)
+    _reconnect = remote(RolloutActor.reconnect, _short)
     _quarantine = remote(RolloutActor.quarantine, _short)
     _confirm = remote(RolloutActor.confirm, _short)
 
@@ -138,6 +183,12 @@ class WorkerHandle(Handle[RolloutActor]):
             with suppress(ActorDied):
                 return await self._read(announcement, folder)
         return None
+
+    async def reconnect(self, replay: Any) -> None:
+        """Its calls go to the new replay actor, of which this is Ray's handle. A process that is
+        starting or late gets this call later."""
+        with suppress(ActorDied, TimeoutError):
+            await self._reconnect(replay)
 
     async def quarantine(self) -> None:
         if not self.is_absent:

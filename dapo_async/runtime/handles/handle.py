@@ -17,7 +17,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
 
 from dapo_async.config import DeadlinesConfig
 
@@ -44,6 +49,10 @@ class ActorFailed(RuntimeError):
     """An actor raised; the message names the actor, the method and the original error."""
 
 
+class ObjectsLost(ActorFailed):
+    """Objects that the actor needed were lost with the process that had made them."""
+
+
 class Handle(Generic[ActorClass]):
     """One actor of a run by its name. Subclasses list its methods with `remote`."""
 
@@ -52,8 +61,14 @@ class Handle(Generic[ActorClass]):
     ) -> None:
         """`actor`: Ray's handle. `caller`: who waits, as the messages name it."""
         self.name = name
-        self._actor, self._deadlines, self._caller = actor, deadlines, caller
+        self._process = [actor]  # shared with the handles that `within` makes
+        self._deadlines, self._caller = deadlines, caller
         self._limit_s: float | None = None
+
+    @property
+    def actor(self) -> Any:
+        """Ray's handle."""
+        return self._process[0]
 
     def within(self, limit_s: float) -> Self:
         """The same actor with `limit_s` as the deadline of every call."""
@@ -62,11 +77,11 @@ class Handle(Generic[ActorClass]):
         return handle
 
     def kill(self) -> None:
-        ray.kill(self._actor)
+        ray.kill(self.actor)
 
     def replace(self, actor: Any) -> None:
         """From now on the calls go to `actor`, which does the work of the one before."""
-        self._actor = actor
+        self._process[0] = actor
 
     async def _call(
         self,
@@ -82,7 +97,7 @@ class Handle(Generic[ActorClass]):
             async with asyncio.timeout(limit_s):
                 if repeatable:
                     return await self._call_again(method, args, kwargs)
-                return await getattr(self._actor, method).remote(*args, **kwargs)
+                return await getattr(self.actor, method).remote(*args, **kwargs)
         except TimeoutError as error:
             if isinstance(error, RayTaskError):  # the actor itself gave up waiting
                 raise TimeoutError(str(_original(error))) from error
@@ -94,7 +109,9 @@ class Handle(Generic[ActorClass]):
                 self.name, f"died while {self._caller} waited for {method}: {_exit_detail(error)}"
             ) from error
         except RayTaskError as error:
-            raise ActorFailed(f"{self.name} failed in {method}: {_original(error)!r}") from error
+            original = _original(error)
+            kind = ObjectsLost if isinstance(original, ObjectLostError) else ActorFailed
+            raise kind(f"{self.name} failed in {method}: {original!r}") from error
 
     async def _call_again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Repeats the call while the connection is broken, for `BREAK_S` at most.
@@ -106,7 +123,7 @@ class Handle(Generic[ActorClass]):
         while True:
             began_s = loop.time()
             try:
-                return await getattr(self._actor, method).remote(*args, **kwargs)
+                return await getattr(self.actor, method).remote(*args, **kwargs)
             except ActorUnavailableError:
                 if broken_s is None or loop.time() - began_s > BREAK_S:
                     broken_s = loop.time()  # it worked meanwhile

@@ -2,12 +2,21 @@
 
 Ranks are numbered data-parallel index x tensor_parallel + tensor-parallel index. All ranks work
 together on the model; the first one alone publishes and writes weights.
+
+When a rank is lost, the supervisor restarts all of them within the run:
+
+    lose ──▶ new processes load the newest checkpoint ──▶ they do the minibatches since then again
+
+The same minibatches in the same order give the same weights, so that no group is trained twice and
+the engines go on with the weights that they have. Calls that a loss breaks off wait and are
+repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +24,9 @@ from typing import Any, TypeVar
 from dapo_async.config import Config
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import LearnerHandle
-from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ObjectsLost
+from dapo_async.runtime.handles.redo_log import RedoLog
+from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement
 
@@ -26,9 +37,18 @@ PING_S = 2.0  # an actor answers while its rank computes: without an answer it h
 class LearnerGroup:
     """All learner ranks; also the publisher's `WeightSource`."""
 
-    def __init__(self, ranks: Sequence[LearnerHandle], config: Config) -> None:
+    def __init__(
+        self, ranks: Sequence[LearnerHandle], config: Config, *, redo: RedoLog | None = None
+    ) -> None:
+        """`redo`: of the checkpoint that the ranks have loaded."""
         self.ranks = list(ranks)
+        self.redo = redo or RedoLog()
+        self.restarts = Restarts()
+        # Gives a batch with new objects, when those of the batch are gone with a replay actor.
+        self.again: Callable[[TrainBatch], Awaitable[TrainBatch]] | None = None
         self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
+        self._captured_after = 0  # losses before the newest capture
+        self._fault, self._is_broken = "", asyncio.Event()
 
     @property
     def first(self) -> LearnerHandle:
@@ -39,75 +59,173 @@ class LearnerGroup:
         address = await self.first.open_mesh() if len(self.ranks) > 1 else None
         return await self._together(rank.ready(address) for rank in self.ranks)
 
+    def lose(self) -> None:
+        """A rank is lost: ends all of them, for they work together. Calls wait for `restore`."""
+        self.restarts.lose()
+        self._is_broken.clear()
+        for rank in self.ranks:
+            rank.kill()
+
+    async def restore(
+        self, start: Callable[[int, Path | None], Any], *, published: int | None
+    ) -> list[ProcessInfo]:
+        """Starts all ranks again and brings them to where they were.
+
+        `start(number, state)` returns Ray's handle of a new actor that loads `state`. `published`:
+        the newest version whose weights may still be sent; its snapshot is taken again. Raises as
+        calls of the ranks do; then call `lose` and `restore` again.
+        """
+        for number, rank in enumerate(self.ranks):
+            rank.replace(start(number, self.redo.state))
+        infos = await self.ready()
+        await self._redo(published)
+        self.restarts.go_on()
+        return infos
+
+    async def broken(self) -> str:
+        """Waits until a minibatch has failed in a part of the ranks; returns why.
+
+        The ranks are not in step any more then, and have to be restarted.
+        """
+        await self._is_broken.wait()
+        return self._fault
+
+    async def _redo(self, published: int | None) -> None:
+        """Trains on the minibatches since the checkpoint again."""
+        has_snapshot = published is None
+        for done in self.redo.entries:
+            if done.step == published and not has_snapshot:
+                has_snapshot = True
+                await self._snapshot()
+            if done.batch is not None:
+                await self._minibatch(done.batch)
+            else:
+                await self._end_step()
+        if not has_snapshot:
+            await self._snapshot()
+
+    def saved(self, version: int, state: Path) -> None:
+        """A checkpoint of `version` is on disk; a restart begins there."""
+        self.redo.saved(version, state)
+
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
         """One minibatch on all ranks; each data-parallel rank fetches only its share."""
+        metrics = await self.restarts.again(lambda: self._minibatch(batch))
+        self.redo.add(batch)
+        return metrics
+
+    async def _minibatch(self, batch: TrainBatch) -> StepMetrics:
+        if self.again is not None:
+            batch = await self.again(batch)
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
-        metrics = await self._together(
-            rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
-        )
+        try:
+            metrics = await self._together(
+                rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
+            )
+        except ObjectsLost as error:
+            self._fault = str(error)
+            self._is_broken.set()
+            raise
         # The ranks of one tensor-parallel axis saw the same groups: the first of each counts.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
 
     async def end_step(self) -> None:
         """Ends a step before its last minibatch, on all ranks."""
+        await self.restarts.again(self._end_step)
+        self.redo.end_step()
+
+    async def _end_step(self) -> None:
         await self._together(rank.end_step() for rank in self.ranks)
 
     async def snapshot(self) -> Announcement:
         """Copies the current weights for the next publish; the first rank announces them."""
+        return await self.restarts.again(self._snapshot)
+
+    async def _snapshot(self) -> Announcement:
         announcement, *_ = await self._together(rank.snapshot() for rank in self.ranks)
         assert announcement is not None, "the first rank announces"
         return announcement
 
+    async def open_group(self) -> tuple[str, int]:
+        """Opens the rendezvous of the weight group; returns its address."""
+        return await self.restarts.again(self.first.open_group)
+
+    async def leave_group(self) -> None:
+        """Closes the weight group, so that its members stop waiting."""
+        with suppress(ActorDied):  # closes it, too
+            await self.first.leave_group()
+
     async def join(self, world_size: int) -> str | None:
         """Joins the weight group. Returns why it was not formed, or None.
 
-        It fails when an engine is lost. The rendezvous is closed then, so that the other engines
-        stop waiting for the rest.
+        It fails when an engine or this learner is lost. The rendezvous is closed then, so that the
+        other engines stop waiting for the rest.
         """
-        return await self._with_engines(self.first.join(world_size))
+        return await self._with_engines(lambda: self.first.join(world_size))
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Sends the weights to the engines. Returns why the broadcast broke off, or None.
 
-        It breaks off when an engine is lost. The group is closed then, so that the other engines
-        stop waiting for the rest.
+        It breaks off when an engine or this learner is lost. The group is closed then, so that the
+        other engines stop waiting for the rest.
         """
-        return await self._with_engines(self.first.broadcast(announcement))
+        return await self._with_engines(lambda: self.first.broadcast(announcement))
 
-    async def _with_engines(self, call: Coroutine[Any, Any, None]) -> str | None:
+    async def _with_engines(self, call: Callable[[], Coroutine[Any, Any, None]]) -> str | None:
         """A collective call with the engines. Returns why it failed, with the group closed."""
+        losses = self.restarts.num_losses
         try:
-            await call
+            await call()
         except ActorFailed as error:
-            await self.first.leave_group()
+            await self.leave_group()
+            return str(error)
+        except ActorDied as error:
+            if not await self.restarts.was_lost(losses):
+                raise
             return str(error)
         return None
 
     async def checksum(self, announcement: Announcement) -> str:
         """The checksum of the announced weights."""
-        return await self.first.checksum(announcement)
+        return await self.restarts.again(lambda: self.first.checksum(announcement))
 
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
         """What SGLang servers must hash some of the announced weights to."""
-        return await self.first.server_hashes(announcement)
+        return await self.restarts.again(lambda: self.first.server_hashes(announcement))
 
-    async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
-        """Writes the weights to `folder`, by default the run's folder of versions; returns it."""
-        return await self.first.write(announcement, folder)
+    async def write(self, announcement: Announcement) -> str:
+        """Writes the weights to the run's folder of versions; returns it."""
+        return await self.restarts.again(lambda: self.first.write(announcement))
+
+    async def write_once(self, announcement: Announcement, folder: Path) -> str:
+        """Writes the weights to `folder`, and returns their checksum.
+
+        It is not repeated: after a loss another version may be the newest one.
+        """
+        await self.first.write(announcement, folder)
+        return await self.first.checksum(announcement)
 
     async def version(self) -> int:
         """The version of the weights; waits for a step in progress."""
-        return _common(await self._together(rank.version() for rank in self.ranks))
+        return _common(await self._on_all(lambda rank: rank.version()))
 
     async def capture_state(self) -> int:
         """Copies the whole state between two steps, for `save`; returns its version."""
-        return _common(await self._together(rank.capture_state() for rank in self.ranks))
+        version = _common(await self._on_all(lambda rank: rank.capture_state()))
+        self._captured_after = self.restarts.num_losses
+        return version
 
     async def save(self, folder: Path) -> None:
-        """Every rank writes its part of the captured state."""
+        """Every rank writes its part of the captured state. Raises ActorDied after a loss, with
+        which the captured state is gone."""
+        if self._captured_after != self.restarts.num_losses:
+            raise ActorDied("learner", "was restarted after its state was captured")
         await self._together(rank.save(folder) for rank in self.ranks)
+
+    async def _on_all(self, call: Callable[[LearnerHandle], Coroutine[Any, Any, T]]) -> list[T]:
+        return await self.restarts.again(lambda: self._together(call(rank) for rank in self.ranks))
 
     async def _together(self, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """One call per rank, all at once: ranks wait for each other inside a call."""

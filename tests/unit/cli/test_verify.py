@@ -16,7 +16,7 @@ from dapo_async.config import load, to_yaml
 from dapo_async.replay import BufferState
 from dapo_async.replay.group_io import write_groups
 from dapo_async.replay.state import Buffered
-from dapo_async.runtime.actors.replay import write_state
+from dapo_async.runtime.actors.replay_files import write_state
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.samples import write_rollouts
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder

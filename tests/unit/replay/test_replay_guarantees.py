@@ -7,12 +7,16 @@ that breaks one of them by one line fails these checks.
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from journal_world import Crashing, Recorded
 from replay_breakers import (
     AdmitsPastTheEnd,
     DropsARelease,
@@ -39,6 +43,11 @@ class Interleavings(RuleBasedStateMachine):
     Every example goes on to the end of its run.
     """
 
+    kind: type[ReplayBuffer] = ReplayBuffer
+
+    def world_of(self, buffer: ReplayBuffer) -> World:
+        return World(buffer, workers=WORKERS)
+
     @initialize(
         groups_per_take=st.integers(1, 4),
         num_minibatches=st.integers(1, 3),
@@ -48,14 +57,14 @@ class Interleavings(RuleBasedStateMachine):
     def start(
         self, groups_per_take: int, num_minibatches: int, max_staleness: int, num_steps: int
     ) -> None:
-        self.world = World(
+        self.world = self.world_of(
             make_buffer(
+                self.kind,
                 groups_per_step=groups_per_take * num_minibatches,
                 num_minibatches=num_minibatches,
                 max_staleness=max_staleness,
                 num_steps=num_steps,
-            ),
-            workers=WORKERS,
+            )
         )
 
     @precondition(lambda self: self.world.buffer.admissible())
@@ -152,6 +161,37 @@ class Interleavings(RuleBasedStateMachine):
 TestInterleavings = pytest.mark.slow(Interleavings.TestCase)
 TestInterleavings.settings = settings(
     max_examples=1500,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class CrashingInterleavings(Interleavings):
+    """All events of a replay buffer, and the death of its process between any two of them."""
+
+    kind = Recorded
+
+    def world_of(self, buffer: ReplayBuffer) -> World:
+        self.folder = Path(tempfile.mkdtemp())
+        return Crashing(buffer, self.folder, workers=WORKERS)
+
+    @rule()
+    def crash(self) -> None:
+        assert isinstance(self.world, Crashing)
+        self.world.crash()
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            if hasattr(self, "folder"):
+                shutil.rmtree(self.folder)
+
+
+TestCrashingInterleavings = pytest.mark.slow(CrashingInterleavings.TestCase)
+TestCrashingInterleavings.settings = settings(
+    max_examples=300,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -14,7 +14,8 @@ from small_disk import fill_up, make_room, small_disk
 
 from dapo_async.config import Config, TrainConfig
 from dapo_async.runtime.checkpointer import MAX_FAILED, Checkpointer, DiskRefused
-from dapo_async.runtime.handles.handle import ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.runtime.mirror import Mirror, Uploads
 from dapo_async.tracking.disk_faults import DiskFaults, RowFile
 from dapo_async.tracking.event_log import ignore_event
@@ -39,13 +40,38 @@ class Writer:
 
 
 class Replay(Writer):
+    async def checkpointed(self, version: int) -> None:
+        pass
+
     async def capture_state(self, version: int = -1) -> Any:
         return None
 
 
 class Learner(Writer):
+    restarts = Restarts()
+
+    def saved(self, version: int, state: Path) -> None:
+        assert state.is_dir(), "a restarted learner reads it"
+
     async def capture_state(self, version: int = -1) -> Any:
         return self.at
+
+
+class LostLearner(Learner):
+    """It is lost while the first checkpoint is written, and restarted."""
+
+    losses = 1
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.restarts = Restarts()
+        self.restarts.is_kept = True
+
+    async def save(self, folder: Path) -> None:
+        if self.losses:
+            self.losses -= 1
+            raise ActorDied("learner", "was restarted after its state was captured")
+        await super().save(folder)
 
 
 class LargeLearner(Learner):
@@ -214,3 +240,21 @@ async def started(made: Checkpointer, learner: Learner, version: int) -> None:
     made._system.in_background = lambda work, _: background.append(work)  # type: ignore[method-assign, assignment, return-value]
     await made.start(version)
     await background[0]
+
+
+def test_checkpoint_of_a_learner_that_is_lost_meanwhile_is_postponed(tmp_path: Path) -> None:
+    made, learner = checkpointer(tmp_path, keep=1, evaluated=None, learner=LostLearner("weights"))
+
+    async def scenario() -> None:
+        learner.at = 2
+        await made._write_or_postpone(2, {})
+        assert made.is_late, "the next step tries again"
+        assert made.folder.versions() == []
+        await save_versions(made, learner, [3])
+
+    asyncio.run(scenario())
+    assert made.folder.versions() == [3]
+    assert LINES == [
+        "the checkpoint of version 2 is postponed: learner was restarted after its state was "
+        "captured"
+    ]

@@ -38,12 +38,9 @@ class Learner:
 
     first = SimpleNamespace(name="learner")
 
-    async def checksum(self, announcement: Announcement) -> str:
-        return ""
-
-    async def write(self, announcement: Announcement, folder: Path) -> str:
+    async def write_once(self, announcement: Announcement, folder: Path) -> str:
         (folder / f"version_{announcement.version:06d}").mkdir(parents=True)
-        return str(folder)
+        return ""
 
 
 class Evaluator:

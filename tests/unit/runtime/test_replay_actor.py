@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from paths import QUICKSTART
 from replay_world import make_group
 
 from dapo_async import config as knobs
-from dapo_async.replay import StopReason, quarantine
+from dapo_async.replay import StopReason, TokenOutcome, quarantine
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
 from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors import replay as replay_actor
+from dapo_async.runtime.actors import replay_files
 from dapo_async.runtime.actors.offers import Exchange, from_arguments, to_arguments
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, GroupFacts, TrainBatch
@@ -48,7 +50,12 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     (tmp_path / "rollouts").mkdir()
     config = knobs.load(QUICKSTART)
 
-    def make(max_staleness: int, num_minibatches: int = 1, data_parallel: int = 1) -> Actor:
+    def make(
+        max_staleness: int,
+        num_minibatches: int = 1,
+        data_parallel: int = 1,
+        process: int = 0,
+    ) -> Actor:
         small = replace(
             config.replay,
             groups_per_step=num_minibatches,
@@ -67,6 +74,7 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             ),
             incarnation="first",
             run_dir=RunDir(tmp_path),
+            process=process,
         )
 
     return make
@@ -247,9 +255,10 @@ def test_a_minibatch_is_handed_over_before_the_rest_of_its_step_is_finished(
             actor._buffer.snapshot(0)
         await actor.trained(0, rest.group_ids, non_finite=False)
         assert not actor._of_step
+        await actor._files.written()
         (samples,) = (tmp_path / "rollouts").glob("*")
         assert len(samples.read_text().splitlines()) == 4  # both groups of the step
-        assert actor._acceptance[0].accepted == 2
+        assert actor._state.acceptance[0].accepted == 2
         await actor.offer("rollout-0", make_group(third, incarnation="first"))
         state = actor._buffer.snapshot(1)
         assert (state.next_step, [*state.buffered]) == (1, [third])  # taken ahead, and given back
@@ -275,7 +284,7 @@ def test_a_step_that_is_cut_gives_back_what_the_learner_has_not_trained(
         await actor.cut(0)
         state = actor._buffer.snapshot(1)
         assert (state.next_step, [*state.buffered], state.reissue) == (1, [*ids[1:3]], (ids[3],))
-        await actor._written()
+        await actor._files.written()
         (written,) = (tmp_path / "rollouts").glob("*")
         assert f"{ids[0]}" in written.read_text()
         await actor.serve(1, batch.group_ids)
@@ -496,7 +505,7 @@ def test_samples_that_the_disk_refuses_are_counted_and_the_step_is_trained(
     def refused(*_: object, **__: object) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(replay_actor, "write_rollouts", refused)
+    monkeypatch.setattr(replay_files, "write_rollouts", refused)
     actor = make_actor(0)
 
     async def step() -> None:
@@ -558,3 +567,153 @@ def test_every_end_of_a_group_is_in_its_log_as_the_ledger_counts_them(
         "handed_back": 2,
         "unused": 1,
     }
+
+
+class Reborn:
+    """A replay actor that dies now and then. `dies` starts the next process."""
+
+    def __init__(self, make: Callable[..., Actor], **options: int) -> None:
+        self._make, self._options = make, options
+        self.actor = make(**options)
+
+    def dies(self) -> Actor:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        before = self.actor
+        self.actor = self._make(**self._options, process=1)
+        assert self.actor._buffer.counts == before._buffer.counts
+        assert self.actor._buffer.credits_held == before._buffer.credits_held
+        return self.actor
+
+
+def offered(worker: str, *groups: Group, number: int, again: bool = False) -> Any:
+    packed = [pack_group(group) for group in groups]
+    facts, sizes = [GroupFacts.of(group) for group in groups], [len(data) for data in packed]
+    exchange = Exchange(worker, 0, 0, facts, sizes, number=number, again=again)
+    return exchange, *to_arguments(packed)
+
+
+def test_buffered_groups_and_credits_survive_the_process(make_actor: Callable[..., Actor]) -> None:
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=1)
+        actor = run.actor
+        await actor.serve(0)
+        first, second = await actor.ask("rollout-0", 2)
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        actor = run.dies()
+        assert actor._buffer.num_buffered == actor._buffer.num_generating == 1
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        assert batch.group_ids == (first,)
+        ((_, (data,)),) = batch.references
+        assert unpack_group(data).group_id == first
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        await actor.serve(1, batch.group_ids)
+        assert (await run.dies().report()).counts.trained == 1
+        assert await run.actor.ask("rollout-0", 2) == [2]
+
+    asyncio.run(scene())
+
+
+def test_calls_whose_answers_were_lost_have_the_effect_of_one(
+    make_actor: Callable[..., Actor],
+) -> None:
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=2)
+        actor = run.actor
+        await actor.serve(0)
+        asks = Exchange("rollout-0", 2, 0, number=1)
+        granted = [each.group_id for each in await actor.exchange(asks)]
+        actor = run.dies()
+        assert granted == [0, 1]
+        await actor.resume("rollout-0", 0, [0])  # the answer with group 1 never came
+        again = await actor.exchange(replace(asks, num_free=1, num_open=1, again=True))
+        assert [each.group_id for each in again] == [1]
+        group = make_group(0, incarnation="first", num_tokens=3)
+        await actor.exchange(*offered("rollout-0", group, number=2))
+        actor = run.dies()
+        await actor.exchange(*offered("rollout-0", group, number=2, again=True))
+        assert actor._buffer.tokens.counts.ended == {}
+        assert actor._book.balance["rollout-0"] == 6  # two siblings of three tokens
+        batch = await actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        actor = run.dies()
+        assert (await actor.take(0)).group_ids == batch.group_ids  # type: ignore[union-attr]
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        actor = run.dies()
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        await actor.serve(1, batch.group_ids)
+        actor = run.dies()
+        await actor.serve(1, batch.group_ids)
+        completion = group.rollouts[0].completion
+        await actor.hand_back("rollout-0", 1, (completion, None), 3)
+        actor = run.dies()
+        await actor.hand_back("rollout-0", 1, (completion, None), 3)
+        assert actor._book.balance["rollout-0"] == 9
+        # The partial completion was lost with the process: its tokens are generated again.
+        assert actor._buffer.tokens.counts.ended[TokenOutcome.REPEATED] == 3
+        (admission,) = await actor.exchange(Exchange("rollout-1", 1, 0, number=1))
+        assert (admission.group_id, admission.partial_completions) == (1, ())
+        actor._buffer.check()
+
+    asyncio.run(scene())
+
+
+def test_learner_that_has_a_batch_of_the_dead_process_gets_the_one_after_it(
+    make_actor: Callable[..., Actor],
+) -> None:
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=2, num_minibatches=2)
+        actor = run.actor
+        await actor.serve(0)
+        ids = await actor.ask("rollout-0", 4)
+        for group_id in ids:
+            await actor.offer("rollout-0", make_group(group_id, incarnation="first"))
+        batch = await actor.take(0)  # the next one is taken ahead
+        assert isinstance(batch, TrainBatch)
+        actor = run.dies()
+        ((_, (data,)),) = (await actor.again(replace(batch, references=()))).references
+        assert unpack_group(data).group_id == batch.group_ids[0]
+        await actor.trained(0, batch.group_ids, non_finite=False)
+        rest = await actor.take(0)
+        assert isinstance(rest, TrainBatch)
+        assert (rest.group_ids, rest.closes_step) == ((ids[1],), True)
+        actor = run.dies()
+        await actor.trained(0, rest.group_ids, non_finite=False)
+        await actor._files.written()
+        after = await actor.take(1)
+        assert isinstance(after, TrainBatch)
+        assert after.group_ids == (ids[2],)
+        # A learner that starts again at version 0 needs what it has trained.
+        for trained in (batch, rest):
+            assert (await actor.again(replace(trained, references=()))).group_ids
+
+    asyncio.run(scene())
+
+
+def test_journal_keeps_what_a_restarted_learner_needs_and_ends_with_the_run(
+    make_actor: Callable[..., Actor], tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        actor = make_actor(max_staleness=2)
+        await actor.serve(0)
+        for step in range(3):
+            (group_id, *_) = await actor.ask("rollout-0", 1)
+            await actor.offer("rollout-0", make_group(group_id, incarnation="first"))
+            batch = await actor.take(step)
+            assert isinstance(batch, TrainBatch)
+            await actor.trained(step, batch.group_ids, non_finite=False)
+            await actor.serve(step + 1, batch.group_ids)
+            await actor.capture_state(step + 1)
+        journal = actor._buffer.journal
+        assert journal is not None
+        assert sorted(journal.places) == [0, 1, 2]
+        await actor.checkpointed(2)
+        assert sorted(journal.places) == [2]
+        await actor.close()
+        assert not (tmp_path / "journal").exists()
+        with pytest.raises(RuntimeError, match="there is no journal in"):
+            make_actor(max_staleness=2, process=1)
+
+    asyncio.run(scene())

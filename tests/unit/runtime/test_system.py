@@ -10,7 +10,7 @@ from paths import QUICKSTART
 
 from dapo_async import config as knobs
 from dapo_async.evaluate import Evaluation
-from dapo_async.runtime.handles.actors import WorkerHandle
+from dapo_async.runtime.handles.actors import ReplayHandle, WorkerHandle
 from dapo_async.runtime.launch import Actors
 from dapo_async.runtime.system import System
 
@@ -27,10 +27,12 @@ def test_worker_that_is_being_replaced_evaluates_its_share_when_it_is_back() -> 
         return WorkerHandle(f"rollout-{number}", fake_actor(evaluate=evaluate), config.deadlines)
 
     actors = Actors(
-        replay=cast(Any, None),
+        replay=ReplayHandle("replay", None, config.deadlines),
         ranks=[],
         workers=[worker(0), worker(1)],
         evaluator=None,
+        start_replay=cast(Any, None),
+        start_rank=cast(Any, None),
         start_worker=cast(Any, None),
         start_evaluator=cast(Any, None),
     )

@@ -14,7 +14,7 @@ from dapo_async import config as knobs
 from dapo_async.rollout.engine import EngineFault
 from dapo_async.rollout.sglang.client import CallRefused, ServerLimits, SGLangClient
 from dapo_async.runtime.actors.sglang_host import SGLangHost
-from dapo_async.runtime.handles.actors import LearnerHandle, WorkerHandle
+from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.runtime.launch import Actors
 from dapo_async.runtime.system import System
@@ -127,8 +127,8 @@ def test_group_that_was_not_formed_costs_no_engine_but_a_fault_does() -> None:
     asyncio.run(scenario())
 
 
-def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str], list[str]]:
-    """Forms a group whose engines answer this; returns the lost ones and the learner's calls."""
+def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str] | None, list[str]]:
+    """Forms a group whose engines answer this; returns what it says, and the learner's calls."""
     config = knobs.load(QUICKSTART.with_name("quickstart_sglang.yaml"))
     calls: list[str] = []
 
@@ -152,10 +152,12 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str], list
 
     rank = fake_actor(open_group=open_group, join=join_as_sender, leave_group=leave_group)
     actors = Actors(
-        replay=cast(Any, None),
+        replay=ReplayHandle("replay", None, config.deadlines),
         ranks=[LearnerHandle("learner", rank, config.deadlines)],
         workers=[worker(number, answer) for number, answer in enumerate(engines)],
         evaluator=None,
+        start_replay=cast(Any, None),
+        start_rank=cast(Any, None),
         start_worker=cast(Any, None),
         start_evaluator=cast(Any, None),
     )
@@ -164,13 +166,13 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str], list
 
 
 def test_group_forms_of_the_learner_and_every_engine() -> None:
-    assert form(True, True) == (frozenset(), ["open", "join 3"])
+    assert form(True, True) == (None, ["open", "join 3"])
 
 
 @pytest.mark.parametrize("failure", ["", "timed out"])
 def test_engine_lost_while_the_group_forms_is_named_and_the_group_is_left(failure: str) -> None:
     lost, calls = form(None, not failure, failure=failure)
-    assert lost == {"rollout-0"}
+    assert lost == frozenset({"rollout-0"})
     # Left at once, so that nobody waits for the lost engine, and again after the learner failed.
     assert calls == ["open", "join 3", "leave", *(["leave"] if failure else [])]
 
@@ -182,5 +184,7 @@ def test_engine_lost_while_the_group_forms_is_named_and_the_group_is_left(failur
 def test_group_that_fails_without_a_lost_engine_ends_the_run(
     engines: tuple[bool, ...], failure: str, line: str
 ) -> None:
-    with pytest.raises(RuntimeError, match=f"though no engine was lost: .*{line}"):
+    with pytest.raises(
+        RuntimeError, match=f"though neither an engine nor the learner was lost: .*{line}"
+    ):
         form(*engines, failure=failure)

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from dapo_async import config as knobs
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import EvaluatorHandle, WorkerHandle
-from dapo_async.runtime.handles.handle import ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.supervisor import PINGS, ProcessState, Pulse, Supervisor
 from dapo_async.utils.restart_budget import LONGEST_PAUSE_S, REFILL_S, RestartBudget
 
@@ -101,6 +101,8 @@ class World:
         self.supervisor = Supervisor(
             replay=cast(Any, self),
             publisher=cast(Any, self),
+            start_replay=cast(Any, None),
+            start_rank=cast(Any, None),
             start_worker=self.start_worker,
             start_evaluator=self.start_evaluator,
             silence_s=DEADLINES.ping_s,
@@ -245,7 +247,7 @@ def test_worker_that_dies_again_and_again_ends_the_run_with_its_last_words(
         world.processes[0].end()
         await asyncio.sleep(5.0)
 
-    with pytest.raises(ActorFailed) as caught:
+    with pytest.raises(ActorDied) as caught:
         world.play(scene)
     line = (
         "rollout-0 lost its process, after 3 restarts in 30 minutes (3 are allowed): rollout-0 died"

@@ -401,7 +401,7 @@ def test_engines_read_from_disk_when_another_is_lost_while_the_group_forms(
     assert (first.version, second.version) == (1, -1)
     assert publisher.serving == (first,)
     assert not learner.received
-    groups.absent = frozenset()
+    groups.absent = None
     assert asyncio.run(publisher.restore(second))
     assert publish(publisher, learner.announce(2)) == [2]
     assert (first.version, second.version) == (2, 2)
@@ -422,9 +422,36 @@ def test_broken_broadcast_is_tolerated_only_if_an_engine_was_lost_in_it(tmp_path
     assert publish(publisher, learner.announce(2)) == [2]
     assert groups.formed == [("rollout-0",), ("rollout-0",)]
     learner.failure = "connection closed by peer"
-    line = "version 3 broke off, though no engine was lost: connection closed by peer"
+    line = "version 3 broke off, though neither an engine nor the learner was lost: connection cl"
     with pytest.raises(RuntimeError, match=line):
         publish(publisher, learner.announce(3))
+
+
+def test_lost_learner_completes_its_publish_by_disk_and_forms_the_group_again(
+    tmp_path: Path,
+) -> None:
+    learner, groups = FakeLearner(tmp_path), Groups()
+    engine = FakeEngine(learner)
+    publisher = make_publisher(learner, engine, groups=groups)
+    assert publish(publisher, learner.announce(1)) == [1]
+    broadcast = learner.broadcast
+
+    async def lost(announcement: Announcement) -> str | None:
+        publisher.lose_source()
+        await broadcast(announcement)
+        return "learner died while the driver waited for broadcast"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "broadcast", lost)
+        patch.setattr(engine, "receive", _breaks_off)
+        assert publish(publisher, learner.announce(2)) == [2]
+    assert publish(publisher, learner.announce(3)) == [3]
+    assert groups.formed == [("rollout-0",)] * 2
+    assert publisher.serving == (engine,)
+
+
+async def _breaks_off(announcement: Announcement) -> None:
+    return None
 
 
 def test_engines_that_a_broken_broadcast_did_not_reach_read_from_disk(tmp_path: Path) -> None:
