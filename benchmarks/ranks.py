@@ -3,6 +3,9 @@
 gloo, one thread per rank, the same rollouts for all. A speedup is the time of one process divided
 by that of the ranks, as the median of the ratios of the rounds; for two ranks it is at most 2.
 Memory is the storage of weights, gradients and moments of one rank.
+
+The ZeRO stages are compared on two data-parallel ranks in passes of at most 512 tokens. A ratio is
+the time with stage 3 divided by that with another stage.
 """
 
 from __future__ import annotations
@@ -35,10 +38,18 @@ from dapo_async.model import (
 
 HOST, TIMEOUT_S = "127.0.0.1", 300.0
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # dp, tp
+STAGES = (3, 2, 1)
+SMALL_PASSES = 512  # tokens
 
 
 def rank_process(
-    pipe: Connection, shape: dict[str, Any], num_groups: int, dp: int, tp: int, number: int
+    pipe: Connection,
+    shape: dict[str, Any],
+    num_groups: int,
+    dp: int,
+    tp: int,
+    number: int,
+    knobs: LearnerConfig,
 ) -> None:
     """Answers each message with the seconds of one step.
 
@@ -69,7 +80,6 @@ def rank_process(
     )
     for parameter in map(shard_of, decoder.parameters()):
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    knobs = LearnerConfig(lr=1e-5, warmup_steps=0, microbatch_tokens=4096)
     rank = LearnerRank(
         decoder, algorithm=AlgorithmConfig(proximal="current"), learner=knobs, mesh=mesh
     )
@@ -86,13 +96,18 @@ def rank_process(
 class Layout:
     """The processes of one layout, which wait for their next step."""
 
-    def __init__(self, shape: dict[str, Any], num_groups: int, dp: int, tp: int) -> None:
+    def __init__(
+        self, shape: dict[str, Any], num_groups: int, dp: int, tp: int, **knobs: Any
+    ) -> None:
+        learner = LearnerConfig(lr=1e-5, warmup_steps=0, **knobs)
         context = multiprocessing.get_context("spawn")
         self.pipes = []
         for number in range(dp * tp):
             ours, theirs = context.Pipe()
             context.Process(
-                target=rank_process, args=(theirs, shape, num_groups, dp, tp, number), daemon=True
+                target=rank_process,
+                args=(theirs, shape, num_groups, dp, tp, number, learner),
+                daemon=True,
             ).start()
             self.pipes.append(ours)
         if dp * tp > 1:
@@ -114,7 +129,10 @@ class Layout:
 def measured(name: str, *, rounds: int) -> dict[str, Any]:
     shape, num_groups = SHAPES[name]
     num_groups = max(2, num_groups)
-    layouts = {f"dp {dp} x tp {tp}": Layout(shape, num_groups, dp, tp) for dp, tp in LAYOUTS}
+    layouts = {
+        f"dp {dp} x tp {tp}": Layout(shape, num_groups, dp, tp, microbatch_tokens=4096)
+        for dp, tp in LAYOUTS
+    }
     taken = [{key: layout.step() for key, layout in layouts.items()} for _ in range(rounds + 1)][1:]
     for layout in layouts.values():
         layout.stop()
@@ -129,6 +147,28 @@ def measured(name: str, *, rounds: int) -> dict[str, Any]:
     }
 
 
+def stages(name: str, *, rounds: int) -> dict[str, Any]:
+    """The step with each ZeRO stage, on two data-parallel ranks, in many passes."""
+    shape, num_groups = SHAPES[name]
+    num_groups = max(2, num_groups)
+    layouts = {
+        stage: Layout(shape, num_groups, 2, 1, microbatch_tokens=SMALL_PASSES, zero_stage=stage)
+        for stage in STAGES
+    }
+    taken = [
+        {stage: layout.step() for stage, layout in layouts.items()} for _ in range(rounds + 1)
+    ][1:]
+    for layout in layouts.values():
+        layout.stop()
+    return {
+        f"stage {stage}": {
+            "ms": round(1000 * statistics.median(row[stage] for row in taken), 1),
+            "ratio": round(statistics.median(row[STAGES[0]] / row[stage] for row in taken), 2),
+        }
+        for stage in STAGES
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result there")
@@ -136,14 +176,16 @@ def main() -> None:
     options = parser.parse_args()
     names = list(SHAPES)[:1] if options.quick else list(SHAPES)
     steps = {name: measured(name, rounds=1 if options.quick else 7) for name in names}
+    zero = {name: stages(name, rounds=1 if options.quick else 7) for name in names}
     report = {
         "benchmark": "ranks",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "steps": steps,
+        "zero_stages": zero,
     }
-    print(json.dumps(steps, indent=2))
+    print(json.dumps({"steps": steps, "zero_stages": zero}, indent=2))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")

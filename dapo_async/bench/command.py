@@ -225,7 +225,7 @@ def _rollout(
 def _learner(
     config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
 ) -> BenchSubject:
-    most = config.learner.microbatch_tokens
+    most = config.learner.fixed_microbatch_tokens
     sizes = options.microbatch_tokens or sorted({max(1, most // 4), max(1, most // 2), most})
     if options.recorded is not None:
         groups, label = recorded_groups(options.recorded, model), "recorded"

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dapo_async.config import Config, parse_source
+from dapo_async.utils.machine import machine_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    from dapo_async.learner.memory_choice import MemoryChoice
     from dapo_async.model import ModelConfig, RankMemory
     from dapo_async.rollout.memory import EngineMemory
 
 MIB, GIB = 2**20, 2**30
 # Memory of common GPUs in GB: T4, 4090, A100, L40S, A100 and H100, H20, H200, B200.
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 96, 141, 180)
+ASSUMED_BYTES = 80 * 10**9  # of a GPU, where this machine has none
 USABLE = 0.9  # of a device: the rest is for the CUDA context, buffers of NCCL, and fragments
 
 
@@ -94,7 +97,9 @@ def _memory(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"memory is not known: {error}"
         return
-    rank, engine = _rank_memory(config, model), _engine_memory(config, model)
+    choice, engine = _choice(config, model), _engine_memory(config, model)
+    rank = choice.memory
+    yield _choice_line(config, choice)
     parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in rank.parts().items())
     yield (
         f"each learner rank would need up to {rank.on_device / MIB:,.0f} MiB on its device and "
@@ -117,28 +122,22 @@ def _model(config: Config) -> ModelConfig:
     return model_shape(source.hub, revision=source.revision)
 
 
-def _rank_memory(config: Config, model: ModelConfig) -> RankMemory:
-    """What a learner rank holds at most: the longest microbatch, all of it response."""
-    import torch
+def _choice(config: Config, model: ModelConfig) -> MemoryChoice:
+    """What a learner rank would use: on this machine's GPU, else on a GPU of 80 GB or this CPU."""
+    from dapo_async.learner.memory_choice import choose_by_memory
 
-    from dapo_async.learner import MOST_ATTENDED, needs_reference, needs_start_logprobs
-    from dapo_async.model import predict_memory
+    if config.model.torch_device == "cuda":
+        device = _own_gpu()
+        num_bytes = ASSUMED_BYTES if device is None else device.num_bytes
+    else:
+        num_bytes = machine_bytes()
+    return choose_by_memory(config, model, device_bytes=num_bytes)
 
-    learner, cuda = config.learner, config.model.torch_device == "cuda"
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    return predict_memory(
-        model,
-        num_tokens=max(learner.microbatch_tokens, longest),
-        num_attended=max(MOST_ATTENDED * learner.microbatch_tokens, longest),
-        dp=learner.data_parallel,
-        tp=learner.tensor_parallel,
-        activations=getattr(torch, config.model.dtype),
-        recompute_layers=model.num_layers if learner.recompute else 0,
-        offload_optimizer=learner.offload_optimizer and cuda,
-        keeps_start_weights=learner.num_minibatches > 1 and needs_start_logprobs(config.algorithm),
-        keeps_reference=needs_reference(config.algorithm),
-        cuda=cuda,
-    )
+
+def _choice_line(config: Config, choice: MemoryChoice) -> str:
+    assumed = config.model.torch_device == "cuda" and _own_gpu() is None
+    where = f" (on a GPU of {ASSUMED_BYTES / 1e9:g} GB)" if assumed else ""
+    return f"learner{where}: {choice.line}"
 
 
 def _max_len(config: Config, model: ModelConfig) -> int:

@@ -38,7 +38,7 @@ REPLACED: Mapping[str, str] = {
     "learner.num_gpus": _USE.format("model.device=cuda"),
     "learner.beta1": _ALWAYS.format("0.9"),
     "learner.beta2": _ALWAYS.format("0.999"),
-    "learner.recompute_layers": _USE.format("learner.recompute=true"),
+    "learner.recompute_layers": _USE.format("learner.recompute=all"),
     "learner.max_skipped_steps": _ALWAYS.format("3"),
     "weights.bucket_bytes": _ALWAYS.format("64 MiB"),
     "weights.probe_tokens": _ALWAYS.format("16"),

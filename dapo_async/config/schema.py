@@ -14,6 +14,7 @@ SINKS = ("mlflow", "tensorboard", "wandb")
 SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
 REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
+AUTO_MICROBATCH = 16_384  # tokens, with learner.microbatch_tokens=auto
 AUTO_SLOTS = 64  # of an engine with a fixed number of slots, with rollout.num_slots=auto
 MAX_RESTARTS = 3  # of one worker's engine; the next fault ends the run
 STOP_S = 10.0  # how long each part of a run's end may take: actors, MLflow, Ray
@@ -376,15 +377,29 @@ class LearnerConfig:
         "optimizer updates per step; each trains whole groups as soon as these are finished",
         least=1,
     )
-    microbatch_tokens: int = knob(
-        16_384,
-        "maximum tokens per forward and backward pass; a longer sequence has its own pass",
+    microbatch_tokens: int | Literal["auto"] = knob(
+        "auto",
+        "maximum tokens per forward and backward pass; a longer sequence has its own pass; auto: "
+        "16,384, or on a GPU what fits its memory",
         least=1,
     )
-    recompute: bool = knob(
-        False,
-        "activation checkpointing: each layer keeps only its input, and the backward pass computes "
-        "the rest again; less memory, but slower",
+    recompute: Literal["auto", "none", "mlp", "all"] = knob(
+        "auto",
+        "activation checkpointing, less memory but slower: the backward pass computes nothing "
+        "again, the MLP of each layer, or all of each layer; auto: the first that fits the memory",
+    )
+    zero_stage: int | Literal["auto"] = knob(
+        "auto",
+        "ZeRO stage of several ranks within a minibatch; 3: gather the weights and sum the "
+        "gradients in every pass; 2: keep the weights gathered; 1: also sum the gradients only "
+        "once; auto: the lowest that fits the memory",
+        least=1,
+        most=(3, "there are no other stages"),
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "dtype in which the gradients of the layers are summed over data-parallel ranks; with "
+        "zero_stage=1 it is always float32",
     )
     offload_optimizer: bool = knob(
         False,
@@ -399,6 +414,11 @@ class LearnerConfig:
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
     )
+
+    @property
+    def fixed_microbatch_tokens(self) -> int:
+        """`auto` stands for 16,384 where no memory is looked at."""
+        return AUTO_MICROBATCH if self.microbatch_tokens == "auto" else self.microbatch_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

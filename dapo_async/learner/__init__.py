@@ -6,6 +6,8 @@ The learner actor in `runtime/` drives it.
     batching   groups -> advantages -> training sequences -> packed microbatches
     rank       one rank's step: proximal logprobs, losses, one update per minibatch
     options    the options of the loss, from the config
+    memory_choice
+               what `auto` means: recomputation, ZeRO stage, tokens of a pass
     kept_weights
                copies of weights for other policies: the start of the step, the reference
     optimizer  AdamW on this rank's parts of the parameters, warm-up

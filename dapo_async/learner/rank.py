@@ -42,7 +42,15 @@ from dapo_async.learner.mismatch import mismatch_sums
 from dapo_async.learner.optimizer import BETAS, ShardedAdamW, warmed_up
 from dapo_async.learner.options import loss_options, needs_reference, needs_start_logprobs
 from dapo_async.learner.state import RankState, capture_state, check_state, load_state
-from dapo_async.model import Decoder, Mesh, PackedAttention, checksum_of_parts, reshard
+from dapo_async.model import (
+    Decoder,
+    Mesh,
+    PackedAttention,
+    begin_pass,
+    checksum_of_parts,
+    keep_gathered,
+    reshard,
+)
 from dapo_async.model.cost import train_flops
 from dapo_async.types import Group, GroupFacts, StepMetrics
 
@@ -91,13 +99,16 @@ class LearnerRank:
         `guards`: `train.guards`; with skip and stop a minibatch that breaks a rule of
         `algorithm.guards` changes no weight.
         With a `mesh` the decoder is this rank's part of one, and all ranks call every method.
-        With a KL term the weights that the decoder has now are those of the reference policy.
+        `memory_choice` chooses what is `auto` in `learner`; here it stands for no recomputation and
+        ZeRO stage 3. With a KL term the decoder's weights are now those of the reference policy.
         Raises ValueError for options that the loss does not support.
         """
         precisions = {parameter.dtype for parameter in decoder.parameters()}
         assert precisions == {torch.float32}, f"master weights are float32, these are {precisions}"
         self.decoder, self.version = decoder, version
-        decoder.recompute(decoder.config.num_layers if learner.recompute else 0)
+        decoder.recompute("none" if learner.recompute == "auto" else learner.recompute)
+        self._zero_stage = 3 if learner.zero_stage == "auto" else learner.zero_stage
+        keep_gathered(decoder, zero_stage=self._zero_stage)
         self._algorithm, self._learner = algorithm, learner
         self._loss_options = loss_options(algorithm)
         self._optimizer = ShardedAdamW(
@@ -237,7 +248,7 @@ class LearnerRank:
             f"the learner's device lacks memory for a microbatch: {len(tokens)} rollouts of at "
             f"most {max(tokens, default=0)} tokens in {len(share.passes)} passes "
             f"({str(error)[:200]}); lower learner.microbatch_tokens "
-            f"({self._learner.microbatch_tokens}), or set learner.recompute=true"
+            f"({self._learner.fixed_microbatch_tokens}), or set learner.recompute=all"
         )
 
     def _flops(self, groups: Sequence[Group]) -> float:
@@ -283,7 +294,7 @@ class LearnerRank:
         shares = share_minibatch(
             [GroupFacts.of(group) for group in groups],
             num_ranks=self._mesh.dp.size,
-            max_tokens=self._learner.microbatch_tokens,
+            max_tokens=self._learner.fixed_microbatch_tokens,
             pair_cost=pair_cost(self.decoder.config),
         )
         return shares[self._mesh.dp.rank]
@@ -376,7 +387,9 @@ class LearnerRank:
         Adds up the gradients of the microbatches, each divided by the minibatch's token count.
         """
         passes = PassSums()
-        for batch in minibatch:
+        for number, batch in enumerate(minibatch, start=1):
+            last = number == len(minibatch)
+            begin_pass(self.decoder, zero_stage=self._zero_stage, last=last)
             logprobs, entropies = self._forward(batch)
             # The learner's logprobs at the start of the step, if known: before the first update
             # they are those of this pass.

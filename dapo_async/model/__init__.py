@@ -59,7 +59,14 @@ if TYPE_CHECKING:  # these modules import torch
         open_store,
         process_group,
     )
-    from dapo_async.model.parallel import is_split, part_of, reshard, shard_of
+    from dapo_async.model.parallel import (
+        begin_pass,
+        is_split,
+        keep_gathered,
+        part_of,
+        reshard,
+        shard_of,
+    )
     from dapo_async.model.snapshot import Snapshot, score_tokens, take_snapshot
     from dapo_async.model.transfer import send
 else:
@@ -83,7 +90,14 @@ else:
                 "open_store",
                 "process_group",
             ),
-            "parallel": ("is_split", "part_of", "reshard", "shard_of"),
+            "parallel": (
+                "begin_pass",
+                "is_split",
+                "keep_gathered",
+                "part_of",
+                "reshard",
+                "shard_of",
+            ),
             "snapshot": ("Snapshot", "score_tokens", "take_snapshot"),
         },
     )
@@ -99,6 +113,7 @@ __all__ = [
     "Snapshot",
     "SpecialTokens",
     "WeightFiles",
+    "begin_pass",
     "buckets",
     "build_decoder",
     "build_mesh",
@@ -112,6 +127,7 @@ __all__ = [
     "gather_weights",
     "is_split",
     "join_store",
+    "keep_gathered",
     "load_decoder",
     "open_store",
     "part_of",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_async.model.rotary import Rope
 from dapo_async.model.special_tokens import (
@@ -57,6 +57,10 @@ FAMILIES = {
 # Sections of a config.json for weights in another form, or for weights in another file.
 FOREIGN_WEIGHTS = ("quantization_config", "compression_config", "transformers_weights")
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+# What the backward pass of a layer computes again: nothing, its MLP, or all of it.
+Recompute = Literal["none", "mlp", "all"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from dapo_async.model.attention import take_rows
-from dapo_async.model.config import FAMILIES, ModelConfig
+from dapo_async.model.config import FAMILIES, ModelConfig, Recompute
 from dapo_async.model.fused import FusedBlock
 from dapo_async.model.layers import Attention, Block, RMSNorm
 from dapo_async.model.linear import Linear, float_matmul, product
@@ -101,14 +101,19 @@ class Decoder(nn.Module):
             FusedBlock(block) if type(block) is Block else block for block in self.model.layers
         ]
 
-    def recompute(self, num_layers: int) -> None:
-        """Turns on activation checkpointing for the first `num_layers` layers. Call it once.
+    def recompute(self, form: Recompute, *, num_layers: int | None = None) -> None:
+        """Turns on activation checkpointing in the first `num_layers` layers (None: all). Call it
+        once.
 
-        These layers keep only their input for the backward pass and compute the rest again.
+        `all`: these layers keep only their input for the backward pass and compute the rest again.
+        `mlp`: only their MLPs do. A family's own kind of layer without an `mlp` is taken whole.
         """
+        if form == "none":
+            return
         for block in [*self.model.layers][:num_layers]:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            part = getattr(block, "mlp", block) if form == "mlp" else block
+            part.forward = partial(
+                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
             )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:

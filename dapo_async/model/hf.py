@@ -52,19 +52,21 @@ def build_decoder(
     mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
     dtype: torch.dtype = torch.float32,
     activations: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """A decoder, or this rank's part of one, whose parameters have no values yet (see `fill`).
 
-    It computes in `activations` (None: in `dtype`, the dtype of its weights). Raises ValueError for
-    a size that the mesh's tensor-parallel axis does not divide.
+    It computes in `activations` (None: in `dtype`, the dtype of its weights). `reduce_dtype` of
+    gradients: see `shard_decoder`. Raises ValueError for a size that the mesh's tensor-parallel
+    axis does not divide.
     """
     config.check_split(mesh.tp.size)
     with torch.device("meta"):
         decoder = Decoder(config, mesh.tp).to(dtype)
     decoder.activations = activations
     if mesh.devices is not None:
-        shard_decoder(decoder, mesh, dtype=activations or dtype)
+        shard_decoder(decoder, mesh, dtype=activations or dtype, reduce_dtype=reduce_dtype)
         decoder.to_empty(device=device)
     else:
         _allocate(decoder, device)
@@ -102,6 +104,7 @@ def load_decoder(
     *,
     dtype: torch.dtype = torch.float32,
     activations: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
 ) -> Decoder:
@@ -114,7 +117,14 @@ def load_decoder(
     config = ModelConfig.from_folder(folder)
     config.check_split(mesh.tp.size)
     weights = find_weights(folder, config)
-    decoder = build_decoder(config, mesh=mesh, dtype=dtype, activations=activations, device=device)
+    decoder = build_decoder(
+        config,
+        mesh=mesh,
+        dtype=dtype,
+        activations=activations,
+        reduce_dtype=reduce_dtype,
+        device=device,
+    )
     with ExitStack() as stack:
         files = {
             path: stack.enter_context(safe_open(path, framework="pt")) for path in weights.paths

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dapo_async.model.config import ModelConfig
+from dapo_async.model.config import ModelConfig, Recompute
 from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
 from dapo_async.model.parameters import Shape, parameter_shapes
@@ -34,7 +34,7 @@ class RankMemory:
     reference: int  # float32, of the same parts: the reference policy of a KL term
     gathered: int  # copies of weights that the layers compute with: cast, or gathered by FSDP
     activations: int  # what the forward pass of the largest microbatch keeps for the backward pass
-    recomputed: int  # activations of the one layer that is being computed again
+    recomputed: int  # activations of the one layer, or MLP, that is being computed again
     head: int  # two buffers for a chunk of logits, and the gradient of the head
     tables: int  # rotary cosines and sines
     snapshot: int  # the weights being published, and the previous ones while these are copied
@@ -73,8 +73,8 @@ class Pass:
         """
         return FLOAT32 + (size * self.width if self.cuda else 2 * size * FLOAT32)
 
-    def layer_bytes(self) -> int:
-        """What one layer keeps for its backward pass.
+    def layer_bytes(self, *, keeps_mlp: bool = True) -> int:
+        """What one layer keeps for its backward pass; without `keeps_mlp` the MLP keeps its input.
 
         Per own token: what the two norms keep, which includes the layer's input. Per token of the
         microbatch: the outputs of both norms, D each; the output of attention in token order; gate,
@@ -85,18 +85,23 @@ class Pass:
         model = self.model
         heads, kv_heads = model.num_heads // self.tp, max(1, model.num_kv_heads // self.tp)
         query, key = heads * model.head_dim, kv_heads * model.head_dim
-        inner = model.intermediate_size // self.tp
-        per_token = 2 * model.hidden_size + query + 4 * inner
+        per_token = model.hidden_size + query
         num_queries = self.num_tokens if self.cuda else self.num_attended
         attended_bytes = self.num_attended * 2 * key * self.width
         query_bytes = num_queries * (2 * query * self.width + heads * FLOAT32)
         head_norms = (heads + kv_heads) * self.norm_bytes(model.head_dim) if model.qk_norm else 0
         norms = 2 * self.norm_bytes(model.hidden_size)
         token_bytes = self.num_tokens * (per_token * self.width + head_norms)
-        return self.own_tokens * norms + token_bytes + attended_bytes + query_bytes
+        mlp = self.mlp_bytes() if keeps_mlp else self.input_bytes()
+        return self.own_tokens * norms + token_bytes + attended_bytes + query_bytes + mlp
+
+    def mlp_bytes(self) -> int:
+        """What the MLP of one layer keeps: its input, gate, up, silu(gate) and their product."""
+        inner = self.model.intermediate_size // self.tp
+        return self.num_tokens * (self.model.hidden_size + 4 * inner) * self.width
 
     def input_bytes(self) -> int:
-        """The input of one layer, which is all that a recomputed layer keeps."""
+        """The input of one layer or MLP, which is all that it keeps if it is computed again."""
         return self.own_tokens * self.model.hidden_size * self.width
 
     def end_bytes(self) -> int:
@@ -133,7 +138,8 @@ def predict_memory(
     dp: int = 1,
     tp: int = 1,
     activations: torch.dtype = torch.float32,
-    recompute_layers: int = 0,
+    recompute: Recompute = "none",
+    zero_stage: int = 3,
     offload_optimizer: bool = False,
     keeps_start_weights: bool = False,
     keeps_reference: bool = False,
@@ -144,7 +150,7 @@ def predict_memory(
     `num_attended` (None: equal): the same with a shared prompt counted for each of its sequences.
     `num_targets` (None: all): response tokens. `keeps_start_weights`: the step has several
     minibatches, and later ones need the logprobs of its start. `keeps_reference`: the loss has a KL
-    term.
+    term. `zero_stage`: see `parallel.begin_pass`.
     """
     forward = Pass(
         model=model,
@@ -162,8 +168,12 @@ def predict_memory(
     }
     own = sum(math.prod(_part(shape, 0, dp)) for shape in on_tp.values()) * FLOAT32
     whole, alone = sum(math.prod(shape) for shape in shapes.values()), dp * tp == 1
-    recomputed = min(recompute_layers, model.num_layers)
-    layers = (model.num_layers - recomputed) * forward.layer_bytes()
+    layer = {
+        "none": forward.layer_bytes(),
+        "mlp": forward.layer_bytes(keeps_mlp=False),
+        "all": forward.input_bytes(),
+    }[recompute]
+    recomputed = {"none": 0, "mlp": forward.mlp_bytes(), "all": forward.layer_bytes()}[recompute]
     snapshots, moments = 2 * whole * forward.width, 2 * own
     checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
     start_weights = own if keeps_start_weights else 0
@@ -175,9 +185,9 @@ def predict_memory(
         moments=0 if offload_optimizer else moments,
         start_weights=0 if offload_optimizer else start_weights,
         reference=0 if offload_optimizer else reference,
-        gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone),
-        activations=layers + recomputed * forward.input_bytes() + forward.end_bytes(),
-        recomputed=forward.layer_bytes() if recomputed else 0,
+        gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone, zero_stage=zero_stage),
+        activations=model.num_layers * layer + forward.end_bytes(),
+        recomputed=recomputed,
         head=forward.head_bytes(),
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
         snapshot=snapshots if alone else 0,
@@ -185,11 +195,14 @@ def predict_memory(
     )
 
 
-def _gathered(on_tp: Mapping[str, Shape], *, dp: int, width: int, alone: bool) -> int:
-    """Copies of weights for the computation.
+def _gathered(
+    on_tp: Mapping[str, Shape], *, dp: int, width: int, alone: bool, zero_stage: int
+) -> int:
+    """Copies of weights for the computation, and gradients before they are summed over `dp`.
 
     A single rank casts all weights if it computes in another precision. FSDP gathers the weights
-    outside the layers, and two layers at a time.
+    outside the layers, and two layers at a time; with a `zero_stage` below 3 all layers stay. With
+    stage 1 the gradients of all layers add up in float32 before they are summed.
     """
     if alone:
         # Of an embedding that is not the head too, only the looked-up rows are cast.
@@ -198,7 +211,11 @@ def _gathered(on_tp: Mapping[str, Shape], *, dp: int, width: int, alone: bool) -
         return 0 if width == FLOAT32 else cast * width
     outside = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." not in name)
     layer = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers.0." in name)
-    weights, gradients = outside * FLOAT32 + 2 * layer * width, outside * FLOAT32 + layer * width
+    layers = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." in name)
+    weights = outside * FLOAT32 + (2 * layer if zero_stage == 3 else layers) * width
+    gradients = outside * FLOAT32 + layer * width
+    if zero_stage == 1:
+        gradients += layers * FLOAT32
     summed = (outside + layer) * FLOAT32 if dp > 1 else 0  # a copy of gradients while they are sent
     return weights + gradients + summed
 

@@ -24,6 +24,7 @@ from dapo_async.model.tensor_parallel import is_distributed
 
 # FSDP and DTensor take more than a second to import, so a single rank does without them.
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Placement
 
 # The dimension along which a parameter is split, by the last module in its name. All other
@@ -53,11 +54,17 @@ def split_dim(name: str, *, tp: int, num_kv_heads: int) -> int | None:
     return None if module in KV_PROJECTIONS and num_kv_heads < tp else SPLIT.get(module)
 
 
-def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
+def shard_decoder(
+    decoder: Decoder,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype = torch.float32,
+) -> None:
     """Turns the parameters of a decoder on the meta device into DTensors on `mesh`.
 
-    Layers are gathered in `dtype` for a pass; gradients are summed in float32. Afterwards allocate
-    storage with `to_empty` and set the values with `fill`.
+    Layers are gathered in `dtype` for a pass, and their gradients are summed over `dp` in
+    `reduce_dtype`. Afterwards allocate storage with `to_empty` and set the values with `fill`.
     """
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -74,9 +81,11 @@ def shard_decoder(decoder: Decoder, mesh: Mesh, *, dtype: torch.dtype) -> None:
     for part in (*decoder.model.layers, decoder):
         # Embeddings and head are gathered in float32, because the gradients of one token add up
         # over thousands of positions. They are used rounded to `dtype`.
-        gathered = torch.float32 if part is decoder else dtype
+        gathered, summed = dtype, reduce_dtype
+        if part is decoder:
+            gathered = summed = torch.float32
         policy = MixedPrecisionPolicy(
-            param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=gathered, reduce_dtype=summed, cast_forward_inputs=False
         )
         fully_shard(part, mesh=mesh.devices["dp"], mp_policy=policy)
         # The loss is over the global token count: gradients are added up, not averaged.
@@ -107,13 +116,41 @@ def _dtensor(
     )
 
 
+def keep_gathered(decoder: Decoder, *, zero_stage: int) -> None:
+    """Sets what FSDP keeps after a forward pass: see `begin_pass`. Call it once."""
+    if (sharded := _sharded(decoder)) is not None:
+        sharded.set_reshard_after_forward(zero_stage == 3)
+
+
+def begin_pass(decoder: Decoder, *, zero_stage: int, last: bool) -> None:
+    """Sets what FSDP exchanges in the next forward and backward pass of a minibatch.
+
+        stage 3  weights are gathered, and gradients summed over `dp`, in every pass
+        stage 2  weights stay gathered until the `last` pass has ended
+        stage 1  besides, gradients add up on each rank, and are summed in the `last` pass
+
+    Between minibatches only shards are left. Losses and gradients are the same up to the order of
+    float32 sums. Stages: ZeRO (1910.02054).
+    """
+    if (sharded := _sharded(decoder)) is not None:
+        sharded.set_reshard_after_backward(last or zero_stage == 3)
+        sharded.set_requires_gradient_sync(last or zero_stage > 1)
+
+
 def reshard(decoder: Decoder) -> None:
     """Frees the parameters that FSDP gathered for a forward pass without a backward pass."""
-    if any(is_distributed(parameter) for parameter in decoder.parameters()):
-        from torch.distributed.fsdp import FSDPModule
+    if (sharded := _sharded(decoder)) is not None:
+        sharded.reshard()
 
-        assert isinstance(decoder, FSDPModule)
-        decoder.reshard()
+
+def _sharded(decoder: Decoder) -> FSDPModule | None:
+    """The decoder as FSDP's module; None for a single rank."""
+    if not any(is_distributed(parameter) for parameter in decoder.parameters()):
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(decoder, FSDPModule)
+    return decoder
 
 
 def shard_of(parameter: Tensor) -> Tensor:

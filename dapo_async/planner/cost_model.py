@@ -208,7 +208,7 @@ def _predicted(
         dp=ranks,
         tp=tensor_parallel,
         activations=torch.bfloat16,
-        recompute_layers=model.num_layers if recompute else 0,
+        recompute="all" if recompute else "none",
         keeps_start_weights=keeps_start_weights,
         cuda=True,
     ).on_device

@@ -93,6 +93,7 @@ class System:
                     f"(deadlines.start_s is {start_s:g})"
                 )
             await everything
+            await self.replay.plan_with(await self.learner.first.microbatch_tokens())
         finally:
             for task in (learner, *tasks.values()):
                 task.cancel()

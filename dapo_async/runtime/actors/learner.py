@@ -26,6 +26,7 @@ from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
+from dapo_async.utils.machine import machine_bytes
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump, stack_location
 from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from dapo_async.learner import RankState
     from dapo_async.learner.batch_plan import RankShare
-    from dapo_async.model import Snapshot
+    from dapo_async.model import Mesh, Snapshot
     from dapo_async.weights import WeightGroup
 
 PROBE_TOKENS = 16  # length of the handshake's probe prompt
@@ -94,10 +95,17 @@ class LearnerActor:
         await asyncio.to_thread(self._load, mesh_address)
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
         self._clock.enter("wait")
-        return ProcessInfo.own(self.name, f"{parameters / 1e6:.2f} M parameters on {self._device}")
+        detail = f"{parameters / 1e6:.2f} M parameters on {self._device}; {self._choice}"
+        return ProcessInfo.own(self.name, detail)
+
+    async def microbatch_tokens(self) -> int:
+        """What a microbatch holds at most: given, or chosen by memory."""
+        return self._microbatch_tokens
 
     def _load(self, mesh_address: tuple[str, int] | None) -> None:
         import torch
+
+        from dapo_async.learner.memory_choice import choose_by_memory
 
         config, mesh = self._config, model.Mesh()
         if mesh_address is not None:
@@ -114,19 +122,43 @@ class LearnerActor:
                 device=torch.device(self._device),
                 timeout_s=config.deadlines.work_s,
             )
+        choice = choose_by_memory(
+            config,
+            model.ModelConfig.from_folder(Path(config.model.path)),
+            device_bytes=self._device_bytes(mesh),
+        )
+        self._choice, self._microbatch_tokens = (
+            choice.line,
+            choice.learner.fixed_microbatch_tokens,
+        )
+        summed = config.learner.reduce_dtype if choice.learner.zero_stage != 1 else "float32"
         decoder = model.load_decoder(
-            Path(config.model.path), activations=self._dtype, device=self._device, mesh=mesh
+            Path(config.model.path),
+            activations=self._dtype,
+            reduce_dtype=getattr(torch, summed),
+            device=self._device,
+            mesh=mesh,
         )
         self._mesh = mesh
         self._rank = learner.LearnerRank(
             decoder,
             algorithm=config.algorithm,
-            learner=config.learner,
+            learner=choice.learner,
             mesh=mesh,
             guards=config.train.guards,
         )
         if self._resume is not None:
             self._rank.load(self._resume / LEARNER_FOLDER)
+
+    def _device_bytes(self, mesh: Mesh) -> int:
+        """Memory of the smallest device of all ranks: they choose alike."""
+        import torch
+
+        own = machine_bytes()
+        if self._device != "cpu":
+            own = torch.cuda.get_device_properties(self._device).total_memory
+        every = mesh.every.stack(torch.tensor(own, device=self._device))
+        return int(every.min())
 
     async def alive(self) -> None:
         """Never returns: the driver watches it to learn of the actor's end."""

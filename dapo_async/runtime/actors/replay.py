@@ -165,6 +165,7 @@ class ReplayActor:
         )
         self._buffer.watch_ends(self._log_end)
         self._pair_cost = pair_cost(ModelConfig.from_folder(Path(config.model.path)))
+        self._microbatch_tokens = config.learner.fixed_microbatch_tokens
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
         self._paced = config.replay.admission == "paced"
@@ -182,6 +183,10 @@ class ReplayActor:
 
     async def ready(self) -> ProcessInfo:
         return ProcessInfo.own("replay", self._prompts.summary)
+
+    async def plan_with(self, microbatch_tokens: int) -> None:
+        """Plans minibatches in microbatches of so many tokens, as the learner has chosen."""
+        self._microbatch_tokens = microbatch_tokens
 
     async def alive(self) -> None:
         """Never returns. The driver awaits it to notice the death of this actor."""
@@ -531,7 +536,7 @@ class ReplayActor:
         shares = share_minibatch(
             [payload.facts for payload in payloads],
             num_ranks=learner.data_parallel,
-            max_tokens=learner.microbatch_tokens,
+            max_tokens=self._microbatch_tokens,
             pair_cost=self._pair_cost,
         )
         return tuple(

@@ -102,6 +102,7 @@ class ReplayHandle(Handle[ReplayActor]):
     ready = remote(ReplayActor.ready, _start_with_margin)
     watch = remote(ReplayActor.alive, _unlimited, repeatable=True)
     ping = remote(ReplayActor.ping, _short, repeatable=True)
+    plan_with = remote(ReplayActor.plan_with, _short)
     take = remote(ReplayActor.take, _take)
     trained = remote(ReplayActor.trained, _short)
     cut = remote(ReplayActor.cut, _short)
@@ -122,6 +123,7 @@ class LearnerHandle(Handle[LearnerActor]):
 
     open_mesh = remote(LearnerActor.open_mesh, _start)
     ready = remote(LearnerActor.ready, _start)
+    microbatch_tokens = remote(LearnerActor.microbatch_tokens, _short)
     watch = remote(LearnerActor.alive, _unlimited, repeatable=True)
     ping = remote(LearnerActor.ping, _short, repeatable=True)
     minibatch = remote(LearnerActor.minibatch, _work)

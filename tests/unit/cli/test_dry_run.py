@@ -81,6 +81,19 @@ def test_memory_of_an_engine_names_what_is_left_of_the_gpu(
     )
 
 
+def test_choice_of_recomputation_is_printed_with_the_memory_it_follows_from(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: Device("a test GPU", 48 * 10**9))
+    assert one(printed(GPU_RECIPE, model), "learner: ") == (
+        "learner: recompute mlp, zero_stage 1, microbatch_tokens 16384 (chosen by memory): "
+        "29.16 GiB of the 38.00 GiB that a learner rank should fill at most"
+    )
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: None)
+    line = one(printed(GPU_RECIPE, model), "learner (on a GPU of 80 GB): ")
+    assert "recompute none, zero_stage 1" in line
+
+
 def test_gpu_that_would_be_large_enough_is_named_on_a_machine_without_one(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,8 +436,8 @@ def saved_bytes(rank: LearnerRank, groups: Sequence[Group]) -> tuple[int, StepOu
 def test_recomputed_layers_keep_less_and_change_no_bit() -> None:
     held, done = saved_bytes(rank_of(), synthetic_groups())
     one_of_two = rank_of()
-    one_of_two.decoder.recompute(1)
-    for rank in (one_of_two, rank_of(recompute=True)):
+    one_of_two.decoder.recompute("all", num_layers=1)
+    for rank in (rank_of(recompute="mlp"), one_of_two, rank_of(recompute="all")):
         less, same = saved_bytes(rank, synthetic_groups())
         assert same.metrics == done.metrics
         assert all(torch.equal(weight, done.weights[name]) for name, weight in same.weights.items())

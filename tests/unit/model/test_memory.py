@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,15 @@ from dapo_async.model import (
     Mesh,
     ModelConfig,
     PackedAttention,
+    begin_pass,
     build_decoder,
+    fill,
+    keep_gathered,
     predict_memory,
     shard_of,
 )
+from dapo_async.model.config import Recompute
+from dapo_async.model.parameters import parameter_shapes
 
 SIZES = {
     "model_type": "qwen2",
@@ -51,7 +57,7 @@ def kept_bytes(
     mesh: Mesh,
     values: dict[str, Any],
     activations: torch.dtype,
-    recompute: int,
+    recompute: Recompute,
     shared: tuple[range, ...] = (),
 ) -> int:
     """Storage that one forward pass keeps for the backward pass, without the weights."""
@@ -105,21 +111,24 @@ def gathered_parameters(decoder: torch.nn.Module) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_predicted_activations_are_what_a_forward_pass_keeps(
-    form: str, activations: torch.dtype, recompute: int
+    form: str, activations: torch.dtype, recompute: Recompute
 ) -> None:
     values = {**SIZES, **FORMS[form]}
     memory = predict_memory(
         ModelConfig.from_dict(values),
         num_tokens=sum(LENGTHS),
         activations=activations,
-        recompute_layers=recompute,
+        recompute=recompute,
     )
-    # Recomputed layers do not keep their cast weights.
-    copies = memory.gathered * (3 - recompute) / 3 if recompute else memory.gathered
+    # What is computed again does not keep its cast weights.
+    again = {"none": " ", "mlp": ".mlp.", "all": ".layers."}[recompute]
+    shapes = parameter_shapes(ModelConfig.from_dict(values))
+    uncast = sum(math.prod(shape) for name, shape in shapes.items() if again in name)
+    copies = memory.gathered - uncast * activations.itemsize * (memory.gathered > 0)
     assert memory.activations + copies == pytest.approx(
         kept_bytes(Mesh(), values, activations, recompute), rel=WITHIN
     )
@@ -132,7 +141,7 @@ def test_predicted_activations_count_a_shared_prompt_once_outside_of_attention(f
         ModelConfig.from_dict(values), num_tokens=sum(LENGTHS) - 150, num_attended=sum(LENGTHS)
     )
     shared = (range(0), prompt, prompt, prompt)
-    kept = kept_bytes(Mesh(), values, torch.float32, 0, shared)
+    kept = kept_bytes(Mesh(), values, torch.float32, "none", shared)
     assert memory.activations == pytest.approx(kept, rel=WITHIN)
 
 
@@ -141,7 +150,7 @@ def test_predicted_activations_count_a_shared_prompt_once_outside_of_attention(f
 def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str) -> None:
     values = {**SIZES, **FORMS[form]}
     memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), tp=2)
-    for kept in on_ranks(kept_bytes, values, torch.float32, 0, tp=2):
+    for kept in on_ranks(kept_bytes, values, torch.float32, "none", tp=2):
         assert memory.activations == pytest.approx(kept, rel=WITHIN)
 
 
@@ -199,6 +208,62 @@ def test_predicted_weights_gradients_and_moments_are_those_of_each_rank(
     )
     for held in ranks:
         assert held == pytest.approx((memory.weights, memory.gradients, kept), rel=WITHIN)
+
+
+def between_passes(mesh: Mesh, zero_stage: int) -> int:
+    """Gathered weights and unsummed gradients that a rank holds after a pass that is not the
+    last."""
+    config = ModelConfig.from_dict(SIZES)
+    decoder = build_decoder(config, mesh=mesh, activations=torch.bfloat16)
+    fill(decoder, lambda name, part: torch.zeros(parameter_shapes(config)[name])[part])
+    keep_gathered(decoder, zero_stage=zero_stage)
+    begin_pass(decoder, zero_stage=zero_stage, last=False)
+    attention, some = PackedAttention([9]), torch.ones(8)
+    ids = torch.arange(9)
+    logprobs, _ = decoder.score(
+        ids,
+        attention.positions,
+        attention,
+        predictors=ids[:-1],
+        targets=ids[1:],
+        temperatures=some,
+    )
+    logprobs.sum().backward()
+    kept: dict[int, int] = {}
+    groups = [
+        getattr(module, "_get_fsdp_state")()._fsdp_param_group  # noqa: B009
+        for module in decoder.modules()
+        if hasattr(module, "_get_fsdp_state")
+    ]
+    for each in (parameter for group in groups for parameter in group.fsdp_params):
+        gathered = shard_of(each._unsharded_param) if hasattr(each, "_unsharded_param") else None
+        gradients = [each.unsharded_accumulated_grad]
+        if gathered is not None:
+            gradients.append(each._unsharded_param.grad)
+        for tensor in (gathered, *(shard_of(one) for one in gradients if one is not None)):
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+    return sum(kept.values())
+
+
+@pytest.mark.gloo
+def test_predicted_memory_of_the_zero_stages_is_what_stays_between_two_passes() -> None:
+    model = ModelConfig.from_dict(SIZES)
+    shapes = parameter_shapes(model)
+    layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
+    outside = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." not in name)
+    held = {stage: max(on_ranks(between_passes, stage, dp=2)) for stage in (1, 2, 3)}
+    assert held[3] == pytest.approx(0, abs=1000)
+    assert held[2] == pytest.approx(2 * layers + 4 * outside, rel=WITHIN)
+    assert held[1] == pytest.approx(held[2] + 4 * (layers + outside), rel=WITHIN)
+    three, two, one = (
+        predict_memory(model, num_tokens=10, dp=2, activations=torch.bfloat16, zero_stage=stage)
+        for stage in (3, 2, 1)
+    )
+    # Stage 3 has two layers at a time, and all stages the gradients outside of the layers.
+    assert two.gathered - three.gathered == pytest.approx(2 * layers / 3, rel=WITHIN)
+    assert one.gathered - two.gathered == 4 * layers
 
 
 def test_parts_that_scale_with_the_mesh_do_and_the_others_do_not() -> None:
