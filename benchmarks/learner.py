@@ -105,7 +105,7 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     (share,) = share_minibatch(
         [GroupFacts.of(group) for group in groups],
         num_ranks=1,
-        max_tokens=KNOBS.microbatch_tokens,
+        max_tokens=KNOBS.fixed_microbatch_tokens,
         pair_cost=0.0,
     )
     sequences = training_sequences(
@@ -114,7 +114,7 @@ def hugging_face_step(folder: Path, groups: list[Group]) -> Callable[[], None]:
     by_length = sorted(sequences, key=lambda each: each.num_tokens)
     # Each rollout is a group of its own: rollouts of similar length share a microbatch.
     alone = [replace(each, group=number) for number, each in enumerate(by_length)]
-    batches = [pack(part) for part in neighbours(alone, KNOBS.microbatch_tokens)]
+    batches = [pack(part) for part in neighbours(alone, KNOBS.fixed_microbatch_tokens)]
     num_tokens = sum(len(batch.targets) for batch in batches)
 
     def logprobs_of(batch: Any) -> Tensor:

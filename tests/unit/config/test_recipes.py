@@ -170,7 +170,10 @@ def test_every_recipe_derives_its_layout_and_says_that_it_was_not_run(file: str)
     assert re.search(r"Not run( on a GPU)?\. Derived:", head)
     assert file in GSM8K or "verl" in head or "AReaL" in head
     # The longest sequence fits one pass, and rollouts of two steps at most are in flight at a time.
-    assert learner.microbatch_tokens >= config.data.max_prompt_tokens + rollout.max_response_tokens
+    assert (
+        learner.fixed_microbatch_tokens
+        >= config.data.max_prompt_tokens + rollout.max_response_tokens
+    )
     assert parse_contamination(config.data.contamination)[0] == "drop"
 
 
