@@ -139,8 +139,13 @@ def begin_pass(decoder: Decoder, *, zero_stage: int, last: bool) -> None:
 
 def reshard(decoder: Decoder) -> None:
     """Frees the parameters that FSDP gathered for a forward pass without a backward pass."""
-    if (sharded := _sharded(decoder)) is not None:
-        sharded.reshard()
+    if _sharded(decoder) is None:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in (*decoder.model.layers, decoder):  # FSDP's own method is for one part only
+        assert isinstance(part, FSDPModule)
+        part.reshard()
 
 
 def _sharded(decoder: Decoder) -> FSDPModule | None:

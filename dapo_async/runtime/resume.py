@@ -34,7 +34,8 @@ SAFE = (
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
     "learner.tensor_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.zero_stage", "learner.reduce_dtype",
-    "learner.offload_optimizer", "learner.profile", "learner.node_resource", "rollout.node_resource",
+    "learner.offload_optimizer", "learner.profile", "learner.node_resource",
+    "rollout.node_resource",
 )  # fmt: skip
 DRIVER_FILE = "driver.json"
 BEST = "best"  # --from best
