@@ -118,8 +118,9 @@ def _dtensor(
 
 def keep_gathered(decoder: Decoder, *, zero_stage: int) -> None:
     """Sets what FSDP keeps after a forward pass: see `begin_pass`. Call it once."""
-    if (sharded := _sharded(decoder)) is not None:
-        sharded.set_reshard_after_forward(zero_stage == 3)
+    # By default FSDP frees the layers, and keeps what is outside of them for the backward pass.
+    if zero_stage < 3 and (sharded := _sharded(decoder)) is not None:
+        sharded.set_reshard_after_forward(False)
 
 
 def begin_pass(decoder: Decoder, *, zero_stage: int, last: bool) -> None:

@@ -32,7 +32,6 @@ from learner_world import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from dapo_async.algorithm import summarise
 from dapo_async.algorithm.guards import Guard
@@ -431,30 +430,6 @@ def test_every_rank_runs_as_many_microbatches_as_the_others() -> None:
     first, second = on_ranks(count_passes, dp=2)
     assert first == second
     assert max(first) > 1
-
-
-def exchanges_of(mesh: Mesh, zero_stage: int) -> tuple[int, dict[str, int]]:
-    """Passes of a minibatch, and how often FSDP gathers weights and sums gradients in it."""
-    rank = rank_on(mesh, microbatch_tokens=20, zero_stage=zero_stage)
-    groups = uneven_groups()
-    counts = CommDebugMode()
-    with counts:
-        step_on(rank, mesh, groups)
-    found = {str(name).rpartition(".")[2]: n for name, n in counts.get_comm_counts().items()}
-    kinds = {"gathers": "allgather", "sums": "reduce_scatter"}
-    return len(rank.share_of(groups).passes), {
-        kind: sum(n for name, n in found.items() if part in name) for kind, part in kinds.items()
-    }
-
-
-def test_each_zero_stage_exchanges_as_often_as_it_says() -> None:
-    """Two layers, and embeddings with the last norm: three groups of parameters."""
-    passes, three = on_ranks(exchanges_of, 3, dp=2)[0]
-    assert passes > 2
-    # What is outside of the layers stays gathered from the forward to the backward pass.
-    assert three == {"gathers": (2 * 2 + 1) * passes, "sums": 3 * passes}
-    assert on_ranks(exchanges_of, 2, dp=2)[0][1] == {"gathers": 3, "sums": 3 * passes}
-    assert on_ranks(exchanges_of, 1, dp=2)[0][1] == {"gathers": 3, "sums": 3}
 
 
 def one_bad_rank(mesh: Mesh) -> tuple[StepMetrics, bool]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from gloo import on_ranks
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
@@ -49,6 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "one head of keys": {"num_key_value_heads": 1},
 }
+PARAMETERS = parameter_shapes(ModelConfig.from_dict(SIZES))
 LENGTHS = (60, 100, 150, 200)
 WITHIN = 0.05
 
@@ -264,6 +267,46 @@ def test_predicted_memory_of_the_zero_stages_is_what_stays_between_two_passes() 
     # Stage 3 has two layers at a time, and all stages the gradients outside of the layers.
     assert two.gathered - three.gathered == pytest.approx(2 * layers / 3, rel=WITHIN)
     assert one.gathered - two.gathered == 4 * layers
+
+
+def exchanges(mesh: Mesh, zero_stage: int, passes: int) -> tuple[int, int]:
+    """How often FSDP gathers weights and sums gradients in the passes of a minibatch."""
+    decoder = build_decoder(ModelConfig.from_dict(SIZES), mesh=mesh)
+    fill(decoder, lambda name, part: torch.ones(PARAMETERS[name])[part])
+    keep_gathered(decoder, zero_stage=zero_stage)
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        original = getattr(_fsdp_param_group, name)
+
+        def call(*arguments: Any, **others: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments, **others)
+
+        setattr(_fsdp_param_group, name, call)  # this process ends with the test
+
+    counted("foreach_all_gather")
+    counted("foreach_reduce")
+    attention, some, ids = PackedAttention([9]), torch.ones(8), torch.arange(9)
+    for number in range(passes):
+        begin_pass(decoder, zero_stage=zero_stage, last=number == passes - 1)
+        logprobs, _ = decoder.score(
+            ids,
+            attention.positions,
+            attention,
+            predictors=ids[:-1],
+            targets=ids[1:],
+            temperatures=some,
+        )
+        logprobs.sum().backward()
+    return counts["foreach_all_gather"], counts["foreach_reduce"]
+
+
+@pytest.mark.gloo
+def test_each_zero_stage_exchanges_as_often_as_it_says() -> None:
+    """Three layers, and what is outside of them, which stays gathered during a pass."""
+    counts = {stage: on_ranks(exchanges, stage, 5, dp=2)[0] for stage in (3, 2, 1)}
+    assert counts == {3: ((2 * 3 + 1) * 5, 4 * 5), 2: (4, 4 * 5), 1: (4, 4)}
 
 
 def test_parts_that_scale_with_the_mesh_do_and_the_others_do_not() -> None:
