@@ -73,10 +73,10 @@ class Reservation:
 
     @property
     def beside_learner(self) -> Strategy:
-        """For an actor that reserves nothing: the first node of the learner."""
+        """For an actor that reserves nothing: the first node of the learner, while that lives."""
         if self._learner_node is None:
             return ANYWHERE
-        return NodeAffinitySchedulingStrategy(self._learner_node, soft=False)
+        return NodeAffinitySchedulingStrategy(self._learner_node, soft=True)
 
     def strategy(self, name: str) -> Strategy:
         """For the first process of the actor `name`."""
