@@ -24,6 +24,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +144,7 @@ class Supervisor:
         """
         self._replay, self._publisher = replay, publisher
         self._start_replay, self._start_rank = start_replay, start_rank
+        self.microbatch_tokens: int | None = None  # as the learner has chosen; set at the start
         self._start_worker, self._start_evaluator = start_worker, start_evaluator
         self._silence_s, self._start_s, self._say = silence_s, start_s, say
         self._event = event
@@ -276,6 +278,9 @@ class Supervisor:
                     why = str(error)
                     continue
                 replay.restarts.go_on()
+                if self.microbatch_tokens is not None:
+                    with suppress(ActorDied, ActorFailed, TimeoutError):  # lost again: seen below
+                        await replay.plan_with(self.microbatch_tokens)
                 await asyncio.gather(*(worker.reconnect(replay.actor) for worker in workers))
                 self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
                 took_s = self._now_s() - began_s

@@ -93,7 +93,9 @@ class System:
                     f"(deadlines.start_s is {start_s:g})"
                 )
             await everything
-            await self.replay.plan_with(await self.learner.first.microbatch_tokens())
+            tokens = await self.learner.first.microbatch_tokens()
+            self.supervisor.microbatch_tokens = tokens
+            await self.replay.plan_with(tokens)
         finally:
             for task in (learner, *tasks.values()):
                 task.cancel()
