@@ -1,10 +1,12 @@
 """The control plane alone: emulated engines and learner around the real replay actor.
 
 python benchmarks/control_plane.py [--json OUT] [--quick] [--engines N …] [--tokens N …]
+                                   [--journal-rounds N]
 
 The engines answer at once, and a step takes no time, so the rate is what rollout workers, replay
 actor and hand-over can do on this machine. The workers are the real ones, in two processes.
-`buffer`: the replay buffer in this process, without Ray.
+`buffer`: the replay buffer in this process, without Ray. `--journal-rounds`: each case so often
+with and without the journal of the replay actor, by turns.
 """
 
 from __future__ import annotations
@@ -177,8 +179,11 @@ def group_of(
 class MeasuredReplay(ReplayActor):
     """Also keeps when the batch of each take was complete."""
 
-    def __init__(self, config: Config, run_dir: RunDir) -> None:
+    def __init__(self, config: Config, run_dir: RunDir, *, journal: bool = True) -> None:
         super().__init__(config, incarnation="bench", run_dir=run_dir)
+        if not journal:
+            assert self._buffer.journal is not None
+            self._buffer.journal.remove()
         buffer, self._complete_s = self._buffer, dict[int, float]()
         offer, size = buffer.offer, buffer.groups_per_step
 
@@ -279,7 +284,7 @@ async def usage(replay: Any, hosts: Sequence[Any]) -> tuple[float, float, float,
     )
 
 
-def of_the_actor(engines: int, tokens: int, *, seconds: float) -> Row:
+def of_the_actor(engines: int, tokens: int, *, seconds: float, journal: bool = True) -> Row:
     size = groups_per_step(engines)
     config = knobs.load(
         CONFIG,
@@ -295,7 +300,8 @@ def of_the_actor(engines: int, tokens: int, *, seconds: float) -> Row:
         run_dir = RunDir(Path(folder))
         run_dir.rollouts.mkdir()
         options = {"num_cpus": 0, "max_concurrency": 100_000}
-        replay: Any = ray.remote(MeasuredReplay).options(**options).remote(config, run_dir)
+        start: Any = ray.remote(MeasuredReplay).options(**options).remote
+        replay = start(config, run_dir, journal=journal)
         names = [f"rollout-{number}" for number in range(engines)]
         hosts: list[Any] = [
             ray.remote(Host)
@@ -374,6 +380,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, nargs="+", default=ENGINES)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--journal-rounds", type=int, default=0, metavar="N")
     options = parser.parse_args()
     if options.quick:
         options.engines, options.tokens, options.seconds = [10], [32], 1.0
@@ -388,6 +395,11 @@ def main() -> None:
         for engines in options.engines:
             of_actor.append(of_the_actor(engines, tokens, seconds=options.seconds))
             show(of_actor[-1:])
+            for number in range(2 * options.journal_rounds):
+                journal = number % 2 == 0
+                row = of_the_actor(engines, tokens, seconds=options.seconds, journal=journal)
+                of_actor.append({"journal": journal, **row})
+                show(of_actor[-1:])
     ray.shutdown()
     write_result(
         options.json, "control_plane", quick=options.quick, buffer=of_buffer, actor=of_actor
