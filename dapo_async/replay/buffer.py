@@ -173,10 +173,12 @@ class ReplayBuffer:
         whole = Counter(dict.fromkeys(closed, self.groups_per_step))
         open_step = Counter({self.next_step: self._taken_now})
         assert taken == whole + open_step, f"a step is trained in part and not cut: {taken}"
+        next_step = self.next_step - len(closed)
+        assert next_step == version, f"the learner is at {version}, the buffer at step {next_step}"
         returned = {group_id: each.group for group_id, each in self._taken.items()}
         return BufferState(
             version=version,
-            next_step=self.next_step - len(closed),
+            next_step=next_step,
             **self._ledger.state(),
             failures=dict(self.failures),
             streak=self._streak.state(),

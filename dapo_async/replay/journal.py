@@ -128,8 +128,8 @@ class Journal:
     def close(self) -> None:
         """Writes no more."""
         if self.is_open:
-            os.close(self._file)
             self.is_open = False
+            os.close(self._file)
 
     def remove(self) -> None:
         """Ends the journal: nothing can be read back any more."""

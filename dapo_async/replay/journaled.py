@@ -33,6 +33,7 @@ class JournaledBuffer(ReplayBuffer):
         super().__init__(**options)
         self.journal: Journal | None = None
         self.journal_fault: OSError | None = None  # why there is no journal
+        self._new_fault: OSError | None = None  # the same, until it is told
         self._data_of: Callable[[Any], Any] = lambda payload: payload
         self._extras: Callable[[], Mapping[str, Any]] = dict
         self._is_inside = False  # a recorded call is running: its own calls are parts of it
@@ -63,6 +64,16 @@ class JournaledBuffer(ReplayBuffer):
             self.journal.begin({"buffer": image_of(self), **self._extras()}, groups)
             self.journal_fault = None
 
+    def begin_segment_if_long(self) -> None:
+        """Call it when everything that belongs to the changes so far is done."""
+        if self.journal is not None and self.journal.is_open and self.journal.is_long:
+            self.begin_segment()
+
+    def take_journal_fault(self) -> OSError | None:
+        """Why the disk has refused the journal since the last call."""
+        fault, self._new_fault = self._new_fault, None
+        return fault
+
     def note(self, kind: str, **fields: Any) -> None:
         """A record of the caller."""
         self._record(NOTE, note=kind, **fields)
@@ -74,7 +85,7 @@ class JournaledBuffer(ReplayBuffer):
         try:
             yield
         except OSError as error:
-            self.journal_fault = error
+            self.journal_fault = self._new_fault = error
             self.journal.remove()
 
     def _record(self, kind: str, data: Any = None, group_id: int = -1, **fields: Any) -> None:
@@ -85,8 +96,6 @@ class JournaledBuffer(ReplayBuffer):
                 self.journal.append({"k": kind, **fields})
             else:
                 self.journal.append({"k": kind, "id": group_id, **fields}, group_id, data)
-            if self.journal.is_long:
-                self.begin_segment()
 
     @contextmanager
     def _recorded(self, kind: str, **fields: Any) -> Iterator[None]:

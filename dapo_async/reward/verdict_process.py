@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import time
 from typing import Any
+
+from dapo_async.utils.readable import is_readable
 
 CHUNK = 65536
 
@@ -22,7 +23,7 @@ def read_reply(process: subprocess.Popen[bytes], deadline_s: float) -> dict[str,
     pipe, said = process.stdout.fileno(), b""
     while not said.endswith(b"\n"):
         left_s = deadline_s - time.monotonic()
-        if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
+        if left_s <= 0 or not is_readable(pipe, left_s):
             return None
         chunk = os.read(pipe, CHUNK)
         if not chunk:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -135,7 +136,7 @@ class RolloutWorker:
         # Admitted groups that are to be offered; evicted ones and those of wrong weights are not.
         self._wanted: set[int] = set()
         self._offers: list[Offer] = []  # scored groups, for the next exchange
-        self._offered: set[int] = set()  # groups of exchanges in flight
+        self._leaving: set[int] = set()  # groups that go back with a call in flight
         self._num_sent = self._num_answered = 0  # exchanges
         self._num_asked = 0  # groups that the newest exchange asks for, while it is in flight
         self._num_asking = 0  # exchanges in flight that ask for groups
@@ -176,15 +177,14 @@ class RolloutWorker:
         """Offers groups and starts those that are admitted; the engine counts idle slots meanwhile
         as without credit."""
         self._count_asking(num_free > 0)
-        offered = {each.facts.group_id for each in offers}
-        self._offered |= offered
+        offered = [each.facts.group_id for each in offers]
         try:
-            admissions = await self._replay.exchange(
-                self.name, offers, num_free=num_free, num_open=len(self._wanted)
-            )
+            with self._going_back(offered):
+                admissions = await self._replay.exchange(
+                    self.name, offers, num_free=num_free, num_open=len(self._wanted)
+                )
         finally:
             self._count_asking(-(num_free > 0))
-            self._offered -= offered
             self._num_answered += 1
             if number == self._num_sent:
                 self._num_asked = 0
@@ -231,7 +231,16 @@ class RolloutWorker:
     def open_groups(self) -> list[int]:
         """Groups that were admitted and that the replay actor has not got back."""
         waiting = {each.facts.group_id for each in self._offers}
-        return sorted(self._wanted | self._offered | waiting)
+        return sorted(self._wanted | self._leaving | waiting)
+
+    @contextmanager
+    def _going_back(self, group_ids: Sequence[int]) -> Iterator[None]:
+        """The body gives these groups back to the replay actor."""
+        self._leaving.update(group_ids)
+        try:
+            yield
+        finally:
+            self._leaving.difference_update(group_ids)
 
     @property
     def _num_free(self) -> int:
@@ -268,7 +277,8 @@ class RolloutWorker:
         except VerifierFailed as failure:
             if self._claim(group_id):
                 self.engine.tokens.end(TokenOutcome.FAILED, count)
-                await self._replay.fail([group_id], str(failure), failure.detail)
+                with self._going_back([group_id]):
+                    await self._replay.fail([group_id], str(failure), failure.detail)
             else:
                 self._end_tokens(group_id, count)
             return
@@ -349,7 +359,8 @@ class RolloutWorker:
         self, group_id: int, partial_completions: tuple[Completion | None, ...]
     ) -> None:
         if self._claim(group_id):
-            await self._replay.hand_back(group_id, partial_completions)
+            with self._going_back([group_id]):
+                await self._replay.hand_back(group_id, partial_completions)
         else:
             self._end_tokens(group_id, num_tokens(partial_completions))
 
@@ -390,8 +401,9 @@ class RolloutWorker:
         self._given_up.update(given_up)
         self._wanted.clear()
         if given_up:
-            await self.engine.abort(given_up)
-            await self._replay.fail(given_up, f"quarantine of {self.name}")
+            with self._going_back(given_up):
+                await self.engine.abort(given_up)
+                await self._replay.fail(given_up, f"quarantine of {self.name}")
 
     def lose(self, why: str) -> None:
         """The engine can't be used: any state → lost. Groups that fail with it are handed back."""

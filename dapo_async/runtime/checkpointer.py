@@ -146,7 +146,6 @@ class Checkpointer:
             if not self._system.learner.restarts.is_kept:
                 raise
             self.is_late = True
-            await asyncio.to_thread(self.folder.clear)
             self._say(f"the checkpoint of version {version} is postponed: {error}")
         except Exception as error:
             if (why := disk_fault(error)) is None:
@@ -199,9 +198,9 @@ class Checkpointer:
         await asyncio.to_thread(self.folder.seal, version)
         self.checksum_s += self._tracker.clock.now_s() - sealing_s
         await asyncio.to_thread(self.folder.commit, version)
-        self._system.learner.saved(version, self.folder.path(version) / STATE)
-        with suppress(ActorDied):  # the next checkpoint tells it
-            await self._system.replay.checkpointed(version)
+        if self._system.learner.saved(version, self.folder.path(version) / STATE):
+            with suppress(ActorDied):  # the next checkpoint tells it
+                await self._system.replay.checkpointed(version)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s
         self.write_s, self.longest_write_s = (
@@ -223,12 +222,14 @@ class Checkpointer:
         versions = self.folder.versions()
         best, in_evaluation = self._run_dir.best_version(versions), self._in_evaluation()
         copied = self._uploads.in_use if self._uploads is not None else set()
+        restart = self._system.learner.redo.version  # where a restarted learner begins
         # A run whose base model is gone reads config and tokenizer from one of its checkpoints.
         base = Path(self._config.model.path)
         return [
             version
             for version in versions
-            if version in (best, in_evaluation, *copied) or self.folder.path(version) == base
+            if version in (best, in_evaluation, restart, *copied)
+            or self.folder.path(version) == base
         ]
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
+from dapo_async.utils.readable import is_readable
 from dapo_async.utils.restart_budget import RestartBudget
 
 PULSE_FD = "DAPO_ASYNC_PULSE_FD"  # environment variable: where the child writes
@@ -164,7 +164,7 @@ class RunKeeper:
         """
         last_s: float | None = None
         while child.poll() is None:
-            ready, _, _ = select.select([reader], [], [], BEAT_S / 2)
+            ready = is_readable(reader, BEAT_S / 2)
             now_s = time.monotonic()
             if ready:
                 if os.read(reader, 4096):

@@ -236,6 +236,7 @@ class Supervisor:
                 except (ActorDied, ActorFailed, TimeoutError) as error:
                     rank, why = getattr(error, "actor", rank), str(error)
                     continue
+                self._publisher.source_is_back()
                 for info in infos:
                     self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
                 again = sum(done.batch is not None for done in learner.redo.entries)
@@ -246,8 +247,7 @@ class Supervisor:
                 self._event("learner_restarted", actor=rank, minibatches=again)
                 rank, why = await self._until_a_rank_is_lost(learner)
         finally:
-            learner.restarts.is_kept = False
-            learner.restarts.go_on()
+            learner.restarts.end()
 
     async def _until_a_rank_is_lost(self, learner: LearnerGroup) -> tuple[str, str]:
         """The rank that died, failed or hangs, and why."""
@@ -264,6 +264,7 @@ class Supervisor:
         """Restarts the replay actor, which recovers from its journal; never returns. Raises
         ActorDied when its budget is used up."""
         replay, budget = self._replay, RestartBudget(MAX_RESTARTS)
+        reconnecting: asyncio.Future[list[None]] = asyncio.gather()  # of the workers
         replay.restarts.is_kept = True
         try:
             why = await self._until_replay_is_lost()
@@ -281,15 +282,18 @@ class Supervisor:
                 if self.microbatch_tokens is not None:
                     with suppress(ActorDied, ActorFailed, TimeoutError):  # lost again: seen below
                         await replay.plan_with(self.microbatch_tokens)
-                await asyncio.gather(*(worker.reconnect(replay.actor) for worker in workers))
+                reconnecting.cancel()
+                reconnects = [worker.reconnect(replay.actor) for worker in workers]
+                reconnecting = asyncio.gather(*reconnects)
                 self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
                 took_s = self._now_s() - began_s
                 self._say(f"replay goes on after {took_s:.1f} s, from its journal")
                 self._event("replay_restarted", actor=replay.name, seconds=round(took_s, 2))
                 why = await self._until_replay_is_lost()
         finally:
-            replay.restarts.is_kept = False
-            replay.restarts.go_on()
+            replay.restarts.end()
+            reconnecting.cancel()
+            await asyncio.gather(reconnecting, return_exceptions=True)
 
     async def _until_replay_is_lost(self) -> str:
         replay = self._replay

@@ -182,7 +182,7 @@ class System:
                     {task, *watches, *running}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
                 )
                 for watch in watches:
-                    if watch.done() and not task.done():
+                    if watch.done() and not _is_success(task):
                         watch.result()
                         raise ActorDied(watch.get_name(), "ended by itself while the run went on")
             return task.result()
@@ -270,3 +270,8 @@ class System:
         if head_listens():
             for actor in self._actors.all:
                 actor.kill()
+
+
+def _is_success(task: asyncio.Task[Any]) -> bool:
+    """A failure of the main task may follow from the end of a watch, which is the one to report."""
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -107,7 +107,8 @@ class Publisher:
         self._turn = asyncio.Lock()  # held by a publish, its snapshot included, or by a restore
         self._members: tuple[str, ...] = ()  # receivers in the process group of a broadcast
         self._lost: set[str] = set()
-        self._num_source_losses = 0
+        self._num_source_losses, self._is_source_lost = 0, False
+        self._limits: set[asyncio.Timeout] = set()  # of what runs now
         self._unproved: set[str] = set()  # receivers whose handshake is awaited
         self._written: asyncio.Task[str] | None = None  # the newest version on disk
         self._proved: Attestation | None = None  # the first right one of the newest version
@@ -175,9 +176,19 @@ class Publisher:
         self._unproved.discard(receiver.name)
 
     def lose_source(self) -> None:
-        """The learner is being restarted. Its calls wait for that; its process group is gone."""
+        """The learner is being restarted. Its calls wait for that; its process group is gone. The
+        deadlines of a publish and of a restore wait, too."""
         self._members = ()
         self._num_source_losses += 1
+        self._is_source_lost = True
+        for limit in self._limits:
+            limit.reschedule(None)
+
+    def source_is_back(self) -> None:
+        """The learner works again: the deadlines start anew."""
+        self._is_source_lost = False
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time() + self._deadline_s)
 
     async def restore(self, receiver: WeightReceiver) -> bool:
         """Brings a lost `receiver`, whose engine runs again, to the newest version.
@@ -237,8 +248,13 @@ class Publisher:
     @asynccontextmanager
     async def _deadline(self, what: str) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._deadline_s) as limit:
-                yield
+            first_s = None if self._is_source_lost else self._deadline_s
+            async with asyncio.timeout(first_s) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # another deadline, which has its own message
@@ -315,9 +331,9 @@ class Publisher:
 
     async def _write(self, announcement: Announcement) -> str:
         """The folder of versions; a version is written once, however many engines need it."""
-        if self._written is None:
+        if self._written is None or _has_failed(self._written):
             self._written = asyncio.create_task(self._source.write(announcement))
-        return await self._written
+        return await asyncio.shield(self._written)
 
     async def _shake_hands(
         self, receiver: WeightReceiver, announcement: Announcement, attested: Attestation
@@ -451,3 +467,7 @@ class Publisher:
                 f"{result.detail}"
             )
         return result
+
+
+def _has_failed(task: asyncio.Task[str]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

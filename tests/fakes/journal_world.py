@@ -73,10 +73,11 @@ class Crashing(World):
         assert before.journal is not None
         buffer = recovered(before.journal.folder, before.options)
         assert image_of(buffer) == image_of(before)
-        before.journal.close()
         self.go_on_with(buffer, before)
 
     def go_on_with(self, buffer: Recorded, before: Recorded) -> None:
+        assert before.journal is not None
+        before.journal.close()
         buffer.groups = before.groups
         self.lives += 1
         self.buffer = buffer
@@ -89,3 +90,8 @@ class Crashing(World):
         after = self.buffer
         assert isinstance(after, Recorded)
         self.go_on_with(after, before)
+
+    def end(self) -> None:
+        assert isinstance(self.buffer, Recorded)
+        assert self.buffer.journal is not None
+        self.buffer.journal.close()

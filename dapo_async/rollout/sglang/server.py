@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import psutil
 from dapo_async.rollout.engine import EngineFault
 from dapo_async.rollout.sglang import supervisor
 from dapo_async.rollout.sglang.client import POLL_S, SGLangClient
+from dapo_async.utils.readable import is_readable
 
 # Tokens per streamed chunk. A lost server loses at most one chunk of each response; each chunk
 # costs time.
@@ -197,7 +197,7 @@ class SGLangServer:
         assert self._supervisor is not None, "a server's exit code before its start"
         output = self._supervisor.stdout
         assert output is not None
-        if self._exit_code is None and select.select([output], [], [], wait_s)[0]:
+        if self._exit_code is None and is_readable(output.fileno(), wait_s):
             # Nothing to read: somebody killed the supervisor, and so the server.
             self._exit_code = int(output.readline() or -signal.SIGKILL)
         return self._exit_code

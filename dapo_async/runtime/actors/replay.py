@@ -66,6 +66,7 @@ from dapo_async.types import (
     RejectReason,
     TrainBatch,
 )
+from dapo_async.utils.files import disk_fault
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump
 
@@ -274,6 +275,9 @@ class ReplayActor:
         """After each change of the buffer: everything that has become possible happens now."""
         if self._log.is_full:
             self._files.write_log(self._log)
+        self._buffer.begin_segment_if_long()
+        if (fault := self._buffer.take_journal_fault()) is not None:
+            self._files.refused("journal/", disk_fault(fault))
         self._grant()
         self._take_ahead()
         self._news.set()
@@ -554,8 +558,10 @@ class ReplayActor:
 
     async def again(self, batch: TrainBatch) -> TrainBatch:
         """`batch` with new objects: those of the process before are gone with it."""
-        payloads = [self._payload(group_id) for group_id in batch.group_ids]
-        return await self._stored(replace(batch, references=tuple(payloads)))
+        payloads = await asyncio.to_thread(
+            lambda: tuple(self._payload(group_id) for group_id in batch.group_ids)
+        )
+        return await self._stored(replace(batch, references=payloads))
 
     def _payload(self, group_id: int) -> Payload:
         """A group of the learner, from memory or from the journal."""
@@ -675,6 +681,7 @@ class ReplayActor:
         self._files.write_log(self._log)
         await self._files.written()
         if self._buffer.journal is not None:  # the last checkpoint has everything
+            self._buffer.journal.close()
             await asyncio.to_thread(self._buffer.journal.remove)
 
     async def capture_state(self, version: int) -> None:

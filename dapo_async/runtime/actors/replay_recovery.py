@@ -133,7 +133,8 @@ def _end_tokens(start: ReplayStart, fields: Mapping[str, Any]) -> None:
 
 def keep_acceptance(start: ReplayStart, step: int) -> None:
     """Keeps what the step that was just closed was offered, for the reports."""
-    assert start.buffer.acceptance is not None
+    if start.buffer.acceptance is None:  # it was closed before the image of a recovery
+        return
     start.acceptance[step] = start.buffer.acceptance
     start.acceptance.pop(step - KEPT_ACCEPTANCES, None)
 

@@ -113,7 +113,7 @@ class ReplayClient(Handle[ReplayActor]):
             replaced = self._num_replaced
             try:
                 return await call(again)
-            except ActorDied:
+            except (ActorDied, TimeoutError):  # a hanging one is replaced, too
                 again = True
                 await self._next(replaced)
 
@@ -128,7 +128,8 @@ class ReplayClient(Handle[ReplayActor]):
         except TimeoutError as error:
             raise ActorDied(
                 self.name,
-                f"died, and {self._caller} waited {limit_s:g} s (deadlines.start_s) for a new one",
+                f"died or did not answer, and {self._caller} waited {limit_s:g} s "
+                "(deadlines.start_s) for a new one",
             ) from error
 
 

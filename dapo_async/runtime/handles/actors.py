@@ -16,7 +16,7 @@ from dapo_async.runtime.actors.evaluator import EvaluatorActor
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import RolloutActor
-from dapo_async.runtime.handles.handle import ActorDied, Handle, remote
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, Handle, remote
 from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.types import TrainBatch
 from dapo_async.weights import Announcement, Attestation
@@ -61,7 +61,7 @@ def _return(deadlines: DeadlinesConfig) -> float:
 
 
 # Calls of the replay actor that are for one process.
-UNREPEATED = frozenset(("ready", "alive", "ping", "dump"))
+UNREPEATED = frozenset(("ready", "alive", "ping", "dump", "save"))
 
 
 class ReplayHandle(Handle[ReplayActor]):
@@ -69,7 +69,7 @@ class ReplayHandle(Handle[ReplayActor]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.restarts = Restarts()
+        self.restarts = Restarts("replay")
         self._captured_after = 0  # losses before the newest capture
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -188,8 +188,8 @@ class WorkerHandle(Handle[RolloutActor]):
 
     async def reconnect(self, replay: Any) -> None:
         """Its calls go to the new replay actor, of which this is Ray's handle. A process that is
-        starting or late gets this call later."""
-        with suppress(ActorDied, TimeoutError):
+        starting or late gets this call later; the next replay actor calls again."""
+        with suppress(ActorDied, ActorFailed, TimeoutError):
             await self._reconnect(replay)
 
     async def quarantine(self) -> None:

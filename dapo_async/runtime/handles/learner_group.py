@@ -43,7 +43,7 @@ class LearnerGroup:
         """`redo`: of the checkpoint that the ranks have loaded."""
         self.ranks = list(ranks)
         self.redo = redo or RedoLog()
-        self.restarts = Restarts()
+        self.restarts = Restarts("learner")
         # Gives a batch with new objects, when those of the batch are gone with a replay actor.
         self.again: Callable[[TrainBatch], Awaitable[TrainBatch]] | None = None
         self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
@@ -104,9 +104,12 @@ class LearnerGroup:
         if not has_snapshot:
             await self._snapshot()
 
-    def saved(self, version: int, state: Path) -> None:
-        """A checkpoint of `version` is on disk; a restart begins there."""
-        self.redo.saved(version, state)
+    def saved(self, version: int, state: Path) -> bool:
+        """A checkpoint of `version` is on disk; a restart begins there. False: a restart that is
+        under way has begun at the checkpoint before, which stays the one to begin at."""
+        if self.restarts.is_whole:
+            self.redo.saved(version, state)
+        return self.restarts.is_whole
 
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
         """One minibatch on all ranks; each data-parallel rank fetches only its share."""
@@ -119,14 +122,9 @@ class LearnerGroup:
             batch = await self.again(batch)
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
-        try:
-            metrics = await self._together(
-                rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
-            )
-        except ObjectsLost as error:
-            self._fault = str(error)
-            self._is_broken.set()
-            raise
+        metrics = await self._together(
+            rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
+        )
         # The ranks of one tensor-parallel axis saw the same groups: the first of each counts.
         first, *others = metrics[:: self._tp]
         return sum(others, start=first)
@@ -204,8 +202,10 @@ class LearnerGroup:
 
         It is not repeated: after a loss another version may be the newest one.
         """
-        await self.first.write(announcement, folder)
-        return await self.first.checksum(announcement)
+        # Both at once: the next snapshot replaces the announced one.
+        calls = self.first.write(announcement, folder), self.first.checksum(announcement)
+        written: tuple[str, str] = await asyncio.gather(*calls)
+        return written[1]
 
     async def version(self) -> int:
         """The version of the weights; waits for a step in progress."""
@@ -232,6 +232,9 @@ class LearnerGroup:
         try:
             return await asyncio.gather(*calls)
         except (TimeoutError, ActorFailed) as error:
+            if isinstance(error, ObjectsLost):
+                self._fault = str(error)
+                self._is_broken.set()
             await self._name_the_cause(error)
             raise
 

@@ -114,7 +114,11 @@ def test_long_segment_is_followed_by_a_new_one(
 ) -> None:
     monkeypatch.setattr("dapo_async.replay.journal.SEGMENT_BYTES", 2000)
     world = world_of(tmp_path, random.Random(5))
-    wander(world, random.Random(5), num_events=60, resumes=False)
+    buffer = world.buffer
+    assert isinstance(buffer, Recorded)
+    for seed in range(12):
+        wander(world, random.Random(seed), num_events=5, resumes=False)
+        buffer.begin_segment_if_long()
     assert len([*(tmp_path / "0").glob("*.log")]) > 1
     world.crash()
 

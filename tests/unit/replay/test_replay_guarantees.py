@@ -186,12 +186,14 @@ class CrashingInterleavings(Interleavings):
             super().teardown()
         finally:
             if hasattr(self, "folder"):
+                assert isinstance(self.world, Crashing)
+                self.world.end()
                 shutil.rmtree(self.folder)
 
 
 TestCrashingInterleavings = pytest.mark.slow(CrashingInterleavings.TestCase)
 TestCrashingInterleavings.settings = settings(
-    max_examples=300,
+    max_examples=150,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

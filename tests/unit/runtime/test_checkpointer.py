@@ -15,6 +15,7 @@ from small_disk import fill_up, make_room, small_disk
 from dapo_async.config import Config, TrainConfig
 from dapo_async.runtime.checkpointer import MAX_FAILED, Checkpointer, DiskRefused
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.runtime.mirror import Mirror, Uploads
 from dapo_async.tracking.disk_faults import DiskFaults, RowFile
@@ -48,10 +49,11 @@ class Replay(Writer):
 
 
 class Learner(Writer):
-    restarts = Restarts()
+    restarts, redo = Restarts("learner"), RedoLog()
 
-    def saved(self, version: int, state: Path) -> None:
+    def saved(self, version: int, state: Path) -> bool:
         assert state.is_dir(), "a restarted learner reads it"
+        return True
 
     async def capture_state(self, version: int = -1) -> Any:
         return self.at
@@ -64,7 +66,7 @@ class LostLearner(Learner):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.restarts = Restarts()
+        self.restarts = Restarts("learner")
         self.restarts.is_kept = True
 
     async def save(self, folder: Path) -> None:

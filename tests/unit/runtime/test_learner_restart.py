@@ -112,6 +112,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ray.kill", self.kill)
         monkeypatch.setattr(restarts, "DEATH_NEWS_S", 0.5)
+        monkeypatch.setattr(restarts, "BREAK_S", 0.0)
         self.saved: dict[Path | None, tuple[list[list[str]], int]] = {
             None: ([[] for _ in range(RANKS)], 0)
         }
@@ -148,6 +149,9 @@ class World:
     def lose_source(self) -> None:
         self.source_losses += 1
 
+    def source_is_back(self) -> None:
+        assert self.learner.restarts.is_whole
+
     def start(self, number: int, state: Path | None) -> Any:
         seen, version = self.saved[state]
         rank = Rank(number, [*seen[number]], version)
@@ -175,7 +179,7 @@ class World:
                     done, _ = await asyncio.wait(
                         {keep, acting}, return_when=asyncio.FIRST_COMPLETED
                     )
-                    for task in done:
+                    for task in sorted(done, key=lambda each: each is not keep):
                         task.result()
             finally:
                 keep.cancel()
@@ -362,3 +366,44 @@ def test_log_keeps_what_is_newer_than_the_checkpoint() -> None:
     log.saved(6, Path("step_000006"))
     assert [(done.step, done.batch is None) for done in log.entries] == [(6, False), (6, True)]
     assert (log.version, log.state, log.fault) == (6, Path("step_000006"), None)
+
+
+def test_learner_that_is_being_restarted_when_the_run_ends_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has done only a part of its steps again: a checkpoint of it would be wrong."""
+    world = World(monkeypatch)
+
+    async def scene() -> None:
+        for step in range(3):
+            await world.learner.minibatch(batch_of(step, step))
+        world.dies_in = [set(), {"minibatch"}]
+        keep = asyncio.create_task(world.supervisor.keep_learner(world.learner))
+        await asyncio.sleep(0)
+        world.ranks[0].dead.set()
+        while world.learner.restarts.is_whole:
+            await asyncio.sleep(0)
+        keep.cancel()
+        await asyncio.gather(keep, return_exceptions=True)
+        with pytest.raises(ActorDied, match="was being restarted when the run ended"):
+            await world.learner.version()
+
+    asyncio.run(scene())
+
+
+def test_checkpoint_that_ends_during_a_restart_is_not_where_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+
+    async def scene() -> None:
+        await world.learner.minibatch(batch_of(0, 0))
+        world.ranks[0].dead.set()
+        while world.learner.restarts.is_whole:
+            await asyncio.sleep(0)
+        assert not world.learner.saved(1, Path("step_000001"))
+        await world.learner.minibatch(batch_of(1, 1))
+
+    world.play(scene)
+    assert world.ranks[0].seen == shares(0, 1)
+    assert world.learner.redo.version == 0

@@ -450,6 +450,39 @@ def test_lost_learner_completes_its_publish_by_disk_and_forms_the_group_again(
     assert publisher.serving == (engine,)
 
 
+def test_deadline_of_a_publish_waits_for_a_learner_that_is_restarted(tmp_path: Path) -> None:
+    learner = FakeLearner(tmp_path)
+    engine = FakeEngine(learner)
+    publisher = make_publisher(learner, engine, deadline_s=0.05)
+    write, is_back = learner.write, asyncio.Event()
+
+    async def waits(announcement: Announcement) -> str:
+        await is_back.wait()
+        return await write(announcement)
+
+    async def scene() -> list[int]:
+        served: list[int] = []
+
+        async def on_served(version: int) -> None:
+            served.append(version)
+
+        publishing = asyncio.create_task(
+            publisher.publish(learner.announce(1), on_served=on_served)
+        )
+        await asyncio.sleep(0)
+        publisher.lose_source()
+        await asyncio.sleep(0.1)
+        publisher.source_is_back()
+        is_back.set()
+        await publishing
+        return served
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "write", waits)
+        patch.setattr(engine, "receive", _breaks_off)
+        assert asyncio.run(scene()) == [1]
+
+
 async def _breaks_off(announcement: Announcement) -> None:
     return None
 
