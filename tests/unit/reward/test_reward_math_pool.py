@@ -215,7 +215,10 @@ def test_a_verifier_process_that_does_not_start_is_a_clear_error(
 def test_reply_is_read_from_a_descriptor_above_the_limit_of_select() -> None:
     """A rollout process with many connections has such descriptors."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "print('{}')"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", "print('{}')"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
