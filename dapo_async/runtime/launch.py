@@ -97,7 +97,7 @@ def start_actors(
         start_replay = _starter(
             ReplayActor,
             f"{run}/replay" + (f".{process}" if process else ""),
-            strategy=reservation.beside_learner,
+            strategy=reservation.beside_learner_again if process else reservation.beside_learner,
             max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
         )
         return start_replay(

@@ -338,6 +338,7 @@ def test_every_number_is_documented_and_every_documented_one_is_written(
     quickstart: Finished, synchronous: Finished
 ) -> None:
     rows = {name for run in (quickstart, synchronous) for row in run.metrics for name in row}
+    rows.add("reference_kl")  # only with algorithm.kl_coef
     check_documented(rows, documented("metrics.jsonl"))
     check_documented(summary_names(quickstart.summary), documented("summary.json"))
 

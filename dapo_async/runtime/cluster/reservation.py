@@ -73,10 +73,18 @@ class Reservation:
 
     @property
     def beside_learner(self) -> Strategy:
-        """For an actor that reserves nothing: the first node of the learner, while that lives."""
+        """For an actor that reserves nothing: the first node of the learner."""
+        return self._beside_learner(soft=False)
+
+    @property
+    def beside_learner_again(self) -> Strategy:
+        """For a process that replaces a lost one: the same node, or any if that is gone."""
+        return self._beside_learner(soft=True)
+
+    def _beside_learner(self, *, soft: bool) -> Strategy:
         if self._learner_node is None:
             return ANYWHERE
-        return NodeAffinitySchedulingStrategy(self._learner_node, soft=True)
+        return NodeAffinitySchedulingStrategy(self._learner_node, soft=soft)
 
     def strategy(self, name: str) -> Strategy:
         """For the first process of the actor `name`."""

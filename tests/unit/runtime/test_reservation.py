@@ -48,7 +48,7 @@ def test_ranks_of_a_group_have_the_bundles_of_one_placement_group() -> None:
     assert ids[0] == ids[1] != ids[2] == ids[3]
     beside = reservation.beside_learner
     assert isinstance(beside, NodeAffinitySchedulingStrategy)
-    assert (beside.node_id, beside.soft) == (NODE, True)
+    assert (beside.node_id, beside.soft) == (NODE, False)
 
 
 def test_learner_and_engine_of_one_gpu_have_one_bundle_also_after_a_restart() -> None:
