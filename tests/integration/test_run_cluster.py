@@ -91,8 +91,12 @@ def scraped(cluster: Cluster) -> dict[str, dict[str, float]]:
     found = json.loads((cluster.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
     gauges: dict[str, dict[str, float]] = {}
     for target in (each for group in found for each in group["targets"]):
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except OSError as error:  # a node's agent that starts late
+            print(f"{target} gives no metrics: {error}")
+            continue
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name.startswith("ray_dapo_async_"):
