@@ -25,7 +25,6 @@ from sglang_run_support import (
     CONFIG,
     SERVERS,
     check_restarts,
-    hang,
     kill,
     replaced,
     server_of,
@@ -131,25 +130,6 @@ def test_servers_key_is_nowhere_in_the_run_directory(two: Finished) -> None:
 
 def test_servers_of_an_own_ray_listen_on_loopback_only(two: Finished) -> None:
     assert {"127.0.0.1"} == LISTENING
-
-
-def test_server_that_hangs_is_replaced_and_goes_with_a_killed_driver(tmp_path: Path) -> None:
-    steps = (
-        "train.num_steps=5000",
-        "train.checkpoint_every_steps=500",
-        "weights.transport=disk",
-        "deadlines.answer_s=6",
-    )
-    with running(tmp_path / "run", *TINY, *SERVERS, *steps) as live:
-        live.wait_for(r"^step +4/")
-        session = replaced(live, "rollout-0", hang)
-        os.kill(
-            server_of(live.root, "rollout-0").pid, signal.SIGKILL
-        )  # once more: the limit of restarts is not reached
-        live.wait_for(r"restarting it in 1 s \(2 of 3\)$", timeout_s=60.0)
-        os.kill(live.driver, signal.SIGKILL)
-        assert not psutil.wait_procs(session, timeout=5.0)[1]
-        live.seconds_until_nothing_is_left(timeout_s=30.0)
 
 
 def test_only_engine_rejoins_the_broadcast_and_one_loss_too_many_ends_the_run(
