@@ -49,6 +49,10 @@ class ActorFailed(RuntimeError):
     """An actor raised; the message names the actor, the method and the original error."""
 
 
+class ActorSilent(TimeoutError):
+    """An actor does not even answer a ping: it hangs, or its node can't be reached."""
+
+
 class ObjectsLost(ActorFailed):
     """Objects that the actor needed were lost with the process that had made them."""
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from dapo_async.config import Config
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import LearnerHandle
-from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ObjectsLost
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ActorSilent, ObjectsLost
 from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.types import StepMetrics, TrainBatch
@@ -253,7 +253,7 @@ class LearnerGroup:
         by_name = {rank.name: answer for rank, answer in zip(self.ranks, answers, strict=True)}
         silent = [name for name, answer in by_name.items() if isinstance(answer, TimeoutError)]
         if silent:
-            raise TimeoutError(
+            raise ActorSilent(
                 f"{' and '.join(silent)} did not answer for {PING_S:g} s; before that, {error}"
             ) from error
         lines = [f"{name} in {line}" for name, line in by_name.items() if isinstance(line, str)]

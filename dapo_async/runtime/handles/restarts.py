@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from dapo_async.runtime.handles.handle import BREAK_S, ActorDied, ActorFailed
+from dapo_async.runtime.handles.handle import BREAK_S, ActorDied, ActorFailed, ActorSilent
 
 T = TypeVar("T")
 DEATH_NEWS_S = 2.0  # Ray reports a death within this time
@@ -62,11 +62,11 @@ class Restarts:
             losses = self.num_losses
             try:
                 return await call()
-            except ActorFailed:
-                if not await self.was_lost(losses, within_s=DEATH_NEWS_S):
-                    raise
-            except (ActorDied, TimeoutError):
+            except (ActorDied, ActorSilent):
                 if not await self.was_lost(losses):
+                    raise
+            except (ActorFailed, TimeoutError):
+                if not await self.was_lost(losses, within_s=DEATH_NEWS_S):
                     raise
 
     async def was_lost(self, losses_before: int, *, within_s: float | None = None) -> bool:
