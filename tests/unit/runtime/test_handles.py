@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,12 +56,19 @@ def test_a_passed_deadline_names_caller_actor_and_method() -> None:
 
 
 def test_within_replaces_the_deadline_of_a_copy_only() -> None:
-    replay = ReplayClient("replay", fake_actor(exchange=hang), DEADLINES, caller="rollout-0")
-    short = replay.within(0.05)
-    line = r"^rollout-0 waited 0.05 s for replay to finish exchange$"
+    worker = WorkerHandle("rollout-0", fake_actor(report=hang), DEADLINES)
+    line = r"^the driver waited 0.05 s for rollout-0 to finish report$"
     with pytest.raises(TimeoutError, match=line):
-        asyncio.run(short.exchange("rollout-0", [], num_free=1, num_open=0))
-    assert replay._limit_s is None
+        asyncio.run(worker.within(0.05).report())
+    assert worker._limit_s is None
+
+
+def test_worker_that_gets_no_answer_waits_for_the_next_replay_actor() -> None:
+    soon = replace(DEADLINES, start_s=0.05)
+    replay = ReplayClient("replay", fake_actor(exchange=hang), soon, caller="rollout-0")
+    line = r"^replay died or did not answer, and rollout-0 waited 0.05 s \(deadlines.start_s\) for"
+    with pytest.raises(ActorDied, match=line):
+        asyncio.run(replay.within(0.05).exchange("rollout-0", [], num_free=1, num_open=0))
 
 
 def test_a_deadline_that_the_actor_noticed_is_reported_in_its_words() -> None:
