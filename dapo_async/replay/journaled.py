@@ -32,8 +32,7 @@ class JournaledBuffer(ReplayBuffer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.journal: Journal | None = None
-        self.journal_fault: OSError | None = None  # why there is no journal
-        self._new_fault: OSError | None = None  # the same, until it is told
+        self._fault: OSError | None = None  # why there is no journal, until it is told
         self._data_of: Callable[[Any], Any] = lambda payload: payload
         self._extras: Callable[[], Mapping[str, Any]] = dict
         self._is_inside = False  # a recorded call is running: its own calls are parts of it
@@ -62,7 +61,6 @@ class JournaledBuffer(ReplayBuffer):
         )
         with self._refusals():
             self.journal.begin({"buffer": image_of(self), **self._extras()}, groups)
-            self.journal_fault = None
 
     def begin_segment_if_long(self) -> None:
         """Call it when everything that belongs to the changes so far is done."""
@@ -71,7 +69,7 @@ class JournaledBuffer(ReplayBuffer):
 
     def take_journal_fault(self) -> OSError | None:
         """Why the disk has refused the journal since the last call."""
-        fault, self._new_fault = self._new_fault, None
+        fault, self._fault = self._fault, None
         return fault
 
     def note(self, kind: str, **fields: Any) -> None:
@@ -85,7 +83,7 @@ class JournaledBuffer(ReplayBuffer):
         try:
             yield
         except OSError as error:
-            self.journal_fault = self._new_fault = error
+            self._fault = error
             self.journal.remove()
 
     def _record(self, kind: str, data: Any = None, group_id: int = -1, **fields: Any) -> None:

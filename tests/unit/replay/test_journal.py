@@ -137,9 +137,10 @@ def test_disk_that_refuses_the_journal_leaves_the_buffer_as_it_is(
     with monkeypatch.context() as patch:
         patch.setattr("dapo_async.replay.journal.os.writev", full)
         wander(world, random.Random(7), num_events=30, resumes=False)
-    assert buffer.journal_fault is not None
+    assert buffer.take_journal_fault() is not None
     assert not buffer.journal.folder.exists(), "a torn journal must not be read"
     buffer.begin_segment()
-    assert buffer.journal_fault is None
+    assert buffer.take_journal_fault() is None
+    assert buffer.journal.is_open
     world.crash()
     wander(world, random.Random(8), num_events=30, resumes=False)
