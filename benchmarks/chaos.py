@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -57,7 +58,7 @@ BACK = {  # what the run says when the replacement of another one works
     "replay": "replay goes on after",
 }
 PING_S = 5.0
-LONGEST_S = 300.0  # for one recovery
+LONGEST_S = 600.0  # for one recovery
 SETTINGS = (
     "rollout.num_workers=2",
     "replay.dynamic_sampling=false",  # else the last steps wait for groups that are not solved
@@ -68,7 +69,13 @@ SETTINGS = (
     f"deadlines.ping_s={PING_S}",
 )
 QUICK = ("replay.groups_per_step=4", "replay.group_size=8", "evaluation.num_prompts=64")
-SGLANG = ("rollout.engine=sglang", "rollout.server_flags=--max-total-tokens 16384")
+SGLANG = (
+    "rollout.engine=sglang",
+    "rollout.num_slots=32",
+    "model.num_cpus=0.5",
+    "rollout.server_flags=--max-total-tokens 16384",
+    "deadlines.start_s=600",  # a server starts slowly beside a run on few cores
+)
 TRAINED = re.compile(r"^step +(\d+)/", re.MULTILINE)
 
 
@@ -93,6 +100,12 @@ class Victim:
         return self._log.read_text()
 
     @property
+    def tail(self) -> str:
+        """The last lines, and where all of them are."""
+        lines = [line[:300] for line in self.output.splitlines()[-20:]]
+        return "\n".join([f"{self._log}:", *lines])
+
+    @property
     def newest_start(self) -> str:
         """What the run has printed since it was started last."""
         return self.output.rpartition("run directory ")[2]
@@ -107,9 +120,9 @@ class Victim:
         began_s = time.monotonic()
         while not done():
             if self.process.poll() is not None:
-                raise RuntimeError(f"{what}: the run has ended\n{self.output[-3000:]}")
+                raise RuntimeError(f"{what}: the run has ended\n{self.tail}")
             if time.monotonic() - began_s > LONGEST_S:
-                raise RuntimeError(f"{what}: not within {LONGEST_S:g} s\n{self.output[-3000:]}")
+                raise RuntimeError(f"{what}: not within {LONGEST_S:g} s\n{self.tail}")
             time.sleep(0.02)
         return time.monotonic() - began_s
 
@@ -143,7 +156,8 @@ class Victim:
         number = signal.SIGSTOP if "SIGSTOP" in kind else signal.SIGKILL
         pid = self.pid(name)
         if kind == "server":
-            pid = psutil.Process(pid).children()[0].pid
+            # The worker's child watches the server, which is the child of that one.
+            pid = psutil.Process(pid).children()[0].children()[0].pid
         os.kill(pid, number)
         # More restarts than an actor's budget allows end the run, and it is resumed.
         return lambda: (
@@ -211,21 +225,20 @@ def main() -> None:
         settings += QUICK
     if options.engine == "sglang":
         settings += SGLANG
-    with tempfile.TemporaryDirectory() as folder:
-        victim = Victim(Path(folder), [*settings, f"train.num_steps={steps}"])
-        try:
-            began_s = time.monotonic()
-            recoveries = kill_at_random(
-                victim, kills=options.kills, seed=options.seed, weights=weights
-            )
-            code = victim.process.wait(3600)
-            wall_s = time.monotonic() - began_s
-            if code != 0:
-                raise RuntimeError(f"exit code {code}\n{victim.output[-3000:]}")
-            found = check(victim.root)
-        finally:
-            if victim.process.poll() is None:
-                os.killpg(victim.process.pid, signal.SIGKILL)
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # kept when the run fails
+    victim = Victim(folder, [*settings, f"train.num_steps={steps}"])
+    try:
+        began_s = time.monotonic()
+        recoveries = kill_at_random(victim, kills=options.kills, seed=options.seed, weights=weights)
+        code = victim.process.wait(3600)
+        wall_s = time.monotonic() - began_s
+        if code != 0:
+            raise RuntimeError(f"exit code {code}\n{victim.tail}")
+        found = check(victim.root)
+    finally:
+        if victim.process.poll() is None:
+            os.killpg(victim.process.pid, signal.SIGKILL)
+    shutil.rmtree(folder)
     by_kind = defaultdict(list)
     for kind, took_s in recoveries:
         by_kind[kind].append(took_s)

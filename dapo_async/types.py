@@ -190,6 +190,11 @@ class TrainBatch:
     evicted: tuple[int, ...] = ()  # since the take before; their generation is to be aborted
     closes_step: bool = True  # False: more minibatches of this step follow
     process: int = 0  # replay actors before the one that owns the objects
+    num_halvings: int = 0  # of every pass, because a learner rank has lacked memory before
+
+
+class MemoryShort(RuntimeError):
+    """A learner rank lacks memory for a pass that the other ranks are in; halves of it may fit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,12 @@ class SleepingRank(LearnerRank):
     groups_per_step: int
 
     def minibatch(
-        self, groups: Sequence[Group], *, share: RankShare | None = None, more: bool = False
+        self,
+        groups: Sequence[Group],
+        *,
+        share: RankShare | None = None,
+        more: bool = False,
+        num_halvings: int = 0,
     ) -> StepMetrics:
         """See `LearnerRank.minibatch`: the metrics are those that do not need a forward pass."""
         share = share or self.share_of(groups)

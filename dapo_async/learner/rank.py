@@ -52,7 +52,7 @@ from dapo_async.model import (
     reshard,
 )
 from dapo_async.model.cost import train_flops
-from dapo_async.types import Group, GroupFacts, StepMetrics
+from dapo_async.types import Group, GroupFacts, MemoryShort, StepMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +152,19 @@ class LearnerRank:
         return metrics
 
     def minibatch(
-        self, groups: Sequence[Group], *, share: RankShare | None = None, more: bool = False
+        self,
+        groups: Sequence[Group],
+        *,
+        share: RankShare | None = None,
+        more: bool = False,
+        num_halvings: int = 0,
     ) -> StepMetrics:
         """Trains on one minibatch of the step and returns its sums and counts.
 
         `share`: this rank's share of the minibatch; `groups` then have the rollouts that it names.
         None: all ranks get the whole groups, and plan alike who trains what. The metrics are those
         of the share, and add up to the minibatch's. `more`: other minibatches of the step may
-        follow.
+        follow. `num_halvings`: how often each pass is cut into halves, the same on all ranks.
 
         The totals have a `guard.NAME` of 1 for each rule of `algorithm.guards` that the minibatch
         breaks. A loss or gradient that is not finite changes no weight, with `guards` skip and stop
@@ -168,7 +173,8 @@ class LearnerRank:
 
         If the device lacks memory, a single rank halves its passes, and those of all later
         minibatches, and tries again once. Raises RuntimeError, which names the microbatch, when
-        that does not help.
+        that does not help. One of several ranks raises MemoryShort: the others are in the midst of
+        the pass, so all of them have to start again, with one more halving.
         """
         learner, first = self._learner, self.num_updates == 0
         if first and more and needs_start_logprobs(self._algorithm):
@@ -177,6 +183,8 @@ class LearnerRank:
             share = self.share_of(groups)
             groups = [each.part_of(groups[each.position]) for each in share.groups]
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
+        for _ in range(self._num_halvings + num_halvings):
+            share = halved(share)
         update, broken = self._trained(groups, share, lr=lr, first=first)
         self._held = Guard.NON_FINITE in broken or (bool(broken) and self._guards != "warn")
         self.num_updates += not self._held
@@ -199,17 +207,16 @@ class LearnerRank:
         self, groups: Sequence[Group], share: RankShare, *, lr: float, first: bool
     ) -> tuple[StepMetrics, tuple[Guard, ...]]:
         """The passes of a minibatch and its update; once more in halves if memory is short."""
-        for _ in range(self._num_halvings):
-            share = halved(share)
         try:
             return self._passes(groups, share, lr=lr, first=first)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             finer = halved(share)
-            if self._mesh.every.size > 1 or finer == share:
-                # Other ranks are in the midst of the same pass: it can't be repeated.
+            if finer == share:
                 raise self._too_large(groups, share, error) from error
+            if self._mesh.every.size > 1:
+                raise MemoryShort(self._too_large(groups, share, error)) from error
         self._release_memory()
         self._num_halvings += 1
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -473,6 +474,40 @@ def test_a_rank_that_checks_only_its_own_numbers_would_train_on(
     monkeypatch.setattr(rank, "clip_gradients", lambda decoder, max_norm, mesh: torch.ones(()))
     monkeypatch.setattr(PassSums, "read", lambda self, norm, mesh: read(self, norm, Mesh()))
     assert sorted(untouched for _, untouched in on_ranks(one_bad_rank, dp=2)) == [False, True]
+
+
+class SmallRank(LearnerRank):
+    """The last rank lacks memory for microbatches of more than 30 tokens."""
+
+    def _loss(self, batch: Microbatch, *arguments: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        if self._mesh.every.rank == self._mesh.every.size - 1 and len(batch.token_ids) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super()._loss(batch, *arguments)
+
+
+def short_of_memory(mesh: Mesh, num_halvings: int) -> Trained | str:
+    """Weights and metrics after one minibatch, or what was raised."""
+    rank = rank_on(mesh, kind=SmallRank)
+    try:
+        metrics = rank.minibatch(uneven_groups(), num_halvings=num_halvings)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    parameters = rank.decoder.named_parameters()
+    return Trained([metrics], {name: whole(each.detach()) for name, each in parameters})
+
+
+def test_all_ranks_start_again_in_halves_when_one_of_them_lacks_memory() -> None:
+    """As `LearnerGroup` does: the ranks are ended, and new ones get one more halving."""
+    *others, small = on_ranks(short_of_memory, 0, dp=2, tp=2)
+    assert re.match(r"MemoryShort: the learner's device lacks memory for a microbatch: \d+", small)
+    assert all(each.startswith("RuntimeError: ") for each in others), "they waited in the pass"
+    ranks, alone = on_ranks(short_of_memory, 1, dp=2, tp=2), three_steps(Mesh(), {"learner": {}})
+    first, _, second, _ = (rank.steps[0] for rank in ranks)
+    ours, theirs = summarise(alone.steps[0]), summarise(first + second)
+    for name in ("loss", "grad_norm", "entropy", "tokens"):
+        assert theirs[name] == pytest.approx(ours[name], rel=REL, abs=REL), name
+    for name, tensor in ranks[0].weights.items():
+        assert all(torch.equal(tensor, rank.weights[name]) for rank in ranks), name
 
 
 def half_precision(mesh: Mesh) -> StepMetrics:

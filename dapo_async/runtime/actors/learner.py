@@ -186,12 +186,10 @@ class LearnerActor:
                 f"a batch for version {batch.learner_version} met the learner at {version}"
             )
             with self._clock.during("train", f"step {batch.learner_version}"):
-                return await asyncio.to_thread(
-                    self._minibatch, groups, share, closes_step=batch.closes_step
-                )
+                return await asyncio.to_thread(self._minibatch, groups, share, batch)
 
     def _minibatch(
-        self, groups: Sequence[Group], share: RankShare, *, closes_step: bool
+        self, groups: Sequence[Group], share: RankShare, batch: TrainBatch
     ) -> StepMetrics:
         version, self._stepping = self._rank.version, threading.get_ident()
         wanted = self._config.learner.profile and version in PROFILED_STEPS
@@ -204,8 +202,13 @@ class LearnerActor:
                 if wanted
                 else nullcontext()
             ):
-                metrics = self._rank.minibatch(groups, share=share, more=not closes_step)
-            if closes_step:
+                metrics = self._rank.minibatch(
+                    groups,
+                    share=share,
+                    more=not batch.closes_step,
+                    num_halvings=batch.num_halvings,
+                )
+            if batch.closes_step:
                 self._rank.end_step()
             return metrics
         finally:

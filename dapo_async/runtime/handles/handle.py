@@ -25,6 +25,7 @@ from ray.exceptions import (
 )
 
 from dapo_async.config import DeadlinesConfig
+from dapo_async.types import MemoryShort
 
 ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
@@ -55,6 +56,10 @@ class ActorSilent(TimeoutError):
 
 class ObjectsLost(ActorFailed):
     """Objects that the actor needed were lost with the process that had made them."""
+
+
+class RankMemoryShort(ActorFailed):
+    """See `MemoryShort`."""
 
 
 class Handle(Generic[ActorClass]):
@@ -114,7 +119,8 @@ class Handle(Generic[ActorClass]):
             ) from error
         except RayTaskError as error:
             original = _original(error)
-            kind = ObjectsLost if isinstance(original, ObjectLostError) else ActorFailed
+            kinds = {ObjectLostError: ObjectsLost, MemoryShort: RankMemoryShort}
+            kind = next((kinds[each] for each in kinds if isinstance(original, each)), ActorFailed)
             raise kind(f"{self.name} failed in {method}: {original!r}") from error
 
     async def _call_again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

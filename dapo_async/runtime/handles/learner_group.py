@@ -10,6 +10,9 @@ When a rank is lost, the supervisor restarts all of them within the run:
 The same minibatches in the same order give the same weights, so that no group is trained twice and
 the engines go on with the weights that they have. Calls that a loss breaks off wait and are
 repeated.
+
+A rank that lacks memory for a pass is lost, too. From then on all ranks run their passes in halves;
+minibatches that are done again run as they did.
 """
 
 from __future__ import annotations
@@ -24,7 +27,13 @@ from typing import Any, TypeVar
 from dapo_async.config import Config
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles.actors import LearnerHandle
-from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ActorSilent, ObjectsLost
+from dapo_async.runtime.handles.handle import (
+    ActorDied,
+    ActorFailed,
+    ActorSilent,
+    ObjectsLost,
+    RankMemoryShort,
+)
 from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.handles.restarts import Restarts
 from dapo_async.types import StepMetrics, TrainBatch
@@ -49,6 +58,7 @@ class LearnerGroup:
         self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
         self._captured_after = 0  # losses before the newest capture
         self._fault, self._is_broken = "", asyncio.Event()
+        self._num_halvings = 0  # of the passes of new minibatches
 
     @property
     def first(self) -> LearnerHandle:
@@ -113,8 +123,13 @@ class LearnerGroup:
 
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
         """One minibatch on all ranks; each data-parallel rank fetches only its share."""
-        metrics = await self.restarts.again(lambda: self._minibatch(batch))
-        self.redo.add(batch)
+
+        async def train() -> tuple[StepMetrics, TrainBatch]:
+            planned = replace(batch, num_halvings=self._num_halvings)
+            return await self._minibatch(planned), planned
+
+        metrics, trained = await self.restarts.again(train)
+        self.redo.add(trained)
         return metrics
 
     async def _minibatch(self, batch: TrainBatch) -> StepMetrics:
@@ -232,7 +247,9 @@ class LearnerGroup:
         try:
             return await asyncio.gather(*calls)
         except (TimeoutError, ActorFailed) as error:
-            if isinstance(error, ObjectsLost):
+            if isinstance(error, RankMemoryShort):
+                self._num_halvings += 1
+            if isinstance(error, ObjectsLost | RankMemoryShort):
                 self._fault = str(error)
                 self._is_broken.set()
             await self._name_the_cause(error)

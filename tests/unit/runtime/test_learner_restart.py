@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 from fake_actors import fake_actor
 from paths import QUICKSTART
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from dapo_async import config as knobs
 from dapo_async.runtime.actors.reports import ProcessInfo
@@ -26,7 +26,7 @@ from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.handles.redo_log import MOST_STEPS, RedoLog
 from dapo_async.runtime.supervisor import Supervisor
-from dapo_async.types import StepMetrics, TrainBatch
+from dapo_async.types import MemoryShort, StepMetrics, TrainBatch
 
 RANKS = 2
 CONFIG = knobs.load(
@@ -53,6 +53,8 @@ class Rank:
     version: int
     snapshot: tuple[int, list[str]] | None = None
     dies_in: set[str] = field(default_factory=set)  # methods
+    halvings: list[int] = field(default_factory=list)  # of each minibatch
+    enough: int = 0  # halvings, for its memory
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def during(self, method: str) -> None:
@@ -79,6 +81,10 @@ class Rank:
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
         await self.during("minibatch")
         assert batch.learner_version == self.version
+        if batch.num_halvings < self.enough:
+            task = RayTaskError("minibatch", "", MemoryShort("12 rollouts"))
+            raise task.as_instanceof_cause()
+        self.halvings.append(batch.num_halvings)
         self.seen.append(batch.references[0])
         self.version += batch.closes_step
         return StepMetrics()
@@ -216,6 +222,26 @@ def test_minibatch_that_a_death_breaks_off_is_trained_once(
     assert lost.startswith(f"learner-{victim} lost its process: learner-{victim} died while")
     assert len(started) == RANKS
     assert again.endswith("did 1 minibatches since version 1 again")
+
+
+def test_all_ranks_halve_the_passes_of_what_follows_when_one_lacks_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+
+    async def scene() -> None:
+        await world.learner.minibatch(batch_of(0, 0))
+        world.ranks[1].enough = 1
+        await world.learner.minibatch(batch_of(1, 1))
+        await world.learner.minibatch(batch_of(2, 2))
+
+    world.play(scene)
+    for number, rank in enumerate(world.ranks):
+        assert rank.seen == shares(0, 1, 2, rank=number)
+        assert rank.halvings == [0, 1, 1]  # what is done again runs as it did
+    assert world.lines[0].startswith(
+        "learner-0 lost its process: learner-1 failed in minibatch: MemoryShort"
+    )
 
 
 def test_snapshot_that_is_being_published_is_taken_again_at_its_version(
