@@ -159,8 +159,13 @@ def from_disk(client: SGLangClient, folder: Path) -> Load:
 
 
 @asynccontextmanager
-async def broadcasting(client: SGLangClient, folder: Path) -> AsyncIterator[Load]:
-    """Yields a load by broadcast of the weights in `folder`; this process is the learner."""
+async def broadcasting(
+    client: SGLangClient, folder: Path, *, breaks_off: bool = False
+) -> AsyncIterator[Load]:
+    """Yields a load by broadcast of the weights in `folder`; this process is the learner.
+
+    `breaks_off`: the learner closes its group after the first bucket.
+    """
     store = open_store("127.0.0.1", timeout_s=30.0)
     joining = asyncio.create_task(
         client.join_group(
@@ -176,10 +181,15 @@ async def broadcasting(client: SGLangClient, folder: Path) -> AsyncIterator[Load
     buckets = list(manifest.buckets(BUCKET_BYTES))
     assert len(buckets) > 1
 
+    def send() -> None:
+        nonlocal group
+        first = Manifest(tuple(buckets[0]))
+        group.send(weights, first if breaks_off else manifest, bucket_bytes=BUCKET_BYTES)
+        if breaks_off:
+            del group
+
     async def load(weight_version: str, flush: bool) -> None:
-        sending = asyncio.create_task(
-            asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
-        )
+        sending = asyncio.create_task(asyncio.to_thread(send))
         headers = [[spec.header for spec in bucket] for bucket in buckets]
         await client.receive(headers, group=GROUP_NAME, weight_version=weight_version, flush=flush)
         await sending

@@ -47,6 +47,7 @@ from dapo_async.rollout import (
 )
 from dapo_async.rollout.sglang import SERVER_KEY
 from dapo_async.rollout.sglang import engine as sglang_engine
+from dapo_async.rollout.sglang.client import BroadcastLost
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.slot_control import SlotControl
 from dapo_async.rollout.slot_meter import SLOT_STATES, TIME_STATES
@@ -167,6 +168,34 @@ def test_weights_change_during_a_response_as_the_mode_says(
             assert gap.max() <= TOLERANCE
         else:
             assert gap.max() > 0.1  # the KV is of weights that have nothing in common with these
+
+
+@on_one_family
+@pytest.mark.parametrize("mode", ["recompute", "keep_kv", "drain"])
+def test_server_reads_from_disk_after_a_broadcast_that_broke_off(
+    world: World, mode: WeightUpdate
+) -> None:
+    async def generate() -> tuple[UpdateReport, Completion, Completion, bool]:
+        async with world.engine(mode) as engine:
+            client = engine._client
+            running = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
+            await some_tokens(engine)
+            async with broadcasting(client, world.other_folder, breaks_off=True) as load:
+                with pytest.raises(BroadcastLost, match="Failed to receive weights"):
+                    await engine.update(load, version=5, probe_ids=PROBE)
+            on_disk = from_disk(client, world.other_folder)
+            _, report = await engine.update(on_disk, version=5, probe_ids=PROBE)
+            (before,), (after,) = await running, await engine.generate(request(2, PROMPT))
+            return report, before, after, engine.time_use().sync > 0
+
+    report, before, after, has_synced = asyncio.run(generate())
+    assert has_synced
+    assert_close(report.probe_before, forward_logprobs(world.base, PROBE[:1], PROBE[1:]))
+    assert_close(report.probe_after, forward_logprobs(world.other, PROBE[:1], PROBE[1:]))
+    assert len(before.token_ids) == LONG
+    assert set(before.weight_versions.tolist()) == ({0} if mode == "drain" else {0, 5})
+    assert set(after.weight_versions.tolist()) == {5}
+    assert_close(after.behaviour_logprobs, forward_logprobs(world.other, PROMPT, after.token_ids))
 
 
 @on_one_family

@@ -30,6 +30,8 @@ DONE = b"[DONE]"
 BROKEN = re.compile(
     r"json_invalid|not enough memory|out of memory|bad_alloc|MemoryError|n.t allocate", re.I
 )
+# SGLang's words for a broadcast that failed before anything of this bucket was loaded.
+RECEIVE_FAILED = "Failed to receive weights"
 TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype such as "float32", shape
 
 
@@ -84,6 +86,10 @@ class ServerHashes:
 
 class CallRefused(EngineFault):
     """The server answered that it did not do what it was asked for. It still works."""
+
+
+class BroadcastLost(CallRefused):
+    """The sender or another receiver was lost. Some of the server's weights may be the new ones."""
 
 
 class SGLangClient:
@@ -298,7 +304,8 @@ class SGLangClient:
     ) -> None:
         """Takes part in the broadcast of these buckets, each sent as bytes.
 
-        After the last one the server serves `weight_version`.
+        After the last one the server serves `weight_version`. Raises BroadcastLost, with the update
+        ended, so that the server can read the weights from disk.
         """
         await self._ask_checked("begin_weight_update", {})
         for bucket in buckets:
@@ -313,7 +320,13 @@ class SGLangClient:
                 "flush_cache": flush and last,
                 "weight_version": weight_version if last else None,
             }
-            await self._ask_checked("update_weights_from_distributed", body)
+            try:
+                await self._ask_checked("update_weights_from_distributed", body)
+            except CallRefused as refusal:
+                if RECEIVE_FAILED not in str(refusal):
+                    raise
+                await self._ask_checked("end_weight_update", {})
+                raise BroadcastLost(str(refusal)) from None
         await self._ask_checked("end_weight_update", {})
 
     def _check_open(self) -> None:

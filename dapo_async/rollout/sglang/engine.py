@@ -23,8 +23,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -75,6 +74,14 @@ class _Running:
     num_generated: int = 0  # tokens received from this engine
 
 
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """Generation is paused for an update."""
+
+    probe: NDArray[np.float32]  # the answer to the probe under the weights before, `[P - 1]`
+    start_s: float
+
+
 class SGLangEngine:
     """One SGLang server as an `Engine`. Make and use it in one event loop."""
 
@@ -112,6 +119,7 @@ class SGLangEngine:
         # a second time.
         self._num_updates = 0
         self._syncing = False
+        self._pause: _Pause | None = None  # for an update, of which a load may have failed
         self._disconnected = False  # while another server takes this one's place
         self._trusted = True  # until the server names weights that it was not given
         self._may_send = asyncio.Event()  # cleared while running responses drain
@@ -187,15 +195,18 @@ class SGLangEngine:
         """Calls `load(name of the version, whether to empty the cache)` while generation is paused.
 
         Returns the incarnation that the server attests, and the report. After a failed load the
-        server stays paused: its weights must not be used.
+        server stays paused: its weights must not be used. The next update goes on in that pause.
         """
-        before = await self._client.prompt_logprobs(probe_ids)
-        async with self._paused() as start_s:
-            recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
-            self._num_updates += 1
-            self._newest_version = version
-            await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
-        pause_s = time.monotonic() - start_s
+        if self._pause is None:
+            before = await self._client.prompt_logprobs(probe_ids)
+            self._pause = _Pause(before, await self._start_pause())
+        pause = self._pause
+        recomputed = sum(self._known_tokens()) if self._mode == "recompute" else 0
+        self._num_updates += 1
+        self._newest_version = version
+        await load(f"{self._incarnation}:{version}", self._mode != "keep_kv")
+        await self._end_pause()
+        before, pause_s = pause.probe, time.monotonic() - pause.start_s
         incarnation, self.version = read_version(await self._client.weight_version())
         after = await self._client.prompt_logprobs(probe_ids)
         self.tokens.recompute(recomputed)
@@ -216,6 +227,9 @@ class SGLangEngine:
             await asyncio.gather(*siblings, return_exceptions=True)
             await asyncio.sleep(0)
         self._client, self.version = client, -1
+        if self._pause is not None:
+            self._pause = None
+            self._sync(False)
         self._trusted, self._disconnected = True, False
 
     def starving(self, on: bool) -> None:
@@ -381,12 +395,8 @@ class SGLangEngine:
                 keeps_kv=self._mode == "keep_kv",
             )
 
-    @asynccontextmanager
-    async def _paused(self) -> AsyncIterator[float]:
-        """Generation is paused inside; yields the time of its start.
-
-        After an exception generation stays paused.
-        """
+    async def _start_pause(self) -> float:
+        """Pauses generation; returns when the pause began."""
         start_s = time.monotonic()
         if self._mode == "drain":
             self._may_send.clear()
@@ -399,10 +409,11 @@ class SGLangEngine:
             if self._mode == "recompute":
                 self._count_pause()
         self._sync(True)
-        try:
-            yield start_s
-        finally:
-            self._sync(False)
+        return start_s
+
+    async def _end_pause(self) -> None:
+        self._pause = None
+        self._sync(False)
         if self._mode == "drain":
             self._may_send.set()
         else:

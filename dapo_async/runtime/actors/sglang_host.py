@@ -10,14 +10,14 @@ from pathlib import Path
 
 from dapo_async.config import Config
 from dapo_async.model import folder_for_sglang
-from dapo_async.rollout.sglang.client import CallRefused, SGLangClient
+from dapo_async.rollout.sglang.client import BroadcastLost, CallRefused, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.sglang.server import SPARE_SLOTS, ServerOptions, SGLangServer
 from dapo_async.rollout.slot_control import SlotControl, slots_at_start
 from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.connect import own_host
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation
+from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff
 from dapo_async.weights.collective import GROUP_NAME
 from dapo_async.weights.disk import version_folder
 
@@ -156,7 +156,7 @@ class SGLangHost(EngineHost):
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server loads each bucket on arrival: it has no memory for a second
-        copy of the weights."""
+        copy of the weights. After a broadcast that broke off it stays paused until `read`."""
 
         buckets = announcement.manifest.buckets(BUCKET_BYTES)
         lines = [[spec.header for spec in bucket] for bucket in buckets]
@@ -166,7 +166,11 @@ class SGLangHost(EngineHost):
                 lines, group=GROUP_NAME, weight_version=weight_version, flush=flush
             )
 
-        return await self._update(announcement, load)
+        try:
+            return await self._update(announcement, load)
+        except BroadcastLost as lost:
+            self.in_group = False
+            raise BrokenOff(str(lost)) from lost
 
     async def read(self, announcement: Announcement, folder: str) -> Attestation:
         async def load(weight_version: str, flush: bool) -> None:
