@@ -1,10 +1,11 @@
 """On a GPU: the learner's utilisation, memory and speed.
 
-Measures model FLOPs utilisation and memory at 8 k packed tokens, and tokens/s beside Hugging Face.
-Random weights in the shapes of Qwen2.5-0.5B and 1.5B, bfloat16 activations, float32 masters. FLOPs
-are those of the model: 6 per weight and token for matrices, and causal attention. Recomputation
-(logits of the head, activation checkpointing) is not counted. `--quick` is the CPU form: a tiny
-shape in float32, without utilisation.
+Measures model FLOPs utilisation (MFU), peak memory beside the predicted one, and tokens/s; for
+short rows beside Hugging Face. Random weights in the shapes of Qwen2.5-0.5B, 1.5B and 7B and of
+Qwen3-0.6B, bfloat16 activations, float32 masters. FLOPs are those of the model: 6 per weight and
+token for matrices, and causal attention. What is computed again is not counted. The first form of
+recomputation that fits the device is used. A case that does not fit is left out, and says so.
+`--quick` is the CPU form: tiny shapes in float32, without MFU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,12 @@ from dapo_async.model import (
     predict_memory,
     shard_of,
 )
+from dapo_async.model.config import Recompute
+from dapo_async.model.cost import train_flops
 from dapo_async.types import Group
 
-QWEN = {
+QWEN: dict[str, Any] = {
+    "model_type": "qwen2",
     "vocab_size": 151_936,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32_768,
@@ -50,47 +55,90 @@ QWEN = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.5 B": {
+
+
+def shape(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    """A Hugging Face config."""
+    return {
         **QWEN,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-    },
-    "1.5 B": {
-        **QWEN,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **others,
+    }
+
+
+QWEN3 = shape(
+    1024,
+    3072,
+    28,
+    16,
+    model_type="qwen3",
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=65_536,
+)
+QWEN_7B = shape(
+    3584, 18_944, 28, 28, vocab_size=152_064, num_key_value_heads=4, tie_word_embeddings=False
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and the rollouts of one step, which are one microbatch."""
+
+    shape: dict[str, Any]
+    length: int  # tokens of a row, its prompt included
+    num_rollouts: int
+    beside_hugging_face: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.num_rollouts * self.length
+
+    @property
+    def targets(self) -> int:
+        return self.num_rollouts * (self.length - PROMPT_TOKENS)
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.shape)
+
+
+PROMPT_TOKENS = 64
+CASES = {
+    "Qwen2.5-0.5B, 4 × 2,048": Case(shape(896, 4864, 24, 14), 2048, 4, True),
+    "Qwen2.5-1.5B, 4 × 2,048": Case(shape(1536, 8960, 28, 12), 2048, 4, True),
+    "Qwen2.5-7B, 4 × 2,048": Case(QWEN_7B, 2048, 4),
+    "Qwen3-0.6B, 2 × 16,384": Case(QWEN3, 16_384, 2),
+    "Qwen3-0.6B, 2 × 65,536": Case(QWEN3, 65_536, 2),
 }
+TINY = {**SHAPE, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+QUICK = {"tiny, 4 × 96": Case(TINY, 96, 4, True), "tiny, 2 × 160": Case(TINY, 160, 2)}
+FORMS: tuple[Recompute, ...] = ("none", "mlp", "all")
+DEVICE_SHARE = 0.92  # of its memory that the prediction may fill: nothing else runs there
 # Dense bfloat16, from the data sheets.
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 HOST, TIMEOUT_S, ALONE = "127.0.0.1", 600.0, Mesh()
-LENGTH, NUM_ROLLOUTS, PROMPT_TOKENS = 2048, 4, 64
 KNOBS: dict[str, Any] = {"lr": 1e-6, "warmup_steps": 0}
 
 
-def model_config(shape: dict[str, Any]) -> ModelConfig:
-    return ModelConfig.from_dict({"model_type": "qwen2", "rms_norm_eps": 1e-6, **shape})
-
-
-def random_decoder(
-    shape: dict[str, Any],
-    device: str,
-    *,
-    dtype: torch.dtype,
-    activations: torch.dtype | None = None,
-    mesh: Mesh = ALONE,
-) -> Decoder:
+def random_decoder(case: Case, device: str, *, mesh: Mesh = ALONE) -> Decoder:
     decoder = build_decoder(
-        model_config(shape), mesh=mesh, device=device, dtype=dtype, activations=activations
+        case.model,
+        mesh=mesh,
+        device=device,
+        dtype=torch.float32,
+        activations=activations_on(device),
     )
     for parameter in map(shard_of, decoder.parameters()):
         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     return decoder
+
+
+def activations_on(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def mesh_of_one(device: str) -> Mesh:
@@ -101,26 +149,39 @@ def mesh_of_one(device: str) -> Mesh:
     )
 
 
-def one_group(length: int, vocabulary: int) -> list[Group]:
+def one_group(case: Case) -> list[Group]:
     """Rollouts that fill one microbatch; half of them are correct."""
-    lengths = np.full(NUM_ROLLOUTS, length - PROMPT_TOKENS)
+    lengths = np.full(case.num_rollouts, case.length - PROMPT_TOKENS)
+    vocabulary = case.model.vocab_size
     return [made_up_group(0, lengths, prompt_tokens=PROMPT_TOKENS, vocabulary=vocabulary)]
 
 
-def step_flops(shape: dict[str, Any], length: int) -> float:
-    """Forward and backward of one step: matrices, head and causal attention."""
-    config = model_config(shape)
-    with torch.device("meta"):
-        matrices = sum(
-            each.numel()
-            for name, each in Decoder(config).named_parameters()
-            if each.ndim > 1 and "embed" not in name
-        )
-    tokens, targets = NUM_ROLLOUTS * length, NUM_ROLLOUTS * (length - PROMPT_TOKENS)
-    head = config.vocab_size * config.hidden_size * targets
-    # Scores and values, half of them masked.
-    attention = config.num_layers * config.num_heads * config.head_dim * tokens * length
-    return 6.0 * (matrices * tokens + head + attention)
+def step_flops(case: Case) -> int:
+    """Forward and backward of one step; see `model/cost.py`."""
+    responses = [case.length - PROMPT_TOKENS] * case.num_rollouts
+    return train_flops(case.model, [(PROMPT_TOKENS, responses)])
+
+
+def predicted(case: Case, recompute: Recompute, device: str) -> int:
+    """Bytes on the device at the peak of a step."""
+    memory = predict_memory(
+        case.model,
+        num_tokens=PROMPT_TOKENS + case.targets,  # the rows share their prompt
+        num_attended=case.tokens,
+        num_targets=case.targets,
+        activations=activations_on(device),
+        recompute=recompute,
+        cuda=device == "cuda",
+    )
+    return memory.on_device - memory.snapshot
+
+
+def fitting(case: Case, device: str) -> Recompute | None:
+    """The fastest form of recomputation whose step fits the device."""
+    if device != "cuda":
+        return "none"
+    budget = DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return next((form for form in FORMS if predicted(case, form, device) <= budget), None)
 
 
 def seconds(work: Callable[[], None], device: str, *, rounds: int) -> float:
@@ -135,15 +196,14 @@ def seconds(work: Callable[[], None], device: str, *, rounds: int) -> float:
     return statistics.median(taken[2:])
 
 
-def hugging_face_step(
-    shape: dict[str, Any], device: str, activations: torch.dtype, length: int
-) -> Callable[[], None]:
+def hugging_face_step(case: Case, device: str) -> Callable[[], None]:
     """The same tokens as a batch without padding, with torch's SDPA and the same optimizer."""
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape), attn_implementation="sdpa").to(
-        device, torch.float32
-    )
+    activations = activations_on(device)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2Config(**case.shape), attn_implementation="sdpa"
+    ).to(device, torch.float32)
     optimizer = ShardedAdamW(model, lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999))
-    ids = torch.randint(0, shape["vocab_size"], (NUM_ROLLOUTS, length), device=device)
+    ids = torch.randint(0, case.model.vocab_size, (case.num_rollouts, case.length), device=device)
 
     def loss() -> Tensor:
         with torch.autocast(device, dtype=activations, enabled=activations is not torch.float32):
@@ -163,61 +223,51 @@ def hugging_face_step(
 
 
 def own_step(
-    shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh = ALONE
-) -> tuple[float, dict[str, Any]]:
-    """Seconds of a step, and the predicted and measured memory."""
-    activations = torch.bfloat16 if device == "cuda" else torch.float32
-    tokens, groups = NUM_ROLLOUTS * length, one_group(length, shape["vocab_size"])
-    decoder = random_decoder(shape, device, dtype=torch.float32, activations=activations, mesh=mesh)
+    case: Case, device: str, recompute: Recompute, *, rounds: int, mesh: Mesh = ALONE
+) -> tuple[float, float | None]:
+    """Seconds of a step, and on a GPU the GB of its peak."""
+    groups, decoder = one_group(case), random_decoder(case, device, mesh=mesh)
     rank = LearnerRank(
         decoder,
         algorithm=AlgorithmConfig(proximal="current"),
-        learner=LearnerConfig(**KNOBS, microbatch_tokens=tokens),
+        learner=LearnerConfig(**KNOBS, microbatch_tokens=case.tokens, recompute=recompute),
         mesh=mesh,
     )
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
         assert rank.step(groups).totals["skipped"] == 0
 
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     took_s = seconds(step, device, rounds=rounds)
-    targets = NUM_ROLLOUTS * (length - PROMPT_TOKENS)
-    memory = predict_memory(
-        decoder.config,
-        num_tokens=tokens,
-        num_targets=targets,
-        activations=activations,
-        cuda=device == "cuda",
-    )
-    report: dict[str, Any] = {"predicted_gb": round((memory.on_device - memory.snapshot) / 1e9, 3)}
-    if device == "cuda":
-        report["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return took_s, report
+    return took_s, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
 
 
-def learner(
-    shape: dict[str, Any], device: str, *, length: int, rounds: int, mesh: Mesh
-) -> dict[str, Any]:
-    took_s, report = own_step(shape, device, length=length, rounds=rounds)
-    among_others_s, _ = own_step(shape, device, length=length, rounds=rounds, mesh=mesh)
-    report["mesh_of_one_over_alone"] = round(took_s / among_others_s, 2)
-    activations = torch.bfloat16 if device == "cuda" else torch.float32
-    tokens = NUM_ROLLOUTS * length
-    if device == "cuda":
-        peak = next(
-            (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()),
-            None,
-        )
-        report["mfu"] = (
-            None if peak is None else round(step_flops(shape, length) / took_s / peak, 3)
-        )
-    theirs_s = seconds(hugging_face_step(shape, device, activations, length), device, rounds=rounds)
-    ours = {
-        "tokens_per_s": round(tokens / took_s),
-        "hugging_face_tokens_per_s": round(tokens / theirs_s),
+def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, Any]:
+    recompute = fitting(case, device)
+    if recompute is None:
+        need = predicted(case, FORMS[-1], device) / 1e9
+        return {"left_out": f"needs {need:.0f} GB, more than {DEVICE_SHARE:.0%} of the device"}
+    took_s, peak_gb = own_step(case, device, recompute, rounds=rounds)
+    report: dict[str, Any] = {
+        "recompute": recompute,
+        "tokens_per_s": round(case.tokens / took_s),
+        "predicted_gb": round(predicted(case, recompute, device) / 1e9, 3),
     }
-    return report | ours | {"over_hugging_face": round(theirs_s / took_s, 2)}
+    if peak_gb is not None:
+        device_name = torch.cuda.get_device_name()
+        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+        report["peak_gb"] = round(peak_gb, 3)
+        report["mfu"] = None if peak is None else round(step_flops(case) / took_s / peak, 3)
+    if case.beside_hugging_face:
+        among_others_s, _ = own_step(case, device, recompute, rounds=rounds, mesh=mesh)
+        theirs_s = seconds(hugging_face_step(case, device), device, rounds=rounds)
+        report |= {
+            "mesh_of_one_over_alone": round(took_s / among_others_s, 2),
+            "hugging_face_tokens_per_s": round(case.tokens / theirs_s),
+            "over_hugging_face": round(theirs_s / took_s, 2),
+        }
+    return report
 
 
 def main() -> None:
@@ -231,8 +281,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("this machine has no CUDA device; --quick runs the CPU form")
-    device, shapes = ("cpu", {"tiny": SHAPE}) if options.quick else ("cuda", SHAPES)
-    length, rounds = (96, 1) if options.quick else (LENGTH, 5)
+    device, cases = ("cpu", QUICK) if options.quick else ("cuda", CASES)
+    rounds = 1 if options.quick else 5
     report: dict[str, Any] = {
         "benchmark": "gpu",
         "commit": commit(),
@@ -241,10 +291,12 @@ def main() -> None:
     }
     report["hardware"] = torch.cuda.get_device_name() if device == "cuda" else hardware()
     mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
-    report["learner"] = {
-        name: learner(shape, device, length=length, rounds=rounds, mesh=mesh)
-        for name, shape in shapes.items()
-    }
+    report["learner"] = {}
+    for name, case in cases.items():
+        report["learner"][name] = row = learner(case, device, rounds=rounds, mesh=mesh)
+        print(f"{name}: {json.dumps(row)}", flush=True)  # a later case may fail
+        if device == "cuda":
+            torch.cuda.empty_cache()
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

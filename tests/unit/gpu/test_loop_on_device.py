@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Place, distance
 from gpu import mesh_of_one
+from gpu_place import Place, distance
 from native_engine_world import group, run
 from numpy.typing import NDArray
 from torch import Tensor

@@ -149,26 +149,3 @@ def test_weights_of_another_dtype_are_copied_and_wrong_ones_change_nothing() -> 
     ):
         engine.update_weights(halves, version=2, probe_ids=PROBE)
     assert engine.version == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_logprobs_equal_a_packed_forward_before_and_after_a_swap() -> None:
-    engine = TorchEngine(
-        tiny_decoder(head_dim=16).cuda(), num_slots=4, max_len=64
-    )  # CUDA's varlen kernels want multiples of 8
-    for request in REQUESTS:
-        engine.submit(request)
-    finished = stepped(engine, 3)
-    swapped = tiny_decoder(head_dim=16, seed=2)
-    engine.update_weights(swapped.state_dict(), version=1, probe_ids=PROBE)
-    finished |= run(engine)
-    for request in REQUESTS:
-        for completion in finished[request.group_id]:
-            new = completion.weight_versions == 1
-            expected = chosen(
-                packed_logprobs(swapped, request.prompt_ids, completion.token_ids), completion
-            )
-            np.testing.assert_allclose(
-                completion.behaviour_logprobs[new], expected[new], atol=1e-3, rtol=0
-            )
