@@ -57,7 +57,7 @@ class LearnerBench:
     def notes(self) -> list[str]:
         """See `BenchSubject`."""
         learner = self.config.learner
-        ranks = learner.data_parallel * learner.tensor_parallel
+        ranks = learner.num_ranks
         tokens = sum(group.num_tokens for group in self.groups)
         lines = [f"a step trains {len(self.groups)} groups with {tokens:,} tokens"]
         if ranks > 1:

@@ -62,13 +62,14 @@ def _sides(config: Config) -> Iterator[str]:
         return
     if config.model.device != "cuda":
         return
-    ranks = learner.data_parallel * learner.tensor_parallel
+    ranks = learner.num_ranks
     engines = rollout.num_workers * rollout.tensor_parallel
     evaluator = int(config.gpus_of_evaluator)
     more = f", {evaluator} for the evaluator" if evaluator else ""
     yield (
         f"{ranks + engines + evaluator} GPUs: {ranks} for the learner "
-        f"(data_parallel {learner.data_parallel} x tensor_parallel {learner.tensor_parallel}), "
+        f"(data_parallel {learner.data_parallel} x context_parallel {learner.context_parallel} "
+        f"x tensor_parallel {learner.tensor_parallel}), "
         f"{engines} for rollout ({rollout.num_workers} engines x tensor_parallel "
         f"{rollout.tensor_parallel}){more}"
     )
@@ -212,9 +213,10 @@ def _left_on_cpu(config: Config, rank: RankMemory, engine: EngineMemory) -> str:
     """Of this machine, if both sides run on it."""
     import psutil
 
-    ranks = config.learner.data_parallel * config.learner.tensor_parallel
     engines = config.rollout.num_workers
-    wanted = ranks * (rank.on_device + rank.host) + engines * (engine.weights + engine.kv_all_slots)
+    wanted = config.learner.num_ranks * (rank.on_device + rank.host) + engines * (
+        engine.weights + engine.kv_all_slots
+    )
     free = psutil.virtual_memory().available
     both = f"learner and engines together would need {_size(wanted)}"
     if config.ray.address != "local":

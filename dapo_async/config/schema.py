@@ -362,7 +362,15 @@ class LearnerConfig:
     )
     tensor_parallel: int = knob(
         1,
-        "ranks that share one copy of the model; there are data_parallel x tensor_parallel ranks",
+        "ranks that share one copy of the model; there are data_parallel x context_parallel x "
+        "tensor_parallel ranks",
+        least=1,
+        most=(1024, "no model has that many attention heads"),
+    )
+    context_parallel: int = knob(
+        1,
+        "ranks that share the tokens of each microbatch (Ulysses), for responses whose activations "
+        "do not fit one rank; in attention each has all tokens and a part of the heads",
         least=1,
         most=(1024, "no model has that many attention heads"),
     )
@@ -379,7 +387,8 @@ class LearnerConfig:
     )
     microbatch_tokens: int | Literal["auto"] = knob(
         "auto",
-        "maximum tokens per forward and backward pass; a longer sequence has its own pass; auto: "
+        "maximum tokens per forward and backward pass, of all context-parallel ranks together; a "
+        "longer sequence has its own pass; auto: "
         "16,384, or on a GPU what fits its memory",
         least=1,
     )
@@ -398,7 +407,7 @@ class LearnerConfig:
     )
     reduce_dtype: Literal["float32", "bfloat16"] = knob(
         "float32",
-        "dtype in which the gradients of the layers are summed over data-parallel ranks; with "
+        "dtype in which the gradients of the layers are summed over the ranks; with "
         "zero_stage=1 it is always float32",
     )
     offload_optimizer: bool = knob(
@@ -414,6 +423,15 @@ class LearnerConfig:
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
     )
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """Ranks that work together on each microbatch."""
+        return self.context_parallel * self.tensor_parallel
+
+    @property
+    def num_ranks(self) -> int:
+        return self.data_parallel * self.ranks_per_batch
 
     @property
     def fixed_microbatch_tokens(self) -> int:

@@ -246,6 +246,7 @@ def _shared_gpu_rules(config: Config) -> Iterator[Rule]:
     for name, value, needed, why in (
         ("learner.data_parallel", config.learner.data_parallel, 1, one_each),
         ("learner.tensor_parallel", config.learner.tensor_parallel, 1, one_each),
+        ("learner.context_parallel", config.learner.context_parallel, 1, one_each),
         ("rollout.num_workers", config.rollout.num_workers, 1, one_each),
         ("rollout.tensor_parallel", config.rollout.tensor_parallel, 1, one_each),
         ("rollout.servers", config.rollout.servers, "", "a server elsewhere shares no GPU"),

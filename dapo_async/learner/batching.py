@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dapo_async.algorithm import group_advantages
 from dapo_async.learner.batch_plan import GroupShare, RankShare
-from dapo_async.model import send
+from dapo_async.model import ALONE, Axis, own_targets, send
 from dapo_async.types import Completion, FinishReason, Group
 
 
@@ -63,6 +63,7 @@ class Microbatch:
     advantages: Tensor  # [N]
     mask: Tensor  # [N] bool: the token counts in the loss
     sequence_ids: Tensor  # [N]
+    own: Tensor | None  # with a `cp` axis: the places in N of the tokens that this rank scores
     num_loss_tokens: int  # tokens that count in the loss
     num_sequences: int  # sequences that have one
 
@@ -107,13 +108,15 @@ def pack_share(
     share: RankShare,
     *,
     device: torch.device | str = "cpu",
+    cp: Axis = ALONE,
 ) -> list[Microbatch]:
-    """The microbatch of each pass of the plan."""
+    """The microbatch of each pass of the plan, equal on all ranks of `cp` but for `own`."""
     batches, by_id = [], {each.sequence_id: each for each in sequences}
     for rows in share.passes:
         part = [by_id[row] for row in rows] or [FILLER]
         # Neighbours of equal length share a call of the attention.
-        batches.append(pack(sorted(part, key=lambda each: each.num_tokens), device=device))
+        part = sorted(part, key=lambda each: each.num_tokens)
+        batches.append(pack(part, device=device, cp=cp))
     return batches
 
 
@@ -136,7 +139,10 @@ FILLER = TrainingSequence(
 
 
 def pack(
-    sequences: Sequence[TrainingSequence], *, device: torch.device | str = "cpu"
+    sequences: Sequence[TrainingSequence],
+    *,
+    device: torch.device | str = "cpu",
+    cp: Axis = ALONE,
 ) -> Microbatch:
     """The tensors of one forward pass over whole sequences `prompt + response`.
 
@@ -152,6 +158,9 @@ def pack(
     def joined(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
         return send(torch.as_tensor(np.concatenate(arrays)).to(dtype), device)
 
+    own = None
+    if cp.size > 1:
+        own = own_targets(torch.from_numpy(np.concatenate(predictors)), sum(map(len, ids)), cp)
     in_loss = [each for each in sequences if each.in_loss and len(each.completion.token_ids)]
 
     return Microbatch(
@@ -167,6 +176,7 @@ def pack(
         advantages=per_token([each.advantage for each in sequences], torch.float32),
         mask=per_token([each.in_loss for each in sequences], torch.bool),
         sequence_ids=per_token([each.sequence_id for each in sequences], torch.long),
+        own=None if own is None else send(own, device),
         num_loss_tokens=sum(len(each.completion.token_ids) for each in in_loss),
         num_sequences=len(in_loss),
     )

@@ -1,6 +1,7 @@
 """Sums and clips the gradient of a minibatch before the update.
 
-FSDP2 has already summed it over the data-parallel axis. The learner rank calls these functions.
+FSDP2 has already summed it over the data- and context-parallel ranks. The learner rank calls these
+functions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def clip_gradients(decoder: Decoder, max_norm: float, mesh: Mesh) -> Tensor:
     for parameter in decoder.parameters():
         if parameter.grad is not None:
             (split if is_split(parameter) else whole).append(shard_of(parameter.grad))
-    squares = mesh.dp.sum(mesh.tp.sum(_square_norm(split)) + _square_norm(whole))
+    squares = mesh.shards.sum(mesh.tp.sum(_square_norm(split)) + _square_norm(whole))
     norm = squares.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*split, *whole):

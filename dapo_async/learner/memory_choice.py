@@ -49,7 +49,7 @@ class MemoryChoice:
     def line(self) -> str:
         """For `--dry-run` and the start of a run."""
         learner, need = self.learner, self.memory.on_device
-        several = learner.data_parallel * learner.tensor_parallel > 1
+        several = learner.num_ranks > 1
         stage = f", zero_stage {learner.zero_stage}" if several else ""
         made = (
             f"recompute {learner.recompute}{stage}, microbatch_tokens {learner.microbatch_tokens}"
@@ -98,8 +98,7 @@ def rank_budget(config: Config, device_bytes: int) -> int:
     """Bytes that one rank may fill of its device."""
     if config.model.torch_device == "cuda":
         return int(GPU_SHARE * device_bytes * config.gpus_per_rank)
-    ranks = config.learner.data_parallel * config.learner.tensor_parallel
-    return int(CPU_SHARE * device_bytes / ranks)
+    return int(CPU_SHARE * device_bytes / config.learner.num_ranks)
 
 
 def predicted_memory(config: Config, model: ModelConfig, learner: LearnerConfig) -> RankMemory:
@@ -113,6 +112,7 @@ def predicted_memory(config: Config, model: ModelConfig, learner: LearnerConfig)
         num_tokens=max(learner.fixed_microbatch_tokens, longest),
         num_attended=max(MOST_ATTENDED * learner.fixed_microbatch_tokens, longest),
         dp=learner.data_parallel,
+        cp=learner.context_parallel,
         tp=learner.tensor_parallel,
         activations=getattr(torch, config.model.dtype),
         recompute=learner.recompute,

@@ -71,9 +71,9 @@ class PassSums:
         rows = torch.stack(self._rows)
         of_tokens, of_mismatch = self._names
         places = [0, *(1 + of_tokens.index(name) for name in GUARDED)]
-        # Over both axes, although tensor-parallel ranks have equal numbers: so every rank gets
-        # the same bits, and decides alike.
-        whole = mesh.every.sum(rows.sum(0)[places]) / mesh.tp.size
+        # Over all axes, although ranks with the same groups have equal numbers: so every rank
+        # gets the same bits, and decides alike.
+        whole = mesh.every.sum(rows.sum(0)[places]) / mesh.ranks_per_batch
         *values, loss, kl, ratio, chi2, num_tokens, norm = torch.cat(
             [rows.flatten(), whole, gradient_norm.double().reshape(1)]
         ).tolist()

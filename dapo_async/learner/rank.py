@@ -229,7 +229,8 @@ class LearnerRank:
     def _passes(
         self, groups: Sequence[Group], share: RankShare, *, lr: float, first: bool
     ) -> tuple[StepMetrics, tuple[Guard, ...]]:
-        batches = pack_share(self._sequences(groups, share), share, device=self._device)
+        sequences = self._sequences(groups, share)
+        batches = pack_share(sequences, share, device=self._device, cp=self._mesh.cp)
         start = self._start(batches, first=first)
         cut = sum(rollout.truncated for group in groups for rollout in group.rollouts)
         count = sum(len(group.rollouts) for group in groups)
@@ -323,6 +324,7 @@ class LearnerRank:
             predictors=batch.predictors,
             targets=batch.targets,
             temperatures=batch.temperatures,
+            own=batch.own,
         )
         return logprobs, entropies
 

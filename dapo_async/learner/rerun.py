@@ -51,8 +51,7 @@ class StepComparison:
 
 def tolerance_for(config: Config) -> float:
     """The relative difference that still counts as equal; 0 for a run of one rank."""
-    num_ranks = config.learner.data_parallel * config.learner.tensor_parallel
-    return 0.0 if num_ranks == 1 else SEVERAL_RANKS
+    return 0.0 if config.learner.num_ranks == 1 else SEVERAL_RANKS
 
 
 def recorded_steps(folder: Path) -> list[int]:

@@ -12,6 +12,8 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     logprob          logprobs and entropies from hidden states, chunk by chunk
     mesh             ranks, process groups, collectives
     tensor_parallel  token exchange inside a layer
+    context_parallel, head_split
+                     tokens of a microbatch split over ranks, heads exchanged for attention
     parallel         parameters split over the mesh
     gather           whole weights from the ranks' shards; buckets
     snapshot         weights and probe of one version, as they are published
@@ -39,6 +41,7 @@ from dapo_async.utils.lazy import lazy_names
 if TYPE_CHECKING:  # these modules import torch
     from dapo_async.model.attention import PackedAttention
     from dapo_async.model.content import checksum, checksum_of_parts
+    from dapo_async.model.context_parallel import own_targets
     from dapo_async.model.decoder import Decoder
     from dapo_async.model.gather import buckets, gather_weights
     from dapo_async.model.hf import (
@@ -75,6 +78,7 @@ else:
         {
             "attention": ("PackedAttention",),
             "content": ("checksum", "checksum_of_parts"),
+            "context_parallel": ("own_targets",),
             "transfer": ("send",),
             "decoder": ("Decoder",),
             "gather": ("buckets", "gather_weights"),
@@ -130,6 +134,7 @@ __all__ = [
     "keep_gathered",
     "load_decoder",
     "open_store",
+    "own_targets",
     "part_of",
     "predict_memory",
     "process_group",

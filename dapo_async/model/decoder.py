@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dapo_async.model.attention import take_rows
 from dapo_async.model.config import FAMILIES, ModelConfig, Recompute
+from dapo_async.model.context_parallel import ExchangedAttention, own_tokens, whole_scores
 from dapo_async.model.fused import FusedBlock
 from dapo_async.model.layers import Attention, Block, RMSNorm
 from dapo_async.model.linear import Linear, float_matmul, product
@@ -63,14 +64,15 @@ class Decoder(nn.Module):
     """A causal language model on packed tokens.
 
     With a `tp` axis it is this rank's part of one, after `shard_decoder` has split its parameters.
+    With a `cp` axis it computes a slice of the tokens (`context_parallel.py`).
     """
 
     rope_cos: Tensor  # [max_positions, 1, head_dim], float32
     rope_sin: Tensor  # the same shape, with the first half negated as `rotate` expects
 
-    def __init__(self, config: ModelConfig, tp: Axis = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tp: Axis = ALONE, cp: Axis = ALONE) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.cp = config, tp, cp
         self.activations: torch.dtype | None = None  # None: the dtype of the weights
         self.model = Backbone(config, tp)
         self._blocks: list[FusedBlock | nn.Module] = []  # the layers after `fuse`
@@ -95,7 +97,7 @@ class Decoder(nn.Module):
         Call it once; later in-place updates of the weights stay visible. A family's own kind of
         block stays as it is.
         """
-        assert self.tp.size == 1
+        assert self.tp.size == self.cp.size == 1
         assert self.activations is None
         self._blocks = [
             FusedBlock(block) if type(block) is Block else block for block in self.model.layers
@@ -119,8 +121,12 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states `[T, D]` after the last norm, of packed `token_ids [T]` at `positions [T]`.
 
-        Every rank of the `tp` axis gets the same.
+        Every rank of the `tp` axis gets the same. With a `cp` axis all its ranks give all tokens,
+        and each gets the hidden states of its slice.
         """
+        if self.cp.size > 1:
+            attention = ExchangedAttention(attention, self.cp, num_tokens=len(token_ids))
+            token_ids, positions = own_tokens(token_ids, self.cp), own_tokens(positions, self.cp)
         x = self.model.embed_tokens(token_ids)
         x = x if self.activations is None else x.to(self.activations)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
@@ -137,16 +143,34 @@ class Decoder(nn.Module):
         predictors: Tensor,
         targets: Tensor,
         temperatures: Tensor,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies, float32 `[N]`, of log-softmax(logits / temperature).
 
         `targets [N]` are token ids; `predictors [N]` are the positions of the tokens whose hidden
-        states predict them. All ranks of the mesh call it; ranks of one `tp` axis get the same.
+        states predict them; `own`: `own_targets` of this rank, needed with a `cp` axis. All ranks
+        of the mesh call it; ranks of one `cp` and `tp` axis get the same.
         """
-        hidden = take_rows(Decoder.forward(self, token_ids, positions, attention), predictors)
+        hidden, num_targets = Decoder.forward(self, token_ids, positions, attention), len(targets)
+        if own is not None:
+            first = self.cp.rank * len(hidden)
+            predictors, targets, temperatures = (
+                predictors[own] - first,
+                targets[own],
+                temperatures[own],
+            )
+        hidden = take_rows(hidden, predictors)
         weight = self.head_weight.to(hidden.dtype)
         start = self.model.embed_tokens.share.start
-        return token_logprobs(hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start)
+        scores = token_logprobs(
+            hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start
+        )
+        if own is None:
+            return scores
+        logprobs, entropies = whole_scores(
+            torch.stack(scores, -1), own, num_targets, self.cp
+        ).unbind(-1)
+        return logprobs, entropies
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` in float32 for any dtype of the weights.

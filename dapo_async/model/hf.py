@@ -63,7 +63,7 @@ def build_decoder(
     """
     config.check_split(mesh.tp.size)
     with torch.device("meta"):
-        decoder = Decoder(config, mesh.tp).to(dtype)
+        decoder = Decoder(config, mesh.tp, mesh.cp).to(dtype)
     decoder.activations = activations
     if mesh.devices is not None:
         shard_decoder(decoder, mesh, dtype=activations or dtype, reduce_dtype=reduce_dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dapo_async.model.config import ModelConfig, Recompute
+from dapo_async.model.head_split import HeadSplit
 from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
 from dapo_async.model.parameters import Shape, parameter_shapes
@@ -57,14 +58,25 @@ class Pass:
     num_tokens: int  # T, of the microbatch
     num_attended: int  # S, the same with a shared prompt counted for each of its sequences
     num_targets: int  # N, response tokens
+    cp: int
     tp: int
     width: int  # bytes of a number in the activations
     cuda: bool
 
     @property
+    def slice_tokens(self) -> int:
+        """The tokens of the ranks of one `tp` axis, everywhere but in attention."""
+        return -(-self.num_tokens // self.cp)
+
+    @property
     def own_tokens(self) -> int:
         """The tokens of this rank between two matrix products."""
-        return -(-self.num_tokens // self.tp)
+        return -(-self.slice_tokens // self.tp)
+
+    @property
+    def own_targets(self) -> int:
+        """The response tokens that one rank scores at most."""
+        return min(self.num_targets, self.slice_tokens)
 
     def norm_bytes(self, size: int) -> int:
         """Kept per token by one RMS norm: its input and one float32.
@@ -77,28 +89,45 @@ class Pass:
         """What one layer keeps for its backward pass; without `keeps_mlp` the MLP keeps its input.
 
         Per own token: what the two norms keep, which includes the layer's input. Per token of the
-        microbatch: the outputs of both norms, D each; the output of attention in token order; gate,
-        up, silu(gate) and their product. With norms of heads: what these keep. Per attended token:
-        keys after rotation and values. Per query, which on a CPU is an attended token: the rotated
-        query, the output of attention and its float32 log-sum per head.
+        slice: the outputs of both norms, D each; the output of attention in token order; gate, up,
+        silu(gate) and their product. With norms of heads: what these keep. The rest is kept in
+        attention (`attention_bytes`).
         """
         model = self.model
-        heads, kv_heads = model.num_heads // self.tp, max(1, model.num_kv_heads // self.tp)
-        query, key = heads * model.head_dim, kv_heads * model.head_dim
-        per_token = model.hidden_size + query
-        num_queries = self.num_tokens if self.cuda else self.num_attended
-        attended_bytes = self.num_attended * 2 * key * self.width
-        query_bytes = num_queries * (2 * query * self.width + heads * FLOAT32)
+        heads, kv_heads = self.heads
+        per_token = model.hidden_size + heads * model.head_dim
         head_norms = (heads + kv_heads) * self.norm_bytes(model.head_dim) if model.qk_norm else 0
         norms = 2 * self.norm_bytes(model.hidden_size)
-        token_bytes = self.num_tokens * (per_token * self.width + head_norms)
+        token_bytes = self.slice_tokens * (per_token * self.width + head_norms)
         mlp = self.mlp_bytes() if keeps_mlp else self.input_bytes()
-        return self.own_tokens * norms + token_bytes + attended_bytes + query_bytes + mlp
+        return self.own_tokens * norms + token_bytes + self.attention_bytes() + mlp
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key-value heads of a rank outside of attention."""
+        return self.model.num_heads // self.tp, max(1, self.model.num_kv_heads // self.tp)
+
+    def attention_bytes(self) -> int:
+        """What the attention of one layer keeps, with the heads that a rank has there.
+
+        Per attended token: keys after rotation and values. Per query, which on a CPU is an attended
+        token: the rotated query, the output of attention and its float32 log-sum per head. With
+        several `cp` ranks on a GPU, queries are a part of what was received: with shared prompts
+        its keys and values are kept besides those of the attended tokens.
+        """
+        split = HeadSplit.of(*self.heads, self.cp)
+        query, key = split.queries * self.model.head_dim, split.keys * self.model.head_dim
+        num_queries = self.num_tokens if self.cuda else self.num_attended
+        num_keys = self.num_attended
+        if self.cp > 1 and self.cuda and self.num_attended > self.num_tokens:
+            num_keys += self.num_tokens
+        per_query = 2 * query * self.width + split.queries * FLOAT32
+        return num_keys * 2 * key * self.width + num_queries * per_query
 
     def mlp_bytes(self) -> int:
         """What the MLP of one layer keeps: its input, gate, up, silu(gate) and their product."""
         inner = self.model.intermediate_size // self.tp
-        return self.num_tokens * (self.model.hidden_size + 4 * inner) * self.width
+        return self.slice_tokens * (self.model.hidden_size + 4 * inner) * self.width
 
     def input_bytes(self) -> int:
         """The input of one layer or MLP, which is all that it keeps if it is computed again."""
@@ -107,14 +136,15 @@ class Pass:
     def end_bytes(self) -> int:
         """What embeddings, last norm, head and loss keep.
 
-        The input of the last norm; per target its hidden state and 24 float32 numbers: ids, index,
-        target, temperature, log Z, entropy, and some fifteen of the loss.
+        The input of the last norm; the hidden state per target that this rank scores; per target 24
+        float32 numbers: ids, index, target, temperature, log Z, entropy, and some fifteen of the
+        loss.
         """
         model = self.model
-        tables = 2 * self.num_tokens * model.head_dim * self.width
-        per_target = model.hidden_size * self.width + 24 * FLOAT32
+        tables = 2 * self.slice_tokens * model.head_dim * self.width
+        scored = self.own_targets * model.hidden_size * self.width
         norm = self.own_tokens * self.norm_bytes(model.hidden_size)
-        return norm + tables + self.num_targets * per_target
+        return norm + tables + scored + self.num_targets * 24 * FLOAT32
 
     def head_bytes(self) -> int:
         """Two chunks of logits and the gradient of the head.
@@ -124,7 +154,7 @@ class Pass:
         """
         rows = -(-self.model.vocab_size // self.tp)
         numbers = CUDA_CHUNK_NUMBERS if self.cuda else CHUNK_NUMBERS
-        chunk = min(max(1, numbers // rows), self.num_targets) * rows
+        chunk = min(max(1, numbers // rows), self.own_targets) * rows
         gradient_width = FLOAT32 if self.width == FLOAT32 else 2 * FLOAT32 + self.width
         return 2 * chunk * FLOAT32 + rows * self.model.hidden_size * gradient_width
 
@@ -136,6 +166,7 @@ def predict_memory(
     num_attended: int | None = None,
     num_targets: int | None = None,
     dp: int = 1,
+    cp: int = 1,
     tp: int = 1,
     activations: torch.dtype = torch.float32,
     recompute: Recompute = "none",
@@ -145,7 +176,7 @@ def predict_memory(
     keeps_reference: bool = False,
     cuda: bool = False,
 ) -> RankMemory:
-    """The memory of a rank that trains on microbatches of `num_tokens`.
+    """The memory of a rank that trains on microbatches of `num_tokens`, shared by `cp` ranks.
 
     `num_attended` (None: equal): the same with a shared prompt counted for each of its sequences.
     `num_targets` (None: all): response tokens. `keeps_start_weights`: the step has several
@@ -157,6 +188,7 @@ def predict_memory(
         num_tokens=num_tokens,
         num_attended=num_tokens if num_attended is None else num_attended,
         num_targets=num_tokens if num_targets is None else num_targets,
+        cp=cp,
         tp=tp,
         width=activations.itemsize,
         cuda=cuda,
@@ -166,8 +198,9 @@ def predict_memory(
         name: _part(shape, split_dim(name, tp=tp, num_kv_heads=model.num_kv_heads), tp)
         for name, shape in shapes.items()
     }
-    own = sum(math.prod(_part(shape, 0, dp)) for shape in on_tp.values()) * FLOAT32
-    whole, alone = sum(math.prod(shape) for shape in shapes.values()), dp * tp == 1
+    shards = dp * cp
+    own = sum(math.prod(_part(shape, 0, shards)) for shape in on_tp.values()) * FLOAT32
+    whole, alone = sum(math.prod(shape) for shape in shapes.values()), shards * tp == 1
     layer = {
         "none": forward.layer_bytes(),
         "mlp": forward.layer_bytes(keeps_mlp=False),
@@ -185,7 +218,9 @@ def predict_memory(
         moments=0 if offload_optimizer else moments,
         start_weights=0 if offload_optimizer else start_weights,
         reference=0 if offload_optimizer else reference,
-        gathered=_gathered(on_tp, dp=dp, width=forward.width, alone=alone, zero_stage=zero_stage),
+        gathered=_gathered(
+            on_tp, shards=shards, width=forward.width, alone=alone, zero_stage=zero_stage
+        ),
         activations=model.num_layers * layer + forward.end_bytes(),
         recomputed=recomputed,
         head=forward.head_bytes(),
@@ -196,9 +231,9 @@ def predict_memory(
 
 
 def _gathered(
-    on_tp: Mapping[str, Shape], *, dp: int, width: int, alone: bool, zero_stage: int
+    on_tp: Mapping[str, Shape], *, shards: int, width: int, alone: bool, zero_stage: int
 ) -> int:
-    """Copies of weights for the computation, and gradients before they are summed over `dp`.
+    """Copies of weights for the computation, and gradients before they are summed over `shards`.
 
     A single rank casts all weights if it computes in another precision. FSDP gathers the weights
     outside the layers, and two layers at a time; with a `zero_stage` below 3 all layers stay. With
@@ -216,7 +251,8 @@ def _gathered(
     gradients = outside * FLOAT32 + layer * width
     if zero_stage == 1:
         gradients += layers * FLOAT32
-    summed = (outside + layer) * FLOAT32 if dp > 1 else 0  # a copy of gradients while they are sent
+    # A copy of gradients while they are sent.
+    summed = (outside + layer) * FLOAT32 if shards > 1 else 0
     return weights + gradients + summed
 
 

@@ -1,4 +1,4 @@
-"""The ranks of one learner as a mesh of two axes, and how they connect to each other.
+"""The ranks of one learner as a mesh of three axes, and how they connect to each other.
 
 In: the address of a rendezvous, rank and sizes. Out: a `Mesh` with process groups: gloo on CPU,
 NCCL on GPU (not yet run on a GPU). Called by the learner actor; `weights/` uses the groups too.
@@ -90,9 +90,25 @@ class Axis:
                 self.group.recv([part], rank, 0).wait()
         return [tensor, *parts]
 
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """All-to-all, `[size, …]` on each rank: row i goes to rank i, and becomes its row `rank`.
+
+        On CPU the numbers travel as bytes: gloo does not know every dtype here.
+        """
+        if self.size == 1:
+            return tensor
+        own = tensor.contiguous()
+        received = torch.empty_like(own)
+        self.group.alltoall_base(_as_bytes(received), _as_bytes(own), [], []).wait()
+        return received
+
     def share(self, length: int) -> slice:
         """This rank's part of `length` elements, as `chunk` cuts them."""
         return chunk(slice(0, length), rank=self.rank, size=self.size)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.view(torch.uint8)
 
 
 ALONE = Axis()
@@ -103,14 +119,21 @@ class Mesh:
     """The ranks of one learner."""
 
     dp: Axis = ALONE  # ranks that train on different groups
+    cp: Axis = ALONE  # ranks that train on different tokens of the same groups
     tp: Axis = ALONE  # ranks that share one copy of the model
-    every: Axis = ALONE  # all ranks, in the order dp index · tp size + tp index
+    shards: Axis = ALONE  # dp and cp together: FSDP splits parameters and sums gradients over it
+    every: Axis = ALONE  # all ranks, in the order (dp index · cp + cp index) · tp + tp index
     saving: Axis = ALONE  # all ranks on CPU, in a separate group for work beside the steps
-    devices: DeviceMesh | None = None  # `every` as ("dp", "tp"); None for a single rank
+    devices: DeviceMesh | None = None  # `every` as ("shards", "tp"); None for a single rank
 
     @property
     def is_first(self) -> bool:
-        return self.dp.rank == self.tp.rank == 0
+        return self.every.rank == 0
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """Ranks that train on the same groups, and get the same losses and metrics."""
+        return self.cp.size * self.tp.size
 
 
 def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
@@ -166,11 +189,12 @@ def build_mesh(
     rank: int,
     dp: int,
     tp: int,
+    cp: int = 1,
     host: str,
     device: torch.device,
     timeout_s: float,
 ) -> Mesh:
-    """The mesh of dp × tp ranks as seen by `rank` = dp index · tp + tp index.
+    """The mesh of dp × cp × tp ranks as `rank` sees it, numbered as in `Mesh.every`.
 
     Also makes torch's default group. Blocks until every rank has joined. A rank that dies makes the
     others fail at once on gloo; a rank that hangs, within `timeout_s`.
@@ -180,30 +204,42 @@ def build_mesh(
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = network_interface(host)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=dp * tp, timeout=timeout)
-    grid = torch.arange(dp * tp).view(dp, tp)
-    dp_rank, tp_rank = divmod(rank, tp)
-
-    # Every rank makes all groups, in one order.
+    backend, size = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", dp * cp * tp
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    grid = torch.arange(size).view(dp, cp, tp)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    columns = [
-        dist.new_group(column.tolist(), backend=backend, timeout=timeout) for column in grid.t()
-    ]
-    rows = [dist.new_group(row.tolist(), backend=backend, timeout=timeout) for row in grid]
-    dp_group, tp_group = columns[tp_rank], rows[dp_rank]
+
+    def axis(rows: Tensor) -> Axis:
+        """The row of `rows` that has this rank. Every rank makes all groups, in one order."""
+        own = ALONE
+        for row in rows.tolist():
+            group = dist.new_group(row, backend=backend, timeout=timeout)
+            if rank in row:
+                own = Axis(row.index(rank), len(row), group)
+        return own
+
+    shards, tp_axis = axis(grid.flatten(0, 1).t()), axis(grid.flatten(0, 1))
+    dp_axis, cp_axis = (ALONE, shards) if dp == 1 < cp else (shards, ALONE)
+    if dp > 1 and cp > 1:
+        dp_axis = axis(grid.permute(1, 2, 0).flatten(0, 1))
+        cp_axis = axis(grid.permute(0, 2, 1).flatten(0, 1))
     saving = dist.new_group(
         grid.flatten().tolist(),
         backend="gloo",
         timeout=timedelta(seconds=timeout_s),
     )
     return Mesh(
-        dp=Axis(dp_rank, dp, dp_group),
-        tp=Axis(tp_rank, tp, tp_group),
-        every=Axis(rank, dp * tp, dist.group.WORLD),
-        saving=Axis(rank, dp * tp, saving),
+        dp=dp_axis,
+        cp=cp_axis,
+        tp=tp_axis,
+        shards=shards,
+        every=Axis(rank, size, dist.group.WORLD),
+        saving=Axis(rank, size, saving),
         devices=DeviceMesh.from_group(
-            [dp_group, tp_group], device.type, mesh=grid, mesh_dim_names=("dp", "tp")
+            [shards.group, tp_axis.group],
+            device.type,
+            mesh=grid.flatten(0, 1),
+            mesh_dim_names=("shards", "tp"),
         ),
     )
 

@@ -1,7 +1,8 @@
 """Splits a decoder's parameters over the mesh, and says which part of each this rank holds.
 
 Parameters are DTensors under their Hugging Face names. On `tp` each is split along the dimension
-that `SPLIT` names; FSDP2 splits that part again over `dp`, layer by layer. The gradient of a
+that `SPLIT` names; FSDP2 splits that part again over the other ranks (`Mesh.shards`: dp and cp),
+layer by layer. The gradient of a
 parameter that is whole on every rank of `tp` covers this rank's tokens only; the learner's
 `sum_gradients` adds them up once per update. (Megatron does the same: one collective instead of
 one per norm and pass.)
@@ -63,7 +64,7 @@ def shard_decoder(
 ) -> None:
     """Turns the parameters of a decoder on the meta device into DTensors on `mesh`.
 
-    Layers are gathered in `dtype` for a pass, and their gradients are summed over `dp` in
+    Layers are gathered in `dtype` for a pass, and their gradients are summed over `mesh.shards` in
     `reduce_dtype`. Afterwards allocate storage with `to_empty` and set the values with `fill`.
     """
     from torch.distributed.fsdp import (
@@ -87,7 +88,7 @@ def shard_decoder(
         policy = MixedPrecisionPolicy(
             param_dtype=gathered, reduce_dtype=summed, cast_forward_inputs=False
         )
-        fully_shard(part, mesh=mesh.devices["dp"], mp_policy=policy)
+        fully_shard(part, mesh=mesh.devices["shards"], mp_policy=policy)
         # The loss is over the global token count: gradients are added up, not averaged.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -126,7 +127,7 @@ def keep_gathered(decoder: Decoder, *, zero_stage: int) -> None:
 def begin_pass(decoder: Decoder, *, zero_stage: int, last: bool) -> None:
     """Sets what FSDP exchanges in the next forward and backward pass of a minibatch.
 
-        stage 3  weights are gathered, and gradients summed over `dp`, in every pass
+        stage 3  weights are gathered, and gradients summed over the ranks, in every pass
         stage 2  weights stay gathered until the `last` pass has ended
         stage 1  besides, gradients add up on each rank, and are summed in the `last` pass
 
@@ -168,8 +169,8 @@ def shard_of(parameter: Tensor) -> Tensor:
 def part_of(parameter: Tensor) -> tuple[slice, ...]:
     """Which part of the whole parameter this rank stores between passes: one slice per dimension.
 
-    FSDP gives each rank of `dp` a run of rows of its `tp` part. The arithmetic of DTensor cuts in
-    another order and agrees with that only for even splits.
+    FSDP gives each rank of `Mesh.shards` a run of rows of its `tp` part. The arithmetic of DTensor
+    cuts in another order and agrees with that only for even splits.
     """
     parts = [slice(0, size) for size in parameter.shape]
     if not is_distributed(parameter):
@@ -180,11 +181,11 @@ def part_of(parameter: Tensor) -> tuple[slice, ...]:
     assert devices.ndim == 2, (
         f"the parameter {tuple(parameter.shape)} is gathered for a pass; reshard the decoder first"
     )
-    dp_rank, tp_rank = devices.get_coordinate() or (0, 0)
-    dp, tp = devices.shape
+    shard_rank, tp_rank = devices.get_coordinate() or (0, 0)
+    num_shards, tp = devices.shape
     if isinstance(placement := parameter.placements[-1], Shard):
         parts[placement.dim] = chunk(parts[placement.dim], rank=tp_rank, size=tp)
-    parts[0] = chunk(parts[0], rank=dp_rank, size=dp)
+    parts[0] = chunk(parts[0], rank=shard_rank, size=num_shards)
     return tuple(parts)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_async.model.attention import PackedAttention
+from dapo_async.model.context_parallel import own_targets
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.gather import gather_weights
 from dapo_async.model.mesh import Mesh
@@ -41,15 +42,17 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
     device = decoder.rope_cos.device
     ids = torch.as_tensor(token_ids, dtype=torch.long, device=device)
     attention = PackedAttention([len(ids)], device=device)
-    predictors = torch.arange(len(ids) - 1, device=device)
+    predictors = torch.arange(len(ids) - 1)
+    own = own_targets(predictors, len(ids), decoder.cp) if decoder.cp.size > 1 else None
     ones = torch.ones(len(ids) - 1, device=device)
     logprobs, _ = decoder.score(
         ids,
         attention.positions,
         attention,
-        predictors=predictors,
+        predictors=predictors.to(device),
         targets=ids[1:],
         temperatures=ones,
+        own=None if own is None else own.to(device),
     )
     reshard(decoder)
     return logprobs.cpu().numpy()

@@ -127,7 +127,7 @@ def values_of_rows(
     busy_s = elapsed_s * (1 - measured.idle_learner)
     pauses = [row["publish_pause_s"] for row in rows if _is_number(row.get("publish_pause_s"))]
     pause_s = sum(pauses) / len(pauses) if pauses else 0.0
-    learner_ranks = learner.data_parallel * learner.tensor_parallel
+    learner_ranks = learner.num_ranks
     return {
         "engines": rollout.num_workers,
         "seed": config.seed,

@@ -32,7 +32,7 @@ SAFE = (
     "data.train", "data.heldout", "data.contamination", "model.path", "model.device",
     "model.num_cpus", "rollout.num_workers", "rollout.num_slots", "rollout.engine",
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
-    "learner.tensor_parallel", "learner.data_parallel",
+    "learner.tensor_parallel", "learner.context_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.zero_stage", "learner.reduce_dtype",
     "learner.offload_optimizer", "learner.profile", "learner.node_resource",
     "rollout.node_resource",

@@ -37,7 +37,7 @@ class Sides:
         return cls(
             rollout.num_workers,
             rollout.num_workers * per_engine,
-            learner.data_parallel * learner.tensor_parallel,
+            learner.num_ranks,
         )
 
 

@@ -44,8 +44,8 @@ class Layout:
     def of(cls, config: Config) -> Layout:
         learner, rollout = config.learner, config.rollout
         return cls(
-            learner_devices=learner.data_parallel * learner.tensor_parallel,
-            learner_unit=learner.tensor_parallel,
+            learner_devices=learner.num_ranks,
+            learner_unit=learner.ranks_per_batch,
             engines=rollout.num_workers,
             engine_devices=rollout.tensor_parallel,
             num_slots=rollout.fixed_slots,

@@ -20,7 +20,11 @@ HOST, TIMEOUT_S = "127.0.0.1", 60.0
 
 
 def _rank(
-    work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, dp: int, tp: int, pipe: Any
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    sizes: dict[str, int],
+    pipe: Any,
 ) -> None:
     try:
         torch.set_num_threads(1)
@@ -32,8 +36,7 @@ def _rank(
         mesh = build_mesh(
             store,
             rank=rank,
-            dp=dp,
-            tp=tp,
+            **sizes,
             host=HOST,
             device=torch.device("cpu"),
             timeout_s=TIMEOUT_S,
@@ -46,9 +49,14 @@ def _rank(
 
 
 def on_ranks(
-    work: Callable[..., Any], *arguments: Any, dp: int = 1, tp: int = 1, dying: Collection[int] = ()
+    work: Callable[..., Any],
+    *arguments: Any,
+    dp: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    dying: Collection[int] = (),
 ) -> list[Any]:
-    """`work(mesh, *arguments)` on dp × tp processes; None for the ranks in `dying`.
+    """`work(mesh, *arguments)` on dp × cp × tp processes; None for the ranks in `dying`.
 
     Raises AssertionError with the traceback of the first failing rank, or if a rank takes too long.
     """
@@ -57,9 +65,10 @@ def on_ranks(
     # locked in the new process.
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
-    for rank in range(dp * tp):
+    sizes = {"dp": dp, "cp": cp, "tp": tp}
+    for rank in range(dp * cp * tp):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(work, arguments, rank, dp, tp, theirs))
+        process = context.Process(target=_rank, args=(work, arguments, rank, sizes, theirs))
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -11,11 +11,12 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parallel_world
 import pytest
 import torch
 from gloo import TIMEOUT_S, on_ranks
@@ -25,179 +26,65 @@ from learner_world import (
     TINY_JSON,
     VERSION,
     PassBeforeEveryMinibatch,
-    PromptPerRollout,
     rank_of,
-    synthetic_groups,
     tiny_decoder,
+)
+from parallel_world import (
+    CONFIG,
+    EXTRAS,
+    FORMS,
+    Trained,
+    check_decoder,
+    check_ranks_agree,
+    check_three_steps,
+    decoder_of,
+    dense_decoder,
+    equal,
+    forward_and_backward,
+    go_on,
+    rank_on,
+    start_logprobs,
+    step_on,
+    three_steps,
+    uneven_groups,
+    whole,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from dapo_async.algorithm import summarise
 from dapo_async.algorithm.guards import Guard
 from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner import LearnerRank, read_whole_state, save_state
-from dapo_async.learner.batching import Microbatch, pack_share
-from dapo_async.learner.gradients import sum_gradients
+from dapo_async.learner import LearnerRank, save_state
+from dapo_async.learner.batching import Microbatch
 from dapo_async.learner.metrics import PassSums
 from dapo_async.learner.rank import MinibatchCounts
-from dapo_async.learner.rerun import LAYOUT_METRICS
 from dapo_async.model import (
     Axis,
-    Decoder,
     Mesh,
     ModelConfig,
     PackedAttention,
     buckets,
-    build_decoder,
     checksum,
     checksum_of_parts,
-    fill,
     gather_weights,
     hf,
     load_decoder,
     part_of,
-    reshard,
     save_weights,
-    score_tokens,
     shard_of,
     token_logprobs,
 )
-from dapo_async.types import FinishReason, Group, StepMetrics
+from dapo_async.types import StepMetrics
 
 pytestmark = pytest.mark.gloo
-MESHES = ((1, 2), (2, 1), (2, 2))  # dp, tp
-# Sizes do not divide: 23 tokens of vocabulary are 12 and 11 on two ranks. The families differ in
-# biases, norms of queries and keys, an untied head, and one key-value head for both ranks.
-EXTRAS: dict[str, dict[str, Any]] = {
-    "tied with biases": {},
-    "norms of heads": {"family": "qwen3", "qkv_bias": False, "qk_norm": True},
-    "untied": {"tie_embeddings": False},
-    "fewer heads of keys than ranks": {"num_kv_heads": 1},
+# Odd heads, sequence ratios, an entropy gradient, a KL term, several passes with a filler.
+SLICED: dict[str, Any] = {
+    "learner": {"num_minibatches": 2, "microbatch_tokens": 20, "zero_stage": 2},
+    "algorithm": {"objective": "gspo", "entropy_bonus": 0.1, "kl_coef": 0.5},
+    "model": {"num_heads": 3, "num_kv_heads": 1},
 }
-CONFIG = replace(TINY, num_kv_heads=2)
-FORMS: tuple[dict[str, Any], ...] = (
-    {"learner": {}},
-    {
-        "learner": {
-            "num_minibatches": 2,
-            "microbatch_tokens": 20,
-            "recompute": "mlp",
-            "zero_stage": 1,
-        }
-    },
-    {
-        "learner": {"num_minibatches": 2, "offload_optimizer": True, "zero_stage": 2},
-        "algorithm": {
-            "correction": "m2po",
-            "overlong_filtering": True,
-            "kl_coef": 0.5,
-            "kl_estimator": "k2",
-        },
-    },
-    {
-        "learner": {"num_minibatches": 2},
-        "algorithm": {"objective": "gspo", "entropy_bonus": 0.1},
-        "model": {"num_kv_heads": 1},
-    },
-    {
-        "learner": {"num_minibatches": 2},
-        "algorithm": {"loss_mean": "sequence", "overlong_filtering": True, "kl_coef": 0.5},
-    },
-    # In the first of two minibatches no rank has a token in the loss.
-    {
-        "learner": {"num_minibatches": 2},
-        "algorithm": {"overlong_filtering": True},
-        "num_silent": 2,
-    },
-    # One rollout per microbatch: truncated ones have no token in the loss.
-    {
-        "learner": {"microbatch_tokens": 1, "recompute": "all", "zero_stage": 2},
-        "algorithm": {"overlong_filtering": True},
-        "model": {"tie_embeddings": False},
-    },
-    # Nine rollouts in passes of one each: on two ranks the last pass of one is a filler.
-    {
-        "learner": {"microbatch_tokens": 1, "zero_stage": 1},
-        "algorithm": {"objective": "gspo", "sequence_band": (0.9, 1.1)},
-        "num_groups": 3,
-    },
-)
-# Tolerance of all metrics in float32 over three steps: relative, or absolute for values below 1.
-REL = 2e-5
-
-
-def dense_decoder(config: ModelConfig) -> Decoder:
-    """Random, and the same on every rank."""
-    torch.manual_seed(3)
-    dense = Decoder(config)
-    with torch.no_grad():
-        for parameter in dense.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.add_(
-                torch.randn_like(parameter) * 0.1
-            )
-    return dense
-
-
-def decoder_of(
-    config: ModelConfig, mesh: Mesh, *, activations: torch.dtype | None = None
-) -> Decoder:
-    """This rank's part of the dense decoder."""
-    weights = dict(dense_decoder(config).named_parameters())
-    decoder = build_decoder(config, mesh=mesh, activations=activations)
-    fill(decoder, lambda name, part: weights[name][part])
-    return decoder
-
-
-def uneven_groups(num_silent: int = 1) -> list[Group]:
-    """Lengths from 1 to 12; overlong filtering leaves `num_silent` groups without a token in the
-    loss: the second one, or the first two."""
-    groups = synthetic_groups()
-    for number in (1, 0)[:num_silent]:
-        silent = tuple(
-            replace(each, completion=replace(each.completion, finish_reason=FinishReason.LENGTH))
-            for each in groups[number].rollouts
-        )
-        groups[number] = replace(groups[number], rollouts=silent)
-    return groups
-
-
-def forward_and_backward(
-    mesh: Mesh, config: ModelConfig
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Logprobs, entropies, and the whole gradients; 17 tokens, which two ranks share 9 and 8."""
-    decoder = decoder_of(config, mesh)
-    random = np.random.default_rng(0)
-    lengths = (3, 5, 9)
-    ids = torch.from_numpy(random.integers(0, config.vocab_size, sum(lengths)))
-    attention = PackedAttention(lengths)
-    temperatures = torch.linspace(0.7, 1.3, len(ids) - 1)
-    predictors = torch.arange(len(ids) - 1)
-    logprobs, entropies = decoder.score(
-        ids,
-        attention.positions,
-        attention,
-        predictors=predictors,
-        targets=ids[1:],
-        temperatures=temperatures,
-    )
-    objective = (
-        logprobs * torch.linspace(-1, 1, len(logprobs))
-        + entropies * torch.linspace(0.5, -1, len(logprobs))
-    ).sum()
-    (objective / mesh.dp.size).backward()  # ranks of one dp axis had the same tokens
-    sum_gradients(decoder, mesh)
-    gradients = {
-        name: whole(parameter.grad)
-        for name, parameter in decoder.named_parameters()
-        if parameter.grad is not None
-    }
-    return logprobs.detach(), entropies.detach(), gradients
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+MESHES = ((1, 2), (2, 1), (2, 2))  # dp, tp
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -205,17 +92,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_split_decoder_has_the_logprobs_entropies_and_gradients_of_the_whole(
     dp: int, tp: int, extra: str
 ) -> None:
-    config = replace(CONFIG, **EXTRAS[extra])
-    logprobs, entropies, gradients = forward_and_backward(Mesh(), config)
-    for rank, (their_logprobs, their_entropies, theirs) in enumerate(
-        on_ranks(forward_and_backward, config, dp=dp, tp=tp)
-    ):
-        torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
-        torch.testing.assert_close(their_entropies, entropies, rtol=0, atol=1e-5)
-        assert theirs.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            gap = float((theirs[name] - gradient).abs().max() / gradient.abs().max())
-            assert gap <= 1e-5, f"{name} on rank {rank}: {gap:.1e} of the largest gradient"
+    check_decoder(replace(CONFIG, **EXTRAS[extra]), dp=dp, tp=tp)
+
+
+def test_ranks_with_slices_of_three_heads_equal_a_single_rank() -> None:
+    """Context parallelism; `tests/nightly/test_context_parallel.py` has all forms and layouts."""
+    check_three_steps(SLICED, cp=2)
 
 
 def test_four_ranks_share_two_heads_of_keys_and_values() -> None:
@@ -250,72 +132,11 @@ def test_a_gradient_of_own_tokens_only_in_a_whole_parameter_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, _, gradients = forward_and_backward(Mesh(), CONFIG)
-    monkeypatch.setitem(globals(), "sum_gradients", lambda decoder, mesh: None)
+    monkeypatch.setattr(parallel_world, "sum_gradients", lambda decoder, mesh: None)
     (_, _, theirs), _ = on_ranks(forward_and_backward, CONFIG, tp=2)
     assert (theirs["model.norm.weight"] - gradients["model.norm.weight"]).abs().max() > 1e-3
     name = "model.layers.0.mlp.up_proj.weight"
     assert (theirs[name] - gradients[name]).abs().max() < 1e-5 * gradients[name].abs().max()
-
-
-def rank_on(
-    mesh: Mesh,
-    *,
-    kind: type[LearnerRank] = LearnerRank,
-    algorithm: dict[str, Any] | None = None,
-    activations: torch.dtype | None = None,
-    model: dict[str, Any] | None = None,
-    **learner: Any,
-) -> LearnerRank:
-    knobs = LearnerConfig(**{"lr": LR, "warmup_steps": 0, "grad_clip": 0.5, **learner})
-    decoder = decoder_of(replace(CONFIG, **(model or {})), mesh, activations=activations)
-    return kind(
-        decoder,
-        algorithm=AlgorithmConfig(**(algorithm or {})),
-        learner=knobs,
-        version=VERSION,
-        mesh=mesh,
-    )
-
-
-def step_on(rank: LearnerRank, mesh: Mesh, groups: list[Group]) -> StepMetrics:
-    """One step on the rank's share of the groups."""
-    size, metrics = len(groups) // rank._learner.num_minibatches, StepMetrics()
-    for first in range(0, len(groups), size):
-        part, more = groups[first : first + size], first + size < len(groups)
-        metrics = metrics + rank.minibatch(part, more=more)
-    rank.end_step()
-    return metrics
-
-
-@dataclass
-class Trained:
-    """What a rank has after three steps."""
-
-    steps: list[StepMetrics]
-    weights: dict[str, torch.Tensor]  # whole
-
-
-def three_steps(mesh: Mesh, form: dict[str, Any], kind: type[LearnerRank] = LearnerRank) -> Trained:
-    rank = rank_on(
-        mesh, kind=kind, algorithm=form.get("algorithm"), model=form.get("model"), **form["learner"]
-    )
-    groups = uneven_groups(form.get("num_silent", 1))[: form.get("num_groups")]
-    steps = [step_on(rank, mesh, groups) for _ in range(3)]
-    return Trained(
-        steps,
-        {name: whole(parameter.detach()) for name, parameter in rank.decoder.named_parameters()},
-    )
-
-
-def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
-    """Ranks agree bit for bit in gradient norm and weights, and count the flags of a step once."""
-    for number, rank in enumerate(ranks):
-        assert [each.sums.get("grad_norm", (0, 0))[0] for each in rank.steps] == [
-            each.sums.get("grad_norm", (0, 0))[0] for each in ranks[0].steps
-        ]
-        for name, tensor in rank.weights.items():
-            assert torch.equal(tensor, ranks[0].weights[name]), f"{name} on rank {number}"
-        assert all(("skipped" in each.totals) == (number < tp) for each in rank.steps)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -323,28 +144,7 @@ def check_ranks_agree(ranks: list[Trained], *, tp: int) -> None:
 def test_three_steps_of_several_ranks_equal_those_of_one(
     dp: int, tp: int, form: dict[str, Any]
 ) -> None:
-    """The ranks share the prompts of siblings; the single one does not."""
-    alone = three_steps(Mesh(), form, PromptPerRollout)
-    ranks = on_ranks(three_steps, form, dp=dp, tp=tp)
-    check_ranks_agree(ranks, tp=tp)
-    for step in range(3):
-        per_dp = [rank.steps[step] for rank in ranks[::tp]]
-        ours, theirs = summarise(alone.steps[step]), summarise(sum(per_dp[1:], start=per_dp[0]))
-        assert ours.keys() == theirs.keys()
-        # Fractions count single tokens: one that lies at a clip's edge may fall on its other side.
-        named = {
-            name
-            for name in ours
-            if name not in LAYOUT_METRICS and not (name.endswith("_fraction") and step)
-        }
-        assert {name: theirs[name] for name in named} == pytest.approx(
-            {name: ours[name] for name in named}, rel=REL, abs=REL
-        )
-        assert theirs["imbalance"] >= ours["imbalance"] == 1.0
-    # Each update passes the rounding of gradients near 0 on to the next minibatch.
-    tolerance = 0.005 * LR * form["learner"].get("num_minibatches", 1)
-    for name, tensor in alone.weights.items():
-        torch.testing.assert_close(ranks[0].weights[name], tensor, rtol=0, atol=tolerance, msg=name)
+    check_three_steps(form, dp=dp, tp=tp)
 
 
 def with_and_without_the_extra_pass(mesh: Mesh) -> list[tuple[Trained, Trained]]:
@@ -368,30 +168,6 @@ def test_leaving_out_the_first_proximal_pass_changes_no_bit_on_any_rank(dp: int,
                 assert torch.equal(tensor, other.weights[name]), name
 
 
-def start_logprobs(mesh: Mesh) -> tuple[int, bool, bool]:
-    """After an update: how many logprobs the proximal pass gives, whether these are those of before
-    the update, and whether the pass has changed no weight."""
-    rank, groups = rank_on(mesh, num_minibatches=2, microbatch_tokens=20), uneven_groups()
-
-    def weights() -> list[torch.Tensor]:
-        return [shard_of(each).clone() for each in rank.decoder.parameters()]
-
-    share = rank.share_of(groups[2:])
-    parts = [each.part_of(groups[2:][each.position]) for each in share.groups]
-    batches = pack_share(rank._sequences(parts, share), share)
-    with torch.no_grad():
-        before = [rank._forward(batch)[0] for batch in batches]
-    reshard(rank.decoder)
-    rank.minibatch(groups[:2], more=True)
-    updated = weights()
-    again = [*rank._recompute(batches, first=False).values()]
-    return (
-        sum(len(each) for each in again),
-        all(map(torch.equal, before, again)),
-        all(map(torch.equal, updated, weights())),
-    )
-
-
 @pytest.mark.parametrize(("dp", "tp"), MESHES)
 def test_proximal_logprobs_of_a_later_minibatch_are_those_of_the_start_of_the_step(
     dp: int, tp: int
@@ -402,11 +178,11 @@ def test_proximal_logprobs_of_a_later_minibatch_are_those_of_the_start_of_the_st
 
 def test_agreement_check_notices_a_rank_that_drifts_by_one_bit() -> None:
     ranks = on_ranks(three_steps, FORMS[0], tp=2)
-    check_ranks_agree(ranks, tp=2)
+    check_ranks_agree(ranks, per_batch=2)
     norm = ranks[1].weights["model.norm.weight"]
     norm[3] = torch.nextafter(norm[3], torch.tensor(2.0))
     with pytest.raises(AssertionError, match=r"model\.norm\.weight on rank 1"):
-        check_ranks_agree(ranks, tp=2)
+        check_ranks_agree(ranks, per_batch=2)
 
 
 def count_passes(mesh: Mesh) -> list[int]:
@@ -582,32 +358,6 @@ def test_a_loss_divided_by_the_tokens_of_each_rank_is_detected(
 
 
 State = dict[str, torch.Tensor]
-
-
-def go_on(mesh: Mesh, folder: Path, load: Path | None) -> tuple[StepMetrics, StepMetrics]:
-    """A first step, or a loaded state instead; then a second step, whose metrics are returned.
-
-    Saves the state into `folder`/before and `folder`/after the second step.
-    """
-    rank = rank_on(mesh, num_minibatches=2)
-    if load is None:
-        step_on(rank, mesh, uneven_groups())
-    else:
-        score_tokens(
-            rank.decoder, np.arange(5, dtype=np.int32)
-        )  # what was gathered for it is no longer true afterwards
-        rank.load(load)
-    save_state(rank.capture_state(), folder / "before", mesh)
-    metrics = step_on(rank, mesh, uneven_groups())
-    save_state(rank.capture_state(), folder / "after", mesh)
-    return metrics, metrics
-
-
-def equal(one: Path, other: Path) -> bool:
-    ours, theirs = read_whole_state(one), read_whole_state(other)
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
-    )
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])

@@ -117,6 +117,7 @@ class LearnerActor:
                 store,
                 rank=self._number,
                 dp=config.learner.data_parallel,
+                cp=config.learner.context_parallel,
                 tp=config.learner.tensor_parallel,
                 host=own_host(config),
                 device=torch.device(self._device),

@@ -25,8 +25,9 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def num_processes(config: Config) -> int:
     """Processes of a run that open connections to each other."""
-    ranks = config.learner.data_parallel * config.learner.tensor_parallel
-    return ranks + config.rollout.num_workers * config.rollout.tensor_parallel + 2
+    return (
+        config.learner.num_ranks + config.rollout.num_workers * config.rollout.tensor_parallel + 2
+    )
 
 
 def open_files_needed(config: Config) -> int:

@@ -34,8 +34,13 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
         f"{credits} credits = (max_staleness {replay.max_staleness} + 1) "
         f"x groups_per_step {replay.groups_per_step}",
     )
-    dp, tp = learner.data_parallel, learner.tensor_parallel
-    share = f", dp {dp} x tp {tp}" if dp * tp > 1 else ""
+    sizes = {
+        "dp": learner.data_parallel,
+        "cp": learner.context_parallel,
+        "tp": learner.tensor_parallel,
+    }
+    split = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "cp" or size > 1)
+    share = f", {split}" if learner.num_ranks > 1 else ""
     detail = f"{replay.groups_per_step} groups of {replay.group_size} per step{share}"
     num_cpus = config.model.num_cpus
     for name in rank_names(config):
@@ -58,5 +63,5 @@ def planned_actors(config: Config) -> Iterator[PlannedActor]:
 
 def rank_names(config: Config) -> list[str]:
     """`learner`, or `learner-0`, `learner-1`, … with several ranks."""
-    count = config.learner.data_parallel * config.learner.tensor_parallel
+    count = config.learner.num_ranks
     return ["learner"] if count == 1 else [f"learner-{rank}" for rank in range(count)]

@@ -1,6 +1,6 @@
 """The learner as the loop sees it: one object in front of one Ray actor per rank.
 
-Ranks are numbered data-parallel index x tensor_parallel + tensor-parallel index. All ranks work
+Ranks are numbered as in `model.Mesh.every`: those that share a batch are neighbours. All ranks work
 together on the model; the first one alone publishes and writes weights.
 
 When a rank is lost, the supervisor restarts all of them within the run:
@@ -55,7 +55,7 @@ class LearnerGroup:
         self.restarts = Restarts("learner")
         # Gives a batch with new objects, when those of the batch are gone with a replay actor.
         self.again: Callable[[TrainBatch], Awaitable[TrainBatch]] | None = None
-        self._dp, self._tp = config.learner.data_parallel, config.learner.tensor_parallel
+        self._dp, self._per_batch = config.learner.data_parallel, config.learner.ranks_per_batch
         self._captured_after = 0  # losses before the newest capture
         self._fault, self._is_broken = "", asyncio.Event()
         self._num_halvings = 0  # of the passes of new minibatches
@@ -138,10 +138,11 @@ class LearnerGroup:
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
         metrics = await self._together(
-            rank.minibatch(parts[number // self._tp]) for number, rank in enumerate(self.ranks)
+            rank.minibatch(parts[number // self._per_batch])
+            for number, rank in enumerate(self.ranks)
         )
-        # The ranks of one tensor-parallel axis saw the same groups: the first of each counts.
-        first, *others = metrics[:: self._tp]
+        # Ranks that share a batch have the same metrics: the first of them counts.
+        first, *others = metrics[:: self._per_batch]
         return sum(others, start=first)
 
     async def end_step(self) -> None:

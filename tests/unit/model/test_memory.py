@@ -22,6 +22,7 @@ from dapo_async.model import (
     build_decoder,
     fill,
     keep_gathered,
+    own_targets,
     predict_memory,
     shard_of,
 )
@@ -76,14 +77,15 @@ def kept_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        some = torch.ones(num_tokens - 1)
+        some, predictors = torch.ones(num_tokens - 1), torch.arange(num_tokens - 1)
         logprobs, _ = decoder.score(
             ids,
             attention.positions,
             attention,
-            predictors=torch.arange(num_tokens - 1),
+            predictors=predictors,
             targets=ids[1:],
             temperatures=some,
+            own=own_targets(predictors, num_tokens, mesh.cp) if mesh.cp.size > 1 else None,
         )
     weights = {
         shard_of(parameter).untyped_storage().data_ptr() for parameter in decoder.parameters()
@@ -155,6 +157,21 @@ def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str)
     memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), tp=2)
     for kept in on_ranks(kept_bytes, values, torch.float32, "none", tp=2):
         assert memory.activations == pytest.approx(kept, rel=WITHIN)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("shares_prompt", [False, True])
+def test_predicted_activations_halve_on_two_context_parallel_ranks(shares_prompt: bool) -> None:
+    values = {**SIZES, **FORMS["qwen3"]}
+    prompt = range(50 * shares_prompt)
+    sizes = {"num_tokens": sum(LENGTHS) - 3 * len(prompt), "num_attended": sum(LENGTHS)}
+    whole, half = (
+        predict_memory(ModelConfig.from_dict(values), cp=cp, **sizes).activations for cp in (1, 2)
+    )
+    assert half == pytest.approx(whole / 2, rel=0.05)
+    shared = (range(0), prompt, prompt, prompt)
+    for kept in on_ranks(kept_bytes, values, torch.float32, "none", shared, cp=2):
+        assert half == pytest.approx(kept, rel=WITHIN)
 
 
 def state_bytes(mesh: Mesh, offload: bool) -> tuple[int, int, int]:
