@@ -63,13 +63,14 @@ def _sides(config: Config) -> Iterator[str]:
     if config.model.device != "cuda":
         return
     ranks = learner.num_ranks
+    slices = f"context_parallel {cp} x " if (cp := learner.context_parallel) > 1 else ""
     engines = rollout.num_workers * rollout.tensor_parallel
     evaluator = int(config.gpus_of_evaluator)
     more = f", {evaluator} for the evaluator" if evaluator else ""
     yield (
         f"{ranks + engines + evaluator} GPUs: {ranks} for the learner "
-        f"(data_parallel {learner.data_parallel} x context_parallel {learner.context_parallel} "
-        f"x tensor_parallel {learner.tensor_parallel}), "
+        f"(data_parallel {learner.data_parallel} x {slices}tensor_parallel "
+        f"{learner.tensor_parallel}), "
         f"{engines} for rollout ({rollout.num_workers} engines x tensor_parallel "
         f"{rollout.tensor_parallel}){more}"
     )

@@ -281,7 +281,7 @@ def misfit(config: Config, nodes: Sequence[Node]) -> str | None:
     fewer = (
         f"set rollout.num_workers={most}"
         if most
-        else "lower learner.tensor_parallel, context_parallel or data_parallel"
+        else "lower learner.tensor_parallel or learner.data_parallel"
     )
     for kind in KINDS:
         wanted = sum(gang.needs.get(kind, 0.0) for gang in gangs)

@@ -55,11 +55,12 @@ async def answer(given: Any) -> Any:
     return given
 
 
-def learner_of(*ranks: Rank, dp: int = 1, tp: int = 1) -> LearnerGroup:
+def learner_of(*ranks: Rank, dp: int = 1, cp: int = 1, tp: int = 1) -> LearnerGroup:
     config = knobs.load(
         QUICKSTART,
         [
             f"learner.data_parallel={dp}",
+            f"learner.context_parallel={cp}",
             f"learner.tensor_parallel={tp}",
             "deadlines.work_s=0.1",
         ],
@@ -73,7 +74,10 @@ def spoken(learner: LearnerGroup) -> Exception:
     return caught.value
 
 
-def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_once() -> None:
+@pytest.mark.parametrize("shared_by", [{"tp": 2}, {"cp": 2}])
+def test_ranks_that_share_a_batch_get_the_same_share_and_count_once(
+    shared_by: dict[str, int],
+) -> None:
     ranks = [
         Rank(
             f"learner-{number}",
@@ -84,7 +88,7 @@ def test_each_data_parallel_rank_gets_its_share_and_tensor_parallel_ranks_count_
         for number in range(4)
     ]
     shared = replace(BATCH, references=("first share", "second share"))
-    metrics = asyncio.run(learner_of(*ranks, dp=2, tp=2).minibatch(shared))
+    metrics = asyncio.run(learner_of(*ranks, dp=2, **shared_by).minibatch(shared))
     parts = [part for rank in ranks for ((part,),) in [rank.asked]]
     assert [part.references for part in parts] == [
         ("first share",),
