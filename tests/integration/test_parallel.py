@@ -33,6 +33,7 @@ from parallel_world import (
     CONFIG,
     EXTRAS,
     FORMS,
+    REL,
     Trained,
     check_decoder,
     check_ranks_agree,
