@@ -286,11 +286,11 @@ def equal(one: Path, other: Path) -> bool:
     )
 
 
-def check_decoder(config: ModelConfig, **layout: int) -> None:
+def check_decoder(config: ModelConfig, *, dp: int = 1, cp: int = 1, tp: int = 1) -> None:
     """A decoder on ranks has the logprobs, entropies and gradients of the whole one."""
     logprobs, entropies, gradients = forward_and_backward(Mesh(), config)
     for rank, (their_logprobs, their_entropies, theirs) in enumerate(
-        on_ranks(forward_and_backward, config, **layout)
+        on_ranks(forward_and_backward, config, dp=dp, cp=cp, tp=tp)
     ):
         torch.testing.assert_close(their_logprobs, logprobs, rtol=0, atol=1e-5)
         torch.testing.assert_close(their_entropies, entropies, rtol=0, atol=1e-5)

@@ -164,9 +164,14 @@ def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str)
 def test_predicted_activations_halve_on_two_context_parallel_ranks(shares_prompt: bool) -> None:
     values = {**SIZES, **FORMS["qwen3"]}
     prompt = range(50 * shares_prompt)
-    sizes = {"num_tokens": sum(LENGTHS) - 3 * len(prompt), "num_attended": sum(LENGTHS)}
     whole, half = (
-        predict_memory(ModelConfig.from_dict(values), cp=cp, **sizes).activations for cp in (1, 2)
+        predict_memory(
+            ModelConfig.from_dict(values),
+            num_tokens=sum(LENGTHS) - 3 * len(prompt),
+            num_attended=sum(LENGTHS),
+            cp=cp,
+        ).activations
+        for cp in (1, 2)
     )
     assert half == pytest.approx(whole / 2, rel=0.05)
     shared = (range(0), prompt, prompt, prompt)
