@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.cost import head_flops, kv_bytes, token_flops, train_flops
+from dapo_async.model.head_split import HeadSplit
 from dapo_async.planner.engine import EngineSpeed
 from dapo_async.planner.hardware import Gpu
 from dapo_async.planner.planned_model import HALF, PlannedModel
@@ -120,20 +121,22 @@ def learner_speed(
     *,
     gpus: int,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     efficiency: Efficiency,
 ) -> LearnerSpeed:
     """Seconds per token and per minibatch on `gpus` GPUs.
 
-    A pass over one microbatch per rank takes the longer of its FLOPs and the exchange of parameters
-    by FSDP, plus the exchange of tokens between tensor-parallel ranks. With more GPUs a minibatch
-    has fewer passes, but each exchanges as much as before.
+    A pass over one microbatch per group of ranks that share it takes the longer of its FLOPs and
+    the exchange of parameters by FSDP, plus the exchange of tokens between tensor-parallel ranks
+    and of heads between context-parallel ones. With more GPUs a minibatch has fewer passes, but
+    each exchanges as much as before.
     """
     ranks, tokens = gpus // tensor_parallel, work.tokens
     flops = train_flops(
         model.used, [(work.prompt_tokens, [work.response_tokens] * work.group_size)]
     )
     compute_s = work.groups * flops / (gpus * gpu.peak.flops_per_s * efficiency.mfu)
-    passes = math.ceil(tokens / ranks / work.microbatch_tokens)
+    passes = math.ceil(tokens * context_parallel / ranks / work.microbatch_tokens)
     own = model.num_parameters / tensor_parallel
     exchanged = (ranks - 1) / ranks * own * (2 * HALF + FLOAT32)  # weights twice, gradients once
     link = gpu.link_bytes_per_s * efficiency.link
@@ -141,12 +144,25 @@ def learner_speed(
     gather_s = passes * exchanged / between
     share = (tensor_parallel - 1) / tensor_parallel
     # Per layer four exchanges forward and four backward.
-    moved = 8 * model.used.num_layers * model.used.hidden_size * HALF * share * tokens / ranks
+    moved = exchanged_heads(model.used, tensor_parallel, context_parallel) * tokens / ranks
+    moved += 8 * model.used.num_layers * model.used.hidden_size * HALF * share * tokens / ranks
     optimizer_s = 2 * STATE_BYTES * model.num_parameters / gpus / gpu.peak.bytes_per_s
     return LearnerSpeed(
         token_s=(max(compute_s, gather_s) + moved / link) / tokens,
         fixed_s=efficiency.minibatch_s + optimizer_s,
     )
+
+
+def exchanged_heads(model: ModelConfig, tensor_parallel: int, context_parallel: int) -> float:
+    """Bytes that a rank sends per token of its slice in a forward and a backward pass.
+
+    Of each layer queries, keys and values to the ranks that have their heads, and the output of
+    attention back.
+    """
+    heads, kv_heads = model.num_heads // tensor_parallel, model.num_kv_heads // tensor_parallel
+    split = HeadSplit.of(heads, max(1, kv_heads), context_parallel)
+    sent = 2 * (split.queries + split.keys) * model.head_dim * (context_parallel - 1)
+    return 2 * model.num_layers * sent * HALF
 
 
 def publish_times(
@@ -167,7 +183,14 @@ def publish_times(
     return gathered_s + sent_s, sent_s
 
 
-def rank_bytes(model: PlannedModel, work: Training, *, gpus: int, tensor_parallel: int) -> float:
+def rank_bytes(
+    model: PlannedModel,
+    work: Training,
+    *,
+    gpus: int,
+    tensor_parallel: int,
+    context_parallel: int = 1,
+) -> float:
     """What a learner rank holds on its GPU, by `predict_memory`.
 
     Experts that a token does not use are added: their weights, gradients and moments, and those of
@@ -177,7 +200,8 @@ def rank_bytes(model: PlannedModel, work: Training, *, gpus: int, tensor_paralle
     predicted = _predicted(
         model.used,
         work.largest_microbatch,
-        ranks,
+        ranks // context_parallel,
+        context_parallel,
         tensor_parallel,
         work.recompute,
         work.several_minibatches,
@@ -192,7 +216,8 @@ def rank_bytes(model: PlannedModel, work: Training, *, gpus: int, tensor_paralle
 def _predicted(
     model: ModelConfig,
     num_tokens: int,
-    ranks: int,
+    data_parallel: int,
+    context_parallel: int,
     tensor_parallel: int,
     recompute: bool,
     keeps_start_weights: bool,
@@ -205,7 +230,8 @@ def _predicted(
     return predict_memory(
         model,
         num_tokens=num_tokens,
-        dp=ranks,
+        dp=data_parallel,
+        cp=context_parallel,
         tp=tensor_parallel,
         activations=torch.bfloat16,
         recompute="all" if recompute else "none",
@@ -221,12 +247,19 @@ def learner_fits(
     *,
     gpus: int,
     tensor_parallel: int,
+    context_parallel: int = 1,
     efficiency: Efficiency,
 ) -> bool:
     """Whether a rank fits its GPU."""
-    if gpus % tensor_parallel:
+    if gpus % (tensor_parallel * context_parallel):
         return False
-    needed = rank_bytes(model, work, gpus=gpus, tensor_parallel=tensor_parallel)
+    needed = rank_bytes(
+        model,
+        work,
+        gpus=gpus,
+        tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
+    )
     return needed <= gpu.memory_bytes * efficiency.training_memory
 
 
@@ -236,34 +269,39 @@ def fewest_learner_gpus(
     work: Training,
     *,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     efficiency: Efficiency,
 ) -> int:
-    """The smallest multiple of `tensor_parallel` whose ranks fit their GPUs.
+    """The smallest multiple of `tensor_parallel` · `context_parallel` whose ranks fit their GPUs.
 
     Raises ValueError if no number does: then activations alone are too large.
     """
 
-    def fits(ranks: int) -> bool:
+    unit = tensor_parallel * context_parallel
+
+    def fits(groups: int) -> bool:
         return learner_fits(
             model,
             gpu,
             work,
-            gpus=ranks * tensor_parallel,
+            gpus=groups * unit,
             tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
             efficiency=efficiency,
         )
 
     high = 1
     while not fits(high):
         high *= 2
-        if high * tensor_parallel > MOST_LEARNER_GPUS:
+        if high * unit > MOST_LEARNER_GPUS:
             raise ValueError(
                 f"a learner rank does not fit a {gpu.name} with microbatches of "
                 f"{work.largest_microbatch} tokens on any number of GPUs; raise "
-                "learner.tensor_parallel, or lower lengths.max or model.microbatch_tokens"
+                "learner.context_parallel or learner.tensor_parallel, or lower lengths.max or "
+                "model.microbatch_tokens"
             )
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high * tensor_parallel
+    return high * unit

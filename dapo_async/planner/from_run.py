@@ -141,6 +141,7 @@ def values_of_rows(
             "token_s": busy_s / sum(row["tokens"] for row in rows),
             "gpus": learner_ranks,
             "tensor_parallel": learner.tensor_parallel,
+            "context_parallel": learner.context_parallel,
             "minibatches": learner.num_minibatches,
         },
         "lengths": {

@@ -37,23 +37,27 @@ class ComputedRates:
             self.model, self.gpu, gpus=gpus, slots=slots, efficiency=self.efficiency
         )
 
-    def learner(self, *, gpus: int, tensor_parallel: int) -> LearnerSpeed:
+    def learner(
+        self, *, gpus: int, tensor_parallel: int, context_parallel: int = 1
+    ) -> LearnerSpeed:
         return learner_speed(
             self.model,
             self.gpu,
             self.work,
             gpus=gpus,
             tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
             efficiency=self.efficiency,
         )
 
-    def learner_fits(self, *, gpus: int, tensor_parallel: int) -> bool:
+    def learner_fits(self, *, gpus: int, tensor_parallel: int, context_parallel: int = 1) -> bool:
         return learner_fits(
             self.model,
             self.gpu,
             self.work,
             gpus=gpus,
             tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
             efficiency=self.efficiency,
         )
 
@@ -71,6 +75,7 @@ class Rates:
     learner: LearnerSpeed
     learner_gpus: int
     tensor_parallel: int = 1
+    context_parallel: int = 1
     scaling: float = 1.0
     token_s: Mapping[int, float] = field(default_factory=dict)  # measured, by GPUs of the learner
     computed: ComputedRates | None = None
@@ -99,13 +104,19 @@ class Rates:
             reserve_tokens=self.engine.reserve_tokens,
         )
 
-    def learner_at(self, *, gpus: int, tensor_parallel: int) -> LearnerSpeed:
+    def learner_at(
+        self, *, gpus: int, tensor_parallel: int, context_parallel: int = 1
+    ) -> LearnerSpeed:
         """The learner on `gpus` GPUs. Raises ValueError if the rates are not known."""
         learner = self.learner
         if self.computed is not None:
-            now = self.computed.learner(gpus=gpus, tensor_parallel=tensor_parallel)
+            now = self.computed.learner(
+                gpus=gpus, tensor_parallel=tensor_parallel, context_parallel=context_parallel
+            )
             before = self.computed.learner(
-                gpus=self.learner_gpus, tensor_parallel=self.tensor_parallel
+                gpus=self.learner_gpus,
+                tensor_parallel=self.tensor_parallel,
+                context_parallel=self.context_parallel,
             )
             return replace(
                 learner,
@@ -117,16 +128,21 @@ class Rates:
                 "plan.tensor_parallel: the rates hold for a learner of "
                 f"{self.tensor_parallel} tensor-parallel ranks; add the section model"
             )
+        if context_parallel != self.context_parallel:
+            raise ValueError(
+                "plan.context_parallel: the rates hold for a learner of "
+                f"{self.context_parallel} context-parallel ranks; add the section model"
+            )
         return replace(
             learner, token_s=self._token_s(gpus), group_s=learner.group_s * self._scaled(gpus)
         )
 
-    def learner_fits(self, *, gpus: int, tensor_parallel: int) -> bool:
+    def learner_fits(self, *, gpus: int, tensor_parallel: int, context_parallel: int = 1) -> bool:
         """By memory; without a model nothing is known."""
-        if gpus % tensor_parallel:
+        if gpus % (tensor_parallel * context_parallel):
             return False
         return self.computed is None or self.computed.learner_fits(
-            gpus=gpus, tensor_parallel=tensor_parallel
+            gpus=gpus, tensor_parallel=tensor_parallel, context_parallel=context_parallel
         )
 
     def _token_s(self, gpus: int) -> float:

@@ -88,8 +88,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{best.learner_gpus} train"
     )
     yield (
-        f"           tensor_parallel {shape.tensor_parallel} of the learner, max_staleness "
-        f"{scenario.max_staleness}"
+        f"           tensor_parallel {shape.tensor_parallel}, context_parallel "
+        f"{shape.context_parallel} of the learner, max_staleness {scenario.max_staleness}"
     )
     yield f"because    {reason(best)}"
     yield (
@@ -149,15 +149,15 @@ def _synchronous_lines(plan: Plan) -> Iterator[str]:
 def _other_lines(plan: Plan) -> Iterator[str]:
     """The alternatives, the fastest first; then the cheapest one."""
     yield (
-        "others     learner (tp)  engines (each)  slots  bound  update     step s  stale  "
+        "others     learner (cp x tp)  engines (each)  slots  bound  update     step s  stale  "
         "idle learner, slots  GPU ms/token"
     )
     for each in plan.candidates[1:]:
         figures, shape = each.outcome, each.shape
-        learner = f"{each.learner_gpus} ({shape.tensor_parallel})"
+        learner = f"{each.learner_gpus} ({shape.context_parallel} x {shape.tensor_parallel})"
         engines = f"{each.engine_gpus} ({shape.engine_gpus})"
         yield (
-            f"           {learner:>12}  {engines:>14}  {shape.slots:>5}  "
+            f"           {learner:>17}  {engines:>14}  {shape.slots:>5}  "
             f"{each.scenario.max_staleness:>5}  {each.scenario.weight_update:<9}  "
             f"{each.step_s:>6.4g}  {figures.staleness:>5.2f}  "
             f"{idle_learner(figures):>12.0%}  {idle(figures):>5.0%}  "
@@ -221,8 +221,9 @@ def overrides(plan: Plan) -> list[str]:
         "rollout.num_slots": scenario.engine.num_slots,
         "rollout.max_response_tokens": scenario.lengths.max_tokens,
         "rollout.weight_update": scenario.weight_update,
-        "learner.data_parallel": shape.learner_gpus // shape.tensor_parallel,
+        "learner.data_parallel": shape.learner_gpus // shape.learner_unit,
         "learner.tensor_parallel": shape.tensor_parallel,
+        "learner.context_parallel": shape.context_parallel,
         "learner.num_minibatches": scenario.num_minibatches,
         "replay.groups_per_step": scenario.groups_per_step,
         "replay.group_size": scenario.group_size,
@@ -244,6 +245,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "gpus": candidate.shape.gpus,
             "learner_gpus": candidate.learner_gpus,
             "learner_tensor_parallel": candidate.shape.tensor_parallel,
+            "learner_context_parallel": candidate.shape.context_parallel,
             "engine_gpus": candidate.engine_gpus,
             "gpus_per_engine": candidate.shape.engine_gpus,
             "weight_update": candidate.scenario.weight_update,

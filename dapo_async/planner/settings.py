@@ -41,6 +41,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
         "jitter": 0.0,
         "gpus": 1,
         "tensor_parallel": 1,
+        "context_parallel": 1,
         "scaling": 0.75,
         "minibatches": 1,
     },
@@ -96,6 +97,7 @@ PLAN_KEYS: Mapping[str, Any] = {
     "slots": None,
     "engine_gpus": None,
     "tensor_parallel": None,
+    "context_parallel": None,
     "weight_update": None,
     "gpu_hour": None,
 }
@@ -111,6 +113,7 @@ class Cluster:
     slots: tuple[int, ...] = ()
     engine_gpus: tuple[int, ...] = ()  # of one engine
     tensor_parallel: tuple[int, ...] = ()  # of the learner
+    context_parallel: tuple[int, ...] = (1,)  # of the learner
     weight_update: tuple[str, ...] = ()
     gpu_hour: float | None = None  # its price
 
@@ -193,6 +196,7 @@ def read_scenario(
         learner=scenario.learner,
         learner_gpus=_whole("learner.gpus", learner["gpus"]),
         tensor_parallel=_whole("learner.tensor_parallel", learner["tensor_parallel"]),
+        context_parallel=_whole("learner.context_parallel", learner["context_parallel"]),
         scaling=_share("learner.scaling", learner["scaling"]),
         token_s=_points(learner["token_s"]),
         computed=computed,
@@ -204,10 +208,12 @@ def read_scenario(
 def _check_groups_of_ranks(learner: Mapping[str, Any]) -> None:
     gpus = _whole("learner.gpus", learner["gpus"])
     size = _whole("learner.tensor_parallel", learner["tensor_parallel"])
-    if gpus % size:
+    slices = _whole("learner.context_parallel", learner["context_parallel"])
+    if gpus % (size * slices):
+        more = f" x learner.context_parallel ({slices})" if slices > 1 else ""
         raise ValueError(
-            f"learner.gpus ({gpus}) must be a multiple of learner.tensor_parallel ({size}); change "
-            "one of them"
+            f"learner.gpus ({gpus}) must be a multiple of learner.tensor_parallel ({size}){more}; "
+            "change one of them"
         )
 
 
@@ -258,6 +264,7 @@ def _with_model(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
     trains = computed.learner(
         gpus=_whole("learner.gpus", learner["gpus"]),
         tensor_parallel=_whole("learner.tensor_parallel", learner["tensor_parallel"]),
+        context_parallel=_whole("learner.context_parallel", learner["context_parallel"]),
     )
     publish_s, pause_s = publish_times(
         computed.model,
@@ -433,6 +440,7 @@ def _cluster(plan: Any, rates: Rates, scenario: Scenario) -> Cluster:
         slots=whole("slots", scenario.engine.num_slots),
         engine_gpus=whole("engine_gpus", rates.engine_gpus),
         tensor_parallel=whole("tensor_parallel", rates.tensor_parallel),
+        context_parallel=whole("context_parallel", rates.context_parallel),
         weight_update=tuple(_choice("plan.weight_update", each, WEIGHT_UPDATES) for each in modes),
         gpu_hour=None
         if values["gpu_hour"] is None

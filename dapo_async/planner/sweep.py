@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from dapo_async.planner.closed_forms import closed_forms
 from dapo_async.planner.cost_model import NODE_GPUS
@@ -41,6 +42,12 @@ class Shape:
     tensor_parallel: int  # of the learner
     engine_gpus: int  # of one engine
     slots: int  # of one engine
+    context_parallel: int = 1  # of the learner
+
+    @property
+    def learner_unit(self) -> int:
+        """GPUs of the learner that work on one microbatch."""
+        return self.tensor_parallel * self.context_parallel
 
     @property
     def num_engines(self) -> int:
@@ -152,7 +159,11 @@ def scenario_of_shape(
         scenario,
         num_engines=shape.num_engines,
         engine=rates.engine_at(gpus=shape.engine_gpus, slots=shape.slots),
-        learner=rates.learner_at(gpus=shape.learner_gpus, tensor_parallel=shape.tensor_parallel),
+        learner=rates.learner_at(
+            gpus=shape.learner_gpus,
+            tensor_parallel=shape.tensor_parallel,
+            context_parallel=shape.context_parallel,
+        ),
         max_staleness=max_staleness,
         num_steps=STEPS + 2 * max_staleness,
         warm_up_steps=WARM_UP,
@@ -203,7 +214,9 @@ def _shapes(
     problem = ""
     for shape in _splits(cluster):
         if not cluster.rates.learner_fits(
-            gpus=shape.learner_gpus, tensor_parallel=shape.tensor_parallel
+            gpus=shape.learner_gpus,
+            tensor_parallel=shape.tensor_parallel,
+            context_parallel=shape.context_parallel,
         ):
             reason = "the memory of the learner"
         else:
@@ -223,11 +236,12 @@ def _shapes(
     if left_out:
         raise ValueError(
             f"plan.gpus ({gpus}): the learner's ranks do not fit on the GPUs that an engine of "
-            f"{engine} leaves; give more GPUs, or raise plan.tensor_parallel"
+            f"{engine} leaves; give more GPUs, or raise plan.tensor_parallel or "
+            "plan.context_parallel"
         )
     raise ValueError(
         f"plan.gpus ({gpus}) leaves no GPU for one side: an engine takes {engine}, the learner at "
-        f"least {min(cluster.tensor_parallel)}; give more GPUs"
+        f"least {min(cluster.tensor_parallel) * min(cluster.context_parallel)}; give more GPUs"
     )
 
 
@@ -236,11 +250,13 @@ def _splits(cluster: Cluster) -> Iterator[Shape]:
     for gpus in cluster.gpus:
         for engine in cluster.engine_gpus:
             first = gpus % engine or engine
-            for tensor_parallel in cluster.tensor_parallel:
+            for tensor_parallel, context_parallel in product(
+                cluster.tensor_parallel, cluster.context_parallel
+            ):
                 possible = [
                     learner
                     for learner in range(first, gpus - engine + 1, engine)
-                    if learner % tensor_parallel == 0
+                    if learner % (tensor_parallel * context_parallel) == 0
                 ]
                 stride = -(-len(possible) // MOST_SPLITS) or 1
                 for learner in possible[::stride]:
@@ -249,6 +265,7 @@ def _splits(cluster: Cluster) -> Iterator[Shape]:
                             gpus=gpus,
                             learner_gpus=learner,
                             tensor_parallel=tensor_parallel,
+                            context_parallel=context_parallel,
                             engine_gpus=engine,
                             slots=slots,
                         )
@@ -299,8 +316,8 @@ def _candidate(shape: Shape, scenario: Scenario, *, small: bool) -> Candidate:
 def _on_all_gpus(scenario: Scenario, cluster: Cluster, shape: Shape) -> Scenario:
     """Synchronous and colocated: both sides on all GPUs."""
     gpus = shape.gpus - shape.gpus % shape.engine_gpus
-    gpus -= gpus % shape.tensor_parallel
-    both = replace(shape, gpus=2 * gpus, learner_gpus=max(gpus, shape.tensor_parallel))
+    gpus -= gpus % shape.learner_unit
+    both = replace(shape, gpus=2 * gpus, learner_gpus=max(gpus, shape.learner_unit))
     return replace(_synchronous(scenario_of_shape(scenario, cluster, both, 0)), colocated=True)
 
 

@@ -122,7 +122,7 @@ def _fastest(scenario: Scenario, cluster: Cluster) -> NextSplit | None:
     (gpus,), rates = cluster.gpus, cluster.rates
     now_s = closed_forms(scenario).step_s
     best: NextSplit | None = None
-    unit, engine = rates.tensor_parallel, rates.engine_gpus
+    unit, engine = rates.tensor_parallel * rates.context_parallel, rates.engine_gpus
     for engines in range(1, (gpus - unit) // engine + 1):
         learner = gpus - engines * engine
         if learner % unit:
@@ -130,7 +130,8 @@ def _fastest(scenario: Scenario, cluster: Cluster) -> NextSplit | None:
         shape = Shape(
             gpus=gpus,
             learner_gpus=learner,
-            tensor_parallel=unit,
+            tensor_parallel=rates.tensor_parallel,
+            context_parallel=rates.context_parallel,
             engine_gpus=engine,
             slots=scenario.engine.num_slots,
         )

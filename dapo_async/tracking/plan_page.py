@@ -183,8 +183,8 @@ def _strip(best: Candidate) -> str:
 
 def _candidates(plan: Plan) -> str:
     head = (
-        "learner GPUs (tp)", "engine GPUs (each)", "slots", "bound", "update", "step", "staleness",
-        "idle learner", "idle slots", "GPU s per 1,000 tokens",
+        "learner GPUs (cp x tp)", "engine GPUs (each)", "slots", "bound", "update", "step",
+        "staleness", "idle learner", "idle slots", "GPU s per 1,000 tokens",
     )  # fmt: skip
     return table(head, (_cells(each) for each in plan.candidates))
 
@@ -192,7 +192,7 @@ def _candidates(plan: Plan) -> str:
 def _cells(each: Candidate) -> Sequence[str]:
     shape, outcome = each.shape, each.outcome
     return (
-        f"{each.learner_gpus} ({shape.tensor_parallel})",
+        f"{each.learner_gpus} ({shape.context_parallel} x {shape.tensor_parallel})",
         f"{each.engine_gpus} ({shape.engine_gpus})",
         str(shape.slots),
         str(each.scenario.max_staleness),

@@ -201,6 +201,36 @@ def test_tensor_parallel_ranks_hold_fewer_activations() -> None:
     assert split < 0.7 * whole
 
 
+LONG = replace(WORK, longest_tokens=60_000, microbatch_tokens=60_200, recompute=False)
+
+
+def test_context_parallel_ranks_share_the_activations_of_long_responses() -> None:
+    whole, half, quarter = (
+        rank_bytes(MIDDLE, LONG, gpus=8, tensor_parallel=1, context_parallel=ranks)
+        for ranks in (1, 2, 4)
+    )
+    assert half - quarter == pytest.approx((whole - half) / 2, rel=0.1)
+    assert quarter < 0.4 * whole
+    with pytest.raises(ValueError, match=r"raise learner\.context_parallel or"):
+        fewest_learner_gpus(MIDDLE, H100, LONG, efficiency=USUAL)
+    assert fewest_learner_gpus(MIDDLE, H100, LONG, context_parallel=8, efficiency=USUAL) % 8 == 0
+
+
+def test_context_parallel_ranks_exchange_heads_and_more_parameters() -> None:
+    def token_s(gpus: int, context_parallel: int, work: Training = LONG) -> float:
+        return learner_speed(
+            MIDDLE, H100, work, gpus=gpus, context_parallel=context_parallel, efficiency=SIMPLE
+        ).token_s
+
+    # Per layer and token: 16 query heads and 4 of keys to the other rank, and back, twice.
+    moved = 2 * 36 * 2 * (16 + 4) * 128 * 2
+    assert token_s(8, 2) - token_s(8, 1) == pytest.approx(moved / 8 / 450e9 / 0.6, rel=1e-6)
+    # Over the network a pass exchanges the same parameters for fewer tokens of a rank.
+    assert token_s(256, 4, replace(LONG, groups=1024)) > 1.2 * token_s(
+        256, 1, replace(LONG, groups=1024)
+    )
+
+
 def test_a_file_describes_another_gpu(tmp_path: Path) -> None:
     file = tmp_path / "gpus.yaml"
     file.write_text("{MI300X: {tflops: 1307, tb_per_s: 5.3, memory_gb: 192, link_gb_per_s: 448}}")

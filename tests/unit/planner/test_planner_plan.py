@@ -271,6 +271,47 @@ def test_a_model_lets_a_plan_choose_both_tensor_parallel_sizes(tmp_path: Path) -
     assert loaded.learner.tensor_parallel == plan.best.shape.tensor_parallel
 
 
+def test_a_plan_for_long_responses_chooses_context_parallel_ranks(tmp_path: Path) -> None:
+    model = {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1e6,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18_944,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    content = {
+        **values(),
+        "model": {
+            "path": "config.json",
+            "gpu": "H100",
+            "recompute": False,
+            "microbatch_tokens": 22_528,
+        },
+        "engine": {"slots": 64},
+        "learner": {"gpus": 8, "context_parallel": 8},
+        "lengths": {"mean": 5000, "max": 20_480},
+        "plan": {
+            "gpus": 16,
+            "max_staleness": [2],
+            "tensor_parallel": [1, 4],
+            "context_parallel": [1, 8],
+        },
+    }
+    plan = find_plan(*read_scenario(content, folder=tmp_path))
+    assert plan.left_out["the memory of the learner"] > 0
+    assert (plan.best.shape.context_parallel, plan.best.shape.tensor_parallel) == (8, 1)
+    loaded = knobs.load(ROOT / "configs" / "quickstart.yaml", overrides(plan), files=False)
+    assert loaded.learner.context_parallel == 8
+    assert loaded.learner.num_ranks == plan.best.learner_gpus
+
+
 def test_of_equally_fast_candidates_the_fresher_one_is_first() -> None:
     plan = usual_plan()
     best = plan.best
