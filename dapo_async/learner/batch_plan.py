@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 from dapo_async.model.config import ModelConfig
+from dapo_async.model.cost import head_flops, pair_flops, token_flops
 from dapo_async.types import Group, GroupFacts
 
 # Attention works on every sequence with its whole prompt. These are at most so many times the
@@ -58,13 +59,10 @@ class RankShare:
 def pair_cost(model: ModelConfig) -> float:
     """Cost of one attended pair (query, key), in units of the cost of one token.
 
-    A token costs 2 FLOPs per weight of the layers and the head. A pair costs 2 products of 2 FLOPs
-    per number of a query, in every layer.
+    A token costs 2 FLOPs per weight that it uses, of the layers and the head. A pair costs 2
+    products of 2 FLOPs per number of a query, in every layer.
     """
-    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (2 * query + 2 * key + 3 * model.intermediate_size)
-    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
-    return 4 * model.num_layers * query / (2 * weights)
+    return pair_flops(model) / (token_flops(model) + head_flops(model))
 
 
 def share_minibatch(

@@ -43,6 +43,7 @@ class Family:
     refused: tuple[str, ...] = ("mlp_bias", "attention_bias")
     # What transformers and SGLang assume where config.json lacks the key.
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    mixture: bool = False  # layers have experts in the place of the MLP, see `mixture.py`
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     # Builds a layer with another formula, from (config, layer number, tp axis). None: layers.Block.
@@ -53,6 +54,7 @@ FAMILIES = {
     "llama": Family(eos_token_id=2, bos_token_id=1),
     "qwen2": Family(qkv_bias=True, refused=("mlp_bias",)),
     "qwen3": Family(qk_norm=True, head_dim=128),
+    "qwen3_moe": Family(qk_norm=True, mixture=True),
 }
 # Sections of a config.json for weights in another form, or for weights in another file.
 FOREIGN_WEIGHTS = ("quantization_config", "compression_config", "transformers_weights")
@@ -82,13 +84,23 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
+    # Of a mixture of experts; a dense model has none.
+    num_experts: int = 0  # per layer that has experts
+    experts_per_token: int = 0
+    expert_size: int = 0  # the inner size of an expert
+    norm_topk: bool = False  # the weights of a token's experts add up to 1
+    mixture_layers: tuple[int, ...] = ()  # the layers that have experts
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.num_layers - len(self.mixture_layers)
 
     def check_split(self, tensor_parallel: int) -> None:
         """Raises ValueError if the layers cannot be split over `tensor_parallel` ranks.
 
-        Attention heads and the MLP's inner size must divide evenly. Key-value heads divide evenly,
-        or there are fewer heads than ranks and several ranks share one. The vocabulary may be split
-        unevenly as long as every rank has a part.
+        Attention heads, the MLP's inner size and experts must divide evenly. Key-value heads divide
+        evenly, or there are fewer heads than ranks and several ranks share one. The vocabulary may
+        be split unevenly as long as every rank has a part.
         """
         if self._splits(tensor_parallel):
             return
@@ -101,14 +113,19 @@ class ModelConfig:
         )
 
     def _split_sizes(self) -> dict[str, int]:
-        return {
+        sizes = {
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
-            "intermediate_size": self.intermediate_size,
         }
+        if self.num_dense_layers:
+            sizes["intermediate_size"] = self.intermediate_size
+        if self.mixture_layers:
+            sizes["num_experts"] = self.num_experts
+        return sizes
 
     def _splits(self, ranks: int) -> bool:
-        layers = self.num_heads % ranks == self.intermediate_size % ranks == 0
+        even = {**self._split_sizes(), "num_key_value_heads": 0}
+        layers = all(size % ranks == 0 for size in even.values())
         kv_heads = self.num_kv_heads % ranks == 0 or ranks % self.num_kv_heads == 0
         rows_per_rank = -(-self.vocab_size // ranks)
         last_rank_has_rows = (ranks - 1) * rows_per_rank < self.vocab_size
@@ -172,7 +189,38 @@ class ModelConfig:
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             eos_token_ids=token_ids(eos, key="eos_token_id", vocab_size=vocab_size),
+            **(_experts(values, num_layers) if family.mixture else {}),
         )
+
+
+def _experts(values: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    # transformers 5 writes num_experts under another name.
+    key = "num_experts" if "num_experts" in values else "num_local_experts"
+    num_experts, top_k = _size(values, key), _size(values, "num_experts_per_tok")
+    if top_k > num_experts:
+        raise ValueError(
+            f"num_experts_per_tok ({top_k}) must be at most {key} ({num_experts}); {REMEDY}"
+        )
+    step, dense = _size(values, "decoder_sparse_step", default=1), values.get("mlp_only_layers")
+    if dense is not None and not (
+        isinstance(dense, list) and all(type(layer) is int and layer >= 0 for layer in dense)
+    ):
+        raise ValueError(f"mlp_only_layers ({dense!r}) must be a list of layer numbers; {REMEDY}")
+    every = set(range(step - 1, num_layers, step))
+    layers = sorted(every - set(dense or ()))
+    if not layers:
+        raise ValueError(
+            f"no layer has experts (decoder_sparse_step {step}, mlp_only_layers {dense}); use a "
+            "dense model"
+        )
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": top_k,
+        "expert_size": _size(values, "moe_intermediate_size"),
+        "norm_topk": _flag(values, "norm_topk_prob"),
+        "mixture_layers": tuple(layers),
+    }
 
 
 def special_tokens(folder: Path, tokenizer: Path | None = None) -> SpecialTokens:

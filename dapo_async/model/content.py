@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dapo_async.model.decoder import Decoder
+from dapo_async.model.expert_names import pieces
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import is_split, part_of, shard_of
 
@@ -54,12 +55,18 @@ def checksum_of_parts(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> str:
         place = part_of(parameter)
         # With more ranks than rows, some ranks have padding only.
         count = place[0].stop - place[0].start
-        part = shard_of(parameter)[:count].to(dtype)
-        total += _part_sum(name, part, place, shape=parameter.shape)
+        part, start = shard_of(parameter)[:count], place[0].start
+        for piece in pieces(name, tuple(parameter.shape), decoder.config):
+            first = max(start, piece.first_row)
+            last = min(start + count, piece.first_row + piece.shape[0])
+            if first < last:
+                rows = slice(first - piece.first_row, last - piece.first_row)
+                values = part[first - start : last - start].to(dtype)
+                total += _part_sum(piece.name, values, (rows, *place[1:]), shape=piece.shape)
     return _hex(mesh.every.sum(total))
 
 
-def _part_sum(name: str, part: Tensor, place: Sequence[slice], *, shape: torch.Size) -> Tensor:
+def _part_sum(name: str, part: Tensor, place: Sequence[slice], *, shape: Sequence[int]) -> Tensor:
     """The share of `part`, which lies at `place` in the tensor of this name and shape."""
     matrix = part.reshape(part.shape[0], -1) if part.ndim > 1 else part.reshape(-1, 1)
     device, width = part.device, matrix.shape[1]
@@ -82,7 +89,7 @@ def _odd(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 27)).mul_(STEP) | 1
 
 
-def _factor(name: str, dtype: torch.dtype, shape: torch.Size) -> int:
+def _factor(name: str, dtype: torch.dtype, shape: Sequence[int]) -> int:
     digest = hashlib.sha256(f"{name} {dtype} {tuple(shape)}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True) | 1
 

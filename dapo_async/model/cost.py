@@ -26,11 +26,19 @@ def causal_pairs(length: int, *, before: int = 0) -> int:
 
 
 def token_flops(config: ModelConfig) -> int:
-    """The dense products of all layers, for one token. Without the head."""
+    """The products of all layers, for one token. Without the head, and with the experts that the
+    token uses."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (2 * query + 2 * key)  # query and output; key and value
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    return 2 * config.num_layers * (attention + mlp)
+    return 2 * (config.num_layers * attention + _mlp_products(config))
+
+
+def _mlp_products(config: ModelConfig) -> int:
+    """Of a token in all layers: the MLP, or the router and the experts that the token uses."""
+    dense = 3 * config.hidden_size * config.intermediate_size
+    router = config.hidden_size * config.num_experts
+    experts = config.experts_per_token * 3 * config.hidden_size * config.expert_size
+    return config.num_dense_layers * dense + len(config.mixture_layers) * (router + experts)
 
 
 def head_flops(config: ModelConfig) -> int:

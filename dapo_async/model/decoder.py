@@ -7,6 +7,7 @@ only the attention strategy knows the sequences (`PackedAttention`, or the engin
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,16 @@ from dapo_async.model.attention import take_rows
 from dapo_async.model.config import FAMILIES, ModelConfig, Recompute
 from dapo_async.model.context_parallel import ExchangedAttention, own_tokens, whole_scores
 from dapo_async.model.fused import FusedBlock
-from dapo_async.model.layers import Attention, Block, RMSNorm
+from dapo_async.model.layers import Attention, Block, RMSNorm, SparseBlock
 from dapo_async.model.linear import Linear, float_matmul, product
 from dapo_async.model.logprob import token_logprobs
 from dapo_async.model.mesh import ALONE, Axis
+from dapo_async.model.mixture import Routing
 from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
+
+
+def _is_own(block: nn.Module) -> TypeGuard[Block]:
+    return type(block) in (Block, SparseBlock)
 
 
 class Embedding(nn.Embedding):
@@ -55,8 +61,12 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config, tp)
-        block = FAMILIES[config.family].block or Block
-        self.layers = nn.ModuleList(block(config, layer, tp) for layer in range(config.num_layers))
+        dense = FAMILIES[config.family].block or Block
+        kinds = [
+            SparseBlock if layer in config.mixture_layers else dense
+            for layer in range(config.num_layers)
+        ]
+        self.layers = nn.ModuleList(kind(config, layer, tp) for layer, kind in enumerate(kinds))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -99,9 +109,7 @@ class Decoder(nn.Module):
         """
         assert self.tp.size == self.cp.size == 1
         assert self.activations is None
-        self._blocks = [
-            FusedBlock(block) if type(block) is Block else block for block in self.model.layers
-        ]
+        self._blocks = [FusedBlock(each) if _is_own(each) else each for each in self.model.layers]
 
     def recompute(self, form: Recompute, *, num_layers: int | None = None) -> None:
         """Turns on activation checkpointing in the first `num_layers` layers (None: all). Call it
@@ -118,20 +126,30 @@ class Decoder(nn.Module):
                 checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
             )
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        routing: Routing | None = None,
+    ) -> Tensor:
         """Hidden states `[T, D]` after the last norm, of packed `token_ids [T]` at `positions [T]`.
 
         Every rank of the `tp` axis gets the same. With a `cp` axis all its ranks give all tokens,
-        and each gets the hidden states of its slice.
+        and each gets the hidden states of its slice. `routing` of a model with experts: gives them,
+        or tells afterwards which were used, in this rank's slice.
         """
         if self.cp.size > 1:
             attention = ExchangedAttention(attention, self.cp, num_tokens=len(token_ids))
             token_ids, positions = own_tokens(token_ids, self.cp), own_tokens(positions, self.cp)
+            if routing is not None:
+                routing.take_slice(self.cp)
         x = self.model.embed_tokens(token_ids)
         x = x if self.activations is None else x.to(self.activations)
         cos, sin = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        for block in self._blocks or self.model.layers:
-            x = block(x, cos, sin, attention)
+        for layer, block in enumerate(self._blocks or self.model.layers):
+            extra = (routing,) if layer in self.config.mixture_layers else ()
+            x = block(x, cos, sin, attention, *extra)
         return gather_tokens(self.model.norm(x), self.tp, len(token_ids))
 
     def score(
@@ -144,6 +162,7 @@ class Decoder(nn.Module):
         targets: Tensor,
         temperatures: Tensor,
         own: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies, float32 `[N]`, of log-softmax(logits / temperature).
 
@@ -151,7 +170,8 @@ class Decoder(nn.Module):
         states predict them; `own`: `own_targets` of this rank, needed with a `cp` axis. All ranks
         of the mesh call it; ranks of one `cp` and `tp` axis get the same.
         """
-        hidden, num_targets = Decoder.forward(self, token_ids, positions, attention), len(targets)
+        hidden = Decoder.forward(self, token_ids, positions, attention, routing)
+        num_targets = len(targets)
         if own is not None:
             first = self.cp.rank * len(hidden)
             predictors, targets, temperatures = (

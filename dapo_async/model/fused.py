@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from dapo_async.model.layers import Attention, Block, RMSNorm, rotate_
+from dapo_async.model.layers import MLP, Attention, Block, RMSNorm, rotate_
 from dapo_async.model.linear import Linear, product
+from dapo_async.model.mixture import Mixture, Routing
 
 
 class FusedBlock:
-    """The formula of `Block` on one rank, for inference only.
+    """The formula of `Block` and `SparseBlock` on one rank, for inference only.
 
     Its weights are the block's own: later in-place updates take effect here too.
     """
@@ -24,8 +25,13 @@ class FusedBlock:
         attention, mlp = block.self_attn, block.mlp
         self._layer, self._head_dim = attention.layer, attention.head_dim
         self._qkv, self._qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._gate_up, _ = _joined(mlp.gate_proj, mlp.up_proj)
-        self._out, self._down = attention.o_proj.weight.detach(), mlp.down_proj.weight.detach()
+        self._out, self._mixture = attention.o_proj.weight.detach(), None
+        if isinstance(mlp, Mixture):
+            self._mixture = mlp
+        else:
+            assert isinstance(mlp, MLP)
+            self._gate_up, _ = _joined(mlp.gate_proj, mlp.up_proj)
+            self._down = mlp.down_proj.weight.detach()
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self._num_heads = [each.out_features // self._head_dim for each in projections]
         self._num_rotated = sum(self._num_heads[:2])
@@ -33,7 +39,14 @@ class FusedBlock:
         self._norm_mlp = _Norm(block.post_attention_layernorm)
         self._query_norm, self._key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        routing: Routing | None = None,
+    ) -> Tensor:
         """See `Block`. Queries, keys and values are views of one product."""
         num_tokens = x.shape[0]
         joined = product(self._norm_attention(x), self._qkv, self._qkv_bias)
@@ -45,6 +58,9 @@ class FusedBlock:
         rotate_(heads[:, : self._num_rotated], cos, sin)
         mixed = attention(self._layer, query, key, value)
         x = product(mixed.reshape(num_tokens, -1), self._out).add_(x)
+        if self._mixture is not None:
+            y: Tensor = self._mixture(self._norm_mlp(x), routing or Routing(), num_tokens)
+            return y.add_(x)
         gate, up = product(self._norm_mlp(x), self._gate_up).chunk(2, dim=-1)
         return product(silu(gate).mul_(up), self._down).add_(x)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dapo_async.model.decoder import Decoder
+from dapo_async.model.expert_names import one_by_one
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import is_split, part_of, shard_of
 
@@ -52,13 +53,15 @@ def gather_weights(
 ) -> dict[str, Tensor]:
     """Copies of all weights, whole and in `dtype`, on the first rank; the other ranks get none.
 
+    Their names are those of a Hugging Face folder: experts one by one.
     Every rank of `mesh` calls it. A single rank keeps the copies on its device. With several ranks
     the first rank holds them in host memory, because its device has room for shards only. Weights
     are cast before they are sent, and small ones are sent together.
     """
     parameters = dict(decoder.named_parameters())
     if mesh.every.size == 1:
-        return {name: each.detach().to(dtype, copy=True) for name, each in parameters.items()}
+        copies = {name: each.detach().to(dtype, copy=True) for name, each in parameters.items()}
+        return one_by_one(copies, decoder.config)
     own_edges = torch.tensor(
         [_edges(parameter, mesh) for parameter in parameters.values()],
         device=decoder.rope_cos.device,
@@ -69,7 +72,7 @@ def gather_weights(
     for bucket in buckets(numbered, lambda item: item[1][1].numel()):
         edges = [[each[number] for number, _ in bucket] for each in edges_by_rank]
         _gather_bucket(dict(item for _, item in bucket), edges, mesh, dtype, into=whole)
-    return whole
+    return one_by_one(whole, decoder.config)
 
 
 def _gather_bucket(

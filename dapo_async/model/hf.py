@@ -21,9 +21,11 @@ from torch import Tensor
 
 from dapo_async.model.config import ModelConfig, special_tokens
 from dapo_async.model.decoder import Decoder
+from dapo_async.model.expert_names import one_by_one, pieces
 from dapo_async.model.gather import buckets
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import part_of, shard_decoder, shard_of
+from dapo_async.model.parameters import parameter_shapes
 from dapo_async.model.special_tokens import CONFIG, GENERATION, SpecialTokens
 from dapo_async.model.weight_files import INDEX_FILE, WEIGHTS_FILE, find_weights
 from dapo_async.utils.files import atomic_file
@@ -130,10 +132,19 @@ def load_decoder(
             path: stack.enter_context(safe_open(path, framework="pt")) for path in weights.paths
         }
 
+        shapes = parameter_shapes(config)
+
         def read(name: str, part: tuple[slice, ...]) -> Tensor:
-            stored = weights.tensors[name]
-            tensor: Tensor = files[stored.path].get_slice(stored.name)[part]
-            return tensor
+            rows, *columns = part
+            found = []
+            for piece in pieces(name, shapes[name], config):
+                start = max(0, rows.start - piece.first_row)
+                stop = min(piece.shape[0], rows.stop - piece.first_row)
+                if start < stop or piece.name == name:
+                    stored = weights.tensors[piece.name]
+                    place = (slice(start, max(start, stop)), *columns)
+                    found.append(stored.part(files[stored.path], place))
+            return torch.cat(found) if found else torch.empty(0, *shapes[name][1:])
 
         fill(decoder, read)
     return decoder
@@ -157,9 +168,9 @@ def export_folder(
 ) -> None:
     """Makes `out` a plain Hugging Face folder with the weights of `shapes` in `dtype`.
 
-    Config and tokenizer come from the folder `base`. `read(names)` returns whole weights in any
-    precision. It is called for one file after the other: each time for at most `file_bytes` in
-    `dtype`, or for one weight.
+    Config and tokenizer come from the folder `base`. `read(names)` returns whole weights of the
+    decoder in any precision; experts are written one by one. It is called for one file after the
+    other: each time for at most `file_bytes` in `dtype`, or for one weight.
     """
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANION_FILES:
@@ -173,6 +184,7 @@ def export_folder(
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(out / CONFIG, config)
     _write_stop_tokens(special_tokens(base), config, out / GENERATION)
+    model = ModelConfig.from_folder(base)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files = [*buckets(sizes, sizes.__getitem__, limit=file_bytes)]
     places: dict[str, str] = {}
@@ -180,8 +192,9 @@ def export_folder(
         numbered = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         file = numbered if len(files) > 1 else WEIGHTS_FILE
         weights = {name: tensor.to(dtype) for name, tensor in read(names).items()}
-        save_weights(weights, out, name=file)
-        places |= dict.fromkeys(names, file)
+        written = one_by_one(weights, model)
+        save_weights(written, out, name=file)
+        places |= dict.fromkeys(written, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         _write_json(out / INDEX_FILE, index)

@@ -14,6 +14,7 @@ from torch.nn.functional import rms_norm, silu
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.linear import Linear
 from dapo_async.model.mesh import Axis
+from dapo_async.model.mixture import Mixture, Routing
 from dapo_async.model.tensor_parallel import gather_tokens, local, scatter_tokens
 
 
@@ -119,7 +120,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, layer, tp)
-        self.mlp = MLP(config, tp)
+        self.mlp = self._make_mlp(config, layer, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -127,3 +128,27 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
+
+    def _make_mlp(self, config: ModelConfig, layer: int, tp: Axis) -> nn.Module:
+        return MLP(config, tp)
+
+
+class SparseBlock(Block):
+    """One layer with experts."""
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """`routing`: gives the experts, or tells afterwards which were used."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+        normed = self.post_attention_layernorm(x)
+        y: Tensor = x + self.mlp(normed, routing or Routing(), num_tokens=len(cos))
+        return y
+
+    def _make_mlp(self, config: ModelConfig, layer: int, tp: Axis) -> nn.Module:
+        return Mixture(config, layer, tp)

@@ -19,6 +19,7 @@ from dapo_async.model.parallel import split_dim
 from dapo_async.model.parameters import Shape, parameter_shapes
 
 FLOAT32 = 4  # bytes
+INDEX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,10 @@ class Pass:
         """
         return FLOAT32 + (size * self.width if self.cuda else 2 * size * FLOAT32)
 
-    def layer_bytes(self, *, keeps_mlp: bool = True) -> int:
+    def layer_bytes(self, *, keeps_mlp: bool = True, sparse: bool = False) -> int:
         """What one layer keeps for its backward pass; without `keeps_mlp` the MLP keeps its input.
+
+        `sparse`: a layer with experts.
 
         Per own token: what the two norms keep, which includes the layer's input. Per token of the
         slice: the outputs of both norms, D each; the output of attention in token order; gate, up,
@@ -99,7 +102,7 @@ class Pass:
         head_norms = (heads + kv_heads) * self.norm_bytes(model.head_dim) if model.qk_norm else 0
         norms = 2 * self.norm_bytes(model.hidden_size)
         token_bytes = self.slice_tokens * (per_token * self.width + head_norms)
-        mlp = self.mlp_bytes() if keeps_mlp else self.input_bytes()
+        mlp = self.mlp_bytes(sparse=sparse) if keeps_mlp else self.input_bytes()
         return self.own_tokens * norms + token_bytes + self.attention_bytes() + mlp
 
     @property
@@ -124,10 +127,43 @@ class Pass:
         per_query = 2 * query * self.width + split.queries * FLOAT32
         return num_keys * 2 * key * self.width + num_queries * per_query
 
-    def mlp_bytes(self) -> int:
-        """What the MLP of one layer keeps: its input, gate, up, silu(gate) and their product."""
-        inner = self.model.intermediate_size // self.tp
-        return self.slice_tokens * (self.model.hidden_size + 4 * inner) * self.width
+    def mlp_bytes(self, *, sparse: bool = False) -> int:
+        """What the MLP of one layer keeps: its input, gate, up, silu(gate) and their product.
+
+        `sparse`, with experts: per token its input and of the router four numbers per expert; per
+        pair of token and expert besides the input of the expert, its weighted product and weight,
+        and two indices. Pairs are taken to be spread evenly over the ranks.
+        """
+        model = self.model
+        if not sparse:
+            inner = model.intermediate_size // self.tp
+            return self.slice_tokens * (model.hidden_size + 4 * inner) * self.width
+        router = model.num_experts * (self.width + 3 * FLOAT32)
+        tokens = self.slice_tokens * (model.hidden_size * self.width + router)
+        pair = (model.hidden_size + 5 * model.expert_size + 1) * self.width + 2 * INDEX
+        pairs = self.slice_tokens * model.experts_per_token
+        # The order and the places of all pairs, the rest of this rank's.
+        return tokens + -(-pairs // self.tp) * pair + pairs * 2 * INDEX
+
+    @property
+    def largest_mlp_bytes(self) -> int:
+        sparse, dense = self.model.mixture_layers, self.model.num_dense_layers
+        return max(self.mlp_bytes() if dense else 0, self.mlp_bytes(sparse=True) if sparse else 0)
+
+    def layers_bytes(self, recompute: Recompute) -> int:
+        """What all layers keep for the backward pass."""
+        if recompute == "all":
+            return self.model.num_layers * self.input_bytes()
+        keeps = recompute == "none"
+        dense = self.model.num_dense_layers * self.layer_bytes(keeps_mlp=keeps)
+        num_sparse = len(self.model.mixture_layers)
+        return dense + num_sparse * self.layer_bytes(keeps_mlp=keeps, sparse=True)
+
+    def recomputed_bytes(self, recompute: Recompute) -> int:
+        """What the one layer, or MLP, keeps that is being computed again."""
+        if recompute == "all":
+            return self.layer_bytes(keeps_mlp=False) - self.input_bytes() + self.largest_mlp_bytes
+        return self.largest_mlp_bytes if recompute == "mlp" else 0
 
     def input_bytes(self) -> int:
         """The input of one layer or MLP, which is all that it keeps if it is computed again."""
@@ -201,12 +237,6 @@ def predict_memory(
     shards = dp * cp
     own = sum(math.prod(_part(shape, 0, shards)) for shape in on_tp.values()) * FLOAT32
     whole, alone = sum(math.prod(shape) for shape in shapes.values()), shards * tp == 1
-    layer = {
-        "none": forward.layer_bytes(),
-        "mlp": forward.layer_bytes(keeps_mlp=False),
-        "all": forward.input_bytes(),
-    }[recompute]
-    recomputed = {"none": 0, "mlp": forward.mlp_bytes(), "all": forward.layer_bytes()}[recompute]
     snapshots, moments = 2 * whole * forward.width, 2 * own
     checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
     start_weights = own if keeps_start_weights else 0
@@ -221,8 +251,8 @@ def predict_memory(
         gathered=_gathered(
             on_tp, shards=shards, width=forward.width, alone=alone, zero_stage=zero_stage
         ),
-        activations=model.num_layers * layer + forward.end_bytes(),
-        recomputed=recomputed,
+        activations=forward.layers_bytes(recompute) + forward.end_bytes(),
+        recomputed=forward.recomputed_bytes(recompute),
         head=forward.head_bytes(),
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
         snapshot=snapshots if alone else 0,
@@ -236,8 +266,8 @@ def _gathered(
     """Copies of weights for the computation, and gradients before they are summed over `shards`.
 
     A single rank casts all weights if it computes in another precision. FSDP gathers the weights
-    outside the layers, and two layers at a time; with a `zero_stage` below 3 all layers stay. With
-    stage 1 the gradients of all layers add up in float32 before they are summed.
+    outside the layers, and two layers, the largest, at a time; with a `zero_stage` below 3 all
+    layers stay. With stage 1 the gradients of all layers add up in float32 before they are summed.
     """
     if alone:
         # Of an embedding that is not the head too, only the looked-up rows are cast.
@@ -245,8 +275,13 @@ def _gathered(
         cast = sum(math.prod(shape) for name, shape in on_tp.items() if name != skipped)
         return 0 if width == FLOAT32 else cast * width
     outside = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." not in name)
-    layer = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers.0." in name)
-    layers = sum(math.prod(shape) for name, shape in on_tp.items() if ".layers." in name)
+    by_layer: dict[str, int] = {}
+    for name, shape in on_tp.items():
+        if ".layers." in name:
+            number = name.split(".")[2]
+            by_layer[number] = by_layer.get(number, 0) + math.prod(shape)
+    layer = max(by_layer.values())
+    layers = sum(by_layer.values())
     weights = outside * FLOAT32 + (2 * layer if zero_stage == 3 else layers) * width
     gradients = outside * FLOAT32 + layer * width
     if zero_stage == 1:

@@ -38,6 +38,7 @@ SPLIT = {
     "up_proj": 0,
     "embed_tokens": 0,
     "lm_head": 0,
+    "experts": 0,  # whole experts, see `mixture.py`
     "o_proj": 1,
     "down_proj": 1,
 }

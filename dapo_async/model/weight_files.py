@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.parameters import Shape, parameter_shapes
+from dapo_async.model.expert_names import DOWN, GATE_UP, folder_shapes, pieces
+from dapo_async.model.parameters import Shape
 from dapo_async.model.special_tokens import read_json
 
 if TYPE_CHECKING:  # preflight finds the weights without torch
@@ -47,12 +48,24 @@ class StoredTensor:
     name: str  # in the file
     shape: Shape
     dtype: str  # as safetensors names it: F32, BF16, …
+    # Of experts that a file holds in one tensor: the expert, and the first of its rows there.
+    within: tuple[int, int] | None = None
 
     def read(self) -> Tensor:
         """The whole tensor, on CPU."""
         with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
-            return tensor
+            return self.part(file, tuple(slice(0, size) for size in self.shape))
+
+    def part(self, file: Any, place: tuple[slice, ...]) -> Tensor:
+        """The part at `place`, from the opened file."""
+        stored, (rows, *columns) = file.get_slice(self.name), place
+        if self.within is not None:
+            expert, first = self.within
+            inside = slice(first + rows.start, first + rows.stop)
+            tensor: Tensor = stored[(expert, inside, *columns)]
+        else:
+            tensor = stored[place]
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +73,16 @@ class WeightFiles:
     """The files of a model, the place of each parameter, and what else was found."""
 
     paths: tuple[Path, ...]
-    tensors: Mapping[str, StoredTensor]  # by the name of the parameter
+    tensors: Mapping[str, StoredTensor]  # by the name of the parameter, experts one by one
     left_alone: tuple[str, ...]  # further safetensors files of the folder
     unused: tuple[str, ...]  # tensors of the files that are no part of the decoder
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """Parameters that a file holds under another name: a tied embedding stored as the head."""
+        """Parameters that a file holds under another name.
+
+        That is a tied embedding stored as the head, or all experts of a layer in one tensor.
+        """
         return tuple(name for name, stored in self.tensors.items() if stored.name != name)
 
     @property
@@ -74,7 +90,7 @@ class WeightFiles:
         """Files and tensors that SGLang would read otherwise from the same folder.
 
         Without an index it reads every safetensors file of a folder, and it does not take a tied
-        embedding from `lm_head.weight`.
+        embedding from `lm_head.weight`, or experts that are stored in one tensor.
         """
         has_index = (self.paths[0].parent / INDEX_FILE).is_file()
         return (*(() if has_index else self.left_alone), *self.moved)
@@ -181,7 +197,8 @@ def find_weights(folder: Path, config: ModelConfig) -> WeightFiles:
                 )
     if config.tie_embeddings:
         _resolve_tied_head(tensors, folder)
-    shapes = parameter_shapes(config)
+    shapes = folder_shapes(config)
+    _take_apart(tensors, config)
     _check_names(tensors, shapes, folder)
     _check_form(tensors, shapes, folder)
     unused = [
@@ -227,6 +244,24 @@ def _resolve_tied_head(tensors: dict[str, StoredTensor], folder: Path) -> None:
             f"but {HEAD} in {head.path.name} differs from {EMBEDDING} in {embedding.path.name}; "
             "set tie_word_embeddings to false"
         )
+
+
+def _take_apart(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Replaces a tensor with all experts of a layer by its experts.
+
+    transformers 5 writes such tensors, `[E, 2I, D]` and `[E, D, I]`, with
+    `save_pretrained(save_original_format=False)`. A tensor of another shape stays, as unexpected.
+    """
+    hidden, inner, experts = config.hidden_size, config.expert_size, config.num_experts
+    for suffix, rows, columns in ((GATE_UP, 2 * inner, hidden), (DOWN, hidden, inner)):
+        for name in [name for name in tensors if name.endswith(suffix)]:
+            stored = tensors[name]
+            if stored.shape != (experts, rows, columns):
+                continue
+            del tensors[name]
+            for piece in pieces(name, (experts * rows, columns), config):
+                within = divmod(piece.first_row, rows)
+                tensors[piece.name] = replace(stored, shape=piece.shape, within=within)
 
 
 def _check_names(

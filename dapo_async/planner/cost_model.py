@@ -82,13 +82,13 @@ def engine_speed(
     model: PlannedModel, gpu: Gpu, *, gpus: int, slots: int, efficiency: Efficiency
 ) -> EngineSpeed:
     """One engine on `gpus` GPUs. Raises ValueError if the weights leave no room for KV."""
-    used = model.used
-    if used.num_heads % gpus:
+    config = model.config
+    if config.num_heads % gpus:
         raise ValueError(
-            f"engine.gpus ({gpus}) must divide the model's {used.num_heads} attention heads"
+            f"engine.gpus ({gpus}) must divide the model's {config.num_heads} attention heads"
         )
-    copies = max(1, gpus // used.num_kv_heads)  # GPUs that share a key head hold it each
-    token_bytes = copies * kv_bytes(used, num_bytes=HALF)
+    copies = max(1, gpus // config.num_kv_heads)  # GPUs that share a key head hold it each
+    token_bytes = copies * kv_bytes(config, num_bytes=HALF)
     room = gpus * gpu.memory_bytes * efficiency.memory - model.weights_bytes
     if room < token_bytes:
         raise ValueError(
@@ -100,8 +100,8 @@ def engine_speed(
     flops = gpus * gpu.peak.flops_per_s * efficiency.prefill
     fixed_s = efficiency.step_s
     if gpus > 1:
-        fixed_s += 2 * used.num_layers * efficiency.exchange_s
-    one = token_flops(used) + head_flops(used)
+        fixed_s += 2 * config.num_layers * efficiency.exchange_s
+    one = token_flops(config) + head_flops(config)
     step_s = tuple(
         fixed_s + max(model.read_bytes(max(1, batch)) / bandwidth, batch * one / flops)
         for batch in range(slots + 1)
@@ -109,7 +109,7 @@ def engine_speed(
     return EngineSpeed(
         step_s=step_s,
         context_s=token_bytes / bandwidth,
-        prefill_s=token_flops(used) / flops,
+        prefill_s=token_flops(config) / flops,
         kv_tokens=room // token_bytes,
     )
 
@@ -133,7 +133,7 @@ def learner_speed(
     """
     ranks, tokens = gpus // tensor_parallel, work.tokens
     flops = train_flops(
-        model.used, [(work.prompt_tokens, [work.response_tokens] * work.group_size)]
+        model.config, [(work.prompt_tokens, [work.response_tokens] * work.group_size)]
     )
     compute_s = work.groups * flops / (gpus * gpu.peak.flops_per_s * efficiency.mfu)
     passes = math.ceil(tokens * context_parallel / ranks / work.microbatch_tokens)
@@ -144,8 +144,9 @@ def learner_speed(
     gather_s = passes * exchanged / between
     share = (tensor_parallel - 1) / tensor_parallel
     # Per layer four exchanges forward and four backward.
-    moved = exchanged_heads(model.used, tensor_parallel, context_parallel) * tokens / ranks
-    moved += 8 * model.used.num_layers * model.used.hidden_size * HALF * share * tokens / ranks
+    config = model.config
+    moved = exchanged_heads(config, tensor_parallel, context_parallel) * tokens / ranks
+    moved += 8 * config.num_layers * config.hidden_size * HALF * share * tokens / ranks
     optimizer_s = 2 * STATE_BYTES * model.num_parameters / gpus / gpu.peak.bytes_per_s
     return LearnerSpeed(
         token_s=(max(compute_s, gather_s) + moved / link) / tokens,
@@ -175,7 +176,7 @@ def publish_times(
     An engine stands still while it receives a broadcast or reads the files. Other engines receive
     or read at the same time. KV entries that are computed again are simulated, not added here.
     """
-    gathered_s = efficiency.sync_layer_s * model.used.num_layers
+    gathered_s = efficiency.sync_layer_s * model.config.num_layers
     if disk:
         read_s = model.weights_bytes / (efficiency.disk_gb_per_s * 1e9)
         return gathered_s + 2 * read_s, read_s
@@ -193,12 +194,11 @@ def rank_bytes(
 ) -> float:
     """What a learner rank holds on its GPU, by `predict_memory`.
 
-    Experts that a token does not use are added: their weights, gradients and moments, and those of
-    one layer that FSDP gathers. Raises ValueError if the layers cannot be split.
+    Raises ValueError if the layers cannot be split.
     """
     ranks = gpus // tensor_parallel
-    predicted = _predicted(
-        model.used,
+    return _predicted(
+        model.config,
         work.largest_microbatch,
         ranks // context_parallel,
         context_parallel,
@@ -206,10 +206,6 @@ def rank_bytes(
         work.recompute,
         work.several_minibatches,
     )
-    state_bytes = STATE_BYTES + (FLOAT32 if work.several_minibatches else 0)
-    layer = model.unused_parameters / model.used.num_layers / tensor_parallel
-    gathered = 3 * HALF * layer if gpus > 1 else HALF * model.unused_parameters
-    return predicted + state_bytes * model.unused_parameters / gpus + gathered
 
 
 @functools.cache

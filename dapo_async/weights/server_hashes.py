@@ -11,7 +11,8 @@ beside its next step; the handshake compares. The formulas are those of SGLang 0
               the tiles' two halves, mixed with their size, add up to 64 bits; last splitmix64
 
 A server joins query, key and value, and gate and up; it splits heads, inner sizes and vocabulary
-over its ranks, and pads the vocabulary to a multiple of 64 with zeros. The form for CUDA is tested
+over its ranks, and pads the vocabulary to a multiple of 64 with zeros. Experts are left out: their
+layout depends on the server's kernel, and the probe sees them. The form for CUDA is tested
 against a loop over the words; it has not been compared with a GPU.
 """
 
@@ -35,6 +36,7 @@ JOINED = {
 }
 ROWS, COLUMNS = ("q_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # split over ranks
 KEYS = ("k_proj", "v_proj")
+EXPERTS = ".mlp.experts."
 VOCABULARY, PADDING = ("embed_tokens", "lm_head"), 64
 TILE = 8192  # words
 SEED = 0x243F6A88
@@ -49,6 +51,8 @@ def server_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     joined = {part: (whole, parts) for whole, parts in JOINED.items() for part in parts}
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
+        if EXPERTS in name:
+            continue
         module = name.split(".")[-2]
         whole, parts = joined.get(module, (module, (module,)))
         found[name.replace(f".{module}.", f".{whole}.")] = tuple(

@@ -14,7 +14,8 @@ from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.sampling import keyed_uniforms
 from dapo_async.types import Completion
 
-FAMILIES = {"qwen2": True, "qwen3": False, "llama": False}  # tied embeddings or not
+# Tied embeddings or not.
+FAMILIES = {"qwen2": True, "qwen3": False, "llama": False, "qwen3_moe": False}
 
 
 SIZES = {
@@ -27,6 +28,11 @@ SIZES = {
     "max_position_embeddings": 128,
     "head_dim": 8,
     "rms_norm_eps": 1e-6,
+    # Of the family with experts.
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
 }
 
 

@@ -39,6 +39,17 @@ from dapo_async.model import (
 )
 from dapo_async.types import FinishReason, Group, StepMetrics
 
+# A dense layer, and one whose experts are divided over the ranks.
+MIXTURE: dict[str, Any] = {
+    "family": "qwen3_moe",
+    "qkv_bias": False,
+    "qk_norm": True,
+    "num_experts": 6,
+    "experts_per_token": 2,
+    "expert_size": 20,
+    "norm_topk": True,
+    "mixture_layers": (1,),
+}
 # Sizes do not divide: 23 tokens of vocabulary are 12 and 11 on two ranks. The families differ in
 # biases, norms of queries and keys, an untied head, and one key-value head for both ranks.
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -46,6 +57,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "norms of heads": {"family": "qwen3", "qkv_bias": False, "qk_norm": True},
     "untied": {"tie_embeddings": False},
     "fewer heads of keys than ranks": {"num_kv_heads": 1},
+    "experts": MIXTURE,
 }
 CONFIG = replace(TINY, num_kv_heads=2)
 FORMS: tuple[dict[str, Any], ...] = (

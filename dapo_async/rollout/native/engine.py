@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dapo_async.model import Decoder, PackedAttention, token_logprobs
 from dapo_async.model.cost import causal_pairs
+from dapo_async.model.expert_names import one_by_one
 from dapo_async.rollout.engine import WEIGHT_UPDATES, GroupRequest, UpdateReport, WeightUpdate
 from dapo_async.rollout.native.kv_cache import (
     DecodeAttention,
@@ -227,8 +228,9 @@ class TorchEngine:
         return sum(group.request.group_id < 0 for group, _ in self._table.owners)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The live parameters by Hugging Face name."""
-        return {name: parameter.detach() for name, parameter in self._decoder.named_parameters()}
+        """The live parameters by Hugging Face name, experts one by one."""
+        live = {name: parameter.detach() for name, parameter in self._decoder.named_parameters()}
+        return one_by_one(live, self._decoder.config)
 
     @torch.inference_mode()
     def update_weights(

@@ -51,6 +51,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
     "one head of keys": {"num_key_value_heads": 1},
+    "mixture with a dense layer": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
 }
 PARAMETERS = parameter_shapes(ModelConfig.from_dict(SIZES))
 LENGTHS = (60, 100, 150, 200)

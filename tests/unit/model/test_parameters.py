@@ -21,6 +21,10 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
     "eos_token_id": 3,
+    "moe_intermediate_size": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [0],
 }
 
 

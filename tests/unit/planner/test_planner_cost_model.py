@@ -135,10 +135,10 @@ def test_published_mfu_counts_attention_by_the_hidden_size() -> None:
     In Qwen3-4B it is 1.6 times the hidden size, so the published count is 18 % higher.
     """
     for model, published, ratio in ((SMALL, 2.612e10, 1.0), (MIDDLE, 9.67e10, 1.178)):
-        used = model.used
-        attention = 12 * used.num_layers * used.hidden_size * 65_536
+        config = model.config
+        attention = 12 * config.num_layers * config.hidden_size * 65_536
         assert 6 * model.num_parameters + attention == pytest.approx(published, rel=0.002)
-        counted = train_flops(used, [(0, [65_536])]) / 65_536
+        counted = train_flops(config, [(0, [65_536])]) / 65_536
         assert published / counted == pytest.approx(ratio, rel=0.003)
 
 
@@ -340,11 +340,29 @@ def test_a_model_that_does_not_fit_its_engine_is_refused() -> None:
         engine_speed(MIDDLE, H100, gpus=3, slots=8, efficiency=USUAL)
 
 
-def test_a_mixture_with_dense_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="layers without experts"):
-        model_of({**QWEN3_30B_A3B, "mlp_only_layers": [0]})
-    with pytest.raises(ValueError, match="must be whole numbers above 0"):
+def test_a_mixture_may_have_dense_layers_and_not_fewer_experts_than_a_token_uses() -> None:
+    mixed = model_of({**QWEN3_30B_A3B, "mlp_only_layers": [0]})
+    layer = 128 * 3 * 2048 * 768 + 128 * 2048  # experts and router
+    assert MIXTURE.num_parameters - mixed.num_parameters == layer - 3 * 2048 * 6144
+    with pytest.raises(ValueError, match=r"num_experts_per_tok \(8\) must be at most num_experts"):
         model_of({**QWEN3_30B_A3B, "num_experts": 4})
+
+
+def test_mixtral_has_its_published_number_of_parameters() -> None:
+    values = {
+        **QWEN3,
+        "model_type": "mixtral",
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    assert model_of(values).num_parameters / 1e9 == pytest.approx(46.70, rel=0.001)
 
 
 def test_a_model_is_read_from_its_folder_or_its_file(tmp_path: Path) -> None:

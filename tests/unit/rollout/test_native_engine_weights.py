@@ -13,6 +13,7 @@ from native_engine_world import (
     tiny_engine,
 )
 
+from dapo_async.model import Mesh, gather_weights
 from dapo_async.rollout import UpdateReport
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Completion
@@ -27,7 +28,7 @@ REQUESTS = (
 
 def swap(engine: TorchEngine, seed: int, version: int, family: str = "qwen2") -> UpdateReport:
     return engine.update_weights(
-        tiny_decoder(family, seed=seed).state_dict(), version=version, probe_ids=PROBE
+        gather_weights(tiny_decoder(family, seed=seed), Mesh()), version=version, probe_ids=PROBE
     )
 
 
