@@ -256,7 +256,8 @@ class LearnerRank:
             f"the learner's device lacks memory for a microbatch: {len(tokens)} rollouts of at "
             f"most {max(tokens, default=0)} tokens in {len(share.passes)} passes "
             f"({str(error)[:200]}); lower learner.microbatch_tokens "
-            f"({self._learner.fixed_microbatch_tokens}), or set learner.recompute=all"
+            f"({self._learner.fixed_microbatch_tokens}), set learner.recompute=all, or raise "
+            "learner.context_parallel"
         )
 
     def _flops(self, groups: Sequence[Group]) -> float:

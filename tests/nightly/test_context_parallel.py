@@ -21,6 +21,8 @@ from parallel_world import (
     go_on,
     start_logprobs,
 )
+from rank_layouts import RANKS
+from run_support import TINY, check_conservation, command, finished
 
 from dapo_async.model import Mesh
 
@@ -69,3 +71,24 @@ def test_a_state_loads_with_another_number_of_slices(tmp_path: Path) -> None:
     for size in ("alone", "2x2x1", "1x2x2"):
         assert equal(tmp_path / size / "before", given), size
     assert theirs.sums["grad_norm"][0] == pytest.approx(metrics.sums["grad_norm"][0], rel=1e-3)
+
+
+@pytest.mark.ray
+def test_a_run_with_slices_equals_one_rank_which_resumes_its_checkpoint(tmp_path: Path) -> None:
+    layout = ("learner.context_parallel=2", "learner.num_minibatches=2", "algorithm.kl_coef=0.01")
+    run = finished(
+        tmp_path / "run", *TINY, *RANKS, *layout, "train.record=true", "train.num_steps=4"
+    )
+    assert run.exit_code == 0, run.output
+    check_conservation(run.summary["groups"])
+    assert run.summary["handshake"]["passed"] >= 4, "each publish had all shards, whole"
+    for row in run.metrics:
+        assert row["tokens"] == row["response_tokens"] * row["rollouts"], "counted once"
+    said = command("rerun", str(run.root))
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "all 4 steps are equal, to 0.01 of each number" in said.stdout
+    alone = finished(
+        tmp_path / "run", "learner.context_parallel=1", "train.num_steps=6", config=None
+    )
+    assert alone.exit_code == 0, alone.output
+    assert [row["step"] for row in alone.metrics] == list(range(6))

@@ -25,7 +25,8 @@ DAPO = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in
 
 GSM8K = ["gsm8k_0.5b_1gpu.yaml", "gsm8k_1.5b_2gpu.yaml"]
 GRPO = ["grpo_qwen2_7b.yaml"]
-FILES = DAPO + GSM8K + GRPO
+LONG = ["dapo_qwen2.5_7b_20k.yaml"]
+FILES = DAPO + GSM8K + GRPO + LONG
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,8 +152,7 @@ def test_every_recipe_passes_a_dry_run_that_names_what_it_would_download(
     published = "openai/gsm8k/main" if file in GSM8K + GRPO else "BytedTsinghua-SIA/DAPO-Math-17k"
     assert f"would load the data set hub:{published}:train from the Hugging Face hub\n" in printed
     assert f"would train {config.train.num_steps} steps of " in printed
-    ranks = config.learner.data_parallel * config.learner.tensor_parallel
-    assert printed.count(f" {config.gpus_per_rank:g} GPU ") >= ranks
+    assert printed.count(f" {config.gpus_per_rank:g} GPU ") >= config.learner.num_ranks
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -161,11 +161,12 @@ def test_every_recipe_derives_its_layout_and_says_that_it_was_not_run(file: str)
     head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     config = knobs.load(CONFIGS / file)
     rollout, learner = config.rollout, config.learner
-    ranks = learner.data_parallel * learner.tensor_parallel
-    num_gpus = int(rollout.num_workers * config.gpus_per_worker + ranks * config.gpus_per_rank)
+    of_learner = learner.num_ranks * config.gpus_per_rank
+    num_gpus = int(rollout.num_workers * config.gpus_per_worker + of_learner)
     assert re.search(rf"\b{num_gpus} GPUs? of \d+ GB", head)
     assert re.search(rf"\b{rollout.num_workers} engines? x {config.gpus_per_worker:g} GPU", head)
-    assert f"{learner.data_parallel} x {learner.tensor_parallel} ranks" in head
+    slices = f"{learner.context_parallel} x " if learner.context_parallel > 1 else ""
+    assert f"{learner.data_parallel} x {slices}{learner.tensor_parallel} ranks" in head
     assert f"num_slots {rollout.num_slots}" in head
     assert re.search(r"Not run( on a GPU)?\. Derived:", head)
     assert file in GSM8K or "verl" in head or "AReaL" in head
