@@ -252,12 +252,10 @@ def _loop(
         config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
     )
     prompt_tokens, lengths = _lengths(config, options, max_len=max_len)
-    shares_gpu = config.model.device == "shared_cuda"
-    transports = options.transports or (("disk",) if shares_gpu else TRANSPORTS)
-    if shares_gpu and "broadcast" in transports:
+    if config.model.is_shared:
         raise ValueError(
-            "--transports broadcast needs model.device=cuda, because NCCL refuses two processes "
-            "on one GPU; give --transports disk"
+            f"dapo-async bench CONFIG {options.subject} measures both sides while they overlap; "
+            "set model.placement=separate, or measure a side alone with learner or rollout"
         )
     if options.recorded is not None:
         recorded_groups(options.recorded, model)  # before anything starts
@@ -269,7 +267,7 @@ def _loop(
         prompt_tokens,
         options.step_s or 0.0,
         options.recorded and options.recorded.resolve(),
-        transports,
+        options.transports or TRANSPORTS,
         options.modes or MODES,
     )
 

@@ -57,8 +57,12 @@ def dry_run_lines(config: Config, root: Path, *, first_step: int) -> Iterator[st
 def _sides(config: Config) -> Iterator[str]:
     """The devices of each side."""
     learner, rollout = config.learner, config.rollout
-    if config.model.device == "shared_cuda":
-        yield "learner and engine share one GPU"
+    if config.model.is_shared:
+        what = "GPUs" if config.model.device == "cuda" else "shares of the CPU"
+        yield (
+            f"learner and engines take turns on the same {what}: {rollout.num_workers} x one rank "
+            "and one engine; who waits has its weights in host memory"
+        )
         return
     if config.model.device != "cuda":
         return
@@ -108,6 +112,11 @@ def _memory(config: Config) -> Iterator[str]:
         f"{rank.host / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
     )
     yield _engine_line(config, model, engine)
+    if config.model.is_shared and config.model.device == "cuda":
+        yield (
+            f"host memory of each pair of rank and engine: {_size(rank.asleep)} while the engine "
+            f"generates, {_size(engine.weights)} while the rank trains (both stay reserved)"
+        )
     if config.model.torch_device == "cuda":
         yield from _left_on_gpus(config, rank, engine)
     else:
@@ -187,8 +196,9 @@ def _left_on_gpus(config: Config, rank: RankMemory, engine: EngineMemory) -> Ite
         what, wanted = "an engine with all slots", engine.weights + engine.kv_all_slots
     device = _own_gpu()
     needs = {"a learner rank": rank.on_device, what: wanted}
-    if config.model.device == "shared_cuda":
-        needs = {"learner and engine": rank.on_device + wanted}
+    if config.model.is_shared:
+        larger = "the learner's turn" if rank.on_device >= wanted else "the engine's turn"
+        needs = {f"{larger}, which needs more than the other's": max(rank.on_device, wanted)}
     for what, num_bytes in needs.items():
         if device is None:
             sizes = [size for size in GPU_SIZES_GB if num_bytes <= USABLE * size * 1e9]
@@ -196,7 +206,7 @@ def _left_on_gpus(config: Config, rank: RankMemory, engine: EngineMemory) -> Ite
             yield f"{what} would need {fits} (this machine has none to compare with)"
         else:
             yield f"{what}: {_left(num_bytes, device)}"
-    if device is not None and config.model.device == "cuda":
+    if device is not None:
         room = int(USABLE * device.num_bytes) - engine.weights
         count = max(0, room // engine.kv_per_sequence)
         yield f"an engine has room for {count} sequences of the longest length on {device.name}"

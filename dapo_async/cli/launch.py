@@ -128,10 +128,11 @@ def slurm_files(config: Config, options: argparse.Namespace) -> dict[str, str]:
 def kuberay_files(config: Config, options: argparse.Namespace) -> dict[str, str]:
     """A RayJob and a RayCluster, each with a group of pods for the learner and for the engines."""
     gangs = planned_gangs(config)
-    if any(gang.shares_bundle for gang in gangs):
+    if config.model.is_shared:
         raise ValueError(
-            "model.device=shared_cuda has learner and engine on one GPU, and these manifests have "
-            "separate pods for both; set model.device=cuda, or write slurm files"
+            "model.placement=shared has learner and engines on the same devices, and these "
+            "manifests have separate pods for both; set model.placement=separate, or write slurm "
+            "files"
         )
     gpus = options.gpus_per_node if _uses_gpus(gangs) else 0
     size = f'cpu: "{options.cpus_per_node}", memory: {options.memory_per_node}'

@@ -62,6 +62,7 @@ REPLACED: Mapping[str, str] = {
 # (name, old value) → what to say about it.
 REPLACED_VALUES: Mapping[tuple[str, str], str] = {
     ("tracking.mlflow", "None"): _USE.format("tracking.sinks=none to turn MLflow off"),
+    ("model.device", "shared_cuda"): _USE.format("model.device=cuda and model.placement=shared"),
     ("evaluation.engine", "lease"): _USE.format("evaluation.engine=snapshot or dedicated"),
 }
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 SINKS = ("mlflow", "tensorboard", "wandb")
-SHARED = 0.5  # of one GPU: the share of the learner, and that of the engine
+SHARED = 0.5  # of a shared GPU: the share of a learner rank, and that of an engine
 REJECTED_BATCHES = 32  # without one accepted group: after them a run ends
 DAYS_30 = 30 * 86_400
 AUTO_MICROBATCH = 16_384  # tokens, with learner.microbatch_tokens=auto
@@ -89,10 +89,15 @@ class BaseModelConfig:
         "float32",
         "dtype of the engines and of the learner's activations; master weights are always float32",
     )
-    device: Literal["cpu", "cuda", "shared_cuda"] = knob(
+    device: Literal["cpu", "cuda"] = knob(
         "cpu",
         "where learner and engines compute; cuda: one GPU per learner rank and "
-        "rollout.tensor_parallel GPUs per engine; shared_cuda: one rank and one engine on one GPU",
+        "rollout.tensor_parallel GPUs per engine",
+    )
+    placement: Literal["separate", "shared"] = knob(
+        "separate",
+        "who has the devices; separate: learner and engines have their own; shared: each rank and "
+        "one engine take turns on one device, and who waits has its memory in the host's",
     )
     num_cpus: float = knob(
         1.0,
@@ -103,8 +108,13 @@ class BaseModelConfig:
     )
 
     @property
+    def is_shared(self) -> bool:
+        """Whether learner and engines take turns on the same devices."""
+        return self.placement == "shared"
+
+    @property
     def torch_device(self) -> Literal["cpu", "cuda"]:
-        return "cpu" if self.device == "cpu" else "cuda"
+        return self.device
 
     @property
     def probe_tolerance(self) -> float:
@@ -621,15 +631,16 @@ class Config:
     @property
     def gpus_per_rank(self) -> float:
         """What Ray reserves for one learner rank."""
-        return {"cpu": 0.0, "cuda": 1.0, "shared_cuda": SHARED}[self.model.device]
+        if self.model.device == "cpu":
+            return 0.0
+        return SHARED if self.model.is_shared else 1.0
 
     @property
     def gpus_per_worker(self) -> float:
         """What Ray reserves for one rollout worker; running servers have their own GPUs."""
-        if self.rollout.server_urls:
+        if self.rollout.server_urls or self.model.device == "cpu":
             return 0.0
-        shares = {"cpu": 0.0, "cuda": float(self.rollout.tensor_parallel), "shared_cuda": SHARED}
-        return shares[self.model.device]
+        return SHARED if self.model.is_shared else float(self.rollout.tensor_parallel)
 
     @property
     def gpus_of_evaluator(self) -> float:

@@ -33,7 +33,7 @@ def check(config: Config, *, files: bool = True) -> None:
         _cross_rules(config),
         _engine_rules(config),
         _learner_rules(config),
-        _shared_gpu_rules(config),
+        _shared_rules(config),
         _node_rules(config),
         _evaluation_rules(config),
     ):
@@ -238,35 +238,31 @@ def _learner_rules(config: Config) -> Iterator[Rule]:
     )
 
 
-def _shared_gpu_rules(config: Config) -> Iterator[Rule]:
-    """One rank and one engine share one GPU: nothing else may need a GPU."""
-    if config.model.device != "shared_cuda":
+def _shared_rules(config: Config) -> Iterator[Rule]:
+    """Each rank and one engine take turns on one device: nothing else may need a device."""
+    if not config.model.is_shared:
         return
-    one_each = "one learner rank and one engine share the GPU"
-    for name, value, needed, why in (
-        ("learner.data_parallel", config.learner.data_parallel, 1, one_each),
-        ("learner.tensor_parallel", config.learner.tensor_parallel, 1, one_each),
-        ("learner.context_parallel", config.learner.context_parallel, 1, one_each),
-        ("rollout.num_workers", config.rollout.num_workers, 1, one_each),
+    ranks = config.learner.num_ranks
+    one_each = "each learner rank shares its device with one engine"
+    rules: list[tuple[str, object, object, str]] = [
+        ("rollout.num_workers", config.rollout.num_workers, ranks, one_each),
         ("rollout.tensor_parallel", config.rollout.tensor_parallel, 1, one_each),
-        ("rollout.servers", config.rollout.servers, "", "a server elsewhere shares no GPU"),
-        (
-            "weights.transport",
-            config.weights.transport,
-            "disk",
-            "NCCL refuses two processes on one GPU",
-        ),
+        ("rollout.servers", config.rollout.servers, "", "a server elsewhere shares no device"),
         (
             "evaluation.engine",
             config.evaluation.engine,
             "snapshot",
-            "a dedicated evaluator needs its own GPU",
+            "a dedicated evaluator needs its own device",
         ),
-    ):
+    ]
+    if config.model.device == "cuda":
+        why = "NCCL refuses two processes on one GPU"
+        rules.append(("weights.transport", config.weights.transport, "disk", why))
+    for name, value, needed, why in rules:
         yield (
             value == needed,
-            f"model.device=shared_cuda needs {name}={needed} (it is {value}): {why}; "
-            "set it, or model.device=cuda",
+            f"model.placement=shared needs {name}={needed} (it is {value}): {why}; "
+            "set it, or model.placement=separate",
         )
 
 

@@ -97,7 +97,7 @@ def choose_by_memory(config: Config, model: ModelConfig, *, device_bytes: int) -
 def rank_budget(config: Config, device_bytes: int) -> int:
     """Bytes that one rank may fill of its device."""
     if config.model.torch_device == "cuda":
-        return int(GPU_SHARE * device_bytes * config.gpus_per_rank)
+        return int(GPU_SHARE * device_bytes)  # also of a shared one: the engine sleeps meanwhile
     return int(CPU_SHARE * device_bytes / config.learner.num_ranks)
 
 

@@ -118,6 +118,11 @@ class ShardedAdamW:
                 # An empty part has no state; it stands for its own moments.
                 yield moment, name, state[moment] if state else shard
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All moments that there are; the counts of updates stay where they are."""
+        for state in self._state.values():
+            yield from (state[moment] for moment in MOMENTS)
+
     def make_moments(self, updates: int) -> None:
         """Allocates moments as after `updates` steps, with zeros to be overwritten."""
         self._state = {

@@ -44,12 +44,14 @@ from dapo_async.learner.options import loss_options, needs_reference, needs_star
 from dapo_async.learner.state import RankState, capture_state, check_state, load_state
 from dapo_async.model import (
     Decoder,
+    HostCopy,
     Mesh,
     PackedAttention,
     begin_pass,
     checksum_of_parts,
     keep_gathered,
     reshard,
+    shard_of,
 )
 from dapo_async.model.cost import train_flops
 from dapo_async.types import Group, GroupFacts, MemoryShort, StepMetrics
@@ -121,6 +123,7 @@ class LearnerRank:
         self._device, self._mesh = decoder.rope_cos.device, mesh
         self.num_updates = 0  # of the step that is open
         self._guards = guards
+        self._on_host = HostCopy()  # while the rank sleeps
         self._held = False  # the newest minibatch has changed no weight
         self._num_halvings = 0  # of every pass, because the device lacked memory
         device = torch.device("cpu") if learner.offload_optimizer else self._device
@@ -280,8 +283,40 @@ class LearnerRank:
         """
         assert not self.num_updates, f"step {self.version} is open after {self.num_updates} updates"
         return capture_state(
-            self.decoder, self._optimizer, version=self.version, reference=self._reference_sum
+            self.decoder,
+            self._optimizer,
+            version=self.version,
+            reference=self._reference_sum,
+            values_of=self._on_host.view,
         )
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its device memory is free for others."""
+        return self._on_host.num_bytes > 0
+
+    def sleep(self) -> None:
+        """Between two steps: frees its device memory. Its state moves to the host, where
+        `capture_state` still finds it. Every rank of the mesh sleeps and wakes alone."""
+        assert not self.num_updates, f"step {self.version} is open after {self.num_updates} updates"
+        if self.asleep:
+            return
+        reshard(self.decoder)  # a pass without a backward pass has gathered weights
+        kept = [self._start_weights, *([self._reference] if self._reference is not None else [])]
+        self._on_host.release(
+            (
+                *map(shard_of, self.decoder.parameters()),
+                *self.decoder.buffers(),
+                *self._optimizer.tensors(),
+                *(shard for each in kept for shard in each.shards),
+            )
+        )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # also what its passes have left
+
+    def wake(self) -> None:
+        """Takes its device memory again."""
+        self._on_host.restore()
 
     def load(self, folder: Path) -> None:
         """Continues from a state that `save_state` wrote, on any number of ranks.

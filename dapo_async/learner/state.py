@@ -9,7 +9,7 @@ writes what, the ranks use torch's object collectives in a separate process grou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,19 @@ class RankState:
 
 @torch.no_grad()
 def capture_state(
-    decoder: Decoder, optimizer: ShardedAdamW, *, version: int, reference: str | None = None
+    decoder: Decoder,
+    optimizer: ShardedAdamW,
+    *,
+    version: int,
+    reference: str | None = None,
+    values_of: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> RankState:
-    """Copies this rank's parts, without communication."""
+    """Copies this rank's parts, without communication.
+
+    `values_of` finds the values of a tensor whose device memory is released.
+    """
     copies = {
-        key: Part(part.tensor.to("cpu", copy=True), part.place, part.shape)
+        key: Part(values_of(part.tensor).to("cpu", copy=True), part.place, part.shape)
         for key, part in _parts(decoder, optimizer).items()
     }
     return RankState(version, optimizer.updates, reference, copies)

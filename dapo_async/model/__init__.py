@@ -16,6 +16,7 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
                      tokens of a microbatch split over ranks, heads exchanged for attention
     parallel         parameters split over the mesh
     gather           whole weights from the ranks' shards; buckets
+    host_copy        tensors that leave their device for a while
     snapshot         weights and probe of one version, as they are published
     content          a 64-bit sum over all weights, equal for every layout
     transfer         copies to a device that the host does not wait for
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # these modules import torch
         load_decoder,
         save_weights,
     )
+    from dapo_async.model.host_copy import HostCopy
     from dapo_async.model.logprob import token_logprobs
     from dapo_async.model.memory import RankMemory, predict_memory
     from dapo_async.model.mesh import (
@@ -83,6 +85,7 @@ else:
             "decoder": ("Decoder",),
             "gather": ("buckets", "gather_weights"),
             "hf": ("build_decoder", "export_folder", "fill", "load_decoder", "save_weights"),
+            "host_copy": ("HostCopy",),
             "logprob": ("token_logprobs",),
             "memory": ("RankMemory", "predict_memory"),
             "mesh": (
@@ -110,6 +113,7 @@ __all__ = [
     "ALONE",
     "Axis",
     "Decoder",
+    "HostCopy",
     "Mesh",
     "ModelConfig",
     "PackedAttention",

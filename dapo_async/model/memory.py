@@ -47,6 +47,12 @@ class RankMemory:
     def on_device(self) -> int:
         return sum(size for name, size in self.parts().items() if name != "host")
 
+    @property
+    def asleep(self) -> int:
+        """What moves to host memory while engines have the device (`model.placement=shared`)."""
+        kept = self.weights + self.moments + self.start_weights + self.reference
+        return kept + self.tables + self.snapshot
+
     def parts(self) -> Mapping[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}
 

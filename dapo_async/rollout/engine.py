@@ -141,6 +141,7 @@ class SlotUse:
     sync: float  # all slots, during weight updates
     evaluation: float = 0.0  # a sequence for a held-out prompt ran
     dead: float = 0.0  # all slots, while the engine can't be used
+    asleep: float = 0.0  # all slots, while the learner has the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class TimeUse:
     tail: float = 0.0  # the same, and it waited for none
     sync: float = 0.0  # weight updates
     dead: float = 0.0  # the engine was lost or had wrong weights
+    asleep: float = 0.0  # the learner had the device
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 At each moment the engine is in one state, and so is each of its slots:
 
     dead        the worker can't use the engine: it was lost, or its weights are wrong
+    asleep      the learner has the device (model.placement=shared)
     sync        weights are loaded
     running     a sequence runs (its slot: occupied)
     evaluation  a sequence for a held-out prompt runs, and no other one
@@ -10,7 +11,8 @@ At each moment the engine is in one state, and so is each of its slots:
     no_credit   none runs or waits, and the worker waits for an admission
     tail        the same, but it waits for none: mostly before an update with `drain`
 
-The engine records how many sequences ran or were queued. The rollout worker records when it waits
+The engine records how many sequences ran or were queued, and when it sleeps. The rollout worker
+records when it waits
 for an admission and when it can't use the engine. The run's metrics read the sums.
 """
 
@@ -34,8 +36,9 @@ class SlotMeter:
         self._clock, self._slots, self._lock = clock, slots, threading.Lock()
         self._start_s = self._since_s = clock.now_s()
         self._running = self._queued = self._heldout = 0
-        self._syncing = self._waiting = self._dead = False
-        self._unrecorded_s: dict[tuple[bool, bool], float] = {}  # by `_dead`, `_waiting`
+        self._syncing = self._waiting = self._dead = self._asleep = False
+        # By whether the slots are dead or asleep (None: neither), and by `_waiting`.
+        self._unrecorded_s: dict[tuple[str | None, bool], float] = {}
         self._slot_s = dict.fromkeys(SLOT_STATES, 0.0)
         self._time_s = dict.fromkeys(TIME_STATES, 0.0)
 
@@ -70,6 +73,12 @@ class SlotMeter:
             self._advance()
             self._dead = on
 
+    def asleep(self, on: bool) -> None:
+        """From now on the engine has no device memory (on), or has it again."""
+        with self._lock:
+            self._advance()
+            self._asleep = on
+
     def slots(self) -> SlotUse:
         """The slot-seconds up to now."""
         with self._lock:
@@ -87,38 +96,39 @@ class SlotMeter:
         return self._since_s - self._start_s
 
     def _advance(self) -> None:
-        now_s, worker = self._clock.now_s(), (self._dead, self._waiting)
+        out = "dead" if self._dead else "asleep" if self._asleep else None
+        now_s, worker = self._clock.now_s(), (out, self._waiting)
         before_s = self._unrecorded_s.get(worker, 0.0)
         self._unrecorded_s[worker] = before_s + now_s - self._since_s
         self._since_s = now_s
 
     def _record(self) -> None:
         self._advance()
-        for (dead, waiting), seconds in self._unrecorded_s.items():
-            self._time_s[self._state(dead, waiting)] += seconds
-            for state, count in self._slot_states(dead, waiting).items():
+        for (out, waiting), seconds in self._unrecorded_s.items():
+            self._time_s[self._state(out, waiting)] += seconds
+            for state, count in self._slot_states(out, waiting).items():
                 self._slot_s[state] += count * seconds
         self._unrecorded_s.clear()
 
-    def _state(self, dead: bool, waiting: bool) -> str:
+    def _state(self, out: str | None, waiting: bool) -> str:
         """Of the engine."""
-        if dead or self._syncing:
-            return "dead" if dead else "sync"
+        if out or self._syncing:
+            return out or "sync"
         if self._running:
             return "running" if self._running > self._heldout else "evaluation"
         if self._queued:
             return "queued"
         return "no_credit" if waiting else "tail"
 
-    def _slot_states(self, dead: bool, waiting: bool) -> dict[str, int]:
+    def _slot_states(self, out: str | None, waiting: bool) -> dict[str, int]:
         """How many slots are in each state.
 
         After a cut, more requests than slots may be at the server: each counts as a slot.
         """
         in_use = self._running + self._queued
         slots = max(self._slots, in_use)
-        if dead or self._syncing:
-            return {"dead" if dead else "sync": slots}
+        if out or self._syncing:
+            return {out or "sync": slots}
         return {
             "occupied": self._running - self._heldout,
             "evaluation": self._heldout,
@@ -127,5 +137,6 @@ class SlotMeter:
         }
 
 
-SLOT_STATES = ("occupied", "evaluation", "queued", "no_credit", "tail", "sync", "dead")
-TIME_STATES = ("running", "evaluation", "queued", "no_credit", "tail", "sync", "dead")
+REST = ("evaluation", "queued", "no_credit", "tail", "sync", "dead", "asleep")
+SLOT_STATES = ("occupied", *REST)
+TIME_STATES = ("running", *REST)

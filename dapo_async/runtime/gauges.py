@@ -66,6 +66,7 @@ OF_ROW: Mapping[str, Sequence[str]] = {
         "engine_time.tail",
         "engine_time.sync",
         "engine_time.dead",
+        "engine_time.asleep",
         "slots.idle",
         "publish_pause_s",
         "handshake.mismatch",

@@ -40,16 +40,20 @@ async def train_loop(
     replay ──minibatches──▶ learner ──snapshot──▶ publisher ──weights──▶ engines
       ▲                                                  │ once every engine serves them
       └──────────────────── credits of the trained groups ┘
+
+    With model.placement=shared engines stop while the learner trains, and go on before the weights
+    are sent: `alternation.py`.
     """
-    learner, publisher = system.learner, system.publisher
-    clock = tracker.clock
+    publisher, clock = system.publisher, tracker.clock
     skipped_in_a_row = 0
     for step in range(first_step, config.train.num_steps):
         trained = await train_step(system, tracker, step, config=config)
         if trained.group_ids:
             clock.enter("wait for publish", f"step {step}")
             await publisher.start(
-                learner.snapshot(), on_served=partial(return_credits, system, trained.group_ids)
+                system.learner.snapshot(),
+                on_served=partial(return_credits, system, trained.group_ids),
+                before=partial(to_engines, system, tracker) if config.model.is_shared else None,
             )
         if trained.stopped is not None:
             return trained.stopped
@@ -111,7 +115,8 @@ async def train_step(system: System, tracker: Tracker, number: int, *, config: C
 
     A step that is cut short ends with the minibatches that were trained. That happens when the run
     ends, or after a loss that was not finite. In lockstep all groups of a step are finished before
-    its first minibatch, and the end of a run does not cut it: the resumed run is the same.
+    its first minibatch, and the end of a run does not cut it: the resumed run is the same. So it is
+    on shared devices, where the engines do not generate during a step.
     """
     step, deadline_s = Step(number), config.deadlines.work_s
     try:
@@ -119,7 +124,10 @@ async def train_step(system: System, tracker: Tracker, number: int, *, config: C
             batch = await take_minibatch(system, tracker, step)
             if batch is None:
                 break
-            if config.replay.admission == "lockstep":
+            if config.model.is_shared and not step.batches:
+                with tracker.switching("to the learner"):
+                    await system.to_learner()
+            if config.replay.admission == "lockstep" or config.model.is_shared:
                 work = train_the_rest(system, tracker, step, batch)
             else:
                 work = train_minibatch(system, tracker, step, batch)
@@ -201,6 +209,12 @@ async def unbroken(work: Coroutine[None, None, T], *, deadline_s: float) -> T:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise
+
+
+async def to_engines(system: System, tracker: Tracker) -> None:
+    """After a step on shared devices, before its weights are sent."""
+    with tracker.switching("to the engines"):
+        await system.devices.to_engines()
 
 
 async def return_credits(system: System, group_ids: Sequence[int], version: int) -> None:

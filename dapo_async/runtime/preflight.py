@@ -158,7 +158,7 @@ def _missing(config: Config) -> Iterator[str]:
         shares = ", ".join(f"{actor.name} {actor.num_gpus:g}" for actor in actors)
         yield (
             f"the run reserves {wanted:g} GPUs ({shares}), this machine has {devices} CUDA "
-            "devices; set model.device=cpu, or model.device=shared_cuda for one GPU, or "
+            "devices; set model.device=cpu, or model.placement=shared for one GPU, or "
             "ray.address to a cluster that has them"
         )
 

@@ -242,7 +242,7 @@ class Run:
     async def _train(self, services: Services) -> None:
         system, tracker = services.system, services.tracker
         # Before the first token every engine attests that it serves the learner's weights.
-        await system.publisher.publish(await system.learner.snapshot(), on_served=_no_credits)
+        await system.publisher.publish(await system.first_snapshot(), on_served=_no_credits)
         if "initial" not in self._record.evaluations:
             await self._evaluate("initial", services)
         await tracker.start()

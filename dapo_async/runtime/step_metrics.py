@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,7 +37,8 @@ from dapo_async.types import StepMetrics
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights.handshake import HandshakeOutcome
 
-LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint")
+# Asleep: the engines have its devices.
+LEARNER_BUSY = ("train", "fetch", "snapshot", "checkpoint", "switch", "asleep")
 
 
 @dataclass(slots=True)
@@ -108,6 +110,7 @@ class Tracker:
         self.replay: ReplayReport | None = None  # the newest report
         self.longest_step_s = 0.0
         self.checkpoint_pause_s = 0.0  # how long a checkpoint held up the loop since the last row
+        self.switch_s = 0.0  # of shared devices, since the last row
 
     async def collect(self, *, deadline_s: float = SHORT_S) -> None:
         """Takes the newest spans and counts of every actor.
@@ -209,6 +212,14 @@ class Tracker:
         finally:
             self._write_pending()
 
+    @contextmanager
+    def switching(self, to: str) -> Iterator[None]:
+        """In the body shared devices change hands."""
+        began_s = self.clock.now_s()
+        with self.clock.during("switch", to):
+            yield
+        self.switch_s += self.clock.now_s() - began_s
+
     async def written(self, version: int) -> None:
         """Returns when the rows of all steps that led to `version` are on disk."""
         while self._next_row < version:
@@ -285,10 +296,11 @@ class Tracker:
             "engine_restarts": self._system.supervisor.num_restarts,
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
+            "switch_s": self.switch_s,
             "probe_gap": max((result.probe_gap for result in publisher.last_results), default=0.0),
             **{f"handshake.{name}": count for name, count in publisher.outcomes.items()},
         }
-        self.checkpoint_pause_s = 0.0
+        self.checkpoint_pause_s = self.switch_s = 0.0
         self.longest_step_s = max(self.longest_step_s, row["step_s"])
         self.rows.append(row)
         self._show(row)
@@ -421,7 +433,8 @@ class Tracker:
 
 def slot_shares(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> dict[str, float]:
     """`slots.idle`, which is 1 - time-averaged occupied slots / slots over all engines, and its
-    parts by state (time accounting). Empty when no time has passed."""
+    parts by state (time accounting); besides the share asleep, which is no part of it. Empty when
+    no time has passed."""
     spent = {
         item.name: sum(
             getattr(new, item.name) - getattr(old, item.name)
@@ -435,4 +448,5 @@ def slot_shares(before: Mapping[str, SlotUse], after: Mapping[str, SlotUse]) -> 
         return {}
     parts = {f"slots.{name}": share / total for name, share in spent.items()}
     del parts["slots.occupied"]
-    return {"slots.idle": 1.0 - spent["occupied"] / total, **parts}
+    in_use = spent["occupied"] + spent["asleep"]
+    return {"slots.idle": 1.0 - in_use / total, **parts}

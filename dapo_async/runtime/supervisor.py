@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dapo_async.config import MAX_RESTARTS
+from dapo_async.runtime.alternation import OwnDevices
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 from dapo_async.runtime.handles.learner_group import LearnerGroup
@@ -131,6 +132,7 @@ class Supervisor:
         silence_s: float,
         start_s: float,
         say: Callable[[str], None],
+        devices: OwnDevices | None = None,
         event: Event = ignore_event,
         now_s: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -140,13 +142,14 @@ class Supervisor:
 
         `state`: the `state/` folder of the checkpoint that the rank loads. `start`: 1 for the first
         replacement of a worker, and so on. `start_s`: after that time a worker that is not ready is
-        reported.
+        reported. `devices`: says when a process may start that takes device memory; None: always.
         """
         self._replay, self._publisher = replay, publisher
         self._start_replay, self._start_rank = start_replay, start_rank
         self.microbatch_tokens: int | None = None  # as the learner has chosen; set at the start
         self._start_worker, self._start_evaluator = start_worker, start_evaluator
         self._silence_s, self._start_s, self._say = silence_s, start_s, say
+        self._devices = devices or OwnDevices()
         self._event = event
         self._now_s, self._pause = now_s, pause
         self.restarts: Counter[str] = Counter()  # of engines and processes, by actor
@@ -191,9 +194,9 @@ class Supervisor:
                 if loss.process:
                     running.cancel()
                     await asyncio.gather(running, return_exceptions=True)
-                    lost_again = await self._replace(worker)
-                else:
-                    lost_again = await self._restart(worker)
+                async with self._devices.engine_starts(worker.name):
+                    start = self._replace if loss.process else self._restart
+                    lost_again = await start(worker)
                 if lost_again:
                     running = _failed(lost_again)
                     continue
@@ -201,7 +204,8 @@ class Supervisor:
                     running = asyncio.create_task(worker.watch(), name=worker.name)
                 self.states[worker.name] = ProcessState.STALE
                 try:
-                    is_proved = await self._publisher.restore(worker)
+                    async with self._devices.engine_returns(worker.name):
+                        is_proved = await self._publisher.restore(worker)
                 except TimeoutError as error:  # it hangs
                     running.cancel()
                     await asyncio.gather(running, return_exceptions=True)
@@ -232,7 +236,8 @@ class Supervisor:
                 newest = self._publisher.newest
                 published = newest.version if newest is not None else None
                 try:
-                    infos = await learner.restore(self._start_rank, published=published)
+                    async with self._devices.learner_restarts():
+                        infos = await learner.restore(self._start_rank, published=published)
                 except (ActorDied, ActorFailed, TimeoutError) as error:
                     rank, why = getattr(error, "actor", rank), str(error)
                     continue

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
+from dapo_async.runtime.alternation import OwnDevices, SharedDevices
 from dapo_async.runtime.cluster.head_watch import head_listens, watch_head
 from dapo_async.runtime.handles.actors import (
     EvaluatorHandle,
@@ -24,7 +25,7 @@ from dapo_async.runtime.handles.restarts import DEATH_NEWS_S
 from dapo_async.runtime.launch import Actors, AnyHandle
 from dapo_async.runtime.supervisor import Supervisor
 from dapo_async.tracking.event_log import Event, ignore_event
-from dapo_async.weights import Publisher
+from dapo_async.weights import Announcement, Publisher
 
 T = TypeVar("T")
 Report = ReplayReport | LearnerReport | WorkerReport
@@ -51,6 +52,17 @@ class System:
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
         self.learner = LearnerGroup(actors.ranks, config, redo=redo)
         self.learner.again = self.replay.batch_again
+        self.devices = (
+            SharedDevices(
+                config,
+                learner=self.learner,
+                workers=self.workers,
+                ranks=[rank.name for rank in actors.ranks],
+            )
+            if config.model.is_shared
+            else OwnDevices()
+        )
+        self._first_snapshot: Announcement | None = None
         self.background: set[asyncio.Task[Any]] = set()  # checkpoints, reports, evaluations
         self.publisher = Publisher(
             self.learner,
@@ -70,6 +82,7 @@ class System:
             silence_s=config.deadlines.ping_s,
             start_s=config.deadlines.start_s,
             say=say,
+            devices=self.devices,
             event=event,
         )
 
@@ -78,8 +91,14 @@ class System:
         start_s, began_s = self._config.deadlines.start_s, time.monotonic()
         others: list[ReplayHandle | WorkerHandle | EvaluatorHandle] = [self.replay, *self.workers]
         others += [self.evaluator] if self.evaluator is not None else []
-        learner = asyncio.create_task(self.learner.ready())
-        tasks = {actor.name: asyncio.create_task(actor.ready()) for actor in others}
+        learner = asyncio.create_task(self._learner_ready())
+
+        async def ready(actor: ReplayHandle | WorkerHandle | EvaluatorHandle) -> ProcessInfo:
+            if self._config.model.is_shared and actor in self.workers:
+                await asyncio.wait([learner])  # an engine takes what the learner leaves
+            return await actor.ready()
+
+        tasks = {actor.name: asyncio.create_task(ready(actor)) for actor in others}
         everything = asyncio.gather(learner, *tasks.values())
         # An interrupt cancels it unawaited: without this asyncio prints that.
         everything.add_done_callback(lambda all_: all_.cancelled() or all_.exception())
@@ -105,6 +124,24 @@ class System:
         every = [replay, *learner.result(), *infos]
         self.processes = {info.name: info for info in every}
         return every
+
+    async def _learner_ready(self) -> list[ProcessInfo]:
+        """On shared devices the engines have the first turn, with the learner's weights."""
+        infos = await self.learner.ready()
+        if self._config.model.is_shared:
+            self._first_snapshot = await self.learner.snapshot()
+            await self.learner.sleep()
+        return infos
+
+    async def first_snapshot(self) -> Announcement:
+        """Of the weights with which training begins, for the first publish."""
+        return self._first_snapshot or await self.learner.snapshot()
+
+    async def to_learner(self) -> None:
+        """Returns when the learner may train on shared devices: every engine has the newest weights
+        and sleeps."""
+        await self.publisher.finish()
+        await self.devices.to_learner()
 
     def served(self, version: int) -> None:
         """Notes that every engine serves `version`, with the newest publish."""

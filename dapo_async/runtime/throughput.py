@@ -216,8 +216,10 @@ class Flow:
 
 
 def rollout_idle(shares: Mapping[str, float]) -> dict[str, float]:
-    """The share of time in which no sequence runs, from `engine_time`; empty without it."""
-    return {"rollout": 1.0 - shares["running"] - shares["evaluation"]} if shares else {}
+    """The share of time in which no sequence runs and no learner has the device, from
+    `engine_time`; empty without it."""
+    in_use = ("running", "evaluation", "asleep")
+    return {"rollout": 1.0 - sum(shares[state] for state in in_use)} if shares else {}
 
 
 @dataclass(slots=True)
@@ -240,7 +242,7 @@ class BestRate:
                 self._since[name] = engine
 
     def efficiency(self, before: Flow, after: Flow) -> float | None:
-        """Tokens per second of the elapsed time, over the best; the mean of the engines.
+        """Tokens per second of the time awake, over the best; the mean of the engines.
 
         At most 1: a short interval can be faster than the best. None if nothing was generated.
         """
@@ -253,10 +255,11 @@ class BestRate:
 
 
 def _speed(before: EngineFlow, after: EngineFlow) -> tuple[int, float, float]:
-    """Generated tokens, seconds with running sequences, and all seconds."""
+    """Generated tokens, seconds with running sequences, and all seconds awake."""
     seconds = _subtracted(after.seconds(), before.seconds())
     running_s = seconds["running"] + seconds["evaluation"]
-    return after.tokens.generated - before.tokens.generated, running_s, sum(seconds.values())
+    awake_s = sum(seconds.values()) - seconds["asleep"]
+    return after.tokens.generated - before.tokens.generated, running_s, awake_s
 
 
 @dataclass(frozen=True, slots=True)

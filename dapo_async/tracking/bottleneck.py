@@ -39,6 +39,7 @@ class Layout:
     on_gpus: bool  # else both sides share the cores of a machine
     adapts_slots: bool = False  # `num_slots` is what it is now
     config: Config | None = None  # with it the planner advises
+    shared: bool = False  # both sides take turns on the same devices
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -53,6 +54,7 @@ class Layout:
             max_staleness=config.replay.max_staleness,
             on_gpus=config.model.torch_device == "cuda",
             config=config,
+            shared=config.model.is_shared,
         )
 
 
@@ -120,6 +122,8 @@ def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
     idle = Idle.over(rows)
     if idle is None:
         return None
+    if layout.shared:
+        return _turns(idle, rows)
     learner, rollout = idle.learner, idle.engines
     if max(learner, rollout) < IDLE:
         return Finding("nothing", f"learner and engines are both busy ({idle})")
@@ -135,6 +139,28 @@ def bottleneck(rows: Sequence[Row], layout: Layout) -> Finding | None:
     if largest == "queued":
         return _memory_limits(idle, layout, rows)
     return _BOTH_WAIT[largest](idle, layout)
+
+
+def _turns(idle: Idle, rows: Sequence[Row]) -> Finding:
+    """On shared devices there is no split to be changed."""
+    total_s = sum(row["step_s"] for row in rows)
+    switches = sum(row.get("switch_s", 0.0) for row in rows) / total_s
+    advice = ""
+    if switches >= IDLE:
+        advice = "a larger replay.groups_per_step makes switches rarer"
+    return _finding(
+        "turns",
+        "learner and engines take turns: the engines have the devices "
+        f"{1 - _asleep(rows):.0%} of the time, switches take {switches:.0%}",
+        idle,
+        advice,
+    )
+
+
+def _asleep(rows: Sequence[Row]) -> float:
+    """The share of time in which the learner has the engines' devices."""
+    total_s = sum(row["step_s"] for row in rows)
+    return sum(row.get("slots.asleep", 0.0) * row["step_s"] for row in rows) / total_s
 
 
 def better_split(idle: Idle, layout: Layout) -> tuple[int, int, float] | None:
@@ -405,6 +431,8 @@ class BottleneckWatch:
             "idle.learner": idle.learner,
             "slots.idle": idle.rollout,
             **{f"slots.{name}": share for name, share in idle.parts.items()},
+            "slots.asleep": _asleep(rows),
+            "switch_s": sum(row.get("switch_s", 0.0) for row in rows),
             "slots_per_engine": idle.slots(self._layout),
             "efficiency.rollout": idle.efficiency,
             "group_staleness_max": mean_of(rows, "group_staleness_max"),

@@ -136,15 +136,24 @@ class Publisher:
         """The receivers that are not lost."""
         return tuple(receiver for receiver in self._receivers if receiver.name not in self._lost)
 
-    async def start(self, snapshot: Awaitable[Announcement], *, on_served: OnServed) -> None:
+    async def start(
+        self,
+        snapshot: Awaitable[Announcement],
+        *,
+        on_served: OnServed,
+        before: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Waits for the last publish, takes the snapshot and starts to publish it.
 
+        `before` is awaited in between: the snapshot is the newest one, and nothing is sent yet.
         The last publish comes first, because it may need the snapshot that this one replaces.
         """
         await self.finish()
         await self._turn.acquire()
         try:
             self.newest = announcement = await snapshot
+            if before is not None:
+                await before()
         except BaseException:
             self._turn.release()
             raise

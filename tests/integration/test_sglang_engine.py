@@ -246,6 +246,34 @@ def test_learner_metrics_equal_those_of_an_independent_forward_pass(world: World
 
 
 @on_one_family
+def test_a_sleep_during_a_response_is_not_seen_in_its_tokens(world: World) -> None:
+    """Without the memory saver, which needs CUDA, the server keeps its memory. Everything else is
+    as on a GPU: it pauses, empties its cache, takes no requests, and reads all tokens again."""
+
+    async def generate() -> tuple[Completion, Completion, float]:
+        async with world.engine() as engine:
+            early = asyncio.create_task(engine.generate(request(1, PROMPT, max_tokens=LONG)))
+            await some_tokens(engine)
+            await engine.sleep()
+            received = engine.tokens.counts.generated
+            late = asyncio.create_task(engine.generate(request(2, PROMPT)))
+            await asyncio.sleep(1.5)  # the load watch asks the sleeping server, too
+            assert not late.done()
+            assert engine.tokens.counts.generated == received
+            await engine.wake()
+            (first,), (second,) = await asyncio.gather(early, late)
+            return first, second, engine.time_use().asleep
+
+    first, second, asleep_s = asyncio.run(generate())
+    assert asleep_s > 1.4
+    assert len(first.token_ids) == LONG
+    for completion in (first, second):
+        assert set(completion.weight_versions.tolist()) == {0}
+        expected = forward_logprobs(world.base, PROMPT, completion.token_ids)
+        assert_close(completion.behaviour_logprobs, expected)
+
+
+@on_one_family
 def test_aborted_group_leaves_and_the_others_go_on(world: World) -> None:
     async def generate() -> tuple[
         list[tuple[Completion, ...] | BaseException], tuple[Completion, ...], SlotUse

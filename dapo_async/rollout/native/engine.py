@@ -6,7 +6,8 @@ In: group requests and weights. Out: finished groups. `thread.py` drives it in a
     admit what fits ─▶ one pass: running slots decode, new prompts are prefilled
                     ─▶ draw one token per slot ─▶ free the slots that finished
 
-Siblings share the prefill of their prompt. Weights change only between two steps.
+Siblings share the prefill of their prompt. Weights change only between two steps. Between two steps
+the engine may also `sleep`: it frees keys, values and weights on its device until `wake`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dapo_async.model import Decoder, PackedAttention, token_logprobs
+from dapo_async.model import Decoder, HostCopy, PackedAttention, token_logprobs
 from dapo_async.model.cost import causal_pairs
 from dapo_async.model.expert_names import one_by_one
 from dapo_async.rollout.engine import WEIGHT_UPDATES, GroupRequest, UpdateReport, WeightUpdate
@@ -88,9 +90,16 @@ class TorchEngine:
         self._decoder = decoder.eval().requires_grad_(False)
         self._device = device
         decoder.fuse()
-        self._cache = KVCache(
-            decoder.config, num_slots=num_slots, max_len=max_len, dtype=dtype, device=device
+        self._new_cache = partial(
+            KVCache,
+            decoder.config,
+            num_slots=num_slots,
+            max_len=max_len,
+            dtype=dtype,
+            device=device,
         )
+        self._awake_cache: KVCache | None = self._new_cache()
+        self._weights_on_host = HostCopy()
         self._table = SlotTable(num_slots=num_slots, max_len=max_len, device=device)
         self._groups: dict[int, RunningGroup] = {}
         # In order of submission; a group leaves when its last sibling starts.
@@ -114,7 +123,43 @@ class TorchEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would draw a token."""
+        if self.asleep:
+            return False
         return len(self._table) > 0 or (len(self._waiting) > 0 and not self.draining)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its device memory is free for others."""
+        return self._awake_cache is None
+
+    @property
+    def _cache(self) -> KVCache:
+        assert self._awake_cache is not None, "the engine sleeps: `wake` comes first"
+        return self._awake_cache
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Frees keys and values, and moves the weights to the host. Groups stay on the engine;
+        sequences that run continue after `wake`."""
+        assert not self.asleep, "the engine sleeps already"
+        self._awake_cache = None
+        self._forget_prefixes()
+        parameters, buffers = self._decoder.parameters(), self._decoder.buffers()
+        self._weights_on_host.release((*parameters, *buffers))
+
+    @torch.inference_mode()
+    def wake(self) -> int:
+        """Takes its device memory again. Returns how many tokens of running sequences it has read
+        again for that."""
+        assert self.asleep, "the engine is awake"
+        self._weights_on_host.restore()
+        self._awake_cache = self._new_cache()
+        return self._recompute()
+
+    def _forget_prefixes(self) -> None:
+        """Prompts of waiting groups are read again: their keys and values can't be used."""
+        for group in self._waiting:
+            group.prefix = group.hidden = None
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group. Raises ValueError, changing nothing, for one that can never be served."""
@@ -241,6 +286,7 @@ class TorchEngine:
         Running sequences are treated as `weight_update` says. With `drain` the caller has let them
         end before. Raises ValueError, changing nothing, when names or shapes do not fit.
         """
+        assert not self.asleep, "the engine sleeps: an update waits for `wake`"
         drained = self.weight_update != "drain" or not len(self._table)
         assert drained, "drain: sequences are still running"
         start_s = time.monotonic()
@@ -250,8 +296,7 @@ class TorchEngine:
         for name, parameter in live.items():
             parameter.copy_(given[name])
         self.version, self.draining = version, False
-        for group in self._waiting:  # a prompt's keys and values serve one version only
-            group.prefix = group.hidden = None
+        self._forget_prefixes()  # a prompt's keys and values serve one version only
         recomputed = self._recompute() if self.weight_update == "recompute" else 0
         after = self.score(probe_ids)
         return UpdateReport(version, before, after, time.monotonic() - start_s, recomputed)

@@ -59,11 +59,21 @@ class _Update:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sleep:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class _Close:
     pass
 
 
-_Command = _Generate | _Abort | _Update | _Close
+_Command = _Generate | _Abort | _Update | _Sleep | _Wake | _Close
 
 
 class _Waiter:
@@ -98,7 +108,8 @@ class _Waiter:
 class ThreadedEngine:
     """The engine of `rollout.engine=torch` in a run: an `Engine` on a `TorchEngine`.
 
-    The clock is in state `generate`, `wait` (nothing to decode) or `sync` (a weight update). When
+    The clock is in state `generate`, `wait` (nothing to decode), `sync` (a weight update) or
+    `asleep`, in which groups and weight updates wait. When
     the thread dies, every pending and every later call raises its original error (no silent death).
     """
 
@@ -148,6 +159,17 @@ class ThreadedEngine:
         """See `Engine`. The tensors must not change until this returns."""
         report: UpdateReport = await self._send(_Update(weights, version, probe_ids))
         return report
+
+    async def sleep(self) -> None:
+        """Stops between two steps and frees the engine's device memory, until `wake`.
+
+        Groups stay on the engine: their calls wait, and so do new ones and weight updates.
+        """
+        await self._send(_Sleep())
+
+    async def wake(self) -> None:
+        """Takes the memory again, and goes on with the weights that the engine had."""
+        await self._send(_Wake())
 
     def weights(self) -> Mapping[str, Tensor]:
         return self._core.weights()
@@ -217,9 +239,9 @@ class ThreadedEngine:
         Returns False when the thread has to end.
         """
         core = self._core
-        idle = not core.has_work and not self._updates
+        idle = not core.has_work and (core.asleep or not self._updates)
         if idle:
-            self._clock.enter("wait")
+            self._clock.enter("asleep" if core.asleep else "wait")
             self._meter.spent(running=0)
             self._kv.holds(0, capacity_tokens=core.kv_capacity)
         if idle or not self._inbox.empty():  # only this thread takes from the inbox
@@ -233,7 +255,7 @@ class ThreadedEngine:
                 return False
             self._execute(command, waiter)
             self._taken.popleft()
-        if self._updates:
+        if self._updates and not core.asleep:
             core.draining = core.weight_update == "drain"
             if not (core.draining and core.num_running):
                 self._update(*self._updates[0])
@@ -269,7 +291,9 @@ class ThreadedEngine:
         if group_id < 0:
             self.tokens.end(TokenOutcome.EVALUATION, count)
 
-    def _execute(self, command: _Generate | _Abort | _Update, waiter: _Waiter) -> None:
+    def _execute(
+        self, command: _Generate | _Abort | _Update | _Sleep | _Wake, waiter: _Waiter
+    ) -> None:
         match command:
             case _Generate(request, siblings_ended):
                 try:
@@ -287,6 +311,14 @@ class ThreadedEngine:
                 waiter.answer(None)
             case _Update():
                 self._updates.append((command, waiter))
+            case _Sleep():
+                self._core.sleep()
+                self._meter.asleep(True)
+                waiter.answer(None)
+            case _Wake():
+                self.tokens.recompute(self._core.wake())
+                self._meter.asleep(False)
+                waiter.answer(None)
 
     def _update(self, update: _Update, waiter: _Waiter) -> None:
         self._meter.spent(running=0, syncing=True)

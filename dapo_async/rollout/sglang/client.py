@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,8 @@ class SGLangClient:
     def __init__(self, url: str, *, api_key: str, silence_s: float = 120.0) -> None:
         """`silence_s`: longest time without a new token of a response, or without an answer."""
         self.url, self._silence_s = url, silence_s
+        self._sleeping = False  # it sends no tokens meanwhile
+        self._limits: set[asyncio.Timeout] = set()  # of the responses that are being streamed
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=silence_s)
         # Each request has a connection of its own: a busy server may close an idle one while the
@@ -183,14 +186,19 @@ class SGLangClient:
         """
         self._check_open()
         url, body = f"{self.url}/generate", {**body, "stream": True, "return_logprob": True}
+        no_limit = aiohttp.ClientTimeout(total=None, sock_connect=10.0)  # `_silence_limit` has it
         try:
-            async with self._session.post(url, json=body) as answer:
+            async with (
+                self._silence_limit() as limit,
+                self._session.post(url, json=body, timeout=no_limit) as answer,
+            ):
                 if answer.status != 200:
                     text = _one_line(await answer.text())
                     if _refuses(answer.status, text):
                         raise ValueError(f"{self.url} refuses the request: {text}")
                     raise EngineFault(f"{self.url} answers /generate with {answer.status}: {text}")
                 async for event in _events(answer.content):
+                    self._wait_anew(limit)
                     yield self._chunk(event)
         except TimeoutError as error:  # before ClientError: aiohttp's timeouts are both
             raise EngineFault(
@@ -200,6 +208,22 @@ class SGLangClient:
             raise EngineFault(f"{self.url} broke off /generate: {error!r}") from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} sent a malformed event: {error!r}") from error
+
+    @asynccontextmanager
+    async def _silence_limit(self) -> AsyncIterator[asyncio.Timeout]:
+        """Raises TimeoutError in the body when nothing has come for `silence_s`; there is no limit
+        while the server sleeps."""
+        async with asyncio.timeout(None) as limit:
+            self._limits.add(limit)
+            self._wait_anew(limit)
+            try:
+                yield limit
+            finally:
+                self._limits.discard(limit)
+
+    def _wait_anew(self, limit: asyncio.Timeout) -> None:
+        now_s = asyncio.get_running_loop().time()
+        limit.reschedule(None if self._sleeping else now_s + self._silence_s)
 
     def _chunk(self, event: Mapping[str, Any]) -> Chunk:
         if "error" in event:
@@ -256,6 +280,26 @@ class SGLangClient:
 
     async def resume(self) -> None:
         await self._ask("POST", "/continue_generation", {})
+
+    async def release_memory(self) -> None:
+        """The paused server gives its KV memory and its weights back to the device.
+
+        Its prefix cache is empty then. It needs --enable-memory-saver; without it, as on a CPU, the
+        server only empties its cache. Until `resume_memory` its responses are not missed.
+        """
+        self._sleep(True)
+        await self._ask("POST", "/release_memory_occupation", {}, text=True)
+
+    async def resume_memory(self) -> None:
+        """The server has its memory again; the weights that it had, if it was started with
+        --enable-weights-cpu-backup."""
+        await self._ask("POST", "/resume_memory_occupation", {}, text=True)
+        self._sleep(False)
+
+    def _sleep(self, on: bool) -> None:
+        self._sleeping = on
+        for limit in self._limits:
+            self._wait_anew(limit)
 
     async def update_from_disk(self, folder: str, *, weight_version: str, flush: bool) -> None:
         """Loads the weights in `folder` (safetensors)."""

@@ -118,8 +118,9 @@ class SGLangEngine:
         # Names the entries of the prefix cache. A version can't: after wrong weights it is loaded
         # a second time.
         self._num_updates = 0
-        self._syncing = False
+        self._syncing = self._asleep = False
         self._pause: _Pause | None = None  # for an update, of which a load may have failed
+        self._recomputed = 0  # tokens that a wake computes again
         self._disconnected = False  # while another server takes this one's place
         self._trusted = True  # until the server names weights that it was not given
         self._may_send = asyncio.Event()  # cleared while running responses drain
@@ -214,6 +215,35 @@ class SGLangEngine:
             self.version, before, after, pause_s=pause_s, recomputed_tokens=recomputed
         )
 
+    async def sleep(self) -> None:
+        """Pauses the server and frees its device memory, until `wake`. Raises EngineFault.
+
+        Running requests go back to the server's queue and lose their KV; new ones wait here.
+        """
+        self._may_send.clear()
+        await self._client.pause("retract")
+        self._count_pause()
+        self._recomputed += sum(self._known_tokens())
+        await self._client.release_memory()
+        self._sleep(True)
+
+    async def wake(self) -> None:
+        """The server takes its memory again, and goes on with the weights that it had. It computes
+        the KV of the requests in its queue again."""
+        await self._client.resume_memory()
+        self.tokens.recompute(self._recomputed)
+        self._recomputed = 0
+        self._sleep(False)
+        if self._pause is None:  # else the next update ends the pause
+            await self._client.resume()
+            self._may_send.set()
+
+    def _sleep(self, on: bool) -> None:
+        self._record_time()
+        self._asleep = on
+        self._meter.asleep(on)
+        self._record_time()
+
     async def reconnect(self, client: SGLangClient) -> None:
         """Continues with another server, which serves none of the run's weights yet.
 
@@ -231,6 +261,8 @@ class SGLangEngine:
             self._pause = None
             self._sync(False)
         self._trusted, self._disconnected = True, False
+        self._recomputed = 0
+        self._sleep(False)  # a server that starts is awake
 
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
@@ -449,7 +481,8 @@ class SGLangEngine:
 
     def _adapt(self, load: ServerLoad) -> None:
         """Sets the number of slots by what was seen; not while an update stops the requests."""
-        if self._control is None or self._syncing or not load.capacity_tokens:
+        stopped = self._syncing or self._asleep
+        if self._control is None or stopped or not load.capacity_tokens:
             return
         time, running = self._meter.time(), self._num_running - self._num_queued
         slots = self._control.observe(
@@ -488,4 +521,5 @@ class SGLangEngine:
             heldout=min(running, self._num_heldout),
             syncing=self._syncing,
         )
-        self._clock.enter("sync" if self._syncing else "generate" if self._num_running else "wait")
+        busy = "generate" if self._num_running else "wait"
+        self._clock.enter("asleep" if self._asleep else "sync" if self._syncing else busy)

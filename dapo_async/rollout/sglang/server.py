@@ -52,6 +52,7 @@ class ServerOptions:
     log: Path
     kv_sequences: int | None = None  # on a CPU: longest sequences with memory; None: num_slots
     overlap: bool = True  # on CUDA: launch a decode step before the last step's tokens are handled
+    sleeps: bool = False  # on CUDA: it can release its memory, and keeps its weights meanwhile
     extra: tuple[str, ...] = ()  # further flags, which override the flags above
 
     def command(self, port: int) -> list[str]:
@@ -76,6 +77,8 @@ class ServerOptions:
             sequences = (self.kv_sequences or self.num_slots) + SPARE_SLOTS
             flags |= {"device": "cpu", "max-total-tokens": sequences * (self.max_len + 1)}
             switches.append("--sleep-on-idle")  # an idle server would keep one core busy
+        elif self.sleeps:  # on a CPU there is no memory saver
+            switches += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         if self.device == "cpu" or not self.overlap:
             switches.append("--disable-overlap-schedule")
         options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -59,6 +59,18 @@ class EngineHost(ABC):
         raise AssertionError("only servers can be lost: other engines end with their actor")
 
     @abstractmethod
+    async def sleep(self) -> None:
+        """The engine stops and releases its device memory, until `wake`. Raises EngineFault."""
+
+    @abstractmethod
+    async def wake(self) -> None:
+        """The engine takes its device memory again and goes on."""
+
+    @abstractmethod
+    async def end(self) -> None:
+        """Ends what is left of a lost engine, so that it holds no memory."""
+
+    @abstractmethod
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
         """Joins the learner's weight group at `address`; returns when every member has.
 
@@ -134,6 +146,15 @@ class TorchHost(EngineHost):
         )
         self.engine = ThreadedEngine(core, self._clock)
         return f"torch engine, {rollout.fixed_slots} slots"
+
+    async def sleep(self) -> None:
+        await self.engine.sleep()
+
+    async def wake(self) -> None:
+        await self.engine.wake()
+
+    async def end(self) -> None:
+        raise AssertionError("only servers can be lost: other engines end with their actor")
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
         self.in_group, self._group = False, None

@@ -13,6 +13,7 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,6 +246,26 @@ class LearnerActor:
             probe_ids=snapshot.probe_ids,
             probe_logprobs=snapshot.probe_logprobs,
         )
+
+    async def sleep(self) -> None:
+        """Gives its device to the engines: everything on it moves to host memory. Calls about the
+        snapshot and about the state of a checkpoint are answered from there."""
+        async with self._between_steps:
+            with self._clock.during("switch", "to the host"):
+                if self._snapshot is not None:
+                    if self._checksum is not None:
+                        await self._checksum  # it reads the tensors that are moved
+                    on_host = {name: each.cpu() for name, each in self._snapshot.weights.items()}
+                    self._snapshot = replace(self._snapshot, weights=on_host)
+                await asyncio.to_thread(self._rank.sleep)
+            self._clock.enter("asleep")
+
+    async def wake(self) -> None:
+        """Takes its device back from the engines."""
+        async with self._between_steps:
+            with self._clock.during("switch", "to the device"):
+                await asyncio.to_thread(self._rank.wake)
+            self._clock.enter("wait")
 
     async def checksum(self, announcement: Announcement) -> str:
         """Of the snapshot, computed beside the next step."""

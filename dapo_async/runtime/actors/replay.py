@@ -126,7 +126,7 @@ class ReplayActor:
             "max_rejected_in_a_row": config.replay.max_rejected_in_a_row,
             "incarnation": incarnation,
             "num_minibatches": config.learner.num_minibatches,
-            "whole_steps": config.replay.admission == "lockstep",
+            "whole_steps": config.replay.admission == "lockstep" or config.model.is_shared,
         }
         journal = Journal(run_dir.journal)
         if process:
@@ -169,7 +169,8 @@ class ReplayActor:
         self._microbatch_tokens = config.learner.fixed_microbatch_tokens
         credits = (config.replay.max_staleness + 1) * config.replay.groups_per_step
         self._pacer = Pacer(groups_per_take=self._buffer.groups_per_take, credits=credits)
-        self._paced = config.replay.admission == "paced"
+        # Engines that share devices do not generate while the learner trains: nothing to pace.
+        self._paced = config.replay.admission == "paced" and not config.model.is_shared
         self._lockstep = config.replay.admission == "lockstep"
         self._next_start: asyncio.TimerHandle | None = None  # when the pacer lets a group start
         self._captured: BufferState | None = None

@@ -159,6 +159,8 @@ class RolloutActor:
         limits.raise_open_files()
         self._peak: Peak | None = None  # of one device
         self._is_ready = False
+        self._in_use = asyncio.Lock()  # the engine's memory: held by an update, and while it sleeps
+        self._asleep = False
         self._host = self._make_host(logs, outer_key=outer_key)
 
     def _make_host(self, logs: Path, *, outer_key: str) -> EngineHost:
@@ -240,6 +242,29 @@ class RolloutActor:
         """Waits until the engine may generate."""
         await self._worker.back()
 
+    async def sleep(self) -> None:
+        """The engine stops and releases its device memory, until `wake`. An update ends first. What
+        is left of a lost engine is ended."""
+        if self._asleep:
+            return
+        await self._in_use.acquire()
+        self._asleep = True
+        if not self._worker.is_lost:
+            async with self._losing_engine("release its memory", share=UPDATE_SHARE):
+                await self._host.sleep()
+        if self._worker.is_lost:
+            await self._host.end()
+
+    async def wake(self) -> None:
+        """The engine takes its device memory again and goes on. A lost one is restarted later."""
+        if not self._asleep:
+            return
+        if not self._worker.is_lost:
+            async with self._losing_engine("take its memory again", share=UPDATE_SHARE):
+                await self._host.wake()
+        self._asleep = False
+        self._in_use.release()
+
     async def join(self, address: tuple[str, int], first_rank: int, world_size: int) -> bool | None:
         """Joins the learner's weight group at `address`; returns when every member has.
 
@@ -263,12 +288,13 @@ class RolloutActor:
         return await self._update(self._host.read(announcement, folder))
 
     async def _update(self, update: Awaitable[Attestation]) -> Attestation | None:
-        self._worker.hold()
-        began_s = time.monotonic()
-        async with self._losing_engine("serve new weights", share=UPDATE_SHARE):
-            attestation = await update
-            self._worker.updated(attestation.version, began_s=began_s)
-            return attestation
+        async with self._in_use:
+            self._worker.hold()
+            began_s = time.monotonic()
+            async with self._losing_engine("serve new weights", share=UPDATE_SHARE):
+                attestation = await update
+                self._worker.updated(attestation.version, began_s=began_s)
+                return attestation
         return None
 
     @asynccontextmanager

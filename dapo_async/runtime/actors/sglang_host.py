@@ -89,9 +89,18 @@ class SGLangHost(EngineHost):
         start = slots_at_start(limits.kv_tokens, self.max_len)
         return SlotControl(start=start, least=least, most=most)
 
-    async def restart(self) -> None:
+    async def sleep(self) -> None:
+        await self.engine.sleep()
+
+    async def wake(self) -> None:
+        await self.engine.wake()
+
+    async def end(self) -> None:
         if self._server is not None:
-            await self._server.close()  # also ends a join that waits for this server
+            await self._server.close()
+
+    async def restart(self) -> None:
+        await self.end()  # also ends a join that waits for this server
         async with self._connecting:
             self.in_group = False
             self._client = await self._connect()
@@ -129,6 +138,7 @@ class SGLangHost(EngineHost):
             # With overlap, a pause in place would count the token of the current decode step, which
             # the old weights sampled, under the new version.
             overlap=config.rollout.weight_update != "keep_kv",
+            sleeps=config.model.is_shared,
             extra=tuple(shlex.split(config.rollout.server_flags)),
         )
         self._server = SGLangServer(options)

@@ -10,7 +10,8 @@ learner    each tensor-parallel group of ranks is one gang. Its ranks reduce act
            layer, so a group that is split over nodes is many times slower. The gangs fill as few
            nodes as possible, because data-parallel ranks reduce their gradients once per update.
 engine     one gang each, spread: a lost node takes few engines, and hosts share the server load.
-shared     with model.device=shared_cuda learner and engine reserve the same GPU, as one gang.
+shared     with model.placement=shared a tensor-parallel group and its engines are one gang: each
+           rank and one engine reserve the same bundle, of one GPU.
 
 The replay actor reserves nothing. It is on the first node of the learner, wherever the driver is:
 batches then go through the shared memory of that node, and no further node can end the run.
@@ -56,16 +57,21 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """Actors of one node. `bundle` is reserved `count` times: for each actor, or once for all."""
+    """Actors of one node. `bundle` is reserved `count` times: for each actor, or for each rank and
+    the engine that shares its device."""
 
     side: Side
     names: tuple[str, ...]
     bundle: Mapping[str, float]  # without zeros; empty: nothing is reserved
-    shares_bundle: bool = False
+    per_bundle: int = 1  # actors; the names are those of all ranks, then those of all engines
 
     @property
     def count(self) -> int:
-        return 1 if self.shares_bundle else len(self.names)
+        return len(self.names) // self.per_bundle
+
+    def bundle_of(self, name: str) -> int:
+        """The number of an actor's bundle."""
+        return self.names.index(name) % self.count
 
     @property
     def needs(self) -> dict[str, float]:
@@ -79,14 +85,16 @@ def planned_gangs(config: Config) -> list[Gang]:
     num_cpus = config.model.num_cpus
     marks = {learner.node_resource: MARK}, {rollout.node_resource: MARK}
     engines = [f"rollout-{number}" for number in range(rollout.num_workers)]
-    if config.model.device == "shared_cuda":
+    tp = learner.tensor_parallel
+    firsts = range(0, len(names), tp)
+    if config.model.is_shared:
         gpus = config.gpus_per_rank + config.gpus_per_worker
         bundle = _bundle({CPU: 2 * num_cpus, GPU: gpus, **marks[0], **marks[1]})
-        gangs = [Gang(Side.LEARNER, (*names, *engines), bundle, shares_bundle=True)]
+        pairs = [(*names[first : first + tp], *engines[first : first + tp]) for first in firsts]
+        gangs = [Gang(Side.LEARNER, pair, bundle, per_bundle=2) for pair in pairs]
     else:
         bundle = _bundle({CPU: num_cpus, GPU: config.gpus_per_rank, **marks[0]})
-        tp = learner.tensor_parallel
-        groups = [tuple(names[first : first + tp]) for first in range(0, len(names), tp)]
+        groups = [tuple(names[first : first + tp]) for first in firsts]
         gangs = [Gang(Side.LEARNER, group, bundle) for group in groups]
         bundle = _bundle({CPU: num_cpus, GPU: config.gpus_per_worker, **marks[1]})
         gangs += [Gang(Side.ENGINE, (name,), bundle) for name in engines]
@@ -352,8 +360,9 @@ def _amounts(resources: Mapping[str, float], kinds: Sequence[str]) -> str:
 
 def _gang_name(gang: Gang) -> str:
     """One of the gangs of a side, in a sentence."""
-    if gang.shares_bundle:
-        return "pair of learner and engine"
+    if gang.per_bundle > 1:
+        many = gang.count > 1
+        return "tensor-parallel group with its engines" if many else "pair of learner and engine"
     if gang.side is Side.LEARNER:
         many = len(gang.names) > 1
         return "tensor-parallel group of the learner" if many else "learner rank"

@@ -7,7 +7,8 @@ Each gang of `placement` is one placement group: STRICT_PACK, and aimed at its p
 all of a run is reserved or nothing, and an autoscaler sees all of the demand at once. One group
 for the whole run would pin its engines to nodes: when an engine is replaced, its group is made
 anew without an aim, so the engine may start on a node that joined later. A run's own Ray is one
-machine and has what the run asked for: nothing is reserved there, which saves its start the time.
+machine and has what the run asked for: nothing is reserved there, which saves its start the time,
+unless several pairs of a rank and an engine share GPUs.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Reservation:
         if group is None:
             return self.beside_learner if name.startswith("learner") else SPREAD
         return PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=0 if gang.shares_bundle else gang.names.index(name)
+            group, placement_group_bundle_index=gang.bundle_of(name)
         )
 
     def renewed(self, name: str) -> Strategy:
@@ -121,7 +122,7 @@ async def reserve(config: Config, *, say: Callable[[str], None]) -> Reservation:
     there yet only with `ray.wait_for_nodes_s`. Raises ValueError, with nothing reserved, when
     the cluster is too small or the deadline passes.
     """
-    if config.ray.address == LOCAL:
+    if config.ray.address == LOCAL and not _has_several_pairs(config):
         return Reservation()
     gangs, wait = planned_gangs(config), _Wait(config, say)
     while True:
@@ -148,6 +149,11 @@ async def reserve(config: Config, *, say: Callable[[str], None]) -> Reservation:
         if is_reserved:
             return Reservation(gangs, groups, _learner_node(groups[0], nodes, placed[0]))
         await asyncio.sleep(SETTLE_S)
+
+
+def _has_several_pairs(config: Config) -> bool:
+    """Of a rank and an engine on one GPU: without bundles Ray may put two ranks on one."""
+    return config.model.is_shared and config.gpus_per_rank > 0 and config.rollout.num_workers > 1
 
 
 class _Wait:

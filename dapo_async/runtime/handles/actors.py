@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -129,6 +130,8 @@ class LearnerHandle(Handle[LearnerActor]):
     minibatch = remote(LearnerActor.minibatch, _work)
     end_step = remote(LearnerActor.end_step, _answer)
     snapshot = remote(LearnerActor.snapshot, _answer)
+    sleep = remote(LearnerActor.sleep, _answer)
+    wake = remote(LearnerActor.wake, _answer)
     checksum = remote(LearnerActor.checksum, _answer)
     server_hashes = remote(LearnerActor.server_hashes, _answer)
     open_group = remote(LearnerActor.open_group, _answer)
@@ -167,6 +170,8 @@ class WorkerHandle(Handle[RolloutActor]):
     _reconnect = remote(RolloutActor.reconnect, _short)
     _quarantine = remote(RolloutActor.quarantine, _short)
     _confirm = remote(RolloutActor.confirm, _short)
+    _sleep = remote(RolloutActor.sleep, _answer)
+    _wake = remote(RolloutActor.wake, _answer)
 
     async def join(self, address: tuple[str, int], first_rank: int, size: int) -> bool | None:
         if not self.is_absent:
@@ -201,6 +206,25 @@ class WorkerHandle(Handle[RolloutActor]):
         if not self.is_absent:
             with suppress(ActorDied):
                 await self._confirm()
+
+    async def sleep(self) -> None:
+        """Its engine releases its device memory; that of a dead process is free. An engine that
+        fails to would keep it: its process is killed, and the supervisor replaces it."""
+        await self._or_kill(self._sleep)
+
+    async def wake(self) -> None:
+        """Its engine takes its device memory again, or its process is killed."""
+        await self._or_kill(self._wake)
+
+    async def _or_kill(self, call: Callable[[], Awaitable[None]]) -> None:
+        if self.is_absent:
+            return
+        try:
+            await call()
+        except ActorDied:
+            pass
+        except ActorFailed:
+            self.kill()
 
 
 class EvaluatorHandle(Handle[EvaluatorActor]):

@@ -162,6 +162,19 @@ class LearnerGroup:
         assert announcement is not None, "the first rank announces"
         return announcement
 
+    async def sleep(self) -> None:
+        """Every rank releases its device memory; that of a dead one is free."""
+        answers = await asyncio.gather(
+            *(rank.sleep() for rank in self.ranks), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ActorDied):
+                raise answer
+
+    async def wake(self) -> None:
+        """Every rank takes its device memory again."""
+        await self._on_all(lambda rank: rank.wake())
+
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group; returns its address."""
         return await self.restarts.again(self.first.open_group)

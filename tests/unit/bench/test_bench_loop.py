@@ -151,8 +151,8 @@ def test_rows_of_an_engine_behind_its_protocol_are_those_of_the_sweep() -> None:
             "--recorded is an option of bench learner and end-to-end; leave it out",
         ),
         (
-            ("publish", "--transports", "broadcast", "model.device=shared_cuda"),
-            "model.device=shared_cuda needs ",
+            ("publish", "model.placement=shared"),
+            "bench CONFIG publish measures both sides while they overlap; set model.placement",
         ),
     ],
 )

@@ -111,6 +111,25 @@ def test_gpu_that_is_too_small_is_named_with_what_is_missing(
     assert one(lines, "room for").startswith("an engine has room for 0 sequences")
 
 
+def test_on_a_shared_gpu_the_larger_turn_has_to_fit_and_not_both(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "_own_gpu", lambda: Device("a test GPU", 180 * 10**9))
+    recipe = CONFIGS / "gsm8k_0.5b_1gpu.yaml"
+    lines = printed(recipe, model)
+    assert "take turns on the same GPUs: 1 x one rank and one engine" in one(lines, "take turns")
+    # 7.6 billion parameters: 12 bytes for weights and moments, 4 for those of the start of a step,
+    # and two snapshots of 2.
+    assert one(lines, "host memory of each pair").startswith(
+        "host memory of each pair of rank and engine: 141.9 GiB while the engine generates, "
+        "14.2 GiB while the rank trains"
+    )
+    needed = one(lines, "which needs more than the other's: ")
+    assert needed.startswith("the learner's turn, ")
+    slots = printed(recipe, model, "rollout.num_slots=4000")
+    assert one(slots, "which needs more than the other's: ").startswith("the engine's turn, ")
+
+
 def test_credits_are_compared_with_slots() -> None:
     assert one(printed(QUICKSTART), "sequences in flight") == (
         "enough credits: up to 1536 sequences in flight for the 128 slots of all engines"

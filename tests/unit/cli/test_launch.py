@@ -159,8 +159,8 @@ def test_launch_refuses_what_cannot_work_in_one_line(
     assert "a node has 4 GPUs and 64 CPUs; give --gpus-per-node" in refused(
         capsys, "slurm", LARGE, "--gpus-per-node", "4", *out
     )
-    shared = ["model.device=shared_cuda", "weights.transport=disk"]
-    assert "set model.device=cuda, or write slurm files" in refused(
+    shared = ["model.device=cuda", "model.placement=shared", "weights.transport=disk"]
+    assert "set model.placement=separate, or write slurm files" in refused(
         capsys, "kuberay", str(QUICKSTART), *shared, *out
     )
     assert "the nodes of a Slurm job are all alike" in refused(

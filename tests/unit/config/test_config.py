@@ -215,7 +215,7 @@ def test_what_does_not_fit_the_engine_is_one_clear_line(
 
 
 SERVERS = ["rollout.engine=sglang", "rollout.num_workers=2", "rollout.tensor_parallel=4"]
-SHARED = ["model.device=shared_cuda", "weights.transport=disk"]
+SHARED = ["model.device=cuda", "model.placement=shared", "weights.transport=disk"]
 
 
 def test_urls_of_servers_are_read_from_one_text(file: Path) -> None:
@@ -249,9 +249,9 @@ def test_gpus_of_rank_worker_and_evaluator_follow_from_the_device(
     [
         (
             "learner.data_parallel=2",
-            "model.device=shared_cuda needs learner.data_parallel=1 (it is 2)",
+            "model.placement=shared needs rollout.num_workers=2 (it is 1): each learner rank",
         ),
-        ("rollout.num_workers=3", "model.device=shared_cuda needs rollout.num_workers=1 (it is 3)"),
+        ("rollout.num_workers=3", "model.placement=shared needs rollout.num_workers=1 (it is 3)"),
         (
             "weights.transport=broadcast",
             "needs weights.transport=disk (it is broadcast): NCCL refuses two processes on one GPU",
@@ -259,7 +259,9 @@ def test_gpus_of_rank_worker_and_evaluator_follow_from_the_device(
         ("evaluation.engine=dedicated", "needs evaluation.engine=snapshot (it is dedicated)"),
     ],
 )
-def test_a_shared_gpu_takes_one_rank_and_one_engine(file: Path, override: str, line: str) -> None:
+def test_a_shared_device_takes_one_rank_and_one_engine(
+    file: Path, override: str, line: str
+) -> None:
     with pytest.raises(ValueError) as error:
         knobs.load(file, [*SHARED, override])
     assert line in str(error.value)

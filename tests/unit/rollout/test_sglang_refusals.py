@@ -116,3 +116,39 @@ def test_no_request_is_sent_on_a_connection_that_the_server_may_be_closing() -> 
 
     asyncio.run(ask())
     assert told == ["close", "close"]
+
+
+def test_a_sleeping_server_is_not_missed_and_a_silent_one_is() -> None:
+    """The limit on silence begins anew when the server wakes."""
+    calls: list[str] = []
+    silence_s = 0.3
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        calls.append(request.path)
+        if request.path != "/generate":
+            return web.Response(text="ok")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(30)
+        return response
+
+    async def ask() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        async with TestServer(app) as server:
+            url = str(server.make_url("")).rstrip("/")
+            client = SGLangClient(url, api_key="", silence_s=silence_s)
+            try:
+                streaming = asyncio.create_task(stream(client))
+                await asyncio.sleep(silence_s / 3)
+                await client.release_memory()
+                await asyncio.sleep(2 * silence_s)
+                assert not streaming.done()
+                await client.resume_memory()
+                with pytest.raises(EngineFault, match=r"sent no token for 0\.3 s"):
+                    await asyncio.wait_for(streaming, 10 * silence_s)
+            finally:
+                await client.close()
+
+    asyncio.run(ask())
+    assert calls == ["/generate", "/release_memory_occupation", "/resume_memory_occupation"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from dapo_async import config as knobs
 from dapo_async.algorithm.guards import RunGuards
 from dapo_async.replay import StopReason
 from dapo_async.runtime.handles.handle import ActorFailed
-from dapo_async.runtime.loop import Step, train_step
+from dapo_async.runtime.loop import Step, to_engines, train_step
 from dapo_async.types import RejectReason, StepMetrics, TrainBatch
 from dapo_async.utils.state_clock import StateClock
 
@@ -42,7 +43,7 @@ class Fakes:
             self.config = replace(self.config, replay=in_step)
         self.answers, self.bad, self.calls = iter(answers), bad, list[Any]()
         self.clock = StateClock("driver")
-        self.replay = self.learner = self
+        self.replay = self.learner = self.devices = self
         self.guards = RunGuards()
 
     async def take(self, _: int) -> TrainBatch | StopReason:
@@ -74,6 +75,16 @@ class Fakes:
 
     def in_background(self, work: Any, _: str) -> None:
         self.report = asyncio.ensure_future(work)
+
+    def switching(self, to: str) -> AbstractContextManager[None]:
+        self.calls.append(to)
+        return nullcontext()
+
+    async def to_learner(self) -> None:
+        await asyncio.sleep(0)
+
+    async def to_engines(self) -> None:
+        await asyncio.sleep(0)
 
     async def step(self) -> Step:
         done = await train_step(self, self, 0, config=self.config)  # type: ignore[arg-type]
@@ -180,3 +191,27 @@ def test_a_learner_that_hangs_is_not_asked_to_end_the_step() -> None:
 
     asyncio.run(scene())
     assert fakes.calls == []
+
+
+def test_on_shared_devices_a_step_is_one_turn() -> None:
+    fakes = Fakes([batch(1), batch(2, closes_step=True)])
+    fakes.config = replace(fakes.config, model=replace(fakes.config.model, placement="shared"))
+
+    async def scene() -> None:
+        await fakes.step()
+        await to_engines(fakes, fakes)  # type: ignore[arg-type]
+
+    asyncio.run(scene())
+    assert fakes.calls == [
+        "to the learner",
+        *trained(1, 2),
+        ("log", 2.0, 2),
+        "to the engines",
+    ]
+
+
+def test_on_shared_devices_a_stop_before_a_batch_leaves_the_engines_their_turn() -> None:
+    fakes = Fakes([STOP])
+    fakes.config = replace(fakes.config, model=replace(fakes.config.model, placement="shared"))
+    step = asyncio.run(fakes.step())
+    assert (step.stopped, fakes.calls) == (STOP, [])

@@ -113,11 +113,25 @@ def test_node_types_keep_learner_and_engines_apart() -> None:
 
 
 def test_learner_and_engine_that_share_a_gpu_reserve_one_whole_gpu() -> None:
-    config = config_of("model.device=shared_cuda", "weights.transport=disk")
+    config = config_of(*CUDA, "model.placement=shared", "weights.transport=disk")
     (gang,) = planned_gangs(config)
     assert gang.names == ("learner", "rollout-0")
     assert (gang.bundle, gang.count) == ({"CPU": 2.0, "GPU": 1.0}, 1)
     assert places(config, nodes_of(0, 1)) == {"learner": 1, "rollout-0": 1}
+
+
+def test_each_rank_of_a_tensor_parallel_group_shares_a_bundle_with_one_engine() -> None:
+    several = ["learner.tensor_parallel=4", "learner.data_parallel=2", "rollout.num_workers=8"]
+    config = config_of(*CUDA, *several, "model.placement=shared", "weights.transport=disk")
+    gangs = planned_gangs(config)
+    assert [(gang.count, gang.needs) for gang in gangs] == 2 * [(4, {"CPU": 8.0, "GPU": 4.0})]
+    ranks = [gangs[1].bundle_of(f"learner-{number}") for number in range(4, 8)]
+    engines = [gangs[1].bundle_of(f"rollout-{number}") for number in range(4, 8)]
+    assert ranks == engines == [0, 1, 2, 3]
+    assert places(config, nodes_of(4, 4))["rollout-7"] == 1
+    line = misfit(config, nodes_of(4, 3))
+    assert line is not None
+    assert "the run reserves 8 GPUs (learner 8), the cluster has 7" in line
 
 
 def test_actors_that_reserve_nothing_fit_anywhere() -> None:

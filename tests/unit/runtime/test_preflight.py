@@ -229,10 +229,10 @@ def test_more_gpus_than_the_machine_has_are_refused_for_an_own_ray_only(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert refusal("model.device=cuda") == (
         "the run reserves 2 GPUs (replay 0, learner 1, rollout-0 1, evaluator 0), "
-        "this machine has 1 CUDA devices; set model.device=cpu, or model.device=shared_cuda for "
+        "this machine has 1 CUDA devices; set model.device=cpu, or model.placement=shared for "
         "one GPU, or ray.address to a cluster that has them"
     )
-    shared = ["model.device=shared_cuda", "weights.transport=disk"]
+    shared = ["model.device=cuda", "model.placement=shared", "weights.transport=disk"]
     check_inputs(knobs.load(QUICKSTART, ["ray.address=local", *shared]))
     check_inputs(knobs.load(QUICKSTART, ["model.device=cuda", "ray.address=10.0.0.1:6379"]))
 

@@ -52,7 +52,9 @@ def test_ranks_of_a_group_have_the_bundles_of_one_placement_group() -> None:
 
 
 def test_learner_and_engine_of_one_gpu_have_one_bundle_also_after_a_restart() -> None:
-    reservation = reservation_of("model.device=shared_cuda", "weights.transport=disk")
+    reservation = reservation_of(
+        "model.device=cuda", "model.placement=shared", "weights.transport=disk"
+    )
     learner, engine = (reservation.strategy(name) for name in ("learner", "rollout-0"))
     again = reservation.renewed("rollout-0")
     assert learner.placement_group.id == engine.placement_group.id == again.placement_group.id

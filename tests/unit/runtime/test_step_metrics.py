@@ -134,7 +134,7 @@ def test_steps_told_of_by_one_report_share_its_idle_slots(tmp_path: Path) -> Non
     check_window(rows, "slots.idle", tracker.slots["slots.idle"])
     check_window(rows, "idle.rollout", tracker.idle["rollout"])
     assert tracker.idle == {"learner": 0.25, "rollout": 0.125}
-    idle = ("queued", "no_credit", "tail", "sync", "evaluation", "dead")
+    idle = ("queued", "no_credit", "tail", "sync", "evaluation", "dead", "asleep")
     parts = {f"slots.{state}": 0.25 * (state == "tail") for state in idle}
     assert tracker.slots == {"slots.idle": 0.25, **parts}
     with pytest.raises(AssertionError, match="was idle, it was"):

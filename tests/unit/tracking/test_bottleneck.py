@@ -353,3 +353,22 @@ def test_layout_of_every_recipe_is_known(file: Any) -> None:
     layout = Layout.of(config)
     assert layout.learner_devices % layout.learner_unit == 0
     assert layout.engines >= 1
+
+
+def test_on_shared_devices_no_split_is_advised_and_frequent_switches_are() -> None:
+    shared = replace(LAYOUT, shared=True)
+    turns = rows(slots__asleep=0.4, switch_s=0.5)
+    found = bottleneck(turns, shared)
+    assert found is not None
+    assert found.line.startswith(
+        "learner and engines take turns: the engines have the devices 60% of the time, switches "
+        "take 5% (idle: learner 5%, engine slots 5%"
+    )
+    assert "num_workers" not in found.line
+    often = bottleneck(rows(slots__asleep=0.4, switch_s=2.0), shared)
+    assert often is not None
+    assert often.line.endswith("; a larger replay.groups_per_step makes switches rarer")
+    watch = BottleneckWatch(shared)
+    for row in turns:
+        watch.add(row)
+    assert "60% of the time, switches take 5%" in (watch.summary() or "")
