@@ -54,6 +54,12 @@ def test_three_steps_of_ranks_with_slices_equal_those_of_one_rank(
     check_three_steps(form, dp=dp, cp=cp, tp=tp)
 
 
+def test_ranks_whose_slice_is_all_padding_take_part() -> None:
+    """Passes of one rollout have as few as two tokens, for four ranks."""
+    form = {"learner": {"microbatch_tokens": 1, "zero_stage": 2}, "model": {"num_heads": 4}}
+    check_three_steps(form, cp=4)
+
+
 @pytest.mark.parametrize(("dp", "cp", "tp"), LAYOUTS)
 def test_proximal_logprobs_of_slices_are_those_of_the_start_of_the_step(
     dp: int, cp: int, tp: int
