@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_gpus_of_each_side_add_up(model: str) -> None:
     assert f"{learner} for the learner" in line
     assert f"{rollout} for rollout" in line
     assert int(line.split()[0]) == learner + rollout + config.gpus_of_evaluator
+
+
+def test_context_parallel_ranks_are_named_and_hold_a_part_of_the_activations(model: str) -> None:
+    file, fixed = CONFIGS / "dapo_qwen2.5_7b_20k.yaml", "learner.recompute=none"
+    lines = printed(file, model)
+    assert "(data_parallel 1 x context_parallel 8 x tensor_parallel 1)" in one(lines, " GPUs: ")
+    assert one(lines, "learner-7 ").endswith("dp 1 x cp 8 x tp 1")
+    shared, alone = (
+        float(re.findall(r"activations ([\d,.]+)", " ".join(each))[0].replace(",", ""))
+        for each in (
+            printed(file, model, fixed),
+            printed(file, model, fixed, "learner.context_parallel=1", "learner.data_parallel=8"),
+        )
+    )
+    assert shared < alone / 6
 
 
 def test_memory_of_an_engine_names_what_is_left_of_the_gpu(
