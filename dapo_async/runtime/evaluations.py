@@ -115,16 +115,17 @@ class Evaluations:
                     self._skip_lost(announcement)
                     return
         except ActorDied as error:  # the supervisor replaces evaluator and learner
-            self.num_skipped += 1
-            self._sinks.say(f"evaluation of version {announcement.version} skipped: {error}")
+            self._skip(announcement, str(error))
             return
-        except TimeoutError as error:
-            if not limit.expired():
-                raise  # another deadline, whose message says what was waited for
-            raise TimeoutError(
-                f"evaluation of version {announcement.version}: the driver waited {deadline_s:g} s "
-                f"for {self._waiting_for}"
-            ) from error
+        except (ActorFailed, TimeoutError) as error:
+            why = str(error)
+            if isinstance(error, TimeoutError) and limit.expired():
+                why = f"the driver waited {deadline_s:g} s for {self._waiting_for}"
+            if not self._waiting_for.startswith(evaluator.name):
+                raise type(error)(f"evaluation of version {announcement.version}: {why}") from error
+            self._skip(announcement, why)
+            evaluator.kill()  # its engine may be broken: the supervisor starts another one
+            return
         self._book(
             evaluation,
             "evaluation",
@@ -167,11 +168,11 @@ class Evaluations:
 
     def _skip_lost(self, announcement: Announcement) -> None:
         """The supervisor says why the engine was lost, and starts another evaluator."""
+        self._skip(announcement, "the evaluator has lost its engine")
+
+    def _skip(self, announcement: Announcement, why: str) -> None:
         self.num_skipped += 1
-        self._sinks.say(
-            f"evaluation of version {announcement.version} skipped: the evaluator has lost its "
-            "engine"
-        )
+        self._sinks.say(f"evaluation of version {announcement.version} skipped: {why}")
 
     def _book(
         self, evaluation: Evaluation, name: str, *, engine: str, began_s: float, waited_s: float

@@ -40,6 +40,7 @@ from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
 from dapo_async.weights import Publisher
 
 PINGS = 3  # that are lost in a row before an actor counts as dead
+EVALUATOR_PATIENCE = 4  # times deadlines.ping_s: it runs at the lowest priority
 
 
 class ProcessState(StrEnum):
@@ -316,7 +317,14 @@ class Supervisor:
                 if is_new:
                     info = await evaluator.ready()
                     self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
-                why = await evaluator.watch()
+                watches = {
+                    asyncio.create_task(watch): evaluator.name
+                    for watch in (
+                        evaluator.watch(),
+                        until_silent(evaluator, EVALUATOR_PATIENCE * self._silence_s),
+                    )
+                }
+                _, why = await _first_end(watches)
             except (ActorDied, ActorFailed, TimeoutError) as error:
                 why = str(error)
             await self._spend(budget, evaluator.name, Loss(why, process=True))

@@ -7,31 +7,25 @@ It keeps its counts and a checkpoint, and leaves no process behind.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from fake_actors import fake_actor
 from paths import QUICKSTART
 from ray.exceptions import RayActorError
+from run_ends import END_S, LONG, check_end, end_after
 from run_support import (
     MARKER,
-    RAY_AGENTS,
     TINY,
-    Finished,
     Live,
     check_checkpoint,
     check_conservation,
-    check_token_flow,
-    command,
     running,
 )
 
@@ -44,49 +38,6 @@ from dapo_async.runtime.loop import unbroken
 from dapo_async.runtime.signals import SAME_S, Interrupts
 from dapo_async.runtime.system import System
 
-END_S = 20.0  # from a death to the end of the run
-LONG = ("train.num_steps=5000", "train.checkpoint_every_steps=2")
-
-
-def end_after(live: Live, blow: Callable[[], None], *, within_s: float = END_S) -> Finished:
-    """Strikes when the run trains; returns its end, after which nothing of it may live."""
-    live.wait_for(r"^step +5/")
-    live.wait_for_checkpoint()
-    names = " ".join(live.processes().values())
-    for expected in (
-        "raylet",
-        "gcs_server",
-        "ReplayActor",
-        "LearnerActor",
-        "RolloutActor",
-        *RAY_AGENTS,
-    ):
-        assert expected in names, f"the search for processes does not see {expected}: {names}"
-    began_s = time.monotonic()
-    blow()
-    run = live.finish(timeout_s=within_s)
-    print(
-        f"the run ended {time.monotonic() - began_s:.1f} s after the blow: {run.summary['reason']}"
-    )
-    live.seconds_until_nothing_is_left(timeout_s=within_s - (time.monotonic() - began_s))
-    return run
-
-
-def check_end(run: Finished, *, exit_code: int, status: str) -> Path:
-    """What every end has in common; returns the checkpoint."""
-    summary = run.summary
-    assert run.exit_code == exit_code, run.output
-    assert summary["status"] == status
-    assert "Traceback" not in run.output, run.output
-    assert summary["steps"] == len(run.metrics) >= 5
-    check_conservation(summary["groups"])
-    check_token_flow(summary["token_flow"])
-    assert summary["groups"]["evicted"] == 0
-    assert (run.root / "timeline.json").exists()
-    checkpoint = run.checkpoint
-    check_checkpoint(checkpoint)
-    return checkpoint
-
 
 @pytest.mark.ray
 def test_replay_actor_and_learner_that_die_are_replaced_while_the_run_goes_on(
@@ -97,7 +48,7 @@ def test_replay_actor_and_learner_that_die_are_replaced_while_the_run_goes_on(
             ("replay", "replay goes on after"),
             ("learner", "the learner trains again after"),
         ):
-            trains(live, starts=1, steps=3)
+            live.wait_for(r"^step +3/")
             began_s = time.monotonic()
             os.kill(live.pid(victim), signal.SIGKILL)
             live.wait_for(f"^{back}", timeout_s=60.0)
@@ -121,19 +72,15 @@ def test_replay_actor_and_learner_that_die_are_replaced_while_the_run_goes_on(
 
 
 @pytest.mark.ray
-def test_workers_and_evaluator_that_die_or_hang_are_replaced_while_training_goes_on(
-    tmp_path: Path,
-) -> None:
-    two = ("rollout.num_workers=2", "evaluation.every_steps=2", "deadlines.ping_s=5")
-    back = "rollout-1 generates again"
+def test_worker_and_evaluator_that_die_are_replaced_while_training_goes_on(tmp_path: Path) -> None:
+    two = ("rollout.num_workers=2", "evaluation.every_steps=2")
     with running(tmp_path / "run", *TINY, *LONG, *two) as live:
         live.wait_for(r"^step +3/")
         os.kill(live.pid("evaluator"), signal.SIGKILL)
-        for times, blow in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
-            began_s = time.monotonic()
-            os.kill(live.pid("rollout-1"), blow)
-            live.wait_for(f"(?s:{'.*'.join([back] * times)})", timeout_s=60.0)
-            print(f"{blow.name}: {time.monotonic() - began_s:.1f} s until it generated again")
+        began_s = time.monotonic()
+        os.kill(live.pid("rollout-1"), signal.SIGKILL)
+        live.wait_for("^rollout-1 generates again", timeout_s=60.0)
+        print(f"{time.monotonic() - began_s:.1f} s until it generated again")
         before = [int(step) for step in re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)]
         live.wait_for(rf"^step +{before[-1] + 5}/")
         live.wait_for("^evaluator lost its process")
@@ -142,42 +89,10 @@ def test_workers_and_evaluator_that_die_or_hang_are_replaced_while_training_goes
         live.seconds_until_nothing_is_left(timeout_s=END_S)
     check_end(run, exit_code=130, status="interrupted")
     summary = run.summary
-    assert "rollout-1 did not answer for 5 s" in run.output
     assert summary["groups"]["failed"] == 0, "the groups of the lost worker were given up"
-    assert summary["engine_restarts"] == 2, run.output
+    assert summary["engine_restarts"] == 1, run.output
     assert summary["token_flow"]["in_flight"] == 0, summary["token_flow"]
     assert summary["handshake"].get("mismatch", 0) == 0
-
-
-def trains(live: Live, *, starts: int, steps: int = 1, timeout_s: float = 120.0) -> None:
-    """Waits until the run has been started so often and has trained so many steps since."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        lives = live.output.split("run directory ")[1:]
-        trained = re.findall(r"^step +\d+/", lives[-1], re.MULTILINE) if lives else []
-        if len(lives) == starts and len(trained) >= steps:
-            return
-        assert time.monotonic() < deadline_s, live.output
-        time.sleep(0.02)
-
-
-@pytest.mark.ray
-def test_supervised_run_survives_the_death_of_its_driver(tmp_path: Path) -> None:
-    """It resumes from its newest checkpoint; nothing is trained twice."""
-    with running(tmp_path / "run", *TINY, *LONG, "--supervise") as live:
-        trains(live, starts=1)
-        live.wait_for_checkpoint()
-        began_s = time.monotonic()
-        os.kill(psutil.Process(live.driver).children()[0].pid, signal.SIGKILL)
-        trains(live, starts=2)
-        print(f"trains again after {time.monotonic() - began_s:.1f} s")
-        trains(live, starts=2, steps=5)
-        os.kill(live.driver, signal.SIGTERM)
-        run = live.finish(timeout_s=2 * END_S)
-        live.seconds_until_nothing_is_left(timeout_s=30.0)
-    check_end(run, exit_code=143, status="interrupted")
-    assert [row["step"] for row in run.metrics] == [*range(len(run.metrics))]
-    assert "the driver was killed by SIGKILL; resuming the run" in run.output, run.output
 
 
 @pytest.mark.ray
@@ -190,32 +105,6 @@ def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path: Path) -> None:
     assert run.summary["reason"] == "SIGTERM received"
     assert checkpoint == run.root / "checkpoints" / f"step_{run.summary['steps']:06d}"
     assert "*** SIGTERM" not in run.output, run.output
-
-
-@pytest.mark.ray
-def test_second_sigint_ends_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    # A learner that hangs: the orderly end would wait deadlines.work_s for its checkpoint.
-    with running(tmp_path / "run", *TINY, *LONG) as live:
-        live.wait_for(r"^step +5/")
-        os.kill(live.pid("learner"), signal.SIGSTOP)
-        os.kill(live.driver, signal.SIGINT)
-        live.wait_for("^SIGINT: the run ends with a checkpoint")
-        while not (live.root / "summary.json").exists():  # it comes right after the line
-            time.sleep(0.02)
-        assert json.loads((live.root / "summary.json").read_text())["reason"] == "SIGINT received"
-        time.sleep(2 * SAME_S)
-        os.kill(live.driver, signal.SIGINT)
-        run = live.finish(timeout_s=5.0)
-        live.seconds_until_nothing_is_left(timeout_s=30.0)
-    assert run.exit_code == 130, run.output
-    assert "Traceback" not in run.output, run.output
-    assert run.summary["status"] == "interrupted"
-    assert (
-        run.summary["reason"]
-        == "SIGINT received while the run was ending: the steps after its newest checkpoint "
-        "are lost"
-    )
-    check_checkpoint(run.checkpoint)
 
 
 @pytest.mark.ray
@@ -233,52 +122,6 @@ def test_sigint_while_ray_starts_ends_it_in_order(tmp_path: Path) -> None:
     assert (run.summary["status"], run.summary["reason"]) == ("interrupted", "SIGINT received")
     assert run.summary["groups"]["admitted"] == 0
     check_checkpoint(run.checkpoint)
-
-
-@pytest.mark.ray
-def test_nothing_outlives_a_killed_driver_by_30_seconds(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *TINY, *LONG) as live:
-        live.wait_for(r"^step +2/")
-        assert len(live.processes()) > 5
-        os.kill(live.driver, signal.SIGKILL)
-        lasted_s = live.seconds_until_nothing_is_left(timeout_s=30.0)
-    print(f"everything was gone {lasted_s:.1f} s after the driver")
-
-
-@pytest.mark.ray
-def test_hanging_worker_is_named_by_the_passed_deadline(tmp_path: Path) -> None:
-    # Staleness 0 and few slots: after a step the learner can only wait for the worker.
-    slow = (
-        "replay.max_staleness=0",
-        "replay.groups_per_step=16",
-        "rollout.num_slots=8",
-        "deadlines.work_s=5",
-    )
-    soon = "from dapo_async import config; config.STOP_S = 5.0"
-    with running(tmp_path / "run", *TINY, *LONG, *slow, before=soon) as live:
-        live.wait_for(r"^step +3/")
-        on_request = command("dump", str(live.root))
-        run = end_after(live, lambda: os.kill(live.pid("rollout-0"), signal.SIGSTOP), within_s=30.0)
-    check_end(run, exit_code=1, status="failed")
-    reason = run.summary["reason"]
-    assert reason.startswith("take waited 5 s: take at version "), reason
-    assert "of 8 groups finished" in reason, reason  # a minibatch
-    assert "rollout-0" in reason, reason
-    assert on_request.returncode == 0, on_request
-    first, at_end = sorted((run.root / "dumps").iterdir())
-    assert str(first) in on_request.stdout
-    for name in ("driver", "replay", "learner", "rollout-0"):
-        assert f"=== {name}\npid " in first.read_text(), f"{name} did not answer"
-    assert at_end.read_text().startswith("why: take waited 5 s")
-    assert "=== rollout-0\nno answer: the driver waited 3 s" in at_end.read_text()
-    assert run.summary["groups"]["in_flight"] == 0, (
-        "the other actors' last counts were lost with the worker's"
-    )
-    caught = run.summary["caught"]
-    # The row of a step that was cut in its midst waits for the worker, too.
-    caught.pop("the last rows of metrics", None)
-    caught.pop("the picture", None)  # on a busy machine, with 5 s
-    assert caught == {"TimeoutError": 1, "the last reports": 1}
 
 
 @pytest.mark.parametrize("by_session", [False, True])

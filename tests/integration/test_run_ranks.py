@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import re
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from run_support import (
     command,
     finished,
     rows_of,
-    running,
 )
 
 from dapo_async import config as knobs
@@ -110,31 +106,3 @@ def test_comparison_with_one_rank_notices_a_batch_that_was_not_the_runs(
     )
     with pytest.raises(AssertionError, match=r"of step 0: .* on several ranks, .* on one"):
         check_same_as_one_rank(replace(two_by_two, root=root), rel=REL)
-
-
-@pytest.mark.ray
-def test_two_ranks_survive_the_death_of_one_and_one_rank_resumes_their_checkpoint(
-    tmp_path: Path,
-) -> None:
-    with running(
-        tmp_path / "run", *TINY, *RANKS, "learner.tensor_parallel=2", "train.num_steps=5000"
-    ) as live:
-        live.wait_for(r"^step +5/")
-        os.kill(live.pid("learner-1"), signal.SIGKILL)
-        live.wait_for("^the learner trains again after", timeout_s=60.0)
-        trained = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)
-        live.wait_for(rf"^step +{int(trained[-1]) + 2}/")
-        os.kill(live.driver, signal.SIGINT)
-        run = live.finish(timeout_s=20.0)
-        live.seconds_until_nothing_is_left(timeout_s=10.0)
-    assert run.exit_code == 130
-    assert "learner-1 lost its process: learner-1 died" in run.output
-    assert [row["step"] for row in run.metrics] == list(range(len(run.metrics)))
-    checkpoint = run.checkpoint
-    version = int(checkpoint.name.removeprefix("step_"))
-    assert version >= 2
-    alone = finished(
-        tmp_path / "run", "learner.tensor_parallel=1", f"train.num_steps={version + 2}", config=None
-    )
-    assert alone.exit_code == 0, alone.output
-    assert [row["step"] for row in alone.metrics] == list(range(version + 2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -106,3 +107,30 @@ def test_rank_that_hangs_ends_the_run_in_its_name(tmp_path: Path) -> None:
         run.summary["reason"]
     )
     check_conservation(run.summary["groups"])
+
+
+def test_two_ranks_survive_the_death_of_one_and_one_rank_resumes_their_checkpoint(
+    tmp_path: Path,
+) -> None:
+    with running(
+        tmp_path / "run", *TINY, *RANKS, "learner.tensor_parallel=2", "train.num_steps=5000"
+    ) as live:
+        live.wait_for(r"^step +5/")
+        os.kill(live.pid("learner-1"), signal.SIGKILL)
+        live.wait_for("^the learner trains again after", timeout_s=60.0)
+        trained = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)
+        live.wait_for(rf"^step +{int(trained[-1]) + 2}/")
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=20.0)
+        live.seconds_until_nothing_is_left(timeout_s=10.0)
+    assert run.exit_code == 130
+    assert "learner-1 lost its process: learner-1 died" in run.output
+    assert [row["step"] for row in run.metrics] == list(range(len(run.metrics)))
+    checkpoint = run.checkpoint
+    version = int(checkpoint.name.removeprefix("step_"))
+    assert version >= 2
+    alone = finished(
+        tmp_path / "run", "learner.tensor_parallel=1", f"train.num_steps={version + 2}", config=None
+    )
+    assert alone.exit_code == 0, alone.output
+    assert [row["step"] for row in alone.metrics] == list(range(version + 2))

@@ -107,6 +107,9 @@ class EvaluatorActor:
         await self._lost.wait()
         return self._why_lost
 
+    async def ping(self) -> None:
+        """Shows that the process lives and its event loop runs."""
+
     async def read(self, announcement: Announcement, folder: str) -> Attestation | None:
         """Loads the announced version from `folder` and attests what is served now.
 

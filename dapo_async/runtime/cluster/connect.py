@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.node import Node
 
 from dapo_async.config import Config
@@ -40,7 +41,7 @@ def connect(config: Config) -> str:
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         try:
-            with shielded(), _without(UNUSED_SERVICES):
+            with shielded(), _without(UNUSED_SERVICES), _on_loopback():
                 ray.init(
                     address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet
                 )
@@ -122,6 +123,20 @@ def _without(services: Sequence[str]) -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """An own Ray starts at 127.0.0.1, and all its processes listen there only.
+
+    Ray does so by itself where it forms no clusters (macOS), and has no option for it elsewhere.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def disconnect() -> None:

@@ -28,7 +28,7 @@ def prepare(address: str) -> None:
     # Ray colours its messages in the log of a job, too.
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if address == LOCAL:
-        # Ray listens on every interface; only processes with the token of this run can connect.
+        # Other users of this machine reach Ray on loopback; only this run has the token.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         # They belong to a cluster: its address, its certificates and its database; in a Ray job its
         # copy of the working directory.

@@ -232,6 +232,7 @@ class EvaluatorHandle(Handle[EvaluatorActor]):
 
     ready = remote(EvaluatorActor.ready, _start_with_margin)
     watch = remote(EvaluatorActor.alive, _unlimited, repeatable=True)
+    ping = remote(EvaluatorActor.ping, _short, repeatable=True)
     read = remote(EvaluatorActor.read, _work)
     evaluate = remote(EvaluatorActor.evaluate, _work)
     take_spans = remote(EvaluatorActor.take_spans, _short)

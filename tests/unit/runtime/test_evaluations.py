@@ -18,6 +18,7 @@ from dapo_async.rollout import EngineFault
 from dapo_async.runtime.actors.evaluator import EvaluatorActor, own_server_config
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 from dapo_async.runtime.evaluations import Evaluations
+from dapo_async.runtime.handles.handle import ActorFailed
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.weights import Announcement, Attestation, Manifest
 from dapo_async.weights.publisher import HandshakeError
@@ -209,15 +210,42 @@ def test_an_evaluation_of_two_versions_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
-def test_a_passed_deadline_names_who_waited_and_for_what(tmp_path: Path) -> None:
+FAILED = "evaluator failed in evaluate: KeyError()"
+LATE = "the driver waited 0.2 s for evaluator to evaluate"
+
+
+@pytest.mark.parametrize("why", [FAILED, LATE])
+def test_an_evaluator_that_fails_or_is_late_skips_one_evaluation_and_is_ended(
+    tmp_path: Path, why: str
+) -> None:
+    ended: list[str] = []
+
     async def scene(evaluations: Evaluations, system: System) -> None:
-        system.evaluator.gate.clear()
+        async def evaluate() -> Evaluation:
+            if why == FAILED:
+                raise ActorFailed(FAILED)
+            return await asyncio.Event().wait() or measured(2)
+
+        system.evaluator.evaluate = evaluate
+        system.evaluator.kill = lambda: ended.append("evaluator")
         await steps(evaluations, system, 2)
 
-    with pytest.raises(
-        TimeoutError,
-        match=r"evaluation of version 2: the driver waited 0.2 s for evaluator to evaluate",
-    ):
+    said, evaluations = play(scene, tmp_path, "deadlines.work_s=0.2")
+    assert said == [f"evaluation of version 2 skipped: {why}"]
+    assert (ended, evaluations.num_skipped) == (["evaluator"], 1)
+
+
+def test_learner_that_is_late_with_the_weights_of_an_evaluation_is_named(tmp_path: Path) -> None:
+    async def scene(evaluations: Evaluations, system: System) -> None:
+        async def late(*_: Any) -> str:
+            await asyncio.Event().wait()
+            return ""
+
+        setattr(system.learner, "write_once", late)  # noqa: B010 (mypy refuses to assign a method)
+        await steps(evaluations, system, 2)
+
+    message = r"evaluation of version 2: the driver waited 0.2 s for learner(-0)? to write"
+    with pytest.raises(TimeoutError, match=message):
         play(scene, tmp_path, "deadlines.work_s=0.2")
 
 

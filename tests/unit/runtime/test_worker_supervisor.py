@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fake_actors import fake_actor
 from paths import QUICKSTART
 from ray.exceptions import RayActorError
 
@@ -260,30 +261,31 @@ def test_worker_that_dies_again_and_again_ends_the_run_with_its_last_words(
     ]
 
 
-def test_dead_evaluator_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_lost_evaluator_is_replaced(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     world = World(monkeypatch)
 
     async def scene() -> None:
-        dying, living = asyncio.Event(), asyncio.Event()
+        living = asyncio.Event()  # the second process runs
 
         async def alive() -> None:
-            await dying.wait()
-            if not living.is_set():
-                living.set()
+            if how == "dies" and not living.is_set():
                 raise RayActorError
             await asyncio.Event().wait()
 
         async def ready() -> ProcessInfo:
+            living.set()
             return ProcessInfo("evaluator", 7, "192.0.2.2", "node", "fake engine")
 
-        actor = SimpleNamespace(
-            alive=SimpleNamespace(remote=alive), ready=SimpleNamespace(remote=ready)
-        )
+        async def ping() -> None:
+            if not living.is_set():
+                await asyncio.Event().wait()
+
+        actor = fake_actor(alive=alive, ready=ready, ping=ping)
         monkeypatch.setattr(world, "start_evaluator", lambda: actor)
         world.supervisor._start_evaluator = lambda: actor
         evaluator = EvaluatorHandle("evaluator", actor, DEADLINES)
         keep = asyncio.create_task(world.supervisor.keep_evaluator(evaluator))
-        dying.set()
         await world.until("say evaluator pid 7 on 192.0.2.2  fake engine")
         keep.cancel()
 

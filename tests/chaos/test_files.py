@@ -1,16 +1,17 @@
-"""Whole runs on a disk that fills up, and with a verifier that raises.
+"""Whole runs with a torn journal, damaged checkpoints, a full disk, a verifier that raises.
 
-`.ci/full` runs them.
+A verifier that hangs: tests/unit/reward/test_own_verifier.py. `.ci/full` runs them.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
-from run_support import TINY, check_conservation, command, read_rows, running
+from run_support import TINY, check_checkpoint, check_conservation, command, read_rows, running
 from small_disk import fill_up, make_room, small_disk
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -24,6 +25,55 @@ def judge(response, gold, prompt):
     answer = response.strip()
     return Verdict(answer == gold, answer, "correct" if answer == gold else "wrong")
 """
+
+
+def test_a_replay_actor_drops_the_torn_end_of_its_journal(tmp_path: Path) -> None:
+    with running(tmp_path / "run", *TINY, "train.num_steps=5000", "train.record=true") as live:
+        live.wait_for(r"^step +5/")
+        replay = live.pid("replay")
+        os.kill(replay, signal.SIGSTOP)  # so that nothing is written behind the torn record
+        segment = max((live.root / "journal").glob("*.log"))
+        whole = segment.read_bytes()
+        with segment.open("ab") as file:
+            file.write(whole[: len(whole) // 3])  # a record of which a part was written
+        os.kill(replay, signal.SIGKILL)
+        live.wait_for("^replay goes on after", timeout_s=120.0)
+        step = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)[-1]
+        live.wait_for(rf"^step +{int(step) + 4}/")
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=60.0)
+    assert run.exit_code == 130, run.output
+    check_conservation(run.summary["groups"])
+    assert run.summary["groups"]["failed"] == 0
+    assert [row["step"] for row in run.metrics] == [*range(len(run.metrics))]
+
+
+def test_a_resume_steps_over_a_torn_and_a_rotten_checkpoint(tmp_path: Path) -> None:
+    often = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "train.keep_checkpoints=4")
+    with running(tmp_path / "run", *TINY, *often) as live:
+        live.wait_for(r"^step +9/")
+        os.kill(live.driver, signal.SIGKILL)
+        live.seconds_until_nothing_is_left(timeout_s=60.0)
+    *_, whole, torn, rotten = sorted((live.root / "checkpoints").glob("step_*"))
+    for folder in (torn, rotten):
+        (file,) = folder.glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        middle = len(data) // 2
+        if folder == torn:
+            del data[middle:]
+        else:
+            data[middle : middle + 64] = bytes(255 - byte for byte in data[middle : middle + 64])
+        file.write_bytes(data)
+    steps = int(rotten.name.removeprefix("step_")) + 4
+    with running(live.root, f"train.num_steps={steps}", config=None) as resumed:
+        run = resumed.finish(timeout_s=240.0)
+    assert run.exit_code == 0, run.output
+    for folder in (torn, rotten):
+        assert f"{folder.name} is damaged, so it is not used: " in run.output
+    assert f" from {whole}\n" in run.output
+    check_conservation(run.summary["groups"])
+    assert [row["step"] for row in run.metrics] == [*range(steps)]
+    check_checkpoint(run.checkpoint)
 
 
 def test_a_run_outlasts_a_full_disk_and_loses_no_row(tmp_path: Path) -> None:

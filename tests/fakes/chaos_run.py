@@ -1,0 +1,150 @@
+"""A supervised run that takes one blow after another: a signal to a process, or a fault in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from run_support import TINY, Live, check_conservation, read_rows
+
+from dapo_async.replay.group_io import read_groups
+
+FAULTS = Path(__file__).parent / "faults"
+PING_S = 6.0
+SETTINGS = (
+    *TINY,
+    "model.num_cpus=0.5",
+    "learner.data_parallel=2",
+    "learner.tensor_parallel=2",
+    "rollout.num_workers=2",
+    "evaluation.every_steps=2",
+    "train.num_steps=100000",
+    "train.checkpoint_every_steps=2",
+    "train.record=true",
+    f"deadlines.ping_s={PING_S}",
+    "deadlines.start_s=300",
+    "--supervise",
+)
+RESUMED = "the run is resumed"  # an outcome; any other one is a line of the output
+UNTOUCHED = "training goes on"
+TITLES = {"GCS": "gcs_server", "raylet": "raylet/raylet", "reaper": "orphan_reaper"}
+
+
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """`kind`: SIGKILL, SIGSTOP, or `fault`, a name of `faults/sitecustomize.py`."""
+
+    victim: str
+    kind: str
+    outcome: str
+    within_s: float = 60.0
+
+    def __str__(self) -> str:
+        return f"{self.victim}-{self.kind}"
+
+
+class ChaosRun:
+    """Started again when a blow has ended it, so that one row does not fail the next ones."""
+
+    def __init__(self, folder: Path, start: Callable[[Path], Live]) -> None:
+        self._folder, self._start = folder, start
+        self.seconds: dict[str, float] = {}  # until it had recovered, by blow
+        self.live = start(folder / "run-0")
+        self._num_runs = 1
+
+    def trains(self, *, since: int | None = None, steps: int = 2, within_s: float = 240.0) -> None:
+        """Waits for so many more steps, in a start after `since`."""
+        target = None
+        deadline_s = time.monotonic() + within_s
+        while True:
+            starts, trained = self.starts, self._trained
+            if (since is None or starts > since) and trained:
+                target = target if target is not None else trained[-1] + steps
+                if trained[-1] >= target or (since is not None and starts > since):
+                    return
+            assert not self.has_ended, self.live.output[-5000:]
+            assert time.monotonic() < deadline_s, self.live.output[-5000:]
+            time.sleep(0.05)
+
+    @property
+    def starts(self) -> int:
+        return self.live.output.count("run directory ")
+
+    @property
+    def _trained(self) -> list[int]:
+        newest = self.live.output.rpartition("run directory ")[2]
+        return [int(step) for step in re.findall(r"^step +(\d+)/", newest, re.MULTILINE)]
+
+    @property
+    def has_ended(self) -> bool:
+        return not psutil.pid_exists(self.live.driver) or (
+            psutil.Process(self.live.driver).status() == psutil.STATUS_ZOMBIE
+        )
+
+    def take(self, blow: Blow) -> float:
+        """Strikes; returns the seconds until the outcome, after which the run trains on."""
+        if self.has_ended:
+            self.live = self._start(self._folder / f"run-{self._num_runs}")
+            self._num_runs += 1
+        self.trains()
+        self.live.wait_for_checkpoint()
+        starts, before = self.starts, len(self.live.output)
+        began_s = time.monotonic()
+        self._strike(blow)
+        if blow.outcome == RESUMED:
+            self.trains(since=starts, within_s=blow.within_s)
+        elif blow.outcome == UNTOUCHED:
+            self.trains(steps=4, within_s=blow.within_s)
+        else:
+            self._says(blow.outcome, after=before, within_s=blow.within_s)
+        took_s = time.monotonic() - began_s
+        self.trains()
+        if blow.outcome != RESUMED:
+            assert self.starts == starts, f"the run was resumed:\n{self.live.output[before:]}"
+        self.seconds[str(blow)] = took_s
+        return took_s
+
+    def _says(self, pattern: str, *, after: int, within_s: float) -> None:
+        deadline_s = time.monotonic() + within_s
+        while not re.search(pattern, self.live.output[after:], re.MULTILINE):
+            said = self.live.output[after:]
+            assert time.monotonic() < deadline_s, f"no {pattern!r} in {within_s:g} s:\n{said}"
+            time.sleep(0.02)
+
+    def _strike(self, blow: Blow) -> None:
+        if blow.kind == "fault":
+            (self._folder / "faults" / blow.victim).touch()
+            return
+        os.kill(self._pid(blow.victim), signal.Signals[blow.kind])
+
+    def _pid(self, victim: str) -> int:
+        if victim == "driver":
+            return psutil.Process(self.live.driver).children()[0].pid
+        if victim not in TITLES:
+            return self.live.pid(victim)
+        found = [pid for pid, line in self.live.processes().items() if TITLES[victim] in line]
+        return max(found)  # of the newest start
+
+    def end(self) -> None:
+        """Stops the run in order, and checks the laws over all of its lives."""
+        os.kill(self.live.driver, signal.SIGTERM)
+        run = self.live.finish(timeout_s=120.0)
+        self.live.seconds_until_nothing_is_left(timeout_s=90.0)
+        assert run.exit_code == 143, run.output[-5000:]
+        summary = run.summary
+        check_conservation(summary["groups"])
+        assert summary["groups"]["in_flight"] == 0
+        assert summary["staleness"]["max"] <= 2
+        steps = [row["step"] for row in read_rows(run.root / "metrics.jsonl")]
+        assert steps == [*range(len(steps))]
+        times: Counter[int] = Counter()
+        for path in (run.root / "recorded").glob("step_*.safetensors"):
+            times.update(group.group_id for group in read_groups(path))
+        assert not [group_id for group_id, count in times.items() if count > 1]
