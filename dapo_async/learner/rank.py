@@ -219,7 +219,7 @@ class LearnerRank:
             if finer == share:
                 raise self._too_large(groups, share, error) from error
             if self._mesh.every.size > 1:
-                raise MemoryShort(self._too_large(groups, share, error)) from error
+                raise MemoryShort(str(self._too_large(groups, share, error))) from error
         self._release_memory()
         self._num_halvings += 1
         try:

@@ -57,12 +57,13 @@ async def _save(
 ) -> None:
     """A checkpoint of the newest step, so that only what was generated since is lost.
 
-    Without learner or replay actor the newest periodic checkpoint has to do. Where nothing is known
+    Without learner or replay actor, and with ranks that wait for one that has failed, the newest
+    periodic checkpoint has to do. Where nothing is known
     to hang it may take as long as any other checkpoint; a second signal ends the process sooner.
     After a passed deadline it may take a little longer than the longest one of the run.
     """
     lost = outcome.lost_actor or ""
-    if lost == "replay" or lost.startswith("learner"):
+    if lost == "replay" or lost.startswith("learner") or services.system.learner.is_stuck:
         return
     save_s = max(STOP_S, config.deadlines.work_s)
     if outcome.hangs:

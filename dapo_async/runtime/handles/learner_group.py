@@ -59,6 +59,8 @@ class LearnerGroup:
         self._captured_after = 0  # losses before the newest capture
         self._fault, self._is_broken = "", asyncio.Event()
         self._num_halvings = 0  # of the passes of new minibatches
+        # A rank has failed in a minibatch: the others wait in it, and nothing can be asked of them.
+        self.is_stuck = False
 
     @property
     def first(self) -> LearnerHandle:
@@ -87,6 +89,7 @@ class LearnerGroup:
         """
         for number, rank in enumerate(self.ranks):
             rank.replace(start(number, self.redo.state))
+        self.is_stuck = False
         infos = await self.ready()
         await self._redo(published)
         self.restarts.go_on()
@@ -137,10 +140,14 @@ class LearnerGroup:
             batch = await self.again(batch)
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
-        metrics = await self._together(
-            rank.minibatch(parts[number // self._per_batch])
-            for number, rank in enumerate(self.ranks)
-        )
+        try:
+            metrics = await self._together(
+                rank.minibatch(parts[number // self._per_batch])
+                for number, rank in enumerate(self.ranks)
+            )
+        except ActorFailed:
+            self.is_stuck = len(self.ranks) > 1
+            raise
         # Ranks that share a batch have the same metrics: the first of them counts.
         first, *others = metrics[:: self._per_batch]
         return sum(others, start=first)

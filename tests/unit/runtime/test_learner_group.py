@@ -124,6 +124,16 @@ def test_rank_that_hangs_is_named_though_another_is_heard_first(
     )
 
 
+def test_ranks_are_stuck_when_one_of_several_fails_in_a_minibatch() -> None:
+    broken = ActorFailed("learner-0 failed in minibatch: KeyError()")
+    waiting = Rank("learner-1", minibatch=asyncio.Event)
+    several = learner_of(Rank("learner-0", minibatch=broken), waiting, tp=2)
+    alone = learner_of(Rank("learner-0", minibatch=broken))
+    for learner in (several, alone):
+        assert "KeyError" in str(spoken(learner))
+    assert (several.is_stuck, alone.is_stuck) == (True, False)
+
+
 def test_rank_that_died_is_named_though_another_is_heard_first() -> None:
     death = ActorDied("learner-1", "died while the driver waited for ping: killed")
     error = spoken(
