@@ -153,7 +153,17 @@ def main() -> None:
     trained = sum(row["groups"] for row in steps)
     rate = trained / max(1e-9, steps[-1]["time_s"] - steps[0]["time_s"]) if steps else 0.0
     show([{"groups": trained, "groups/s": rate, "steps": len(steps), "seconds": times[-1]}])
-    write_result(options.json, "soak", seconds=times[-1], groups=trained, rate=rate, rows=rows)
+    every = max(1, len(times) // 60)
+    write_result(
+        options.json,
+        "soak",
+        seconds=times[-1],
+        groups=trained,
+        rate=rate,
+        rows=rows,
+        times=times[::every],
+        memory={name: each[::every] for name, each in memory.items()},
+    )
     grown = [
         row["process"]
         for row in rows
