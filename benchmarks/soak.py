@@ -148,7 +148,8 @@ def main() -> None:
     finally:
         soaked.end(at_once=options.quick)
     shutil.rmtree(folder)
-    rows = [{"process": name} | growth(times, each) for name, each in sorted(memory.items())]
+    grew = {name: growth(times, each) for name, each in sorted(memory.items())}
+    rows = [{"process": name, **each} for name, each in grew.items()]
     show(rows)
     trained = sum(row["groups"] for row in steps)
     rate = trained / max(1e-9, steps[-1]["time_s"] - steps[0]["time_s"]) if steps else 0.0
@@ -165,11 +166,11 @@ def main() -> None:
         memory={name: each[::every] for name, each in memory.items()},
     )
     grown = [
-        row["process"]
-        for row in rows
-        if row["grown"] > GROWN and row["end MiB"] - row["half MiB"] > GROWN_MIB
+        name
+        for name, each in grew.items()
+        if each["grown"] > GROWN and each["end MiB"] - each["half MiB"] > GROWN_MIB
     ]
-    assert options.quick or not grown, f"memory grows: {', '.join(map(str, grown))}"
+    assert options.quick or not grown, f"memory grows: {', '.join(grown)}"
 
 
 if __name__ == "__main__":

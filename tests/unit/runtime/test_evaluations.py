@@ -224,7 +224,8 @@ def test_an_evaluator_that_fails_or_is_late_skips_one_evaluation_and_is_ended(
         async def evaluate() -> Evaluation:
             if why == FAILED:
                 raise ActorFailed(FAILED)
-            return await asyncio.Event().wait() or measured(2)
+            await asyncio.Event().wait()
+            return measured(2)
 
         system.evaluator.evaluate = evaluate
         system.evaluator.kill = lambda: ended.append("evaluator")
