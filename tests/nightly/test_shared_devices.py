@@ -24,6 +24,7 @@ from run_support import (
     rows_of,
     running,
 )
+from sglang_run_support import CONFIG, SERVERS, kill, replaced
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SHARED = ("model.placement=shared", "replay.max_staleness=1")
@@ -79,8 +80,26 @@ def test_deaths_in_any_turn_are_survived_and_the_run_resumes(tmp_path: Path) -> 
     check_conservation(run.summary["groups"])
     assert (run.summary["groups"]["evicted"], run.summary["groups"]["failed"]) == (0, 0)
     assert run.summary["staleness"]["max"] <= 1
-    with running(run.root, f"train.num_steps={len(run.metrics) + 4}", config=None) as live:
+    num_steps = len(run.metrics) + 4
+    with running(run.root, f"train.num_steps={num_steps}", config=None) as live:
         resumed = live.finish(timeout_s=240.0)
     assert resumed.exit_code == 0, resumed.output
     check_conservation(resumed.summary["groups"])
-    assert resumed.summary["steps"] == len(run.metrics) + 4
+    assert resumed.summary["steps"] == num_steps
+
+
+@pytest.mark.sglang
+def test_a_server_takes_turns_with_the_learner_and_one_that_dies_is_replaced(
+    tmp_path: Path,
+) -> None:
+    """The server keeps its memory: its memory saver needs CUDA. Its calls are those on a GPU."""
+    often = ("train.num_steps=5000", "deadlines.start_s=300")
+    with running(tmp_path / "run", *TINY, *SERVERS, *SHARED, *often, config=CONFIG) as live:
+        live.wait_for(r"^step +3/", timeout_s=300.0)
+        replaced(live, "rollout-0", kill)
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=60.0)
+        live.seconds_until_nothing_is_left(timeout_s=30.0)
+    assert run.exit_code == 130, run.output
+    check_turns(run)
+    assert run.summary["engine_restarts"] == 1

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -55,6 +55,7 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         num_minibatches: int = 1,
         data_parallel: int = 1,
         process: int = 0,
+        placement: Literal["separate", "shared"] = "separate",
     ) -> Actor:
         small = replace(
             config.replay,
@@ -66,6 +67,7 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         return Actor(
             replace(
                 config,
+                model=replace(config.model, placement=placement),
                 replay=small,
                 learner=replace(
                     config.learner, num_minibatches=num_minibatches, data_parallel=data_parallel
@@ -427,6 +429,32 @@ def test_a_paced_actor_waits_shortly_for_weights_on_their_way(
             await actor.serve(1)
         assert len(await asyncio.wait_for(waits, 60.0)) == 1
         learner.cancel()
+
+    asyncio.run(scene())
+
+
+def test_on_shared_devices_groups_are_not_paced_and_a_step_is_taken_whole(
+    make_actor: Callable[..., Actor],
+) -> None:
+    """Engines can't generate the rest of a step while the learner trains on its first part."""
+    actor = make_actor(1, num_minibatches=2, placement="shared")  # four credits
+
+    async def scene() -> None:
+        await actor.serve(0)
+        actor._pacer.limit = 1
+        first, second, *_ = admitted = await actor.ask("rollout-0", 4)
+        assert len(admitted) == 4
+        await actor.offer("rollout-0", make_group(first, incarnation="first"))
+        taking = asyncio.create_task(actor.take(0))
+        await asyncio.sleep(0.05)
+        assert not taking.done(), "half of a step was taken"
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        batch = await asyncio.wait_for(taking, 60.0)
+        assert not isinstance(batch, StopReason)
+        assert (batch.group_ids, batch.closes_step) == ((first,), False)
+        rest = await asyncio.wait_for(actor.take(0), 60.0)
+        assert not isinstance(rest, StopReason)
+        assert (rest.group_ids, rest.closes_step) == ((second,), True)
 
     asyncio.run(scene())
 
