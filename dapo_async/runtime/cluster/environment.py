@@ -30,6 +30,8 @@ def prepare(address: str) -> None:
     if address == LOCAL:
         # Other users of this machine reach Ray on loopback; only this run has the token.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # An own Ray has no dashboard: its GCS need not keep the history of all calls of actors.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         # They belong to a cluster: its address, its certificates and its database; in a Ray job its
         # copy of the working directory.
         for name in ("RAY_ADDRESS", "RAY_USE_TLS", "RAY_REDIS_ADDRESS", JOB):

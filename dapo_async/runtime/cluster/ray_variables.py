@@ -27,7 +27,8 @@ OWN_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED",
 }
 TEXTS = {"RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"}  # Ray takes any text
-NICENESS, NO_NICENESS = "RAY_worker_niceness", "0"
+# With these values they are `environment.prepare`'s.
+PREPARED = {"RAY_worker_niceness": "0", "RAY_task_events_report_interval_ms": "0"}
 # `ray.shutdown` imports ray.dag.
 CHILD = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); import ray.dag"
 CHILD_S = 60.0  # it takes under a second; if it takes longer, the check is skipped
@@ -37,7 +38,7 @@ LONGEST_VALUE, LONGEST_REASON = 60, 300
 
 def given_variables() -> list[str]:
     """The names of the RAY_ variables that the user has set, sorted."""
-    own = OWN_VARIABLES | ({NICENESS} if os.environ.get(NICENESS) == NO_NICENESS else set())
+    own = OWN_VARIABLES | {each for each in PREPARED if os.environ.get(each) == PREPARED[each]}
     return sorted({name for name in os.environ if name.startswith("RAY_")} - own)
 
 
