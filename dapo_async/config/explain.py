@@ -29,6 +29,7 @@ SECTIONS = {
     "evaluation": "accuracy on held-out problems",
     "train": "length, checkpoints and records of a run",
     "tracking": "MLflow, TensorBoard and W&B",
+    "network": "interface and ports",
     "deadlines": "how long something may take before the run ends, in seconds",
     "ray": "the cluster",
 }

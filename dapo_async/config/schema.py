@@ -606,6 +606,27 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    interface: str = knob(
+        "",
+        "network interface that learner ranks, engines and weights use on every node, such as "
+        "eth1; empty: the one with the node's address in Ray, or loopback for a Ray of the run's "
+        "own",
+    )
+    ports: str = knob(
+        "",
+        "ports FIRST-LAST that a run may listen on: rendezvous of learner ranks and weights, "
+        "SGLang servers, a Ray of the run's own; empty: any free ports",
+    )
+
+    @property
+    def port_range(self) -> range:
+        """`ports` as a range; range(1), port 0, stands for any free port."""
+        first, _, last = (self.ports or "0-0").partition("-")
+        return range(int(first), int(last) + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     seed: int = knob(0, "seed of data order, sampling noise and handshake probes", least=0)
     run_dir: str = knob(
@@ -627,6 +648,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     ray: ClusterConfig = field(default_factory=ClusterConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
     @property
     def gpus_per_rank(self) -> float:

@@ -21,6 +21,12 @@ NUMBERS_END = 2**63  # what 64 bits hold, in torch and numpy
 SMALLEST_SHARE = 1e-4  # Ray's unit of a resource
 TEMPLATES = ("dapo", "boxed", "chat", "chat+dapo", "chat+boxed")  # their texts: data/templates.py
 NODE_RESOURCE = re.compile(r"[A-Za-z0-9_][\w./-]*")
+INTERFACE = re.compile(r"[^\s,/]{1,15}")  # as Linux has them
+PORTS = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
+LOWEST_PORT, HIGHEST_PORT = 1024, 65_535  # lower ones need rights of the system
+# A new group of weights opens its rendezvous while the one before still has its own.
+RENDEZVOUS_PORTS = 3
+PORTS_PER_SERVER = 2  # requests, and the rendezvous of its own ranks
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 OWN_FLAGS = ("--api-key", "--config", "--host", "--port")  # each worker sets them for its server
 
@@ -35,6 +41,7 @@ def check(config: Config, *, files: bool = True) -> None:
         _learner_rules(config),
         _shared_rules(config),
         _node_rules(config),
+        _network_rules(config),
         _evaluation_rules(config),
     ):
         if not holds:
@@ -276,6 +283,40 @@ def _node_rules(config: Config) -> Iterator[Rule]:
             f"{name} ({value}) must be the name of a custom resource: letters, digits, _ . - and "
             "/, and none of Ray's own; set a name such as learner, or leave it out",
         )
+
+
+def _network_rules(config: Config) -> Iterator[Rule]:
+    name, ports = config.network.interface, config.network.ports
+    yield (
+        name == "" or INTERFACE.fullmatch(name) is not None,
+        f"network.interface ({name}) must be the name of one network interface, such as eth1, as "
+        "`ip addr` shows it; set it, or leave it out",
+    )
+    if not ports:
+        return
+    match = PORTS.fullmatch(ports)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    yield (
+        LOWEST_PORT <= first <= last <= HIGHEST_PORT,
+        f"network.ports ({ports}) must be FIRST-LAST within {LOWEST_PORT}-{HIGHEST_PORT}; set a "
+        "range such as 20000-20999",
+    )
+    needed = ports_needed(config)
+    yield (
+        last - first + 1 >= needed,
+        f"network.ports ({ports}) has {last - first + 1} ports, this run may need {needed} on one "
+        f"node; set {first}-{first + needed - 1} or a larger range",
+    )
+
+
+def ports_needed(config: Config) -> int:
+    """Ports that actors of the run and their servers listen on, if all are on one node."""
+    rollout, evaluation = config.rollout, config.evaluation
+    if rollout.engine != "sglang":
+        return RENDEZVOUS_PORTS
+    servers = 0 if rollout.server_urls else rollout.num_workers
+    servers += evaluation.during_training and evaluation.engine == "dedicated"
+    return RENDEZVOUS_PORTS + PORTS_PER_SERVER * servers
 
 
 def _evaluation_rules(config: Config) -> Iterator[Rule]:

@@ -101,6 +101,7 @@ async def _own_server(
         num_slots=rollout.fixed_slots,
         max_len=max_len,
         host=LOOPBACK,
+        ports=config.network.port_range,
         seed=seed,
         log=log,
         extra=tuple(shlex.split(rollout.server_flags)),

@@ -6,10 +6,7 @@ NCCL on GPU (not yet run on a GPU). Called by the learner actor; `weights/` uses
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+from dapo_async.utils.network import ANY_PORT, listener, socket_variables
 
 # Torch 2.13 renamed these two. Arguments: (output, input, group=…).
 Collective = Callable[..., Any]
@@ -136,15 +133,13 @@ class Mesh:
         return self.cp.size * self.tp.size
 
 
-def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
-    """Opens the rendezvous of a group on the interface of `host` only, at a free port.
+def open_store(host: str, *, timeout_s: float, ports: range = ANY_PORT) -> dist.TCPStore:
+    """Opens the rendezvous of a group on the interface of `host` only, at a free port of `ports`.
 
-    The port is `store.port`.
+    The port is `store.port`. Raises ValueError if none is free.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen()
-    port = listener.getsockname()[1]
+    server = listener(host, ports)
+    port = server.getsockname()[1]
     # The store takes over this socket. Without a bound socket it listens on every interface.
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(
@@ -153,7 +148,7 @@ def open_store(host: str, *, timeout_s: float) -> dist.TCPStore:
         is_master=True,
         wait_for_workers=False,
         timeout=timeout,
-        master_listen_fd=listener.detach(),
+        master_listen_fd=server.detach(),
     )
 
 
@@ -200,8 +195,8 @@ def build_mesh(
     others fail at once on gloo; a rank that hangs, within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Without these two variables both backends listen on what the host's name resolves to.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = network_interface(host)
+    # Without them both backends listen on what the host's name resolves to.
+    os.environ.update(socket_variables(host))
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     backend, size = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", dp * cp * tp
@@ -241,27 +236,4 @@ def build_mesh(
             mesh=grid.flatten(0, 1),
             mesh_dim_names=("shards", "tp"),
         ),
-    )
-
-
-def network_interface(host: str) -> str:
-    """The name of this machine's network interface that has the IPv4 address of `host`.
-
-    For example `lo` for 127.0.0.1. Raises ValueError if no interface has it.
-    """
-    address, seen = socket.gethostbyname(host), []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(
-                    probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
-                )
-            except OSError:
-                continue  # an interface without an address
-            seen.append(f"{name} {socket.inet_ntoa(answer[20:24])}")
-            if seen[-1] == f"{name} {address}":
-                return name
-    raise ValueError(
-        f"no network interface of this machine has the address {address} of {host}; "
-        f"the interfaces are {', '.join(seen)}"
     )

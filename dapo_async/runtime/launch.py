@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -20,6 +20,7 @@ from dapo_async.runtime.actors.evaluator import EvaluatorActor
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.replay import ReplayActor
 from dapo_async.runtime.actors.rollout import RolloutActor
+from dapo_async.runtime.cluster.network import variables_for_actors
 from dapo_async.runtime.cluster.planned_actors import rank_names
 from dapo_async.runtime.cluster.reservation import Reservation
 from dapo_async.runtime.handles.actors import (
@@ -55,6 +56,7 @@ class Actors:
     start_rank: Callable[[int, Path | None], Any]
     start_worker: Callable[[str, int], Any]
     start_evaluator: Callable[[], Any]
+    without_room: Callable[[], Sequence[str]]  # names of actors that no node has room for
 
     @property
     def all(self) -> list[AnyHandle]:
@@ -91,7 +93,7 @@ def start_actors(
     reservation = reservation or Reservation()
     ranks = rank_names(config)
     workers = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
-    run = run_dir.root.name
+    run, variables = run_dir.root.name, variables_for_actors(config)
 
     def replay(process: int) -> Any:
         start_replay = _starter(
@@ -116,6 +118,7 @@ def start_actors(
             num_cpus=config.model.num_cpus,
             num_gpus=config.gpus_per_rank,
             strategy=reservation.strategy(name),
+            variables=variables,
         )
         return start_rank(
             config,
@@ -133,6 +136,7 @@ def start_actors(
             num_cpus=config.model.num_cpus,
             num_gpus=config.gpus_per_worker,
             strategy=reservation.renewed(name) if start else reservation.strategy(name),
+            variables=variables,
         )
         return start_worker(
             config,
@@ -151,12 +155,14 @@ def start_actors(
         weights that it reads, and reserves nothing."""
         start, dedicated = next(evaluator_starts), config.evaluation.engine == "dedicated"
         place = reservation.renewed if start else reservation.strategy
+        beside = reservation.beside_learner_again if start else reservation.beside_learner
         start_evaluator = _starter(
             EvaluatorActor,
             f"{run}/{EVALUATOR}" + (f".{start}" if start else ""),
             num_cpus=config.model.num_cpus if dedicated else 0,
             num_gpus=config.gpus_of_evaluator,
-            strategy=place(EVALUATOR) if dedicated else reservation.beside_learner,
+            strategy=place(EVALUATOR) if dedicated else beside,
+            variables=variables,
         )
         return start_evaluator(config, incarnation=incarnation, logs=run_dir.engines)
 
@@ -171,6 +177,7 @@ def start_actors(
         rank,
         worker,
         evaluator,
+        reservation.without_room,
     )
 
 
@@ -182,12 +189,14 @@ def _starter(
     num_gpus: float = 0,
     max_concurrency: int | None = None,
     strategy: Any,
+    variables: Mapping[str, str] | None = None,
 ) -> Callable[Arguments, Any]:
     """Starts one actor, with the arguments of its class; returns Ray's handle.
 
     `name`: as `ray list actors` and the dashboard show it; each process of a driver has its own.
 
-    `max_concurrency`: calls that the actor may have in hand; None: Ray's 1000.
+    `max_concurrency`: calls that the actor may have in hand; None: Ray's 1000. `variables`: of its
+    environment, besides those of its node.
 
     Actors are not restarted by Ray: the supervisor decides what a death means.
     """
@@ -199,6 +208,8 @@ def _starter(
     }
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency
+    if variables:
+        options["runtime_env"] = {"env_vars": dict(variables)}
     start: Callable[Arguments, Any] = _ray_class(actor_class).options(**options).remote
     return start
 

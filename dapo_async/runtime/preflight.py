@@ -77,6 +77,7 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
         f"would load the data set {preset_of(source)[1].where} from the Hugging Face hub"
         for source in _sources_left_on_hub(config, dry_run=dry_run)
     ]
+    notes += limits.ports_notes(config)
     source = parse_source(config.model.path)
     if source.hub is not None:
         notes.append(
@@ -151,7 +152,7 @@ def _missing(config: Config) -> Iterator[str]:
         yield line
     if config.ray.address != "local":
         return
-    yield from own_ray.faults()
+    yield from own_ray.faults(config)
     actors = list(planned_actors(config))
     wanted = sum(actor.num_gpus for actor in actors)
     if wanted > (devices := _num_gpus() if wanted else 0):

@@ -314,7 +314,7 @@ class Run:
         if hangs and self._services is not None:
             reason += self._services.system.unserved()
         if lost_actor is not None and self._services is not None:
-            process = self._services.system.processes.get(lost_actor)
+            process = self._services.system.supervisor.processes.get(lost_actor)
             reason += f" (pid {process.pid} on {process.node})" if process is not None else ""
         self._record.outcome = RunOutcome(
             Status.FAILED,

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dapo_async.config import MAX_RESTARTS
+from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.alternation import OwnDevices
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
@@ -130,6 +131,7 @@ class Supervisor:
         start_rank: Callable[[int, Path | None], Any],
         start_worker: Callable[[str, int], Any],
         start_evaluator: Callable[[], Any],
+        without_room: Callable[[], Sequence[str]] = tuple,
         silence_s: float,
         start_s: float,
         say: Callable[[str], None],
@@ -144,17 +146,20 @@ class Supervisor:
         `state`: the `state/` folder of the checkpoint that the rank loads. `start`: 1 for the first
         replacement of a worker, and so on. `start_s`: after that time a worker that is not ready is
         reported. `devices`: says when a process may start that takes device memory; None: always.
+        `without_room()`: the actors that no node has room for.
         """
         self._replay, self._publisher = replay, publisher
         self._start_replay, self._start_rank = start_replay, start_rank
         self.microbatch_tokens: int | None = None  # as the learner has chosen; set at the start
         self._start_worker, self._start_evaluator = start_worker, start_evaluator
+        self._without_room = without_room
         self._silence_s, self._start_s, self._say = silence_s, start_s, say
         self._devices = devices or OwnDevices()
         self._event = event
         self._now_s, self._pause = now_s, pause
         self.restarts: Counter[str] = Counter()  # of engines and processes, by actor
         self.states: dict[str, ProcessState] = {}  # by worker, for a dump of the run
+        self.processes: dict[str, ProcessInfo] = {}  # by actor, the newest that was ready
         self._starts: Counter[str] = Counter()  # of processes, by worker
         self._is_back: dict[str, asyncio.Event] = {}  # by worker, set while its process lives
         self._retired: dict[str, Retired] = {}
@@ -240,11 +245,13 @@ class Supervisor:
                     async with self._devices.learner_restarts():
                         infos = await learner.restore(self._start_rank, published=published)
                 except (ActorDied, ActorFailed, TimeoutError) as error:
+                    if isinstance(error, TimeoutError):
+                        self._check_room(learner, rank, why)
                     rank, why = getattr(error, "actor", rank), str(error)
                     continue
                 self._publisher.source_is_back()
                 for info in infos:
-                    self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
+                    self._started(info)
                 again = sum(done.batch is not None for done in learner.redo.entries)
                 self._say(
                     f"the learner trains again after {self._now_s() - began_s:.1f} s, in which it "
@@ -254,6 +261,17 @@ class Supervisor:
                 rank, why = await self._until_a_rank_is_lost(learner)
         finally:
             learner.restarts.end()
+
+    def _check_room(self, learner: LearnerGroup, rank: str, why: str) -> None:
+        """Raises ActorDied when ranks could not start because their node is lost and no other one
+        has room: the run can't go on without them, and a new driver may plan anew."""
+        without = {*self._without_room()} & {rank.name for rank in learner.ranks}
+        if without:
+            raise ActorDied(
+                rank,
+                f"is lost ({why}), and within {self._start_s:g} s (deadlines.start_s) no node had "
+                f"room for {', '.join(sorted(without))}; add a node, and resume the run",
+            )
 
     async def _until_a_rank_is_lost(self, learner: LearnerGroup) -> tuple[str, str]:
         """The rank that died, failed or hangs, and why."""
@@ -291,7 +309,7 @@ class Supervisor:
                 reconnecting.cancel()
                 reconnects = [worker.reconnect(replay.actor) for worker in workers]
                 reconnecting = asyncio.gather(*reconnects)
-                self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
+                self._started(info)
                 took_s = self._now_s() - began_s
                 self._say(f"replay goes on after {took_s:.1f} s, from its journal")
                 self._event("replay_restarted", actor=replay.name, seconds=round(took_s, 2))
@@ -315,8 +333,7 @@ class Supervisor:
         while True:
             try:
                 if is_new:
-                    info = await evaluator.ready()
-                    self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
+                    self._started(await evaluator.ready())
                 watches = {
                     asyncio.create_task(watch): evaluator.name
                     for watch in (
@@ -380,11 +397,18 @@ class Supervisor:
         lost = "process_lost" if loss.process else "engine_lost"
         self._event(lost, actor=name, why=loss.why, count=self.restarts[name])
         after = f" in {pause_s:g} s" if pause_s else ""
+        known = self.processes.get(name)
+        where = f" (pid {known.pid} on {known.node})" if known is not None else ""
         self._say(
-            f"{name} lost {what}: {loss.why}; restarting it{after} "
+            f"{name} lost {what}: {loss.why}{where}; restarting it{after} "
             f"({budget.spent} of {budget.limit})"
         )
         await self._pause(pause_s)
+
+    def _started(self, info: ProcessInfo) -> None:
+        """Notes and prints a new process."""
+        self.processes[info.name] = info
+        self._say(f"{info.name} pid {info.pid} on {info.node}  {info.detail}")
 
     async def _restart(self, worker: WorkerHandle) -> str:
         """Restarts the engine in its process. Returns why that failed, or nothing."""
@@ -420,7 +444,7 @@ class Supervisor:
         finally:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
-        self._say(f"{worker.name} pid {info.pid} on {info.node}  {info.detail}")
+        self._started(info)
         worker.is_absent = False
         self._is_back[worker.name].set()
         return ""

@@ -48,7 +48,6 @@ class System:
         checkpoint that the learner resumes from."""
         self._config, self._actors, self._say, self.event = config, actors, say, event
         self.started = False
-        self.processes: dict[str, ProcessInfo] = {}  # by name, as they started
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
         self.learner = LearnerGroup(actors.ranks, config, redo=redo)
         self.learner.again = self.replay.batch_again
@@ -79,6 +78,7 @@ class System:
             start_rank=actors.start_rank,
             start_worker=actors.start_worker,
             start_evaluator=actors.start_evaluator,
+            without_room=actors.without_room,
             silence_s=config.deadlines.ping_s,
             start_s=config.deadlines.start_s,
             say=say,
@@ -122,7 +122,7 @@ class System:
         self.started = True
         replay, *infos = (task.result() for task in tasks.values())
         every = [replay, *learner.result(), *infos]
-        self.processes = {info.name: info for info in every}
+        self.supervisor.processes = {info.name: info for info in every}
         return every
 
     async def _learner_ready(self) -> list[ProcessInfo]:

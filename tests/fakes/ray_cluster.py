@@ -12,10 +12,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from paths import ROOT
 from run_support import COMMAND, MARKER, processes_of
 
 from dapo_async.runtime.cluster.environment import RUNS
+from dapo_async.utils.network import join, split
 
 RAY = str(Path(sys.executable).with_name("ray"))
 NODES = ("127.0.0.2", "127.0.0.3")  # each node has an interface of its own, as on two machines
@@ -51,6 +53,13 @@ class Cluster:
     dashboard: str
     environment: dict[str, str]
     num_cpus: int  # of each node
+    # The words before a command that has to run on the host with this address.
+    inside: Callable[[str], Sequence[str]] = lambda _: ()
+
+    @property
+    def head(self) -> str:
+        """The address of the head's host."""
+        return split(self.address)[0]
 
     def start_node(self, *arguments: str, ip: str) -> subprocess.Popen[bytes]:
         node = (
@@ -65,11 +74,11 @@ class Cluster:
             "--disable-usage-stats",
             # Ray's default is one port per machine. The node that loses it takes no jobs.
             "--dashboard-agent-listen-port",
-            free_port(ip),
+            free_port("127.0.0.1"),
         )
         with (self.folder / f"{ip}.log").open("w") as log:
             return subprocess.Popen(
-                [RAY, "start", "--block", *node, *arguments],
+                [*self.inside(ip), RAY, "start", "--block", *node, *arguments],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -80,7 +89,8 @@ class Cluster:
         self, command: str, *arguments: str, timeout_s: float = 90.0
     ) -> subprocess.CompletedProcess[str]:
         """`ray job COMMAND` in the repository."""
-        line = [RAY, "job", command, "--address", self.dashboard, *arguments]
+        words = (RAY, "job", command, "--address", self.dashboard, *arguments)
+        line = [*self.inside(self.head), *words]
         return subprocess.run(
             line,
             env=self.environment,
@@ -103,7 +113,7 @@ class Cluster:
     def run(self, *words: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """`dapo-async WORDS` in the repository, as a user of the cluster."""
         return subprocess.run(
-            [COMMAND, *words],
+            [*self.inside(self.head), COMMAND, *words],
             env=self.environment | {"RAY_API_SERVER_ADDRESS": self.dashboard},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -133,20 +143,28 @@ class Cluster:
 def wait_for_node(folder: Path, ip: str) -> None:
     log = folder / f"{ip}.log"
     wait_until(
-        lambda: "Ray runtime started" in log.read_text(), timeout_s=120.0, what=f"the node {ip}"
+        lambda: "Ray runtime started" in log.read_text(), timeout_s=300.0, what=f"the node {ip}"
     )
 
 
 @contextmanager
 def started_cluster(
-    *, ips: Sequence[str] = NODES, num_cpus: int = 2, runs: Path | None = None
+    *,
+    ips: Sequence[str] = NODES,
+    num_cpus: int = 2,
+    runs: Path | None = None,
+    inside: Callable[[str], Sequence[str]] = lambda _: (),
+    flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[Cluster]:
-    """A node at each of `ips`, the head first. `runs`: a folder that outlives the cluster."""
+    """A node at each of `ips`, the head first. `runs`: a folder that outlives the cluster.
+
+    `inside`: see `Cluster`. `flags`: further flags of `ray start`, by address.
+    """
     folder = Path(
         tempfile.mkdtemp(prefix="dapo-", dir="/tmp")
     )  # short: a Unix socket's path has at most 107 characters
     mark, (head, *others) = uuid.uuid4().hex, ips
-    port, dashboard = free_port(head), free_port("127.0.0.1")
+    port, dashboard = free_port("127.0.0.1"), free_port("127.0.0.1")
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_")
     } | {
@@ -159,8 +177,8 @@ def started_cluster(
         "RAY_metrics_report_interval_ms": "1000",  # else gauges are exported every 10 s
         RUNS: str(runs or folder / "runs"),
     }
-    address = f"{head}:{port}"
-    started = Cluster(folder, address, f"http://127.0.0.1:{dashboard}", environment, num_cpus)
+    address, url = join(head, port), f"http://127.0.0.1:{dashboard}"
+    started = Cluster(folder, address, url, environment, num_cpus, inside)
     ports = (
         "--port",
         port,
@@ -169,13 +187,14 @@ def started_cluster(
         "--dashboard-port",
         dashboard,
         "--ray-client-server-port",
-        free_port(head),
+        free_port("127.0.0.1"),
     )
-    nodes = [started.start_node("--head", *ports, "--temp-dir", str(folder / "ray"), ip=head)]
+    of_head = ("--head", *ports, "--temp-dir", str(folder / "ray"), *flags.get(head, ()))
+    nodes = [started.start_node(*of_head, ip=head)]
     try:
         wait_for_node(folder, head)
         for ip in others:
-            nodes.append(started.start_node("--address", started.address, ip=ip))
+            nodes.append(started.start_node("--address", address, *flags.get(ip, ()), ip=ip))
             wait_for_node(folder, ip)
         # The nodes are up before their agents take jobs.
         deadline_s = time.monotonic() + 120.0

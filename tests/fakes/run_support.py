@@ -130,15 +130,22 @@ class Live:
     """A run that goes on; its output is appended to that of the lives before it."""
 
     def __init__(
-        self, root: Path, arguments: Sequence[str], *, before: str = "", reader: bool = True
+        self,
+        root: Path,
+        arguments: Sequence[str],
+        *,
+        before: str = "",
+        reader: bool = True,
+        inside: Sequence[str] = (),
     ) -> None:
-        """Without `reader`, standard output and error are a pipe that nobody reads, as `| true`."""
+        """Without `reader`, standard output and error are a pipe that nobody reads, as `| true`.
+        `inside`: words before the command, which enter the host where it runs."""
         self.root, self._mark = root, uuid.uuid4().hex
         self._output = root.with_name(f"{root.name}.out")
         self._before = len(self._output.read_text()) if self._output.exists() else 0
         with self._output.open("a") if reader else _closed_pipe() as file:
             self._process = subprocess.Popen(
-                [*(patched(before) if before else [COMMAND]), "train", *arguments],
+                [*inside, *(patched(before) if before else [COMMAND]), "train", *arguments],
                 env=environment(**{MARKER: self._mark}),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -222,10 +229,12 @@ def running(
     config: Path | None = QUICKSTART,
     before: str = "",
     reader: bool = True,
+    inside: Sequence[str] = (),
 ) -> Iterator[Live]:
     """Starts `dapo-async train`, without a config `--resume`; kills what is left at exit.
 
     `before`: Python statements that the driver runs first, to set a constant of the config.
+    `inside`: see `Live`.
     """
     live = Live(
         root,
@@ -234,6 +243,7 @@ def running(
         else [str(config), *overrides, f"run_dir={root}"],
         before=before,
         reader=reader,
+        inside=inside,
     )
     try:
         yield live

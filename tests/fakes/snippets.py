@@ -1,4 +1,4 @@
-"""The fenced code blocks of README.md, cluster/README.md and docs/, and how a test runs them.
+"""The fenced code blocks of all README.md and of docs/, and how a test runs them.
 
 A comment directly above a block says how it is tested; without one the block is run as it stands.
 
@@ -28,7 +28,7 @@ from paths import ROOT
 PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    ROOT / "cluster" / "README.md",
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "cluster", "configs")),
     *sorted((ROOT / "docs").glob("*.md")),
 )
 FENCE = re.compile(

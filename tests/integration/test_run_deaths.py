@@ -172,6 +172,7 @@ def watched_error(*, replay_dies_after_s: float | None) -> Exception:
         start_rank=_never,
         start_worker=_never,
         start_evaluator=_never,
+        without_room=tuple,
     )
 
     async def main() -> None:

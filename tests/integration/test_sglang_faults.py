@@ -24,9 +24,9 @@ from sglang_world import (
     make_engine,
     request,
 )
+from tracking_world import free_port
 
 from dapo_async.rollout import Aborted, EngineFault, GroupRequest, SlotUse
-from dapo_async.rollout.sglang.server import free_port
 from dapo_async.types import Completion, FinishReason
 
 pytestmark = pytest.mark.sglang
@@ -258,7 +258,7 @@ def test_missing_or_failing_server_is_a_fault_of_every_call(world: World) -> Non
         return lines
 
     async def ask_both() -> tuple[list[str], list[str]]:
-        missing = await ask(f"http://127.0.0.1:{free_port('127.0.0.1')}")
+        missing = await ask(f"http://127.0.0.1:{free_port()}")
         async with proxy(world.server.url, lambda path, answer: 500) as url:
             return missing, await ask(url)
 

@@ -1,12 +1,16 @@
 """README.md and docs/ are true: every file, test, knob and link that they name exists."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 from snippets import PAGES, check_syntax, snippets
 
+from dapo_async.cli.arguments import Parser
+from dapo_async.cli.main import COMMANDS
 from dapo_async.config import knobs
 
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
@@ -68,6 +72,48 @@ def test_every_block_can_be_read_in_its_language(page: Path) -> None:
             path, _, test = snippet.detail.partition("::")
             assert (ROOT / path).exists(), f"{snippet.where} is covered by {path}"
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
+            if path.endswith(".py"):
+                commands_run = set(re.findall(r"dapo-async (\w+)", snippet.code))
+                source = (ROOT / path).read_text(encoding="utf-8")
+                assert all(name in source for name in commands_run), f"{path} runs {commands_run}"
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every whole `dapo-async` command of a page: of its blocks, and in its text."""
+    texts = [match["code"] for match in CODE.finditer(prose(page))]
+    for snippet in snippets(page):
+        if snippet.language == "bash":
+            texts += re.split(r"&&|\n", snippet.code.replace("\\\n", " "))
+    for text in texts:
+        if (match := re.search(r"(?:^|\s)dapo-async (\w.*)", text)) and "…" not in text:
+            words = shlex.split(match[1].rpartition(" --json OUT")[0] or match[1], comments=True)
+            yield [word for word in words if word not in ("&", "|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_of_a_page_has_options_and_knobs_that_exist(page: Path) -> None:
+    known = {name for name, *_ in knobs()}
+    for name, *words in commands(page):
+        parser = Parser(prog=name)
+        COMMANDS[name].add_arguments(parser)
+        options = {option for action in parser._actions for option in action.option_strings}
+        for word in words:
+            told = f"{page_id(page)}: dapo-async {name} {' '.join(words)}"
+            if word.startswith("--"):
+                assert word.partition("=")[0] in options, told
+            elif override := re.match(r"([a-z_.]+)=", word):
+                assert override[1] in known or name not in ("train", "submit", "launch"), told
+
+
+def test_every_number_to_look_at_when_a_run_is_in_trouble_is_a_metric() -> None:
+    page = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    metrics = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| symptom | look at | then |")
+    looked_at = [row.split(" | ")[1] for row in table.splitlines() if row.startswith("| ")]
+    names = [name for cell in looked_at for name in re.findall(r"`([a-z]\w*(?:\.\w+)*)`", cell)]
+    others = {"process_lost", "ping"}  # an event, and a command
+    assert len(names) > 10
+    assert [name for name in names if f"`{name}" not in metrics and name not in others] == []
 
 
 def test_every_message_that_troubleshooting_quotes_is_in_the_code() -> None:

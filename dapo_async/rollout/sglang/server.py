@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from dapo_async.rollout.engine import EngineFault
 from dapo_async.rollout.sglang import supervisor
 from dapo_async.rollout.sglang.client import POLL_S, SGLangClient
+from dapo_async.utils.network import ANY_PORT, free_ports, join, socket_variables
 from dapo_async.utils.readable import is_readable
 
 # Tokens per streamed chunk. A lost server loses at most one chunk of each response; each chunk
@@ -47,7 +45,8 @@ class ServerOptions:
     tensor_parallel: int  # GPUs that share one copy of the model
     num_slots: int  # requests that run at once, at most
     max_len: int  # tokens of one sequence, prompt and response
-    host: str  # the interface that it listens on
+    host: str  # the address that it listens on
+    ports: range = ANY_PORT  # that it may listen on
     seed: int
     log: Path
     kv_sequences: int | None = None  # on a CPU: longest sequences with memory; None: num_slots
@@ -55,12 +54,16 @@ class ServerOptions:
     sleeps: bool = False  # on CUDA: it can release its memory, and keeps its weights meanwhile
     extra: tuple[str, ...] = ()  # further flags, which override the flags above
 
-    def command(self, port: int) -> list[str]:
-        """The command line. The server needs no tokenizer: token ids go in and come out."""
+    def command(self, port: int, group_port: int) -> list[str]:
+        """The command line. The server needs no tokenizer: token ids go in and come out.
+
+        `port`: for requests. `group_port`: of the rendezvous of its own ranks.
+        """
         flags: dict[str, object] = {
             "model-path": self.model,
             "host": self.host,
             "port": port,
+            "nccl-port": group_port,
             "dtype": self.dtype,
             "tensor-parallel-size": self.tensor_parallel,
             "max-running-requests": self.num_slots + SPARE_SLOTS,
@@ -86,10 +89,7 @@ class ServerOptions:
 
     def environment(self) -> dict[str, str]:
         """Environment variables: the network interface, and on a CPU the cores of the ranks."""
-        interface = find_interface(self.host)
-        variables: dict[str, str] = {}
-        if interface:
-            variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        variables = socket_variables(self.host)
         if self.device != "cpu":
             return variables
         variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
@@ -98,14 +98,6 @@ class ServerOptions:
             bound = [str(cores[rank % len(cores)]) for rank in range(self.tensor_parallel)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
         return variables
-
-
-def find_interface(host: str) -> str | None:
-    """The name of the network interface with the address `host`; torch's process groups need it."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == host for each in addresses):
-            return name
-    return None
 
 
 def missing_sglang() -> str | None:
@@ -139,9 +131,9 @@ class SGLangServer:
         deadline_s = time.monotonic() + timeout_s
         for attempt in range(PORT_ATTEMPTS):
             self._exit_code = None
-            port = free_port(self.options.host)
-            self._launch(port)
-            self.url = f"http://{self.options.host}:{port}"
+            port, group_port = free_ports(self.options.host, self.options.ports, count=2)
+            self._launch(port, group_port)
+            self.url = f"http://{join(self.options.host, port)}"
             try:
                 return await self._wait_until_healthy(deadline_s, timeout_s)
             except EngineFault:
@@ -150,12 +142,12 @@ class SGLangServer:
                     raise
         raise AssertionError("unreachable")
 
-    def _launch(self, port: int) -> None:
+    def _launch(self, port: int, group_port: int) -> None:
         options = self.options
         options.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = options.log.stat().st_size if options.log.exists() else 0
         order = {
-            "command": options.command(port),
+            "command": options.command(port, group_port),
             "environment": options.environment(),
             "secret": self.api_key,
             "log": str(options.log),
@@ -224,10 +216,3 @@ class SGLangServer:
             return []
         output = self.options.log.read_bytes()[self._log_start :]
         return output.decode(errors="replace").strip().splitlines()
-
-
-def free_port(host: str) -> int:
-    """A port of `host` on which nobody listens now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -24,7 +24,7 @@ from dapo_async.rollout import Engine
 from dapo_async.rollout.engine import SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
-from dapo_async.runtime.cluster.connect import own_host
+from dapo_async.runtime.cluster.network import own_host
 from dapo_async.types import Completion, Prompt
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff, WeightGroup

@@ -17,6 +17,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.rollout import EngineFault
 from dapo_async.runtime.actors.reports import ProcessInfo
+from dapo_async.runtime.cluster.network import use_network
 from dapo_async.utils.state_clock import Span, StateClock
 from dapo_async.utils.thread_stack import process_dump
 
@@ -56,6 +57,7 @@ class EvaluatorActor:
         return self._dedicated and self._config.rollout.engine == "sglang"
 
     async def _load(self) -> EngineHost:
+        use_network(self._config)
         host = await asyncio.to_thread(self._make_host)
         self._yield()
         await host.start()

@@ -23,7 +23,7 @@ from dapo_async.model.peak import Peak, device_peak
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster import limits
-from dapo_async.runtime.cluster.connect import own_host
+from dapo_async.runtime.cluster.network import own_host, use_network
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
@@ -84,8 +84,8 @@ class LearnerActor:
 
     async def open_mesh(self) -> tuple[str, int]:
         """On the first of several ranks: opens their rendezvous on this node's interface."""
-        host = own_host(self._config)
-        store = model.open_store(host, timeout_s=self._config.deadlines.start_s)
+        host, ports = own_host(self._config), self._config.network.port_range
+        store = model.open_store(host, timeout_s=self._config.deadlines.start_s, ports=ports)
         self._mesh_store = store
         return host, store.port
 
@@ -109,6 +109,7 @@ class LearnerActor:
         from dapo_async.learner.memory_choice import choose_by_memory
 
         config, mesh = self._config, model.Mesh()
+        use_network(config)
         if mesh_address is not None:
             store = self._mesh_store or model.join_store(
                 mesh_address, timeout_s=config.deadlines.start_s
@@ -289,9 +290,9 @@ class LearnerActor:
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; returns the address at
         which the workers join."""
-        host = own_host(self._config)
+        host, ports = own_host(self._config), self._config.network.port_range
         self._group = None  # the one before, whose members have changed
-        self._store = model.open_store(host, timeout_s=self._config.deadlines.answer_s)
+        self._store = model.open_store(host, timeout_s=self._config.deadlines.answer_s, ports=ports)
         return host, self._store.port
 
     async def join(self, world_size: int) -> None:

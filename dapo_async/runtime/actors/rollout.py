@@ -26,6 +26,7 @@ from dapo_async.runtime.actors.offers import Exchange, to_arguments
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.cluster import limits
+from dapo_async.runtime.cluster.network import use_network
 from dapo_async.runtime.handles.handle import ActorDied, Handle, remote
 from dapo_async.types import Admission, Completion, Group
 from dapo_async.utils.state_clock import StateClock
@@ -196,8 +197,9 @@ class RolloutActor:
         """Starts the engine."""
         if (fault := limits.open_files_fault(self._config)) is not None:
             raise ValueError(fault)
-        detail = await self._host.start()
         config = self._config
+        use_network(config)
+        detail = await self._host.start()
         if config.model.torch_device == "cuda":
             self._peak = await asyncio.to_thread(gpu_of_process)
         sampling = SamplingParams(

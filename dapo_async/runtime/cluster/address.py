@@ -96,6 +96,10 @@ def _join(address: str, *, named_by: str) -> Choice:
             f"{named_by} ({address}) must be auto, local or HOST:PORT, such as 10.0.0.1:6379; "
             "set ray.address to one of them"
         )
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(
+            f"{named_by} ({address}) has an IPv6 address without brackets; write [{host}]:{port}"
+        )
     if os.environ.get("RAY_USE_TLS") == "1":  # only Ray itself has the certificates
         return Choice(address)
     return Choice(address, authenticated=_probe(address, named_by))

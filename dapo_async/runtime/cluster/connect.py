@@ -11,13 +11,13 @@ from math import ceil
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 from ray._private.node import Node
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.head_watch import head_address, head_listens
-from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, LOOPBACK, refusal
+from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, ray_ports, refusal
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def connect(config: Config) -> str:
         gpus = ceil(sum(actor.num_gpus for actor in actors))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         try:
-            with shielded(), _without(UNUSED_SERVICES), _on_loopback():
+            with shielded(), _without(UNUSED_SERVICES), _on_loopback(), _at_ports(config):
                 ray.init(
                     address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet
                 )
@@ -139,6 +139,21 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+@contextmanager
+def _at_ports(config: Config) -> Iterator[None]:
+    """An own Ray listens at the ports of `network.ports`; ray.init has no options for them."""
+    ports, before = ray_ports(config), parameter.RayParams
+
+    def with_ports(**given: Any) -> Any:
+        return before(**(given | ports))
+
+    setattr(parameter, before.__name__, with_ports)
+    try:
+        yield
+    finally:
+        setattr(parameter, before.__name__, before)
+
+
 def disconnect() -> None:
     """Ends an own Ray or leaves a joined one.
 
@@ -150,9 +165,3 @@ def disconnect() -> None:
         ray.shutdown()
     else:
         log.debug("Ray at %s is gone", head_address())
-
-
-def own_host(config: Config) -> str:
-    """The interface to which the calling actor binds its servers: loopback for an own Ray, else its
-    node's address in the cluster."""
-    return LOOPBACK if config.ray.address == LOCAL else str(ray.util.get_node_ip_address())

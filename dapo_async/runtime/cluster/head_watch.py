@@ -12,6 +12,8 @@ import threading
 
 import ray
 
+from dapo_async.utils.network import split
+
 CHECK_S = 2.0
 GONE_S = 20.0  # a GCS that is restarted by its cluster comes back within this time
 
@@ -27,9 +29,8 @@ def head_address() -> str:
 
 def head_listens(*, timeout_s: float = 1.0) -> bool:
     """Whether a process listens at the GCS's address; it may be stopped."""
-    host, port = head_address().rsplit(":", 1)
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        socket.create_connection(split(head_address()), timeout=timeout_s).close()
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Limits of a machine against what a run needs: open files, inodes, disk and shared memory.
+"""Limits of a machine against what a run needs: open files, inodes, disk, memory and ports.
 
 `preflight` calls it on the driver's machine before anything is made. Every actor raises its own
 limit of open files, since the actors of a joined cluster inherit other limits. Imports no Ray.
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dapo_async.config import Config
+from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.utils.network import chosen_by_kernel
 
 # Ray's connections, the libraries' files, and what is open while a checkpoint is written.
 BASE_FILES = 256
@@ -69,6 +71,21 @@ def inodes_fault(root: Path, config: Config) -> str | None:
     return (
         f"the disk of run_dir {root} can hold {inodes.f_favail} more files (inodes), this run "
         f"writes up to {needed}; remove files there, or choose another run_dir"
+    )
+
+
+def ports_notes(config: Config) -> Iterator[str]:
+    """What `network.ports` does not cover on this machine, in one line: gloo and NCCL have no
+    setting for their ports."""
+    given, kernels = config.network.port_range, chosen_by_kernel()
+    covers_all = kernels.start in given and kernels.stop - 1 in given
+    if not config.network.ports or config.ray.address == LOCAL or covers_all:
+        return
+    shown = f"{kernels.start}-{kernels.stop - 1}"
+    yield (
+        f"network    gloo and NCCL listen at ports that the kernel chooses, here {shown}, outside "
+        f"network.ports ({config.network.ports}); firewalls between the nodes must let them pass, "
+        "or set net.ipv4.ip_local_port_range on each node (sysctl)"
     )
 
 

@@ -108,6 +108,17 @@ class Reservation:
             remove_placement_group(old)
         return self.strategy(name)
 
+    def without_room(self) -> tuple[str, ...]:
+        """The actors whose reservation is not there now: their node is lost, and Ray has found no
+        other one."""
+        states = placement_group_table()
+        return tuple(
+            name
+            for names, group in self._groups.items()
+            if states.get(group.id.hex(), {}).get("state") != CREATED
+            for name in names
+        )
+
     def release(self) -> None:
         """Gives everything back. Ray does so at the end of a driver."""
         for group in self._groups.values():

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
+    ActorUnschedulableError,
     ObjectLostError,
     RayActorError,
     RayTaskError,
@@ -117,6 +118,9 @@ class Handle(Generic[ActorClass]):
             raise ActorDied(
                 self.name, f"died while {self._caller} waited for {method}: {_exit_detail(error)}"
             ) from error
+        except ActorUnschedulableError as error:
+            reason = " ".join(str(error).split())
+            raise ActorDied(self.name, f"can't start: {reason}") from error
         except RayTaskError as error:
             original = _original(error)
             kinds = {ObjectLostError: ObjectsLost, MemoryShort: RankMemoryShort}

@@ -150,6 +150,19 @@ def test_the_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> Non
             "rollout.num_workers=1000000",
             "rollout.num_workers (1000000) must be at most 10,000: each one is a process",
         ),
+        *(
+            (
+                f"network.ports={ports}",
+                f"network.ports ({ports}) must be FIRST-LAST within 1024-65535; set a range such",
+            )
+            for ports in ("20000", "20000-70000", "20010-20000", "80-90")
+        ),
+        (
+            "network.ports=20000-20001",
+            "network.ports (20000-20001) has 2 ports, this run may need 3 on one node; set "
+            "20000-20002 or a larger range",
+        ),
+        ("network.interface=eth0,eth1", "(eth0,eth1) must be the name of one network interface"),
         ("deadlines.work_s=1e9", "(1000000000.0) must be at most 2,592,000: a longer wait is no"),
     ],
 )

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tracking_world import free_port
 
 from dapo_async.rollout import EngineFault
 from dapo_async.rollout.sglang import server as sglang_server
-from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer, free_port
+from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 
 STAND_IN = """
 import http.server, sys
@@ -38,10 +40,14 @@ server.serve_forever()
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
     monkeypatch.setattr(
-        ServerOptions, "command", lambda self, port: [sys.executable, "-c", STAND_IN, str(port)]
+        ServerOptions, "command", lambda _, port, __: [sys.executable, "-c", STAND_IN, str(port)]
     )
-    options = ServerOptions(
-        model=tmp_path,
+    return SGLangServer(options_at(tmp_path))
+
+
+def options_at(folder: Path) -> ServerOptions:
+    return ServerOptions(
+        model=folder,
         dtype="float32",
         device="cpu",
         tensor_parallel=1,
@@ -49,9 +55,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
         max_len=8,
         host="127.0.0.1",
         seed=0,
-        log=tmp_path / "log",
+        log=folder / "log",
     )
-    return SGLangServer(options)
 
 
 def started(server: SGLangServer, ports: list[int]) -> str:
@@ -65,13 +70,13 @@ def started(server: SGLangServer, ports: list[int]) -> str:
             await server.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sglang_server, "free_port", lambda host: ports.pop(0))
+        patch.setattr(sglang_server, "free_ports", lambda *_, count: [ports.pop(0)] * count)
         return asyncio.run(start())
 
 
 def test_server_whose_port_is_taken_starts_on_another_port(server: SGLangServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        taken, free = other.getsockname()[1], free_port("127.0.0.1")
+        taken, free = other.getsockname()[1], free_port()
         assert started(server, [taken, free]) == f"http://127.0.0.1:{free}"
 
 
@@ -79,3 +84,14 @@ def test_log_lines_of_an_earlier_server_cause_no_retry(server: SGLangServer) -> 
     server.options.log.write_text("address already in use\n")
     with pytest.raises(EngineFault, match="ended with code 1 while it started"):
         started(server, [-1, -1, -1])
+
+
+def test_server_gets_its_two_ports_and_an_ipv6_address(
+    tmp_path: Path,
+) -> None:
+    options = replace(options_at(tmp_path), host="::1", ports=range(21_000, 21_100))
+    words = options.command(21_007, 21_008)
+    assert words[words.index("--host") + 1] == "::1"
+    assert words[words.index("--port") + 1] == "21007"
+    assert words[words.index("--nccl-port") + 1] == "21008"
+    assert options.environment()["NCCL_SOCKET_FAMILY"] == "AF_INET6"

@@ -15,10 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import pytest
 
 from dapo_async.rollout.sglang import supervisor
-from dapo_async.rollout.sglang.server import find_interface
 
 SECRET = "0123456789abcdef"
 OWNER = """
@@ -117,11 +115,6 @@ def test_secret_is_in_a_private_file_and_nowhere_else(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert log.startswith('600\n{"api-key": "***"}\nyes\n'), log
     assert SECRET not in log
-
-
-@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "lo"), ("192.0.2.254", None)])
-def test_network_interface_is_found_by_its_address(host: str, name: str | None) -> None:
-    assert find_interface(host) == name
 
 
 def test_server_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:

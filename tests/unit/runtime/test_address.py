@@ -188,6 +188,7 @@ def test_cluster_without_authentication_is_joined_only_if_the_user_says_so(
             "the URL of its dashboard is for ray job submit",
         ),
         ("ray://10.0.0.1:10001", "must be HOST:PORT of the cluster's GCS"),
+        ("fd00::1:6379", "has an IPv6 address without brackets; write [fd00::1]:6379"),
         ("head", "must be auto, local or HOST:PORT"),
         ("head:", "must be auto, local or HOST:PORT"),
     ],

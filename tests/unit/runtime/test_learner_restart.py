@@ -369,6 +369,27 @@ def test_budget_of_restarts_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
         world.play(scene)
 
 
+def test_ranks_that_no_node_has_room_for_again_end_the_run_and_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.supervisor._without_room = lambda: ("learner-1", "rollout-0")
+
+    async def restore(*_: object, **__: object) -> list[ProcessInfo]:
+        raise TimeoutError("the driver waited 5 s for learner-1 to finish ready")
+
+    monkeypatch.setattr(world.learner, "restore", restore)
+
+    async def scene() -> None:
+        world.ranks[1].dead.set()
+        await world.learner.minibatch(batch_of(0, 0))
+
+    told = r"learner-1 is lost \(.*\), and within 5 s \(deadlines.start_s\) no node had room for "
+    with pytest.raises(ActorDied, match=told + "learner-1; add a node"):
+        world.play(scene)
+    assert len(world.lines) == 1, "one restart, not three"
+
+
 def test_steps_that_are_not_kept_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
 

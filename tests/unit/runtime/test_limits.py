@@ -96,3 +96,17 @@ def test_space_that_may_become_short_is_noted_and_not_refused(
         "free some space"
     )
     assert memory.startswith("memory     /dev/shm has 0.2 MiB free, batches need up to ")
+
+
+def test_ports_that_the_kernel_chooses_outside_the_range_are_told_on_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def notes(*overrides: str) -> list[str]:
+        return list(limits.ports_notes(knobs.load(QUICKSTART, overrides)))
+
+    joined = "ray.address=10.0.0.1:6379"
+    monkeypatch.setattr(limits, "chosen_by_kernel", lambda: range(32768, 61000))
+    (line,) = notes(joined, "network.ports=20000-20999")
+    assert "here 32768-60999, outside network.ports (20000-20999); firewalls" in line
+    assert notes(joined, "network.ports=32000-61000") == notes(joined) == []
+    assert notes("ray.address=local", "network.ports=20000-20999") == []

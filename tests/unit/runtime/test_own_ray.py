@@ -35,7 +35,7 @@ def faults_at(folder: object, monkeypatch: pytest.MonkeyPatch, name: str = "RAY_
     """The one line about this folder for temporary files; empty where Ray can use it."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv(name, str(folder))
-    lines = [line for line in own_ray.faults() if folder_is_meant(line)]
+    lines = [line for line in own_ray.faults(Config()) if folder_is_meant(line)]
     assert len(lines) <= 1, lines
     assert all("\n" not in line and "set RAY_TMPDIR to" in line for line in lines)
     return lines[0] if lines else ""
@@ -77,20 +77,20 @@ def test_folder_that_ray_cannot_use_is_named_with_the_reason(
 def test_other_limits_of_a_machine_are_named_with_their_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert list(own_ray.faults()) == []
+    assert list(own_ray.faults(Config())) == []
     with monkeypatch.context() as patch:
         patch.setattr(own_ray, "SHARED_MEMORY", tmp_path / "shm")
-        (line,) = own_ray.faults()
+        (line,) = own_ray.faults(Config())
     assert "shm is missing or can't be written to" in line
     assert "--shm-size" in line
     with monkeypatch.context() as patch:
         patch.setattr(own_ray, "LOOPBACK", "192.0.2.1")
-        (line,) = own_ray.faults()
+        (line,) = own_ray.faults(Config())
     assert "ip link set lo up" in line
     with monkeypatch.context() as patch:
         patch.setattr(own_ray, "ANSWER_S", 0.1)
         patch.setattr(socket, "create_connection", refuse)
-        (line,) = own_ray.faults()
+        (line,) = own_ray.faults(Config())
     assert "(no answer)" in line
 
 
@@ -205,3 +205,36 @@ def test_failed_start_of_ray_is_wrong_input_and_leaves_no_process(
 
     asyncio.run(main())
     assert not started[0].is_running() or started[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_ports_of_an_own_ray_are_in_the_range_and_leave_some_for_the_run() -> None:
+    config = knobs.load(QUICKSTART, ["network.ports=24000-24099"])
+    with socket.create_server(("127.0.0.1", 24_005)):
+        ports = own_ray.ray_ports(config)
+    services = {int(ports[name]) for name in own_ray.SERVICES}
+    workers = set(map(int, str(ports["worker_port_list"]).split(",")))
+    assert len(services) == len(own_ray.SERVICES)
+    assert not services & workers
+    left = {*config.network.port_range} - services - workers - {24_005}
+    assert len(left) == 3, "rendezvous of the learner and of two weight groups"
+    assert services | workers <= {*config.network.port_range} - {24_005}
+    assert own_ray.ray_ports(Config()) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("network.interface=ib7", "network.interface (ib7) is no interface with an address on "),
+        (
+            "network.ports=24000-24009",
+            "network.ports (24000-24009): 10 of these ports are free on this machine, and this run "
+            "with its own Ray may need 34; give a larger range",
+        ),
+    ],
+)
+def test_network_that_this_machine_lacks_is_named_in_one_line(
+    override: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    (told,) = own_ray.faults(knobs.load(QUICKSTART, [override]))
+    assert told.startswith(line)

@@ -268,6 +268,7 @@ def test_engines_start_when_the_learner_has_left_the_device() -> None:
             start_rank=cast(Any, None),
             start_worker=cast(Any, None),
             start_evaluator=cast(Any, None),
+            without_room=tuple,
         )
         system = System(CONFIG, actors, say=lambda line: None)
         await system.start()

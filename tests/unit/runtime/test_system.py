@@ -35,6 +35,7 @@ def test_worker_that_is_being_replaced_evaluates_its_share_when_it_is_back() -> 
         start_rank=cast(Any, None),
         start_worker=cast(Any, None),
         start_evaluator=cast(Any, None),
+        without_room=tuple,
     )
 
     async def evaluate_while_the_second_starts() -> Evaluation:

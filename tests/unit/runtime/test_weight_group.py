@@ -160,6 +160,7 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str] | Non
         start_rank=cast(Any, None),
         start_worker=cast(Any, None),
         start_evaluator=cast(Any, None),
+        without_room=tuple,
     )
     system = System(config, actors, say=lambda line: None)
     return asyncio.run(system._regroup([each.name for each in actors.workers])), calls
