@@ -1,19 +1,23 @@
 """The planner against runs of this project: predicted from `dapo-async bench`, then measured.
 
-python benchmarks/planner_own_runs.py [--json OUT] [--quick] [--only NAME …]
+python benchmarks/planner_own_runs.py [--json OUT] [--quick] [--only NAME …] [--bench FOLDER]
 
-Two kinds of runs, all with the real replay actor, workers, transport, publishes and loop:
+Three kinds of runs, all with the real replay actor, workers, transport, publishes and loop:
 
 - Emulated engines and a learner that sleep by a latency model (`support/sleeping.py`). The rates of
-  both sides are those of the model. Only the control plane has to be measured.
-- The native engine, with a learner that sleeps or with the real one. `bench rollout` and `bench
-  learner` give the rates of both sides.
+  both sides are those of the model; `bench replay --step-s 1` gives control plane and publish.
+- The native engine or an SGLang server, with a learner that sleeps or the real one. `bench
+  end-to-end` gives the rates of both sides within the loop, how much they slow each other on the
+  cores that they share, and the publish; `bench replay --step-s 1` gives the control plane.
 
-`bench replay` and `bench publish` give the time of the control plane and of a publish. Response
-lengths and acceptance are the workload: those of the model, or those that the run had. Nothing else
-comes from the run that is predicted. Aim: 10 % for step time, generated tokens/s and staleness.
+The runs differ from what `bench` measured by the learner's step, the groups of a step, and the
+staleness bound. Response lengths and acceptance are the workload: those of the model, or those that
+the run had. Nothing else comes from the run that is predicted. Aim: 10 % for step time, generated
+tokens/s and staleness.
 
 Other work on the machine slows the measured run and not the predicted one: `load` has the load.
+`--only` measures these cases again and keeps the other rows of OUT. `--bench` keeps the results of
+`dapo-async bench` in a folder, and uses those that are there.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,17 +52,40 @@ from support.sleeping import (
 )
 
 from dapo_async import config as knobs
-from dapo_async.bench.figures import BenchRow, Spread
+from dapo_async.bench.figures import BenchResult, BenchRow
 from dapo_async.bench.replaced import sleeping_learner
 from dapo_async.bench.scenario import scenario_of
 from dapo_async.config import Config
-from dapo_async.planner import EngineSpeed, LearnerSpeed, Lengths, Scenario, simulate
-from dapo_async.planner.settings import step_table
+from dapo_async.planner import EngineSpeed, LearnerSpeed, Scenario, simulate
+from dapo_async.planner.settings import read_scenario
 from dapo_async.runtime.launch import ActorClasses
 
 BOUND = 0.10
-STEPS, WARM_UP, LAST = 40, 14, 4  # of a run; the last steps admit no groups
+STEPS, WARM_UP, LAST = 30, 10, 4  # of a run; the last steps admit no groups
 FIGURES = ("step_s", "generated_tokens_per_s", "staleness")
+# A random model, whose responses keep their lengths: most of them have the longest one. A learning
+# rate of 0 keeps the model.
+NATIVE = (
+    "model.path=configs/base/random",
+    "rollout.max_response_tokens=96",
+    "rollout.num_slots=32",
+    "reward.overlong_cache_tokens=null",
+    "replay.dynamic_sampling=false",
+    "replay.groups_per_step=16",
+    "replay.group_size=8",
+    "learner.num_minibatches=1",
+    "learner.lr=0",
+)
+SGLANG = (*NATIVE, "rollout.engine=sglang", "replay.groups_per_step=8")
+KV_TOKENS = 1200  # of an engine with 32 slots: room for a third of them
+SMALL_CACHE = (*SGLANG, f"rollout.server_flags=--max-total-tokens {KV_TOKENS}")
+EMULATED = (
+    f"rollout.num_workers={WORKERS}",
+    "model.num_cpus=0.1",
+    f"replay.groups_per_step={GROUPS_PER_STEP}",
+    f"replay.group_size={GROUP_SIZE}",
+    "learner.num_minibatches=1",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +93,15 @@ class Case:
     """One configuration."""
 
     what: str
-    shape: Shape | None = None  # None: the native engine
+    shape: Shape | None = None  # None: a real engine
+    benched: tuple[str, ...] = EMULATED  # knobs of the config that `bench` measures
+    changes: tuple[str, ...] = ()  # further knobs of the run
     learner_s: float | None = None  # of a step of the learner that sleeps; None: the real one
-    max_staleness: int = 2
+
+    @property
+    def replaced(self) -> str:
+        """Rows of `bench end-to-end`."""
+        return "learner" if self.learner_s is not None else "learner,rollout,nothing"
 
 
 def shape(staleness: int, tail: float, split: float, response: float, **others: Any) -> Shape:
@@ -83,58 +117,78 @@ CASES: Mapping[str, Case] = {
     "KV-bound": Case(
         "emulated, cache for half of the slots", shape(2, 0.5, 1.25, 0.25, kv_tokens=4000.0)
     ),
-    "native, engine-bound": Case("native engine, learner of 0.05 s", learner_s=0.05),
-    "native, learner-bound": Case("native engine, learner of 2 s", learner_s=2.0),
-    "native, real learner": Case("native engine and learner"),
+    "native, engine-bound": Case(
+        "learner of 0.1 s, bound 1",
+        benched=NATIVE,
+        changes=("replay.max_staleness=1",),
+        learner_s=0.1,
+    ),
+    "native, learner-bound": Case("learner of 1.5 s", benched=NATIVE, learner_s=1.5),
+    "native, real learner": Case(
+        "twice the groups of a step",
+        benched=NATIVE,
+        changes=("replay.groups_per_step=32",),
+    ),
+    "SGLang, engine-bound": Case(
+        "learner of 0.5 s, twice the groups of a step",
+        benched=SGLANG,
+        changes=("replay.groups_per_step=16",),
+        learner_s=0.5,
+    ),
+    "SGLang, KV-bound": Case(
+        "cache for a third of the slots, learner of 0.5 s, bound 1",
+        benched=SMALL_CACHE,
+        changes=("replay.max_staleness=1",),
+        learner_s=0.5,
+    ),
 }
-
-
 QUICK = Case("emulated, short steps", Shape(1, 0.5, 1.0, step_s=0.3, response_steps=0.25))
 
 
-def bench(folder: Path, subject: str, *arguments: str) -> list[Row]:
-    """The rows of `dapo-async bench CONFIG subject`."""
-    out = folder / f"{subject}_{len(list(folder.iterdir()))}.json"
-    command = [sys.executable, "-m", "dapo_async", "bench", str(CONFIG), subject, *arguments]
-    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"bench {subject} failed: {done.stdout[-500:]} {done.stderr[-500:]}")
-    rows: list[Row] = json.loads(out.read_text())["rows"]
-    return rows
-
-
-def median_of(rows: Sequence[Row], figure: str) -> float:
-    return float(rows[0]["figures"][figure]["median"])
-
-
 @dataclass(frozen=True, slots=True)
-class Control:
-    """The control plane by `bench`: seconds of a step without work, of a publish and its pause."""
+class Bench:
+    """Results of `dapo-async bench`; each is measured once, when it is needed first."""
 
-    step_s: float
-    publish_s: float
-    pause_s: float
+    folder: Path
+    repeats: int
+
+    def rows(
+        self, subject: str, overrides: Sequence[str], *options: str, repeats: int = 0
+    ) -> list[BenchRow]:
+        words = (subject, *overrides, *options, "--repeats", str(repeats or self.repeats))
+        return _bench(self.folder, words)
+
+    def learner_step(self, overrides: Sequence[str], *, tokens: int) -> BenchRow:
+        """A loop with engines that answer at once and a learner of 1 s: what is left is the control
+        plane."""
+        lengths = ("--response-tokens", str(tokens), "--sigma", "0.5", "--step-s", "1")
+        (row,) = self.rows("replay", overrides, *lengths)
+        return row
+
+    def sides(self, case: Case) -> list[BenchRow]:
+        lengths = ("--prompt-tokens", "8", "--response-tokens", "80", "--sigma", "0.3")
+        rows = ("--replaced", case.replaced)
+        return self.rows("end-to-end", case.benched, *lengths, *rows, repeats=2 * self.repeats)
 
 
-def control_of(folder: Path, *knobs_: str, tokens: int, repeats: int, quick: bool) -> Control:
-    often = ("--repeats", str(repeats))
-    lengths = ("--response-tokens", str(tokens), "--sigma", "0.5")
-    replay = bench(folder, "replay", *knobs_, *often, *lengths)
-    if quick:  # the gate measures a publish elsewhere
-        return Control(median_of(replay, "step_s"), 0.0, 0.0)
-    kinds = ("--transports", "broadcast", "--modes", "recompute")
-    publish = bench(folder, "publish", *knobs_, *often, *kinds)
-    return Control(
-        median_of(replay, "step_s"),
-        median_of(publish, "publish_s"),
-        median_of(publish, "standstill_s"),
-    )
+@cache
+def _bench(folder: Path, words: tuple[str, ...]) -> list[BenchRow]:
+    name = "".join(each if each.isalnum() else "_" for each in " ".join(words))[-180:]
+    out = folder / f"{name}.json"
+    if not (out.is_file() and BenchResult.read(out).complete):
+        command = [sys.executable, "-m", "dapo_async", "bench", str(CONFIG), *words]
+        done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"bench {words[0]} failed: {done.stdout[-500:]} {done.stderr[-500:]}")
+    return BenchResult.read(out).rows
 
 
-def emulated_scenario(case: Case, control: Control, steps: int, warm_up: int) -> Scenario:
+def emulated_scenario(case: Case, bench: Bench, steps: int, warm_up: int) -> Scenario:
     """The rates of the latency model with the measured control plane."""
     cell = case.shape
     assert cell is not None
+    row = bench.learner_step(EMULATED, tokens=min(20, MEAN_TOKENS))
+    control = scenario_of([row], slots=cell.slots)["control"]
     engine = EngineSpeed.constant(cell.token_s, cell.slots)
     return Scenario(
         num_engines=WORKERS,
@@ -148,74 +202,60 @@ def emulated_scenario(case: Case, control: Control, steps: int, warm_up: int) ->
         num_steps=steps,
         warm_up_steps=warm_up,
         acceptance=(ACCEPTANCE, ACCEPTANCE),
-        publish_s=control.publish_s,
+        publish_s=row.figures["publish_s"].median,
         pause_s=0.0,  # an emulated engine does not stop while it loads weights
-        fetch_s=control.step_s / cell.minibatches,
+        fetch_s=control["fetch_s"] / cell.minibatches,
     )
 
 
-def native_scenario(
-    case: Case, config: Config, control: Control, folder: Path, rows: Sequence[Row], repeats: int
-) -> Scenario:
-    """Rates by `bench rollout` and `bench learner`; lengths and acceptance of the run's rows."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    prompt = 8
-    often = ("--repeats", str(repeats), "--prompt-tokens", str(prompt))
-    sweep = ("--running", "1,32,128", "--contexts", f"{longest // 4},{longest // 2}")
-    measured = [
-        BenchRow(
-            row["what"],
-            {name: Spread(tuple(each["values"])) for name, each in row["figures"].items()},
-        )
-        for row in bench(folder, "rollout", *often, *sweep)
-        if "figures" in row
-    ]
-    engine = scenario_of(measured, slots=config.rollout.fixed_slots)["engine"]
-    groups, size = config.replay.groups_per_step, config.replay.group_size
-    mean = sum(row["tokens"] for row in rows) / sum(
-        row["tokens"] / row["response_tokens"] for row in rows
-    )
+def real_scenario(case: Case, config: Config, bench: Bench, samples: Sequence[float]) -> Scenario:
+    """The sections of `bench`, and the workload: `samples` are response lengths."""
+    sides = bench.sides(case)
+    sections = scenario_of(sides, slots=config.rollout.fixed_slots)
+    sections |= scenario_of([bench.learner_step(case.benched, tokens=80)], slots=1)
     if case.learner_s is None:
-        learner = bench(folder, "learner", "--repeats", str(repeats))
-        rate = max(row["figures"]["tokens_per_s"]["median"] for row in learner)
-        speed = LearnerSpeed(token_s=1 / rate)
-    else:
-        speed = LearnerSpeed(token_s=0.0, group_s=case.learner_s / groups)
-    offered = sum(row["offered"] for row in rows)
-    acceptance = sum(row["acceptance"] * row["offered"] for row in rows) / offered
-    return Scenario(
-        num_engines=config.rollout.num_workers,
-        engine=EngineSpeed(
-            step_s=step_table(engine["step_s"], config.rollout.fixed_slots),
-            context_s=engine["context_s"],
-            prefill_s=engine.get("prefill_s", 0.0),
-        ),
-        learner=speed,
-        lengths=Lengths(tail=0.8, mean_tokens=mean, max_tokens=config.rollout.max_response_tokens),
-        prompt_tokens=prompt,
-        group_size=size,
-        groups_per_step=groups,
-        num_minibatches=config.learner.num_minibatches,
-        max_staleness=config.replay.max_staleness,
-        num_steps=config.train.num_steps,
-        warm_up_steps=config.train.num_steps // 3,
-        acceptance=(acceptance, acceptance),
-        publish_s=control.publish_s,
-        pause_s=min(control.pause_s, control.publish_s),
-        fetch_s=control.step_s / config.learner.num_minibatches,
+        (alone,) = (row for row in sides if row.what["replaced"] == "rollout")
+        wait_s = alone.figures["idle_learner"].median * alone.figures["step_s"].median
+        sections["control"] = {"fetch_s": wait_s}  # its rate has the rest of the control plane
+    if case.benched == SMALL_CACHE:
+        running = sides[0].figures["running"].median
+        # The scheduler keeps room for what it expects of each sequence.
+        reserve = max(1.0, KV_TOKENS / running - fmean(samples) / 2)
+        sections["engine"] |= {"kv_tokens": KV_TOKENS, "reserve_tokens": reserve}
+    scenario, _ = read_scenario(
+        {
+            "learner": {"token_s": 1.0},
+            **sections,
+            "engines": config.rollout.num_workers,
+            "steps": config.train.num_steps,
+            "warm_up_steps": config.train.num_steps // 3,
+            "lengths": {
+                "samples": samples,
+                "max": config.rollout.max_response_tokens,
+                "shared": 0.0,
+            },
+            "replay": {
+                "groups_per_step": config.replay.groups_per_step,
+                "group_size": config.replay.group_size,
+                "max_staleness": config.replay.max_staleness,
+            },
+        }
     )
+    if case.learner_s is not None:
+        group_s = case.learner_s / config.replay.groups_per_step
+        return replace(scenario, learner=LearnerSpeed(token_s=0.0, group_s=group_s))
+    return scenario
 
 
-def native_config(case: Case, folder: Path, steps: int) -> Config:
-    """The quickstart with a learning rate of 0: its responses keep their lengths."""
+def real_config(case: Case, folder: Path, steps: int) -> Config:
     return knobs.load(
         CONFIG,
         [
+            *case.benched,
+            *case.changes,
             f"run_dir={folder}",
-            f"replay.max_staleness={case.max_staleness}",
-            f"train.num_steps={steps}",
-            f"train.checkpoint_every_steps={steps + 1}",
-            "learner.lr=0",
+            f"train.num_steps={steps + LAST + 2}",
+            f"train.checkpoint_every_steps={steps + LAST + 3}",
             "evaluation.every_steps=0",
             "evaluation.num_prompts=0",
             "tracking.sinks=none",
@@ -230,6 +270,13 @@ def classes_of(case: Case, config: Config) -> ActorClasses:
         return ActorClasses()
     groups = config.replay.groups_per_step
     return ActorClasses(learner=sleeping_learner(step_s=case.learner_s, groups_per_step=groups))
+
+
+def samples_of(run_dir: Path) -> list[float]:
+    """Response lengths of a run, of those that it wrote down."""
+    files = sorted((run_dir / "rollouts").glob("step_*.jsonl"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return [float(json.loads(line)["tokens"]) for line in lines]
 
 
 def figures_of(rows: Sequence[Row], *, groups_per_step: int) -> dict[str, float]:
@@ -262,37 +309,36 @@ def compare(
     return {**row, **facts}
 
 
-def run_case(
-    name: str, case: Case, controls: Callable[[bool], Control], steps: int, folder: Path
-) -> Row:
-    """Predicts and measures. A native run is measured first: its lengths are the workload."""
+def run_case(name: str, case: Case, bench: Bench, steps: int) -> Row:
+    """Predicts and measures. The run is first: lengths of its responses are the workload."""
     warm_up = min(WARM_UP, steps // 2)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as inside:
         root = Path(inside)
-        if case.shape is not None:
-            extra = case.shape.extra_steps
-            config = config_of(case.shape, steps + extra, root / "run", write_inputs(root))
-        else:
-            config = native_config(case, root / "run", steps + case.max_staleness + LAST)
         (root / "run").mkdir()
+        if case.shape is not None:
+            num_steps = steps + case.shape.extra_steps
+            config = config_of(case.shape, num_steps, root / "run", write_inputs(root))
+        else:
+            config = real_config(case, root / "run", steps)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
             rows, _ = play(config, classes_of(case, config), CpuSeconds(warm_up - 1))
         finally:
             ray.shutdown()
-    rows = rows[warm_up - 1 : steps]
-    control = controls(case.shape is not None)
+        samples = samples_of(root / "run")
     if case.shape is not None:
-        scenario = emulated_scenario(case, control, steps + extra, warm_up)
+        scenario = emulated_scenario(case, bench, num_steps, warm_up)
     else:
-        scenario = native_scenario(case, config, control, folder, rows, repeats=3)
+        scenario = real_scenario(case, config, bench, samples)
     outcome = simulate(scenario)
-    measured = figures_of(rows, groups_per_step=config.replay.groups_per_step)
+    groups = config.replay.groups_per_step
+    measured = figures_of(rows[warm_up - 1 : steps], groups_per_step=groups)
     predicted = {figure: float(getattr(outcome, figure)) for figure in FIGURES}
     facts = {
-        "control s": round(control.step_s, 3),
-        "publish s": round(control.publish_s, 3),
+        "control s": round(scenario.control_s, 3),
+        "publish s": round(scenario.publish_s, 3),
+        "slowdowns": f"{scenario.engine_slowdown:.2f}, {scenario.learner_slowdown:.2f}",
         "learner trains": round(outcome.learner["train"], 2),
         "slots run": round(outcome.engines["running"], 2),
         "load": round(fmean((load, os.getloadavg()[0])), 1),
@@ -300,58 +346,38 @@ def run_case(
     return compare(name, predicted, measured, **facts)
 
 
-def control_planes(folder: Path, *, repeats: int, quick: bool) -> Callable[[bool], Control]:
-    """Measured once per kind of run, when it is needed first."""
-    known: dict[bool, Control] = {}
-
-    def control(is_emulated: bool) -> Control:
-        if is_emulated not in known:
-            changes = (
-                f"rollout.num_workers={WORKERS}",
-                "model.num_cpus=0.1",
-                f"replay.groups_per_step={GROUPS_PER_STEP}",
-                f"replay.group_size={GROUP_SIZE}",
-                "learner.num_minibatches=1",
-            )
-            known[is_emulated] = control_of(
-                folder,
-                *(changes if is_emulated else ()),
-                tokens=20 if not is_emulated else min(20, MEAN_TOKENS),
-                repeats=repeats,
-                quick=quick,
-            )
-        return known[is_emulated]
-
-    return control
-
-
-def rows_of(
-    cases: Mapping[str, Case], steps: int, *, repeats: int, quick: bool = False
-) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as inside:
-        folder = Path(inside)
-        controls = control_planes(folder, repeats=repeats, quick=quick)
-        for name, case in cases.items():
-            row = run_case(name, case, controls, steps, folder)
-            show([row])
-            yield row
+def known_rows(path: Path | None) -> dict[str, Row]:
+    """By case: those of an earlier result."""
+    if path is None or not path.is_file():
+        return {}
+    return {row["case"]: row for row in json.loads(path.read_text()).get("cases", [])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true", help="one case with few steps")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="NAME")
+    parser.add_argument("--bench", type=Path, metavar="FOLDER", help="results of dapo-async bench")
     options = parser.parse_args()
+    known = known_rows(options.json) if options.only else {}
+    cases, steps, repeats = {name: CASES[name] for name in options.only or CASES}, STEPS, 6
     if options.quick:
         cases, steps, repeats = {"quick": QUICK}, 5, 1
-    else:
-        cases, steps, repeats = {name: CASES[name] for name in options.only}, STEPS, 5
-    rows = list(rows_of(cases, steps, repeats=repeats, quick=options.quick))
+    with tempfile.TemporaryDirectory() as inside:
+        folder = options.bench or Path(inside)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, repeats)
+        for name, case in cases.items():
+            known[name] = run_case(name, case, bench, steps)
+            show([known[name]])
+            rows = [known[each] for each in [*CASES, "quick"] if each in known]
+            write_result(
+                options.json, "planner_own_runs", quick=options.quick, steps=steps, cases=rows
+            )
     show(rows)
     within = sum(bool(row[f"{figure} within"]) for row in rows for figure in FIGURES)
     print(f"{within} of {len(rows) * len(FIGURES)} figures are within {BOUND:.0%}")
-    write_result(options.json, "planner_own_runs", quick=options.quick, steps=steps, cases=rows)
 
 
 if __name__ == "__main__":

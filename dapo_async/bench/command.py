@@ -58,7 +58,8 @@ class BenchOptions:
     microbatch_tokens: Sequence[int] | None = None  # learner
     groups: int | None = None  # learner
     recorded: Path | None = None  # learner, end-to-end
-    step_s: float | None = None  # end-to-end
+    step_s: float | None = None  # replay, end-to-end
+    replaced: Sequence[str] | None = None  # end-to-end
     transports: Sequence[str] | None = None  # publish
     modes: Sequence[str] | None = None  # publish
 
@@ -70,7 +71,8 @@ OWN_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "microbatch_tokens": (("learner",), "--microbatch-tokens"),
     "groups": (("learner",), "--groups"),
     "recorded": (("learner", "end-to-end"), "--recorded"),
-    "step_s": (("end-to-end",), "--step-s"),
+    "step_s": (("replay", "end-to-end"), "--step-s"),
+    "replaced": (("end-to-end",), "--replaced"),
     "transports": (("publish",), "--transports"),
     "modes": (("publish",), "--modes"),
 }
@@ -246,7 +248,7 @@ def _learner(
 def _loop(
     config: Config, model: ModelConfig, options: BenchOptions, rounds: Rounds
 ) -> BenchSubject:
-    from dapo_async.bench.loop import MODES, TRANSPORTS, LoopBench  # imports Ray
+    from dapo_async.bench.loop import MODES, REPLACED, TRANSPORTS, LoopBench  # imports Ray
 
     max_len = min(
         config.data.max_prompt_tokens + config.rollout.max_response_tokens, model.max_positions
@@ -269,6 +271,7 @@ def _loop(
         options.recorded and options.recorded.resolve(),
         options.transports or TRANSPORTS,
         options.modes or MODES,
+        options.replaced or REPLACED,
     )
 
 

@@ -3,8 +3,8 @@
     replay      engines that answer at once and a learner that takes no time: what the replay actor,
                 the workers and the hand-over to the learner can do
     publish     the real engines generate; per transport and mode, a learner publishes new weights
-    end-to-end  a learner that sleeps with the real engines, and the real learner with responses
-                that are recorded or made up
+    end-to-end  a learner that sleeps with the real engines, the real learner with responses that
+                are recorded or made up, and both sides: how much they slow each other
 
 In: the config. Out: one value per step, without the first ones. Data and verifier are made up, and
 every group is accepted. Each cell starts its own actors on one Ray.
@@ -18,7 +18,7 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +46,7 @@ from dapo_async.utils.state_clock import StateClock
 LOOP_SUBJECTS = ("replay", "publish", "end-to-end")
 TRANSPORTS: tuple[str, ...] = ("broadcast", "disk")
 MODES: tuple[str, ...] = get_args(WeightUpdate)
+REPLACED = ("learner", "rollout", "nothing")
 NUM_PROBLEMS = 2000
 LAST_STEPS = 3  # with the staleness bound: steps at the end in which no group starts any more
 
@@ -74,17 +75,19 @@ class LoopBench:
     recorded: Path | None  # run with responses for `end-to-end`
     transports: Sequence[str] = TRANSPORTS
     modes: Sequence[str] = MODES
+    replaced: Sequence[str] = REPLACED
 
     @property
     def cells(self) -> list[Cell]:
         """Without sweeps but that of `publish`."""
         if self.subject == "replay":
-            return [{"kind": "replay", "workers": self.config.rollout.num_workers}]
+            cell: dict[str, str | int | float] = {
+                "kind": "replay",
+                "workers": self.config.rollout.num_workers,
+            }
+            return [cell | {"learner step s": self.step_s} if self.step_s else cell]
         if self.subject == "end-to-end":
-            return [
-                {"kind": "end-to-end", "replaced": "learner"},
-                {"kind": "end-to-end", "replaced": "rollout"},
-            ]
+            return [{"kind": "end-to-end", "replaced": side} for side in self.replaced]
         return [
             {"kind": "publish", "transport": transport, "mode": mode}
             for transport in self.transports
@@ -171,13 +174,11 @@ class LoopBench:
             "step_s": [row["step_s"] for row in measured],
             "groups_per_s": [groups / row["step_s"] for row in measured],
             "tokens_per_s": [row["tokens_per_s"] for row in measured],
+            "publish_s": [row["publish_s"] for row in measured],
+            "standstill_s": [row["publish_pause_s"] for row in measured],
         }
         if cell["kind"] == "end-to-end":
-            for side in ("learner", "rollout"):
-                shares = [row[f"idle.{side}"] for row in measured]
-                figures[f"idle_{side}"] = [
-                    share for share in shares if share is not None and math.isfinite(share)
-                ]
+            figures |= sides_of(measured, config, replaced=str(cell["replaced"]))
         return figures
 
     async def _publishes(self, services: Services, config: Config) -> Figures:
@@ -204,7 +205,10 @@ class LoopBench:
         groups = config.replay.groups_per_step
         answering = partial(answering_rollout, self.lengths, self.recorded)
         if cell["kind"] == "replay":
-            return ActorClasses(sleeping_learner(step_s=0.0, groups_per_step=groups), answering())
+            learner = sleeping_learner(step_s=self.step_s, groups_per_step=groups)
+            return ActorClasses(learner, answering())
+        if cell.get("replaced") == "nothing":
+            return ActorClasses()
         if cell.get("replaced") == "rollout":
             return ActorClasses(rollout=answering())
         return ActorClasses(sleeping_learner(step_s=self.step_s, groups_per_step=groups))
@@ -247,6 +251,40 @@ class LoopBench:
             ),
             tracking=replace(config.tracking, sinks="none"),
         )
+
+
+def sides_of(
+    rows: Sequence[Mapping[str, Any]], config: Config, *, replaced: str
+) -> dict[str, list[float]]:
+    """Idle shares of both sides, and the speed of each side that is not replaced while it works.
+
+    `decode_step_s`: of the running sequences, prefills included. `decoding`: share of the time in
+    which the engines decode. `train_token_s`: of a trained response token.
+    """
+    figures: dict[str, list[float]] = {f"idle_{side}": [] for side in ("learner", "rollout")}
+    for row in rows:
+        for side in ("learner", "rollout"):
+            if _is_finite(row[f"idle.{side}"]):
+                figures[f"idle_{side}"].append(row[f"idle.{side}"])
+    if replaced != "rollout":
+        slots = config.rollout.num_workers * config.rollout.fixed_slots
+        known = [row for row in rows if _is_finite(row.get("slots.idle"))]
+        known = [row for row in known if (row.get("tokens_per_s.generated") or 0) > 0]
+        running = [slots * (1 - row["slots.idle"]) for row in known]
+        figures["running"] = running
+        figures["decode_step_s"] = [
+            each / row["tokens_per_s.generated"] for each, row in zip(running, known, strict=True)
+        ]
+        figures["decoding"] = [row["engine_time.running"] for row in known]
+    if replaced != "learner":
+        figures["train_token_s"] = [
+            (1 - row["idle.learner"]) * row["step_s"] / row["tokens"] for row in rows
+        ]
+    return figures
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _write_problems(path: Path, *, digits: int) -> Path:

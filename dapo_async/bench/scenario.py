@@ -14,6 +14,7 @@ from typing import Any
 from dapo_async.bench.figures import BenchRow
 
 DIGITS = 4
+MOST_SLOWDOWN = 4.0  # of a side while the other one works; more is noise
 MOST_CONTEXT = 0.9  # of a measured step: what the context may explain
 
 
@@ -41,10 +42,57 @@ def scenario_of(rows: Sequence[BenchRow], *, slots: int) -> dict[str, Any]:
     if "publish" in kinds:
         sections["publish"] = _publish(kinds["publish"][0])
     if "replay" in kinds:
-        # Nothing overlaps while both sides take no time, so it is an upper bound.
-        step_s = kinds["replay"][0].figures["step_s"].median
-        sections["control"] = {"fetch_s": _rounded(step_s)}
+        # While both sides take no time nothing overlaps, so it is an upper bound.
+        (row,) = kinds["replay"]
+        rest_s = row.figures["step_s"].median - float(row.what.get("learner step s", 0.0))
+        sections["control"] = {"fetch_s": _rounded(max(0.0, rest_s))}
+    if "end-to-end" in kinds:
+        sections |= _sides({str(row.what["replaced"]): row for row in kinds["end-to-end"]}, slots)
     return sections
+
+
+def _sides(rows: Mapping[str, BenchRow], slots: int) -> dict[str, Any]:
+    """Both sides' rates within the loop, and how much they slow each other.
+
+    A side's work takes longer while the other side works, on shared cores. The row of both sides
+    has this slowdown for the share of time in which the other one works.
+    """
+    alone = {
+        "engine": _median(rows.get("learner"), "decode_step_s"),
+        "learner": _median(rows.get("rollout"), "train_token_s"),
+    }
+    both = rows.get("nothing")
+    sections: dict[str, Any] = {}
+    if publishes := both or rows.get("learner"):
+        sections["publish"] = _publish(publishes)
+    if alone["engine"]:
+        sections["engine"] = {"slots": slots, "step_s": _rounded(alone["engine"])}
+    if alone["learner"]:
+        sections["learner"] = {"token_s": _rounded(alone["learner"])}
+    idle, decoding = _median(both, "idle_learner"), _median(both, "decoding")
+    if None in alone.values() or idle is None or not decoding:
+        return sections
+    together = {
+        "engine": (_median(both, "decode_step_s"), 1 - idle),
+        "learner": (_median(both, "train_token_s"), decoding),
+    }
+    sections["shared"] = {
+        side: _rounded(_slowdown((taken or 0.0) / (alone[side] or 1.0), share))
+        for side, (taken, share) in together.items()
+    }
+    return sections
+
+
+def _slowdown(ratio: float, share: float) -> float:
+    """While the other side works, if work takes `ratio` times as long over a time of which the
+    other side works in this `share`: 1/ratio = 1 - share + share / slowdown."""
+    if ratio <= 1 or share <= 0:
+        return 1.0
+    return 1 / max(1 / MOST_SLOWDOWN, 1 - (1 - 1 / ratio) / share)
+
+
+def _median(row: BenchRow | None, figure: str) -> float | None:
+    return row.figures[figure].median if row is not None and figure in row.figures else None
 
 
 def scenario_line(sections: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ HELP = "measure one part of the system on your config, model and hardware; witho
 LOOP_SUBJECTS = ("replay", "publish", "end-to-end")  # they start Ray
 SUBJECTS = ("rollout", "learner", *LOOP_SUBJECTS)
 TRANSPORTS, MODES = ("broadcast", "disk"), ("recompute", "keep_kv", "drain")
+REPLACED = ("learner", "rollout", "nothing")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -75,13 +76,19 @@ def add_arguments(parser: Parser) -> None:
         metavar="RUN_DIR",
         help="a batch that this run has recorded; also the responses of end-to-end",
     )
-    loop = parser.add_argument_group("publish and end-to-end")
+    loop = parser.add_argument_group("replay, publish and end-to-end")
     loop.add_argument(
         "--transports", type=_words(TRANSPORTS), metavar=",".join(TRANSPORTS), help="default: all"
     )
     loop.add_argument("--modes", type=_words(MODES), metavar=",".join(MODES), help="default: all")
     loop.add_argument(
         "--step-s", type=float, metavar="S", help="a step of the learner that sleeps (default: 0)"
+    )
+    loop.add_argument(
+        "--replaced",
+        type=_words(REPLACED),
+        metavar=",".join(REPLACED),
+        help="rows of end-to-end (default: all)",
     )
 
 
@@ -137,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
         groups=options.groups,
         recorded=options.recorded,
         step_s=options.step_s,
+        replaced=options.replaced,
         transports=options.transports,
         modes=options.modes,
     )

@@ -3,8 +3,9 @@
 With C sequences in flight, B rollouts per step, rho = production / consumption, and M = expected
 longest response of a group over the expected response, a group whose version counts from its start
 has a mean staleness of C·M/B + rho when the engines are the bottleneck (rho < 1; published by
-Applied Compute, 2026). A group has S + 1 steps until its deadline, so a step takes at least the
-longest response of S + 1 batches over S + 1. The forms know no variance between steps.
+Applied Compute, 2026). A group that starts when its version is served has S steps and the wait of
+another one until its deadline, so S + 1 steps take at least the longest response of S + 1 batches,
+one training and one publish. The forms know no variance between steps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dapo_async.planner.scenario import Scenario
 
 CLOSE = 0.10  # a larger difference is explained
 CLOSE_STALENESS = 0.1  # versions: a smaller difference is no difference
+MOMENT_S = 1e-9
+ITERATIONS = 50  # of two shares that depend on each other
 NOTICEABLE = 0.03  # a share of time that a reason names
 
 
@@ -25,7 +28,7 @@ class ClosedForms:
 
     generate_s: float  # of the groups of a step, engines full
     train_s: float  # with the control plane
-    deadline_s: float  # the longest response must end within its deadline
+    deadline_s: float  # S + 1 steps have room for the longest response
     step_s: float
     tokens_per_s: float  # trained response tokens
     group_staleness: float | None  # None: no form for this mode
@@ -63,9 +66,10 @@ def closed_forms(scenario: Scenario) -> ClosedForms:
         step_s = generate_s + train_s + scenario.publish_s
         return ClosedForms(generate_s, train_s, 0.0, step_s, batch * mean / step_s, 0.0)
     generate_s += scenario.pause_s + _recomputing_s(scenario, per_engine * context)
+    generate_s, train_s = _on_shared_cores(scenario, generate_s, train_s)
     steps = scenario.max_staleness + 1
     longest = min(scenario.lengths.max_tokens, mean * scenario.lengths.longest_of(steps * batch))
-    deadline_s = longest * token_s / steps
+    deadline_s = (longest * token_s + train_s + scenario.publish_s) / steps
     step_s = max(generate_s, train_s, deadline_s)
     staleness = None
     if deadline_s >= step_s:
@@ -103,6 +107,16 @@ def differences(scenario: Scenario, forms: ClosedForms, outcome: Outcome) -> lis
     if paper is not None and abs(simulated - paper) > max(CLOSE * paper, CLOSE_STALENESS):
         lines.append(f"staleness: {_staler(scenario, forms, outcome)}")
     return lines
+
+
+def _on_shared_cores(scenario: Scenario, generate_s: float, train_s: float) -> tuple[float, float]:
+    """Both sides' seconds. A side works slower in the time in which the other one works, too."""
+    generates_s, trains_s = generate_s, train_s
+    for _ in range(ITERATIONS):
+        both_s = generates_s * trains_s / max(generates_s, trains_s, MOMENT_S)
+        generates_s = generate_s + both_s * (1 - 1 / scenario.engine_slowdown)
+        trains_s = train_s + both_s * (1 - 1 / scenario.learner_slowdown)
+    return generates_s, trains_s
 
 
 def _recomputing_s(scenario: Scenario, context: float) -> float:

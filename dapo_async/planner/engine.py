@@ -109,6 +109,7 @@ class SimulatedEngine:
         self.num_slots = speed.num_slots
         self.alive, self.draining, self.stamp = True, False, 0
         self.version = 0
+        self.slowdown = 1.0  # a decode step takes so many times as long, for a while
         self.waiting: deque[Sequence] = deque()
         # The running sequences, the next one to end last, and minus the decode steps of their ends.
         self.sequences: list[Sequence] = []
@@ -161,7 +162,8 @@ class SimulatedEngine:
         begin_s = self._resume_s if self._resume_s > self._at_s else self._at_s
         # `_step_time`, written out: this is the most frequent call of a simulation.
         mean_context = context + 0.5 * n * steps
-        return begin_s + steps * (speed.step_s[n] + speed.context_s * mean_context)
+        step_s = speed.step_s[n] + speed.context_s * mean_context
+        return begin_s + self.slowdown * steps * step_s
 
     def finish(self) -> list[OpenGroup]:
         """Takes the sequences off that have ended; returns the groups whose last one it was."""
@@ -269,15 +271,15 @@ class SimulatedEngine:
 
     def _prefill(self, tokens: float) -> None:
         self.prefilled_tokens += tokens
-        seconds = tokens * self.speed.prefill_s
+        seconds = tokens * self.speed.prefill_s * self.slowdown
         self._resume_s = max(self._resume_s, self._at_s) + seconds
 
     def _step_time(self, n: int) -> tuple[float, float]:
         """The time of d decode steps is d · (first + second · d)."""
-        speed = self.speed
+        speed, slowdown = self.speed, self.slowdown
         return (
-            speed.step_s[n] + speed.context_s * self._context,
-            0.5 * speed.context_s * n,
+            slowdown * (speed.step_s[n] + speed.context_s * self._context),
+            slowdown * 0.5 * speed.context_s * n,
         )
 
     def _decode(self, steps: float, n: int) -> None:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dapo_async.config import Config, load
@@ -125,8 +126,8 @@ def values_of_rows(
     offered = sum(row["offered"] for row in rows)
     accepted = sum((row.get("acceptance") or 0.0) * row["offered"] for row in rows)
     busy_s = elapsed_s * (1 - measured.idle_learner)
-    pauses = [row["publish_pause_s"] for row in rows if _is_number(row.get("publish_pause_s"))]
-    pause_s = sum(pauses) / len(pauses) if pauses else 0.0
+    pause_s = _mean_of(rows, "publish_pause_s")
+    publish_s = max(pause_s, _mean_of(rows, "publish_s"))
     learner_ranks = learner.num_ranks
     return {
         "engines": rollout.num_workers,
@@ -156,9 +157,15 @@ def values_of_rows(
             "admission": "eager" if replay.admission == "eager" else "paced",
             "acceptance": accepted / offered if offered else 1.0,
         },
-        "publish": {"seconds": pause_s, "pause_s": pause_s},
+        "publish": {"seconds": publish_s, "pause_s": pause_s},
         "plan": {"gpus": rollout.num_workers * rollout.tensor_parallel + learner_ranks},
     }
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Over the rows that have it; 0 if none has."""
+    values = [float(row[name]) for row in rows if _is_number(row.get(name))]
+    return fmean(values) if values else 0.0
 
 
 def _mean_length(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 BLOCK = 256  # groups that are drawn together
 QUANTILES = 2000
 LARGE_GROUP = 64
+MOST_TAIL = 5.0  # wider lognormals have no mean that can be computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,12 @@ def mixture(parts: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
 
     `parts`: weight, mean and tail of each. Raises ValueError unless weights and means are positive.
     """
-    if not parts or any(weight <= 0 or mean <= 0 or tail < 0 for weight, mean, tail in parts):
+    if not parts or any(
+        weight <= 0 or mean <= 0 or not 0 <= tail <= MOST_TAIL for weight, mean, tail in parts
+    ):
         raise ValueError(
             f"lengths.mixture ({list(parts)}) must have parts of a positive weight, a positive "
-            "mean and a tail of at least 0; write [[0.8, 500, 0.5], [0.2, 4000, 0.5]]"
+            f"mean and a tail from 0 to {MOST_TAIL:g}; write [[0.8, 500, 0.5], [0.2, 4000, 0.5]]"
         )
     normal = NormalDist()
     z = np.array([normal.inv_cdf((k + 0.5) / QUANTILES) for k in range(QUANTILES)])

@@ -125,6 +125,13 @@ class Measuring:
         row.group_staleness_max = max(row.group_staleness_max, *oldest)
         self._measure(now_s, batch, tokens, behind, oldest, waited_s=waited_s, train_s=train_s)
 
+    def slowed(self, seconds: float) -> None:
+        """The minibatch that ends took so much longer, because the engines use the same cores."""
+        if self._row is not None:
+            self._row.train_s += seconds
+        if self._window is not None:
+            self._window.train_s += seconds
+
     def _measure(
         self,
         now_s: float,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dapo_async.planner.engine import EngineSpeed
-from dapo_async.planner.lengths import Lengths
+from dapo_async.planner.lengths import MOST_TAIL, Lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,10 @@ class Scenario:
     credit_steps: float | None = None
     # The engines wait while the learner trains, because both use the same GPUs.
     colocated: bool = False
+    # Both sides share the cores of a machine: a decode step, and training, take so many times as
+    # long while the other side works. 1: each side has its own GPUs.
+    engine_slowdown: float = 1.0
+    learner_slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -125,10 +129,10 @@ def _check(scenario: Scenario) -> None:
             f"lengths: the mean ({lengths.mean_tokens:g}) must be between 1 and the longest "
             f"response ({lengths.max_tokens}); change one of them"
         )
-    if not 0 <= lengths.shared <= 1 or lengths.tail < 0 or lengths.drift <= 0:
+    if not (0 <= lengths.shared <= 1 and 0 <= lengths.tail <= MOST_TAIL and lengths.drift > 0):
         raise ValueError(
-            f"lengths: shared ({lengths.shared}) must be between 0 and 1, tail ({lengths.tail}) at "
-            f"least 0 and drift ({lengths.drift}) above 0; correct them"
+            f"lengths: shared ({lengths.shared}) must be between 0 and 1, tail ({lengths.tail:g}) "
+            f"between 0 and {MOST_TAIL:g}, and drift ({lengths.drift}) above 0; correct them"
         )
     if scenario.engine.reserve_tokens < 1:
         raise ValueError(
@@ -146,6 +150,12 @@ def _check(scenario: Scenario) -> None:
             f"pause_s ({scenario.pause_s:g}) must be between 0 and publish_s "
             f"({scenario.publish_s:g}); it is a part of it"
         )
+    for name in ("engine_slowdown", "learner_slowdown"):
+        if getattr(scenario, name) < 1:
+            raise ValueError(
+                f"shared: {name} ({getattr(scenario, name):g}) must be at least 1: no side "
+                "becomes faster while the other works; correct it"
+            )
     if min(scenario.fetch_s, scenario.snapshot_s) < 0:
         raise ValueError("fetch_s and snapshot_s must be at least 0; correct them")
     if scenario.warm_up_steps + 4 > scenario.num_steps:

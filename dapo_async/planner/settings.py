@@ -63,6 +63,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     },
     "publish": {"seconds": 0.0, "pause_s": 0.0},
     "control": {"fetch_s": 0.0, "snapshot_s": 0.0},
+    "shared": {"engine": 1.0, "learner": 1.0},
     "checkpoint": {"seconds": 0.0, "every_steps": 0},
     "evaluation": {"seconds": 0.0, "every_steps": 0},
 }
@@ -179,6 +180,8 @@ def read_scenario(
         pause_s=_number("publish.pause_s", of["publish"]["pause_s"]),
         fetch_s=_number("control.fetch_s", of["control"]["fetch_s"]),
         snapshot_s=_number("control.snapshot_s", of["control"]["snapshot_s"]),
+        engine_slowdown=_number("shared.engine", of["shared"]["engine"]),
+        learner_slowdown=_number("shared.learner", of["shared"]["learner"]),
         checkpoint_s=_number("checkpoint.seconds", of["checkpoint"]["seconds"]),
         checkpoint_every_steps=_whole(
             "checkpoint.every_steps", of["checkpoint"]["every_steps"], least=0

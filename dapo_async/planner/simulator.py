@@ -13,6 +13,7 @@ time that the scenario gives it. Two calls with equal scenarios give equal resul
 
 from __future__ import annotations
 
+import gc
 import heapq
 import random
 from collections import deque
@@ -43,6 +44,18 @@ class Publish:
     waits_for: set[int]  # engines that do not have it
     arrived: bool = False  # the engines can load it
     done_s: float = 0.0  # when the last engine that has it decodes again
+
+
+@dataclass(slots=True)
+class Training:
+    """A minibatch in the learner."""
+
+    batch: TrainBatch
+    left_s: float  # of its work at full speed
+    since_s: float  # `left_s` holds for this time
+    slowdown: float = 1.0
+    lost_s: float = 0.0  # because the engines use the same cores
+    stamp: int = 0  # of its planned end
 
 
 class SimulatedRun:
@@ -88,7 +101,7 @@ class SimulatedRun:
         self._asked_s: float | None = None  # when the learner asked for a batch
         self._ahead = 0  # the version whose minibatch is taken next
         self._next_batch: TrainBatch | None = None  # taken; the learner has not got it
-        self._training: TrainBatch | None = None
+        self._training: Training | None = None
         self._busy_until_s = 0.0  # the learner copies its weights or saves a checkpoint
         self._of_step: tuple[int, ...] = ()  # trained groups of the open step
         self._trained: deque[Publish] = deque()  # waits for the end of the publish before
@@ -100,12 +113,15 @@ class SimulatedRun:
         for outage in self.scenario.outages:
             self._at(outage.at_s, self._lose, outage)
         events, buffer = self._events, self.buffer
+        shares_cores = self.scenario.learner_slowdown > 1
         while True:
             if self._dirty:
                 self._dirty = False
                 self._start_publish()
                 self._train()
                 self._admit()
+            if shares_cores and self._training is not None:
+                self._slow_learner(self._training)
             if not events or self._is_over:
                 break
             self.now_s, _, happens, argument, stamp = heapq.heappop(events)
@@ -240,10 +256,10 @@ class SimulatedRun:
                 demand.end_siblings(len(group.lengths) - group.left)
                 group.demand, group.parts, group.prefilled = demand, [], -1
             else:
-                group = self._new_group(group_id, demand)
-                parts = [(float(tokens), 0.0) for tokens in group.lengths]
+                group, parts = self._new_group(group_id, demand), []
+                engine.waiting.extend([Sequence(group, tokens) for tokens in group.lengths])
             self.open[group_id] = group
-            engine.waiting.extend(Sequence(group, left, done) for left, done in parts)
+            engine.waiting.extend([Sequence(group, left, done) for left, done in parts])
         self.most_in_flight = max(self.most_in_flight, engine.running + len(engine.waiting))
         if has_free_slot:
             engine.fill()
@@ -289,7 +305,7 @@ class SimulatedRun:
             self._next_batch = buffer.take(self._ahead)
 
     def _begin_minibatch(self, batch: TrainBatch, waited_s: float) -> None:
-        self._next_batch, self._asked_s, self._training = None, None, batch
+        self._next_batch, self._asked_s = None, None
         self._ahead = batch.learner_version + batch.closes_step
         self.pacer.took(self.now_s)
         groups = [self.open.pop(group_id) for group_id in batch.group_ids]
@@ -302,11 +318,21 @@ class SimulatedRun:
         self.measuring.minibatch(self.now_s, batch, groups, waited_s=waited_s, train_s=seconds)
         if self.scenario.colocated:
             self._pause_all(seconds)
-        self._at(self.now_s + self.scenario.fetch_s + seconds, self._end_minibatch, None)
+        self._training = Training(batch, self.scenario.fetch_s + seconds, self.now_s)
+        self._plan_end(self._training)
+        self._slow_engines(self.scenario.engine_slowdown)
 
-    def _end_minibatch(self, _: None) -> None:
-        batch, self._training = self._training, None
-        assert batch is not None
+    def _plan_end(self, training: Training) -> None:
+        self._num_events += 1
+        end_s = training.since_s + training.slowdown * training.left_s
+        event = (end_s, self._num_events, self._end_minibatch, training, training.stamp)
+        heapq.heappush(self._events, event)
+
+    def _end_minibatch(self, training: Training) -> None:
+        batch, self._training = training.batch, None
+        lost_s = training.lost_s + (1 - 1 / training.slowdown) * (self.now_s - training.since_s)
+        self.measuring.slowed(lost_s)
+        self._slow_engines(1.0)
         self.buffer.trained(batch.group_ids)
         self._of_step += batch.group_ids
         if batch.closes_step:
@@ -326,6 +352,30 @@ class SimulatedRun:
         if busy_s:
             self._busy_until_s = self.now_s + busy_s
             self._at(self._busy_until_s, self._wake, None)
+
+    # Both sides on the same cores.
+
+    def _slow_engines(self, slowdown: float) -> None:
+        """The learner begins to work or stops."""
+        if self.scenario.engine_slowdown == 1:
+            return
+        for engine in self.engines:
+            engine.advance(self.now_s)
+            engine.slowdown = slowdown
+            self._schedule(engine)
+
+    def _slow_learner(self, training: Training) -> None:
+        """By the share of the engines that decode."""
+        busy = sum(bool(engine.sequences) for engine in self.engines) / len(self.engines)
+        slowdown = 1 + (self.scenario.learner_slowdown - 1) * busy
+        if slowdown == training.slowdown:
+            return
+        elapsed_s = self.now_s - training.since_s
+        training.lost_s += (1 - 1 / training.slowdown) * elapsed_s
+        training.left_s = max(0.0, training.left_s - elapsed_s / training.slowdown)
+        training.since_s, training.slowdown = self.now_s, slowdown
+        training.stamp += 1
+        self._plan_end(training)
 
     # Publishing.
 
@@ -424,4 +474,12 @@ class SimulatedRun:
 
 def simulate(scenario: Scenario) -> Outcome:
     """Plays a run of `scenario`."""
-    return SimulatedRun(scenario).run()
+    # The objects of a run have no cycles: the collector would only count a million sequences again
+    # and again.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return SimulatedRun(scenario).run()
+    finally:
+        if collects:
+            gc.enable()

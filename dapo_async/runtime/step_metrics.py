@@ -294,6 +294,7 @@ class Tracker:
             "quarantined": self.num_quarantined,
             "guards": self.guards.counts.total(),
             "engine_restarts": self._system.supervisor.num_restarts,
+            "publish_s": publisher.last_publish_s,
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
             "switch_s": self.switch_s,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from dapo_async.config import Config
@@ -97,13 +98,13 @@ def added_rates(rows: Sequence[Row]) -> dict[str, float]:
     measured, tokens = measured_in(known), sum(row["tokens"] for row in known)
     share = sum(row["step_s"] for row in rows) / sum(row["step_s"] for row in known)
     responses = sum(row["tokens"] / row["response_tokens"] for row in known)
-    pauses = [row.get("publish_pause_s", 0.0) for row in known]
     return {
         "tokens": share * tokens,
         "response_tokens": tokens / responses,
         "staleness": measured.staleness,
         GENERATED: measured.generated_tokens_per_s,
-        "publish_pause_s": sum(pauses) / len(pauses),
+        "publish_s": fmean(row.get("publish_s", 0.0) for row in known),
+        "publish_pause_s": fmean(row.get("publish_pause_s", 0.0) for row in known),
         "steps": float(len(rows)),
     }
 

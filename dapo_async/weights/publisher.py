@@ -14,6 +14,7 @@ an engine is lost while the group forms or sends, the other engines read this ve
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -125,6 +126,7 @@ class Publisher:
         self.num_served = 0  # versions that every receiver has served
         self.last_results: tuple[HandshakeResult, ...] = ()  # handshakes of the last publish
         self.last_pause_s = 0.0  # the longest pause of an engine in the last publish
+        self.last_publish_s = 0.0  # from its start until every engine served it
 
     @property
     def in_flight(self) -> asyncio.Task[None] | None:
@@ -231,6 +233,7 @@ class Publisher:
         self.newest, self._written = announcement, None
         receivers = self.serving
         self._unproved = {receiver.name for receiver in receivers}
+        began_s = time.monotonic()
         async with self._deadline(f"publish of version {announcement.version}"):
             # The loop does not wait for checksums: the learner computes them beside its next step.
             attestations, checksum, hashes = await asyncio.gather(
@@ -253,6 +256,7 @@ class Publisher:
             self.last_results = tuple(result for result in results if result is not None)
             self.num_served += 1
             await on_served(announcement.version)
+            self.last_publish_s = time.monotonic() - began_s
 
     @asynccontextmanager
     async def _deadline(self, what: str) -> AsyncIterator[None]:

@@ -66,6 +66,7 @@ BY_THE_CLOCK = (
     "efficiency.",
     "mfu.",
     "mbu.",
+    "publish_s",
     "publish_pause_s",
     "checkpoint_pause_s",
     "handshake.",

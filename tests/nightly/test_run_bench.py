@@ -1,4 +1,4 @@
-"""`dapo-async bench` on a real Ray: the loop with either side replaced."""
+"""`dapo-async bench` on a real Ray: the loop with either side replaced, and with both."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def test_loop_is_measured_with_either_side_replaced(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["complete"]
-    for row, replaced in zip(result["rows"], ("learner", "rollout"), strict=True):
+    for row, replaced in zip(result["rows"], ("learner", "rollout", "nothing"), strict=True):
         assert row["what"] == {"kind": "end-to-end", "replaced": replaced}
         figures = row["figures"]
         assert len(figures["step_s"]["values"]) == 2
         assert figures["groups_per_s"]["values"][0] == pytest.approx(
             4 / figures["step_s"]["values"][0]
         )
-        assert {"idle_learner", "idle_rollout", "tokens_per_s"} <= figures.keys()
+        assert {"idle_learner", "idle_rollout", "tokens_per_s", "publish_s"} <= figures.keys()
+        assert ("decode_step_s" in figures) == (replaced != "rollout")
+        assert ("train_token_s" in figures) == (replaced != "learner")
+    assert "shared: {engine: " in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

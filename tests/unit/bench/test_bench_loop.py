@@ -43,7 +43,11 @@ def config_of(made: LoopBench, cell: Cell, folder: Path) -> Config:
 def test_each_subject_of_the_loop_has_its_rows() -> None:
     assert bench("replay").cells == [{"kind": "replay", "workers": 1}]
     replaced = [cell["replaced"] for cell in bench("end-to-end").cells]
-    assert replaced == ["learner", "rollout"]
+    assert replaced == ["learner", "rollout", "nothing"]
+    (both,) = bench("end-to-end", replaced=("nothing",)).cells
+    assert both == {"kind": "end-to-end", "replaced": "nothing"}
+    (sleeps,) = bench("replay", step_s=1.0).cells
+    assert sleeps["learner step s"] == 1.0
     publish = bench("publish", transports=("disk",), modes=("drain", "keep_kv")).cells
     assert publish == [
         {"kind": "publish", "transport": "disk", "mode": "drain"},
@@ -144,7 +148,18 @@ def test_rows_of_an_engine_behind_its_protocol_are_those_of_the_sweep() -> None:
     ("words", "line"),
     [
         (("publish", "--modes", "drain,fast"), "argument --modes: fast must be one of recompute, "),
-        (("replay", "--step-s", "1"), "--step-s is an option of bench end-to-end; leave it out"),
+        (
+            ("publish", "--step-s", "1"),
+            "--step-s is an option of bench replay and end-to-end; leave it out",
+        ),
+        (
+            ("end-to-end", "--replaced", "both"),
+            "argument --replaced: both must be one of learner, ",
+        ),
+        (
+            ("replay", "--replaced", "nothing"),
+            "--replaced is an option of bench end-to-end; leave it out",
+        ),
         (("end-to-end", "--step-s", "-1"), "--step-s (-1) must be at least 0"),
         (
             ("rollout", "--recorded", "x"),

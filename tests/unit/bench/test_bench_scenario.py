@@ -70,7 +70,6 @@ def test_speed_of_a_learner_is_that_of_its_best_microbatch() -> None:
 def test_rows_that_failed_or_are_of_another_subject_tell_nothing() -> None:
     failed = BenchRow({"kind": "decode", "running": 4, "context": 64}, {}, "out of memory")
     assert scenario_of([failed], slots=4) == {}
-    assert scenario_of([row({"step_s": 1.0}, kind="end-to-end")], slots=4) == {}
 
 
 def test_a_publish_and_the_control_plane_become_sections() -> None:
@@ -87,3 +86,40 @@ def test_a_publish_and_the_control_plane_become_sections() -> None:
     whole = {**RUN, "engine": {"slots": 4, "step_s": 0.01}, "learner": {"token_s": 1e-5}}
     scenario, _ = read_scenario({**whole, **sections})
     assert (scenario.publish_s, scenario.fetch_s) == (1.0, 0.07)
+
+
+def test_what_a_step_takes_beyond_a_learner_that_sleeps_is_the_control_plane() -> None:
+    slept = row({"step_s": 1.05}, kind="replay", workers=1, **{"learner step s": 1})
+    assert scenario_of([slept], slots=4) == {"control": {"fetch_s": 0.05}}
+
+
+def sides(**both: float) -> list[BenchRow]:
+    """The rows of end-to-end: a decode step of 10 ms, a token trained in 0.1 ms."""
+    publish = {"publish_s": 0.3, "standstill_s": 0.1}
+    engines = {"decode_step_s": 0.01, "decoding": 0.9, "idle_learner": 1.0, **publish}
+    learner = {"train_token_s": 1e-4, "idle_learner": 0.0, **publish}
+    together = {**engines, **learner, **publish, "publish_s": 0.4, **both}
+    return [
+        row(figures, kind="end-to-end", replaced=replaced)
+        for replaced, figures in (("learner", engines), ("rollout", learner), ("nothing", together))
+    ]
+
+
+def test_sides_that_share_cores_slow_each_other_while_both_work() -> None:
+    # Work goes on at 1/1.25 of the speed in 75 % of the time, at 1/1.5 of it in half of the time.
+    rows = sides(decode_step_s=0.01 / 0.85, idle_learner=0.25, train_token_s=1.2e-4, decoding=0.5)
+    sections = scenario_of(rows, slots=32)
+    assert sections == {
+        "engine": {"slots": 32, "step_s": 0.01},
+        "learner": {"token_s": 1e-4},
+        "publish": {"seconds": 0.4, "pause_s": 0.1},
+        "shared": {"engine": 1.25, "learner": 1.5},
+    }
+    scenario, _ = read_scenario({**RUN, **sections})
+    assert (scenario.engine_slowdown, scenario.learner_slowdown) == (1.25, 1.5)
+
+
+def test_no_side_becomes_faster_by_noise_and_one_side_alone_tells_its_own_rate() -> None:
+    rows = sides(decode_step_s=0.009, idle_learner=0.25, train_token_s=0.9e-4, decoding=0.5)
+    assert scenario_of(rows, slots=32)["shared"] == {"engine": 1.0, "learner": 1.0}
+    assert scenario_of(rows[:1], slots=32).keys() == {"publish", "engine"}

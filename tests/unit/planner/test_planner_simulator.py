@@ -10,6 +10,7 @@ import pytest
 from blocked_imports import run_without
 
 from dapo_async.planner import EngineSpeed, LearnerSpeed, Lengths, Outage, Scenario, simulate
+from dapo_async.planner.closed_forms import closed_forms
 from dapo_async.planner.simulator import SimulatedRun
 
 EQUAL = Lengths(tail=0.0, mean_tokens=1000, max_tokens=4000)
@@ -80,6 +81,30 @@ def test_colocated_engines_stand_still_while_the_learner_trains() -> None:
     separate = scenario(max_staleness=0)
     outcome = simulate(replace(separate, colocated=True, max_staleness=1, admission="eager"))
     assert outcome.step_s == pytest.approx(DECODE_S + 10.0)
+
+
+def test_sides_that_share_cores_slow_each_other_while_both_work() -> None:
+    """The learner trains for 10 s · 1.2 while the engines decode; they lose a third of that time:
+    20 s + 12 s · (1 - 1 / 1.5)."""
+    shared = {"engine_slowdown": 1.5, "learner_slowdown": 1.2}
+    both = scenario(max_staleness=1, admission="eager", **shared)
+    outcome = simulate(both)
+    assert outcome.step_s == pytest.approx(24.0)
+    assert outcome.learner["train"] == pytest.approx(0.5)
+    assert outcome.generated_tokens_per_s == pytest.approx(TOKENS / 24.0)
+    assert closed_forms(both).step_s == pytest.approx(24.0)
+    in_turns = simulate(scenario(max_staleness=0, **shared))
+    assert in_turns.step_s == pytest.approx(DECODE_S + 10.0)
+
+
+def test_a_learner_is_slowed_by_the_engines_that_decode() -> None:
+    """The engines have 10 s of work in a step of 40 s, without slowdown of their own."""
+    engine = EngineSpeed.constant(DECODE_S / 2000, 256)
+    shared = scenario(train_s=40.0, engine=engine, max_staleness=2, learner_slowdown=1.25)
+    outcome = simulate(shared)
+    assert outcome.step_s == pytest.approx(40.0 + 10.0 * (1 - 1 / 1.25))
+    assert outcome.learner["train"] > 0.99
+    assert closed_forms(shared).step_s == pytest.approx(outcome.step_s, rel=0.02)
 
 
 def test_staleness_with_slow_engines_is_duration_over_step_plus_learner_share() -> None:
@@ -234,8 +259,10 @@ def test_a_smaller_cache_limits_the_concurrency() -> None:
         ({"num_minibatches": 3}, "must be a multiple of num_minibatches"),
         ({"acceptance": (1.0, 0.0)}, "acceptance .* must be above 0"),
         ({"lengths": replace(EQUAL, mean_tokens=5000)}, "the mean \\(5000\\) must be between"),
+        ({"lengths": replace(EQUAL, tail=40.0)}, "tail \\(40\\) between 0 and 5"),
         ({"engine": EngineSpeed(step_s=(1.0, 1.0), kv_tokens=50)}, "KV cache of an engine holds"),
         ({"publish_s": 1.0, "pause_s": 2.0}, "pause_s \\(2\\) must be between"),
+        ({"learner_slowdown": 0.5}, "learner_slowdown \\(0.5\\) must be at least 1"),
         ({"num_steps": 12}, "num_steps \\(12\\) must be at least"),
         ({"outages": (Outage(7, 0.0, 1.0),)}, "must name an engine from 0 to 0"),
     ],
@@ -248,3 +275,22 @@ def test_what_cannot_be_played_is_refused_in_one_line(changes: dict[str, Any], s
 def test_the_planner_needs_neither_torch_nor_ray() -> None:
     ran = run_without(["torch", "ray", "transformers"], "import dapo_async.planner")
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("max_staleness", "publish_s"), [(1, 0.0), (1, 2.0), (2, 2.0), (3, 0.0)])
+def test_long_responses_bound_the_step_as_their_closed_form_says(
+    max_staleness: int, publish_s: float
+) -> None:
+    """A mean response takes a step of the learner, the longest one up to six."""
+    lengths = Lengths(tail=0.8, shared=0.3, mean_tokens=1000, max_tokens=6000)
+    bound = scenario(
+        engine=EngineSpeed.constant(0.01, 4096),
+        lengths=lengths,
+        max_staleness=max_staleness,
+        publish_s=publish_s,
+        num_steps=80,
+        warm_up_steps=20,
+    )
+    outcome = simulate(bound)
+    assert outcome.learner["deadline"] > 0.3
+    assert closed_forms(bound).step_s == pytest.approx(outcome.step_s, rel=0.12)

@@ -44,7 +44,7 @@ class System:
         self._clock, self._told_s = clock, 100.0
         self.learner = SimpleNamespace(ranks=[SimpleNamespace(name="learner")])
         self.publisher = SimpleNamespace(
-            last_pause_s=0.0, last_results=(), outcomes=Counter(passed=1)
+            last_pause_s=0.0, last_publish_s=0.0, last_results=(), outcomes=Counter(passed=1)
         )
         self.retired: dict[str, Retired] = {}
         self.supervisor = SimpleNamespace(
