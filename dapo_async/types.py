@@ -53,11 +53,22 @@ class Completion:
     weight_versions: NDArray[np.int32]  # [T] version whose logits each token was sampled from
     prefill_version: int  # oldest version of the KV entries that the first token attended to
     finish_reason: FinishReason
+    # Of a model with experts in M layers, for routing replay; None: the engine did not return them.
+    # [T, M, k] uint8 or uint16: the experts of the token before each response token, in the pass
+    # whose logits the response token was sampled from.
+    experts: NDArray[np.unsignedinteger[Any]] | None = None
+    # [P - 1, M, k] of the prompt without its last token. Siblings share those of the first one.
+    prompt_experts: NDArray[np.unsignedinteger[Any]] | None = None
 
     @property
     def oldest_version(self) -> int:
         """The oldest weight version of its tokens and its prefill."""
         return int(self.weight_versions.min(initial=self.prefill_version))
+
+
+def expert_dtype(num_experts: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest dtype for the number of an expert."""
+    return np.uint8 if num_experts <= 256 else np.uint16
 
 
 @dataclass(frozen=True, slots=True)

@@ -430,6 +430,11 @@ class LearnerConfig:
         "custom resource of the nodes that may take learner ranks on a joined cluster, as in ray "
         "start --resources='{\"learner\": 1}'; empty: any node",
     )
+    routing_replay: bool = knob(
+        False,
+        "model with experts: the engines return the experts of every token, and the learner uses "
+        "them; its routers then only give the weights",
+    )
     profile: bool = knob(
         False, "write a torch profiler trace of steps 3, 4 and 5 of each rank to profile/"
     )

@@ -181,6 +181,11 @@ def _engine_rules(config: Config) -> Iterator[Rule]:
                 "leave it out",
             )
         return
+    yield (
+        not config.learner.routing_replay or config.model.device != "cpu",
+        "learner.routing_replay=true needs GPUs with rollout.engine=sglang, because SGLang returns "
+        "no experts on a CPU; set rollout.engine=torch, or learner.routing_replay=false",
+    )
     urls = rollout.server_urls
     for word in rollout.server_flags.split():
         yield (

@@ -66,6 +66,8 @@ class Microbatch:
     own: Tensor | None  # with a `cp` axis: the places in N of the tokens that this rank scores
     num_loss_tokens: int  # tokens that count in the loss
     num_sequences: int  # sequences that have one
+    # [T, M, k] int16: the engine's experts of each token, −1 where it returned none; None: nowhere
+    experts: Tensor | None = None
 
 
 def training_sequences(
@@ -179,7 +181,25 @@ def pack(
         own=None if own is None else send(own, device),
         num_loss_tokens=sum(len(each.completion.token_ids) for each in in_loss),
         num_sequences=len(in_loss),
+        experts=_experts(sequences, device),
     )
+
+
+def _experts(sequences: Sequence[TrainingSequence], device: torch.device | str) -> Tensor | None:
+    """The experts of all packed tokens, in the order of `_placed`."""
+    known = [each.completion.experts for each in sequences if each.completion.experts is not None]
+    if not known:
+        return None
+    runs, begun = [], set[int]()
+    for each in sequences:
+        completion = each.completion
+        own, prompt = completion.experts, completion.prompt_experts
+        unknown = np.full((each.num_tokens, *known[0].shape[1:]), -1, np.int16)
+        parts = [unknown] if own is None or prompt is None else [prompt, own]
+        every = np.concatenate([part.astype(np.int16) for part in parts])
+        runs.append(every[len(each.prompt_ids) if each.group in begun else 0 :])
+        begun.add(each.group)
+    return send(torch.from_numpy(np.concatenate(runs)), device)
 
 
 def _placed(

@@ -12,7 +12,8 @@ from dapo_async.algorithm import sums_and_counts
 from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.batching import Microbatch
 from dapo_async.learner.mismatch import mismatch_metrics
-from dapo_async.model import Mesh
+from dapo_async.model import Mesh, ModelConfig
+from dapo_async.model.mixture import Routing
 from dapo_async.types import Group, StepMetrics
 
 
@@ -55,13 +56,20 @@ class PassSums:
     A read would make the host wait for the device in every pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelConfig) -> None:
+        self._load = ExpertLoad(model)
         self._names: list[tuple[str, ...]] = []  # of the loss and tokens, of the mismatch
         self._rows: list[Tensor] = []  # one per pass, the loss first
 
     def add(
-        self, loss: Tensor, token_sums: Mapping[str, Tensor], mismatch: Mapping[str, Tensor]
+        self,
+        loss: Tensor,
+        token_sums: Mapping[str, Tensor],
+        mismatch: Mapping[str, Tensor],
+        routing: Routing | None = None,
     ) -> None:
+        if routing is not None:
+            self._load.add(routing)
         self._names = [tuple(token_sums), tuple(mismatch)]
         values = [loss, *token_sums.values(), *mismatch.values()]
         self._rows.append(torch.stack([value.double() for value in values]))
@@ -74,10 +82,11 @@ class PassSums:
         # Over all axes, although ranks with the same groups have equal numbers: so every rank
         # gets the same bits, and decides alike.
         whole = mesh.every.sum(rows.sum(0)[places]) / mesh.ranks_per_batch
-        *values, loss, kl, ratio, chi2, num_tokens, norm = torch.cat(
-            [rows.flatten(), whole, gradient_norm.double().reshape(1)]
-        ).tolist()
-        metrics, size = StepMetrics(), rows.shape[1]
+        load = self._load.whole(mesh).to(rows)
+        every = [load, rows.flatten(), whole, gradient_norm.double().reshape(1)]
+        read = torch.cat(every).tolist()
+        *values, loss, kl, ratio, chi2, num_tokens, norm = read[len(load) :]
+        metrics, size = self._load.metrics(read[: len(load)]), rows.shape[1]
         for start in range(0, len(values), size):
             row = values[start + 1 : start + size]
             middle = len(of_tokens)
@@ -86,6 +95,48 @@ class PassSums:
                 gaps = dict(zip(of_mismatch, row[middle:], strict=True))
                 metrics = metrics + mismatch_metrics(gaps)
         return metrics, WholeSums(loss, norm, num_tokens, kl, ratio, chi2)
+
+
+class ExpertLoad:
+    """How the pairs of token and expert of a minibatch spread over the experts.
+
+    All tokens of the passes count, prompts and padding included. Nothing for a dense model.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._layers, self._num_experts = model.mixture_layers, model.num_experts
+        self._counts: Tensor | None = None  # [M · E + 1] int64; at the end the replaced pairs
+
+    def add(self, routing: Routing) -> None:
+        if not self._layers:
+            return
+        counts = routing.load(self._num_experts).flatten()
+        counts = torch.cat((counts, routing.replaced().reshape(1)))
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def whole(self, mesh: Mesh) -> Tensor:
+        """The counts over all ranks; empty for a dense model."""
+        if self._counts is None:
+            return torch.zeros(0)
+        return mesh.every.sum(self._counts) // mesh.tp.size  # whose ranks have the same tokens
+
+    def metrics(self, counts: Sequence[float]) -> StepMetrics:
+        """From what `whole` gave. Equal on all ranks."""
+        if not counts:
+            return StepMetrics()
+        *loads, replaced = counts
+        sums = {"experts_replaced": (replaced, sum(loads))}
+        size, highest, most_dead = self._num_experts, 0.0, 0.0
+        for number, layer in enumerate(self._layers):
+            load = loads[number * size : (number + 1) * size]
+            uneven, dead = max(load) * size / sum(load), load.count(0.0) / size
+            sums |= {
+                f"expert_load.{layer}": (uneven, 1.0),
+                f"experts_dead.{layer}": (dead, 1.0),
+            }
+            highest, most_dead = max(highest, uneven), max(most_dead, dead)
+        maxima = {"expert_load_max": highest, "experts_dead_max": most_dead}
+        return StepMetrics(sums, maxima)
 
 
 def rollout_metrics(

@@ -54,6 +54,7 @@ from dapo_async.model import (
     shard_of,
 )
 from dapo_async.model.cost import train_flops
+from dapo_async.model.mixture import Routing
 from dapo_async.types import Group, GroupFacts, MemoryShort, StepMetrics
 
 
@@ -351,7 +352,12 @@ class LearnerRank:
             overlong_filtering=self._algorithm.overlong_filtering,
         )
 
-    def _forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
+    def _replayed(self, batch: Microbatch) -> Routing:
+        """The routing of a pass: by the engine's experts, if they are to be replayed."""
+        return Routing(batch.experts if self._learner.routing_replay else None)
+
+    def _forward(self, batch: Microbatch, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
+        """`routing`: None for `_replayed`."""
         attention = PackedAttention(batch.lengths, shared=batch.shared, device=self._device)
         logprobs, entropies = self.decoder.score(
             batch.token_ids,
@@ -361,6 +367,7 @@ class LearnerRank:
             targets=batch.targets,
             temperatures=batch.temperatures,
             own=batch.own,
+            routing=routing or self._replayed(batch),
         )
         return logprobs, entropies
 
@@ -386,12 +393,15 @@ class LearnerRank:
     @record_function("reference pass")
     @torch.no_grad()
     def _reference_logprobs(self, batches: Sequence[Microbatch]) -> dict[int, Tensor]:
-        """By a forward pass with the reference policy's weights; empty without a KL term."""
+        """By a forward pass with the reference policy's weights; empty without a KL term.
+
+        Its routers choose the experts themselves: the engine's were those of another policy.
+        """
         if self._reference is None:
             return {}
         reshard(self.decoder)  # M2PO's pass before the first update leaves gathered weights
         with self._reference.in_use():
-            return {id(batch): self._forward(batch)[0] for batch in batches}
+            return {id(batch): self._forward(batch, Routing())[0] for batch in batches}
 
     def _keep_masks(
         self, batches: Sequence[Microbatch], recomputed: Mapping[int, Tensor]
@@ -431,11 +441,12 @@ class LearnerRank:
 
         Adds up the gradients of the microbatches, each divided by the minibatch's token count.
         """
-        passes = PassSums()
+        passes = PassSums(self.decoder.config)
         for number, batch in enumerate(minibatch, start=1):
             last = number == len(minibatch)
             begin_pass(self.decoder, zero_stage=self._zero_stage, last=last)
-            logprobs, entropies = self._forward(batch)
+            routing = self._replayed(batch)
+            logprobs, entropies = self._forward(batch, routing)
             # The learner's logprobs at the start of the step, if known: before the first update
             # they are those of this pass.
             proximal = start.recomputed.get(id(batch), logprobs.detach() if first else None)
@@ -447,7 +458,9 @@ class LearnerRank:
             tokens = token_sums(
                 batch, logprobs.detach(), entropies.detach(), learner_version=self.version
             )
-            passes.add(loss.detach(), diagnostics | tokens, self._mismatch(batch, proximal))
+            passes.add(
+                loss.detach(), diagnostics | tokens, self._mismatch(batch, proximal), routing
+            )
         sum_gradients(self.decoder, self._mesh)
         norm_before = clip_gradients(self.decoder, self._learner.grad_clip, self._mesh)
         metrics, whole = passes.read(norm_before, self._mesh)

@@ -2,13 +2,15 @@
 
 Files hold the buffered groups of a checkpoint and the recorded batches of a run. A packed group
 goes from the rollout worker through the replay actor to the learner. Each field of the tokens is
-one array, rollout after rollout; everything else is JSON. Nothing is pickled.
+one array, rollout after rollout; everything else is JSON. Nothing is pickled. Experts of tokens
+(routing replay) are bytes; of a group's prompt only those of its first rollout are kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ FIELDS = {
     "weight_versions": np.int32,
 }
 ALIGNMENT = 4  # bytes, of every other array
-PACKED = {**FIELDS, "prompt_ids": np.int32, JSON: np.uint8}  # the arrays of a packed group
+EXPERTS = "experts"  # bytes: per group those of its prompt, then those of each rollout
+# The arrays of a packed group.
+PACKED = {**FIELDS, "prompt_ids": np.int32, EXPERTS: np.uint8, JSON: np.uint8}
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
@@ -46,12 +50,13 @@ def pack_group(group: Group) -> NDArray[np.uint8]:
     """The whole group as one array of bytes [B], for transport between processes.
 
     Layout: the number of bytes of each array in `PACKED` as int64, then the arrays in that order.
-    The JSON comes last, filled up with spaces, so that all arrays stay aligned, also in a row of
-    packed groups.
+    Bytes are filled up, the JSON at the end with spaces, so that all arrays stay aligned, also in a
+    row of packed groups.
     """
     arrays = _to_arrays([group])
-    padding = np.full(-len(arrays[JSON]) % ALIGNMENT, ord(" "), np.uint8)
-    arrays[JSON] = np.concatenate([arrays[JSON], padding])
+    for name, filler in ((EXPERTS, 0), (JSON, ord(" "))):
+        padding = np.full(-len(arrays[name]) % ALIGNMENT, filler, np.uint8)
+        arrays[name] = np.concatenate([arrays[name], padding])
     sizes = np.array([arrays[name].nbytes for name in PACKED], np.int64)
     return np.concatenate([sizes.view(np.uint8), *(arrays[name].view(np.uint8) for name in PACKED)])
 
@@ -88,24 +93,61 @@ def _to_arrays(groups: Sequence[Group]) -> dict[str, NDArray[Any]]:
     arrays["prompt_ids"] = np.concatenate(
         [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
     ).astype(np.int32, copy=False)
+    experts = [each.view(np.uint8).reshape(-1) for group in groups for each in _experts_of(group)]
+    arrays[EXPERTS] = np.concatenate([np.zeros(0, np.uint8), *experts])
     text = json.dumps([_to_json(group) for group in groups]).encode()
     return {**arrays, JSON: np.frombuffer(text, np.uint8)}
 
 
+def _experts_of(group: Group) -> Iterator[NDArray[Any]]:
+    for number, rollout in enumerate(group.rollouts):
+        completion = rollout.completion
+        if number == 0 and completion.prompt_experts is not None:
+            yield np.ascontiguousarray(completion.prompt_experts)
+        if completion.experts is not None:
+            yield np.ascontiguousarray(completion.experts)
+
+
+class _Experts:
+    """Reads the experts of one group after the other."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self._data, self._start = data, 0
+
+    def next(self, form: Mapping[str, Any] | None) -> NDArray[Any] | None:
+        if form is None:
+            return None
+        dtype, shape = np.dtype(form["dtype"]), tuple(form["shape"])
+        stop = self._start + math.prod(shape) * dtype.itemsize
+        array: NDArray[Any] = self._data[self._start : stop].view(dtype).reshape(shape)
+        self._start = stop
+        return array
+
+
+def _form(experts: NDArray[Any] | None) -> dict[str, Any] | None:
+    if experts is None:
+        return None
+    return {"dtype": experts.dtype.name, "shape": experts.shape}
+
+
 def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
     prompt_start = start = 0
+    experts = _Experts(arrays.get(EXPERTS, np.zeros(0, np.uint8)))  # old files have none
     groups = []
     for entry in json.loads(arrays[JSON].tobytes()):
         prompt_end = prompt_start + entry["prompt"].pop("num_tokens")
         prompt = Prompt(token_ids=arrays["prompt_ids"][prompt_start:prompt_end], **entry["prompt"])
         prompt_start = prompt_end
         rollouts = []
+        prompt_experts = experts.next(entry.get("prompt_experts"))
         for values in entry["rollouts"]:
             end = start + values.pop("num_tokens")
             completion = Completion(
                 **{name: arrays[name][start:end] for name in FIELDS},
                 prefill_version=values.pop("prefill_version"),
                 finish_reason=FinishReason(values.pop("finish_reason")),
+                experts=experts.next(values.pop("experts", None)),
+                prompt_experts=prompt_experts,
             )
             start = end
             rollouts.append(Rollout(completion=completion, **values))
@@ -127,6 +169,9 @@ def _to_json(group: Group) -> dict[str, Any]:
         "group_id": group.group_id,
         "incarnation": group.incarnation,
         "temperature": group.temperature,
+        "prompt_experts": _form(group.rollouts[0].completion.prompt_experts)
+        if group.rollouts
+        else None,
         "prompt": {
             "row": prompt.row,
             "text": prompt.text,
@@ -144,6 +189,7 @@ def _to_json(group: Group) -> dict[str, Any]:
                 "num_tokens": rollout.num_tokens,
                 "prefill_version": rollout.completion.prefill_version,
                 "finish_reason": rollout.completion.finish_reason.value,
+                "experts": _form(rollout.completion.experts),
             }
             for rollout in group.rollouts
         ],

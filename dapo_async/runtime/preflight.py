@@ -89,6 +89,11 @@ def check_inputs(config: Config, *, dry_run: bool = False) -> Inputs:
     model = ModelConfig.from_folder(folder)
     weights = find_weights(folder, model)
     model.check_split(config.learner.tensor_parallel)
+    if config.learner.routing_replay and not model.mixture_layers:
+        raise ValueError(
+            f"learner.routing_replay=true needs a model with experts, and {folder} is a dense "
+            f"{model.family}; set it to false"
+        )
     if config.run_dir and (line := too_full(Path(config.run_dir), _checkpoint_bytes(weights))):
         if not dry_run:
             raise ValueError(line)

@@ -339,6 +339,9 @@ def test_every_number_is_documented_and_every_documented_one_is_written(
 ) -> None:
     rows = {name for run in (quickstart, synchronous) for row in run.metrics for name in row}
     rows.add("reference_kl")  # only with algorithm.kl_coef
+    # Only of a model with experts.
+    rows |= {"expert_load.0", "expert_load_max", "experts_dead.0", "experts_dead_max"}
+    rows.add("experts_replaced")
     check_documented(rows, documented("metrics.jsonl"))
     check_documented(summary_names(quickstart.summary), documented("summary.json"))
 

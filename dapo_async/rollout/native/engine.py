@@ -25,6 +25,7 @@ from torch import Tensor
 from dapo_async.model import Decoder, HostCopy, PackedAttention, token_logprobs
 from dapo_async.model.cost import causal_pairs
 from dapo_async.model.expert_names import one_by_one
+from dapo_async.model.mixture import Routing
 from dapo_async.rollout.engine import WEIGHT_UPDATES, GroupRequest, UpdateReport, WeightUpdate
 from dapo_async.rollout.native.kv_cache import (
     DecodeAttention,
@@ -54,9 +55,11 @@ class TorchEngine:
         max_len: int,
         weight_update: WeightUpdate = "recompute",
         version: int = 0,
+        returns_experts: bool = False,
     ) -> None:
         """Takes over the decoder: weight updates write to its parameters.
 
+        `returns_experts`: completions have the experts of their tokens, for routing replay.
         Raises ValueError for sizes that do not fit the model.
         """
         max_positions = decoder.config.max_positions
@@ -100,7 +103,12 @@ class TorchEngine:
         )
         self._awake_cache: KVCache | None = self._new_cache()
         self._weights_on_host = HostCopy()
-        self._table = SlotTable(num_slots=num_slots, max_len=max_len, device=device)
+        config, experts = decoder.config, None
+        if returns_experts and config.mixture_layers:
+            experts = (len(config.mixture_layers), config.experts_per_token, config.num_experts)
+        self._table = SlotTable(
+            num_slots=num_slots, max_len=max_len, device=device, experts=experts
+        )
         self._groups: dict[int, RunningGroup] = {}
         # In order of submission; a group leaves when its last sibling starts.
         self._waiting: deque[RunningGroup] = deque()
@@ -370,6 +378,8 @@ class TorchEngine:
             assert group.prefix is not None
             assert group.hidden is not None
             self._cache.fill(rows, group.prefix)
+            if self._table.experts is not None and group.experts is not None:
+                self._table.experts[rows, : len(group.experts)] = group.experts
             outputs.append(group.hidden.expand(rows.stop - rows.start, -1))
             if group.num_waiting:  # clones, so that the whole pass is not kept in memory
                 group.prefix, group.hidden = group.prefix.clone(), group.hidden.clone()
@@ -394,12 +404,20 @@ class TorchEngine:
         attention = parts[0] if len(parts) == 1 else MixedAttention(parts)
         last_ids = self._table.last_ids[:num_decoding]
         ids = torch.cat([last_ids, *(group.prompt_ids for group in fresh)])
-        hidden: Tensor = self._decoder(ids, attention.positions, attention)
+        routing = Routing()
+        hidden: Tensor = self._decoder(ids, attention.positions, attention, routing)
+        experts = self._table.experts
+        if experts is not None:
+            chosen = routing.chosen().to(experts.dtype)
+            rows = torch.arange(num_decoding, device=self._device)
+            experts[rows, attention.positions[:num_decoding]] = chosen[:num_decoding]
         if fresh:
             ends = num_decoding + np.cumsum(prompt_lengths)
             for group, prefix, end in zip(fresh, prefill.prefixes(), ends, strict=True):
                 group.prefix, group.hidden = prefix, hidden[end - 1]
                 length = len(group.prompt_ids)
+                if experts is not None:
+                    group.experts = chosen[end - length : end]
                 self.reread_tokens += length if group.was_read else 0
                 self.prefill_pairs += 0 if group.was_read else causal_pairs(length)
                 group.was_read = True

@@ -30,6 +30,7 @@ class RunningGroup:
     # Kept while siblings wait, dropped when the weights change:
     prefix: Tensor | None = None  # keys and values of the prompt, [layers, 2, KV, P, D]
     hidden: Tensor | None = None  # hidden state of the last prompt token, [D]
+    experts: Tensor | None = None  # of the prompt tokens, [P, M, k], where they are returned
     completions: dict[int, Completion] = field(default_factory=dict)
 
     @property
@@ -40,7 +41,17 @@ class RunningGroup:
 class SlotTable:
     """All state of the slots except keys and values; a token's column is its position."""
 
-    def __init__(self, *, num_slots: int, max_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_len: int,
+        device: torch.device,
+        experts: tuple[int, int, int] | None = None,
+    ) -> None:
+        """`experts`, where completions have them: layers with experts M, experts per token k, and
+        experts per layer."""
+
         def table(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
 
@@ -52,6 +63,12 @@ class SlotTable:
         # The noise of a whole response, drawn when its slot starts.
         self.uniforms = table(max_len, dtype=torch.float64)
         self.temperatures = table(1, dtype=torch.float32)  # 1 where greedy
+        # Of each token in the pass that read it first; see `Completion.experts`.
+        self.experts: Tensor | None = None
+        if experts is not None:
+            layers, top_k, count = experts
+            dtype = torch.uint8 if count <= 256 else torch.uint16
+            self.experts = table(max_len, layers, top_k, dtype=dtype)
         # Columns: last token; length (the last token has no keys and values yet); length at which
         # the response is cut; stop tokens, padded with −1.
         self._numbers = table(4, dtype=torch.int64)
@@ -148,12 +165,18 @@ class SlotTable:
         tables = (self.token_ids, self.logprobs, self.versions, self.lengths)
         which = self._index(rows)
         tokens, logprobs, versions, lengths = (tensor[which].cpu().numpy() for tensor in tables)
+        experts = None if self.experts is None else self.experts[which].cpu().numpy()
         self.total_length -= int(lengths.sum())
         groups: dict[RunningGroup, None] = {}
         for index, row in enumerate(rows):
             group, sibling = self.owners[row]
             response = slice(len(group.prompt_ids), int(lengths[index]))
             token_ids = tokens[index, response].astype(np.int32)
+            read = response.start - 1  # the last prompt token gives the logits of the first one
+            of_response = of_prompt = None
+            if experts is not None:
+                of_response = experts[index, read : response.stop - 1].copy()
+                of_prompt = experts[index, :read].copy()
             stopped = int(token_ids[-1]) in group.request.sampling.stop_token_ids
             group.completions[sibling] = Completion(
                 token_ids=token_ids,
@@ -162,6 +185,8 @@ class SlotTable:
                 # The first token is sampled under the weights that read the prompt.
                 prefill_version=int(versions[index, response.start]),
                 finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                experts=of_response,
+                prompt_experts=of_prompt,
             )
             groups[group] = None
         return list(groups)
@@ -185,7 +210,9 @@ class SlotTable:
             # Torch refuses to write by index what it reads from a view of the same tensor.
             source = torch.tensor(sources, device=self.device)
             target = torch.tensor(targets, device=self.device)
-        results = (self.token_ids, self.logprobs, self.versions)
+        results = [self.token_ids, self.logprobs, self.versions]
+        if self.experts is not None:
+            results.append(self.experts)
         for tensor in (*results, self.uniforms, self.temperatures, self._numbers):
             tensor[target] = tensor[source]
         return source, target, int(self._numbers[target, 1].max())

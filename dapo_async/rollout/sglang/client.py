@@ -7,6 +7,8 @@ sense raises EngineFault, which names the server and the call.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import json
 import math
@@ -48,6 +50,9 @@ class Chunk:
     cached_tokens: int = 0  # of the input, whose keys and values the server had
     # How often the request lost its memory so far: to others, or in a pause that drops it.
     retractions: int = 0
+    # In the last chunk, if they were asked for: the experts of all tokens but the last one, in all
+    # layers, as int32.
+    experts: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,16 @@ class SGLangClient:
             str(meta["weight_version"]),
             int(meta.get("cached_tokens") or 0),
             int(meta.get("num_retractions") or 0),
+            self._experts(meta.get("routed_experts")),
         )
+
+    def _experts(self, encoded: object) -> bytes | None:
+        if encoded is None:
+            return None
+        try:
+            return base64.b64decode(str(encoded), validate=True)
+        except binascii.Error as error:
+            raise EngineFault(f"{self.url} sent malformed experts: {error}") from error
 
     async def prompt_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """log-softmax(logits) of each token after the first, `[P] → [P - 1]`.

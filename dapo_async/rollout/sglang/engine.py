@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.cost import causal_pairs
 from dapo_async.replay import TokenBook, TokenOutcome, num_tokens
 from dapo_async.rollout.engine import (
@@ -94,12 +95,14 @@ class SGLangEngine:
         weight_update: WeightUpdate,
         incarnation: str,
         control: SlotControl | None = None,
+        replayed: ModelConfig | None = None,
     ) -> None:
         """`clock` gets the states generate, wait and sync.
 
         The server knows versions as `incarnation:number`. `num_slots`: at the start, if `control`
-        changes it.
+        changes it. `replayed`: the model, if completions are to have the experts of their tokens.
         """
+        self._replayed = replayed
         self.version, self._control = 0, control
         self._client, self._clock = client, clock
         self._mode, self._incarnation = weight_update, incarnation
@@ -362,6 +365,8 @@ class SGLangEngine:
             "rid": response.request_id,
             "extra_key": f"{self._nonce}.{self._num_updates}",
         }
+        if self._replayed is not None:
+            body["return_routed_experts"] = True
         # Read to the very end of the stream: the server aborts a request whose client leaves early.
         first = True
         async for chunk in self._client.stream(body):
@@ -420,6 +425,8 @@ class SGLangEngine:
             len(chunk.token_ids), before=response.prompt_tokens + received, received=received
         )
         if chunk.finish is not None:
+            if self._replayed is not None and chunk.finish["type"] != FinishReason.ABORT:
+                response.take_experts(chunk.experts, self._replayed)
             response.end(
                 chunk.finish,
                 chunk.versions,

@@ -52,6 +52,7 @@ class ServerOptions:
     kv_sequences: int | None = None  # on a CPU: longest sequences with memory; None: num_slots
     overlap: bool = True  # on CUDA: launch a decode step before the last step's tokens are handled
     sleeps: bool = False  # on CUDA: it can release its memory, and keeps its weights meanwhile
+    returns_experts: bool = False  # of every token, for routing replay
     extra: tuple[str, ...] = ()  # further flags, which override the flags above
 
     def command(self, port: int, group_port: int) -> list[str]:
@@ -82,6 +83,8 @@ class ServerOptions:
             switches.append("--sleep-on-idle")  # an idle server would keep one core busy
         elif self.sleeps:  # on a CPU there is no memory saver
             switches += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
+        if self.returns_experts:
+            switches.append("--enable-return-routed-experts")
         if self.device == "cpu" or not self.overlap:
             switches.append("--disable-overlap-schedule")
         options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -6,6 +6,7 @@ lost. Used by `engine.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dapo_async.model.config import ModelConfig
 from dapo_async.rollout.engine import EngineFault, SamplingParams
 from dapo_async.rollout.sglang.client import Chunk
-from dapo_async.types import Completion, FinishReason
+from dapo_async.types import Completion, FinishReason, expert_dtype
 
 
 class WrongVersion(EngineFault):
@@ -35,6 +37,7 @@ class ResponseStream:
     completion: Completion | None = None  # after the end
     retractions: int = 0  # that were returned by `retracted`
     pauses: int = 0  # of the server, those that drop the memory of running requests
+    experts: NDArray[Any] | None = None  # of all tokens but the last, [.., M, k], at the end
     first_token_s: float | None = None  # when it arrived, of time.monotonic
     _next_version: int = -1
 
@@ -107,19 +110,57 @@ class ResponseStream:
     ) -> Completion:
         token_ids = np.asarray(self.token_ids, dtype=np.int32)
         logprobs = np.asarray(self.logprobs, dtype=np.float32)
-        return Completion(token_ids, logprobs, versions, prefill_version, reason)
+        of_prompt = of_response = None
+        if self.experts is not None:
+            of_prompt, of_response = np.split(self.experts, [self.prompt_tokens - 1])
+        return Completion(
+            token_ids, logprobs, versions, prefill_version, reason, of_response, of_prompt
+        )
+
+    def take_experts(self, data: bytes | None, model: ModelConfig) -> None:
+        """Reads the experts of the last chunk, and keeps those of the layers that have some.
+
+        Raises EngineFault if they are missing, or if there are too many or too few.
+        """
+        if data is None:
+            raise EngineFault(
+                "returned no experts for learner.routing_replay; start it with "
+                "--enable-return-routed-experts"
+            )
+        shape = (
+            self.prompt_tokens + len(self.token_ids) - 1,
+            model.num_layers,
+            model.experts_per_token,
+        )
+        every = np.frombuffer(data, np.int32)
+        if every.size != math.prod(shape):
+            raise EngineFault(f"returned {every.size} experts instead of {shape}")
+        own = every.reshape(shape)[:, list(model.mixture_layers)]
+        if own.size and not 0 <= int(own.min()) <= int(own.max()) < model.num_experts:
+            raise EngineFault(f"returned experts beyond the model's {model.num_experts}")
+        self.experts = own.astype(expert_dtype(model.num_experts))
 
 
 def joined(partial: Completion | None, rest: Completion) -> Completion:
-    """A partial completion and its rest, which another engine generated, as one completion."""
+    """A partial completion and its rest, which another engine generated, as one completion.
+
+    That engine read the tokens of the partial completion again, so all experts are its own.
+    """
     if partial is None:
         return rest
+    experts = prompt_experts = None
+    if rest.experts is not None and rest.prompt_experts is not None:
+        every = np.concatenate([rest.prompt_experts, rest.experts])
+        start = len(rest.prompt_experts) - len(partial.token_ids)
+        prompt_experts, experts = np.split(every, [start])
     return Completion(
         token_ids=np.concatenate([partial.token_ids, rest.token_ids]),
         behaviour_logprobs=np.concatenate([partial.behaviour_logprobs, rest.behaviour_logprobs]),
         weight_versions=np.concatenate([partial.weight_versions, rest.weight_versions]),
         prefill_version=min(partial.prefill_version, rest.prefill_version),
         finish_reason=rest.finish_reason,
+        experts=experts,
+        prompt_experts=prompt_experts,
     )
 
 

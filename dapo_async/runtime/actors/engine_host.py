@@ -143,6 +143,7 @@ class TorchHost(EngineHost):
             num_slots=rollout.fixed_slots,
             max_len=self.max_len,
             weight_update=rollout.weight_update,
+            returns_experts=self._config.learner.routing_replay,
         )
         self.engine = ThreadedEngine(core, self._clock)
         return f"torch engine, {rollout.fixed_slots} slots"

@@ -71,6 +71,7 @@ class SGLangHost(EngineHost):
             weight_update=rollout.weight_update,
             incarnation=self._incarnation,
             control=control,
+            replayed=self.model if self._config.learner.routing_replay else None,
         )
         at_start = " at the start" if control is not None else ""
         return f"SGLang at {self._client.url}, {slots} slots{at_start}"
@@ -140,6 +141,7 @@ class SGLangHost(EngineHost):
             # the old weights sampled, under the new version.
             overlap=config.rollout.weight_update != "keep_kv",
             sleeps=config.model.is_shared,
+            returns_experts=config.learner.routing_replay,
             extra=tuple(shlex.split(config.rollout.server_flags)),
         )
         self._server = SGLangServer(options)

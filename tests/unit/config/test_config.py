@@ -393,3 +393,8 @@ def test_the_mode_off_needs_no_quotes(file: Path, text: str) -> None:
     file.write_text(file.read_text().replace("data: {", f"data: {{contamination: {text}, "))
     for config in (overridden, knobs.load(file)):
         assert knobs.parse_contamination(config.data.contamination) == ("off", [])
+
+
+def test_routing_replay_with_sglang_needs_gpus() -> None:
+    with pytest.raises(ValueError, match=r"learner\.routing_replay=true needs GPUs with rollout"):
+        knobs.load(CONFIGS / "quickstart_sglang.yaml", ["learner.routing_replay=true"])

@@ -12,7 +12,12 @@ from dapo_async.cli.main import main
 from dapo_async.config import load, parse_contamination, schema
 from dapo_async.learner.options import loss_options
 
-RECIPES = ("dapo_qwen2.5_32b", "dapo_qwen2.5_7b_math", "dapo_qwen2.5_1.5b")
+RECIPES = (
+    "dapo_qwen2.5_32b",
+    "dapo_qwen2.5_7b_math",
+    "dapo_qwen2.5_1.5b",
+    "dapo_qwen3_30b_a3b",
+)
 LADDER = (
     "1_grpo",
     "2_overlong_filtering",

@@ -52,6 +52,12 @@ def test_the_untouched_copy_is_accepted(folder: Path) -> None:
     check_inputs(knobs.load(QUICKSTART, [f"model.path={folder}"]))
 
 
+def test_routing_replay_of_a_dense_model_is_refused() -> None:
+    assert "routing_replay=true needs a model with experts" in refusal(
+        "learner.routing_replay=true"
+    )
+
+
 def test_a_dry_run_shows_files_and_special_tokens_of_the_model(
     folder: Path,
 ) -> None:
