@@ -186,12 +186,10 @@ def test_engine_whose_host_is_cut_off_for_ever_is_replaced_when_a_host_joins(
             timeout_s=NOTICED_S,
         )
         go_on(live, by=5, timeout_s=120.0)  # with the other engine
-        wait_until(
-            lambda: not psutil.pid_exists(pid),
-            timeout_s=120.0,
-            what=f"the end of {lost} on its host",
-        )
-        hosts.mend()
+        live.wait_for(f"{second}.* has been marked dead", timeout_s=120.0)  # Ray's own line
+        hosts.mend()  # Ray ends a node that comes back then
+        gone = f"the end of {lost} on its host"
+        wait_until(lambda: not psutil.pid_exists(pid), timeout_s=120.0, what=gone)
         again = cluster.start_node("--address", cluster.address, ip=second)
         try:
             wait_for_node(cluster.folder, second)
