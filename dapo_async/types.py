@@ -33,7 +33,7 @@ class Admission:
     group_id: int  # 0, 1, 2, … in the order of first admission
     prompt: Prompt
     group_size: int
-    # Per sibling what a lost engine returned, to be continued; None or empty: nothing.
+    # Per sibling what another engine returned, to be continued; None or empty: nothing.
     partial_completions: tuple[Completion | None, ...] = ()
 
 
@@ -59,6 +59,11 @@ class Completion:
     experts: NDArray[np.unsignedinteger[Any]] | None = None
     # [P - 1, M, k] of the prompt without its last token. Siblings share those of the first one.
     prompt_experts: NDArray[np.unsignedinteger[Any]] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended by itself; else another engine may continue it."""
+        return self.finish_reason is not FinishReason.ABORT
 
     @property
     def oldest_version(self) -> int:

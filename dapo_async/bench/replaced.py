@@ -136,8 +136,8 @@ class AnsweringEngine(TorchEngine):
     def submit(self, request: GroupRequest) -> None:
         self._open[request.group_id] = request
 
-    def num_generated(self, group_ids: Iterable[int]) -> dict[int, int]:
-        return {each: 0 for each in group_ids if each in self._open}
+    def received(self, group_ids: Iterable[int]) -> dict[int, tuple[Completion | None, ...]]:
+        return {each: () for each in group_ids if each in self._open}
 
     def abort(self, group_ids: Iterable[int]) -> list[int]:
         return [each for each in group_ids if self._open.pop(each, None) is not None]

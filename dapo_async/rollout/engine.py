@@ -28,12 +28,18 @@ WEIGHT_UPDATES: tuple[str, ...] = get_args(WeightUpdate)
 class Aborted(Exception):
     """Raised by `generate` when its group was taken off the engine before its end.
 
-    `num_tokens`: what the engine had generated for the group.
+    `num_tokens`: what the engine had generated for the group. `partial_completions`: as of
+    EngineFault; another engine may continue them.
     """
 
-    def __init__(self, message: str, num_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        message: str,
+        num_tokens: int = 0,
+        partial_completions: tuple[Completion | None, ...] = (),
+    ) -> None:
         super().__init__(message)
-        self.num_tokens = num_tokens
+        self.num_tokens, self.partial_completions = num_tokens, partial_completions
 
 
 class EngineFault(RuntimeError):
@@ -107,7 +113,7 @@ class GroupRequest:
     prompt_ids: NDArray[np.int32]  # [P]
     num_siblings: int
     sampling: SamplingParams
-    # Per sibling what a lost engine returned, to be continued; see Admission. Empty: nothing.
+    # Per sibling what another engine returned, to be continued; see Admission. Empty: nothing.
     partial_completions: tuple[Completion | None, ...] = ()
     times: SiblingTimes | None = field(default=None, compare=False)  # None: nobody reads them
 

@@ -2,7 +2,8 @@
 
 Each group has its own asyncio task, so a slow group delays no other. The rollout actor in
 `runtime/` owns the worker, gives it a handle of the replay actor, and calls `hold`, `confirm`,
-`quarantine`, `lose` and `restarted` when the engine or its weights change.
+`quarantine`, `lose` and `restarted` when the engine or its weights change, and `drain` when the
+worker leaves the run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -100,6 +101,7 @@ TRANSITIONS: Mapping[WorkerState, frozenset[WorkerState]] = {
 ABORT_S = 60.0  # an engine aborts groups within this time
 EXCHANGES = 2  # in flight: one waits for credits, the next one ends its wait
 KEPT_UPDATES = 64  # weight updates; no group lives through more of them
+LOOK_S = 0.02  # between two looks at what a worker that leaves still has in hand
 GENERATING = frozenset({WorkerState.SERVING, WorkerState.HOLDING})
 
 
@@ -145,6 +147,8 @@ class RolloutWorker:
         self._given_up: set[int] = set()  # failed by a quarantine, while their tasks still run
         self._loss: _Loss | None = None  # None: the engine is not lost, or was restarted
         self._num_losses = 0
+        self._leaves = False  # it starts no group any more
+        self._num_rolling = 0  # groups between admission and offer, evicted ones included
         self._updates: deque[Update] = deque(maxlen=KEPT_UPDATES)
 
     async def run(self) -> None:
@@ -169,6 +173,7 @@ class RolloutWorker:
         At most `EXCHANGES` are in flight; what comes up meanwhile goes together with the next one.
         """
         news = bool(self._offers) or self._num_free > self._num_asked
+        news = news or (self._leaves and self._num_asked > 0)  # ends the wait for credits
         return news and self._num_sent - self._num_answered < EXCHANGES
 
     async def _exchange(
@@ -195,7 +200,7 @@ class RolloutWorker:
                 self._end_tokens(admission.group_id, num_tokens(admission.partial_completions))
                 continue
             self._wanted.add(admission.group_id)
-            rolling = self._roll(admission, self._demand.start())
+            rolling = self._counted(self._roll(admission, self._demand.start()))
             tasks.create_task(rolling, name=f"group {admission.group_id}")
 
     def _count_asking(self, change: int) -> None:
@@ -246,7 +251,15 @@ class RolloutWorker:
     def _num_free(self) -> int:
         """Groups that could start now."""
         self._demand.resize(self.engine.num_slots)
-        return self._demand.num_groups if self.state in GENERATING else 0
+        may_start = self.state in GENERATING and not self._leaves
+        return self._demand.num_groups if may_start else 0
+
+    async def _counted(self, rolling: Coroutine[None, None, None]) -> None:
+        self._num_rolling += 1
+        try:
+            await rolling
+        finally:
+            self._num_rolling -= 1
 
     async def _roll(self, admission: Admission, in_flight: GroupInFlight) -> None:
         """One group from its admission to its offer."""
@@ -304,9 +317,9 @@ class RolloutWorker:
 
         False when the group was evicted, given up or handed back meanwhile.
         """
-        while self.state is WorkerState.QUARANTINED:
+        while self.state is WorkerState.QUARANTINED and not self._leaves:
             await self._state_changed.wait()
-        if self.state is WorkerState.LOST:
+        if self.state is WorkerState.LOST or self._leaves:
             await self._hand_back(admission.group_id, admission.partial_completions)
             return False
         if admission.group_id in self._wanted:
@@ -331,17 +344,28 @@ class RolloutWorker:
             return await self.engine.generate(request, siblings_ended)
         except EngineFault as fault:
             self.lose(str(fault))
-            # The newest tokens may come from weights that were never proved.
-            known = fault.partial_completions if self._is_proved else admission.partial_completions
-            dropped = num_tokens(fault.partial_completions) - num_tokens(known)
-            self.engine.tokens.end(TokenOutcome.REPEATED, dropped)
-            await self._hand_back(group_id, known)
+            received = fault.partial_completions
+            await self._pass_on(admission, received, num_tokens(received))
         except Aborted as aborted:
-            if group_id in self._wanted:
+            count = num_tokens(admission.partial_completions) + aborted.num_tokens
+            if group_id not in self._wanted:
+                self._end_tokens(group_id, count)
+            elif self._leaves:
+                await self._pass_on(admission, aborted.partial_completions, count)
+            else:
                 raise  # this worker did not abort it: its credit would never return
-            continued = num_tokens(admission.partial_completions)
-            self._end_tokens(group_id, continued + aborted.num_tokens)
         return None
+
+    async def _pass_on(
+        self, admission: Admission, received: tuple[Completion | None, ...], count: int
+    ) -> None:
+        """Another engine continues what was `received`; `count`: tokens of it that are not booked.
+
+        The newest tokens may come from weights that were never proved: these are not passed on.
+        """
+        known = received if self._is_proved else admission.partial_completions
+        self.engine.tokens.end(TokenOutcome.REPEATED, count - num_tokens(known))
+        await self._hand_back(admission.group_id, known)
 
     @property
     def _is_proved(self) -> bool:
@@ -404,6 +428,21 @@ class RolloutWorker:
             with self._going_back(given_up):
                 await self.engine.abort(given_up)
                 await self._replay.fail(given_up, f"quarantine of {self.name}")
+
+    async def drain(self) -> None:
+        """Leaves the run: starts no group any more. Finished groups are offered, the others are
+        handed back with what they have. Returns when the replay actor has got all of them.
+
+        The caller ends `run`. Weights on their way are awaited first: tokens of weights that were
+        never proved are not handed on.
+        """
+        self._leaves = True
+        self._notify()
+        while self.state is WorkerState.HOLDING:
+            await self._state_changed.wait()
+        await self.engine.abort(sorted(self._wanted))
+        while self._num_rolling or self.open_groups or self._num_sent > self._num_answered:
+            await asyncio.sleep(LOOK_S)
 
     def lose(self, why: str) -> None:
         """The engine can't be used: any state → lost. Groups that fail with it are handed back."""

@@ -84,6 +84,7 @@ class TorchEngine:
         self.prefilled_tokens = 0  # prompt tokens read so far
         self.reread_tokens = 0  # of them, read again under new weights
         self.started_tokens = 0  # prompt tokens of all siblings that started
+        self.continued_tokens = 0  # of other engines' siblings that go on here, prompts included
         self.num_drawn = 0  # tokens drawn in the last step = slots that it occupied
         self.num_heldout = 0  # of these slots, those of held-out prompts
         # Of decode steps: their number, their tokens, and the tokens that these attended to.
@@ -162,7 +163,7 @@ class TorchEngine:
         assert self.asleep, "the engine is awake"
         self._weights_on_host.restore()
         self._awake_cache = self._new_cache()
-        return self._recompute()
+        return self._read_again(range(len(self._table)))
 
     def _forget_prefixes(self) -> None:
         """Prompts of waiting groups are read again: their keys and values can't be used."""
@@ -171,11 +172,10 @@ class TorchEngine:
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group. Raises ValueError, changing nothing, for one that can never be served."""
-        # Partial completions come from lost engines; a native engine is lost only with its actor.
-        assert not request.partial_completions, "the native engine takes no partial completions"
         self._check(request)
         prompt_ids = torch.from_numpy(request.prompt_ids.astype(np.int64)).to(self._device)
-        self._groups[request.group_id] = group = RunningGroup(request, prompt_ids)
+        self._groups[request.group_id] = group = RunningGroup.of(request, prompt_ids)
+        assert group.num_waiting, f"group {request.group_id} is complete"
         self._waiting.append(group)
 
     def _check(self, request: GroupRequest) -> None:
@@ -214,17 +214,16 @@ class TorchEngine:
         self._vacate(rows)
         return aborted
 
-    def num_generated(self, group_ids: Iterable[int]) -> dict[int, int]:
-        """Tokens generated so far for each of the groups that are on the engine."""
-        counts = {each: 0 for each in group_ids if each in self._groups}
-        for group_id in counts:
-            completions = self._groups[group_id].completions.values()
-            counts[group_id] = sum(len(each.token_ids) for each in completions)
-        lengths = self._table.lengths[: len(self._table)].tolist()
-        for (group, _), length in zip(self._table.owners, lengths, strict=True):
-            if group.request.group_id in counts:
-                counts[group.request.group_id] += length - len(group.prompt_ids)
-        return counts
+    def received(self, group_ids: Iterable[int]) -> dict[int, tuple[Completion | None, ...]]:
+        """Per sibling the tokens so far of each of the groups that are on the engine.
+
+        Those of other engines are among them. None: no token.
+        """
+        return {
+            each: self._table.received(self._groups[each])
+            for each in group_ids
+            if each in self._groups
+        }
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, tuple[Completion, ...]]]:
@@ -234,6 +233,7 @@ class TorchEngine:
         """
         self.num_ended.clear()
         began_s = time.monotonic()
+        self._go_on(began_s)
         num_decoding, attended = len(self._table), self._table.total_length
         started = self._admit()
         if not len(self._table):
@@ -305,7 +305,8 @@ class TorchEngine:
             parameter.copy_(given[name])
         self.version, self.draining = version, False
         self._forget_prefixes()  # a prompt's keys and values serve one version only
-        recomputed = self._recompute() if self.weight_update == "recompute" else 0
+        again = range(len(self._table)) if self.weight_update == "recompute" else ()
+        recomputed = self._read_again(again)
         after = self.score(probe_ids)
         return UpdateReport(version, before, after, time.monotonic() - start_s, recomputed)
 
@@ -344,20 +345,38 @@ class TorchEngine:
         logprobs, _ = token_logprobs(hidden, self._decoder.head_weight, ids[1:], temperatures)
         return logprobs.cpu().numpy()
 
+    def _go_on(self, now_s: float) -> None:
+        """Gives free slots to siblings that another engine has begun, and reads their tokens.
+
+        They come first, because their deadlines are the nearest. They decode in this step.
+        """
+        if self.draining or not any(group.continued for group in self._waiting):
+            return
+        rows: list[int] = []
+        for group in [*self._waiting]:
+            while group.continued and len(self._table) < self.num_slots:
+                sibling = group.continued[0]
+                rows.append(self._table.go_on(group))
+                if (times := group.request.times) is not None:
+                    times.started[sibling] = times.first_token[sibling] = now_s
+            if not group.num_waiting:
+                self._waiting.remove(group)
+        self.continued_tokens += self._read_again(rows)
+
     def _admit(self) -> list[tuple[RunningGroup, slice]]:
-        """Starts waiting siblings in free slots, in order, while their prompts fit into one pass.
+        """Starts fresh siblings in free slots, in order, while their prompts fit into one pass.
 
         Returns each group with the rows of the siblings that started.
         """
         started: list[tuple[RunningGroup, slice]] = []
         num_tokens = 0
         while self._waiting and not self.draining and len(self._table) < self.num_slots:
-            group = self._waiting[0]
+            group = self._waiting[0]  # `_go_on` has left it no slots if it has continued siblings
             num_tokens += len(group.prompt_ids) if group.prefix is None else 0
             if started and num_tokens > PASS_TOKENS:
                 break
             num_free = self.num_slots - len(self._table)
-            rows = self._table.start(group, min(num_free, group.num_waiting))
+            rows = self._table.start(group, min(num_free, len(group.fresh)))
             started.append((group, rows))
             self.started_tokens += len(group.prompt_ids) * (rows.stop - rows.start)
             if not group.num_waiting:
@@ -430,29 +449,29 @@ class TorchEngine:
             source, target, longest = moved
             self._cache.move(source, target, length=longest)
 
-    def _recompute(self) -> int:
-        """Reads every running sequence again, except its last token, which the next step reads.
+    def _read_again(self, which: Sequence[int]) -> int:
+        """Reads the sequences of these rows, except their last tokens, which the next step reads.
 
         Returns how many tokens that were.
         """
         lengths = (self._table.lengths[: len(self._table)] - 1).tolist()
-        for rows in _passes(lengths):
+        for rows in _passes({row: lengths[row] for row in which}):
             attention = PrefillAttention(self._cache, lengths=[lengths[row] for row in rows])
             ids = torch.cat([self._table.token_ids[row, : lengths[row]] for row in rows])
             self._decoder(ids, attention.positions, attention)
             for row, prefix in zip(rows, attention.prefixes(), strict=True):
                 self._cache.fill(slice(row, row + 1), prefix)
-        return sum(lengths)
+        return sum(lengths[row] for row in which)
 
 
-def _passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Splits the rows into passes of about `PASS_TOKENS` tokens.
+def _passes(lengths: Mapping[int, int]) -> Iterator[list[int]]:
+    """Splits the rows into passes of about `PASS_TOKENS` tokens, by the length of each row.
 
     In order of length, so that rows of equal length share a kernel call.
     """
     rows: list[int] = []
     num_tokens = 0
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for row in sorted(lengths, key=lengths.__getitem__):
         if rows and num_tokens + lengths[row] > PASS_TOKENS:
             yield rows
             rows, num_tokens = [], 0

@@ -6,6 +6,8 @@ key, not on its slot, its neighbours or the order of refills: resumed runs can r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def keyed_uniforms(
-    seed: int, *, group_id: int, siblings: range, num_tokens: int
+    seed: int, *, group_id: int, siblings: Sequence[int], num_tokens: int
 ) -> NDArray[np.float64]:
     """Uniforms in [0, 1) with 52 bits, `[len(siblings), num_tokens]`.
 
@@ -40,7 +42,7 @@ def keyed_uniforms(
     words = np.zeros(1, np.uint64)
     for scalar in (seed, group_id):
         words = _mix(words + np.uint64(_GOLDEN * (scalar + 1) & _WORD))
-    sibling_words = np.arange(siblings.start + 1, siblings.stop + 1, dtype=np.uint64) * golden
+    sibling_words = (np.asarray(siblings, dtype=np.uint64) + np.uint64(1)) * golden
     token_words = np.arange(1, num_tokens + 1, dtype=np.uint64) * golden
     words = _mix(words + sibling_words)
     words = _mix(words[:, None] + token_words)

@@ -6,7 +6,10 @@ only when it starts and when it ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,11 +24,12 @@ Rows = slice | Tensor  # a run of rows, or any rows by number
 
 @dataclass(slots=True, eq=False)
 class RunningGroup:
-    """A request on the engine: started siblings, their shared prompt, finished completions."""
+    """A request on the engine: waiting siblings, their shared prompt, finished completions."""
 
     request: GroupRequest
     prompt_ids: Tensor  # [P] int64 on the engine's device
-    num_started: int = 0
+    fresh: deque[int]  # siblings that wait for a slot
+    continued: deque[int]  # the same, with tokens of another engine
     was_read: bool = False  # its prompt, by some version
     # Kept while siblings wait, dropped when the weights change:
     prefix: Tensor | None = None  # keys and values of the prompt, [layers, 2, KV, P, D]
@@ -33,9 +37,24 @@ class RunningGroup:
     experts: Tensor | None = None  # of the prompt tokens, [P, M, k], where they are returned
     completions: dict[int, Completion] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, request: GroupRequest, prompt_ids: Tensor) -> Self:
+        """Siblings that another engine has ended are complete from the start."""
+        known = dict(enumerate(request.partial_completions))
+        partial = {sibling: each for sibling, each in known.items() if each is not None}
+        complete = {sibling: each for sibling, each in partial.items() if each.is_complete}
+        siblings = range(request.num_siblings)
+        return cls(
+            request,
+            prompt_ids,
+            deque(sibling for sibling in siblings if sibling not in partial),
+            deque(sibling for sibling in partial if sibling not in complete),
+            completions=complete,
+        )
+
     @property
     def num_waiting(self) -> int:
-        return self.request.num_siblings - self.num_started
+        return len(self.fresh) + len(self.continued)
 
 
 class SlotTable:
@@ -90,10 +109,38 @@ class SlotTable:
         return self._numbers[:, 1]
 
     def start(self, group: RunningGroup, count: int) -> slice:
-        """Takes the next `count` rows for the group's next siblings."""
+        """Takes the next `count` rows for the group's next fresh siblings."""
+        return self._start(group, [group.fresh.popleft() for _ in range(count)])
+
+    def go_on(self, group: RunningGroup) -> int:
+        """Takes the next row for the group's next sibling with tokens of another engine.
+
+        The row looks as if it had drawn them; the caller reads them.
+        """
+        sibling = group.continued.popleft()
+        (row,) = range(len(self) + 1)[self._start(group, [sibling])]
+        partial = group.request.partial_completions[sibling]
+        assert partial is not None, f"sibling {sibling} has no tokens"
+        start, count = len(group.prompt_ids), len(partial.token_ids)
+        for table, values in (
+            (self.token_ids, partial.token_ids.astype(np.int64)),
+            (self.logprobs, partial.behaviour_logprobs),
+            (self.versions, partial.weight_versions),
+        ):
+            table[row, start : start + count] = torch.from_numpy(values).to(self.device)
+        if self.experts is not None:
+            assert partial.experts is not None and partial.prompt_experts is not None
+            chosen = np.concatenate([partial.prompt_experts, partial.experts])
+            self.experts[row, : len(chosen)] = torch.from_numpy(chosen).to(self.device)
+        self._numbers[row, 0] = int(partial.token_ids[-1])
+        self._numbers[row, 1] += count
+        self.total_length += count
+        return row
+
+    def _start(self, group: RunningGroup, siblings: Sequence[int]) -> slice:
         sampling, prompt_length = group.request.sampling, len(group.prompt_ids)
+        count = len(siblings)
         rows = slice(len(self), len(self) + count)
-        siblings = range(group.num_started, group.num_started + count)
         end = prompt_length + sampling.max_tokens
         self.token_ids[rows, :prompt_length] = group.prompt_ids
         uniforms = keyed_uniforms(
@@ -112,7 +159,6 @@ class SlotTable:
         self._numbers[rows] = numbers.to(self.device)
         self.owners += [(group, sibling) for sibling in siblings]
         self._num_special += count * _is_special(sampling)
-        group.num_started += count
         self.total_length += count * prompt_length
         return rows
 
@@ -162,34 +208,54 @@ class SlotTable:
 
         The caller removes the rows afterwards.
         """
+        groups: dict[RunningGroup, None] = {}
+        for group, sibling, completion in self._completions(rows):
+            self.total_length -= len(group.prompt_ids) + len(completion.token_ids)
+            stopped = int(completion.token_ids[-1]) in group.request.sampling.stop_token_ids
+            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+            group.completions[sibling] = replace(completion, finish_reason=reason)
+            groups[group] = None
+        return list(groups)
+
+    def received(self, group: RunningGroup) -> tuple[Completion | None, ...]:
+        """Per sibling the tokens so far; one that is not complete has finish reason ABORT."""
+        waiting = {
+            sibling: group.request.partial_completions[sibling] for sibling in group.continued
+        }
+        rows = [row for row, (owner, _) in enumerate(self.owners) if owner is group]
+        running = {sibling: each for _, sibling, each in self._completions(rows)} if rows else {}
+        known = {**waiting, **running, **group.completions}
+        found = (known.get(sibling) for sibling in range(group.request.num_siblings))
+        return tuple(each if each is not None and len(each.token_ids) else None for each in found)
+
+    def _completions(self, rows: list[int]) -> Iterator[tuple[RunningGroup, int, Completion]]:
+        """The owner of each row (ascending), and what the row has, with finish reason ABORT."""
         tables = (self.token_ids, self.logprobs, self.versions, self.lengths)
         which = self._index(rows)
         tokens, logprobs, versions, lengths = (tensor[which].cpu().numpy() for tensor in tables)
         experts = None if self.experts is None else self.experts[which].cpu().numpy()
-        self.total_length -= int(lengths.sum())
-        groups: dict[RunningGroup, None] = {}
         for index, row in enumerate(rows):
             group, sibling = self.owners[row]
             response = slice(len(group.prompt_ids), int(lengths[index]))
-            token_ids = tokens[index, response].astype(np.int32)
             read = response.start - 1  # the last prompt token gives the logits of the first one
             of_response = of_prompt = None
             if experts is not None:
                 of_response = experts[index, read : response.stop - 1].copy()
                 of_prompt = experts[index, :read].copy()
-            stopped = int(token_ids[-1]) in group.request.sampling.stop_token_ids
-            group.completions[sibling] = Completion(
-                token_ids=token_ids,
-                behaviour_logprobs=logprobs[index, response].copy(),
-                weight_versions=versions[index, response].copy(),
-                # The first token is sampled under the weights that read the prompt.
-                prefill_version=int(versions[index, response.start]),
-                finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-                experts=of_response,
-                prompt_experts=of_prompt,
+            yield (
+                group,
+                sibling,
+                Completion(
+                    token_ids=tokens[index, response].astype(np.int32),
+                    behaviour_logprobs=logprobs[index, response].copy(),
+                    weight_versions=versions[index, response].copy(),
+                    # The first token is sampled under the weights that read the prompt.
+                    prefill_version=int(versions[index, response.start]),
+                    finish_reason=FinishReason.ABORT,
+                    experts=of_response,
+                    prompt_experts=of_prompt,
+                ),
             )
-            groups[group] = None
-        return list(groups)
 
     def remove(self, rows: list[int]) -> tuple[Rows, Rows, int] | None:
         """Removes the rows (ascending); the last running rows fill the gaps.

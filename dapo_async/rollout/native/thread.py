@@ -119,13 +119,14 @@ class ThreadedEngine:
         self._meter, self._kv = SlotMeter(clock, slots=core.num_slots), KVMeter(clock)
         self.tokens = TokenBook()
         self._read = self._reread = self._started = 0  # prompt tokens that are booked already
+        self._continued = 0  # of `core.continued_tokens`
         self._inbox: queue.SimpleQueue[list[tuple[_Command, _Waiter]]] = queue.SimpleQueue()
         self._turns: dict[asyncio.AbstractEventLoop, list[tuple[_Command, _Waiter]]] = {}
         self._lock = threading.Lock()  # guards `_error`: whether the inbox is still read
         self._error: BaseException | None = None
         # A command is in one of these three until it is answered: `_die` finds every waiter there.
         self._taken: deque[tuple[_Command, _Waiter]] = deque()  # from the inbox, to be executed
-        self._generating: dict[int, tuple[_Waiter, SiblingsEnded]] = {}
+        self._generating: dict[int, tuple[_Waiter, GroupRequest, SiblingsEnded]] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -269,7 +270,7 @@ class ThreadedEngine:
                 self._generating.pop(group_id)[0].answer(completions)
             for group_id, count in core.num_ended.items():
                 if group_id in self._generating:  # else its answer tells the end
-                    waiter, siblings_ended = self._generating[group_id]
+                    waiter, _, siblings_ended = self._generating[group_id]
                     waiter.call(siblings_ended, count)
             self._meter.spent(running=core.num_drawn, heldout=core.num_heldout)
         return True
@@ -285,7 +286,8 @@ class ThreadedEngine:
         self._kv.holds(core.kv_tokens, capacity_tokens=core.kv_capacity)
         self.tokens.generate(core.num_drawn)
         self.tokens.prefill(read - reread)
-        self.tokens.recompute(reread)
+        self.tokens.recompute(reread + core.continued_tokens - self._continued)
+        self._continued = core.continued_tokens
 
     def _book_heldout(self, group_id: int, count: int) -> None:
         if group_id < 0:
@@ -301,13 +303,14 @@ class ThreadedEngine:
                 except ValueError as error:  # the caller's error: the engine goes on
                     waiter.fail(error)
                 else:
-                    self._generating[request.group_id] = waiter, siblings_ended
+                    self._generating[request.group_id] = waiter, request, siblings_ended
+                    known = [each for each in request.partial_completions if each is not None]
+                    if known:
+                        waiter.call(siblings_ended, sum(each.is_complete for each in known))
             case _Abort(group_ids):
-                counts = self._core.num_generated(group_ids)
+                received = self._core.received(group_ids)
                 for group_id in self._core.abort(group_ids):
-                    self._book_heldout(group_id, counts[group_id])
-                    message = f"group {group_id} was taken off the engine"
-                    self._generating.pop(group_id)[0].fail(Aborted(message, counts[group_id]))
+                    self._take_off(group_id, received[group_id])
                 waiter.answer(None)
             case _Update():
                 self._updates.append((command, waiter))
@@ -319,6 +322,12 @@ class ThreadedEngine:
                 self.tokens.recompute(self._core.wake())
                 self._meter.asleep(False)
                 waiter.answer(None)
+
+    def _take_off(self, group_id: int, received: tuple[Completion | None, ...]) -> None:
+        waiter, request, _ = self._generating.pop(group_id)
+        count = num_tokens(received) - num_tokens(request.partial_completions)
+        self._book_heldout(group_id, count)
+        waiter.fail(Aborted(f"group {group_id} was taken off the engine", count, received))
 
     def _update(self, update: _Update, waiter: _Waiter) -> None:
         self._meter.spent(running=0, syncing=True)
@@ -340,7 +349,7 @@ class ThreadedEngine:
             self._error = error
         self._clock.enter("wait")
         self._meter.spent(running=0)
-        waiters = [waiter for waiter, _ in self._generating.values()]
+        waiters = [waiter for waiter, *_ in self._generating.values()]
         waiters += [waiter for _, waiter in (*self._updates, *self._taken)]
         while not self._inbox.empty():
             waiters += [waiter for _, waiter in self._inbox.get()]

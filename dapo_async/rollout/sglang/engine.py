@@ -174,7 +174,7 @@ class SGLangEngine:
                 self.tokens.end(TokenOutcome.EVALUATION, group.num_generated)
         if group.aborted:
             message = f"group {request.group_id} was taken off the engine"
-            raise Aborted(message, group.num_generated)
+            raise Aborted(message, group.num_generated, self._received(group, request))
         return tuple(sibling.result() for sibling in group.siblings)
 
     async def abort(self, group_ids: Iterable[int]) -> None:
@@ -319,7 +319,7 @@ class SGLangEngine:
 
     async def _respond(self, group: _Running, request: GroupRequest, sibling: int) -> Completion:
         partial = request.partial_completions[sibling] if request.partial_completions else None
-        if partial is not None and partial.finish_reason is not FinishReason.ABORT:
+        if partial is not None and partial.is_complete:
             return partial
         async with self._slots:
             while not self._may_send.is_set():  # it may be cleared again before this task runs
