@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         find_resume_point,
         with_model_at_hand,
     )
+    from dapo_async.runtime.scale_desk import asked_line
     from dapo_async.tracking.run_dir import unusable
 
     if isinstance(options.resume, str) and options.config is None:
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
     if config.train.resume == "auto" and (line := complete_line(root, config, point)):
         say(line)
         return 0
+    if resume and (line := asked_line(root, config)) is not None:
+        say(line)
     config, saved = with_local_model(config, download=not options.dry_run)
     saved = replace(saved, run_dir="")  # the folder may be moved
     if resume:

@@ -47,16 +47,23 @@ class Beat:
             "row": {},
             "recent": [],
             "engines": {},
+            "workers": {},
             "evaluation": {},
             "checkpoint": None,
         }
         self._recent: deque[dict[str, float]] = deque(maxlen=STEPS_FOR_PACE)
         self._posting: asyncio.Task[None] | None = None
 
-    def step(self, row: Mapping[str, Any], engines: Mapping[str, Mapping[str, float]]) -> None:
-        """A row of metrics.jsonl, and `Tracker.by_engine`."""
+    def step(
+        self,
+        row: Mapping[str, Any],
+        engines: Mapping[str, Mapping[str, float]],
+        *,
+        workers: Mapping[str, Any],
+    ) -> None:
+        """A row of metrics.jsonl, `Tracker.by_engine`, and `Fleet.facts`."""
         self._recent.append({"step_s": row["step_s"], "tokens": row.get("tokens", 0.0)})
-        self._write(row=dict(row), recent=[*self._recent], engines=engines)
+        self._write(row=dict(row), recent=[*self._recent], engines=engines, workers=workers)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of evaluations.jsonl."""

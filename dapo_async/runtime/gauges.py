@@ -15,7 +15,14 @@ PREFIX = "dapo_async_"
 LABELS = ("run", "actor", "engine")
 # Names in metrics.jsonl by the actor that they are about; `.` becomes `_`.
 OF_ROW: Mapping[str, Sequence[str]] = {
-    "driver": ("version", "time_s", "step_s", "engine_restarts", "checkpoint_pause_s"),
+    "driver": (
+        "version",
+        "time_s",
+        "step_s",
+        "engine_restarts",
+        "rollout_workers",
+        "checkpoint_pause_s",
+    ),
     "learner": (
         "tokens_per_s.trained",
         "groups_per_s.trained",
@@ -109,13 +116,17 @@ class Gauges:
         """`make` returns the gauge of a name."""
         self._run, self._make = run, make
         self._gauges: dict[str, AnyGauge] = {}
+        self._engines: set[str] = set()  # of the newest row
 
     def step(self, row: Mapping[str, Any], engines: Mapping[str, Mapping[str, float]]) -> None:
         """A row of metrics.jsonl, and `Tracker.by_engine`."""
         for actor, names in OF_ROW.items():
             for name in names:
                 self._set(name, row.get(name), actor=actor)
-        for engine, state in engines.items():
+        left = dict.fromkeys(OF_ENGINE, 0.0)  # else its last numbers would stand for ever
+        gone = dict.fromkeys(self._engines - engines.keys(), left)
+        self._engines = {*engines}
+        for engine, state in {**gone, **engines}.items():
             for name in OF_ENGINE:
                 self._set(f"engine.{name}", state.get(name), actor=engine, engine=engine)
 

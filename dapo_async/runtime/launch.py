@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -29,16 +29,17 @@ from dapo_async.runtime.handles.actors import (
     ReplayHandle,
     WorkerHandle,
 )
+from dapo_async.runtime.scale_plan import WORKER, number_of
 from dapo_async.tracking.run_dir import RunDir
 
 ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
-WORKER = "rollout-"  # and its number: the name of a worker
 AnyHandle = ReplayHandle | LearnerHandle | WorkerHandle | EvaluatorHandle
 
 # Calls that the replay actor has in hand at most: of the driver, and of each worker, which waits
 # for credits and for evictions at the same time and may give up groups meanwhile.
 DRIVER_CALLS, CALLS_PER_WORKER = 1000, 10
+MOST_JOINED = 1000  # workers for whose calls there is room; more if the run starts with more
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Actors:
 
     replay: ReplayHandle
     ranks: Sequence[LearnerHandle]
-    workers: Sequence[WorkerHandle]
+    workers: list[WorkerHandle]  # changes when workers join or leave
     evaluator: EvaluatorHandle | None  # None: nothing is evaluated during training
     # Start the actor of one more process: of replay, by how many it has had before; of a rank, by
     # its number and the `state/` folder that it loads; of a worker, by its name and how many it has
@@ -57,6 +58,10 @@ class Actors:
     start_worker: Callable[[str, int], Any]
     start_evaluator: Callable[[], Any]
     without_room: Callable[[], Sequence[str]]  # names of actors that no node has room for
+    # What follows is for workers that join and leave.
+    resize: Callable[[int], None] = lambda _: None  # actors that start later are for so many
+    join_worker: Callable[[str, int], WorkerHandle] | None = None  # as `start_worker`, with a place
+    leave_worker: Callable[[str], None] = lambda _: None  # gives its place back
 
     @property
     def all(self) -> list[AnyHandle]:
@@ -89,10 +94,10 @@ def start_actors(
     `resume`: the `state/` folder of the checkpoint to resume from. `reservation`: where each actor
     starts; None: anywhere.
     """
-    rollout, deadlines = config.rollout, config.deadlines
+    deadlines = config.deadlines
     reservation = reservation or Reservation()
     ranks = rank_names(config)
-    workers = [f"{WORKER}{number}" for number in range(rollout.num_workers)]
+    workers = [f"{WORKER}{number}" for number in range(config.rollout.num_workers)]
     run, variables = run_dir.root.name, variables_for_actors(config)
 
     def replay(process: int) -> Any:
@@ -100,7 +105,8 @@ def start_actors(
             ReplayActor,
             f"{run}/replay" + (f".{process}" if process else ""),
             strategy=reservation.beside_learner_again if process else reservation.beside_learner,
-            max_concurrency=DRIVER_CALLS + CALLS_PER_WORKER * rollout.num_workers,
+            max_concurrency=DRIVER_CALLS
+            + CALLS_PER_WORKER * max(MOST_JOINED, config.rollout.num_workers),
         )
         return start_replay(
             config, incarnation=incarnation, run_dir=run_dir, resume=resume, process=process
@@ -129,24 +135,35 @@ def start_actors(
             resume=state,
         )
 
-    def worker(name: str, start: int) -> Any:
+    def worker(name: str, start: int, *, joins: bool = False) -> Any:
         start_worker = _starter(
             classes.rollout,
             f"{run}/{name}" + (f".{start}" if start else ""),
-            num_cpus=config.model.num_cpus,
+            # An own Ray has CPUs for the workers of its start; further ones share these.
+            num_cpus=config.model.num_cpus if name in workers or not reservation.is_empty else 0,
             num_gpus=config.gpus_per_worker,
-            strategy=reservation.renewed(name) if start else reservation.strategy(name),
+            strategy=reservation.renewed(name)
+            if start and not joins
+            else reservation.strategy(name),
             variables=variables,
         )
         return start_worker(
             config,
-            number=int(name.removeprefix(WORKER)),
+            number=number_of(name),
             incarnation=incarnation,
             replay=handle.actor,
             logs=run_dir.engines,
             outer_key=os.environ.get(SERVER_KEY, ""),
             start=start,
         )
+
+    def resize(num_workers: int) -> None:
+        nonlocal config
+        config = replace(config, rollout=replace(config.rollout, num_workers=num_workers))
+
+    def join_worker(name: str, start: int) -> WorkerHandle:
+        reservation.join(name, config)
+        return WorkerHandle(name, worker(name, start, joins=True), deadlines)
 
     evaluator_starts = count()
 
@@ -178,6 +195,9 @@ def start_actors(
         worker,
         evaluator,
         reservation.without_room,
+        resize,
+        join_worker,
+        reservation.leave,
     )
 
 

@@ -19,6 +19,7 @@ from dapo_async.config.validate import check
 from dapo_async.model import special_tokens
 from dapo_async.replay import Counts
 from dapo_async.replay.state_io import read_outcomes
+from dapo_async.runtime.scale_desk import asked_for
 from dapo_async.runtime.status import Status
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE, CheckpointFolder
@@ -88,9 +89,11 @@ def resumed_config(
 def continued_config(root: Path, given: Config, *, checkpoint: Path | None) -> Config:
     """The config `given` at a start with `train.resume=auto`, for the run that is in `root`.
 
-    Until the first checkpoint nothing is trained, so every knob may differ. Raises ValueError for a
-    knob that would make it another run, and for files that do not exist.
+    Until the first checkpoint nothing is trained, so every knob may differ. The number of workers
+    is the one that `dapo-async scale` has asked for last. Raises ValueError for a knob that would
+    make it another run, and for files that do not exist.
     """
+    given = asked_for(root, given)
     if checkpoint is None:
         check(given)
         return replace(given, run_dir=str(root))

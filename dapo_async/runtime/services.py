@@ -15,13 +15,14 @@ from dapo_async.model import ModelConfig
 from dapo_async.replay import Counts, TokenCounts
 from dapo_async.runtime.beat import Beat
 from dapo_async.runtime.checkpointer import Checkpointer
-from dapo_async.runtime.cluster.reservation import Reservation
+from dapo_async.runtime.cluster.reservation import ClusterRoom, Reservation
 from dapo_async.runtime.evaluations import Evaluations
 from dapo_async.runtime.gauges import Gauges
 from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.launch import RUN_CLASSES, ActorClasses, start_actors
 from dapo_async.runtime.mirror import Uploads, mirror_of
 from dapo_async.runtime.resume import ResumePoint
+from dapo_async.runtime.scale_desk import ScaleDesk
 from dapo_async.runtime.step_metrics import Totals, Tracker
 from dapo_async.runtime.system import System
 from dapo_async.runtime.throughput import NO_RATES, NO_STATE, NO_USE, Devices, Sides
@@ -50,6 +51,7 @@ class Measured:
     handshake: Mapping[str, int] = field(default_factory=dict)
     engine_restarts: int = 0
     evaluations_skipped: int = 0
+    workers: Mapping[str, int] = field(default_factory=dict)  # asked for, joined, left
     quarantined: int = 0  # prompts
     guards: Mapping[str, int] = field(default_factory=dict)  # steps by the rule that they broke
     checkpoints: Mapping[str, float] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Services:
             handshake=dict(publisher.outcomes),
             engine_restarts=self.system.supervisor.num_restarts,
             evaluations_skipped=self.evaluations.num_skipped,
+            workers=self.system.fleet.counts,
             quarantined=tracker.num_quarantined,
             guards=dict(tracker.guards.counts),
             checkpoints=self.checkpointer.summary(),
@@ -137,7 +140,15 @@ def build_services(
         reservation=reservation,
     )
     redo = RedoLog(resume.version, resume.state)
-    system = System(config, actors, say=sinks.say, event=sinks.event, redo=redo)
+    system = System(
+        config,
+        actors,
+        say=sinks.say,
+        event=sinks.event,
+        redo=redo,
+        desk=ScaleDesk(run_dir, config),
+        room=ClusterRoom(config),
+    )
     before = measured_before(resume)
     gauges = Gauges(run_dir.root.name)
     beat = Beat(config, run_dir, bottleneck=lambda: sinks.newest_bottleneck)
@@ -147,7 +158,7 @@ def build_services(
         sinks.step(row)
         sinks.guards({str(guard): count for guard, count in tracker.guards.counts.items()})
         gauges.step(row, tracker.by_engine)
-        beat.step(row, tracker.by_engine)
+        beat.step(row, tracker.by_engine, workers=system.fleet.facts)
 
     tracker = Tracker(
         system,

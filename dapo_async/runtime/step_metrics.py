@@ -25,6 +25,7 @@ from dapo_async.runtime.throughput import (
     NO_STATE,
     BestRate,
     Devices,
+    EngineCount,
     EngineFlow,
     Flow,
     Sides,
@@ -97,6 +98,7 @@ class Tracker:
         self._slots_at_start: dict[str, SlotUse] = {}
         self._slots_before: dict[str, SlotUse] = {}
         self._sides, self._devices, self._best_rate = sides, devices, BestRate()
+        self._count = EngineCount()
         self._engines: dict[str, EngineFlow] = {}  # by worker, the newest
         # By worker: the sum of its lost processes, and how many they are.
         self._lost: dict[str, EngineFlow] = {}
@@ -136,6 +138,7 @@ class Tracker:
         if self.replay is not None and self.replay is reports.get("replay"):
             self.timeline.flow(self.replay.flow)
         self._flow = Flow.of(self.clock.now_s(), self.replay, self._engines)
+        self._count.add(self._flow.time_s, self._system.num_workers)
         self._best_rate.learn(self._flow)
         for report in reports.values():
             if isinstance(report, BaseException):
@@ -170,6 +173,9 @@ class Tracker:
     def _retire(self) -> None:
         """Closes the books of worker processes that are lost."""
         for worker, retired in self._system.supervisor.take_retired().items():
+            if retired.last is not None:
+                self.timeline.add(worker, retired.last.spans)
+                self._take_flow(worker, retired.last)
             self._num_lost[worker] = retired.start
             flow = self._engines.get(worker, EngineFlow()).ended(retired.balance)
             self._lost[worker] = self._engines[worker] = flow
@@ -295,6 +301,7 @@ class Tracker:
             "guards": self.guards.counts.total(),
             "engine_restarts": self._system.supervisor.num_restarts,
             "publish_s": publisher.last_publish_s,
+            "rollout_workers": self._system.num_workers,
             "publish_pause_s": publisher.last_pause_s,
             "checkpoint_pause_s": self.checkpoint_pause_s,
             "switch_s": self.switch_s,
@@ -311,7 +318,7 @@ class Tracker:
     def _between_reports(self) -> dict[str, float]:
         """Rates and shares of time since the report before, and the counts of tokens so far."""
         before, after = self._flow_before, self._flow
-        rates, shares = after.rates(before, self._sides), after.engine_time(before)
+        rates, shares = self._rates(before, after), after.engine_time(before)
         efficiency = self._best_rate.efficiency(before, after)
         return {
             **{f"idle.{name}": share for name, share in rollout_idle(shares).items()},
@@ -331,7 +338,11 @@ class Tracker:
     @property
     def rates(self) -> dict[str, dict[str, float]]:
         """Tokens and groups per second from the start of training to the newest row."""
-        return self._flow_before.rates(self._flow_at_start, self._sides)
+        return self._rates(self._flow_at_start, self._flow_before)
+
+    def _rates(self, before: Flow, after: Flow) -> dict[str, dict[str, float]]:
+        count = self._count.mean(before.time_s, after.time_s)
+        return after.rates(before, self._sides.with_engines(count))
 
     def _add_up(self, metrics: StepMetrics) -> None:
         totals, (staleness, count) = self.totals, metrics.sums.get("staleness", (0.0, 0.0))
@@ -378,6 +389,7 @@ class Tracker:
         return {
             name: {"version": self._versions.get(name, 0), **engine.pace(before.engines.get(name))}
             for name, engine in after.engines.items()
+            if not self._system.has_left(name)
         }
 
     @property

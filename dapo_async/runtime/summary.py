@@ -85,6 +85,7 @@ def summarise_run(
         "mlflow_run_id": mlflow_run_id,
         "restartable": record.outcome.restartable,
         "engine_restarts": measured.engine_restarts,
+        "rollout_workers": dict(measured.workers),
         "caught": dict(record.caught + caught),
         "failures": dict(measured.failures),
         "quarantined": measured.quarantined,

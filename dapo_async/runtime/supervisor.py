@@ -5,9 +5,12 @@ processes. `system` runs one task per actor. The policies (`RestartBudget`, `Pul
 
 A worker goes through these states:
 
+    joining ──────────────────────────────────────────┐
+                                                      ▼
     healthy ──▶ suspect ──▶ dead ──▶ restarting ──▶ stale ──▶ healthy
        │           │ it answers again                 │
-       └───────────┴──── its engine is lost ──────────┘ (without a new process)
+       ├───────────┴──── its engine is lost ──────────┘ (without a new process)
+       └──▶ draining ──▶ retired    (it leaves the run, see `fleet`)
 
 `stale`: it runs, and gets no groups before it has proved the newest weights (staleness bound,
 handshake). Its unfinished groups go to other workers at once; finished groups stay in the replay
@@ -31,7 +34,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dapo_async.config import MAX_RESTARTS
-from dapo_async.runtime.actors.reports import ProcessInfo
+from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.alternation import OwnDevices
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
@@ -52,6 +55,9 @@ class ProcessState(StrEnum):
     DEAD = "dead"
     RESTARTING = "restarting"
     STALE = "stale"
+    JOINING = "joining"  # it has not been in the run before, and waits for room or starts
+    DRAINING = "draining"  # it gives its groups back
+    RETIRED = "retired"  # it has left the run
 
 
 @dataclass(slots=True)
@@ -113,10 +119,11 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """What the lost processes of a worker leave behind."""
+    """What the processes of a worker that are gone leave behind."""
 
     start: int  # how many they are
     balance: int  # response tokens that the replay actor got from them, less those that it gave
+    last: WorkerReport | None = None  # of a worker that was drained
 
 
 class Supervisor:
@@ -161,6 +168,7 @@ class Supervisor:
         self.states: dict[str, ProcessState] = {}  # by worker, for a dump of the run
         self.processes: dict[str, ProcessInfo] = {}  # by actor, the newest that was ready
         self._starts: Counter[str] = Counter()  # of processes, by worker
+        self._num_restarts_before = 0  # of workers that have left the run
         self._is_back: dict[str, asyncio.Event] = {}  # by worker, set while its process lives
         self._retired: dict[str, Retired] = {}
 
@@ -172,7 +180,8 @@ class Supervisor:
     @property
     def num_restarts(self) -> int:
         """Restarts of workers, of their engines or of their processes."""
-        return sum(count for name, count in self.restarts.items() if name in self._is_back)
+        now = sum(count for name, count in self.restarts.items() if name in self._is_back)
+        return self._num_restarts_before + now
 
     def is_gone(self, worker: str) -> bool:
         """Whether the worker's process is being replaced."""
@@ -183,12 +192,37 @@ class Supervisor:
         if worker in self._is_back:
             await self._is_back[worker].wait()
 
-    async def keep_worker(self, worker: WorkerHandle) -> None:
-        """Runs the worker; never returns. Raises ActorDied when its budget is used up."""
+    @property
+    def nodes(self) -> dict[str, str]:
+        """Ray's id of the node of each worker that has started."""
+        known = self.processes.items()
+        return {name: info.node_id for name, info in known if name in self._is_back}
+
+    def num_starts(self, worker: str) -> int:
+        """How many processes of this name were lost or have left: the number of the next one."""
+        return self._starts[worker]
+
+    def retire(self, worker: str, balance: int, last: WorkerReport | None) -> None:
+        """The worker has left. Another one may get its name later."""
+        self._starts[worker] += 1
+        self._retired[worker] = Retired(self._starts[worker], balance, last)
+        self._is_back.pop(worker, None)
+        self._num_restarts_before += self.restarts.pop(worker, 0)
+        self.processes.pop(worker, None)
+        self.states[worker] = ProcessState.RETIRED
+
+    async def keep_worker(self, worker: WorkerHandle, *, joins: bool = False) -> None:
+        """Runs the worker; never returns. Raises ActorDied when its budget is used up.
+
+        `joins`: its first process is starting, and has none of the run's weights.
+        """
         budget = RestartBudget(MAX_RESTARTS)
         self._is_back[worker.name] = asyncio.Event()
-        self._is_back[worker.name].set()
-        running = asyncio.create_task(worker.watch(), name=worker.name)
+        if joins:
+            running = await self._join(worker)
+        else:
+            self._is_back[worker.name].set()
+            running = asyncio.create_task(worker.watch(), name=worker.name)
         try:
             while True:
                 self.states[worker.name] = ProcessState.HEALTHY
@@ -208,22 +242,46 @@ class Supervisor:
                     continue
                 if loss.process:
                     running = asyncio.create_task(worker.watch(), name=worker.name)
-                self.states[worker.name] = ProcessState.STALE
-                try:
-                    async with self._devices.engine_returns(worker.name):
-                        is_proved = await self._publisher.restore(worker)
-                except TimeoutError as error:  # it hangs
-                    running.cancel()
-                    await asyncio.gather(running, return_exceptions=True)
-                    running = _failed(str(error))
-                    continue
+                running, is_proved = await self._prove(worker, running)
                 if is_proved:
-                    await self._replay.suspend(worker.name, False)
                     self._say(f"{worker.name} generates again")
                     self._event("engine_replaced", actor=worker.name)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    async def _join(self, worker: WorkerHandle) -> asyncio.Task[None]:
+        """Takes a new worker into the run as soon as it has a node. Returns its work."""
+        self.states[worker.name] = ProcessState.JOINING
+        await self._replay.suspend(worker.name, True)
+        if lost := await self._come(worker):
+            return _failed(lost)
+        running = asyncio.create_task(worker.watch(), name=worker.name)
+        running, is_proved = await self._prove(worker, running)
+        if is_proved:
+            self._say(f"{worker.name} joins the run")
+            self._event("worker_joined", actor=worker.name)
+        return running
+
+    async def _prove(
+        self, worker: WorkerHandle, running: asyncio.Task[None]
+    ) -> tuple[asyncio.Task[None], bool]:
+        """The worker proves the newest weights; it gets groups then. Returns its work, which has
+        failed if the worker hangs, and whether they are proved."""
+        self.states[worker.name] = ProcessState.STALE
+        try:
+            async with self._devices.engine_returns(worker.name):
+                is_proved = await self._publisher.restore(worker)
+            if is_proved:
+                await self._replay.suspend(worker.name, False)
+        except TimeoutError as error:  # it hangs
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            return _failed(str(error)), False
+        except BaseException:
+            running.cancel()
+            raise
+        return running, is_proved
 
     async def keep_learner(self, learner: LearnerGroup) -> None:
         """Restarts the ranks when one is lost; never returns. Raises ActorDied when that is not
@@ -425,6 +483,10 @@ class Supervisor:
         """
         self._starts[worker.name] += 1
         worker.replace(self._start_worker(worker.name, self._starts[worker.name]))
+        return await self._come(worker)
+
+    async def _come(self, worker: WorkerHandle) -> str:
+        """Waits for a process that was started. Returns why it did not come, or nothing."""
         began_s = self._now_s()
         coming = asyncio.create_task(worker.comes())
         try:

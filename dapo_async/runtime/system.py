@@ -12,6 +12,7 @@ from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.alternation import OwnDevices, SharedDevices
 from dapo_async.runtime.cluster.head_watch import head_listens, watch_head
+from dapo_async.runtime.fleet import Fleet, Room
 from dapo_async.runtime.handles.actors import (
     EvaluatorHandle,
     LearnerHandle,
@@ -23,7 +24,8 @@ from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.handles.restarts import DEATH_NEWS_S
 from dapo_async.runtime.launch import Actors, AnyHandle
-from dapo_async.runtime.supervisor import Supervisor
+from dapo_async.runtime.scale_desk import ScaleDesk
+from dapo_async.runtime.supervisor import ProcessState, Supervisor
 from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.weights import Announcement, Publisher
 
@@ -43,9 +45,11 @@ class System:
         say: Callable[[str], None],
         event: Event = ignore_event,
         redo: RedoLog | None = None,
+        desk: ScaleDesk | None = None,
+        room: Room | None = None,
     ) -> None:
         """`say` prints a line for the user; `event` adds one to the log of events. `redo`: of the
-        checkpoint that the learner resumes from."""
+        checkpoint that the learner resumes from. `desk`, `room`: see `Fleet`."""
         self._config, self._actors, self._say, self.event = config, actors, say, event
         self.started = False
         self.replay, self.workers, self.evaluator = actors.replay, actors.workers, actors.evaluator
@@ -84,6 +88,17 @@ class System:
             say=say,
             devices=self.devices,
             event=event,
+        )
+        self.fleet = Fleet(
+            config,
+            actors,
+            supervisor=self.supervisor,
+            publisher=self.publisher,
+            replay=self.replay,
+            say=say,
+            event=event,
+            desk=desk,
+            room=room,
         )
 
     async def start(self) -> list[ProcessInfo]:
@@ -202,10 +217,7 @@ class System:
         watches = [
             asyncio.create_task(supervisor.keep_replay(self.workers), name=self.replay.name),
             asyncio.create_task(supervisor.keep_learner(self.learner), name="learner"),
-            *(
-                asyncio.create_task(supervisor.keep_worker(worker), name=worker.name)
-                for worker in self.workers
-            ),
+            asyncio.create_task(self.fleet.keep(), name="the rollout workers"),
         ]
         watches.append(asyncio.create_task(watch_head(), name="Ray's head"))
         if self.evaluator is not None:
@@ -243,8 +255,17 @@ class System:
         publish = self.publisher.in_flight
         if publish is None or publish.done():
             return ""
-        names = ", ".join(worker.name for worker in self.workers)
+        names = ", ".join(worker.name for worker in self.publisher.serving)
         return f"; {publish.get_name()} still waited for {names}"
+
+    @property
+    def num_workers(self) -> int:
+        """Rollout workers that have joined and are not leaving."""
+        return len(self.fleet.members)
+
+    def has_left(self, worker: str) -> bool:
+        """Whether the worker was in the run once and is not any more."""
+        return self.supervisor.states.get(worker) is ProcessState.RETIRED
 
     def _running(self) -> set[asyncio.Task[Any]]:
         """Background work and publish in flight; what has ended raises its failure here."""
@@ -260,21 +281,26 @@ class System:
         """Accuracy on the held-out prompts, shared among the workers. A worker that loses
         its engine or its process evaluates its share when it is back."""
 
+        workers = await self.fleet.begin_evaluation()
+
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:
             """One part, again and again until it is evaluated."""
             while True:
                 await self.supervisor.is_back(worker.name)
                 try:
-                    evaluation = await worker.evaluate(part, len(self.workers))
+                    evaluation = await worker.evaluate(part, len(workers))
                     if evaluation is not None:
                         return evaluation
                     await worker.back()
                 except ActorDied:
                     await asyncio.sleep(DEATH_NEWS_S)  # the supervisor hears of it, too
 
-        first, *others = await asyncio.gather(
-            *(evaluate(worker, part) for part, worker in enumerate(self.workers))
-        )
+        try:
+            first, *others = await asyncio.gather(
+                *(evaluate(worker, part) for part, worker in enumerate(workers))
+            )
+        finally:
+            self.fleet.end_evaluation()
         return sum(others, start=first)
 
     async def reports(self, *, deadline_s: float) -> dict[str, Report | BaseException]:
@@ -288,8 +314,8 @@ class System:
         calls: list[Coroutine[Any, Any, Report]] = [
             actor.within(deadline_s).report() for actor in actors
         ]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
         replaced = {worker.name for worker in self.workers}
+        answers = await asyncio.gather(*calls, return_exceptions=True)
         if self.learner.restarts.is_kept:
             replaced |= {rank.name for rank in self.learner.ranks}
         return {

@@ -6,6 +6,7 @@ rates of a row are over the same seconds, so they add up as the counts do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Self, TypeVar
@@ -24,10 +25,13 @@ LEAST_S = 0.5  # a best rate is measured over at least so much time with running
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """How many devices each side has: the GPUs that it reserves, or its actors on a CPU."""
+    """How many devices each side has: the GPUs that it reserves, or its actors on a CPU.
 
-    engines: int = 1
-    rollout_devices: int = 1
+    Engines may join and leave: their number over some time is a mean.
+    """
+
+    engines: float = 1
+    rollout_devices: float = 1
     learner_devices: int = 1
 
     @classmethod
@@ -39,6 +43,38 @@ class Sides:
             rollout.num_workers * per_engine,
             learner.num_ranks,
         )
+
+    def with_engines(self, engines: float) -> Sides:
+        """The same engines, but so many; at least a part of one, because it is divided by."""
+        engines = max(engines, 1e-3)
+        each = self.rollout_devices / self.engines
+        return replace(self, engines=engines, rollout_devices=engines * each)
+
+
+class EngineCount:
+    """The number of engines over time, as a step function."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[float, int]] = []  # since when; how many
+
+    def add(self, time_s: float, count: int) -> None:
+        if not self._steps or self._steps[-1][1] != count:
+            self._steps.append((time_s, count))
+
+    def mean(self, start_s: float, end_s: float) -> float:
+        """The mean between two times after the first `add`; exact where the number stays."""
+        ends = [*(time_s for time_s, _ in self._steps[1:]), math.inf][: len(self._steps)]
+        spent = [
+            (max(0.0, min(end_s, until_s) - max(start_s, since_s)), count)
+            for (since_s, count), until_s in zip(self._steps, ends, strict=True)
+        ]
+        counts = {count for seconds, count in spent if seconds > 0}
+        if len(counts) == 1:
+            return counts.pop()
+        total_s = sum(seconds for seconds, _ in spent)
+        if total_s <= 0:
+            return self._steps[-1][1] if self._steps else 1.0
+        return sum(seconds * count for seconds, count in spent) / total_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +309,8 @@ class Devices:
     @classmethod
     def of(cls, config: Config, model: ModelConfig) -> Self:
         sides = Sides.of(config)
-        return cls(model, NUM_BYTES[config.model.dtype], sides.rollout_devices // sides.engines)
+        per_engine = round(sides.rollout_devices / sides.engines)
+        return cls(model, NUM_BYTES[config.model.dtype], per_engine)
 
     def engine_use(self, before: Flow, after: Flow, peaks: Mapping[str, Peak]) -> dict[str, float]:
         """`mfu.rollout` and `mbu.rollout`, while sequences ran; empty if none did.

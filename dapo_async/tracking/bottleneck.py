@@ -57,6 +57,15 @@ class Layout:
             shared=config.model.is_shared,
         )
 
+    def with_engines(self, engines: int) -> Layout:
+        """The same run with so many engines, of which some have joined or left; 0: not known."""
+        if engines in (0, self.engines):
+            return self
+        config = self.config
+        if config is not None:
+            config = replace(config, rollout=replace(config.rollout, num_workers=engines))
+        return replace(self, engines=engines, config=config)
+
 
 @dataclass(frozen=True, slots=True)
 class Idle:
@@ -362,6 +371,7 @@ class BottleneckWatch:
     def add(self, row: Row) -> Finding | None:
         """Returns at most one finding after each `WINDOW` steps: the most urgent new one."""
         row = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self._layout = self._layout.with_engines(int(row.get("rollout_workers", 0)))
         self._first = self._first or row
         self._rows.append(row)
         if len(self._rows) < WINDOW:

@@ -119,6 +119,11 @@ class RunDir:
         return self.root / "process.json"
 
     @property
+    def scale(self) -> Path:
+        """How `dapo-async scale` and the driver talk, see `runtime/scale_desk.py`."""
+        return self.root / "scale"
+
+    @property
     def dumps(self) -> Path:
         """What every actor did at some instant, as text."""
         return self.root / "dumps"

@@ -60,6 +60,7 @@ class RunStatus:
     bottleneck: str | None
     notes: tuple[str, ...]
     engines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the newest state
+    workers: Mapping[str, Any] = field(default_factory=dict)  # wanted, here, states of the others
 
     def to_json(self) -> dict[str, Any]:
         """All fields; null stands for nan."""
@@ -107,6 +108,7 @@ def read_status(root: Path) -> RunStatus:
         bottleneck=_bottleneck(rows, config),
         notes=tuple(notes),
         engines=_posted_engines(run_dir) if running else {},
+        workers=_posted_facts(run_dir).get("workers", {}) if running else {},
     )
 
 
@@ -138,6 +140,7 @@ def status_of_post(facts: Mapping[str, Any]) -> RunStatus:
         bottleneck=facts["bottleneck"],
         notes=(f"as its driver on {facts['host']} (pid {facts['pid']}) has posted it",),
         engines={} if is_over else facts["engines"],
+        workers={} if is_over else facts.get("workers", {}),
     )
 
 
@@ -177,6 +180,7 @@ def lines(status: RunStatus) -> Iterator[str]:
         ("idle", [*_idle(row)]),
         ("engines", [*_engines(row)]),
         ("by engine", [*_engine_facts(status.engines)]),
+        ("workers", [*_worker_facts(status.workers)]),
         ("groups", [*_groups(row)]),
         ("staleness", [*_staleness(row)]),
         ("weights", [*_weights(row)]),
@@ -347,6 +351,16 @@ def _engine_facts(engines: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
             f"tokens/s {rates[slowest]:,.0f} ({slowest}) to {max(rates.values()):,.0f}, "
             f"median {statistics.median(rates.values()):,.0f}"
         )
+
+
+def _worker_facts(workers: Mapping[str, Any]) -> Iterator[str]:
+    """Where some rollout workers join, leave or are being replaced."""
+    states = workers.get("states", {})
+    if states or workers.get("here") != workers.get("wanted"):
+        told = ", ".join(f"{name} {state}" for name, state in states.items())
+        yield f"{workers['here']} of {workers['wanted']} rollout workers are here"
+        if told:
+            yield told
 
 
 def _numbers(row: Mapping[str, float], *wanted: tuple[str, str, str]) -> Iterator[str]:

@@ -101,7 +101,7 @@ class Publisher:
 
         None: there is no group to form. `tolerance` is that of the handshake's probe, in nats.
         """
-        self._source, self._receivers, self._transport = source, receivers, transport
+        self._source, self._receivers, self._transport = source, [*receivers], transport
         self._tolerance, self._deadline_s = tolerance, deadline_s
         self._regroup = regroup
         self._in_flight: asyncio.Task[None] | None = None
@@ -185,6 +185,23 @@ class Publisher:
         self._lost.add(receiver.name)
         self._members = ()
         self._unproved.discard(receiver.name)
+
+    def add(self, receiver: WeightReceiver) -> None:
+        """A new engine, which is left out until `restore`."""
+        self._receivers.append(receiver)
+        self.lose(receiver)
+
+    async def leave(self, receiver: WeightReceiver) -> None:
+        """`receiver` gets no weights any more, after the publish in flight."""
+        async with self._turn:
+            self.drop(receiver)
+
+    def drop(self, receiver: WeightReceiver) -> None:
+        """As `leave`, at once: its process is gone."""
+        self.lose(receiver)
+        if receiver in self._receivers:
+            self._receivers.remove(receiver)
+            self._lost.discard(receiver.name)
 
     def lose_source(self) -> None:
         """The learner is being restarted. Its calls wait for that; its process group is gone. The

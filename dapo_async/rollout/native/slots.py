@@ -129,7 +129,8 @@ class SlotTable:
         ):
             table[row, start : start + count] = torch.from_numpy(values).to(self.device)
         if self.experts is not None:
-            assert partial.experts is not None and partial.prompt_experts is not None
+            assert partial.experts is not None, f"sibling {sibling} has no experts"
+            assert partial.prompt_experts is not None, f"sibling {sibling} has no experts"
             chosen = np.concatenate([partial.prompt_experts, partial.experts])
             self.experts[row, : len(chosen)] = torch.from_numpy(chosen).to(self.device)
         self._numbers[row, 0] = int(partial.token_ids[-1])

@@ -327,6 +327,10 @@ class RolloutActor:
         """The weights are proved: groups that finished since the swap may be offered."""
         self._worker.confirm()
 
+    async def drain(self) -> None:
+        """Gives every group back to the replay actor, finished or not, and starts none any more."""
+        await self._worker.drain()
+
     async def evaluate(self, part: int, num_parts: int) -> Evaluation | None:
         """Accuracy on one part of the held-out prompts. None: the engine can't generate."""
         if self._worker.state not in GENERATING:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray._private import parameter, ray_constants
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 
 from dapo_async.config import Config
@@ -38,7 +39,7 @@ def connect(config: Config) -> str:
     if config.ray.address == LOCAL:
         # Ray starts a process for each CPU in advance, so it gets no more than the actors use.
         cpus = max(len(actors), ceil(sum(actor.num_cpus for actor in actors)))
-        gpus = ceil(sum(actor.num_gpus for actor in actors))
+        gpus = _gpus(ceil(sum(actor.num_gpus for actor in actors)))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         try:
             with shielded(), _without(UNUSED_SERVICES), _on_loopback(), _at_ports(config):
@@ -63,6 +64,18 @@ def connect(config: Config) -> str:
     nodes = sum(node["Alive"] for node in ray.nodes())
     count = "1 node" if nodes == 1 else f"{nodes} nodes"
     return f"joined the Ray cluster at {config.ray.address}: {count}, {resources}"
+
+
+def _gpus(needed: int) -> int:
+    """All GPUs that this process may use, for workers that join later; none for a run without.
+
+    Ray refuses more than there are.
+    """
+    if not needed:
+        return 0
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    there = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    return max(needed, there if visible is None else min(there, len(visible)))
 
 
 def _not_joined(address: str, error: BaseException) -> str:

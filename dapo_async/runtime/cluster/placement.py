@@ -238,7 +238,7 @@ def _assign(
     for place, gang in zip(learner_places, _of(gangs, Side.LEARNER), strict=False):
         take(place, gang)
     engines = _of(gangs, Side.ENGINE)
-    engine_places = iter(_spread(left, engines[0].needs, len(engines)) if engines else ())
+    engine_places = iter(spread(left, engines[0].needs, len(engines)) if engines else ())
     learner = iter(learner_places)
     placed: list[int | None] = []
     for gang in gangs:
@@ -255,21 +255,28 @@ def _assign(
     return placed
 
 
-def _spread(
-    capacities: Sequence[Mapping[str, float]], needs: Mapping[str, float], count: int
+def spread(
+    capacities: Sequence[Mapping[str, float]],
+    needs: Mapping[str, float],
+    count: int,
+    *,
+    there: Sequence[int] = (),
 ) -> list[int]:
-    """Nodes of up to `count` engines: each goes where the fewest are, then where the most fit."""
+    """Nodes of up to `count` engines: each goes where the fewest are, then where the most fit.
+
+    `there`: engines that each node has already; empty: none.
+    """
     rooms = [_room(capacity, needs) for capacity in capacities]
-    there = [0] * len(rooms)
+    counts = [*there] or [0] * len(rooms)
     places: list[int] = []
     while len(places) < count and any(rooms):
         place = min(
             (each for each, room in enumerate(rooms) if room),
-            key=lambda each: (there[each], -rooms[each]),
+            key=lambda each: (counts[each], -rooms[each]),
         )
         places.append(place)
         rooms[place] -= 1
-        there[place] += 1
+        counts[place] += 1
     return places
 
 

@@ -16,11 +16,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -35,15 +39,19 @@ from ray.util.scheduling_strategies import (
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.placement import (
+    ROUNDING,
     WAIT_KNOB,
     Gang,
     Node,
+    Side,
     assign,
     misfit,
     missing_line,
     plan_lines,
     planned_gangs,
+    spread,
 )
+from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 ANYWHERE, SPREAD = "DEFAULT", "SPREAD"  # Ray's strategies
 POLL_S = 0.1
@@ -71,6 +79,38 @@ class Reservation:
             if group is not None
         }
         self._learner_node = learner_node
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is planned, as on a run's own Ray."""
+        return not self._gangs
+
+    def join(self, name: str, config: Config) -> None:
+        """Plans and reserves one more engine, on a node with room that has few engines; Ray makes
+        the reservation when there is such a node."""
+        if self.is_empty:
+            return
+        engine = next(gang for gang in planned_gangs(config) if gang.side is Side.ENGINE)
+        self._gangs[name] = gang = replace(engine, names=(name,))
+        if gang.bundle:
+            nodes, there = staying_nodes(), Counter(self._engine_nodes())
+            free, engines = zip(*((node.free, there[node.node_id]) for node in nodes), strict=True)
+            places = spread(free, gang.needs, 1, there=engines)
+            node_id = nodes[places[0]].node_id if places else None
+            self._groups[gang.names] = _reserve(gang, name=name, node_id=node_id)
+
+    def leave(self, name: str) -> None:
+        """Gives back what an engine has reserved."""
+        gang = self._gangs.pop(name, None)
+        if gang is not None and (group := self._groups.pop(gang.names, None)) is not None:
+            remove_placement_group(group)
+
+    def _engine_nodes(self) -> Iterator[str]:
+        """The node of each engine that has one."""
+        table = placement_group_table()
+        for names, group in self._groups.items():
+            if self._gangs[names[0]].side is Side.ENGINE:
+                yield from table.get(group.id.hex(), {}).get("bundles_to_node_id", {}).values()
 
     @property
     def beside_learner(self) -> Strategy:
@@ -245,6 +285,51 @@ def live_nodes() -> list[Node]:
         if node["Alive"]
     ]
     return sorted(nodes, key=lambda node: node.node_id != own)
+
+
+def staying_nodes() -> list[Node]:
+    """The live nodes, without those that are about to go."""
+    going = state.get_draining_nodes()
+    return [node for node in live_nodes() if node.node_id not in going]
+
+
+class ClusterRoom:
+    """What Ray says while a run goes on; see `fleet.Room`."""
+
+    def __init__(self, config: Config) -> None:
+        """On a joined cluster a thread asks for nodes that are about to go: a head that hangs would
+        hold up whoever asks it."""
+        self._going: dict[str, float] = {}
+        if config.ray.address != LOCAL:
+            Thread(target=self._follow, name="nodes that go", daemon=True).start()
+
+    def _follow(self) -> None:
+        while ray.is_initialized():
+            with suppress(Exception):  # the head is gone, which `head_watch` tells
+                found = state.get_draining_nodes()
+                self._going = {node_id: 1e-3 * at_ms for node_id, at_ms in found.items()}
+            time.sleep(LOOK_S)
+
+    def fault(self, config: Config) -> str | None:
+        """Why the engines of `config` have no room, in one line; else None.
+
+        On a run's own Ray only GPUs count: its CPUs are a plan, and its actors share all cores.
+        """
+        if config.ray.address != LOCAL:
+            return None if config.ray.wait_for_nodes_s else misfit(config, staying_nodes())
+        wanted = sum(actor.num_gpus for actor in planned_actors(config))
+        there = ray.cluster_resources().get("GPU", 0.0)
+        if wanted <= there + ROUNDING:
+            return None
+        return (
+            f"{config.rollout.num_workers} engines and the rest of the run need {wanted:g} GPUs, "
+            f"this machine has {there:g}; ask for fewer"
+        )
+
+    def going_nodes(self) -> dict[str, float]:
+        """By Ray's id: nodes that are being drained, such as spot machines that were called back,
+        and when they go, in seconds since the epoch; 0 where Ray was not told."""
+        return self._going
 
 
 def _reserve(gang: Gang, *, name: str, node_id: str | None) -> PlacementGroup:

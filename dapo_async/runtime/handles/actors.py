@@ -159,6 +159,7 @@ class WorkerHandle(Handle[RolloutActor]):
     ping = remote(RolloutActor.ping, _short, repeatable=True)
     watch = remote(RolloutActor.run, _unlimited)
     lost = remote(RolloutActor.lost, _unlimited, repeatable=True)
+    drain = remote(RolloutActor.drain, _work)
     restart = remote(RolloutActor.restart, _start_with_margin)
     back = remote(RolloutActor.back, _return, repeatable=True)
     evaluate = remote(RolloutActor.evaluate, _work)

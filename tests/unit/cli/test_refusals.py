@@ -187,14 +187,14 @@ def test_overrides_may_stand_before_and_after_an_option(
     [
         (
             (),
-            "which command? give one of train, submit, status, dump, eval, report, verify, trace, "
-            "rerun, grade, bench, plan, simulate, launch, config; ",
+            "which command? give one of train, submit, status, dump, scale, eval, report, verify, "
+            "trace, rerun, grade, bench, plan, simulate, launch, config; ",
         ),
         (
             ("trian",),
             "unknown command trian; did you mean train? There are train, submit, status, dump, ",
         ),
-        (("inspect",), "unknown command inspect; there are train, submit, status, dump, eval, "),
+        (("inspect",), "unknown command inspect; there are train, submit, status, dump, scale, "),
         (("replay", "run"), "the command replay was renamed: write dapo-async rerun"),
         (
             ("train",),

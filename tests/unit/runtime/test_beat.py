@@ -26,7 +26,9 @@ def test_newest_state_is_in_the_file_and_posted_to_the_cluster(tmp_path: Path) -
         )
         beat.start()
         for step in range(12):
-            beat.step(step_row(step), {"rollout-0": {"version": float(step)}})
+            beat.step(
+                step_row(step), {"rollout-0": {"version": float(step)}}, workers={"wanted": 1}
+            )
         beat.evaluation({"version": 3, "accuracy": 0.5})
         facts = json.loads(run_dir.status.read_text())
         assert facts["row"]["version"] == 12

@@ -50,9 +50,12 @@ class System:
         self.supervisor = SimpleNamespace(
             num_restarts=0, take_retired=lambda: self.__dict__.pop("retired", {})
         )
-        self.start = 0
+        self.start, self.num_workers, self.left = 0, 1, ""
         self.silent = False
         self.generated_per_s = 0
+
+    def has_left(self, worker: str) -> bool:
+        return worker == self.left
 
     async def reports(self, *, deadline_s: float) -> dict[str, Any]:
         if self.silent:
@@ -148,6 +151,7 @@ def test_rates_of_a_row_are_those_between_two_reports_and_add_up(tmp_path: Path)
         await tracker.log(0, METRICS, num_evicted=0)
 
     tracker, system, clock, rows = tracked(tmp_path, sides=Sides(2, 4, 5))
+    system.num_workers = 2
     system.generated_per_s = 200
     asyncio.run(run())
     rates = {name: value for name, value in rows[0].items() if "_per_s." in name}

@@ -13,7 +13,15 @@ from dapo_async.model.peak import Peak
 from dapo_async.replay import TokenCounts
 from dapo_async.rollout import EngineWork, KVUse, SlotUse, TimeUse
 from dapo_async.rollout.slot_meter import SlotMeter
-from dapo_async.runtime.throughput import BestRate, Devices, EngineFlow, Flow, rollout_idle
+from dapo_async.runtime.throughput import (
+    BestRate,
+    Devices,
+    EngineCount,
+    EngineFlow,
+    Flow,
+    Sides,
+    rollout_idle,
+)
 
 MODEL = ModelConfig.from_dict(
     {
@@ -152,3 +160,16 @@ def test_engine_state_is_that_of_the_time_between_two_reports() -> None:
     }
     assert before.engine_state(before) == {"kv.retractions": 1}
     assert flow(0.0, EngineFlow()).engine_state(Flow.of(0.0, None, {})) == {}
+
+
+def test_mean_number_of_engines_is_weighted_by_time() -> None:
+    count = EngineCount()
+    for time_s, engines in ((100.0, 2), (101.0, 2), (110.0, 4), (130.0, 1)):
+        count.add(time_s, engines)
+    assert count.mean(100.0, 110.0) == 2
+    assert count.mean(105.0, 115.0) == 3.0
+    assert count.mean(120.0, 140.0) == 2.5
+    assert count.mean(120.0, 120.0) == 1
+    assert EngineCount().mean(0.0, 1.0) == 1.0
+    sides = Sides(engines=2, rollout_devices=8, learner_devices=3).with_engines(2.5)
+    assert (sides.engines, sides.rollout_devices, sides.learner_devices) == (2.5, 10.0, 3)
