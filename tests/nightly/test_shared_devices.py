@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -40,7 +39,7 @@ def check_turns(run: Finished) -> None:
     assert summary["staleness"]["max"] <= 1
     assert [row["step"] for row in run.metrics] == [*range(len(run.metrics))]
     assert all(row["switch_s"] > 0 for row in run.metrics)
-    rows = rows_of(json.loads((run.root / "timeline.json").read_text()))
+    rows = rows_of(run.trace)
     check_time_law(rows)
     learner = "learner" if "learner" in rows else "learner-0"
     assert overlap_share({**rows, "learner": rows[learner]}) == 0.0
