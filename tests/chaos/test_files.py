@@ -11,8 +11,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from ray_cluster import wait_until
 from run_support import TINY, check_checkpoint, check_conservation, command, read_rows, running
 from small_disk import fill_up, make_room, small_disk
+
+from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -35,7 +38,7 @@ def test_a_replay_actor_drops_the_torn_end_of_its_journal(tmp_path: Path) -> Non
         segment = max((live.root / "journal").glob("*.log"))
         whole = segment.read_bytes()
         with segment.open("ab") as file:
-            file.write(whole[: len(whole) // 3])  # a record of which a part was written
+            file.write(whole[:40])  # the header of a record and a part of its text
         os.kill(replay, signal.SIGKILL)
         live.wait_for("^replay goes on after", timeout_s=120.0)
         step = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)[-1]
@@ -51,10 +54,11 @@ def test_a_replay_actor_drops_the_torn_end_of_its_journal(tmp_path: Path) -> Non
 def test_a_resume_steps_over_a_torn_and_a_rotten_checkpoint(tmp_path: Path) -> None:
     often = ("train.num_steps=5000", "train.checkpoint_every_steps=2", "train.keep_checkpoints=4")
     with running(tmp_path / "run", *TINY, *often) as live:
-        live.wait_for(r"^step +9/")
+        saved = CheckpointFolder(live.root / "checkpoints")
+        wait_until(lambda: len(saved.versions()) >= 4, timeout_s=180.0, what="four checkpoints")
         os.kill(live.driver, signal.SIGKILL)
         live.seconds_until_nothing_is_left(timeout_s=60.0)
-    *_, whole, torn, rotten = sorted((live.root / "checkpoints").glob("step_*"))
+    *_, whole, torn, rotten = (saved.path(version) for version in sorted(saved.versions()))
     for folder in (torn, rotten):
         (file,) = folder.glob("*.safetensors")
         data = bytearray(file.read_bytes())
