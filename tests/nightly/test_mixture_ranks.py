@@ -13,7 +13,7 @@ from dapo_async.model import Mesh
 
 pytestmark = pytest.mark.gloo
 FORMS: tuple[dict[str, Any], ...] = (
-    {"learner": {"num_minibatches": 2, "microbatch_tokens": 20, "recompute": "mlp"}},
+    {"learner": {"microbatch_tokens": 20, "recompute": "mlp"}},
     {"learner": {"recompute": "all", "zero_stage": 1}, "algorithm": {"kl_coef": 0.5}},
 )
 
