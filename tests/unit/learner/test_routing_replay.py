@@ -180,9 +180,7 @@ def test_experts_travel_with_the_group_and_are_stored(dtype: type, tmp_path: Pat
     assert same(kept.completion.prompt_experts, rollouts[0].completion.prompt_experts)
 
 
-def test_experts_of_a_server_are_checked_and_a_continued_response_has_new_ones() -> (
-    None
-):
+def test_experts_of_a_server_are_checked_and_a_continued_response_has_new_ones() -> None:
     model = tiny_decoder(FAMILY, mlp_only_layers=[0]).config  # a server has rows for all layers
     every = np.arange(6 * 2 * 2, dtype=np.int32).reshape(6, 2, 2) % 6
     stream = ResponseStream("name", prompt_tokens=5, sent_version=0)
