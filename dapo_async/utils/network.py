@@ -14,8 +14,6 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 
-import psutil
-
 ANY_PORT = range(1)  # port 0: the kernel chooses a free one
 
 
@@ -42,6 +40,8 @@ def family(host: str) -> socket.AddressFamily:
 
 def interfaces() -> Mapping[str, list[str]]:
     """The addresses of each interface that has one that other machines can use."""
+    import psutil  # the learner and the native engine run without it
+
     return {
         name: usable
         for name, addresses in psutil.net_if_addrs().items()
