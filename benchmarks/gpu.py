@@ -11,6 +11,7 @@ recomputation that fits the device is used. A case that does not fit is left out
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -92,6 +93,7 @@ class Case:
     length: int  # tokens of a row, its prompt included
     num_rollouts: int
     beside_hugging_face: bool = False
+    offload: bool = False  # the moments of the optimizer are on the host
 
     @property
     def tokens(self) -> int:
@@ -110,7 +112,7 @@ PROMPT_TOKENS = 64
 CASES = {
     "Qwen2.5-0.5B, 4 × 2,048": Case(shape(896, 4864, 24, 14), 2048, 4, True),
     "Qwen2.5-1.5B, 4 × 2,048": Case(shape(1536, 8960, 28, 12), 2048, 4, True),
-    "Qwen2.5-7B, 4 × 2,048": Case(QWEN_7B, 2048, 4),
+    "Qwen2.5-7B, 4 × 2,048": Case(QWEN_7B, 2048, 4, offload=True),
     "Qwen3-0.6B, 2 × 16,384": Case(QWEN3, 16_384, 2),
     "Qwen3-0.6B, 2 × 65,536": Case(QWEN3, 65_536, 2),
 }
@@ -171,6 +173,7 @@ def predicted(case: Case, recompute: Recompute, device: str) -> int:
         num_targets=case.targets,
         activations=activations_on(device),
         recompute=recompute,
+        offload_optimizer=case.offload,
         cuda=device == "cuda",
     )
     return memory.on_device - memory.snapshot
@@ -226,21 +229,38 @@ def own_step(
     case: Case, device: str, recompute: Recompute, *, rounds: int, mesh: Mesh = ALONE
 ) -> tuple[float, float | None]:
     """Seconds of a step, and on a GPU the GB of its peak."""
+    held = free_memory(device)
     groups, decoder = one_group(case), random_decoder(case, device, mesh=mesh)
     rank = LearnerRank(
         decoder,
         algorithm=AlgorithmConfig(proximal="current"),
-        learner=LearnerConfig(**KNOBS, microbatch_tokens=case.tokens, recompute=recompute),
+        learner=LearnerConfig(
+            **KNOBS,
+            microbatch_tokens=case.tokens,
+            recompute=recompute,
+            offload_optimizer=case.offload,
+        ),
         mesh=mesh,
     )
 
     def step() -> None:
         assert rank.step(groups).totals["skipped"] == 0
+        assert not rank.num_halvings, "the passes were halved, because the device lacks memory"
 
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     took_s = seconds(step, device, rounds=rounds)
-    return took_s, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    if device != "cuda":
+        return took_s, None
+    return took_s, (torch.cuda.max_memory_allocated() - held) / 1e9
+
+
+def free_memory(device: str) -> int:
+    """Frees what earlier cases have left, mostly in reference cycles; returns the bytes in use."""
+    gc.collect()
+    if device != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, Any]:
@@ -261,6 +281,7 @@ def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, An
         report["mfu"] = None if peak is None else round(step_flops(case) / took_s / peak, 3)
     if case.beside_hugging_face:
         among_others_s, _ = own_step(case, device, recompute, rounds=rounds, mesh=mesh)
+        free_memory(device)
         theirs_s = seconds(hugging_face_step(case, device), device, rounds=rounds)
         report |= {
             "mesh_of_one_over_alone": round(took_s / among_others_s, 2),
@@ -293,14 +314,16 @@ def main() -> None:
     mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
     report["learner"] = {}
     for name, case in cases.items():
-        report["learner"][name] = row = learner(case, device, rounds=rounds, mesh=mesh)
-        print(f"{name}: {json.dumps(row)}", flush=True)  # a later case may fail
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        try:
+            row = learner(case, device, rounds=rounds, mesh=mesh)
+        except torch.OutOfMemoryError as error:
+            row = {"left_out": str(error)[:200]}
+        report["learner"][name] = row
+        print(f"{name}: {json.dumps(row)}", flush=True)
+        if options.json:  # after each case: a later one may fail
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

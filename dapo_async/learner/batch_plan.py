@@ -99,14 +99,15 @@ def share_minibatch(
 
 
 def halved(share: RankShare) -> RankShare:
-    """The same rollouts in passes of half as many; a pass of one rollout stays as it is.
+    """The same rollouts in twice as many passes of half as many.
 
-    Loss and gradient do not depend on it (token-mean exactness).
+    Loss and gradient do not depend on it (token-mean exactness). The second half of a pass of one
+    rollout is empty: all data-parallel ranks must have the same number of passes.
     """
     passes: list[tuple[int, ...]] = []
     for rows in share.passes:
         middle = -(-len(rows) // 2)
-        passes += [rows[:middle], rows[middle:]] if len(rows) > 1 else [rows]
+        passes += [rows[:middle], rows[middle:]]
     return replace(share, passes=tuple(passes))
 
 

@@ -126,7 +126,7 @@ class LearnerRank:
         self._guards = guards
         self._on_host = HostCopy()  # while the rank sleeps
         self._held = False  # the newest minibatch has changed no weight
-        self._num_halvings = 0  # of every pass, because the device lacked memory
+        self.num_halvings = 0  # of every pass, because the device lacked memory
         device = torch.device("cpu") if learner.offload_optimizer else self._device
         self._start_weights = KeptWeights(decoder, device=device)  # of the step, if they are needed
         self._reference: KeptWeights | None = None
@@ -187,7 +187,7 @@ class LearnerRank:
             share = self.share_of(groups)
             groups = [each.part_of(groups[each.position]) for each in share.groups]
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
-        for _ in range(self._num_halvings + num_halvings):
+        for _ in range(self.num_halvings + num_halvings):
             share = halved(share)
         update, broken = self._trained(groups, share, lr=lr, first=first)
         self._held = Guard.NON_FINITE in broken or (bool(broken) and self._guards != "warn")
@@ -216,13 +216,13 @@ class LearnerRank:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            finer = halved(share)
-            if finer == share:
+            if all(len(rows) <= 1 for rows in share.passes):
                 raise self._too_large(groups, share, error) from error
             if self._mesh.every.size > 1:
                 raise MemoryShort(str(self._too_large(groups, share, error))) from error
         self._release_memory()
-        self._num_halvings += 1
+        self.num_halvings += 1
+        finer = halved(share)
         try:
             return self._passes(groups, finer, lr=lr, first=first)
         except (RuntimeError, MemoryError) as error:

@@ -234,7 +234,7 @@ def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Rows `ends[e − 1] … ends[e]` are those of expert e. On CUDA in bfloat16 by torch's kernel for
     groups, which has not run on a GPU here; elsewhere one product per expert that has rows.
     """
-    if x.is_cuda and x.dtype is torch.bfloat16:
+    if x.is_cuda and x.dtype is torch.bfloat16 and len(x):
         return grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return one_by_one(x, weights, ends)
 

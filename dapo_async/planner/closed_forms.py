@@ -69,7 +69,9 @@ def closed_forms(scenario: Scenario) -> ClosedForms:
     generate_s, train_s = _on_shared_cores(scenario, generate_s, train_s)
     steps = scenario.max_staleness + 1
     longest = min(scenario.lengths.max_tokens, mean * scenario.lengths.longest_of(steps * batch))
-    deadline_s = (longest * token_s + train_s + scenario.publish_s) / steps
+    # A minibatch is trained when its groups have ended: only the last one waits for the longest.
+    last_s = train_s / scenario.num_minibatches
+    deadline_s = (longest * token_s + last_s + scenario.publish_s) / steps
     step_s = max(generate_s, train_s, deadline_s)
     staleness = None
     if deadline_s >= step_s:

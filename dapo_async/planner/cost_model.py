@@ -140,7 +140,9 @@ def learner_speed(
     own = model.num_parameters / tensor_parallel
     exchanged = (ranks - 1) / ranks * own * (2 * HALF + FLOAT32)  # weights twice, gradients once
     link = gpu.link_bytes_per_s * efficiency.link
-    between = link if gpus <= NODE_GPUS else efficiency.network_gb_per_s * 1e9
+    network = efficiency.network_gb_per_s * 1e9
+    between = link if gpus <= NODE_GPUS else network
+    inside = link if tensor_parallel * context_parallel <= NODE_GPUS else network
     gather_s = passes * exchanged / between
     share = (tensor_parallel - 1) / tensor_parallel
     # Per layer four exchanges forward and four backward.
@@ -149,7 +151,7 @@ def learner_speed(
     moved += 8 * config.num_layers * config.hidden_size * HALF * share * tokens / ranks
     optimizer_s = 2 * STATE_BYTES * model.num_parameters / gpus / gpu.peak.bytes_per_s
     return LearnerSpeed(
-        token_s=(max(compute_s, gather_s) + moved / link) / tokens,
+        token_s=(max(compute_s, gather_s) + moved / inside) / tokens,
         fixed_s=efficiency.minibatch_s + optimizer_s,
     )
 

@@ -65,6 +65,8 @@ class Fleet:
         self._config, self._actors = config, actors
         self._supervisor, self._publisher, self._replay = supervisor, publisher, replay
         self._say, self._event, self._desk, self._room = say, event, desk, room
+        # An engine on a learner's device and a server that runs already can't move.
+        self._can_move = not (config.model.is_shared or config.rollout.server_urls)
         self._keeps: dict[str, asyncio.Task[None]] = {}  # by worker that is not leaving
         self._drains: dict[str, asyncio.Task[None]] = {}  # by worker that is
         self._new: set[str] = set()  # workers that have not served yet
@@ -104,10 +106,17 @@ class Fleet:
 
     async def begin_evaluation(self) -> list[WorkerHandle]:
         """Returns the workers that may share it: none of them leaves before `end_evaluation`."""
-        while self._drains:
-            await asyncio.wait([*self._drains.values()])
+        while self._drains or not self.members:
+            await asyncio.sleep(LOOK_S / 10)
         self._quiet.clear()
         return self.members
+
+    def stand_in(self, worker: WorkerHandle, part: int) -> WorkerHandle:
+        """Who does this part of an evaluation: `worker`, or another one if it will not be back."""
+        name, members = worker.name, self.members
+        has_left = self._supervisor.states.get(name) is ProcessState.RETIRED
+        is_lost = name in self._drains and self._supervisor.is_gone(name)
+        return members[part % len(members)] if members and (has_left or is_lost) else worker
 
     def end_evaluation(self) -> None:
         """Workers may leave again."""
@@ -173,14 +182,18 @@ class Fleet:
                 self._event("node_drained", node=node_id, workers=names)
             self._going = going
         if self._desk is not None and (request := self._desk.take()) is not None:
+            before = self.wanted, self._config
             try:
                 line = self._resize(request.rollout)
                 self._desk.accept(request, line)
                 self._say(line)
-            except ValueError as error:
-                self._desk.refuse(request, str(error))
-            except OSError as error:
-                self._desk.refuse(request, f"{self._desk.folder} can't be written: {error}")
+                self._event("scale", rollout=self.wanted, before=before[0])
+            except (ValueError, OSError) as error:
+                self.wanted, self._config = before
+                self._actors.resize(self.wanted)
+                cause = isinstance(error, OSError)
+                why = f"{self._desk.folder} can't be written: " if cause else ""
+                self._desk.refuse(request, f"{why}{error}")
         self._apply()
 
     def _resize(self, count: int) -> str:
@@ -191,7 +204,6 @@ class Fleet:
             raise ValueError(fault)
         before, self.wanted, self._config = self.wanted, count, config
         self._actors.resize(count)
-        self._event("scale", rollout=count, before=before)
         change = self._change()
         told = [f"{name} starts" for name in change.start]
         told += [f"{name} leaves" for name in change.drain]
@@ -209,7 +221,10 @@ class Fleet:
             if each.name in self._keeps
         ]
         return next_change(
-            self.wanted, members, leaving=self._drains.keys(), going_nodes=self._going.keys()
+            self.wanted,
+            members,
+            leaving=self._drains.keys(),
+            going_nodes=self._going.keys() if self._can_move else (),
         )
 
     def _apply(self) -> None:
@@ -239,7 +254,7 @@ class Fleet:
     async def _leave(self, worker: WorkerHandle, keep: asyncio.Task[None]) -> None:
         """From the decision to the end of the process."""
         name, supervisor, began_s = worker.name, self._supervisor, time.monotonic()
-        await self._quiet.wait()
+        await self._until_quiet(name, keep)
         keep.cancel()  # from now on nobody replaces it
         await asyncio.gather(keep, return_exceptions=True)
         supervisor.states[name] = ProcessState.DRAINING
@@ -265,11 +280,26 @@ class Fleet:
         self._say(f"{name} has left the run after {took_s:.1f} s")
         self._event("worker_left", actor=name, drained=last is not None, seconds=round(took_s, 2))
 
+    async def _until_quiet(self, name: str, keep: asyncio.Task[None]) -> None:
+        """No evaluation needs the worker any more, or it can't do its part."""
+        quiet = asyncio.create_task(self._quiet.wait())
+        try:
+            while not (quiet.done() or keep.done() or self._supervisor.is_gone(name)):
+                await asyncio.wait(
+                    {quiet, keep}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED
+                )
+        finally:
+            quiet.cancel()
+
     async def _drained(self, worker: WorkerHandle) -> WorkerReport:
         """The worker's last report, when it has nothing in hand any more."""
-        await self._publisher.leave(worker)
+
+        async def leave() -> None:
+            await self._publisher.leave(worker)  # after the publish in flight
+            await worker.drain()
+
         silence_s = self._config.deadlines.ping_s
-        drain = asyncio.create_task(worker.drain())
+        drain = asyncio.create_task(leave())
         silent = asyncio.create_task(until_silent(worker, silence_s))
         try:
             await asyncio.wait({drain, silent}, return_when=asyncio.FIRST_COMPLETED)

@@ -36,7 +36,7 @@ SAFE = (
     "learner.tensor_parallel", "learner.context_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.zero_stage", "learner.reduce_dtype",
     "learner.offload_optimizer", "learner.profile", "learner.node_resource",
-    "rollout.node_resource",
+    "rollout.node_resource", "network.",
 )  # fmt: skip
 DRIVER_FILE = "driver.json"
 BEST = "best"  # --from best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -283,12 +284,18 @@ class System:
 
         workers = await self.fleet.begin_evaluation()
 
+        turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by worker
+
         async def evaluate(worker: WorkerHandle, part: int) -> Evaluation:
             """One part, again and again until it is evaluated."""
             while True:
-                await self.supervisor.is_back(worker.name)
+                worker = self.fleet.stand_in(worker, part)
+                if self.supervisor.is_gone(worker.name):
+                    await asyncio.sleep(DEATH_NEWS_S)
+                    continue
                 try:
-                    evaluation = await worker.evaluate(part, len(workers))
+                    async with turns[worker.name]:  # it may stand in for another one
+                        evaluation = await worker.evaluate(part, len(workers))
                     if evaluation is not None:
                         return evaluation
                     await worker.back()

@@ -453,10 +453,8 @@ class SGLangEngine:
     async def _end_pause(self) -> None:
         self._pause = None
         self._sync(False)
-        if self._mode == "drain":
-            self._may_send.set()
-        else:
-            await self._client.resume()
+        await self._client.resume()
+        self._may_send.set()
 
     def _count_pause(self) -> None:
         for group in self._running.values():

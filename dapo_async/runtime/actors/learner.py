@@ -256,7 +256,10 @@ class LearnerActor:
                 if self._snapshot is not None:
                     if self._checksum is not None:
                         await self._checksum  # it reads the tensors that are moved
-                    on_host = {name: each.cpu() for name, each in self._snapshot.weights.items()}
+                    whole = self._snapshot.weights
+                    on_host = await asyncio.to_thread(
+                        lambda: {name: each.cpu() for name, each in whole.items()}
+                    )
                     self._snapshot = replace(self._snapshot, weights=on_host)
                 await asyncio.to_thread(self._rank.sleep)
             self._clock.enter("asleep")

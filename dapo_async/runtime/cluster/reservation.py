@@ -94,7 +94,8 @@ class Reservation:
         self._gangs[name] = gang = replace(engine, names=(name,))
         if gang.bundle:
             nodes, there = staying_nodes(), Counter(self._engine_nodes())
-            free, engines = zip(*((node.free, there[node.node_id]) for node in nodes), strict=True)
+            free = [node.free for node in nodes]
+            engines = [there[node.node_id] for node in nodes]
             places = spread(free, gang.needs, 1, there=engines)
             node_id = nodes[places[0]].node_id if places else None
             self._groups[gang.names] = _reserve(gang, name=name, node_id=node_id)
@@ -307,6 +308,8 @@ class ClusterRoom:
         while ray.is_initialized():
             with suppress(Exception):  # the head is gone, which `head_watch` tells
                 found = state.get_draining_nodes()
+                if {node.node_id for node in live_nodes()} <= found.keys():
+                    found = {}  # nothing is left to move to: they work until they go
                 self._going = {node_id: 1e-3 * at_ms for node_id, at_ms in found.items()}
             time.sleep(LOOK_S)
 

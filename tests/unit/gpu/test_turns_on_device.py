@@ -14,7 +14,7 @@ from dapo_async.learner import LearnerRank
 from dapo_async.rollout.native.engine import TorchEngine
 
 pytestmark = pytest.mark.gpu
-LEFT_BYTES = 32 * 2**20  # tables of slots, and cuBLAS's workspace
+LEFT_BYTES = 128 * 2**20  # tables of slots, and cuBLAS's workspaces, 32 MiB per thread on H100
 
 
 def allocated(place: Place) -> int:

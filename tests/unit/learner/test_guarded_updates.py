@@ -70,10 +70,13 @@ def test_a_healthy_batch_breaks_no_rule() -> None:
     assert totals["held"] == 0.0
 
 
-def test_halves_have_the_same_rollouts_and_a_single_one_stays() -> None:
+def test_halves_have_the_same_rollouts_and_every_pass_becomes_two() -> None:
+    """So data-parallel ranks, which exchange in each pass, keep equal numbers of passes."""
     share = RankShare((), ((0, 1, 2, 3, 4), (5,), ()), imbalance=1.0)
-    assert halved(share).passes == ((0, 1, 2), (3, 4), (5,), ())
-    assert halved(halved(share)).passes == ((0, 1), (2,), (3,), (4,), (5,), ())
+    assert halved(share).passes == ((0, 1, 2), (3, 4), (5,), (), (), ())
+    twice = halved(halved(share)).passes
+    assert [rows for rows in twice if rows] == [(0, 1), (2,), (3,), (4,), (5,)]
+    assert len(twice) == 12
 
 
 class SmallDevice(LearnerRank):

@@ -162,8 +162,11 @@ def test_predicted_activations_count_a_shared_prompt_once_outside_of_attention(f
 def test_predicted_activations_are_those_of_each_tensor_parallel_rank(form: str) -> None:
     values = {**SIZES, **FORMS[form]}
     memory = predict_memory(ModelConfig.from_dict(values), num_tokens=sum(LENGTHS), tp=2)
-    for kept in on_ranks(kept_bytes, values, torch.float32, "none", tp=2):
-        assert memory.activations == pytest.approx(kept, rel=WITHIN)
+    kept = on_ranks(kept_bytes, values, torch.float32, "none", tp=2)
+    if "num_experts" in values:  # the router decides how many tokens each rank's experts get
+        kept = [sum(kept) / len(kept)]
+    for each in kept:
+        assert memory.activations == pytest.approx(each, rel=WITHIN)
 
 
 @pytest.mark.gloo

@@ -30,6 +30,7 @@ class World:
         monkeypatch.setattr("ray.kill", lambda actor: self.log.append(f"kill {actor.name}"))
         self.log: list[str] = []
         self.asked: int | None = None
+        self.folder = ""
         self.answers: list[tuple[bool, str]] = []
         self.going: dict[str, float] = {}
         self.fault: str | None = None
@@ -282,5 +283,57 @@ def test_nobody_leaves_during_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> 
         assert "drain rollout-1" not in world.log
         world.fleet.end_evaluation()
         await world.said("rollout-1 has left the run")
+
+    play(monkeypatch, scene)
+
+
+def test_another_worker_stands_in_for_one_that_is_lost_while_it_should_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the evaluation would wait for it, and it for the end of the evaluation."""
+
+    async def scene(world: World) -> None:
+        first, second = await world.fleet.begin_evaluation()
+        assert world.fleet.stand_in(second, 1) is second
+        world.asked = 1
+        await world.until(lambda: bool(world.answers))
+        assert world.fleet.stand_in(second, 1) is second  # it does its part before it leaves
+        world.supervisor._is_back[second.name].clear()
+        assert world.fleet.stand_in(second, 1) is first
+        await world.said("rollout-1 has left the run")
+        assert world.fleet.stand_in(second, 1) is first
+
+    play(monkeypatch, scene)
+
+
+def test_engines_that_can_not_move_stay_on_a_node_that_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(world: World) -> None:
+        world.fleet._can_move = False
+        world.supervisor.processes["rollout-0"] = ProcessInfo("rollout-0", 1, "192.0.2.2", "spot")
+        world.going = {"spot": 0.0}
+        await world.said("node spot is being drained; on it: rollout-0")
+        await asyncio.sleep(0.05)
+        assert world.names == ["rollout-0", "rollout-1"]
+
+    play(monkeypatch, scene)
+
+
+def test_a_number_that_can_not_be_written_down_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(world: World) -> None:
+        def full(request: Request, line: str) -> None:
+            raise OSError("No space left on device")
+
+        world.folder = "runs/full"
+        monkeypatch.setattr(world, "accept", full)
+        world.asked = 3
+        await world.until(lambda: bool(world.answers))
+        assert world.answers[0][1].startswith("runs/full can't be written: No space left")
+        assert world.fleet.wanted == 2
+        await asyncio.sleep(0.05)
+        assert world.names == ["rollout-0", "rollout-1"]
 
     play(monkeypatch, scene)
