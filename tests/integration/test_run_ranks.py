@@ -90,7 +90,7 @@ def test_profile_of_each_rank_has_its_steps_three_to_five(two_by_two: Finished) 
 def test_two_by_two_ranks_have_the_losses_and_gradient_norms_of_one(two_by_two: Finished) -> None:
     check_same_as_one_rank(two_by_two, rel=REL)
     said = command("rerun", str(two_by_two.root))
-    assert (said.returncode, "all 6 steps are equal, to 0.01 of each number" in said.stdout) == (
+    assert (said.returncode, "all 6 steps are equal, to 0.05 of each number" in said.stdout) == (
         0,
         True,
     ), said.stdout + said.stderr

@@ -32,6 +32,7 @@ PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 CLOSE_S = 10.0
 LOG_TAIL_LINES = 3
 # Beside the engine's slots, so that the handshake's probe never waits for a response to end.
+DUMP_VARIABLE = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
 SPARE_SLOTS = 1
 
 
@@ -91,8 +92,12 @@ class ServerOptions:
         return [sys.executable, "-m", "sglang.launch_server", *options, *switches, *self.extra]
 
     def environment(self) -> dict[str, str]:
-        """Environment variables: the network interface, and on a CPU the cores of the ranks."""
-        variables = socket_variables(self.host)
+        """Environment variables: the network interface, and on a CPU the cores of the ranks.
+
+        A server that has crashed ends at once: by default it waits a minute for a dump of its GPU.
+        """
+        wait = os.environ.get(DUMP_VARIABLE, "0")
+        variables = {**socket_variables(self.host), DUMP_VARIABLE: wait}
         if self.device != "cpu":
             return variables
         variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}

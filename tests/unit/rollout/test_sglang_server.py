@@ -95,3 +95,12 @@ def test_server_gets_its_two_ports_and_an_ipv6_address(
     assert words[words.index("--port") + 1] == "21007"
     assert words[words.index("--nccl-port") + 1] == "21008"
     assert options.environment()["NCCL_SOCKET_FAMILY"] == "AF_INET6"
+
+
+def test_server_that_crashed_waits_for_no_dump_unless_the_user_wants_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+    assert options_at(tmp_path).environment()[name] == "0"
+    monkeypatch.setenv(name, "1")
+    assert options_at(tmp_path).environment()[name] == "1"
