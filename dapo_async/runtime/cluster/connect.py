@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import signal
@@ -175,6 +176,14 @@ def disconnect() -> None:
     if not ray.is_initialized():
         return
     if head_listens():
-        ray.shutdown()
+        # An actor's handle that another thread's garbage collection drops while Ray shuts down
+        # would end this process with exit code 1 (Ray's QuickExit).
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            if was_enabled:
+                gc.enable()
     else:
         log.debug("Ray at %s is gone", head_address())

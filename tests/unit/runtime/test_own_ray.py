@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ from paths import QUICKSTART
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
 from dapo_async.config import Config, DeadlinesConfig
-from dapo_async.runtime.cluster import connection, own_ray
+from dapo_async.runtime.cluster import connect, connection, own_ray
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import prepare
 
@@ -238,3 +239,13 @@ def test_network_that_this_machine_lacks_is_named_in_one_line(
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     (told,) = own_ray.faults(knobs.load(QUICKSTART, [override]))
     assert told.startswith(line)
+
+
+def test_nothing_is_collected_while_ray_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle that is dropped in that moment ends the process with exit code 1."""
+    seen: list[bool] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(connect, "head_listens", lambda: True)
+    monkeypatch.setattr("ray.shutdown", lambda: seen.append(gc.isenabled()))
+    connect.disconnect()
+    assert (seen, gc.isenabled()) == ([False], True)
