@@ -275,7 +275,7 @@ def classes_of(case: Case, config: Config) -> ActorClasses:
 def samples_of(run_dir: Path) -> list[float]:
     """Response lengths of a run, of those that it wrote down."""
     files = sorted((run_dir / "rollouts").glob("step_*.jsonl"))
-    lines = [line for file in files for line in file.read_text().splitlines()]
+    lines = [line for file in files for line in file.read_bytes().splitlines()]
     return [float(json.loads(line)["tokens"]) for line in lines]
 
 

@@ -56,7 +56,7 @@ def lengths_of_run(run_dir: Path, *, longest: int) -> ResponseLengths:
     observed: list[int] = []
     for path in sorted((run_dir / "rollouts").glob("step_*.jsonl")):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_bytes().splitlines()  # a response may hold U+2028
             observed += [int(json.loads(line)["tokens"]) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} has no rows of rollouts: {error}; give a run_dir") from error

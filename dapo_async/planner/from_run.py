@@ -180,7 +180,7 @@ def _samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     for row in rows:
         file = folder / "rollouts" / f"step_{int(row['step']):06d}.jsonl"
         if file.is_file():
-            written = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            written = map(json.loads, file.read_bytes().splitlines())
             samples += [float(each["tokens"]) for each in written if each["tokens"] > 0]
     return samples
 

@@ -137,7 +137,7 @@ def _trained_once(run_dir: RunDir) -> Iterator[Finding]:
     twice = False
     for path in sorted(run_dir.rollouts.glob("step_*.jsonl")):
         try:
-            ids = {int(json.loads(line)["group_id"]) for line in path.read_text().splitlines()}
+            ids = {int(json.loads(line)["group_id"]) for line in path.read_bytes().splitlines()}
         except (OSError, ValueError, TypeError, KeyError) as error:
             yield Finding(f"{path} can't be read ({unreadable(error)})", is_whole=False)
             continue

@@ -175,8 +175,9 @@ def test_lognormal_lengths_have_their_mean_and_stay_within_their_bounds() -> Non
 
 def test_lengths_of_a_run_are_those_of_its_rollouts(tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
-    rows = [{"tokens": tokens} for tokens in (3, 5, 900)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    # A response may hold a line separator.
+    rows = [{"tokens": tokens, "response": "one\u2028two\x85"} for tokens in (3, 5, 900)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "rollouts" / "step_000000.jsonl").write_text(text)
     lengths = lengths_of_run(tmp_path, longest=10)
     assert (lengths.label, lengths.mean) == ("run", 6.0)
