@@ -24,8 +24,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -34,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from quickstart import CONFIG
 from support.output import show, write_result
+from support.started_run import StartedRun
 
 from dapo_async.replay.group_io import read_groups
 
@@ -79,25 +77,8 @@ SGLANG = (
 TRAINED = re.compile(r"^step +(\d+)/", re.MULTILINE)
 
 
-class Victim:
+class Victim(StartedRun):
     """The supervised run."""
-
-    def __init__(self, folder: Path, settings: list[str]) -> None:
-        self.root, self._log = folder / "run", folder / "run.out"
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "dapo_async", "train", str(CONFIG), "--supervise"),
-                    *(*settings, f"run_dir={self.root}"),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
 
     @property
     def tail(self) -> str:
@@ -226,7 +207,7 @@ def main() -> None:
     if options.engine == "sglang":
         settings += SGLANG
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # kept when the run fails
-    victim = Victim(folder, [*settings, f"train.num_steps={steps}"])
+    victim = Victim(folder, ["--supervise", *settings, f"train.num_steps={steps}"])
     try:
         began_s = time.monotonic()
         recoveries = kill_at_random(victim, kills=options.kills, seed=options.seed, weights=weights)

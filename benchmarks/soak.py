@@ -18,8 +18,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from quickstart import CONFIG
 from support.output import show, write_result
+from support.started_run import StartedRun
 
 MIB = 2**20
 RATE = (
@@ -49,25 +47,8 @@ GROWN, GROWN_MIB = 0.05, 5.0
 RAYS = {"gcs_server": "Ray's GCS", "raylet/raylet": "raylet", "ray::DashboardAgent": "Ray's agent"}
 
 
-class Soaked:
+class Soaked(StartedRun):
     """The run and the memory of its processes."""
-
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
-        self.root, self._log = folder / "run", folder / "run.out"
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "dapo_async", "train", str(CONFIG)),
-                    *(*RATE, *overrides, f"run_dir={self.root}"),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
 
     def wait_for_step(self) -> None:
         """Raises RuntimeError when the run ends before its first step or takes too long."""
@@ -140,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     seconds, every_s = (1.0, 0.1) if options.quick else (60 * options.minutes, 1.0)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    soaked = Soaked(folder, [*(QUICK if options.quick else ()), *options.overrides])
+    soaked = Soaked(folder, [*RATE, *(QUICK if options.quick else ()), *options.overrides])
     try:
         soaked.wait_for_step()
         times, memory = soaked.sample(seconds, every_s)

@@ -19,7 +19,7 @@ BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receive
 
 
 class BrokenOff(RuntimeError):
-    """The broadcast ended before an engine had everything; its weights are those of before."""
+    """The broadcast ended before an engine had everything. It has to read the version from disk."""
 
 
 @dataclass(frozen=True, slots=True)
