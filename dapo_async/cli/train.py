@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         find_resume_point,
         with_model_at_hand,
     )
+    from dapo_async.runtime.run_keeper import is_restarted
     from dapo_async.runtime.scale_desk import asked_line
     from dapo_async.tracking.run_dir import unusable
 
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
     config, root, point = _begin(options)
     resume = point is not None
     point = point or START
-    if config.train.resume == "auto" and (line := complete_line(root, config, point)):
+    may_be_complete = config.train.resume == "auto" or is_restarted()
+    if may_be_complete and (line := complete_line(root, config, point)):
         say(line)
         return 0
     if resume and (line := asked_line(root, config)) is not None:

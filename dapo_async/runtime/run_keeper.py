@@ -31,6 +31,7 @@ from dapo_async.utils.readable import is_readable
 from dapo_async.utils.restart_budget import RestartBudget
 
 PULSE_FD = "DAPO_ASYNC_PULSE_FD"  # environment variable: where the child writes
+RESTARTED = "DAPO_ASYNC_RESTARTED"  # environment variable: set for each child but the first
 BEAT_S = 1.0
 WRONG_INPUT = 2
 RESTARTS = 5  # without a newer checkpoint
@@ -51,6 +52,11 @@ async def beat(environment: Mapping[str, str] = os.environ) -> None:
         except OSError:
             return  # the parent is gone; training goes on
         await asyncio.sleep(BEAT_S)
+
+
+def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """In the child: whether another one began the run. That one may have trained all steps."""
+    return RESTARTED in environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class RunKeeper:
         words, budget, num_starts = list(first), RestartBudget(RESTARTS), 0
         while True:
             newest, began_s = self._newest, time.time()
-            ended = self._run(words)
+            ended = self._run(words, is_first=num_starts == 0)
             num_starts += 1
             code = ended.code if ended.code >= 0 else 128 - ended.code
             if not self._may_restart(ended, num_starts=num_starts, since_s=began_s):
@@ -139,13 +145,14 @@ class RunKeeper:
         summary: dict[str, Any] = json.loads(path.read_text())
         return summary
 
-    def _run(self, words: Sequence[str]) -> Ended:
+    def _run(self, words: Sequence[str], *, is_first: bool) -> Ended:
         """One child, from its start to its end."""
+        restarted = {} if is_first else {RESTARTED: "1"}
         reader, writer = os.pipe()
         try:
             self._child = child = subprocess.Popen(
                 [*self._program, "train", *words],
-                env={**os.environ, PULSE_FD: str(writer)},
+                env={**os.environ, **restarted, PULSE_FD: str(writer)},
                 pass_fds=[writer],
             )
             os.close(writer)

@@ -16,6 +16,7 @@ from dapo_async.cli.main import main
 from dapo_async.cli.train import _begin, add_arguments
 from dapo_async.config import Config
 from dapo_async.runtime.resume import START, ResumePoint, complete_line, continued_config
+from dapo_async.runtime.run_keeper import RESTARTED
 from dapo_async.tracking.run_dir import RunDir
 
 TRAIN = ("train", str(QUICKSTART), "train.resume=auto")
@@ -103,6 +104,19 @@ def test_resume_of_a_complete_run_follows_the_knob(
 ) -> None:
     root = complete_run(tmp_path / "run", tmp_path / "base")
     assert main(["train", "--resume", str(root), "train.num_steps=4", "train.resume=auto"]) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_run_whose_driver_died_after_the_last_step_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = (
+        complete_run(tmp_path / name, tmp_path / f"base of {name}") for name in ("asked", "kept")
+    )
+    # Whoever asks for more steps has to say how many.
+    assert main(["train", "--resume", str(asked), "train.num_steps=4"]) == 2
+    monkeypatch.setenv(RESTARTED, "1")
+    assert main(["train", "--resume", str(kept), "train.num_steps=4"]) == 0
     assert "is complete" in capsys.readouterr().out
 
 

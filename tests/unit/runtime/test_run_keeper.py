@@ -76,6 +76,15 @@ def test_ends_that_no_restart_can_change(tmp_path: Path, end: str, began: bool, 
     assert keep(tmp_path, end, began=began) == (code, [f"train a.yaml run_dir={tmp_path}"], [])
 
 
+def test_each_child_but_the_first_knows_that_it_is_a_restart(tmp_path: Path) -> None:
+    """All steps may be trained then: that is the end of the run, and no wrong input."""
+    is_set = f"{run_keeper.RESTARTED!r} in os.environ"
+    first = f"(root / 'first').write_text(str({is_set})); {KILLED}"
+    code, calls, _ = keep(tmp_path, first, f"sys.exit(0 if {is_set} else 3)")
+    assert (code, len(calls)) == (0, 2)
+    assert (tmp_path / "first").read_text() == "False"
+
+
 def test_driver_that_hangs_is_ended_and_the_run_resumed(tmp_path: Path) -> None:
     began_s = time.monotonic()
     code, calls, said = keep(tmp_path, HANGS, "sys.exit(0)")
