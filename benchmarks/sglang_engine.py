@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dapo_async.bench.about import commit
 from dapo_async.model import load_decoder, open_store, read_weights
-from dapo_async.rollout import Engine, GroupRequest, SamplingParams
+from dapo_async.rollout import Engine, EngineFault, GroupRequest, SamplingParams
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.rollout.sglang.client import SGLangClient
@@ -52,6 +52,7 @@ LARGE = {
     "num_attention_heads": 10,
 }
 UNDER_WAY, UPDATE_AFTER_S = 16, 0.3
+LOG_LINES = 60
 PROBE = np.arange(16, dtype=np.int32)
 BUCKET_BYTES = 64 * 2**20
 SEEDS = itertools.count()
@@ -109,7 +110,7 @@ async def rates(
 async def sglang(
     server: SGLangServer, mode: Any
 ) -> AsyncIterator[tuple[SGLangEngine, SGLangClient]]:
-    client = SGLangClient(server.url, api_key=server.api_key)
+    client = SGLangClient(server.url, api_key=server.api_key, why_ended=server.why_ended)
     engine = SGLangEngine(
         client, StateClock("sglang"), num_slots=64, weight_update=mode, incarnation="benchmark"
     )
@@ -247,8 +248,23 @@ def measure(shape: dict[str, Any], root: Path, *, quick: bool, with_rates: bool)
             updates(server, folder, rounds=rounds, response_tokens=48 if short else 192)
         )
         return part
+    except EngineFault:
+        lines = options.log.read_text(errors="replace").splitlines()
+        print("\n".join([f"the last lines of {options.log}:", *lines[-LOG_LINES:]]))
+        raise
     finally:
         asyncio.run(server.close())
+
+
+def measured(shape: dict[str, Any], *, quick: bool) -> dict[str, Any]:
+    """As `measure`. A server that was lost is replaced once, as in a run."""
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            return measure(shape, Path(root), quick=quick, with_rates=shape is SHAPE)
+        except EngineFault as fault:
+            print(f"measuring again with a new server, because {fault}")
+    with tempfile.TemporaryDirectory() as root:
+        return measure(shape, Path(root), quick=quick, with_rates=shape is SHAPE)
 
 
 def show(part: dict[str, Any]) -> None:
@@ -270,8 +286,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     parts = []
     for shape in (SHAPE,) if options.quick else (SHAPE, LARGE):
-        with tempfile.TemporaryDirectory() as root:
-            parts.append(measure(shape, Path(root), quick=options.quick, with_rates=shape is SHAPE))
+        parts.append(measured(shape, quick=options.quick))
         show(parts[-1])
     report = {
         "benchmark": "sglang_engine",

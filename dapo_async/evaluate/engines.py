@@ -110,7 +110,10 @@ async def _own_server(
     try:
         await server.start(timeout_s=config.deadlines.start_s)
         client = SGLangClient(
-            server.url, api_key=server.api_key, silence_s=config.deadlines.answer_s
+            server.url,
+            api_key=server.api_key,
+            silence_s=config.deadlines.answer_s,
+            why_ended=server.why_ended,
         )
         async with _engine(config, client, incarnation="") as engine:
             yield engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def test_two_engines_feed_one_learner_and_a_killed_one_is_replaced(two: Finished
     assert summary["engines"]["rollout-1"]["seconds"]["dead"] > 0
     assert summary["engines"]["rollout-0"]["seconds"]["dead"] == 0
     check_restarts(two, **{"rollout-1": 1})
+    (why,) = re.findall(r"^rollout-1 lost its engine: (.*); restarting it", two.output, re.M)
+    assert "it ended with code -9" in why
     # No credit and no group was lost with the server: what ran there was generated elsewhere.
     assert (summary["groups"]["failed"], summary["groups"]["evicted"], summary["failures"]) == (
         0,

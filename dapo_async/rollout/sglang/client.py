@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +101,18 @@ class BroadcastLost(CallRefused):
 class SGLangClient:
     """One server's API. Make and use it in one event loop."""
 
-    def __init__(self, url: str, *, api_key: str, silence_s: float = 120.0) -> None:
-        """`silence_s`: longest time without a new token of a response, or without an answer."""
-        self.url, self._silence_s = url, silence_s
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str,
+        silence_s: float = 120.0,
+        why_ended: Callable[[], Awaitable[str]] | None = None,
+    ) -> None:
+        """`silence_s`: longest time without a new token of a response, or without an answer.
+        `why_ended`: why a server of this process has ended, for the messages of faults.
+        """
+        self.url, self._silence_s, self._why_ended = url, silence_s, why_ended
         self._sleeping = False  # it sends no tokens meanwhile
         self._limits: set[asyncio.Timeout] = set()  # of the responses that are being streamed
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -210,7 +219,7 @@ class SGLangClient:
                 f"{self.url} sent no token for {self._silence_s:g} s (deadlines.answer_s)"
             ) from error
         except aiohttp.ClientError as error:
-            raise EngineFault(f"{self.url} broke off /generate: {error!r}") from error
+            raise await self._disconnected(f"broke off /generate: {error!r}") from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise EngineFault(f"{self.url} sent a malformed event: {error!r}") from error
 
@@ -418,7 +427,12 @@ class SGLangClient:
                 "(deadlines.answer_s)"
             ) from error
         except (aiohttp.ClientError, json.JSONDecodeError) as error:
-            raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
+            raise await self._disconnected(f"failed to answer {path}: {error!r}") from error
+
+    async def _disconnected(self, what: str) -> EngineFault:
+        """A fault of the connection, with the reason where the server has ended."""
+        why = await self._why_ended() if self._why_ended is not None else ""
+        return EngineFault(f"{self.url} {what}{why}")
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from dapo_async.utils.readable import is_readable
 STREAM_TOKENS = 8
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 CLOSE_S = 10.0
+ENDING_S = 2.0  # from the first broken connection to the exit code
 LOG_TAIL_LINES = 3
 # Beside the engine's slots, so that the handshake's probe never waits for a response to end.
 DUMP_VARIABLE = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
@@ -126,6 +128,7 @@ class SGLangServer:
         self.options = options
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
+        self._reading = threading.Lock()  # several threads may wait for the exit code
         self._log_start = 0  # bytes: servers before this one wrote into the same log
         self.api_key = secrets.token_hex(32)
         self.url = ""
@@ -196,14 +199,20 @@ class SGLangServer:
         """None while the server runs."""
         return self._read_exit_code(wait_s=0.0)
 
+    async def why_ended(self) -> str:
+        """The end of a message about a broken connection; empty while the server runs."""
+        code = await asyncio.to_thread(self._read_exit_code, wait_s=ENDING_S)
+        return "" if code is None else f"; it ended with code {code}, {self._log_tail()}"
+
     def _read_exit_code(self, *, wait_s: float) -> int | None:
         assert self._supervisor is not None, "a server's exit code before its start"
         output = self._supervisor.stdout
         assert output is not None
-        if self._exit_code is None and is_readable(output.fileno(), wait_s):
-            # Nothing to read: somebody killed the supervisor, and so the server.
-            self._exit_code = int(output.readline() or -signal.SIGKILL)
-        return self._exit_code
+        with self._reading:
+            if self._exit_code is None and is_readable(output.fileno(), wait_s):
+                # Nothing to read: somebody killed the supervisor, and so the server.
+                self._exit_code = int(output.readline() or -signal.SIGKILL)
+            return self._exit_code
 
     async def close(self) -> None:
         """Ends the server and everything that it started; returns when all of it is gone."""

@@ -111,7 +111,12 @@ class SGLangHost(EngineHost):
         """Returns a client of a server that answers, started here or running already."""
         urls, deadlines = self._config.rollout.server_urls, self._config.deadlines
         url, key = (urls[self._number], self._outer_key) if urls else await self._start_server()
-        client = SGLangClient(url, api_key=key, silence_s=deadlines.answer_s)
+        client = SGLangClient(
+            url,
+            api_key=key,
+            silence_s=deadlines.answer_s,
+            why_ended=None if self._server is None else self._server.why_ended,
+        )
         if urls:
             await client.wait_until_healthy(timeout_s=deadlines.start_s)
             await client.clear(GROUP_NAME)
