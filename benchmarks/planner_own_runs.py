@@ -338,6 +338,7 @@ def run_case(name: str, case: Case, bench: Bench, steps: int) -> Row:
     facts = {
         "control s": round(scenario.control_s, 3),
         "publish s": round(scenario.publish_s, 3),
+        "publish s measured": round(fmean(row["publish_s"] for row in rows[warm_up:steps]), 3),
         "slowdowns": f"{scenario.engine_slowdown:.2f}, {scenario.learner_slowdown:.2f}",
         "learner trains": round(outcome.learner["train"], 2),
         "slots run": round(outcome.engines["running"], 2),

@@ -426,8 +426,10 @@ class SGLangClient:
                 f"{self.url} did not answer {path} within {self._silence_s:g} s "
                 "(deadlines.answer_s)"
             ) from error
-        except (aiohttp.ClientError, json.JSONDecodeError) as error:
+        except aiohttp.ClientError as error:
             raise await self._disconnected(f"failed to answer {path}: {error!r}") from error
+        except json.JSONDecodeError as error:
+            raise EngineFault(f"{self.url} failed to answer {path}: {error!r}") from error
 
     async def _disconnected(self, what: str) -> EngineFault:
         """A fault of the connection, with the reason where the server has ended."""

@@ -1,7 +1,10 @@
-"""Notices that Ray's head (its GCS process) is gone, while the driver can still end in order.
+"""Notices that Ray's head (its GCS process) or the driver's own raylet is gone.
+
+It does so while the driver can still end in order.
 
 Ray itself ends the driver 60 seconds after the GCS, without a checkpoint or a summary. Calls to
 actors go on without the GCS. Calls that need it, such as killing an actor, would wait for it.
+Without the raylet of its node the driver goes on, but nothing can start on that node any more.
 """
 
 from __future__ import annotations
@@ -9,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import ray
 
@@ -19,7 +25,7 @@ GONE_S = 20.0  # a GCS that is restarted by its cluster comes back within this t
 
 
 class RayGone(RuntimeError):
-    """The GCS does not answer; the message says for how long, and what to do."""
+    """Ray does not work for this driver any more; the message says why, and what to do."""
 
 
 def head_address() -> str:
@@ -37,39 +43,47 @@ def head_listens(*, timeout_s: float = 1.0) -> bool:
 
 
 async def watch_head() -> None:
-    """Raises RayGone when the GCS has not answered for `GONE_S` seconds; never returns."""
+    """Raises RayGone when the GCS has not answered for `GONE_S` seconds, or when it says that the
+    driver's node is dead; never returns."""
     gone_s = GONE_S
+    own_node = ray.get_runtime_context().get_node_id()
     address, answered_s = head_address(), asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(CHECK_S)
-        now_s = asyncio.get_running_loop().time
-        if await _answers(within_s=gone_s):
-            answered_s = now_s()
-        elif now_s() - answered_s >= gone_s:
+        nodes, now_s = await _nodes(within_s=gone_s), asyncio.get_running_loop().time()
+        if nodes is not None:
+            answered_s = now_s
+            if not any(node["NodeID"] == own_node and node["Alive"] for node in nodes):
+                raise RayGone(
+                    "Ray's raylet on the driver's machine is dead, and so are the actors of that "
+                    "machine; start Ray there again and resume the run, or see logs/raylet.err in "
+                    "Ray's session folder"
+                )
+        elif now_s - answered_s >= gone_s:
             raise RayGone(
                 f"Ray's head (the GCS at {address}) did not answer for {gone_s:g} s; "
                 "restart the cluster, or see logs/gcs_server.err in Ray's session folder"
             )
 
 
-async def _answers(*, within_s: float) -> bool:
-    """Asks the GCS for the nodes, in a thread that may hang with it."""
+async def _nodes(*, within_s: float) -> Sequence[dict[str, Any]] | None:
+    """Asks the GCS for the nodes, in a thread that may hang with it; None: no answer."""
     if not await asyncio.to_thread(head_listens):
-        return False
+        return None
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[bool] = loop.create_future()
+    answer: asyncio.Future[Sequence[dict[str, Any]] | None] = loop.create_future()
 
-    def answered() -> None:
+    def answered(nodes: Sequence[dict[str, Any]] | None) -> None:
         if not answer.done():
-            answer.set_result(True)
+            answer.set_result(nodes)
 
     def ask() -> None:
-        try:
-            ray.nodes()
-        except Exception:  # noqa: BLE001 (whatever Ray raises, the GCS has not answered)
-            return
-        loop.call_soon_threadsafe(answered)
+        nodes = None
+        with suppress(Exception):  # whatever Ray raises, the GCS has not answered
+            nodes = ray.nodes()
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(answered, nodes)
 
     threading.Thread(target=ask, daemon=True, name="ask the GCS").start()
     done, _ = await asyncio.wait([answer], timeout=within_s)
-    return bool(done)
+    return answer.result() if done else None

@@ -1,63 +1,62 @@
-"""What a client says of its server's end. Python's HTTP server takes the place of SGLang."""
+"""The start of a server whose port is taken, and the end of one that is killed.
+
+The stand-in fails as SGLang does: it names the reason long before the end of its log.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tracking_world import free_port
 
-from dapo_async.rollout.engine import EngineFault
+from dapo_async.rollout import EngineFault
+from dapo_async.rollout.sglang import server as sglang_server
 from dapo_async.rollout.sglang.client import SGLangClient
 from dapo_async.rollout.sglang.server import ServerOptions, SGLangServer
 
-SCRIPT = """
+STAND_IN = """
 import http.server, os, sys
-os.chdir(sys.argv[2])
-print("pid", os.getpid(), flush=True)
-http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="127.0.0.1")
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+http.server.HTTPServer.allow_reuse_address = False
+try:
+    server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy)
+except OSError as error:
+    print(f"[Errno 98] error while attempting to bind on address: {error}".lower())
+    print("a line of a traceback\\n" * 100)
+    sys.exit(3)
+print(f"pid {os.getpid()}")
+print("the last words", flush=True)
+server.serve_forever()
 """
 
 
-@dataclass(frozen=True, slots=True)
-class FileServer(ServerOptions):
-    """A server of the files in its model's folder."""
-
-    def command(self, port: int, group_port: int) -> list[str]:
-        return [sys.executable, "-c", SCRIPT, str(port), str(self.model)]
-
-
-async def fault_of_killed_server(options: ServerOptions) -> str:
-    server = SGLangServer(options)
-    await server.start(timeout_s=60.0)
-    client = SGLangClient(server.url, api_key=server.api_key, why_ended=server.why_ended)
-    try:
-        with pytest.raises(EngineFault, match="answers /model_info with 404") as refused:
-            await client.weight_version()
-        assert "it ended" not in str(refused.value)
-        log = options.log.read_text()
-        os.kill(int(log.split("pid ")[1].split()[0]), signal.SIGKILL)
-        faults = await asyncio.gather(
-            *(client.weight_version() for _ in range(3)), return_exceptions=True
-        )
-        assert all(isinstance(fault, EngineFault) for fault in faults)
-        assert len({*map(str, faults)}) == 1
-        return str(faults[0])
-    finally:
-        await client.close()
-        await server.close()
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SGLangServer:
+    monkeypatch.setattr(
+        ServerOptions, "command", lambda _, port, __: [sys.executable, "-c", STAND_IN, str(port)]
+    )
+    return SGLangServer(options_at(tmp_path))
 
 
-def test_fault_names_the_exit_code_and_the_end_of_the_log_of_a_server_that_ended(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "health").touch()
-    options = FileServer(
-        model=tmp_path,
+def options_at(folder: Path) -> ServerOptions:
+    return ServerOptions(
+        model=folder,
         dtype="float32",
         device="cpu",
         tensor_parallel=1,
@@ -65,9 +64,78 @@ def test_fault_names_the_exit_code_and_the_end_of_the_log_of_a_server_that_ended
         max_len=8,
         host="127.0.0.1",
         seed=0,
-        log=tmp_path / "server.log",
+        log=folder / "log",
     )
-    line = asyncio.run(fault_of_killed_server(options))
-    assert "failed to answer /model_info: " in line
-    assert f"; it ended with code -9, {tmp_path / 'server.log'} ends with: " in line
-    assert "404" in line.split("ends with: ")[1]
+
+
+def started(server: SGLangServer, ports: list[int]) -> str:
+    """Starts the server, which tries these ports in turn; returns the URL at which it answers."""
+
+    async def start() -> str:
+        try:
+            await server.start(timeout_s=30.0)
+            return server.url
+        finally:
+            await server.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sglang_server, "free_ports", lambda *_, count: [ports.pop(0)] * count)
+        return asyncio.run(start())
+
+
+def test_server_whose_port_is_taken_starts_on_another_port(server: SGLangServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken, free = other.getsockname()[1], free_port()
+        assert started(server, [taken, free]) == f"http://127.0.0.1:{free}"
+
+
+def test_log_lines_of_an_earlier_server_cause_no_retry(server: SGLangServer) -> None:
+    server.options.log.write_text("address already in use\n")
+    with pytest.raises(EngineFault, match="ended with code 1 while it started"):
+        started(server, [-1, -1, -1])
+
+
+def test_server_gets_its_two_ports_and_an_ipv6_address(
+    tmp_path: Path,
+) -> None:
+    options = replace(options_at(tmp_path), host="::1", ports=range(21_000, 21_100))
+    words = options.command(21_007, 21_008)
+    assert words[words.index("--host") + 1] == "::1"
+    assert words[words.index("--port") + 1] == "21007"
+    assert words[words.index("--nccl-port") + 1] == "21008"
+    assert options.environment()["NCCL_SOCKET_FAMILY"] == "AF_INET6"
+
+
+def test_server_that_crashed_waits_for_no_dump_unless_the_user_wants_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+    assert options_at(tmp_path).environment()[name] == "0"
+    monkeypatch.setenv(name, "1")
+    assert options_at(tmp_path).environment()[name] == "1"
+
+
+async def faults_of_a_killed_server(server: SGLangServer) -> list[str]:
+    """What three calls say that are made when the server has just been killed."""
+    await server.start(timeout_s=30.0)
+    client = SGLangClient(server.url, api_key=server.api_key, why_ended=server.why_ended)
+    try:
+        assert await client.healthy()
+        (pid,) = re.findall(r"^pid (\d+)$", server.options.log.read_text(), re.M)
+        os.kill(int(pid), signal.SIGKILL)
+        calls = (client.weight_version() for _ in range(3))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(answer, EngineFault) for answer in answers)
+        return [*map(str, answers)]
+    finally:
+        await client.close()
+        await server.close()
+
+
+def test_faults_name_the_exit_code_and_the_last_words_of_a_server_that_ended(
+    server: SGLangServer,
+) -> None:
+    for line in asyncio.run(faults_of_a_killed_server(server)):
+        assert line.startswith(f"{server.url} failed to answer /model_info: ")
+        assert "it ended with code -9, " in line
+        assert line.endswith("| the last words")
