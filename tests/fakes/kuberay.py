@@ -1,75 +1,38 @@
-"""A strict check of RayJob and RayCluster manifests: keys, types, and what belongs together.
+"""A strict check of RayJob and RayCluster manifests: KubeRay's schema, and its operator's rules.
 
-The tables have the fields that this project's manifests use, as the API references of KubeRay 1.6
-and Kubernetes list them. A key that is not in a table is a complaint, so a misspelt one is found.
-The published schemas are in no package that the tests could install.
+`kuberay_schema.yaml` has the fields of KubeRay's own definitions. A field that is not there is a
+complaint, as `kubectl create` refuses it. The rules of `_meaning` are those of KubeRay's operator
+(`ray-operator/controllers/ray/utils/validation.go`) for what the manifests use, those of Kubernetes
+for pods, and this project's own: a token, shared storage, a group of pods for each side.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|[KMGT]i?)?")
+import jsonschema
+import yaml
+
 LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-# Kind → key → its type; "!" after a key: it is required; a list has the type of its items.
-TABLES: Mapping[str, Mapping[str, Any]] = {
-    "RayJob": {"apiVersion!": str, "kind!": str, "metadata!": "Metadata", "spec!": "RayJobSpec"},
-    "RayCluster": {
-        "apiVersion!": str,
-        "kind!": str,
-        "metadata!": "Metadata",
-        "spec!": "RayClusterSpec",
-    },
-    "Metadata": {"name!": str},
-    "RayJobSpec": {
-        "entrypoint!": str,
-        "rayClusterSpec!": "RayClusterSpec",
-        "backoffLimit": int,
-        "shutdownAfterJobFinishes": bool,
-        "ttlSecondsAfterFinished": int,
-    },
-    "RayClusterSpec": {
-        "rayVersion!": str,
-        "authOptions!": "AuthOptions",
-        "headGroupSpec!": "HeadGroupSpec",
-        "workerGroupSpecs!": ["WorkerGroupSpec"],
-    },
-    "AuthOptions": {"mode!": str},
-    "HeadGroupSpec": {"rayStartParams!": "StartParams", "template!": "PodTemplate"},
-    "WorkerGroupSpec": {
-        "groupName!": str,
-        "replicas!": int,
-        "minReplicas!": int,
-        "maxReplicas!": int,
-        "rayStartParams!": "StartParams",
-        "template!": "PodTemplate",
-    },
-    "StartParams": {"num-cpus": str, "dashboard-host": str, "resources": str},
-    "PodTemplate": {"spec!": "PodSpec"},
-    "PodSpec": {
-        "containers!": ["Container"],
-        "volumes!": ["Volume"],
-        "terminationGracePeriodSeconds": int,
-    },
-    "Container": {
-        "name!": str,
-        "image!": str,
-        "env!": ["EnvVar"],
-        "ports": ["Port"],
-        "resources!": "Resources",
-        "volumeMounts!": ["VolumeMount"],
-    },
-    "EnvVar": {"name!": str, "value!": str},
-    "Port": {"containerPort!": int, "name!": str},
-    "Resources": {"requests!": "Amounts", "limits!": "Amounts"},
-    "Amounts": {"cpu!": str, "memory!": str, "nvidia.com/gpu": str},
-    "VolumeMount": {"name!": str, "mountPath!": str},
-    "Volume": {"name!": str, "persistentVolumeClaim": "Claim", "emptyDir": "EmptyDir"},
-    "Claim": {"claimName!": str},
-    "EmptyDir": {"medium!": str},
+LONGEST_NAME = 47  # of a RayJob: KubeRay adds to it
+FIRST_RAY_WITH_TOKENS = (2, 52)
+QUANTITY = {
+    "type": ["integer", "string"],
+    "pattern": r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)"
+    r"([KMGTPE]i|[numkMGTPE]|[eE][+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+))?$",
+}
+WORDS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"type": name} for name in ("string", "integer", "number", "boolean")},
+    "strings": {"type": "object", "additionalProperties": {"type": "string"}},
+    "quantity": QUANTITY,
+    "quantities": {"type": "object", "additionalProperties": QUANTITY},
+    "port": {"type": ["integer", "string"]},
 }
 
 
@@ -79,71 +42,117 @@ def complaints(manifest: Any) -> Iterator[str]:
     if kind not in ("RayJob", "RayCluster"):
         yield f"kind {kind}"
         return
-    wrong = list(_shape(manifest, kind, kind))
+    wrong = [
+        f"{error.json_path}: {error.message}" for error in _checker(kind).iter_errors(manifest)
+    ]
     yield from wrong or _meaning(manifest)
 
 
-def _shape(value: Any, kind: Any, where: str) -> Iterator[str]:
+@cache
+def _checker(kind: str) -> jsonschema.Draft202012Validator:
+    tables = yaml.safe_load(Path(__file__).with_name("kuberay_schema.yaml").read_text())
+    schema = {
+        "$ref": f"#/$defs/{kind}",
+        "$defs": {name: _object(fields) for name, fields in tables.items()},
+    }
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _object(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {name.removesuffix("!"): _field(kind) for name, kind in fields.items()},
+        "required": [name[:-1] for name in fields if name.endswith("!")],
+        "additionalProperties": False,
+    }
+
+
+def _field(kind: Any) -> Mapping[str, Any]:
     if isinstance(kind, list):
-        if not isinstance(value, list) or not value:
-            yield f"{where} must be a list with items"
-            return
-        for place, item in enumerate(value):
-            yield from _shape(item, kind[0], f"{where}[{place}]")
-    elif isinstance(kind, str):
-        if not isinstance(value, dict):
-            yield f"{where} must be a mapping"
-            return
-        table = {key.removesuffix("!"): each for key, each in TABLES[kind].items()}
-        missing = {key[:-1] for key in TABLES[kind] if key.endswith("!")} - value.keys()
-        yield from (f"{where} lacks {key}" for key in sorted(missing))
-        yield from (f"{where} has no field {key}" for key in value.keys() - table.keys())
-        for key in value.keys() & table.keys():
-            yield from _shape(value[key], table[key], f"{where}.{key}")
-    elif type(value) is not kind:
-        yield f"{where} must be of type {kind.__name__}, not {value!r}"
+        return {"enum": kind}
+    if isinstance(kind, dict):
+        if "from" in kind:
+            return {"type": "integer", "minimum": kind["from"]}
+        return {"type": "array", "items": _field(kind["list"])}
+    return WORDS.get(kind) or {"$ref": f"#/$defs/{kind}"}
 
 
 def _meaning(manifest: Any) -> Iterator[str]:
-    """What Kubernetes or KubeRay refuse although every key and type is right."""
+    """What is refused although every field and type is right."""
     spec = manifest["spec"]
-    cluster = spec.get("rayClusterSpec", spec)
-    if manifest["apiVersion"] != "ray.io/v1":
-        yield f"apiVersion {manifest['apiVersion']}"
-    if cluster["authOptions"]["mode"] != "token":
+    cluster = spec.get("rayClusterSpec") if manifest["kind"] == "RayJob" else spec
+    if manifest["kind"] == "RayJob":
+        yield from _job(spec)
+    if cluster is None:
+        yield "no rayClusterSpec"
+        return
+    if cluster.get("authOptions", {}).get("mode") != "token":
         yield "anybody could run code on this cluster"
-    groups = cluster["workerGroupSpecs"]
+    version = [int(part) for part in cluster.get("rayVersion", "0").split(".")]
+    if (*version,) < FIRST_RAY_WITH_TOKENS:
+        yield f"rayVersion {cluster.get('rayVersion')}: tokens need 2.52.0"
+    groups = cluster.get("workerGroupSpecs", [])
     names = [group["groupName"] for group in groups]
-    if len(set(names)) < len(names):
+    if sorted(names) != ["learner", "rollout"]:
         yield f"groups {names}"
     for name in (manifest["metadata"]["name"], *names):
-        if LABEL.fullmatch(name) is None:
-            yield f"{name} is no DNS label"
+        if LABEL.fullmatch(name) is None or len(name) > LONGEST_NAME:
+            yield f"{name} is no short DNS label"
     for group in groups:
-        if not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+        if not 0 <= group["minReplicas"] <= group.get("replicas", 0) <= group["maxReplicas"]:
             yield f"{group['groupName']}: minReplicas <= replicas <= maxReplicas"
         # KubeRay puts the text into a shell command, so it has a second pair of quotes.
-        marks = json.loads(json.loads(group["rayStartParams"]["resources"]))
+        marks = json.loads(json.loads(group.get("rayStartParams", {}).get("resources", '"{}"')))
         if marks != {group["groupName"]: 1}:
             yield f"{group['groupName']}: resources {marks}"
     for group in (cluster["headGroupSpec"], *groups):
-        yield from _pod(group["template"]["spec"])
+        yield from (f"ray start has no option {name}" for name in _unknown_params(group))
+        yield from _pod(group["template"].get("spec", {"containers": []}))
+
+
+def _job(spec: Any) -> Iterator[str]:
+    if not spec.get("entrypoint"):
+        yield "no entrypoint"
+    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+    for name in ("backoffLimit", "ttlSecondsAfterFinished"):
+        if spec.get(name, 0) < 0:
+            yield f"{name} is below 0"
+
+
+def _unknown_params(group: Any) -> list[str]:
+    """KubeRay hands each of them to `ray start` as an option."""
+    return [name for name in group.get("rayStartParams", {}) if f"--{name}" not in _options()]
+
+
+@cache
+def _options() -> frozenset[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray Serve, which comes along
+        from ray.scripts.scripts import start
+    return frozenset(option for each in start.params for option in each.opts)
 
 
 def _pod(pod: Any) -> Iterator[str]:
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    for volume in pod["volumes"]:
+    if not pod["containers"]:
+        yield "a pod without containers"
+    volumes = {volume["name"] for volume in pod.get("volumes", [])}
+    for volume in pod.get("volumes", []):
         if len(volume) != 2:
             yield f"volume {volume['name']} must have one source"
     for container in pod["containers"]:
-        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        mounts = container.get("volumeMounts", [])
+        mounted = {mount["name"] for mount in mounts}
         if mounted - volumes:
             yield f"{container['name']} mounts {sorted(mounted - volumes)}"
-        if {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm"}:
+        if not {mount["mountPath"] for mount in mounts} - {"/dev/shm"}:
             yield f"{container['name']} has no shared storage"
-        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        for variable in container.get("env", []):
+            if ("value" in variable) == ("valueFrom" in variable):
+                yield f"{variable['name']} needs one of value and valueFrom"
+        resources = container.get("resources", {})
+        requests, limits = resources.get("requests", {}), resources.get("limits", {})
+        if not {"cpu", "memory"} <= limits.keys():
+            yield f"{container['name']} has no limits of cpu and memory"
         if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
             yield f"{container['name']}: Kubernetes wants equal requests and limits of GPUs"
-        for amount in (*requests.values(), *limits.values()):
-            if QUANTITY.fullmatch(amount) is None:
-                yield f"{container['name']}: {amount} is no quantity"

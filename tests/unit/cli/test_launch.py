@@ -139,17 +139,48 @@ def test_check_of_manifests_notices_what_kubernetes_would_refuse() -> None:
     cluster = "rayClusterSpec"
     group = (cluster, "workerGroupSpecs", 0)
     pod = (*group, "template", "spec")
-    assert broken("entryPoint", value="true") == ["RayJob.spec has no field entryPoint"]
+    assert "'entryPoint' was unexpected" in "".join(broken("entryPoint", value="true"))
     assert broken("backoffLimit", value="3")
+    assert broken("backoffLimit", value=-1)
+    assert broken("shutdownAfterJobFinishes", value=False)
+    assert broken(cluster, "rayVersion", value="2.51.0")
     assert broken(cluster, "authOptions", "mode", value="disabled")
+    assert broken(cluster, "authOptions", "mode", value="tokens")
+    assert broken(cluster, "authOptions", "secret", value="mine")
     assert broken(*group, "groupName", value="rollout")
     assert broken(*group, "replicas", value=9)
+    assert broken(*group, "minReplica", value=1)
     assert broken(*group, "rayStartParams", "resources", value='"{\\"other\\": 1}"')
+    assert broken(*group, "rayStartParams", "num-cpu", value="1")
+    assert broken(*group, "rayStartParams", "num-cpus", value=1)
     assert broken(*pod, "volumes", value=[])
-    assert broken(*pod, "containers", 0, "volumeMounts", 0, "name", value="other")
-    limits = (*pod, "containers", 0, "resources", "limits")
+    assert broken(*pod, "volumes", 0, "persistentVolumeClaim", value={"claim": "mine"})
+    assert broken(*pod, "gracePeriodSeconds", value=120)
+    container = (*pod, "containers", 0)
+    assert broken(*container, "volumeMounts", 0, "name", value="other")
+    assert broken(*container, "env", 0, value={"name": "HF_HOME", "value": 1})
+    assert broken(*container, "env", 0, value={"name": "HF_HOME"})
+    limits = (*container, "resources", "limits")
     assert broken(*limits, value={"cpu": "64", "memory": "256 GB", "nvidia.com/gpu": "8"})
     assert broken(*limits, value={"cpu": "64", "memory": "256Gi"})
+
+
+def test_schema_of_manifests_allows_what_users_add() -> None:
+    path = ROOT / "cluster" / "kuberay" / "dapo-qwen2-5-32b.raycluster.yaml"
+    manifest = yaml.safe_load(path.read_text())
+    spec = manifest["spec"]
+    spec["enableInTreeAutoscaling"] = True
+    spec["autoscalerOptions"] = {"version": "v2", "idleTimeoutSeconds": 600}
+    group = spec["workerGroupSpecs"][1]
+    group["maxReplicas"] = 16
+    pod = group["template"]["spec"]
+    pod["nodeSelector"] = {"pool": "gpu"}
+    pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    secret = {"name": "wandb", "key": "api-key"}
+    pod["containers"][0]["env"].append(
+        {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": secret}}
+    )
+    assert list(complaints(manifest)) == []
 
 
 def test_launch_refuses_what_cannot_work_in_one_line(
