@@ -249,8 +249,8 @@ class AlgorithmConfig:
 class RolloutConfig:
     engine: Literal["torch", "sglang"] = knob(
         "torch",
-        "what generates: the native engine, which uses the learner's decoder (torch), or one "
-        "SGLang server per worker (sglang)",
+        "what generates: the native engine, which uses the learner's decoder (torch; on CUDA it is "
+        "a reference, not fast), or one SGLang server per worker (sglang)",
     )
     num_workers: int = knob(
         1, "number of rollout workers; each has one engine", least=1, most=(10_000, PROCESS)

@@ -146,7 +146,8 @@ class TorchHost(EngineHost):
             returns_experts=self._config.learner.routing_replay,
         )
         self.engine = ThreadedEngine(core, self._clock)
-        return f"torch engine, {rollout.fixed_slots} slots"
+        what = "torch engine (on CUDA a reference, see docs/engines.md)"
+        return f"{what if self._device == 'cuda' else 'torch engine'}, {rollout.fixed_slots} slots"
 
     async def sleep(self) -> None:
         await self.engine.sleep()
