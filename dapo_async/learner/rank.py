@@ -198,7 +198,11 @@ class LearnerRank:
             "skipped": float(self.num_updates == 0),
         }
         metrics = StepMetrics(
-            maxima={"lr": lr, "imbalance": share.imbalance},
+            maxima={
+                "lr": lr,
+                "imbalance": share.imbalance,
+                "halvings": self.num_halvings + num_halvings,
+            },
             # The flags are equal on all ranks and counted once.
             totals={
                 **(counts if self._mesh.dp.rank == 0 else {}),

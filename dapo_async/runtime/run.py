@@ -25,6 +25,7 @@ from dapo_async.config import STOP_S, Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.head_watch import NodeGone
 from dapo_async.runtime.cluster.reservation import reserve
 from dapo_async.runtime.dump import write_dump
 from dapo_async.runtime.handles.handle import ActorDied
@@ -300,8 +301,11 @@ class Run:
         self._record.caught[type(error).__name__] += 1
         hangs = isinstance(error, TimeoutError)
         lost_actor = error.actor if isinstance(error, ActorDied) else None
+        lost_node = isinstance(error, NodeGone)
         if self._is_ending:  # a signal or the time limit came first
-            self._record.outcome = replace(self._record.outcome, lost_actor=lost_actor, hangs=hangs)
+            self._record.outcome = replace(
+                self._record.outcome, lost_actor=lost_actor, lost_node=lost_node, hangs=hangs
+            )
             return
         reason = " ".join(str(error).split()) or repr(error)
         if (why := disk_fault(error)) is not None:
@@ -321,6 +325,7 @@ class Run:
             reason,
             EXIT_FAILED,
             lost_actor=lost_actor,
+            lost_node=lost_node,
             hangs=hangs,
             restartable=not isinstance(error, TrainingStopped),
         )

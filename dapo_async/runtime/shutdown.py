@@ -31,8 +31,21 @@ async def shut_down(
     write_timeline: Callable[[], Awaitable[None]],
 ) -> None:
     """Saves and collects what can still be had, then kills the actors."""
-    system, tracker = services.system, services.tracker
-    report_s = REPORT_SHARE * STOP_S
+    if not outcome.lost_node:
+        await _collect(services, outcome, config=config, attempt=attempt)
+    await attempt("the timeline", write_timeline())
+    services.system.kill()
+    services.evaluations.clear()
+    copy_s = max(STOP_S, config.deadlines.work_s)
+    copies = services.checkpointer.finish_copies(deadline_s=copy_s)
+    await attempt("a copy of the newest checkpoint", copies, within_s=copy_s + STOP_S)
+
+
+async def _collect(
+    services: Services, outcome: RunOutcome, *, config: Config, attempt: Attempt
+) -> None:
+    """What only the actors have."""
+    system, tracker, report_s = services.system, services.tracker, REPORT_SHARE * STOP_S
     if outcome.status in UNFINISHED and system.started:  # before that nothing is new
         await attempt("the last rows of metrics", tracker.flush(deadline_s=LAST_ROWS_S))
         await _save(services, outcome, config=config, attempt=attempt)
@@ -44,12 +57,6 @@ async def shut_down(
             "the evaluator's spans",
             services.evaluations.collect(tracker.timeline, deadline_s=report_s),
         )
-    await attempt("the timeline", write_timeline())
-    system.kill()
-    services.evaluations.clear()
-    copy_s = max(STOP_S, config.deadlines.work_s)
-    copies = services.checkpointer.finish_copies(deadline_s=copy_s)
-    await attempt("a copy of the newest checkpoint", copies, within_s=copy_s + STOP_S)
 
 
 async def _save(

@@ -29,6 +29,7 @@ class RunOutcome:
     reason: str = "all steps trained"
     exit_code: int = 0
     lost_actor: str | None = None  # its death ended the run
+    lost_node: bool = False  # the driver's node has no raylet: no actor can be asked for anything
     hangs: bool = False  # a passed deadline ended the run: something may hang
     restartable: bool = True  # False: the run would end in the same way again
 

@@ -216,17 +216,16 @@ class Supervisor:
 
         `joins`: its first process is starting, and has none of the run's weights.
         """
-        budget = RestartBudget(MAX_RESTARTS)
+        budget, is_proved = RestartBudget(MAX_RESTARTS), not joins
         self._is_back[worker.name] = asyncio.Event()
         if joins:
-            running = await self._join(worker)
+            running, is_proved = await self._join(worker)
         else:
             self._is_back[worker.name].set()
             running = asyncio.create_task(worker.watch(), name=worker.name)
         try:
             while True:
-                self.states[worker.name] = ProcessState.HEALTHY
-                loss = await self._until_lost(worker, running)
+                loss = await self._until_lost(worker, running, serves=is_proved)
                 self.states[worker.name] = ProcessState.DEAD
                 await self._suspend(worker, loss)
                 await self._spend(budget, worker.name, loss)
@@ -238,7 +237,7 @@ class Supervisor:
                     start = self._replace if loss.process else self._restart
                     lost_again = await start(worker)
                 if lost_again:
-                    running = _failed(lost_again)
+                    running, is_proved = _failed(lost_again), False
                     continue
                 if loss.process:
                     running = asyncio.create_task(worker.watch(), name=worker.name)
@@ -250,18 +249,18 @@ class Supervisor:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    async def _join(self, worker: WorkerHandle) -> asyncio.Task[None]:
-        """Takes a new worker into the run as soon as it has a node. Returns its work."""
+    async def _join(self, worker: WorkerHandle) -> tuple[asyncio.Task[None], bool]:
+        """Takes a new worker into the run as soon as it has a node. Returns as `_prove` does."""
         self.states[worker.name] = ProcessState.JOINING
         await self._replay.suspend(worker.name, True)
         if lost := await self._come(worker):
-            return _failed(lost)
+            return _failed(lost), False
         running = asyncio.create_task(worker.watch(), name=worker.name)
         running, is_proved = await self._prove(worker, running)
         if is_proved:
             self._say(f"{worker.name} joins the run")
             self._event("worker_joined", actor=worker.name)
-        return running
+        return running, is_proved
 
     async def _prove(
         self, worker: WorkerHandle, running: asyncio.Task[None]
@@ -302,6 +301,8 @@ class Supervisor:
                 try:
                     async with self._devices.learner_restarts():
                         infos = await learner.restore(self._start_rank, published=published)
+                    # Not sooner: an engine that sleeps meanwhile can't read what the learner sends.
+                    learner.restarts.go_on()
                 except (ActorDied, ActorFailed, TimeoutError) as error:
                     if isinstance(error, TimeoutError):
                         self._check_room(learner, rank, why)
@@ -407,12 +408,19 @@ class Supervisor:
             evaluator.replace(self._start_evaluator())
             is_new = True
 
-    async def _until_lost(self, worker: WorkerHandle, running: asyncio.Task[None]) -> Loss:
-        """Waits until the engine is lost, or the process is dead, silent or has failed."""
+    async def _until_lost(
+        self, worker: WorkerHandle, running: asyncio.Task[None], *, serves: bool
+    ) -> Loss:
+        """Waits until the engine is lost, or the process is dead, silent or has failed.
+
+        A worker that does not serve, because it was lost again before, is not noted as healthy.
+        """
 
         def seen(state: ProcessState) -> None:
-            self.states[worker.name] = state
+            if serves:
+                self.states[worker.name] = state
 
+        seen(ProcessState.HEALTHY)
         lost = asyncio.create_task(worker.lost())
         silent = asyncio.create_task(until_silent(worker, self._silence_s, seen))
         try:

@@ -12,7 +12,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.alternation import OwnDevices, SharedDevices
-from dapo_async.runtime.cluster.head_watch import head_listens, watch_head
+from dapo_async.runtime.cluster.head_watch import ray_listens, watch_head
 from dapo_async.runtime.fleet import Fleet, Room
 from dapo_async.runtime.handles.actors import (
     EvaluatorHandle,
@@ -336,8 +336,8 @@ class System:
         return self._actors.all
 
     def kill(self) -> None:
-        """Ends all actors. Without Ray's head they end with the driver instead."""
-        if head_listens():
+        """Ends all actors. Where Ray can't, they end with the driver instead."""
+        if ray_listens():
             for actor in self._actors.all:
                 actor.kill()
 

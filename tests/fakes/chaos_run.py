@@ -58,6 +58,7 @@ class ChaosRun:
         self.seconds: dict[str, float] = {}  # until it had recovered, by blow
         self.live = start(folder / "run-0")
         self._num_runs = 1
+        self._stopped: list[int] = []  # processes
 
     def trains(self, *, since: int | None = None, steps: int = 2, within_s: float = 400.0) -> None:
         """Waits for so many more steps, in a start after `since`."""
@@ -122,7 +123,10 @@ class ChaosRun:
         if blow.kind == "fault":
             (self._folder / "faults" / blow.victim).touch()
             return
-        os.kill(self._pid(blow.victim), signal.Signals[blow.kind])
+        pid, number = self._pid(blow.victim), signal.Signals[blow.kind]
+        if number is signal.SIGSTOP:
+            self._stopped.append(pid)
+        os.kill(pid, number)
 
     def _pid(self, victim: str) -> int:
         if victim == "driver":
@@ -136,6 +140,9 @@ class ChaosRun:
         """Stops the run in order, and checks the laws over all of its lives."""
         os.kill(self.live.driver, signal.SIGTERM)
         run = self.live.finish(timeout_s=120.0)
+        for pid in self._stopped:  # the reaper of a driver that was killed since: it ends by itself
+            if pid in self.live.processes():
+                os.kill(pid, signal.SIGCONT)
         self.live.seconds_until_nothing_is_left(timeout_s=90.0)
         assert run.exit_code == 143, run.output[-5000:]
         summary = run.summary

@@ -18,7 +18,7 @@ from ray._private.node import Node
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
-from dapo_async.runtime.cluster.head_watch import head_address, head_listens
+from dapo_async.runtime.cluster.head_watch import head_address, ray_listens
 from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, ray_ports, refusal
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 
@@ -175,7 +175,7 @@ def disconnect() -> None:
     """
     if not ray.is_initialized():
         return
-    if head_listens():
+    if ray_listens():
         # An actor's handle that another thread's garbage collection drops while Ray shuts down
         # would end this process with exit code 1 (Ray's QuickExit).
         was_enabled = gc.isenabled()

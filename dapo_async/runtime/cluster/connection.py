@@ -12,7 +12,7 @@ import ray
 from dapo_async.config import STOP_S, Config
 from dapo_async.runtime.cluster.connect import connect, disconnect
 from dapo_async.runtime.cluster.environment import LOCAL
-from dapo_async.runtime.cluster.head_watch import head_listens
+from dapo_async.runtime.cluster.head_watch import ray_listens
 from dapo_async.runtime.cluster.orphan_reaper import Reaper
 from dapo_async.runtime.cluster.own_ray import refusal
 
@@ -74,8 +74,8 @@ class RayConnection:
         if self._connecting is None:
             return
         started, _ = await asyncio.wait([self._connecting], timeout=STOP_S)
-        if started and self._reaper is not None and ray.is_initialized() and not head_listens():
-            self._end_all()  # Ray can't end what is left of an own Ray without its head
+        if started and self._reaper is not None and ray.is_initialized() and not ray_listens():
+            self._end_all()  # Ray can't end what is left of an own Ray without head or raylet
         elif started:
             with self._reaper.hasten() if self._reaper is not None else nullcontext():
                 await asyncio.get_running_loop().run_in_executor(self._thread, disconnect)
@@ -86,7 +86,7 @@ class RayConnection:
 
     def _end_all(self) -> None:
         """Kills what an own Ray has left, which Ray itself ends only at exit: of a failed start, or
-        of a Ray that has lost its head."""
+        of a Ray that has lost its head or its raylet."""
         left = _children() - self._children
         for process in left:
             with suppress(psutil.NoSuchProcess):

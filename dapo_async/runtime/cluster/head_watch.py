@@ -4,7 +4,8 @@ It does so while the driver can still end in order.
 
 Ray itself ends the driver 60 seconds after the GCS, without a checkpoint or a summary. Calls to
 actors go on without the GCS. Calls that need it, such as killing an actor, would wait for it.
-Without the raylet of its node the driver goes on, but nothing can start on that node any more.
+Without the raylet of its node the driver goes on, but the actors there are gone, and nothing can
+start on that node any more. Ray says so after half a minute, the raylet's port at once.
 """
 
 from __future__ import annotations
@@ -17,15 +18,25 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray._private import worker
 
 from dapo_async.utils.network import split
 
 CHECK_S = 2.0
+CHECKS = 2  # in a row at which nobody listens: the raylet is gone
 GONE_S = 20.0  # a GCS that is restarted by its cluster comes back within this time
+NODE_GONE = (
+    "Ray's raylet on the driver's machine is dead, and so are the actors of that machine; start "
+    "Ray there again and resume the run, or see logs/raylet.err in Ray's session folder"
+)
 
 
 class RayGone(RuntimeError):
     """Ray does not work for this driver any more; the message says why, and what to do."""
+
+
+class NodeGone(RayGone):
+    """The driver's node has no raylet, and no actors any more."""
 
 
 def head_address() -> str:
@@ -35,30 +46,45 @@ def head_address() -> str:
 
 def head_listens(*, timeout_s: float = 1.0) -> bool:
     """Whether a process listens at the GCS's address; it may be stopped."""
+    return _listens(split(head_address()), timeout_s)
+
+
+def raylet_listens(*, timeout_s: float = 1.0) -> bool:
+    """The same of the raylet of the driver's node."""
+    node = worker._global_node  # Ray has a public name for it only in the GCS, which may be stopped
+    assert node is not None, "ray.init was not called"
+    return _listens((str(node.node_ip_address), int(node.node_manager_port)), timeout_s)
+
+
+def ray_listens() -> bool:
+    """Whether Ray can still end actors and be shut down in order."""
+    return head_listens() and raylet_listens()
+
+
+def _listens(address: tuple[str, int], timeout_s: float) -> bool:
     try:
-        socket.create_connection(split(head_address()), timeout=timeout_s).close()
+        socket.create_connection(address, timeout=timeout_s).close()
     except OSError:
         return False
     return True
 
 
 async def watch_head() -> None:
-    """Raises RayGone when the GCS has not answered for `GONE_S` seconds, or when it says that the
-    driver's node is dead; never returns."""
-    gone_s = GONE_S
+    """Raises RayGone when the GCS has not answered for `GONE_S` seconds, and NodeGone when it says
+    that the driver's node is dead, or the raylet there does not listen; never returns."""
+    gone_s, unanswered = GONE_S, 0
     own_node = ray.get_runtime_context().get_node_id()
     address, answered_s = head_address(), asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(CHECK_S)
+        unanswered = 0 if await asyncio.to_thread(raylet_listens) else unanswered + 1
+        if unanswered == CHECKS:
+            raise NodeGone(NODE_GONE)
         nodes, now_s = await _nodes(within_s=gone_s), asyncio.get_running_loop().time()
         if nodes is not None:
             answered_s = now_s
             if not any(node["NodeID"] == own_node and node["Alive"] for node in nodes):
-                raise RayGone(
-                    "Ray's raylet on the driver's machine is dead, and so are the actors of that "
-                    "machine; start Ray there again and resume the run, or see logs/raylet.err in "
-                    "Ray's session folder"
-                )
+                raise NodeGone(NODE_GONE)
         elif now_s - answered_s >= gone_s:
             raise RayGone(
                 f"Ray's head (the GCS at {address}) did not answer for {gone_s:g} s; "

@@ -130,20 +130,23 @@ class Handle(Generic[ActorClass]):
     async def _call_again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Repeats the call while the connection is broken, for `BREAK_S` at most.
 
-        Ray can't tell then whether the actor has got the call.
+        Ray can't tell then whether the actor has got the call. A process that takes its place
+        meanwhile does not get it: that one may wait for a node, and knows nothing of the call.
         """
-        loop = asyncio.get_running_loop()
+        loop, actor = asyncio.get_running_loop(), self.actor
         broken_s: float | None = None
         while True:
             began_s = loop.time()
             try:
-                return await getattr(self.actor, method).remote(*args, **kwargs)
+                return await getattr(actor, method).remote(*args, **kwargs)
             except ActorUnavailableError:
                 if broken_s is None or loop.time() - began_s > BREAK_S:
                     broken_s = loop.time()  # it worked meanwhile
                 if loop.time() - broken_s > BREAK_S:
                     raise
             await asyncio.sleep(PAUSE_S)
+            if self.actor is not actor:
+                raise ActorDied(self.name, f"was replaced while {self._caller} waited for {method}")
 
 
 def remote(

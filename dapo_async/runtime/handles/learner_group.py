@@ -11,8 +11,8 @@ The same minibatches in the same order give the same weights, so that no group i
 the engines go on with the weights that they have. Calls that a loss breaks off wait and are
 repeated.
 
-A rank that lacks memory for a pass is lost, too. From then on all ranks run their passes in halves;
-minibatches that are done again run as they did.
+One of several ranks that lacks memory for a pass is lost, too; a single one halves the pass by
+itself. From then on all passes run in halves; minibatches that are done again run as they did.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class LearnerGroup:
         self._dp, self._per_batch = config.learner.data_parallel, config.learner.ranks_per_batch
         self._captured_after = 0  # losses before the newest capture
         self._fault, self._is_broken = "", asyncio.Event()
-        self._num_halvings = 0  # of the passes of new minibatches
+        self._num_halvings = 0  # of the passes of new minibatches, as the ranks are told
+        self._last_halvings = 0  # of the newest minibatch; a single rank halves them by itself
         # A rank has failed in a minibatch: the others wait in it, and nothing can be asked of them.
         self.is_stuck = False
 
@@ -74,6 +75,7 @@ class LearnerGroup:
     def lose(self) -> None:
         """A rank is lost: ends all of them, for they work together. Calls wait for `restore`."""
         self.restarts.lose()
+        self._num_halvings = max(self._num_halvings, self._last_halvings)  # new ranks know of none
         self._is_broken.clear()
         for rank in self.ranks:
             rank.kill()
@@ -84,15 +86,15 @@ class LearnerGroup:
         """Starts all ranks again and brings them to where they were.
 
         `start(number, state)` returns Ray's handle of a new actor that loads `state`. `published`:
-        the newest version whose weights may still be sent; its snapshot is taken again. Raises as
-        calls of the ranks do; then call `lose` and `restore` again.
+        the newest version whose weights may still be sent; its snapshot is taken again. Calls wait
+        until `restarts.go_on`. Raises as calls of the ranks do; then call `lose` and `restore`
+        again.
         """
         for number, rank in enumerate(self.ranks):
             rank.replace(start(number, self.redo.state))
         self.is_stuck = False
         infos = await self.ready()
         await self._redo(published)
-        self.restarts.go_on()
         return infos
 
     async def broken(self) -> str:
@@ -129,7 +131,9 @@ class LearnerGroup:
 
         async def train() -> tuple[StepMetrics, TrainBatch]:
             planned = replace(batch, num_halvings=self._num_halvings)
-            return await self._minibatch(planned), planned
+            metrics = await self._minibatch(planned)
+            self._last_halvings = int(metrics.maxima.get("halvings", 0))
+            return metrics, replace(planned, num_halvings=self._last_halvings)
 
         metrics, trained = await self.restarts.again(train)
         self.redo.add(trained)

@@ -35,6 +35,7 @@ class World:
         self.going: dict[str, float] = {}
         self.fault: str | None = None
         self.can_start, self.dies_in_drain, self.drained = True, False, asyncio.Event()
+        self.ends_at_once = False  # rollout-2
         self.drained.set()
         workers = [self.start(f"rollout-{number}", 0) for number in range(2)]
         actors = SimpleNamespace(
@@ -74,6 +75,8 @@ class World:
             return ProcessInfo(name, 100 + start, "192.0.2.2", "new-node", "fake engine")
 
         async def forever() -> Any:
+            if self.ends_at_once and name == "rollout-2":
+                raise RayActorError
             await asyncio.Event().wait()
 
         async def ping() -> None: ...
@@ -239,6 +242,29 @@ def test_new_worker_that_can_not_start_is_given_up_and_the_run_goes_on(
         await world.said("rollout-2 has left the run")
         assert world.fleet.wanted == 2
         assert world.names == ["rollout-0", "rollout-1"]
+
+    play(monkeypatch, scene)
+
+
+def test_new_worker_that_is_lost_before_it_serves_is_given_up_whenever_one_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(world: World) -> None:
+        async def lost(worker: WorkerHandle) -> bool:
+            return False
+
+        world.restore = lost  # type: ignore[method-assign]
+        world.ends_at_once = True
+        world.asked = 3
+        seen: set[str] = set()
+
+        def gave_up() -> bool:
+            seen.update(each.name for each in world.fleet.members)  # as a reader at any time does
+            return any(each.startswith("rollout-2 could not join: ") for each in world.log)
+
+        await world.until(gave_up)
+        await world.said("rollout-2 has left the run")
+        assert (world.fleet.wanted, seen) == (2, {"rollout-0", "rollout-1"})
 
     play(monkeypatch, scene)
 

@@ -117,6 +117,16 @@ def test_a_connection_that_breaks_for_a_moment_is_no_death(
     lasting = LearnerHandle("learner", fake_actor(ping=breaking(10_000)), DEADLINES)
     with pytest.raises(ActorDied, match="learner died while the driver waited for ping"):
         asyncio.run(lasting.ping())
+    # The process that takes its place, and may still wait for a node, does not get the call.
+    replaced = LearnerHandle("learner", fake_actor(), DEADLINES)
+
+    async def dies() -> None:
+        replaced.replace(fake_actor(ping=hang))
+        raise ActorUnavailableError("Socket closed", b"0" * 16)
+
+    replaced.replace(fake_actor(ping=dies))
+    with pytest.raises(ActorDied, match="learner was replaced while the driver waited for ping"):
+        asyncio.run(replaced.ping())
     # A minibatch may have been trained already: it is never repeated.
     calls.clear()
     once = LearnerHandle("learner", fake_actor(end_step=breaking(1)), DEADLINES)

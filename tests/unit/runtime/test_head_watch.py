@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dapo_async.runtime.cluster import head_watch
-from dapo_async.runtime.cluster.head_watch import RayGone, watch_head
+from dapo_async.runtime.cluster.head_watch import NodeGone, RayGone, watch_head
 
 OWN, OTHER = "node-of-the-driver", "another-node"
 
@@ -30,6 +30,7 @@ def ray_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], N
         ray = SimpleNamespace(nodes=ask, get_runtime_context=lambda: context)
         monkeypatch.setattr(head_watch, "ray", ray)
         monkeypatch.setattr(head_watch, "head_listens", lambda: True)
+        monkeypatch.setattr(head_watch, "raylet_listens", lambda: True)
         monkeypatch.setattr(head_watch, "CHECK_S", 0.01)
         monkeypatch.setattr(head_watch, "GONE_S", 0.2)
 
@@ -57,6 +58,19 @@ def test_loss_of_the_drivers_own_raylet_is_named(
     answers = [nodes(own=True, other=True)]
     ray_with(lambda: answers.pop() if answers else nodes(own=False, other=True))
     with pytest.raises(RayGone, match="raylet on the driver's machine is dead"):
+        watched(seconds=10.0)
+
+
+def test_raylet_that_does_not_listen_is_gone_before_ray_says_so(
+    ray_with: Callable[[Callable[[], Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_with(lambda: nodes(own=True))
+    once = [False]
+    monkeypatch.setattr(head_watch, "raylet_listens", lambda: once.pop() if once else True)
+    with pytest.raises(TimeoutError):  # busy for a moment
+        watched(seconds=0.3)
+    monkeypatch.setattr(head_watch, "raylet_listens", lambda: False)
+    with pytest.raises(NodeGone, match="raylet on the driver's machine is dead"):
         watched(seconds=10.0)
 
 

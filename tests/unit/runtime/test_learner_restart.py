@@ -55,6 +55,7 @@ class Rank:
     dies_in: set[str] = field(default_factory=set)  # methods
     halvings: list[int] = field(default_factory=list)  # of each minibatch
     enough: int = 0  # halvings, for its memory
+    own_halvings: int = 0  # what a single rank did by itself
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def during(self, method: str) -> None:
@@ -81,13 +82,14 @@ class Rank:
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
         await self.during("minibatch")
         assert batch.learner_version == self.version
-        if batch.num_halvings < self.enough:
+        halvings = batch.num_halvings + self.own_halvings
+        if halvings < self.enough:
             task = RayTaskError("minibatch", "", MemoryShort("12 rollouts"))
             raise task.as_instanceof_cause()
-        self.halvings.append(batch.num_halvings)
+        self.halvings.append(halvings)
         self.seen.append(batch.references[0])
         self.version += batch.closes_step
-        return StepMetrics()
+        return StepMetrics(maxima={"halvings": halvings})
 
     async def end_step(self) -> None:
         await self.during("end_step")
@@ -242,6 +244,24 @@ def test_all_ranks_halve_the_passes_of_what_follows_when_one_lacks_memory(
     assert world.lines[0].startswith(
         "learner-0 lost its process: learner-1 failed in minibatch: MemoryShort"
     )
+
+
+def test_a_new_rank_halves_the_passes_as_the_lost_one_did_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+
+    async def scene() -> None:
+        await world.learner.minibatch(batch_of(0, 0))
+        for rank in world.ranks:  # as a single rank does when it lacks memory
+            rank.own_halvings = 1
+        await world.learner.minibatch(batch_of(1, 1))
+        world.ranks[0].dies_in = {"minibatch"}
+        await world.learner.minibatch(batch_of(2, 2))
+
+    world.play(scene)
+    assert all(rank.own_halvings == 0 for rank in world.ranks), "these are new processes"
+    assert all(rank.halvings == [0, 1, 1] for rank in world.ranks)
 
 
 def test_snapshot_that_is_being_published_is_taken_again_at_its_version(

@@ -245,7 +245,7 @@ def test_nothing_is_collected_while_ray_shuts_down(monkeypatch: pytest.MonkeyPat
     """A handle that is dropped in that moment ends the process with exit code 1."""
     seen: list[bool] = []
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr(connect, "head_listens", lambda: True)
+    monkeypatch.setattr(connect, "ray_listens", lambda: True)
     monkeypatch.setattr("ray.shutdown", lambda: seen.append(gc.isenabled()))
     connect.disconnect()
     assert (seen, gc.isenabled()) == ([False], True)
