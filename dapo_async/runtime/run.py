@@ -31,7 +31,7 @@ from dapo_async.runtime.dump import write_dump
 from dapo_async.runtime.handles.handle import ActorDied
 from dapo_async.runtime.loop import TrainingStopped, train_loop
 from dapo_async.runtime.resume import START, ResumePoint
-from dapo_async.runtime.run_keeper import beat
+from dapo_async.runtime.run_keeper import LifeSign
 from dapo_async.runtime.services import Services, build_services, measured_before
 from dapo_async.runtime.shutdown import shut_down
 from dapo_async.runtime.signals import Interrupts
@@ -115,6 +115,7 @@ class Run:
         self._interrupts = Interrupts(
             sinks.say, self._note, self._end_at_once, is_ending=lambda: self._is_ending
         )
+        self._life_sign = LifeSign()
         self._services: Services | None = None
         self._unwritten_summary: dict[str, Any] | None = None  # the disk refused it
         self._refusal: OSError | None = None
@@ -128,7 +129,7 @@ class Run:
         task = asyncio.create_task(self._work())
         self._interrupts.listen(task)
         time_limit = asyncio.create_task(self._watch_time_limit(task))
-        beats = asyncio.create_task(beat())  # kept, so that it is not collected
+        self._life_sign.start()
         try:
             await task
         except asyncio.CancelledError:
@@ -173,7 +174,6 @@ class Run:
         await self._attempt("the end of MLflow's run", finish, within_s=2 * STOP_S)
         self._write_summary()  # again, with what the sinks have caught
         await self._insist_on_summary()
-        beats.cancel()
         return outcome
 
     async def _insist_on_summary(self) -> None:
@@ -238,7 +238,8 @@ class Run:
                 self._sinks.say(f"{info.name:<10} pid {info.pid} on {node}  {info.detail}")
             services.beat.start()
             self._sinks.start()
-        await services.system.watched(self._train(services))
+        async with self._life_sign.of_the_loop():
+            await services.system.watched(self._train(services))
 
     async def _train(self, services: Services) -> None:
         system, tracker = services.system, services.tracker

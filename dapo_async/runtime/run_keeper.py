@@ -5,7 +5,7 @@ further child resumes the run from its newest checkpoint. The child is restarted
 
 - it is killed, or its machine's Ray ends it,
 - it fails, unless `summary.json` says that a restart does not help,
-- it hangs: its event loop writes to a pipe each second, and has not done so for `silence_s`.
+- it hangs: it writes to a pipe each second, and has not done so for `silence_s`.
 
 The budget refills whenever a child has saved a newer checkpoint than the one before. This module
 imports neither torch nor Ray, so the parent is small and outlives both.
@@ -14,13 +14,16 @@ imports neither torch nor Ray, so the parent is small and outlives both.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +41,53 @@ RESTARTS = 5  # without a newer checkpoint
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-async def beat(environment: Mapping[str, str] = os.environ) -> None:
-    """In the child: shows the parent that the event loop runs. Returns at once without a parent."""
-    if PULSE_FD not in environment:
-        return
-    number = int(environment[PULSE_FD])
-    os.set_blocking(number, False)
-    while True:
+class LifeSign:
+    """In the child: shows the parent that the process runs, and while it trains, its event loop.
+
+    When a run starts and ends, imports and files may keep the event loop for seconds. Does nothing
+    without a parent.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._pipe = int(environment[PULSE_FD]) if PULSE_FD in environment else None
+        self._turns: int | None = None  # of the event loop; None: it need not turn
+
+    def start(self) -> None:
+        """Writes from a thread of its own, until the process ends."""
+        if self._pipe is None:
+            return
+        os.set_blocking(self._pipe, False)
+        threading.Thread(target=self._write, daemon=True, name="life sign").start()
+
+    @asynccontextmanager
+    async def of_the_loop(self) -> AsyncIterator[None]:
+        """The event loop of the body has to turn all the time."""
+        turning = asyncio.create_task(self._turn())
         try:
-            os.write(number, b".")
-        except BlockingIOError:
-            pass  # the parent is late
-        except OSError:
-            return  # the parent is gone; training goes on
-        await asyncio.sleep(BEAT_S)
+            yield
+        finally:
+            turning.cancel()
+            self._turns = None
+
+    async def _turn(self) -> None:
+        for turns in itertools.count():
+            self._turns = turns
+            await asyncio.sleep(BEAT_S / 2)
+
+    def _write(self) -> None:
+        assert self._pipe is not None
+        seen: int | None = None
+        while True:
+            turns = self._turns
+            if turns is None or turns != seen:
+                try:
+                    os.write(self._pipe, b".")
+                except BlockingIOError:
+                    pass  # the parent is late
+                except OSError:
+                    return  # the parent is gone; training goes on
+            seen = turns
+            time.sleep(BEAT_S)
 
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:

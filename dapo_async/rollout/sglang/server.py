@@ -29,6 +29,7 @@ from dapo_async.utils.readable import is_readable
 # Tokens per streamed chunk. A lost server loses at most one chunk of each response; each chunk
 # costs time.
 STREAM_TOKENS = 8
+FP32_HEAD = "--enable-fp32-lm-head"
 PORT_ATTEMPTS = 3  # a free port may be taken before the server listens on it
 CLOSE_S = 10.0
 ENDING_S = 2.0  # from the first broken connection to the exit code
@@ -86,6 +87,8 @@ class ServerOptions:
             switches.append("--sleep-on-idle")  # an idle server would keep one core busy
         elif self.sleeps:  # on a CPU there is no memory saver
             switches += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
+        if self.dtype != "float32":
+            switches.append(FP32_HEAD)  # as the learner, which sums its logits in float32
         if self.returns_experts:
             switches.append("--enable-return-routed-experts")
         if self.device == "cpu" or not self.overlap:

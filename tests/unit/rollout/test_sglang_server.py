@@ -115,6 +115,14 @@ def test_server_that_crashed_waits_for_no_dump_unless_the_user_wants_one(
     assert options_at(tmp_path).environment()[name] == "1"
 
 
+def test_server_below_float32_sums_its_logits_in_float32_as_the_learner_does(
+    tmp_path: Path,
+) -> None:
+    flag, options = "--enable-fp32-lm-head", options_at(tmp_path)
+    assert flag not in options.command(1, 2)
+    assert flag in replace(options, dtype="bfloat16").command(1, 2)
+
+
 async def faults_of_a_killed_server(server: SGLangServer) -> list[str]:
     """What three calls say that are made when the server has just been killed."""
     await server.start(timeout_s=30.0)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dapo_async.runtime import run_keeper
-from dapo_async.runtime.run_keeper import RunKeeper
+from dapo_async.runtime.run_keeper import LifeSign, RunKeeper
 
 # Each child does what the next line of `plan` says, and notes its arguments.
 CHILD = """
 import json, os, signal, sys, time
+from contextlib import suppress
 from pathlib import Path
 root = Path(sys.argv[1])
 sys.path.insert(0, {project!r})
@@ -116,3 +119,47 @@ def test_signal_reaches_the_child_and_no_other_child_starts(tmp_path: Path) -> N
     code, calls, _ = keep(tmp_path, WAITS)
     assert (code, len(calls)) == (143, 1)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_child_shows_that_it_runs_while_it_starts_and_that_its_loop_turns_while_it_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_keeper, "BEAT_S", 0.02)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+
+    def signs() -> int:
+        """That came since the last call."""
+        with suppress(BlockingIOError):
+            return len(os.read(reader, 4096))
+        return 0
+
+    async def run() -> None:
+        sign = LifeSign({run_keeper.PULSE_FD: str(writer)})
+        sign.start()
+        time.sleep(0.5)  # an import that keeps the loop
+        assert signs() > 1
+        async with sign.of_the_loop():
+            await asyncio.sleep(0.5)
+            assert signs() > 1
+            time.sleep(0.2)
+            signs()
+            time.sleep(0.3)  # the loop hangs
+            assert signs() == 0
+            await asyncio.sleep(0.2)
+            assert signs() > 0
+        time.sleep(0.5)  # a picture is drawn
+        assert signs() > 1
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.close(reader)  # ends the thread
+        time.sleep(0.1)
+        os.close(writer)
+
+
+def test_child_without_a_parent_shows_nothing() -> None:
+    sign, before = LifeSign({}), threading.active_count()
+    sign.start()
+    assert threading.active_count() == before
