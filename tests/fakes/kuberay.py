@@ -122,11 +122,14 @@ def _job(spec: Any) -> Iterator[str]:
 
 def _unknown_params(group: Any) -> list[str]:
     """KubeRay hands each of them to `ray start` as an option."""
-    return [name for name in group.get("rayStartParams", {}) if f"--{name}" not in _options()]
+    return [
+        name for name in group.get("rayStartParams", {}) if f"--{name}" not in ray_start_options()
+    ]
 
 
 @cache
-def _options() -> frozenset[str]:
+def ray_start_options() -> frozenset[str]:
+    """Of the Ray that is installed, each with its dashes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray Serve, which comes along
         from ray.scripts.scripts import start

@@ -13,26 +13,23 @@ from contextlib import ExitStack, contextmanager
 
 import psutil
 import pytest
+from paths import ROOT
 from ray_cluster import Cluster, started_cluster, wait_for_node, wait_until
 from run_support import TINY, Live, running
+from snippets import snippets
 from two_hosts import INTERFACE, V4, V6, TwoHosts, two_hosts
 
 from dapo_async.utils.network import split
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
-# As docs/cluster.md has them; RUN is shorter, so that it shows which sockets follow the knob.
-RAY, RUN, KERNEL = range(21_000, 21_200), range(21_200, 21_300), range(21_300, 22_000)
-RAY_PORTS = {
-    "node-manager-port": 21_000,
-    "object-manager-port": 21_001,
-    "runtime-env-agent-port": 21_002,
-    "dashboard-agent-listen-port": 21_003,
-    "dashboard-agent-grpc-port": 21_004,
-    "metrics-export-port": 21_005,
-    "min-worker-port": 21_010,
-    "max-worker-port": 21_199,
-}
-HEAD_PORTS = {"ray-client-server-port": 21_007}
+(BLOCK,) = (each.code for each in snippets(ROOT / "docs" / "cluster.md") if "sysctl" in each.code)
+FLAGS = {name: int(port) for name, port in re.findall(r"--([a-z-]+) (\d+)", BLOCK)}
+# The ports as the page has them. RUN is shorter than there, to show which sockets follow the knob.
+(_FIRST, _LAST) = map(int, re.findall(r'port_range="(\d+) (\d+)"', BLOCK)[0])
+RAY, RUN, KERNEL = range(21_000, 21_200), range(21_200, 21_300), range(_FIRST, _LAST + 1)
+HEAD_PORTS = {name: FLAGS[name] for name in ("ray-client-server-port",)}
+OF_CLUSTER = ("port", "dashboard-port")  # chosen by `started_cluster`
+RAY_PORTS = {name: FLAGS[name] for name in FLAGS if name not in (*HEAD_PORTS, *OF_CLUSTER)}
 RAYS_METRICS = {44_217, 44_227}  # of the head's autoscaler and dashboard; nobody has to reach them
 CUT_S = 10.0
 START_S = 90.0

@@ -163,8 +163,14 @@ class JobServer:
             except ValueError as error:
                 if "already exists" in str(error):  # another submit has taken the id meanwhile
                     continue
-                if NOT_READY not in str(error) or time.monotonic() > deadline_s:
+                if NOT_READY not in str(error):
                     raise
+                if time.monotonic() > deadline_s:
+                    raise ValueError(
+                        f"no node of the cluster at {self.address} took the job within "
+                        f"{READY_S:g} s; if another Ray on the head has the port of its agent, "
+                        "give ray start another --dashboard-agent-listen-port"
+                    ) from error
                 self._pause(POLL_S)
 
     def state(self, job: str) -> JobState:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import jsonschema
 import pytest
 import ray
 import yaml
-from kuberay import complaints
+from kuberay import complaints, ray_start_options
 from paths import QUICKSTART, ROOT
+from snippets import PAGES, snippets
 
 from dapo_async.cli.main import main
 from dapo_async.config import load
@@ -225,3 +228,28 @@ def test_file_of_the_cluster_launcher_follows_the_schema_of_ray() -> None:
     kinds = file["available_node_types"]
     marks = {name: {*each["resources"]} - {"CPU", "GPU"} for name, each in kinds.items()}
     assert marks == {"head": set(), "learner": {"learner"}, "rollout": {"rollout"}}
+
+
+def test_every_option_that_is_given_to_ray_start_exists() -> None:
+    texts = {each.where: each.code for page in PAGES for each in snippets(page)}
+    files = [*(ROOT / "cluster").rglob("*.sh"), ROOT / "cluster" / "ray_up.yaml"]
+    texts |= {path.name: path.read_text() for path in files}
+    found = 0
+    for where, text in texts.items():
+        whole = re.sub(r"\\\n|\n +--", " --", text)
+        for line in re.findall(r"(?m)(?:ray start|^(?:ports|limits)=)([^\n;&|#]*)", whole):
+            for option in re.findall(r"--[a-z][a-z-]*", line):
+                found += 1
+                assert option in ray_start_options(), f"{where}: ray start {option}"
+    assert found > 20
+
+
+def test_image_copies_files_and_installs_extras_that_exist() -> None:
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"(?m)^COPY (.*) \S+$", text) for name in line.split()]
+    assert {"pyproject.toml", "dapo_async", "configs"} <= set(copied)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    (extras,) = re.findall(r"-e '\.\[([a-z0-9,]+)\]'", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    assert "sglang" in extras

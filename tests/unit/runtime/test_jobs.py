@@ -76,7 +76,7 @@ def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.Monke
     client = FakeJobs(submit_errors=[early, early])
     assert server(client).submit(job()) == "math"
     monkeypatch.setattr(jobs, "READY_S", -1.0)
-    with pytest.raises(ValueError, match=r"refuses: .*No available agent to submit job"):
+    with pytest.raises(ValueError, match=r"took the job .* --dashboard-agent-listen-port"):
         server(FakeJobs(submit_errors=[early])).submit(job())
 
 
