@@ -121,7 +121,7 @@ def test_signal_reaches_the_child_and_no_other_child_starts(tmp_path: Path) -> N
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_child_shows_that_it_runs_while_it_starts_and_that_its_loop_turns_while_it_trains(
+def test_child_shows_that_it_runs_and_while_it_trains_that_its_loop_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run_keeper, "BEAT_S", 0.02)
