@@ -74,9 +74,9 @@ def test_raylet_of_a_second_node_dies_and_its_worker_starts_on_another_one(
 def test_nodes_that_are_drained_and_workers_that_scale_removes_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ("train.num_steps=5000", "rollout.num_workers=2", "train.record=true")
     # With a small bound, tokens that are handed back may be too old when another worker takes them.
-    more += ("replay.max_staleness=8",)
+    bound = "replay.max_staleness=8"
+    more = ("train.num_steps=5000", "rollout.num_workers=2", "train.record=true", bound)
     with started_cluster() as cluster:
         with running(tmp_path / "run", *TINY, *more, join(monkeypatch, cluster)) as live:
             live.wait_for(r"^step +4/")
