@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dapo_async.model import load_decoder
 from dapo_async.model.attention import PackedAttention
 from dapo_async.model.decoder import Decoder
+from dapo_async.rollout import GroupRequest
 from dapo_async.rollout.sglang.server import FP32_HEAD, ServerOptions, SGLangServer
 
 WIDE = {**SHAPE, "vocab_size": 32_000, "hidden_size": 256, "initializer_range": 0.15}
@@ -62,10 +63,11 @@ def score(decoder: Decoder, prompt: np.ndarray, response: np.ndarray) -> np.ndar
     return logprobs.numpy()
 
 
-async def differences(server: SGLangServer, decoder: Decoder, responses: int) -> np.ndarray:
+async def differences(
+    server: SGLangServer, decoder: Decoder, batch: list[GroupRequest]
+) -> np.ndarray:
     """Absolute differences between server and learner, one per token."""
     async with sglang(server, "recompute") as (engine, _):
-        batch = requests(responses, NEW_TOKENS)
         answers = await asyncio.gather(*(engine.generate(each) for each in batch))
     return np.concatenate(
         [
@@ -78,6 +80,7 @@ async def differences(server: SGLangServer, decoder: Decoder, responses: int) ->
 
 def measure(folder: Path, log: Path, *, responses: int) -> list[dict[str, Any]]:
     decoder, rows = load_decoder(folder, dtype=torch.bfloat16), []
+    batch = requests(responses, NEW_TOKENS)
     for name, kind in (("float32", ServerOptions), ("rounded to bfloat16", RoundedHead)):
         options = kind(
             model=folder,
@@ -93,7 +96,7 @@ def measure(folder: Path, log: Path, *, responses: int) -> list[dict[str, Any]]:
         server = SGLangServer(options)
         asyncio.run(server.start(timeout_s=300.0))
         try:
-            apart = asyncio.run(differences(server, decoder, responses))
+            apart = asyncio.run(differences(server, decoder, batch))
         finally:
             asyncio.run(server.close())
         rows.append(
