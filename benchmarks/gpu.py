@@ -5,6 +5,7 @@ short rows beside Hugging Face. Random weights in the shapes of Qwen2.5-0.5B, 1.
 Qwen3-0.6B, bfloat16 activations, float32 masters. FLOPs are those of the model: 6 per weight and
 token for matrices, and causal attention. What is computed again is not counted. The first form of
 recomputation that fits the device is used. A case that does not fit is left out, and says so.
+`kernels` has the step with each value of `learner.kernels` beside torch's, `head` the head alone.
 `--quick` is the CPU form: tiny shapes in float32, without MFU.
 """
 
@@ -40,9 +41,11 @@ from dapo_async.model import (
     open_store,
     predict_memory,
     shard_of,
+    token_logprobs,
 )
 from dapo_async.model.config import Recompute
 from dapo_async.model.cost import train_flops
+from dapo_async.model.kernels import Kernels
 from dapo_async.types import Group
 
 QWEN: dict[str, Any] = {
@@ -226,7 +229,13 @@ def hugging_face_step(case: Case, device: str) -> Callable[[], None]:
 
 
 def own_step(
-    case: Case, device: str, recompute: Recompute, *, rounds: int, mesh: Mesh = ALONE
+    case: Case,
+    device: str,
+    recompute: Recompute,
+    *,
+    rounds: int,
+    mesh: Mesh = ALONE,
+    kernels: Kernels = "torch",
 ) -> tuple[float, float | None]:
     """Seconds of a step, and on a GPU the GB of its peak."""
     held = free_memory(device)
@@ -239,6 +248,7 @@ def own_step(
             microbatch_tokens=case.tokens,
             recompute=recompute,
             offload_optimizer=case.offload,
+            kernels=kernels,
         ),
         mesh=mesh,
     )
@@ -279,6 +289,14 @@ def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, An
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
         report["peak_gb"] = round(peak_gb, 3)
         report["mfu"] = None if peak is None else round(step_flops(case) / took_s / peak, 3)
+        others: tuple[Kernels, ...] = ("head", "all")
+        report["kernels"] = {}
+        for kernels in others:
+            other_s, gb = own_step(case, device, recompute, rounds=rounds, kernels=kernels)
+            report["kernels"][kernels] = {
+                "over_torch": round(took_s / other_s, 3),
+                "peak_gb": None if gb is None else round(gb, 3),
+            }
     if case.beside_hugging_face:
         among_others_s, _ = own_step(case, device, recompute, rounds=rounds, mesh=mesh)
         free_memory(device)
@@ -288,6 +306,35 @@ def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, An
             "hugging_face_tokens_per_s": round(case.tokens / theirs_s),
             "over_hugging_face": round(theirs_s / took_s, 2),
         }
+    return report
+
+
+def head(device: str, *, rounds: int) -> dict[str, Any]:
+    """Logprobs and entropies forward and backward: in torch, and on a GPU by the fused kernels."""
+    tokens, vocabulary, hidden_size = (
+        (8192, QWEN_7B["vocab_size"], QWEN_7B["hidden_size"]) if device == "cuda" else (64, 999, 16)
+    )
+    kind: dict[str, Any] = {"device": device, "dtype": activations_on(device)}
+    hidden = torch.randn(tokens, hidden_size, **kind, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, **kind).mul_(0.02).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    temperatures = torch.ones(tokens, device=device)
+    report: dict[str, Any] = {"tokens": tokens, "vocabulary": vocabulary, "hidden": hidden_size}
+    for name, fused in {"torch": False, "fused": True}.items():
+        if fused and device != "cuda":
+            report[name] = {"left_out": "needs a GPU"}
+            continue
+        held = free_memory(device)
+
+        def both_passes(fused: bool = fused) -> None:
+            logprobs, entropies = token_logprobs(hidden, weight, targets, temperatures, fused=fused)
+            (logprobs + 0.01 * entropies).sum().backward()
+            hidden.grad = weight.grad = None
+
+        report[name] = {"ms": round(1000 * seconds(both_passes, device, rounds=rounds), 2)}
+        if device == "cuda":
+            peak = torch.cuda.max_memory_allocated() - held
+            report[name]["peak_gib"] = round(peak / 2**30, 3)
     return report
 
 
@@ -312,6 +359,8 @@ def main() -> None:
     }
     report["hardware"] = torch.cuda.get_device_name() if device == "cuda" else hardware()
     mesh = mesh_of_one("cuda:0" if device == "cuda" else "cpu")
+    report["head"] = head(device, rounds=rounds)
+    print(f"head: {json.dumps(report['head'])}", flush=True)
     report["learner"] = {}
     for name, case in cases.items():
         try:

@@ -425,6 +425,11 @@ class LearnerConfig:
         "keep AdamW's moments, the weights at the start of a step and the reference policy in host "
         "memory, and copy them to the GPU in parts; no effect on a CPU",
     )
+    kernels: Literal["torch", "head", "all"] = knob(
+        "torch",
+        "kernels of the learner on a GPU: torch's own; two Triton kernels for the softmax of the "
+        "head (head); these, and torch.compile for norms, rotary embeddings and SwiGLU (all)",
+    )
     node_resource: str = knob(
         "",
         "custom resource of the nodes that may take learner ranks on a joined cluster, as in ray "

@@ -54,6 +54,7 @@ from dapo_async.model import (
     shard_of,
 )
 from dapo_async.model.cost import train_flops
+from dapo_async.model.kernels import use_kernels
 from dapo_async.model.mixture import Routing
 from dapo_async.types import Group, GroupFacts, MemoryShort, StepMetrics
 
@@ -110,6 +111,7 @@ class LearnerRank:
         assert precisions == {torch.float32}, f"master weights are float32, these are {precisions}"
         self.decoder, self.version = decoder, version
         decoder.recompute("none" if learner.recompute == "auto" else learner.recompute)
+        use_kernels(decoder, learner.kernels)
         self._zero_stage = 3 if learner.zero_stage == "auto" else learner.zero_stage
         keep_gathered(decoder, zero_stage=self._zero_stage)
         self._algorithm, self._learner = algorithm, learner

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from dapo_async.model.transfer import send
+
+# Where the queries and the keys of each sequence start, and the most of each.
+Limits = tuple[Tensor, Tensor, int, int]
 
 
 class PackedAttention:
@@ -61,8 +64,7 @@ class PackedAttention:
         self._runs = [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
     @cached_property
-    def _limits(self) -> tuple[Tensor, Tensor, int, int]:
-        """Where the queries and the keys of each sequence start, and the most of each."""
+    def _limits(self) -> Limits:
         offsets = _offsets(self._own, self.device), _offsets(self.lengths, self.device)
         return (*offsets, max(self._own, default=0), max(self.lengths, default=0))
 
@@ -103,30 +105,38 @@ class PackedAttention:
         With fewer queries than keys the kernels align the causal mask to the last key. So the own
         tokens, which end their sequence, attend to the shared ones and to their own past.
         """
-        if not importlib.util.find_spec("flash_attn"):
-            return self._torch_varlen(query, key, value)
-        # The extra [flash].
+        return varlen_kernel()(query, key, value, self._limits)
+
+
+@cache
+def varlen_kernel() -> Callable[[Tensor, Tensor, Tensor, Limits], Tensor]:
+    """The kernel of this process, found at its first use: flash-attn's if the extra [flash] is
+    installed, else torch's. With fewer key-value heads than query heads, and causal."""
+    if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-        packed: Tensor = flash_attn_varlen_func(query, key, value, *self._limits, causal=True)
-        return packed
-
-    def _torch_varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # has no CPU backend
-
-        # The names of its arguments differ between torch versions.
-        known = inspect.signature(varlen_attn).parameters
-        options: dict[str, Any] = (
-            {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        return lambda query, key, value, limits: flash_attn_varlen_func(
+            query, key, value, *limits, causal=True
         )
-        repeats = query.shape[1] // key.shape[1]
+    from torch.nn.attention.varlen import varlen_attn  # has no CPU backend
+
+    # The names of its arguments differ between torch versions.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+
+    def torchs(query: Tensor, key: Tensor, value: Tensor, limits: Limits) -> Tensor:
+        grouped, repeats = options, query.shape[1] // key.shape[1]
         if repeats > 1 and "enable_gqa" in known:
-            options["enable_gqa"] = True
+            grouped = {**options, "enable_gqa": True}
         elif repeats > 1:
             key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
-        packed = varlen_attn(query, key, value, *self._limits, **options)
+        packed = varlen_attn(query, key, value, *limits, **grouped)
         assert isinstance(packed, Tensor)
         return packed
+
+    return torchs
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

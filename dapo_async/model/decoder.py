@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         self.config, self.tp, self.cp = config, tp, cp
         self.activations: torch.dtype | None = None  # None: the dtype of the weights
         self.model = Backbone(config, tp)
+        self.head_kernels = False  # whether the head takes `fused_head.py`; see `kernels.py`
         self._blocks: list[FusedBlock | nn.Module] = []  # the layers after `fuse`
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -183,7 +184,13 @@ class Decoder(nn.Module):
         weight = self.head_weight.to(hidden.dtype)
         start = self.model.embed_tokens.share.start
         scores = token_logprobs(
-            hidden, weight, targets, temperatures, tp=self.tp, vocab_start=start
+            hidden,
+            weight,
+            targets,
+            temperatures,
+            tp=self.tp,
+            vocab_start=start,
+            fused=self.head_kernels,
         )
         if own is None:
             return scores

@@ -27,8 +27,27 @@ class Attention(Protocol):
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension."""
+    return rms_norm(x, weight.shape, weight, eps)
+
+
+def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys."""
+    both = rotate(torch.cat((query, key), dim=1), cos, sin)
+    query, key = both.split((query.shape[1], key.shape[1]), dim=1)
+    return query, key
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return silu(gate) * up
+
+
 class RMSNorm(nn.Module):
     """RMS norm over the last dimension in the input's precision; sums squares in float32."""
+
+    formula = staticmethod(normed)  # `kernels.py` replaces it in an instance, and those below
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -36,7 +55,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, local(self.weight).to(x.dtype), self.eps)
+        return self.formula(x, local(self.weight).to(x.dtype), self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -65,6 +84,8 @@ class SelfAttention(nn.Module):
     otherwise each rank computes the one head that its queries need.
     """
 
+    rotated = staticmethod(rotated)
+
     def __init__(self, config: ModelConfig, layer: int, tp: Axis) -> None:
         super().__init__()
         self.layer, self.head_dim, self.tp = layer, config.head_dim, tp
@@ -86,8 +107,7 @@ class SelfAttention(nn.Module):
         heads = (x.shape[0], -1, self.head_dim)
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (part.view(heads) for part in projected)
-        both = rotate(torch.cat((self.q_norm(query), self.k_norm(key)), dim=1), cos, sin)
-        query, key = both.split((query.shape[1], key.shape[1]), dim=1)
+        query, key = self.rotated(self.q_norm(query), self.k_norm(key), cos, sin)
         mixed = attention(self.layer, query, key, value)
         return scatter_tokens(self.o_proj(mixed.reshape(x.shape[0], -1)), self.tp)
 
@@ -99,6 +119,8 @@ def _head_norm(config: ModelConfig) -> nn.Module:
 class MLP(nn.Module):
     """SwiGLU with its inner dimension split over the ranks."""
 
+    swiglu = staticmethod(swiglu)
+
     def __init__(self, config: ModelConfig, tp: Axis) -> None:
         super().__init__()
         self.tp = tp
@@ -108,7 +130,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_tokens(x, self.tp)
-        return scatter_tokens(self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x)), self.tp)
+        inner = self.swiglu(self.gate_proj(x), self.up_proj(x))
+        return scatter_tokens(self.down_proj(inner), self.tp)
 
 
 class Block(nn.Module):

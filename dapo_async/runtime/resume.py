@@ -35,6 +35,7 @@ SAFE = (
     "rollout.tensor_parallel", "rollout.servers", "rollout.server_flags",
     "learner.tensor_parallel", "learner.context_parallel", "learner.data_parallel",
     "learner.microbatch_tokens", "learner.recompute", "learner.zero_stage", "learner.reduce_dtype",
+    "learner.kernels",
     "learner.offload_optimizer", "learner.profile", "learner.node_resource",
     "rollout.node_resource", "network.",
 )  # fmt: skip

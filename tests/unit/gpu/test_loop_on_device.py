@@ -165,6 +165,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layers computed again": {"recompute": "all"},
     "optimizer on the host": {"offload_optimizer": True},
     "small passes": {"microbatch_tokens": 64},
+    "kernels of the head": {"kernels": "head"},
+    "all kernels": {"kernels": "all"},
 }
 
 

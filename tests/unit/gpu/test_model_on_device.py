@@ -9,6 +9,7 @@ import torch
 from gpu_place import Place, distance
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from triton_kernels import import_fused_head
 
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import PackedAttention, send, token_logprobs
@@ -122,7 +123,12 @@ def test_packed_attention_is_causal_within_each_sequence(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_in_chunks_equals_the_whole_softmax(place: Place, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["torch", "kernels"])
+def test_head_in_chunks_equals_the_whole_softmax(
+    place: Place, form: str, dtype: torch.dtype
+) -> None:
+    if form == "kernels":
+        import_fused_head()  # on a CPU with an interpreter
     count, width, vocabulary = place.length, place.sizes["hidden_size"], place.sizes["vocab_size"]
     hidden = torch.randn(count, width, device=place.device).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width, device=place.device) / width**0.5).to(dtype)
@@ -130,7 +136,9 @@ def test_head_in_chunks_equals_the_whole_softmax(place: Place, dtype: torch.dtyp
     targets = torch.randint(0, vocabulary, (count,), device=place.device)
     temperatures = torch.rand(count, device=place.device) + 0.5
     scales = torch.randn(2, count, device=place.device)
-    found = token_logprobs(hidden, weight, targets, temperatures, chunk_tokens=count // 3)
+    found = token_logprobs(
+        hidden, weight, targets, temperatures, chunk_tokens=count // 3, fused=form == "kernels"
+    )
     sum((each * scale).sum() for each, scale in zip(found, scales, strict=True)).backward()
 
     leaves = [each.detach().double().requires_grad_() for each in (hidden, weight)]

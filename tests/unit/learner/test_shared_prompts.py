@@ -31,7 +31,7 @@ from dapo_async.learner import MOST_ATTENDED, LearnerRank
 from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.batching import TrainingSequence, pack
 from dapo_async.model import PackedAttention
-from dapo_async.model.attention import take_rows
+from dapo_async.model.attention import take_rows, varlen_kernel
 from dapo_async.types import Completion, FinishReason, Group
 
 FORMS: list[dict[str, Any]] = [
@@ -186,7 +186,13 @@ def test_varlen_kernels_get_own_queries_and_the_keys_of_whole_sequences(
     attention = PackedAttention(LENGTHS, shared=SHARED)
     assert attention._limits[2:] == (9, 9)  # made here, on the CPU
     attention.device = torch.device("cuda")  # chooses the kernels
-    assert_attention_is_dense(attention)
+    varlen_kernel.cache_clear()  # a process looks for them once
+    try:
+        assert_attention_is_dense(attention)
+        assert_attention_is_dense(attention)
+        assert varlen_kernel.cache_info().misses == 1
+    finally:
+        varlen_kernel.cache_clear()
 
 
 def test_gradients_of_a_row_that_is_taken_often_add_up_in_float32() -> None:
