@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,14 @@ from sglang_world import (
     request,
     start_world,
 )
+from worker_world import PROMPT as ADMITTED
+from worker_world import FakeReplay, score
 
 from dapo_async.cli.main import main
 from dapo_async.config import AlgorithmConfig, Config, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.model import load_decoder, score_tokens
-from dapo_async.replay import TokenCounts
+from dapo_async.replay import TokenCounts, num_tokens
 from dapo_async.rollout import (
     Aborted,
     EngineWork,
@@ -51,6 +53,7 @@ from dapo_async.rollout.sglang.client import BroadcastLost
 from dapo_async.rollout.sglang.engine import SGLangEngine
 from dapo_async.rollout.slot_control import SlotControl
 from dapo_async.rollout.slot_meter import SLOT_STATES, TIME_STATES
+from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.tracking.bottleneck import Layout, bottleneck
 from dapo_async.types import Completion, FinishReason, Group, Prompt, Rollout
 
@@ -296,6 +299,39 @@ def test_aborted_group_leaves_and_the_others_go_on(world: World) -> None:
     assert use.occupied > 0
     slot_seconds = use.occupied + use.queued + use.no_credit + use.tail + use.sync
     assert slot_seconds == pytest.approx(NUM_SLOTS * use.elapsed_s)
+
+
+@on_one_family
+def test_another_server_ends_the_responses_of_a_worker_that_leaves(world: World) -> None:
+    prompt = ADMITTED.token_ids
+
+    async def generate() -> tuple[tuple[Completion | None, ...], tuple[Completion, ...]]:
+        replay = FakeReplay(credits=1)
+        asked = request(0, prompt.tolist(), siblings=3, max_tokens=LONG)
+        parts = {"replay": replay, "score": score, "sampling": asked.sampling, "group_size": 3}
+        async with world.engine() as engine:
+            worker = RolloutWorker("rollout-0", engine, **parts)
+            run = asyncio.create_task(worker.run())
+            await some_tokens(engine)
+            await asyncio.wait_for(worker.drain(), 30)
+            in_flight = engine.tokens.counts.in_flight
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+        ((group_id, received),) = replay.handed_back
+        assert (group_id, replay.offered) == (0, [])
+        assert num_tokens(received) == in_flight, "no token is dropped"
+        async with world.engine() as engine:
+            return received, await engine.generate(replace(asked, partial_completions=received))
+
+    received, completions = asyncio.run(generate())
+    for partial, completion in zip(received, completions, strict=True):
+        assert partial is not None
+        length = len(partial.token_ids)
+        assert 20 <= length < LONG
+        assert completion.token_ids[:length].tolist() == partial.token_ids.tolist()
+        assert len(completion.token_ids) == LONG
+        expected = forward_logprobs(world.base, prompt, completion.token_ids)
+        assert_close(completion.behaviour_logprobs, expected)
 
 
 def test_slots_whose_requests_wait_for_memory_are_not_occupied(
