@@ -11,7 +11,9 @@ has recovered. Then the run trains on to its last step.
 - `driver`, `head` (Ray's GCS), `raylet`: recovered when the resumed run has trained a step
 
 Checked at the end: exit code 0, the accuracy, every admitted group has one outcome, no step is
-missing or twice in metrics.jsonl, no group is trained in two steps.
+missing or twice in metrics.jsonl, no group is trained in two steps. `throughput_kept` is what the
+steps would have taken without kills, each at the median of a step, per second of the run; the
+run's start and its last evaluation count as lost.
 """
 
 from __future__ import annotations
@@ -163,13 +165,15 @@ def kill_at_random(victim: Victim, *, kills: int, seed: int, weights: dict[str, 
     return recoveries
 
 
-def check(root: Path) -> dict[str, Any]:
-    """Counts of what must not happen, from the files of the run."""
+def check(root: Path, wall_s: float) -> dict[str, Any]:
+    """Counts of what must not happen, and the throughput, from the files of the run."""
     summary = json.loads((root / "summary.json").read_text())
     groups = dict(summary["groups"])
     admitted = groups.pop("admitted")
     ended = sum(sum(each.values()) if isinstance(each, dict) else each for each in groups.values())
-    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    step_s = statistics.median(row["step_s"] for row in rows)
     times: Counter[int] = Counter()
     for path in sorted((root / "recorded").glob("step_*.safetensors")):
         times.update(group.group_id for group in read_groups(path))
@@ -184,6 +188,8 @@ def check(root: Path) -> dict[str, Any]:
         "groups_trained_twice": sum(count > 1 for count in times.values()),
         "groups_failed": groups.get("failed", 0),
         "staleness_max": summary["staleness"]["max"],
+        "median_step_s": step_s,
+        "throughput_kept": len(steps) * step_s / wall_s,
     }
 
 
@@ -215,7 +221,7 @@ def main() -> None:
         wall_s = time.monotonic() - began_s
         if code != 0:
             raise RuntimeError(f"exit code {code}\n{victim.tail}")
-        found = check(victim.root)
+        found = check(victim.root, wall_s)
     finally:
         if victim.process.poll() is None:
             os.killpg(victim.process.pid, signal.SIGKILL)
