@@ -80,6 +80,8 @@ async def watch_head() -> None:
         unanswered = 0 if await asyncio.to_thread(raylet_listens) else unanswered + 1
         if unanswered == CHECKS:
             raise NodeGone(NODE_GONE)
+        if unanswered:
+            continue  # a question to the GCS may wait for the raylet, too
         nodes, now_s = await _nodes(within_s=gone_s), asyncio.get_running_loop().time()
         if nodes is not None:
             answered_s = now_s

@@ -69,9 +69,13 @@ def test_raylet_that_does_not_listen_is_gone_before_ray_says_so(
     monkeypatch.setattr(head_watch, "raylet_listens", lambda: once.pop() if once else True)
     with pytest.raises(TimeoutError):  # busy for a moment
         watched(seconds=0.3)
+    silent = threading.Event()
+    ray_with(silent.wait)  # the question to the GCS waits for the raylet, too
     monkeypatch.setattr(head_watch, "raylet_listens", lambda: False)
+    monkeypatch.setattr(head_watch, "GONE_S", 60.0)
     with pytest.raises(NodeGone, match="raylet on the driver's machine is dead"):
         watched(seconds=10.0)
+    silent.set()
 
 
 def test_head_that_does_not_answer_is_gone_after_the_limit(
