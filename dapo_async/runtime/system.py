@@ -12,6 +12,7 @@ from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo, ReplayReport, WorkerReport
 from dapo_async.runtime.alternation import OwnDevices, SharedDevices
+from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.head_watch import ray_listens, watch_head
 from dapo_async.runtime.fleet import Fleet, Room
 from dapo_async.runtime.handles.actors import (
@@ -220,7 +221,8 @@ class System:
             asyncio.create_task(supervisor.keep_learner(self.learner), name="learner"),
             asyncio.create_task(self.fleet.keep(), name="the rollout workers"),
         ]
-        watches.append(asyncio.create_task(watch_head(), name="Ray's head"))
+        head = watch_head(own_ray=self._config.ray.address == LOCAL)
+        watches.append(asyncio.create_task(head, name="Ray's head"))
         if self.evaluator is not None:
             keep = supervisor.keep_evaluator(self.evaluator)
             watches.append(asyncio.create_task(keep, name=self.evaluator.name))

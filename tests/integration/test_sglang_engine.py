@@ -308,9 +308,11 @@ def test_another_server_ends_the_responses_of_a_worker_that_leaves(world: World)
     async def generate() -> tuple[tuple[Completion | None, ...], tuple[Completion, ...]]:
         replay = FakeReplay(credits=1)
         asked = request(0, prompt.tolist(), siblings=3, max_tokens=LONG)
-        parts = {"replay": replay, "score": score, "sampling": asked.sampling, "group_size": 3}
+        sampling = asked.sampling
         async with world.engine() as engine:
-            worker = RolloutWorker("rollout-0", engine, **parts)
+            worker = RolloutWorker(
+                "rollout-0", engine, replay=replay, score=score, sampling=sampling, group_size=3
+            )
             run = asyncio.create_task(worker.run())
             await some_tokens(engine)
             await asyncio.wait_for(worker.drain(), 30)

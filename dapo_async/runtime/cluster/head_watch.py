@@ -23,12 +23,14 @@ from ray._private import worker
 from dapo_async.utils.network import split
 
 CHECK_S = 2.0
-CHECKS = 2  # in a row at which nobody listens: the raylet is gone
+CHECKS = 2  # in a row at which nobody listens: the raylet, or the GCS of an own Ray, is gone
 GONE_S = 20.0  # a GCS that is restarted by its cluster comes back within this time
 NODE_GONE = (
     "Ray's raylet on the driver's machine is dead, and so are the actors of that machine; start "
     "Ray there again and resume the run, or see logs/raylet.err in Ray's session folder"
 )
+
+HEAD_LOG = "see logs/gcs_server.err in Ray's session folder"
 
 
 class RayGone(RuntimeError):
@@ -69,20 +71,26 @@ def _listens(address: tuple[str, int], timeout_s: float) -> bool:
     return True
 
 
-async def watch_head() -> None:
-    """Raises RayGone when the GCS has not answered for `GONE_S` seconds, and NodeGone when it says
-    that the driver's node is dead, or the raylet there does not listen; never returns."""
-    gone_s, unanswered = GONE_S, 0
+async def watch_head(*, own_ray: bool) -> None:
+    """Raises NodeGone when the raylet of the driver's node does not listen, or the GCS says that
+    the node is dead. Raises RayGone when the GCS has not answered for `GONE_S` seconds; in an own
+    Ray, whose GCS nobody restarts, as soon as it does not listen. Never returns."""
+    gone_s = GONE_S
     own_node = ray.get_runtime_context().get_node_id()
     address, answered_s = head_address(), asyncio.get_running_loop().time()
+    unanswered = {"raylet": 0, "head": 0}
     while True:
         await asyncio.sleep(CHECK_S)
-        unanswered = 0 if await asyncio.to_thread(raylet_listens) else unanswered + 1
-        if unanswered == CHECKS:
+        for name, listens in (("raylet", raylet_listens), ("head", head_listens)):
+            unanswered[name] = 0 if await asyncio.to_thread(listens) else unanswered[name] + 1
+        if unanswered["raylet"] == CHECKS:
             raise NodeGone(NODE_GONE)
-        if unanswered:
+        if own_ray and unanswered["head"] == CHECKS:
+            raise RayGone(f"Ray's head (the GCS at {address}) is dead; {HEAD_LOG}")
+        if unanswered["raylet"]:
             continue  # a question to the GCS may wait for the raylet, too
-        nodes, now_s = await _nodes(within_s=gone_s), asyncio.get_running_loop().time()
+        nodes = None if unanswered["head"] else await _nodes(within_s=gone_s)
+        now_s = asyncio.get_running_loop().time()
         if nodes is not None:
             answered_s = now_s
             if not any(node["NodeID"] == own_node and node["Alive"] for node in nodes):
@@ -90,14 +98,12 @@ async def watch_head() -> None:
         elif now_s - answered_s >= gone_s:
             raise RayGone(
                 f"Ray's head (the GCS at {address}) did not answer for {gone_s:g} s; "
-                "restart the cluster, or see logs/gcs_server.err in Ray's session folder"
+                f"restart the cluster, or {HEAD_LOG}"
             )
 
 
 async def _nodes(*, within_s: float) -> Sequence[dict[str, Any]] | None:
     """Asks the GCS for the nodes, in a thread that may hang with it; None: no answer."""
-    if not await asyncio.to_thread(head_listens):
-        return None
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Sequence[dict[str, Any]] | None] = loop.create_future()
 

@@ -37,9 +37,9 @@ def ray_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], N
     return use
 
 
-def watched(*, seconds: float) -> None:
+def watched(*, seconds: float, own_ray: bool = False) -> None:
     """Raises what the watch raises, TimeoutError if it raises nothing for these seconds."""
-    asyncio.run(asyncio.wait_for(watch_head(), seconds))
+    asyncio.run(asyncio.wait_for(watch_head(own_ray=own_ray), seconds))
 
 
 def test_loss_of_another_node_does_not_end_the_watch(
@@ -104,3 +104,15 @@ def test_head_that_answers_again_in_time_is_not_gone(
     with pytest.raises(TimeoutError):
         watched(seconds=1.0)
     assert asked > 3
+
+
+def test_only_the_head_of_an_own_ray_is_gone_as_soon_as_it_does_not_listen(
+    ray_with: Callable[[Callable[[], Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_with(lambda: nodes(own=True))
+    monkeypatch.setattr(head_watch, "head_listens", lambda: False)
+    monkeypatch.setattr(head_watch, "GONE_S", 60.0)
+    with pytest.raises(RayGone, match=r"GCS at 127.0.0.1:6379\) is dead; see logs/gcs_server.err"):
+        watched(seconds=10.0, own_ray=True)
+    with pytest.raises(TimeoutError):
+        watched(seconds=0.5)
