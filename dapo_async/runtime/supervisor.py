@@ -286,7 +286,7 @@ class Supervisor:
         """Restarts the ranks when one is lost; never returns. Raises ActorDied when that is not
         possible."""
         budget = RestartBudget(MAX_RESTARTS)
-        learner.restarts.is_kept = True
+        learner.restarts.keep()
         try:
             rank, why = await self._until_a_rank_is_lost(learner)
             while True:
@@ -348,7 +348,7 @@ class Supervisor:
         ActorDied when its budget is used up."""
         replay, budget = self._replay, RestartBudget(MAX_RESTARTS)
         reconnecting: asyncio.Future[list[None]] = asyncio.gather()  # of the workers
-        replay.restarts.is_kept = True
+        replay.restarts.keep()
         try:
             why = await self._until_replay_is_lost()
             while True:

@@ -3,7 +3,7 @@
     lose ──▶ calls fail or wait ──▶ go_on ──▶ calls are made, those that failed again
                                └──▶ end ──▶ calls raise ActorDied
 
-The supervisor calls `lose`, `go_on` and `end`; handles make their calls through `again`.
+The supervisor calls `keep`, `lose`, `go_on` and `end`; handles make their calls through `again`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Restarts:
         """The actor is not being restarted."""
         return self._is_whole.is_set()
 
+    def keep(self) -> None:
+        """A supervisor restarts the actor from now on."""
+        self.is_kept = True
+        self._is_lost.clear()
+
     def lose(self) -> None:
         """The actor is lost: calls wait for `go_on`."""
         self.num_losses += 1
@@ -52,6 +57,7 @@ class Restarts:
         self.is_kept = False
         self._is_gone = not self.is_whole
         self.go_on()
+        self._is_lost.set()  # a call that waits to hear of its loss need not wait any longer
 
     async def again(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of `call`, which is repeated when a loss breaks it off."""

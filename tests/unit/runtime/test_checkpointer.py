@@ -67,7 +67,7 @@ class LostLearner(Learner):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.restarts = Restarts("learner")
-        self.restarts.is_kept = True
+        self.restarts.keep()
 
     async def save(self, folder: Path) -> None:
         if self.losses:

@@ -22,7 +22,7 @@ from dapo_async import config as knobs
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.handles import restarts
 from dapo_async.runtime.handles.actors import LearnerHandle
-from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ActorSilent
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.handles.redo_log import MOST_STEPS, RedoLog
 from dapo_async.runtime.supervisor import Supervisor
@@ -375,6 +375,25 @@ def test_failure_without_a_death_is_not_repeated(monkeypatch: pytest.MonkeyPatch
     world.play(scene)
     assert len(calls) == 1
     assert world.learner.restarts.num_losses == 0
+
+
+def test_call_of_a_lost_actor_fails_at_once_when_the_supervisor_ends() -> None:
+    one = restarts.Restarts("learner")
+
+    async def fails() -> None:
+        raise ActorSilent("learner-0 does not answer")
+
+    async def scene() -> None:
+        for _ in range(2):  # a supervisor that begins again waits for news again
+            one.keep()
+            call = asyncio.create_task(one.again(fails))
+            await asyncio.sleep(0.05)
+            assert not call.done()
+            one.end()
+            with pytest.raises(ActorSilent):
+                await asyncio.wait_for(call, 5.0)
+
+    asyncio.run(scene())
 
 
 def test_budget_of_restarts_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
