@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 # Processes of an own Ray that a run does not use: the autoscaler's monitor, the server behind the
 # dashboard and the forwarder of logs. ray.init waits for the second, and has no option for any.
 UNUSED_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
+NODE_S, POLL_S = 30.0, 0.02  # an own Ray's node is there within this time; between two looks
 VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # in Ray's error
 
 
@@ -43,7 +46,14 @@ def connect(config: Config) -> str:
         gpus = _gpus(ceil(sum(actor.num_gpus for actor in actors)))
         # Without the address Ray would look for a running cluster, and then refuse num_cpus.
         try:
-            with shielded(), _without(UNUSED_SERVICES), _on_loopback(), _at_ports(config):
+            with (
+                shielded(),
+                _without(UNUSED_SERVICES),
+                _on_loopback(),
+                _at_ports(config),
+                _node_found_soon(),
+                _processes_at_once(cpus),
+            ):
                 ray.init(
                     address=LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet
                 )
@@ -166,6 +176,40 @@ def _at_ports(config: Config) -> Iterator[None]:
         yield
     finally:
         setattr(parameter, before.__name__, before)
+
+
+@contextmanager
+def _node_found_soon() -> Iterator[None]:
+    """Ray asks for a node that is not there yet once a second only, which costs half a second."""
+    before: Any = Node.start_ray_processes
+
+    def start_and_wait(node: Any) -> None:
+        before(node)
+        gcs, end_s = node.get_gcs_client(), time.monotonic() + NODE_S
+        while time.monotonic() < end_s and node.remaining_processes_alive():
+            if node.node_id in {each.hex() for each in gcs.get_all_node_info()}:
+                break
+            time.sleep(POLL_S)
+
+    setattr(Node, before.__name__, start_and_wait)
+    try:
+        yield
+    finally:
+        setattr(Node, before.__name__, before)
+
+
+@contextmanager
+def _processes_at_once(count: int) -> Iterator[None]:
+    """An own Ray starts so many processes of actors at once; by itself, one per core, and each
+    further one waits until another has started."""
+    name = "RAY_worker_maximum_startup_concurrency"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, str(count))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def disconnect() -> None:
