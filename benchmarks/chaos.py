@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ class Victim(StartedRun):
         """Of an actor's newest process."""
         return int(re.findall(rf"^{name} +pid (\d+) ", self.newest_start, re.MULTILINE)[-1])
 
+    def server(self, name: str) -> int:
+        """Of the SGLang server of a worker: the child of the process that writes its log."""
+        log = str(self.root / "engines" / f"{name}.log")
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(file.path == log for file in process.open_files()):
+                    return process.children()[0].pid
+        raise ProcessLookupError(log)
+
     def descendant(self, title: str) -> int:
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if title in " ".join(process.cmdline()):
@@ -138,10 +148,7 @@ class Victim(StartedRun):
         count = said.count(line)
         number = signal.SIGSTOP if "SIGSTOP" in kind else signal.SIGKILL
         pid = self.pid(name)
-        if kind == "server":
-            # The worker's child watches the server, which is the child of that one.
-            pid = psutil.Process(pid).children()[0].children()[0].pid
-        os.kill(pid, number)
+        os.kill(self.server(name) if kind == "server" else pid, number)
         # More restarts than an actor's budget allows end the run, and it is resumed.
         return lambda: (
             self.output.count(line) > count or (self.num_starts > starts and self.trains())
