@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_mixture import SIZES, hugging_face
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from dapo_async.model import (
     Decoder,
@@ -30,22 +31,6 @@ from dapo_async.model.mesh import Mesh
 from dapo_async.model.mixture import Mixture, Routing, grouped_product
 from dapo_async.model.mixture import one_by_one as product_one_by_one
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "eos_token_id": 3,
-    "moe_intermediate_size": 16,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-}
 FORMS: dict[str, dict[str, Any]] = {
     "all layers": {},
     "weights not normalised": {"norm_topk_prob": False},
@@ -53,20 +38,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "first layer dense": {"mlp_only_layers": [0], "num_experts_per_tok": 3},
 }
 SEQUENCES = (4, 7, 7, 2, 11)
-
-
-def hugging_face(folder: Path, *, stacked: bool = False, **changed: Any) -> Any:
-    """A model with large weights: its routers are decided, and logits differ."""
-    torch.manual_seed(1)
-    config = Qwen3MoeConfig(**{**SIZES, **changed})
-    config._experts_implementation = "eager"
-    make: Any = AutoModelForCausalLM.from_config
-    model = make(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder, save_original_format=not stacked)
-    return model
 
 
 def drawn(lengths: tuple[int, ...] = SEQUENCES) -> list[Tensor]:
