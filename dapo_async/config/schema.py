@@ -626,7 +626,8 @@ class NetworkConfig:
     ports: str = knob(
         "",
         "ports FIRST-LAST that a run may listen on: rendezvous of learner ranks and weights, "
-        "SGLang servers, a Ray of the run's own; empty: any free ports",
+        "SGLang servers; a Ray of the run's own has the first two thirds of them for itself; "
+        "empty: any free ports",
     )
 
     @property

@@ -24,6 +24,7 @@ from dapo_async.replay.group_io import unpack_group
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.cluster.network import own_host, use_network
+from dapo_async.runtime.cluster.ports import ports_of_run
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
@@ -84,7 +85,7 @@ class LearnerActor:
 
     async def open_mesh(self) -> tuple[str, int]:
         """On the first of several ranks: opens their rendezvous on this node's interface."""
-        host, ports = own_host(self._config), self._config.network.port_range
+        host, ports = own_host(self._config), ports_of_run(self._config)
         store = model.open_store(host, timeout_s=self._config.deadlines.start_s, ports=ports)
         self._mesh_store = store
         return host, store.port
@@ -293,7 +294,7 @@ class LearnerActor:
     async def open_group(self) -> tuple[str, int]:
         """Opens the rendezvous of the weight group on this node's interface; returns the address at
         which the workers join."""
-        host, ports = own_host(self._config), self._config.network.port_range
+        host, ports = own_host(self._config), ports_of_run(self._config)
         self._group = None  # the one before, whose members have changed
         self._store = model.open_store(host, timeout_s=self._config.deadlines.answer_s, ports=ports)
         return host, self._store.port

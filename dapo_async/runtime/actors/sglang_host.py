@@ -16,6 +16,7 @@ from dapo_async.rollout.sglang.server import SPARE_SLOTS, ServerOptions, SGLangS
 from dapo_async.rollout.slot_control import SlotControl, slots_at_start
 from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.network import own_host
+from dapo_async.runtime.cluster.ports import ports_of_run
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff
 from dapo_async.weights.collective import GROUP_NAME
@@ -139,7 +140,7 @@ class SGLangHost(EngineHost):
             kv_sequences=config.rollout.fixed_slots,
             max_len=self.max_len,
             host=own_host(config),
-            ports=config.network.port_range,
+            ports=ports_of_run(config),
             seed=config.seed + self._number,  # engines with one seed would draw the same noise
             log=self._logs / f"{self._name}.log",
             # With overlap, a pause in place would count the token of the current decode step, which

@@ -21,8 +21,9 @@ from ray._private.node import Node
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
 from dapo_async.runtime.cluster.head_watch import head_address, ray_listens
-from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, ray_ports, refusal
+from dapo_async.runtime.cluster.own_ray import LONGEST_REASON, refusal
 from dapo_async.runtime.cluster.planned_actors import planned_actors
+from dapo_async.runtime.cluster.ports import ray_ports
 
 log = logging.getLogger(__name__)
 # Processes of an own Ray that a run does not use: the autoscaler's monitor, the server behind the
@@ -165,7 +166,7 @@ def _on_loopback() -> Iterator[None]:
 
 @contextmanager
 def _at_ports(config: Config) -> Iterator[None]:
-    """An own Ray listens at the ports of `network.ports`; ray.init has no options for them."""
+    """An own Ray listens at its share of `network.ports`; ray.init has no options for them."""
     ports, before = ray_ports(config), parameter.RayParams
 
     def with_ports(**given: Any) -> Any:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dapo_async.config import Config
-from dapo_async.config.validate import ports_needed
-from dapo_async.runtime.cluster.planned_actors import planned_actors
+from dapo_async.runtime.cluster.ports import ray_ports
 from dapo_async.runtime.cluster.ray_variables import given_variables
-from dapo_async.utils.network import address_of, free_ports_of_all
+from dapo_async.utils.network import address_of
 
 MAX_SOCKET_BYTES = 107  # of the path of a Unix socket on Linux
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest one
@@ -26,18 +25,6 @@ LOOPBACK = "127.0.0.1"
 ANSWER_S = 2.0
 SHARED_MEMORY = Path("/dev/shm")
 LONGEST_REASON = 300
-# Each process of Ray that listens: ray.init has no option for most of these ports.
-SERVICES = (
-    "gcs_server_port",
-    "node_manager_port",
-    "object_manager_port",
-    "dashboard_agent_listen_port",
-    "metrics_agent_port",
-    "metrics_export_port",
-    "runtime_env_agent_port",
-)
-WORKERS_PER_ACTOR = 4  # its process, one that starts in advance, and those that replace it
-SPARE_WORKERS = 8  # the driver, and Ray's own tasks
 
 
 def temp_folder() -> str:
@@ -53,33 +40,9 @@ def faults(config: Config) -> Iterator[str]:
     try:
         if config.network.interface:
             address_of(config.network.interface, like=LOOPBACK)
-        if config.network.ports:
-            ray_ports(config)
+        ray_ports(config)
     except ValueError as error:
         yield str(error)
-
-
-def ray_ports(config: Config) -> dict[str, int | str]:
-    """The ports of an own Ray, as Ray's `RayParams` names them; empty: Ray chooses.
-
-    Raises ValueError if `network.ports` has too few free ones for Ray and for the run.
-    """
-    if not config.network.ports:
-        return {}
-    ports, actors = config.network.port_range, len(list(planned_actors(config)))
-    workers = WORKERS_PER_ACTOR * actors + SPARE_WORKERS
-    own = ports_needed(config)
-    needed = len(SERVICES) + workers + own
-    # Ray listens on every interface: a port must be free on all of them.
-    free = free_ports_of_all(ports)
-    if len(free) < needed:
-        raise ValueError(
-            f"network.ports ({config.network.ports}): {len(free)} of these ports are free on this "
-            f"machine, and this run with its own Ray may need {needed}; give a larger range"
-        )
-    services = free[: len(SERVICES)]
-    of_workers = ",".join(map(str, free[len(SERVICES) : len(free) - own]))
-    return {**dict(zip(SERVICES, services, strict=True)), "worker_port_list": of_workers}
 
 
 def _temp_folder() -> str | None:
