@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
 }
 
 
@@ -48,7 +49,10 @@ class Description:
 
 
 def prepare_environment() -> None:
-    """Sets what MLflow reads at import: short deadlines, no telemetry. The user's values stay."""
+    """Sets what MLflow reads at import: short deadlines, no telemetry, metrics of the machine.
+
+    The user's values stay.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -154,6 +158,8 @@ class MlflowRun:
 
         metrics = [Metric(name, value, time_ms, step) for name, value in values.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
+        if self._monitor is not None and not self._monitor._process.is_alive():
+            self._monitor.start()  # its thread ends when the store does not answer once
 
     def add_file(self, path: Path, folder: str | None = None) -> None:
         """Adds a copy of `path` to the artifacts; a missing file is left out."""
@@ -170,7 +176,7 @@ class MlflowRun:
 def _system_monitor(uri: str, run_id: str) -> Any:
     """A thread that sends the use of CPU, memory, disk, network and GPUs of this machine.
 
-    None unless MLflow's variable MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is set.
+    None if MLflow's variable MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false.
     """
     from mlflow import environment_variables
 

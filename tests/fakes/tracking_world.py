@@ -203,7 +203,7 @@ def check_history(
     run_id: str,
     rows: Sequence[dict[str, Any]],
     *,
-    besides: str = "evaluation/",
+    besides: tuple[str, ...] = ("evaluation/", "system/"),
 ) -> None:
     """Every number of every row is a metric at its version, named with `/` in place of `.`.
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service import utils
 from tracking_world import (
@@ -54,16 +55,27 @@ def track(
     *,
     status: str = "done",
     deadline_s: float = PATIENCE_S,
+    before_end: Callable[[str], None] | None = None,
 ) -> MlflowStore:
-    """A whole run's tracking; what was said is in `said`."""
+    """A whole run's tracking; what was said is in `said`. `before_end` gets the id of the run."""
     said: list[str] = []
     store = MlflowStore(config, run_dir, say=said.append, run_id=known_run_id(config, run_dir))
     store.start()
     for row in rows:
         store.log_step(row)
+    if before_end is not None:
+        wait_until(lambda: store.run_id is not None)
+        before_end(str(store.run_id))
     store.finish(status, "all steps trained", deadline_s=deadline_s)
     store.said = said  # type: ignore[attr-defined]
     return store
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline_s, f"it has not happened within {PATIENCE_S:g} s"
+        time.sleep(0.05)
 
 
 def artifacts(client: MlflowClient, run_id: str) -> set[str]:
@@ -219,6 +231,54 @@ def test_resumed_run_whose_store_was_removed_begins_a_new_one(with_database: Pat
     assert json.loads(run_dir.mlflow.read_text())["run_id"] == store.run_id
 
 
+def cpu_history(client: MlflowClient, run_id: str) -> list[Metric]:
+    return list(client.get_metric_history(run_id, "system/cpu_utilization_percentage"))
+
+
+def check_system_metrics(client: MlflowClient, run_id: str) -> None:
+    """Of this machine, in MLflow's units, with steps that go on when the run is resumed."""
+    metrics = client.get_run(run_id).data.metrics
+    for name in ("cpu_utilization_percentage", "system_memory_usage_percentage"):
+        assert 0.0 <= metrics[f"system/{name}"] <= 100.0
+    assert metrics["system/system_memory_usage_megabytes"] > 0.0
+    assert metrics["system/disk_usage_megabytes"] > 0.0
+    assert {"system/network_receive_megabytes", "system/network_transmit_megabytes"} <= {*metrics}
+    steps = [point.step for point in cpu_history(client, run_id)]
+    assert steps == [*range(len(steps))]
+
+
+def test_system_metrics_go_on_after_a_store_did_not_answer_once(
+    with_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    client = MlflowClient(f"sqlite:///{with_database}/mlflow.db")
+    run = MlflowRun(
+        Description(f"sqlite:///{with_database}/mlflow.db", "x", "run", None, {}, {}), None
+    )
+    assert run._monitor is not None
+    wait_until(lambda: len(cpu_history(client, run.run_id)) >= 1)
+    with monkeypatch.context() as away:
+        away.setattr("mlflow.tracking.client.MlflowClient.get_run", no_answer)
+        wait_until(lambda: not run._monitor._process.is_alive())
+    before = len(cpu_history(client, run.run_id))
+    run.log(1, {"accuracy": 0.5}, time_ms=0)
+    wait_until(lambda: len(cpu_history(client, run.run_id)) > before)
+    run.close("FINISHED")
+    check_system_metrics(client, run.run_id)
+
+
+def no_answer(*_: object) -> None:
+    raise MlflowException("no answer")
+
+
+def test_system_metrics_can_be_turned_off(
+    with_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    description = Description(f"sqlite:///{with_database}/mlflow.db", "x", "run", None, {}, {})
+    assert MlflowRun(description, None)._monitor is None
+
+
 @pytest.mark.slow
 def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,9 +288,20 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
     with mlflow_server(tmp_path) as url:
         run_dir = run_dir_with(tmp_path / "remote")
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "served")
-        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
-        remote = track(config_with(url), run_dir, run_dir.rows(), status="failed")
+        client, seen = MlflowClient(url), list[int]()
+
+        def wait_for_samples(run_id: str) -> None:
+            wait_until(lambda: len(cpu_history(client, run_id)) >= len(seen) + 2)
+            seen.extend(point.step for point in cpu_history(client, run_id))
+
+        remote = track(
+            config_with(url),
+            run_dir,
+            run_dir.rows(),
+            status="failed",
+            before_end=wait_for_samples,
+        )
         assert (remote.caught, remote.said) == ({}, [])  # type: ignore[attr-defined]
         for store, status in ((local, "FINISHED"), (remote, "FAILED")):
             assert ask(url, f"runs/get?run_id={store.run_id}")["run"]["info"]["status"] == status
@@ -240,9 +311,9 @@ def test_a_real_server_takes_a_run_and_shows_it_and_the_local_one(
         assert [(point["step"], point["value"]) for point in history] == [
             (step + 1, 0.25 * step) for step in range(4)
         ]
-        cpu = "system/cpu_utilization_percentage"  # by MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
-        system = ask(url, f"metrics/get-history?run_id={remote.run_id}&metric_key={cpu}")
-        assert system["metrics"]
+        resumed = track(config_with(url), run_dir, [], status="failed", before_end=wait_for_samples)
+        assert resumed.run_id == remote.run_id
+        check_system_metrics(client, str(remote.run_id))
         files = {
             item["path"] for item in ask(url, f"artifacts/list?run_id={remote.run_id}")["files"]
         }
