@@ -1,4 +1,5 @@
-"""Every socket that listens during a whole run is on loopback, and lets nobody in."""
+"""Every socket that listens during a whole run is on loopback, at its part of `network.ports`, and
+lets nobody in."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from sglang_run_support import SERVERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 LOOPBACK = "127.0.0.1"
+PORTS = range(23_000, 23_300)  # of which Ray has the first two thirds, and the run the rest
+OF_RAY, OF_RUN = range(23_000, 23_200), range(23_200, 23_300)
 SECONDS = 3.0
 METRICS = b"200 OK"  # the one endpoint that everybody on this machine may read
 # Calls of Ray's services that would give something away, by the process that has them.
@@ -87,10 +90,24 @@ def check_closed(found: Listening) -> int:
     return num_grpc
 
 
+def check_ports(found: Listening) -> None:
+    """gloo alone has ports that the kernel chose."""
+    for (_, port), line in found.items():
+        if any(service in line for service in ("gcs_server", "raylet", "Agent")):
+            assert port in OF_RAY, f"{line} listens at {port}"
+    for part, who in ((OF_RAY, "Actor"), (OF_RUN, "LearnerActor")):
+        assert {port for (_, port), line in found.items() if who in line} & {*part}, who
+    of_run = {port: line for (_, port), line in found.items() if port in OF_RUN}
+    assert all("LearnerActor" in line or "sglang" in line for line in of_run.values()), of_run
+    of_servers = [line for line in found.values() if "sglang" in line]
+    assert not of_servers or any("sglang" in line for line in of_run.values()), of_run
+
+
 @pytest.mark.parametrize("engine", ["torch", pytest.param("sglang", marks=pytest.mark.sglang)])
 def test_sockets_of_a_run_are_on_loopback_and_take_nobody(tmp_path: Path, engine: str) -> None:
     root = tmp_path / "run"
     settings = [*TINY, "learner.data_parallel=2", "train.num_steps=5000"]
+    settings += [f"network.ports={PORTS.start}-{PORTS.stop - 1}"]
     settings += [*SERVERS, "deadlines.start_s=600"] if engine == "sglang" else []
     live = Live(root, [str(QUICKSTART), *settings, "model.num_cpus=0.5", f"run_dir={root}"])
     seen: Listening = {}
@@ -113,6 +130,7 @@ def test_sockets_of_a_run_are_on_loopback_and_take_nobody(tmp_path: Path, engine
     check_conservation(run.summary["groups"])
     open_ones = {place: line for place, line in seen.items() if place[0] != LOOPBACK}
     assert not open_ones, f"sockets on other interfaces: {open_ones}"
+    check_ports(seen)
     names = " ".join(seen.values())
     for expected in ("gcs_server", "raylet", "LearnerActor", "RolloutActor", "DashboardAgent"):
         assert expected in names, f"nothing of {expected} listens: {names}"
