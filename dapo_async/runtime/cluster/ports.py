@@ -26,6 +26,7 @@ SERVICES = (
 )
 WORKERS_PER_ACTOR = 4  # its process, one that starts in advance, and those that replace it
 SPARE_WORKERS = 8  # the driver, and Ray's own tasks
+MOST_WORKERS = 10_000  # Ray passes their ports as one argument, of 128 KiB at most on Linux
 
 
 def divide(ports: range) -> tuple[range, range]:
@@ -73,7 +74,7 @@ def ray_ports(config: Config) -> dict[str, int | str]:
                 f"{part.stop - 1} are free on this machine, {who} needs {needed} there; give "
                 "another range, or a larger one"
             )
-    services, workers = free[: len(SERVICES)], free[len(SERVICES) :]
+    services, workers = free[: len(SERVICES)], free[len(SERVICES) :][:MOST_WORKERS]
     return {
         **dict(zip(SERVICES, services, strict=True)),
         "worker_port_list": ",".join(map(str, workers)),

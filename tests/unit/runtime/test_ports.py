@@ -57,6 +57,12 @@ def test_actors_and_workers_of_ray_never_share_a_port(overrides: tuple[str, ...]
         assert not of_ray & {*ports.ports_of_run(each)}
 
 
+def test_a_large_range_fits_into_one_argument_of_a_command() -> None:
+    given = ports.ray_ports(config("network.ports=10000-60000"))
+    assert len(str(given["worker_port_list"])) < 2**17
+    assert len(workers_of(given)) == 10_000
+
+
 def test_without_a_range_and_on_a_joined_cluster_nothing_is_divided() -> None:
     assert ports.ray_ports(config()) == {}
     assert ports.ports_of_run(config()) == ANY_PORT
