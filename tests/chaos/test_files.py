@@ -88,6 +88,7 @@ def test_a_run_outlasts_a_full_disk_and_loses_no_row(tmp_path: Path) -> None:
             live.wait_for_checkpoint()
             fill_up(disk)
             live.wait_for(r"^the checkpoint of version \d+ can't be written: no space left on")
+            fill_up(disk)  # it has removed an older one
             live.wait_for(
                 r"^metrics\.jsonl can't be written: no space left on device; the run goes"
             )

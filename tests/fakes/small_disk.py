@@ -30,8 +30,8 @@ def small_disk(folder: Path, *, kib: int) -> Iterator[Path]:
 
 
 def fill_up(folder: Path) -> None:
-    """Writes a file until the disk is full."""
-    with (folder / BALLAST).open("wb", buffering=0) as file:
+    """Writes a file until the disk is full; again after something has been removed."""
+    with (folder / BALLAST).open("ab", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(1024))
