@@ -66,6 +66,7 @@ def test_a_run_of_two_ranks_that_divide_the_experts(
 
 
 @pytest.mark.sglang
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
 def test_a_run_whose_engine_is_an_sglang_server(base: Path, transport: str, tmp_path: Path) -> None:
     more = (
@@ -73,9 +74,10 @@ def test_a_run_whose_engine_is_an_sglang_server(base: Path, transport: str, tmp_
         "rollout.engine=sglang",
         "rollout.num_slots=32",
         "model.num_cpus=0.5",
+        "deadlines.start_s=600",
         "learner.lr=1e-3",
         f"weights.transport={transport}",
     )
-    run = finished(tmp_path / "run", *TINY, *more, timeout_s=400.0)
+    run = finished(tmp_path / "run", *TINY, *more, timeout_s=900.0)
     check(run, base)
     assert max(row["mismatch_k3"] for row in run.metrics if row["staleness_max"] == 0) < 1e-4
