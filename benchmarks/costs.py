@@ -1,6 +1,7 @@
 """What a checkpoint and a publish cost a step.
 
-One run of the quickstart that saves every other step; copying and writing of larger models.
+One run of the quickstart that saves every other step; copying and writing of larger models, on one
+rank and on several.
 
 With `--recorded RUN_DIR`, a run with `train.record=true`: its learner alone trains on its batches
 again, and the share of the weights is counted that each publish changes in bfloat16.
@@ -23,17 +24,20 @@ from typing import Any
 
 import torch
 from quickstart import CONFIG, QUICK, environment
+from support.publish_ranks import publish_of_ranks
 from torch import Tensor
 
 from dapo_async.config import AlgorithmConfig, LearnerConfig, load
 from dapo_async.learner import LearnerRank, save_state
 from dapo_async.learner.rerun import recorded_steps
-from dapo_async.model import Decoder, Mesh, ModelConfig, checksum, load_decoder, take_snapshot
+from dapo_async.model import Decoder, Mesh, ModelConfig, load_decoder, score_tokens, take_snapshot
 from dapo_async.replay.group_io import read_groups
 
 EVERY_STEPS = 2
 RATES = (1e-4, 1e-5, 1e-6)  # the last one is that of the DAPO paper
 BLOCK = 64  # weights: 128 bytes
+PROBE_TOKENS = 16
+QUICK_SHAPES = {"tiny": (64, 2, 512)}
 SHAPES = {"5 M": (256, 6, 4096), "50 M": (640, 9, 8192)}  # hidden size, layers, vocabulary
 
 
@@ -65,26 +69,29 @@ def of_a_run(folder: Path, overrides: tuple[str, ...]) -> dict[str, float]:
     }
 
 
+def model(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """A Hugging Face config."""
+    hidden, layers, vocabulary = shape
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+
+
 def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     """Seconds of one rank in this process.
 
     Times the copies on the step path, the files beside it, and one copy of the weights to compare.
     """
-    hidden, layers, vocabulary = shape
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "qwen2",
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": 4 * hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-        }
-    )
+    config = ModelConfig.from_dict(model(shape))
     rank = LearnerRank(Decoder(config), algorithm=AlgorithmConfig(), learner=LearnerConfig())
     for parameter in rank.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -108,10 +115,13 @@ def of_a_model(shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     )
     state = timed("checkpoint_pause_s", rank.capture_state)
     timed("checkpoint_write_s", lambda: save_state(state, folder / "learner", Mesh()))
+    before = take_snapshot(rank.decoder, version=0, probe_tokens=PROBE_TOKENS)
     snapshot = timed(
-        "publish_snapshot_s", lambda: take_snapshot(rank.decoder, version=1, probe_tokens=16)
+        "publish_snapshot_s",
+        lambda: take_snapshot(rank.decoder, version=1, probe_tokens=PROBE_TOKENS, over=before.copy),
     )
-    timed("publish_checksum_s", lambda: checksum(snapshot.weights))
+    timed("publish_probe_s", lambda: score_tokens(rank.decoder, snapshot.probe_ids))
+    timed("publish_checksum_s", snapshot.copy.checksum)
     del times["warm_up_s"]
     return times
 
@@ -191,6 +201,12 @@ def main() -> None:
             if options.quick
             else {name: of_a_model(shape, Path(folder)) for name, shape in SHAPES.items()}
         )
+    ranks = {
+        name: publish_of_ranks(
+            model(shape), dp=2, tp=2, num_engines=2, rounds=1 if options.quick else 9
+        )
+        for name, shape in (QUICK_SHAPES if options.quick else SHAPES).items()
+    }
     print("| what | ms | of a step |\n|---|---|---|")
     for name in (
         "step_s",
@@ -211,6 +227,16 @@ def main() -> None:
             if what != "parameters"
         )
         print(f"{name} parameters, in copies of the weights: {cells}")
+    for name, times in ranks.items():
+        cells = ", ".join(
+            f"{what.removesuffix('_s')} {1000 * value:.1f} ms"
+            for what, value in times.items()
+            if what.endswith("_s")
+        )
+        print(
+            f"{name} parameters, 2 x 2 ranks and two engines: {cells}; the standstill of the "
+            f"learner is {times['standstill_over_copy']:.2f} copies of a shard"
+        )
     if options.json:
         options.json.write_text(
             json.dumps(
@@ -219,6 +245,7 @@ def main() -> None:
                     "quick": options.quick,
                     "run": run,
                     "models": models,
+                    "ranks": ranks,
                 },
                 indent=1,
             )

@@ -154,11 +154,12 @@ async def transported(
     manifest = Manifest.of(weights)
 
     async def by_broadcast(weight_version: str, flush: bool) -> None:
-        lines = [[spec.header for spec in bucket] for bucket in manifest.buckets(BUCKET_BYTES)]
+        buckets = manifest.buckets(BUCKET_BYTES)
+        lines = [(GROUP_NAME, [spec.header for spec in bucket]) for bucket in buckets]
         sending = asyncio.create_task(
             asyncio.to_thread(group.send, weights, manifest, bucket_bytes=BUCKET_BYTES)
         )
-        await client.receive(lines, group=GROUP_NAME, weight_version=weight_version, flush=flush)
+        await client.receive(lines, weight_version=weight_version, flush=flush)
         await sending
 
     try:

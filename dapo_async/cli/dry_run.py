@@ -109,7 +109,7 @@ def _memory(config: Config) -> Iterator[str]:
     parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in rank.parts().items())
     yield (
         f"each learner rank would need up to {rank.on_device / MIB:,.0f} MiB on its device and "
-        f"{rank.host / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
+        f"{(rank.written + rank.host) / MIB:,.0f} MiB in host memory (MiB per part: {parts})"
     )
     yield _engine_line(config, model, engine)
     if config.model.is_shared and config.model.device == "cuda":
@@ -225,9 +225,8 @@ def _left_on_cpu(config: Config, rank: RankMemory, engine: EngineMemory) -> str:
     import psutil
 
     engines = config.rollout.num_workers
-    wanted = config.learner.num_ranks * (rank.on_device + rank.host) + engines * (
-        engine.weights + engine.kv_all_slots
-    )
+    ranks = config.learner.num_ranks * (rank.on_device + rank.host) + rank.written
+    wanted = ranks + engines * (engine.weights + engine.kv_all_slots)
     free = psutil.virtual_memory().available
     both = f"learner and engines together would need {_size(wanted)}"
     if config.ray.address != "local":

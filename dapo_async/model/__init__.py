@@ -15,7 +15,8 @@ importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
     context_parallel, head_split
                      tokens of a microbatch split over ranks, heads exchanged for attention
     parallel         parameters split over the mesh
-    gather           whole weights from the ranks' shards; buckets
+    gather           where each rank's parts of the parameters lie; units and buckets of weights
+    shard_copy       a copy of this rank's parts; whole weights of those of all ranks, unit by unit
     host_copy        tensors that leave their device for a while
     snapshot         weights and probe of one version, as they are published
     content          a 64-bit sum over all weights, equal for every layout
@@ -44,7 +45,7 @@ if TYPE_CHECKING:  # these modules import torch
     from dapo_async.model.content import checksum, checksum_of_parts
     from dapo_async.model.context_parallel import own_targets
     from dapo_async.model.decoder import Decoder
-    from dapo_async.model.gather import buckets, gather_weights
+    from dapo_async.model.gather import Layout, buckets
     from dapo_async.model.hf import (
         build_decoder,
         export_folder,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # these modules import torch
         reshard,
         shard_of,
     )
+    from dapo_async.model.shard_copy import ShardCopy
     from dapo_async.model.snapshot import Snapshot, score_tokens, take_snapshot
     from dapo_async.model.transfer import send
 else:
@@ -83,7 +85,7 @@ else:
             "context_parallel": ("own_targets",),
             "transfer": ("send",),
             "decoder": ("Decoder",),
-            "gather": ("buckets", "gather_weights"),
+            "gather": ("Layout", "buckets"),
             "hf": ("build_decoder", "export_folder", "fill", "load_decoder", "save_weights"),
             "host_copy": ("HostCopy",),
             "logprob": ("token_logprobs",),
@@ -105,6 +107,7 @@ else:
                 "reshard",
                 "shard_of",
             ),
+            "shard_copy": ("ShardCopy",),
             "snapshot": ("Snapshot", "score_tokens", "take_snapshot"),
         },
     )
@@ -114,10 +117,12 @@ __all__ = [
     "Axis",
     "Decoder",
     "HostCopy",
+    "Layout",
     "Mesh",
     "ModelConfig",
     "PackedAttention",
     "RankMemory",
+    "ShardCopy",
     "Snapshot",
     "SpecialTokens",
     "WeightFiles",
@@ -132,7 +137,6 @@ __all__ = [
     "fill",
     "find_weights",
     "folder_for_sglang",
-    "gather_weights",
     "is_split",
     "join_store",
     "keep_gathered",

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
 from dapo_async.model.expert_names import pieces
 from dapo_async.model.mesh import Mesh
@@ -39,7 +40,7 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
     for name, tensor in weights.items():
         whole = [slice(0, size) for size in tensor.shape]
         total += _part_sum(name, tensor.detach(), whole, shape=tensor.shape).to(device)
-    return _hex(total)
+    return as_checksum(total)
 
 
 @torch.no_grad()
@@ -54,16 +55,25 @@ def checksum_of_parts(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> str:
             continue  # another rank of the axis has the same part
         place = part_of(parameter)
         # With more ranks than rows, some ranks have padding only.
-        count = place[0].stop - place[0].start
-        part, start = shard_of(parameter)[:count], place[0].start
-        for piece in pieces(name, tuple(parameter.shape), decoder.config):
-            first = max(start, piece.first_row)
-            last = min(start + count, piece.first_row + piece.shape[0])
-            if first < last:
-                rows = slice(first - piece.first_row, last - piece.first_row)
-                values = part[first - start : last - start].to(dtype)
-                total += _part_sum(piece.name, values, (rows, *place[1:]), shape=piece.shape)
-    return _hex(mesh.every.sum(total))
+        part = shard_of(parameter)[: place[0].stop - place[0].start].to(dtype)
+        total += sum_of_part(name, part, place, shape=parameter.shape, config=decoder.config)
+    return as_checksum(mesh.every.sum(total))
+
+
+def sum_of_part(
+    name: str, part: Tensor, place: Sequence[slice], *, shape: Sequence[int], config: ModelConfig
+) -> Tensor:
+    """The share in the sum of a part of a decoder's parameter of this name and whole shape."""
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    start, stop = place[0].start, place[0].start + len(part)
+    for piece in pieces(name, tuple(shape), config):
+        first = max(start, piece.first_row)
+        last = min(stop, piece.first_row + piece.shape[0])
+        if first < last:
+            rows = slice(first - piece.first_row, last - piece.first_row)
+            values = part[first - start : last - start]
+            total += _part_sum(piece.name, values, (rows, *place[1:]), shape=piece.shape)
+    return total
 
 
 def _part_sum(name: str, part: Tensor, place: Sequence[slice], *, shape: Sequence[int]) -> Tensor:
@@ -94,5 +104,6 @@ def _factor(name: str, dtype: torch.dtype, shape: Sequence[int]) -> int:
     return int.from_bytes(digest[:8], "little", signed=True) | 1
 
 
-def _hex(total: Tensor) -> str:
+def as_checksum(total: Tensor | int) -> str:
+    """A sum of parts as `checksum` gives it."""
     return f"{int(total) % 2**64:016x}"

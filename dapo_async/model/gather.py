@@ -1,25 +1,28 @@
-"""Whole weights from the ranks' shards, bucket by bucket, on the first rank.
+"""Which part of each parameter each rank holds, and how weights are cut into units to be sent.
 
-The publisher's snapshot consists of these weights. `buckets` also cuts other long lists of tensors
-into few collectives or few files.
+`shard_copy.py` copies the parts and makes whole weights of them, one unit after the other.
+`buckets` also cuts other long lists of tensors into few messages or few files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.expert_names import one_by_one
 from dapo_async.model.mesh import Mesh
-from dapo_async.model.parallel import is_split, part_of, shard_of
+from dapo_async.model.parallel import is_split, part_of
+from dapo_async.model.parameters import Shape
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32
+Unit = tuple[int, ...]  # parameters that are gathered and sent together
 Edges = list[list[int]]  # start and stop index of a part, in two dimensions
 
 
@@ -47,62 +50,54 @@ def buckets(
         yield bucket
 
 
-@torch.no_grad()
-def gather_weights(
-    decoder: Decoder, mesh: Mesh, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Copies of all weights, whole and in `dtype`, on the first rank; the other ranks get none.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parameters of a decoder in their order, and where each rank's part of each one lies."""
 
-    Their names are those of a Hugging Face folder: experts one by one.
-    Every rank of `mesh` calls it. A single rank keeps the copies on its device. With several ranks
-    the first rank holds them in host memory, because its device has room for shards only. Weights
-    are cast before they are sent, and small ones are sent together.
-    """
-    parameters = dict(decoder.named_parameters())
-    if mesh.every.size == 1:
-        copies = {name: each.detach().to(dtype, copy=True) for name, each in parameters.items()}
-        return one_by_one(copies, decoder.config)
-    own_edges = torch.tensor(
-        [_edges(parameter, mesh) for parameter in parameters.values()],
-        device=decoder.rope_cos.device,
-    )
-    edges_by_rank: list[list[Edges]] = mesh.every.stack(own_edges).tolist()
-    whole: dict[str, Tensor] = {}
-    numbered = enumerate(parameters.items())
-    for bucket in buckets(numbered, lambda item: item[1][1].numel()):
-        edges = [[each[number] for number, _ in bucket] for each in edges_by_rank]
-        _gather_bucket(dict(item for _, item in bucket), edges, mesh, dtype, into=whole)
-    return one_by_one(whole, decoder.config)
+    config: ModelConfig
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]  # of the whole parameters
+    edges: tuple[tuple[Edges, ...], ...]  # by rank of `Mesh.every` and parameter
+    rank: int  # this one
 
+    @classmethod
+    def of(cls, decoder: Decoder, mesh: Mesh) -> Layout:
+        """All ranks of the mesh call it: they tell each other their parts."""
+        parameters = dict(decoder.named_parameters())
+        own = [_edges(parameter, mesh) for parameter in parameters.values()]
+        every = mesh.every.stack(torch.tensor(own, device=decoder.rope_cos.device))
+        return cls(
+            decoder.config,
+            tuple(parameters),
+            tuple(tuple(parameter.shape) for parameter in parameters.values()),
+            tuple(map(tuple, every.tolist())),
+            mesh.every.rank,
+        )
 
-def _gather_bucket(
-    parameters: dict[str, Tensor],
-    edges_by_rank: Sequence[Sequence[Edges]],
-    mesh: Mesh,
-    dtype: torch.dtype,
-    *,
-    into: dict[str, Tensor],
-) -> None:
-    """Sends this rank's parts of a few parameters; the first rank puts them together."""
-    sizes = [[_numel(edges) for edges in each] for each in edges_by_rank]
-    mine = [
-        shard_of(parameter).to(dtype).reshape(-1)[:size]
-        for parameter, size in zip(parameters.values(), sizes[mesh.every.rank], strict=True)
-    ]
-    flats = mesh.every.collect(torch.cat(mine), [sum(each) for each in sizes])
-    if not mesh.is_first:
-        return
-    for name, parameter in parameters.items():
-        into[name] = torch.empty(parameter.shape, dtype=dtype)
-    for edges, flat, each in zip(edges_by_rank, flats, sizes, strict=True):
-        for name, part, piece in zip(parameters, edges, flat.split(each), strict=True):
-            if piece.numel():
-                target = _place(into[name], part)
-                target.copy_(piece.view(target.shape))
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Neighbouring whole layers, up to `BUCKET_ELEMENTS` or at least one; so are the parameters
+        outside of the layers."""
+        runs: dict[str, list[int]] = {}
+        for index, name in enumerate(self.names):
+            layer = name.split(".")[2] if ".layers." in name else name
+            runs.setdefault(layer, []).append(index)
 
+        def numel(run: list[int]) -> int:
+            return sum(math.prod(self.shapes[index]) for index in run)
 
-def _place(whole: Tensor, edges: Edges) -> Tensor:
-    return whole[tuple(slice(start, stop) for start, stop in edges[: whole.ndim])]
+        return tuple(
+            tuple(index for run in unit for index in run) for unit in buckets(runs.values(), numel)
+        )
+
+    def place(self, index: int, rank: int) -> tuple[slice, ...]:
+        """Where the part of `rank` lies in the whole parameter: one slice per dimension."""
+        edges = self.edges[rank][index][: len(self.shapes[index])]
+        return tuple(slice(start, stop) for start, stop in edges)
+
+    def numel(self, index: int, rank: int) -> int:
+        """The numbers in the part of `rank`."""
+        return math.prod(stop - start for start, stop in self.edges[rank][index])
 
 
 def _edges(parameter: Tensor, mesh: Mesh) -> Edges:
@@ -113,7 +108,3 @@ def _edges(parameter: Tensor, mesh: Mesh) -> Edges:
     if mesh.tp.rank > 0 and not is_split(parameter):
         return [[0, 0], [0, 0]]
     return [[part.start, part.stop] for part in (*part_of(parameter), slice(0, 1))[:2]]
-
-
-def _numel(edges: Edges) -> int:
-    return math.prod(stop - start for start, stop in edges)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dapo_async.model.config import ModelConfig, Recompute
+from dapo_async.model.gather import BUCKET_ELEMENTS
 from dapo_async.model.head_split import HeadSplit
 from dapo_async.model.logprob import CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS
 from dapo_async.model.parallel import split_dim
@@ -26,7 +27,7 @@ INDEX = 8
 class RankMemory:
     """Bytes of the first rank, which needs the most.
 
-    `host` is in its machine's memory, the rest on its device (on a CPU the same memory).
+    `written` and `host` are in its machine's memory, the rest on its device (on a CPU the same).
     """
 
     weights: int  # float32 master weights, this rank's parts
@@ -39,19 +40,20 @@ class RankMemory:
     recomputed: int  # activations of the one layer, or MLP, that is being computed again
     head: int  # two buffers for a chunk of logits, and the gradient of the head
     tables: int  # rotary cosines and sines
-    snapshot: int  # the weights being published, and the previous ones while these are copied
-    # A checkpoint being written; moments, kept weights and snapshots that are not on the device.
-    host: int
+    # The copy of this rank's parts that is published; what several ranks bring together beside it.
+    snapshot: int
+    written: int  # whole weights of the first rank, in host memory while files of them are written
+    host: int  # a checkpoint being written; moments and kept weights that are not on the device
 
     @property
     def on_device(self) -> int:
-        return sum(size for name, size in self.parts().items() if name != "host")
+        return sum(size for name, size in self.parts().items() if name not in ("written", "host"))
 
     @property
     def asleep(self) -> int:
         """What moves to host memory while engines have the device (`model.placement=shared`)."""
         kept = self.weights + self.moments + self.start_weights + self.reference
-        return kept + self.tables + self.snapshot
+        return kept + self.tables + self.snapshot + self.written
 
     def parts(self) -> Mapping[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -243,7 +245,7 @@ def predict_memory(
     shards = dp * cp
     own = sum(math.prod(_part(shape, 0, shards)) for shape in on_tp.values()) * FLOAT32
     whole, alone = sum(math.prod(shape) for shape in shapes.values()), shards * tp == 1
-    snapshots, moments = 2 * whole * forward.width, 2 * own
+    moments = 2 * own
     checkpoint = 2 * (own + moments)  # the copy, and the bytes of the file being assembled
     start_weights = own if keeps_start_weights else 0
     reference = own if keeps_reference else 0
@@ -261,8 +263,9 @@ def predict_memory(
         recomputed=forward.recomputed_bytes(recompute),
         head=forward.head_bytes(),
         tables=2 * model.max_positions * model.head_dim * FLOAT32,
-        snapshot=snapshots if alone else 0,
-        host=checkpoint + offloaded + (0 if alone else snapshots),
+        snapshot=(own // FLOAT32 + (0 if alone else _brought_together(shapes))) * forward.width,
+        written=whole * forward.width,
+        host=checkpoint + offloaded,
     )
 
 
@@ -295,6 +298,18 @@ def _gathered(
     # A copy of gradients while they are sent.
     summed = (outside + layer) * FLOAT32 if shards > 1 else 0
     return weights + gradients + summed
+
+
+def _brought_together(shapes: Mapping[str, Shape]) -> int:
+    """Numbers that a publish needs besides the copy: the largest unit of whole weights, and a piece
+    as it is sent and received; see `shard_copy.py`."""
+    whole, layers = 0, dict[str, int]()
+    for name, shape in shapes.items():
+        whole += math.prod(shape)
+        run = name.split(".")[2] if ".layers." in name else name
+        layers[run] = layers.get(run, 0) + math.prod(shape)
+    piece = min(whole, BUCKET_ELEMENTS)
+    return max(*layers.values(), piece) + 2 * piece
 
 
 def _part(shape: Shape, dim: int | None, ranks: int) -> Shape:

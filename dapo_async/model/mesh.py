@@ -72,20 +72,16 @@ class Axis:
         padded = torch.cat((tensor, padding))
         return [part[:length] for part, length in zip(self.stack(padded), lengths, strict=True)]
 
-    def collect(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """On the first rank: the tensors `[lengths[rank]]` of all ranks in rank order.
-
-        The other ranks send theirs and get an empty list.
-        """
-        if self.rank > 0:
-            if len(tensor):
-                self.group.send([tensor], 0, 0).wait()
-            return []
-        parts = [tensor.new_empty(length) for length in lengths[1:]]
-        for rank, part in enumerate(parts, start=1):
-            if len(part):
-                self.group.recv([part], rank, 0).wait()
-        return [tensor, *parts]
+    def deal(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """The first `sent[0]` numbers of `tensor` go to rank 0, the next ones to rank 1 and so on;
+        returns what this rank gets, in rank order: `received[rank]` numbers of each."""
+        if self.size == 1:
+            return tensor
+        got = tensor.new_empty(sum(received))
+        width = 1 if tensor.is_cuda else tensor.element_size()
+        splits = [[count * width for count in counts] for counts in (received, sent)]
+        self.group.alltoall_base(_as_bytes(got), _as_bytes(tensor.contiguous()), *splits).wait()
+        return got
 
     def exchange(self, tensor: Tensor) -> Tensor:
         """All-to-all, `[size, …]` on each rank: row i goes to rank i, and becomes its row `rank`.
@@ -121,6 +117,7 @@ class Mesh:
     shards: Axis = ALONE  # dp and cp together: FSDP splits parameters and sums gradients over it
     every: Axis = ALONE  # all ranks, in the order (dp index · cp + cp index) · tp + tp index
     saving: Axis = ALONE  # all ranks on CPU, in a separate group for work beside the steps
+    publishing: Axis = ALONE  # all ranks on their devices, in another one
     devices: DeviceMesh | None = None  # `every` as ("shards", "tp"); None for a single rank
 
     @property
@@ -218,11 +215,9 @@ def build_mesh(
     if dp > 1 and cp > 1:
         dp_axis = axis(grid.permute(1, 2, 0).flatten(0, 1))
         cp_axis = axis(grid.permute(0, 2, 1).flatten(0, 1))
-    saving = dist.new_group(
-        grid.flatten().tolist(),
-        backend="gloo",
-        timeout=timedelta(seconds=timeout_s),
-    )
+    ranks = grid.flatten().tolist()
+    saving = dist.new_group(ranks, backend="gloo", timeout=timeout)
+    publishing = dist.new_group(ranks, backend=backend, timeout=timeout)
     return Mesh(
         dp=dp_axis,
         cp=cp_axis,
@@ -230,6 +225,7 @@ def build_mesh(
         shards=shards,
         every=Axis(rank, size, dist.group.WORLD),
         saving=Axis(rank, size, saving),
+        publishing=Axis(rank, size, publishing),
         devices=DeviceMesh.from_group(
             [shards.group, tp_axis.group],
             device.type,

@@ -6,31 +6,30 @@ snapshots; `weights/` sends them.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dapo_async.model.attention import PackedAttention
+from dapo_async.model.config import ModelConfig
 from dapo_async.model.context_parallel import own_targets
 from dapo_async.model.decoder import Decoder
-from dapo_async.model.gather import gather_weights
+from dapo_async.model.gather import Layout
 from dapo_async.model.mesh import Mesh
 from dapo_async.model.parallel import reshard
+from dapo_async.model.shard_copy import ShardCopy
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Copies of the weights, which no later step changes, and the learner's answer to a probe."""
+    """A copy of this rank's shards, which no later step changes, and a probe prompt."""
 
     version: int
-    weights: Mapping[str, Tensor]
+    copy: ShardCopy
     probe_ids: NDArray[np.int32]  # [P]
-    probe_logprobs: NDArray[np.float32]  # [P - 1] of every probe token after the first
 
 
 @torch.no_grad()
@@ -58,26 +57,32 @@ def score_tokens(decoder: Decoder, token_ids: NDArray[np.int32]) -> NDArray[np.f
     return logprobs.cpu().numpy()
 
 
-@torch.no_grad()
+def probe_of(config: ModelConfig, length: int, *, nonce: str) -> NDArray[np.int32]:
+    """A probe prompt `[P]`: random, and the same for equal nonces, on each rank and after a restart
+    of the learner. At most `length` tokens."""
+    seed = int.from_bytes(hashlib.sha256(nonce.encode()).digest(), "big")
+    size = min(length, config.max_positions)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, size).astype(np.int32)
+
+
 def take_snapshot(
     decoder: Decoder,
     *,
     version: int,
     probe_tokens: int,
+    nonce: str = "",
     dtype: torch.dtype = torch.float32,
     mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+    layout: Layout | None = None,
+    over: ShardCopy | None = None,
 ) -> Snapshot:
-    """Copies the weights, whole and in the engines' dtype, and answers a new random probe prompt.
+    """Copies this rank's shards in the engines' dtype. The learner computes with weights rounded to
+    that dtype, so an engine with the same weights gives its answer to the probe, up to the rounding
+    of its kernels.
 
-    The learner computes with weights rounded to that dtype, so an engine with the same weights
-    gives the same answer up to the rounding of its kernels. Every rank of the mesh calls it; only
-    the snapshot of the first rank has weights.
+    `nonce`: what no engine has seen; the probe depends on it and on the version. Every rank of the
+    mesh calls it. `layout`: None makes it anew. `over`: an older copy that nobody reads any more.
     """
-    length = min(probe_tokens, decoder.config.max_positions)
-    random = np.random.default_rng(secrets.randbits(64))
-    drawn = random.integers(0, decoder.config.vocab_size, length)
-    # Every rank draws; the sum keeps the ids of the first rank.
-    ids = torch.as_tensor(drawn, device=decoder.rope_cos.device) * int(mesh.is_first)
-    probe_ids = mesh.every.sum(ids).cpu().numpy().astype(np.int32)
-    weights = gather_weights(decoder, mesh, dtype)
-    return Snapshot(version, weights, probe_ids, score_tokens(decoder, probe_ids))
+    copy = ShardCopy.of(decoder, layout or Layout.of(decoder, mesh), dtype, over=over)
+    probe_ids = probe_of(decoder.config, probe_tokens, nonce=f"{nonce} {version}")
+    return Snapshot(version, copy, probe_ids)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from dataclasses import replace
 from typing import Any
 
 from dapo_async.config import Config
@@ -143,7 +142,7 @@ class Evaluations:
         learner, folder = self._system.learner, self._run_dir.evaluated
         try:
             self._waiting_for = f"{learner.first.name} to write"
-            checksum = await learner.write_once(announcement, folder)
+            announced = await learner.write_once(announcement, folder)
             self._waiting_for = f"{evaluator.name} to load"
             attestation = await evaluator.read(announcement, str(folder))
         except ActorFailed as error:
@@ -160,7 +159,6 @@ class Evaluations:
             self._skip_lost(announcement)
             return False
         tolerance = self._config.model.probe_tolerance
-        announced = replace(announcement, checksum=checksum)
         result = check_attestation(announced, attestation, tolerance=tolerance)
         if result.outcome is HandshakeOutcome.MISMATCH:
             raise HandshakeError(f"wrong weights for an evaluation: {result.detail}")

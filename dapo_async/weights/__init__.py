@@ -1,7 +1,8 @@
 """Publishing: sends a snapshot of the learner to every engine and checks what each engine serves.
 
 announcement  the records: the learner's announcement, an engine's attestation
-collective    transport `broadcast`: one process group of the learner and all engines
+collective    transport `broadcast`: a process group of each sending learner rank and all engines
+sending       the learner's side of it: whole weights, unit by unit, beside the step
 disk          transport `disk`: safetensors; also reloads an engine that served wrong weights
 server_hashes what an SGLang server must hash the weights to
 handshake     compares an attestation with the announcement: passed, inconclusive or mismatch
@@ -22,15 +23,17 @@ from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, chec
 from dapo_async.weights.publisher import Publisher
 
 if TYPE_CHECKING:  # these modules import torch
-    from dapo_async.weights.collective import SENDER, WeightGroup
+    from dapo_async.weights.collective import SENDER, WeightGroup, group_name, receive
     from dapo_async.weights.disk import write_version
+    from dapo_async.weights.sending import hashes_of_copy, send_copy
     from dapo_async.weights.server_hashes import server_hashes
 else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "collective": ("SENDER", "WeightGroup"),
+            "collective": ("SENDER", "WeightGroup", "group_name", "receive"),
             "disk": ("write_version",),
+            "sending": ("hashes_of_copy", "send_copy"),
             "server_hashes": ("server_hashes",),
         },
     )
@@ -47,6 +50,10 @@ __all__ = [
     "Publisher",
     "WeightGroup",
     "check_attestation",
+    "group_name",
+    "hashes_of_copy",
+    "receive",
+    "send_copy",
     "server_hashes",
     "write_version",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from dapo_async import model
 if TYPE_CHECKING:  # the driver passes these records on without torch
     import torch
     from torch import Tensor
+
+    from dapo_async.model import ShardCopy
 
 BUCKET_BYTES = 64 * 2**20  # most bytes in flight per bucket; sender and receivers split alike
 
@@ -29,6 +31,7 @@ class TensorSpec:
     name: str
     dtype: str  # such as "float32"
     shape: tuple[int, ...]
+    unit: int = 0  # of the weights that the learner's ranks bring together, and one of them sends
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,6 +60,7 @@ class Manifest:
     """The tensors in sending order; sender and receivers derive the same buckets from it."""
 
     tensors: tuple[TensorSpec, ...]
+    num_senders: int = 1  # learner ranks, each with a group of its own
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Manifest:
@@ -67,8 +71,23 @@ class Manifest:
             specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
         return cls(tuple(specs))
 
+    @classmethod
+    def of_copy(cls, copy: ShardCopy, *, num_senders: int = 1) -> Manifest:
+        """The manifest of the whole weights that the learner's ranks have copies of."""
+        dtype = str(copy.flat.dtype).removeprefix("torch.")
+        specs = [TensorSpec(name, dtype, shape, unit) for unit, name, shape in copy.tensors()]
+        return cls(tuple(specs), num_senders)
+
+    def of_unit(self, number: int) -> Manifest:
+        """The tensors of one unit."""
+        return Manifest(tuple(spec for spec in self.tensors if spec.unit == number))
+
+    def sender(self, bucket: Sequence[TensorSpec]) -> int:
+        """The learner rank that sends this bucket."""
+        return bucket[0].unit % self.num_senders
+
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
-        """Consecutive tensors of one dtype, at most `bucket_bytes` together.
+        """Consecutive tensors of one unit and dtype, at most `bucket_bytes` together.
 
         A larger tensor is a bucket of its own.
         """
@@ -76,7 +95,7 @@ class Manifest:
             self.tensors,
             lambda spec: spec.num_bytes,
             limit=bucket_bytes,
-            kind=lambda spec: spec.dtype,
+            kind=lambda spec: (spec.unit, spec.dtype),
         )
         return map(tuple, runs)
 
@@ -90,7 +109,8 @@ class Announcement:
     manifest: Manifest
     checksum: str | None  # of the weights as sent; None until the publisher has asked for it
     probe_ids: NDArray[np.int32]  # [P] a prompt that no engine has seen before
-    probe_logprobs: NDArray[np.float32]  # [P - 1] the learner's logprobs of probe_ids[1:]
+    # [P - 1] the learner's logprobs of probe_ids[1:]; empty until the publisher has asked for them
+    probe_logprobs: NDArray[np.float32]
     # What SGLang servers hash some tensors of these weights to, per rank; empty: there are none.
     server_hashes: tuple[Mapping[str, str], ...] = ()
 

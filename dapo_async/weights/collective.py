@@ -1,30 +1,37 @@
-"""Transport `broadcast`: from the learner (rank 0) to every engine, in bounded buckets.
+"""Transport `broadcast`: from the learner to every engine, in bounded buckets.
 
-The process group is separate from torch's default group, which the learner's ranks use. It is gloo
-on CPU and NCCL on GPU (NCCL is written, but has not run yet). Every rank derives the same buckets
-from the same manifest. When a rank dies, the other ranks fail within the deadline.
+Each rank of the learner that sends has a process group of its own, in which it is rank 0 and all
+ranks of the engines are the others (`sending.py`). These groups are separate from torch's default
+group, which the learner's ranks use. They are gloo on CPU and NCCL on GPU (NCCL is written, but has
+not run yet). Every rank derives the same buckets from the same manifest. When a rank dies, the
+other ranks fail within the deadline.
 
-SGLang servers are members of the group (`init_weights_update_group`): so buckets are sent as bytes
+SGLang servers are members of each group (`init_weights_update_group`): so buckets are sent as bytes
 (`load_format=flattened_bucket`), and the store has the prefixes that torch's own constructor uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dapo_async.model import join_store, process_group
-from dapo_async.weights.announcement import Manifest
+from dapo_async.weights.announcement import Manifest, TensorSpec
 
-SENDER = 0  # the learner's rank
+SENDER = 0  # the learner's rank in each group
 GROUP_NAME = "dapo_async weights"
 
 
+def group_name(sender: int) -> str:
+    """The name of the group of the learner's rank `sender`."""
+    return f"{GROUP_NAME} {sender}" if sender else GROUP_NAME
+
+
 class WeightGroup:
-    """One rank of the group. The constructor blocks until every rank has joined, or `timeout_s`."""
+    """One rank of a group. The constructor blocks until every rank has joined, or `timeout_s`."""
 
     def __init__(
         self,
@@ -35,10 +42,12 @@ class WeightGroup:
         host: str,
         device: torch.device | str,
         timeout_s: float,
+        sender: int = 0,
     ) -> None:
-        self.device = torch.device(device)
+        """`sender`: the rank of the learner whose group it is."""
+        self.device, name = torch.device(device), group_name(sender)
         # As torch.distributed.distributed_c10d nests them.
-        for prefix in (GROUP_NAME, f"{GROUP_NAME}/", f"{self.device.type}/"):
+        for prefix in (name, f"{name}/", f"{self.device.type}/"):
             store = PrefixStore(prefix, store)
         self._group = process_group(
             store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s
@@ -54,8 +63,9 @@ class WeightGroup:
         host: str,
         device: torch.device | str,
         timeout_s: float,
+        sender: int = 0,
     ) -> WeightGroup:
-        """For engines: connects to the learner's store at `address`, from `host`."""
+        """Connects to the store of the learner's first rank at `address`, from `host`."""
         return cls(
             join_store(address, timeout_s=timeout_s),
             rank=rank,
@@ -63,6 +73,7 @@ class WeightGroup:
             host=host,
             device=device,
             timeout_s=timeout_s,
+            sender=sender,
         )
 
     @torch.no_grad()
@@ -73,16 +84,23 @@ class WeightGroup:
             self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
 
     @torch.no_grad()
-    def receive(self, manifest: Manifest, *, bucket_bytes: int) -> dict[str, Tensor]:
-        """For engines: the weights of one publish, in new memory.
+    def receive(self, bucket: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        """For engines: the weights of one bucket, in new memory."""
+        sizes = [spec.num_elements for spec in bucket]
+        flat = torch.empty(sum(sizes), dtype=bucket[0].torch_dtype, device=self.device)
+        self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
+        parts = zip(bucket, torch.split(flat, sizes), strict=True)
+        return {spec.name: part.view(spec.shape) for spec, part in parts}
 
-        The weights that are served do not change, so generation continues meanwhile.
-        """
-        weights = {}
-        for bucket in manifest.buckets(bucket_bytes):
-            sizes = [spec.num_elements for spec in bucket]
-            flat = torch.empty(sum(sizes), dtype=bucket[0].torch_dtype, device=self.device)
-            self._group.broadcast(flat.view(torch.uint8), SENDER).wait()
-            for spec, part in zip(bucket, torch.split(flat, sizes), strict=True):
-                weights[spec.name] = part.view(spec.shape)
-        return weights
+
+def receive(
+    groups: Sequence[WeightGroup], manifest: Manifest, *, bucket_bytes: int
+) -> dict[str, Tensor]:
+    """For engines: the weights of one publish, from the groups of all senders.
+
+    The weights that are served do not change, so generation continues meanwhile.
+    """
+    weights: dict[str, Tensor] = {}
+    for bucket in manifest.buckets(bucket_bytes):
+        weights |= groups[manifest.sender(bucket)].receive(bucket)
+    return weights

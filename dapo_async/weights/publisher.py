@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dapo_async.weights.announcement import Announcement, Attestation
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
@@ -34,6 +35,10 @@ class WeightSource(Protocol):
 
     async def checksum(self, announcement: Announcement) -> str:
         """The checksum of the weights as sent."""
+        ...
+
+    async def probe(self, announcement: Announcement) -> NDArray[np.float32]:
+        """The learner's answer to the probe, by the announced weights."""
         ...
 
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
@@ -252,14 +257,16 @@ class Publisher:
         self._unproved = {receiver.name for receiver in receivers}
         began_s = time.monotonic()
         async with self._deadline(f"publish of version {announcement.version}"):
-            # The loop does not wait for checksums: the learner computes them beside its next step.
-            attestations, checksum, hashes = await asyncio.gather(
+            # The loop waits for none of these: the learner computes them beside its next step, and
+            # the answer to the probe before it.
+            attestations, checksum, answer, hashes = await asyncio.gather(
                 self._deliver(announcement, receivers),
                 self._source.checksum(announcement),
+                self._source.probe(announcement),
                 self._source.server_hashes(announcement),
             )
             self.newest = announcement = replace(
-                announcement, checksum=checksum, server_hashes=hashes
+                announcement, checksum=checksum, probe_logprobs=answer, server_hashes=hashes
             )
             pauses, handshakes = [], []
             for receiver, attested in zip(receivers, attestations, strict=True):

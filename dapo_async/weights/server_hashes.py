@@ -61,6 +61,24 @@ def server_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def chosen_tensors(
+    sizes: Mapping[str, int], *, most_bytes: int = HASHED_BYTES, seed: str | None = None
+) -> dict[str, tuple[str, ...]]:
+    """As `server_names`, of as many tensors as `most_bytes` hold and at least one, drawn at random.
+
+    `sizes`: the bytes of each tensor. Equal seeds draw alike; None: anew each time.
+    """
+    tensors = [*server_names([*sizes]).items()]
+    (random.SystemRandom() if seed is None else random.Random(seed)).shuffle(tensors)
+    chosen: dict[str, tuple[str, ...]] = {}
+    left = most_bytes
+    for name, parts in tensors:
+        left -= sum(sizes[part] for part in parts)
+        if left >= 0 or not chosen:
+            chosen[name] = parts
+    return chosen
+
+
 def server_hashes(
     weights: Mapping[str, Tensor],
     config: ModelConfig,
@@ -71,14 +89,9 @@ def server_hashes(
 ) -> tuple[RankHashes, ...]:
     """Per rank of a server: the hashes of tensors, drawn at random until `most_bytes` are full."""
     hashed = cuda_hash if cuda else cpu_hash
-    chosen = [*server_names([*weights]).items()]
-    random.SystemRandom().shuffle(chosen)
     ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel)]
-    left = most_bytes
-    for name, parts in chosen:
-        left -= sum(weights[part].nbytes for part in parts)
-        if left < 0 and ranks[0]:
-            continue
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    for name, parts in chosen_tensors(sizes, most_bytes=most_bytes).items():
         for rank, hashes in enumerate(ranks):
             pieces = [
                 _of_rank(weights[part], part.split(".")[-2], config, rank, tensor_parallel)

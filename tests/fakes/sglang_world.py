@@ -190,8 +190,8 @@ async def broadcasting(
 
     async def load(weight_version: str, flush: bool) -> None:
         sending = asyncio.create_task(asyncio.to_thread(send))
-        headers = [[spec.header for spec in bucket] for bucket in buckets]
-        await client.receive(headers, group=GROUP_NAME, weight_version=weight_version, flush=flush)
+        headers = [(GROUP_NAME, [spec.header for spec in bucket]) for bucket in buckets]
+        await client.receive(headers, weight_version=weight_version, flush=flush)
         await sending
 
     try:

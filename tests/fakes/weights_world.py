@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dapo_async.model import Decoder, ModelConfig, checksum, score_tokens, take_snapshot
@@ -51,23 +53,28 @@ class FakeLearner:
         self.sends: Weights | None = None
         self.failure: str | None = None
         self.weights: Weights = {}
+        self.answer = np.zeros(0, np.float32)  # to the probe
         self.expected: tuple[Mapping[str, str], ...] = ()  # hashes of servers
         self.received: Weights = {}  # what engines receive from the broadcast in flight
 
     def announce(self, version: int) -> Announcement:
         snapshot = take_snapshot(self.model, version=version, probe_tokens=8)
-        self.weights = snapshot.weights
+        self.weights = snapshot.copy.whole()
+        self.answer = score_tokens(self.model, snapshot.probe_ids)
         return Announcement(
             "first",
             version,
-            Manifest.of(snapshot.weights),
-            checksum(snapshot.weights),
+            Manifest.of(self.weights),
+            checksum(self.weights),
             snapshot.probe_ids,
-            snapshot.probe_logprobs,
+            self.answer,
         )
 
     async def checksum(self, announcement: Announcement) -> str:
         return checksum(self.weights)
+
+    async def probe(self, announcement: Announcement) -> NDArray[np.float32]:
+        return self.answer
 
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
         return self.expected

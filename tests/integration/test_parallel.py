@@ -62,21 +62,24 @@ from dapo_async.learner.metrics import PassSums
 from dapo_async.learner.rank import MinibatchCounts
 from dapo_async.model import (
     Axis,
+    Layout,
     Mesh,
     ModelConfig,
     PackedAttention,
+    ShardCopy,
     buckets,
     checksum,
     checksum_of_parts,
-    gather_weights,
     hf,
     load_decoder,
     part_of,
     save_weights,
+    shard_copy,
     shard_of,
     token_logprobs,
 )
 from dapo_async.types import StepMetrics
+from dapo_async.weights import hashes_of_copy, server_hashes
 
 pytestmark = pytest.mark.gloo
 # Odd heads, sequence ratios, an entropy gradient, a KL term, several passes with a filler.
@@ -402,26 +405,52 @@ def test_state_loads_at_any_other_size_whole_and_without_a_change(tmp_path: Path
     assert theirs.sums["grad_norm"][0] == pytest.approx(metrics.sums["grad_norm"][0], rel=1e-3)
 
 
-def gathered(mesh: Mesh) -> State:
+def copied(mesh: Mesh) -> tuple[str, State, dict[int, State], dict[str, str]]:
+    """The checksum of this rank's copy, the whole weights on the host, the units it owns when the
+    ranks of `tp` share them, and its hashes for a server. The decoder is changed after the copy."""
     decoder = rank_on(mesh, model={"tie_embeddings": False, "num_kv_heads": 1}).decoder
-    weights = gather_weights(decoder, mesh, torch.bfloat16)
     content = checksum_of_parts(decoder, mesh, torch.bfloat16)
-    assert not mesh.is_first or content == checksum(weights)
-    return weights
+    copy = ShardCopy.of(decoder, Layout.of(decoder, mesh), torch.bfloat16)
+    for parameter in decoder.parameters():
+        shard_of(parameter).zero_()
+    units = dict(copy.stream(mesh.publishing, num_owners=mesh.tp.size))
+    whole = copy.whole(mesh.publishing)
+    assert not mesh.is_first or content == checksum(whole)
+    # Other units, whose parameters are no neighbours.
+    ends = dict(copy.stream(mesh.publishing, num_owners=mesh.every.size, units=[(3, 0), (2,)]))
+    assert [*ends] == [each for each in (0, 1) if each % mesh.every.size == mesh.every.rank]
+    (hashes,) = hashes_of_copy(copy, mesh.publishing, tensor_parallel=1, cuda=False, seed="7")
+    units |= {-1 - number: each for number, each in ends.items()}
+    return copy.checksum(), whole, units, dict(hashes)
 
 
 @pytest.mark.parametrize(("dp", "tp"), MESHES)
-def test_first_rank_gathers_the_whole_weights_and_the_others_none(
+def test_copies_of_the_shards_make_the_whole_weights_on_their_owners(
     dp: int, tp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         buckets, "__kwdefaults__", {**(buckets.__kwdefaults__ or {}), "limit": 500}
-    )  # many collectives, some tensors alone
-    first, *others = on_ranks(gathered, dp=dp, tp=tp)
-    alone = gathered(Mesh())
+    )  # many units
+    monkeypatch.setattr(shard_copy, "BUCKET_ELEMENTS", 300)  # most of them in several pieces
+    ranks = on_ranks(copied, dp=dp, tp=tp)
+    content, alone, units, hashes = copied(Mesh())
+    (_, first, *_), *others = ranks
     assert list(first) == list(alone)
     assert all(torch.equal(tensor, alone[name]) for name, tensor in first.items())
-    assert others == [{}] * (dp * tp - 1)
+    assert [whole for _, whole, *_ in others] == [{}] * (dp * tp - 1)
+    shares = [int(each, 16) for each, *_ in ranks]
+    assert f"{sum(shares) % 2**64:016x}" == content == checksum(alone)
+    assert len(units) > 3 * tp
+    for number, unit in units.items():
+        holders = [rank for rank, (_, _, own, _) in enumerate(ranks) if number in own]
+        assert holders == [number % tp if number >= 0 else -1 - number]
+        own = ranks[holders[0]][2][number]
+        assert list(own) == list(unit)
+        assert all(torch.equal(tensor, unit[name]) for name, tensor in own.items())
+    names = sorted(name for *_, own in ranks for name in own)
+    assert names == sorted(hashes)  # each by one rank
+    assert all(own.items() <= hashes.items() for *_, own in ranks)
+    assert hashes == server_hashes(alone, CONFIG, tensor_parallel=1, cuda=False)[0]
 
 
 def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, int], State]:
@@ -440,7 +469,8 @@ def uneven_parts(mesh: Mesh, folder: Path, vocab_size: int) -> tuple[dict[str, i
         parameter.grad = torch.ones_like(parameter)
     rank._optimizer.step(lr=LR)
     save_state(rank.capture_state(), folder, mesh)
-    weights = gather_weights(decoder, mesh)
+    copy = ShardCopy.of(decoder, Layout.of(decoder, mesh), torch.float32)
+    weights = copy.whole(mesh.publishing)
     content = checksum_of_parts(decoder, mesh, torch.float32)
     assert not mesh.is_first or content == checksum(weights)
     rows = {name: len(shard_of(parameter)) for name, parameter in decoder.named_parameters()}

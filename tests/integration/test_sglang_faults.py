@@ -295,7 +295,7 @@ def test_server_of_a_run_that_ended_during_an_update_can_be_used_again(world: Wo
             client = engine._client
             await client.pause("retract")
             await client._ask("POST", "/begin_weight_update", {})
-            await client.clear("a group that it was never in")
+            await client.clear(["a group that it was never in"])
             await engine.update(from_disk(client, world.folder), version=1, probe_ids=PROBE)
             return await engine.generate(request(1, PROMPT))
 

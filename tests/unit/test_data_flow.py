@@ -18,7 +18,7 @@ from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, Config, LearnerConfig, load
 from dapo_async.data import PromptStream, Tokenizer, load_prompts, load_tokenizer
 from dapo_async.learner import LearnerRank
-from dapo_async.model import checksum, load_decoder, take_snapshot
+from dapo_async.model import checksum, load_decoder, score_tokens, take_snapshot
 from dapo_async.replay import Counts, OfferOutcome, ReplayBuffer, dynamic_sampling, has_tokens
 from dapo_async.reward import Verdict, score_group
 from dapo_async.rollout import GroupRequest, SamplingParams
@@ -158,11 +158,11 @@ def assert_trains(learner: LearnerRank, group: Group) -> None:
 def publish(parts: Parts) -> None:
     """Publishes version 1 by disk: snapshot, file, swap between two decode steps, handshake."""
     snapshot = take_snapshot(parts.learner.decoder, version=1, probe_tokens=16)
-    manifest, announced_sum = Manifest.of(snapshot.weights), checksum(snapshot.weights)
-    announcement = Announcement(
-        "first", 1, manifest, announced_sum, snapshot.probe_ids, snapshot.probe_logprobs
-    )
-    assert write_version(snapshot.weights, parts.folder, version=1).name == "version_000001"
+    weights = snapshot.copy.whole()
+    manifest, announced_sum = Manifest.of(weights), checksum(weights)
+    answer = score_tokens(parts.learner.decoder, snapshot.probe_ids)
+    announcement = Announcement("first", 1, manifest, announced_sum, snapshot.probe_ids, answer)
+    assert write_version(weights, parts.folder, version=1).name == "version_000001"
 
     before = checksum(parts.engine.weights())
     report = parts.engine.update_weights(

@@ -349,12 +349,13 @@ class SGLangClient:
         }
         await self._ask_checked("init_weights_update_group", body)
 
-    async def clear(self, group: str) -> None:
-        """Removes what an interrupted run may have left: a pause, a begun update, its group."""
+    async def clear(self, groups: Sequence[str]) -> None:
+        """Removes what an interrupted run may have left: a pause, a begun update, its groups."""
         await self.resume()
         with contextlib.suppress(CallRefused):  # no update was begun
             await self._ask("POST", "/end_weight_update", {})
-        await self.leave_group(group)
+        for group in groups:
+            await self.leave_group(group)
 
     async def leave_group(self, name: str) -> None:
         """Leaves the weight group. A server that is not in it refuses; that is no fault."""
@@ -363,21 +364,20 @@ class SGLangClient:
 
     async def receive(
         self,
-        buckets: Sequence[Sequence[TensorHeader]],
+        buckets: Sequence[tuple[str, Sequence[TensorHeader]]],
         *,
-        group: str,
         weight_version: str,
         flush: bool,
     ) -> None:
-        """Takes part in the broadcast of these buckets, each sent as bytes.
+        """Takes part in the broadcast of these buckets, each sent as bytes in the named group.
 
         After the last one the server serves `weight_version`. Raises BroadcastLost, with the update
         ended, so that the server can read the weights from disk.
         """
         await self._ask_checked("begin_weight_update", {})
-        for bucket in buckets:
-            last = bucket is buckets[-1]
-            names, dtypes, shapes = zip(*bucket, strict=True)
+        for number, (group, headers) in enumerate(buckets, start=1):
+            last = number == len(buckets)
+            names, dtypes, shapes = zip(*headers, strict=True)
             body = {
                 "names": names,
                 "dtypes": dtypes,

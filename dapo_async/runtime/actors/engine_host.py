@@ -27,7 +27,14 @@ from dapo_async.rollout.native.thread import ThreadedEngine
 from dapo_async.runtime.cluster.network import own_host
 from dapo_async.types import Completion, Prompt
 from dapo_async.utils.state_clock import StateClock
-from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff, WeightGroup
+from dapo_async.weights import (
+    BUCKET_BYTES,
+    Announcement,
+    Attestation,
+    BrokenOff,
+    WeightGroup,
+    receive,
+)
 from dapo_async.weights.disk import read_version
 
 
@@ -128,7 +135,7 @@ class TorchHost(EngineHost):
     ) -> None:
         super().__init__(config, name=name, incarnation=incarnation, clock=clock)
         self._device = device
-        self._group: WeightGroup | None = None
+        self._groups: list[WeightGroup] = []  # of the learner's ranks that send
 
     async def start(self) -> str:
         rollout = self._config.rollout
@@ -159,30 +166,32 @@ class TorchHost(EngineHost):
         raise AssertionError("only servers can be lost: other engines end with their actor")
 
     async def join(self, address: tuple[str, int], *, first_rank: int, world_size: int) -> bool:
-        self.in_group, self._group = False, None
+        """See `EngineHost`. Every member joins the groups in one order."""
+        self.in_group, self._groups = False, []
         with suppress(RuntimeError):  # a member was lost meanwhile
-            self._group = await asyncio.to_thread(
-                WeightGroup.join,
-                address,
-                rank=first_rank,
-                world_size=world_size,
-                host=own_host(self._config),
-                device=self._device,
-                timeout_s=self._config.deadlines.answer_s,
-            )
+            for sender in range(self._config.learner.tensor_parallel):
+                group = await asyncio.to_thread(
+                    WeightGroup.join,
+                    address,
+                    rank=first_rank,
+                    world_size=world_size,
+                    host=own_host(self._config),
+                    device=self._device,
+                    timeout_s=self._config.deadlines.answer_s,
+                    sender=sender,
+                )
+                self._groups.append(group)
             self.in_group = True
         return self.in_group
 
     async def receive(self, announcement: Announcement) -> Attestation:
-        assert self._group is not None, "receive before join"
+        assert self._groups, "receive before join"
         try:
             weights = await asyncio.to_thread(
-                self._group.receive,
-                announcement.manifest,
-                bucket_bytes=BUCKET_BYTES,
+                receive, self._groups, announcement.manifest, bucket_bytes=BUCKET_BYTES
             )
         except RuntimeError as error:  # a member was lost meanwhile
-            self.in_group, self._group = False, None
+            self.in_group, self._groups = False, []
             raise BrokenOff(str(error)) from error
         return await self._swap(announcement, weights)
 

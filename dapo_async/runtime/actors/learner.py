@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dapo_async import learner, model, weights
 from dapo_async.config import Config
@@ -36,12 +39,15 @@ from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+    from torch import Tensor
 
     from dapo_async.learner import RankState
     from dapo_async.learner.batch_plan import RankShare
-    from dapo_async.model import Mesh, Snapshot
+    from dapo_async.model import Layout, Mesh, Snapshot
     from dapo_async.weights import WeightGroup
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PROBE_TOKENS = 16  # length of the handshake's probe prompt
 PROFILED_STEPS = (3, 4, 5)  # after the first ones, which allocate and warm up
 
@@ -77,8 +83,12 @@ class LearnerActor:
         # Held during a step, and while something is read that a step changes.
         self._between_steps = asyncio.Lock()
         self._frozen_state: RankState | None = None
+        self._layout: Layout | None = None
         self._snapshot: Snapshot | None = None
+        self._num_readers = 0  # of the snapshot's copy
         self._checksum: asyncio.Task[str] | None = None  # of the snapshot
+        self._answer: asyncio.Task[NDArray[np.float32]] | None = None  # to its probe
+        self._whole: dict[Path, Mapping[str, Tensor]] = {}  # what `write` is to write, by folder
         self._store: dist.TCPStore | None = None
         self._mesh_store: dist.Store | None = None
         self._group: WeightGroup | None = None
@@ -143,7 +153,7 @@ class LearnerActor:
             device=self._device,
             mesh=mesh,
         )
-        self._mesh = mesh
+        self._mesh, self._layout = mesh, model.Layout.of(decoder, mesh)
         self._rank = learner.LearnerRank(
             decoder,
             algorithm=config.algorithm,
@@ -228,26 +238,47 @@ class LearnerActor:
         Returns None on all ranks but the first."""
         async with self._between_steps:
             with self._clock.during("snapshot", f"version {self._rank.version}"):
+                before, self._snapshot = self._snapshot, None
                 snapshot = await asyncio.to_thread(
                     model.take_snapshot,
                     self._rank.decoder,
                     version=self._rank.version,
                     probe_tokens=PROBE_TOKENS,
+                    nonce=self._incarnation,
                     dtype=self._dtype,
                     mesh=self._mesh,
+                    layout=self._layout,
+                    over=before.copy if before is not None and not self._num_readers else None,
                 )
+        self._snapshot = snapshot
+        self._checksum = asyncio.create_task(self._reading(snapshot.copy.checksum))
+        # Before the next call that changes the weights: it waits for the same lock, behind this.
+        self._answer = asyncio.create_task(self._answer_probe(snapshot))
         if not self._mesh.is_first:
             return None
-        self._snapshot = snapshot
-        self._checksum = asyncio.create_task(asyncio.to_thread(model.checksum, snapshot.weights))
         return Announcement(
             incarnation=self._incarnation,
             version=snapshot.version,
-            manifest=Manifest.of(snapshot.weights),
+            manifest=Manifest.of_copy(
+                snapshot.copy, num_senders=self._config.learner.tensor_parallel
+            ),
             checksum=None,
             probe_ids=snapshot.probe_ids,
-            probe_logprobs=snapshot.probe_logprobs,
+            probe_logprobs=np.zeros(0, np.float32),
         )
+
+    async def _answer_probe(self, snapshot: Snapshot) -> NDArray[np.float32]:
+        async with self._between_steps:
+            with self._clock.during("snapshot", f"probe of version {snapshot.version}"):
+                return await asyncio.to_thread(
+                    model.score_tokens, self._rank.decoder, snapshot.probe_ids
+                )
+
+    async def probe(self, announcement: Announcement) -> NDArray[np.float32]:
+        """The answer to the probe by the weights of the snapshot."""
+        self._frozen(announcement.version)
+        assert self._answer is not None, "a snapshot has an answer"
+        return await asyncio.shield(self._answer)
 
     async def sleep(self) -> None:
         """Gives its device to the engines: everything on it moves to host memory. Calls about the
@@ -257,11 +288,8 @@ class LearnerActor:
                 if self._snapshot is not None:
                     if self._checksum is not None:
                         await self._checksum  # it reads the tensors that are moved
-                    whole = self._snapshot.weights
-                    on_host = await asyncio.to_thread(
-                        lambda: {name: each.cpu() for name, each in whole.items()}
-                    )
-                    self._snapshot = replace(self._snapshot, weights=on_host)
+                    on_host = await asyncio.to_thread(self._snapshot.copy.on_host)
+                    self._snapshot = replace(self._snapshot, copy=on_host)
                 await asyncio.to_thread(self._rank.sleep)
             self._clock.enter("asleep")
 
@@ -273,46 +301,49 @@ class LearnerActor:
             self._clock.enter("wait")
 
     async def checksum(self, announcement: Announcement) -> str:
-        """Of the snapshot, computed beside the next step."""
+        """This rank's share in that of the snapshot, computed beside the next step."""
         self._frozen(announcement.version)
         assert self._checksum is not None, "a snapshot has a checksum"
         return await self._checksum
 
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
-        """Of the snapshot as SGLang servers compute them, beside the next step."""
+        """All ranks together: this rank's share of the hashes of some weights of the snapshot, as
+        SGLang servers compute them, beside the next step."""
         snapshot = self._frozen(announcement.version)
         if self._config.rollout.engine != "sglang" or self._device == "cpu":
             return ()  # servers on a CPU are not asked for hashes
-        return await asyncio.to_thread(
-            weights.server_hashes,
-            snapshot.weights,
-            self._rank.decoder.config,
+        return await self._reading(
+            weights.hashes_of_copy,
+            snapshot.copy,
+            self._mesh.publishing,
             tensor_parallel=self._config.rollout.tensor_parallel,
             cuda=True,
+            seed=f"{announcement.incarnation} {announcement.version}",
         )
 
     async def open_group(self) -> tuple[str, int]:
-        """Opens the rendezvous of the weight group on this node's interface; returns the address at
-        which the workers join."""
+        """Opens the rendezvous of the weight groups on this node's interface; returns the address
+        at which the other senders and the workers join."""
         host, ports = own_host(self._config), ports_of_run(self._config)
         self._group = None  # the one before, whose members have changed
         self._store = model.open_store(host, timeout_s=self._config.deadlines.answer_s, ports=ports)
         return host, self._store.port
 
-    async def join(self, world_size: int) -> None:
-        """Joins the weight group as its sender; returns when every worker has joined."""
-        assert self._store is not None, "join before open_group"
+    async def join(self, address: tuple[str, int], world_size: int) -> None:
+        """Joins this rank's weight group as its sender; returns when every worker has joined."""
+        self._group = None
         # Half the deadline: the publish can still do without a member that hangs.
         host, timeout_s = own_host(self._config), self._config.deadlines.answer_s / 2
         # As a client: closing the rendezvous (`leave_group`) ends this wait, too.
         self._group = await asyncio.to_thread(
             weights.WeightGroup.join,
-            (host, self._store.port),
+            address,
             rank=weights.SENDER,
             world_size=world_size,
             host=host,
             device=self._device,
             timeout_s=timeout_s,
+            sender=self._number,
         )
 
     async def leave_group(self) -> None:
@@ -320,21 +351,29 @@ class LearnerActor:
         self._group = self._store = None
 
     async def broadcast(self, announcement: Announcement) -> None:
-        assert self._group is not None, "broadcast before join"
-        await asyncio.to_thread(
-            self._group.send,
-            self._frozen(announcement.version).weights,
+        """All ranks together: brings the weights to the senders, which send them to the engines."""
+        await self._reading(
+            weights.send_copy,
+            self._frozen(announcement.version).copy,
+            self._mesh.publishing,
+            self._group,
             announcement.manifest,
             bucket_bytes=BUCKET_BYTES,
         )
 
+    async def collect(self, announcement: Announcement, folder: Path | None = None) -> None:
+        """All ranks together: brings the weights to the host of the first rank, for `write`."""
+        copy, folder = self._frozen(announcement.version).copy, folder or self._run_dir.weights
+        whole = await self._reading(copy.whole, self._mesh.publishing)
+        if self._mesh.is_first:
+            self._whole[folder] = whole
+
     async def write(self, announcement: Announcement, folder: Path | None = None) -> str:
-        """Writes the snapshot for engines that read from disk; returns the folder, by default the
-        run's folder of versions."""
-        snapshot, folder = self._frozen(announcement.version), folder or self._run_dir.weights
-        await asyncio.to_thread(
-            weights.write_version, snapshot.weights, folder, version=snapshot.version
-        )
+        """On the first rank: writes what it has collected, for engines that read from disk; returns
+        the folder, by default the run's folder of versions."""
+        folder = folder or self._run_dir.weights
+        whole = self._whole.pop(folder)
+        await asyncio.to_thread(weights.write_version, whole, folder, version=announcement.version)
         return str(folder)
 
     async def version(self) -> int:
@@ -385,6 +424,14 @@ class LearnerActor:
             # The first report comes before the steps. On a CPU one rank measures, undisturbed.
             self._peak = await asyncio.to_thread(device_peak, self._device)
         return LearnerReport(tuple(self._clock.take_spans()), self._peak)
+
+    async def _reading(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work` in a thread beside the step. The next snapshot leaves the copy that it reads."""
+        self._num_readers += 1
+        try:
+            return await asyncio.to_thread(work, *args, **kwargs)
+        finally:
+            self._num_readers -= 1
 
     def _frozen(self, version: int) -> Snapshot:
         assert self._snapshot is not None, f"version {version} was requested before any snapshot"

@@ -19,7 +19,7 @@ from dapo_async.runtime.cluster.network import own_host
 from dapo_async.runtime.cluster.ports import ports_of_run
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.weights import BUCKET_BYTES, Announcement, Attestation, BrokenOff
-from dapo_async.weights.collective import GROUP_NAME
+from dapo_async.weights.collective import group_name
 from dapo_async.weights.disk import version_folder
 
 MOST_SLOTS = 1024  # of one engine with `rollout.num_slots=auto`
@@ -120,7 +120,7 @@ class SGLangHost(EngineHost):
         )
         if urls:
             await client.wait_until_healthy(timeout_s=deadlines.start_s)
-            await client.clear(GROUP_NAME)
+            await client.clear(self._groups)
         return client
 
     async def _start_server(self) -> tuple[str, str]:
@@ -161,29 +161,37 @@ class SGLangHost(EngineHost):
         )  # the learner's: it opened the group
         async with self._connecting:
             self.in_group = False
-            await self._client.leave_group(GROUP_NAME)
+            for name in self._groups:
+                await self._client.leave_group(name)
             with contextlib.suppress(CallRefused):
-                await self._client.join_group(
-                    address,
-                    name=GROUP_NAME,
-                    first_rank=first_rank,
-                    world_size=world_size,
-                    backend=backend,
-                )
+                for name in self._groups:
+                    await self._client.join_group(
+                        address,
+                        name=name,
+                        first_rank=first_rank,
+                        world_size=world_size,
+                        backend=backend,
+                    )
                 self.in_group = True
             return self.in_group
+
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        """The weight groups of the learner's ranks that send."""
+        return tuple(map(group_name, range(self._config.learner.tensor_parallel)))
 
     async def receive(self, announcement: Announcement) -> Attestation:
         """See `EngineHost`. The server loads each bucket on arrival: it has no memory for a second
         copy of the weights. After a broadcast that broke off it stays paused until `read`."""
 
-        buckets = announcement.manifest.buckets(BUCKET_BYTES)
-        lines = [[spec.header for spec in bucket] for bucket in buckets]
+        manifest = announcement.manifest
+        lines = [
+            (self._groups[manifest.sender(bucket)], [spec.header for spec in bucket])
+            for bucket in manifest.buckets(BUCKET_BYTES)
+        ]
 
         async def load(weight_version: str, flush: bool) -> None:
-            await self._client.receive(
-                lines, group=GROUP_NAME, weight_version=weight_version, flush=flush
-            )
+            await self._client.receive(lines, weight_version=weight_version, flush=flush)
 
         try:
             return await self._update(announcement, load)

@@ -1,7 +1,8 @@
 """The learner as the loop sees it: one object in front of one Ray actor per rank.
 
 Ranks are numbered as in `model.Mesh.every`: those that share a batch are neighbours. All ranks work
-together on the model; the first one alone publishes and writes weights.
+together on the model, and bring their parts of the weights together to be published. The first
+`tensor_parallel` ranks send them to the engines; the first one writes them.
 
 When a rank is lost, the supervisor restarts all of them within the run:
 
@@ -18,11 +19,15 @@ itself. From then on all passes run in halves; minibatches that are done again r
 from __future__ import annotations
 
 import asyncio
+from collections import ChainMap
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dapo_async.config import Config
 from dapo_async.runtime.actors.reports import ProcessInfo
@@ -56,6 +61,9 @@ class LearnerGroup:
         # Gives a batch with new objects, when those of the batch are gone with a replay actor.
         self.again: Callable[[TrainBatch], Awaitable[TrainBatch]] | None = None
         self._dp, self._per_batch = config.learner.data_parallel, config.learner.ranks_per_batch
+        self._num_senders = config.learner.tensor_parallel
+        self._address, self._is_left = ("", 0), True  # of the weight groups' rendezvous
+        self._dealing = asyncio.Lock()  # the ranks bring weights together for one purpose at a time
         self._captured_after = 0  # losses before the newest capture
         self._fault, self._is_broken = "", asyncio.Event()
         self._num_halvings = 0  # of the passes of new minibatches, as the ranks are told
@@ -66,6 +74,10 @@ class LearnerGroup:
     @property
     def first(self) -> LearnerHandle:
         return self.ranks[0]
+
+    @property
+    def _senders(self) -> list[LearnerHandle]:
+        return self.ranks[: self._num_senders]
 
     async def ready(self) -> list[ProcessInfo]:
         """Connects the ranks and waits until each has loaded its shard of the model."""
@@ -165,7 +177,7 @@ class LearnerGroup:
         await self._together(rank.end_step() for rank in self.ranks)
 
     async def snapshot(self) -> Announcement:
-        """Copies the current weights for the next publish; the first rank announces them."""
+        """Every rank copies its shard for the next publish; the first one announces them."""
         return await self.restarts.again(self._snapshot)
 
     async def _snapshot(self) -> Announcement:
@@ -187,21 +199,31 @@ class LearnerGroup:
         await self._on_all(lambda rank: rank.wake())
 
     async def open_group(self) -> tuple[str, int]:
-        """Opens the rendezvous of the weight group; returns its address."""
-        return await self.restarts.again(self.first.open_group)
+        """Opens the rendezvous of the weight groups; returns its address."""
+        self._is_left = False
+        self._address = await self.restarts.again(self.first.open_group)
+        return self._address
 
     async def leave_group(self) -> None:
-        """Closes the weight group, so that its members stop waiting."""
-        with suppress(ActorDied):  # closes it, too
-            await self.first.leave_group()
+        """Closes the weight groups, so that their members stop waiting."""
+        self._is_left = True
+        for sender in self._senders:
+            with suppress(ActorDied):  # closes it, too
+                await sender.leave_group()
 
     async def join(self, world_size: int) -> str | None:
-        """Joins the weight group. Returns why it was not formed, or None.
+        """Every sender joins its weight group. Returns why one was not formed, or None.
 
         It fails when an engine or this learner is lost. The rendezvous is closed then, so that the
         other engines stop waiting for the rest.
         """
-        return await self._with_engines(lambda: self.first.join(world_size))
+
+        async def join(sender: LearnerHandle) -> None:
+            if self._is_left:  # before the call was made: nobody would end its wait
+                raise ActorFailed("the weight groups were left before they had formed")
+            await sender.join(self._address, world_size)
+
+        return await self._with_engines(lambda: [join(sender) for sender in self._senders])
 
     async def broadcast(self, announcement: Announcement) -> str | None:
         """Sends the weights to the engines. Returns why the broadcast broke off, or None.
@@ -209,13 +231,18 @@ class LearnerGroup:
         It breaks off when an engine or this learner is lost. The group is closed then, so that the
         other engines stop waiting for the rest.
         """
-        return await self._with_engines(lambda: self.first.broadcast(announcement))
+        async with self._dealing:
+            return await self._with_engines(
+                lambda: [rank.broadcast(announcement) for rank in self.ranks]
+            )
 
-    async def _with_engines(self, call: Callable[[], Coroutine[Any, Any, None]]) -> str | None:
-        """A collective call with the engines. Returns why it failed, with the group closed."""
+    async def _with_engines(
+        self, calls: Callable[[], list[Coroutine[Any, Any, None]]]
+    ) -> str | None:
+        """Collective calls with the engines. Returns why they failed, with the groups closed."""
         losses = self.restarts.num_losses
         try:
-            await call()
+            await self._to_the_end(calls())
         except ActorFailed as error:
             await self.leave_group()
             return str(error)
@@ -226,26 +253,41 @@ class LearnerGroup:
         return None
 
     async def checksum(self, announcement: Announcement) -> str:
-        """The checksum of the announced weights."""
-        return await self.restarts.again(lambda: self.first.checksum(announcement))
+        """The checksum of the announced weights: those of all ranks' shares add up."""
+        return _added_up(await self._on_all(lambda rank: rank.checksum(announcement)))
+
+    async def probe(self, announcement: Announcement) -> NDArray[np.float32]:
+        """The learner's answer to the probe; all ranks get the same."""
+        first, *_ = await self._on_all(lambda rank: rank.probe(announcement))
+        return first
 
     async def server_hashes(self, announcement: Announcement) -> tuple[Mapping[str, str], ...]:
         """What SGLang servers must hash some of the announced weights to."""
-        return await self.restarts.again(lambda: self.first.server_hashes(announcement))
+        async with self._dealing:
+            shares = await self._on_all(lambda rank: rank.server_hashes(announcement))
+        return tuple(dict(ChainMap(*map(dict, each))) for each in zip(*shares, strict=True))
 
     async def write(self, announcement: Announcement) -> str:
         """Writes the weights to the run's folder of versions; returns it."""
-        return await self.restarts.again(lambda: self.first.write(announcement))
+        return await self.restarts.again(lambda: self._write(announcement, None))
 
-    async def write_once(self, announcement: Announcement, folder: Path) -> str:
-        """Writes the weights to `folder`, and returns their checksum.
+    async def _write(self, announcement: Announcement, folder: Path | None) -> str:
+        async with self._dealing:
+            await self._to_the_end([rank.collect(announcement, folder) for rank in self.ranks])
+        return await self.first.write(announcement, folder)
+
+    async def write_once(self, announcement: Announcement, folder: Path) -> Announcement:
+        """Writes the weights to `folder`; returns what was announced with checksum and answer.
 
         It is not repeated: after a loss another version may be the newest one.
         """
-        # Both at once: the next snapshot replaces the announced one.
-        calls = self.first.write(announcement, folder), self.first.checksum(announcement)
-        written: tuple[str, str] = await asyncio.gather(*calls)
-        return written[1]
+        # All at once: the next snapshot replaces the announced one.
+        _, shares, (answer, *_) = await asyncio.gather(
+            self._write(announcement, folder),
+            self._together(rank.checksum(announcement) for rank in self.ranks),
+            self._together(rank.probe(announcement) for rank in self.ranks),
+        )
+        return replace(announcement, checksum=_added_up(shares), probe_logprobs=answer)
 
     async def version(self) -> int:
         """The version of the weights; waits for a step in progress."""
@@ -280,6 +322,17 @@ class LearnerGroup:
             await self._name_the_cause(error)
             raise
 
+    async def _to_the_end(self, calls: Sequence[Coroutine[Any, Any, None]]) -> None:
+        """Calls of ranks that wait for each other, beside their steps. After a failure, too, it
+        waits for all, so that the next such calls come after them."""
+        if len(calls) == 1:
+            await calls[0]
+            return
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if errors:  # a death makes the others fail
+            raise next((each for each in errors if isinstance(each, ActorDied)), errors[0])
+
     async def _name_the_cause(self, error: TimeoutError | ActorFailed) -> None:
         """Raises for the rank that died or hangs, which makes all the others fail or be late.
 
@@ -301,6 +354,11 @@ class LearnerGroup:
         lines = [f"{name} in {line}" for name, line in by_name.items() if isinstance(line, str)]
         if lines:
             raise type(error)(f"{error}; still in their step: {', '.join(lines)}") from error
+
+
+def _added_up(checksums: Sequence[str]) -> str:
+    """The checksum of whole weights from those of their parts, modulo 2^64."""
+    return f"{sum(int(each, 16) for each in checksums) % 2**64:016x}"
 
 
 def _common(versions: Sequence[int]) -> int:

@@ -103,7 +103,7 @@ def test_choice_of_recomputation_is_printed_with_the_memory_it_follows_from(
     monkeypatch.setattr(dry_run, "_own_gpu", lambda: Device("a test GPU", 48 * 10**9))
     assert one(printed(GPU_RECIPE, model), "learner: ") == (
         "learner: recompute mlp, zero_stage 1, microbatch_tokens 16384 (chosen by memory): "
-        "29.16 GiB of the 38.00 GiB that a learner rank should fill at most"
+        "30.68 GiB of the 38.00 GiB that a learner rank should fill at most"
     )
     monkeypatch.setattr(dry_run, "_own_gpu", lambda: None)
     line = one(printed(GPU_RECIPE, model), "learner (on a GPU of 80 GB): ")
@@ -135,7 +135,7 @@ def test_on_a_shared_gpu_the_larger_turn_has_to_fit_and_not_both(
     lines = printed(recipe, model)
     assert "take turns on the same GPUs: 1 x one rank and one engine" in one(lines, "take turns")
     # 7.6 billion parameters: 12 bytes for weights and moments, 4 for those of the start of a step,
-    # and two snapshots of 2.
+    # the copy that is published and the one for files, of 2 each.
     assert one(lines, "host memory of each pair").startswith(
         "host memory of each pair of rank and engine: 141.9 GiB while the engine generates, "
         "14.2 GiB while the rank trains"

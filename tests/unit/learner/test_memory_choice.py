@@ -53,7 +53,7 @@ def test_less_memory_takes_ever_slower_choices_and_each_fits() -> None:
         32: ("mlp", 2, 16_384),
         24: ("all", 2, 16_384),
         20: ("all", 3, 16_384),
-        16: ("all", 3, 8192),
+        16: ("all", 3, 4096),
     }
     choices = {size: chosen(size) for size in expected}
     assert {size: triple(choice) for size, choice in choices.items()} == expected

@@ -18,7 +18,7 @@ from dapo_async.algorithm import summarise
 from dapo_async.config import AlgorithmConfig, LearnerConfig
 from dapo_async.learner import LearnerRank
 from dapo_async.learner.metrics import ExpertLoad
-from dapo_async.model import Decoder, Mesh, PackedAttention, gather_weights
+from dapo_async.model import Decoder, Mesh, PackedAttention, take_snapshot
 from dapo_async.model.mixture import Routing
 from dapo_async.replay.group_io import (
     pack_group,
@@ -127,7 +127,7 @@ def test_tokens_keep_the_choices_of_the_version_that_sampled_them() -> None:
     engine.submit(request)
     for _ in range(6):
         engine.step()
-    weights = gather_weights(tiny_decoder(FAMILY, seed=2), Mesh())
+    weights = take_snapshot(tiny_decoder(FAMILY, seed=2), version=1, probe_tokens=1).copy.whole()
     engine.update_weights(weights, version=1, probe_ids=np.arange(4, dtype=np.int32))
     finished: list[Completion] = []
     while engine.has_work:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dapo_async.model import Mesh, checksum, checksum_of_parts
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.content import _factor, _hex, _part_sum
+from dapo_async.model.content import _factor, _part_sum, as_checksum
 from dapo_async.model.decoder import Decoder
 
 TINY = ModelConfig.from_dict(
@@ -97,7 +97,7 @@ def test_the_sums_of_parts_add_up_to_that_of_the_whole(cut: tuple[int, int]) -> 
     for part in (slice(0, rows), slice(rows, 7)):
         for other in (slice(0, columns), slice(columns, 10)):
             total += _part_sum("w", whole[part, other], (part, other), shape=whole.shape)
-    assert _hex(total) == checksum({"w": whole})
+    assert as_checksum(total) == checksum({"w": whole})
 
 
 def test_a_whole_decoder_has_the_sum_of_its_rounded_weights() -> None:

@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from dapo_async.model import (
     Decoder,
+    Layout,
     ModelConfig,
     PackedAttention,
+    ShardCopy,
     checksum,
     checksum_of_parts,
     export_folder,
     find_weights,
     folder_for_sglang,
-    gather_weights,
     load_decoder,
 )
 from dapo_async.model.cost import token_flops
@@ -119,7 +120,10 @@ def test_published_weights_have_the_names_of_the_folder_and_one_content_sum(
 ) -> None:
     hugging_face(tmp_path)
     decoder = load_decoder(tmp_path)
-    published = gather_weights(decoder, Mesh())
+    copy = ShardCopy.of(decoder, Layout.of(decoder, Mesh()), torch.float32)
+    published = copy.whole()
+    assert copy.checksum() == checksum(published)
+    assert [name for _, name, _ in copy.tensors()] == [*published]
     stored = load_file(tmp_path / "model.safetensors")
     assert set(published) == set(stored)
     for name, tensor in stored.items():

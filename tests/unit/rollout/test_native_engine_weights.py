@@ -13,7 +13,7 @@ from native_engine_world import (
     tiny_engine,
 )
 
-from dapo_async.model import Mesh, gather_weights
+from dapo_async.model import take_snapshot
 from dapo_async.rollout import UpdateReport
 from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Completion
@@ -27,9 +27,8 @@ REQUESTS = (
 
 
 def swap(engine: TorchEngine, seed: int, version: int, family: str = "qwen2") -> UpdateReport:
-    return engine.update_weights(
-        gather_weights(tiny_decoder(family, seed=seed), Mesh()), version=version, probe_ids=PROBE
-    )
+    snapshot = take_snapshot(tiny_decoder(family, seed=seed), version=version, probe_tokens=1)
+    return engine.update_weights(snapshot.copy.whole(), version=version, probe_ids=PROBE)
 
 
 def stepped(engine: TorchEngine, steps: int) -> dict[int, tuple[Completion, ...]]:

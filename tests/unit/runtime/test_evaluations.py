@@ -39,9 +39,9 @@ class Learner:
 
     first = SimpleNamespace(name="learner")
 
-    async def write_once(self, announcement: Announcement, folder: Path) -> str:
+    async def write_once(self, announcement: Announcement, folder: Path) -> Announcement:
         (folder / f"version_{announcement.version:06d}").mkdir(parents=True)
-        return ""
+        return announcement
 
 
 class Evaluator:

@@ -100,7 +100,12 @@ class Rank:
         self.snapshot = self.version, [*self.seen]
         return SimpleNamespace(version=self.version)
 
-    async def write(self, announcement: Any) -> str:
+    async def collect(self, announcement: Any, folder: Any) -> None:
+        await self.during("collect")
+        assert self.snapshot is not None
+        assert self.snapshot[0] == announcement.version
+
+    async def write(self, announcement: Any, folder: Any) -> str:
         await self.during("write")
         assert self.snapshot is not None
         assert self.snapshot[0] == announcement.version
@@ -109,9 +114,10 @@ class Rank:
     def actor(self) -> Any:
         methods: dict[str, Callable[..., Awaitable[Any]]] = {
             name: getattr(self, name)
-            for name in ("alive", "ping", "open_mesh", "ready", "minibatch", "end_step", "write")
+            for name in ("alive", "ping", "open_mesh", "ready", "minibatch", "end_step")
         }
-        return fake_actor(**methods, snapshot=self.take_snapshot)
+        methods |= {"collect": self.collect, "write": self.write, "snapshot": self.take_snapshot}
+        return fake_actor(**methods)
 
 
 class World:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from fake_actors import fake_actor
@@ -15,7 +17,7 @@ from learner_world import rank_of, synthetic_groups
 from paths import QUICKSTART
 
 from dapo_async import config as knobs
-from dapo_async.model import take_snapshot
+from dapo_async.model import ShardCopy, checksum, score_tokens, take_snapshot
 from dapo_async.rollout import EngineFault
 from dapo_async.runtime.actors.learner import LearnerActor
 from dapo_async.runtime.actors.rollout import RolloutActor
@@ -26,6 +28,7 @@ from dapo_async.runtime.launch import Actors
 from dapo_async.runtime.system import System
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.weights import Announcement
+from dapo_async.weights.disk import read_version
 
 CONFIG = knobs.load(QUICKSTART, ["model.placement=shared"])
 
@@ -174,23 +177,67 @@ def test_a_learner_sleeps_with_its_snapshot_and_still_answers_for_it(tmp_path: P
         actor._mesh = rank._mesh
         announcement = await actor.snapshot()
         assert announcement is not None
-        expected = take_snapshot(rank.decoder, version=1, probe_tokens=4).weights
+        expected = take_snapshot(rank.decoder, version=1, probe_tokens=4).copy.whole()
         awake_sum = await actor.checksum(announcement)
+        assert awake_sum == checksum(expected)
         before = {name: each.clone() for name, each in expected.items()}
+        answer = score_tokens(rank.decoder, announcement.probe_ids)
 
-        await actor.sleep()
+        await actor.sleep()  # behind the answer to the probe
 
         assert actor._clock.state == "asleep"
         assert sum(each.untyped_storage().nbytes() for each in rank.decoder.parameters()) == 0
         assert await actor.checksum(announcement) == awake_sum
+        np.testing.assert_array_equal(await actor.probe(announcement), answer)
+        await actor.collect(announcement)
         folder = await actor.write(announcement)
-        assert Path(folder).exists()
+        assert checksum(read_version(Path(folder), version=1)) == awake_sum
         assert await actor.capture_state() == await actor.version() == 1
         assert actor._clock.state == "asleep"
         await actor.wake()
         assert actor._clock.state == "wait"
         now = dict(rank.decoder.named_parameters())
         assert all(torch.equal(now[name].detach(), each) for name, each in before.items())
+
+    play(scene)
+
+
+def test_a_copy_that_is_still_read_is_not_overwritten(tmp_path: Path) -> None:
+    async def scene() -> None:
+        actor = LearnerActor(
+            CONFIG, number=0, name="learner", incarnation="run", run_dir=RunDir(tmp_path)
+        )
+        actor._rank = rank = rank_of(version=0)
+        actor._mesh = rank._mesh
+        kept: list[tuple[str, str]] = []
+        may_end = threading.Event()
+
+        def slow(copy: ShardCopy) -> None:
+            may_end.wait(20)
+            kept.append((copy.checksum(), first_sum))
+
+        first = await actor.snapshot()
+        assert first is not None
+        first_sum = await actor.checksum(first)
+        assert actor._snapshot is not None
+        memory = actor._snapshot.copy.flat.data_ptr()
+        reading = asyncio.create_task(actor._reading(slow, actor._snapshot.copy))
+        await asyncio.sleep(0)
+        for step in range(3):
+            rank.step(synthetic_groups())
+            announcement = await actor.snapshot()
+            assert announcement is not None
+            assert await actor.checksum(announcement) != first_sum
+            assert (actor._snapshot.copy.flat.data_ptr() == memory) is False
+            if step == 1:
+                may_end.set()
+                await reading
+                memory = 0
+        second = actor._snapshot.copy.flat.data_ptr()
+        await actor.snapshot()
+        assert actor._snapshot.copy.flat.data_ptr() == second  # nobody reads: the memory is taken
+        ((found, expected),) = kept
+        assert found == expected
 
     play(scene)
 

@@ -127,16 +127,22 @@ def test_group_that_was_not_formed_costs_no_engine_but_a_fault_does() -> None:
     asyncio.run(scenario())
 
 
-def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str] | None, list[str]]:
-    """Forms a group whose engines answer this; returns what it says, and the learner's calls."""
-    config = knobs.load(QUICKSTART.with_name("quickstart_sglang.yaml"))
+def form(
+    *engines: bool | None, failure: str = "", tp: int = 1
+) -> tuple[frozenset[str] | None, list[str]]:
+    """Forms the groups of `tp` ranks, whose engines answer this; returns what it says, and the
+    learner's calls."""
+    config = knobs.load(
+        QUICKSTART.with_name("quickstart_sglang.yaml"), [f"learner.tensor_parallel={tp}"]
+    )
     calls: list[str] = []
 
     async def open_group() -> tuple[str, int]:
         calls.append("open")
         return ADDRESS
 
-    async def join_as_sender(world_size: int) -> None:
+    async def join_as_sender(address: tuple[str, int], world_size: int) -> None:
+        assert address == ADDRESS
         calls.append(f"join {world_size}")
         if failure:
             raise ActorFailed(failure)
@@ -153,7 +159,7 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str] | Non
     rank = fake_actor(open_group=open_group, join=join_as_sender, leave_group=leave_group)
     actors = Actors(
         replay=ReplayHandle("replay", None, config.deadlines),
-        ranks=[LearnerHandle("learner", rank, config.deadlines)],
+        ranks=[LearnerHandle(f"learner-{each}", rank, config.deadlines) for each in range(tp)],
         workers=[worker(number, answer) for number, answer in enumerate(engines)],
         evaluator=None,
         start_replay=cast(Any, None),
@@ -168,6 +174,17 @@ def form(*engines: bool | None, failure: str = "") -> tuple[frozenset[str] | Non
 
 def test_group_forms_of_the_learner_and_every_engine() -> None:
     assert form(True, True) == (None, ["open", "join 3"])
+
+
+def test_each_rank_that_sends_forms_a_group_of_its_own() -> None:
+    assert form(True, True, tp=2) == (None, ["open", "join 3", "join 3"])
+
+
+def test_no_rank_joins_groups_that_were_left_before() -> None:
+    """Nothing would end its wait."""
+    lost, calls = form(None, True, tp=2)
+    assert lost == frozenset({"rollout-0"})
+    assert "join 3" not in calls
 
 
 @pytest.mark.parametrize("failure", ["", "timed out"])

@@ -22,7 +22,7 @@ from weights_world import (
     publish,
 )
 
-from dapo_async.model import checksum, open_store
+from dapo_async.model import buckets, checksum, open_store, take_snapshot
 from dapo_async.weights import (
     Announcement,
     Attestation,
@@ -30,6 +30,7 @@ from dapo_async.weights import (
     Manifest,
     WeightGroup,
     check_attestation,
+    receive,
 )
 from dapo_async.weights.disk import read_version, write_version
 from dapo_async.weights.publisher import HandshakeError, Publisher
@@ -206,7 +207,7 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes: int) 
         group = WeightGroup.join(
             address, rank=rank, world_size=3, host="127.0.0.1", device="cpu", timeout_s=60
         )
-        received[rank] = group.receive(manifest, bucket_bytes=bucket_bytes)
+        received[rank] = receive([group], manifest, bucket_bytes=bucket_bytes)
 
     threads = [threading.Thread(target=engine, args=(rank,)) for rank in (1, 2)]
     for thread in threads:
@@ -217,6 +218,22 @@ def test_a_real_broadcast_delivers_every_bit_to_every_engine(bucket_bytes: int) 
         thread.join(60)
     sums = {rank: checksum(got) for rank, got in received.items()}
     assert sums == dict.fromkeys((1, 2), checksum(weights))
+
+
+def test_each_bucket_holds_tensors_of_one_unit_and_has_the_sender_of_that_unit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = {**(buckets.__kwdefaults__ or {}), "limit": 500}
+    monkeypatch.setattr(buckets, "__kwdefaults__", limit)
+    copy = take_snapshot(make_decoder(0), version=1, probe_tokens=4).copy
+    manifest = Manifest.of_copy(copy, num_senders=2)
+    cut = [*manifest.buckets(10**9)]
+    assert [{spec.unit for spec in bucket} for bucket in cut] == [{0}, {1}, {2}]
+    assert [manifest.sender(bucket) for bucket in cut] == [0, 1, 0]
+    assert [manifest.of_unit(number).tensors for number in range(3)] == cut
+    names = [spec.name for bucket in cut for spec in bucket]
+    assert names == [*copy.whole()]
+    assert names[0] == "model.embed_tokens.weight"
 
 
 def test_an_engine_that_never_joins_fails_the_broadcast_within_the_deadline() -> None:
