@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # these modules import torch
     from dapo_async.weights.collective import SENDER, WeightGroup, group_name, receive
     from dapo_async.weights.disk import write_version
     from dapo_async.weights.sending import hashes_of_copy, send_copy
-    from dapo_async.weights.server_hashes import server_hashes
 else:
     __getattr__ = lazy_names(
         __name__,
@@ -34,7 +33,6 @@ else:
             "collective": ("SENDER", "WeightGroup", "group_name", "receive"),
             "disk": ("write_version",),
             "sending": ("hashes_of_copy", "send_copy"),
-            "server_hashes": ("server_hashes",),
         },
     )
 
@@ -54,6 +52,5 @@ __all__ = [
     "hashes_of_copy",
     "receive",
     "send_copy",
-    "server_hashes",
     "write_version",
 ]

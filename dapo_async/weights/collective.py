@@ -13,6 +13,7 @@ SGLang servers are members of each group (`init_weights_update_group`): so bucke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class WeightGroup:
         # As torch.distributed.distributed_c10d nests them.
         for prefix in (name, f"{name}/", f"{self.device.type}/"):
             store = PrefixStore(prefix, store)
-        self._group = process_group(
+        self._group: Any = process_group(
             store, rank=rank, size=world_size, host=host, device=self.device, timeout_s=timeout_s
         )
 
@@ -75,6 +76,12 @@ class WeightGroup:
             timeout_s=timeout_s,
             sender=sender,
         )
+
+    def close(self) -> None:
+        """Leaves the group: whoever waits for this rank fails at once."""
+        group, self._group = self._group, None
+        if group is not None and self.device.type == "cuda":
+            group.abort()
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], manifest: Manifest, *, bucket_bytes: int) -> None:

@@ -27,8 +27,8 @@ def send_copy(
 ) -> None:
     """Every rank of `axis` calls it; `group` is that of a sender.
 
-    A sender whose group breaks off goes on dealing, because the others wait for that; it raises
-    RuntimeError at the end.
+    A sender whose group breaks off closes it and goes on dealing, because the others wait for that;
+    it raises RuntimeError at the end.
     """
     failure: RuntimeError | None = None
     with copy.beside_the_step():
@@ -39,6 +39,7 @@ def send_copy(
                     group.send(weights, manifest.of_unit(number), bucket_bytes=bucket_bytes)
                 except RuntimeError as error:
                     failure = error
+                    group.close()  # or engines would wait here, and other senders for them
     if failure is not None:
         raise failure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,7 +146,9 @@ def test_engines_get_the_snapshot_bit_for_bit_while_the_next_step_runs(
 
 
 def test_ranks_end_a_publish_that_an_engine_breaks_off_and_train_on() -> None:
+    began_s = time.monotonic()
     ranks = on_ranks(published, True, True, dp=2, tp=2)
+    assert time.monotonic() - began_s < TIMEOUT_S  # nobody waits for a deadline
     whole = on_ranks(published, True, False, dp=2, tp=2)
     assert ranks[0][2]
     assert [failure for _, _, failure, *_ in ranks[2:]] == ["", ""]  # they only deal

@@ -12,7 +12,7 @@ from sglang_world import CONFIGS, PROBE, World, from_disk, start_world
 
 from dapo_async.model import ModelConfig, read_weights
 from dapo_async.rollout.sglang.client import ServerHashes
-from dapo_async.weights import server_hashes
+from dapo_async.weights.server_hashes import server_hashes
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 STALE = "model.layers.1.mlp.down_proj.weight"
