@@ -470,7 +470,7 @@ def test_lost_learner_completes_its_publish_by_disk_and_forms_the_group_again(
 def test_deadline_of_a_publish_waits_for_a_learner_that_is_restarted(tmp_path: Path) -> None:
     learner = FakeLearner(tmp_path)
     engine = FakeEngine(learner)
-    publisher = make_publisher(learner, engine, deadline_s=0.05)
+    publisher = make_publisher(learner, engine, deadline_s=0.5)
     write, is_back = learner.write, asyncio.Event()
 
     async def waits(announcement: Announcement) -> str:
@@ -488,7 +488,7 @@ def test_deadline_of_a_publish_waits_for_a_learner_that_is_restarted(tmp_path: P
         )
         await asyncio.sleep(0)
         publisher.lose_source()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.7)
         publisher.source_is_back()
         is_back.set()
         await publishing
