@@ -52,9 +52,18 @@ def fresh_machine() -> Iterator[dict[str, str]]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def trains(snippet: Snippet, machine: dict[str, str], *changes: tuple[str, str]) -> str:
-    """Runs a block, with one step instead of a whole run. It must train. Its output."""
-    code = snippet.code.replace("/shared/runs", f"{machine['HOME']}/runs")
+def trains(
+    snippet: Snippet,
+    machine: dict[str, str],
+    *changes: tuple[str, str],
+    before: str = "",
+    after: str = "",
+) -> str:
+    """Runs a block, with one step instead of a whole run. It must train. Its output.
+
+    `before` and `after`: commands that the page has elsewhere.
+    """
+    code = f"{before}\n{snippet.code}\n{after}".replace("/shared", machine["HOME"])
     for old, new in (("configs/quickstart.yaml", SHORT), *changes):
         assert old in code, f"{snippet.where} has no {old}"
         code = code.replace(old, new)

@@ -155,16 +155,19 @@ def started_cluster(
     runs: Path | None = None,
     inside: Callable[[str], Sequence[str]] = lambda _: (),
     flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    port: str | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Cluster]:
     """A node at each of `ips`, the head first. `runs`: a folder that outlives the cluster.
 
-    `inside`: see `Cluster`. `flags`: further flags of `ray start`, by address.
+    `inside`: see `Cluster`. `flags`: further flags of `ray start`, by address. `port`: of the GCS.
+    `variables`: of every process.
     """
     folder = Path(
         tempfile.mkdtemp(prefix="dapo-", dir="/tmp")
     )  # short: a Unix socket's path has at most 107 characters
     mark, (head, *others) = uuid.uuid4().hex, ips
-    port, dashboard = free_port("127.0.0.1"), free_port("127.0.0.1")
+    port, dashboard = port or free_port("127.0.0.1"), free_port("127.0.0.1")
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_")
     } | {
@@ -176,6 +179,7 @@ def started_cluster(
         "RAY_worker_niceness": "0",
         "RAY_metrics_report_interval_ms": "1000",  # else gauges are exported every 10 s
         RUNS: str(runs or folder / "runs"),
+        **variables,
     }
     address, url = join(head, port), f"http://127.0.0.1:{dashboard}"
     started = Cluster(folder, address, url, environment, num_cpus, inside)

@@ -201,7 +201,12 @@ async def broadcasting(
 
 
 def start_world(
-    family: str, root: Path, *flags: str, num_slots: int = NUM_SLOTS, tensor_parallel: int = 1
+    family: str,
+    root: Path,
+    *flags: str,
+    num_slots: int = NUM_SLOTS,
+    tensor_parallel: int = 1,
+    host: str = "127.0.0.1",
 ) -> World:
     """`flags`: more arguments of the server."""
     folder, other_folder = root / "base", root / "other"
@@ -213,7 +218,7 @@ def start_world(
         tensor_parallel=tensor_parallel,
         num_slots=num_slots,
         max_len=MAX_LEN,
-        host="127.0.0.1",
+        host=host,
         seed=0,
         log=root / "server.log",
         extra=flags,

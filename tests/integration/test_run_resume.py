@@ -231,6 +231,8 @@ def test_asynchronous_run_goes_on_without_a_burst_and_without_losing_a_group(liv
     assert run.summary["tokens"] == sum(row["tokens"] for row in run.metrics)
     assert run.summary["train_s"] > summary["train_s"]
     assert run.summary["resumed_from"] == summary["checkpoint"]
+    shown = command("status", str(run.root))
+    assert (shown.returncode, "all steps trained" in shown.stdout) == (0, True), shown.stdout
     ended = command("train", "--resume", str(run.root))
     assert ended.returncode == 2
     assert f"all {steps} steps (train.num_steps) are trained" in ended.stderr

@@ -12,11 +12,13 @@ from ray_cluster import free_port
 from snippets import Snippet, snippets
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-MINE = [
+FIRST, *MINE = [
     snippet
     for snippet in snippets(ROOT / "docs" / "cluster.md")
     if snippet.detail == "tests/nightly/test_docs_cluster.py"
 ]
+# What every machine needs; the environment of the tests has the package.
+EXPORTS = "\n".join(line for line in FIRST.code.splitlines() if line.startswith("export "))
 LIMITS = "--num-cpus 3 --memory 2000000000 --object-store-memory 200000000"
 
 
@@ -36,6 +38,9 @@ def test_commands_from_no_cluster_to_a_run(snippet: Snippet) -> None:
         ("10.0.0.1", "127.0.0.2"),
     )
     with fresh_machine() as machine:
-        output = trains(snippet, machine, *(changes if several else ()))
+        output = trains(
+            snippet, machine, *(changes if several else ()), before=EXPORTS, after="ray status"
+        )
+    assert "Total Usage" in output, "ray status lists CPUs and GPUs"
     if "127.0.0.3" in snippet.code or several:
         assert "127.0.0.3" in output, "an actor is on the second node"

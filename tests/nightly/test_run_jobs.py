@@ -87,7 +87,7 @@ def test_a_stopped_job_saves_its_newest_step_and_is_resumed_as_a_job(
     assert is_gone(cluster, f"run_dir={name}")
     log = log_of(cluster, name)
     assert "Traceback" not in log
-    assert NO_CONTROL.findall(log) == []
+    assert [line for line in log.splitlines() if NO_CONTROL.search(line)] == []
     summary = summary_of(root)
     assert (summary["status"], summary["reason"]) == ("interrupted", "SIGTERM received")
     assert summary["checkpoint"] == f"checkpoints/step_{summary['steps']:06d}"
@@ -105,16 +105,30 @@ def test_a_failed_job_ends_with_the_reason_and_the_exit_code(cluster: Cluster) -
     submitted = cluster.run(*SUBMIT, *LONG, "run_dir=fails", "--detach")
     assert submitted.returncode == 0, submitted.stdout
     wait_for_step(cluster.runs / "fails", 1)
+    replay = pid_of(cluster, "fails", "replay")
+    os.kill(replay, signal.SIGSTOP)  # else it would write its journal anew
     # Without its journal a replay actor can't come back.
     shutil.rmtree(cluster.runs / "fails" / "journal")
-    os.kill(pid_of(cluster, "fails", "replay"), signal.SIGKILL)
+    os.kill(replay, signal.SIGKILL)
     ended = cluster.run("submit", "--status", "fails", "--follow")
     assert ended.returncode == 1, ended.stdout
     assert "FAILED" in ended.stdout.splitlines()[-1]
     assert ": failed: replay lost its process" in ended.stdout.splitlines()[-1]
     log = log_of(cluster, "fails")
     assert log.rstrip().splitlines()[-1].startswith("failed: replay lost its process")
-    assert NO_CONTROL.findall(log) == []
+    assert [line for line in log.splitlines() if NO_CONTROL.search(line)] == []
+
+
+def test_a_job_has_the_runtime_environment_of_the_file(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "environment.yaml"
+    file.write_text("env_vars: {DAPO_ASYNC_RUNS: ''}\nexcludes: [/benchmarks/]\n")
+    ended = cluster.run(*SUBMIT, "run_dir=here", "--runtime-env", str(file), "--wait")
+    assert ended.returncode == 2, ended.stdout
+    line = ended.stdout.splitlines()[-1]
+    assert "run_dir (here) must be an absolute path in a Ray job" in line
+    copies = cluster.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files"
+    folders = [copy for copy in copies.glob("_ray_pkg_*") if copy.is_dir()]
+    assert [copy for copy in folders if not (copy / "benchmarks").exists()], "it is excluded"
 
 
 def test_a_job_with_wrong_input_ends_with_its_line(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ one address, of IPv4 or of IPv6. Skipped where this machine allows no namespaces
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import pytest
 from paths import ROOT
 from ray_cluster import Cluster, started_cluster, wait_for_node, wait_until
 from run_support import TINY, Live, running
+from sglang_run_support import SERVERS
 from snippets import snippets
 from two_hosts import INTERFACE, V4, V6, TwoHosts, two_hosts
 
@@ -86,7 +88,7 @@ def run_on(cluster: Cluster, hosts: TwoHosts, name: str, *overrides: str) -> Ite
     root = cluster.runs / name
     root.parent.mkdir(exist_ok=True)
     with running(root, *words, inside=hosts.inside(hosts.addresses[0])) as live:
-        live.wait_for(r"^step +7/")
+        live.wait_for(r"^step +7/", timeout_s=480.0)
         yield live
 
 
@@ -196,3 +198,24 @@ def test_engine_whose_host_is_cut_off_for_ever_is_replaced_when_a_host_joins(
         finally:
             again.terminate()
             again.wait(60.0)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("hosts", [V6], ids=["IPv6"], indirect=True)
+def test_sglang_server_on_a_host_with_ipv6_only_gets_its_weights_from_the_other_host(
+    hosts: TwoHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = hosts.addresses
+    servers = (*SERVERS, "rollout.num_workers=1", "rollout.node_resource=rollout")
+    with (
+        cluster_of(hosts, monkeypatch) as cluster,
+        run_on(cluster, hosts, "servers", *servers, "deadlines.start_s=600") as live,
+    ):
+        where = {name: address for name, (_, address) in places(live).items()}
+        assert where == {"replay": first, "learner": first, "rollout-0": second}
+        assert f"http://[{second}]:" in live.output, live.output
+        go_on(live, by=5, timeout_s=60.0)
+        summary = json.loads((live.root / "metrics.jsonl").read_text().splitlines()[-1])
+        assert summary["staleness"] <= 2.0, "the server has got the new weights"
+        versions = live.root / "weights"
+        assert not versions.exists() or not any(versions.iterdir()), "a broadcast broke off"

@@ -18,6 +18,25 @@ CODE = re.compile(r"`(?P<code>[^`\n]+)`")
 SOURCE = re.compile(
     r"^(?:dapo_async|tests|configs|benchmarks|cluster|docs|\.ci)/[\w./-]*\w(?:::(?P<test>\w+))?$"
 )
+# Programs of others: where a test runs the command, and the words that it has there.
+RUN_BY_TESTS = {
+    "ray start": ("tests/fakes/ray_cluster.py", 'RAY, "start"'),
+    "ray get-auth-token": ("tests/fakes/fresh_machine.py", "ray get-auth-token --generate"),
+    "ray status": ("tests/nightly/test_docs_cluster.py", "ray status"),
+    "ray job submit": ("tests/fakes/ray_cluster.py", '"--working-dir", "."'),
+    "ray job logs": ("tests/integration/test_run_cluster.py", 'cluster.job("logs"'),
+    "ray job stop": ("tests/integration/test_run_cluster.py", 'RAY, "job", "stop"'),
+    "tensorboard": ("tests/nightly/test_docs_tools.py", 'line_of("tensorboard")'),
+    "mlflow": ("tests/unit/tracking/test_mlflow_store.py", 'command=("ui",)'),
+    "mkdocs serve": ("tests/nightly/test_docs_tools.py", '"mkdocs serve"'),
+    "sysctl": ("tests/fakes/two_hosts.py", "ip_local_port_range"),
+}
+NOT_RUN = ("ray up", "ray dashboard", "ray stop", "kubectl", "docker", "sbatch", "scancel", "wandb")
+SAYS_SO = re.compile(r"\bnot (?:run|tried)\b|No\s+test\s+runs")
+OF_OTHERS = re.compile(
+    r"(?:ray|kubectl|docker|sbatch|scancel|squeue|srun|aws|wandb|mlflow|tensorboard|mkdocs|sysctl)"
+    r"(?= )[ \w-]*"
+)
 SECTIONS = {name.partition(".")[0] for name, *_ in knobs() if "." in name}
 
 
@@ -103,6 +122,29 @@ def test_every_command_of_a_page_has_options_and_knobs_that_exist(page: Path) ->
                 assert word.partition("=")[0] in options, told
             elif override := re.match(r"([a-z_.]+)=", word):
                 assert override[1] in known or name not in ("train", "submit", "launch"), told
+
+
+def of_others(page: Path) -> Iterator[str]:
+    """Every command of another program: those of the text, and those of bash blocks."""
+    texts = [match["code"] for match in CODE.finditer(prose(page))]
+    for snippet in snippets(page):
+        if snippet.language == "bash":
+            texts += re.split(r"&&|\n", snippet.code)
+    yield from (match[0] for text in texts if (match := OF_OTHERS.match(text.strip())))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_of_other_programs_is_run_by_a_test_or_said_not_to_be(page: Path) -> None:
+    paragraphs = prose(page).split("\n\n")
+    for command in of_others(page):
+        if name := next((name for name in NOT_RUN if command.startswith(name)), None):
+            says_so = any(f"`{name}" in each and SAYS_SO.search(each) for each in paragraphs)
+            assert says_so, f"{page_id(page)} does not say that {name} was not run"
+            continue
+        name = next((name for name in RUN_BY_TESTS if command.startswith(name)), None)
+        assert name is not None, f"{page_id(page)}: no test runs {command}"
+        path, words = RUN_BY_TESTS[name]
+        assert words in (ROOT / path).read_text(encoding="utf-8"), f"{path} does not run {name}"
 
 
 def test_every_number_to_look_at_when_a_run_is_in_trouble_is_a_metric() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
@@ -34,6 +35,7 @@ Result = TypeVar("Result")
 Deadline = Callable[[DeadlinesConfig], float | None]  # seconds; None: wait without limit
 BREAK_S = 20.0  # a connection that is broken for longer is a death
 PAUSE_S = 0.5  # between two calls over a broken connection
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ActorDied(RuntimeError):
@@ -179,7 +181,10 @@ def _original(error: RayTaskError) -> BaseException:
 
 
 def _exit_detail(error: RayActorError) -> str:
-    """The exit type and detail that Ray reports, on one line, without its general advice."""
-    text = " ".join(str(error).split())
+    """The exit type and detail that Ray reports, on one line, without its general advice.
+
+    Ray colours the name of an actor whose start has failed, also where nobody sees colours.
+    """
+    text = " ".join(COLOUR.sub("", str(error)).split())
     detail = text.partition("Worker exit type:")[2] or text
     return detail.partition("Some common causes")[0].strip() or "no reason given"

@@ -133,3 +133,15 @@ def test_a_connection_that_breaks_for_a_moment_is_no_death(
     with pytest.raises(ActorDied):
         asyncio.run(once.end_step())
     assert len(calls) == 1
+
+
+def test_a_reason_of_ray_has_no_colours() -> None:
+    worker = WorkerHandle("rollout-0", fake_actor(run=raising(Coloured())), DEADLINES)
+    with pytest.raises(ActorDied) as error:
+        asyncio.run(worker.watch())
+    assert "raised in ray::Replay (pid=1)" in str(error.value)
+
+
+class Coloured(RayActorError):
+    def __str__(self) -> str:
+        return "raised in \x1b[36mray::Replay\x1b[39m (pid=1)"
