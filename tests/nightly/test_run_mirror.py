@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
-from run_support import TINY, check_checkpoint, check_conservation, finished, running
+from run_support import (
+    TINY,
+    check_checkpoint,
+    check_conservation,
+    command,
+    finished,
+    read_rows,
+    running,
+)
 
 from dapo_async.runtime.mirror import Mirror
 
@@ -39,7 +47,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedMotoServer]:
 
 
 def test_a_run_that_lost_its_machine_continues_from_the_object_store(
-    bucket: ThreadedMotoServer, tmp_path: Path
+    bucket: ThreadedMotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = ("train.checkpoint_every_steps=2", f"train.checkpoint_mirror={BASE}")
     mirror, root = Mirror(f"{BASE}/moved"), tmp_path / "moved"
@@ -65,9 +73,13 @@ def test_a_run_that_lost_its_machine_continues_from_the_object_store(
     assert (copies["not_uploaded"], copies["uploaded"]) == (0, copies["saved"])
 
     root.rename(tmp_path / "gone")
-    again = tmp_path / "again"
-    mirror.download(again)
-    check_checkpoint(again / "checkpoints" / f"step_{num_steps:06d}")
+    monkeypatch.setenv("DAPO_ASYNC_RUNS", str(tmp_path / "again"))
+    resumed = command("train", "--resume", f"{BASE}/moved", f"train.num_steps={num_steps + 2}")
+    assert resumed.returncode == 0, resumed
+    assert f"downloaded step_{num_steps:06d} from {BASE}/moved in " in resumed.stdout
+    again = tmp_path / "again" / "moved"
+    assert len(read_rows(again / "metrics.jsonl")) == num_steps + 2
+    check_checkpoint(again / "checkpoints" / f"step_{num_steps + 2:06d}")
 
 
 def test_a_server_that_is_gone_costs_the_copies_and_not_the_run(
