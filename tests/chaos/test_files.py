@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ray_cluster import wait_until
 from run_support import TINY, check_checkpoint, check_conservation, command, read_rows, running
-from small_disk import fill_up, make_room, small_disk
+from small_disk import fill_up, kept_full, make_room, small_disk
 
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
@@ -116,8 +116,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_its_summary_print
         with running(disk, *TINY, *often) as live:
             live.wait_for(r"^step +6/")
             live.wait_for_checkpoint()
-            fill_up(disk)
-            run = live.finish(timeout_s=240.0)
+            with kept_full(disk):
+                run = live.finish(timeout_s=240.0)
         assert run.exit_code == 1, run.output
         assert "Traceback" not in run.output, run.output
         assert re.search(r"[5-9] times in a row; free some space", run.output), run.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,24 @@ def fill_up(folder: Path) -> None:
                 file.write(bytes(1024))
         except OSError:
             return
+
+
+@contextmanager
+def kept_full(folder: Path) -> Iterator[None]:
+    """Takes what others remove on the disk meanwhile, too."""
+    ended = threading.Event()
+
+    def fill() -> None:
+        while not ended.wait(0.01):
+            fill_up(folder)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def make_room(folder: Path) -> None:
