@@ -428,7 +428,8 @@ class LearnerConfig:
     kernels: Literal["torch", "head", "all"] = knob(
         "torch",
         "kernels of the learner on a GPU: torch's own; two Triton kernels for the softmax of the "
-        "head (head); these, and torch.compile for norms, rotary embeddings and SwiGLU (all)",
+        "head (head); these, and torch.compile for norms, rotary embeddings and SwiGLU (all); no "
+        "effect on a CPU",
     )
     node_resource: str = knob(
         "",
