@@ -2,8 +2,10 @@
 
 Files hold the buffered groups of a checkpoint and the recorded batches of a run. A packed group
 goes from the rollout worker through the replay actor to the learner. Each field of the tokens is
-one array, rollout after rollout; everything else is JSON. Nothing is pickled. Experts of tokens
-(routing replay) are bytes; of a group's prompt only those of its first rollout are kept.
+one array, rollout after rollout; everything else is JSON. Nothing is pickled. Most tokens have the
+weight version of the token before, so versions are kept as runs: one version and a number of tokens
+each. Experts of tokens (routing replay) are bytes; of a group's prompt only those of its first
+rollout are kept.
 """
 
 from __future__ import annotations
@@ -24,15 +26,20 @@ from dapo_async.utils.files import atomic_file
 
 JSON = "json"  # the tensor that holds the rest as UTF-8
 # Arrays with one entry per response token.
-FIELDS = {
-    "token_ids": np.int32,
-    "behaviour_logprobs": np.float32,
-    "weight_versions": np.int32,
-}
+FIELDS = {"token_ids": np.int32, "behaviour_logprobs": np.float32}
+VERSIONS = "weight_versions"  # one entry per run
+RUN_TOKENS = "version_tokens"  # tokens of each run
 ALIGNMENT = 4  # bytes, of every other array
 EXPERTS = "experts"  # bytes: per group those of its prompt, then those of each rollout
 # The arrays of a packed group.
-PACKED = {**FIELDS, "prompt_ids": np.int32, EXPERTS: np.uint8, JSON: np.uint8}
+PACKED = {
+    **FIELDS,
+    VERSIONS: np.int32,
+    RUN_TOKENS: np.int32,
+    "prompt_ids": np.int32,
+    EXPERTS: np.uint8,
+    JSON: np.uint8,
+}
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
@@ -62,7 +69,7 @@ def pack_group(group: Group) -> NDArray[np.uint8]:
 
 
 def unpack_group(data: NDArray[np.uint8]) -> Group:
-    """What `pack_group` packed; the token arrays are views of `data`."""
+    """What `pack_group` packed; token ids and log-probabilities are views of `data`."""
     start = len(PACKED) * np.dtype(np.int64).itemsize
     sizes = np.frombuffer(data[:start].tobytes(), np.int64)
     arrays: dict[str, NDArray[Any]] = {}
@@ -90,6 +97,8 @@ def _to_arrays(groups: Sequence[Group]) -> dict[str, NDArray[Any]]:
         ).astype(dtype, copy=False)
         for name, dtype in FIELDS.items()
     }
+    versions = [np.zeros(0, np.int32), *(each.weight_versions for each in completions)]
+    arrays[VERSIONS], arrays[RUN_TOKENS] = _runs_of(np.concatenate(versions))
     arrays["prompt_ids"] = np.concatenate(
         [np.zeros(0, np.int32), *(group.prompt.token_ids for group in groups)]
     ).astype(np.int32, copy=False)
@@ -97,6 +106,15 @@ def _to_arrays(groups: Sequence[Group]) -> dict[str, NDArray[Any]]:
     arrays[EXPERTS] = np.concatenate([np.zeros(0, np.uint8), *experts])
     text = json.dumps([_to_json(group) for group in groups]).encode()
     return {**arrays, JSON: np.frombuffer(text, np.uint8)}
+
+
+def _runs_of(values: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The value of each run of equal values, and its length."""
+    begins = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=len(values))
+    return values[starts].astype(np.int32, copy=False), lengths.astype(np.int32)
 
 
 def _experts_of(group: Group) -> Iterator[NDArray[Any]]:
@@ -132,7 +150,9 @@ def _form(experts: NDArray[Any] | None) -> dict[str, Any] | None:
 
 def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
     prompt_start = start = 0
-    experts = _Experts(arrays.get(EXPERTS, np.zeros(0, np.uint8)))  # old files have none
+    experts = _Experts(arrays[EXPERTS])
+    of_tokens = {name: arrays[name] for name in FIELDS}
+    of_tokens[VERSIONS] = np.repeat(arrays[VERSIONS], arrays[RUN_TOKENS])
     groups = []
     for entry in json.loads(arrays[JSON].tobytes()):
         prompt_end = prompt_start + entry["prompt"].pop("num_tokens")
@@ -143,7 +163,7 @@ def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
         for values in entry["rollouts"]:
             end = start + values.pop("num_tokens")
             completion = Completion(
-                **{name: arrays[name][start:end] for name in FIELDS},
+                **{name: values[start:end] for name, values in of_tokens.items()},
                 prefill_version=values.pop("prefill_version"),
                 finish_reason=FinishReason(values.pop("finish_reason")),
                 experts=experts.next(values.pop("experts", None)),

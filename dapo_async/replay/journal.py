@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 HEADER = struct.Struct("<IIQ")  # bytes of the JSON, its CRC-32, bytes of the group
 DATA = "data"  # kind of a record that is only a group
 SEGMENT_BYTES = 256 * 2**20  # a segment that is longer is followed by a new one
+ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 Bytes = NDArray[np.uint8]
 Fields = Mapping[str, Any]
 
@@ -158,19 +159,16 @@ class Journal:
 
 def _write(file: int, fields: Fields, data: Bytes | None) -> int:
     """Returns the bytes written."""
-    text = json.dumps(fields, separators=(",", ":")).encode()
+    text = ENCODE(fields).encode()
     size = 0 if data is None else len(data)
-    parts = [memoryview(HEADER.pack(len(text), zlib.crc32(text), size)), memoryview(text)]
-    if data is not None:
-        parts.append(np.ascontiguousarray(data).data)
-    total = left = sum(map(len, parts))
-    while left:
-        written = os.writev(file, parts)
+    record: Any = HEADER.pack(len(text), zlib.crc32(text), size) + text
+    parts = [record] if data is None else [record, np.ascontiguousarray(data).data]
+    total = left = len(record) + size
+    while (written := os.writev(file, parts)) < left:  # the disk took a part
         left -= written
-        while parts and written >= len(parts[0]):
+        while written >= len(parts[0]):
             written -= len(parts.pop(0))
-        if parts:
-            parts[0] = parts[0][written:]
+        parts[0] = memoryview(parts[0])[written:]
     return total
 
 
