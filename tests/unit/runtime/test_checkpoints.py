@@ -206,6 +206,22 @@ def test_groups_come_back_from_a_file_and_from_bytes_bit_for_bit(
     assert read_groups(tmp_path / "none.safetensors") == []
 
 
+def test_versions_of_tokens_take_room_by_runs_and_come_back() -> None:
+    runs = ((7, 40), (8, 50), (8, 10), (6, 30), (7, 1))  # over the edges of the responses, too
+    versions = np.concatenate([np.full(count, version, np.int32) for version, count in runs])
+    group = make_group(3, num_tokens=len(versions))
+    rollouts = tuple(
+        replace(each, completion=replace(each.completion, weight_versions=np.roll(versions, by)))
+        for by, each in enumerate(group.rollouts)
+    )
+    packed = pack_group(replace(group, rollouts=rollouts))
+    for before, after in zip(rollouts, unpack_group(packed).rollouts, strict=True):
+        assert (after.completion.weight_versions == before.completion.weight_versions).all()
+    tokens = len(versions) * len(rollouts)
+    extra = len(packed) - len(pack_group(make_group(3, num_tokens=len(versions))))
+    assert 0 < extra < tokens / 2, "each token takes its version again"
+
+
 @pytest.mark.slow
 def test_rank_that_loads_a_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     groups, rank = synthetic_groups(), rank_of(num_minibatches=2)
