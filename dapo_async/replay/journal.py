@@ -68,6 +68,7 @@ class Journal:
         self.places: dict[int, Place] = {}  # by group id, of all segments
         self.is_open = False
         self._ids: dict[Path, set[int]] = {}  # the groups of each segment
+        self._of_image: frozenset[int] = frozenset()  # groups that the newest image refers to
         self._file = -1  # descriptor of the newest segment
         self._size = 0
 
@@ -79,9 +80,15 @@ class Journal:
     def is_long(self) -> bool:
         return self._size > SEGMENT_BYTES
 
-    def begin(self, image: Fields, groups: Iterable[tuple[int, Bytes]] = ()) -> None:
+    def begin(
+        self,
+        image: Fields,
+        groups: Iterable[tuple[int, Bytes]] = (),
+        *,
+        refers_to: Iterable[int] = (),
+    ) -> None:
         """Begins a segment with `image`, and with packed groups by their ids. It exists whole or
-        not at all."""
+        not at all. `refers_to`: the groups that whoever reads the image needs, also older ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int(self.newest.stem) + 1 if self._ids else 0
         path = self.folder / f"{number:06d}.log"
@@ -100,6 +107,7 @@ class Journal:
         self.close()
         self._file, self._size, self.is_open = file, size, True
         self._ids[path] = set()
+        self._of_image = frozenset(refers_to)
         for group_id, place in places.items():
             self._note(group_id, place)
 
@@ -116,10 +124,13 @@ class Journal:
         self._ids.setdefault(place.path, set()).add(group_id)
 
     def forget(self, needed: Container[int]) -> None:
-        """Removes the segments before the newest one that have no group of `needed`."""
+        """Removes the segments before the newest one that have no group of `needed`, nor one that
+        the newest image refers to."""
         newest = self.newest
         for path, ids in [*self._ids.items()]:
-            if path != newest and not any(each in needed for each in ids):
+            if path == newest or not ids.isdisjoint(self._of_image):
+                continue
+            if not any(each in needed for each in ids):
                 path.unlink(missing_ok=True)
                 for each in ids:
                     if self.places[each].path == path:

@@ -60,7 +60,8 @@ class JournaledBuffer(ReplayBuffer):
             if group_id not in places
         )
         with self._refusals():
-            self.journal.begin({"buffer": image_of(self), **self._extras()}, groups)
+            image = {"buffer": image_of(self), **self._extras()}
+            self.journal.begin(image, groups, refers_to=finished)
 
     def begin_segment_if_long(self) -> None:
         """Call it when everything that belongs to the changes so far is done."""

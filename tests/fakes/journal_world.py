@@ -71,6 +71,7 @@ class Crashing(World):
         before = self.buffer
         assert isinstance(before, Recorded)
         assert before.journal is not None
+        before.journal.forget({*before._buffered, *before._taken})
         buffer = recovered(before.journal.folder, before.options)
         assert image_of(buffer) == image_of(before)
         self.go_on_with(buffer, before)

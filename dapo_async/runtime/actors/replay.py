@@ -146,7 +146,9 @@ class ReplayActor:
             for group_id, payload in zip(batch.group_ids, batch.references, strict=True)
         }
         # The step that is open, or the newest one, and its groups that are booked, in their order.
-        self._step = state.untrained[0].learner_version if state.untrained else -1
+        self._step = (
+            state.untrained[0].learner_version if state.untrained else self._buffer.next_step
+        )
         self._of_step: dict[int, Payload] = {
             group_id: payload_in(journal, group_id)
             for group_id, step in state.kept.items()

@@ -88,11 +88,18 @@ def test_segments_without_needed_groups_are_removed(tmp_path: Path) -> None:
     journal.forget({1})
     assert sorted(journal.places) == [1, 3]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["000001.log", "000003.log"]
+    journal.begin({"number": 4}, refers_to=[3])
+    journal.forget({1})
+    assert sorted(journal.places) == [1, 3], "the image refers to group 3"
+    journal.begin({"number": 5})
+    journal.forget({1})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000001.log", "000005.log"]
     again = Journal(tmp_path)
-    assert again.read() == ({"number": 3}, [Record({"k": "offer", "id": 3}, journal.places[3])])
+    journal.append({"k": "offer", "id": 6}, 6, group)
+    assert again.read() == ({"number": 5}, [Record({"k": "offer", "id": 6}, journal.places[6])])
     assert again.places == journal.places
-    again.begin({"number": 4})
-    assert again.newest.name == "000004.log"
+    again.begin({"number": 6})
+    assert again.newest.name == "000006.log"
 
 
 def test_damaged_record_ends_its_segment(tmp_path: Path) -> None:

@@ -720,6 +720,55 @@ def test_learner_that_has_a_batch_of_the_dead_process_gets_the_one_after_it(
     asyncio.run(scene())
 
 
+def test_journal_keeps_the_groups_of_its_image_for_as_long_as_the_image(
+    make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_async.runtime.actors.replay.MOST_STEPS", 3)
+
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=0)
+        await run.actor.serve(0)
+        for step in range(8):
+            (group_id, *_) = await run.actor.ask("rollout-0", 1)
+            group = make_group(group_id, version=step, incarnation="first")
+            await run.actor.offer("rollout-0", group)
+            if step == 0:
+                await run.actor.capture_state(0)  # the image has a finished group
+            batch = await run.actor.take(step)
+            assert isinstance(batch, TrainBatch)
+            await run.actor.trained(step, batch.group_ids, non_finite=False)
+            await run.actor.serve(step + 1, batch.group_ids)
+        assert (await run.dies().report()).counts.trained == 8
+        assert (await run.dies().report()).counts.trained == 8
+
+    asyncio.run(scene())
+
+
+def test_recorded_step_is_whole_though_the_process_dies_between_its_minibatches(
+    make_actor: Callable[..., Actor], tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=2, num_minibatches=2)
+        await run.actor.serve(0)
+        first, second, *_ = await run.actor.ask("rollout-0", 2)
+        await run.actor.offer("rollout-0", make_group(first, incarnation="first"))
+        batch = await run.actor.take(0)
+        assert isinstance(batch, TrainBatch)
+        await run.actor.trained(0, batch.group_ids, non_finite=False)
+        actor = run.dies()  # the learner has nothing, and step 0 is open
+        await actor.offer("rollout-0", make_group(second, incarnation="first"))
+        rest = await actor.take(0)
+        assert isinstance(rest, TrainBatch)
+        assert rest.closes_step
+        await actor.trained(0, rest.group_ids, non_finite=False)
+        await actor._files.written()
+        (sample,) = (tmp_path / "rollouts").glob("*0000*")
+        rows = [json.loads(line) for line in sample.read_text().splitlines()]
+        assert {row["group_id"] for row in rows} == {first, second}
+
+    asyncio.run(scene())
+
+
 def test_journal_keeps_what_a_restarted_learner_needs_and_ends_with_the_run(
     make_actor: Callable[..., Actor], tmp_path: Path
 ) -> None:
