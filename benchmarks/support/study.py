@@ -1,6 +1,7 @@
 """What the studies share.
 
 Each run has its own process. The results are a table over seeds, all curves as JSON, and a plot.
+A study of hours can be stopped: each run is written when it ends, and `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from engine import hardware
 
 from dapo_async.bench.about import commit
+from dapo_async.utils.files import atomic_write
 
 LAST = 4  # a table's accuracy is the mean over so many last evaluations
 Run = dict[str, Any]
@@ -28,9 +30,9 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """`measure` is called with each of `jobs(quick)`.
+    """`measure` is called with each of `jobs(quick)`: the values of `keys`, a seed, and the steps.
 
-    Runs with equal `keys` and different seeds are one row of the table.
+    A run has them by name. Runs with equal `keys` and different seeds are one row of the table.
     """
 
     name: str
@@ -52,37 +54,52 @@ class Study:
             help="also write every curve there, and a picture beside it",
         )
         parser.add_argument("--quick", action="store_true", help=self.quick)
+        parser.add_argument("--resume", action="store_true", help="keep the runs that OUT has")
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
         options = parser.parse_args()
-        jobs, runs = self.jobs(options.quick), []
+        if options.resume and options.json is None:
+            parser.error("--resume needs the --json OUT of the study that it goes on with")
+        runs = json.loads(options.json.read_text())["runs"] if options.resume else []
+        names = (*self.keys, "seed", "steps")
+        done = {tuple(run[name] for name in names) for run in runs}
+        jobs = [job for job in self.jobs(options.quick) if job not in done]
+        total, now = len(runs) + len(jobs), commit()
         with ProcessPoolExecutor(
             options.processes, mp_context=multiprocessing.get_context("spawn")
         ) as pool:
             for future in as_completed([pool.submit(self.measure, *job) for job in jobs]):
-                runs.append(future.result())
-                name = ", ".join(f"{key} {runs[-1][key]}" for key in (*self.keys, "seed"))
-                print(
-                    f"{len(runs)} of {len(jobs)}: {name}, {runs[-1]['seconds']} s", file=sys.stderr
-                )
-        runs.sort(key=self.order)
-        distinct = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
-        rows = [
-            self.row([run for run in runs if tuple(run[key] for key in self.keys) == same])
-            for same in distinct
-        ]
+                run = {**future.result(), "commit": now}
+                runs.append(run)
+                self._write(options.json, runs)
+                name = ", ".join(f"{key} {run[key]}" for key in names)
+                print(f"{len(runs)} of {total}: {name}, {run['seconds']} s", file=sys.stderr)
+        rows = self._table(runs)
         print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
             print(f"| {' | '.join(row.values())} |")
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            about = {
-                "benchmark": self.name,
-                "commit": commit(),
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": hardware(),
-            }
-            options.json.write_text(json.dumps({**about, "table": rows, "runs": runs}) + "\n")
             self.draw(runs, options.json.with_suffix(".png"))
+
+    def _table(self, runs: list[Run]) -> list[dict[str, str]]:
+        runs.sort(key=self.order)
+        distinct = dict.fromkeys(tuple(run[key] for key in self.keys) for run in runs)
+        return [
+            self.row([run for run in runs if tuple(run[key] for key in self.keys) == same])
+            for same in distinct
+        ]
+
+    def _write(self, path: Path | None, runs: list[Run]) -> None:
+        """One run a line."""
+        if path is None:
+            return
+        about = {
+            "benchmark": self.name,
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(),
+        }
+        lines = ",\n".join(json.dumps(run) for run in sorted(runs, key=self.order))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, f'{json.dumps(about)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 def accuracy(runs: Sequence[Run]) -> str:
