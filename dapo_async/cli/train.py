@@ -7,7 +7,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dapo_async.cli.arguments import EXAMPLE, Parser, add_config, path, say
@@ -16,6 +18,7 @@ from dapo_async.config import Config, load, to_yaml
 from dapo_async.utils.paths import for_shell
 
 if TYPE_CHECKING:  # torch, transformers and Ray take seconds to import
+    from dapo_async.runtime.mirror import Mirror
     from dapo_async.runtime.preflight import Inputs
     from dapo_async.runtime.resume import ResumePoint
     from dapo_async.tracking.run_dir import RunDir
@@ -143,6 +146,7 @@ def _train(
 
     `saved` is the config as the run directory keeps it.
     """
+    from dapo_async.runtime.newest_point import withdraw
     from dapo_async.runtime.run import run_training
     from dapo_async.tracking.run_dir import RunDir, missing_folders
     from dapo_async.tracking.sinks import open_progress
@@ -160,6 +164,8 @@ def _train(
     def ready_run_dir() -> None:
         """Once Ray runs: a resume that can't begin leaves everything as it was."""
         if resume:
+            if point.withdrawn:
+                withdraw(config.train.checkpoint_mirror, root, point.withdrawn)
             for name in run_dir.reopen(point.version):
                 progress.say(f"set aside {name}: the run continues before it")
             atomic_write(run_dir.config, to_yaml(saved))
@@ -213,61 +219,80 @@ def _new_run_dir(root: Path, config: str, made: Sequence[Path]) -> RunDir:
 def _begin(options: argparse.Namespace) -> tuple[Config, Path, ResumePoint | None]:
     """The config, its run directory, and where the run there continues; None: it is a new run."""
     from dapo_async.config.validate import check
-    from dapo_async.runtime.resume import (
-        choose_checkpoint,
-        continued_config,
-        resumed_config,
-        saved_config,
-    )
+    from dapo_async.runtime.newest_point import newest_point
+    from dapo_async.runtime.resume import continued_config, resumed_config, saved_config
     from dapo_async.tracking.run_dir import RunDir
 
     if options.resume and options.config is None:
         root = options.resume.resolve()
-        saved_config(root)
+        saved = load(saved_config(root), options.overrides, files=False)
         if not options.dry_run:
             RunDir(root).lock()  # first of all: a running run changes its checkpoints
-        point = choose_checkpoint(root, at=options.at)
+        point = newest_point(
+            root,
+            saved.train.checkpoint_mirror,
+            at=options.at,
+            dry_run=options.dry_run,
+            check=partial(_check_copy, saved),
+            say=say,
+        )
         return resumed_config(root, options.overrides, checkpoint=point.checkpoint), root, point
     config, root = _given(options)
+    base = config.train.checkpoint_mirror
     if config.train.resume == "auto" and root.is_dir():
         run_dir = RunDir(root)
         if run_dir.config.is_file():
             if not options.dry_run:
                 run_dir.lock()
-            point = choose_checkpoint(root)
+            point = newest_point(
+                root,
+                base,
+                dry_run=options.dry_run,
+                check=partial(_check_copy, load(run_dir.config, files=False)),
+                say=say,
+            )
             return continued_config(root, config, checkpoint=point.checkpoint), root, point
         if not options.dry_run and not run_dir.is_locked():
             run_dir.discard(())  # the empty folders of a start that was killed
     check(config)
-    if config.train.checkpoint_mirror and _is_on_mirror(config, root, dry_run=options.dry_run):
-        RunDir(root).lock()
-        point = choose_checkpoint(root)
-        return continued_config(root, config, checkpoint=point.checkpoint), root, point
+    if base and _is_on_mirror(config, root):
+        point = newest_point(root, base, dry_run=options.dry_run, say=say)
+        if not options.dry_run:
+            RunDir(root).lock()
+            return continued_config(root, config, checkpoint=point.checkpoint), root, point
     return config, root, None
 
 
-def _is_on_mirror(config: Config, root: Path, *, dry_run: bool) -> bool:
-    """Whether the mirror has checkpoints of the run; downloads the newest one, unless `dry_run`.
+def _check_copy(ours: Config, mirror: Mirror) -> None:
+    """Raises ValueError if the copy is not of the run here, which has the config `ours`."""
+    from dapo_async.runtime.resume import changed_knobs
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(mirror.config())
+        theirs = load(file, files=False)
+    for name, here, there in changed_knobs(ours, theirs):
+        raise ValueError(
+            f"{mirror.url} has another run than this machine: {name} is {there} there and {here} "
+            "here; choose another run_dir or train.checkpoint_mirror"
+        )
+
+
+def _is_on_mirror(config: Config, root: Path) -> bool:
+    """Whether the mirror has checkpoints of a run that is not on this machine.
 
     Raises ValueError for a new run whose place on the mirror is taken.
     """
     from dapo_async.runtime.mirror import mirror_of
 
     mirror = mirror_of(config.train.checkpoint_mirror, root)
-    versions = mirror.versions()
-    if not versions:
-        return False
-    if config.train.resume != "auto":
+    taken = bool(mirror.versions())
+    if taken and config.train.resume != "auto":
         raise ValueError(
             f"{mirror.url} has checkpoints of a run; continue it with train.resume=auto or "
             f"--resume {mirror.url}, or choose another run_dir"
         )
-    if dry_run:
-        say(f"would download step_{versions[-1]:06d} of {mirror.url} to {root}")
-        return False
-    for line in mirror.download(root):
-        say(line)
-    return True
+    return taken
 
 
 def _download(options: argparse.Namespace) -> Path | None:

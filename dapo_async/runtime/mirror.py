@@ -15,8 +15,9 @@ import asyncio
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +36,14 @@ LONGEST_REASON = 200
 def mirror_of(base: str, root: Path) -> Mirror:
     """The mirror of the run in `root`, below the URL `base`. Raises ValueError."""
     return Mirror(f"{base.rstrip('/')}/{root.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What `Mirror.download` has done."""
+
+    notes: tuple[str, ...]  # lines about it
+    damaged: tuple[int, ...]  # versions whose copies have other content than was written
 
 
 class Mirror:
@@ -98,41 +107,68 @@ class Mirror:
         self._store.pipe_file(f"{target}/{STATE}/{MANIFEST}", manifest)
 
     def keep(self, wanted: Collection[int]) -> None:
-        """Removes all other checkpoints."""
-        for version in self.versions():
-            if version not in wanted:
-                self._remove(version)
+        """Removes all other checkpoints that are older than the newest of `wanted`."""
+        self.remove([each for each in self.versions() if each not in wanted and each < max(wanted)])
 
-    def download(self, root: Path) -> list[str]:
-        """Makes `root` a run directory with the newest whole checkpoint; returns lines about it.
+    def remove(self, versions: Collection[int]) -> None:
+        """Removes checkpoints. Raises what fsspec raises."""
+        for version in versions:
+            self._remove(version)
+
+    def config(self) -> str:
+        """The run's config.yaml. Raises ValueError if it can't be read."""
+        try:
+            return str(self._store.cat_file(f"{self._root}/config.yaml").decode())
+        except Exception as error:
+            raise ValueError(
+                f"{self.url}/config.yaml can't be read: {_reason(error)}; check the URL"
+            ) from error
+
+    def download(self, root: Path, *, after: int = -1) -> Download:
+        """Makes `root` a run directory with the newest whole checkpoint of those after `after`.
 
         Every file is compared with the manifest, and a damaged checkpoint is stepped over. Raises
-        ValueError when none is whole.
+        ValueError when none is whole, and when the newest can't be downloaded now: an older one
+        would take its place.
         """
-        notes, folder = [], CheckpointFolder(RunDir(root).checkpoints)
+        notes: list[str] = []
+        damaged: list[int] = []
+        folder = CheckpointFolder(RunDir(root).checkpoints)
         root.mkdir(parents=True, exist_ok=True)
         (root / "rollouts").mkdir(exist_ok=True)
-        for version in reversed(self.versions()):
+        for version in reversed([each for each in self.versions() if each > after]):
             began_s = time.monotonic()
-            try:
-                fault = self._fetch(version, folder)
-            except Exception as error:  # noqa: BLE001 (each store raises its own kinds)
-                fault = _reason(error)
             name = folder.path(version).name
+            try:
+                self._fetch_small(root, FILES[:-1])  # a later start must find them
+                fault = self._fetch(version, folder)
+                if not fault:
+                    self._fetch_small(root, FILES[-1:])
+            except (FileNotFoundError, ValueError) as error:  # a file or the manifest is gone
+                fault = _reason(error)
+            except Exception as error:
+                raise ValueError(
+                    f"{name} of {self.url} can't be downloaded: {_reason(error)}; repeat the "
+                    "command when the store answers"
+                ) from error
             if fault:
                 notes.append(f"{self.url} has a damaged {name}, so it is not used: {fault}")
+                damaged.append(version)
                 continue
-            for file in FILES:
-                if self._store.exists(f"{self._root}/{file}"):
-                    text = self._store.cat_file(f"{self._root}/{file}").decode()
-                    atomic_write(root / file, text)
             took_s = time.monotonic() - began_s
-            return [*notes, f"downloaded {name} from {self.url} in {took_s:.1f} s"]
+            notes.append(f"downloaded {name} from {self.url} in {took_s:.1f} s")
+            return Download(tuple(notes), tuple(damaged))
         why = f": {notes[0]}" if notes else ""
         raise ValueError(
             f"{self.url} has no whole checkpoint{why}; give the URL of a run, such as "
             "s3://bucket/runs/NAME"
         )
+
+    def _fetch_small(self, root: Path, files: Sequence[str]) -> None:
+        for file in files:
+            if self._store.exists(f"{self._root}/{file}"):
+                text = self._store.cat_file(f"{self._root}/{file}").decode()
+                atomic_write(root / file, text)
 
     def _fetch(self, version: int, folder: CheckpointFolder) -> str:
         """Downloads one checkpoint, and commits it if it is whole. Returns what is wrong."""
@@ -180,7 +216,8 @@ class Uploads:
     def __init__(
         self, mirror: Mirror, run_dir: RunDir, *, first: int, say: Callable[[str], None]
     ) -> None:
-        """`first`: the version at which the run starts; the mirror forgets later ones."""
+        """`first`: the version at which the run starts. The mirror has later ones only if another
+        run writes there: then nothing is copied."""
         self._mirror, self._run_dir, self._first, self._say = mirror, run_dir, first, say
         self._folder = CheckpointFolder(run_dir.checkpoints)
         # Not asyncio's threads: its end would wait for an upload that hangs.
@@ -250,13 +287,18 @@ class Uploads:
 
     def _upload(self, version: int) -> None:
         if not self._began:
-            self._mirror.keep([each for each in self._mirror.versions() if each <= self._first])
+            newer = [each for each in self._mirror.versions() if each > self._first]
+            if newer:
+                raise ValueError(
+                    f"it has version {newer[-1]}, and this run began at version {self._first}; "
+                    f"remove those after {self._first} there if nobody needs them"
+                )
             self._began = True
         self._mirror.upload(self._run_dir, version)
         self._mirror.keep([*self._folder.versions(), version])
 
 
-def fetched(mirror: Mirror, root: Path) -> list[str]:
+def fetched(mirror: Mirror, root: Path) -> tuple[str, ...]:
     """Downloads a run into the new folder `root`; returns lines about it.
 
     Raises ValueError where a run is in `root` already.
@@ -266,7 +308,7 @@ def fetched(mirror: Mirror, root: Path) -> list[str]:
             f"--resume {mirror.url}: {root} has a run already; continue it with --resume "
             f"{for_shell(root)}, or remove it"
         )
-    return mirror.download(root)
+    return mirror.download(root).notes
 
 
 def _after(path: str, mark: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class ResumePoint:
     counts: Counts = field(default_factory=lambda: Counts(0))  # of all groups up to there
     failures: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # lines about the choice of this checkpoint
+    # Newer copies on the mirror that are removed when the run begins: the user has rolled back, or
+    # they are damaged.
+    withdrawn: tuple[int, ...] = ()
 
     @property
     def state(self) -> Path | None:
@@ -120,16 +123,22 @@ def complete_line(root: Path, config: Config, point: ResumePoint) -> str | None:
     return f"the run in {root} is complete: {why}"
 
 
-def _same_run(before: Config, after: Config, root: Path, checkpoint: Path | None) -> Config:
-    """`after`, if it continues the run that has the config `before`."""
+def changed_knobs(before: Config, after: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Knobs that make `after` another run, with both values."""
     for name in [knob.name for knob in knobs.knobs()]:
         old, new = _value(before, name), _value(after, name)
         if old != new and not name.startswith(SAFE):
-            raise ValueError(
-                f"{name} can't change from {old} to {new} when a run is resumed; "
-                f"only {', '.join(SAFE)} may change; start a new run from a checkpoint "
-                "of this run instead (model.path=CHECKPOINT)"
-            )
+            yield name, old, new
+
+
+def _same_run(before: Config, after: Config, root: Path, checkpoint: Path | None) -> Config:
+    """`after`, if it continues the run that has the config `before`."""
+    for name, old, new in changed_knobs(before, after):
+        raise ValueError(
+            f"{name} can't change from {old} to {new} when a run is resumed; "
+            f"only {', '.join(SAFE)} may change; start a new run from a checkpoint "
+            "of this run instead (model.path=CHECKPOINT)"
+        )
     checkpoint = checkpoint or CheckpointFolder(RunDir(root).checkpoints).newest
     if after.model.path != before.model.path:
         _check_same_model(after.model.path, checkpoint)

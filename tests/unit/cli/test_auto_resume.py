@@ -15,9 +15,11 @@ from dapo_async.cli.arguments import Parser, parse
 from dapo_async.cli.main import main
 from dapo_async.cli.train import _begin, add_arguments
 from dapo_async.config import Config
+from dapo_async.runtime.mirror import Mirror
 from dapo_async.runtime.resume import START, ResumePoint, complete_line, continued_config
 from dapo_async.runtime.run_keeper import RESTARTED
 from dapo_async.tracking.run_dir import RunDir
+from dapo_async.utils.manifest import MANIFEST, write_manifest
 
 TRAIN = ("train", str(QUICKSTART), "train.resume=auto")
 
@@ -48,6 +50,31 @@ def test_a_run_with_a_checkpoint_continues_there_with_the_given_config(tmp_path:
     assert chosen == root
     assert point is not None
     assert (point.version, config.rollout.num_workers, config.run_dir) == (4, 3, str(root))
+
+
+def test_the_newer_one_of_run_directory_and_mirror_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    ahead = run_of(tmp_path / "there" / "run", base)
+    for version in (2, 4):
+        path = ahead / "checkpoints" / f"step_{version:06d}"
+        write_manifest(path, path / "state" / MANIFEST)
+    url = "memory://auto/runs"
+    Mirror(f"{url}/run").upload(RunDir(ahead), 4)
+    root = tmp_path / "here" / "run"
+    shutil.copytree(ahead, root)
+    shutil.rmtree(root / "checkpoints" / "step_000004")
+    words = (f"run_dir={root}", f"model.path={base}", f"train.checkpoint_mirror={url}")
+    _, _, point = begin(*words)  # a dry run downloads nothing
+    assert point is not None
+    assert point.version == 2
+    would = f"would download step_000004 of {url}/run to {root}, which has step_000002\n"
+    assert capsys.readouterr().out == would
+    assert main([*TRAIN, *words, "train.num_steps=4"]) == 0
+    out = capsys.readouterr().out
+    assert "; this machine has step_000002\nthe run in " in out
+    assert "all 4 steps" in out
 
 
 def test_a_run_without_a_checkpoint_starts_again_with_any_config(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from run_folders import run_of
 from dapo_async.cli.main import main
 from dapo_async.config import load
 from dapo_async.runtime.mirror import Mirror, Uploads, fetched, mirror_of
+from dapo_async.runtime.newest_point import newest_point, withdraw
 from dapo_async.runtime.resume import choose_checkpoint
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
@@ -108,7 +110,9 @@ def test_a_damaged_copy_is_stepped_over(tmp_path: Path, store: Any, name: str) -
     _, mirror = mirrored(tmp_path)
     path = f"{ROOT}/checkpoints/step_000004/{name}"
     store.pipe_file(path, bytes(len(store.cat_file(path))))
-    lines = mirror.download(tmp_path / "new")
+    got = mirror.download(tmp_path / "new")
+    lines = got.notes
+    assert got.damaged == (4,)
     assert lines[0].startswith(f"{BASE}/run has a damaged step_000004, so it is not used: ")
     assert lines[0].endswith("has other content than was written")
     assert lines[1].startswith("downloaded step_000002 from ")
@@ -144,21 +148,123 @@ def test_a_download_that_was_killed_is_repeated(tmp_path: Path, store: Any) -> N
     assert choose_checkpoint(root).version == 4
 
 
-def test_uploads_keep_what_the_run_keeps_and_forget_later_ones(tmp_path: Path, store: Any) -> None:
+def test_uploads_keep_what_the_run_keeps(tmp_path: Path, store: Any) -> None:
     run_dir, mirror = mirrored(tmp_path)
+    shutil.rmtree(run_dir.checkpoints / "step_000002")  # the run keeps one
     said: list[str] = []
 
     async def train() -> Uploads:
-        uploads = Uploads(mirror, run_dir, first=2, say=said.append)
-        (run_dir.checkpoints / "step_000004").rename(run_dir.checkpoints / "aside1.step_000004")
-        uploads.offer(2)
-        assert uploads.in_use == {2}
+        uploads = Uploads(mirror, run_dir, first=4, say=said.append)
+        uploads.offer(4)
+        assert uploads.in_use == {4}
         await uploads.finish(deadline_s=30.0)
         return uploads
 
     uploads = asyncio.run(train())
-    assert (mirror.versions(), said) == ([2], [])
+    assert (mirror.versions(), said) == ([4], [])
     assert (uploads.summary()["uploaded"], uploads.summary()["not_uploaded"]) == (1, 0)
+
+
+def test_uploads_never_remove_checkpoints_newer_than_the_start_of_the_run(
+    tmp_path: Path, store: Any
+) -> None:
+    run_dir, mirror = mirrored(tmp_path)
+    said: list[str] = []
+
+    async def train() -> None:
+        uploads = Uploads(mirror, run_dir, first=0, say=said.append)
+        await uploads.offer(2)
+
+    asyncio.run(train())
+    assert mirror.versions() == [2, 4]
+    (line,) = said
+    assert f"{BASE}/run: it has version 4, and this run began at version 0; remove those" in line
+
+
+def test_a_run_that_is_ahead_on_the_mirror_goes_on_from_there(tmp_path: Path, store: Any) -> None:
+    run_dir, _ = mirrored(tmp_path)
+    (run_dir.root / "metrics.jsonl").write_text("")
+    shutil.rmtree(run_dir.checkpoints / "step_000004")
+    said: list[str] = []
+    point = newest_point(run_dir.root, BASE, say=said.append)
+    (line,) = said
+    assert line.startswith(f"downloaded step_000004 from {BASE}/run in ")
+    assert line.endswith("; this machine has step_000002")
+    assert (point.version, point.withdrawn) == (4, ())
+    assert run_dir.metrics.read_text() == '{"step": 0}\n'
+    shutil.rmtree(run_dir.checkpoints)  # a run without a checkpoint does not start from zero
+    assert newest_point(run_dir.root, BASE, say=said.append).version == 4
+
+
+def test_a_run_that_is_ahead_here_goes_on_from_here(tmp_path: Path, store: Any) -> None:
+    run_dir, mirror = mirrored(tmp_path)
+    mirror.remove([4])
+    said: list[str] = []
+    assert newest_point(run_dir.root, BASE, say=said.append).version == 4
+    assert said == [f"{BASE}/run has nothing newer than step_000004 of this machine"]
+
+
+def test_a_rollback_by_name_withdraws_the_newer_copies(tmp_path: Path, store: Any) -> None:
+    run_dir, mirror = mirrored(tmp_path)
+    said: list[str] = []
+    point = newest_point(run_dir.root, BASE, at="step_000002", say=said.append)
+    assert (point.version, point.withdrawn, mirror.versions()) == (2, (4,), [2, 4])
+    assert said == [f"--from step_000002: step_000004 will be removed from {BASE}/run"]
+    withdraw(BASE, run_dir.root, point.withdrawn)
+    assert mirror.versions() == [2]
+
+
+def test_newer_copies_that_cannot_be_downloaded_are_not_given_up(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, mirror = mirrored(tmp_path)
+    shutil.rmtree(run_dir.checkpoints / "step_000004")
+
+    def gone(*words: Any, **options: Any) -> None:
+        raise ConnectionError("reset")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "get", gone)
+        with pytest.raises(ValueError, match=r"step_000004 of .* can't be downloaded: reset; .*"):
+            newest_point(run_dir.root, BASE, say=print)
+    path = f"{ROOT}/checkpoints/step_000004/model.safetensors"
+    store.pipe_file(path, bytes(len(store.cat_file(path))))
+    remedy = r"which removes step_000004 there: --resume .* --from step_000002$"
+    with pytest.raises(ValueError, match=rf"has no whole checkpoint: .* damaged .*{remedy}"):
+        newest_point(run_dir.root, BASE, say=print)
+    assert mirror.versions() == [2, 4]
+
+
+def test_a_mirror_that_does_not_answer_stops_only_a_run_without_a_checkpoint(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, _ = mirrored(tmp_path)
+
+    def gone(*words: Any, **options: Any) -> None:
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(type(store), "exists", gone)
+    said: list[str] = []
+    assert newest_point(run_dir.root, BASE, say=said.append).version == 4
+    assert said[0].endswith("the run continues from step_000004 of this machine")
+    shutil.rmtree(run_dir.checkpoints)
+    with pytest.raises(ValueError, match=r"can't be read: reset; check the URL"):
+        newest_point(run_dir.root, BASE, say=print)
+
+
+def test_the_copy_of_another_run_is_not_downloaded_over_this_one(
+    tmp_path: Path, store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, mirror = mirrored(tmp_path)
+    shutil.rmtree(run_dir.checkpoints / "step_000004")
+    text = mirror.config()
+    store.pipe_file(f"{ROOT}/config.yaml", text.replace("lr: 0.0003", "lr: 0.5").encode())
+    resume = ("train", "--resume", str(run_dir.root), f"train.checkpoint_mirror={BASE}")
+    assert main(resume) == 2
+    assert (
+        f"{BASE}/run has another run than this machine: learner.lr is 0.5 there and 0.0003 here"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failed_upload_is_one_line_and_the_end_tries_again(tmp_path: Path, store: Any) -> None:
