@@ -23,7 +23,6 @@ from dapo_async.planner.scenario import LearnerSpeed
 
 FLOAT32 = 4
 STATE_BYTES = 16  # per parameter: weight, gradient and two moments in float32
-NODE_GPUS = 8
 MOST_LEARNER_GPUS = 65_536
 
 
@@ -39,7 +38,7 @@ class Efficiency:
     memory: float = 0.88  # of a GPU's memory, for weights, keys and values of an engine
     training_memory: float = 0.9  # of a GPU's memory, for a learner rank
     link: float = 0.6  # of the bandwidth between the GPUs of a node
-    network_gb_per_s: float = 25.0  # of a GPU to GPUs of other nodes, as reached
+    network: float = 0.5  # of the bandwidth of a GPU to GPUs of other nodes
     minibatch_s: float = 0.2  # of a minibatch beside the GPU's work
     # Of a publish. Both fit verl's published times of dense models from 7B to 72B.
     sync_layer_s: float = 0.14  # per layer: gathered from the ranks
@@ -47,10 +46,11 @@ class Efficiency:
     disk_gb_per_s: float = 2.0  # of the disk that learner and engines share, written or read
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "prefill", "mfu", "memory", "training_memory", "link"):
+        shares = ("bandwidth", "prefill", "mfu", "memory", "training_memory", "link", "network")
+        for name in shares:
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"model.{name} ({value:g}) must be above 0 and at most 1")
-        for name in ("network_gb_per_s", "sync_gb_per_s", "disk_gb_per_s"):
+        for name in ("sync_gb_per_s", "disk_gb_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} ({getattr(self, name):g}) must be above 0")
 
@@ -140,9 +140,9 @@ def learner_speed(
     own = model.num_parameters / tensor_parallel
     exchanged = (ranks - 1) / ranks * own * (2 * HALF + FLOAT32)  # weights twice, gradients once
     link = gpu.link_bytes_per_s * efficiency.link
-    network = efficiency.network_gb_per_s * 1e9
-    between = link if gpus <= NODE_GPUS else network
-    inside = link if tensor_parallel * context_parallel <= NODE_GPUS else network
+    network = gpu.network_bytes_per_s * efficiency.network
+    between = link if gpus <= gpu.link_gpus else network
+    inside = link if tensor_parallel * context_parallel <= gpu.link_gpus else network
     gather_s = passes * exchanged / between
     share = (tensor_parallel - 1) / tensor_parallel
     # Per layer four exchanges forward and four backward.

@@ -2,7 +2,9 @@
 
 The cost model reads them. Sources of the peaks are in `dapo_async.model.peak`. Memory and NVLink
 (one direction, per GPU) come from the same datasheets. A GPU without NVLink has the speed of its
-PCIe.
+PCIe. The network is that of NVIDIA's own machines: 200 Gb/s per GPU with A100 (DGX A100), 400 Gb/s
+with later ones (DGX H100, GB200 NVL72), 200 Gb/s for two L40S. NVLink joins all GPUs of a machine;
+with GB200 those of a rack, which are in machines of four.
 """
 
 from __future__ import annotations
@@ -15,29 +17,36 @@ from typing import Any
 from dapo_async.model.peak import TERA, Peak, known_peak
 
 GIGA = 1e9
-# By the start of its name: memory in GB, bytes per second to another GPU of its node in GB.
-KNOWN: Mapping[str, tuple[float, float]] = {
-    "GB200": (186, 900),
-    "B200": (180, 900),
-    "H200": (141, 450),
-    "H20": (96, 450),
-    "H800": (80, 200),
-    "H100": (80, 450),
-    "A100": (80, 300),
-    "L40S": (48, 32),
+NODE_GPUS = 8  # of a machine, where nothing else is known
+# By the start of its name: memory in GB, GB/s to another GPU of its node, to one of another node.
+KNOWN: Mapping[str, tuple[float, float, float]] = {
+    "GB200": (186, 900, 50),
+    "B200": (180, 900, 50),
+    "H200": (141, 450, 50),
+    "H20": (96, 450, 50),
+    "H800": (80, 200, 50),
+    "H100": (80, 450, 50),
+    "A100": (80, 300, 25),
+    "L40S": (48, 32, 12.5),
 }
+# GPUs of a machine, and GPUs that the link joins.
+MACHINES: Mapping[str, tuple[int, int]] = {"GB200": (4, 72)}
 FILE_KEYS = ("tflops", "tb_per_s", "memory_gb", "link_gb_per_s")
+MORE_KEYS: Mapping[str, float] = {"network_gb_per_s": 50, "node_gpus": 8, "link_gpus": 8}
 EXAMPLE = "{MI300X: {tflops: 1307, tb_per_s: 5.3, memory_gb: 192, link_gb_per_s: 448}}"
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peaks, memory and link of one device."""
+    """Peaks, memory and links of one device."""
 
     name: str
     peak: Peak
     memory_bytes: float
-    link_bytes_per_s: float  # to another GPU of its node, one direction
+    link_bytes_per_s: float  # to another of the `link_gpus`, one direction
+    network_bytes_per_s: float  # to all others, one direction
+    node_gpus: int = NODE_GPUS  # of a machine: they are lost together
+    link_gpus: int = NODE_GPUS
 
 
 def find_gpu(name: str, file: Path | None = None) -> Gpu:
@@ -49,15 +58,15 @@ def find_gpu(name: str, file: Path | None = None) -> Gpu:
     if name in others:
         return others[name]
     peak = known_peak(name)
-    known = next((each for start, each in KNOWN.items() if name.upper().startswith(start)), None)
-    if peak is None or known is None:
+    kind = next((start for start in KNOWN if name.upper().startswith(start)), None)
+    if peak is None or kind is None:
         names = ", ".join([*others, *KNOWN])
         raise ValueError(
             f"model.gpu ({name!r}) is not known; give one of {names}, or describe it in the file "
             "of model.hardware"
         )
-    memory, link = known
-    return Gpu(name, peak, memory * GIGA, link * GIGA)
+    memory, link, network = (GIGA * each for each in KNOWN[kind])
+    return Gpu(name, peak, memory, link, network, *MACHINES.get(kind, (NODE_GPUS, NODE_GPUS)))
 
 
 def read_hardware(path: Path) -> dict[str, Gpu]:
@@ -80,15 +89,24 @@ def read_hardware(path: Path) -> dict[str, Gpu]:
 
 
 def _gpu(path: Path, name: str, values: Any) -> Gpu:
-    if not isinstance(values, Mapping) or set(values) != set(FILE_KEYS):
+    if not isinstance(values, Mapping) or not (
+        set(FILE_KEYS) <= set(values) <= {*FILE_KEYS, *MORE_KEYS}
+    ):
         raise ValueError(
-            f"{path}: {name} must have exactly {', '.join(FILE_KEYS)}, such as {EXAMPLE}"
+            f"{path}: {name} must have {', '.join(FILE_KEYS)}, may have {', '.join(MORE_KEYS)}, "
+            f"and nothing else, such as {EXAMPLE}"
         )
-    numbers = []
-    for key in FILE_KEYS:
-        value = values[key]
+    numbers: dict[str, float] = {}
+    for key, value in {**MORE_KEYS, **values}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise ValueError(f"{path}: {name}.{key} ({value!r}) must be a number above 0")
-        numbers.append(float(value))
-    tflops, terabytes, memory, link = numbers
-    return Gpu(name, Peak(tflops * TERA, terabytes * TERA), memory * GIGA, link * GIGA)
+        numbers[key] = float(value)
+    return Gpu(
+        name,
+        Peak(numbers["tflops"] * TERA, numbers["tb_per_s"] * TERA),
+        numbers["memory_gb"] * GIGA,
+        numbers["link_gb_per_s"] * GIGA,
+        numbers["network_gb_per_s"] * GIGA,
+        max(1, round(numbers["node_gpus"])),
+        max(1, round(numbers["link_gpus"])),
+    )

@@ -18,7 +18,7 @@ from dapo_async.planner.cost_model import (
     learner_speed,
 )
 from dapo_async.planner.engine import EngineSpeed
-from dapo_async.planner.hardware import Gpu
+from dapo_async.planner.hardware import NODE_GPUS, Gpu
 from dapo_async.planner.planned_model import PlannedModel
 from dapo_async.planner.scenario import LearnerSpeed
 
@@ -80,6 +80,11 @@ class Rates:
     token_s: Mapping[int, float] = field(default_factory=dict)  # measured, by GPUs of the learner
     computed: ComputedRates | None = None
     is_engine_computed: bool = False
+
+    @property
+    def node_gpus(self) -> int:
+        """GPUs of a machine; 8 are assumed without a model."""
+        return NODE_GPUS if self.computed is None else self.computed.gpu.node_gpus
 
     def engine_at(self, *, gpus: int, slots: int) -> EngineSpeed:
         """One engine on `gpus` GPUs. Raises ValueError if the rates are not known or do not fit."""

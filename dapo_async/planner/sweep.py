@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from dapo_async.planner.closed_forms import closed_forms
-from dapo_async.planner.cost_model import NODE_GPUS
 from dapo_async.planner.outcome import Outcome
 from dapo_async.planner.scenario import Scenario
 from dapo_async.planner.settings import Cluster
@@ -147,7 +146,7 @@ def find_plan(scenario: Scenario, cluster: Cluster) -> Plan:
         tried,
         left_out,
     )
-    return replace(plan, sensitivity=dict(_sensitivity(plan.best)))
+    return replace(plan, sensitivity=dict(_sensitivity(plan.best, cluster.rates.node_gpus)))
 
 
 def scenario_of_shape(
@@ -339,7 +338,7 @@ def _synchronous(scenario: Scenario) -> Scenario:
     )
 
 
-def _sensitivity(best: Candidate) -> Iterator[tuple[str, float]]:
+def _sensitivity(best: Candidate, node_gpus: int) -> Iterator[tuple[str, float]]:
     """What if an assumption is wrong: step time over that of the best split."""
     scenario = best.scenario
     before = simulate(smaller(scenario)).step_s
@@ -347,7 +346,7 @@ def _sensitivity(best: Candidate) -> Iterator[tuple[str, float]]:
         scenario.lengths,
         mean_tokens=min(2 * scenario.lengths.mean_tokens, 0.9 * scenario.lengths.max_tokens),
     )
-    lost = max(1, NODE_GPUS // best.shape.engine_gpus)
+    lost = max(1, node_gpus // best.shape.engine_gpus)
     changes: dict[str, Scenario] = {
         "responses twice as long": replace(scenario, lengths=longer),
         "acceptance 30 %": replace(scenario, acceptance=(0.3, 0.3)),
