@@ -213,6 +213,10 @@ class MemoryShort(RuntimeError):
     """A learner rank lacks memory for a pass that the other ranks are in; halves of it may fit."""
 
 
+class StateUnusable(ValueError):
+    """A learner rank can't load its part of a checkpoint; the message names the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
     """Diagnostics of one step, added up over microbatches and ranks and divided once.

@@ -21,13 +21,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 MOST_KL = 0.5  # nats per token, of the behaviour policy from the proximal one (estimator k3)
 LEAST_ESS = 0.05  # of a minibatch's tokens
 LEAST_ROLLOUTS = 16  # fewer may all be cut by chance
 LEAST_ENTROPY = 0.02  # of that of the first step
 LEARNED = 0.9  # accuracy from which on a low entropy is no fault
-LEAST_GRADIENT = 1e-12  # norm
 NO_VARIANCE_STEPS = 20
 KEPT_BATCHES = 5  # of each rule
 
@@ -104,16 +104,38 @@ def _flag(guard: Guard) -> str:
 
 @dataclass(slots=True)
 class RunGuards:
-    """Judges the steps of one run in their order."""
+    """Judges the steps of one run in their order. A resumed run goes on with `state`."""
 
     mode: str = "warn"  # train.guards
     counts: Counter[str] = field(default_factory=Counter)  # steps that broke a rule, by its name
     stop_reason: str | None = None  # with `stop`: why the run ends
     _first_entropy: float | None = None
     _steps_without_variance: int = 0
-    _mismatches: int = 0  # so far
+    _mismatches: int = 0  # so far, of this start of the run
     _before: frozenset[Guard] = frozenset()  # broken by the step before
     _kept: Counter[Guard] = field(default_factory=Counter)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, as JSON values."""
+        return {
+            "counts": dict(self.counts),
+            "first_entropy": self._first_entropy,
+            "steps_without_variance": self._steps_without_variance,
+            "before": sorted(self._before),
+            "kept": {guard.value: count for guard, count in self._kept.items()},
+        }
+
+    @classmethod
+    def resumed(cls, mode: str, state: Mapping[str, Any]) -> RunGuards:
+        """Goes on where `state` ended; empty, as in checkpoints of earlier versions: begins."""
+        return cls(
+            mode,
+            Counter(state.get("counts", {})),
+            _first_entropy=state.get("first_entropy"),
+            _steps_without_variance=state.get("steps_without_variance", 0),
+            _before=frozenset(map(Guard, state.get("before", ()))),
+            _kept=Counter({Guard(name): count for name, count in state.get("kept", {}).items()}),
+        )
 
     def to_keep(self, totals: Mapping[str, float]) -> tuple[Guard, ...]:
         """The rules for which the batch of a minibatch is kept on disk: the first few of each."""
@@ -158,7 +180,8 @@ class RunGuards:
             and values.get("accuracy", 0.0) <= LEARNED
         ):
             broken.append(Guard.ENTROPY_COLLAPSE)
-        has_none = values.get("grad_norm", math.inf) < LEAST_GRADIENT
+        num_groups = values.get("groups", 0.0)
+        has_none = 0.0 < num_groups == values.get("groups_equal_rewards", 0.0)
         self._steps_without_variance = self._steps_without_variance + 1 if has_none else 0
         if self._steps_without_variance >= NO_VARIANCE_STEPS:
             broken.append(Guard.NO_VARIANCE)

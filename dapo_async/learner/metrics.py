@@ -145,7 +145,8 @@ def rollout_metrics(
     """Means over a rank's rollouts: reward, accuracy, response length (tokens), two fractions.
 
     The fractions are those of truncated rollouts, and of rollouts with tokens of several versions.
-    A group counts on the rank that has its first rollout.
+    A group counts on the rank that has its first rollout. One whose rewards are all equal has
+    advantages of 0.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     versions = [rollout.completion.weight_versions.tolist() for rollout in rollouts]
@@ -157,9 +158,11 @@ def rollout_metrics(
         "truncated": sum(rollout.truncated for rollout in rollouts),
         "mixed_versions": sum(len(set(each)) > 1 for each in versions),
     }
+    own = [each for each in share.groups if each.siblings[0] == 0]
     staleness = [learner_version - group.oldest_version for group in groups]
     totals = {
-        "groups": float(sum(each.siblings[0] == 0 for each in share.groups)),
+        "groups": float(len(own)),
+        "groups_equal_rewards": float(sum(len({*each.rewards}) == 1 for each in own)),
         "rollouts": count,
         "tokens": float(sum(rollout.num_tokens for rollout in rollouts)),
     }

@@ -8,7 +8,7 @@ Between two steps the publisher takes snapshots of the decoder.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -325,11 +325,13 @@ class LearnerRank:
         """Takes its device memory again."""
         self._on_host.restore()
 
-    def load(self, folder: Path) -> None:
+    def load(
+        self, folder: Path, *, check: Callable[[Iterable[Path]], None] = lambda _: None
+    ) -> None:
         """Continues from a state that `save_state` wrote, on any number of ranks.
 
-        Raises ValueError if a file is missing, or if the state was trained with another reference
-        policy.
+        `check`: see `load_state`. Raises ValueError if a file is missing or damaged, or if the
+        state was trained with another reference policy.
         """
         reference = check_state(folder).get("reference")
         if self._reference_sum is not None and reference != self._reference_sum:
@@ -338,7 +340,7 @@ class LearnerRank:
                 f"the weights {self._reference_sum}, the checkpoint was trained with {reference}; "
                 "give the base model of the run"
             )
-        self.version = load_state(self.decoder, self._optimizer, folder)
+        self.version = load_state(self.decoder, self._optimizer, folder, check=check)
 
     def share_of(self, groups: Sequence[Group]) -> RankShare:
         """This rank's share of a minibatch of whole groups."""

@@ -9,7 +9,7 @@ writes what, the ranks use torch's object collectives in a separate process grou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,21 @@ def save_state(state: RankState, folder: Path, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def load_state(decoder: Decoder, optimizer: ShardedAdamW, folder: Path) -> int:
+def load_state(
+    decoder: Decoder,
+    optimizer: ShardedAdamW,
+    folder: Path,
+    *,
+    check: Callable[[Iterable[Path]], None] = lambda _: None,
+) -> int:
     """Loads this rank's parts, written by any number of ranks; returns the version.
 
-    Raises ValueError if a file of the folder is missing or incomplete.
+    `check` gets the files that this rank reads, before it reads them. Raises ValueError if a file
+    of the folder is missing or incomplete, or if `check` does.
     """
     from dapo_async.learner.state_files import read_into
 
+    check([folder / COUNTS_FILE])
     counts = check_state(folder)
     if counts["updates"]:
         optimizer.make_moments(counts["updates"])
@@ -109,7 +117,7 @@ def load_state(decoder: Decoder, optimizer: ShardedAdamW, folder: Path) -> int:
         key: Part(torch.full_like(part.tensor, torch.nan, device="cpu"), part.place, part.shape)
         for key, part in parts.items()
     }
-    read_into(read, folder)
+    read_into(read, folder, check=check)
     for key, part in parts.items():
         part.tensor.copy_(read[key].tensor)
     return int(counts["version"])

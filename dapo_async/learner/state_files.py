@@ -7,7 +7,7 @@ calls it, and imports it on first use: `torch.distributed.checkpoint` takes more
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.futures import Future
 
 from dapo_async.learner.parts import Part
 from dapo_async.model import Mesh
@@ -49,6 +51,20 @@ class LoadPlanner(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         target: Part | Tensor = self.state_dict[index.fqn]
         return target.tensor if isinstance(target, Part) else target
+
+
+class CheckedReader(HuggingFaceStorageReader):
+    """Torch's reader, which gives `check` the files from which it is about to read tensors."""
+
+    def __init__(self, folder: Path, check: Callable[[Iterable[Path]], None]) -> None:
+        super().__init__(str(folder))
+        self._check = check
+
+    def read_data(self, plan: LoadPlan, planner: DefaultLoadPlanner) -> Future[None]:  # type: ignore[override]
+        self._check(
+            {Path(self.storage_data[each.storage_index].relative_path) for each in plan.items}
+        )
+        return super().read_data(plan, planner)
 
 
 def write_parts(parts: Mapping[str, Part], folder: Path, mesh: Mesh) -> None:
@@ -86,15 +102,21 @@ def whole_shapes(folder: Path) -> dict[str, torch.Size]:
     return shapes
 
 
-def read_into(tensors: Mapping[str, Part | Tensor], folder: Path) -> None:
+def read_into(
+    tensors: Mapping[str, Part | Tensor],
+    folder: Path,
+    *,
+    check: Callable[[Iterable[Path]], None] = lambda _: None,
+) -> None:
     """Reads into the tensors' storage, without communication.
 
-    Raises ValueError if they cannot be read.
+    `check` gets the files from which they are read, before, and raises ValueError if one of them
+    must not be used. Raises ValueError if the tensors cannot be read.
     """
     try:
         dcp.load(
             dict(tensors),
-            storage_reader=HuggingFaceStorageReader(str(folder)),
+            storage_reader=CheckedReader(folder, check),
             planner=LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=True,
         )

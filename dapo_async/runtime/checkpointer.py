@@ -200,7 +200,7 @@ class Checkpointer:
         await asyncio.to_thread(self.folder.commit, version)
         if self._system.learner.saved(version, self.folder.path(version) / STATE):
             with suppress(ActorDied):  # the next checkpoint tells it
-                await self._system.replay.checkpointed(version)
+                await self._system.replay.checkpointed(self._system.learner.redo.oldest)
         self.saved += 1
         took_s = self._tracker.clock.now_s() - began_s
         self.write_s, self.longest_write_s = (

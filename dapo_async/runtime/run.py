@@ -283,6 +283,7 @@ class Run:
             "incarnation": self._incarnation,
             "wall_s": self._wall_s,
             "totals": asdict(tracker.totals) | {"train_s": tracker.train_s},
+            "guards": tracker.guards.state(),
             "evaluations": {
                 name: evaluation.to_json() for name, evaluation in self._record.evaluations.items()
             },

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dapo_async.algorithm.guards import RunGuards
 from dapo_async.config import Config
 from dapo_async.model import ModelConfig
 from dapo_async.replay import Counts, TokenCounts
@@ -65,6 +66,7 @@ def measured_before(resume: ResumePoint) -> Measured:
         train_s=totals.train_s,
         counts=resume.counts.flat(),
         failures=resume.failures,
+        guards=RunGuards.resumed("warn", resume.driver.get("guards", {})).counts,
     )
 
 
@@ -168,7 +170,7 @@ def build_services(
         totals=before.totals,
         disk=sinks.disk,
         say=sinks.say,
-        guards=config.train.guards,
+        guards=RunGuards.resumed(config.train.guards, resume.driver.get("guards", {})),
         first_step=resume.version,
         sides=Sides.of(config),
         devices=Devices.of(config, ModelConfig.from_folder(Path(config.model.path))),

@@ -67,14 +67,14 @@ class Tracker:
         totals: Totals,
         disk: DiskFaults | None = None,
         say: Callable[[str], None] = lambda _: None,
-        guards: str = "warn",
+        guards: RunGuards | None = None,
         first_step: int = 0,
         sides: Sides = Sides(),  # noqa: B008 (frozen)
         devices: Devices | None = None,
     ) -> None:
         """`show` gets each row after it is written. `totals` are those of earlier incarnations.
-        `disk` counts what could not be written. `say` prints a line for the user. `guards`:
-        `train.guards`.
+        `disk` counts what could not be written. `say` prints a line for the user. `guards` judge
+        the steps.
 
         Without `devices` no use of FLOPs and bandwidth is computed.
         """
@@ -85,7 +85,7 @@ class Tracker:
         self._disk = disk or DiskFaults(lambda _: None)
         self.rows = RowFile(run_dir.metrics, self._disk)
         self._say, self.num_quarantined = say, 0
-        self.guards = RunGuards(guards)
+        self.guards = guards or RunGuards()
         self._num_unwritten: Counter[str] = Counter()  # of the newest report of the replay actor
         self._one_at_a_time = asyncio.Lock()
         self._pending: dict[

@@ -37,7 +37,7 @@ from dapo_async.config import MAX_RESTARTS
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.alternation import OwnDevices
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
-from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
+from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, RankStateUnusable
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
@@ -306,6 +306,8 @@ class Supervisor:
                 except (ActorDied, ActorFailed, TimeoutError) as error:
                     if isinstance(error, TimeoutError):
                         self._check_room(learner, rank, why)
+                    if isinstance(error, RankStateUnusable):
+                        self._step_back(learner, rank, str(error))
                     rank, why = getattr(error, "actor", rank), str(error)
                     continue
                 self._publisher.source_is_back()
@@ -320,6 +322,23 @@ class Supervisor:
                 rank, why = await self._until_a_rank_is_lost(learner)
         finally:
             learner.restarts.end()
+
+    def _step_back(self, learner: LearnerGroup, rank: str, why: str) -> None:
+        """The checkpoint at which the ranks begin is damaged: they begin at the one before. Raises
+        ActorDied when that is not possible."""
+        redo = learner.redo
+        damaged = redo.state.parent if redo.state is not None else None
+        if not redo.step_back():
+            raise ActorDied(
+                rank,
+                f"can't go on from {damaged}, which is damaged ({why}), and the steps since an "
+                f"older checkpoint are not kept; copy the checkpoint whole or remove {damaged}, "
+                "and resume the run",
+            )
+        self._say(
+            f"{damaged} is damaged, so the learner begins at version {redo.version} instead: {why}"
+        )
+        self._event("checkpoint_damaged", path=str(damaged), version=redo.version)
 
     def _check_room(self, learner: LearnerGroup, rank: str, why: str) -> None:
         """Raises ActorDied when ranks could not start because their node is lost and no other one

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,46 @@ def read_manifest(path: Path) -> dict[str, FileSum]:
         return {name: FileSum.from_json(values) for name, values in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} can't be read ({unreadable(error)})") from error
+
+
+class FileCheck:
+    """Compares the files of a checkpoint with its manifest before they are read.
+
+    `folder`: of the checkpoint. One that an earlier version has written has no manifest, and is not
+    checked.
+    """
+
+    def __init__(self, folder: Path, manifest: Path) -> None:
+        """Raises ValueError when the manifest can't be read."""
+        self._folder = folder
+        self._sums = read_manifest(manifest) if manifest.exists() else None
+        self._num_files = self._num_bytes = 0
+        self._seconds = 0.0
+
+    def __call__(self, paths: Iterable[Path]) -> None:
+        """Raises ValueError, which names the first file that is not as it was written."""
+        if self._sums is None:
+            return
+        began_s = time.monotonic()
+        wanted = {str(path.relative_to(self._folder)) for path in paths}
+        if unknown := wanted - self._sums.keys():
+            raise ValueError(f"{self._folder / min(unknown)} is not in the manifest")
+        sums = {name: self._sums[name] for name in sorted(wanted)}
+        if found := damage(self._folder, sums):
+            raise ValueError(found[0])
+        self._num_files += len(sums)
+        self._num_bytes += sum(each.num_bytes for each in sums.values())
+        self._seconds += time.monotonic() - began_s
+
+    @property
+    def line(self) -> str:
+        """What was checked, and how long it took."""
+        if self._sums is None:
+            return f"{self._folder.name} has no checksums, so its files are not checked"
+        return (
+            f"{self._folder.name}: {self._num_files} files, {self._num_bytes / 2**20:,.1f} MiB, "
+            f"checked in {self._seconds:.2f} s"
+        )
 
 
 def damage(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:

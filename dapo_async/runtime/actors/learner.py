@@ -29,9 +29,10 @@ from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.cluster.network import own_host, use_network
 from dapo_async.runtime.cluster.ports import ports_of_run
 from dapo_async.tracking.run_dir import RunDir
-from dapo_async.types import Group, StepMetrics, TrainBatch
+from dapo_async.types import Group, StateUnusable, StepMetrics, TrainBatch
 from dapo_async.utils.checkpoint_dir import LEARNER_FOLDER, STATE
 from dapo_async.utils.machine import machine_bytes
+from dapo_async.utils.manifest import MANIFEST, FileCheck
 from dapo_async.utils.state_clock import StateClock
 from dapo_async.utils.thread_stack import process_dump, stack_location
 from dapo_async.weights import BUCKET_BYTES, Announcement, Manifest
@@ -162,7 +163,17 @@ class LearnerActor:
             guards=config.train.guards,
         )
         if self._resume is not None:
-            self._rank.load(self._resume / LEARNER_FOLDER)
+            self._choice += f"; {self._load_state(self._resume)}"
+
+    def _load_state(self, state: Path) -> str:
+        """Loads the files of a checkpoint that this rank needs, each compared with its checksum;
+        returns a line about that."""
+        try:
+            check = FileCheck(state.parent, state / MANIFEST)
+            self._rank.load(state / LEARNER_FOLDER, check=check)
+        except (ValueError, OSError) as error:
+            raise StateUnusable(str(error)) from error
+        return check.line
 
     def _device_bytes(self, mesh: Mesh) -> int:
         """Memory of the smallest device of all ranks: they choose alike."""

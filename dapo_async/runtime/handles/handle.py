@@ -27,7 +27,7 @@ from ray.exceptions import (
 )
 
 from dapo_async.config import DeadlinesConfig
-from dapo_async.types import MemoryShort
+from dapo_async.types import MemoryShort, StateUnusable
 
 ActorClass = TypeVar("ActorClass")
 Arguments = ParamSpec("Arguments")
@@ -63,6 +63,10 @@ class ObjectsLost(ActorFailed):
 
 class RankMemoryShort(ActorFailed):
     """See `MemoryShort`."""
+
+
+class RankStateUnusable(ActorFailed):
+    """See `StateUnusable`."""
 
 
 class Handle(Generic[ActorClass]):
@@ -125,7 +129,11 @@ class Handle(Generic[ActorClass]):
             raise ActorDied(self.name, f"can't start: {reason}") from error
         except RayTaskError as error:
             original = _original(error)
-            kinds = {ObjectLostError: ObjectsLost, MemoryShort: RankMemoryShort}
+            kinds = {
+                ObjectLostError: ObjectsLost,
+                MemoryShort: RankMemoryShort,
+                StateUnusable: RankStateUnusable,
+            }
             kind = next((kinds[each] for each in kinds if isinstance(original, each)), ActorFailed)
             raise kind(f"{self.name} failed in {method}: {original!r}") from error
 

@@ -2,6 +2,9 @@
 
 In: the calls that change its state, as they end. Out: the same calls, in order. The entries keep
 the batches in Ray's object store, which spills to disk when memory is short.
+
+The calls since the checkpoint before the newest one are kept, too: if the newest one turns out to
+be damaged, a restart begins there.
 """
 
 from __future__ import annotations
@@ -24,16 +27,29 @@ class Done:
 
 
 class RedoLog:
-    """`version`: of the newest checkpoint, or 0; `state`: its `state/` folder, or None."""
+    """`version`: of the checkpoint at which a restart begins, or 0; `state`: its `state/` folder,
+    or None."""
 
     def __init__(self, version: int = 0, state: Path | None = None) -> None:
         self.version, self.state = version, state
-        self.entries: deque[Done] = deque()
+        self._older: tuple[int, Path | None] | None = None  # the checkpoint before
+        self._kept: deque[Done] = deque()
+
+    @property
+    def entries(self) -> list[Done]:
+        """The calls since the checkpoint."""
+        return [done for done in self._kept if done.step >= self.version]
+
+    @property
+    def oldest(self) -> int:
+        """The version at which a restart may begin, if the newest checkpoint is damaged."""
+        return self._older[0] if self._older is not None else self.version
 
     @property
     def fault(self) -> str | None:
         """Why the learner can't be brought to where it was; None: it can."""
-        if not self.entries or self.entries[0].step <= self.version:
+        entries = self.entries
+        if not entries or entries[0].step == self.version:
             return None
         return (
             f"the newest checkpoint is older than the last {MOST_STEPS} steps, which can be done "
@@ -46,18 +62,31 @@ class RedoLog:
 
     def end_step(self) -> None:
         """The step of the newest minibatch was ended."""
-        self._append(Done(self.entries[-1].step, None))
+        self._append(Done(self._kept[-1].step, None))
 
     def _append(self, done: Done) -> None:
-        self.entries.append(done)
+        self._kept.append(done)
         self._forget(done.step - MOST_STEPS)
 
     def saved(self, version: int, state: Path) -> None:
         """A checkpoint of `version` is on disk."""
+        self._older = self.version, self.state
         self.version, self.state = version, state
-        self._forget(version - 1)
+        self._forget(self.oldest - 1)
+
+    def step_back(self) -> bool:
+        """The newest checkpoint is damaged: a restart begins at the one before. False: that one is
+        gone, or not all calls since then are kept."""
+        if self._older is None:
+            return False
+        version, state = self._older
+        first = self._kept[0].step if self._kept else self.version
+        if first > version or (state is not None and not state.is_dir()):
+            return False
+        (self.version, self.state), self._older = self._older, None
+        return True
 
     def _forget(self, step: int) -> None:
         """Drops this step and those before it."""
-        while self.entries and self.entries[0].step <= step:
-            self.entries.popleft()
+        while self._kept and self._kept[0].step <= step:
+            self._kept.popleft()

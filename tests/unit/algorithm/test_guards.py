@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -83,13 +84,37 @@ def test_collapse_of_the_entropy_is_none_once_the_task_is_learned() -> None:
 
 
 def test_equal_rewards_are_a_fault_only_after_many_steps() -> None:
-    guards, none = RunGuards(), VALUES | {"grad_norm": 0.0}
+    # The gradient of a KL term is not 0.
+    guards, none = RunGuards(), VALUES | {"groups": 4.0, "groups_equal_rewards": 4.0}
+    some = none | {"groups_equal_rewards": 3.0}
     for step in range(NO_VARIANCE_STEPS - 1):
         assert guards.after_step(step, none, mismatches=0) == []
     (line,) = guards.after_step(NO_VARIANCE_STEPS - 1, none, mismatches=0)
     assert "have been equal for 20 steps" in line
-    assert guards.after_step(NO_VARIANCE_STEPS, VALUES, mismatches=0) == []
+    assert guards.after_step(NO_VARIANCE_STEPS, some, mismatches=0) == []
     assert guards.after_step(NO_VARIANCE_STEPS + 1, none, mismatches=0) == []
+
+
+def test_a_resumed_run_goes_on_with_what_its_guards_have_seen() -> None:
+    guards, equal = RunGuards(), VALUES | {"groups": 4.0, "groups_equal_rewards": 4.0}
+    for step in range(NO_VARIANCE_STEPS - 1):
+        guards.after_step(step, equal, mismatches=step > 5)
+    guards.to_keep({"guard.all_truncated": 1.0})
+    state = json.loads(json.dumps(guards.state()))
+    for _ in range(KEPT_BATCHES - 1):
+        guards.to_keep({"guard.all_truncated": 1.0})
+    full = json.loads(json.dumps(guards.state()))
+
+    resumed = RunGuards.resumed("stop", state)
+    assert resumed.counts == {"checksum_mismatch": 1}
+    low = equal | {"entropy": 0.039}
+    lines = resumed.after_step(NO_VARIANCE_STEPS - 1, low, mismatches=0)
+    assert [line.partition("(guard ")[2] for line in lines] == ["entropy_collapse)", "no_variance)"]
+    again = RunGuards.resumed("warn", resumed.state())
+    assert again.after_step(NO_VARIANCE_STEPS, low, mismatches=0) == [], "both are known"
+    assert again.counts == {"checksum_mismatch": 1, "entropy_collapse": 2, "no_variance": 2}
+    assert RunGuards.resumed("warn", full).to_keep({"guard.all_truncated": 1.0}) == ()
+    assert RunGuards.resumed("warn", {}) == RunGuards(), "of an earlier version"
 
 
 def test_each_engine_with_wrong_weights_is_counted_in_the_step_that_follows() -> None:

@@ -31,7 +31,7 @@ from dapo_async.tracking.run_dir import RunDir
 from dapo_async.types import Group
 from dapo_async.utils.checkpoint_dir import STATE, CheckpointFolder
 from dapo_async.utils.files import disk_fault
-from dapo_async.utils.manifest import write_manifest
+from dapo_async.utils.manifest import MANIFEST, FileCheck, write_manifest
 
 FILE_EVENTS = {
     "open",
@@ -269,6 +269,32 @@ def test_state_of_which_a_file_is_not_whole_is_refused_by_name(harm: str, tmp_pa
         ValueError, match=f"{re.escape(str(file))} .*copy the checkpoint whole, or take another one"
     ):
         rank.load(tmp_path)
+
+
+def test_a_rank_compares_what_it_reads_with_its_checksums(tmp_path: Path) -> None:
+    rank, state = rank_of(), tmp_path / "step_000003" / "state"
+    save_state(rank.capture_state(), state / "learner", Mesh())
+    (state / "replay.json").write_text("of no rank")
+    write_manifest(state.parent, state / MANIFEST)
+    check = FileCheck(state.parent, state / MANIFEST)
+    (state / "replay.json").write_text("not read, so not compared")
+    rank.load(state / "learner", check=check)
+    assert check.line.startswith("step_000003: 2 files, ")
+    (file,) = (state / "learner").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    weights = rank.capture_state()
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} has other content than was"):
+        rank.load(state / "learner", check=FileCheck(state.parent, state / MANIFEST))
+    for name, part in rank.capture_state().parts.items():
+        assert torch.equal(part.tensor, weights.parts[name].tensor), name
+    file.with_name("more.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"more\.safetensors is not in"):
+        FileCheck(state.parent, state / MANIFEST)([file.with_name("more.safetensors")])
+    (state / MANIFEST).unlink()
+    unchecked = FileCheck(state.parent, state / MANIFEST)
+    assert unchecked.line == "step_000003 has no checksums, so its files are not checked"
 
 
 def test_each_writer_of_a_checkpoint_names_a_full_disk_as_such(tmp_path: Path) -> None:

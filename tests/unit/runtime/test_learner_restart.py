@@ -26,7 +26,7 @@ from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, ActorSilen
 from dapo_async.runtime.handles.learner_group import LearnerGroup
 from dapo_async.runtime.handles.redo_log import MOST_STEPS, RedoLog
 from dapo_async.runtime.supervisor import Supervisor
-from dapo_async.types import MemoryShort, StepMetrics, TrainBatch
+from dapo_async.types import MemoryShort, StateUnusable, StepMetrics, TrainBatch
 
 RANKS = 2
 CONFIG = knobs.load(
@@ -56,6 +56,7 @@ class Rank:
     halvings: list[int] = field(default_factory=list)  # of each minibatch
     enough: int = 0  # halvings, for its memory
     own_halvings: int = 0  # what a single rank did by itself
+    damaged: str | None = None  # a file of the checkpoint that it loads
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def during(self, method: str) -> None:
@@ -77,6 +78,9 @@ class Rank:
 
     async def ready(self, _: Any) -> ProcessInfo:
         await self.during("ready")
+        if self.damaged is not None:
+            cause = StateUnusable(f"{self.damaged} has other content than was written")
+            raise RayTaskError("ready", "", cause).as_instanceof_cause()
         return ProcessInfo(f"learner-{self.number}", 7, "192.0.2.2", "node", "fake rank")
 
     async def minibatch(self, batch: TrainBatch) -> StepMetrics:
@@ -132,6 +136,7 @@ class World:
         }
         self.lines: list[str] = []
         self.dies_in: list[set[str]] = []  # of the next processes, each
+        self.damaged: dict[Path | None, str] = {}  # a file, by state
         self.newest: Any = None
         self.source_losses = 0
         self.by_actor: dict[int, Rank] = {}
@@ -168,7 +173,7 @@ class World:
 
     def start(self, number: int, state: Path | None) -> Any:
         seen, version = self.saved[state]
-        rank = Rank(number, [*seen[number]], version)
+        rank = Rank(number, [*seen[number]], version, damaged=self.damaged.get(state))
         rank.dies_in = self.dies_in.pop(0) if self.dies_in else set()
         self.ranks[number:] = [rank, *self.ranks[number + 1 :]]
         actor = rank.actor()
@@ -458,6 +463,67 @@ def test_log_keeps_what_is_newer_than_the_checkpoint() -> None:
     log.saved(6, Path("step_000006"))
     assert [(done.step, done.batch is None) for done in log.entries] == [(6, False), (6, True)]
     assert (log.version, log.state, log.fault) == (6, Path("step_000006"), None)
+
+
+def damaged_newest(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, with_older: bool = True
+) -> World:
+    """Checkpoints of the versions 1 and 2; the one of 2 is damaged, and a rank dies after it."""
+    monkeypatch.chdir(folder)
+    world = World(monkeypatch)
+
+    async def scene() -> None:
+        for version in (1, 2):
+            await world.learner.minibatch(batch_of(version - 1, version - 1))
+            if version == 2 or with_older:
+                Path(f"step_{version:06d}").mkdir()
+            world.save(version)
+        world.damaged[world.learner.redo.state] = "step_000002/model.safetensors"
+        await world.publish()
+        world.ranks[1].dies_in = {"minibatch"}
+        await world.learner.minibatch(batch_of(2, 2))
+
+    world.play(scene)
+    return world
+
+
+def test_a_damaged_newest_checkpoint_is_stepped_over_in_a_restart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    world = damaged_newest(monkeypatch, tmp_path)
+    for rank in range(RANKS):
+        assert world.ranks[rank].seen == shares(0, 1, 2, rank=rank)
+    (told,) = [line for line in world.lines if "damaged" in line]
+    assert "so the learner begins at version 1 instead: learner-0 failed in ready" in told
+    assert "step_000002/model.safetensors has other content than was written" in told
+    assert world.lines[-1].endswith("did 1 minibatches since version 1 again")
+    assert world.learner.restarts.num_losses == 2, "the damaged folder is tried once"
+
+
+def test_a_damaged_checkpoint_without_an_older_one_ends_the_run_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ActorDied) as error:
+        damaged_newest(monkeypatch, tmp_path, with_older=False)
+    told = str(error.value)
+    assert "step_000002/model.safetensors has other content than was written" in told
+    assert "copy the checkpoint whole or remove" in told
+
+
+def test_log_reaches_back_to_the_checkpoint_before_the_newest_one(tmp_path: Path) -> None:
+    log = RedoLog()
+    for step in range(6):
+        log.add(batch_of(step, step))
+        if step in (1, 3):
+            state = tmp_path / str(step + 1)
+            state.mkdir()
+            log.saved(step + 1, state)
+    assert (log.version, log.oldest) == (4, 2)
+    assert [done.step for done in log.entries] == [4, 5]
+    assert log.step_back()
+    assert (log.version, log.state, log.fault) == (2, tmp_path / "2", None)
+    assert [done.step for done in log.entries] == [2, 3, 4, 5]
+    assert not log.step_back(), "what was done before is not kept"
 
 
 def test_learner_that_is_being_restarted_when_the_run_ends_is_not_used(
