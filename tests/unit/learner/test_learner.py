@@ -333,6 +333,7 @@ def test_metrics_are_token_means_of_the_dense_policy() -> None:
         / 12,
         "group_staleness_max": 3.0,
         "groups": 4.0,
+        "groups_equal_rewards": 1.0,
         "rollouts": 12.0,
         "tokens": 75.0,
         "skipped": 0.0,

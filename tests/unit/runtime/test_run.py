@@ -10,16 +10,19 @@ import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dapo_async.algorithm.guards import RunGuards
 from dapo_async.config import Config, TrackingConfig, TrainConfig
 from dapo_async.replay import Counts
 from dapo_async.runtime.cluster.connection import RayConnection
 from dapo_async.runtime.resume import START, ResumePoint
 from dapo_async.runtime.run import Run
 from dapo_async.runtime.status import RunOutcome, Status
+from dapo_async.runtime.step_metrics import Totals
 from dapo_async.tracking.run_dir import RunDir
 from dapo_async.tracking.sinks import Sinks
 from dapo_async.tracking.terminal import Outlet, Progress
@@ -121,7 +124,11 @@ class SlowRay(NoRay):
 
 
 def resume_point(root: Path) -> ResumePoint:
-    driver = {"wall_s": 100.0, "totals": {"steps": 4, "tokens": 40.0, "train_s": 7.0}}
+    driver = {
+        "wall_s": 100.0,
+        "totals": {"steps": 4, "tokens": 40.0, "train_s": 7.0},
+        "guards": {"counts": {"entropy_collapse": 3}},
+    }
     return ResumePoint(root / "step_000004", 4, driver, Counts(9, trained=4, in_flight=5), {"a": 1})
 
 
@@ -134,7 +141,18 @@ def test_interrupted_start_keeps_the_counts_of_the_checkpoint(tmp_path: Path) ->
     assert (summary["steps"], summary["tokens"], summary["train_s"]) == (4, 40, 7.0)
     assert (summary["groups"]["admitted"], summary["groups"]["trained"]) == (9, 4)
     assert summary["failures"] == {"a": 1}
+    assert summary["guards"] == {"entropy_collapse": 3}
     assert summary["wall_s"] > 100.0
+
+
+def test_a_checkpoint_has_the_guards_for_the_resumed_driver(tmp_path: Path) -> None:
+    run, guards = run_of(RunDir.create(tmp_path / "run"), NoRay(OSError()), Lines()), RunGuards()
+    guards.after_step(0, {"entropy": 2.0}, mismatches=0)
+    tracker: Any = SimpleNamespace(totals=Totals(), train_s=0.0, guards=guards)
+    state = json.loads(json.dumps(run._driver_state(tracker)))
+    resumed = RunGuards.resumed("warn", state["guards"])
+    (line,) = resumed.after_step(1, {"entropy": 0.03, "accuracy": 0.5}, mismatches=0)
+    assert "entropy_collapse" in line
 
 
 class EndingRay(NoRay):
