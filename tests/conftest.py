@@ -26,6 +26,17 @@ def seeded() -> "torch.Generator":
     return torch.Generator().manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """On a GPU machine pytest may have no plugins; `pyproject.toml` has an option of one."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds of a test, with pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): with pytest-timeout")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests against the real SGLang need it installed; the gate installs it."""
     if importlib.util.find_spec("sglang") is None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 
 ANY_PORT = range(1)  # port 0: the kernel chooses a free one
+LOOPBACK = "lo"  # on Linux
 
 
 def in_url(host: str) -> str:
@@ -77,12 +78,13 @@ def interface_of(host: str) -> str:
 
     Raises ValueError if no interface has it.
     """
-    address, known = host if ":" in host else socket.gethostbyname(host), interfaces()
+    address = host if ":" in host else socket.gethostbyname(host)
+    if ipaddress.ip_address(address).is_loopback:
+        return LOOPBACK
+    known = interfaces()
     for name, addresses in known.items():
         if address in addresses:
             return name
-    if ipaddress.ip_address(address).is_loopback:
-        return next((name for name, each in known.items() if "127.0.0.1" in each), "lo")
     raise ValueError(
         f"no network interface of this machine has the address {address} of {host}; it has "
         f"{_shown(known)}"

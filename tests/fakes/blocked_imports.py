@@ -7,22 +7,27 @@ from collections.abc import Sequence
 from paths import ROOT
 
 
-def run_without(names: Sequence[str], script: str) -> subprocess.CompletedProcess[str]:
-    """Runs `script` in a Python where importing any of `names` fails."""
+def run_without(
+    names: Sequence[str], script: str, *, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script` in a Python that finds none of `names`, as if they were not installed."""
     blocker = f"""
 import sys
+from importlib.machinery import PathFinder
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] in {tuple(names)!r}:
-            raise ImportError(name + " is not installed here")
+            return None
+        return super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
     return subprocess.run(
         [sys.executable, "-c", blocker + script],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import mesh_of_one
+from gpu_learner import ONE, groups_of, rank_on
 from gpu_place import Place, distance
 from native_engine_world import group, run
 from numpy.typing import NDArray
@@ -17,8 +18,6 @@ from torch import Tensor
 
 from dapo_async.algorithm import summarise
 from dapo_async.bench.made_up import made_up_group
-from dapo_async.config import AlgorithmConfig, LearnerConfig
-from dapo_async.learner import LearnerRank
 from dapo_async.model import (
     Decoder,
     Mesh,
@@ -36,31 +35,8 @@ from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.types import Completion, Group, Prompt, Rollout
 
 pytestmark = pytest.mark.gpu
-ONE = Mesh()  # of a rank without others
 # Nats between engine and learner: their kernels round differently.
 FLOAT_BOUND, HALF_BOUND = 1e-3, 0.15
-
-
-def rank_on(
-    place: Place,
-    decoder: Decoder,
-    *,
-    mesh: Mesh = ONE,
-    **learner: Any,
-) -> LearnerRank:
-    knobs = {"lr": 1e-3, "warmup_steps": 0, "microbatch_tokens": 4 * place.length}
-    return LearnerRank(
-        decoder,
-        algorithm=AlgorithmConfig(),
-        learner=LearnerConfig(**(knobs | learner)),
-        mesh=mesh,
-    )
-
-
-def groups_of(place: Place) -> list[Group]:
-    lengths = np.linspace(place.length // 4, place.length // 2, 4).astype(np.int64)
-    vocabulary = place.sizes["vocab_size"]
-    return [made_up_group(key, lengths, prompt_tokens=6, vocabulary=vocabulary) for key in range(3)]
 
 
 def requests_of(place: Place) -> list[GroupRequest]:
