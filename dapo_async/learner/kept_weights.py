@@ -12,7 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dapo_async.learner.device_memory import whole_or_broken
 from dapo_async.model import Decoder, reshard, shard_of
+
+EXCHANGED = 2**24  # float32 numbers at a time, which need 64 MiB beside the weights
+Pair = tuple[Tensor, Tensor]  # a piece of the weights, and the same piece of the copies; both [N]
 
 
 class KeptWeights:
@@ -33,20 +37,52 @@ class KeptWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The decoder has the kept weights meanwhile. Its weights are not gathered for a pass."""
-        self._swap()
+        """The decoder has the kept weights meanwhile. Its weights are not gathered for a pass.
+
+        An error here, or in the pass, leaves the current weights in the decoder: a pass for which
+        memory is short can be made again. Raises WeightsBroken if they can't be put back.
+        """
+        pairs = self._pairs()
+        # All that the two exchanges allocate, before the first one.
+        spare = pairs[0][0].new_empty(max(len(weights) for weights, _ in pairs))
+        exchange(pairs, spare)
         try:
             yield
         finally:
-            reshard(self._decoder)  # FSDP would use what it gathered for the pass in the next pass
-            self._swap()
+            with whole_or_broken("the weights of another policy are in the decoder"):
+                reshard(self._decoder)  # FSDP would use what it gathered in the next pass
+                exchange(pairs, spare)
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchanges the weights and the copies, one shard at a time."""
+    def _pairs(self) -> list[Pair]:
+        """The shards and their copies in pieces."""
         assert self.shards, "`copy` comes before a use"
-        for parameter, kept in zip(self._decoder.parameters(), self.shards, strict=True):
-            shard = shard_of(parameter)
-            current = shard.clone()
-            shard.copy_(kept)
-            kept.copy_(current)
+        current = (shard_of(parameter).view(-1) for parameter in self._decoder.parameters())
+        return [
+            pair
+            for shard, kept in zip(current, self.shards, strict=True)
+            for pair in zip(shard.split(EXCHANGED), kept.view(-1).split(EXCHANGED), strict=True)
+        ]
+
+
+@torch.no_grad()
+def exchange(pairs: list[Pair], spare: Tensor) -> None:
+    """Exchanges the two sides of all pairs, or of none if a copy fails.
+
+    `spare` has room for the largest piece. Nothing else is allocated. Raises what the copy raised,
+    or WeightsBroken if the pairs before it can't be put back.
+    """
+    for number, (one, other) in enumerate(pairs):
+        held, done = spare[: len(one)], 0
+        try:
+            for target, source in ((held, one), (one, other), (other, held)):
+                target.copy_(source)
+                done += 1
+        except Exception:
+            with whole_or_broken("some of the weights are those of another policy"):
+                # What failed may be half written; the other two are whole.
+                if done == 2:
+                    other.copy_(one)
+                if done >= 1:
+                    one.copy_(held)
+                exchange(pairs[:number], spare)
+            raise

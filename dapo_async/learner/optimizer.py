@@ -6,12 +6,14 @@ In: summed and clipped gradients. The weights change in place.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.profiler import record_function
 
+from dapo_async.learner.device_memory import whole_or_broken
 from dapo_async.model import buckets, shard_of
 
 BETAS = (0.9, 0.999)  # decay of the first and second moment: those of Adam's paper
@@ -52,24 +54,34 @@ class ShardedAdamW:
     @record_function("optimizer")
     @torch.no_grad()
     def step(self, *, lr: float) -> None:
-        """One update with the parameters' gradients."""
+        """One update with the parameters' gradients.
+
+        An error before it begins changes nothing. Raises WeightsBroken for one in its midst.
+        """
         self.lr = lr
-        for names in self._parts:
-            gradients = {
-                name: shard_of(gradient)
-                for name in names
-                if (gradient := self._parameters[name].grad) is not None
-            }
-            for name in gradients:
-                if name not in self._state:
-                    self._state[name] = self._fresh(name, updates=0)
-            if self._offload:
-                self._move(gradients, None)
-            matrices = {name for name in gradients if self._parameters[name].ndim >= 2}
-            self._update(gradients, matrices, weight_decay=self._weight_decay)
-            self._update(gradients, gradients.keys() - matrices, weight_decay=0.0)
-            if self._offload:
-                self._move(gradients, torch.device("cpu"))
+        gradients = [self._gradients(names) for names in self._parts]
+        for name in chain.from_iterable(gradients):
+            if name not in self._state:
+                self._state[name] = self._fresh(name, updates=0)
+        with whole_or_broken("some of the weights have had their update and others have not"):
+            for part in gradients:
+                self._update_part(part)
+
+    def _gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {
+            name: shard_of(gradient)
+            for name in names
+            if (gradient := self._parameters[name].grad) is not None
+        }
+
+    def _update_part(self, gradients: Mapping[str, Tensor]) -> None:
+        if self._offload:
+            self._move(gradients, None)
+        matrices = {name for name in gradients if self._parameters[name].ndim >= 2}
+        self._update(gradients, matrices, weight_decay=self._weight_decay)
+        self._update(gradients, gradients.keys() - matrices, weight_decay=0.0)
+        if self._offload:
+            self._move(gradients, torch.device("cpu"))
 
     def _update(
         self, gradients: Mapping[str, Tensor], chosen: Collection[str], *, weight_decay: float

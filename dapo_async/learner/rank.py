@@ -34,7 +34,7 @@ from dapo_async.learner.batching import (
     pack_share,
     training_sequences,
 )
-from dapo_async.learner.device_memory import is_out_of_memory
+from dapo_async.learner.device_memory import WeightsBroken, is_out_of_memory
 from dapo_async.learner.gradients import clip_gradients, sum_gradients
 from dapo_async.learner.kept_weights import KeptWeights
 from dapo_async.learner.metrics import PassSums, rollout_metrics, token_sums
@@ -128,6 +128,7 @@ class LearnerRank:
         self._guards = guards
         self._on_host = HostCopy()  # while the rank sleeps
         self._held = False  # the newest minibatch has changed no weight
+        self._broken: WeightsBroken | None = None  # the weights belong to no version
         self.num_halvings = 0  # of every pass, because the device lacked memory
         device = torch.device("cpu") if learner.offload_optimizer else self._device
         self._start_weights = KeptWeights(decoder, device=device)  # of the step, if they are needed
@@ -191,7 +192,11 @@ class LearnerRank:
         lr = warmed_up(learner.lr, step=self.version, warmup_steps=learner.warmup_steps)
         for _ in range(self.num_halvings + num_halvings):
             share = halved(share)
-        update, broken = self._trained(groups, share, lr=lr, first=first)
+        try:
+            update, broken = self._trained(groups, share, lr=lr, first=first)
+        except WeightsBroken as error:
+            self._broken = error
+            raise
         self._held = Guard.NON_FINITE in broken or (bool(broken) and self._guards != "warn")
         self.num_updates += not self._held
         counts = {
@@ -286,8 +291,11 @@ class LearnerRank:
     def capture_state(self) -> RankState:
         """Copies of this rank's weights and moments in host memory, for `save_state`.
 
-        Not in the midst of a step: the weights between two minibatches have no version.
+        Not in the midst of a step: the weights between two minibatches have no version. Raises
+        WeightsBroken after a minibatch that did.
         """
+        if self._broken is not None:
+            raise self._broken
         assert not self.num_updates, f"step {self.version} is open after {self.num_updates} updates"
         return capture_state(
             self.decoder,
