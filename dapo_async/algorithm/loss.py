@@ -54,6 +54,7 @@ def policy_loss(
     sequence_band: tuple[float | None, float | None] | None = None,
     num_tokens: float | Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    num_ids: int | None = None,
     keep: Tensor | None = None,
     entropies: Tensor | None = None,
     entropy_bonus: float = 0.0,
@@ -87,6 +88,7 @@ def policy_loss(
         advantages=advantages,
         mask=mask,
         sequence_ids=sequence_ids,
+        num_ids=num_ids,
         keep=keep,
         entropies=entropies,
         reference_logprobs=reference_logprobs,
@@ -164,7 +166,12 @@ def microbatch_loss(
 
 
 def sequence_mean_weights(
-    mask: Tensor, *, sequence_ids: Tensor, num_tokens: float, num_sequences: float
+    mask: Tensor,
+    *,
+    sequence_ids: Tensor,
+    num_tokens: float,
+    num_sequences: float,
+    num_ids: int | None = None,
 ) -> Tensor:
     """Weights of tokens that turn the mean over tokens into GRPO's mean over responses.
 
@@ -174,12 +181,11 @@ def sequence_mean_weights(
 
     `mask`, `sequence_ids` [T] hold whole sequences; |o_i| counts unmasked tokens. The counts are
     those of the whole minibatch over all ranks: unmasked tokens, and sequences that have one
-    (token-mean exactness). Masked tokens get 0.
+    (token-mean exactness). Masked tokens get 0. `num_ids`: as in `LossInputs`.
     """
     live = mask.bool()
-    _, places = torch.unique(sequence_ids, return_inverse=True)
-    lengths = torch.zeros(len(mask), device=mask.device).index_add_(0, places, live.float())
-    weights = num_tokens / max(num_sequences, 1.0) / lengths[places].clamp(min=1.0)
+    sequences = Sequences.of(sequence_ids, live=live, num_ids=num_ids)
+    weights = num_tokens / max(num_sequences, 1.0) / sequences.num_live[sequences.index].float()
     return torch.where(live, weights, 0.0)
 
 
@@ -222,7 +228,7 @@ def _sequences(inputs: LossInputs, options: LossOptions, *, live: Tensor) -> Seq
             f"sequence_band {options.sequence_band} needs sequence_ids; give the sequence of every "
             "token, [T]"
         )
-    return Sequences.of(inputs.sequence_ids, live=live)
+    return Sequences.of(inputs.sequence_ids, live=live, num_ids=inputs.num_ids)
 
 
 def _denominator(num_tokens: float | Tensor | None, *, live: Tensor) -> Tensor | float:

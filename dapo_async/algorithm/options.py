@@ -150,7 +150,8 @@ class LossInputs:
     behaviour_logprobs: Tensor
     advantages: Tensor
     mask: Tensor
-    sequence_ids: Tensor | None = None  # any integers; sequence forms need whole sequences
+    sequence_ids: Tensor | None = None  # sequence forms need whole sequences
+    num_ids: int | None = None  # the ids are int64 below it; None: any integers
     keep: Tensor | None = None  # bool: tokens that second_moment_mask keeps; None: all
     entropies: Tensor | None = None  # of the current policy; an entropy bonus needs them
     reference_logprobs: Tensor | None = None  # of the frozen reference; a KL term needs them
@@ -159,8 +160,10 @@ class LossInputs:
     def __post_init__(self) -> None:
         shape = self.current_logprobs.shape
         for field in fields(self):
-            values: Tensor | None = getattr(self, field.name)
-            if values is not None and (values.ndim != 1 or values.shape != shape):
+            values: Tensor | int | None = getattr(self, field.name)
+            if values is None or isinstance(values, int):
+                continue
+            if values.ndim != 1 or values.shape != shape:
                 raise ValueError(
                     f"{field.name} {tuple(values.shape)} must have the shape [T] of "
                     f"current_logprobs {tuple(shape)}; pack one entry per token"

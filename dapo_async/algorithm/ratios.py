@@ -46,10 +46,17 @@ class Sequences:
     num_live: Tensor  # [S] unmasked tokens of each sequence, at least 1
 
     @classmethod
-    def of(cls, sequence_ids: Tensor, *, live: Tensor) -> Sequences:
-        """`sequence_ids` [T]: any integers, in any order; `live` [T] bool: the unmasked tokens."""
-        ids, index = sequence_ids.unique(return_inverse=True)
-        zeros = index.new_zeros(len(ids))  # int64
+    def of(cls, sequence_ids: Tensor, *, live: Tensor, num_ids: int | None = None) -> Sequences:
+        """`sequence_ids` [T] in any order; `live` [T] bool: the unmasked tokens.
+
+        The ids are int64 in 0 … num_ids − 1. None: any integers, for which the host has to wait
+        until the device has counted them.
+        """
+        index = sequence_ids
+        if num_ids is None:
+            ids, index = sequence_ids.unique(return_inverse=True)
+            num_ids = len(ids)
+        zeros = index.new_zeros(num_ids)  # int64
         return cls(index, zeros.index_add(0, index, live.long()).clamp(min=1))
 
     def sum(self, values: Tensor) -> Tensor:

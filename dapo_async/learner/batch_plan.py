@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 from dapo_async.model.config import ModelConfig
 from dapo_async.model.cost import head_flops, pair_flops, token_flops
@@ -81,7 +82,7 @@ def share_minibatch(
     first_rows = [*accumulate((len(group.response_tokens) for group in groups), initial=0)]
     shares = []
     for number in range(num_ranks):
-        passes = [sorted(pack.rows) for pack in packs[number::num_ranks]]
+        passes = [sorted(sizes.rows(pack)) for pack in packs[number::num_ranks]]
         siblings: dict[int, list[int]] = {}
         for group, sibling in sorted(chain.from_iterable(passes)):
             siblings.setdefault(group, []).append(sibling)
@@ -114,12 +115,12 @@ def halved(share: RankShare) -> RankShare:
 Row = tuple[int, int]  # group, sibling
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Siblings that stay together, without their prompt."""
+class _Unit(NamedTuple):
+    """Siblings that stay together, without their prompt: neighbours by length."""
 
     group: int
-    siblings: list[int]
+    first: int  # of the group's rollouts in ascending length
+    last: int  # the one behind the unit
     tokens: int
     cost: float
 
@@ -127,10 +128,10 @@ class _Unit:
 class _Pack:
     """A microbatch while units are put into it."""
 
-    __slots__ = ("attended", "cost", "groups", "rows", "tokens")
+    __slots__ = ("attended", "cost", "groups", "tokens", "units")
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.units: list[_Unit] = []
         self.groups: set[int] = set()
         self.tokens = 0  # the prompt of siblings counts once
         self.attended = 0  # it counts for each of them
@@ -138,11 +139,11 @@ class _Pack:
 
     def has_room(self, unit: _Unit, sizes: _Sizes) -> bool:
         """An empty one has room for everything."""
-        if not self.rows:
+        if not self.units:
             return True
         prompt = sizes.prompts[unit.group]
         tokens = unit.tokens + (prompt if unit.group not in self.groups else 0)
-        attended = unit.tokens + prompt * len(unit.siblings)
+        attended = unit.tokens + prompt * (unit.last - unit.first)
         return (
             self.tokens + tokens <= sizes.max_tokens
             and self.attended + attended <= sizes.most_attended
@@ -154,9 +155,9 @@ class _Pack:
             self.groups.add(unit.group)
             self.tokens += prompt
             self.cost += sizes.prompt_costs[unit.group]
-        self.rows += [(unit.group, sibling) for sibling in unit.siblings]
+        self.units.append(unit)
         self.tokens += unit.tokens
-        self.attended += unit.tokens + prompt * len(unit.siblings)
+        self.attended += unit.tokens + prompt * (unit.last - unit.first)
         self.cost += unit.cost
 
 
@@ -171,15 +172,26 @@ class _Sizes:
         self.prompts = [group.prompt_tokens for group in groups]
         self.prompt_costs = [count * (1 + pair_cost * count / 2) for count in self.prompts]
         # The last token of a response predicts nothing: no pass computes it.
-        self._own = [[count - 1 for count in group.response_tokens] for group in groups]
-        self._costs = [
-            [count * (1 + pair_cost * (prompt + count / 2)) for count in own]
-            for prompt, own in zip(self.prompts, self._own, strict=True)
+        own = [[count - 1 for count in group.response_tokens] for group in groups]
+        self._by_length = [sorted(range(len(each)), key=each.__getitem__) for each in own]
+        ascending = [sorted(each) for each in own]
+        # Per group sums over its first rollouts by length: of tokens, attended tokens and costs.
+        self._tokens = [[*accumulate(each, initial=0)] for each in ascending]
+        self._attended = [
+            [*accumulate((prompt + count for count in each), initial=0)]
+            for prompt, each in zip(self.prompts, ascending, strict=True)
         ]
-        self._by_length = [sorted(range(len(own)), key=own.__getitem__) for own in self._own]
-        self.num_rows = sum(map(len, self._own))
-        self.tokens = sum(self.prompts) + sum(map(sum, self._own))
-        self.cost = sum(self.prompt_costs) + sum(map(sum, self._costs))
+        self._costs = [
+            [
+                *accumulate(
+                    (count * (1 + pair_cost * (prompt + count / 2)) for count in each), initial=0.0
+                )
+            ]
+            for prompt, each in zip(self.prompts, ascending, strict=True)
+        ]
+        self.num_rows = sum(map(len, own))
+        self.tokens = sum(self.prompts) + sum(each[-1] for each in self._tokens)
+        self.cost = sum(self.prompt_costs) + sum(each[-1] for each in self._costs)
 
     def units(self, most: int) -> list[_Unit]:
         """Neighbours by length in units of at most `most` tokens with their prompt, or one rollout.
@@ -187,21 +199,32 @@ class _Sizes:
         From the most to the least cost.
         """
         units = []
-        for group, order in enumerate(self._by_length):
-            prompt, own, costs = self.prompts[group], self._own[group], self._costs[group]
-            siblings: list[int] = []
-            tokens, cost = 0, 0.0
-            for sibling in order:
-                more = tokens + own[sibling]
-                attended = more + prompt * (len(siblings) + 1)
-                if siblings and (prompt + more > most or attended > self.most_attended):
-                    units.append(_Unit(group, siblings, tokens, cost))
-                    siblings, tokens, cost = [], 0, 0.0
-                siblings.append(sibling)
-                tokens += own[sibling]
-                cost += costs[sibling]
-            units.append(_Unit(group, siblings, tokens, cost))
+        sums = zip(self._tokens, self._attended, self._costs, strict=True)
+        for group, (tokens, attended, costs) in enumerate(sums):
+            room, first = most - self.prompts[group], 0
+            while first < len(tokens) - 1:
+                last = min(  # behind the unit
+                    bisect.bisect_right(tokens, tokens[first] + room, lo=first),
+                    bisect.bisect_right(attended, attended[first] + self.most_attended, lo=first),
+                )
+                last = max(last - 1, first + 1)
+                units.append(
+                    _Unit(
+                        group,
+                        first,
+                        last,
+                        tokens[last] - tokens[first],
+                        costs[last] - costs[first],
+                    )
+                )
+                first = last
         return sorted(units, key=self.unit_cost, reverse=True)
+
+    def rows(self, pack: _Pack) -> Iterator[Row]:
+        """The rollouts of a microbatch."""
+        for unit in pack.units:
+            for sibling in self._by_length[unit.group][unit.first : unit.last]:
+                yield unit.group, sibling
 
     def unit_cost(self, unit: _Unit) -> float:
         """With its prompt."""

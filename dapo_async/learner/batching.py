@@ -62,7 +62,7 @@ class Microbatch:
     prefill_versions: Tensor  # [N] of the token's rollout
     advantages: Tensor  # [N]
     mask: Tensor  # [N] bool: the token counts in the loss
-    sequence_ids: Tensor  # [N]
+    sequence_ids: Tensor  # [N] the place of the token's sequence in `lengths`
     own: Tensor | None  # with a `cp` axis: the places in N of the tokens that this rank scores
     num_loss_tokens: int  # tokens that count in the loss
     num_sequences: int  # sequences that have one
@@ -177,7 +177,7 @@ def pack(
         prefill_versions=per_token([each.prefill_version for each in completions], torch.long),
         advantages=per_token([each.advantage for each in sequences], torch.float32),
         mask=per_token([each.in_loss for each in sequences], torch.bool),
-        sequence_ids=per_token([each.sequence_id for each in sequences], torch.long),
+        sequence_ids=per_token(range(len(sequences)), torch.long),
         own=None if own is None else send(own, device),
         num_loss_tokens=sum(len(each.completion.token_ids) for each in in_loss),
         num_sequences=len(in_loss),

@@ -551,6 +551,7 @@ class LearnerRank:
                 sequence_ids=batch.sequence_ids,
                 num_tokens=counts.num_tokens,
                 num_sequences=counts.num_sequences,
+                num_ids=len(batch.lengths),
             )
         inputs = LossInputs(
             current_logprobs=logprobs,
@@ -559,6 +560,7 @@ class LearnerRank:
             advantages=batch.advantages,
             mask=batch.mask,
             sequence_ids=batch.sequence_ids,
+            num_ids=len(batch.lengths),
             keep=keep,
             entropies=entropies,
             reference_logprobs=reference_logprobs,

@@ -150,6 +150,11 @@ PANELS = (
         (Curve("kv.use", "in use"), Curve("prefix.hit", "prefix hits")),
         "Memory of the engines for keys and values; prompt tokens that were in it already.",
     ),
+    Panel(
+        "Imbalance of the learner ranks",
+        _one("imbalance", "slowest rank"),
+        "Time of the slowest rank, added up over the passes, over the even share. 1 is ideal.",
+    ),
     Panel("Seconds per step", _one("step_s", "seconds"), "From the end of the previous step."),
 )
 

@@ -177,6 +177,31 @@ def test_weights_of_a_mean_over_responses() -> None:
     assert nothing.tolist() == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "gspo"},
+        {"correction_level": "sequence", "correction": "mask"},
+        {"sequence_band": (0.9, 1.1)},
+    ],
+    ids=str,
+)
+def test_ids_whose_number_is_known_give_the_same_numbers(options: dict[str, Any]) -> None:
+    """The number counts ids that no token has, too."""
+    whole, count = minibatch(), len(LENGTHS) + 2
+    other = whole | {"sequence_ids": 7 * whole["sequence_ids"] - 3}
+    loss, diagnostics = policy_loss(**other, **CLIP, **options)
+    same, same_diagnostics = policy_loss(**whole, **CLIP, **options, num_ids=count)
+    assert torch.equal(loss, same)
+    assert all(torch.equal(each, same_diagnostics[name]) for name, each in diagnostics.items())
+    mask, ids = whole["mask"], whole["sequence_ids"]
+    counts = {"num_tokens": 9.0, "num_sequences": 2.0}
+    assert torch.equal(
+        sequence_mean_weights(mask, sequence_ids=7 * ids - 3, **counts),
+        sequence_mean_weights(mask, sequence_ids=ids, num_ids=count, **counts),
+    )
+
+
 def test_averaging_the_means_of_microbatches_is_detected() -> None:
     """A broken sum: each microbatch divides by its own tokens, then all are averaged."""
     whole = minibatch()

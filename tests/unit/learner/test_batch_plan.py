@@ -87,7 +87,7 @@ def test_plan_of_eight_thousand_rollouts_takes_little_time() -> None:
         began_s = time.process_time()
         share_minibatch(groups, num_ranks=16, max_tokens=LIMIT, pair_cost=PAIR_COST)
         taken.append(time.process_time() - began_s)
-    assert min(taken) < 0.4  # 0.1 to 0.2 s on an idle machine
+    assert min(taken) < 0.2  # 0.08 s; 0.18 s where Python collects garbage meanwhile
 
 
 @st.composite

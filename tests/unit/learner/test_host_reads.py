@@ -64,6 +64,11 @@ FORMS: list[dict[str, Any]] = [
     {"recompute": True},
     {"algorithm": {"entropy_bonus": 0.1, "overlong_filtering": True}},
     {"algorithm": {"correction": "mask", "proximal": "interpolate"}},
+    {"algorithm": {"loss_mean": "sequence"}},
+    {"algorithm": {"objective": "gspo"}},
+    {"algorithm": {"sequence_band": (0.5, 2.0)}},
+    {"algorithm": {"kl_coef": 0.1}},
+    {"algorithm": {"correction": "m2po"}},
 ]
 
 

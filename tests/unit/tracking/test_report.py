@@ -333,6 +333,19 @@ def test_runs_share_each_chart_a_colour_each_and_a_line_per_curve(tmp_path: Path
     assert traces(panel_of("Gradient norm"), runs) == []
 
 
+def test_report_shows_the_balance_of_the_learner_ranks(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path / "run")
+    rows = [
+        json.loads(row) | {"imbalance": 1.0 + step / 8}
+        for step, row in enumerate(run_dir.metrics.read_text().splitlines())
+    ]
+    write_rows(run_dir.metrics, rows)
+    (trace,) = traces(panel_of("Imbalance"), [read_run(run_dir.root, "run")])
+    assert trace.points.values == [1.0, 1.125, 1.25, 1.375]
+    page, _ = reported(run_dir.root)
+    assert "Imbalance of the learner ranks" in page.said
+
+
 def test_long_series_is_drawn_as_means_and_ranges_of_blocks() -> None:
     steps = [float(step) for step in range(1, 1001)]
     points = blocks(steps, [step % 2 if step <= 998 else NAN for step in steps])
