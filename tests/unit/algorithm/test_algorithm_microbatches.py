@@ -147,7 +147,10 @@ def test_token_weights_give_the_mean_over_responses_for_any_cut() -> None:
         parts = [
             {name: value[of_sequences(whole, cut)] for name, value in whole.items()} for cut in cuts
         ]
-        counts = {"num_tokens": num_tokens, "num_sequences": float(len(means))}
+        counts: dict[str, Any] = {
+            "num_tokens": num_tokens,
+            "num_sequences": float(len(means)),
+        }
         weights = [
             sequence_mean_weights(part["mask"], sequence_ids=part["sequence_ids"], **counts)
             for part in parts
@@ -195,7 +198,7 @@ def test_ids_whose_number_is_known_give_the_same_numbers(options: dict[str, Any]
     assert torch.equal(loss, same)
     assert all(torch.equal(each, same_diagnostics[name]) for name, each in diagnostics.items())
     mask, ids = whole["mask"], whole["sequence_ids"]
-    counts = {"num_tokens": 9.0, "num_sequences": 2.0}
+    counts: dict[str, Any] = {"num_tokens": 9.0, "num_sequences": 2.0}
     assert torch.equal(
         sequence_mean_weights(mask, sequence_ids=7 * ids - 3, **counts),
         sequence_mean_weights(mask, sequence_ids=ids, num_ids=count, **counts),

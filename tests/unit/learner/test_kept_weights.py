@@ -14,7 +14,7 @@ from dapo_async.learner import LearnerRank, kept_weights, optimizer
 from dapo_async.learner.batching import Microbatch
 from dapo_async.learner.device_memory import WeightsBroken, is_out_of_memory
 from dapo_async.learner.kept_weights import exchange
-from dapo_async.learner.rank import ShardedAdamW
+from dapo_async.learner.optimizer import ShardedAdamW
 
 FORMS: dict[str, dict[str, Any]] = {
     "reference": {"algorithm": {"kl_coef": 0.5}},
@@ -34,7 +34,7 @@ def close(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def fails_at(
     monkeypatch: pytest.MonkeyPatch, numbers: Sequence[int], count: list[int]
-) -> Callable[..., Tensor]:
+) -> Callable[..., None]:
     """`Tensor.copy_` of a device that lacks memory at the copies `numbers` of the exchanges.
 
     It has written half of the target by then.
@@ -154,7 +154,7 @@ def test_a_shortage_in_the_midst_of_an_update_is_not_tried_again(
     """A second try would update some of the weights twice."""
     rank = rank_of()
     calls: list[int] = []
-    original = optimizer.adamw
+    original: Callable[..., None] = vars(optimizer)["adamw"]
 
     def adamw(weights: list[Tensor], *args: Any, **kwargs: Any) -> None:
         calls.append(len(weights))
