@@ -170,6 +170,11 @@ class System:
             pause_s=round(self.publisher.last_pause_s, 4),
             probe_gap=max((result.probe_gap for result in results), default=0.0),
         )
+        if kinds := self.publisher.uncompared():
+            self._say(
+                f"handshake: no hash of {', '.join(kinds)} was the one that the learner expects; "
+                "the servers hold them in a form of their own, so only the probe checks them"
+            )
 
     async def _regroup(self, names: Sequence[str]) -> frozenset[str] | None:
         """Forms the weight group: the learner's first rank and the ranks of the named engines.

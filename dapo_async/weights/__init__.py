@@ -5,6 +5,7 @@ collective    transport `broadcast`: a process group of each sending learner ran
 sending       the learner's side of it: whole weights, unit by unit, beside the step
 disk          transport `disk`: safetensors; also reloads an engine that served wrong weights
 server_hashes what an SGLang server must hash the weights to
+tensor_proof  compares these hashes with those of the servers
 handshake     compares an attestation with the announcement: passed, inconclusive or mismatch
 publisher     runs a publish, one at a time, during the next learner step
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # these modules import torch
     from dapo_async.weights.collective import SENDER, WeightGroup, group_name, receive
     from dapo_async.weights.disk import write_version
     from dapo_async.weights.sending import hashes_of_copy, send_copy
+    from dapo_async.weights.server_hashes import expert_parallel_of
 else:
     __getattr__ = lazy_names(
         __name__,
@@ -33,6 +35,7 @@ else:
             "collective": ("SENDER", "WeightGroup", "group_name", "receive"),
             "disk": ("write_version",),
             "sending": ("hashes_of_copy", "send_copy"),
+            "server_hashes": ("expert_parallel_of",),
         },
     )
 
@@ -48,6 +51,7 @@ __all__ = [
     "Publisher",
     "WeightGroup",
     "check_attestation",
+    "expert_parallel_of",
     "group_name",
     "hashes_of_copy",
     "receive",

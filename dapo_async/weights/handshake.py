@@ -44,9 +44,9 @@ def check_attestation(
 
     Version and checksum (where the layouts are equal) must be equal, and the probe's logprobs
     within `tolerance` (nats). `peer` is an engine of the same layout that has proved this version:
-    its own checksum must be equal too. The outcome is `passed` only if the weights before the
-    update differed: by checksum, by the engine's own checksum in its last attestation `before`, or
-    by more than the tolerance on the probe.
+    if both have sent a checksum of their own, it must be equal, too. The outcome is `passed` only
+    if the weights before the update differed: by checksum, by the engine's own checksum in its last
+    attestation `before`, or by more than the tolerance on the probe.
     """
     assert announced.checksum is not None, "a handshake needs the learner's checksum"
     gap = float(np.abs(attested.probe_after - announced.probe_logprobs).max())
@@ -56,7 +56,7 @@ def check_attestation(
     version = f"version {announced.version}"
     gap_before = float(np.abs(attested.probe_before - announced.probe_logprobs).max())
     other_checksum = attested.checksum_before not in (None, announced.checksum)
-    if before is not None and before.own_checksum is not None:
+    if before is not None and None not in (before.own_checksum, attested.own_checksum):
         other_checksum = other_checksum or before.own_checksum != attested.own_checksum
     if other_checksum or not gap_before <= tolerance:
         outcome, detail = HandshakeOutcome.PASSED, f"{version}, probe gap {gap:.1e}"
@@ -86,7 +86,8 @@ def _mismatch(
             f"{engine} serves weights {_short(attested.checksum_after)}, "
             f"the learner published {_short(announced.checksum)} as version {version}"
         )
-    if peer is not None and attested.own_checksum != peer.own_checksum:
+    sums = {attested.own_checksum, peer.own_checksum if peer is not None else None} - {None}
+    if peer is not None and len(sums) == 2:  # a server may refuse a call once
         return (
             f"{engine} serves weights {_short(attested.own_checksum)}, "
             f"{peer.engine} {_short(peer.own_checksum)}, both as version {version}"

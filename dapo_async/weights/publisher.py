@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dapo_async.weights.announcement import Announcement, Attestation
 from dapo_async.weights.handshake import HandshakeOutcome, HandshakeResult, check_attestation
+from dapo_async.weights.tensor_proof import TensorProof
 
 OnServed = Callable[[int], Awaitable[None]]
 
@@ -123,9 +124,7 @@ class Publisher:
         self._before: dict[str, tuple[str | None, Attestation]] = {}
         self._num_unchanged: Counter[str] = Counter()
         self._num_inconclusive: Counter[str] = Counter()
-        # By engine and rank: tensors whose hash has been that of the learner. Others may have
-        # another layout in the server.
-        self._comparable: dict[str, list[set[str]]] = {}
+        self._tensors = TensorProof()
         self.newest: Announcement | None = None  # of the publish that was started last
         self.outcomes: Counter[str] = Counter()  # of all handshakes of the run
         self.num_served = 0  # versions that every receiver has served
@@ -137,6 +136,10 @@ class Publisher:
     def in_flight(self) -> asyncio.Task[None] | None:
         """The publish that runs beside the learner's step, None after `finish`."""
         return self._in_flight
+
+    def uncompared(self) -> tuple[str, ...]:
+        """See `TensorProof.uncompared`."""
+        return self._tensors.uncompared()
 
     @property
     def serving(self) -> tuple[WeightReceiver, ...]:
@@ -268,6 +271,7 @@ class Publisher:
             self.newest = announcement = replace(
                 announcement, checksum=checksum, probe_logprobs=answer, server_hashes=hashes
             )
+            self._tensors.note(announcement, filter(None, attestations))
             pauses, handshakes = [], []
             for receiver, attested in zip(receivers, attestations, strict=True):
                 if attested is None:
@@ -399,7 +403,7 @@ class Publisher:
         if result.outcome is not HandshakeOutcome.MISMATCH:
             wrong = (
                 self._stale(announcement, attested)
-                or self._other_tensor(announcement, attested)
+                or self._tensors.wrong(announcement, attested)
                 or self._undecided(announcement, attested, result)
             )
             if wrong is not None:
@@ -407,7 +411,9 @@ class Publisher:
         self.outcomes[result.outcome] += 1
         if result.outcome is not HandshakeOutcome.MISMATCH:
             self._before[attested.engine] = announcement.checksum, attested
-            self._proved = self._proved if peer is not None else attested
+            # One with a checksum, if there is any: a server may refuse that call once.
+            if peer is None or peer.own_checksum is None:
+                self._proved = attested
         return result
 
     def _stale(self, announcement: Announcement, attested: Attestation) -> str | None:
@@ -438,27 +444,6 @@ class Publisher:
             f"{engine} answers its probe bit for bit alike before and after {version}, for the "
             f"{count}th update in a row in which the learner's weights changed"
         )
-
-    def _other_tensor(self, announcement: Announcement, attested: Attestation) -> str | None:
-        """Which tensor of a server is not the learner's, by its hash; None: all that compare are.
-
-        A tensor compares once its hash has been the learner's. At the first publish that proves the
-        layout, because a server starts with the weights that are published then.
-        """
-        known = self._comparable.setdefault(attested.engine, [set() for _ in attested.hashes])
-        for rank, (ours, theirs) in enumerate(
-            zip(announcement.server_hashes, attested.hashes, strict=False)
-        ):
-            for name, expected in ours.items():
-                if theirs.get(name) == expected:
-                    known[rank].add(name)
-                elif name in known[rank]:
-                    return (
-                        f"{attested.engine} serves another {name} on its rank {rank} (hash "
-                        f"{theirs.get(name)}) than the learner published as version "
-                        f"{announcement.version} (hash {expected})"
-                    )
-        return None
 
     def _undecided(
         self, announcement: Announcement, attested: Attestation, result: HandshakeResult

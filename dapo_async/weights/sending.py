@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 
 from dapo_async.model import Axis, ShardCopy
+from dapo_async.model.expert_names import pieces
 from dapo_async.weights.announcement import Manifest
 from dapo_async.weights.collective import WeightGroup
-from dapo_async.weights.server_hashes import RankHashes, chosen_tensors, server_hashes
+from dapo_async.weights.server_hashes import RankHashes, drawn, server_hashes
 
 
 def send_copy(
@@ -45,25 +46,37 @@ def send_copy(
 
 
 def hashes_of_copy(
-    copy: ShardCopy, axis: Axis, *, tensor_parallel: int, cuda: bool, seed: str
+    copy: ShardCopy,
+    axis: Axis,
+    *,
+    tensor_parallel: int,
+    expert_parallel: int = 1,
+    cuda: bool,
+    version: int,
 ) -> tuple[RankHashes, ...]:
-    """This rank's share of `server_hashes`; every rank of `axis` calls it with the same seed.
+    """This rank's share of the `server_hashes` of the tensors that are `drawn` for the version;
+    every rank of `axis` calls it.
 
-    Only the drawn tensors are brought together, each on one of the ranks.
+    Only these tensors are brought together, each on one of the ranks.
     """
     layout, width = copy.layout, copy.flat.element_size()
-    sizes = {
-        name: math.prod(shape) * width
-        for name, shape in zip(layout.names, layout.shapes, strict=True)
-    }
-    index = {name: number for number, name in enumerate(layout.names)}
-    drawn = chosen_tensors(sizes, seed=seed).values()
-    units = [tuple(index[part] for part in parts) for parts in drawn]
+    sizes, index = dict[str, int](), dict[str, int]()
+    for number, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
+        for piece in pieces(name, shape, layout.config):
+            sizes[piece.name], index[piece.name] = math.prod(piece.shape) * width, number
+    units = [
+        tuple(sorted({index[part] for part in parts}))
+        for parts in drawn(sizes, version=version).values()
+    ]
     ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel)]
     with copy.beside_the_step():
         for _, weights in copy.stream(axis, num_owners=axis.size, units=units):
             hashed = server_hashes(
-                weights, layout.config, tensor_parallel=tensor_parallel, cuda=cuda
+                weights,
+                layout.config,
+                tensor_parallel=tensor_parallel,
+                expert_parallel=expert_parallel,
+                cuda=cuda,
             )
             for own, found in zip(ranks, hashed, strict=True):
                 own.update(found)

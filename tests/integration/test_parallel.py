@@ -81,6 +81,7 @@ from dapo_async.model import (
 from dapo_async.types import StepMetrics
 from dapo_async.weights import hashes_of_copy
 from dapo_async.weights.server_hashes import server_hashes
+from dapo_async.weights.tensor_proof import ROUND
 
 pytestmark = pytest.mark.gloo
 # Odd heads, sequence ratios, an entropy gradient, a KL term, several passes with a filler.
@@ -420,9 +421,14 @@ def copied(mesh: Mesh) -> tuple[str, State, dict[int, State], dict[str, str]]:
     # Other units, whose parameters are no neighbours.
     ends = dict(copy.stream(mesh.publishing, num_owners=mesh.every.size, units=[(3, 0), (2,)]))
     assert [*ends] == [each for each in (0, 1) if each % mesh.every.size == mesh.every.rank]
-    (hashes,) = hashes_of_copy(copy, mesh.publishing, tensor_parallel=1, cuda=False, seed="7")
+    hashes: dict[str, str] = {}
+    for version in range(ROUND):
+        (some,) = hashes_of_copy(
+            copy, mesh.publishing, tensor_parallel=1, cuda=False, version=version
+        )
+        hashes |= some
     units |= {-1 - number: each for number, each in ends.items()}
-    return copy.checksum(), whole, units, dict(hashes)
+    return copy.checksum(), whole, units, hashes
 
 
 @pytest.mark.parametrize(("dp", "tp"), MESHES)

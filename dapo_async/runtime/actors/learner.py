@@ -328,8 +328,9 @@ class LearnerActor:
             snapshot.copy,
             self._mesh.publishing,
             tensor_parallel=self._config.rollout.tensor_parallel,
+            expert_parallel=weights.expert_parallel_of(self._config.rollout.server_flags),
             cuda=True,
-            seed=f"{announcement.incarnation} {announcement.version}",
+            version=announcement.version,
         )
 
     async def open_group(self) -> tuple[str, int]:

@@ -12,9 +12,17 @@ import pytest
 import torch
 from weights_world import TINY, FakeEngine, FakeLearner, make_publisher, publish
 
+from dapo_async.model import ModelConfig
 from dapo_async.weights import Announcement, Attestation
 from dapo_async.weights.publisher import HandshakeError, Publisher
-from dapo_async.weights.server_hashes import cuda_hash, server_hashes, server_names
+from dapo_async.weights.server_hashes import (
+    cuda_hash,
+    drawn,
+    expert_parallel_of,
+    server_hashes,
+    server_names,
+)
+from dapo_async.weights.tensor_proof import kind_of
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
@@ -73,14 +81,56 @@ def test_a_rank_of_a_server_has_its_part_of_each_joined_or_split_tensor() -> Non
     )
 
 
-def test_only_so_many_bytes_are_hashed_and_others_each_time() -> None:
-    weights = {f"model.layers.{layer}.mlp.down_proj.weight": torch.ones(8, 8) for layer in range(9)}
-    seen: set[str] = set()
-    for _ in range(60):
-        (given,) = server_hashes(weights, TINY, tensor_parallel=1, cuda=False, most_bytes=600)
-        assert len(given) == 2
-        seen |= given.keys()
-    assert seen == weights.keys()
+def mixture(num_experts: int = 4) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """A layer of experts, one by one; rows and columns of all of them differ."""
+    config = replace(TINY, num_experts=num_experts, experts_per_token=2, expert_size=4)
+    torch.manual_seed(0)
+    return config, {
+        f"model.layers.0.mlp.experts.{expert}.{module}.weight": torch.randn(shape)
+        for expert in range(num_experts)
+        for module, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
+    }
+
+
+@pytest.mark.parametrize(("ep", "experts", "inner"), [(1, range(4), 0), (2, range(2), 1)])
+def test_a_rank_of_a_server_has_its_part_of_the_stacked_experts(
+    ep: int, experts: range, inner: int
+) -> None:
+    """Rank 0 of two without expert parallelism; rank 1 of four of which two share experts."""
+    config, weights = mixture()
+    ranks, stem = 2 * ep, "model.layers.0.mlp.experts."
+    given = server_hashes(weights, config, tensor_parallel=ranks, expert_parallel=ep, cuda=False)
+    half = slice(2 * inner, 2 * inner + 2)
+    gate, up, down = (
+        torch.stack([weights[f"{stem}{expert}.{module}.weight"] for expert in experts])
+        for module in ("gate_proj", "up_proj", "down_proj")
+    )
+    assert given[inner] == {
+        f"{stem}w13_weight": sha(torch.cat((gate[:, half], up[:, half]), dim=1)),
+        f"{stem}w2_weight": sha(down[:, :, half]),
+    }
+
+
+def test_the_groups_of_experts_are_read_from_the_flags_of_the_servers() -> None:
+    flags = ("", "--ep-size 4", "--mem-fraction-static 0.8 --ep=2", "--expert-parallel-size 8")
+    assert [*map(expert_parallel_of, flags)] == [1, 4, 2, 8]
+
+
+def test_every_tensor_is_hashed_once_in_eight_publishes_of_equal_bytes() -> None:
+    sizes = {
+        f"model.layers.{layer}.{part}.weight": 2**20 * size
+        for layer in range(32)
+        for part, size in (("mlp.down_proj", 8), ("self_attn.o_proj", 2), ("input_layernorm", 1))
+    } | {"model.embed_tokens.weight": 2**20 * 30}
+    total, orders = sum(sizes.values()), []
+    for turn in range(3):
+        rounds = [drawn(sizes, version=8 * turn + place) for place in range(8)]
+        assert sorted(name for each in rounds for name in each) == sorted(sizes)
+        for each in rounds:
+            assert sum(sizes[name] for name in each) == pytest.approx(total / 8, rel=0.1)
+        orders.append([min(each) for each in rounds])
+    assert orders[0] != orders[1] != orders[2]
+    assert drawn(sizes, version=9) == drawn(sizes, version=9)
 
 
 def loop(words: list[int]) -> int:
@@ -133,12 +183,17 @@ def test_names_of_a_server_are_joined_from_those_of_the_model() -> None:
     }
 
 
-def served(tmp_path: Path) -> tuple[FakeLearner, FakeEngine, Publisher]:
-    """A server with two ranks that serves version 1; its probes are always near enough."""
+def fresh(tmp_path: Path) -> tuple[FakeLearner, FakeEngine, Publisher]:
+    """A server with two ranks that has had no publish yet; its probes are always near enough."""
     learner = FakeLearner(tmp_path)
     engine = FakeEngine(learner)
     engine.same_layout = False
-    publisher = make_publisher(learner, engine, tolerance=0.5)
+    return learner, engine, make_publisher(learner, engine, tolerance=0.5)
+
+
+def served(tmp_path: Path) -> tuple[FakeLearner, FakeEngine, Publisher]:
+    """As `fresh`, after version 1."""
+    learner, engine, publisher = fresh(tmp_path)
     attest(learner, engine, hashes_of(learner))
     publish(publisher, learner.announce(1))
     return learner, engine, publisher
@@ -205,19 +260,108 @@ def test_swapped_tensors_of_a_server_are_found(tmp_path: Path) -> None:
     assert publisher.outcomes["mismatch"] == 1
 
 
-def test_tensors_that_a_server_holds_in_a_layout_of_its_own_are_not_compared(
+def test_tensors_that_a_server_holds_in_a_form_of_its_own_are_not_compared(
+    tmp_path: Path,
+) -> None:
+    """On all ranks and layers; the publisher tells it once."""
+    learner, engine, publisher = fresh(tmp_path)
+    told = []
+    for version in range(1, 20):
+        nudge(learner)
+        packed = tuple(
+            {**each, DOWN: f"{version:015x}{rank}"} for rank, each in enumerate(hashes_of(learner))
+        )
+        attest(learner, engine, packed)
+        publish(publisher, learner.announce(version))
+        told.append(publisher.uncompared())
+    assert publisher.outcomes["mismatch"] == 0
+    assert told == [()] * 15 + [("model.layers.mlp.down_proj.weight",)] + [()] * 3
+
+
+def test_a_rank_that_was_wrong_from_the_first_publish_on_is_found(tmp_path: Path) -> None:
+    """The other rank proves the form of the tensor."""
+    learner, engine, publisher = fresh(tmp_path)
+    new = hashes_of(learner)
+    wrong = (new[0], {**new[1], QKV: "0" * 16})
+    attest(learner, engine, wrong, wrong)
+    line = f"rollout-0 serves another {QKV} on its rank 1 .hash 0{{16}}. than the learner published"
+    with pytest.raises(HandshakeError, match=line):
+        publish(publisher, learner.announce(1))
+
+
+def test_a_tensor_that_was_wrong_in_one_engine_only_is_found(tmp_path: Path) -> None:
+    """Both ranks have it wrong, and no other tensor is of its kind; the other engine is right."""
+    learner = FakeLearner(tmp_path)
+    engines = [FakeEngine(learner, "rollout-0"), FakeEngine(learner, "rollout-1")]
+    publisher = make_publisher(learner, *engines, tolerance=0.5)
+    learner.expected = new = hashes_of(learner)
+    embedding = "model.embed_tokens.weight"
+    for engine in engines:
+        engine.same_layout = False
+    wrong = tuple({**each, embedding: "f" * 16} for each in new)
+    engines[0].hashes = [wrong, wrong]
+    engines[1].hashes = [new, new]
+    with pytest.raises(HandshakeError, match=f"rollout-0 serves another {embedding}"):
+        publish(publisher, learner.announce(1))
+
+
+def test_stale_experts_on_one_rank_are_found_and_named(tmp_path: Path) -> None:
+    config, weights = mixture()
+    learner, engine, publisher = fresh(tmp_path)
+    given = server_hashes(weights, config, tensor_parallel=2, cuda=False)
+    learner.expected = given
+    engine.hashes = [given]
+    publish(publisher, learner.announce(1))
+    weights["model.layers.0.mlp.experts.3.up_proj.weight"][3, 2] += 1e-3  # of rank 1
+    nudge(learner)
+    learner.expected = server_hashes(weights, config, tensor_parallel=2, cuda=False)
+    stale = tuple({**each, "model.norm.weight": "new"} for each in given)
+    engine.hashes = [stale, stale]
+    line = r"another model.layers.0.mlp.experts.w13_weight on its rank 1 "
+    with pytest.raises(HandshakeError, match=line):
+        publish(publisher, learner.announce(2))
+
+
+def test_a_kind_is_a_tensor_without_its_layer_and_all_norms_are_one() -> None:
+    names = [DOWN, DOWN.replace("0", "17"), "model.layers.2.mlp.experts.w2_weight"]
+    assert [*map(kind_of, names)] == [
+        "model.layers.mlp.down_proj.weight",
+        "model.layers.mlp.down_proj.weight",
+        "model.layers.mlp.experts.w2_weight",
+    ]
+    norms = ("model.norm.weight", "model.layers.1.self_attn.q_norm.weight")
+    assert {*map(kind_of, norms)} == {"norm"}
+
+
+@pytest.mark.parametrize("refused", [(0,), (1,), (0, 1)], ids=str)
+def test_servers_that_refuse_a_checksum_once_end_no_run(
+    refused: tuple[int, ...], tmp_path: Path
+) -> None:
+    learner = FakeLearner(tmp_path)
+    engines = [FakeEngine(learner, f"rollout-{number}") for number in range(2)]
+    publisher = make_publisher(learner, *engines, tolerance=0.5)
+    for engine in engines:
+        engine.same_layout = False
+    for version in range(1, 6):
+        nudge(learner)
+        learner.expected = new = hashes_of(learner)
+        for number, engine in enumerate(engines):
+            engine.hashes = [] if version in (1, 3) and number in refused else [new]
+        publish(publisher, learner.announce(version))
+    assert publisher.outcomes["mismatch"] == 0
+    assert publisher.num_served == 5
+
+
+def test_the_checksums_of_others_are_compared_though_the_first_server_sent_none(
     tmp_path: Path,
 ) -> None:
     learner = FakeLearner(tmp_path)
-    engine = FakeEngine(learner)
-    engine.same_layout = False
-    publisher = make_publisher(learner, engine, tolerance=0.5)
-    for version in range(1, 4):
-        nudge(learner)
-        packed = tuple({**each, DOWN: f"{version:016x}"} for each in hashes_of(learner))
-        attest(learner, engine, packed)
-        publish(publisher, learner.announce(version))
-    assert publisher.outcomes["mismatch"] == 0
+    engines = [FakeEngine(learner, f"rollout-{number}") for number in range(3)]
+    publisher = make_publisher(learner, *engines, tolerance=0.5)
+    for engine, checksums in zip(engines, ([], ["a"], ["b", "b"]), strict=True):
+        engine.same_layout, engine.own_checksums = False, checksums
+    with pytest.raises(HandshakeError, match="rollout-2 serves weights b, rollout-1 a, both as"):
+        publish(publisher, learner.announce(1))
 
 
 class NoisyEngine(FakeEngine):
