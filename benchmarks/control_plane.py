@@ -6,7 +6,8 @@ python benchmarks/control_plane.py [--json OUT] [--quick] [--engines N …] [--t
 The engines answer at once, and a step takes no time, so the rate is what rollout workers, replay
 actor and hand-over can do on this machine. The workers are the real ones, in two processes.
 `buffer`: the replay buffer in this process, without Ray. `--journal-rounds`: each case so often
-with and without the journal of the replay actor, by turns.
+with and without the journal of the replay actor, by turns. `journal_cpu_ms_per_group` is the CPU
+time of its appends.
 """
 
 from __future__ import annotations
@@ -181,9 +182,19 @@ class MeasuredReplay(ReplayActor):
 
     def __init__(self, config: Config, run_dir: RunDir, *, journal: bool = True) -> None:
         super().__init__(config, incarnation="bench", run_dir=run_dir)
+        self._journal_s = 0.0
+        kept = self._buffer.journal
+        assert kept is not None
         if not journal:
-            assert self._buffer.journal is not None
-            self._buffer.journal.remove()
+            kept.remove()
+        append = kept.append
+
+        def timed_append(*args: Any, **options: Any) -> None:
+            start_s = time.thread_time()
+            append(*args, **options)
+            self._journal_s += time.thread_time() - start_s
+
+        kept.append = timed_append  # type: ignore[method-assign]
         buffer, self._complete_s = self._buffer, dict[int, float]()
         offer, size = buffer.offer, buffer.groups_per_step
 
@@ -207,11 +218,11 @@ class MeasuredReplay(ReplayActor):
     async def complete_s(self, step: int) -> float:
         return self._complete_s.pop(step)
 
-    async def usage(self) -> tuple[float, int, float]:
-        """CPU seconds, groups outstanding, largest resident memory in MB."""
+    async def usage(self) -> tuple[float, float, int, float]:
+        """CPU seconds, those of the journal, groups outstanding, largest resident memory in MB."""
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         outstanding = self._buffer.num_buffered + self._buffer.num_generating
-        return cpu_s(), outstanding, peak_mb
+        return cpu_s(), self._journal_s, outstanding, peak_mb
 
 
 def store_bytes() -> int:
@@ -243,7 +254,7 @@ async def learn(config: Config, replay: Any, hosts: Sequence[Any], *, seconds: f
         if before is not None:
             waits.append(now_s - max(asked_s, complete_s))
             groups += len(batch.group_ids)
-            outstanding = max(outstanding, (await replay.usage.remote())[1])
+            outstanding = max(outstanding, (await replay.usage.remote())[2])
         if before is None and now_s - start_s > min(WARM_UP_S, seconds / 4):
             before, start_s = await usage(replay, hosts), time.time()
         elif before is not None and time.time() - start_s > seconds:
@@ -253,7 +264,7 @@ async def learn(config: Config, replay: Any, hosts: Sequence[Any], *, seconds: f
             task.result()
     assert before is not None
     elapsed_s, after = time.time() - start_s, await usage(replay, hosts)
-    replay_s, hosts_s, learner_s, calls, stored = (
+    replay_s, journal_s, hosts_s, learner_s, calls, stored = (
         new - old for new, old in zip(after, before, strict=True)
     )
     return {
@@ -264,19 +275,23 @@ async def learn(config: Config, replay: Any, hosts: Sequence[Any], *, seconds: f
         "hand_over_p50_ms": 1e3 * float(np.quantile(waits, 0.5)),
         "hand_over_p99_ms": 1e3 * float(np.quantile(waits, 0.99)),
         "replay_cpu_ms_per_group": 1e3 * replay_s / groups,
+        "journal_cpu_ms_per_group": 1e3 * journal_s / groups,
         "workers_cpu_ms_per_group": 1e3 * hosts_s / groups,
         "learner_cpu_ms_per_group": 1e3 * learner_s / groups,
         "calls_per_group": calls / groups,
         "stored_bytes_per_group": stored / groups,
-        "replay_peak_mb": (await replay.usage.remote())[2],
+        "replay_peak_mb": (await replay.usage.remote())[3],
     }
 
 
-async def usage(replay: Any, hosts: Sequence[Any]) -> tuple[float, float, float, float, float]:
-    """CPU seconds of the replay actor, the workers and the learner, calls, bytes in Ray's store."""
+async def usage(replay: Any, hosts: Sequence[Any]) -> tuple[float, ...]:
+    """CPU seconds of the replay actor, its journal, the workers and the learner; calls; bytes in
+    Ray's store."""
+    of_replay, journal_s, *_ = await replay.usage.remote()
     of_hosts = await asyncio.gather(*(host.usage.remote() for host in hosts))
     return (
-        (await replay.usage.remote())[0],
+        of_replay,
+        journal_s,
         sum(seconds for seconds, _ in of_hosts),
         cpu_s(),
         sum(calls for _, calls in of_hosts),
