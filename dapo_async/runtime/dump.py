@@ -1,7 +1,7 @@
 """What every actor of a run does now: stacks, tasks, states and counts, in one text file.
 
 For a run that seems to hang. It is written on SIGUSR1 (`dapo-async dump RUN_DIR`), and before the
-end of a run whose deadline has passed. Actors that do not answer are named in it.
+end of a run that fails. Actors that do not answer are named in it.
 """
 
 from __future__ import annotations

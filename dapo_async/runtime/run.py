@@ -145,9 +145,11 @@ class Run:
         time_limit.cancel()
         self._clock.enter("stop")
         try:
-            if self._services is not None and self._record.outcome.hangs:
-                await self._attempt("a dump", self._dump(self._record.outcome.reason))
             if self._services is not None:
+                failed = self._record.outcome
+                can_answer = not failed.lost_node
+                if failed.status is Status.FAILED and can_answer:
+                    await self._attempt("a dump", self._dump(failed.reason))
                 await shut_down(
                     self._services,
                     self._record.outcome,

@@ -131,6 +131,10 @@ def test_run_whose_groups_are_all_wrong_fails_with_the_counts_by_reason(tmp_path
     summary = run.summary
     assert (run.exit_code, summary["status"]) == (1, "failed"), run.output
     assert summary["reason"].startswith("the filters rejected 64 groups in a row (all_wrong 64); ")
+    (dump,) = (run.root / "dumps").iterdir()
+    assert dump.read_text().startswith("why: the filters rejected 64 groups in a row")
+    for name in ("driver", "replay", "learner", "rollout-0"):
+        assert f"=== {name}\npid " in dump.read_text(), f"{name} did not answer"
     groups = summary["groups"]
     assert groups["unused"] == 1
     assert groups["rejected"]["all_wrong"] == groups["admitted"] - 1 >= 64
