@@ -56,6 +56,7 @@ from dapo_async.model import (
 from dapo_async.model.cost import train_flops
 from dapo_async.model.kernels import use_kernels
 from dapo_async.model.mixture import Routing
+from dapo_async.model.varlen import varlen_kernel
 from dapo_async.types import Group, GroupFacts, MemoryShort, StepMetrics
 
 
@@ -124,6 +125,9 @@ class LearnerRank:
             offload=learner.offload_optimizer,
         )
         self._device, self._mesh = decoder.rope_cos.device, mesh
+        self.attention_kernel: str | None = None  # of CUDA in half precision, and why no other one
+        if self._device.type == "cuda" and decoder.activations is not torch.float32:
+            self.attention_kernel = varlen_kernel().note
         self.num_updates = 0  # of the step that is open
         self._guards = guards
         self._on_host = HostCopy()  # while the rank sleeps

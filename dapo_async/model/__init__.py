@@ -5,7 +5,7 @@ In: token ids and an attention strategy. Out: hidden states, logprobs, entropies
 importance ratio is 1 up to rounding at staleness 0 (on-policy identity).
 
     config           sizes and switches of a model; the supported families
-    decoder, layers, linear, rotary, attention
+    decoder, layers, linear, rotary, attention, varlen
                      the forward pass on packed tokens
     cost, peak       FLOPs and bytes of a model; what a device can do at most
     memory           predicts the memory of a learner rank

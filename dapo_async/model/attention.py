@@ -1,17 +1,14 @@
 """Attention over packed sequences, used by the learner and by the native engine's prefill.
 
-On CUDA in half precision: flash-attn's varlen kernel if it is installed, else torch's own
-(`torch.nn.attention.varlen`); both have not run on a GPU yet. On CPU, and in float32: one SDPA call
-per run of neighbours with equal lengths, without padding or masks. Sort sequences by length, so
-that short ones share a call. Sequences may share their first tokens.
+On CUDA in half precision: the kernel of `varlen.py`. On CPU, and in float32: one SDPA call per run
+of neighbours with equal lengths, without padding or masks. Sort sequences by length, so that short
+ones share a call. Sequences may share their first tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -21,9 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from dapo_async.model.transfer import send
-
-# Where the queries and the keys of each sequence start, and the most of each.
-Limits = tuple[Tensor, Tensor, int, int]
+from dapo_async.model.varlen import Limits, varlen_kernel
 
 
 class PackedAttention:
@@ -105,38 +100,7 @@ class PackedAttention:
         With fewer queries than keys the kernels align the causal mask to the last key. So the own
         tokens, which end their sequence, attend to the shared ones and to their own past.
         """
-        return varlen_kernel()(query, key, value, self._limits)
-
-
-@cache
-def varlen_kernel() -> Callable[[Tensor, Tensor, Tensor, Limits], Tensor]:
-    """The kernel of this process, found at its first use: flash-attn's if the extra [flash] is
-    installed, else torch's. With fewer key-value heads than query heads, and causal."""
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-        return lambda query, key, value, limits: flash_attn_varlen_func(
-            query, key, value, *limits, causal=True
-        )
-    from torch.nn.attention.varlen import varlen_attn  # has no CPU backend
-
-    # The names of its arguments differ between torch versions.
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-
-    def torchs(query: Tensor, key: Tensor, value: Tensor, limits: Limits) -> Tensor:
-        grouped, repeats = options, query.shape[1] // key.shape[1]
-        if repeats > 1 and "enable_gqa" in known:
-            grouped = {**options, "enable_gqa": True}
-        elif repeats > 1:
-            key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
-        packed = varlen_attn(query, key, value, *limits, **grouped)
-        assert isinstance(packed, Tensor)
-        return packed
-
-    return torchs
+        return varlen_kernel().call(query, key, value, self._limits)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from dapo_async.model.gather import BUCKET_ELEMENTS, Layout, Unit
 from dapo_async.model.mesh import ALONE, Axis
 from dapo_async.model.parallel import shard_of
 from dapo_async.model.parameters import Shape
+from dapo_async.model.transfer import Fetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +151,14 @@ class ShardCopy:
     def whole(self, axis: Axis = ALONE) -> dict[str, Tensor]:
         """All weights on the host of the first rank of `axis`; the others get none.
 
-        On CUDA in pinned memory. Every rank calls it.
+        Every rank calls it.
         """
         weights: dict[str, Tensor] = {}
         with self.beside_the_step():
+            fetcher = Fetcher(self.device) if self.device.type == "cuda" else None
             for _, unit in self.stream(axis):
                 for name, tensor in unit.items():
-                    pinned = tensor.is_cuda
-                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                    weights[name] = host.copy_(tensor, non_blocking=pinned)
+                    weights[name] = tensor.clone() if fetcher is None else fetcher.fetch(tensor)
         return weights
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Results of `dapo-async eval --watch` in a run directory, and its claim on checkpoints.
 
+    watched/lock                    locked by the one watcher, also against other machines
     watched/lease.json              while a watcher runs: {pid, host, count}; the count grows
     watched/version_000020.json     the result of one checkpoint, written by one rename
     watched/*.partial.jsonl         its finished problems, until then
@@ -13,6 +14,7 @@ machines.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -114,25 +116,33 @@ class WatchLease:
         self._folder, self._renew_s = folder, renew_s
         try:
             folder.root.mkdir(exist_ok=True)
-            self._lock = os.open(folder.root, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ValueError(
-                f"another process watches {folder.root.parent}; wait until it ends, or end it"
-            ) from error
+            self._lock = os.open(folder.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ValueError(
                 f"{folder.root} can't be written: {error.strerror}; give a run directory that "
                 "this process may write"
             ) from error
+        try:
+            # A POSIX lock of a file: NFS keeps it on its server, so it holds for all machines.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(
+                    f"another process watches {folder.root.parent}; wait until it ends, or end it"
+                ) from error
+            raise ValueError(
+                f"{folder.root / 'lock'} can't be locked: {error.strerror}; mount the file system "
+                "with locks, such as NFS with local_lock=none"
+            ) from error
+        self._owner = {"pid": os.getpid(), "host": socket.gethostname()}
         self._count, self._ended = 0, Event()
         self._thread = Thread(target=self._keep, name="lease", daemon=True)
 
     def renew(self) -> None:
         """Counts on. A disk that refuses it is no reason to end: the next count may succeed."""
         self._count += 1
-        values = {"pid": os.getpid(), "host": socket.gethostname(), "count": self._count}
+        values = {**self._owner, "count": self._count}
         with suppress(OSError):
             atomic_write(self._folder.lease, json.dumps(values) + "\n")
 
@@ -153,8 +163,11 @@ class WatchLease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        with suppress(OSError):
-            self._folder.lease.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            lease = json.loads(self._folder.lease.read_bytes())
+            # A file system whose locks are local to each machine lets others watch, too.
+            if lease == {**self._owner, "count": lease["count"]}:
+                self._folder.lease.unlink(missing_ok=True)
         os.close(self._lock)
 
 

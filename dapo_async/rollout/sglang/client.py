@@ -76,10 +76,11 @@ class ServerLoad:
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a server has room for."""
+    """What a server has room for, and how it computes."""
 
     kv_tokens: int  # with keys and values
     running_requests: int
+    float32_logits: bool = True  # it sums its logits in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +169,15 @@ class SGLangClient:
         return sum(loads, start=ServerLoad())
 
     async def limits(self) -> ServerLimits:
-        """What the server has room for."""
+        """What the server has room for, and how it computes."""
         answer = await self._ask("GET", "/server_info")
         try:
             (state, *_), tokens = answer["internal_states"], int(answer["max_total_num_tokens"])
-            return ServerLimits(tokens, int(state["effective_max_running_requests_per_dp"]))
+            running = int(state["effective_max_running_requests_per_dp"])
+            exact = (
+                bool(answer.get("enable_fp32_lm_head", True)) or answer.get("dtype") == "float32"
+            )
+            return ServerLimits(tokens, running, exact)
         except (KeyError, TypeError, ValueError) as error:
             raise EngineFault(f"{self.url} does not tell its capacity: {error!r}") from error
 

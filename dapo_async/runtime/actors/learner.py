@@ -109,6 +109,8 @@ class LearnerActor:
         parameters = sum(parameter.numel() for parameter in self._rank.decoder.parameters())
         self._clock.enter("wait")
         detail = f"{parameters / 1e6:.2f} M parameters on {self._device}; {self._choice}"
+        if self._rank.attention_kernel is not None:
+            detail += f"; attention by {self._rank.attention_kernel}"
         return ProcessInfo.own(self.name, detail)
 
     async def microbatch_tokens(self) -> int:

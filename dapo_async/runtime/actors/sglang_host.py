@@ -12,7 +12,7 @@ from dapo_async.config import Config
 from dapo_async.model import folder_for_sglang
 from dapo_async.rollout.sglang.client import BroadcastLost, CallRefused, SGLangClient
 from dapo_async.rollout.sglang.engine import SGLangEngine
-from dapo_async.rollout.sglang.server import SPARE_SLOTS, ServerOptions, SGLangServer
+from dapo_async.rollout.sglang.server import FP32_HEAD, SPARE_SLOTS, ServerOptions, SGLangServer
 from dapo_async.rollout.slot_control import SlotControl, slots_at_start
 from dapo_async.runtime.actors.engine_host import EngineHost
 from dapo_async.runtime.cluster.network import own_host
@@ -75,7 +75,19 @@ class SGLangHost(EngineHost):
             replayed=self.model if self._config.learner.routing_replay else None,
         )
         at_start = " at the start" if control is not None else ""
-        return f"SGLang at {self._client.url}, {slots} slots{at_start}"
+        line = f"SGLang at {self._client.url}, {slots} slots{at_start}"
+        return line + await self._note_about_head()
+
+    async def _note_about_head(self) -> str:
+        """Of a server that the user started: it has to sum its logits as the learner does."""
+        if not self._config.rollout.server_urls or self._config.model.dtype == "float32":
+            return ""
+        if (await self._client.limits()).float32_logits:
+            return ""
+        return (
+            f"; its logprobs differ from the learner's, which sums its logits in float32: start "
+            f"the server with {FP32_HEAD}"
+        )
 
     async def _slot_control(self) -> SlotControl:
         """For `rollout.num_slots=auto`: from what the server has memory for."""

@@ -13,6 +13,7 @@ from triton_kernels import import_fused_head
 
 from dapo_async.learner.optimizer import ShardedAdamW
 from dapo_async.model import PackedAttention, send, token_logprobs
+from dapo_async.model.transfer import Fetcher
 
 pytestmark = pytest.mark.gpu
 CONFIGS: dict[str, Any] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -191,3 +192,15 @@ def test_copies_to_the_device_arrive_in_order(place: Place) -> None:
     for number in range(50):
         total += send(torch.full((1000,), number), place.device)
     assert total.unique().tolist() == [sum(range(50))]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 5000])
+def test_fetched_tensors_are_the_same_in_pageable_memory(place: Place, count: int) -> None:
+    """In one block, in two, in many, and with a block that is used again at once."""
+    fetcher = Fetcher(torch.device(place.device), block_bytes=2048)
+    for dtype in (torch.bfloat16, torch.float32, torch.int64):
+        values = torch.randn(count, 3, device=place.device).mul(9).to(dtype)
+        found = fetcher.fetch(values.t())
+        assert found.device.type == "cpu"
+        assert not found.is_pinned()
+        assert torch.equal(found, values.t().cpu())

@@ -113,6 +113,27 @@ def test_client_reads_load_and_limits() -> None:
     assert limits == ServerLimits(2000, 65)
 
 
+@pytest.mark.parametrize(
+    ("told", "exact"),
+    [
+        ({"enable_fp32_lm_head": False, "dtype": "bfloat16"}, False),
+        ({"enable_fp32_lm_head": True, "dtype": "bfloat16"}, True),
+        ({"enable_fp32_lm_head": False, "dtype": "float32"}, True),
+        ({}, True),
+    ],
+)
+def test_client_reads_whether_logits_are_summed_in_float32(
+    told: dict[str, Any], exact: bool
+) -> None:
+    info = {
+        **told,
+        "max_total_num_tokens": 2000,
+        "internal_states": [{"effective_max_running_requests_per_dp": 65}],
+    }
+    (limits,) = asked({"/server_info": info}, "limits")
+    assert limits == ServerLimits(2000, 65, exact)
+
+
 @pytest.mark.parametrize("call", ["load", "limits"])
 def test_answers_without_the_numbers_are_faults(call: str) -> None:
     routes = {"/v1/loads": {"loads": [{}]}, "/server_info": {"internal_states": []}}

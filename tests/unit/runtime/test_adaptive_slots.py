@@ -83,6 +83,27 @@ def test_slots_at_the_start(limits: ServerLimits, overrides: tuple[str, ...], sl
     assert line.endswith(f"{slots} slots" + (" at the start" if AUTO in overrides else ""))
 
 
+GIVEN = ("rollout.servers=http://server", "rollout.num_workers=1")
+
+
+@pytest.mark.parametrize(
+    ("exact", "overrides", "is_told"),
+    [
+        (False, (*GIVEN, "model.dtype=bfloat16"), True),
+        (False, (*GIVEN, "model.dtype=bfloat16", AUTO), True),
+        (True, (*GIVEN, "model.dtype=bfloat16"), False),
+        (False, (*GIVEN, "model.dtype=float32"), False),
+        (False, ("model.dtype=bfloat16",), False),  # the run starts it with the flag
+    ],
+)
+def test_a_given_server_whose_head_sums_in_half_precision_is_named(
+    exact: bool, overrides: tuple[str, ...], is_told: bool
+) -> None:
+    _, line = started(ServerLimits(4_800, 2000, exact), *overrides)
+    assert ("start the server with --enable-fp32-lm-head" in line) == is_told
+    assert "\n" not in line
+
+
 def test_a_server_that_runs_less_than_a_group_is_refused() -> None:
     with pytest.raises(ValueError, match=r"runs at most 16 requests, and .* \(17\); start the"):
         started(ServerLimits(4_800, 16), AUTO)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +94,52 @@ def test_the_thread_of_a_lease_counts_on(tmp_path: Path) -> None:
             assert lease._thread.is_alive()
 
 
+WATCH = """
+import sys
+from pathlib import Path
+from dapo_async.tracking.watch_folder import WatchFolder, WatchLease
+try:
+    with WatchLease(WatchFolder(Path(sys.argv[1]))):
+        print("watches", flush=True)
+except ValueError as error:
+    print(error)
+"""
+
+
+def another_watcher(root: Path) -> str:
+    """What a watcher in a process of its own says; locks are those of processes."""
+    command = [sys.executable, "-c", WATCH, str(root)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def test_a_second_watcher_of_one_run_is_refused(tmp_path: Path) -> None:
     folder = WatchFolder(tmp_path / "watched")
-    with WatchLease(folder), pytest.raises(ValueError, match="another process watches"):
-        WatchLease(folder)
+    with WatchLease(folder):
+        assert another_watcher(folder.root).startswith("another process watches")
+        assert folder.lease.exists()  # the refused one removes nothing
+    assert another_watcher(folder.root) == "watches\n"
     with WatchLease(folder):
         pass
+
+
+def test_a_watcher_that_ends_leaves_the_lease_of_another_machine(tmp_path: Path) -> None:
+    """Locks of its file system are local, so the other one watches, too."""
+    folder = WatchFolder(tmp_path / "watched")
+    other = {"pid": 7, "host": "node-2", "count": 3}
+    with WatchLease(folder):
+        folder.lease.write_text(json.dumps(other))
+    assert json.loads(folder.lease.read_text()) == other
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with pytest.raises(ValueError, match="can't be locked: No locks available; mount the file"):
+        WatchLease(WatchFolder(tmp_path / "watched"))
 
 
 def test_a_row_has_the_averages_of_a_result() -> None:
