@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dapo_async.config import Config
 from dapo_async.evaluate import Evaluation
 from dapo_async.rollout import EngineFault
+from dapo_async.runtime.actors.once import answers_once
 from dapo_async.runtime.actors.reports import ProcessInfo
 from dapo_async.runtime.cluster.network import use_network
 from dapo_async.utils.state_clock import Span, StateClock
@@ -30,6 +31,7 @@ LOADING_PRIORITY = 5  # behind the start of the others, and ready for the first 
 LOWEST_PRIORITY = 19
 
 
+@answers_once
 class EvaluatorActor:
     """A `snapshot` evaluator takes idle CPU time; a `dedicated` one reserves what it needs and has
     an engine of the rollout's kind. A lost SGLang server ends the evaluator: it is replaced."""

@@ -24,6 +24,7 @@ from dapo_async import learner, model, weights
 from dapo_async.config import Config
 from dapo_async.model.peak import Peak, device_peak
 from dapo_async.replay.group_io import unpack_group
+from dapo_async.runtime.actors.once import answers_once
 from dapo_async.runtime.actors.reports import LearnerReport, ProcessInfo
 from dapo_async.runtime.cluster import limits
 from dapo_async.runtime.cluster.network import own_host, use_network
@@ -53,6 +54,7 @@ PROBE_TOKENS = 16  # length of the handshake's probe prompt
 PROFILED_STEPS = (3, 4, 5)  # after the first ones, which allocate and warm up
 
 
+@answers_once
 class LearnerActor:
     """The rank steps in a thread of its own, so that the actor answers and sends meanwhile."""
 

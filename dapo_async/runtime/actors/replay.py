@@ -45,6 +45,7 @@ from dapo_async.replay.journal import Journal
 from dapo_async.replay.quarantine import Quarantine
 from dapo_async.reward import VERIFIER_FAILED
 from dapo_async.runtime.actors.offers import Bytes, Exchange, from_arguments
+from dapo_async.runtime.actors.once import answers_once
 from dapo_async.runtime.actors.replay_files import Payload, ReplayFiles, write_state
 from dapo_async.runtime.actors.replay_recovery import (
     book_batch,
@@ -93,6 +94,7 @@ def _filters(config: Config) -> list[Filter]:
     return filters
 
 
+@answers_once
 class ReplayActor:
     """Workers wait for credits in the order of their calls; each change serves the first ones."""
 

@@ -23,6 +23,7 @@ from dapo_async.reward import score_group
 from dapo_async.rollout import EngineFault, SamplingParams
 from dapo_async.rollout.worker import GENERATING, Offer, RolloutWorker
 from dapo_async.runtime.actors.offers import Exchange, to_arguments
+from dapo_async.runtime.actors.once import answers_once
 from dapo_async.runtime.actors.replay import ANSWER_EVERY_S, ReplayActor
 from dapo_async.runtime.actors.reports import ProcessInfo, WorkerReport
 from dapo_async.runtime.cluster import limits
@@ -54,11 +55,11 @@ class ReplayClient(Handle[ReplayActor]):
     its number whether the one before has made it.
     """
 
-    _evictions = remote(ReplayActor.evictions, _answer, repeatable=True)
+    _evictions = remote(ReplayActor.evictions, _answer)
     _fail = remote(ReplayActor.fail, _answer, repeatable=True)
     _hand_back = remote(ReplayActor.hand_back, _answer, repeatable=True)
     _resume = remote(ReplayActor.resume, _answer, repeatable=True)
-    _exchange = remote(ReplayActor.exchange, _answer, repeatable=True)
+    _exchange = remote(ReplayActor.exchange, _answer)
 
     def __init__(self, *args: Any, start: int = 0, **kwargs: Any) -> None:
         """`start`: how many processes the worker has had before."""
@@ -134,6 +135,7 @@ class ReplayClient(Handle[ReplayActor]):
             ) from error
 
 
+@answers_once
 class RolloutActor:
     """Call `ready` first. Only SGLang servers can be lost: `lost` reports it, then the driver calls
     `restart`, sends weights, and calls `confirm`."""

@@ -27,6 +27,7 @@ from ray.exceptions import (
 )
 
 from dapo_async.config import DeadlinesConfig
+from dapo_async.runtime.actors.once import CallIds
 from dapo_async.types import MemoryShort, StateUnusable
 
 ActorClass = TypeVar("ActorClass")
@@ -77,7 +78,8 @@ class Handle(Generic[ActorClass]):
     ) -> None:
         """`actor`: Ray's handle. `caller`: who waits, as the messages name it."""
         self.name = name
-        self._process = [actor]  # shared with the handles that `within` makes
+        # Both are shared with the handles that `within` makes.
+        self._process, self._call_ids = [actor], CallIds()
         self._deadlines, self._caller = deadlines, caller
         self._limit_s: float | None = None
 
@@ -112,8 +114,9 @@ class Handle(Generic[ActorClass]):
         try:
             async with asyncio.timeout(limit_s):
                 if repeatable:
-                    return await self._call_again(method, args, kwargs)
-                return await getattr(self.actor, method).remote(*args, **kwargs)
+                    return await self._unbroken(method, args, kwargs)
+                with self._call_ids.of_a_call() as call_id:
+                    return await self._unbroken(method, args, {**kwargs, "call_id": call_id})
         except TimeoutError as error:
             if isinstance(error, RayTaskError):  # the actor itself gave up waiting
                 raise TimeoutError(str(_original(error))) from error
@@ -137,11 +140,12 @@ class Handle(Generic[ActorClass]):
             kind = next((kinds[each] for each in kinds if isinstance(original, each)), ActorFailed)
             raise kind(f"{self.name} failed in {method}: {original!r}") from error
 
-    async def _call_again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def _unbroken(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Repeats the call while the connection is broken, for `BREAK_S` at most.
 
-        Ray can't tell then whether the actor has got the call. A process that takes its place
-        meanwhile does not get it: that one may wait for a node, and knows nothing of the call.
+        Ray can't tell then whether the actor has got the call; with a `call_id` the actor can. A
+        process that takes its place meanwhile does not get the call: that one may wait for a node,
+        and knows nothing of it.
         """
         loop, actor = asyncio.get_running_loop(), self.actor
         broken_s: float | None = None
@@ -167,7 +171,8 @@ def remote(
 ) -> Callable[Concatenate[Handle[ActorClass], Arguments], Coroutine[Any, Any, Result]]:
     """A handle's method that calls `method` of the actor.
 
-    `repeatable`: a second call does no harm, so it is made when the connection breaks.
+    When the connection breaks the call is made again. `repeatable`: a second call does no harm.
+    Any other one is made once by the actor, whose class is decorated with `answers_once`.
     """
     name = method.__name__
 

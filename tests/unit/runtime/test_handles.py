@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,17 @@ from paths import QUICKSTART
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from dapo_async import config as knobs
-from dapo_async.runtime.actors.rollout import ReplayClient
+from dapo_async.runtime.actors.evaluator import EvaluatorActor
+from dapo_async.runtime.actors.learner import LearnerActor
+from dapo_async.runtime.actors.replay import ReplayActor
+from dapo_async.runtime.actors.rollout import ReplayClient, RolloutActor
 from dapo_async.runtime.handles import handle
-from dapo_async.runtime.handles.actors import LearnerHandle, ReplayHandle, WorkerHandle
+from dapo_async.runtime.handles.actors import (
+    EvaluatorHandle,
+    LearnerHandle,
+    ReplayHandle,
+    WorkerHandle,
+)
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed
 
 DEADLINES = knobs.load(QUICKSTART, ["deadlines.work_s=0.1"]).deadlines
@@ -127,12 +137,73 @@ def test_a_connection_that_breaks_for_a_moment_is_no_death(
     replaced.replace(fake_actor(ping=dies))
     with pytest.raises(ActorDied, match="learner was replaced while the driver waited for ping"):
         asyncio.run(replaced.ping())
-    # A minibatch may have been trained already: it is never repeated.
-    calls.clear()
-    once = LearnerHandle("learner", fake_actor(end_step=breaking(1)), DEADLINES)
-    with pytest.raises(ActorDied):
-        asyncio.run(once.end_step())
-    assert len(calls) == 1
+
+
+HANDLES = (
+    (ReplayHandle, ReplayActor),
+    (LearnerHandle, LearnerActor),
+    (WorkerHandle, RolloutActor),
+    (EvaluatorHandle, EvaluatorActor),
+    (ReplayClient, ReplayActor),
+)
+CALLS = [
+    (handle_class, actor_class, name)
+    for handle_class, actor_class in HANDLES
+    for name, value in vars(handle_class).items()
+    if getattr(value, "__qualname__", "").startswith("remote.")
+]
+
+
+class Breaking:
+    """Ray's handle of an actor whose answer to the first call is lost with the connection."""
+
+    def __init__(self, methods: type) -> None:
+        self._methods = methods
+        self.sent: list[tuple[str, Any]] = []  # each call with its id
+
+    def __getattr__(self, name: str) -> Any:
+        async def remote(call_id: Any = None) -> str:
+            self.sent.append((name, call_id))
+            if len(self.sent) == 1:
+                raise ActorUnavailableError("Socket closed", b"0" * 16)
+            return "answer"
+
+        assert hasattr(self._methods, name)
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize(
+    ("handle_class", "actor_class", "name"),
+    CALLS,
+    ids=[f"{of.__name__}-{name}" for of, _, name in CALLS],
+)
+def test_every_call_outlasts_a_broken_connection(
+    monkeypatch: pytest.MonkeyPatch, handle_class: Any, actor_class: type, name: str
+) -> None:
+    monkeypatch.setattr(handle, "PAUSE_S", 0.001)
+    actor = Breaking(actor_class)
+    assert asyncio.run(getattr(handle_class("one", actor, DEADLINES), name)()) == "answer"
+    (method, first), again = actor.sent
+    assert again == (method, first), "the actor sees that it is the same call"
+    if first is not None:
+        assert "call_id" in inspect.signature(getattr(actor_class, method)).parameters
+
+
+def test_calls_that_change_an_actor_are_made_once() -> None:
+    actor = Breaking(LearnerActor)
+    actor.sent.append(("none is lost", None))
+    learner = LearnerHandle("learner", actor, DEADLINES)
+
+    async def two() -> None:
+        await learner.minibatch()  # type: ignore[call-arg]
+        await learner.minibatch()  # type: ignore[call-arg]
+
+    asyncio.run(two())
+    (_, first), (_, second) = actor.sent[1:]
+    assert first is not None
+    assert first.caller == second.caller
+    assert (first.number, second.number) == (0, 1)
+    assert second.unanswered == (1,)
 
 
 def test_a_reason_of_ray_has_no_colours() -> None:

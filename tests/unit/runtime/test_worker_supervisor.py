@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from fake_actors import fake_actor
+from fake_actors import fake_actor, fake_method
 from paths import QUICKSTART
 from ray.exceptions import RayActorError
 
@@ -51,7 +50,7 @@ class Process:
         self.error: Exception | None = None
         self.num_restarts = 0
         for name in ("ready", "run", "lost", "ping", "restart"):
-            setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
+            setattr(self, name, fake_method(getattr(self, f"_{name}")))
 
     def end(self, error: Exception | None = None) -> None:
         self.error = error or RayActorError()
