@@ -110,6 +110,7 @@ class Group:
     rollouts: tuple[Rollout, ...]
     incarnation: str  # the run's incarnation whose weights generated it; others are refused
     temperature: float  # behaviour logprobs are those of logits / temperature
+    num_failed: int = 0  # responses without a verdict; they are left out
 
     @property
     def oldest_version(self) -> int:
@@ -156,6 +157,7 @@ class GroupFacts:
     rewards: tuple[float, ...]
     accuracies: tuple[float, ...]
     reasons: tuple[str, ...]
+    num_failed: int = 0
 
     @property
     def num_response_tokens(self) -> int:
@@ -177,6 +179,7 @@ class GroupFacts:
             tuple(rollout.reward for rollout in group.rollouts),
             group.accuracies,
             group.reasons,
+            group.num_failed,
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from dapo_async.types import Group, GroupFacts, RejectReason
 
+FAILED = "failed"  # as the reason of a verdict: the verifier gave none
+
 
 @dataclass(frozen=True, slots=True)
 class StepAcceptance:
@@ -119,3 +121,5 @@ class AcceptanceLog:
 
     def _count_verdicts(self, group: Group | GroupFacts) -> None:
         self._verdicts.update(reason for reason in group.reasons if reason)
+        if group.num_failed:
+            self._verdicts[FAILED] += group.num_failed

@@ -9,7 +9,6 @@ its `detail` says why.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dapo_async.reward.verdict import FAILED, Verdict
-from dapo_async.reward.verdict_process import kill_session, read_reply
+from dapo_async.reward.verdict_process import ask_process, kill_session, read_reply
 from dapo_async.utils.plugins import load_function
 
 TIMEOUT_S = 60.0  # of one verdict, by the clock
@@ -90,20 +89,17 @@ class _Process:
                 self._start()
             except OSError as error:
                 return {"error": f"{self._name}: its process did not start: {error}"}
-            said = self._read(START_S)
+            assert self._process is not None
+            said = read_reply(self._process, time.monotonic() + START_S)
             if not said or "ready" not in said:
                 self.kill()
                 why = said["error"] if said else f"it died or was silent for {START_S:g} s"
                 return {"error": f"{self._name}: its process did not start: {why}"}
         assert self._process is not None
-        assert self._process.stdin is not None
         began_s = time.monotonic()
-        try:
-            line = json.dumps({**request, "timeout_s": timeout_s}).encode() + b"\n"
-            self._process.stdin.write(line)
-            reply = self._read(timeout_s + GRACE_S)
-        except BrokenPipeError:
-            reply = None
+        reply = ask_process(
+            self._process, {**request, "timeout_s": timeout_s}, began_s + timeout_s + GRACE_S
+        )
         if reply is None:
             self.kill()
             late = time.monotonic() - began_s >= timeout_s
@@ -129,11 +125,6 @@ class _Process:
             start_new_session=True,
             bufsize=0,
         )
-
-    def _read(self, within_s: float) -> dict[str, Any] | None:
-        """The next line; None when the process ended or the time is over."""
-        assert self._process is not None
-        return read_reply(self._process, time.monotonic() + within_s)
 
 
 def load_own_verifier(name: str, *, knob: str) -> Callable[..., object]:

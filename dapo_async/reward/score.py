@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dapo_async.reward.overlong import soft_overlong_punishment
-from dapo_async.reward.verdict import Verifier, VerifierFailed
+from dapo_async.reward.verdict import TOO_FEW_VERDICTS, Verdict, Verifier, VerifierFailed
 from dapo_async.types import Admission, Completion, Group, Rollout
+
+LEAST_ROLLOUTS = 2  # of a group: advantages compare siblings
+FAILED_AT_FIRST = (
+    3  # verdicts; the rest of the group is not judged, for each may wait for a deadline
+)
 
 
 def score_group(
@@ -32,20 +37,28 @@ def score_group(
     answer it is wrong. The verifier gets the prompt too, because it may end inside a thinking
     block.
 
-    Raises ValueError for an empty gold answer. Raises VerifierFailed when one verdict failed: the
-    response may be right, so the group can't be trained.
+    A response whose verdict failed may be right, so it is left out of the group, which is compared
+    without it.
+
+    Raises ValueError for an empty gold answer. Raises VerifierFailed when fewer than
+    `LEAST_ROLLOUTS` are left, or when the first `FAILED_AT_FIRST` verdicts have failed.
     """
     assert len(completions) == admission.group_size, (
         f"group {admission.group_id}: {len(completions)} completions of {admission.group_size}"
     )
     prompt = admission.prompt
-    verdicts = []
+    verdicts: list[Verdict] = []
     for text in texts:
         verdicts.append(verify(text, prompt.answer, prompt=prompt.text))
-        if verdicts[-1].failed:  # it may have waited for a deadline: the others are not judged
-            raise VerifierFailed(detail=verdicts[-1].detail)
+        failed = [each for each in verdicts if each.failed]
+        if len(failed) == len(verdicts) in (FAILED_AT_FIRST, len(texts)):
+            raise VerifierFailed(detail=failed[-1].detail)
+    if len(verdicts) - len(failed) < min(LEAST_ROLLOUTS, len(texts)):
+        raise VerifierFailed(TOO_FEW_VERDICTS, failed[-1].detail)
     rollouts = []
     for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
+        if verdict.failed:
+            continue
         reward = 2.0 * verdict.accuracy - 1.0
         if overlong_cache_tokens is not None:
             reward += soft_overlong_punishment(
@@ -69,4 +82,5 @@ def score_group(
         rollouts=tuple(rollouts),
         incarnation=incarnation,
         temperature=temperature,
+        num_failed=len(failed),
     )

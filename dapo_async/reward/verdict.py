@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FAILED = "failed"  # the reason when the verifier died, so that nothing is known about the response
-VERIFIER_FAILED = "verifier failed"  # how failures of groups are counted
+# How failures of groups are counted: the verifier has judged none of its responses, or too few.
+VERIFIER_FAILED = "verifier failed"
+TOO_FEW_VERDICTS = "too few verdicts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Verdict:
 
 
 class VerifierFailed(Exception):
-    """One verdict of a group failed, so the group can't be trained; its text is counted.
+    """The verifier failed on so many responses of a group that it can't be trained; the text is
+    counted.
 
     `detail`: what the verifier did, for a message.
     """

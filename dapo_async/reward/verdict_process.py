@@ -1,4 +1,5 @@
-"""A child process that gives verdicts: one line of JSON per reply, and the end of its session.
+"""A child process that gives verdicts: one line of JSON per request and reply, and the end of its
+session.
 
 Used by the pool of `math` and by the processes of own verifiers.
 """
@@ -12,9 +13,33 @@ import subprocess
 import time
 from typing import Any
 
-from dapo_async.utils.readable import is_readable
+from dapo_async.utils.readable import is_readable, is_writable
 
 CHUNK = 65536
+PAUSE_S = 0.01
+
+
+def ask_process(
+    process: subprocess.Popen[bytes], request: dict[str, Any], deadline_s: float
+) -> dict[str, Any] | None:
+    """The reply to `request`; None when the process has ended, or at `deadline_s` (monotonic).
+
+    A process that does not read fills the pipe, so the deadline holds for the request, too.
+    """
+    assert process.stdin is not None
+    pipe, left = process.stdin.fileno(), memoryview(json.dumps(request).encode() + b"\n")
+    os.set_blocking(pipe, False)
+    while left:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not is_writable(pipe, left_s):
+            return None
+        try:
+            left = left[os.write(pipe, left) :]
+        except BlockingIOError:  # less room than the system writes at once
+            time.sleep(PAUSE_S)
+        except BrokenPipeError:
+            return None
+    return read_reply(process, deadline_s)
 
 
 def read_reply(process: subprocess.Popen[bytes], deadline_s: float) -> dict[str, Any] | None:

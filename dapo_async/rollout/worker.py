@@ -304,6 +304,8 @@ class RolloutWorker:
             self.engine.tokens.end(TokenOutcome.REPEATED, count - num_tokens(partial_completions))
             await self._hand_back(group_id, partial_completions)
         elif self._claim(group_id):
+            if group.num_failed:  # responses without a verdict, which are left out
+                self.engine.tokens.end(TokenOutcome.FAILED, count - group.num_response_tokens)
             record = group_record(
                 completions, times, self._updates, admitted_s=admitted_s, scored_s=scored_s
             )

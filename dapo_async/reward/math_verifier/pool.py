@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import queue
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_async.reward.math_verifier.worker import wall_s
-from dapo_async.reward.verdict_process import kill_session, read_reply
+from dapo_async.reward.verdict_process import ask_process, kill_session, read_reply
 
 NUM_PROCESSES = 2
 RECYCLE_AFTER = 2000  # verdicts, after which a process is replaced
@@ -63,7 +62,8 @@ class VerifierProcess:
             self.start()
         if self._ready:
             return
-        said = self._read(time.monotonic() + START_S)
+        assert self._process is not None
+        said = read_reply(self._process, time.monotonic() + START_S)
         if not said or "ready" not in said:
             self.stop()
             why = said["error"] if said else f"it died or was silent for {START_S:g} s"
@@ -79,16 +79,9 @@ class VerifierProcess:
             self.start()
         self.wait_ready()
         assert self._process is not None
-        assert self._process.stdin is not None
         self._num_verdicts += 1
-        deadline = time.monotonic() + wall_s(timeout_s) + GRACE_S
-        try:
-            self._process.stdin.write(
-                json.dumps({**question, "timeout_s": timeout_s}).encode() + b"\n"
-            )
-            reply = self._read(deadline)
-        except BrokenPipeError:
-            reply = None
+        deadline_s = time.monotonic() + wall_s(timeout_s) + GRACE_S
+        reply = ask_process(self._process, {**question, "timeout_s": timeout_s}, deadline_s)
         if reply is None:
             self.start()
             return FAILED_REPLY
@@ -100,11 +93,6 @@ class VerifierProcess:
         if process is None:
             return
         kill_session(process)
-
-    def _read(self, deadline: float) -> dict[str, Any] | None:
-        """The next line; None when the process ended or the deadline passed."""
-        assert self._process is not None
-        return read_reply(self._process, deadline)
 
 
 class Pool:

@@ -160,7 +160,9 @@ class ReplayActor:
         self._buffer.keep_journal(
             journal, data_of=attrgetter("data"), extras=partial(image_extras, state)
         )
-        self._quarantine = Quarantine(len(self._prompts.prompts), run_dir.quarantined())
+        self._quarantine = Quarantine(
+            len(self._prompts.prompts), run_dir.quarantined(), state.verifier
+        )
         self._log = GroupLog(
             run_dir.groups,
             now_s=self._clock.now_s,
@@ -259,7 +261,9 @@ class ReplayActor:
             whole = self._config.replay.filter is not None
             payload = Payload(offered, data)
             if self._quarantine.counts_failures:
-                self._quarantine.judged(self._stream[offered.group_id])
+                prompt = self._stream[offered.group_id]
+                self._quarantine.judged(prompt)
+                self._buffer.note("judged", row=prompt.row)
             self._log.offer(offered, worker=exchange.worker, record=record)
             result = self._buffer.offer(payload.group if whole else offered, payload)
             if result.outcome is OfferOutcome.REFUSED:
@@ -418,6 +422,7 @@ class ReplayActor:
 
     def _verifier_failed(self, prompt: Prompt, detail: str) -> None:
         row = self._quarantine.failed(prompt, detail)
+        self._buffer.note("unjudged", row=prompt.row)
         if row is not None:
             self._files.write_quarantine(row)
 

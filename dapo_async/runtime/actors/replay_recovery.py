@@ -17,6 +17,7 @@ from dapo_async.replay import StepAcceptance, TokenOutcome
 from dapo_async.replay.group_io import unpack_group
 from dapo_async.replay.journal import Journal
 from dapo_async.replay.journaled import JournaledBuffer
+from dapo_async.replay.quarantine import VerifierFailures
 from dapo_async.replay.worker_book import WorkerBook
 from dapo_async.runtime.actors.replay_files import Payload, read_state
 from dapo_async.types import GroupFacts, TrainBatch
@@ -41,6 +42,7 @@ class ReplayStart:
     evicted: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     acceptance: dict[int, StepAcceptance] = field(default_factory=dict)  # by step
     first_admission_s: float | None = None
+    verifier: VerifierFailures = field(default_factory=VerifierFailures)
 
 
 def new_start(options: Mapping[str, Any], checkpoint: Path | None) -> ReplayStart:
@@ -66,6 +68,7 @@ def image_extras(start: ReplayStart) -> dict[str, Any]:
         "kept": [[*each] for each in start.kept.items()],
         "partial_tokens": [[*each] for each in start.partial_tokens.items()],
         "first_admission_s": start.first_admission_s,
+        "verifier": start.verifier.image(),
     }
 
 
@@ -85,6 +88,7 @@ def recovered_start(options: Mapping[str, Any], journal: Journal) -> ReplayStart
     start.kept = dict(image["kept"])
     start.partial_tokens = Counter(dict(image["partial_tokens"]))
     start.first_admission_s = image["first_admission_s"]
+    start.verifier = VerifierFailures.of_image(image["verifier"])
     start.untrained = deque(_batch(values, payload) for values in image["untrained"])
     repeated = buffer.repeat(records, payload=payload, facts_of=lambda each: each.facts)
     for fields, result in repeated:
@@ -119,6 +123,10 @@ def _follow(start: ReplayStart, fields: Mapping[str, Any], result: Any) -> None:
             start.partial_tokens[fields["id"]] += fields["n"]
         case "note" if fields["note"] == "ended":
             _end_tokens(start, fields)
+        case "note" if fields["note"] == "unjudged":
+            start.verifier.failed(fields["row"])
+        case "note" if fields["note"] == "judged":
+            start.verifier.judged(fields["row"])
         case "note" if fields["note"] == "first":
             start.first_admission_s = fields["s"]
         case "note":

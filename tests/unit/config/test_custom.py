@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from worker_world import FakeEngine, FakeReplay, play, settled
 
 from dapo_async.learner.batching import pack
 from dapo_async.replay import custom_filter
+from dapo_async.replay.step_stats import AcceptanceLog
 from dapo_async.reward import (
+    VERIFIER_FAILED,
     Verdict,
     VerifierFailed,
     choose_verifiers,
@@ -21,12 +24,14 @@ from dapo_async.reward import (
     named_sources,
     score_group,
 )
+from dapo_async.reward.verdict import FAILED, TOO_FEW_VERDICTS
 from dapo_async.rollout.worker import RolloutWorker
 from dapo_async.types import (
     Admission,
     Completion,
     FinishReason,
     Group,
+    GroupFacts,
     Prompt,
     RejectReason,
     Rollout,
@@ -180,8 +185,11 @@ def test_an_own_filter_rejects_with_a_reason_of_its_own() -> None:
         custom_filter(f"{HERE}:says_nothing")(group(0))
 
 
-def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
+def test_a_response_without_a_verdict_is_left_out_of_its_group() -> None:
+    judged: list[str] = []
+
     def dying(response: str, gold: str, *, prompt: str = "") -> Verdict:
+        judged.append(response)
         return Verdict(
             correct=False, extracted=None, reason="failed" if response == "c" else "wrong"
         )
@@ -193,10 +201,32 @@ def test_a_failed_verdict_fails_its_group_and_trains_nothing() -> None:
         "incarnation": "run-0",
         "temperature": 1.0,
     }
-    with pytest.raises(VerifierFailed, match="verifier failed"):
-        score_group(admission, [completion(2)] * 3, texts=["a", "b", "c"], **options)
-    scored = score_group(admission, [completion(2)] * 3, texts=["a", "b", "d"], **options)
-    assert [rollout.reason for rollout in scored.rollouts] == ["wrong"] * 3
+
+    def scored(texts: str) -> Group:
+        judged.clear()
+        of_all = replace(admission, group_size=len(texts))
+        lengths = [completion(length) for length in range(1, len(texts) + 1)]
+        return score_group(of_all, lengths, texts=list(texts), **options)
+
+    assert [rollout.reason for rollout in scored("abd").rollouts] == ["wrong"] * 3
+    group = scored("acb")
+    assert [(rollout.text, rollout.num_tokens) for rollout in group.rollouts] == [
+        ("a", 1),
+        ("b", 3),
+    ]
+    assert (group.num_failed, GroupFacts.of(group).num_failed) == (1, 1)
+    acceptance = AcceptanceLog(count_waves=False)
+    acceptance.accept(GroupFacts.of(group))
+    assert acceptance.step.verdicts == {"wrong": 2, FAILED: 1}
+    # One sibling can't be compared; the prompt is not to blame.
+    with pytest.raises(VerifierFailed, match=f"^{TOO_FEW_VERDICTS}$"):
+        scored("cac")
+    for texts in ("cc", "ccca", "cccccc"):
+        with pytest.raises(VerifierFailed, match=f"^{VERIFIER_FAILED}$"):
+            scored(texts)
+        assert len(judged) <= 3, "each may have waited for its deadline"
+    assert len(scored("ccaa").rollouts) == 2
+    assert len(scored("a").rollouts) == 1, "groups of one are allowed"
 
 
 def test_a_worker_reports_such_a_group_as_failed_and_goes_on() -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
-from dapo_async.replay.quarantine import FAILURES, MOST_IN_A_ROW, Quarantine
+from dapo_async.replay.quarantine import (
+    FAILURES,
+    MOST_IN_A_ROW,
+    Quarantine,
+    VerifierFailures,
+)
 from dapo_async.types import Prompt
 
 
@@ -43,3 +50,19 @@ def test_one_prompt_always_stays_and_a_verifier_that_never_works_is_a_fault() ->
         "the verifier failed on 64 groups in a row; the last time: my:judge raised KeyError: 3; "
         "correct it (reward.verifier)"
     )
+
+
+def test_failures_before_the_death_of_the_process_count() -> None:
+    failures = VerifierFailures()
+    quarantine = Quarantine(10, failures=failures)
+    for _ in range(FAILURES - 1):
+        quarantine.failed(prompt(7), "it hangs")
+        quarantine.failed(prompt(3), "it hangs")
+    image = json.loads(json.dumps(failures.image()))
+    after = Quarantine(10, failures=VerifierFailures.of_image(image))
+    assert after.counts_failures
+    assert after.failed(prompt(7), "it hangs") is not None
+    # Of a prompt that went in just before the death, nothing is left to count.
+    held = VerifierFailures.of_image(image)
+    Quarantine(10, [{"row": 7, "text": "", "why": ""}], held)
+    assert [*held.by_row] == [3]

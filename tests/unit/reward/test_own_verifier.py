@@ -122,6 +122,21 @@ def test_a_process_that_was_killed_between_two_calls_fails_none(judge: OwnVerifi
     assert judge("4", "4").correct is True
 
 
+def test_the_deadline_holds_for_a_process_that_does_not_read_its_request(
+    judge: OwnVerifier,
+) -> None:
+    long = "4" * 2**20  # more than a pipe holds
+    assert judge(long, long).correct is True
+    (process,) = children()
+    process.send_signal(signal.SIGSTOP)
+    began_s = time.monotonic()
+    verdict = judge(long, long)
+    assert time.monotonic() - began_s < 10.0
+    assert verdict.detail == "my_judge:judge gave no verdict within 1 s"
+    assert judge(long, long).correct is True
+    assert process.pid not in [child.pid for child in children()]
+
+
 def test_a_module_that_cannot_be_imported_in_the_process_is_a_failed_verdict(
     judge: OwnVerifier, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -48,7 +49,10 @@ class Scene:
         self.scoring -= count
         if self.verdict_fails:
             raise VerifierFailed("verifier died")
-        return await score(admission, completions)
+        group = await score(admission, completions)
+        if admission.group_id % 3:
+            return group
+        return replace(group, rollouts=group.rollouts[1:], num_failed=1)  # one has no verdict
 
     def draw(self, rng: random.Random) -> None:
         """The engine draws tokens for all its groups."""

@@ -20,6 +20,7 @@ from dapo_async import config as knobs
 from dapo_async.replay import StopReason, TokenOutcome, quarantine
 from dapo_async.replay.group_io import pack_group, read_groups, unpack_group
 from dapo_async.reward import VERIFIER_FAILED
+from dapo_async.reward.verdict import TOO_FEW_VERDICTS
 from dapo_async.runtime.actors import replay as replay_actor
 from dapo_async.runtime.actors import replay_files
 from dapo_async.runtime.actors.offers import Exchange, from_arguments, to_arguments
@@ -792,5 +793,31 @@ def test_journal_keeps_what_a_restarted_learner_needs_and_ends_with_the_run(
         assert not (tmp_path / "journal").exists()
         with pytest.raises(RuntimeError, match="there is no journal in"):
             make_actor(max_staleness=2, process=1)
+
+    asyncio.run(scene())
+
+
+def test_failures_of_the_verifier_are_counted_over_the_death_of_the_process(
+    make_actor: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        run = Reborn(make_actor, max_staleness=2)
+        actor = run.actor
+        await actor.serve(0)
+        groups = await actor.ask("rollout-0", 3)
+        rows = [actor._stream[group_id].row for group_id in groups]
+        monkeypatch.setattr(quarantine, "FAILURES", 2)
+        await actor.fail([groups[0]], VERIFIER_FAILED, "it hangs")
+        await actor.fail([groups[1]], TOO_FEW_VERDICTS, "it hangs")
+        failures = run.dies()._state.verifier
+        assert (dict(failures.by_row), failures.in_a_row) == ({rows[0]: 1}, 1)
+        run.actor._buffer.begin_segment()  # the image has them, too
+        actor = run.dies()
+        assert actor._state.verifier.by_row == {rows[0]: 1}
+        actor._verifier_failed(actor._stream[groups[0]], "it hangs")
+        (row,) = actor._quarantine.rows
+        assert row == rows[0]
+        await actor.offer("rollout-0", make_group(groups[2], incarnation="first"))
+        assert run.dies()._state.verifier.in_a_row == 0
 
     asyncio.run(scene())
