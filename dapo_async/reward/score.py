@@ -12,9 +12,7 @@ from dapo_async.reward.verdict import TOO_FEW_VERDICTS, Verdict, Verifier, Verif
 from dapo_async.types import Admission, Completion, Group, Rollout
 
 LEAST_ROLLOUTS = 2  # of a group: advantages compare siblings
-FAILED_AT_FIRST = (
-    3  # verdicts; the rest of the group is not judged, for each may wait for a deadline
-)
+FAILED_AT_FIRST = 3  # verdicts; the others are not judged, for each may wait for a deadline
 
 
 def score_group(

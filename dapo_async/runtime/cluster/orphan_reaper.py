@@ -10,12 +10,14 @@ A killed driver can end nothing, and Ray's agents outlive their raylet by up to 
 
 Ray's processes are shielded from SIGTERM (`connect.shielded`), so `ray.shutdown` would wait one
 second for each of them in vain; `hasten` kills them instead. The reaper waits for the end of a
-pipe that only the driver holds, whatever ends the driver. It imports neither Ray nor torch.
+pipe that only the driver holds, whatever ends the driver. It imports neither Ray nor torch. A
+thread of the driver waits for the end of the reaper, and starts another one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import subprocess
 import sys
@@ -26,33 +28,70 @@ from pathlib import Path
 import psutil
 
 GRACE_S = 8.0  # an orphaned raylet ends itself and its workers in 2 to 4 s; the rest is killed
+PAUSE_S = 1.0  # before a reaper that has ended is replaced
+log = logging.getLogger(__name__)
 
 
 class Reaper:
     """The driver's end of the pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace_s: float = GRACE_S) -> None:
+        """`grace_s`: how long the reaper leaves orphans to end by themselves."""
+        self._grace_s = grace_s
+        self._lock = threading.Lock()  # held while the process changes, and while it is told
+        self._is_dismissed, self._is_watching = threading.Event(), False
+        self._watched: list[psutil.Process] = []
+        self._process = self._start()
+        self._keeper = threading.Thread(target=self._keep, daemon=True, name="reaper")
+        self._keeper.start()
+
+    def _start(self) -> subprocess.Popen[str]:
         # A session of its own: what ends the driver's process group must not end the reaper.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dapo_async.runtime.cluster.orphan_reaper"],
+        return subprocess.Popen(
+            [sys.executable, "-m", "dapo_async.runtime.cluster.orphan_reaper", str(self._grace_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
-        self._watched: list[psutil.Process] = []
+
+    def _keep(self) -> None:
+        """Replaces the process when it ends."""
+        while True:
+            code = self._process.wait()
+            while not self._is_dismissed.wait(PAUSE_S):
+                try:
+                    with self._lock:
+                        if self._is_dismissed.is_set():
+                            return
+                        self._process = self._start()
+                except OSError as error:  # too many processes
+                    log.warning("the reaper of this run's Ray can't be started again: %s", error)
+                else:
+                    log.warning(
+                        "the reaper of this run's Ray ended (exit code %s) and was started again",
+                        code,
+                    )
+                    break
+            if self._is_dismissed.is_set():
+                return
+            if self._is_watching:
+                self.watch()
 
     def watch(self) -> None:
         """Names every process that descends from this one."""
-        assert self._process.stdin is not None
-        self._watched = [
-            child
-            for child in psutil.Process().children(recursive=True)
-            if child.pid != self._process.pid
-        ]
-        for child in self._watched:
-            self._process.stdin.write(f"{child.pid} {child.create_time()}\n")
-        self._process.stdin.flush()
+        with self._lock:
+            self._is_watching = True
+            self._watched = [
+                child
+                for child in psutil.Process().children(recursive=True)
+                if child.pid != self._process.pid
+            ]
+            lines = [f"{child.pid} {child.create_time()}\n" for child in self._watched]
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has just ended: the next one is told
+                self._process.stdin.writelines(lines)
+                self._process.stdin.flush()
 
     @contextlib.contextmanager
     def hasten(self) -> Iterator[None]:
@@ -79,8 +118,10 @@ class Reaper:
 
     def dismiss(self) -> None:
         """Ends the reaper."""
-        self._process.kill()
-        self._process.wait()
+        with self._lock:
+            self._is_dismissed.set()
+            self._process.kill()
+        self._keeper.join()
 
 
 def _is_asked_to_end(process: psutil.Process) -> bool:
@@ -95,8 +136,9 @@ def _is_asked_to_end(process: psutil.Process) -> bool:
     return bool(int(waiting, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def reap() -> None:
-    """Waits for the end of standard input, then kills the processes that were named on it.
+def reap(grace_s: float) -> None:
+    """Waits for the end of standard input, then kills the processes that were named on it and that
+    have not ended by themselves within `grace_s`.
 
     The creation time tells them from new processes with the same pid.
     """
@@ -109,7 +151,7 @@ def reap() -> None:
                 watched.append(process)
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(watched, timeout=GRACE_S)
+    _, alive = psutil.wait_procs(watched, timeout=grace_s)
     for process in alive:
         try:
             process.kill()
@@ -118,4 +160,4 @@ def reap() -> None:
 
 
 if __name__ == "__main__":
-    reap()
+    reap(float(sys.argv[1]))

@@ -210,10 +210,7 @@ def test_a_response_without_a_verdict_is_left_out_of_its_group() -> None:
 
     assert [rollout.reason for rollout in scored("abd").rollouts] == ["wrong"] * 3
     group = scored("acb")
-    assert [(rollout.text, rollout.num_tokens) for rollout in group.rollouts] == [
-        ("a", 1),
-        ("b", 3),
-    ]
+    assert [(each.text, each.num_tokens) for each in group.rollouts] == [("a", 1), ("b", 3)]
     assert (group.num_failed, GroupFacts.of(group).num_failed) == (1, 1)
     acceptance = AcceptanceLog(count_waves=False)
     acceptance.accept(GroupFacts.of(group))
