@@ -83,7 +83,8 @@ def _once(method: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
         made: CallsMadeOnce = vars(self).setdefault(CALLS, CallsMadeOnce())
         return await made.answer(call_id, lambda: method(self, *args, **kwargs))
 
-    # Ray checks the arguments of a call by the signature.
+    # Ray checks the arguments of a call by the signature of the innermost function.
+    del vars(call)["__wrapped__"]
     known = inspect.signature(method)
     parameters = [*known.parameters.values()]
     kind = inspect.Parameter.KEYWORD_ONLY

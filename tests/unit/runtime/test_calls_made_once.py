@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import ray
 
 from dapo_async.runtime.actors.once import CALLS, CallId, CallIds, answers_once
 
@@ -97,5 +98,8 @@ def test_answers_are_kept_until_the_caller_has_them() -> None:
 
 def test_ray_sees_the_arguments_of_the_method_and_the_number() -> None:
     assert [*inspect.signature(Learner.minibatch).parameters] == ["self", "number", "call_id"]
+    ray_class: Any = ray.remote(Learner)
+    found = ray_class.__ray_metadata__.method_meta.signatures["minibatch"]
+    assert [parameter.name for parameter in found][:2] == ["number", "call_id"]
     assert Learner.minibatch.__doc__ == "Trains."
     assert inspect.iscoroutinefunction(Learner.minibatch)
