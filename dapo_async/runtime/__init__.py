@@ -12,6 +12,7 @@ launch        starts the actors
 actors/       the Ray actors: replay, learner ranks, rollout workers, evaluator
 handles/      typed calls to the actors, each with a deadline
 system        the actors as the loop uses them, and background work; notices when one of them fails
+supervisor    replaces what dies or hangs; `standstill` finds what lives and gets nowhere
 services      the parts of a run: system, metrics, evaluations, checkpoints
 loop          the main loop
 step_metrics  one row of metrics per step

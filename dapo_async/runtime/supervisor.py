@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ from dapo_async.runtime.alternation import OwnDevices
 from dapo_async.runtime.handles.actors import EvaluatorHandle, ReplayHandle, WorkerHandle
 from dapo_async.runtime.handles.handle import ActorDied, ActorFailed, RankStateUnusable
 from dapo_async.runtime.handles.learner_group import LearnerGroup
+from dapo_async.runtime.standstill import Standstill
 from dapo_async.tracking.event_log import Event, ignore_event
 from dapo_async.utils.restart_budget import REFILL_S, RestartBudget
 from dapo_async.weights import Publisher
@@ -85,18 +87,22 @@ class Pinged(Protocol):
 
 
 async def until_silent(
-    actor: Pinged, silence_s: float, seen: Callable[[ProcessState], None] = lambda _: None
+    actor: Pinged,
+    silence_s: float,
+    seen: Callable[[ProcessState], None] = lambda _: None,
+    answer: Callable[[Any], None] = lambda _: None,
 ) -> str:
     """Returns why, when `actor` has not answered its pings for about `silence_s` seconds.
 
     A ping that fails counts as answered: whoever watches the actor learns of its death. A stopped
-    driver notices nothing wrong when it goes on, because one late answer is not enough.
+    driver notices nothing wrong when it goes on, because one late answer is not enough. `answer`
+    gets what the pings return.
     """
     pulse, limit_s = Pulse(), silence_s / PINGS
     while True:
         answered = True
         try:
-            await actor.within(limit_s).ping()
+            answer(await actor.within(limit_s).ping())
         except TimeoutError:
             answered = False
         except (ActorDied, ActorFailed):
@@ -171,6 +177,7 @@ class Supervisor:
         self._num_restarts_before = 0  # of workers that have left the run
         self._is_back: dict[str, asyncio.Event] = {}  # by worker, set while its process lives
         self._retired: dict[str, Retired] = {}
+        self._standstill = Standstill(now_s)  # of the learner's ranks
 
     def take_retired(self) -> Mapping[str, Retired]:
         """By name: the workers whose process was lost since the last call."""
@@ -357,10 +364,30 @@ class Supervisor:
         watches = {
             asyncio.create_task(watch): rank.name
             for rank in ranks
-            for watch in (rank.watch(), until_silent(rank, self._silence_s))
+            for watch in (
+                rank.watch(),
+                until_silent(
+                    rank, self._silence_s, answer=partial(self._rank_answers, learner, rank.name)
+                ),
+            )
         }
         watches[asyncio.create_task(learner.broken())] = learner.first.name
         return await _first_end(watches)
+
+    def _rank_answers(self, learner: LearnerGroup, rank: str, line: str | None) -> None:
+        """Says when the ranks get nowhere. A deadline ends the run later."""
+        times = learner.times
+        where = self._standstill.seen(rank, line, limit_s=times.standstill_s, work=times.num_ended)
+        if where is not None:
+            usual = f"{times.median_s:.1f} s" if times.median_s is not None else "not known yet"
+            self._tell_standstill("the learner", rank, f"{where} (usual for a minibatch: {usual})")
+
+    def _tell_standstill(self, who: str, actor: str, where: str) -> None:
+        self._say(
+            f"{who} gets nowhere: {where}; dapo-async dump shows every stack, and the run ends "
+            "when a deadline has passed (deadlines.work_s)"
+        )
+        self._event("standstill", actor=actor, where=where)
 
     async def keep_replay(self, workers: Sequence[WorkerHandle]) -> None:
         """Restarts the replay actor, which recovers from its journal; never returns. Raises
@@ -439,9 +466,15 @@ class Supervisor:
             if serves:
                 self.states[worker.name] = state
 
+        standstill = Standstill(self._now_s)
+
+        def answer(line: str | None) -> None:
+            if (where := standstill.seen(worker.name, line)) is not None:
+                self._tell_standstill("an engine", worker.name, where)
+
         seen(ProcessState.HEALTHY)
         lost = asyncio.create_task(worker.lost())
-        silent = asyncio.create_task(until_silent(worker, self._silence_s, seen))
+        silent = asyncio.create_task(until_silent(worker, self._silence_s, seen, answer))
         try:
             await asyncio.wait({running, lost, silent}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done() and lost.exception() is None:

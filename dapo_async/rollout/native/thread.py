@@ -36,7 +36,9 @@ from dapo_async.rollout.native.engine import TorchEngine
 from dapo_async.rollout.slot_meter import SlotMeter
 from dapo_async.types import Completion
 from dapo_async.utils.state_clock import StateClock
+from dapo_async.utils.thread_stack import stack_location
 
+IDLE = ("wait", "asleep")  # states of the clock
 _CLOSE_TIMEOUT_S = 60.0  # at most one decode step or one weight update has to end first
 
 
@@ -128,6 +130,7 @@ class ThreadedEngine:
         self._taken: deque[tuple[_Command, _Waiter]] = deque()  # from the inbox, to be executed
         self._generating: dict[int, tuple[_Waiter, GroupRequest, SiblingsEnded]] = {}
         self._updates: deque[tuple[_Update, _Waiter]] = deque()
+        self._num_turns = self._turn_seen = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -174,6 +177,14 @@ class ThreadedEngine:
 
     def weights(self) -> Mapping[str, Tensor]:
         return self._core.weights()
+
+    def long_turn(self) -> str | None:
+        """The current line of a decode step or update that was under way at the call before, too;
+        None: the thread goes on, or has nothing to do."""
+        before, self._turn_seen = self._turn_seen, self._num_turns
+        if before != self._turn_seen or self._clock.state in IDLE or self._thread.ident is None:
+            return None
+        return stack_location(self._thread.ident)
 
     def starving(self, on: bool) -> None:
         self._meter.starving(on)
@@ -240,6 +251,7 @@ class ThreadedEngine:
         Returns False when the thread has to end.
         """
         core = self._core
+        self._num_turns += 1
         idle = not core.has_work and (core.asleep or not self._updates)
         if idle:
             self._clock.enter("asleep" if core.asleep else "wait")

@@ -61,6 +61,11 @@ class EngineHost(ABC):
     async def start(self) -> str:
         """Starts the engine; returns a line about it."""
 
+    def long_turn(self) -> str | None:
+        """Where the engine's thread has been since the call before; None: it goes on, or the engine
+        is none of this process."""
+        return None
+
     async def restart(self) -> None:
         """Starts a lost engine again, without any of the run's weights."""
         raise AssertionError("only servers can be lost: other engines end with their actor")
@@ -161,6 +166,9 @@ class TorchHost(EngineHost):
 
     async def wake(self) -> None:
         await self.engine.wake()
+
+    def long_turn(self) -> str | None:
+        return self.engine.long_turn()
 
     async def end(self) -> None:
         raise AssertionError("only servers can be lost: other engines end with their actor")

@@ -225,8 +225,10 @@ class RolloutActor:
         """Generates groups until the run ends; the driver watches it."""
         await self._worker.run()
 
-    async def ping(self) -> None:
-        """Shows that the process lives and its event loop runs."""
+    async def ping(self) -> str | None:
+        """Shows that the process lives and its event loop runs. Returns the current line of an
+        engine's thread that has made no turn since the ping before."""
+        return self._host.long_turn() if self._is_ready else None
 
     async def lost(self) -> str:
         """Waits until the engine is lost; returns why."""

@@ -19,6 +19,7 @@ itself. From then on all passes run in halves; minibatches that are done again r
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +42,7 @@ from dapo_async.runtime.handles.handle import (
 )
 from dapo_async.runtime.handles.redo_log import RedoLog
 from dapo_async.runtime.handles.restarts import Restarts
+from dapo_async.runtime.standstill import MinibatchTimes
 from dapo_async.types import StepMetrics, TrainBatch
 from dapo_async.weights import Announcement
 
@@ -65,6 +67,7 @@ class LearnerGroup:
         self._address, self._is_left = ("", 0), True  # of the weight groups' rendezvous
         self._dealing = asyncio.Lock()  # the ranks bring weights together for one purpose at a time
         self._captured_after = 0  # losses before the newest capture
+        self.times = MinibatchTimes()
         self._fault, self._is_broken = "", asyncio.Event()
         self._num_halvings = 0  # of the passes of new minibatches, as the ranks are told
         self._last_halvings = 0  # of the newest minibatch; a single rank halves them by itself
@@ -156,6 +159,7 @@ class LearnerGroup:
             batch = await self.again(batch)
         parts = [replace(batch, references=(reference,)) for reference in batch.references]
         assert len(parts) == self._dp, f"{len(parts)} shares for {self._dp} data-parallel ranks"
+        began_s = time.monotonic()
         try:
             metrics = await self._together(
                 rank.minibatch(parts[number // self._per_batch])
@@ -164,6 +168,7 @@ class LearnerGroup:
         except ActorFailed:
             self.is_stuck = len(self.ranks) > 1
             raise
+        self.times.add(time.monotonic() - began_s)
         # Ranks that share a batch have the same metrics: the first of them counts.
         first, *others = metrics[:: self._per_batch]
         return sum(others, start=first)

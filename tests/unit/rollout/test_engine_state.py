@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -214,6 +216,38 @@ def test_a_server_without_memory_gets_fewer_requests_with_auto(
         assert 0 < kv.full_s < 0.95 * kv.elapsed_s
         group.cancel()
         await asyncio.gather(group, return_exceptions=True)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_step_of_the_engine_that_does_not_end_is_named_by_its_line() -> None:
+    core, may_end, steps = tiny_engine(num_slots=4, max_len=64), threading.Event(), 0
+    step = core.step
+
+    def stuck() -> Any:
+        nonlocal steps
+        steps += 1
+        may_end.wait(60.0)
+        return step()
+
+    core.step = stuck  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = ThreadedEngine(core, StateClock("engine"))
+        assert [engine.long_turn(), engine.long_turn()] == [None, None], "it has nothing to do"
+        sampling = SamplingParams(max_tokens=5, temperature=1.0, stop_token_ids=(), seed=0)
+        prompt = np.arange(3, 13, dtype=np.int32)
+        answer = asyncio.create_task(engine.generate(GroupRequest(0, prompt, 1, sampling)))
+        while not steps:
+            await asyncio.sleep(0.01)
+        engine.long_turn()
+        line = engine.long_turn()
+        assert line is not None
+        assert re.fullmatch(r"rollout/native/thread\.py:\d+ _serve > wait", line), line
+        may_end.set()
+        await answer
+        assert engine.long_turn() is None, "it goes on"
         await engine.close()
 
     asyncio.run(main())

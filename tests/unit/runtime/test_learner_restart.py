@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class Rank:
     enough: int = 0  # halvings, for its memory
     own_halvings: int = 0  # what a single rank did by itself
     damaged: str | None = None  # a file of the checkpoint that it loads
+    line: str | None = None  # in which it is
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def during(self, method: str) -> None:
@@ -70,8 +72,9 @@ class Rank:
         await self.dead.wait()
         raise RayActorError
 
-    async def ping(self) -> None:
+    async def ping(self) -> str | None:
         await self.during("ping")
+        return self.line
 
     async def open_mesh(self) -> tuple[str, int]:
         return "127.0.0.1", 1
@@ -127,7 +130,13 @@ class Rank:
 class World:
     """A learner of two ranks with a supervisor. `saved` has the state of each checkpoint."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+        silence_s: float = CONFIG.deadlines.ping_s,
+    ) -> None:
         monkeypatch.setattr("ray.kill", self.kill)
         monkeypatch.setattr(restarts, "DEATH_NEWS_S", 0.5)
         monkeypatch.setattr(restarts, "BREAK_S", 0.0)
@@ -153,8 +162,9 @@ class World:
             start_rank=self.start,
             start_worker=cast(Any, None),
             start_evaluator=cast(Any, None),
-            silence_s=CONFIG.deadlines.ping_s,
+            silence_s=silence_s,
             start_s=5.0,
+            now_s=now_s,
             say=self.lines.append,
             pause=self.pause,
         )
@@ -565,3 +575,25 @@ def test_checkpoint_that_ends_during_a_restart_is_not_where_it_begins(
     world.play(scene)
     assert world.ranks[0].seen == shares(0, 1)
     assert world.learner.redo.version == 0
+
+
+def test_ranks_that_answer_and_get_nowhere_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    world = World(monkeypatch, now_s=lambda: now_s[0], silence_s=0.03)
+
+    async def scene() -> None:
+        await world.learner.minibatch(batch_of(0, 0))
+        for rank in world.ranks:
+            rank.line = f"model/mesh.py:4{rank.number} sum > all_reduce"
+        await asyncio.sleep(0.1)
+        assert world.lines == []
+        now_s[0] = 61.0
+        await asyncio.sleep(0.1)
+
+    world.play(scene)
+    (line,) = world.lines
+    assert line.startswith(
+        "the learner gets nowhere: learner-0 in model/mesh.py:40 sum > all_reduce for 61 s, "
+        "learner-1 in model/mesh.py:41 sum > all_reduce for 61 s (usual for a minibatch: 0.0 s); "
+    )
+    assert world.learner.restarts.num_losses == 0
