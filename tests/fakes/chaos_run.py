@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -34,6 +35,13 @@ SETTINGS = (
 )
 RESUMED = "the run is resumed"  # an outcome; any other one is a line of the output
 UNTOUCHED = "training goes on"
+# What a run with NaN in a batch, or with an engine of wrong weights, says and writes.
+NAMED = {
+    "nan": r"^step \d+: the loss or gradient is not finite \(guard non_finite\)",
+    "version": r"^step \d+: an engine served other weights than the learner's \(guard checksum",
+    "reaper": r"the reaper of this run's Ray ended \(exit code -9\) and was started again",
+}
+KEPT = ("nan", "version")  # faults that the files of the run count
 TITLES = {"GCS": "gcs_server", "raylet": "raylet/raylet", "reaper": "orphan_reaper"}
 
 
@@ -44,7 +52,7 @@ class Blow:
     victim: str
     kind: str
     outcome: str
-    within_s: float = 120.0
+    within_s: float = 60.0
 
     def __str__(self) -> str:
         return f"{self.victim}-{self.kind}"
@@ -57,7 +65,7 @@ class ChaosRun:
         self._folder, self._start = folder, start
         self.seconds: dict[str, float] = {}  # until it had recovered, by blow
         self.live = start(folder / "run-0")
-        self._num_runs = 1
+        self.ended: list[Live] = []  # the runs before, which a blow has ended
         self._stopped: list[int] = []  # processes
 
     def trains(self, *, since: int | None = None, steps: int = 2, within_s: float = 400.0) -> None:
@@ -92,11 +100,12 @@ class ChaosRun:
     def take(self, blow: Blow) -> float:
         """Strikes; returns the seconds until the outcome, after which the run trains on."""
         if self.has_ended:
-            self.live = self._start(self._folder / f"run-{self._num_runs}")
-            self._num_runs += 1
+            self.ended.append(self.live)
+            self.live = self._start(self._folder / f"run-{len(self.ended)}")
         self.trains()
         self.live.wait_for_checkpoint()
         starts, before = self.starts, len(self.live.output)
+        proof = self._proof(blow)
         began_s = time.monotonic()
         self._strike(blow)
         if blow.outcome == RESUMED:
@@ -107,10 +116,31 @@ class ChaosRun:
             self._says(blow.outcome, after=before, within_s=blow.within_s)
         took_s = time.monotonic() - began_s
         self.trains()
+        assert proof(), f"nothing shows that {blow} struck:\n{self.live.output[before:]}"
         if blow.outcome != RESUMED:
             assert self.starts == starts, f"the run was resumed:\n{self.live.output[before:]}"
         self.seconds[str(blow)] = took_s
         return took_s
+
+    def _proof(self, blow: Blow) -> Callable[[], bool]:
+        """What tells, when the run has recovered, that the blow was felt."""
+        if blow.kind == "fault":
+            asked, before = self._folder / "faults" / blow.victim, self._kept(blow.victim)
+            return lambda: (
+                not asked.exists() and (blow.victim not in KEPT or self._kept(blow.victim) > before)
+            )
+        process = psutil.Process(self._pid(blow.victim))
+        if blow.outcome == UNTOUCHED:
+            return lambda: process.status() == psutil.STATUS_STOPPED
+        # A zombie waits for its parent.
+        return lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+    def _kept(self, fault: str) -> float:
+        """What the files of the run count of this fault."""
+        if fault == "nan":
+            return len([*(self.live.root / "non_finite").glob("*")])
+        rows = read_rows(self.live.root / "metrics.jsonl")
+        return max((row.get("handshake.mismatch", 0.0) for row in rows), default=0.0)
 
     def _says(self, pattern: str, *, after: int, within_s: float) -> None:
         deadline_s = time.monotonic() + within_s
@@ -145,13 +175,19 @@ class ChaosRun:
                 os.kill(pid, signal.SIGCONT)
         self.live.seconds_until_nothing_is_left(timeout_s=90.0)
         assert run.exit_code == 143, run.output[-5000:]
-        summary = run.summary
-        check_conservation(summary["groups"])
-        assert summary["groups"]["in_flight"] == 0
-        assert summary["staleness"]["max"] <= 2
-        steps = [row["step"] for row in read_rows(run.root / "metrics.jsonl")]
-        assert steps == [*range(len(steps))]
-        times: Counter[int] = Counter()
-        for path in (run.root / "recorded").glob("step_*.safetensors"):
-            times.update(group.group_id for group in read_groups(path))
-        assert not [group_id for group_id, count in times.items() if count > 1]
+        for live in (*self.ended, self.live):
+            _check_laws(live.root)
+
+
+def _check_laws(root: Path) -> None:
+    """Also of a run that a blow has ended: it has written its summary."""
+    summary = json.loads((root / "summary.json").read_text())
+    check_conservation(summary["groups"])
+    assert summary["groups"]["in_flight"] == 0, root
+    assert summary["staleness"]["max"] <= 2, root
+    steps = [row["step"] for row in read_rows(root / "metrics.jsonl")]
+    assert steps == [*range(len(steps))], root
+    times: Counter[int] = Counter()
+    for path in (root / "recorded").glob("step_*.safetensors"):
+        times.update(group.group_id for group in read_groups(path))
+    assert not [group_id for group_id, count in times.items() if count > 1], root

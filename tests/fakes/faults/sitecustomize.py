@@ -37,11 +37,15 @@ def lacks_memory(call: Callable[[], Any], *_: Any) -> Any:
 
 
 def has_nan(call: Callable[[], Any], *_: Any) -> Any:
-    """The logprobs of the groups that have finished in this decode step."""
+    """The logprobs of the groups for training that have finished in this decode step; if there are
+    none, the next step has the fault."""
     finished = call()
-    for _, completions in finished:
+    of_training = [completions for group_id, completions in finished if group_id >= 0]
+    for completions in of_training:
         for completion in completions:
             completion.behaviour_logprobs[:] = float("nan")
+    if not of_training:
+        (Path(os.environ[FOLDER]) / "nan").touch()
     return finished
 
 
@@ -64,8 +68,13 @@ PLACES: dict[str, tuple[str, str, str, Callable[..., Any]]] = {
     "driver": ("dapo_async.weights.publisher", "Publisher", "start", fails),
 }
 
+# Faults of a rollout worker's engine, which an evaluator has too.
+IN_WORKERS = ("nan", "version")
+
 
 def is_asked(name: str) -> bool:
+    if name in IN_WORKERS and f"{RUNTIME}.actors.rollout" not in sys.modules:
+        return False
     try:
         (Path(os.environ[FOLDER]) / name).unlink()
     except FileNotFoundError:
