@@ -5,26 +5,41 @@ A verifier that hangs: tests/unit/reward/test_own_verifier.py. `.ci/full` runs t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
+from paths import QUICKSTART
 from ray_cluster import wait_until
-from run_support import TINY, check_checkpoint, check_conservation, command, read_rows, running
+from run_support import (
+    TINY,
+    check_checkpoint,
+    check_conservation,
+    check_token_flow,
+    command,
+    read_rows,
+    running,
+)
 from small_disk import fill_up, kept_full, make_room, small_disk
 
 from dapo_async.utils.checkpoint_dir import CheckpointFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
+# It fails on every response to some prompts, and on one response in twenty.
 JUDGE = """
+import zlib
 from dapo_async.reward import Verdict
 
 def judge(response, gold, prompt):
-    if int(gold) % 9 == 0:
+    if gold == "0":
         raise KeyError(f"no entry for {gold}")
+    if zlib.crc32((prompt + response).encode()) % 20 == 0:
+        raise ValueError(response)
     answer = response.strip()
     return Verdict(answer == gold, answer, "correct" if answer == gold else "wrong")
 """
@@ -80,6 +95,37 @@ def test_a_resume_steps_over_a_torn_and_a_rotten_checkpoint(tmp_path: Path) -> N
     check_checkpoint(run.checkpoint)
 
 
+def test_a_restarted_learner_steps_over_a_rotten_checkpoint(tmp_path: Path) -> None:
+    often = ("train.num_steps=5000", "train.checkpoint_every_steps=8", "train.record=true")
+    with running(tmp_path / "run", *TINY, *often) as live:
+        saved = CheckpointFolder(live.root / "checkpoints")
+        wait_until(lambda: len(saved.versions()) >= 2, timeout_s=180.0, what="two checkpoints")
+        learner = live.pid("learner")
+        os.kill(learner, signal.SIGSTOP)
+        time.sleep(1.0)  # a checkpoint that was being written is there
+        *_, older, newest = saved.versions()
+        (file,) = (saved.path(newest) / "state" / "learner").glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        os.kill(learner, signal.SIGKILL)
+        live.wait_for(
+            rf"^{re.escape(str(saved.path(newest)))} is damaged, so the learner begins at version "
+            rf"{older} instead: .*{re.escape(file.name)} has other content than was written"
+        )
+        live.wait_for(rf"^the learner trains again .* since version {older} again")
+        step = re.findall(r"^step +(\d+)/", live.output, re.MULTILINE)[-1]
+        live.wait_for(rf"^step +{int(step) + 10}/")
+        os.kill(live.driver, signal.SIGINT)
+        run = live.finish(timeout_s=60.0)
+    assert run.exit_code == 130, run.output
+    assert f"step_{older:06d}: 2 files, " in run.output, "what was checked, and how long it took"
+    check_conservation(run.summary["groups"])
+    assert run.summary["handshake"].get("mismatch", 0) == 0
+    assert [row["step"] for row in run.metrics] == [*range(len(run.metrics))]
+    check_checkpoint(run.checkpoint)
+
+
 def test_a_run_outlasts_a_full_disk_and_loses_no_row(tmp_path: Path) -> None:
     often = ("train.num_steps=60", "train.checkpoint_every_steps=6")
     with small_disk(tmp_path / "disk", kib=10 * 1024) as disk:
@@ -132,13 +178,25 @@ def test_a_verifier_that_raises_on_some_prompts_costs_these_prompts_only(
 ) -> None:
     (tmp_path / "my_judge.py").write_text(JUDGE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    with running(
-        tmp_path / "run", *TINY, "reward.verifier=my_judge:judge", "train.num_steps=40"
-    ) as live:
+    # Few prompts, so that each one comes often.
+    lines = (QUICKSTART.parent / "data/quickstart/train.jsonl").read_text().splitlines()[:16]
+    (tmp_path / "train.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    hopeless = [row for row, line in enumerate(lines) if json.loads(line)["answer"] == "0"]
+    assert 0 < len(hopeless) < 8
+    words = ("reward.verifier=my_judge:judge", f"data.train={tmp_path / 'train.jsonl'}")
+    with running(tmp_path / "run", *TINY, *words, "train.num_steps=60") as live:
+        live.wait_for("is left out from now on: the verifier failed on 3 of its groups")
+        replay = live.pid("replay")
+        os.kill(replay, signal.SIGKILL)  # what it has counted is in its journal
         run = live.finish(timeout_s=300.0)
     assert run.exit_code == 0, run.output
     summary = run.summary
     check_conservation(summary["groups"])
-    assert summary["groups"]["failed"] == summary["failures"]["verifier failed"] > 0
-    kept = run.root / "quarantine.jsonl"
-    assert summary["quarantined"] == (len(read_rows(kept)) if kept.exists() else 0)
+    check_token_flow(summary["token_flow"])
+    quarantined = read_rows(run.root / "quarantine.jsonl")
+    assert sorted(row["row"] for row in quarantined) == hopeless
+    assert summary["quarantined"] == len(hopeless)
+    assert summary["failures"]["verifier failed"] >= 3 * len(hopeless)
+    assert summary["failures"]["prompt in quarantine"] > 0
+    assert sum(row.get("verdicts.failed", 0) for row in run.metrics) > 10
+    assert summary["groups"]["trained"] == 4 * 60
