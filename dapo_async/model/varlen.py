@@ -42,7 +42,7 @@ class Varlen:
 @cache
 def varlen_kernel() -> Varlen:
     """The kernel of this process, found once."""
-    missing = []
+    missing: list[str] = []
     for name, module in FLASH.items():
         why = _why_not(module)
         if why is None:

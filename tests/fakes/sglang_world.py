@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from dapo_async.model import open_store, read_weights
@@ -53,6 +54,13 @@ SIZES = {
     "pad_token_id": None,
 }
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+MIXTURE = "qwen3_moe"
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 PROBE = np.arange(5, 17, dtype=np.int32)
 Load = Callable[[str, bool], Awaitable[None]]  # see SGLangEngine.update
 
@@ -60,7 +68,8 @@ Load = Callable[[str, bool], Awaitable[None]]  # see SGLangEngine.update
 def make_model(family: str, folder: Path, *, seed: int) -> PreTrainedModel:
     """A random model of the family, saved to `folder`; its distributions are not near uniform."""
     torch.manual_seed(seed)
-    config = CONFIGS[family](**SIZES, tie_word_embeddings=False, dtype="float32")
+    sizes: dict[str, Any] = {**SIZES, "tie_word_embeddings": False, "dtype": "float32"}
+    config = Qwen3MoeConfig(**sizes, **EXPERTS) if family == MIXTURE else CONFIGS[family](**sizes)
     model: Any = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
