@@ -5,6 +5,7 @@ short rows beside Hugging Face. Random weights in the shapes of Qwen2.5-0.5B, 1.
 Qwen3-0.6B, bfloat16 activations, float32 masters. FLOPs are those of the model: 6 per weight and
 token for matrices, and causal attention. What is computed again is not counted. The first form of
 recomputation that fits the device is used. A case that does not fit is left out, and says so.
+`verdict` compares with the goal of MFU 0.45 and with published figures, and names the hardware.
 `kernels` has the step with each value of `learner.kernels` beside torch's, `head` the head alone.
 `--quick` is the CPU form: tiny shapes in float32, without MFU.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine import SHAPE, hardware
+from gpu_verdict import PRIME_RL, Published, verdict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -46,6 +49,7 @@ from dapo_async.model import (
 from dapo_async.model.config import Recompute
 from dapo_async.model.cost import train_flops
 from dapo_async.model.kernels import Kernels
+from dapo_async.model.parameters import parameter_shapes
 from dapo_async.types import Group
 
 QWEN: dict[str, Any] = {
@@ -97,6 +101,7 @@ class Case:
     num_rollouts: int
     beside_hugging_face: bool = False
     offload: bool = False  # the moments of the optimizer are on the host
+    published: Published | None = None  # of the same model and length
 
     @property
     def tokens(self) -> int:
@@ -116,8 +121,8 @@ CASES = {
     "Qwen2.5-0.5B, 4 × 2,048": Case(shape(896, 4864, 24, 14), 2048, 4, True),
     "Qwen2.5-1.5B, 4 × 2,048": Case(shape(1536, 8960, 28, 12), 2048, 4, True),
     "Qwen2.5-7B, 4 × 2,048": Case(QWEN_7B, 2048, 4, offload=True),
-    "Qwen3-0.6B, 2 × 16,384": Case(QWEN3, 16_384, 2),
-    "Qwen3-0.6B, 2 × 65,536": Case(QWEN3, 65_536, 2),
+    "Qwen3-0.6B, 2 × 16,384": Case(QWEN3, 16_384, 2, published=PRIME_RL[16_384]),
+    "Qwen3-0.6B, 2 × 65,536": Case(QWEN3, 65_536, 2, published=PRIME_RL[65_536]),
 }
 TINY = {**SHAPE, "model_type": "qwen2", "rms_norm_eps": 1e-6}
 QUICK = {"tiny, 4 × 96": Case(TINY, 96, 4, True), "tiny, 2 × 160": Case(TINY, 160, 2)}
@@ -289,6 +294,12 @@ def learner(case: Case, device: str, *, rounds: int, mesh: Mesh) -> dict[str, An
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
         report["peak_gb"] = round(peak_gb, 3)
         report["mfu"] = None if peak is None else round(step_flops(case) / took_s / peak, 3)
+        report["verdict"] = verdict(
+            report,
+            hardware=device_name,
+            num_parameters=sum(map(math.prod, parameter_shapes(case.model).values())),
+            published=case.published,
+        )
         others: tuple[Kernels, ...] = ("head", "all")
         report["kernels"] = {}
         for kernels in others:
