@@ -82,6 +82,8 @@ def scenario_of(
                 group_size=GROUP_SIZE,
                 groups=groups // MINIBATCHES,
                 microbatch_tokens=32_768,
+                recompute="none",
+                zero_stage=3,
             ),
             gpus=learner_gpus,
             efficiency=efficiency,

@@ -289,6 +289,8 @@ def learner_rates(table: Mapping[str, Any]) -> Iterator[Row]:
         group_size=1,
         groups=8,
         microbatch_tokens=65_536,
+        recompute="none",  # an MFU counts nothing twice
+        zero_stage=3,
     )
 
     def rate(gpu: str, mfu: float) -> float:

@@ -22,7 +22,6 @@ The learner actor in `runtime/` drives it.
 
 from typing import TYPE_CHECKING
 
-from dapo_async.learner.batch_plan import MOST_ATTENDED
 from dapo_async.learner.options import (
     loss_options,
     needs_reference,
@@ -57,7 +56,6 @@ else:
     )
 
 __all__ = [
-    "MOST_ATTENDED",
     "LearnerRank",
     "RankState",
     "check_state",

@@ -19,12 +19,9 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 from dapo_async.model.config import ModelConfig
-from dapo_async.model.cost import head_flops, pair_flops, token_flops
+from dapo_async.model.cost import MOST_ATTENDED, head_flops, pair_flops, token_flops
 from dapo_async.types import Group, GroupFacts
 
-# Attention works on every sequence with its whole prompt. These are at most so many times the
-# tokens of a microbatch, which bounds its memory.
-MOST_ATTENDED = 2
 # What a pass costs beside its tokens, as a share of a full microbatch: gathered weights, launches.
 PASS_COST = 0.03
 GOOD = 1.01  # times the even share of the cost: a finer plan is not tried

@@ -4,11 +4,7 @@ In: a config, the sizes of its model, and the bytes of the device. Out: the sect
 without an `auto`, and the reason in one line. The learner actor calls it when it starts, and
 `train --dry-run` prints the result.
 
-The first choice that fits is taken, from the fastest to the slowest. Computing again costs a sixth
-(`mlp`) to a quarter (`all`) of a pass, a higher ZeRO stage only what communication does not hide:
-
-    recompute none with ZeRO stage 1, 2, 3; then mlp with 1, 2, 3; then all with 1, 2, 3
-
+The first choice that fits is taken, from the fastest to the slowest (`memory.forms_by_speed`).
 Then, if nothing is computed again or exchanged twice on a GPU, a pass gets more tokens.
 """
 
@@ -20,17 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from dapo_async.config import Config, LearnerConfig
-from dapo_async.learner.batch_plan import MOST_ATTENDED
 from dapo_async.learner.options import needs_reference, needs_start_logprobs
-from dapo_async.model.config import ModelConfig, Recompute
-from dapo_async.model.memory import RankMemory, predict_memory
+from dapo_async.model.config import ModelConfig
+from dapo_async.model.cost import MOST_ATTENDED
+from dapo_async.model.memory import RankMemory, forms_by_speed, predict_memory
 
 # Of a GPU: the rest is for the CUDA context, buffers of NCCL, fragments, and for the prediction,
 # which has not been measured on a GPU.
 GPU_SHARE = 0.85
 CPU_SHARE = 0.5  # of a machine's memory, for all learner ranks together
-FORMS: tuple[Recompute, ...] = ("none", "mlp", "all")
-STAGES = (1, 2, 3)
 MORE_TOKENS = (65_536, 32_768)  # per pass, where memory is left; more make no product faster
 LEAST_TOKENS = 1024
 GIB = 2**30
@@ -127,14 +121,12 @@ def predicted_memory(config: Config, model: ModelConfig, learner: LearnerConfig)
 def _choices(config: Config) -> Iterator[LearnerConfig]:
     """From the fastest to the one that needs the least memory."""
     learner = config.learner
-    forms = FORMS if learner.recompute == "auto" else (learner.recompute,)
-    stages = STAGES if learner.zero_stage == "auto" else (learner.zero_stage,)
+    forms = forms_by_speed(learner.recompute, learner.zero_stage)
     tokens = learner.fixed_microbatch_tokens
     while True:
-        for form in forms:
-            for stage in stages:
-                yield replace(learner, recompute=form, zero_stage=stage, microbatch_tokens=tokens)
+        for form, stage in forms:
+            yield replace(learner, recompute=form, zero_stage=stage, microbatch_tokens=tokens)
         tokens //= 2
         if learner.microbatch_tokens != "auto" or tokens < LEAST_TOKENS:
             return
-        forms, stages = forms[-1:], stages[-1:]
+        forms = forms[-1:]

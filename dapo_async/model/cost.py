@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dapo_async.model.config import ModelConfig
+from dapo_async.model.config import ModelConfig, Recompute
 from dapo_async.model.parameters import parameter_shapes
 
+# Attention works on every sequence with its whole prompt. In a microbatch of the learner these are
+# at most so many times its tokens, which bounds its memory.
+MOST_ATTENDED = 2
 BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
 Siblings = tuple[int, Sequence[int]]  # tokens of a prompt, and of each of its responses
 
@@ -63,15 +66,34 @@ def train_flops(config: ModelConfig, groups: Sequence[Siblings]) -> int:
     A group is `(prompt tokens, tokens of each response)`. Its prompt is computed once. The last
     token of a response predicts nothing and is not computed. Logits exist for response tokens only.
     """
-    tokens = pairs = predicted = 0
-    for prompt, responses in groups:
-        own = sum(max(0, response - 1) for response in responses)
-        tokens += prompt + own
-        pairs += causal_pairs(prompt)
-        pairs += sum(causal_pairs(prompt + each - 1, before=prompt) for each in responses if each)
-        predicted += sum(responses)
+    tokens, pairs = _counted(groups)
+    predicted = sum(sum(responses) for _, responses in groups)
     forward = forward_flops(config, tokens=tokens, pairs=pairs, predicted=predicted)
     return (1 + BACKWARD) * forward
+
+
+def recomputed_flops(config: ModelConfig, groups: Sequence[Siblings], form: Recompute) -> int:
+    """What the backward pass of the same minibatch computes again.
+
+    Not the last product of a dense MLP: nothing needs its output, so torch stops before it.
+    """
+    if form == "none":
+        return 0
+    tokens, pairs = _counted(groups)
+    left_out = config.num_dense_layers * config.hidden_size * config.intermediate_size
+    if form == "mlp":
+        return 2 * tokens * (_mlp_products(config) - left_out)
+    return tokens * (token_flops(config) - 2 * left_out) + pairs * pair_flops(config)
+
+
+def _counted(groups: Sequence[Siblings]) -> tuple[int, int]:
+    """Tokens of the layers, and attention pairs."""
+    tokens = pairs = 0
+    for prompt, responses in groups:
+        tokens += prompt + sum(max(0, response - 1) for response in responses)
+        pairs += causal_pairs(prompt)
+        pairs += sum(causal_pairs(prompt + each - 1, before=prompt) for each in responses if each)
+    return tokens, pairs
 
 
 def prefill_flops(config: ModelConfig, lengths: Sequence[int]) -> int:

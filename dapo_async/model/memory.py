@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
+from typing import Literal
 
 import torch
 
@@ -20,6 +22,8 @@ from dapo_async.model.parallel import split_dim
 from dapo_async.model.parameters import Shape, parameter_shapes
 
 FLOAT32 = 4  # bytes
+FORMS: tuple[Recompute, ...] = ("none", "mlp", "all")
+STAGES = (1, 2, 3)
 INDEX = 8
 
 
@@ -201,6 +205,20 @@ class Pass:
         chunk = min(max(1, numbers // rows), self.own_targets) * rows
         gradient_width = FLOAT32 if self.width == FLOAT32 else 2 * FLOAT32 + self.width
         return 2 * chunk * FLOAT32 + rows * self.model.hidden_size * gradient_width
+
+
+def forms_by_speed(
+    recompute: Recompute | Literal["auto"] = "auto", zero_stage: int | Literal["auto"] = "auto"
+) -> list[tuple[Recompute, int]]:
+    """What `auto` may stand for, from the fastest form to the one that needs the least memory.
+
+    Computing again costs a sixth (`mlp`) to a quarter (`all`) of a pass, a higher ZeRO stage only
+    what communication does not hide:
+
+        recompute none with ZeRO stage 1, 2, 3; then mlp with 1, 2, 3; then all with 1, 2, 3
+    """
+    forms = FORMS if recompute == "auto" else (recompute,)
+    return [*product(forms, STAGES if zero_stage == "auto" else (zero_stage,))]
 
 
 def predict_memory(

@@ -1,7 +1,8 @@
 """Rates of engines and learner from a model's `config.json` and the name of a GPU.
 
 For a cluster that nobody has measured. A decode step reads the weights and the keys and values, or
-is limited by its FLOPs. Training is limited by its FLOPs or by the exchange of parameters.
+is limited by its FLOPs. Training is limited by its FLOPs, with those of what is computed again, or
+by the exchange of parameters.
 `Efficiency` has what hardware reaches of its peaks: assumptions, each of which a measurement should
 replace (`dapo-async bench`). FLOPs and bytes are those of `dapo_async.model.cost`. `rates.py` calls
 this module.
@@ -12,9 +13,17 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from dapo_async.model.config import ModelConfig
-from dapo_async.model.cost import head_flops, kv_bytes, token_flops, train_flops
+from dapo_async.model.config import ModelConfig, Recompute
+from dapo_async.model.cost import (
+    MOST_ATTENDED,
+    head_flops,
+    kv_bytes,
+    recomputed_flops,
+    token_flops,
+    train_flops,
+)
 from dapo_async.model.head_split import HeadSplit
 from dapo_async.planner.engine import EngineSpeed
 from dapo_async.planner.hardware import Gpu
@@ -36,7 +45,7 @@ class Efficiency:
     step_s: float = 0.002  # of a decode step beside the GPU's work
     exchange_s: float = 2e-5  # of one exchange between the GPUs of an engine; two per layer
     memory: float = 0.88  # of a GPU's memory, for weights, keys and values of an engine
-    training_memory: float = 0.9  # of a GPU's memory, for a learner rank
+    training_memory: float = 0.85  # of a GPU's memory, for a learner rank; `auto` fills as much
     link: float = 0.6  # of the bandwidth between the GPUs of a node
     network: float = 0.5  # of the bandwidth of a GPU to GPUs of other nodes
     minibatch_s: float = 0.2  # of a minibatch beside the GPU's work
@@ -65,13 +74,20 @@ class Training:
     group_size: int
     groups: int  # of a minibatch
     microbatch_tokens: int = 16_384
-    recompute: bool = True  # layers are computed again in the backward pass
+    # As the knobs of `learner`; auto: the fastest form whose ranks fit their GPUs.
+    recompute: Recompute | Literal["auto"] = "auto"
+    zero_stage: int | Literal["auto"] = "auto"
     several_minibatches: bool = False  # of a step: a rank keeps the weights of its start
 
     @property
     def tokens(self) -> int:
         """Prompt and response tokens of a minibatch."""
         return self.groups * self.group_size * (self.prompt_tokens + self.response_tokens)
+
+    @property
+    def siblings(self) -> tuple[int, list[int]]:
+        """One group, as `model/cost.py` has it."""
+        return self.prompt_tokens, [self.response_tokens] * self.group_size
 
     @property
     def largest_microbatch(self) -> int:
@@ -128,22 +144,33 @@ def learner_speed(
 
     A pass over one microbatch per group of ranks that share it takes the longer of its FLOPs and
     the exchange of parameters by FSDP, plus the exchange of tokens between tensor-parallel ranks
-    and of heads between context-parallel ones. With more GPUs a minibatch has fewer passes, but
-    each exchanges as much as before.
+    and of heads between context-parallel ones. What is computed again and exchanged depends on
+    `learner_form`. With more GPUs a minibatch has fewer passes, but each exchanges as much as
+    before.
     """
     ranks, tokens = gpus // tensor_parallel, work.tokens
-    flops = train_flops(
-        model.config, [(work.prompt_tokens, [work.response_tokens] * work.group_size)]
+    form, stage = learner_form(
+        model,
+        gpu,
+        work,
+        gpus=gpus,
+        tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
+        efficiency=efficiency,
     )
+    flops = train_flops(model.config, [work.siblings])
+    flops += recomputed_flops(model.config, [work.siblings], form)
     compute_s = work.groups * flops / (gpus * gpu.peak.flops_per_s * efficiency.mfu)
     passes = math.ceil(tokens * context_parallel / ranks / work.microbatch_tokens)
     own = model.num_parameters / tensor_parallel
-    exchanged = (ranks - 1) / ranks * own * (2 * HALF + FLOAT32)  # weights twice, gradients once
+    # Weights in each pass forward and backward, or once; gradients in each pass, or once.
+    gathers, sums = {3: (2 * passes, passes), 2: (1, passes), 1: (1, 1)}[stage]
+    exchanged = (ranks - 1) / ranks * own * (gathers * HALF + sums * FLOAT32)
     link = gpu.link_bytes_per_s * efficiency.link
     network = gpu.network_bytes_per_s * efficiency.network
     between = link if gpus <= gpu.link_gpus else network
     inside = link if tensor_parallel * context_parallel <= gpu.link_gpus else network
-    gather_s = passes * exchanged / between
+    gather_s = exchanged / between
     share = (tensor_parallel - 1) / tensor_parallel
     # Per layer four exchanges forward and four backward.
     config = model.config
@@ -186,6 +213,43 @@ def publish_times(
     return gathered_s + sent_s, sent_s
 
 
+def learner_form(
+    model: PlannedModel,
+    gpu: Gpu,
+    work: Training,
+    *,
+    gpus: int,
+    tensor_parallel: int,
+    context_parallel: int = 1,
+    efficiency: Efficiency,
+) -> tuple[Recompute, int]:
+    """What a rank computes again, and its ZeRO stage: as given, or the fastest form that fits.
+
+    If none fits, the one that needs the least memory. Raises ValueError if the layers cannot be
+    split.
+    """
+    forms = _forms(work)
+    budget = gpu.memory_bytes * efficiency.training_memory
+    for form in forms[:-1]:
+        needed = rank_bytes(
+            model,
+            work,
+            gpus=gpus,
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
+            form=form,
+        )
+        if needed <= budget:
+            return form
+    return forms[-1]
+
+
+def _forms(work: Training) -> list[tuple[Recompute, int]]:
+    from dapo_async.model.memory import forms_by_speed  # imports torch
+
+    return forms_by_speed(work.recompute, work.zero_stage)
+
+
 def rank_bytes(
     model: PlannedModel,
     work: Training,
@@ -193,19 +257,24 @@ def rank_bytes(
     gpus: int,
     tensor_parallel: int,
     context_parallel: int = 1,
+    form: tuple[Recompute, int] | None = None,
 ) -> float:
     """What a learner rank holds on its GPU, by `predict_memory`.
 
-    Raises ValueError if the layers cannot be split.
+    `form`: of `learner_form`; None: the one that needs the least. Raises ValueError if the layers
+    cannot be split.
     """
     ranks = gpus // tensor_parallel
+    recompute, zero_stage = form or _forms(work)[-1]
     return _predicted(
         model.config,
         work.largest_microbatch,
+        max(MOST_ATTENDED * work.microbatch_tokens, work.largest_microbatch),
         ranks // context_parallel,
         context_parallel,
         tensor_parallel,
-        work.recompute,
+        recompute,
+        zero_stage,
         work.several_minibatches,
     )
 
@@ -214,10 +283,12 @@ def rank_bytes(
 def _predicted(
     model: ModelConfig,
     num_tokens: int,
+    num_attended: int,
     data_parallel: int,
     context_parallel: int,
     tensor_parallel: int,
-    recompute: bool,
+    recompute: Recompute,
+    zero_stage: int,
     keeps_start_weights: bool,
 ) -> float:
     import torch
@@ -228,11 +299,13 @@ def _predicted(
     return predict_memory(
         model,
         num_tokens=num_tokens,
+        num_attended=num_attended,
         dp=data_parallel,
         cp=context_parallel,
         tp=tensor_parallel,
         activations=torch.bfloat16,
-        recompute="all" if recompute else "none",
+        recompute=recompute,
+        zero_stage=zero_stage,
         keeps_start_weights=keeps_start_weights,
         cuda=True,
     ).on_device
@@ -248,7 +321,7 @@ def learner_fits(
     context_parallel: int = 1,
     efficiency: Efficiency,
 ) -> bool:
-    """Whether a rank fits its GPU."""
+    """Whether a rank fits its GPU in the form that needs the least memory."""
     if gpus % (tensor_parallel * context_parallel):
         return False
     needed = rank_bytes(

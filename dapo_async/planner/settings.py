@@ -73,7 +73,8 @@ MODEL_KEYS: Mapping[str, Any] = {
     "hardware": None,
     "transport": "broadcast",
     "microbatch_tokens": 16_384,
-    "recompute": True,
+    "recompute": "auto",
+    "zero_stage": "auto",
     **{item.name: item.default for item in fields(Efficiency)},
 }
 TOP: Mapping[str, Any] = {
@@ -304,8 +305,10 @@ def _computed(
     groups = _whole("replay.groups_per_step", replay["groups_per_step"])
     minibatches = _whole("learner.minibatches", learner["minibatches"])
     hardware = settings["hardware"]
-    if not isinstance(settings["recompute"], bool):
-        raise ValueError(f"model.recompute ({settings['recompute']!r}) must be true or false")
+    for key, known in {"recompute": ("none", "mlp", "all"), "zero_stage": (1, 2, 3)}.items():
+        if settings[key] not in ("auto", *known) or isinstance(settings[key], bool):
+            listed = ", ".join(map(str, known))
+            raise ValueError(f"model.{key} ({settings[key]!r}) must be auto or one of {listed}")
     return ComputedRates(
         model=read_model(folder / str(settings["path"])),
         gpu=find_gpu(str(settings["gpu"]), None if hardware is None else folder / str(hardware)),
@@ -317,6 +320,7 @@ def _computed(
             groups=max(1, groups // minibatches),
             microbatch_tokens=_whole("model.microbatch_tokens", settings["microbatch_tokens"]),
             recompute=settings["recompute"],
+            zero_stage=settings["zero_stage"],
             several_minibatches=minibatches > 1,
         ),
         efficiency=Efficiency(

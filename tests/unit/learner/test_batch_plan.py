@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_world import TINY
 
-from dapo_async.learner import MOST_ATTENDED
 from dapo_async.learner.batch_plan import RankShare, pair_cost, share_minibatch
 from dapo_async.model import ModelConfig
+from dapo_async.model.cost import MOST_ATTENDED
 from dapo_async.types import GroupFacts
 
 LONGEST = 20_480  # response tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from paths import CONFIGS, QUICKSTART
 
@@ -9,6 +11,9 @@ from dapo_async import config as knobs
 from dapo_async.config import Config
 from dapo_async.learner.memory_choice import MemoryChoice, choose_by_memory, rank_budget
 from dapo_async.model import ModelConfig
+from dapo_async.planner.cost_model import Efficiency, Training, learner_form
+from dapo_async.planner.hardware import find_gpu
+from dapo_async.planner.planned_model import PlannedModel
 
 SIZES = {
     "hidden_size": 3584,
@@ -62,6 +67,24 @@ def test_less_memory_takes_ever_slower_choices_and_each_fits() -> None:
     none = chosen(12)
     assert triple(none) == ("all", 3, 1024)
     assert none.memory.on_device > none.budget
+
+
+@pytest.mark.parametrize("gigabytes", [80, 48, 32, 24, 20])
+def test_the_planner_expects_the_form_that_the_learner_chooses(gigabytes: int) -> None:
+    config = knobs.load(CONFIGS / "dapo_qwen2.5_7b_math.yaml", [*AUTO])
+    gpu = replace(find_gpu("H100"), memory_bytes=gigabytes * GB)
+    work = Training(
+        prompt_tokens=config.data.max_prompt_tokens,
+        response_tokens=1000,
+        longest_tokens=config.rollout.max_response_tokens,
+        group_size=config.replay.group_size,
+        groups=32,
+        several_minibatches=True,
+    )
+    form = learner_form(
+        PlannedModel(SEVEN_B), gpu, work, gpus=32, tensor_parallel=4, efficiency=Efficiency()
+    )
+    assert form == triple(chosen(gigabytes))[:2]
 
 
 def test_what_is_given_stays_though_it_does_not_fit() -> None:

@@ -27,11 +27,12 @@ from learner_world import (
 )
 from torch import Tensor
 
-from dapo_async.learner import MOST_ATTENDED, LearnerRank
+from dapo_async.learner import LearnerRank
 from dapo_async.learner.batch_plan import RankShare
 from dapo_async.learner.batching import TrainingSequence, pack
 from dapo_async.model import PackedAttention
 from dapo_async.model.attention import take_rows
+from dapo_async.model.cost import MOST_ATTENDED
 from dapo_async.model.varlen import varlen_kernel
 from dapo_async.types import Completion, FinishReason, Group
 

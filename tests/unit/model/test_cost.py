@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from native_engine_world import tiny_decoder
+from parallel_world import MIXTURE
 from torch.utils.flop_counter import FlopCounterMode
 
-from dapo_async.model import ModelConfig, PackedAttention
+from dapo_async.model import Decoder, ModelConfig, PackedAttention
+from dapo_async.model.config import Recompute
 from dapo_async.model.cost import (
     BACKWARD,
     causal_pairs,
@@ -18,7 +22,9 @@ from dapo_async.model.cost import (
     decode_flops,
     forward_flops,
     head_flops,
+    pair_flops,
     prefill_flops,
+    recomputed_flops,
     token_flops,
     train_flops,
     weight_bytes,
@@ -144,3 +150,24 @@ def test_cost_imports_no_torch() -> None:
     modules = "dapo_async.model.cost, dapo_async.model.peak"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("form", ["mlp", "all"])
+@pytest.mark.parametrize("extra", [{}, MIXTURE], ids=["dense", "mixture"])
+def test_what_is_computed_again_is_what_torch_counts(
+    form: Recompute, extra: dict[str, Any]
+) -> None:
+    config, length = replace(HAND, **extra), 12
+    attention, ids = PackedAttention([length]), torch.arange(length) % config.vocab_size
+
+    def counted(form: Recompute) -> int:
+        decoder = Decoder(config)
+        decoder.recompute(form)
+        with FlopCounterMode(display=False) as counter:
+            decoder(ids, attention.positions, attention).sum().backward()
+        return counter.get_total_flops()
+
+    again = recomputed_flops(config, [(0, [length + 1])], form)
+    without_attention = again - (form == "all") * causal_pairs(length) * pair_flops(config)
+    assert counted(form) - counted("none") == without_attention
+    assert recomputed_flops(config, [(0, [length + 1])], "none") == 0

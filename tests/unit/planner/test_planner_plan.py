@@ -291,7 +291,8 @@ def test_a_plan_for_long_responses_chooses_context_parallel_ranks(tmp_path: Path
         "model": {
             "path": "config.json",
             "gpu": "H100",
-            "recompute": False,
+            "recompute": "none",
+            "zero_stage": 3,
             "microbatch_tokens": 22_528,
         },
         "engine": {"slots": 64},
