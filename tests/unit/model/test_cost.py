@@ -165,7 +165,7 @@ def test_what_is_computed_again_is_what_torch_counts(
         decoder.recompute(form)
         with FlopCounterMode(display=False) as counter:
             decoder(ids, attention.positions, attention).sum().backward()
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     again = recomputed_flops(config, [(0, [length + 1])], form)
     without_attention = again - (form == "all") * causal_pairs(length) * pair_flops(config)
