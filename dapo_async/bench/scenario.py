@@ -8,14 +8,31 @@ running sequences and K tokens of context in all, and that of a learner as secon
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dapo_async.bench.figures import BenchRow
+from dapo_async.bench.figures import BenchResult, BenchRow
 
 DIGITS = 4
 MOST_SLOWDOWN = 4.0  # of a side while the other one works; more is noise
 MOST_CONTEXT = 0.9  # of a measured step: what the context may explain
+
+
+def scenario_of_results(files: Sequence[Path]) -> dict[str, Any]:
+    """The sections that these results of `--json` tell, without the slots; later files win.
+
+    Raises ValueError for a file that is no result, or that tells none.
+    """
+    sections: dict[str, Any] = {}
+    for file in files:
+        found = scenario_of(BenchResult.read(file).rows, slots=0)
+        if not found:
+            raise ValueError(f"{file} has no figures for a scenario; measure again")
+        sections |= found
+    if "engine" in sections:
+        del sections["engine"]["slots"]
+    return sections
 
 
 def scenario_of(rows: Sequence[BenchRow], *, slots: int) -> dict[str, Any]:

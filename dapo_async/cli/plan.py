@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dapo_async.cli.arguments import Parser, path, say
+from dapo_async.cli.rates import add_rates, read_rates
 
 HELP = "how to split GPUs between engines and learner"
 
@@ -15,9 +16,7 @@ HELP = "how to split GPUs between engines and learner"
 def add_arguments(parser: Parser) -> None:
     """Adds what `plan` takes."""
     parser.add_argument("scenario", type=path, nargs="?", help="YAML file with a section plan")
-    parser.add_argument(
-        "--from-run", type=path, metavar="RUN_DIR", help="take the rates of the last steps of a run"
-    )
+    add_rates(parser)
     parser.add_argument(
         "--cost-per-gpu-hour", type=float, metavar="PRICE", help="price of a GPU, as plan.gpu_hour"
     )
@@ -34,7 +33,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Finds the split and prints it."""
-    from dapo_async.planner.inputs import read_input
     from dapo_async.planner.screens import measured_line, overrides, plan_as_json, plan_lines
     from dapo_async.planner.simulator import simulate
     from dapo_async.planner.sweep import find_plan
@@ -44,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         from dapo_async.tracking.plan_page import check_html_name
 
         check_html_name(options.html)
-    scenario, cluster, measured = read_input(options.scenario, from_run=options.from_run)
+    scenario, cluster, measured = read_rates(options)
     if (price := options.cost_per_gpu_hour) is not None:
         if not 0 < price < 1e9:
             raise ValueError(f"--cost-per-gpu-hour ({price:g}) must be above 0")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from dapo_async.cli.arguments import Parser, path, say
+from dapo_async.cli.rates import add_rates, read_rates
 
 HELP = "play a run of a scenario in virtual time"
 
@@ -16,19 +17,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "scenario", type=path, nargs="?", help="YAML file; docs/planner.md describes it"
     )
-    parser.add_argument(
-        "--from-run", type=path, metavar="RUN_DIR", help="take the rates of the last steps of a run"
-    )
+    add_rates(parser)
     parser.add_argument("--json", type=path, metavar="OUT", help="also write all figures there")
 
 
 def run(options: argparse.Namespace) -> int:
     """Plays the run and prints its figures."""
-    from dapo_async.planner.inputs import read_input
     from dapo_async.planner.screens import as_json, measured_line, simulation_lines
     from dapo_async.planner.simulator import simulate
 
-    scenario, _, measured = read_input(options.scenario, from_run=options.from_run)
+    scenario, _, measured = read_rates(options)
     outcome = simulate(scenario)
     for line in simulation_lines(scenario, outcome):
         say(line)

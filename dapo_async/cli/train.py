@@ -136,7 +136,13 @@ def _supervise(options: argparse.Namespace) -> int:
     else:
         config, root = _given(options)  # refuses what does not go together
         words = [str(options.config), *options.overrides, f"run_dir={root}"]
-    return RunKeeper(root, silence_s=config.deadlines.ping_s, say=say).keep(words)
+    keeper = RunKeeper(
+        root,
+        silence_s=config.deadlines.ping_s,
+        nodes_wait_s=config.ray.wait_for_nodes_s,
+        say=say,
+    )
+    return keeper.keep(words)
 
 
 def _train(

@@ -40,7 +40,7 @@ class ClosedForms:
 
 
 def closed_forms(scenario: Scenario) -> ClosedForms:
-    """The step is the sum of both sides at staleness 0, else the longer one."""
+    """The step is the sum of both sides at staleness 0 and on shared GPUs, else the longer one."""
     mean, batch = scenario.mean_tokens, scenario.groups_per_step * scenario.group_size
     engine = scenario.engine
     credits = float((scenario.max_staleness + 1) * batch)
@@ -74,7 +74,9 @@ def closed_forms(scenario: Scenario) -> ClosedForms:
     deadline_s = (longest * token_s + last_s + scenario.publish_s) / steps
     step_s = max(generate_s, train_s, deadline_s)
     staleness = None
-    if deadline_s >= step_s:
+    if scenario.colocated:
+        step_s = max(generate_s + train_s, deadline_s)
+    elif deadline_s >= step_s:
         pass  # no published form
     elif generate_s > train_s:
         longest_share = scenario.lengths.longest_of(scenario.group_size)

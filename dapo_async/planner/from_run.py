@@ -82,7 +82,7 @@ def has_rates(row: Mapping[str, Any]) -> bool:
         and row[GENERATED] > 0
         and row["tokens"] > 0
         and row["idle.learner"] < 1
-        and row["slots.idle"] < 1
+        and _occupied(row) > 0
     )
 
 
@@ -118,7 +118,8 @@ def values_of_rows(
     measured = measured_in(rows)
     rollout, replay, learner = config.rollout, config.replay, config.learner
     elapsed_s = sum(row["step_s"] for row in rows)
-    occupied = sum((1 - row["slots.idle"]) * row["step_s"] for row in rows) / elapsed_s
+    shared = config.model.is_shared  # an engine sleeps while the learner has its device
+    occupied = sum(_occupied(row) * row["step_s"] for row in rows) / elapsed_s
     # Of an engine; with `auto` the mean of what it had.
     slots = sum(row.get("slots_per_engine", rollout.fixed_slots) * row["step_s"] for row in rows)
     slots /= elapsed_s
@@ -128,10 +129,13 @@ def values_of_rows(
     busy_s = elapsed_s * (1 - measured.idle_learner)
     pause_s = _mean_of(rows, "publish_pause_s")
     publish_s = max(pause_s, _mean_of(rows, "publish_s"))
+    switch_s = sum(row.get("switch_s") or 0.0 for row in rows)
     learner_ranks = learner.num_ranks
+    engine_gpus = 0 if shared else rollout.num_workers * rollout.tensor_parallel
     return {
         "engines": rollout.num_workers,
         "seed": config.seed,
+        "colocated": shared,
         "engine": {
             "slots": max(1, round(slots)),
             "step_s": running / measured.generated_tokens_per_s,
@@ -158,8 +162,14 @@ def values_of_rows(
             "acceptance": accepted / offered if offered else 1.0,
         },
         "publish": {"seconds": publish_s, "pause_s": pause_s},
-        "plan": {"gpus": rollout.num_workers * rollout.tensor_parallel + learner_ranks},
+        "control": {"snapshot_s": switch_s / measured.steps if shared else 0.0},
+        "plan": {"gpus": engine_gpus + learner_ranks},
     }
+
+
+def _occupied(row: Mapping[str, Any]) -> float:
+    """Share of the slots that ran a sequence."""
+    return 1.0 - float(row["slots.idle"]) - float(row.get("slots.asleep") or 0.0)
 
 
 def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dapo_async.planner.from_run import Measured, scenario_of_run
 from dapo_async.planner.scenario import Scenario
@@ -15,16 +17,22 @@ LEARNER_BOUND = 0.9  # share of time in which the simulated learner trains
 
 
 def read_input(
-    file: Path | None, *, from_run: Path | None
+    file: Path | None,
+    *,
+    from_run: Path | None,
+    benched: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Scenario, Cluster, Measured | None]:
     """The scenario of a file, or of the run `from_run` with what was measured there.
 
-    Raises ValueError unless exactly one of them is given.
+    `benched`: sections of `dapo-async bench`, which replace those of the file. Raises ValueError
+    unless either a file or a run is given.
     """
     if (file is None) == (from_run is None):
         raise ValueError("give a scenario file or --from-run RUN_DIR, one of them")
     if file is not None:
-        return *read_scenario_file(file), None
+        return *read_scenario_file(file, measured=benched), None
+    if benched:
+        raise ValueError("--bench is for a scenario file; --from-run has the rates of the run")
     assert from_run is not None
     values, measured = scenario_of_run(from_run)
     scenario, cluster = read_scenario(values)

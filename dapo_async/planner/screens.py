@@ -101,7 +101,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from _synchronous_lines(plan)
     yield from _other_lines(plan)
     for name, ratio in plan.sensitivity.items():
-        yield f"if         {name}: {ratio:.2f} times the step time"
+        what = ratio if isinstance(ratio, str) else f"{ratio:.2f} times the step time"
+        yield f"if         {name}: {what}"
     if plan.left_out:
         named = ", ".join(f"{count} by {why}" for why, count in plan.left_out.items())
         yield f"left out   {named}"
@@ -216,6 +217,7 @@ def overrides(plan: Plan) -> list[str]:
     """The best split as overrides of `dapo-async train`."""
     scenario, shape = plan.best.scenario, plan.best.shape
     values: dict[str, int | str] = {
+        "model.placement": "separate",
         "rollout.num_workers": scenario.num_engines,
         "rollout.tensor_parallel": shape.engine_gpus,
         "rollout.num_slots": scenario.engine.num_slots,

@@ -120,8 +120,13 @@ class Cluster:
     gpu_hour: float | None = None  # its price
 
 
-def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
-    """The scenario of a file. Raises ValueError with one line that names the file."""
+def read_scenario_file(
+    path: Path, *, measured: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[Scenario, Cluster]:
+    """The scenario of a file. Raises ValueError with one line that names the file.
+
+    `measured`: sections whose keys replace those of the file.
+    """
     import yaml
 
     try:
@@ -136,6 +141,9 @@ def read_scenario_file(path: Path) -> tuple[Scenario, Cluster]:
         raise ValueError(f"scenario file {path} is not valid YAML: {what}; correct it") from error
     if not isinstance(values, dict):
         raise ValueError(f"scenario file {path} must hold keys and sections; see docs/planner.md")
+    for name, section in (measured or {}).items():
+        there = values.get(name)
+        values[name] = {**(there if isinstance(there, Mapping) else {}), **section}
     try:
         return read_scenario(values, folder=path.resolve().parent)
     except ValueError as error:

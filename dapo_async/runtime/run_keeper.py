@@ -36,7 +36,7 @@ from dapo_async.utils.restart_budget import RestartBudget
 PULSE_FD = "DAPO_ASYNC_PULSE_FD"  # environment variable: where the child writes
 RESTARTED = "DAPO_ASYNC_RESTARTED"  # environment variable: set for each child but the first
 BEAT_S = 1.0
-WRONG_INPUT = 2
+FAILED, WRONG_INPUT = 1, 2  # exit codes
 RESTARTS = 5  # without a newer checkpoint
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -120,8 +120,11 @@ class RunKeeper:
         *,
         silence_s: float,
         say: Callable[[str], None],
+        nodes_wait_s: float = 0.0,
         program: Sequence[str] = (sys.executable, "-m", "dapo_async"),
     ) -> None:
+        """`nodes_wait_s`: how long a child waits for nodes; the first one in vain is the last."""
+        self._nodes_wait_s = nodes_wait_s
         self._run_dir, self._silence_s, self._say = RunDir(root), silence_s, say
         self._program = program
         self._signal: signal.Signals | None = None  # that was received
@@ -143,6 +146,8 @@ class RunKeeper:
             ended = self._run(words, is_first=num_starts == 0)
             num_starts += 1
             code = ended.code if ended.code >= 0 else 128 - ended.code
+            if code == WRONG_INPUT and num_starts > 1:
+                code = FAILED  # the input was right: a run began with it
             if not self._may_restart(ended, num_starts=num_starts, since_s=began_s):
                 return code
             if self._newest != newest:
@@ -168,7 +173,9 @@ class RunKeeper:
         if ended.code == 0 or self._signal is not None or not self._run_dir.config.exists():
             return False
         if ended.code == WRONG_INPUT and not ended.hung:
-            return num_starts > 1  # the first one was checked; now the cluster may be away
+            # The first one was checked. Now the cluster may be away, or may have lost nodes.
+            waited = 0 < self._nodes_wait_s <= time.time() - since_s
+            return num_starts > 1 and not waited
         if ended.code < 0 or ended.hung:
             return True
         return bool(self._summary(since_s=since_s).get("restartable", True))

@@ -24,8 +24,8 @@ from dapo_async.planner.from_run import (
 )
 from dapo_async.planner.scenario import Scenario
 from dapo_async.planner.settings import Cluster, read_scenario
+from dapo_async.planner.shapes import Shape, scenario_of_shape, smaller
 from dapo_async.planner.simulator import simulate
-from dapo_async.planner.sweep import Shape, scenario_of_shape, smaller
 
 LEAST_GAIN = 1.05  # smaller gains are not advised
 STEPS, WARM_UP = 24, 8  # of a simulation
@@ -46,8 +46,8 @@ def next_split(rows: Sequence[Row], config: Config) -> NextSplit | None:
     """The fastest split of the GPUs of the run; None without rates or without enough gain."""
     known = [row for row in rows if has_rates(row)]
     planned = _scenario(known, config)
-    if planned is None or config.model.torch_device != "cuda":
-        return None  # without GPUs both sides share the cores
+    if planned is None or not _can_split(config):
+        return None
     return _fastest(*planned)
 
 
@@ -59,7 +59,7 @@ def compared(rows: Sequence[Row], config: Config) -> dict[str, Any] | None:
         return None
     measured, (scenario, cluster) = measured_in(known), planned
     predicted = simulate(_short(scenario))
-    found = _fastest(scenario, cluster) if config.model.torch_device == "cuda" else None
+    found = _fastest(scenario, cluster) if _can_split(config) else None
     return {
         "measured": _measured_figures(measured),
         "predicted": {
@@ -141,6 +141,11 @@ def _fastest(scenario: Scenario, cluster: Cluster) -> NextSplit | None:
         if gain > (best.gain if best else LEAST_GAIN):
             best = NextSplit(learner, engines, gain, other)
     return best
+
+
+def _can_split(config: Config) -> bool:
+    """Whether GPUs can move from one side to the other: both sides have their own."""
+    return config.model.torch_device == "cuda" and not config.model.is_shared
 
 
 def _short(scenario: Scenario) -> Scenario:

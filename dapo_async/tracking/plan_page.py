@@ -69,7 +69,10 @@ def _sections(plan: Plan) -> Iterator[str]:
     yield "<h2>Closed forms beside the simulation</h2>"
     yield from _on_paper(best)
     yield "<h2>If an assumption is wrong</h2>"
-    rows = [(text(name), f"{ratio:.2f}") for name, ratio in plan.sensitivity.items()]
+    rows = [
+        (text(name), text(ratio) if isinstance(ratio, str) else f"{ratio:.2f}")
+        for name, ratio in plan.sensitivity.items()
+    ]
     yield table(("what changes", "times the step time"), rows)
     yield "<h2>Overrides for dapo-async train</h2>"
     yield f"<pre>{text(' '.join(overrides(plan)))}</pre>"

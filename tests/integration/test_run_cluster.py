@@ -129,7 +129,8 @@ def check_placement(actors: dict[str, Actor]) -> None:
 def test_job_trains_on_both_nodes_and_leaves_its_files_at_the_printed_path(
     cluster: Cluster,
 ) -> None:
-    ended = cluster.submit("trains", *TRAIN)
+    environment = ("--runtime-env", "cluster/runtime_env.yaml")
+    ended = cluster.submit("trains", *TRAIN, options=environment)
     output = ended.stdout
     assert ended.returncode == 0, output
     assert f"joined the Ray cluster at {cluster.address}: 2 nodes, 4 CPUs (" in output

@@ -188,6 +188,66 @@ def test_gpus_that_another_job_holds_are_waited_for_with_a_deadline(cluster: Any
         assert not [line for line in lines if "no room" in line]
 
 
+def test_a_run_holds_nothing_until_other_jobs_have_released_enough_for_all_of_it(
+    cluster: Any,
+) -> None:
+    """Held piece by piece, engines would take what frees first, and the learner would never fit."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from dapo_async.runtime.cluster.reservation import reserve
+
+    nodes = [node.node_id for node in cluster.worker_nodes]
+    others = [
+        placement_group([{"GPU": gpus}], strategy="STRICT_PACK", _soft_target_node_id=node)
+        for node, gpus in zip(nodes, (4, 8), strict=False)
+    ]
+    for group in others:
+        assert group.wait(20)
+    shape = ("learner.tensor_parallel=8", "learner.data_parallel=3", "rollout.tensor_parallel=2")
+    config = config_of(cluster, *CUDA, *shape, "rollout.num_workers=4")
+    lines: list[str] = []
+
+    async def release_while_it_waits() -> Any:
+        waiting = asyncio.create_task(reserve(config, say=lines.append))
+        for group, free in ((others[1], 20), (others[0], 28)):
+            await asyncio.sleep(3.0)
+            assert not waiting.done()
+            assert free_gpus() == free, "the run holds a part of what it needs"
+            remove_placement_group(group)
+        return await waiting
+
+    reservation = asyncio.run(release_while_it_waits())
+    try:
+        learner = nodes_of(reservation, [f"learner-{rank}" for rank in range(24)])
+        assert sorted(Counter(learner).values()) == [8, 8, 8]
+        engines = nodes_of(reservation, [f"rollout-{number}" for number in range(4)])
+        assert len(set(engines)) == 1
+        assert free_gpus() == 0
+    finally:
+        reservation.release()
+        wait_until(lambda: free_gpus() == 32, timeout_s=20.0, what="the release")
+
+
+def test_two_runs_that_start_together_are_reserved_one_after_the_other(cluster: Any) -> None:
+    from dapo_async.runtime.cluster.reservation import reserve
+
+    config = config_of(cluster, *LARGE)
+
+    async def run_and_end() -> float:
+        reservation = await reserve(config, say=lambda _: None)
+        held_s = time.monotonic()
+        await asyncio.sleep(1.0)
+        reservation.release()
+        return held_s
+
+    async def both() -> list[float]:
+        return sorted(await asyncio.gather(run_and_end(), run_and_end()))
+
+    first_s, second_s = asyncio.run(both())
+    assert second_s - first_s > 1.0
+    wait_until(lambda: free_gpus() == 32, timeout_s=20.0, what="the release")
+
+
 def test_demand_for_missing_nodes_is_posted_where_an_autoscaler_sees_it(cluster: Any) -> None:
     from ray.autoscaler.v2.sdk import get_cluster_status
 

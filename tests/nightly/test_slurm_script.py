@@ -45,7 +45,8 @@ STAND_INS = {
           case $1 in
             --nodelist=*) nodes=${1#*=} ;;
             --exclude=*) nodes=${nodes//${1#*=}/} ;;
-            --overlap | --nodes=* | --ntasks=* | --ntasks-per-node=*) ;;
+            --overlap | --no-kill | --cpus-per-task=2) ;;
+            --nodes=* | --ntasks=* | --ntasks-per-node=*) ;;
             *) echo "srun: unknown option $1" >&2; exit 2 ;;
           esac
           shift
@@ -134,6 +135,7 @@ def slurm() -> Iterator[Slurm]:
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": ",".join(NODES),
         "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "2",
         "RAY_PORT": free_port(NODES[0]),
         "CLIENT_PORT": free_port(NODES[0]),
         "RAY_TMPDIR": str(folder),
@@ -178,6 +180,33 @@ def test_script_starts_the_nodes_trains_stops_before_the_limit_and_goes_on(slurm
         timeout_s=30.0,
         what=lambda: "processes of the job are left",
     )
+
+
+def test_failed_run_is_queued_again_unless_retries_bring_no_checkpoint(slurm: Slurm) -> None:
+    """A stand-in for the head's port, `ray` and the run: what counts is what the script does."""
+    (slurm.folder / "ray").write_text(
+        "#!/usr/bin/env bash\n[[ $2 == --head ]] || exec sleep 600\n"
+        f'exec {sys.executable} -m http.server "$RAY_PORT" --bind {NODES[0]} 2>/dev/null\n'
+    )
+    (slurm.folder / "dapo-async").write_text('#!/usr/bin/env bash\nsleep 1\neval "$RUN"\n')
+    for name in ("ray", "dapo-async"):
+        (slurm.folder / name).chmod(0o755)
+    requeued = slurm.folder / "requeued"
+
+    def requeues(run: str, restarts: int) -> int:
+        requeued.unlink(missing_ok=True)
+        slurm.environment.update(RUN=run, SLURM_RESTART_COUNT=str(restarts))
+        (slurm.folder / "log").write_text("no room yet\n")
+        job = slurm.start()
+        wait_until(lambda: job.poll() is not None, timeout_s=60.0, what=lambda: slurm.log)
+        return len(requeued.read_text().splitlines()) if requeued.exists() else 0
+
+    saves = f'mkdir -p "{slurm.run_dir}/checkpoints/step_00000$SLURM_RESTART_COUNT"; exit 1'
+    assert requeues("exit 1", 2) == 1
+    assert requeues("exit 1", 3) == 0
+    assert "failed after 3 retries without a newer checkpoint (RETRIES)\n" in slurm.log
+    assert requeues(saves, 7) == 1
+    assert [requeues(f"exit {code}", 0) for code in (0, 2, 143)] == [0, 0, 0]
 
 
 def test_script_says_which_head_does_not_answer(slurm: Slurm) -> None:

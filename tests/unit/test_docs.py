@@ -23,7 +23,7 @@ RUN_BY_TESTS = {
     "ray start": ("tests/fakes/ray_cluster.py", 'RAY, "start"'),
     "ray get-auth-token": ("tests/fakes/fresh_machine.py", "ray get-auth-token --generate"),
     "ray status": ("tests/nightly/test_docs_cluster.py", "ray status"),
-    "ray job submit": ("tests/fakes/ray_cluster.py", '"--working-dir", "."'),
+    "ray job submit": ("tests/integration/test_run_cluster.py", "cluster/runtime_env.yaml"),
     "ray job logs": ("tests/integration/test_run_cluster.py", 'cluster.job("logs"'),
     "ray job stop": ("tests/integration/test_run_cluster.py", 'RAY, "job", "stop"'),
     "tensorboard": ("tests/nightly/test_docs_tools.py", 'line_of("tensorboard")'),

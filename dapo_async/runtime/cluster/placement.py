@@ -1,8 +1,8 @@
 """Plans which node of a joined cluster gets which actors. Imports no Ray.
 
 In: the config, and the nodes with their total and free resources. Out: gangs of actors, a node for
-each gang, lines about the plan, or one line why the cluster is too small. `reservation` reserves
-the gangs; `dapo-async launch` sizes a cluster with them.
+each gang, and lines about the plan. `misfit` says why a cluster is too small, `reservation`
+reserves the gangs, and `dapo-async launch` sizes a cluster with them.
 
 A gang is on one node:
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 
@@ -34,7 +34,6 @@ MARK = 0.001  # of a custom resource, for each actor: it chooses nodes and is ne
 UNLIMITED = 1_000_000  # gangs that reserve nothing
 ROUNDING = 1e-6  # of Ray's fractions
 MAX_LINES = 16  # of a plan
-WAIT_KNOB = "ray.wait_for_nodes_s"
 
 
 class Side(StrEnum):
@@ -118,7 +117,7 @@ def assign(gangs: Sequence[Gang], capacities: Sequence[Mapping[str, float]]) -> 
     if None not in packed:
         return packed
     best = _best(gangs, capacities)
-    if best is None or best.engines < len(_of(gangs, Side.ENGINE)):
+    if best is None or best.engines < len(gangs_of(gangs, Side.ENGINE)):
         return packed
     return _assign(gangs, capacities, best.groups, best.evaluator)
 
@@ -138,11 +137,12 @@ class _Best:
     evaluator: int | None  # its node
 
 
-def _of(gangs: Sequence[Gang], side: Side) -> list[Gang]:
+def gangs_of(gangs: Sequence[Gang], side: Side) -> list[Gang]:
+    """Those of one side."""
     return [gang for gang in gangs if gang.side is side]
 
 
-def _room(capacity: Mapping[str, float], needs: Mapping[str, float]) -> int:
+def room_for(capacity: Mapping[str, float], needs: Mapping[str, float]) -> int:
     """How many gangs with these needs fit."""
     return min(
         (int((capacity.get(kind, 0.0) + ROUNDING) / need) for kind, need in needs.items()),
@@ -158,11 +158,11 @@ def _without(
 
 def _packed(gangs: Sequence[Gang], capacities: Sequence[Mapping[str, float]]) -> list[int]:
     """Gangs of the learner per node, on as few nodes as possible."""
-    learner = _of(gangs, Side.LEARNER)
+    learner = gangs_of(gangs, Side.LEARNER)
     counts, left = [0] * len(capacities), len(learner)
     if not learner:
         return counts
-    rooms = [min(left, _room(capacity, learner[0].needs)) for capacity in capacities]
+    rooms = [min(left, room_for(capacity, learner[0].needs)) for capacity in capacities]
     for place in sorted(range(len(rooms)), key=lambda each: -rooms[each]):  # stable
         counts[place] = min(left, rooms[place])
         left -= counts[place]
@@ -171,13 +171,13 @@ def _packed(gangs: Sequence[Gang], capacities: Sequence[Mapping[str, float]]) ->
 
 def _best(gangs: Sequence[Gang], capacities: Sequence[Mapping[str, float]]) -> _Best | None:
     """Exact: all gangs of one side are equal, so only their numbers per node matter."""
-    evaluators = _of(gangs, Side.EVALUATOR)
+    evaluators = gangs_of(gangs, Side.EVALUATOR)
     if not evaluators:
         return _best_groups(gangs, capacities, None)
     needs, found, tried = evaluators[0].needs, None, set()
     for place, capacity in enumerate(capacities):
         kind_of_node = tuple(sorted(capacity.items()))
-        if kind_of_node in tried or not _room(capacity, needs):
+        if kind_of_node in tried or not room_for(capacity, needs):
             continue
         tried.add(kind_of_node)
         rest = [*capacities[:place], _without(capacity, needs), *capacities[place + 1 :]]
@@ -191,13 +191,13 @@ def _best_groups(
     gangs: Sequence[Gang], capacities: Sequence[Mapping[str, float]], evaluator: int | None
 ) -> _Best | None:
     """Dynamic programming over the nodes: learner gangs so far → most engines so far."""
-    learner, engines = _of(gangs, Side.LEARNER), _of(gangs, Side.ENGINE)
+    learner, engines = gangs_of(gangs, Side.LEARNER), gangs_of(gangs, Side.ENGINE)
     needs, total = learner[0].needs if learner else {}, len(learner)
     best, choices = {0: 0}, []
     for capacity in capacities:
-        most = min(total, _room(capacity, needs))
+        most = min(total, room_for(capacity, needs))
         beside = [
-            _room(_without(capacity, needs, count), engines[0].needs) if engines else 0
+            room_for(_without(capacity, needs, count), engines[0].needs) if engines else 0
             for count in range(most + 1)
         ]
         after: dict[int, int] = {}
@@ -234,10 +234,10 @@ def _assign(
     fullest = sorted(range(len(groups)), key=lambda place: -groups[place])
     learner_places = [place for place in fullest for _ in range(groups[place])]
     if evaluator is not None:
-        take(evaluator, _of(gangs, Side.EVALUATOR)[0])
-    for place, gang in zip(learner_places, _of(gangs, Side.LEARNER), strict=False):
+        take(evaluator, gangs_of(gangs, Side.EVALUATOR)[0])
+    for place, gang in zip(learner_places, gangs_of(gangs, Side.LEARNER), strict=False):
         take(place, gang)
-    engines = _of(gangs, Side.ENGINE)
+    engines = gangs_of(gangs, Side.ENGINE)
     engine_places = iter(spread(left, engines[0].needs, len(engines)) if engines else ())
     learner = iter(learner_places)
     placed: list[int | None] = []
@@ -248,7 +248,7 @@ def _assign(
             free = next(engine_places, None)
             placed.append(None if free is None else take(free, gang))
         else:
-            rooms = [_room(capacity, gang.needs) for capacity in left]
+            rooms = [room_for(capacity, gang.needs) for capacity in left]
             emptiest = max(range(len(rooms)), key=rooms.__getitem__)
             found = emptiest if rooms[emptiest] else None
             placed.append(evaluator if evaluator is not None else found)
@@ -266,7 +266,7 @@ def spread(
 
     `there`: engines that each node has already; empty: none.
     """
-    rooms = [_room(capacity, needs) for capacity in capacities]
+    rooms = [room_for(capacity, needs) for capacity in capacities]
     counts = [*there] or [0] * len(rooms)
     places: list[int] = []
     while len(places) < count and any(rooms):
@@ -278,113 +278,6 @@ def spread(
         rooms[place] -= 1
         counts[place] += 1
     return places
-
-
-def misfit(config: Config, nodes: Sequence[Node]) -> str | None:
-    """Why the cluster can't hold the run even when all of it is free, in one line; else None."""
-    gangs, totals = planned_gangs(config), [node.total for node in nodes]
-    if None not in assign(gangs, totals):
-        return None
-    wait = f"set {WAIT_KNOB} if an autoscaler or a queue adds some"
-    for knob, resource in _node_resources(config):
-        if not any(total.get(resource) for total in totals):
-            return (
-                f"no node has the custom resource {knob} names ({resource}); start nodes with "
-                f"ray start --resources='{{\"{resource}\": 1}}', or {wait}"
-            )
-    most = most_engines(gangs, totals)
-    fewer = (
-        f"set rollout.num_workers={most}"
-        if most
-        else "lower learner.tensor_parallel or learner.data_parallel"
-    )
-    for kind in KINDS:
-        wanted = sum(gang.needs.get(kind, 0.0) for gang in gangs)
-        there = sum(total.get(kind, 0.0) for total in totals)
-        if there + ROUNDING < wanted:
-            return (
-                f"the run reserves {wanted:g} {kind}s ({_sides(gangs, kind)}), the cluster has "
-                f"{there:g}; {fewer}, or add nodes, or {wait}"
-            )
-    return f"{_fragmented(gangs, nodes)}; {fewer}, or add nodes, or {wait}"
-
-
-def _node_resources(config: Config) -> Iterator[tuple[str, str]]:
-    for knob, resource in (
-        ("learner.node_resource", config.learner.node_resource),
-        ("rollout.node_resource", config.rollout.node_resource),
-    ):
-        if resource:
-            yield knob, resource
-
-
-def _fragmented(gangs: Sequence[Gang], nodes: Sequence[Node]) -> str:
-    """The cluster has enough of everything, and no node has enough of it for some gang."""
-    totals = [node.total for node in nodes]
-    used = [kind for kind in KINDS if any(gang.needs.get(kind) for gang in gangs)]
-    # The kind that does not fit by itself; else it is how they come together on the nodes.
-    alone = [kind for kind in used if None in assign(_only(gangs, kind), totals)]
-    kinds = alone[:1] or used
-    wanted = {kind: sum(gang.needs.get(kind, 0.0) for gang in gangs) for kind in kinds}
-    there = {kind: sum(total.get(kind, 0.0) for total in totals) for kind in kinds}
-    marks = {mark for gang in gangs for mark in gang.bundle if mark not in KINDS}
-    shown = ", ".join(
-        _amounts(node.total, kinds)
-        + "".join(f" ({mark})" for mark in sorted(marks & node.total.keys()))
-        for node in nodes
-    )
-    first: dict[Side, Gang] = {}
-    for gang in gangs:
-        first.setdefault(gang.side, gang)
-    each = ", ".join(
-        f"each {_gang_name(gang)} needs {_amounts(gang.needs, kinds)} on one node"
-        for gang in first.values()
-    )
-    return (
-        f"the cluster is fragmented: it has {_amounts(there, kinds)} and the run reserves "
-        f"{_amounts(wanted, kinds)}, but {each}, and the nodes have {shown}"
-    )
-
-
-def _only(gangs: Sequence[Gang], kind: str) -> list[Gang]:
-    """The same gangs, reserving nothing of other kinds."""
-    return [
-        replace(
-            gang,
-            bundle={
-                name: share
-                for name, share in gang.bundle.items()
-                if name == kind or name not in KINDS
-            },
-        )
-        for gang in gangs
-    ]
-
-
-def _amounts(resources: Mapping[str, float], kinds: Sequence[str]) -> str:
-    return " and ".join(f"{resources.get(kind, 0.0):g} {kind}s" for kind in kinds)
-
-
-def _gang_name(gang: Gang) -> str:
-    """One of the gangs of a side, in a sentence."""
-    if gang.per_bundle > 1:
-        many = gang.count > 1
-        return "tensor-parallel group with its engines" if many else "pair of learner and engine"
-    if gang.side is Side.LEARNER:
-        many = len(gang.names) > 1
-        return "tensor-parallel group of the learner" if many else "learner rank"
-    return gang.side.value
-
-
-def _sides(gangs: Sequence[Gang], kind: str) -> str:
-    """What each side reserves of `kind`: learner 16, 8 engines 16."""
-    parts = []
-    for side, members in groupby(gangs, key=lambda gang: gang.side):
-        each = list(members)
-        share = sum(gang.needs.get(kind, 0.0) for gang in each)
-        many = side is Side.ENGINE and len(each) > 1
-        parts.append(f"{len(each)} engines {share:g}" if many else f"{side.value} {share:g}")
-    return ", ".join(parts)
 
 
 def plan_lines(

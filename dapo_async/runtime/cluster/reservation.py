@@ -3,12 +3,12 @@
 In: the config and the cluster. Out: a `Reservation`, which says for each actor where it starts.
 `run` calls `reserve`, `launch` uses the result.
 
-Each gang of `placement` is one placement group: STRICT_PACK, and aimed at its planned node. So
-all of a run is reserved or nothing, and an autoscaler sees all of the demand at once. One group
-for the whole run would pin its engines to nodes: when an engine is replaced, its group is made
-anew without an aim, so the engine may start on a node that joined later. A run's own Ray is one
-machine and has what the run asked for: nothing is reserved there, which saves its start the time,
-unless several pairs of a rank and an engine share GPUs.
+Each gang of `placement` is one placement group: STRICT_PACK, and aimed at its planned node.
+`gang_wait` sees to it that all of a run is reserved or nothing. One group for the whole run would
+pin its engines to nodes: when an engine is replaced, its group is made anew without an aim, so the
+engine may start on a node that joined later. A run's own Ray is one machine and has what the run
+asked for: nothing is reserved there, which saves its start the time, unless several pairs of a rank
+and an engine share GPUs.
 """
 
 from __future__ import annotations
@@ -38,26 +38,19 @@ from ray.util.scheduling_strategies import (
 
 from dapo_async.config import Config
 from dapo_async.runtime.cluster.environment import LOCAL
+from dapo_async.runtime.cluster.gang_wait import LOOK_S, hold_all
+from dapo_async.runtime.cluster.misfit import misfit
 from dapo_async.runtime.cluster.placement import (
     ROUNDING,
-    WAIT_KNOB,
     Gang,
     Node,
     Side,
-    assign,
-    misfit,
-    missing_line,
-    plan_lines,
     planned_gangs,
     spread,
 )
 from dapo_async.runtime.cluster.planned_actors import planned_actors
 
 ANYWHERE, SPREAD = "DEFAULT", "SPREAD"  # Ray's strategies
-POLL_S = 0.1
-LOOK_S = 1.0  # between two looks at the nodes
-SETTLE_S = 2.0  # Ray places waiting groups on new nodes, and frees removed ones, within this time
-REPORT_S = 20.0  # between two lines about a wait
 CREATED = "CREATED"
 Strategy = Any  # Ray's word for where an actor starts
 
@@ -168,7 +161,7 @@ class Reservation:
 
 
 async def reserve(config: Config, *, say: Callable[[str], None]) -> Reservation:
-    """Prints the plan, reserves it, and waits until all of it is there.
+    """Prints the plan, reserves it, and waits until all of it is there; see `gang_wait`.
 
     It waits for resources that other jobs hold, for `deadlines.start_s`, and for nodes that are not
     there yet only with `ray.wait_for_nodes_s`. Raises ValueError, with nothing reserved, when
@@ -176,31 +169,8 @@ async def reserve(config: Config, *, say: Callable[[str], None]) -> Reservation:
     """
     if config.ray.address == LOCAL and not _has_several_pairs(config):
         return Reservation()
-    gangs, wait = planned_gangs(config), _Wait(config, say)
-    while True:
-        nodes = live_nodes()
-        if not config.ray.wait_for_nodes_s and (line := misfit(config, nodes)) is not None:
-            raise ValueError(line)
-        placed = assign(gangs, [node.free for node in nodes])
-        for line in plan_lines(gangs, nodes, placed):
-            say(line)
-        groups: list[PlacementGroup | None] = []
-        is_reserved = False
-        try:
-            for gang, place in zip(gangs, placed, strict=True):
-                node_id = None if place is None else nodes[place].node_id
-                groups.append(
-                    _reserve(gang, name=gang.names[0], node_id=node_id) if gang.bundle else None
-                )
-            is_reserved = await wait.until_reserved(gangs, groups, nodes)
-        finally:
-            if not is_reserved:
-                for group in groups:
-                    if group is not None:
-                        remove_placement_group(group)
-        if is_reserved:
-            return Reservation(gangs, groups, _learner_node(groups[0], nodes, placed[0]))
-        await asyncio.sleep(SETTLE_S)
+    held = await hold_all(config, _RayCluster(), say=say)
+    return Reservation(held.gangs, held.groups, held.places[0])
 
 
 def _has_several_pairs(config: Config) -> bool:
@@ -208,68 +178,32 @@ def _has_several_pairs(config: Config) -> bool:
     return config.model.is_shared and config.gpus_per_rank > 0 and config.rollout.num_workers > 1
 
 
-class _Wait:
-    """The wait of one run for all of its placement groups, with one deadline."""
+class _RayCluster:
+    """Ray, as `gang_wait` needs it."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
-        for_nodes_s = config.ray.wait_for_nodes_s
-        self._limit_s = for_nodes_s or config.deadlines.start_s
-        self._knob = WAIT_KNOB if for_nodes_s else "deadlines.start_s"
-        self._began_s = self._reported_s = time.monotonic()
+    def nodes(self) -> list[Node]:
+        return live_nodes()
 
-    async def until_reserved(
-        self,
-        gangs: Sequence[Gang],
-        groups: Sequence[PlacementGroup | None],
-        planned_on: Sequence[Node],
-    ) -> bool:
-        """False: nodes have joined, the run fits now, and Ray did not find how: plan it again.
+    def make(self, gang: Gang, node_id: str | None) -> PlacementGroup:
+        return _reserve(gang, name=gang.names[0], node_id=node_id)
 
-        Raises ValueError with what is missing when the deadline passes.
-        """
-        looked_s, fits_s = time.monotonic(), None
-        before = {node.node_id for node in planned_on}
-        while True:
-            states = placement_group_table()
-            is_missing = [
-                group is not None and states.get(group.id.hex(), {}).get("state") != CREATED
-                for group in groups
-            ]
-            if not any(is_missing):
-                return True
-            now_s = time.monotonic()
-            self._check(missing_line(gangs, is_missing), now_s)
-            if fits_s is not None and now_s - fits_s >= SETTLE_S:
-                return False
-            if fits_s is None and now_s - looked_s >= LOOK_S:
-                looked_s, nodes = now_s, live_nodes()
-                has_new = bool({node.node_id for node in nodes} - before)
-                fits_s = now_s if has_new and misfit(self._config, nodes) is None else None
-            await asyncio.sleep(POLL_S)
+    def places(self, groups: Sequence[PlacementGroup | None]) -> list[str | None]:
+        table = placement_group_table()
+        found = [{} if group is None else table.get(group.id.hex(), {}) for group in groups]
+        return [
+            str(each["bundles_to_node_id"][0]) if each.get("state") == CREATED else None
+            for each in found
+        ]
 
-    def _check(self, missing: str, now_s: float) -> None:
-        """Reports the wait now and then; ends it at the deadline."""
-        waited_s = now_s - self._began_s
-        if waited_s >= self._limit_s:
-            raise ValueError(
-                f"the Ray cluster at {self._config.ray.address} had no room for {missing} within "
-                f"{self._limit_s:g} s ({self._knob}): {_free_line(live_nodes())}; end other jobs, "
-                f"lower rollout.num_workers, or raise {self._knob}"
-            )
-        if now_s - self._reported_s >= REPORT_S:
-            self._reported_s = now_s
-            self._say(
-                f"waits for room for {missing}: {waited_s:.0f} of {self._limit_s:g} s "
-                f"({self._knob})"
-            )
+    def remove(self, groups: Sequence[PlacementGroup]) -> None:
+        for group in groups:
+            remove_placement_group(group)
 
+    def now_s(self) -> float:
+        return time.monotonic()
 
-def _free_line(nodes: Sequence[Node]) -> str:
-    free = [
-        f"{sum(node.free.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU")
-    ]
-    return f"{len(nodes)} nodes have {' and '.join(free)} free"
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 def live_nodes() -> list[Node]:
@@ -347,12 +281,3 @@ def _reserve(gang: Gang, *, name: str, node_id: str | None) -> PlacementGroup:
         _soft_target_node_id=node_id,
     )
     return group
-
-
-def _learner_node(
-    group: PlacementGroup | None, nodes: Sequence[Node], place: int | None
-) -> str | None:
-    """Where the first gang of the learner really is."""
-    if group is not None:
-        return str(placement_group_table(group)["bundles_to_node_id"][0])
-    return None if place is None else nodes[place].node_id

@@ -92,7 +92,10 @@ def test_slurm_script_carries_overrides_quoted_and_a_fixed_run_directory(tmp_pat
         "train",
         str(QUICKSTART),
         "tracking.mlflow=sqlite:////a b.db",
+        "--supervise",
     ]
+    assert "#SBATCH --no-kill\n" in script
+    assert 'srun --overlap --no-kill --cpus-per-task="$SLURM_CPUS_PER_TASK"' in script
 
 
 def test_kuberay_manifests_have_a_group_of_pods_for_each_side(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from paths import ROOT
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
+from dapo_async.planner.closed_forms import closed_forms
 from dapo_async.planner.from_run import scenario_of_run
 from dapo_async.planner.inputs import read_input
 from dapo_async.planner.screens import measured_line
@@ -22,7 +23,14 @@ TOKENS = GROUPS * SIZE * MEAN
 STEP_S, IDLE = 4.0, 0.25  # the engines are the bottleneck: the learner works for 3 s
 
 
-def write_run(folder: Path, *, steps: int = 30, samples: bool = True, **changes: Any) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    steps: int = 30,
+    samples: bool = True,
+    knobs_: tuple[str, ...] = (),
+    **changes: Any,
+) -> Path:
     """A run of two engines that generate twice what is trained, because half is rejected."""
     (folder / "rollouts").mkdir(parents=True)
     config = knobs.load(
@@ -35,6 +43,7 @@ def write_run(folder: Path, *, steps: int = 30, samples: bool = True, **changes:
             "rollout.num_slots=16",
             f"rollout.max_response_tokens={2 * MEAN}",
             "learner.num_minibatches=1",
+            *knobs_,
         ],
         files=False,
     )
@@ -91,6 +100,37 @@ def test_a_wait_that_is_not_for_generation_is_the_control_plane(tmp_path: Path) 
 def test_a_wait_for_generation_is_no_control_plane(tmp_path: Path) -> None:
     scenario, _, _ = read_input(None, from_run=write_run(tmp_path))
     assert scenario.control_s == 0.0
+
+
+SHARED = (
+    "model.placement=shared",
+    "model.device=cuda",
+    "weights.transport=disk",
+    "learner.data_parallel=2",
+    "replay.max_staleness=1",
+)
+TURNS: dict[str, Any] = {"idle.learner": 0.5, "slots.idle": 0.05, "slots.asleep": 0.45}
+
+
+def test_a_run_on_shared_gpus_is_played_in_turns_and_counted_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", knobs_=SHARED, **TURNS, switch_s=0.2)
+    values, measured = scenario_of_run(folder)
+    assert (values["plan"]["gpus"], values["engines"], values["colocated"]) == (2, 2, True)
+    # A slot runs half of the time: its decode step is that of the engines while they are awake.
+    assert values["engine"]["step_s"] == pytest.approx(0.5 * 32 / (2 * TOKENS / STEP_S))
+    scenario, _ = read_scenario(values)
+    outcome = simulate(scenario)
+    assert outcome.step_s == pytest.approx(measured.step_s, rel=0.15)
+    assert outcome.learner["train"] == pytest.approx(0.5, abs=0.08)
+    assert closed_forms(scenario).step_s == pytest.approx(outcome.step_s, rel=0.15)
+
+
+def test_the_split_for_a_run_on_shared_gpus_is_a_config_that_is_accepted(tmp_path: Path) -> None:
+    folder, out = write_run(tmp_path / "run", knobs_=SHARED, **TURNS), tmp_path / "planned.yaml"
+    assert main(["plan", "--from-run", str(folder), "--config", str(out)]) == 0
+    planned = knobs.load(out, files=False)
+    assert not planned.model.is_shared
+    assert planned.rollout.num_workers + planned.learner.num_ranks == 2
 
 
 def test_without_written_rollouts_the_mean_is_enough(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,8 +22,9 @@ from dapo_async.planner.rates import between_points
 from dapo_async.planner.recipe import planned_config
 from dapo_async.planner.screens import closed_form_lines, overrides
 from dapo_async.planner.settings import read_scenario, read_scenario_file, step_table
+from dapo_async.planner.shapes import Shape, Shapes, scenario_of_shape, smaller
 from dapo_async.planner.simulator import simulate
-from dapo_async.planner.sweep import Plan, Shape, find_plan, ranked, scenario_of_shape, smaller
+from dapo_async.planner.sweep import Plan, find_plan, ranked
 
 EXAMPLE = ROOT / "docs" / "examples" / "plan_7b_64gpus.yaml"
 
@@ -147,6 +149,47 @@ def test_the_plan_finds_the_split_at_which_both_sides_are_equally_fast() -> None
     assert abs(plan.best.learner_gpus - fastest) <= 1
     assert plan.best.step_s == pytest.approx(steps[fastest], rel=0.1)
     assert plan.pays
+
+
+def test_512_gpus_are_split_to_the_gpu_without_a_look_at_every_split() -> None:
+    scenario, cluster = read_scenario(
+        values(
+            engines=256,
+            engine={"slots": 1, "step_s": 0.02},
+            replay={"groups_per_step": 64, "group_size": 4, "max_staleness": 2},
+            learner={"token_s": 5e-5, "gpus": 64, "scaling": 0.9},
+            plan={"gpus": 512, "max_staleness": [2]},
+        )
+    )
+    shapes = Shapes(scenario, cluster, 2)
+    found = min(shapes.made, key=lambda each: shapes.step_s[each])
+
+    def step_s(learner: int) -> float:
+        shape = replace(found, learner_gpus=learner)
+        return closed_forms(scenario_of_shape(scenario, cluster, shape, 2)).step_s
+
+    assert found.learner_gpus == min(range(1, 512), key=step_s)
+    assert len(shapes.made) < 100
+    plan = find_plan(scenario, cluster)
+    splits = sorted({each.learner_gpus for each in plan.tried})
+    assert found.learner_gpus in splits
+    assert all(b - a >= 0.02 * 512 for a, b in itertools.pairwise(splits))
+
+
+def test_what_if_doubles_the_lengths_and_their_limit_or_says_why_that_cannot_run() -> None:
+    (name, *_) = names = list(usual_plan().sensitivity)
+    assert name == "responses and their limit twice as long (2000 tokens)"
+    best = usual_plan().best.scenario
+    lengths = replace(best.lengths, mean_tokens=600, max_tokens=2000)
+    twice = [2 * each for each in best.lengths.of_group(7, 4)]
+    assert lengths.of_group(7, 4) == pytest.approx(twice, abs=2)
+    played = simulate(smaller(replace(best, lengths=lengths))).step_s
+    ratio = usual_plan().sensitivity[name]
+    assert ratio == pytest.approx(played / simulate(smaller(best)).step_s)
+    assert "half of the KV cache" not in names  # no limit is known
+    tight = plan_of(engine={"slots": 32, "step_s": 0.02, "kv_tokens": 1500}).sensitivity
+    for what, longest in ((name, 2000), ("half of the KV cache", 1000)):
+        assert f"the longest sequence has {longest}" in str(tight[what])
 
 
 def test_asynchrony_does_not_pay_when_training_takes_no_time() -> None:

@@ -6,7 +6,9 @@ import threading
 from typing import Any
 
 import pytest
+import yaml
 from fake_jobs import FakeJobs, details
+from paths import ROOT
 from ray.exceptions import AuthenticationError
 
 from dapo_async.runtime.cluster import jobs
@@ -92,6 +94,13 @@ def test_a_job_gets_variables_by_name_and_the_time_for_its_last_checkpoint() -> 
     longer = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}, "working_dir": "s3://a/b.zip"}
     made = job_environment(longer, [], {})
     assert (made["env_vars"], made["working_dir"]) == (longer["env_vars"], "s3://a/b.zip")
+
+
+def test_the_file_for_rays_own_command_has_what_submit_sends() -> None:
+    made = job_environment({}, [], {})
+    del made["working_dir"]
+    file = yaml.safe_load((ROOT / "cluster" / "runtime_env.yaml").read_text())
+    assert file == {name: made[name] for name in ("excludes", "env_vars")}
 
 
 def test_no_message_about_a_variable_has_its_value() -> None:

@@ -11,12 +11,12 @@ import pytest
 from paths import QUICKSTART
 
 from dapo_async.config import Config, load
+from dapo_async.runtime.cluster.misfit import awaited, misfit
 from dapo_async.runtime.cluster.placement import (
     Gang,
     Node,
     Side,
     assign,
-    misfit,
     most_engines,
     plan_lines,
     planned_gangs,
@@ -173,11 +173,45 @@ def test_fragmented_cluster_is_refused_with_what_each_needs_on_one_node() -> Non
     assert misfit(config_of(*eight, "rollout.num_workers=3"), nodes_of(9, 7, 8)) is None
 
 
-def test_group_that_no_node_can_hold_names_the_knobs_of_the_learner() -> None:
-    line = misfit(config_of(*CUDA, "learner.tensor_parallel=8"), nodes_of(6, 6))
-    assert line is not None
-    assert "fragmented" in line
-    assert "; lower learner.tensor_parallel or learner.data_parallel, or add nodes, or " in line
+@pytest.mark.parametrize(
+    ("knobs", "nodes", "line"),
+    [
+        (
+            ["learner.tensor_parallel=8"],
+            nodes_of(6, 6),
+            "no node can hold one tensor-parallel group of the learner, even if it is empty: it "
+            "needs 8 GPUs on one node, the largest has 6 GPUs; lower learner.tensor_parallel (8), "
+            "or add larger nodes, or ",
+        ),
+        (
+            ["rollout.tensor_parallel=16"],
+            nodes_of(8, 8, 8, 8),
+            "no node can hold one engine, even if it is empty: it needs 16 GPUs on one node, the "
+            "largest has 8 GPUs; lower rollout.tensor_parallel (16), or add larger nodes, or ",
+        ),
+        (
+            ["model.num_cpus=65"],
+            nodes_of(8, 8),
+            "no node can hold one learner rank, even if it is empty: it needs 65 CPUs on one node, "
+            "the largest has 64 CPUs; lower model.num_cpus (65), or add larger nodes, or ",
+        ),
+        (
+            ["model.num_cpus=8", "rollout.tensor_parallel=4"],
+            [*nodes_of(2, cpus=64), *nodes_of(8, cpus=4), *nodes_of(1, cpus=8)],
+            "no node can hold one engine, even if it is empty: it needs 8 CPUs and 4 GPUs on one "
+            "node, none has that many of both; lower rollout.tensor_parallel (4) or "
+            "model.num_cpus (8), or add larger nodes, or ",
+        ),
+    ],
+)
+def test_what_no_node_can_hold_is_named_with_its_knob(
+    knobs: list[str], nodes: list[Node], line: str
+) -> None:
+    config = config_of(*CUDA, *knobs)
+    found = misfit(config, nodes)
+    assert found is not None
+    assert found.replace("4 GPUs and 8 CPUs", "8 CPUs and 4 GPUs").startswith(line)
+    assert awaited(config, nodes) == found.partition(";")[0]
 
 
 def test_cpus_that_are_short_are_named_and_not_the_gpus() -> None:

@@ -109,6 +109,27 @@ def test_budget_ends_the_run_unless_checkpoints_get_newer(
     assert (code, len(calls)) == (0, 4)
 
 
+def test_restart_that_waited_for_nodes_in_vain_is_the_last_one(tmp_path: Path) -> None:
+    """Its exit code says that the run has failed: a run began with this input."""
+    (tmp_path / "plan").write_text(f"{KILLED}\ntime.sleep(0.3); sys.exit(2)\nsys.exit(0)\n")
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "child.py").write_text(
+        CHILD.format(project=str(Path(run_keeper.__file__).parents[2]))
+    )
+    program = (sys.executable, str(tmp_path / "child.py"), str(tmp_path))
+
+    def code_of(nodes_wait_s: float) -> int:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        keeper = RunKeeper(
+            tmp_path, silence_s=5.0, nodes_wait_s=nodes_wait_s, say=print, program=program
+        )
+        return keeper.keep(["a.yaml"])
+
+    assert code_of(0.3) == 1
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    assert code_of(600.0) == 0  # the cluster did not answer: it may again
+
+
 def test_signal_reaches_the_child_and_no_other_child_starts(tmp_path: Path) -> None:
     def stop() -> None:
         while not (tmp_path / "up").exists():

@@ -127,6 +127,22 @@ def test_without_gpus_nothing_is_recommended_but_the_step_is_predicted() -> None
     assert "recommended" not in str(split_line(split))
 
 
+def test_no_split_is_recommended_for_shared_gpus_and_their_step_is_predicted() -> None:
+    """Validation refuses one: each rank has its own engine there."""
+    shared = ("model.placement=shared", "weights.transport=disk", "rollout.num_workers=6")
+    config = config_of(*shared, "replay.max_staleness=1", "rollout.num_slots=16")
+    turns: dict[str, Any] = {"idle.learner": 0.75, "slots.idle": 0.1, "slots.asleep": 0.25}
+    turns["switch_s"] = 0.2
+    watch = BottleneckWatch(Layout.of(config))
+    for row in rows(2 * WINDOW, **turns):
+        watch.add(row)
+    split = watch.split()
+    assert split is not None
+    assert split["recommended"] is None
+    assert split["predicted"]["step_s"] == pytest.approx(8.0, rel=0.15)
+    assert next_split(rows(**turns), config) is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [
