@@ -66,7 +66,8 @@ def test_checksum_and_hashes_of_a_copy_are_those_of_the_copied_weights(place: Pl
     config = place.decoder().config
     sums, hashes, whole = found
     assert sums == checksum(copied)
-    assert hashes == server_hashes(copied, config, tensor_parallel=2, cuda=True)
+    on_device = {name: each.to(place.device) for name, each in copied.items()}
+    assert hashes == server_hashes(on_device, config, tensor_parallel=2, cuda=True)
     assert isinstance(whole, dict)
     assert whole.keys() == copied.keys()
     assert all(torch.equal(whole[name], each) for name, each in copied.items())
