@@ -1,19 +1,22 @@
 """What binds at 1,000 and 10,000 GPUs, by simulation: `docs/scale.md` has the table.
 
-python benchmarks/planner_scale.py [--json OUT] [--quick] [--cases NAME …]
+python benchmarks/planner_scale.py [--json OUT] [--quick] [--cases NAME …] [--draw OUT.png]
 
 A 32B model on H100, engines of 4 GPUs, 30 % of the GPUs train. The rates come from the planner's
-cost model; nothing here was measured on GPUs. The largest case takes minutes.
+cost model; nothing here was measured on GPUs. The largest case takes minutes. `--draw` only draws
+the cases of `results/planner_scale.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot
 from support.output import show, write_result
 
 from dapo_async.planner import Lengths, Outage, Scenario, simulate
@@ -34,6 +37,7 @@ QWEN_32B: Mapping[str, Any] = {
     "intermediate_size": 27_648,
     "tie_word_embeddings": False,
 }
+RESULT = Path(__file__).parent / "results" / "planner_scale.json"
 ENGINE_GPUS, SLOTS, LEARNER_SHARE, MINIBATCHES = 4, 128, 0.3, 16
 PROMPT, RESPONSE, LONGEST, GROUP_SIZE = 200, 6000, 20_480, 16
 OUTAGE_S = 900.0
@@ -124,12 +128,41 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The rate per GPU of each case, and what both sides do."""
+    names = [f"{case['case'].replace(', ', ' GPUs, ', 1)}" for case in cases]
+    places = range(len(cases))
+    figure, (rate, shares) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    rates = [case["trained tokens/s per GPU"] for case in cases]
+    rate.barh(places, rates, color="#4c72b0")
+    rate.bar_label(rate.containers[0], padding=2)
+    rate.set_yticks(places, [name if "GPUs" in name else f"{name} GPUs" for name in names])
+    rate.invert_yaxis()
+    rate.set_xlabel("trained tokens/s per GPU")
+    rate.margins(x=0.15)
+    for offset, name, colour in (
+        (-0.25, "learner works", "#4c72b0"),
+        (0.0, "waits for deadlines", "#c44e52"),
+        (0.25, "slots run", "#55a868"),
+    ):
+        heights = [case[name] for case in cases]
+        shares.barh([y + offset for y in places], heights, 0.25, label=name, color=colour)
+    shares.set_xlabel("share of the time")
+    figure.legend(loc="upper right", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true", help="only the first case")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="draw the recorded cases")
     options = parser.parse_args()
+    if options.draw is not None:
+        draw(json.loads(RESULT.read_text())["cases"], options.draw)
+        return
     rows = [measure(name) for name in (options.cases[:1] if options.quick else options.cases)]
     show(rows)
     write_result(options.json, "planner_scale", cases=rows)

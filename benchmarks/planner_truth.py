@@ -7,6 +7,8 @@ a table's rows calibrate, and no constant is fitted to a row that it predicts. W
 say (response lengths, the batch of a small run) is assumed; `assumed` has it. Tables that can't be
 predicted have a line that says why. So has a table without its calibrating rows.
 
+`--draw` only draws the figures of `results/`: these, and those of `planner_own_runs.py`.
+
 The last line is the speed of the simulator: CPU seconds for 128 GPUs and 100 steps of 512 groups of
 16 rollouts.
 """
@@ -23,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot
 from support.output import show, write_result
 
 from dapo_async.planner import EngineSpeed, LearnerSpeed, Lengths, Scenario, simulate
@@ -33,6 +36,7 @@ from dapo_async.planner.rates import between_points
 from dapo_async.planner.settings import KEYS
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
 STEP_BOUND, STALENESS_BOUND = 0.15, 0.10  # relative errors that count as true
 REPEATS = 3  # of the simulation whose speed is told
 NOT_PREDICTED = {
@@ -505,12 +509,46 @@ def speed(num_steps: int) -> Row:
     }
 
 
+def draw(path: Path) -> None:
+    """Predicted over published, and over measured by our own runs: each point beside 1."""
+    truth = json.loads((RESULTS / "planner_truth.json").read_text())["rows"]
+    own = json.loads((RESULTS / "planner_own_runs.json").read_text())["cases"]
+    names = ("step_s", "generated_tokens_per_s", "staleness")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in truth:
+        points.setdefault(row["table"].replace("_", " "), []).append(
+            (row["published"], row["predicted"])
+        )
+    for name in names:
+        points[f"own runs: {name}"] = [
+            (case[f"{name} measured"], case[f"{name} predicted"]) for case in own
+        ]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(points) + 1.4))
+    for place, (name, pairs) in enumerate(points.items()):
+        is_staleness = "staleness" in name
+        bound = STALENESS_BOUND if is_staleness or name.startswith("own") else STEP_BOUND
+        axes.barh(place, 2 * bound, left=1 - bound, height=0.8, color="#e8e8e8")
+        ratios = [predicted / published for published, predicted in pairs]
+        colour = "#55a868" if name.startswith("own") else "#4c72b0"
+        axes.plot(ratios, [place] * len(ratios), "o", color=colour, alpha=0.7)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(points)), list(points))
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted / published, or measured; grey: the bound of the error")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, help="JSON of published tables")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true", help="one table, and few steps")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="draw recorded figures")
     options = parser.parse_args()
+    if options.draw is not None:
+        draw(options.draw)
+        return
     runs = json.loads(options.runs.read_text()) if options.runs else {}
     if not runs:
         print("without --runs there are no published tables to compare with")

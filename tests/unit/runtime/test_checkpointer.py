@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,30 @@ def test_copies_follow_the_checkpoints_and_none_is_removed_while_it_is_read(tmp_
     assert (read[-1], LINES) == (8, [])
     summary = made.summary()
     assert (summary["uploaded"], summary["not_uploaded"]) == (len(read), 0)
+
+
+def test_an_upload_that_does_not_end_delays_no_step_and_no_checkpoint(tmp_path: Path) -> None:
+    free = threading.Event()
+
+    class Stuck(Mirror):
+        def upload(self, run_dir: RunDir, version: int) -> None:
+            assert free.wait(60.0)
+            super().upload(run_dir, version)
+
+    async def train() -> tuple[Checkpointer, list[int]]:
+        mirror = Stuck(f"memory://stuck/{tmp_path.name}")
+        uploads = Uploads(mirror, RunDir(tmp_path), first=0, say=LINES.append)
+        made, learner = checkpointer(tmp_path, keep=2, evaluated=None, uploads=uploads)
+        await asyncio.wait_for(save_versions(made, learner, [*range(1, 9)]), 30.0)
+        assert (uploads.uploaded, uploads.in_use) == (0, {1, 8})
+        kept = made.folder.versions()
+        free.set()
+        await made.finish_copies(deadline_s=30.0)
+        return made, kept
+
+    made, kept = asyncio.run(train())
+    assert kept == [1, 7, 8]
+    assert (made.saved, made.skipped, made.summary()["uploaded"]) == (8, 0, 2)
 
 
 def test_a_version_that_is_being_evaluated_stays_however_old(tmp_path: Path) -> None:
