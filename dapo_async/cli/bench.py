@@ -119,9 +119,11 @@ def run(options: argparse.Namespace) -> int:
     data = ("data.train=unused", "data.heldout=unused", "data.contamination=off")
     config = load(options.config, [*options.overrides, *data], files=False)
 
+    from dapo_async.model import with_positions
     from dapo_async.runtime.local_model import with_local_model
 
     config, _ = with_local_model(config, download=True)
+    config = config.with_model(with_positions(config.model.path, config.model.max_positions))
     if options.subject in LOOP_SUBJECTS:
         config = _with_ray(config)
 

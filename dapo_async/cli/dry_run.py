@@ -7,6 +7,7 @@ config.json alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -130,7 +131,8 @@ def _model(config: Config) -> ModelConfig:
     source = parse_source(config.model.path)
     if source.hub is None:
         return ModelConfig.from_folder(Path(config.model.path))
-    return model_shape(source.hub, revision=source.revision)
+    model, wanted = model_shape(source.hub, revision=source.revision), config.model.max_positions
+    return model if wanted is None else replace(model, max_positions=wanted)
 
 
 def _choice(config: Config, model: ModelConfig) -> MemoryChoice:

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
         )
 
     from dapo_async.learner.rerun import recorded_steps, rerun, tolerance_for
+    from dapo_async.model import with_positions
     from dapo_async.runtime.local_model import with_local_model
     from dapo_async.runtime.resume import with_model_at_hand
     from dapo_async.utils.manifest import damage
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
             f"model.path ({config.model.path}) does not exist; "
             "give --model FOLDER, the folder where this base model is now"
         )
+    config = config.with_model(with_positions(config.model.path, config.model.max_positions))
     rows = {row["step"]: row for row in run_dir.rows()}
     steps = different = 0
     for compared in rerun(config, run_dir.recorded, rows=rows, state=state):

@@ -56,6 +56,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Checks everything, then trains. The exit code is that of the run."""
+    from dapo_async.model import with_positions
     from dapo_async.runtime.cluster.address import choose
     from dapo_async.runtime.cluster.environment import prepare
     from dapo_async.runtime.local_model import with_local_model
@@ -95,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
 
     from dapo_async.runtime.preflight import check_inputs
 
+    base = config
+    config = config.with_model(with_positions(config.model.path, config.model.max_positions))
     inputs = check_inputs(config, dry_run=options.dry_run)
     if resume:
         point = find_resume_point(
@@ -120,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
             say(line)
         return 0
 
-    return _train(config, saved, root, inputs=inputs, point=point, resume=resume)
+    return _train(base, saved, root, inputs=inputs, point=point, resume=resume)
 
 
 def _supervise(options: argparse.Namespace) -> int:
@@ -152,6 +155,7 @@ def _train(
 
     `saved` is the config as the run directory keeps it.
     """
+    from dapo_async.model import with_positions
     from dapo_async.runtime.newest_point import withdraw
     from dapo_async.runtime.run import run_training
     from dapo_async.tracking.run_dir import RunDir, missing_folders
@@ -166,6 +170,9 @@ def _train(
     else:
         run_dir = _new_run_dir(root, to_yaml(saved), made)
     say(f"run directory {root}")
+    config = config.with_model(
+        with_positions(config.model.path, config.model.max_positions, run_dir.model)
+    )
 
     def ready_run_dir() -> None:
         """Once Ray runs: a resume that can't begin leaves everything as it was."""

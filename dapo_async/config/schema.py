@@ -7,7 +7,7 @@ knobs, and `explain.py` prints the knobs and writes docs/configuration.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 SINKS = ("mlflow", "tensorboard", "wandb")
@@ -84,6 +84,13 @@ class BaseModelConfig:
         "base model: a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or "
         "OWNER/NAME[@REVISION] on the hub",
         path="model",
+    )
+    max_positions: int | None = knob(
+        None,
+        "positions of the model in place of max_position_embeddings in its config.json, for longer "
+        "or shorter sequences; null: those of config.json",
+        least=2,
+        most=(10_000_000, LONG),
     )
     dtype: Literal["float32", "bfloat16"] = knob(
         "float32",
@@ -661,6 +668,10 @@ class Config:
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     ray: ClusterConfig = field(default_factory=ClusterConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+
+    def with_model(self, path: str) -> Config:
+        """The same config with another folder of the base model."""
+        return replace(self, model=replace(self.model, path=path))
 
     @property
     def gpus_per_rank(self) -> float:

@@ -102,5 +102,6 @@ def check_fit(
             f"the longest prompt of {found.source.where} ({longest} tokens) and "
             f"rollout.max_response_tokens ({max_response_tokens}) must not exceed the model's "
             f"{model.max_positions} positions; "
-            "lower rollout.max_response_tokens or data.max_prompt_tokens"
+            "lower rollout.max_response_tokens or data.max_prompt_tokens, or raise "
+            "model.max_positions"
         )

@@ -35,7 +35,7 @@ from dapo_async.evaluate.engines import check_engines, open_engines
 from dapo_async.evaluate.estimates import Estimate, bootstrap, pass_at
 from dapo_async.evaluate.record import Record, digest
 from dapo_async.evaluate.sampled import ProblemResult, answer_all
-from dapo_async.model import ModelConfig, find_weights, weight_paths
+from dapo_async.model import ModelConfig, find_weights, weight_paths, with_positions
 from dapo_async.reward import Verdict, choose_verifiers
 from dapo_async.rollout.engine import SamplingParams
 from dapo_async.types import Completion, Prompt
@@ -86,8 +86,8 @@ def measure(job: Job, *, out: Path | None, say: Callable[[str], None]) -> int:
     """Evaluates into `out`; the exit code as of `run`. Raises ValueError for a wrong `out`."""
     config = job.config
     say(
-        f"{job.checkpoint}, {config.rollout.engine} engine: {len(job.prompts)} problems "
-        f"of {config.data.heldout} x {job.num_siblings} responses"
+        f"{job.settings['checkpoint']}, {config.rollout.engine} engine: {len(job.prompts)} "
+        f"problems of {config.data.heldout} x {job.num_siblings} responses"
     )
     with Record(out, job.settings) as record:
         if record.done:
@@ -127,8 +127,11 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
     """Reads and checks everything that needs no engine. Raises ValueError for wrong input."""
     config = _config(file, overrides, options)
     check_engines(config)
+    named = (options.checkpoint or Path(config.model.path)).resolve()
+    is_source = named == Path(config.model.path).resolve()
+    config = config.with_model(with_positions(config.model.path, config.model.max_positions))
     source = Path(config.model.path)
-    checkpoint = (options.checkpoint or source).resolve()
+    checkpoint = source.resolve() if is_source else named
     model = ModelConfig.from_folder(checkpoint, tokenizer=source)
     misread = find_weights(checkpoint, model).misread_by_sglang
     if misread and config.rollout.engine == "sglang" and config.rollout.server_urls:
@@ -150,7 +153,7 @@ def prepare_evaluation(file: str, overrides: Sequence[str], options: Options) ->
     check_fit(problems, model, folder=source, max_response_tokens=sampling.max_tokens)
     prompts = problems.prompts[: options.max_problems]
     settings = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(named),
         "weights_sha256": _digest_of_model(checkpoint, source),
         "data": config.data.heldout,
         "problems_sha256": _digest_of_prompts(prompts),

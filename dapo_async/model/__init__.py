@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from dapo_async.model.config import ModelConfig, special_tokens
 from dapo_async.model.download import download_model
+from dapo_async.model.positions import with_positions
 from dapo_async.model.special_tokens import SpecialTokens
 from dapo_async.model.weight_files import (
     WeightFiles,
@@ -156,4 +157,5 @@ __all__ = [
     "take_snapshot",
     "token_logprobs",
     "weight_paths",
+    "with_positions",
 ]

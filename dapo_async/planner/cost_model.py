@@ -17,6 +17,7 @@ from typing import Literal
 
 from dapo_async.model.config import ModelConfig, Recompute
 from dapo_async.model.cost import (
+    BACKWARD,
     MOST_ATTENDED,
     head_flops,
     kv_bytes,
@@ -77,6 +78,8 @@ class Training:
     # As the knobs of `learner`; auto: the fastest form whose ranks fit their GPUs.
     recompute: Recompute | Literal["auto"] = "auto"
     zero_stage: int | Literal["auto"] = "auto"
+    # Forward passes without gradient beside each minibatch: proximal and reference logprobs.
+    forwards: float = 0.0
     several_minibatches: bool = False  # of a step: a rank keeps the weights of its start
 
     @property
@@ -158,14 +161,15 @@ def learner_speed(
         context_parallel=context_parallel,
         efficiency=efficiency,
     )
-    flops = train_flops(model.config, [work.siblings])
+    flops = train_flops(model.config, [work.siblings]) * (1 + work.forwards / (1 + BACKWARD))
     flops += recomputed_flops(model.config, [work.siblings], form)
     compute_s = work.groups * flops / (gpus * gpu.peak.flops_per_s * efficiency.mfu)
     passes = math.ceil(tokens * context_parallel / ranks / work.microbatch_tokens)
     own = model.num_parameters / tensor_parallel
     # Weights in each pass forward and backward, or once; gradients in each pass, or once.
     gathers, sums = {3: (2 * passes, passes), 2: (1, passes), 1: (1, 1)}[stage]
-    exchanged = (ranks - 1) / ranks * own * (gathers * HALF + sums * FLOAT32)
+    gathered = gathers + work.forwards * (passes if stage == 3 else 1)
+    exchanged = (ranks - 1) / ranks * own * (gathered * HALF + sums * FLOAT32)
     link = gpu.link_bytes_per_s * efficiency.link
     network = gpu.network_bytes_per_s * efficiency.network
     between = link if gpus <= gpu.link_gpus else network

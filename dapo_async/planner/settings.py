@@ -329,6 +329,7 @@ def _computed(
             microbatch_tokens=_whole("model.microbatch_tokens", settings["microbatch_tokens"]),
             recompute=settings["recompute"],
             zero_stage=settings["zero_stage"],
+            forwards=1 - 1 / minibatches,  # proximal logprobs of all but the first one
             several_minibatches=minibatches > 1,
         ),
         efficiency=Efficiency(

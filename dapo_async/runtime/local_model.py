@@ -24,8 +24,4 @@ def with_local_model(config: Config, *, download: bool) -> tuple[Config, Config]
     if folder is None:
         return config, config
     pinned = replace(source, revision=folder.name).where
-    return _with_path(config, str(folder)), _with_path(config, pinned)
-
-
-def _with_path(config: Config, path: str) -> Config:
-    return replace(config, model=replace(config.model, path=path))
+    return config.with_model(str(folder)), config.with_model(pinned)

@@ -17,6 +17,7 @@ from dapo_async import config as knobs
 from dapo_async.config import Config, parse_source
 from dapo_async.config.validate import check
 from dapo_async.model import special_tokens
+from dapo_async.model.positions import KEY as POSITIONS
 from dapo_async.replay import Counts
 from dapo_async.replay.state_io import read_outcomes
 from dapo_async.runtime.scale_desk import asked_for
@@ -141,12 +142,12 @@ def _same_run(before: Config, after: Config, root: Path, checkpoint: Path | None
         )
     checkpoint = checkpoint or CheckpointFolder(RunDir(root).checkpoints).newest
     if after.model.path != before.model.path:
-        _check_same_model(after.model.path, checkpoint)
+        _check_same_model(after.model.path, checkpoint, after.model.max_positions)
     check(with_model_at_hand(after, checkpoint))
     return replace(after, run_dir=str(root))
 
 
-def _check_same_model(path: str, checkpoint: Path | None) -> None:
+def _check_same_model(path: str, checkpoint: Path | None, max_positions: int | None) -> None:
     """A resumed run may find its base model in another folder, but it must be the same model."""
     if checkpoint is None:
         raise ValueError(
@@ -160,7 +161,7 @@ def _check_same_model(path: str, checkpoint: Path | None) -> None:
         if ours.is_dir() or ours.name.startswith("model") or ours.name == "generation_config.json":
             continue
         theirs = Path(path) / ours.name
-        if _content(ours) != _content(theirs):
+        if _content(ours, max_positions) != _content(theirs, max_positions):
             raise ValueError(
                 f"model.path can't change to {path} when a run is resumed: {theirs} differs from "
                 f"{ours}; give the folder where the same model is now, or leave it out"
@@ -172,14 +173,15 @@ def _check_same_model(path: str, checkpoint: Path | None) -> None:
         )
 
 
-def _content(path: Path) -> Any:
-    """For comparison: exports rewrite the dtype of config.json."""
+def _content(path: Path, max_positions: int | None) -> Any:
+    """For comparison: exports rewrite the dtype of config.json, and `model.max_positions`."""
     if not path.is_file():
         return None
     if path.name != "config.json":
         return path.read_bytes()
     config = json.loads(path.read_text())
-    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    rewritten = {"dtype", "torch_dtype", *([] if max_positions is None else [POSITIONS])}
+    return {key: value for key, value in config.items() if key not in rewritten}
 
 
 def with_model_at_hand(config: Config, checkpoint: Path | None) -> Config:
@@ -191,7 +193,7 @@ def with_model_at_hand(config: Config, checkpoint: Path | None) -> Config:
     source = parse_source(config.model.path)
     if checkpoint is None or source.hub is not None or Path(config.model.path).exists():
         return config
-    return replace(config, model=replace(config.model, path=str(checkpoint)))
+    return config.with_model(str(checkpoint))
 
 
 def choose_checkpoint(root: Path, *, at: str | None = None) -> ResumePoint:

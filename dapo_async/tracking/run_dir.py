@@ -264,6 +264,11 @@ class RunDir:
         return self.root / "profile"
 
     @property
+    def model(self) -> Path:
+        """The base model with `model.max_positions`: links, and a config.json."""
+        return self.root / "model"
+
+    @property
     def weights(self) -> Path:
         """Versions for engines that load from disk."""
         return self.root / "weights"

@@ -84,6 +84,7 @@ def test_memory_of_an_engine_names_what_is_left_of_the_gpu(
         "rollout.num_slots=64",
         "data.max_prompt_tokens=1024",
         "rollout.max_response_tokens=3072",
+        "reward.overlong_cache_tokens=1024",
     )
     # 7.6 billion parameters of 2 bytes; 2 x 28 layers x 4 heads x 128 x 2 bytes per token.
     assert "14.2 GiB of weights, and 224.0 MiB of keys and values per sequence of 4096 tokens" in (
@@ -115,7 +116,7 @@ def test_gpu_that_would_be_large_enough_is_named_on_a_machine_without_one(
 ) -> None:
     monkeypatch.setattr(dry_run, "_own_gpu", lambda: None)
     lines = printed(GPU_RECIPE, model, "rollout.tensor_parallel=1", "rollout.num_slots=16")
-    assert "would need a GPU with 24 GB or more" in one(lines, "an engine with all slots")
+    assert "would need a GPU with 40 GB or more" in one(lines, "an engine with all slots")
 
 
 def test_gpu_that_is_too_small_is_named_with_what_is_missing(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from paths import CONFIGS, ROOT
+from recipe_estimate import SIZES, estimate
 
 from dapo_async import config as knobs
 from dapo_async.cli.main import main
@@ -28,9 +29,10 @@ LADDER = (
 )
 DAPO = [f"{name}.yaml" for name in RECIPES] + [f"ladder/{name}.yaml" for name in LADDER]
 
+GIB = 2**30
 GSM8K = ["gsm8k_0.5b_1gpu.yaml", "gsm8k_1.5b_2gpu.yaml"]
 GRPO = ["grpo_qwen2_7b.yaml"]
-LONG = ["dapo_qwen2.5_7b_20k.yaml"]
+LONG = ["dapo_qwen2.5_7b_20k.yaml", "dapo_qwen2.5_7b_28k.yaml"]
 FILES = DAPO + GSM8K + GRPO + LONG
 
 
@@ -183,9 +185,56 @@ def test_every_recipe_derives_its_layout_and_says_that_it_was_not_run(file: str)
     assert parse_contamination(config.data.contamination)[0] == "drop"
 
 
-def test_the_7b_recipe_fits_the_positions_of_its_model() -> None:
-    config = knobs.load(CONFIGS / "dapo_qwen2.5_7b_math.yaml")
-    assert config.data.max_prompt_tokens + config.rollout.max_response_tokens == 4096
+STEP = re.compile(
+    r"step +estimated by the planner's cost model on (\w+), with responses of ([\d,]+) tokens and "
+    r"every group kept: the learner takes (\d+) s \(MFU (0\.\d\d)\), the engines (\d+) s, a step "
+    r"(\d+) s\."
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_recipe_states_what_the_cost_model_expects_of_it(file: str) -> None:
+    """The form of the learner, its memory, and the times, as they are computed here."""
+    lines = (CONFIGS / file).read_text().splitlines()
+    head = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    stated = STEP.search(head)
+    assert stated is not None
+    gpu, responses, *numbers = stated.groups()
+    memory = re.search(r"GPUs? of (\d+) GB", head)
+    assert memory is not None
+    config = knobs.load(CONFIGS / file)
+    tokens = int(responses.replace(",", ""))
+    found = estimate(config, gpu=gpu, memory_gb=float(memory[1]), response_tokens=tokens)
+    assert tokens < config.rollout.max_response_tokens
+    assert [float(number) for number in numbers] == [
+        round(found.train_s),
+        round(found.mfu, 2),
+        round(found.generate_s),
+        round(found.step_s),
+    ]
+    assert f"{found.choice.memory.on_device / GIB:.1f} GiB" in head
+    assert found.choice.memory.on_device <= found.choice.budget
+
+
+@pytest.mark.parametrize("file", ["dapo_qwen2.5_7b_math.yaml", "dapo_qwen2.5_7b_28k.yaml"])
+def test_the_recipes_of_the_math_model_need_more_positions_than_it_has(file: str) -> None:
+    config = knobs.load(CONFIGS / file)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    assert config.model.max_positions is not None
+    assert SIZES[config.model.path.removeprefix("hub:")].max_positions < longest
+    assert longest <= config.model.max_positions == 32_768
+
+
+def test_recipes_of_long_responses_have_the_published_lengths() -> None:
+    lengths = {
+        file: values_of(file)["rollout.max_response_tokens"]
+        for file in ("dapo_qwen2.5_7b_math.yaml", *LONG)
+    }
+    assert lengths == {
+        "dapo_qwen2.5_7b_math.yaml": 8192,
+        "dapo_qwen2.5_7b_20k.yaml": 20_480,
+        "dapo_qwen2.5_7b_28k.yaml": 28_672,
+    }
 
 
 @pytest.mark.parametrize("file", GSM8K)

@@ -202,6 +202,15 @@ def test_what_is_computed_again_takes_its_time(recompute: Any) -> None:
     assert again / once > 0.1
 
 
+def test_a_further_forward_pass_takes_a_third_of_a_training_pass() -> None:
+    plain = replace(WORK, recompute="none")
+    once, more = (
+        learner_speed(MIDDLE, H100, work, gpus=1, efficiency=SIMPLE).token_s
+        for work in (plain, replace(plain, forwards=0.75))
+    )
+    assert more / once == pytest.approx(1 + 0.75 / 3)
+
+
 @pytest.mark.parametrize(
     ("stage", "per_pass", "once"), [(3, 2 + 2 + 4, 0), (2, 4, 2), (1, 0, 2 + 4)]
 )
