@@ -92,9 +92,13 @@ def test_every_block_can_be_read_in_its_language(page: Path) -> None:
             assert (ROOT / path).exists(), f"{snippet.where} is covered by {path}"
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
             if path.endswith(".py"):
-                commands_run = set(re.findall(r"dapo-async (\w+)", snippet.code))
                 source = (ROOT / path).read_text(encoding="utf-8")
-                assert all(name in source for name in commands_run), f"{path} runs {commands_run}"
+                if "snippets(" in source:
+                    continue  # the test runs what the page says
+                lines = re.findall(r"dapo-async (\w[^#\n]*)", snippet.code.replace("\\\n", " "))
+                words = re.findall(r"^\w+|(?<=\s)--[a-z][\w-]*", "\n".join(lines), re.MULTILINE)
+                missing = [word for word in words if word not in source]
+                assert missing == [], f"{snippet.where}: {path} runs no {missing}"
 
 
 def commands(page: Path) -> Iterator[list[str]]:
