@@ -19,6 +19,7 @@ from dapo_async.replay.group_io import read_groups
 
 FAULTS = Path(__file__).parent / "faults"
 PING_S = 12.0  # the driver, too, counts as hung after it: longer than its longest import
+GONE_S = 30.0  # Ray kills a process that was stopped some seconds after it was told to
 SETTINGS = (
     *TINY,
     "model.num_cpus=0.5",
@@ -116,7 +117,11 @@ class ChaosRun:
             self._says(blow.outcome, after=before, within_s=blow.within_s)
         took_s = time.monotonic() - began_s
         self.trains()
-        assert proof(), f"nothing shows that {blow} struck:\n{self.live.output[before:]}"
+        deadline_s = time.monotonic() + GONE_S
+        while not proof():
+            said = self.live.output[before:]
+            assert time.monotonic() < deadline_s, f"nothing shows that {blow} struck:\n{said}"
+            time.sleep(0.1)
         if blow.outcome != RESUMED:
             assert self.starts == starts, f"the run was resumed:\n{self.live.output[before:]}"
         self.seconds[str(blow)] = took_s
