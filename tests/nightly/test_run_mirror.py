@@ -81,6 +81,17 @@ def test_a_run_that_lost_its_machine_continues_from_the_object_store(
     assert len(read_rows(again / "metrics.jsonl")) == num_steps + 2
     check_checkpoint(again / "checkpoints" / f"step_{num_steps + 2:06d}")
 
+    # Back on the first machine, whose checkpoints are older than those of the store.
+    (tmp_path / "gone").rename(root)
+    monkeypatch.delenv("DAPO_ASYNC_RUNS")
+    more = (*often, f"train.num_steps={num_steps + 4}", "train.resume=auto")
+    back = finished(root, *TINY, *more)
+    assert back.exit_code == 0, back.output
+    assert f"; this machine has step_{num_steps:06d}\n" in back.output
+    assert f"resuming at step {num_steps + 2} from " in back.output
+    assert [row["step"] for row in back.metrics] == list(range(num_steps + 4))
+    assert mirror.versions()[-1] == num_steps + 4
+
 
 def test_a_server_that_is_gone_costs_the_copies_and_not_the_run(
     bucket: ThreadedMotoServer, tmp_path: Path
