@@ -40,7 +40,14 @@ def chosen(gigabytes: float, *overrides: str) -> MemoryChoice:
     return choose_by_memory(config, SEVEN_B, device_bytes=int(gigabytes * GB))
 
 
-AUTO = ("learner.recompute=auto", "learner.microbatch_tokens=auto", "learner.zero_stage=auto")
+AUTO = (
+    "learner.recompute=auto",
+    "learner.microbatch_tokens=auto",
+    "learner.zero_stage=auto",
+    "data.max_prompt_tokens=1024",
+    "rollout.max_response_tokens=3072",
+    "reward.overlong_cache_tokens=1024",
+)
 
 
 def triple(choice: MemoryChoice) -> tuple[str, int | str, int | str]:
