@@ -57,6 +57,8 @@ class CallsMadeOnce:
         self._calls: dict[str, dict[int, asyncio.Task[Any]]] = {}
 
     async def answer(self, call_id: CallId, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """The answer to the call, which is made once, however often it is asked for. Forgets the
+        calls whose answers the caller has."""
         calls = self._calls.setdefault(call_id.caller, {})
         for number in [each for each, call in calls.items() if call.done()]:
             if number not in call_id.unanswered:

@@ -14,7 +14,7 @@ class Clock:
         return self.now_s
 
 
-def test_ranks_that_wait_for_each_other_are_named_once_with_the_one_that_is_elsewhere() -> None:
+def test_ranks_that_wait_are_named_once_with_the_one_that_is_elsewhere() -> None:
     clock = Clock()
     standstill = Standstill(clock)
     told = []
