@@ -1,6 +1,7 @@
 """Random kills in a supervised run: what dies, what happens, seconds until it trains again.
 
-python benchmarks/chaos.py [--kills 100] [--seed 0] [--engine torch|sglang] [--json OUT] [--quick]
+python benchmarks/chaos.py [--kills 100] [--seed 0] [--engine torch|sglang] [--ping-s 5]
+                           [--json OUT] [--quick]
 
 One run of the quickstart's task with two rollout workers, an evaluator and `train --supervise`. A
 victim is drawn, gets SIGKILL (now and then SIGSTOP), and the next one is drawn when the run has
@@ -81,7 +82,7 @@ NEVER = (  # what must be 0 at the end
     "groups_never_admitted",
     "prompts_skipped",
 )
-PING_S = 5.0
+PING_S = 5.0  # on a quiet machine; a busy one stops the start of a driver for longer
 LONGEST_S = 600.0  # for one recovery
 SETTINGS = (
     "rollout.num_workers=2",
@@ -90,7 +91,6 @@ SETTINGS = (
     "train.checkpoint_every_steps=2",
     "train.record=true",
     "tracking.sinks=none",
-    f"deadlines.ping_s={PING_S}",
 )
 QUICK = ("replay.groups_per_step=4", "replay.group_size=8", "evaluation.num_prompts=64")
 SGLANG = (
@@ -243,13 +243,16 @@ def main() -> None:
     parser.add_argument(
         "--least-accuracy", type=float, default=0.9, help="at the end; less is a failure"
     )
+    parser.add_argument(
+        "--ping-s", type=float, default=PING_S, help="silence after which a process hangs"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true", help="one kill of a worker, a tiny run")
     options = parser.parse_args()
     weights = WEIGHTS if options.engine == "torch" else SERVER_WEIGHTS
     if options.only:
         weights = {kind: weights[kind] for kind in options.only}
-    settings, steps = [*SETTINGS], options.steps
+    settings, steps = [*SETTINGS, f"deadlines.ping_s={options.ping_s}"], options.steps
     if options.quick:
         options.kills, steps, weights = 1, 40, {"worker": 1}
         options.least_accuracy = 0.0
