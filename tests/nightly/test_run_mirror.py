@@ -1,4 +1,5 @@
-"""Checkpoints on a local S3 server: a run loses its machine and continues from the copy."""
+"""Checkpoints on a local S3 server: a run loses its machine and continues from the copy, also with
+more ranks and engines."""
 
 from __future__ import annotations
 
@@ -74,7 +75,9 @@ def test_a_run_that_lost_its_machine_continues_from_the_object_store(
 
     root.rename(tmp_path / "gone")
     monkeypatch.setenv("DAPO_ASYNC_RUNS", str(tmp_path / "again"))
-    resumed = command("train", "--resume", f"{BASE}/moved", f"train.num_steps={num_steps + 2}")
+    larger = ("learner.data_parallel=2", "rollout.num_workers=2")
+    more = (f"train.num_steps={num_steps + 2}", *larger)
+    resumed = command("train", "--resume", f"{BASE}/moved", *more)
     assert resumed.returncode == 0, resumed
     assert f"downloaded step_{num_steps:06d} from {BASE}/moved in " in resumed.stdout
     again = tmp_path / "again" / "moved"
@@ -84,8 +87,8 @@ def test_a_run_that_lost_its_machine_continues_from_the_object_store(
     # Back on the first machine, whose checkpoints are older than those of the store.
     (tmp_path / "gone").rename(root)
     monkeypatch.delenv("DAPO_ASYNC_RUNS")
-    more = (*often, f"train.num_steps={num_steps + 4}", "train.resume=auto")
-    back = finished(root, *TINY, *more)
+    auto = (*often, f"train.num_steps={num_steps + 4}", "train.resume=auto")
+    back = finished(root, *TINY, *auto)
     assert back.exit_code == 0, back.output
     assert f"; this machine has step_{num_steps:06d}\n" in back.output
     assert f"resuming at step {num_steps + 2} from " in back.output
