@@ -32,9 +32,12 @@ class VerifierFailures:
         self.by_row[row] += 1
         self.in_a_row += 1
 
-    def judged(self, row: int) -> None:
+    def judged(self, row: int) -> bool:
+        """Returns whether there was something to forget."""
+        had = self.in_a_row > 0 or row in self.by_row
         self.by_row.pop(row, None)
         self.in_a_row = 0
+        return had
 
     def image(self) -> dict[str, Any]:
         """As JSON values."""
@@ -80,9 +83,9 @@ class Quarantine:
         """Whether `judged` has to be called."""
         return self._failures.in_a_row > 0 or bool(self._failures.by_row)
 
-    def judged(self, prompt: Prompt) -> None:
-        """A group of the prompt has its verdicts."""
-        self._failures.judged(prompt.row)
+    def judged(self, prompt: Prompt) -> bool:
+        """A group of the prompt has its verdicts. Returns whether that ends a count."""
+        return self._failures.judged(prompt.row)
 
     def failed(self, prompt: Prompt, why: str) -> dict[str, Any] | None:
         """The verifier failed on a group. Returns the row for the file if the prompt goes in."""

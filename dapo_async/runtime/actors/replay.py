@@ -262,8 +262,8 @@ class ReplayActor:
             payload = Payload(offered, data)
             if self._quarantine.counts_failures:
                 prompt = self._stream[offered.group_id]
-                self._quarantine.judged(prompt)
-                self._buffer.note("judged", row=prompt.row)
+                if self._quarantine.judged(prompt):
+                    self._buffer.note("judged", row=prompt.row)
             self._log.offer(offered, worker=exchange.worker, record=record)
             result = self._buffer.offer(payload.group if whole else offered, payload)
             if result.outcome is OfferOutcome.REFUSED:

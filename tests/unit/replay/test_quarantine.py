@@ -23,10 +23,11 @@ def test_a_prompt_that_fails_three_times_in_a_row_goes_in_and_is_named() -> None
     quarantine = Quarantine(10)
     assert not quarantine.counts_failures
     assert [quarantine.failed(prompt(7), "it hangs") for _ in range(FAILURES - 1)] == [None, None]
-    quarantine.judged(prompt(7))  # one verdict, and the count begins again
+    assert quarantine.judged(prompt(7))  # one verdict, and the count begins again
     assert not quarantine.counts_failures
     assert [quarantine.failed(prompt(7), "it hangs") for _ in range(FAILURES - 1)] == [None, None]
-    quarantine.judged(prompt(8))
+    assert quarantine.judged(prompt(8))  # ends the row of failures
+    assert not quarantine.judged(prompt(8)), "the count of another prompt costs a record each time"
     text = "What is\n" + "9" * 100
     row = quarantine.failed(prompt(7, text), "it hangs")
     assert row == {"row": 7, "source": "", "text": "9" * 60, "why": "it hangs"}
